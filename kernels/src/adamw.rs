@@ -1,0 +1,96 @@
+//! AdamW: one optimizer step on a flat run of parameters.
+//!
+//! The optimizer calls it on the shard it owns. It knows neither names nor schedules; the learning rate of the step
+//! and the factor of gradient clipping come with the call.
+
+use std::ops::Range;
+
+use crate::{
+    math::{self, MIN_PARALLEL},
+    par,
+};
+
+/// The numbers of one step.
+///
+/// **Source**: Loshchilov and Hutter 2019, algorithm 2, with epsilon outside the root.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the mean of gradients.
+    pub beta1: f32,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f32,
+    /// Added to the root of the latter.
+    pub epsilon: f32,
+    /// Decoupled weight decay; takes effect times `lr`, before the step.
+    pub weight_decay: f32,
+    /// Number of this step, from 1 on.
+    pub step: u64,
+    /// Factor on every gradient: below 1 where clipping takes effect.
+    pub grad_scale: f32,
+}
+
+/// Updates parameters `p` and the moments `m` and `v` by the gradient `g`.
+///
+/// **Shapes**: all of one length.
+/// **Errors**: panics if the lengths differ or the step is 0.
+pub fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], spec: &AdamW) {
+    let lengths = [p.len(), m.len(), v.len()];
+    assert_eq!(lengths, [g.len(); 3], "expected parameters and moments of the gradient's length");
+    let factors = Factors::new(spec);
+    let ranges = par::partition(g.len(), MIN_PARALLEL);
+    let moments = par::split(m, 1, &ranges).into_iter().zip(par::split(v, 1, &ranges));
+    let state = par::split(p, 1, &ranges).into_iter().zip(moments);
+    let tasks = ranges.iter().cloned().zip(state).collect();
+    par::for_each(tasks, |(range, (p, (m, v))): (Range<usize>, (&mut [f32], (&mut [f32], &mut [f32])))| {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || factors.apply(p, &g[range], m, v),
+        );
+    });
+}
+
+/// What is the same for all parameters. Computed in f64: 1 - beta^step would lose digits in f32.
+struct Factors {
+    grad_scale: f32,
+    keep: f32,
+    beta1: f32,
+    beta2: f32,
+    rest1: f32,
+    rest2: f32,
+    /// lr over the bias correction of the first moment.
+    step_size: f32,
+    /// One over the root of the bias correction of the second moment.
+    root_scale: f32,
+    epsilon: f32,
+}
+
+impl Factors {
+    fn new(spec: &AdamW) -> Factors {
+        assert!(spec.step > 0, "expected a step from 1 on, got 0");
+        let (lr, beta1, beta2) = (f64::from(spec.lr), f64::from(spec.beta1), f64::from(spec.beta2));
+        let correction = |beta: f64| 1.0 - math::exp_f64(spec.step as f64 * math::ln_f64(beta));
+        Factors {
+            grad_scale: spec.grad_scale,
+            keep: (1.0 - lr * f64::from(spec.weight_decay)) as f32,
+            beta1: spec.beta1,
+            beta2: spec.beta2,
+            rest1: (1.0 - beta1) as f32,
+            rest2: (1.0 - beta2) as f32,
+            step_size: (lr / correction(beta1)) as f32,
+            root_scale: (1.0 / correction(beta2).sqrt()) as f32,
+            epsilon: spec.epsilon,
+        }
+    }
+
+    #[inline(always)]
+    fn apply(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * self.grad_scale;
+            *m = self.beta1 * *m + self.rest1 * g;
+            *v = self.beta2 * *v + self.rest2 * (g * g);
+            *p = self.keep * *p - self.step_size * (*m / (v.sqrt() * self.root_scale + self.epsilon));
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The loss: head projection and cross-entropy in one, a block of rows at a time.
+//!
+//! Last component of the last stage (and of the multi-token-prediction module). The logits of a block live in one
+//! scratch buffer, where they turn into their own gradient; no full logits are kept. It knows neither what the
+//! weights mean nor the global denominator that they were divided by.
+//!
+//! Shape letters: T tokens, D hidden, V vocabulary.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::{
+    gemm::{Into, Mat, gemm},
+    linear, math, par, softmax,
+    tensor::Tensor,
+};
+
+/// Logits held at once (16 MiB): enough to stay in a last-level cache, unless `MIN_ROWS` asks for more.
+const BLOCK_LOGITS: usize = 1 << 22;
+/// Each block reads and writes the whole gradient of the head once; below this many rows that traffic, not the
+/// arithmetic, sets the time.
+const MIN_ROWS: usize = 64;
+/// Beyond this many rows a block gains nothing.
+const MAX_ROWS: usize = 256;
+
+/// What each row should predict and how much its loss counts.
+///
+/// **Shapes**: both `[T]`.
+pub struct Targets<'a> {
+    /// The next token of each row; in range also where the weight is 0.
+    pub ids: &'a [u32],
+    /// Factor on each row's loss, already divided by the global denominator; 0 keeps a row out of loss and gradient.
+    pub weights: &'a [f32],
+}
+
+/// The loss of a micro-batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loss {
+    /// Sum over rows of weight times minus log-probability of the target.
+    pub sum: f64,
+    /// Log-probability of each row's target, rows of weight 0 included.
+    ///
+    /// **Shapes**: `[T]`.
+    pub log_probs: Vec<f32>,
+}
+
+/// Loss only, for validation.
+///
+/// **Shapes**: `h` `[T, D]`, `head` `[V, D]`.
+/// **Errors**: panics if a target is not below V.
+pub fn forward(h: &Tensor, head: &Tensor, targets: &Targets) -> Loss {
+    over_blocks(h, head, targets, |_, _| {})
+}
+
+/// Loss, gradient of `h` (returned) and gradient of the head (added to `d_head`).
+///
+/// **Shapes**: `h` and result `[T, D]`, `head` and `d_head` `[V, D]`.
+/// **Errors**: panics if a target is not below V.
+pub fn forward_backward(h: &Tensor, head: &Tensor, targets: &Targets, d_head: &mut Tensor) -> (Loss, Tensor) {
+    assert_eq!(d_head.shape(), head.shape(), "expected the gradient of the head in the head's shape");
+    let mut dh = Tensor::zeros(h.shape());
+    let loss = over_blocks(h, head, targets, |rows, d_logits| {
+        if targets.weights[rows.clone()].iter().all(|&weight| weight == 0.0) {
+            return;
+        }
+        gemm(dh.mat_mut().rows_range(rows.clone()), Into::Overwrite, 1.0, d_logits, head.mat());
+        gemm(d_head.mat_mut(), Into::Accumulate, 1.0, d_logits.t(), h.mat().rows_range(rows));
+    });
+    (loss, dh)
+}
+
+/// All logits at once: for parity checks and generation, not for training.
+///
+/// **Shapes**: `h` `[T, D]`, `head` `[V, D]`, result `[T, V]`.
+pub fn logits(h: &Tensor, head: &Tensor) -> Tensor {
+    linear::forward(h, head)
+}
+
+/// Computes each block's logits, turns them into their weighted gradient and hands that to `then`.
+fn over_blocks(
+    h: &Tensor,
+    head: &Tensor,
+    targets: &Targets,
+    mut then: impl FnMut(Range<usize>, Mat),
+) -> Loss {
+    let (num_rows, vocabulary) = (h.rows(), head.rows());
+    assert_eq!(targets.ids.len(), num_rows, "expected one target per row");
+    assert_eq!(targets.weights.len(), num_rows, "expected one weight per row");
+    let block_rows = (BLOCK_LOGITS / vocabulary).clamp(MIN_ROWS, MAX_ROWS).min(num_rows);
+    let mut scratch = Tensor::for_overwrite(&[block_rows, vocabulary]);
+    let mut log_probs = vec![0.0; num_rows];
+    for start in (0..num_rows).step_by(block_rows.max(1)) {
+        let rows = start..num_rows.min(start + block_rows);
+        gemm(
+            scratch.mat_mut().rows_range(0..rows.len()),
+            Into::Overwrite,
+            1.0,
+            h.mat().rows_range(rows.clone()),
+            head.mat().t(),
+        );
+        let block = &mut scratch.f32_mut()[..rows.len() * vocabulary];
+        logits_to_gradients(block, targets, rows.clone(), &mut log_probs[rows.clone()]);
+        then(rows.clone(), scratch.mat().rows_range(0..rows.len()));
+    }
+    let weighted = targets.weights.iter().zip(&log_probs).filter(|&(&weight, _)| weight != 0.0);
+    let sum = weighted.map(|(&weight, &log_prob)| -f64::from(weight) * f64::from(log_prob)).sum();
+    Loss { sum, log_probs }
+}
+
+/// Rows are independent, so how they are shared among threads changes no bit.
+fn logits_to_gradients(block: &mut [f32], targets: &Targets, rows: Range<usize>, log_probs: &mut [f32]) {
+    let vocabulary = block.len() / rows.len();
+    let targets = targets.ids[rows.clone()].iter().zip(&targets.weights[rows]);
+    let work = block.chunks_exact_mut(vocabulary).zip(targets).zip(log_probs);
+    let one = |((row, (&target, &weight)), log_prob): ((&mut [f32], (&u32, &f32)), &mut f32)| {
+        *log_prob = logits_to_gradient(row, target as usize, weight);
+    };
+    if par::num_threads() == 1 {
+        work.for_each(one);
+    } else {
+        work.collect::<Vec<_>>().into_par_iter().for_each(one);
+    }
+}
+
+/// Turns one row of logits into weight * (softmax - onehot) and returns the target's log-probability.
+fn logits_to_gradient(row: &mut [f32], target: usize, weight: f32) -> f32 {
+    assert!(target < row.len(), "expected a target id below {}, got {target}", row.len());
+    let logit = row[target];
+    let (max, sum) = pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let max = softmax::max(row);
+            let sum = softmax::exp_and_sum(row, max);
+            let factor = weight / sum;
+            for value in row.iter_mut() {
+                *value *= factor;
+            }
+            (max, sum)
+        },
+    );
+    if weight == 0.0 {
+        // Not merely a product with 0: a row that overflows but does not count must not spoil the gradients.
+        row.fill(0.0);
+    } else {
+        row[target] -= weight;
+    }
+    logit - max - math::ln(sum)
+}
+
+#[cfg(test)]
+mod tests;

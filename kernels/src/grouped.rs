@@ -1,0 +1,110 @@
+//! One linear layer per expert over rows sorted by expert, and both gradients: the routed experts' GEMMs.
+//!
+//! Rows of expert `e` are `offsets[e]..offsets[e + 1]`; an expert may have none. It knows neither tokens nor routing
+//! weights. Within a pool the tasks are blocks of rows, or of an expert's outputs for the weights' gradient, so that
+//! one busy expert does not hold up the others.
+//!
+//! Shape letters: R routed rows, E experts; `in` and `out` are each expert's widths.
+
+use std::ops::Range;
+
+use crate::{
+    gemm::{Into, Mat, MatMut, gemm_serial},
+    par,
+    tensor::Tensor,
+};
+
+/// Rows of a task within a pool. Each task packs the expert's weights anew, which this many rows are worth.
+const BLOCK_ROWS: usize = 128;
+
+/// `x w_e^T` for the rows of each expert `e`.
+///
+/// **Shapes**: `x` `[R, in]`, `offsets` `[E + 1]`, `w` `[E, out, in]`, result `[R, out]`.
+/// **Errors**: panics if the offsets do not cut R rows into E parts.
+pub fn forward(x: &Tensor, offsets: &[usize], w: &Tensor) -> Tensor {
+    let [_, out, _] = expert_dims(w, offsets, x.rows());
+    let mut y = Tensor::for_overwrite(&[x.rows(), out]);
+    for_each_block(y.f32_mut(), offsets, |expert_id, rows, y| {
+        gemm_serial(y, Into::Overwrite, 1.0, x.mat().rows_range(rows), expert(w, expert_id).t());
+    });
+    y
+}
+
+/// The gradient of `x`: `dy w_e` for the rows of each expert `e`.
+///
+/// **Shapes**: `dy` `[R, out]`, `offsets` `[E + 1]`, `w` `[E, out, in]`, result `[R, in]`.
+/// **Errors**: panics if the offsets do not cut R rows into E parts.
+pub fn backward_input(dy: &Tensor, offsets: &[usize], w: &Tensor) -> Tensor {
+    let [_, _, input] = expert_dims(w, offsets, dy.rows());
+    let mut dx = Tensor::for_overwrite(&[dy.rows(), input]);
+    for_each_block(dx.f32_mut(), offsets, |expert_id, rows, dx| {
+        gemm_serial(dx, Into::Overwrite, 1.0, dy.mat().rows_range(rows), expert(w, expert_id));
+    });
+    dx
+}
+
+/// Adds the gradient of each `w_e` to `dw`: `dy^T x` over the rows of expert `e`.
+///
+/// **Shapes**: `dy` `[R, out]`, `x` `[R, in]`, `offsets` `[E + 1]`, `dw` `[E, out, in]`.
+/// **Errors**: panics if the offsets do not cut R rows into E parts.
+pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &[usize], dw: &mut Tensor) {
+    let [num_experts, out, input] = expert_dims(dw, offsets, x.rows());
+    // Stacked, the weights have out rows per expert whatever its load: cut them as if those were the routed rows.
+    let out_offsets: Vec<usize> = (0..=num_experts).map(|expert_id| expert_id * out).collect();
+    for_each_block(dw.f32_mut(), &out_offsets, |expert_id, outs, dw| {
+        let rows = offsets[expert_id]..offsets[expert_id + 1];
+        if rows.is_empty() {
+            return;
+        }
+        let first = expert_id * out;
+        let dy = dy.mat().rows_range(rows.clone()).columns(outs.start - first..outs.end - first);
+        let x = x.mat().rows_range(rows).columns(0..input);
+        gemm_serial(dw, Into::Accumulate, 1.0, dy.t(), x);
+    });
+}
+
+/// The three dims of the weights, once they and the offsets are known to fit.
+fn expert_dims(w: &Tensor, offsets: &[usize], num_rows: usize) -> [usize; 3] {
+    let &[num_experts, out, input] = w.shape() else {
+        panic!("expected weights [E, out, in], got {:?}", w.shape());
+    };
+    assert_eq!(offsets.len(), num_experts + 1, "expected one offset per expert and one more");
+    assert!(
+        offsets[0] == 0 && offsets[num_experts] == num_rows && offsets.is_sorted(),
+        "expected ascending offsets from 0 to {num_rows}, got {offsets:?}"
+    );
+    [num_experts, out, input]
+}
+
+/// The weights of one expert.
+fn expert(w: &Tensor, expert_id: usize) -> Mat<'_> {
+    let out = w.shape()[1];
+    w.mat().rows_range(expert_id * out..(expert_id + 1) * out)
+}
+
+/// Cuts the rows of `data` by expert, within a pool into blocks too, and works on each part given its rows.
+fn for_each_block(
+    data: &mut [f32],
+    offsets: &[usize],
+    work: impl Fn(usize, Range<usize>, MatMut) + Send + Sync,
+) {
+    let num_rows = offsets[offsets.len() - 1];
+    if num_rows == 0 {
+        return;
+    }
+    let width = data.len() / num_rows;
+    let step = if par::num_threads() == 1 { num_rows } else { BLOCK_ROWS };
+    let (mut expert_ids, mut blocks) = (Vec::new(), Vec::new());
+    for (expert_id, bounds) in offsets.windows(2).enumerate() {
+        for start in (bounds[0]..bounds[1]).step_by(step) {
+            expert_ids.push(expert_id);
+            blocks.push(start..bounds[1].min(start + step));
+        }
+    }
+    let parts = par::split(data, width, &blocks);
+    let tasks = expert_ids.into_iter().zip(blocks).zip(parts).collect();
+    par::for_each(tasks, |((expert_id, rows), part): ((usize, Range<usize>), &mut [f32])| {
+        let num_rows = rows.len();
+        work(expert_id, rows, MatMut::new(part, num_rows, width));
+    });
+}

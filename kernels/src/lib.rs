@@ -1,0 +1,35 @@
+//! What one device computes: tensors and the operations a DeepSeek-V3-class model is made of.
+//!
+//! One operation per file, backward beside forward, no autograd: the layer code in the workers crate calls both in
+//! the order it wants. Nothing here knows ranks, parameters' names, micro-batches or the network. Arithmetic is f32
+//! on the CPU; whether a tensor holds f32 or something narrower is a matter of [`tensor::Tensor`] alone.
+//!
+//! **Threads.** An operation uses the rayon pool it is called from ([`par::Threads::run`]) and runs serially outside
+//! of one. Work is cut by sizes and number of threads only, so a run repeats bit for bit.
+//!
+//! **Errors.** A wrong shape is a bug of the caller: operations panic and name what was expected. Non-finite values
+//! are passed on, never hidden.
+//!
+//! Shape letters, used throughout: T tokens (rows of a micro-batch), D hidden, K top-k, E experts, R routed rows,
+//! F expert hidden, H heads, C latent, V vocabulary.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod gate;
+pub mod gemm;
+pub mod grouped;
+pub mod latent;
+pub mod linear;
+pub mod math;
+pub mod norm;
+pub mod par;
+pub mod permute;
+pub mod pool;
+pub mod rope;
+mod softmax;
+pub mod swiglu;
+pub mod tensor;

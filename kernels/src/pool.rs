@@ -1,0 +1,178 @@
+//! Recycled memory: the buffers under every tensor, so that a training step in steady state neither asks the
+//! operating system for pages nor clears them.
+//!
+//! Buffers are kept by size class; a dropped buffer waits in its class for the next request. It knows sizes, not
+//! shapes or formats.
+
+#![allow(unsafe_code)]
+
+use std::{
+    mem,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Values in one line, the unit of size: 64 bytes, a cache line and an AVX-512 register.
+const LINE: usize = 16;
+/// Classes per doubling of the size: a buffer is at most an eighth larger than the lines asked for.
+const STEPS: usize = 8;
+/// Enough for every size that an address space can hold.
+const NUM_CLASSES: usize = 60 * STEPS;
+
+/// One lock per class: threads meet only where they want buffers of one size.
+static IDLE: [Mutex<Vec<Box<[Line]>>>; NUM_CLASSES] = [const { Mutex::new(Vec::new()) }; NUM_CLASSES];
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+/// A run of f32 values, aligned to 64 bytes, that goes back to the pool when dropped.
+pub struct Buffer {
+    lines: Box<[Line]>,
+    len: usize,
+}
+
+impl Buffer {
+    /// All values 0.
+    pub fn zeros(len: usize) -> Buffer {
+        let num_lines = class_lines(len.div_ceil(LINE));
+        match recycled(num_lines) {
+            Some(lines) => {
+                let mut buffer = Buffer { lines, len };
+                buffer.as_mut_slice().fill(0.0);
+                buffer
+            }
+            None => Buffer { lines: fresh(num_lines), len },
+        }
+    }
+
+    /// Values unspecified, namely what the last owner left: for a buffer that is going to be written in full.
+    pub fn for_overwrite(len: usize) -> Buffer {
+        let num_lines = class_lines(len.div_ceil(LINE));
+        Buffer { lines: recycled(num_lines).unwrap_or_else(|| fresh(num_lines)), len }
+    }
+
+    /// The values.
+    pub fn as_slice(&self) -> &[f32] {
+        // SAFETY: a line is 16 f32 without padding, and `len` is at most 16 times the number of lines.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    /// The values, to be written.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as in `as_slice`; the borrow of `self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Buffer {
+        let mut copy = Buffer::for_overwrite(self.len);
+        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        copy
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let lines = mem::take(&mut self.lines);
+        if !lines.is_empty() {
+            idle(class(lines.len())).push(lines);
+        }
+    }
+}
+
+/// Gives all idle buffers back to the allocator.
+pub fn trim() {
+    for class in 0..NUM_CLASSES {
+        // Two statements, so that the lock is free again while the memory is given back.
+        let buffers = mem::take(&mut *idle(class));
+        drop(buffers);
+    }
+}
+
+/// What waits in the pool for its next use.
+///
+/// **Units**: bytes.
+pub fn idle_bytes() -> usize {
+    let lines = |class: usize| idle(class).iter().map(|lines| lines.len()).sum::<usize>();
+    (0..NUM_CLASSES).map(lines).sum::<usize>() * size_of::<Line>()
+}
+
+fn recycled(num_lines: usize) -> Option<Box<[Line]>> {
+    if num_lines == 0 {
+        return Some(Box::default());
+    }
+    idle(class(num_lines)).pop()
+}
+
+fn fresh(num_lines: usize) -> Box<[Line]> {
+    // SAFETY: the bit pattern of all zeros is the f32 value 0.
+    unsafe { Box::new_zeroed_slice(num_lines).assume_init() }
+}
+
+/// Nothing that runs under the lock leaves a list half changed, so a poisoned one is still good.
+fn idle(class: usize) -> MutexGuard<'static, Vec<Box<[Line]>>> {
+    IDLE[class].lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many low bits of a size its class does without.
+fn shift(num_lines: usize) -> u32 {
+    (num_lines / STEPS).checked_ilog2().unwrap_or(0)
+}
+
+/// The size of the class that holds `num_lines`.
+fn class_lines(num_lines: usize) -> usize {
+    num_lines.next_multiple_of(1 << shift(num_lines))
+}
+
+/// The class of a size that [`class_lines`] returned.
+fn class(num_lines: usize) -> usize {
+    let shift = shift(num_lines);
+    shift as usize * STEPS + (num_lines >> shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_class_has_one_size_and_wastes_at_most_an_eighth() {
+        let mut sizes = [None; NUM_CLASSES];
+        for num_lines in (1..5000).chain([1 << 20, (1 << 20) + 1, (1 << 40) - 1, usize::MAX >> 6]) {
+            let size = class_lines(num_lines);
+            assert!(num_lines <= size && size - num_lines <= num_lines / 8, "{num_lines} lines got {size}");
+            assert_eq!(*sizes[class(size)].get_or_insert(size), size, "{num_lines} lines");
+        }
+    }
+
+    #[test]
+    fn zeros_are_zero_after_another_use_and_buffers_are_aligned() {
+        // A size that no other test uses, so that the buffer that comes back is the one that went.
+        const LEN: usize = 77_777;
+        let mut used = Buffer::for_overwrite(LEN);
+        used.as_mut_slice().fill(3.0);
+        let address = used.as_slice().as_ptr() as usize;
+        drop(used);
+
+        let recycled = Buffer::zeros(LEN);
+
+        assert_eq!(recycled.as_slice().as_ptr() as usize, address);
+        assert_eq!(address % 64, 0);
+        assert!(recycled.as_slice().iter().all(|&value| value == 0.0));
+    }
+
+    #[test]
+    fn threads_never_share_a_buffer() {
+        let work = |seed: usize| {
+            for round in 0..200 {
+                let mark = (seed * 1000 + round) as f32;
+                let mut buffers = [Buffer::for_overwrite(3333), Buffer::for_overwrite(3333)];
+                buffers.iter_mut().for_each(|buffer| buffer.as_mut_slice().fill(mark));
+                thread::yield_now();
+                assert!(buffers.iter().all(|buffer| buffer.as_slice().iter().all(|&value| value == mark)));
+            }
+        };
+        thread::scope(|scope| (0..4).for_each(|seed| drop(scope.spawn(move || work(seed)))));
+    }
+}

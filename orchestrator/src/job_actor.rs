@@ -1,0 +1,157 @@
+//! The job actor: carries events of the ranks to the job's state machine and its effects to where they belong.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::sync::oneshot;
+
+use crate::job::{Effect, Job, JobSetup, Outcome};
+use crate::metrics::{Metrics, MetricsMessage, Subscriber};
+
+/// How long a rank may take to answer an abort before the job ends without it.
+const ABORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Takes a command to a rank.
+pub type SendCommand = Arc<dyn Fn(usize, RankCommand) + Send + Sync>;
+
+/// What the job hears.
+pub enum JobMessage {
+    /// A rank has something to say.
+    Event(RankEvent),
+    /// Stop.
+    Cancel {
+        /// Why.
+        reason: String,
+    },
+    /// Time is up for the answers to an abort.
+    Tick,
+}
+
+/// What the actor is made with.
+pub struct JobActorSetup {
+    /// The job.
+    pub job: JobSetup,
+    /// The model's `config.json`, to be put beside exported weights.
+    pub model_config: String,
+    /// The way to the ranks.
+    pub send: SendCommand,
+    /// Who hears a summary of every step.
+    pub subscribers: Vec<Subscriber>,
+    /// Told once, at the end.
+    pub ended: oneshot::Sender<Outcome>,
+}
+
+/// The actor's state.
+pub struct JobActorState {
+    job: Job,
+    model_config: String,
+    send: SendCommand,
+    metrics: ActorRef<MetricsMessage>,
+    ended: Option<oneshot::Sender<Outcome>>,
+    /// What went wrong while the weights were put in place.
+    commit_error: Option<String>,
+}
+
+impl JobActorState {
+    fn carry_out(&mut self, myself: &ActorRef<JobMessage>, effects: Vec<Effect>) {
+        let is_abort =
+            |effect: &Effect| matches!(effect, Effect::Command { command: RankCommand::Abort { .. }, .. });
+        if effects.iter().any(is_abort) {
+            myself.send_after(ABORT_PATIENCE, || JobMessage::Tick);
+        }
+        for effect in effects {
+            match effect {
+                Effect::Command { rank, command } => (self.send)(rank, command),
+                // If the metrics actor is gone the job hears of it as its supervisor.
+                Effect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
+                Effect::Commit { dir, files } => {
+                    self.commit_error = commit(&dir, &files, &self.model_config).err().map(|error| {
+                        format!("{}: {error}", dir.display())
+                    });
+                }
+                Effect::End(outcome) => {
+                    let outcome = self.commit_error.take().map_or(outcome, Outcome::Failed);
+                    if let Some(ended) = self.ended.take() {
+                        // Whoever waited for the end may have left.
+                        let _ = ended.send(outcome);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Name that a model folder has while it is being written.
+pub const UNFINISHED_SUFFIX: &str = ".part";
+
+/// Writes index and configuration beside the weights and gives the folder its final name.
+fn commit(dir: &Path, files: &[ExportedFile], model_config: &str) -> std::io::Result<()> {
+    let map: serde_json::Map<String, serde_json::Value> = files
+        .iter()
+        .flat_map(|file| file.tensors.iter().map(|tensor| (tensor.clone(), file.file.clone().into())))
+        .collect();
+    let total_size: u64 = files.iter().map(|file| file.bytes).sum();
+    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": map});
+    std::fs::write(dir.join("model.safetensors.index.json"), format!("{index:#}\n"))?;
+    std::fs::write(dir.join("config.json"), model_config)?;
+    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match name.strip_suffix(UNFINISHED_SUFFIX) {
+        Some(name) => std::fs::rename(dir, dir.with_file_name(name)),
+        None => Ok(()),
+    }
+}
+
+/// The job actor.
+pub struct JobActor;
+
+impl Actor for JobActor {
+    type Msg = JobMessage;
+    type State = JobActorState;
+    type Arguments = JobActorSetup;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<JobMessage>,
+        setup: JobActorSetup,
+    ) -> Result<JobActorState, ActorProcessingErr> {
+        let JobActorSetup { job, model_config, send, subscribers, ended } = setup;
+        let (metrics, _) = Actor::spawn_linked(None, Metrics, job.world, myself.get_cell()).await?;
+        for subscriber in subscribers {
+            metrics.cast(MetricsMessage::Subscribe(subscriber))?;
+        }
+        let job = Job::new(job);
+        Ok(JobActorState { job, model_config, send, metrics, ended: Some(ended), commit_error: None })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<JobMessage>,
+        message: JobMessage,
+        state: &mut JobActorState,
+    ) -> Result<(), ActorProcessingErr> {
+        let effects = match message {
+            JobMessage::Event(event) => state.job.step(event),
+            JobMessage::Cancel { reason } => state.job.cancel(&reason),
+            JobMessage::Tick => state.job.give_up_waiting(),
+        };
+        state.carry_out(&myself, effects);
+        Ok(())
+    }
+
+    /// The default would end the job without a word when the metrics actor fails.
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<JobMessage>,
+        event: SupervisionEvent,
+        state: &mut JobActorState,
+    ) -> Result<(), ActorProcessingErr> {
+        if let SupervisionEvent::ActorFailed(_, cause) = event {
+            let effects = state.job.cancel(&format!("the metrics actor failed: {cause}"));
+            state.carry_out(&myself, effects);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,11 @@
+//! The wire, and nothing but the wire: messages generated from the `.proto` files beside this crate.
+//!
+//! Knows no actor and no transport. Comments of the messages are those of the protocol files.
+
+/// Version 1 of the protocol.
+pub mod v1 {
+    #![allow(missing_docs, reason = "the generated code carries the comments of the protocol files")]
+    include!(concat!(env!("OUT_DIR"), "/contraflow.v1.rs"));
+}
+
+pub use v1::{LayerLoad, StepReport};

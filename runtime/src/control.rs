@@ -1,0 +1,103 @@
+//! What the orchestrator and a rank say to each other, as plain values. In one process they go from mailbox to mailbox;
+//! over a network they go by the worker link.
+//!
+//! Commands are imperative, events past tense.
+
+use std::path::PathBuf;
+
+use contraflow_proto::StepReport;
+use serde::{Deserialize, Serialize};
+
+/// To a rank.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RankCommand {
+    /// Train from this step on, to the end of the recipe. The ranks commit the steps among themselves.
+    BeginStep {
+        /// Optimizer update, counted from 1.
+        step: u64,
+    },
+    /// Run the validation sequences forward.
+    Validate,
+    /// Write the weights this rank answers for into a folder, in the published format.
+    Export {
+        /// The folder; it exists.
+        dir: PathBuf,
+    },
+    /// Give up what is under way.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// End.
+    Shutdown,
+}
+
+/// From a rank.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RankEvent {
+    /// The rank has its model and waits for commands.
+    Ready {
+        /// Who.
+        rank: usize,
+    },
+    /// An update has been made.
+    StepDone {
+        /// Who, which step, and what was measured.
+        report: StepReport,
+    },
+    /// The validation sequences have been run.
+    Validated {
+        /// Who.
+        rank: usize,
+        /// This rank's share of the mean loss, in nats per token.
+        loss: f64,
+        /// Tokens over all ranks.
+        tokens: u64,
+    },
+    /// The rank's weights are on disk.
+    Exported {
+        /// Who.
+        rank: usize,
+        /// What it wrote.
+        file: ExportedFile,
+    },
+    /// The rank gave up on command.
+    Aborted {
+        /// Who.
+        rank: usize,
+    },
+    /// The rank cannot go on.
+    Failed {
+        /// Who.
+        rank: usize,
+        /// What it was doing, in words.
+        action: String,
+        /// The cause, in words.
+        cause: String,
+    },
+}
+
+impl RankEvent {
+    /// Who it is from.
+    pub fn rank(&self) -> usize {
+        match self {
+            RankEvent::Ready { rank }
+            | RankEvent::Validated { rank, .. }
+            | RankEvent::Exported { rank, .. }
+            | RankEvent::Aborted { rank }
+            | RankEvent::Failed { rank, .. } => *rank,
+            RankEvent::StepDone { report } => report.rank as usize,
+        }
+    }
+}
+
+/// One file of published weights.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportedFile {
+    /// File name within the folder; empty if the rank answers for no weight.
+    pub file: String,
+    /// Names of the tensors inside.
+    pub tensors: Vec<String>,
+    /// **Units**: bytes of tensor data.
+    pub bytes: u64,
+}

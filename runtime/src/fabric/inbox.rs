@@ -1,0 +1,92 @@
+//! Where frames wait for their receiver. One inbox per rank; every wait has a deadline and ends at once on an abort.
+
+use std::collections::HashMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{FabricError, Region, Tag};
+
+#[derive(Default)]
+struct State {
+    /// Frames nobody has asked for yet.
+    frames: HashMap<Tag, Vec<Region>>,
+    /// Frames of an earlier generation are dropped on arrival.
+    generation: u32,
+    /// Set once the rank gives up; every present and future wait ends with this reason.
+    aborted: Option<String>,
+}
+
+/// The frames that have arrived at one rank.
+#[derive(Default)]
+pub struct Inbox {
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+impl Inbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere cannot leave the map half changed: every change is a single insert or remove.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a frame in. The one place where a message from before the last re-formation is dropped.
+    ///
+    /// **Errors**: [`FabricError::Duplicate`] if a frame with this tag is still waiting.
+    pub fn deliver(&self, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+        let mut state = self.lock();
+        if tag.generation < state.generation {
+            return Ok(());
+        }
+        if state.frames.insert(tag, parts).is_some() {
+            return Err(FabricError::Duplicate { tag });
+        }
+        self.arrived.notify_all();
+        Ok(())
+    }
+
+    /// Takes the frame with this tag, waiting for it for at most `patience`.
+    ///
+    /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] the reason.
+    pub fn receive(&self, tag: Tag, patience: Duration) -> Result<Vec<Region>, FabricError> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.lock();
+        loop {
+            if let Some(reason) = &state.aborted {
+                return Err(FabricError::Aborted { reason: reason.clone() });
+            }
+            if let Some(parts) = state.frames.remove(&tag) {
+                return Ok(parts);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(FabricError::Timeout { tag, waited_s: patience.as_secs_f64() });
+            }
+            let waited = self.arrived.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends every present and future wait.
+    pub fn abort(&self, reason: &str) {
+        self.lock().aborted.get_or_insert_with(|| reason.to_owned());
+        self.arrived.notify_all();
+    }
+
+    /// Starts a new generation: frames of earlier ones are dropped, waits work again.
+    pub fn enter_generation(&self, generation: u32) {
+        let mut state = self.lock();
+        state.generation = generation;
+        state.aborted = None;
+        state.frames.retain(|tag, _| tag.generation >= generation);
+    }
+
+    /// Number of frames that nobody has taken.
+    pub fn len(&self) -> usize {
+        self.lock().frames.len()
+    }
+
+    /// Whether every frame has been taken.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

@@ -1,0 +1,206 @@
+//! The fabric inside one process: a frame is handed over as it is, nothing is copied.
+//!
+//! For tests it can hold frames back for a seeded random time, which also reorders them, and keep a ledger of what was sent.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+
+use super::inbox::Inbox;
+use super::{FabricError, Region, Tag};
+
+/// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
+#[derive(Clone, Copy, Debug)]
+pub struct Disturbance {
+    /// Seed of the delays.
+    pub seed: u64,
+    /// Longest delay of a frame.
+    pub max_delay: Duration,
+}
+
+/// What a network is made with.
+#[derive(Clone, Copy, Debug)]
+pub struct LocalOptions {
+    /// How long a wait may last before it is an error.
+    pub patience: Duration,
+    /// Delays for tests.
+    pub disturbance: Option<Disturbance>,
+    /// Keep every sent frame's address and size for [`LocalNetwork::ledger`].
+    pub keep_ledger: bool,
+}
+
+impl Default for LocalOptions {
+    /// Five minutes of patience: a lost peer is told by an abort at once; the deadline is for what nobody noticed.
+    fn default() -> Self {
+        LocalOptions { patience: Duration::from_secs(300), disturbance: None, keep_ledger: false }
+    }
+}
+
+/// One line of the ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sent {
+    /// Address of the frame.
+    pub tag: Tag,
+    /// Rank it went to.
+    pub to: usize,
+    /// **Units**: payload bytes.
+    pub bytes: usize,
+}
+
+/// All ranks of one process.
+pub struct LocalNetwork {
+    inboxes: DashMap<usize, Arc<Inbox>>,
+    options: LocalOptions,
+    delayed: Option<Mutex<Sender<Delayed>>>,
+    ledger: Mutex<Vec<Sent>>,
+}
+
+struct Delayed {
+    due: Instant,
+    inbox: Arc<Inbox>,
+    tag: Tag,
+    parts: Vec<Region>,
+}
+
+impl LocalNetwork {
+    /// A network without ranks.
+    pub fn new(options: LocalOptions) -> Arc<Self> {
+        let delayed = options.disturbance.map(|_| {
+            let (sender, receiver) = channel();
+            std::thread::spawn(move || hold_back(&receiver));
+            Mutex::new(sender)
+        });
+        Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delayed, ledger: Mutex::new(Vec::new()) })
+    }
+
+    /// Adds a rank and returns its end of the network.
+    pub fn join(self: &Arc<Self>, rank: usize) -> Endpoint {
+        let inbox = Arc::new(Inbox::default());
+        self.inboxes.insert(rank, inbox.clone());
+        Endpoint { rank, inbox, network: self.clone(), sent_bytes: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// Every frame sent so far, in order of address; empty unless the network keeps a ledger.
+    pub fn ledger(&self) -> Vec<Sent> {
+        let mut lines = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        lines.sort();
+        lines
+    }
+
+    fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+        let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
+        if self.options.keep_ledger {
+            let bytes = parts.iter().map(Region::len).sum();
+            self.ledger.lock().unwrap_or_else(PoisonError::into_inner).push(Sent { tag, to, bytes });
+        }
+        match (&self.delayed, self.options.disturbance) {
+            (Some(queue), Some(disturbance)) => {
+                let due = Instant::now() + delay_of(disturbance, &tag, to);
+                let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                queue.send(Delayed { due, inbox, tag, parts }).map_err(|_| FabricError::NoSuchRank { to })
+            }
+            _ => inbox.deliver(tag, parts),
+        }
+    }
+}
+
+fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
+    let words =
+        [tag.step, u64::from(tag.stage), u64::from(tag.micro_batch), u64::from(tag.layer), tag.kind as u64, to as u64];
+    let mut mixed = disturbance.seed ^ u64::from(tag.source);
+    for word in words {
+        mixed = (mixed ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^= mixed >> 29;
+    }
+    disturbance.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
+}
+
+/// Delivers each frame when it is due; ends when the network is gone.
+fn hold_back(queue: &Receiver<Delayed>) {
+    let mut waiting: BinaryHeap<Reverse<(Instant, u64)>> = BinaryHeap::new();
+    let mut frames = std::collections::HashMap::new();
+    for number in 0.. {
+        let next_due = waiting.peek().map(|Reverse((due, _))| due.saturating_duration_since(Instant::now()));
+        match queue.recv_timeout(next_due.unwrap_or(Duration::from_secs(3600))) {
+            Ok(frame) => {
+                waiting.push(Reverse((frame.due, number)));
+                frames.insert(number, frame);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        while let Some(&Reverse((due, number))) = waiting.peek() {
+            if due > Instant::now() {
+                break;
+            }
+            waiting.pop();
+            if let Some(Delayed { inbox, tag, parts, .. }) = frames.remove(&number)
+                && let Err(error) = inbox.deliver(tag, parts)
+            {
+                inbox.abort(&error.to_string());
+            }
+        }
+    }
+}
+
+/// One rank's end of the network.
+#[derive(Clone)]
+pub struct Endpoint {
+    rank: usize,
+    inbox: Arc<Inbox>,
+    network: Arc<LocalNetwork>,
+    sent_bytes: Arc<AtomicU64>,
+}
+
+impl Endpoint {
+    /// The rank this end belongs to.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Hands a frame to another rank (or to this one). Never blocks.
+    ///
+    /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`].
+    pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+        let bytes: usize = parts.iter().map(Region::len).sum();
+        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.network.send(to, tag, parts)
+    }
+
+    /// Waits for the frame with this tag.
+    ///
+    /// **Errors**: [`FabricError::Timeout`] after the network's patience, [`FabricError::Aborted`] at once on an abort.
+    pub fn receive(&self, tag: Tag) -> Result<Vec<Region>, FabricError> {
+        self.inbox.receive(tag, self.network.options.patience)
+    }
+
+    /// How long a wait on this network may last.
+    pub fn patience(&self) -> Duration {
+        self.network.options.patience
+    }
+
+    /// Ends every present and future wait of this rank.
+    pub fn abort(&self, reason: &str) {
+        self.inbox.abort(reason);
+    }
+
+    /// **Units**: payload bytes sent since the rank joined.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Frames that arrived and were not taken: none, between steps.
+    pub fn num_waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
+    /// Starts a new generation: see [`Inbox::enter_generation`].
+    pub fn enter_generation(&self, generation: u32) {
+        self.inbox.enter_generation(generation);
+    }
+}

@@ -1,0 +1,147 @@
+//! The data plane: tagged frames of memory regions between ranks. Control never goes this way, tensors never any other.
+//!
+//! Knows ranks and bytes, no tensors and no schedule.
+
+mod inbox;
+mod local;
+mod region;
+mod tag;
+
+pub use inbox::Inbox;
+pub use local::{Disturbance, Endpoint, LocalNetwork, LocalOptions, Sent};
+pub use region::{Memory, Region};
+pub use tag::{FrameKind, Phase, Tag};
+
+/// What can go wrong between two ranks.
+#[derive(Debug, thiserror::Error)]
+pub enum FabricError {
+    /// The deadline of a wait passed.
+    #[error("waited {waited_s:.0} s for {tag}, which never came")]
+    Timeout {
+        /// What was waited for.
+        tag: Tag,
+        /// **Units**: seconds.
+        waited_s: f64,
+    },
+    /// The rank gave up.
+    #[error("aborted: {reason}")]
+    Aborted {
+        /// Why.
+        reason: String,
+    },
+    /// Two frames with one tag.
+    #[error("a second frame came for {tag}")]
+    Duplicate {
+        /// The tag.
+        tag: Tag,
+    },
+    /// The destination is not on this network.
+    #[error("there is no rank {to} on this network")]
+    NoSuchRank {
+        /// The destination.
+        to: usize,
+    },
+    /// A frame does not hold what its tag promises.
+    #[error("{tag}: expected {expected}, got {got}")]
+    Content {
+        /// The tag.
+        tag: Tag,
+        /// What the receiver needs.
+        expected: String,
+        /// What was in the frame.
+        got: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn tag(step: u64, generation: u32) -> Tag {
+        Tag {
+            job: 1,
+            generation,
+            phase: Phase::Train,
+            step,
+            kind: FrameKind::Activation,
+            stage: 0,
+            micro_batch: 0,
+            layer: 0,
+            hop: 0,
+            source: 0,
+        }
+    }
+
+    fn bytes(value: u8) -> Vec<Region> {
+        vec![Region::new(vec![value])]
+    }
+
+    #[test]
+    fn frames_are_handed_over_without_a_copy_whatever_their_order() {
+        let network = LocalNetwork::new(LocalOptions::default());
+        let (a, b) = (network.join(0), network.join(1));
+        let payload = vec![7_u8; 16];
+        let address = payload.as_ptr();
+        a.send(1, tag(2, 0), bytes(2)).unwrap();
+        a.send(1, tag(1, 0), vec![Region::new(payload)]).unwrap();
+        let got = b.receive(tag(1, 0)).unwrap().remove(0).downcast::<Vec<u8>>().unwrap();
+        assert_eq!(got.as_ptr(), address);
+        assert_eq!(b.receive(tag(2, 0)).unwrap()[0].bytes(), [2]);
+        assert_eq!(a.sent_bytes(), 17);
+        assert_eq!(b.num_waiting(), 0);
+    }
+
+    #[test]
+    fn a_wait_ends_at_its_deadline_and_names_what_it_waited_for() {
+        let options = LocalOptions { patience: Duration::from_millis(20), ..LocalOptions::default() };
+        let endpoint = LocalNetwork::new(options).join(0);
+        let error = endpoint.receive(tag(3, 0)).err().unwrap().to_string();
+        assert!(error.contains("step 3") && error.contains("Activation"), "{error}");
+    }
+
+    #[test]
+    fn an_abort_ends_a_wait_at_once() {
+        let endpoint = LocalNetwork::new(LocalOptions::default()).join(0);
+        let waiter = endpoint.clone();
+        let started = Instant::now();
+        let thread = std::thread::spawn(move || waiter.receive(tag(1, 0)).err().unwrap().to_string());
+        endpoint.abort("rank 3 is gone");
+        assert_eq!(thread.join().unwrap(), "aborted: rank 3 is gone");
+        assert!(started.elapsed() < Duration::from_secs(100));
+    }
+
+    #[test]
+    fn frames_of_an_earlier_generation_are_dropped() {
+        let network = LocalNetwork::new(LocalOptions::default());
+        let endpoint = network.join(0);
+        endpoint.send(0, tag(1, 0), bytes(1)).unwrap();
+        endpoint.abort("lost");
+        endpoint.enter_generation(1);
+        endpoint.send(0, tag(2, 0), bytes(2)).unwrap();
+        assert_eq!(endpoint.num_waiting(), 0);
+        endpoint.send(0, tag(2, 1), bytes(3)).unwrap();
+        assert_eq!(endpoint.receive(tag(2, 1)).unwrap()[0].bytes(), [3]);
+    }
+
+    #[test]
+    fn a_second_frame_under_one_tag_is_an_error() {
+        let network = LocalNetwork::new(LocalOptions::default());
+        let endpoint = network.join(0);
+        endpoint.send(0, tag(1, 0), bytes(1)).unwrap();
+        assert!(matches!(endpoint.send(0, tag(1, 0), bytes(1)), Err(FabricError::Duplicate { .. })));
+    }
+
+    #[test]
+    fn delayed_frames_all_arrive() {
+        let disturbance = Some(Disturbance { seed: 5, max_delay: Duration::from_millis(3) });
+        let network = LocalNetwork::new(LocalOptions { disturbance, ..LocalOptions::default() });
+        let endpoint = network.join(0);
+        for step in 0..50 {
+            endpoint.send(0, tag(step, 0), bytes(step as u8)).unwrap();
+        }
+        for step in 0..50 {
+            assert_eq!(endpoint.receive(tag(step, 0)).unwrap()[0].bytes(), [step as u8]);
+        }
+    }
+}

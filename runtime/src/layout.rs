@@ -1,0 +1,186 @@
+//! Which layers stand in which pipeline stage, and (`memory`) what that asks of a rank's memory.
+//!
+//! Pure arithmetic on a model's shapes, used by `contraflow plan` before anything starts and by the ranks
+//! when they build their stages. Knows no schedule: who holds which stages, and how many chunks are alive at
+//! once, the caller says.
+
+mod memory;
+
+use std::cmp::Reverse;
+
+pub use memory::{MemoryQuery, rank_figures};
+
+use crate::cost;
+use crate::model_config::ModelConfig;
+use crate::schedule::program::StageLayout;
+
+/// Divides the layers among `num_stages` contiguous stages of at least one layer so that the costliest stage
+/// is as cheap as can be, and among those divisions the costs are as even as can be (least sum of squares);
+/// what is still equal is decided for later cuts. The cost of a stage is its forward FLOPs per token, the
+/// head and multi-token prediction included in the last one's.
+///
+/// **Errors**: no stages, or fewer layers than stages, in words.
+pub fn split_layers(
+    config: &ModelConfig,
+    num_stages: usize,
+    sequence_length: usize,
+) -> Result<Vec<StageLayout>, String> {
+    let num_layers = config.num_hidden_layers;
+    if num_stages == 0 || num_stages > num_layers {
+        return Err(format!(
+            "expected from 1 to {num_layers} stages, one layer each at least, got {num_stages}"
+        ));
+    }
+    let mut costs: Vec<u64> = (0..num_layers)
+        .map(|layer| cost::layer_flops(config, config.layer_kind(layer), sequence_length))
+        .collect();
+    let mtp = config.mtp_layer().map_or(0, |_| cost::mtp_flops(config, sequence_length));
+    costs[num_layers - 1] += cost::head_flops(config) + mtp;
+
+    let cuts = cut(&costs, num_stages);
+    let stages = cuts.windows(2).enumerate().map(|(stage, range)| {
+        let is_last = stage + 1 == num_stages;
+        StageLayout {
+            first_layer: range[0],
+            layers: (range[0]..range[1]).map(|layer| config.layer_kind(layer)).collect(),
+            embedding: stage == 0,
+            head: is_last,
+            mtp_layer: config.mtp_layer().filter(|_| is_last),
+        }
+    });
+    Ok(stages.collect())
+}
+
+/// The best cut of `costs` into `parts` runs: the index where each part begins, and the end.
+fn cut(costs: &[u64], parts: usize) -> Vec<usize> {
+    let limit = least_maximum(costs, parts);
+    let sums = prefix_sums(costs);
+    // best[p][end]: for the first `end` items in `p` parts, none above the limit, the least sum of squared
+    // costs and where the last part begins.
+    let mut best = vec![vec![None; costs.len() + 1]; parts + 1];
+    best[0][0] = Some((0, 0));
+    for part in 1..=parts {
+        for end in 1..=costs.len() {
+            let options = (0..end).filter_map(|start| {
+                let (before, _) = best[part - 1][start]?;
+                let last = sums[end] - sums[start];
+                (last <= limit).then(|| (before + u128::from(last).pow(2), start))
+            });
+            best[part][end] = options.min_by_key(|&(squares, start)| (squares, Reverse(start)));
+        }
+    }
+    let mut cuts = vec![costs.len()];
+    for part in (1..=parts).rev() {
+        let end = cuts[cuts.len() - 1];
+        cuts.push(best[part][end].expect("the limit was found with as many parts").1);
+    }
+    cuts.reverse();
+    cuts
+}
+
+/// The cost of the costliest run in the best cut of `costs` into `parts` runs.
+fn least_maximum(costs: &[u64], parts: usize) -> u64 {
+    let sums = prefix_sums(costs);
+    let mut best = sums.clone();
+    for part in 1..parts {
+        // From the end, so that every entry still read belongs to one part fewer.
+        for end in (part + 1..=costs.len()).rev() {
+            let options = (part..end).map(|start| best[start].max(sums[end] - sums[start]));
+            best[end] = options.min().expect("a part has an item");
+        }
+    }
+    best[costs.len()]
+}
+
+fn prefix_sums(costs: &[u64]) -> Vec<u64> {
+    let mut sums = vec![0];
+    sums.extend(costs.iter().scan(0, |sum, cost| {
+        *sum += cost;
+        Some(*sum)
+    }));
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::recipe::builtin;
+
+    /// Every cut of `costs` into `parts` runs, judged by (maximum, sum of squares).
+    fn best_by_brute_force(costs: &[u64], parts: usize) -> (u64, u128) {
+        if parts == 1 {
+            let sum: u64 = costs.iter().sum();
+            return (sum, u128::from(sum).pow(2));
+        }
+        let mut all = Vec::new();
+        all_cuts(costs, parts, (0, 0), &mut all);
+        all.into_iter().min().unwrap()
+    }
+
+    fn all_cuts(costs: &[u64], parts: usize, so_far: (u64, u128), all: &mut Vec<(u64, u128)>) {
+        let with = |run: &[u64]| {
+            let sum: u64 = run.iter().sum();
+            (so_far.0.max(sum), so_far.1 + u128::from(sum).pow(2))
+        };
+        if parts == 1 {
+            all.push(with(costs));
+            return;
+        }
+        for end in 1..=costs.len() - (parts - 1) {
+            all_cuts(&costs[end..], parts - 1, with(&costs[..end]), all);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn cuts_are_the_best_there_are(costs in prop::collection::vec(1u64..20, 1..10), parts in 0usize..10) {
+            let parts = 1 + parts % costs.len();
+            let cuts = cut(&costs, parts);
+            prop_assert_eq!(cuts.len(), parts + 1);
+            prop_assert_eq!((cuts[0], cuts[parts]), (0, costs.len()));
+            prop_assert!(cuts.windows(2).all(|range| range[0] < range[1]));
+            let sums = cuts.windows(2).map(|range| costs[range[0]..range[1]].iter().sum::<u64>());
+            let maximum = sums.clone().max().unwrap();
+            let squares = sums.map(|sum| u128::from(sum).pow(2)).sum::<u128>();
+            prop_assert_eq!((maximum, squares), best_by_brute_force(&costs, parts));
+        }
+    }
+
+    #[test]
+    fn stages_cover_the_model_in_order() {
+        let config = builtin::model("deepseek-v3").unwrap();
+        for num_stages in [1, 2, 16, 61] {
+            let stages = split_layers(&config, num_stages, 4096).unwrap();
+            assert_eq!(stages.len(), num_stages);
+            let mut next = 0;
+            for (index, stage) in stages.iter().enumerate() {
+                assert_eq!(stage.first_layer, next);
+                assert!(!stage.layers.is_empty());
+                for (offset, &kind) in stage.layers.iter().enumerate() {
+                    assert_eq!(kind, config.layer_kind(next + offset));
+                }
+                next += stage.layers.len();
+                let is_last = index + 1 == num_stages;
+                assert_eq!((stage.embedding, stage.head), (index == 0, is_last));
+                assert_eq!(stage.mtp_layer, is_last.then_some(61));
+            }
+            assert_eq!(next, 61);
+        }
+        assert_eq!(
+            split_layers(&config, 62, 4096).unwrap_err(),
+            "expected from 1 to 61 stages, one layer each at least, got 62"
+        );
+        assert!(split_layers(&config, 0, 4096).is_err());
+    }
+
+    #[test]
+    fn the_last_stage_makes_room_for_head_and_mtp() {
+        let config = builtin::model("deepseek-v3").unwrap();
+        let stages = split_layers(&config, 16, 4096).unwrap();
+        let sizes: Vec<_> = stages.iter().map(|stage| stage.layers.len()).collect();
+        assert!(sizes[15] < sizes[7], "{sizes:?}");
+        assert!(sizes.iter().all(|&size| size <= 4), "{sizes:?}");
+    }
+}

@@ -1,0 +1,13 @@
+//! How ranks act together: plans and programs, topology, the fabric, recipes.
+//!
+//! Knows ranks, stages and bytes; no tensors (that is `kernels`) and no layers' arithmetic (that is `workers`).
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod control;
+pub mod cost;
+pub mod fabric;
+pub mod layout;
+pub mod model_config;
+pub mod recipe;
+pub mod schedule;
+pub mod topology;

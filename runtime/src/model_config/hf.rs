@@ -1,0 +1,339 @@
+//! Reading and writing the HF `config.json` of a model.
+//!
+//! Published checkpoints write `rope_theta` beside `rope_scaling`; newer files put both into
+//! `rope_parameters`. Both are read, the former is written. Files carry many keys of no consequence here:
+//! those are passed over. What would change the model's arithmetic and is not built is refused by name.
+
+#[cfg(test)]
+mod tests;
+
+use std::ops::RangeInclusive;
+
+use serde_json::{Map, Value, json};
+
+use super::{ModelConfig, Yarn};
+use crate::recipe::Faults;
+
+/// Upper bounds far beyond any model, low enough that no product of sizes overflows 64 bits.
+const WIDTH: RangeInclusive<usize> = 1..=1 << 17;
+const HEAD_WIDTH: RangeInclusive<usize> = 1..=1 << 12;
+const EXPERTS: RangeInclusive<usize> = 1..=1 << 12;
+const LAYERS: RangeInclusive<usize> = 1..=1 << 10;
+const TABLE_ROWS: RangeInclusive<usize> = 1..=1 << 24;
+const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
+
+pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
+    let mut faults = Faults::default();
+    let object = match serde_json::from_str(text) {
+        Ok(Value::Object(object)) => object,
+        Ok(other) => {
+            faults.expected("", "an object with the keys of an HF config.json", words(&other));
+            return Err(faults);
+        }
+        Err(error) => {
+            faults.expected("", "valid JSON", error);
+            return Err(faults);
+        }
+    };
+    let mut reader = Reader { object: &object, prefix: "", faults };
+    reader.refuse_unsupported();
+    let config = reader.config();
+    let mut faults = reader.faults;
+    check_relations(&config, &mut faults);
+    faults.into_result(config)
+}
+
+/// Takes typed values out of one JSON object and notes what is wrong with them.
+struct Reader<'a> {
+    object: &'a Map<String, Value>,
+    /// Path of the object in the file, with a dot behind it if not empty.
+    prefix: &'static str,
+    faults: Faults,
+}
+
+impl<'a> Reader<'a> {
+    /// Null and absent mean the same.
+    fn given(&self, key: &str) -> Option<&'a Value> {
+        self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    fn fault(&mut self, key: &str, expected: &str, got: Option<&Value>) {
+        let got = got.map_or_else(|| "nothing".to_string(), words);
+        self.faults.expected(format!("{}{key}", self.prefix), expected, got);
+    }
+
+    /// A whole number, or the lowest of the range where the file has none that is valid.
+    fn count(&mut self, key: &str, range: RangeInclusive<usize>, default: Option<usize>) -> usize {
+        let given = self.given(key);
+        let value = given.and_then(Value::as_u64).and_then(|value| usize::try_from(value).ok());
+        match (given, value, default) {
+            (_, Some(value), _) if range.contains(&value) => value,
+            (None, _, Some(default)) => default,
+            _ => {
+                let expected = format!("a whole number from {} to {}", range.start(), range.end());
+                self.fault(key, &expected, given);
+                *range.start()
+            }
+        }
+    }
+
+    fn optional_count(&mut self, key: &str, range: RangeInclusive<usize>) -> Option<usize> {
+        self.given(key).map(|_| self.count(key, range, None))
+    }
+
+    fn token_id(&mut self, key: &str) -> Option<u64> {
+        let given = self.given(key)?;
+        if given.as_u64().is_none() {
+            self.fault(key, "a token id", Some(given));
+        }
+        given.as_u64()
+    }
+
+    fn number(&mut self, key: &str, default: Option<f64>) -> f64 {
+        self.finite(key, default, "a number, 0 or more", |value| value >= 0.0)
+    }
+
+    fn positive(&mut self, key: &str, default: Option<f64>) -> f64 {
+        self.finite(key, default, "a number above 0", |value| value > 0.0)
+    }
+
+    fn finite(&mut self, key: &str, default: Option<f64>, expected: &str, admits: fn(f64) -> bool) -> f64 {
+        let given = self.given(key);
+        match (given, given.and_then(Value::as_f64), default) {
+            (_, Some(value), _) if value.is_finite() && admits(value) => value,
+            (None, _, Some(default)) => default,
+            _ => {
+                self.fault(key, expected, given);
+                1.0
+            }
+        }
+    }
+
+    fn flag(&mut self, key: &str) -> bool {
+        let given = self.given(key);
+        given.and_then(Value::as_bool).unwrap_or_else(|| {
+            self.fault(key, "true or false", given);
+            false
+        })
+    }
+
+    /// What the model's arithmetic is built for; anything else must not be read as if it were that.
+    fn refuse_unsupported(&mut self) {
+        if self.given("model_type") != Some(&json!("deepseek_v3")) {
+            self.fault("model_type", "\"deepseek_v3\"", self.given("model_type"));
+        }
+        let only = [
+            ("scoring_func", json!("sigmoid")),
+            ("topk_method", json!("noaux_tc")),
+            ("hidden_act", json!("silu")),
+            ("attention_bias", json!(false)),
+            ("rope_interleave", json!(true)),
+            ("tie_word_embeddings", json!(false)),
+        ];
+        for (key, supported) in only {
+            if let Some(given) = self.given(key).filter(|&given| *given != supported) {
+                self.fault(key, &format!("{supported}, the only form that is supported"), Some(given));
+            }
+        }
+        if let Some(dropout) = self.given("attention_dropout").filter(|value| value.as_f64() != Some(0.0)) {
+            self.fault("attention_dropout", "0, as dropout is not supported", Some(dropout));
+        }
+        if let Some(heads) = self.given("num_key_value_heads")
+            && Some(heads) != self.given("num_attention_heads")
+        {
+            let expected = "the same as num_attention_heads, as latent attention has no key groups";
+            self.fault("num_key_value_heads", expected, Some(heads));
+        }
+        if let Some(quantization) = self.given("quantization_config") {
+            let method = quantization.get("quant_method").unwrap_or(quantization);
+            self.fault("quantization_config", "none, as fp8 weights are not supported yet", Some(method));
+        }
+    }
+
+    fn config(&mut self) -> ModelConfig {
+        let (rope_theta, rope_scaling) = self.rope();
+        ModelConfig {
+            vocab_size: self.count("vocab_size", TABLE_ROWS, None),
+            hidden_size: self.count("hidden_size", WIDTH, None),
+            intermediate_size: self.count("intermediate_size", WIDTH, None),
+            moe_intermediate_size: self.count("moe_intermediate_size", WIDTH, None),
+            num_hidden_layers: self.count("num_hidden_layers", LAYERS, None),
+            first_k_dense_replace: self.count("first_k_dense_replace", 0..=*LAYERS.end(), None),
+            moe_layer_freq: self.count("moe_layer_freq", LAYERS, Some(1)),
+            num_attention_heads: self.count("num_attention_heads", HEAD_WIDTH, None),
+            q_lora_rank: self.optional_count("q_lora_rank", WIDTH),
+            kv_lora_rank: self.count("kv_lora_rank", WIDTH, None),
+            qk_nope_head_dim: self.count("qk_nope_head_dim", HEAD_WIDTH, None),
+            qk_rope_head_dim: self.count("qk_rope_head_dim", HEAD_WIDTH, None),
+            v_head_dim: self.count("v_head_dim", HEAD_WIDTH, None),
+            n_shared_experts: self.count("n_shared_experts", EXPERTS, None),
+            n_routed_experts: self.count("n_routed_experts", EXPERTS, None),
+            num_experts_per_tok: self.count("num_experts_per_tok", EXPERTS, None),
+            n_group: self.count("n_group", EXPERTS, None),
+            topk_group: self.count("topk_group", EXPERTS, None),
+            norm_topk_prob: self.flag("norm_topk_prob"),
+            routed_scaling_factor: self.positive("routed_scaling_factor", None),
+            rms_norm_eps: self.number("rms_norm_eps", Some(1e-6)),
+            rope_theta,
+            rope_scaling,
+            max_position_embeddings: self.count("max_position_embeddings", POSITIONS, None),
+            num_nextn_predict_layers: self.count("num_nextn_predict_layers", 0..=1, Some(0)),
+            initializer_range: self.number("initializer_range", Some(0.02)),
+            bos_token_id: self.token_id("bos_token_id"),
+            eos_token_id: self.token_id("eos_token_id"),
+        }
+    }
+
+    /// Theta and scaling from whichever of the two spellings the file has.
+    fn rope(&mut self) -> (f64, Option<Yarn>) {
+        let newer = self.given("rope_parameters");
+        let older = self.given("rope_scaling");
+        let mut theta = None;
+        if newer.is_none() {
+            theta = Some(self.positive("rope_theta", Some(10_000.0)));
+        }
+        let (key, prefix) = match newer {
+            Some(_) => ("rope_parameters", "rope_parameters."),
+            None => ("rope_scaling", "rope_scaling."),
+        };
+        let Some(given) = newer.or(older) else { return (theta.unwrap_or(10_000.0), None) };
+        let Value::Object(object) = given else {
+            self.fault(key, "an object", Some(given));
+            return (theta.unwrap_or(10_000.0), None);
+        };
+        let mut section = Reader { object, prefix, faults: std::mem::take(&mut self.faults) };
+        let theta = theta.unwrap_or_else(|| section.positive("rope_theta", Some(10_000.0)));
+        let scaling = section.scaling();
+        self.faults = section.faults;
+        (theta, scaling)
+    }
+
+    fn scaling(&mut self) -> Option<Yarn> {
+        let key = if self.given("rope_type").is_some() { "rope_type" } else { "type" };
+        match self.given(key).map(|kind| (kind, kind.as_str())) {
+            None | Some((_, Some("default"))) => None,
+            Some((_, Some("yarn"))) => Some(self.yarn()),
+            Some((kind, _)) => {
+                self.fault(key, "\"yarn\" or \"default\"", Some(kind));
+                None
+            }
+        }
+    }
+
+    fn yarn(&mut self) -> Yarn {
+        let only = [("truncate", json!(true)), ("attention_factor", Value::Null)];
+        for (key, supported) in only {
+            if let Some(given) = self.given(key).filter(|&given| *given != supported) {
+                self.fault(key, &format!("{supported}, the only form that is supported"), Some(given));
+            }
+        }
+        let mscale = self.given("mscale").map(|_| self.number("mscale", None));
+        let mscale_all_dim = self.given("mscale_all_dim").map(|_| self.number("mscale_all_dim", None));
+        Yarn {
+            factor: self.positive("factor", None),
+            beta_fast: self.positive("beta_fast", Some(32.0)),
+            beta_slow: self.positive("beta_slow", Some(1.0)),
+            mscale,
+            mscale_all_dim,
+            original_max_position_embeddings: self.count("original_max_position_embeddings", POSITIONS, None),
+        }
+    }
+}
+
+/// Contradictions between keys; keys that are wrong by themselves have been reported and are left out.
+fn check_relations(config: &ModelConfig, faults: &mut Faults) {
+    if faults.spare(&["qk_rope_head_dim"]) && !config.qk_rope_head_dim.is_multiple_of(2) {
+        faults.expected("qk_rope_head_dim", "an even number", config.qk_rope_head_dim);
+    }
+    check_groups(config, faults);
+}
+
+fn check_groups(config: &ModelConfig, faults: &mut Faults) {
+    let &ModelConfig { n_routed_experts, n_group, topk_group, .. } = config;
+    if !faults.spare(&["n_routed_experts", "n_group", "topk_group", "num_experts_per_tok"]) {
+        return;
+    }
+    if n_routed_experts % n_group != 0 {
+        faults.expected("n_group", format!("a divisor of n_routed_experts ({n_routed_experts})"), n_group);
+        return;
+    }
+    let group_size = n_routed_experts / n_group;
+    if n_group > 1 && group_size < 2 {
+        let expected = format!("groups of 2 experts or more (at most {} groups)", n_routed_experts / 2);
+        faults.expected("n_group", expected, n_group);
+    }
+    if topk_group > n_group {
+        faults.expected("topk_group", format!("at most n_group ({n_group})"), topk_group);
+    } else if config.num_experts_per_tok > topk_group * group_size {
+        let expected = format!("at most the {} experts of topk_group groups", topk_group * group_size);
+        faults.expected("num_experts_per_tok", expected, config.num_experts_per_tok);
+    }
+}
+
+/// A value as a reader of the message would name it.
+fn words(value: &Value) -> String {
+    match value {
+        Value::Array(_) => "a list".to_string(),
+        Value::Object(_) => "an object".to_string(),
+        other => other.to_string(),
+    }
+}
+
+pub(super) fn write(config: &ModelConfig) -> String {
+    let scaling = config.rope_scaling.as_ref().map(|yarn| {
+        let mut scaling = json!({
+            "type": "yarn",
+            "factor": yarn.factor,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        });
+        let temperature = [("mscale", yarn.mscale), ("mscale_all_dim", yarn.mscale_all_dim)];
+        for (key, value) in temperature.into_iter().filter_map(|(key, value)| Some((key, value?))) {
+            scaling[key] = json!(value);
+        }
+        scaling
+    });
+    let file = json!({
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "first_k_dense_replace": config.first_k_dense_replace,
+        "moe_layer_freq": config.moe_layer_freq,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "n_shared_experts": config.n_shared_experts,
+        "n_routed_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": config.norm_topk_prob,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": config.max_position_embeddings,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
+        "initializer_range": config.initializer_range,
+        "hidden_act": "silu",
+        "attention_bias": false,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": false,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "torch_dtype": "float32",
+        "use_cache": true,
+    });
+    format!("{file:#}\n")
+}

@@ -1,0 +1,220 @@
+//! Model files as they are published, and as they should not be.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::recipe::builtin;
+
+fn fixture(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity").join(name);
+    std::fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn both_spellings_give_the_same_model() {
+    for directory in ["qlora_grouped", "noqlora_flat", "yarn_mtp"] {
+        let newer = read(&fixture(&format!("{directory}/config.json"))).unwrap();
+        let older = read(&fixture(&format!("{directory}/config_deepseek.json"))).unwrap();
+        assert_eq!(newer, older, "{directory}");
+    }
+}
+
+#[test]
+fn values_are_those_of_the_file() {
+    let config = read(&fixture("noqlora_flat/config.json")).unwrap();
+    assert_eq!((config.q_lora_rank, config.qk_head_dim(), config.shared_intermediate_size()), (None, 28, 80));
+    assert_eq!((config.rope_theta, config.rms_norm_eps, config.norm_topk_prob), (50000.0, 1e-3, false));
+    assert_eq!((config.bos_token_id, config.eos_token_id), (Some(0), None));
+    let config = read(&fixture("yarn_mtp/config.json")).unwrap();
+    let yarn = config.yarn().unwrap();
+    assert_eq!((yarn.factor, yarn.mscale, yarn.original_max_position_embeddings), (4.0, Some(1.0), 512));
+    assert_eq!(config.mtp_layer(), Some(2));
+    let kinds: Vec<_> = (0..=2).map(|layer| config.is_moe_layer(layer)).collect();
+    assert_eq!(kinds, [false, true, true]);
+}
+
+#[test]
+fn yarn_is_in_force_only_beyond_the_original_context() {
+    let mut config = read(&fixture("yarn_mtp/config.json")).unwrap();
+    config.max_position_embeddings = 512;
+    assert_eq!(config.yarn(), None);
+    assert!(config.rope_scaling.is_some());
+}
+
+#[test]
+fn what_is_written_reads_back() {
+    let mut configs: Vec<_> =
+        builtin::model_names().into_iter().map(|name| builtin::model(name).unwrap()).collect();
+    let mut odd = configs[0].clone();
+    (odd.moe_layer_freq, odd.q_lora_rank, odd.rms_norm_eps) = (2, None, 1.0 / 3.0);
+    odd.rope_scaling = Some(Yarn {
+        factor: 2.5,
+        beta_fast: 16.0,
+        beta_slow: 2.0,
+        mscale: None,
+        mscale_all_dim: Some(0.5),
+        original_max_position_embeddings: 64,
+    });
+    configs.push(odd);
+    for config in configs {
+        assert_eq!(read(&write(&config)).unwrap(), config);
+    }
+}
+
+/// What is said about the tiny model after some keys were set or, with null, taken away.
+fn said(changes: Value) -> String {
+    let mut file: Value = serde_json::from_str(&write(&builtin::model("tiny").unwrap())).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        file[key] = value.clone();
+    }
+    read(&file.to_string()).map_or_else(|faults| faults.to_string(), |_| "nothing".to_string())
+}
+
+#[test]
+fn faults_of_a_file() {
+    let yarn = json!({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64});
+    let cases = [
+        (json!({"a_key_of_no_consequence": [1]}), "nothing"),
+        (json!({"rope_parameters": yarn}), "nothing"),
+        (json!({"model_type": "llama"}), "model_type: expected \"deepseek_v3\", got \"llama\""),
+        (json!({"hidden_size": null}), "hidden_size: expected a whole number from 1 to 131072, got nothing"),
+        (json!({"hidden_size": 0}), "hidden_size: expected a whole number from 1 to 131072, got 0"),
+        (json!({"hidden_size": 8.5}), "hidden_size: expected a whole number from 1 to 131072, got 8.5"),
+        (json!({"norm_topk_prob": "yes"}), "norm_topk_prob: expected true or false, got \"yes\""),
+        (json!({"rope_theta": -1}), "rope_theta: expected a number above 0, got -1"),
+        (json!({"rms_norm_eps": -1}), "rms_norm_eps: expected a number, 0 or more, got -1"),
+        (json!({"rope_theta": 0}), "rope_theta: expected a number above 0, got 0"),
+        (json!({"eos_token_id": [1]}), "eos_token_id: expected a token id, got a list"),
+        (
+            json!({"num_nextn_predict_layers": 2}),
+            "num_nextn_predict_layers: expected a whole number from 0 to 1, got 2",
+        ),
+        (
+            json!({"scoring_func": "softmax"}),
+            "scoring_func: expected \"sigmoid\", the only form that is supported, got \"softmax\"",
+        ),
+        (
+            json!({"topk_method": "greedy"}),
+            "topk_method: expected \"noaux_tc\", the only form that is supported, got \"greedy\"",
+        ),
+        (
+            json!({"hidden_act": "gelu"}),
+            "hidden_act: expected \"silu\", the only form that is supported, got \"gelu\"",
+        ),
+        (
+            json!({"attention_bias": true}),
+            "attention_bias: expected false, the only form that is supported, got true",
+        ),
+        (
+            json!({"rope_interleave": false}),
+            "rope_interleave: expected true, the only form that is supported, got false",
+        ),
+        (
+            json!({"tie_word_embeddings": true}),
+            "tie_word_embeddings: expected false, the only form that is supported, got true",
+        ),
+        (
+            json!({"attention_dropout": 0.1}),
+            "attention_dropout: expected 0, as dropout is not supported, got 0.1",
+        ),
+        (
+            json!({"num_key_value_heads": 2}),
+            "num_key_value_heads: expected the same as num_attention_heads, as latent attention has no key \
+             groups, got 2",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
+            "quantization_config: expected none, as fp8 weights are not supported yet, got \"fp8\"",
+        ),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 2}}),
+            "rope_scaling.type: expected \"yarn\" or \"default\", got \"linear\"",
+        ),
+        (
+            json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": "x"}}),
+            "rope_parameters.rope_theta: expected a number above 0, got \"x\"\n\
+             rope_parameters.factor: expected a number above 0, got nothing\n\
+             rope_parameters.original_max_position_embeddings: expected a whole number from 1 to \
+             1073741824, got nothing",
+        ),
+        (json!({"qk_rope_head_dim": 15}), "qk_rope_head_dim: expected an even number, got 15"),
+        (
+            json!({"num_experts_per_tok": 9}),
+            "num_experts_per_tok: expected at most the 4 experts of topk_group groups, got 9",
+        ),
+        (json!({"n_group": 3}), "n_group: expected a divisor of n_routed_experts (8), got 3"),
+        (json!({"n_group": 8}), "n_group: expected groups of 2 experts or more (at most 4 groups), got 8"),
+        (json!({"topk_group": 5}), "topk_group: expected at most n_group (4), got 5"),
+        (
+            json!({"vocab_size": "many", "hidden_act": "gelu"}),
+            "hidden_act: expected \"silu\", the only form that is supported, got \"gelu\"\n\
+             vocab_size: expected a whole number from 1 to 16777216, got \"many\"",
+        ),
+    ];
+    for (changes, message) in cases {
+        assert_eq!(said(changes.clone()), message, "{changes}");
+    }
+    assert_eq!(
+        read("[1]").unwrap_err().to_string(),
+        "expected an object with the keys of an HF config.json, got a list"
+    );
+    assert!(read("{").unwrap_err().to_string().starts_with("expected valid JSON, got "));
+}
+
+#[test]
+fn the_largest_model_counts_within_64_bits() {
+    let largest = json!({
+        "vocab_size": TABLE_ROWS.end(), "hidden_size": WIDTH.end(), "intermediate_size": WIDTH.end(),
+        "moe_intermediate_size": WIDTH.end(), "num_hidden_layers": LAYERS.end(), "first_k_dense_replace": 0,
+        "num_attention_heads": HEAD_WIDTH.end(), "num_key_value_heads": HEAD_WIDTH.end(),
+        "q_lora_rank": WIDTH.end(), "kv_lora_rank": WIDTH.end(), "qk_nope_head_dim": HEAD_WIDTH.end(),
+        "qk_rope_head_dim": HEAD_WIDTH.end(), "v_head_dim": HEAD_WIDTH.end(),
+        "n_shared_experts": EXPERTS.end(), "n_routed_experts": EXPERTS.end(),
+        "num_experts_per_tok": EXPERTS.end(), "n_group": 1, "topk_group": 1,
+    });
+    let mut file: Value = serde_json::from_str(&write(&builtin::model("tiny").unwrap())).unwrap();
+    file.as_object_mut().unwrap().extend(largest.as_object().unwrap().clone());
+    let config = read(&file.to_string()).unwrap();
+    // Arithmetic is checked for overflow in tests.
+    let parameters = crate::cost::parameters(&config);
+    assert!(parameters.total > 1 << 56 && 12 * u128::from(parameters.total) < 1 << 64);
+    assert!(crate::cost::training_flops_per_token(&config, 1 << 20) > 1 << 56);
+}
+
+proptest! {
+    #[test]
+    fn no_mutation_makes_it_panic(key in any::<prop::sample::Index>(), value in any_json()) {
+        let mut file: Value = serde_json::from_str(&write(&builtin::model("deepseek-v3").unwrap())).unwrap();
+        let file = file.as_object_mut().unwrap();
+        let name = key.get(&file.keys().cloned().collect::<Vec<_>>()).clone();
+        file.insert(name, value);
+        if let Ok(config) = read(&Value::Object(file.clone()).to_string()) {
+            prop_assert_eq!(read(&write(&config)).unwrap(), config);
+        }
+    }
+}
+
+/// Numbers whose decimal form is short enough for `serde_json` to read back exactly; with 17 digits it may miss
+/// the last bit.
+fn eighths() -> impl Strategy<Value = f64> {
+    (-40i32..4000).prop_map(|count| f64::from(count) / 8.0)
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i32>().prop_map(Value::from),
+        Just(json!(i64::MIN)),
+        (-2i64..600).prop_map(Value::from),
+        eighths().prop_map(Value::from),
+        "[a-z]{0,8}".prop_map(Value::from),
+        Just(json!([1])),
+        Just(json!({"type": "yarn", "factor": "x"})),
+        eighths().prop_map(
+            |factor| json!({"type": "yarn", "factor": factor, "original_max_position_embeddings": 7})
+        ),
+    ]
+}

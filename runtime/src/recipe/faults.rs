@@ -1,0 +1,90 @@
+//! What is wrong with a recipe or a model file: a list, so that the user mends everything in one go.
+//!
+//! Knows no recipe: paths are text.
+
+use std::fmt;
+
+/// What is to be done about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The user mends it.
+    Config,
+    /// Trying again may help.
+    Transient,
+    /// A rank is gone: form anew.
+    Lost,
+    /// A number is not finite: stop or roll back, keep the evidence.
+    Numeric,
+    /// A broken invariant: a defect of this program.
+    Bug,
+}
+
+/// One thing to mend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Where: `section.key`, or the name of a file.
+    pub path: String,
+    /// What was expected and what came.
+    pub message: String,
+}
+
+/// Everything that is wrong, in the order it was found. Nothing is wrong with an empty list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// The faults.
+    pub list: Vec<Fault>,
+}
+
+impl Faults {
+    /// Notes a fault in free words.
+    pub fn push(&mut self, path: impl Into<String>, message: impl Into<String>) {
+        self.list.push(Fault { path: path.into(), message: message.into() });
+    }
+
+    /// Notes a fault as "expected ..., got ...".
+    pub fn expected(&mut self, path: impl Into<String>, expected: impl fmt::Display, got: impl fmt::Display) {
+        self.push(path, format!("expected {expected}, got {got}"));
+    }
+
+    /// Takes over the faults of a part, whose paths continue `prefix`.
+    pub fn adopt(&mut self, prefix: &str, part: Faults) {
+        self.list.extend(part.list.into_iter().map(|fault| {
+            let separator = if fault.path.is_empty() { "" } else { "." };
+            Fault { path: format!("{prefix}{separator}{}", fault.path), message: fault.message }
+        }));
+    }
+
+    /// Whether none of these paths, nor anything under them, has a fault yet: only then does a relation
+    /// between their values mean something.
+    pub fn spare(&self, paths: &[&str]) -> bool {
+        !self.list.iter().any(|fault| {
+            paths.iter().any(|path| {
+                fault.path.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            })
+        })
+    }
+
+    /// The value, if nothing is wrong.
+    pub fn into_result<T>(self, value: T) -> Result<T, Faults> {
+        if self.list.is_empty() { Ok(value) } else { Err(self) }
+    }
+
+    /// Always [`ErrorKind::Config`]: the user mends it.
+    pub fn kind(&self) -> ErrorKind {
+        ErrorKind::Config
+    }
+}
+
+impl fmt::Display for Faults {
+    /// One line per fault.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, fault) in self.list.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "\n" };
+            let colon = if fault.path.is_empty() { "" } else { ": " };
+            write!(f, "{separator}{}{colon}{}", fault.path, fault.message)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Faults {}

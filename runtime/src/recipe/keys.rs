@@ -1,0 +1,252 @@
+//! Every key of a recipe: its type and range, its default, and what it means, in the order they are written
+//! down.
+//!
+//! The one table that checks, fills, documents and prints recipes. The sections hold the same keys as typed
+//! fields.
+
+use toml::Value;
+
+/// One key of a recipe.
+#[derive(Clone, Copy, Debug)]
+pub struct KeyDoc {
+    /// `section.key`.
+    pub path: &'static str,
+    /// What it may be.
+    pub kind: KeyKind,
+    /// What it is where the recipe does not say.
+    pub default: KeyDefault,
+    /// What it means, in one line.
+    pub doc: &'static str,
+}
+
+/// Type and range of a value.
+#[derive(Clone, Copy, Debug)]
+pub enum KeyKind {
+    /// A whole number from the first to the second.
+    Count(u64, u64),
+    /// A finite number in a range.
+    Number(NumberRange),
+    /// A number, 0 or more, or a table of them over tokens.
+    Steps,
+    /// True or false.
+    Flag,
+    /// One of a few words.
+    Choice(&'static [&'static str]),
+    /// Any text but the empty one.
+    Text,
+    /// A list of texts.
+    Texts,
+}
+
+/// NumberRange of a number.
+#[derive(Clone, Copy, Debug)]
+pub enum NumberRange {
+    /// Above 0.
+    Positive,
+    /// 0 or more.
+    NonNegative,
+    /// From 0 to below 1.
+    BelowOne,
+}
+
+/// What a key is where the recipe does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyDefault {
+    /// The recipe must say.
+    Required,
+    /// A TOML value.
+    Value(&'static str),
+    /// Follows from other keys or from the model, in words.
+    Derived(&'static str),
+}
+
+/// Upper bounds beyond any run, low enough that steps x sequences x tokens stay within 64 bits.
+const AXIS: u64 = 1 << 12;
+const SEQUENCES: u64 = 1 << 20;
+const TOKENS_PER_SEQUENCE: u64 = 1 << 20;
+const STEPS: u64 = 1 << 23;
+const ANY: u64 = i64::MAX as u64;
+
+use KeyDefault::{Derived, Required, Value as Fixed};
+use KeyKind::{Choice, Count, Flag, Number, Steps, Text, Texts};
+use NumberRange::{BelowOne, NonNegative, Positive};
+
+const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'static str) -> KeyDoc {
+    KeyDoc { path, kind, default, doc }
+}
+
+/// The keys, section by section.
+#[rustfmt::skip]
+pub const KEYS: &[KeyDoc] = &[
+    key("model.config", Text, Required,
+        "A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json."),
+    key("parallel.pipeline", Count(1, AXIS), Fixed("1"), "Pipeline ranks."),
+    key("parallel.expert", Count(1, AXIS), Fixed("1"),
+        "Expert ranks: the routed experts are spread over them."),
+    key("parallel.data", Count(1, AXIS), Fixed("1"), "Data ranks: copies of everything else."),
+    key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b"]), Fixed("\"1f1b\""),
+        "Order of the work in the pipeline: dualpipe, dualpipev or 1f1b."),
+    key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),
+    key("training.steps", Count(1, STEPS), Required, "Optimizer updates."),
+    key("training.sequence_length", Count(2, TOKENS_PER_SEQUENCE), Required, "Tokens per sequence."),
+    key("training.global_batch_size", Count(1, SEQUENCES), Required, "Sequences per step, over all ranks."),
+    key("training.micro_batch_size", Count(1, SEQUENCES), Required,
+        "Sequences per micro-batch. Their number: global / (micro x expert x data), with both directions."),
+    key("training.ramp_start_batch_size", Count(0, SEQUENCES), Fixed("0"),
+        "Sequences per step at the start, when the batch ramps up."),
+    key("training.ramp_tokens", Count(0, ANY), Fixed("0"),
+        "Tokens over which the batch grows to its full size; 0: it does not."),
+    key("training.validation_sequences", Count(1, SEQUENCES), Fixed("64"),
+        "Sequences the final validation reads."),
+    key("training.init_std", Number(NonNegative), Derived("the model's initializer_range"),
+        "Standard deviation of fresh weights."),
+    key("training.seed", Count(0, ANY), Fixed("1"),
+        "Seed of the fresh weights and of the order of the sequences."),
+    key("optimizer.beta1", Number(BelowOne), Fixed("0.9"), "Decay of the first moment."),
+    key("optimizer.beta2", Number(BelowOne), Fixed("0.95"), "Decay of the second moment."),
+    key("optimizer.epsilon", Number(Positive), Fixed("1e-8"), "Added to the root of the second moment."),
+    key("optimizer.weight_decay", Number(NonNegative), Fixed("0.1"),
+        "Decoupled weight decay, per unit of learning rate."),
+    key("optimizer.decay", Choice(&["all", "matrices"]), Fixed("\"matrices\""),
+        "What decays: all, or matrices (tensors of more than one dimension)."),
+    key("optimizer.clip_norm", Number(Positive), Fixed("1.0"),
+        "Largest global norm of the gradients; longer ones are scaled down to it."),
+    key("lr.peak", Number(Positive), Required, "Highest learning rate."),
+    key("lr.warmup_steps", Count(0, STEPS), Fixed("0"), "Steps of the linear warm-up."),
+    key("lr.constant_tokens", Count(0, ANY), Fixed("0"),
+        "The peak lasts until so many tokens have been seen, warm-up included."),
+    key("lr.cosine_tokens", Count(0, ANY), Fixed("0"),
+        "Tokens of the half cosine from the peak down to the floor."),
+    key("lr.floor", Number(NonNegative), Derived("lr.peak: no decay"),
+        "Learning rate after the half cosine."),
+    key("balance.bias_speed", Steps, Fixed("0.001"),
+        "Change of a gate bias per step: a number, or a list of { from_tokens, value }; 0: none."),
+    key("balance.sequence_alpha", Number(NonNegative), Fixed("0.0001"),
+        "Weight of the sequence-wise balance loss; 0: none."),
+    key("mtp.weight", Steps, Derived("0.3, or 0 where the model has no multi-token prediction"),
+        "Weight of its loss: a number, or a list of { from_tokens, value }."),
+    key("data.paths", Texts, Fixed("[]"),
+        "Text files and folders; none: the Rust source of our own dependencies."),
+    key("tokenizer.kind", Choice(&["bytes"]), Fixed("\"bytes\""),
+        "bytes: one token per byte, and one for the end of a document."),
+    key("checkpoint.save_model", Flag, Fixed("true"),
+        "Whether the run ends by writing the weights as an HF directory."),
+    key("log.level", Choice(&["error", "warn", "info", "debug", "trace"]), Fixed("\"info\""),
+        "Least severe messages shown: error, warn, info, debug or trace."),
+];
+
+impl KeyDoc {
+    /// Section and key.
+    pub fn parts(&self) -> (&'static str, &'static str) {
+        self.path.split_once('.').expect("a path is section.key")
+    }
+
+    /// A valid value: the default, or where there is none the least there is. Stands in for a faulty value
+    /// while the rest of a recipe is checked.
+    pub(super) fn stand_in(&self) -> Value {
+        match (self.default, self.kind) {
+            (Fixed(text), _) => text.parse().expect("a default is a TOML value: a test reads them all"),
+            (_, Count(least, _)) => Value::Integer(least as i64),
+            (_, Number(_) | Steps) => Value::Float(0.0),
+            (_, Flag) => Value::Boolean(false),
+            (_, Choice(words)) => Value::String(words[0].to_string()),
+            (_, Text) => Value::String(String::new()),
+            (_, Texts) => Value::Array(Vec::new()),
+        }
+    }
+}
+
+impl NumberRange {
+    fn contains(self, value: f64) -> bool {
+        value.is_finite()
+            && match self {
+                Positive => value > 0.0,
+                NonNegative => value >= 0.0,
+                BelowOne => (0.0..1.0).contains(&value),
+            }
+    }
+}
+
+impl KeyKind {
+    /// The type and range in words.
+    pub fn words(self) -> String {
+        match self {
+            Count(least, ANY) => format!("a whole number, {least} or more"),
+            Count(least, most) => format!("a whole number from {least} to {most}"),
+            Number(Positive) => "a number above 0".to_string(),
+            Number(NonNegative) => "a number, 0 or more".to_string(),
+            Number(BelowOne) => "a number from 0 to below 1".to_string(),
+            Steps => "a number, 0 or more, or a list of { from_tokens, value } that starts at 0 and rises"
+                .to_string(),
+            Flag => "true or false".to_string(),
+            Choice([only]) => format!("\"{only}\""),
+            Choice(words) => format!("one of \"{}\"", words.join("\", \"")),
+            Text => "a text".to_string(),
+            Texts => "a list of texts".to_string(),
+        }
+    }
+
+    /// Whether a value is of this type and range.
+    pub(super) fn admits(self, value: &Value) -> bool {
+        match self {
+            Count(least, most) => value
+                .as_integer()
+                .and_then(|value| u64::try_from(value).ok())
+                .is_some_and(|value| (least..=most).contains(&value)),
+            Number(range) => number(value).is_some_and(|value| range.contains(value)),
+            Steps => match value {
+                Value::Array(steps) => are_steps(steps),
+                other => Number(NonNegative).admits(other),
+            },
+            Flag => value.is_bool(),
+            Choice(words) => value.as_str().is_some_and(|value| words.contains(&value)),
+            Text => value.as_str().is_some_and(|value| !value.is_empty()),
+            Texts => value.as_array().is_some_and(|list| list.iter().all(|text| Text.admits(text))),
+        }
+    }
+}
+
+/// Whole numbers are numbers too.
+fn number(value: &Value) -> Option<f64> {
+    value.as_float().or_else(|| value.as_integer().map(|value| value as f64))
+}
+
+fn are_steps(steps: &[Value]) -> bool {
+    let begins: Option<Vec<i64>> = steps
+        .iter()
+        .map(|step| {
+            let step = step.as_table().filter(|step| step.len() == 2)?;
+            Number(NonNegative).admits(step.get("value")?).then_some(())?;
+            step.get("from_tokens")?.as_integer()
+        })
+        .collect();
+    begins.is_some_and(|begins| begins.first() == Some(&0) && begins.is_sorted_by(|a, b| a < b))
+}
+
+/// The documented reference of all keys, as TOML with every default.
+pub fn reference() -> String {
+    document(|key| {
+        let name = key.parts().1;
+        match key.default {
+            Required => format!("# {name} = (required: {})", key.kind.words()),
+            Fixed(value) => format!("{name} = {value}"),
+            Derived(words) => format!("# {name} = ({words})"),
+        }
+    })
+}
+
+/// All sections and keys, each key under its doc, on the line that `line` makes of it.
+pub(super) fn document(line: impl Fn(&KeyDoc) -> String) -> String {
+    let mut text = String::new();
+    let mut current = "";
+    for key in KEYS {
+        let (section, _) = key.parts();
+        if section != current {
+            let blank = if current.is_empty() { "" } else { "\n" };
+            text += &format!("{blank}[{section}]\n");
+            current = section;
+        }
+        text += &format!("# {}\n{}\n", key.doc, line(key));
+    }
+    text
+}

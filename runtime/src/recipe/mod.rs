@@ -1,0 +1,250 @@
+//! The recipe: everything a run is told, as one checked value.
+//!
+//! First thing a job becomes. TOML text and `--set` overrides go through a table of keys (`keys`, `table`),
+//! the model's `config.json` is read, relations are checked, and the typed sections come out, or every fault
+//! at once. Knows no ranks at work, no data and no tensors.
+
+pub mod builtin;
+mod faults;
+mod keys;
+mod relations;
+mod sections;
+mod step_table;
+mod suggest;
+mod table;
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use toml::Value;
+
+pub use faults::{ErrorKind, Fault, Faults};
+pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
+pub use sections::{
+    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, LogLevel,
+    LogSection, LrSection, ModelSection, MtpSection, OptimizerSection, ParallelSection, TokenizerKind,
+    TokenizerSection, TrainingSection,
+};
+pub use step_table::{Step, StepTable};
+
+use crate::model_config::ModelConfig;
+use crate::schedule::ScheduleKind;
+use crate::topology::Topology;
+use table::RecipeTable;
+
+/// Where a recipe comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RecipeSource {
+    /// A built-in recipe, by name.
+    Builtin(String),
+    /// A TOML file.
+    File(PathBuf),
+}
+
+/// Everything a run is told. [`Recipe::load`] makes it, after all checks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: ModelSection,
+    /// Over how many ranks, and in which order they work.
+    pub parallel: ParallelSection,
+    /// How long and in which portions.
+    pub training: TrainingSection,
+    /// AdamW.
+    pub optimizer: OptimizerSection,
+    /// The learning rate.
+    pub lr: LrSection,
+    /// What keeps the routed experts evenly loaded.
+    pub balance: BalanceSection,
+    /// Multi-token prediction.
+    pub mtp: MtpSection,
+    /// What is read.
+    pub data: DataSection,
+    /// How text becomes tokens.
+    pub tokenizer: TokenizerSection,
+    /// What is kept.
+    pub checkpoint: CheckpointSection,
+    /// What is said while it runs.
+    pub log: LogSection,
+    /// The architecture that `model.config` names.
+    #[serde(skip, default = "stand_in_model")]
+    pub model_config: ModelConfig,
+}
+
+/// The override that sets `data.paths`.
+pub fn paths_override(paths: &[String]) -> String {
+    format!("data.paths={}", Value::from(paths.to_vec()))
+}
+
+/// What relations that do not concern the model are checked with while the model is unknown.
+fn stand_in_model() -> ModelConfig {
+    builtin::model("tiny").expect("the model of the default recipe is built in")
+}
+
+impl RecipeSource {
+    /// A built-in recipe if there is one of this name, else a file.
+    pub fn parse(text: &str) -> Self {
+        match builtin::recipe(text) {
+            Some(_) => Self::Builtin(text.to_string()),
+            None => Self::File(PathBuf::from(text)),
+        }
+    }
+
+    /// The name runs are called after: of the recipe, or of the file without its ending.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Builtin(name) => name.clone(),
+            Self::File(path) => path
+                .file_stem()
+                .map_or_else(|| "recipe".to_string(), |stem| stem.to_string_lossy().into_owned()),
+        }
+    }
+
+    fn text(&self) -> Result<String, Faults> {
+        let (name, reason) = match self {
+            Self::Builtin(name) => match builtin::recipe(name) {
+                Some(text) => return Ok(text.to_string()),
+                None => (name.clone(), "no recipe of that name".to_string()),
+            },
+            Self::File(path) => match std::fs::read_to_string(path) {
+                Ok(text) => return Ok(text),
+                Err(error) => (path.display().to_string(), error.to_string()),
+            },
+        };
+        let names = builtin::recipe_names();
+        let expected = format!("a built-in recipe ({}) or a TOML file", names.join(", "));
+        let mut faults = Faults::default();
+        faults.expected(&name, expected, format!("{reason}{}", suggest::for_name(&name, &names)));
+        Err(faults)
+    }
+
+    /// The folder that relative paths in the recipe start from.
+    fn folder(&self) -> &Path {
+        match self {
+            Self::Builtin(_) => Path::new(""),
+            Self::File(path) => path.parent().unwrap_or(Path::new("")),
+        }
+    }
+}
+
+impl Recipe {
+    /// Reads a recipe, applies `section.key=value` overrides, fills in defaults and checks everything.
+    ///
+    /// Override values are TOML; what is not TOML is taken as text. Relative paths start from the recipe's
+    /// folder, those of overrides from the working directory; they come out absolute.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn load(source: &RecipeSource, overrides: &[String]) -> Result<Self, Faults> {
+        let text = source.text()?;
+        let name = match source {
+            RecipeSource::Builtin(name) => name.clone(),
+            RecipeSource::File(path) => path.display().to_string(),
+        };
+        Self::from_toml(&text, &name, source.folder(), overrides)
+    }
+
+    fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
+        let mut table = RecipeTable::read(name, text, overrides)?;
+        table.resolve_paths(folder);
+        let model = read_model(&mut table);
+        derive(&mut table, &model);
+        let mut recipe: Recipe =
+            Value::Table(table.sections()).try_into().expect("a checked table has the types of the sections");
+        recipe.model_config = model;
+        let mut faults = table.faults;
+        relations::check(&recipe, &mut faults);
+        faults.into_result(recipe)
+    }
+
+    /// The whole recipe with every default written out and every key explained. Loads back to the same
+    /// recipe.
+    pub fn resolved_toml(&self) -> String {
+        let values = Value::try_from(self).expect("a recipe is numbers, texts and lists of them");
+        keys::document(|key| {
+            let (section, name) = key.parts();
+            match &values[section][name] {
+                Value::Float(small) if *small != 0.0 && *small < 1e-3 => format!("{name} = {small:e}"),
+                value => format!("{name} = {value}"),
+            }
+        })
+    }
+
+    /// The axes of the run.
+    pub fn topology(&self) -> Topology {
+        let &ParallelSection { pipeline, expert, data, .. } = &self.parallel;
+        Topology { pipeline, expert, data }
+    }
+
+    /// Pipeline stages.
+    pub fn stages(&self) -> usize {
+        self.parallel.schedule.stages(self.parallel.pipeline)
+    }
+
+    /// Every batch is a multiple of this many sequences: one micro-batch for each column of ranks and each
+    /// direction.
+    pub fn batch_unit(&self) -> usize {
+        self.training.micro_batch_size * self.topology().columns() * self.directions()
+    }
+
+    /// Micro-batches that each pipeline works on in a step of `batch_size` sequences, both directions
+    /// together.
+    pub fn micro_batches(&self, batch_size: usize) -> usize {
+        batch_size / (self.training.micro_batch_size * self.topology().columns())
+    }
+
+    /// Ends of the pipeline at which micro-batches enter.
+    fn directions(&self) -> usize {
+        if self.parallel.schedule == ScheduleKind::Dualpipe { 2 } else { 1 }
+    }
+}
+
+/// The model that `model.config` names; the stand-in, with the faults noted, where there is none.
+fn read_model(table: &mut RecipeTable) -> ModelConfig {
+    const PATH: &str = "model.config";
+    let name = table.text(PATH);
+    if !table.faults.spare(&[PATH]) {
+        return stand_in_model();
+    }
+    if let Some(model) = builtin::model(&name) {
+        return model;
+    }
+    let read = match std::fs::read_to_string(&name) {
+        Ok(text) => ModelConfig::from_hf_json(&text),
+        Err(error) => {
+            let names = builtin::model_names();
+            let mut faults = Faults::default();
+            let expected = format!("a built-in model ({}) or an HF config.json", names.join(", "));
+            let stem = Path::new(&name).file_stem().map_or("".into(), |stem| stem.to_string_lossy());
+            faults.expected("", expected, format!("{error}: {name}{}", suggest::for_name(&stem, &names)));
+            Err(faults)
+        }
+    };
+    read.unwrap_or_else(|faults| {
+        table.faults.adopt(PATH, faults);
+        stand_in_model()
+    })
+}
+
+/// Fills in what follows from other values.
+fn derive(table: &mut RecipeTable, model: &ModelConfig) {
+    if !table.is_given("training.init_std") {
+        table.set("training.init_std", Value::Float(model.initializer_range));
+    }
+    if !table.is_given("mtp.weight") {
+        let weight = if model.num_nextn_predict_layers > 0 { 0.3 } else { 0.0 };
+        table.set("mtp.weight", Value::Float(weight));
+    }
+    if !table.is_given("lr.floor") {
+        let decays = table.get("lr.cosine_tokens").and_then(Value::as_integer) != Some(0);
+        if decays && table.faults.spare(&["lr.cosine_tokens"]) {
+            table.faults.expected("lr.floor", "a rate to end on where lr.cosine_tokens is set", "nothing");
+        }
+        if let Some(peak) = table.get("lr.peak").cloned() {
+            table.set("lr.floor", peak);
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What the values of a recipe must be to one another and to the model.
+
+use super::sections::BYTE_TOKENS;
+use super::{Faults, Recipe};
+
+/// **Errors** (into `faults`): every contradiction between values that are right by themselves.
+pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
+    check_stages(recipe, faults);
+    check_experts(recipe, faults);
+    check_batch(recipe, faults);
+    check_ramp(recipe, faults);
+    check_model(recipe, faults);
+    check_rates(recipe, faults);
+}
+
+fn check_stages(recipe: &Recipe, faults: &mut Faults) {
+    if !faults.spare(&["parallel.pipeline", "parallel.schedule"]) {
+        return;
+    }
+    let (pipeline, layers) = (recipe.parallel.pipeline, recipe.model_config.num_hidden_layers);
+    if let Err(message) = recipe.parallel.schedule.validate(pipeline) {
+        faults.push("parallel.pipeline", message.to_string());
+    } else if faults.spare(&["model.config"]) && recipe.stages() > layers {
+        let expected = format!("at most one stage for each of the {layers} layers of the model");
+        let got = format!("{} stages ({} over {pipeline} ranks)", recipe.stages(), recipe.parallel.schedule);
+        faults.expected("parallel.pipeline", expected, got);
+    }
+}
+
+fn check_experts(recipe: &Recipe, faults: &mut Faults) {
+    let (expert, experts) = (recipe.parallel.expert, recipe.model_config.n_routed_experts);
+    if faults.spare(&["parallel.expert", "model.config"]) && experts % expert != 0 {
+        faults.expected(
+            "parallel.expert",
+            format!("a divisor of the model's {experts} routed experts"),
+            expert,
+        );
+    }
+}
+
+const BATCH_KEYS: [&str; 5] = [
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "parallel.expert",
+    "parallel.data",
+    "parallel.schedule",
+];
+
+/// How the unit of the batch comes about.
+fn unit_words(recipe: &Recipe) -> String {
+    let parallel = &recipe.parallel;
+    let directions = if recipe.directions() == 2 { " x 2 directions" } else { "" };
+    format!(
+        "micro_batch_size {} x expert {} x data {}{directions}",
+        recipe.training.micro_batch_size, parallel.expert, parallel.data
+    )
+}
+
+fn check_batch(recipe: &Recipe, faults: &mut Faults) {
+    let (batch, unit) = (recipe.training.global_batch_size, recipe.batch_unit());
+    if faults.spare(&BATCH_KEYS) && batch % unit != 0 {
+        let expected = format!("a multiple of {unit} ({})", unit_words(recipe));
+        faults.expected("training.global_batch_size", expected, batch);
+    }
+}
+
+fn check_ramp(recipe: &Recipe, faults: &mut Faults) {
+    let training = &recipe.training;
+    let keys = ["training.ramp_start_batch_size", "training.ramp_tokens"];
+    if !faults.spare(&keys) || !faults.spare(&BATCH_KEYS) {
+        return;
+    }
+    let (start, unit) = (training.ramp_start_batch_size, recipe.batch_unit());
+    if training.ramp_tokens == 0 {
+        if start != 0 {
+            faults.expected("training.ramp_tokens", "above 0 where ramp_start_batch_size is set", 0);
+        }
+    } else if start < unit || start > training.global_batch_size {
+        let expected = format!("from {unit} ({}) to global_batch_size", unit_words(recipe));
+        faults.expected("training.ramp_start_batch_size", expected, start);
+    }
+}
+
+fn check_model(recipe: &Recipe, faults: &mut Faults) {
+    if !faults.spare(&["model.config"]) {
+        return;
+    }
+    let model = &recipe.model_config;
+    let (length, longest) = (recipe.training.sequence_length, model.max_position_embeddings);
+    if faults.spare(&["training.sequence_length"]) && length > longest {
+        let expected = format!("at most the model's max_position_embeddings ({longest})");
+        faults.expected("training.sequence_length", expected, length);
+    }
+    if model.vocab_size < BYTE_TOKENS {
+        let expected = format!("at least {BYTE_TOKENS} for the byte tokenizer");
+        faults.expected("model.config.vocab_size", expected, model.vocab_size);
+    }
+    if faults.spare(&["mtp.weight"]) && model.num_nextn_predict_layers == 0 && !recipe.mtp.weight.is_zero() {
+        let got = "a weight above 0";
+        faults.expected("mtp.weight", "0, as the model has no multi-token prediction", got);
+    }
+}
+
+fn check_rates(recipe: &Recipe, faults: &mut Faults) {
+    let lr = &recipe.lr;
+    if faults.spare(&["lr.floor", "lr.peak"]) && lr.floor > lr.peak {
+        faults.expected("lr.floor", format!("at most lr.peak ({})", lr.peak), lr.floor);
+    }
+}

@@ -1,0 +1,179 @@
+//! The typed sections of a recipe. The one-line docs of the fields are those of [`KEYS`](super::KEYS): a test
+//! holds them equal. Knows nothing of how they are read.
+
+use serde::{Deserialize, Serialize};
+
+use super::step_table::StepTable;
+use crate::schedule::ScheduleKind;
+
+/// `[model]`: what is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json.
+    pub config: String,
+}
+
+/// `[parallel]`: over how many ranks, and in which order they work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ParallelSection {
+    /// Pipeline ranks.
+    pub pipeline: usize,
+    /// Expert ranks: the routed experts are spread over them.
+    pub expert: usize,
+    /// Data ranks: copies of everything else.
+    pub data: usize,
+    /// Order of the work in the pipeline: dualpipe, dualpipev or 1f1b.
+    pub schedule: ScheduleKind,
+    /// Threads of a rank's arithmetic.
+    pub threads_per_rank: usize,
+}
+
+/// `[training]`: how long and in which portions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingSection {
+    /// Optimizer updates.
+    pub steps: usize,
+    /// Tokens per sequence.
+    pub sequence_length: usize,
+    /// Sequences per step, over all ranks.
+    pub global_batch_size: usize,
+    /// Sequences per micro-batch. Their number: global / (micro x expert x data), with both directions.
+    pub micro_batch_size: usize,
+    /// Sequences per step at the start, when the batch ramps up.
+    pub ramp_start_batch_size: usize,
+    /// Tokens over which the batch grows to its full size; 0: it does not.
+    pub ramp_tokens: u64,
+    /// Sequences the final validation reads.
+    pub validation_sequences: usize,
+    /// Standard deviation of fresh weights.
+    pub init_std: f64,
+    /// Seed of the fresh weights and of the order of the sequences.
+    pub seed: u64,
+}
+
+/// `[optimizer]`: AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSection {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay, per unit of learning rate.
+    pub weight_decay: f64,
+    /// What decays: all, or matrices (tensors of more than one dimension).
+    pub decay: Decay,
+    /// Largest global norm of the gradients; longer ones are scaled down to it.
+    pub clip_norm: f64,
+}
+
+/// Which tensors decay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// Every tensor.
+    All,
+    /// Tensors of more than one dimension.
+    Matrices,
+}
+
+/// `[lr]`: the learning rate. Linear warm-up by steps; then constant, half a cosine, constant by tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LrSection {
+    /// Highest learning rate.
+    pub peak: f64,
+    /// Steps of the linear warm-up.
+    pub warmup_steps: usize,
+    /// The peak lasts until so many tokens have been seen, warm-up included.
+    pub constant_tokens: u64,
+    /// Tokens of the half cosine from the peak down to the floor.
+    pub cosine_tokens: u64,
+    /// Learning rate after the half cosine.
+    pub floor: f64,
+}
+
+/// `[balance]`: what keeps the routed experts evenly loaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalanceSection {
+    /// Change of a gate bias per step: a number, or a list of { from_tokens, value }; 0: none.
+    pub bias_speed: StepTable,
+    /// Weight of the sequence-wise balance loss; 0: none.
+    pub sequence_alpha: f64,
+}
+
+/// `[mtp]`: multi-token prediction.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MtpSection {
+    /// Weight of its loss: a number, or a list of { from_tokens, value }.
+    pub weight: StepTable,
+}
+
+/// `[data]`: what is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Text files and folders; none: the Rust source of our own dependencies.
+    pub paths: Vec<String>,
+}
+
+/// `[tokenizer]`: how text becomes tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerSection {
+    /// bytes: one token per byte, and one for the end of a document.
+    pub kind: TokenizerKind,
+}
+
+/// Which tokenizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenizerKind {
+    /// One token per byte, and [`END_OF_DOCUMENT`].
+    Bytes,
+}
+
+/// Token that separates documents under the byte tokenizer: the first id that is no byte.
+pub const END_OF_DOCUMENT: usize = 256;
+
+/// Number of tokens of the byte tokenizer.
+pub const BYTE_TOKENS: usize = END_OF_DOCUMENT + 1;
+
+/// `[checkpoint]`: what is kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointSection {
+    /// Whether the run ends by writing the weights as an HF directory.
+    pub save_model: bool,
+}
+
+/// `[log]`: what is said while it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogSection {
+    /// Least severe messages shown: error, warn, info, debug or trace.
+    pub level: LogLevel,
+}
+
+/// Severity of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// The run cannot go on.
+    Error,
+    /// Something the user should know.
+    Warn,
+    /// What happens.
+    Info,
+    /// How it happens.
+    Debug,
+    /// Every message.
+    Trace,
+}

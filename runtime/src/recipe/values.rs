@@ -1,0 +1,159 @@
+//! The values of a recipe that change during a run, as pure functions of the steps taken and the tokens seen.
+//!
+//! They give the same bits on every machine: a resumed run continues the very same curve.
+
+use super::Recipe;
+
+impl Recipe {
+    /// Learning rate of step `step` (from 0), before which `tokens` tokens have been seen.
+    ///
+    /// **Source**: report section 4.2, training hyper-parameters. Warm-up goes by steps, all that follows by
+    /// tokens.
+    pub fn lr_at(&self, step: usize, tokens: u64) -> f64 {
+        let lr = &self.lr;
+        if step < lr.warmup_steps {
+            return lr.peak * (step + 1) as f64 / lr.warmup_steps as f64;
+        }
+        let into_cosine = tokens.saturating_sub(lr.constant_tokens);
+        if into_cosine >= lr.cosine_tokens {
+            return if tokens < lr.constant_tokens { lr.peak } else { lr.floor };
+        }
+        lr.floor + (lr.peak - lr.floor) * half_cosine(into_cosine as f64 / lr.cosine_tokens as f64)
+    }
+
+    /// Sequences of a step before which `tokens` tokens have been seen: on a straight line from the start
+    /// size to the full one, rounded down to what the layout divides.
+    pub fn batch_size_at(&self, tokens: u64) -> usize {
+        let training = &self.training;
+        if tokens >= training.ramp_tokens {
+            return training.global_batch_size;
+        }
+        let start = training.ramp_start_batch_size;
+        let growth = (training.global_batch_size - start) as u128;
+        let grown = (growth * u128::from(tokens) / u128::from(training.ramp_tokens)) as usize;
+        let unit = self.batch_unit();
+        (start + grown) / unit * unit
+    }
+
+    /// Change of a gate bias in a step before which `tokens` tokens have been seen.
+    pub fn bias_speed_at(&self, tokens: u64) -> f64 {
+        self.balance.bias_speed.at(tokens)
+    }
+
+    /// Weight of the multi-token-prediction loss in a step before which `tokens` tokens have been seen.
+    pub fn mtp_weight_at(&self, tokens: u64) -> f64 {
+        self.mtp.weight.at(tokens)
+    }
+}
+
+/// (1 + cos(pi x)) / 2 for x in [0, 1], by its series: the host's libm may differ in the last bit from
+/// another's.
+fn half_cosine(x: f64) -> f64 {
+    if x > 0.5 {
+        return 1.0 - half_cosine(1.0 - x);
+    }
+    // With an angle of at most pi/2, the first term left out is below 1e-17.
+    const TERMS: usize = 11;
+    let square = (std::f64::consts::PI * x).powi(2);
+    let mut term = 1.0;
+    let mut cosine = 1.0;
+    for n in 1..TERMS {
+        term *= -square / ((2 * n - 1) * (2 * n)) as f64;
+        cosine += term;
+    }
+    (1.0 + cosine) / 2.0
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::recipe::{RecipeSource, StepTable};
+
+    /// The report's pre-training values on the one-rank layout of the small recipe.
+    fn report() -> Recipe {
+        let entries = [
+            "lr.peak=2.2e-4",
+            "lr.warmup_steps=2000",
+            "lr.constant_tokens=10_000_000_000_000",
+            "lr.cosine_tokens=4_300_000_000_000",
+            "lr.floor=2.2e-5",
+            "training.global_batch_size=15360",
+            "training.ramp_start_batch_size=3072",
+            "training.ramp_tokens=469_000_000_000",
+            "balance.bias_speed=[{from_tokens=0, value=0.001}, {from_tokens=14_300_000_000_000, value=0}]",
+            "model.config=tiny",
+            "mtp.weight=[{from_tokens=0, value=0.3}, {from_tokens=10_000_000_000_000, value=0.1}]",
+        ];
+        Recipe::load(&RecipeSource::Builtin("small".into()), &entries.map(String::from)).unwrap()
+    }
+
+    const TRILLION: u64 = 1_000_000_000_000;
+
+    #[test]
+    fn learning_rate_is_the_reports() {
+        let recipe = report();
+        let close = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-12, "{got:e} {expected:e}");
+        close(recipe.lr_at(0, 0), 2.2e-4 / 2000.0);
+        close(recipe.lr_at(999, TRILLION), 1.1e-4);
+        for (step, tokens) in [(1999, 1), (2000, 1), (5000, 10 * TRILLION - 1), (5000, 10 * TRILLION)] {
+            close(recipe.lr_at(step, tokens), 2.2e-4);
+        }
+        close(recipe.lr_at(9000, 12_150_000_000_000), (2.2e-4 + 2.2e-5) / 2.0);
+        let quarter = 2.2e-5 + 1.98e-4 * (1.0 + std::f64::consts::FRAC_PI_4.cos()) / 2.0;
+        close(recipe.lr_at(9000, 11_075_000_000_000), quarter);
+        close(recipe.lr_at(9000, 14_300_000_000_000 - 1), 2.2e-5);
+        for tokens in [14_300_000_000_000, 14_800_000_000_000, u64::MAX] {
+            assert_eq!(recipe.lr_at(9000, tokens), 2.2e-5);
+        }
+    }
+
+    #[test]
+    fn without_a_cosine_the_rate_drops_to_the_floor_or_stays() {
+        let load = |entries: &[&str]| {
+            let mut all = vec!["lr.cosine_tokens=0".to_string(), "lr.constant_tokens=100".to_string()];
+            all.extend(entries.iter().map(|entry| entry.to_string()));
+            Recipe::load(&RecipeSource::Builtin("small".into()), &all).unwrap()
+        };
+        let dropping = load(&["lr.peak=0.5", "lr.floor=0.25"]);
+        assert_eq!([99, 100, 101].map(|tokens| dropping.lr_at(50, tokens)), [0.5, 0.25, 0.25]);
+        let staying = load(&["lr.peak=0.5", "lr.floor=0.5"]);
+        assert_eq!([0, 100, u64::MAX].map(|tokens| staying.lr_at(50, tokens)), [0.5; 3]);
+    }
+
+    #[test]
+    fn the_batch_grows_from_start_to_full() {
+        let recipe = report();
+        let at = |tokens| recipe.batch_size_at(tokens);
+        assert_eq!(recipe.batch_unit(), 8);
+        assert_eq!((at(0), at(469_000_000_000 - 1)), (3072, 15352));
+        assert_eq!((at(469_000_000_000), at(u64::MAX)), (15360, 15360));
+        assert_eq!(at(469_000_000_000 / 2), (3072 + 15360) / 2);
+    }
+
+    #[test]
+    fn balance_and_mtp_change_where_the_report_says() {
+        let recipe = report();
+        let edge = 14_300_000_000_000;
+        assert_eq!([0, edge - 1, edge].map(|tokens| recipe.bias_speed_at(tokens)), [0.001, 0.001, 0.0]);
+        let edge = 10 * TRILLION;
+        assert_eq!([0, edge - 1, edge].map(|tokens| recipe.mtp_weight_at(tokens)), [0.3, 0.3, 0.1]);
+        assert_eq!(StepTable::constant(0.5).at(u64::MAX), 0.5);
+    }
+
+    proptest! {
+        #[test]
+        fn the_ramp_never_falls_and_keeps_to_the_unit(a in 0..TRILLION / 2, b in 0..TRILLION / 2) {
+            let recipe = report();
+            let (early, late) = (recipe.batch_size_at(a.min(b)), recipe.batch_size_at(a.max(b)));
+            prop_assert!(early <= late && (3072..=15360).contains(&early));
+            prop_assert!(early.is_multiple_of(recipe.batch_unit()));
+        }
+
+        #[test]
+        fn half_cosine_is_that_of_libm(x in 0.0f64..=1.0) {
+            prop_assert!((half_cosine(x) - (1.0 + (std::f64::consts::PI * x).cos()) / 2.0).abs() < 1e-15);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! What a chunk consists of: the order of its components in each pass.
+//!
+//! Knows no ranks, lanes or micro-batches; `lower` puts these steps on lanes.
+
+use super::program::{Component, LayerKind, Pass, StageLayout, TransferKind};
+
+/// One step of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A component runs.
+    Run(Piece),
+    /// What the chunk makes for its neighbour is complete.
+    Deliver(TransferKind),
+}
+
+/// A component of one layer in one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub pass: Pass,
+    pub component: Component,
+    pub layer: usize,
+}
+
+impl Piece {
+    /// Whether it is an all-to-all of the expert group.
+    pub fn is_exchange(self) -> bool {
+        matches!(self.component, Component::Dispatch | Component::Combine)
+    }
+
+    /// Whether it needs nothing of the exchange that was issued just before it.
+    pub fn runs_beside_exchange(self) -> bool {
+        self.component == Component::SharedExpert
+    }
+}
+
+/// Whether a component's weight gradients can be computed after its input gradient; the others that have weights
+/// compute both at once.
+pub(super) fn has_deferrable_weights(component: Component) -> bool {
+    use Component::{Attention, Chunk, Experts, MtpJoin, SharedExpert};
+    matches!(component, Chunk | Attention | SharedExpert | Experts | MtpJoin)
+}
+
+/// The forward pass of a chunk; without a layout it is one piece.
+pub(super) fn forward(layout: Option<&StageLayout>) -> Vec<Step> {
+    let pieces = layout.map(forward_pieces).unwrap_or_default();
+    let mut steps = run(pieces, Pass::Forward);
+    steps.push(Step::Deliver(TransferKind::Activation));
+    steps
+}
+
+/// The input gradients of a chunk (action `I`).
+pub(super) fn backward_input(layout: Option<&StageLayout>) -> Vec<Step> {
+    let pieces = layout.map(backward_pieces).unwrap_or_default();
+    let mut steps = run(pieces, Pass::BackwardInput);
+    steps.push(Step::Deliver(TransferKind::Gradient));
+    steps
+}
+
+/// The weight gradients of a chunk (action `W`), in the order of their input gradients.
+pub(super) fn backward_weight(layout: Option<&StageLayout>) -> Vec<Step> {
+    backward_input(layout).into_iter().filter_map(weight_part).collect()
+}
+
+/// The full backward pass of a chunk (action `B`): a weight part waits until the next communication is under way, and
+/// then hides it.
+pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut waiting = Vec::new();
+    for step in backward_input(layout) {
+        steps.push(step);
+        waiting.extend(weight_part(step));
+        if is_communication(step) {
+            steps.append(&mut waiting);
+        }
+    }
+    steps
+}
+
+/// Cuts a pass behind each exchange, and behind the delivery where it follows one directly: up to there the compute
+/// lane can be given to another chunk without holding up a communication.
+pub(super) fn segments(steps: &[Step]) -> Vec<&[Step]> {
+    let mut cuts = Vec::new();
+    let mut rest = steps;
+    while let Some(exchange) =
+        rest.iter().position(|step| matches!(step, Step::Run(piece) if piece.is_exchange()))
+    {
+        let delivers = matches!(rest.get(exchange + 1), Some(Step::Deliver(_)));
+        let (segment, behind) = rest.split_at(exchange + 1 + usize::from(delivers));
+        cuts.push(segment);
+        rest = behind;
+    }
+    if !rest.is_empty() {
+        cuts.push(rest);
+    }
+    cuts
+}
+
+fn is_communication(step: Step) -> bool {
+    match step {
+        Step::Run(piece) => piece.is_exchange(),
+        Step::Deliver(_) => true,
+    }
+}
+
+fn weight_part(step: Step) -> Option<Step> {
+    match step {
+        Step::Run(piece) if has_deferrable_weights(piece.component) => {
+            Some(Step::Run(Piece { pass: Pass::BackwardWeight, ..piece }))
+        }
+        _ => None,
+    }
+}
+
+fn run(mut pieces: Vec<(Component, usize)>, pass: Pass) -> Vec<Step> {
+    if pieces.is_empty() {
+        pieces.push((Component::Chunk, 0));
+    }
+    pieces.into_iter().map(|(component, layer)| Step::Run(Piece { pass, component, layer })).collect()
+}
+
+fn forward_pieces(stage: &StageLayout) -> Vec<(Component, usize)> {
+    let mut pieces = Vec::new();
+    if stage.embedding {
+        pieces.push((Component::Embedding, 0));
+    }
+    for (layer, &kind) in (stage.first_layer..).zip(&stage.layers) {
+        pieces.extend(layer_forward(kind).iter().map(|&component| (component, layer)));
+    }
+    if stage.head {
+        pieces.push((Component::Head, 0));
+    }
+    if let Some(layer) = stage.mtp_layer {
+        pieces.push((Component::MtpJoin, layer));
+        pieces.extend(layer_forward(LayerKind::Moe).iter().map(|&component| (component, layer)));
+        pieces.push((Component::MtpHead, layer));
+    }
+    pieces
+}
+
+fn backward_pieces(stage: &StageLayout) -> Vec<(Component, usize)> {
+    let mut pieces = Vec::new();
+    if let Some(layer) = stage.mtp_layer {
+        pieces.push((Component::MtpHead, layer));
+        pieces.extend(layer_backward(LayerKind::Moe).iter().map(|&component| (component, layer)));
+        pieces.push((Component::MtpJoin, layer));
+    }
+    if stage.head {
+        pieces.push((Component::Head, 0));
+    }
+    for (position, &kind) in stage.layers.iter().enumerate().rev() {
+        let layer = stage.first_layer + position;
+        pieces.extend(layer_backward(kind).iter().map(|&component| (component, layer)));
+    }
+    if stage.embedding {
+        pieces.push((Component::Embedding, 0));
+    }
+    pieces
+}
+
+/// The shared expert runs while the dispatch is under way.
+fn layer_forward(kind: LayerKind) -> &'static [Component] {
+    use Component::{Attention, Combine, Dispatch, Experts, SharedExpert};
+    match kind {
+        LayerKind::Dense => &[Attention, SharedExpert],
+        LayerKind::Moe => &[Attention, Dispatch, SharedExpert, Experts, Combine],
+    }
+}
+
+/// Not quite the mirror image: here too the shared expert runs while the first exchange is under way.
+fn layer_backward(kind: LayerKind) -> &'static [Component] {
+    use Component::{Attention, Combine, Dispatch, Experts, SharedExpert};
+    match kind {
+        LayerKind::Dense => &[SharedExpert, Attention],
+        LayerKind::Moe => &[Combine, SharedExpert, Experts, Dispatch, Attention],
+    }
+}

@@ -1,0 +1,218 @@
+//! From a plan to one program per pipeline rank: actions become component operations on lanes.
+//!
+//! Lowering is total: it makes programs out of faulty plans too, so that `check` can say what would happen to them. It
+//! depends on the pipeline coordinate alone, so all members of an expert group get the same program and issue the same
+//! all-to-alls in the same order.
+//!
+//! A send is issued right behind the operation that makes the data; `receives` puts in the other ends.
+
+use std::collections::HashMap;
+
+use super::action::{Action, Chunk, Plan};
+use super::flow::{self, Piece, Step};
+use super::messages::{Owners, Product};
+use super::program::{Lane, OpId, Pass, Program, StageLayout, TransferKind, Work};
+use super::receives;
+
+/// The programs of a plan, one per pipeline rank.
+///
+/// `stages[s]` says what stage `s` consists of; without it, or for a stage it does not list, a chunk is one operation.
+/// Without it an `F&B` pair is indivisible: it starts when both of its inputs are there. With one expert rank an
+/// all-to-all moves nothing between ranks and so stays on the compute lane.
+pub fn lower(plan: &Plan, stages: Option<&[StageLayout]>, expert_ranks: usize) -> Vec<Program> {
+    let owners = Owners::of(plan);
+    let exchange_lane = if expert_ranks > 1 { Lane::Expert } else { Lane::Compute };
+    let drafts: Vec<Vec<DraftOp>> = (0..plan.ranks())
+        .map(|rank| {
+            let drafter = Drafter {
+                rank,
+                owners: &owners,
+                stages,
+                exchange_lane,
+                made: HashMap::new(),
+                ops: Vec::new(),
+            };
+            drafter.draft(&plan.actions[rank])
+        })
+        .collect();
+    receives::insert(drafts)
+}
+
+/// An operation before the receives are put in: what comes from other ranks is named, not yet numbered.
+pub(super) struct DraftOp {
+    pub lane: Lane,
+    pub work: Work,
+    /// Draft operations of the same rank.
+    pub after: Vec<OpId>,
+    pub needs: Vec<Product>,
+    pub action: usize,
+}
+
+/// Writes one rank's program but for the receives.
+struct Drafter<'a> {
+    rank: usize,
+    owners: &'a Owners,
+    stages: Option<&'a [StageLayout]>,
+    exchange_lane: Lane,
+    /// What this rank made for its own other stage, and the operation that did.
+    made: HashMap<Product, OpId>,
+    ops: Vec<DraftOp>,
+}
+
+/// How far one chunk has got within an action.
+struct Cursor {
+    chunk: Chunk,
+    action: usize,
+    /// What the first operation on each lane waits for.
+    inputs: Vec<Product>,
+    /// Lanes whose first operation is behind us.
+    begun: Vec<Lane>,
+    /// The exchange whose result no compute operation has waited for yet.
+    open_exchange: Option<OpId>,
+    /// The last operation that was not a weight part: what comes next needs its result.
+    last: Option<OpId>,
+    /// The last of them on the compute lane.
+    last_compute: Option<OpId>,
+}
+
+impl Cursor {
+    fn new(chunk: Chunk, action: usize, inputs: Vec<Product>) -> Cursor {
+        Cursor {
+            chunk,
+            action,
+            inputs,
+            begun: Vec::new(),
+            open_exchange: None,
+            last: None,
+            last_compute: None,
+        }
+    }
+}
+
+impl Drafter<'_> {
+    fn draft(mut self, actions: &[Action]) -> Vec<DraftOp> {
+        for (index, action) in actions.iter().enumerate() {
+            let (chunk, inputs, steps) = match *action {
+                Action::Forward(chunk) => {
+                    (chunk, inputs(TransferKind::Activation, chunk), flow::forward(self.layout(chunk)))
+                }
+                Action::Backward(chunk) => {
+                    (chunk, inputs(TransferKind::Gradient, chunk), flow::backward(self.layout(chunk)))
+                }
+                Action::BackwardInput(chunk) => {
+                    (chunk, inputs(TransferKind::Gradient, chunk), flow::backward_input(self.layout(chunk)))
+                }
+                Action::BackwardWeight(chunk) => {
+                    (chunk, Vec::new(), flow::backward_weight(self.layout(chunk)))
+                }
+                Action::ForwardBackward { forward, backward } => {
+                    self.pair(index, forward, backward);
+                    continue;
+                }
+            };
+            self.steps(&mut Cursor::new(chunk, index, inputs), &steps);
+        }
+        self.ops
+    }
+
+    /// Backward segment, forward segment, and so on: the exchange at the end of one segment is hidden by the compute of
+    /// the next one. Whichever pass is longer ends alone.
+    fn pair(&mut self, index: usize, forward: Chunk, backward: Chunk) {
+        let mut ahead = Cursor::new(forward, index, inputs(TransferKind::Activation, forward));
+        let mut back = Cursor::new(backward, index, inputs(TransferKind::Gradient, backward));
+        let forward_steps = flow::forward(self.layout(forward));
+        let backward_steps = flow::backward(self.layout(backward));
+        if self.stages.is_none() {
+            ahead.inputs.extend(&back.inputs);
+            self.steps(&mut ahead, &forward_steps);
+            self.steps(&mut back, &backward_steps);
+            return;
+        }
+        let mut forward_segments = flow::segments(&forward_steps).into_iter();
+        let mut backward_segments = flow::segments(&backward_steps).into_iter();
+        loop {
+            let (next_back, next_ahead) = (backward_segments.next(), forward_segments.next());
+            if next_back.is_none() && next_ahead.is_none() {
+                return;
+            }
+            self.steps(&mut back, next_back.unwrap_or_default());
+            self.steps(&mut ahead, next_ahead.unwrap_or_default());
+        }
+    }
+
+    fn layout(&self, chunk: Chunk) -> Option<&StageLayout> {
+        self.stages.and_then(|stages| stages.get(chunk.stage))
+    }
+
+    fn steps(&mut self, cursor: &mut Cursor, steps: &[Step]) {
+        for step in steps {
+            match *step {
+                Step::Run(piece) => self.run(cursor, piece),
+                Step::Deliver(kind) => self.deliver(cursor, kind),
+            }
+        }
+    }
+
+    fn run(&mut self, cursor: &mut Cursor, piece: Piece) {
+        let Piece { pass, component, layer } = piece;
+        let work = Work::Component { pass, chunk: cursor.chunk, layer, component };
+        let lane = if piece.is_exchange() { self.exchange_lane } else { Lane::Compute };
+        if pass == Pass::BackwardWeight {
+            // Its input gradient came first on the same lane, with all that both need.
+            self.push(DraftOp { lane, work, after: Vec::new(), needs: Vec::new(), action: cursor.action });
+            return;
+        }
+        let mut after = Vec::new();
+        let mut needs = Vec::new();
+        if !cursor.begun.contains(&lane) {
+            cursor.begun.push(lane);
+            for &input in &cursor.inputs {
+                match self.made.get(&input) {
+                    Some(&op) => after.push(op),
+                    None => needs.push(input),
+                }
+            }
+        }
+        if piece.is_exchange() {
+            after.extend(cursor.last_compute);
+        } else if !piece.runs_beside_exchange() {
+            after.extend(cursor.open_exchange.take());
+        }
+        let op = self.push(DraftOp { lane, work, after, needs, action: cursor.action });
+        cursor.last = Some(op);
+        if piece.is_exchange() {
+            cursor.open_exchange = Some(op);
+        } else {
+            cursor.last_compute = Some(op);
+        }
+    }
+
+    /// Sends what the chunk made, or notes it for this rank's own other stage.
+    fn deliver(&mut self, cursor: &Cursor, kind: TransferKind) {
+        let chunk = cursor.chunk;
+        let product = Product { kind, chunk };
+        let (Some(op), Some(consumer)) = (cursor.last, self.owners.consumer(product)) else { return };
+        if consumer == self.rank {
+            self.made.insert(product, op);
+        } else {
+            self.push(DraftOp {
+                lane: Lane::Send(consumer),
+                work: Work::Send { kind, chunk },
+                after: vec![op],
+                needs: Vec::new(),
+                action: cursor.action,
+            });
+        }
+    }
+
+    /// Appends an operation; the order within a lane needs no saying.
+    fn push(&mut self, mut op: DraftOp) -> OpId {
+        op.after.retain(|&earlier| self.ops[earlier].lane != op.lane);
+        self.ops.push(op);
+        self.ops.len() - 1
+    }
+}
+
+fn inputs(kind: TransferKind, chunk: Chunk) -> Vec<Product> {
+    Product::needed_by(kind, chunk).into_iter().collect()
+}

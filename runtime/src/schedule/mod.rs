@@ -1,0 +1,32 @@
+//! Pipeline schedules as data: what every rank does in one step, before anything runs.
+//!
+//! The path of a plan: a generator ([`ScheduleKind::plan`]) or the text form ([`text`]) makes a [`Plan`]; [`lower()`] turns
+//! it into one [`Program`] per pipeline rank; [`check()`] proves both on a virtual clock ([`walk()`]); then the ranks issue
+//! the program. [`report`] is what `contraflow plan` prints. Nothing here knows tensors, transports or threads.
+
+pub mod action;
+pub mod bubble;
+pub mod check;
+mod check_programs;
+pub mod dualpipe;
+mod flow;
+pub mod kind;
+pub mod lower;
+pub mod messages;
+pub mod one_f_one_b;
+pub mod program;
+mod receives;
+pub mod report;
+pub mod sequential;
+pub mod text;
+pub mod walk;
+
+pub use action::{Action, Chunk, Plan};
+pub use bubble::{Bubble, UnitCosts, simulate};
+pub use check::{Fault, Report, check};
+pub use kind::{Mode, ScheduleError, ScheduleKind};
+pub use lower::lower;
+pub use messages::{Message, messages};
+pub use program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, TransferKind, Work};
+pub use report::{PlanReport, RankFigures};
+pub use walk::{Deadlock, Timeline, walk};

@@ -1,0 +1,296 @@
+//! What `contraflow plan` prints of a plan: layout, actions, messages, peaks and bubble. Nothing is started for it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+use super::action::Plan;
+use super::bubble::{Bubble, UnitCosts, simulate};
+use super::check::{Fault, check};
+use super::lower::lower;
+use super::messages::{Message, messages};
+use super::program::TransferKind;
+
+/// Width at which lists of actions are wrapped.
+const WIDTH: usize = 110;
+
+/// A plan in figures; as JSON it also lists every message.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PlanReport {
+    /// Name of the plan.
+    pub schedule: String,
+    /// Why it is not the plan that was asked for.
+    pub note: Option<String>,
+    /// Pipeline stages.
+    pub stages: usize,
+    /// Micro-batches, both directions together.
+    pub micro_batches: usize,
+    /// Every pipeline rank.
+    pub ranks: Vec<RankPlan>,
+    /// Everything that crosses between ranks.
+    pub messages: Vec<Message>,
+    /// Idle time for unit costs: without any gain by overlap, and with overlap that hides all of the forward pass.
+    pub bubbles: Vec<BubbleFigures>,
+    /// What a model weighs under this plan; a bare schedule has none.
+    pub per_rank: Option<Vec<RankFigures>>,
+}
+
+/// One pipeline rank's share of a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RankPlan {
+    /// Pipeline rank.
+    pub rank: usize,
+    /// Stages it holds.
+    pub stages: Vec<usize>,
+    /// What it does, in order, in the notation of the text form.
+    pub actions: Vec<String>,
+    /// Chunks alive at the same time until their input gradient is done.
+    pub peak_activations: usize,
+    /// Chunks alive at the same time until their weight gradient is done.
+    pub peak_activations_until_weight: usize,
+    /// Weight parts waiting at the same time.
+    pub queue_depth: usize,
+}
+
+/// The bubble under some costs.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BubbleFigures {
+    /// Cost of each kind of action.
+    pub costs: UnitCosts,
+    /// What the clock says.
+    pub bubble: Bubble,
+}
+
+/// What one pipeline rank holds of a model.
+///
+/// **Units**: bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RankFigures {
+    /// Pipeline rank.
+    pub rank: usize,
+    /// Stages it holds.
+    pub stages: Vec<usize>,
+    /// Its layers in words.
+    pub layers: String,
+    /// Number of parameters.
+    pub parameters: u64,
+    /// Weights.
+    pub weight_bytes: u64,
+    /// Gradients.
+    pub gradient_bytes: u64,
+    /// This rank's shard of the optimizer's state.
+    pub optimizer_bytes: u64,
+    /// Activations at their peak.
+    pub activation_bytes: u64,
+}
+
+impl PlanReport {
+    /// Checks the plan as a bare schedule and reports on it. `note` says why it is not the plan that was asked for.
+    ///
+    /// # Errors
+    /// The faults of a plan that is not sound.
+    pub fn new(plan: &Plan, note: Option<String>) -> Result<PlanReport, Vec<Fault>> {
+        let checked = check(plan, &lower(plan, None, 1))?;
+        let bubble = |costs| {
+            let deadlocked = |deadlock: super::walk::Deadlock| {
+                vec![Fault { rank: None, action: None, text: deadlock.to_string() }]
+            };
+            simulate(plan, costs).map(|bubble| BubbleFigures { costs, bubble }).map_err(deadlocked)
+        };
+        let rank_plan = |rank: usize| RankPlan {
+            rank,
+            stages: plan.placement[rank].clone(),
+            actions: plan.actions[rank].iter().map(ToString::to_string).collect(),
+            peak_activations: checked.peak_activations[rank],
+            peak_activations_until_weight: checked.peak_activations_until_weight[rank],
+            queue_depth: checked.queue_depth[rank],
+        };
+        Ok(PlanReport {
+            schedule: plan.schedule.clone(),
+            note,
+            stages: plan.stages,
+            micro_batches: plan.micro_batches,
+            ranks: (0..plan.ranks()).map(rank_plan).collect(),
+            messages: messages(plan),
+            bubbles: vec![bubble(UnitCosts::SUM)?, bubble(UnitCosts::HIDDEN)?],
+            per_rank: None,
+        })
+    }
+
+    fn write_layout(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ranks, stages, micro_batches) = (self.ranks.len(), self.stages, self.micro_batches);
+        let schedule = &self.schedule;
+        writeln!(f, "{schedule}: {ranks} pipeline ranks, {stages} stages, {micro_batches} micro-batches")?;
+        if let Some(note) = &self.note {
+            writeln!(f, "note: {note}")?;
+        }
+        writeln!(f, "\nrank  stages    live activations  held until W  W queue  idle")?;
+        for (rank, idle) in self.ranks.iter().zip(&self.bubbles[0].bubble.idle) {
+            writeln!(
+                f,
+                "{:>4}  {:<8}  {:>16}  {:>12}  {:>7}  {idle:>4}",
+                rank.rank,
+                join(&rank.stages),
+                rank.peak_activations,
+                rank.peak_activations_until_weight,
+                rank.queue_depth,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_bubbles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\nbubble, transfers free")?;
+        for BubbleFigures { costs, bubble } in &self.bubbles {
+            let UnitCosts { f: forward, b, i, w, fb } = costs;
+            writeln!(
+                f,
+                "  F={forward} B={b} I={i} W={w} F&B={fb}: step {}, idle at most {} on a rank, {:.1}% of all time",
+                bubble.makespan,
+                bubble.max_idle,
+                100.0 * bubble.share,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_messages(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut pairs: BTreeMap<(usize, usize), [usize; 2]> = BTreeMap::new();
+        for message in &self.messages {
+            let counts = pairs.entry((message.from, message.to)).or_default();
+            counts[usize::from(message.kind == TransferKind::Gradient)] += 1;
+        }
+        writeln!(f, "\nmessages: {}", self.messages.len())?;
+        if !pairs.is_empty() {
+            writeln!(f, "from    to  activations  gradients")?;
+        }
+        for ((from, to), [activations, gradients]) in pairs {
+            writeln!(f, "{from:>4}  {to:>4}  {activations:>11}  {gradients:>9}")?;
+        }
+        Ok(())
+    }
+
+    fn write_actions(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\nactions as stage.micro-batch: F forward, B backward, I its input part, W its weight part"
+        )?;
+        for rank in &self.ranks {
+            let mut line = format!("rank {:>2}:", rank.rank);
+            for action in &rank.actions {
+                if line.len() + 1 + action.len() > WIDTH {
+                    writeln!(f, "{line}")?;
+                    line = " ".repeat("rank 00:".len());
+                }
+                line.push(' ');
+                line.push_str(action);
+            }
+            writeln!(f, "{line}")?;
+        }
+        Ok(())
+    }
+
+    fn write_figures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(figures) = &self.per_rank else { return Ok(()) };
+        writeln!(f, "\nrank  parameters     weights   gradients   optimizer  activations  layers")?;
+        for rank in figures {
+            writeln!(
+                f,
+                "{:>4}  {:>10}  {:>10}  {:>10}  {:>10}  {:>11}  {}",
+                rank.rank,
+                rank.parameters,
+                size(rank.weight_bytes),
+                size(rank.gradient_bytes),
+                size(rank.optimizer_bytes),
+                size(rank.activation_bytes),
+                rank.layers,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for PlanReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write_layout(f)?;
+        self.write_bubbles(f)?;
+        self.write_figures(f)?;
+        self.write_messages(f)?;
+        self.write_actions(f)
+    }
+}
+
+fn join(stages: &[usize]) -> String {
+    stages.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+}
+
+/// Bytes in the unit that leaves three digits or fewer before the point.
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB"] {
+        if value < 1000.0 {
+            return format!("{value:.1} {unit}");
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::{Mode, ScheduleKind};
+
+    #[test]
+    fn a_report_reads_well() {
+        let (plan, note) = ScheduleKind::Dualpipe.plan(2, 4, Mode::Train).unwrap();
+        let mut report = PlanReport::new(&plan, note).unwrap();
+        let expected = "\
+dualpipe: 2 pipeline ranks, 2 stages, 4 micro-batches
+
+rank  stages    live activations  held until W  W queue  idle
+   0  0 1                      3             3        1     0
+   1  1 0                      3             3        1     0
+
+bubble, transfers free
+  F=1 B=2 I=1 W=1 F&B=3: step 12, idle at most 0 on a rank, 0.0% of all time
+  F=1 B=2 I=1 W=1 F&B=2: step 11, idle at most 0 on a rank, 0.0% of all time
+
+messages: 8
+from    to  activations  gradients
+   0     1            2          2
+   1     0            2          2
+
+actions as stage.micro-batch: F forward, B backward, I its input part, W its weight part
+rank  0: F0.0 F1.2 F0.1 B1.2 F1.3&B0.0 B1.3 I0.1 W0.1
+rank  1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
+";
+        assert_eq!(report.to_string(), expected);
+        report.per_rank = Some(vec![RankFigures {
+            rank: 0,
+            stages: vec![0, 1],
+            layers: "2 moe".to_string(),
+            parameters: 1234,
+            weight_bytes: 4936,
+            gradient_bytes: 4936,
+            optimizer_bytes: 3 << 30,
+            activation_bytes: 12,
+        }]);
+        let figures = "   0        1234     4.8 KiB     4.8 KiB     3.0 GiB       12.0 B  2 moe\n";
+        assert!(report.to_string().contains(figures), "{report}");
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["messages"].as_array().unwrap().len(), 8);
+        assert_eq!(json["ranks"][0]["actions"][4], "F1.3&B0.0");
+    }
+
+    #[test]
+    fn long_lists_wrap_and_faults_are_handed_on() {
+        let (mut plan, note) = ScheduleKind::Dualpipe.plan(8, 20, Mode::Train).unwrap();
+        let text = PlanReport::new(&plan, note).unwrap().to_string();
+        assert!(text.lines().all(|line| line.len() <= WIDTH));
+        assert!(text.contains("step 66, idle at most 6 on a rank"));
+        plan.actions[3].pop();
+        assert!(PlanReport::new(&plan, None).is_err());
+    }
+}

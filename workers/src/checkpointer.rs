@@ -1,0 +1,124 @@
+//! The checkpointer actor: the rank's hand on storage. Writes the weights that the rank answers for as published files.
+//!
+//! A weight that several ranks hold is written by the first of its replica group. Knows files and parameters, no steps.
+
+use std::path::{Path, PathBuf};
+
+use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::model_config::ModelConfig;
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+
+use crate::error::RankError;
+use crate::optimizer::RankParams;
+use crate::params::Params;
+use crate::probe::{Probe, ProbePoint};
+use crate::rank::RankMessage;
+use crate::weights::{Entry, gate_bias_name, write_file};
+
+/// What the checkpointer hears.
+pub enum CheckpointerMessage {
+    /// Write the weights; the answer is [`RankMessage::Exported`].
+    Export {
+        /// The folder; it exists.
+        dir: PathBuf,
+        /// This rank.
+        rank: usize,
+        /// All ranks of the job.
+        world: usize,
+        /// The model, for the names of shared tensors' copies.
+        config: Box<ModelConfig>,
+        /// The parameters, handed over for the time of writing.
+        params: Box<RankParams>,
+    },
+}
+
+/// The tensors this rank writes.
+fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec<Entry<'a>> {
+    let mut entries = Vec::new();
+    let mut add = |store: &'a Params| {
+        for param in store.iter().filter(|param| param.group[0] == rank) {
+            let values = param.weight.f32();
+            for part in &param.parts {
+                let values = &values[part.offset..part.offset + part.len()];
+                let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
+                entries.push(entry(part.name.clone()));
+                // The published files hold a copy of each tensor that the MTP layer shares with the main model.
+                if let Some(layer) = config.mtp_layer() {
+                    match part.name.as_str() {
+                        "model.embed_tokens.weight" => {
+                            entries.push(entry(format!("model.layers.{layer}.embed_tokens.weight")));
+                        }
+                        "lm_head.weight" => {
+                            entries.push(entry(format!("model.layers.{layer}.shared_head.head.weight")));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    };
+    add(&params.dense);
+    add(&params.experts);
+    for (&layer, bias) in &params.dense.gate_biases {
+        let gate = format!("model.layers.{layer}.mlp.gate.weight");
+        let owner = params.dense.iter().find(|param| param.parts[0].name == gate).map(|param| param.group[0]);
+        if owner == Some(rank) {
+            entries.push(Entry { name: gate_bias_name(layer), shape: vec![bias.len()], values: bias });
+        }
+    }
+    entries
+}
+
+/// Writes the rank's weights into its own file of the directory.
+///
+/// **Errors**: what the system says, with the path.
+pub fn export(
+    dir: &Path,
+    rank: usize,
+    world: usize,
+    config: &ModelConfig,
+    params: &RankParams,
+) -> Result<ExportedFile, RankError> {
+    let entries = entries(rank, config, params);
+    if entries.is_empty() {
+        return Ok(ExportedFile::default());
+    }
+    write_file(dir, &format!("model-{:05}-of-{world:05}.safetensors", rank + 1), entries)
+}
+
+/// The checkpointer actor.
+pub struct Checkpointer;
+
+impl Actor for Checkpointer {
+    type Msg = CheckpointerMessage;
+    type State = (ActorRef<RankMessage>, Probe);
+    type Arguments = (ActorRef<RankMessage>, Probe);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<CheckpointerMessage>,
+        arguments: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(arguments)
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<CheckpointerMessage>,
+        message: CheckpointerMessage,
+        (rank_actor, probe): &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            CheckpointerMessage::Export { dir, rank, world, config, params } => {
+                probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
+                let rank_actor = rank_actor.clone();
+                tokio::task::spawn_blocking(move || {
+                    let result = export(&dir, rank, world, &config, &params);
+                    // If the rank is gone the job has ended and nobody asks any more.
+                    drop(rank_actor.cast(RankMessage::Exported { params, result }));
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,21 @@
+//! What a run trains on: a corpus of documents, cut into packed sequences, drawn in a seeded order.
+//!
+//! The walk is corpus (documents) -> tokenizer (ids) -> packing (sequences) -> sampler (order); the Loader
+//! actor holds a `PackedDataset` and a `Sampler` and nothing else. `baselines` measures what simple
+//! compressors make of the very bytes that the model's validation predicts. Nothing here knows tensors, ranks
+//! or actors: ids are plain `u32`.
+
+pub mod baselines;
+pub mod corpus;
+mod crates;
+mod embedded;
+mod files;
+pub mod packing;
+pub mod sampler;
+pub mod tokenizer;
+
+pub use baselines::Baselines;
+pub use corpus::{Corpus, Document};
+pub use files::DataFault;
+pub use packing::PackedDataset;
+pub use sampler::Sampler;

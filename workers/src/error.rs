@@ -1,0 +1,86 @@
+//! What can go wrong on a rank, sorted by who has to act.
+
+use contraflow_runtime::fabric::FabricError;
+
+use crate::step::Missing;
+
+/// Who has to act on an error (ARCHITECTURE.md, "Errors").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The user mends the recipe or a file.
+    Config,
+    /// A peer is gone: the job re-forms.
+    Lost,
+    /// A number is not finite: stop, keep the evidence.
+    Numeric,
+    /// Our fault.
+    Bug,
+}
+
+/// An error on a rank.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// The data plane.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// The program ran an operation before its input was there.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// A panic in an operation or an actor.
+    #[error("panicked: {message}")]
+    Panic {
+        /// The panic's own message.
+        message: String,
+    },
+    /// The gradient norm is not a finite number; nothing was updated.
+    #[error("step {step}: the gradient norm is {norm}, loss {loss}; no rank has updated its weights")]
+    NotFinite {
+        /// Optimizer update that was not made.
+        step: u64,
+        /// The global norm.
+        norm: f64,
+        /// Mean loss of the global batch.
+        loss: f64,
+    },
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which one.
+        path: String,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{path}: {message}")]
+    Content {
+        /// Which one.
+        path: String,
+        /// What was expected and what came.
+        message: String,
+    },
+    /// A child actor is gone.
+    #[error("{actor} is gone")]
+    ActorGone {
+        /// Its name.
+        actor: &'static str,
+    },
+}
+
+impl RankError {
+    /// Who has to act.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            RankError::Fabric(_) => ErrorKind::Lost,
+            RankError::NotFinite { .. } => ErrorKind::Numeric,
+            RankError::File { .. } | RankError::Content { .. } => ErrorKind::Config,
+            RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
+        }
+    }
+
+    /// From what `catch_unwind` caught.
+    pub fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
+        let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+        RankError::Panic { message: text.unwrap_or_else(|| "no message".into()) }
+    }
+}

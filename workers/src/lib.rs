@@ -1,0 +1,26 @@
+//! What a rank does: its actors, its model, and how the two meet the fabric.
+//!
+//! The path of a micro-batch: `loader` -> `pipeline` (the program's cursor) -> `lanes` -> `compute` (with `model/`) ->
+//! `exchange` -> `optimizer`. This is the one crate that knows both ranks and tensors.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod checkpointer;
+pub mod collectives;
+pub mod compute;
+pub mod data;
+pub mod error;
+pub mod exchange;
+pub mod expert_shard;
+pub mod lanes;
+pub mod loader;
+pub mod model;
+pub mod optimizer;
+pub mod packets;
+pub mod params;
+pub mod pipeline;
+pub mod plans;
+pub mod probe;
+pub mod rank;
+pub mod step;
+pub mod weights;
+pub mod worker;

@@ -1,0 +1,259 @@
+//! The attention component: norm, multi-head latent attention, residual, norm, gate (report section 2.1.1).
+//!
+//! T tokens, D hidden, H heads, C KV latent, Cq query latent. What is recomputed in the backward pass: every norm. Kept:
+//! the latents, the heads' queries, keys and values, the attention output.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use contraflow_kernels::attention::{self, Output};
+use contraflow_kernels::gate::{self, Routing};
+use contraflow_kernels::latent::{join_keys, split_key_gradients};
+use contraflow_kernels::math::add_into;
+use contraflow_kernels::rope::{RopeTable, rotate};
+use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::{linear, norm};
+use contraflow_runtime::model_config;
+
+use super::micro_batch::MicroBatch;
+use super::weight_work::WeightWork;
+use super::{Architecture, AttentionWeights, Query};
+use crate::params::Params;
+
+/// Epsilon of the norms on the two latents, whatever that of the others is.
+const LATENT_NORM_EPS: f32 = model_config::LATENT_NORM_EPS as f32;
+
+/// What the component hands to the feed-forward part of its layer.
+pub struct AttentionOutput {
+    /// Residual stream after attention. **Shapes**: `[T, D]`.
+    pub residual: Tensor,
+    /// The same, normed: input of gate, shared and routed experts. **Shapes**: `[T, D]`.
+    pub normed: Tensor,
+    /// The gate's choice, in layers with routed experts.
+    pub routing: Option<Arc<Routing>>,
+}
+
+/// What the backward pass needs.
+pub struct Saved {
+    x: Tensor,
+    query_latent: Option<Tensor>,
+    /// Latent before its norm, then the rope key before rotation. **Shapes**: `[T, C + rope]`.
+    kv_latent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    core: Output,
+    residual: Tensor,
+    normed: Tensor,
+    routing: Option<Arc<Routing>>,
+}
+
+/// The gradients that come back to the component.
+pub struct AttentionGradient {
+    /// Of the residual stream. **Shapes**: `[T, D]`.
+    pub residual: Tensor,
+    /// Of the normed residual stream, from shared and routed experts. **Shapes**: `[T, D]`.
+    pub normed: Tensor,
+    /// Of the routing weights, token by token; empty in a dense layer.
+    pub routing_weights: Vec<f32>,
+    /// Factor of the sequence-wise balance loss: alpha over the number of sequences of the global batch.
+    pub balance_scale: f32,
+}
+
+/// Projections and core of MLA without norms around it.
+struct Heads {
+    query_latent: Option<Tensor>,
+    kv_latent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+}
+
+fn latent_columns(arch: &Architecture) -> Range<usize> {
+    0..arch.config.kv_lora_rank
+}
+
+/// Rotates the rope part of every head's query, in place.
+pub fn rotate_queries(arch: &Architecture, table: &RopeTable, q: &mut Tensor, inverse: bool) {
+    let config = &arch.config;
+    rotate(table, q.mat_mut(), config.num_attention_heads, config.qk_head_dim(), config.qk_nope_head_dim, inverse);
+}
+
+/// Queries of every head before rotation, and the query latent before its norm.
+///
+/// **Shapes**: `x` `[T, D]` normed, output `[T, H * qk]`.
+pub fn queries(weights: &AttentionWeights, params: &Params, x: &Tensor) -> (Tensor, Option<Tensor>) {
+    match &weights.query {
+        Query::Direct(projection) => (linear::forward(x, params.weight(*projection)), None),
+        Query::Latent { down, norm, up } => {
+            let latent = linear::forward(x, params.weight(*down));
+            let normed = norm::forward(&latent, params.weight(*norm), LATENT_NORM_EPS);
+            (linear::forward(&normed, params.weight(*up)), Some(latent))
+        }
+    }
+}
+
+/// The rotated key that all heads share.
+///
+/// **Shapes**: `kv_latent` `[T, C + rope]`, output `[T, rope]`.
+pub fn rope_keys(arch: &Architecture, table: &RopeTable, kv_latent: &Tensor) -> Tensor {
+    let (rank, dim) = (arch.config.kv_lora_rank, arch.config.qk_rope_head_dim);
+    let mut keys = Tensor::for_overwrite(&[kv_latent.rows(), dim]);
+    for (key, row) in keys.f32_mut().chunks_exact_mut(dim).zip(kv_latent.f32().chunks_exact(rank + dim)) {
+        key.copy_from_slice(&row[rank..]);
+    }
+    rotate(table, keys.mat_mut(), 1, dim, 0, false);
+    keys
+}
+
+fn project(arch: &Architecture, weights: &AttentionWeights, params: &Params, x: &Tensor, table: &RopeTable) -> Heads {
+    let (mut q, query_latent) = queries(weights, params, x);
+    rotate_queries(arch, table, &mut q, false);
+    let kv_latent = linear::forward(x, params.weight(weights.kv_down));
+    let keys = rope_keys(arch, table, &kv_latent);
+    let latent =
+        norm::forward_cols(&kv_latent, latent_columns(arch), params.weight(weights.kv_norm), LATENT_NORM_EPS);
+    let kv = linear::forward(&latent, params.weight(weights.kv_up));
+    let (k, v) = join_keys(&kv, keys.mat(), &arch.latent_heads);
+    Heads { query_latent, kv_latent, q, k, v }
+}
+
+/// Runs the component.
+///
+/// **Shapes**: `x` `[T, D]`.
+pub fn forward(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &Params,
+    x: Tensor,
+    batch: &MicroBatch,
+) -> (AttentionOutput, Saved) {
+    let normed = norm::forward(&x, params.weight(weights.input_norm), arch.eps());
+    let Heads { query_latent, kv_latent, q, k, v } = project(arch, weights, params, &normed, &batch.rope);
+    let core = attention::forward(&q, &k, &v, &batch.spans, &arch.heads);
+    let residual = linear::forward_add(&core.out, params.weight(weights.output), &x);
+    let normed = norm::forward(&residual, params.weight(weights.post_norm), arch.eps());
+    let routing = weights.gate.map(|gate_weight| {
+        let logits = linear::forward(&normed, params.weight(gate_weight));
+        Arc::new(gate::forward(&logits, &params.gate_biases[&weights.layer], &arch.gate))
+    });
+    let output = AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
+    (output, Saved { x, query_latent, kv_latent, q, k, v, core, residual, normed, routing })
+}
+
+/// What the backward pass gives.
+pub struct AttentionBackward {
+    /// Gradient with respect to the component's input. **Shapes**: `[T, D]`.
+    pub dx: Tensor,
+    /// The balance loss summed over the micro-batch's sequences, not yet scaled.
+    pub balance_loss: f64,
+    /// Deferred weight gradients.
+    pub work: WeightWork,
+}
+
+/// Gradient with respect to the component's input; the weights of the norms get theirs at once.
+pub fn backward_input(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &mut Params,
+    gradient: AttentionGradient,
+    saved: Saved,
+    batch: &MicroBatch,
+) -> AttentionBackward {
+    let mut work = WeightWork::default();
+    let mut balance_loss = 0.0;
+    let mut d_normed = gradient.normed;
+    if let (Some(gate_weight), Some(routing)) = (weights.gate, &saved.routing) {
+        let mut d_scores = gate::backward(&gradient.routing_weights, routing, &arch.gate);
+        if gradient.balance_scale != 0.0 {
+            let scale = gradient.balance_scale;
+            balance_loss = gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
+        }
+        gate::logits_gradient(&mut d_scores, routing);
+        add_into(d_normed.f32_mut(), linear::backward_input(&d_scores, params.weight(gate_weight)).f32());
+        work.linear(gate_weight, d_scores, saved.normed);
+    }
+    let mut d_residual = gradient.residual;
+    let (post_norm, d_post_norm) = params.weight_and_grad(weights.post_norm);
+    let through_norm = norm::backward(&d_normed, &saved.residual, post_norm, arch.eps(), d_post_norm);
+    add_into(d_residual.f32_mut(), through_norm.f32());
+
+    let d_core = linear::backward_input(&d_residual, params.weight(weights.output));
+    let core = attention::backward(&d_core, (&saved.q, &saved.k, &saved.v), &saved.core, &batch.spans, &arch.heads);
+    work.linear(weights.output, d_residual.clone(), saved.core.out);
+    let (d_kv, d_rope_keys) = split_key_gradients(&core.dk, &core.dv, &arch.latent_heads);
+    let mut d_q = core.dq;
+    rotate_queries(arch, &batch.rope, &mut d_q, true);
+
+    let input = norm::forward(&saved.x, params.weight(weights.input_norm), arch.eps());
+    let mut d_input = backward_queries(weights, params, d_q, saved.query_latent, &input, &mut work);
+    let gradient = KvGradient { kv: d_kv, rope_keys: d_rope_keys };
+    let d_latent = backward_kv(arch, weights, params, gradient, &saved.kv_latent, &batch.rope, &mut work);
+    add_into(d_input.f32_mut(), linear::backward_input(&d_latent, params.weight(weights.kv_down)).f32());
+    work.linear(weights.kv_down, d_latent, input);
+    let (input_norm, d_input_norm) = params.weight_and_grad(weights.input_norm);
+    let through_norm = norm::backward(&d_input, &saved.x, input_norm, arch.eps(), d_input_norm);
+    add_into(d_residual.f32_mut(), through_norm.f32());
+    AttentionBackward { dx: d_residual, balance_loss, work }
+}
+
+fn backward_queries(
+    weights: &AttentionWeights,
+    params: &mut Params,
+    d_q: Tensor,
+    latent: Option<Tensor>,
+    input: &Tensor,
+    work: &mut WeightWork,
+) -> Tensor {
+    match (&weights.query, latent) {
+        (Query::Latent { down, norm, up }, Some(latent)) => {
+            let d_latent = linear::backward_input(&d_q, params.weight(*up));
+            let normed = norm::forward(&latent, params.weight(*norm), LATENT_NORM_EPS);
+            work.linear(*up, d_q, normed);
+            let (weight, grad) = params.weight_and_grad(*norm);
+            let d_latent = norm::backward(&d_latent, &latent, weight, LATENT_NORM_EPS, grad);
+            let d_input = linear::backward_input(&d_latent, params.weight(*down));
+            work.linear(*down, d_latent, input.clone());
+            d_input
+        }
+        (Query::Direct(projection), _) => {
+            let d_input = linear::backward_input(&d_q, params.weight(*projection));
+            work.linear(*projection, d_q, input.clone());
+            d_input
+        }
+        (Query::Latent { .. }, None) => unreachable!("the forward pass keeps the query latent wherever there is one"),
+    }
+}
+
+/// The key and value path back to the normed input.
+struct KvGradient {
+    /// Of the up-projected keys and values. **Shapes**: `[T, H * (nope + v)]`.
+    kv: Tensor,
+    /// Of the rotated shared key. **Shapes**: `[T, rope]`.
+    rope_keys: Tensor,
+}
+
+fn backward_kv(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &mut Params,
+    gradient: KvGradient,
+    kv_latent: &Tensor,
+    table: &RopeTable,
+    work: &mut WeightWork,
+) -> Tensor {
+    let columns = latent_columns(arch);
+    let (rank, dim) = (arch.config.kv_lora_rank, arch.config.qk_rope_head_dim);
+    let d_normed = linear::backward_input(&gradient.kv, params.weight(weights.kv_up));
+    let normed = norm::forward_cols(kv_latent, columns.clone(), params.weight(weights.kv_norm), LATENT_NORM_EPS);
+    work.linear(weights.kv_up, gradient.kv, normed);
+    let mut d_latent = Tensor::for_overwrite(kv_latent.shape());
+    let (weight, grad) = params.weight_and_grad(weights.kv_norm);
+    norm::backward_cols(&d_normed, kv_latent, columns, weight, LATENT_NORM_EPS, grad, &mut d_latent);
+    let mut d_keys = gradient.rope_keys;
+    rotate(table, d_keys.mat_mut(), 1, dim, 0, true);
+    for (row, key) in d_latent.f32_mut().chunks_exact_mut(rank + dim).zip(d_keys.f32().chunks_exact(dim)) {
+        row[rank..].copy_from_slice(key);
+    }
+    d_latent
+}

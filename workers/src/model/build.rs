@@ -1,0 +1,189 @@
+//! Makes the stages of one rank: which parameters there are, under which published names, and over whom each is replicated.
+//!
+//! Knows the topology and the placement of stages; no actor and no fabric.
+
+use contraflow_runtime::schedule::{LayerKind, StageLayout};
+use contraflow_runtime::topology::Topology;
+
+use super::{Architecture, AttentionWeights, FfnWeights, HeadWeights, Layer, MtpWeights, Query, Stage};
+use crate::params::{ParamId, Params, Part, Replicas};
+
+/// Where the stages are and which of them hold a given parameter.
+pub struct Placement<'a> {
+    /// Sizes of the axes.
+    pub topology: Topology,
+    /// Stages per pipeline rank.
+    pub stages_of: &'a [Vec<usize>],
+    /// What each stage consists of.
+    pub layouts: &'a [StageLayout],
+}
+
+impl Placement<'_> {
+    /// All ranks that hold a copy of a parameter of these stages: every rank of those pipeline positions, or of one expert
+    /// coordinate there. First and last stage are both named for a tensor that both use; DualPipe's mirror follows from
+    /// the placement.
+    pub fn replica_group(&self, stages: &[usize], expert: Option<usize>) -> Vec<usize> {
+        let holds = |rank: &usize| {
+            let at = self.topology.coordinates(*rank);
+            expert.is_none_or(|expert| expert == at.expert)
+                && self.stages_of[at.pipeline].iter().any(|stage| stages.contains(stage))
+        };
+        self.topology.ranks().filter(holds).collect()
+    }
+}
+
+/// The stages of a rank with their parameters, all zero: dense ones and those of its routed experts.
+pub struct RankModel {
+    /// In the order of the placement.
+    pub stages: Vec<Stage>,
+    /// Everything but the routed experts.
+    pub dense: Params,
+    /// The routed experts this rank owns.
+    pub experts: Params,
+}
+
+/// Makes the model of one rank.
+pub fn build(arch: &Architecture, placement: &Placement, rank: usize) -> RankModel {
+    let at = placement.topology.coordinates(rank);
+    let mut builder = Builder { arch, placement, expert: at.expert, dense: Params::default(), experts: Params::default() };
+    let stages = placement.stages_of[at.pipeline].iter().map(|&stage| builder.stage(stage)).collect();
+    RankModel { stages, dense: builder.dense, experts: builder.experts }
+}
+
+struct Builder<'a> {
+    arch: &'a Architecture,
+    placement: &'a Placement<'a>,
+    expert: usize,
+    dense: Params,
+    experts: Params,
+}
+
+impl Builder<'_> {
+    /// Three buckets a stage: its dense parameters, what it shares with other stages, its routed experts.
+    fn replicas(&self, stages: &[usize], expert: Option<usize>, kind: usize) -> Replicas {
+        Replicas { group: self.placement.replica_group(stages, expert), bucket: 3 * stages[0] + kind }
+    }
+
+    fn stage(&mut self, index: usize) -> Stage {
+        let layout = &self.placement.layouts[index];
+        let config = &self.arch.config;
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+        let group = self.replicas(&[index], None, 0);
+        let embedding = layout.embedding.then(|| self.embedding());
+        let layers = layout.layers.iter().enumerate();
+        let layers = layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
+        let head = layout.head.then(|| HeadWeights {
+            norm: self.dense.add_single("model.norm.weight".into(), &[hidden], &group),
+            head: self.dense.add_single("lm_head.weight".into(), &[vocabulary, hidden], &group),
+        });
+        let mtp = layout.mtp_layer.map(|layer| self.mtp(index, layer, &group));
+        Stage { index, layout: layout.clone(), embedding, layers, head, mtp }
+    }
+
+    /// Held by the first stage, and by the last one if MTP needs it there.
+    fn embedding(&mut self) -> ParamId {
+        let layouts = self.placement.layouts.iter().enumerate();
+        let users = layouts.filter(|(_, layout)| layout.embedding || layout.mtp_layer.is_some());
+        let stages: Vec<usize> = users.map(|(stage, _)| stage).collect();
+        let group = self.replicas(&stages, None, 1);
+        let shape = [self.arch.config.vocab_size, self.arch.config.hidden_size];
+        self.dense.add_single("model.embed_tokens.weight".into(), &shape, &group)
+    }
+
+    fn layer(&mut self, stage: usize, index: usize, kind: LayerKind, group: &Replicas) -> Layer {
+        let arch = self.arch;
+        let config = &arch.config;
+        let attention = self.attention(index, kind, group);
+        match kind {
+            LayerKind::Dense => {
+                let prefix = format!("model.layers.{index}.mlp");
+                let ffn = ffn(&mut self.dense, arch, &prefix, config.intermediate_size, group);
+                Layer { index, attention, ffn, experts: None }
+            }
+            LayerKind::Moe => {
+                let prefix = format!("model.layers.{index}.mlp.shared_experts");
+                let width = config.moe_intermediate_size * config.n_shared_experts;
+                let ffn = ffn(&mut self.dense, arch, &prefix, width, group);
+                self.dense.gate_biases.insert(index, vec![0.0; config.n_routed_experts]);
+                Layer { index, attention, ffn, experts: Some(self.routed_experts(stage, index)) }
+            }
+        }
+    }
+
+    fn attention(&mut self, layer: usize, kind: LayerKind, group: &Replicas) -> AttentionWeights {
+        let config = &self.arch.config;
+        let (hidden, heads, rank) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank);
+        let prefix = format!("model.layers.{layer}");
+        let dense = &mut self.dense;
+        let mut add = |name: &str, shape: &[usize]| dense.add_single(format!("{prefix}.{name}.weight"), shape, group);
+        let q_width = heads * config.qk_head_dim();
+        let query = match config.q_lora_rank {
+            Some(latent) => Query::Latent {
+                down: add("self_attn.q_a_proj", &[latent, hidden]),
+                norm: add("self_attn.q_a_layernorm", &[latent]),
+                up: add("self_attn.q_b_proj", &[q_width, latent]),
+            },
+            None => Query::Direct(add("self_attn.q_proj", &[q_width, hidden])),
+        };
+        let kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim);
+        AttentionWeights {
+            layer,
+            input_norm: add("input_layernorm", &[hidden]),
+            query,
+            kv_down: add("self_attn.kv_a_proj_with_mqa", &[rank + config.qk_rope_head_dim, hidden]),
+            kv_norm: add("self_attn.kv_a_layernorm", &[rank]),
+            kv_up: add("self_attn.kv_b_proj", &[kv_width, rank]),
+            output: add("self_attn.o_proj", &[hidden, heads * config.v_head_dim]),
+            post_norm: add("post_attention_layernorm", &[hidden]),
+            gate: (kind == LayerKind::Moe).then(|| add("mlp.gate", &[config.n_routed_experts, hidden])),
+        }
+    }
+
+    fn routed_experts(&mut self, stage: usize, layer: usize) -> FfnWeights {
+        let config = &self.arch.config;
+        let (hidden, width) = (config.hidden_size, config.moe_intermediate_size);
+        let owned = config.n_routed_experts / self.placement.topology.expert;
+        let group = self.replicas(&[stage], Some(self.expert), 2);
+        let mut gate_up = Vec::new();
+        let mut down = Vec::new();
+        for local in 0..owned {
+            let name = |kind: &str| {
+                format!("model.layers.{layer}.mlp.experts.{}.{kind}_proj.weight", self.expert * owned + local)
+            };
+            let matrix = width * hidden;
+            gate_up.push(Part { name: name("gate"), shape: vec![width, hidden], offset: 2 * local * matrix });
+            gate_up.push(Part { name: name("up"), shape: vec![width, hidden], offset: (2 * local + 1) * matrix });
+            down.push(Part { name: name("down"), shape: vec![hidden, width], offset: local * matrix });
+        }
+        FfnWeights {
+            gate_up: self.experts.add(&[owned, 2 * width, hidden], gate_up, &group),
+            down: self.experts.add(&[owned, hidden, width], down, &group),
+        }
+    }
+
+    fn mtp(&mut self, stage: usize, layer: usize, group: &Replicas) -> MtpWeights {
+        let hidden = self.arch.config.hidden_size;
+        let name = |kind: &str| format!("model.layers.{layer}.{kind}.weight");
+        MtpWeights {
+            embedding: self.embedding(),
+            embedding_norm: self.dense.add_single(name("enorm"), &[hidden], group),
+            hidden_norm: self.dense.add_single(name("hnorm"), &[hidden], group),
+            projection: self.dense.add_single(name("eh_proj"), &[hidden, 2 * hidden], group),
+            layer: self.layer(stage, layer, LayerKind::Moe, group),
+            norm: self.dense.add_single(name("shared_head.norm"), &[hidden], group),
+        }
+    }
+}
+
+fn ffn(params: &mut Params, arch: &Architecture, prefix: &str, width: usize, group: &Replicas) -> FfnWeights {
+    let hidden = arch.config.hidden_size;
+    let part = |kind: &str, row: usize| Part {
+        name: format!("{prefix}.{kind}_proj.weight"),
+        shape: vec![width, hidden],
+        offset: row * hidden,
+    };
+    FfnWeights {
+        gate_up: params.add(&[2 * width, hidden], vec![part("gate", 0), part("up", width)], group),
+        down: params.add_single(format!("{prefix}.down_proj.weight"), &[hidden, width], group),
+    }
+}

@@ -1,0 +1,80 @@
+//! The routed experts a rank owns: grouped GEMMs over the rows it received.
+//!
+//! The routing weight scales SwiGLU's output before the down projection; that is what lets a token travel once to a rank
+//! and come back as one sum. N received rows, R (row, expert) pairs, D hidden, F expert width.
+
+use contraflow_kernels::permute::{self, Permutation};
+use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::{grouped, swiglu};
+
+use super::FfnWeights;
+use super::weight_work::{WeightTask, WeightWork};
+use crate::params::Params;
+
+/// What arrives at the experts of a rank: rows, and which experts each of them goes to.
+pub struct Arrivals {
+    /// **Shapes**: `[N, D]`.
+    pub rows: Tensor,
+    /// Row and local expert of each pair.
+    pub pairs: Vec<(u32, u32)>,
+    /// Routing weight of each pair.
+    pub weights: Vec<f32>,
+}
+
+/// What the backward pass needs. Rows are kept once, not once per expert; the SwiGLU output is recomputed.
+pub struct Saved {
+    rows: Tensor,
+    permutation: Permutation,
+    /// Routing weights in permuted order.
+    weights: Vec<f32>,
+    /// **Shapes**: `[R, 2F]`.
+    gate_up: Tensor,
+}
+
+/// Sum over each row's experts of the weighted expert output.
+///
+/// **Shapes**: output `[N, D]`.
+pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (Tensor, Saved) {
+    let Arrivals { rows, pairs, weights: pair_weights } = arrivals;
+    let num_experts = experts.weight(weights.gate_up).shape()[0];
+    let permutation = permute::by_expert(&pairs, num_experts);
+    let routing: Vec<f32> = permutation.slots.iter().map(|&slot| pair_weights[slot as usize]).collect();
+    let gathered = permute::gather(&rows, &permutation.rows);
+    let gate_up = grouped::forward(&gathered, &permutation.offsets, experts.weight(weights.gate_up));
+    drop(gathered);
+    let inner = swiglu::forward(&gate_up, Some(&routing));
+    let outputs = grouped::forward(&inner, &permutation.offsets, experts.weight(weights.down));
+    let mut sums = Tensor::zeros(&[rows.rows(), rows.cols()]);
+    permute::scatter_add(&outputs, &permutation.rows, &mut sums);
+    (sums, Saved { rows, permutation, weights: routing, gate_up })
+}
+
+/// Gradients with respect to the rows and to the routing weight of each pair, in the order in which the pairs arrived.
+///
+/// **Shapes**: `dy` `[N, D]`, output `[N, D]`.
+pub fn backward_input(
+    weights: &FfnWeights,
+    experts: &Params,
+    dy: &Tensor,
+    saved: Saved,
+) -> (Tensor, Vec<f32>, WeightWork) {
+    let Saved { rows, permutation, weights: routing, gate_up } = saved;
+    let Permutation { offsets, rows: row_of, slots } = permutation;
+    let d_outputs = permute::gather(dy, &row_of);
+    let inner = swiglu::forward(&gate_up, Some(&routing));
+    let d_inner = grouped::backward_input(&d_outputs, &offsets, experts.weight(weights.down));
+    let (d_gate_up, d_routing) = swiglu::backward(&d_inner, &gate_up, Some(&routing));
+    let d_gathered = grouped::backward_input(&d_gate_up, &offsets, experts.weight(weights.gate_up));
+    let mut d_rows = Tensor::zeros(&[rows.rows(), rows.cols()]);
+    permute::scatter_add(&d_gathered, &row_of, &mut d_rows);
+    let mut d_weights = vec![0.0; slots.len()];
+    for (&slot, &gradient) in slots.iter().zip(&d_routing) {
+        d_weights[slot as usize] = gradient;
+    }
+    let gathered = permute::gather(&rows, &row_of);
+    let work = WeightWork(vec![
+        WeightTask::Grouped { param: weights.down, dy: d_outputs, x: inner, offsets: offsets.clone() },
+        WeightTask::Grouped { param: weights.gate_up, dy: d_gate_up, x: gathered, offsets },
+    ]);
+    (d_rows, d_weights, work)
+}

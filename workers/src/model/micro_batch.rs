@@ -1,0 +1,107 @@
+//! A micro-batch: the tokens of a few sequences and everything the components ask about them.
+//!
+//! Knows nothing of where the tokens came from.
+
+use std::sync::Arc;
+
+use contraflow_kernels::attention::Span;
+use contraflow_kernels::rope::RopeTable;
+
+use super::Architecture;
+
+/// Sequences of tokens as they come from a loader.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sequences {
+    /// Tokens, sequence after sequence. **Shapes**: `[num_sequences * sequence_length]`.
+    pub ids: Vec<u32>,
+    /// The token after each of them. **Shapes**: as `ids`.
+    pub targets: Vec<u32>,
+    /// Weight of each target's loss; 0 where there is none. **Shapes**: as `ids`.
+    pub loss_weights: Vec<f32>,
+    /// Tokens per sequence.
+    pub sequence_length: usize,
+}
+
+impl Sequences {
+    /// Sequences in which every position has a target that counts.
+    pub fn new(ids: Vec<u32>, targets: Vec<u32>, sequence_length: usize) -> Self {
+        let loss_weights = vec![1.0; ids.len()];
+        Sequences { ids, targets, loss_weights, sequence_length }
+    }
+
+    /// What the main loss is divided by: the sum of its weights.
+    pub fn loss_weight(&self) -> f64 {
+        self.loss_weights.iter().map(|&weight| f64::from(weight)).sum()
+    }
+
+    /// What the MTP loss is divided by: the sum of the weights that the token after next has.
+    pub fn mtp_loss_weight(&self) -> f64 {
+        self.mtp_weights().map(f64::from).sum()
+    }
+
+    /// Row i of MTP predicts the target of row i + 1; the last row of a sequence has none.
+    fn mtp_weights(&self) -> impl Iterator<Item = f32> {
+        let length = self.sequence_length;
+        (0..self.ids.len()).map(move |row| if (row + 1) % length == 0 { 0.0 } else { self.loss_weights[row + 1] })
+    }
+}
+
+/// Divisors and factors of the losses, the same on every rank in a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LossScales {
+    /// Sum of the loss weights of the global batch.
+    pub denominator: f64,
+    /// Sum of the MTP loss weights of the global batch.
+    pub mtp_denominator: f64,
+    /// Factor of the MTP loss (lambda).
+    pub mtp_weight: f64,
+    /// Factor of a sequence's balance loss: alpha over the number of sequences of the global batch.
+    pub balance: f64,
+}
+
+/// One micro-batch, ready for the components.
+pub struct MicroBatch {
+    /// Tokens. **Shapes**: `[T]`.
+    pub ids: Vec<u32>,
+    /// Next tokens. **Shapes**: `[T]`.
+    pub targets: Vec<u32>,
+    /// Loss weights over the global denominator. **Shapes**: `[T]`.
+    pub loss_weights: Vec<f32>,
+    /// Tokens after next, where there are any. **Shapes**: `[T]`.
+    pub mtp_targets: Vec<u32>,
+    /// Their loss weights over the global denominator, times lambda. **Shapes**: `[T]`.
+    pub mtp_loss_weights: Vec<f32>,
+    /// Which keys each query sees: one span per sequence.
+    pub spans: Vec<Span>,
+    /// Rotations at the tokens' positions.
+    pub rope: Arc<RopeTable>,
+    /// Tokens per sequence.
+    pub sequence_length: usize,
+    /// See [`LossScales::balance`].
+    pub balance_scale: f32,
+}
+
+impl MicroBatch {
+    /// Prepares sequences for the components.
+    pub fn new(arch: &Architecture, sequences: Sequences, scales: &LossScales) -> Self {
+        let length = sequences.sequence_length;
+        let num_tokens = sequences.ids.len();
+        let mtp_scale = if scales.mtp_denominator > 0.0 { scales.mtp_weight / scales.mtp_denominator } else { 0.0 };
+        let mtp_loss_weights = sequences.mtp_weights().map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
+        let mut mtp_targets = sequences.targets.clone();
+        mtp_targets.rotate_left(1.min(num_tokens));
+        let positions: Vec<u32> = (0..num_tokens).map(|row| (row % length) as u32).collect();
+        let span = |start| Span { query_start: start, query_len: length, key_start: start, key_len: length };
+        MicroBatch {
+            loss_weights: sequences.loss_weights.iter().map(|&w| (f64::from(w) / scales.denominator) as f32).collect(),
+            ids: sequences.ids,
+            targets: sequences.targets,
+            mtp_targets,
+            mtp_loss_weights,
+            spans: (0..num_tokens).step_by(length).map(span).collect(),
+            rope: Arc::new(arch.rope.table(&positions)),
+            sequence_length: length,
+            balance_scale: scales.balance as f32,
+        }
+    }
+}

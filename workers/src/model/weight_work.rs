@@ -1,0 +1,54 @@
+//! Weight gradients that are still to be computed: what `backward_input` leaves behind and a `W` action consumes.
+
+use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::{grouped, linear};
+
+use crate::params::{ParamId, Params};
+
+/// One deferred product `dw += dy^T x`.
+pub enum WeightTask {
+    /// One matrix.
+    Linear {
+        /// Whose gradient.
+        param: ParamId,
+        /// **Shapes**: `[T, out]`.
+        dy: Tensor,
+        /// **Shapes**: `[T, in]`.
+        x: Tensor,
+    },
+    /// A stack of experts, rows sorted by expert.
+    Grouped {
+        /// Whose gradient.
+        param: ParamId,
+        /// **Shapes**: `[R, out]`.
+        dy: Tensor,
+        /// **Shapes**: `[R, in]`.
+        x: Tensor,
+        /// First row of each expert, and the end.
+        offsets: Vec<usize>,
+    },
+}
+
+/// The deferred products of one component.
+#[derive(Default)]
+#[must_use = "dropping it loses weight gradients"]
+pub struct WeightWork(pub Vec<WeightTask>);
+
+impl WeightWork {
+    /// Adds `dw += dy^T x`.
+    pub fn linear(&mut self, param: ParamId, dy: Tensor, x: Tensor) {
+        self.0.push(WeightTask::Linear { param, dy, x });
+    }
+
+    /// Computes the gradients, in the order in which they were queued.
+    pub fn run(self, params: &mut Params) {
+        for task in self.0 {
+            match task {
+                WeightTask::Linear { param, dy, x } => linear::backward_weight(&dy, &x, params.grad_mut(param)),
+                WeightTask::Grouped { param, dy, x, offsets } => {
+                    grouped::backward_weight(&dy, &x, &offsets, params.grad_mut(param));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,458 @@
+//! The optimizer of a rank: gradient reduction, the global norm, AdamW on this rank's shard, weight gathering, gate biases.
+//!
+//! ZeRO-1: the moments of each parameter are spread over its replica group (report section 3.2.3). The step's few totals
+//! (norm, losses, expert counts) are summed over the whole world at once; every rank decides from the same numbers, so
+//! a gradient that is not finite stops all of them before any update. Knows parameters and groups, no layers.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use contraflow_kernels::adamw::{self, AdamW};
+use contraflow_kernels::math::sum_squares;
+use contraflow_kernels::par::Threads;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::fabric::{Endpoint, FrameKind};
+use contraflow_runtime::recipe::{Decay, OptimizerSection};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+
+use crate::collectives::{Collectives, shard};
+use crate::compute::Totals;
+use crate::error::RankError;
+use crate::params::{Param, Params};
+use crate::probe::{Probe, ProbePoint};
+use crate::rank::RankMessage;
+use crate::step::StepId;
+
+/// What one update is told.
+#[derive(Clone, Copy, Debug)]
+pub struct UpdateOrder {
+    /// Which step.
+    pub id: StepId,
+    /// Learning rate of this update.
+    pub learning_rate: f64,
+    /// How far a gate bias moves (gamma).
+    pub bias_speed: f64,
+}
+
+/// What every rank knows after an update.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GlobalTotals {
+    /// Mean loss of the global batch.
+    pub loss: f64,
+    /// Mean MTP loss times lambda.
+    pub mtp_loss: f64,
+    /// Balance loss, scaled.
+    pub balance_loss: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens per expert and layer, over the global batch.
+    pub expert_counts: BTreeMap<usize, Vec<u64>>,
+}
+
+/// The parameters of one replica group that are reduced together, as one flat run of elements.
+struct Bucket {
+    number: usize,
+    group: Vec<usize>,
+    /// Which parameters: store, index, first element in the bucket.
+    members: Vec<(Store, usize, usize)>,
+    len: usize,
+    /// This rank's part of the bucket.
+    shard: Range<usize>,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Store {
+    Dense,
+    Experts,
+}
+
+/// Both stores of a rank.
+pub struct RankParams {
+    /// Everything but the routed experts.
+    pub dense: Params,
+    /// The routed experts.
+    pub experts: Params,
+}
+
+impl RankParams {
+    fn param(&self, store: Store, index: usize) -> &Param {
+        match store {
+            Store::Dense => self.dense.get(index),
+            Store::Experts => self.experts.get(index),
+        }
+    }
+
+    fn param_mut(&mut self, store: Store, index: usize) -> &mut Param {
+        match store {
+            Store::Dense => self.dense.get_mut(index),
+            Store::Experts => self.experts.get_mut(index),
+        }
+    }
+}
+
+/// The optimizer's own state.
+pub struct OptimizerState {
+    recipe: OptimizerSection,
+    endpoint: Endpoint,
+    world: Vec<usize>,
+    /// Number of experts, and of layers that may have a gate: the shape of the counts in the totals.
+    counts_shape: (usize, usize),
+    buckets: Vec<Bucket>,
+    threads: Arc<Threads>,
+}
+
+/// What the optimizer is made with.
+pub struct OptimizerSetup {
+    /// `[optimizer]`.
+    pub recipe: OptimizerSection,
+    /// This rank's end of the fabric.
+    pub endpoint: Endpoint,
+    /// All ranks of the job.
+    pub world: Vec<usize>,
+    /// Routed experts of the model.
+    pub num_experts: usize,
+    /// Layers of the model, MTP included.
+    pub num_layers: usize,
+    /// What its arithmetic may use.
+    pub threads: Arc<Threads>,
+}
+
+/// A piece of a bucket that lies in one parameter.
+struct Piece {
+    store: Store,
+    index: usize,
+    in_param: Range<usize>,
+    /// Relative to the start of the range that was asked for.
+    in_range: Range<usize>,
+}
+
+impl Bucket {
+    fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for &(store, index, start) in &self.members {
+            let end = start + params.param(store, index).weight.len();
+            let from = start.max(range.start);
+            let to = end.min(range.end);
+            if from < to {
+                let in_range = from - range.start..to - range.start;
+                pieces.push(Piece { store, index, in_param: from - start..to - start, in_range });
+            }
+        }
+        pieces
+    }
+
+    /// Copies a range of the bucket out of the parameters' weights or gradients.
+    fn slice(&self, params: &RankParams, range: Range<usize>, values: impl Fn(&Param) -> Option<&Tensor>) -> Tensor {
+        let mut flat = Tensor::zeros(&[range.len()]);
+        let target = flat.f32_mut();
+        for Piece { store, index, in_param, in_range } in self.pieces(&range, params) {
+            if let Some(source) = values(params.param(store, index)) {
+                target[in_range].copy_from_slice(&source.f32()[in_param]);
+            }
+        }
+        flat
+    }
+}
+
+impl OptimizerState {
+    /// Zero moments for this rank's shard of each bucket.
+    pub fn new(setup: OptimizerSetup, params: &RankParams) -> Self {
+        let mut by_number: BTreeMap<usize, (Vec<usize>, Vec<(Store, usize, usize)>, usize)> = BTreeMap::new();
+        for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
+            for (index, param) in list.iter().enumerate() {
+                let entry = by_number.entry(param.bucket).or_insert_with(|| (param.group.clone(), Vec::new(), 0));
+                entry.1.push((store, index, entry.2));
+                entry.2 += param.weight.len();
+            }
+        }
+        let rank = setup.endpoint.rank();
+        let buckets = by_number.into_iter().map(|(number, (group, members, len))| {
+            let own = group.iter().position(|&member| member == rank).unwrap_or_default();
+            let shard = shard(len, group.len(), own);
+            let zeros = || Tensor::zeros(&[shard.len()]);
+            Bucket { number, group, members, len, exp_avg: zeros(), exp_avg_sq: zeros(), shard }
+        });
+        OptimizerState {
+            buckets: buckets.collect(),
+            recipe: setup.recipe,
+            endpoint: setup.endpoint,
+            world: setup.world,
+            counts_shape: (setup.num_experts, setup.num_layers),
+            threads: setup.threads,
+        }
+    }
+
+    /// Makes one update. On an error no weight has changed.
+    ///
+    /// **Errors**: [`RankError::NotFinite`] on every rank alike; those of the fabric.
+    pub fn update(
+        &mut self,
+        order: &UpdateOrder,
+        params: &mut RankParams,
+        totals: &Totals,
+    ) -> Result<GlobalTotals, RankError> {
+        let threads = self.threads.clone();
+        threads.run(|| self.update_in_pool(order, params, totals))
+    }
+
+    fn update_in_pool(
+        &mut self,
+        order: &UpdateOrder,
+        params: &mut RankParams,
+        totals: &Totals,
+    ) -> Result<GlobalTotals, RankError> {
+        let endpoint = self.endpoint.clone();
+        let collectives = Collectives { endpoint: &endpoint, id: order.id };
+        let gradients = self.reduce_gradients(&collectives, params)?;
+        let global = self.sum_totals(&collectives, params, &gradients, totals)?;
+        if !global.grad_norm.is_finite() || !global.loss.is_finite() {
+            let (norm, loss) = (global.grad_norm, global.loss);
+            return Err(RankError::NotFinite { step: order.id.step, norm, loss });
+        }
+        let grad_scale = (self.recipe.clip_norm / (global.grad_norm + 1e-6)).min(1.0) as f32;
+        self.apply(order, params, &gradients, grad_scale);
+        self.gather_weights(&collectives, params)?;
+        for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
+            param.grad = None;
+        }
+        move_gate_biases(&mut params.dense.gate_biases, &global.expert_counts, order.bias_speed);
+        Ok(global)
+    }
+
+    /// The summed gradient of this rank's shard per bucket; `None` where the rank is alone and the gradient is in place.
+    fn reduce_gradients(
+        &self,
+        collectives: &Collectives,
+        params: &RankParams,
+    ) -> Result<Vec<Option<Tensor>>, RankError> {
+        let reduce = |bucket: &Bucket| {
+            if bucket.group.len() == 1 {
+                return Ok(None);
+            }
+            let slice = |range| bucket.slice(params, range, |param| param.grad.as_ref());
+            let sum = collectives.reduce_scatter(&bucket.group, bucket.number, bucket.len, slice)?;
+            Ok(Some(sum))
+        };
+        self.buckets.iter().map(reduce).collect()
+    }
+
+    fn sum_totals(
+        &self,
+        collectives: &Collectives,
+        params: &RankParams,
+        gradients: &[Option<Tensor>],
+        totals: &Totals,
+    ) -> Result<GlobalTotals, RankError> {
+        let mut squares = 0.0;
+        for (bucket, reduced) in self.buckets.iter().zip(gradients) {
+            squares += match reduced {
+                Some(reduced) => sum_squares(reduced.f32()),
+                None => {
+                    let grads = bucket.members.iter().filter_map(|&(store, i, _)| params.param(store, i).grad.as_ref());
+                    grads.map(|grad| sum_squares(grad.f32())).sum()
+                }
+            };
+        }
+        let (num_experts, num_layers) = self.counts_shape;
+        let mut sums = vec![squares, totals.loss, totals.mtp_loss, totals.balance_loss];
+        let first_count = sums.len();
+        sums.resize(first_count + num_experts * num_layers, 0.0);
+        for (&layer, counts) in &totals.expert_counts {
+            for (expert, &count) in counts.iter().enumerate() {
+                sums[first_count + layer * num_experts + expert] = count as f64;
+            }
+        }
+        let sums = collectives.all_reduce(&self.world, 0, sums)?;
+        let counts_of = |layer: usize| {
+            let start = first_count + layer * num_experts;
+            sums[start..start + num_experts].iter().map(|&count| count as u64).collect()
+        };
+        Ok(GlobalTotals {
+            grad_norm: sums[0].sqrt(),
+            loss: sums[1],
+            mtp_loss: sums[2],
+            balance_loss: sums[3],
+            expert_counts: totals.expert_counts.keys().map(|&layer| (layer, counts_of(layer))).collect(),
+        })
+    }
+
+    fn apply(
+        &mut self,
+        order: &UpdateOrder,
+        params: &mut RankParams,
+        gradients: &[Option<Tensor>],
+        grad_scale: f32,
+    ) {
+        for (bucket, reduced) in self.buckets.iter_mut().zip(gradients) {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                let param = params.param_mut(store, index);
+                let decays = self.recipe.decay == Decay::All || param.is_matrix();
+                let spec = AdamW {
+                    lr: order.learning_rate as f32,
+                    beta1: self.recipe.beta1 as f32,
+                    beta2: self.recipe.beta2 as f32,
+                    epsilon: self.recipe.epsilon as f32,
+                    weight_decay: if decays { self.recipe.weight_decay as f32 } else { 0.0 },
+                    step: order.id.step,
+                    grad_scale,
+                };
+                let gradient = match reduced {
+                    Some(reduced) => &reduced.f32()[in_range.clone()],
+                    None => {
+                        param.grad_mut();
+                        &param.grad.as_ref().expect("made in the line above").f32()[in_param.clone()]
+                    }
+                };
+                let exp_avg = &mut bucket.exp_avg.f32_mut()[in_range.clone()];
+                let exp_avg_sq = &mut bucket.exp_avg_sq.f32_mut()[in_range];
+                adamw::update(&mut param.weight.f32_mut()[in_param], gradient, exp_avg, exp_avg_sq, &spec);
+            }
+        }
+    }
+
+    fn gather_weights(&self, collectives: &Collectives, params: &mut RankParams) -> Result<(), RankError> {
+        for bucket in self.buckets.iter().filter(|bucket| bucket.group.len() > 1) {
+            let mut updated = Vec::new();
+            let slice = |range| bucket.slice(params, range, |param| Some(&param.weight));
+            let store = |range: Range<usize>, part: &Tensor| updated.push((range, part.clone()));
+            collectives.all_gather(&bucket.group, bucket.number, bucket.len, slice, store)?;
+            for (range, part) in updated {
+                for Piece { store, index, in_param, in_range } in bucket.pieces(&range, params) {
+                    let weight = params.param_mut(store, index).weight.f32_mut();
+                    weight[in_param].copy_from_slice(&part.f32()[in_range]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The frames one update sends from this rank: kind, bucket, destination, bytes. For comparison with what was sent.
+    pub fn frames(&self) -> Vec<(FrameKind, usize, usize, usize)> {
+        let mut frames = Vec::new();
+        let own = self.endpoint.rank();
+        for bucket in &self.buckets {
+            for (index, &member) in bucket.group.iter().enumerate().filter(|&(_, &member)| member != own) {
+                let theirs = 4 * shard(bucket.len, bucket.group.len(), index).len();
+                frames.push((FrameKind::ReduceScatter, bucket.number, member, theirs));
+                frames.push((FrameKind::AllGather, bucket.number, member, 4 * bucket.shard.len()));
+            }
+        }
+        frames
+    }
+}
+
+/// The balance rule without a loss: an expert that got more than the mean goes down by `speed`, one that got less goes up
+/// (report section 2.1.2).
+pub fn move_gate_biases(biases: &mut BTreeMap<usize, Vec<f32>>, counts: &BTreeMap<usize, Vec<u64>>, speed: f64) {
+    for (layer, counts) in counts {
+        let Some(biases) = biases.get_mut(layer) else { continue };
+        let total: u64 = counts.iter().sum();
+        for (bias, &count) in biases.iter_mut().zip(counts) {
+            // mean - count, times the number of experts: exact in integers.
+            match total.cmp(&(count * counts.len() as u64)) {
+                std::cmp::Ordering::Greater => *bias += speed as f32,
+                std::cmp::Ordering::Less => *bias -= speed as f32,
+                std::cmp::Ordering::Equal => {}
+            }
+        }
+    }
+}
+
+/// What the optimizer hears.
+pub enum OptimizerMessage {
+    /// Make an update; the answer is [`RankMessage::UpdateDone`].
+    Update {
+        /// Which step, with which rates.
+        order: UpdateOrder,
+        /// The parameters with their gradients, handed over for the update.
+        params: Box<RankParams>,
+        /// The rank's sums over the step.
+        totals: Box<Totals>,
+    },
+    /// The update has ended: the optimizer's state comes back from the thread that made it.
+    Finished(Box<OptimizerState>),
+}
+
+/// An update that has ended.
+pub struct UpdateDone {
+    /// What was asked for.
+    pub order: UpdateOrder,
+    /// The parameters, back again.
+    pub params: RankParams,
+    /// What every rank knows now, or why nothing was updated.
+    pub result: Result<GlobalTotals, RankError>,
+}
+
+/// The optimizer actor.
+pub struct Optimizer;
+
+/// The actor's state.
+pub struct OptimizerActorState {
+    rank: ActorRef<RankMessage>,
+    probe: Probe,
+    /// Out while an update runs.
+    state: Option<Box<OptimizerState>>,
+}
+
+impl Actor for Optimizer {
+    type Msg = OptimizerMessage;
+    type State = OptimizerActorState;
+    type Arguments = (ActorRef<RankMessage>, OptimizerState, Probe);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<OptimizerMessage>,
+        (rank, state, probe): Self::Arguments,
+    ) -> Result<OptimizerActorState, ActorProcessingErr> {
+        Ok(OptimizerActorState { rank, probe, state: Some(Box::new(state)) })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<OptimizerMessage>,
+        message: OptimizerMessage,
+        actor: &mut OptimizerActorState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            OptimizerMessage::Update { order, mut params, totals } => {
+                let mut state = actor.state.take().ok_or("an update is under way already")?;
+                let (rank_id, step) = (state.endpoint.rank(), order.id.step);
+                actor.probe.at(ProbePoint::Actor { rank: rank_id, step, name: "optimizer" });
+                let (rank, probe) = (actor.rank.clone(), actor.probe.clone());
+                // Collectives wait for other ranks: not on the actor's own thread, which has to stay awake.
+                tokio::task::spawn_blocking(move || {
+                    let update = AssertUnwindSafe(|| {
+                        probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &params });
+                        state.update(&order, &mut params, &totals)
+                    });
+                    let result = catch_unwind(update).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    // If the actors are gone the job has ended and nobody asks any more.
+                    drop(myself.cast(OptimizerMessage::Finished(state)));
+                    let done = UpdateDone { order, params: *params, result };
+                    drop(rank.cast(RankMessage::UpdateDone(Box::new(done))));
+                });
+            }
+            OptimizerMessage::Finished(state) => actor.state = Some(state),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overloaded_expert_goes_down_by_exactly_the_speed() {
+        let mut biases = BTreeMap::from([(1, vec![0.0, 0.5, 0.0, -0.25])]);
+        let counts = BTreeMap::from([(1, vec![9, 4, 5, 2])]);
+        move_gate_biases(&mut biases, &counts, 0.125);
+        assert_eq!(biases[&1], [-0.125, 0.625, 0.0, -0.125]);
+        move_gate_biases(&mut biases, &counts, 0.0);
+        assert_eq!(biases[&1], [-0.125, 0.625, 0.0, -0.125]);
+    }
+}

@@ -1,0 +1,582 @@
+//! The rank actor: supervisor of one rank's actors, and the order of things within a step.
+//!
+//! Load a batch, borrow the experts, run the plan, update, report, next step: the ranks commit steps among themselves, the
+//! orchestrator only hears of them. Any failure of a child ends here, with the words for it. Knows messages; tensors
+//! only pass through its hands.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use contraflow_kernels::par::Threads;
+use contraflow_proto::{LayerLoad, StepReport};
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::fabric::{Endpoint, FabricError, Phase};
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::Mode;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+
+use crate::checkpointer::{Checkpointer, CheckpointerMessage};
+use crate::error::RankError;
+use crate::exchange::ExpertGroup;
+use crate::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
+use crate::lanes::Site;
+use crate::loader::{Batch, BatchShape, Datasets, Loader, LoaderMessage, LoaderSetup, Part};
+use crate::model::Architecture;
+use crate::model::build::{Placement, RankModel, build};
+use crate::model::init::initialise;
+use crate::model::micro_batch::LossScales;
+use crate::optimizer::{
+    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, UpdateDone, UpdateOrder,
+};
+use crate::params::Params;
+use crate::pipeline::{Pipeline, PipelineMessage, PipelineOrder, PipelineSetup, PlanDone};
+use crate::plans::{Plans, train_shape, validation_shape};
+use crate::probe::{Probe, ProbePoint};
+use crate::step::StepId;
+
+/// Takes a rank's events to the orchestrator.
+pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
+
+/// Everything a rank is told when it joins a job.
+pub struct Assignment {
+    /// Job number.
+    pub job: u32,
+    /// Count of (re)formations.
+    pub generation: u32,
+    /// What to train and how.
+    pub recipe: Arc<Recipe>,
+    /// The rank's end of the fabric.
+    pub endpoint: Endpoint,
+    /// The sequences.
+    pub datasets: Arc<Datasets>,
+    /// For tests.
+    pub probe: Probe,
+}
+
+/// What the rank hears.
+pub enum RankMessage {
+    /// Join a job; the answer is [`RankEvent::Ready`].
+    Assign(Box<Assignment>),
+    /// The model has been made.
+    Built(Box<Result<Built, RankError>>),
+    /// The orchestrator's word.
+    Command(RankCommand),
+    /// The loader's answer.
+    BatchLoaded {
+        /// For which step.
+        step: u64,
+        /// This rank's share.
+        batch: Box<Batch>,
+    },
+    /// The expert shard's answer.
+    ExpertsLent(Box<Params>),
+    /// A program has ended.
+    PlanDone(Box<PlanDone>),
+    /// The optimizer has ended.
+    UpdateDone(Box<UpdateDone>),
+    /// The weights are on disk, or not.
+    Exported {
+        /// The parameters, back again.
+        params: Box<RankParams>,
+        /// What was written.
+        result: Result<ExportedFile, RankError>,
+    },
+    /// A child could not do its part.
+    ChildFailed {
+        /// What it was doing, in words.
+        action: String,
+        /// The cause.
+        error: RankError,
+    },
+    /// Every wait of the running program has ended.
+    PipelineAborted,
+}
+
+/// A model with an optimizer, fresh.
+pub struct Built {
+    assignment: Assignment,
+    arch: Arc<Architecture>,
+    plans: Plans,
+    model: RankModel,
+    optimizer: OptimizerState,
+    threads: Arc<Threads>,
+}
+
+fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
+    let recipe = assignment.recipe.clone();
+    let wrong = |message| RankError::Content { path: "recipe".into(), message };
+    let plans = Plans::new(&recipe).map_err(wrong)?;
+    let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
+    let topology = recipe.topology();
+    let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
+    let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
+    let mut model = build(&arch, &placement, rank);
+    initialise(&mut model.dense, recipe.training.seed, recipe.training.init_std);
+    initialise(&mut model.experts, recipe.training.seed, recipe.training.init_std);
+    let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
+    let setup = OptimizerSetup {
+        recipe: recipe.optimizer.clone(),
+        endpoint: assignment.endpoint.clone(),
+        world: topology.ranks().collect(),
+        num_experts: recipe.model_config.n_routed_experts,
+        num_layers: recipe.model_config.num_hidden_layers + recipe.model_config.num_nextn_predict_layers,
+        threads: threads.clone(),
+    };
+    let params = RankParams { dense: model.dense, experts: model.experts };
+    let optimizer = OptimizerState::new(setup, &params);
+    let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
+    Ok(Built { assignment, arch, plans, model, optimizer, threads })
+}
+
+struct Children {
+    pipeline: ActorRef<PipelineMessage>,
+    experts: ActorRef<ExpertShardMessage>,
+    optimizer: ActorRef<OptimizerMessage>,
+    loader: ActorRef<LoaderMessage>,
+    checkpointer: ActorRef<CheckpointerMessage>,
+}
+
+impl Children {
+    fn name_of(&self, cell: &ActorCell) -> &'static str {
+        let named = [
+            (self.pipeline.get_id(), "the pipeline"),
+            (self.experts.get_id(), "the expert shard"),
+            (self.optimizer.get_id(), "the optimizer"),
+            (self.loader.get_id(), "the loader"),
+            (self.checkpointer.get_id(), "the checkpointer"),
+        ];
+        named.iter().find(|(id, _)| *id == cell.get_id()).map_or("an unknown actor", |(_, name)| name)
+    }
+}
+
+/// What the rank is about, and what it still waits for.
+enum Task {
+    Idle,
+    /// A program needs its batch and the experts before it begins.
+    Gather { id: StepId, part: Part, shape: BatchShape, batch: Option<Batch>, experts: Option<Params> },
+    /// The program runs, then perhaps the update.
+    Run { shape: BatchShape, denominators: (f64, f64), bubble_s: f64, peak_live_chunks: usize },
+    /// The checkpointer needs the experts before it writes.
+    Lend { dir: std::path::PathBuf },
+    Export,
+    /// Nothing more will be done.
+    Over,
+}
+
+/// A rank that has joined a job.
+struct Member {
+    assignment: Assignment,
+    plans: Plans,
+    children: Children,
+    /// The dense parameters, between programs.
+    dense: Option<Params>,
+    /// Sequences of all steps so far.
+    cursor: u64,
+    /// Tokens of all steps so far.
+    tokens: u64,
+    /// When the running step began, and the bytes sent until then.
+    began: Instant,
+    sent_before: u64,
+}
+
+/// The actor's state.
+pub struct RankState {
+    id: usize,
+    tell: Tell,
+    member: Option<Member>,
+    task: Task,
+}
+
+impl RankState {
+    fn member(&mut self) -> Result<&mut Member, RankError> {
+        self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
+    }
+
+    fn command(&mut self, command: RankCommand) -> Result<(), RankError> {
+        match command {
+            RankCommand::BeginStep { step } => self.begin_step(step),
+            RankCommand::Validate => self.validate(),
+            RankCommand::Export { dir } => {
+                self.task = Task::Lend { dir };
+                self.member()?.children.experts.cast(ExpertShardMessage::Lend { step: 0 }).map_err(gone("the expert shard"))
+            }
+            RankCommand::Abort { reason } => {
+                self.task = Task::Over;
+                let tell = self.tell.clone();
+                match &self.member {
+                    Some(member) => {
+                        let abort = PipelineMessage::Abort { reason };
+                        member.children.pipeline.cast(abort).map_err(gone("the pipeline"))
+                    }
+                    None => {
+                        tell(RankEvent::Aborted { rank: self.id });
+                        Ok(())
+                    }
+                }
+            }
+            RankCommand::Shutdown => Ok(()),
+        }
+    }
+
+    fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
+        let rank = self.id;
+        let member = self.member()?;
+        member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
+        member.began = Instant::now();
+        member.sent_before = member.assignment.endpoint.sent_bytes();
+        let recipe = &member.assignment.recipe;
+        let shape = train_shape(recipe, recipe.batch_size_at(member.tokens));
+        let part = Part::Train { cursor: member.cursor };
+        self.gather(Phase::Train, step, part, shape)
+    }
+
+    fn validate(&mut self) -> Result<(), RankError> {
+        let member = self.member()?;
+        let available = member.assignment.datasets.validation.num_sequences();
+        match validation_shape(&member.assignment.recipe, available) {
+            Some(shape) => self.gather(Phase::Validate, 0, Part::Validation, shape),
+            None => {
+                (self.tell)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks for what a program needs.
+    fn gather(&mut self, phase: Phase, step: u64, part: Part, shape: BatchShape) -> Result<(), RankError> {
+        let member = self.member()?;
+        let (job, generation) = (member.assignment.job, member.assignment.generation);
+        let children = &member.children;
+        children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
+        children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
+        let id = StepId { job, generation, phase, step };
+        self.task = Task::Gather { id, part, shape, batch: None, experts: None };
+        Ok(())
+    }
+
+    fn batch_loaded(&mut self, loaded: Batch) -> Result<(), RankError> {
+        if let Task::Gather { batch, .. } = &mut self.task {
+            *batch = Some(loaded);
+        }
+        self.run_if_gathered()
+    }
+
+    fn experts_lent(&mut self, lent: Params) -> Result<(), RankError> {
+        match &mut self.task {
+            Task::Lend { dir } => {
+                let dir = std::mem::take(dir);
+                self.task = Task::Export;
+                let rank = self.id;
+                let member = self.member()?;
+                let params = Box::new(member.take_params(lent)?);
+                let world = member.assignment.recipe.topology().world();
+                let config = member.assignment.recipe.model_config.clone();
+                let export = CheckpointerMessage::Export { dir, rank, world, config: Box::new(config), params };
+                member.children.checkpointer.cast(export).map_err(gone("the checkpointer"))
+            }
+            Task::Gather { experts, .. } => {
+                *experts = Some(lent);
+                self.run_if_gathered()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Starts the program once batch and experts are there.
+    fn run_if_gathered(&mut self) -> Result<(), RankError> {
+        let Task::Gather { id, shape, batch, experts, .. } = &mut self.task else { return Ok(()) };
+        let (id, shape) = (*id, *shape);
+        let (Some(_), Some(_)) = (&batch, &experts) else { return Ok(()) };
+        let (Some(batch), Some(experts)) = (batch.take(), experts.take()) else { return Ok(()) };
+        let denominators = (batch.denominator, batch.mtp_denominator);
+        self.task = Task::Run { shape, denominators, bubble_s: 0.0, peak_live_chunks: 0 };
+        let rank = self.id;
+        let member = self.member()?;
+        let recipe = member.assignment.recipe.clone();
+        let mode = if id.phase == Phase::Train { Mode::Train } else { Mode::ForwardOnly };
+        let wrong = |message| RankError::Content { path: "plan".into(), message };
+        let planned = member.plans.get(shape.micro_batches, mode).map_err(wrong)?;
+        let scales = LossScales {
+            denominator: batch.denominator,
+            mtp_denominator: batch.mtp_denominator,
+            mtp_weight: recipe.mtp_weight_at(member.tokens),
+            balance: recipe.balance.sequence_alpha / shape.global_batch as f64,
+        };
+        let order = PipelineOrder {
+            id,
+            program: planned.programs[recipe.topology().coordinates(rank).pipeline].clone(),
+            plan: planned.plan.clone(),
+            batches: batch.micro_batches,
+            scales,
+            params: member.take_params(experts)?,
+        };
+        member.children.pipeline.cast(PipelineMessage::BeginStep(Box::new(order))).map_err(gone("the pipeline"))
+    }
+
+    fn plan_done(&mut self, done: PlanDone) -> Result<(), RankError> {
+        let PlanDone { id, params, totals, bubble, .. } = done;
+        let Task::Run { shape, bubble_s, peak_live_chunks, .. } = &mut self.task else { return Ok(()) };
+        *bubble_s = bubble.as_secs_f64();
+        *peak_live_chunks = totals.peak_live_chunks;
+        let shape = *shape;
+        let rank = self.id;
+        let member = self.member()?;
+        if id.phase == Phase::Validate {
+            let RankParams { dense, experts } = params;
+            member.dense = Some(dense);
+            member.give_back(experts)?;
+            let tokens = (shape.global_batch * member.assignment.recipe.training.sequence_length) as u64;
+            self.task = Task::Idle;
+            (self.tell)(RankEvent::Validated { rank, loss: totals.loss, tokens });
+            return Ok(());
+        }
+        let recipe = &member.assignment.recipe;
+        let order = UpdateOrder {
+            id: StepId { phase: Phase::Update, ..id },
+            learning_rate: recipe.lr_at(id.step as usize - 1, member.tokens),
+            bias_speed: recipe.bias_speed_at(member.tokens),
+        };
+        let update = OptimizerMessage::Update { order, params: Box::new(params), totals: Box::new(totals) };
+        member.children.optimizer.cast(update).map_err(gone("the optimizer"))
+    }
+
+    fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
+        let UpdateDone { order, params, result } = done;
+        let global = result?;
+        let Task::Run { shape, bubble_s, peak_live_chunks, denominators } =
+            std::mem::replace(&mut self.task, Task::Idle)
+        else {
+            return Ok(());
+        };
+        let id = self.id;
+        let member = self.member()?;
+        let RankParams { dense, experts } = params;
+        member.dense = Some(dense);
+        let counts = ExpertShardMessage::Counts(global.expert_counts.clone());
+        member.children.experts.cast(counts).map_err(gone("the expert shard"))?;
+        member.give_back(experts)?;
+        let mut report = member.report(id, &order, global, denominators.0 as u64);
+        report.bubble_seconds = bubble_s;
+        report.peak_live_chunks = peak_live_chunks as u32;
+        member.cursor += shape.global_batch as u64;
+        member.tokens += report.tokens;
+        let is_last = order.id.step >= member.assignment.recipe.training.steps as u64;
+        (self.tell)(RankEvent::StepDone { report });
+        if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
+    }
+
+    fn exported(&mut self, params: RankParams, result: Result<ExportedFile, RankError>) -> Result<(), RankError> {
+        let rank = self.id;
+        let member = self.member()?;
+        member.dense = Some(params.dense);
+        member.give_back(params.experts)?;
+        let file = result?;
+        self.task = Task::Idle;
+        (self.tell)(RankEvent::Exported { rank, file });
+        Ok(())
+    }
+
+    /// What the rank is about, in words.
+    fn doing(&self) -> String {
+        match &self.task {
+            Task::Idle => "waiting for a command".into(),
+            Task::Gather { id, .. } => format!("gathering step {}", id.step),
+            Task::Run { .. } => "running a step".into(),
+            Task::Lend { .. } | Task::Export => "writing the weights".into(),
+            Task::Over => "ending".into(),
+        }
+    }
+
+    /// Tells the first failure and ends every wait; later ones are its consequences.
+    fn fail(&mut self, action: String, error: &RankError) {
+        let by_command = matches!(error, RankError::Fabric(FabricError::Aborted { .. }));
+        if matches!(self.task, Task::Over) || by_command {
+            return;
+        }
+        self.task = Task::Over;
+        (self.tell)(RankEvent::Failed { rank: self.id, action, cause: error.to_string() });
+        if let Some(member) = &self.member {
+            member.assignment.endpoint.abort(&format!("rank {} failed", self.id));
+        }
+    }
+}
+
+impl Member {
+    fn take_params(&mut self, experts: Params) -> Result<RankParams, RankError> {
+        let dense = self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
+        Ok(RankParams { dense, experts })
+    }
+
+    fn give_back(&self, experts: Params) -> Result<(), RankError> {
+        let message = ExpertShardMessage::Return(Box::new(experts));
+        self.children.experts.cast(message).map_err(gone("the expert shard"))
+    }
+
+    fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
+        let mtp_weight = self.assignment.recipe.mtp_weight_at(self.tokens);
+        let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
+        let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
+        StepReport {
+            rank: rank as u32,
+            generation: order.id.generation,
+            step: order.id.step,
+            tokens,
+            loss: global.loss,
+            mtp_loss: has_mtp.then(|| global.mtp_loss / mtp_weight),
+            balance_loss: global.balance_loss,
+            grad_norm: global.grad_norm,
+            learning_rate: order.learning_rate,
+            seconds: self.began.elapsed().as_secs_f64(),
+            bubble_seconds: 0.0,
+            peak_live_chunks: 0,
+            sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
+            loads: global.expert_counts.into_iter().map(load).collect(),
+        }
+    }
+}
+
+fn gone<M>(actor: &'static str) -> impl Fn(ractor::MessagingErr<M>) -> RankError {
+    move |_| RankError::ActorGone { actor }
+}
+
+/// The rank actor.
+pub struct Rank;
+
+impl Rank {
+    async fn start_children(
+        &self,
+        myself: &ActorRef<RankMessage>,
+        rank_id: usize,
+        built: Built,
+    ) -> Result<Member, ActorProcessingErr> {
+        let Built { assignment, arch, plans, model, optimizer, threads } = built;
+        let recipe = assignment.recipe.clone();
+        let topology = recipe.topology();
+        let at = topology.coordinates(rank_id);
+        let site = Site {
+            endpoint: assignment.endpoint.clone(),
+            group: ExpertGroup {
+                ranks: topology.expert_group(rank_id),
+                own: at.expert,
+                experts_per_rank: recipe.model_config.n_routed_experts / topology.expert,
+            },
+            stages: Arc::new(model.stages),
+            pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
+            top_k: recipe.model_config.num_experts_per_tok,
+            hidden_size: recipe.model_config.hidden_size,
+        };
+        let probe = assignment.probe.clone();
+        let cell = || myself.get_cell();
+        let rank = myself.clone();
+        let setup =
+            PipelineSetup { rank: rank.clone(), pipeline: at.pipeline, arch, site, threads, probe: probe.clone() };
+        let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
+        let setup = ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
+        let (experts, _) = Actor::spawn_linked(None, ExpertShard, setup, cell()).await?;
+        let setup = (rank.clone(), optimizer, probe.clone());
+        let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
+        let setup = LoaderSetup {
+            rank: rank.clone(),
+            rank_id,
+            column: topology.column(rank_id),
+            datasets: assignment.datasets.clone(),
+            seed: recipe.training.seed,
+            probe: probe.clone(),
+        };
+        let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;
+        let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank, probe), cell()).await?;
+        Ok(Member {
+            assignment,
+            plans,
+            children: Children { pipeline, experts, optimizer, loader, checkpointer },
+            dense: Some(model.dense),
+            cursor: 0,
+            tokens: 0,
+            began: Instant::now(),
+            sent_before: 0,
+        })
+    }
+}
+
+impl Actor for Rank {
+    type Msg = RankMessage;
+    type State = RankState;
+    type Arguments = (usize, Tell);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<RankMessage>,
+        (id, tell): (usize, Tell),
+    ) -> Result<RankState, ActorProcessingErr> {
+        Ok(RankState { id, tell, member: None, task: Task::Idle })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<RankMessage>,
+        message: RankMessage,
+        state: &mut RankState,
+    ) -> Result<(), ActorProcessingErr> {
+        let done = match message {
+            RankMessage::Assign(assignment) => {
+                let id = state.id;
+                // Drawing the weights of a large model takes seconds, in which an abort must be heard.
+                tokio::task::spawn_blocking(move || {
+                    let built = build_rank(id, *assignment);
+                    drop(myself.cast(RankMessage::Built(Box::new(built))));
+                });
+                Ok(())
+            }
+            RankMessage::Built(built) => match *built {
+                Ok(built) => {
+                    state.member = Some(self.start_children(&myself, state.id, built).await?);
+                    (state.tell)(RankEvent::Ready { rank: state.id });
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            RankMessage::Command(RankCommand::Shutdown) => {
+                myself.stop_children(None);
+                myself.stop(None);
+                Ok(())
+            }
+            RankMessage::Command(command) => state.command(command),
+            RankMessage::BatchLoaded { batch, .. } => state.batch_loaded(*batch),
+            RankMessage::ExpertsLent(experts) => state.experts_lent(*experts),
+            RankMessage::PlanDone(done) => state.plan_done(*done),
+            RankMessage::UpdateDone(done) => state.update_done(*done),
+            RankMessage::Exported { params, result } => state.exported(*params, result),
+            RankMessage::ChildFailed { action, error } => {
+                state.fail(action, &error);
+                Ok(())
+            }
+            RankMessage::PipelineAborted => {
+                (state.tell)(RankEvent::Aborted { rank: state.id });
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            let action = state.doing();
+            state.fail(action, &error);
+        }
+        Ok(())
+    }
+
+    /// The default would stop the rank when any child ends; here a child's end is told and the rank stays to answer.
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<RankMessage>,
+        event: SupervisionEvent,
+        state: &mut RankState,
+    ) -> Result<(), ActorProcessingErr> {
+        let (cell, cause) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => (cell, reason.unwrap_or_else(|| "it ended".into())),
+            _ => return Ok(()),
+        };
+        let name = state.member.as_ref().map_or("a starting actor", |member| member.children.name_of(&cell));
+        let action = format!("{} in {name}", state.doing());
+        state.fail(action, &RankError::Panic { message: cause });
+        Ok(())
+    }
+}
