@@ -4,3 +4,11 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod cluster;
+pub mod failure;
+pub mod generate;
+pub mod output;
+pub mod plan;
+pub mod progress;
+pub mod recipes;
+pub mod run_dir;
+pub mod train;

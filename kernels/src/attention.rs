@@ -13,7 +13,6 @@ mod online;
 use std::{ops::Range, sync::Mutex};
 
 use online::{Lanes, Running, differentiate};
-use rayon::prelude::*;
 
 use crate::{
     gemm::{Into, Mat, gemm_serial},
@@ -86,18 +85,17 @@ pub struct Gradients {
 /// **Errors**: panics if spans reach out of the tensors or if their query ranges overlap.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span], heads: &Heads) -> Output {
     let inputs = Inputs::new(q, k, v, heads);
-    check_spans(spans, Span::queries);
     let output = Mutex::new(Output {
-        out: Tensor::zeros(&[q.rows(), heads.num_heads * heads.v_dim]),
-        lse: Tensor::zeros(&[q.rows(), heads.num_heads]),
+        out: blank(q.rows(), heads.num_heads * heads.v_dim, spans, Span::queries),
+        lse: blank(q.rows(), heads.num_heads, spans, Span::queries),
     });
-    let scratch = || ForwardScratch {
-        probs: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
-        out: Tensor::for_overwrite(&[QUERY_BLOCK, heads.v_dim]),
-    };
-    for_each_head(&inputs, spans, scratch, |head, scratch| {
+    for_each_head(&inputs, spans, |head| {
+        let mut scratch = ForwardScratch {
+            probs: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
+            out: Tensor::for_overwrite(&[QUERY_BLOCK, heads.v_dim]),
+        };
         for queries in blocks(head.span.query_len, QUERY_BLOCK) {
-            let lse = head.forward(&queries, scratch);
+            let lse = head.forward(&queries, &mut scratch);
             let first_row = head.span.query_start + queries.start;
             let mut output = output.lock().expect("no task panics while it stores a block");
             store(&mut output.out, first_row, head.id, scratch.out.mat().rows_range(0..queries.len()));
@@ -119,40 +117,35 @@ pub fn backward(
     heads: &Heads,
 ) -> Gradients {
     let inputs = Inputs::new(q, k, v, heads);
-    check_spans(spans, Span::queries);
-    check_spans(spans, Span::keys);
     assert_eq!(dout.shape(), output.out.shape(), "expected the gradient of the output in the output's shape");
     let gradients = Mutex::new(Gradients {
-        dq: Tensor::zeros(q.shape()),
-        dk: Tensor::zeros(k.shape()),
-        dv: Tensor::zeros(v.shape()),
+        dq: blank(q.rows(), q.cols(), spans, Span::queries),
+        dk: blank(k.rows(), k.cols(), spans, Span::keys),
+        dv: blank(v.rows(), v.cols(), spans, Span::keys),
     });
-    let longest = spans.iter().map(|span| span.key_len).max().unwrap_or(0);
-    let scratch = || BackwardScratch {
-        probs: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
-        d_scores: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
-        dq: Tensor::for_overwrite(&[QUERY_BLOCK, heads.qk_dim]),
-        dk: Tensor::for_overwrite(&[longest, heads.qk_dim]),
-        dv: Tensor::for_overwrite(&[longest, heads.v_dim]),
-    };
-    for_each_head(&inputs, spans, scratch, |head, scratch| {
+    for_each_head(&inputs, spans, |head| {
+        let Span { query_start, query_len, key_start, key_len } = head.span;
+        let mut scratch = BackwardScratch {
+            probs: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
+            d_scores: Tensor::for_overwrite(&[KEY_BLOCK, QUERY_BLOCK]),
+            dq: Tensor::for_overwrite(&[QUERY_BLOCK, heads.qk_dim]),
+            dk: Tensor::zeros(&[key_len, heads.qk_dim]),
+            dv: Tensor::zeros(&[key_len, heads.v_dim]),
+        };
         let saved = Saved {
             dout: head.of_queries(dout.mat()),
             out: head.of_queries(output.out.mat()),
             lse: head.of_queries(output.lse.mat()),
         };
-        let Span { query_start, query_len, key_start, key_len } = head.span;
-        scratch.dk.f32_mut()[..key_len * heads.qk_dim].fill(0.0);
-        scratch.dv.f32_mut()[..key_len * heads.v_dim].fill(0.0);
         for queries in blocks(query_len, QUERY_BLOCK) {
-            head.backward(&queries, &saved, scratch);
+            head.backward(&queries, &saved, &mut scratch);
             let dq = scratch.dq.mat().rows_range(0..queries.len());
             let mut gradients = gradients.lock().expect("no task panics while it stores a block");
             store(&mut gradients.dq, query_start + queries.start, head.id, dq);
         }
         let mut gradients = gradients.lock().expect("no task panics while it stores a block");
-        store(&mut gradients.dk, key_start, head.id, scratch.dk.mat().rows_range(0..key_len));
-        store(&mut gradients.dv, key_start, head.id, scratch.dv.mat().rows_range(0..key_len));
+        store(&mut gradients.dk, key_start, head.id, scratch.dk.mat());
+        store(&mut gradients.dv, key_start, head.id, scratch.dv.mat());
     });
     gradients.into_inner().expect("no task panics while it stores a block")
 }
@@ -167,18 +160,18 @@ impl Span {
     }
 }
 
-/// Each output row must have one writer, else results would depend on the order of tasks.
-fn check_spans(spans: &[Span], rows: impl Fn(&Span) -> Range<usize>) {
+/// A result to be filled by the spans: each of its rows has at most one writer, else results would depend on the
+/// order of tasks, and rows without one are zero.
+fn blank(num_rows: usize, width: usize, spans: &[Span], rows: impl Fn(&Span) -> Range<usize>) -> Tensor {
     let mut ranges: Vec<Range<usize>> = spans.iter().map(rows).filter(|range| !range.is_empty()).collect();
     ranges.sort_unstable_by_key(|range| range.start);
     for pair in ranges.windows(2) {
-        assert!(
-            pair[0].end <= pair[1].start,
-            "expected spans of separate rows, got {:?} and {:?}",
-            pair[0],
-            pair[1]
-        );
+        let (first, second) = (&pair[0], &pair[1]);
+        assert!(first.end <= second.start, "expected spans of separate rows, got {first:?} and {second:?}");
     }
+    let num_written: usize = ranges.iter().map(Range::len).sum();
+    let shape = [num_rows, width];
+    if num_written == num_rows { Tensor::for_overwrite(&shape) } else { Tensor::zeros(&shape) }
 }
 
 struct Inputs<'a> {
@@ -220,23 +213,9 @@ impl<'a> Inputs<'a> {
 /// Works on every head of every span, on the pool if there is one.
 ///
 /// A task computes the same wherever it runs and sums nothing with another, so the schedule changes no bit.
-fn for_each_head<S: Send>(
-    inputs: &Inputs,
-    spans: &[Span],
-    scratch: impl Fn() -> S + Send + Sync,
-    work: impl Fn(Head, &mut S) + Send + Sync,
-) {
-    let num_heads = inputs.heads.num_heads;
-    let task = |scratch: &mut S, task: usize| {
-        work(inputs.head(spans[task / num_heads], task % num_heads), scratch);
-    };
-    let tasks = 0..spans.len() * num_heads;
-    if par::num_threads() == 1 {
-        let mut scratch = scratch();
-        tasks.for_each(|index| task(&mut scratch, index));
-    } else {
-        tasks.into_par_iter().with_max_len(1).for_each_init(scratch, task);
-    }
+fn for_each_head(inputs: &Inputs, spans: &[Span], work: impl Fn(Head) + Send + Sync) {
+    let heads_of = |&span| (0..inputs.heads.num_heads).map(move |id| inputs.head(span, id));
+    par::for_each(spans.iter().flat_map(heads_of).collect(), work);
 }
 
 /// Copies rows of one head into that head's columns of a tensor of all heads.
@@ -349,8 +328,9 @@ impl Head<'_> {
         gemm_serial(target, Into::Overwrite, self.heads.scale, k, q.t());
         // All queries of the block see the keys up to this one; each later key hides itself from one more query.
         let last_common = self.span.key_len - self.span.query_len + queries.start;
-        for (key, row) in keys.clone().zip(lanes(scores, keys)).skip((last_common + 1).saturating_sub(keys.start)) {
-            row[..(key - last_common).min(QUERY_BLOCK)].fill(f32::NEG_INFINITY);
+        for (key, row) in keys.clone().zip(lanes(scores, keys)) {
+            let num_hidden = key.saturating_sub(last_common).min(QUERY_BLOCK);
+            row[..num_hidden].fill(f32::NEG_INFINITY);
         }
     }
 }

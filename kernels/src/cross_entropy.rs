@@ -8,8 +8,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use crate::{
     gemm::{Into, Mat, gemm},
     linear, math, par, softmax,
@@ -112,15 +110,10 @@ fn over_blocks(
 fn logits_to_gradients(block: &mut [f32], targets: &Targets, rows: Range<usize>, log_probs: &mut [f32]) {
     let vocabulary = block.len() / rows.len();
     let targets = targets.ids[rows.clone()].iter().zip(&targets.weights[rows]);
-    let work = block.chunks_exact_mut(vocabulary).zip(targets).zip(log_probs);
-    let one = |((row, (&target, &weight)), log_prob): ((&mut [f32], (&u32, &f32)), &mut f32)| {
+    let work = block.chunks_exact_mut(vocabulary).zip(targets).zip(log_probs).collect();
+    par::for_each(work, |((row, (&target, &weight)), log_prob)| {
         *log_prob = logits_to_gradient(row, target as usize, weight);
-    };
-    if par::num_threads() == 1 {
-        work.for_each(one);
-    } else {
-        work.collect::<Vec<_>>().into_par_iter().for_each(one);
-    }
+    });
 }
 
 /// Turns one row of logits into weight * (softmax - onehot) and returns the target's log-probability.

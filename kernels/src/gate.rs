@@ -232,7 +232,8 @@ impl Choice {
         if spec.num_groups == 1 {
             self.groups.offer(0.0, 0);
         } else {
-            for (group, (scores, bias)) in scores.chunks(group_size).zip(bias.chunks(group_size)).enumerate() {
+            for (group, (scores, bias)) in scores.chunks(group_size).zip(bias.chunks(group_size)).enumerate()
+            {
                 self.groups.offer(sum_of_top_two(scores, bias), group as u32);
             }
         }

@@ -176,7 +176,10 @@ impl Layout {
         assert!(apart, "expected rows at least {num_cols} values apart, got a row stride of {row_stride}");
         let layout = Layout { num_rows, num_cols, row_stride, col_stride: 1 };
         let span = layout.span().filter(|&span| span <= len);
-        assert!(span.is_some(), "expected values for {num_rows} rows of {num_cols}, {row_stride} apart, got {len}");
+        assert!(
+            span.is_some(),
+            "expected values for {num_rows} rows of {num_cols}, {row_stride} apart, got {len}"
+        );
         layout
     }
 

@@ -37,7 +37,11 @@ impl LatentHeads {
 /// `([T, H * (nope + rope)], [T, H * v])`.
 pub fn join_keys(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tensor) {
     let LatentHeads { num_heads, nope_dim, rope_dim, v_dim } = *heads;
-    assert_eq!(kv.cols(), num_heads * (nope_dim + v_dim), "expected key and value of every head side by side");
+    assert_eq!(
+        kv.cols(),
+        num_heads * (nope_dim + v_dim),
+        "expected key and value of every head side by side"
+    );
     assert_eq!(k_rope.num_rows(), kv.rows(), "expected one rotary key per row");
     assert_eq!(k_rope.num_cols(), rope_dim, "expected one rotary key for all heads");
     let mut k = Tensor::for_overwrite(&[kv.rows(), num_heads * heads.qk_dim()]);
@@ -62,7 +66,11 @@ pub fn join_keys(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tens
 pub fn split_key_gradients(dk: &Tensor, dv: &Tensor, heads: &LatentHeads) -> (Tensor, Tensor) {
     let LatentHeads { num_heads, nope_dim, rope_dim, v_dim } = *heads;
     assert_eq!(dk.cols(), num_heads * heads.qk_dim(), "expected key gradients of every head side by side");
-    assert_eq!(dv.shape(), [dk.rows(), num_heads * v_dim], "expected value gradients beside those of the keys");
+    assert_eq!(
+        dv.shape(),
+        [dk.rows(), num_heads * v_dim],
+        "expected value gradients beside those of the keys"
+    );
     let mut d_kv = Tensor::for_overwrite(&[dk.rows(), num_heads * (nope_dim + v_dim)]);
     let mut d_k_rope = Tensor::zeros(&[dk.rows(), rope_dim]);
     let d_kv_rows = d_kv.f32_mut().chunks_exact_mut(num_heads * (nope_dim + v_dim));
@@ -133,7 +141,13 @@ pub fn decode(q: &Tensor, kv_b: &Tensor, cache: LatentCache, heads: &LatentHeads
         normalise_rows(scores.mat_mut().columns(0..seen));
         let width = num_heads * latent_dim;
         let target = &mut context.f32_mut()[position * width..(position + 1) * width];
-        gemm(MatMut::new(target, num_heads, latent_dim), Into::Overwrite, 1.0, scores.mat().columns(0..seen), latents);
+        gemm(
+            MatMut::new(target, num_heads, latent_dim),
+            Into::Overwrite,
+            1.0,
+            scores.mat().columns(0..seen),
+            latents,
+        );
     }
 
     let mut out = Tensor::for_overwrite(&[num_new, num_heads * v_dim]);

@@ -29,7 +29,7 @@ pub fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const SMALLEST: f32 = -87.336_54;
-    const LARGEST: f32 = 88.722_84;
+    const LARGEST: f32 = 88.722_83;
 
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let exponent = shifted - ROUND;

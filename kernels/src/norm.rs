@@ -71,7 +71,11 @@ pub fn backward_cols(
     let ranges = par::partition(x.num_rows(), MIN_PARALLEL / width);
     let mut partial = Tensor::zeros(&[ranges.len(), width]);
     let ones: Vec<Range<usize>> = (0..ranges.len()).map(|part| part..part + 1).collect();
-    let outputs = par::split(dx.f32_mut(), stride, &ranges).into_iter().zip(par::split(partial.f32_mut(), width, &ones));
+    let outputs = par::split(dx.f32_mut(), stride, &ranges).into_iter().zip(par::split(
+        partial.f32_mut(),
+        width,
+        &ones,
+    ));
     let tasks = ranges.into_iter().zip(outputs).collect();
     par::for_each(tasks, |(rows, (dx, dw)): (Range<usize>, (&mut [f32], &mut [f32]))| {
         pulp::Arch::new().dispatch(

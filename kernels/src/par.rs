@@ -24,7 +24,9 @@ impl Threads {
         }
         let name = |index| format!("compute-{index}");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(num_threads).thread_name(name).build();
-        Threads { pool: Some(pool.unwrap_or_else(|error| panic!("expected {num_threads} threads, got: {error}"))) }
+        Threads {
+            pool: Some(pool.unwrap_or_else(|error| panic!("expected {num_threads} threads, got: {error}"))),
+        }
     }
 
     /// Runs `work` so that the operations in it use these threads.
@@ -51,7 +53,8 @@ pub fn partition(num_rows: usize, min_rows: usize) -> Vec<Range<usize>> {
 ///
 /// **Errors**: panics if the ranges go beyond the matrix.
 pub fn split<'a, T>(mut data: &'a mut [T], width: usize, ranges: &[Range<usize>]) -> Vec<&'a mut [T]> {
-    let part = |rows: &Range<usize>| data.split_off_mut(..rows.len() * width).expect("the ranges lie in the matrix");
+    let part =
+        |rows: &Range<usize>| data.split_off_mut(..rows.len() * width).expect("the ranges lie in the matrix");
     ranges.iter().map(part).collect()
 }
 

@@ -54,7 +54,8 @@ pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&[f32]>) -> (T
                 for (row, (gradient, d_weight)) in rows.zip(outputs) {
                     let gradient = gradient.split_at_mut(hidden);
                     let gate_up = gate_up.row(row).split_at(hidden);
-                    *d_weight = backward_row(gradient, d_act.row(row), gate_up, weights.map(|weights| weights[row]));
+                    *d_weight =
+                        backward_row(gradient, d_act.row(row), gate_up, weights.map(|weights| weights[row]));
                 }
             },
         );
@@ -99,8 +100,9 @@ fn backward_row(
     let Some(weight) = weight else { return 0.0 };
     // Before its weight comes in, the gradient of up holds d_act silu(gate): what the weight's own gradient needs.
     let d_weight = math::dot_lanes(d_up, up);
-    for value in d_gate.iter_mut().chain(d_up) {
-        *value *= weight;
+    for (d_gate, d_up) in d_gate.iter_mut().zip(d_up) {
+        *d_gate *= weight;
+        *d_up *= weight;
     }
     d_weight
 }

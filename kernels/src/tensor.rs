@@ -104,17 +104,27 @@ impl Tensor {
             (Storage::F32(values), Format::Bf16) => {
                 let mut narrow = Buffer::for_overwrite(self.len().div_ceil(2));
                 let target = bytemuck::cast_slice_mut::<f32, bf16>(narrow.as_mut_slice());
-                for (target, &value) in target.iter_mut().zip(values.as_slice()) {
-                    *target = bf16::from_f32(value);
-                }
+                pulp::Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for (target, &value) in target.iter_mut().zip(values.as_slice()) {
+                            *target = bf16::from_f32(value);
+                        }
+                    },
+                );
                 Tensor { shape: self.shape.clone(), storage: Storage::Bf16(Arc::new(narrow)) }
             }
             (Storage::Bf16(values), Format::F32) => {
                 let mut wide = Buffer::for_overwrite(self.len());
                 let source = bytemuck::cast_slice::<f32, bf16>(values.as_slice());
-                for (target, value) in wide.as_mut_slice().iter_mut().zip(source) {
-                    *target = value.to_f32();
-                }
+                pulp::Arch::new().dispatch(
+                    #[inline(always)]
+                    || {
+                        for (target, value) in wide.as_mut_slice().iter_mut().zip(source) {
+                            *target = value.to_f32();
+                        }
+                    },
+                );
                 Tensor::over(&self.shape, wide)
             }
         }

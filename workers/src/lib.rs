@@ -11,6 +11,7 @@ pub mod data;
 pub mod error;
 pub mod exchange;
 pub mod expert_shard;
+pub mod generate;
 pub mod lanes;
 pub mod loader;
 pub mod model;

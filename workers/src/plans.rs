@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::{Mode, Plan, Program, ScheduleKind, StageLayout, lower};
+use contraflow_runtime::schedule::{Mode, Plan, Program, Report, ScheduleKind, StageLayout, check, lower};
 
 use crate::loader::BatchShape;
 
@@ -17,6 +17,8 @@ pub struct Planned {
     pub plan: Arc<Plan>,
     /// By pipeline rank.
     pub programs: Vec<Arc<Program>>,
+    /// What the check found: peak activations and the like.
+    pub report: Report,
     /// Why another schedule runs than the recipe's, in words.
     pub fallback: Option<String>,
 }
@@ -42,9 +44,9 @@ impl Plans {
         Ok(Plans { kind, pipeline, expert, layouts, made: HashMap::new() })
     }
 
-    /// The plan for so many micro-batches.
+    /// The plan for so many micro-batches, checked.
     ///
-    /// **Errors**: in words, if the schedule has none.
+    /// **Errors**: in words, if the schedule has none, or if what it has is not sound.
     pub fn get(&mut self, micro_batches: usize, mode: Mode) -> Result<Arc<Planned>, String> {
         let key = (micro_batches, mode == Mode::Train);
         if let Some(planned) = self.made.get(&key) {
@@ -52,8 +54,13 @@ impl Plans {
         }
         let (plan, fallback) =
             self.kind.plan(self.pipeline, micro_batches, mode).map_err(|error| error.to_string())?;
-        let programs = lower(&plan, Some(&self.layouts), self.expert).into_iter().map(Arc::new).collect();
-        let planned = Arc::new(Planned { plan: Arc::new(plan), programs, fallback });
+        let programs = lower(&plan, Some(&self.layouts), self.expert);
+        let report = check(&plan, &programs).map_err(|faults| {
+            let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+            format!("the {} plan of {micro_batches} micro-batches is wrong: {}", plan.schedule, faults.join("; "))
+        })?;
+        let programs = programs.into_iter().map(Arc::new).collect();
+        let planned = Arc::new(Planned { plan: Arc::new(plan), programs, report, fallback });
         self.made.insert(key, planned.clone());
         Ok(planned)
     }
@@ -72,4 +79,21 @@ pub fn validation_shape(recipe: &Recipe, available: usize) -> Option<BatchShape>
     let micro_batches = recipe.training.validation_sequences.min(available) / unit;
     let shape = train_shape(recipe, micro_batches * unit);
     (micro_batches > 0).then_some(BatchShape { micro_batches, ..shape })
+}
+
+/// The sizes of the global batch that the recipe's steps have, in the order in which they first occur.
+pub fn batch_sizes(recipe: &Recipe) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    let mut tokens = 0;
+    for _ in 0..recipe.training.steps {
+        let size = recipe.batch_size_at(tokens);
+        if sizes.last() != Some(&size) {
+            sizes.push(size);
+        }
+        if size == recipe.training.global_batch_size {
+            break;
+        }
+        tokens += (size * recipe.training.sequence_length) as u64;
+    }
+    sizes
 }

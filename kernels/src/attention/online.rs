@@ -15,7 +15,8 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) const START: Running = Running { max: [f32::NEG_INFINITY; QUERY_BLOCK], sum: [0.0; QUERY_BLOCK] };
+    pub(super) const START: Running =
+        Running { max: [f32::NEG_INFINITY; QUERY_BLOCK], sum: [0.0; QUERY_BLOCK] };
 
     /// Takes in a block of scores and leaves exponentials in it. Returns the factors that bring what was summed
     /// before to the new maxima.
@@ -51,7 +52,13 @@ impl Running {
 }
 
 /// Turns scores into probabilities and the gradient of probabilities into that of unscaled scores.
-pub(super) fn differentiate(scores: &mut [Lanes], d_probs: &mut [Lanes], lse: &Lanes, delta: &Lanes, scale: f32) {
+pub(super) fn differentiate(
+    scores: &mut [Lanes],
+    d_probs: &mut [Lanes],
+    lse: &Lanes,
+    delta: &Lanes,
+    scale: f32,
+) {
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || {

@@ -5,7 +5,12 @@ use crate::par::Threads;
 
 /// Numbers in [-1, 1) from a multiplicative hash, different for each seed.
 fn noise(len: usize, seed: u64) -> Vec<f32> {
-    let mix = |i: u64| (i + 1 + seed * 7919).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let mix = |i: u64| {
+        (i + 1 + seed * 7919)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            .rotate_left(29)
+            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+    };
     (0..len as u64).map(|i| (mix(i) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
 
@@ -28,7 +33,8 @@ impl Case {
             key_start += key_len + 1;
         }
         let tensor = |rows: usize, width: usize, seed: u64, size: f32| {
-            let values = noise(rows * heads.num_heads * width, seed).iter().map(|value| value * size).collect();
+            let values =
+                noise(rows * heads.num_heads * width, seed).iter().map(|value| value * size).collect();
             Tensor::from_vec(&[rows, heads.num_heads * width], values)
         };
         // Queries and keys of size 3 make scores of a spread that lets single keys dominate a softmax.
@@ -55,7 +61,6 @@ impl Case {
     }
 }
 
-#[derive(Clone)]
 struct Twin {
     q: Vec<f64>,
     k: Vec<f64>,
@@ -101,14 +106,10 @@ impl Twin {
                 result.lse[row] = lse;
                 for j in 0..seen {
                     let d_score = probs[j] * (d_probs[j] - mean) * scale;
-                    for c in 0..v_dim {
-                        result.out[o_at + c] += probs[j] * v(j)[c];
-                        result.dv[key(j) * v_dim + c] += probs[j] * dout[c];
-                    }
-                    for c in 0..qk_dim {
-                        result.dq[q_at + c] += d_score * k(j)[c];
-                        result.dk[key(j) * qk_dim + c] += d_score * q[c];
-                    }
+                    add_scaled(&mut result.out[o_at..][..v_dim], probs[j], v(j));
+                    add_scaled(&mut result.dv[key(j) * v_dim..][..v_dim], probs[j], dout);
+                    add_scaled(&mut result.dq[q_at..][..qk_dim], d_score, k(j));
+                    add_scaled(&mut result.dk[key(j) * qk_dim..][..qk_dim], d_score, q);
                 }
             }
         }
@@ -119,6 +120,10 @@ impl Twin {
     fn loss(&self, spans: &[Span], heads: &Heads) -> f64 {
         self.run(spans, heads).out.iter().zip(&self.dout).map(|(out, dout)| out * dout).sum()
     }
+}
+
+fn add_scaled(target: &mut [f64], factor: f64, source: &[f64]) {
+    target.iter_mut().zip(source).for_each(|(target, source)| *target += factor * source);
 }
 
 fn assert_close(what: &str, found: &[f32], expected: &[f64], tolerance: f64) {
@@ -174,26 +179,28 @@ fn more_keys_than_one_block_are_rescaled() {
 #[test]
 fn the_twin_gradient_agrees_with_finite_differences() {
     let case = Case::new(&[(4, 4), (3, 6)], heads(2, 3, 2));
-    let twin = case.twin();
-    let analytic = twin.run(&case.spans, &case.heads);
-    let fields: [(fn(&mut Twin) -> &mut Vec<f64>, &Vec<f64>); 3] =
-        [(|twin| &mut twin.q, &analytic.dq), (|twin| &mut twin.k, &analytic.dk), (|twin| &mut twin.v, &analytic.dv)];
-    for (field, gradient) in fields {
-        for (at, expected) in gradient.iter().enumerate() {
-            let moved = |step: f64| {
-                let mut twin = twin.clone();
-                field(&mut twin)[at] += step;
-                twin.loss(&case.spans, &case.heads)
-            };
-            let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-            assert!((difference - expected).abs() <= 1e-7, "{at}: {difference} {expected}");
-        }
+    let analytic = case.twin().run(&case.spans, &case.heads);
+    check_field(&case, |twin| &mut twin.q, &analytic.dq);
+    check_field(&case, |twin| &mut twin.k, &analytic.dk);
+    check_field(&case, |twin| &mut twin.v, &analytic.dv);
+}
+
+fn check_field(case: &Case, field: fn(&mut Twin) -> &mut Vec<f64>, gradient: &[f64]) {
+    for (at, expected) in gradient.iter().enumerate() {
+        let moved = |step: f64| {
+            let mut twin = case.twin();
+            field(&mut twin)[at] += step;
+            twin.loss(&case.spans, &case.heads)
+        };
+        let difference = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+        assert!((difference - expected).abs() <= 1e-7, "{at}: {difference} {expected}");
     }
 }
 
 #[test]
 fn large_scores_do_not_overflow() {
-    let rows = |scale: f32| Tensor::from_vec(&[3, 2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0].map(|x| x * scale).to_vec());
+    let rows =
+        |scale: f32| Tensor::from_vec(&[3, 2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0].map(|x| x * scale).to_vec());
     let spans = [Span { query_start: 0, query_len: 3, key_start: 0, key_len: 3 }];
     let one = Heads { num_heads: 1, qk_dim: 2, v_dim: 2, scale: 1.0 };
 

@@ -23,7 +23,9 @@ impl Case {
             h: Tensor::from_vec(&[num_rows, width], large(noise(num_rows * width, 1))),
             head: Tensor::from_vec(&[vocabulary, width], noise(vocabulary * width, 2)),
             ids: (0..num_rows).map(|row| (row * 37 % vocabulary) as u32).collect(),
-            weights: (0..num_rows).map(|row| if row % 3 == 1 { 0.0 } else { 0.01 * (1 + row % 4) as f32 }).collect(),
+            weights: (0..num_rows)
+                .map(|row| if row % 3 == 1 { 0.0 } else { 0.01 * (1 + row % 4) as f32 })
+                .collect(),
         }
     }
 
@@ -75,12 +77,15 @@ fn assert_close(what: &str, found: &[f32], expected: &[f64], tolerance: f64) {
 
 #[test]
 fn loss_and_gradients_agree_with_f64_over_block_edges() {
-    for (num_rows, vocabulary) in [(1, 5), (MAX_ROWS - 1, 33), (MAX_ROWS, 16), (MAX_ROWS + 1, 40), (2 * MAX_ROWS + 7, 7)] {
+    for (num_rows, vocabulary) in
+        [(1, 5), (MAX_ROWS - 1, 33), (MAX_ROWS, 16), (MAX_ROWS + 1, 40), (2 * MAX_ROWS + 7, 7)]
+    {
         let case = Case::new(num_rows, 6, vocabulary);
         let (loss, dh, d_head) = case.run();
         let (log_probs, dh_twin, d_head_twin) = case.twin();
 
-        let weighted = case.weights.iter().zip(&log_probs).map(|(&weight, log_prob)| -f64::from(weight) * log_prob);
+        let weighted =
+            case.weights.iter().zip(&log_probs).map(|(&weight, log_prob)| -f64::from(weight) * log_prob);
         let sum: f64 = weighted.sum();
         assert!((loss.sum - sum).abs() <= 1e-6 * sum, "{num_rows} rows: {} {sum}", loss.sum);
         assert_close("log_probs", &loss.log_probs, &log_probs, 1e-6);
@@ -97,10 +102,20 @@ fn the_twin_gradient_agrees_with_finite_differences() {
     // Steps of 2^-8 are exact in f32 for these inputs; the third derivative leaves about 1e-6 of truncation.
     for (at, expected) in dh.iter().enumerate() {
         let loss = |step: f32| {
-            let mut moved = Case { h: case.h.clone(), head: case.head.clone(), ids: case.ids.clone(), weights: case.weights.clone() };
+            let mut moved = Case {
+                h: case.h.clone(),
+                head: case.head.clone(),
+                ids: case.ids.clone(),
+                weights: case.weights.clone(),
+            };
             moved.h.f32_mut()[at] += step;
             let log_probs = moved.twin().0;
-            moved.weights.iter().zip(log_probs).map(|(&weight, log_prob)| -f64::from(weight) * log_prob).sum::<f64>()
+            moved
+                .weights
+                .iter()
+                .zip(log_probs)
+                .map(|(&weight, log_prob)| -f64::from(weight) * log_prob)
+                .sum::<f64>()
         };
         let step = 1.0 / 256.0;
         let difference = (loss(step) - loss(-step)) / (2.0 * f64::from(step));

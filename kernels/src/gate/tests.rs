@@ -150,7 +150,8 @@ fn check_rows(
 /// The balance loss straight from its definition: f and P per sequence, then their product.
 fn balance_twin(scores: &[f64], expert_ids: &[u32], sequence_len: usize, spec: &GateSpec) -> f64 {
     let (num_experts, len) = (spec.num_experts, sequence_len as f64);
-    let sequences = scores.chunks(sequence_len * num_experts).zip(expert_ids.chunks(sequence_len * spec.top_k));
+    let sequences =
+        scores.chunks(sequence_len * num_experts).zip(expert_ids.chunks(sequence_len * spec.top_k));
     let mut total = 0.0;
     for (scores, ids) in sequences {
         for expert in 0..num_experts {
@@ -196,7 +197,8 @@ fn bias_moves_the_choice_but_not_the_weights() {
 
 #[test]
 fn non_finite_logits_still_name_distinct_experts() {
-    let logits = Tensor::from_vec(&[1, 6], vec![f32::NAN, 1.0, f32::NAN, f32::INFINITY, 0.0, f32::NEG_INFINITY]);
+    let logits =
+        Tensor::from_vec(&[1, 6], vec![f32::NAN, 1.0, f32::NAN, f32::INFINITY, 0.0, f32::NEG_INFINITY]);
     for all in [logits, Tensor::from_vec(&[1, 6], vec![f32::NAN; 6])] {
         let mut ids = forward(&all, &[0.0; 6], &spec(6, 3, 3, 2)).expert_ids;
         ids.sort_unstable();

@@ -37,8 +37,8 @@ pub fn ln_f64(x: f64) -> f64 {
     if x < f64::MIN_POSITIVE {
         return ln_f64(x * power_of_two(64)) - 64.0 * (LN2_HIGH + LN2_LOW);
     }
-    let exponent = ((x.to_bits() >> 52) as i64) - 1023;
-    let mantissa = x * power_of_two(-exponent);
+    let exponent = (x.to_bits() >> 52) as i64 - 1023;
+    let mantissa = f64::from_bits(x.to_bits() & ((1 << 52) - 1) | 1.0_f64.to_bits());
     let (mantissa, exponent) =
         if mantissa > SQRT_2 { (mantissa / 2.0, exponent + 1) } else { (mantissa, exponent) };
     // ln m = 2 artanh s with |s| <= 0.172: the first term left out is below 1e-19.

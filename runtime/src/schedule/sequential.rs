@@ -87,3 +87,33 @@ fn rank_of(kind: ScheduleKind, pipeline: usize, direction: Direction, stage: usi
         _ => stage,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::{check, lower};
+
+    #[test]
+    fn every_placement_has_a_sound_fallback() {
+        for kind in ScheduleKind::ALL {
+            for (pipeline, micro_batches) in [(2, 1), (2, 7), (4, 1), (4, 2), (4, 5), (8, 3)] {
+                for mode in [Mode::Train, Mode::ForwardOnly] {
+                    let plan = sequential(kind, pipeline, micro_batches, mode).unwrap();
+                    check(&plan, &lower(&plan, None, 1)).unwrap();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn dualpipe_keeps_its_two_directions() {
+        let plan = sequential(ScheduleKind::Dualpipe, 2, 3, Mode::Train).unwrap();
+        let lines: Vec<String> = plan
+            .actions
+            .iter()
+            .map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+            .collect();
+        assert_eq!(lines[0], "F0.0 F1.2 B1.2 B0.0 F0.1 B0.1");
+        assert_eq!(lines[1], "F0.2 F1.0 B1.0 B0.2 F1.1 B1.1");
+    }
+}

@@ -106,14 +106,19 @@ pub fn rope_keys(arch: &Architecture, table: &RopeTable, kv_latent: &Tensor) -> 
     keys
 }
 
+/// The normed latents.
+///
+/// **Shapes**: `kv_latent` `[T, C + rope]`, output `[T, C]`.
+pub fn kv_latents(arch: &Architecture, weights: &AttentionWeights, params: &Params, kv_latent: &Tensor) -> Tensor {
+    norm::forward_cols(kv_latent, latent_columns(arch), params.weight(weights.kv_norm), LATENT_NORM_EPS)
+}
+
 fn project(arch: &Architecture, weights: &AttentionWeights, params: &Params, x: &Tensor, table: &RopeTable) -> Heads {
     let (mut q, query_latent) = queries(weights, params, x);
     rotate_queries(arch, table, &mut q, false);
     let kv_latent = linear::forward(x, params.weight(weights.kv_down));
     let keys = rope_keys(arch, table, &kv_latent);
-    let latent =
-        norm::forward_cols(&kv_latent, latent_columns(arch), params.weight(weights.kv_norm), LATENT_NORM_EPS);
-    let kv = linear::forward(&latent, params.weight(weights.kv_up));
+    let kv = linear::forward(&kv_latents(arch, weights, params, &kv_latent), params.weight(weights.kv_up));
     let (k, v) = join_keys(&kv, keys.mat(), &arch.latent_heads);
     Heads { query_latent, kv_latent, q, k, v }
 }
@@ -245,7 +250,7 @@ fn backward_kv(
     let columns = latent_columns(arch);
     let (rank, dim) = (arch.config.kv_lora_rank, arch.config.qk_rope_head_dim);
     let d_normed = linear::backward_input(&gradient.kv, params.weight(weights.kv_up));
-    let normed = norm::forward_cols(kv_latent, columns.clone(), params.weight(weights.kv_norm), LATENT_NORM_EPS);
+    let normed = kv_latents(arch, weights, params, kv_latent);
     work.linear(weights.kv_up, gradient.kv, normed);
     let mut d_latent = Tensor::for_overwrite(kv_latent.shape());
     let (weight, grad) = params.weight_and_grad(weights.kv_norm);

@@ -1,0 +1,14 @@
+//! Every operation against a naive twin in f64, every gradient against central differences of that twin.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod adamw;
+mod gemm;
+mod linear;
+mod math;
+mod norm;
+mod rope;
+mod swiglu;
+mod tensor;
+mod threads;
+mod twin;

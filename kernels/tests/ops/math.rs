@@ -1,0 +1,131 @@
+use contraflow_kernels::{math, par::Threads};
+
+use crate::twin::{Random, wide};
+
+/// Distance from the truth in units of the last place of the result.
+fn ulps(found: f32, expected: f64) -> f64 {
+    let exponent = expected.abs().log2().floor().max(-126.0) as i32;
+    (f64::from(found) - expected).abs() / 2.0_f64.powi(exponent - 23)
+}
+
+/// Every `step`th float between two of one sign.
+fn floats(from: f32, to: f32, step: usize) -> impl Iterator<Item = f32> {
+    let (from, to) = (from.to_bits(), to.to_bits());
+    (from.min(to)..=from.max(to)).step_by(step).map(f32::from_bits)
+}
+
+fn range_of_exp() -> impl Iterator<Item = f32> {
+    floats(1e-10, 88.722_83, 997)
+        .chain(floats(-1e-10, -87.336_54, 997))
+        .chain([0.0, -0.0, 88.722_83, -87.336_54])
+}
+
+#[test]
+fn exp_is_within_two_ulp_over_its_range() {
+    let worst = range_of_exp().map(|x| (ulps(math::exp(x), f64::from(x).exp()), x));
+    let worst = worst.fold((0.0, 0.0), |worst, next| if next.0 > worst.0 { next } else { worst });
+    assert!(worst.0 <= 2.0, "{} ulp at {}", worst.0, worst.1);
+}
+
+#[test]
+fn exp_has_the_right_ends() {
+    assert_eq!(math::exp(0.0), 1.0);
+    assert_eq!(math::exp(88.722_84), f32::INFINITY);
+    assert_eq!(math::exp(1e30), f32::INFINITY);
+    assert_eq!(math::exp(f32::INFINITY), f32::INFINITY);
+    assert_eq!(math::exp(-87.336_55), 0.0);
+    assert_eq!(math::exp(-1e30), 0.0);
+    assert_eq!(math::exp(f32::NEG_INFINITY), 0.0);
+    assert!(math::exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn sigmoid_and_silu_are_within_four_ulp_where_they_are_normal() {
+    for x in range_of_exp() {
+        let sigmoid = 1.0 / (1.0 + (-f64::from(x)).exp());
+        // Below, e^-x overflows: both are 0 there, as they are in the limit.
+        if x > -87.0 {
+            assert!(ulps(math::sigmoid(x), sigmoid) <= 4.0, "sigmoid({x})");
+            assert!(ulps(math::silu(x), f64::from(x) * sigmoid) <= 4.0, "silu({x})");
+        }
+    }
+    assert_eq!((math::sigmoid(-200.0), math::sigmoid(200.0)), (0.0, 1.0));
+    assert_eq!((math::silu(-200.0), math::silu(200.0)), (0.0, 200.0));
+    assert!(math::sigmoid(f32::NAN).is_nan() && math::silu(f32::NAN).is_nan());
+}
+
+#[test]
+fn ln_is_correctly_rounded_but_for_ties() {
+    for x in floats(f32::from_bits(1), f32::MAX, 9973) {
+        assert!(ulps(math::ln(x), f64::from(x).ln()) <= 0.5001, "ln({x})");
+    }
+    assert_eq!(math::ln(0.0), f32::NEG_INFINITY);
+    assert_eq!(math::ln(1.0), 0.0);
+    assert_eq!(math::ln(f32::INFINITY), f32::INFINITY);
+    assert!(math::ln(-1.0).is_nan() && math::ln(f32::NAN).is_nan());
+}
+
+#[test]
+fn the_functions_in_f64_are_exact_far_beyond_f32() {
+    let mut random = Random::new(7);
+    for _ in 0..20_000 {
+        let x = f64::from(random.value()) * 700.0;
+        assert!((math::exp_f64(x) / x.exp() - 1.0).abs() < 1e-15, "exp({x})");
+        let x = f64::from_bits(random.bits() >> 1).abs();
+        if x.is_finite() {
+            assert!((math::ln_f64(x) - x.ln()).abs() <= 1e-15 * x.ln().abs().max(1e-3), "ln({x})");
+        }
+        let x = f64::from(random.value()) * 1e6;
+        let (sin, cos) = math::sin_cos(x);
+        assert!((sin - x.sin()).abs() < 1e-15 && (cos - x.cos()).abs() < 1e-15, "sin_cos({x})");
+    }
+    assert_eq!(math::exp_f64(f64::NEG_INFINITY), 0.0);
+    assert_eq!(math::exp_f64(710.0), f64::INFINITY);
+    assert!(
+        math::exp_f64(f64::NAN).is_nan() && math::ln_f64(f64::NAN).is_nan() && math::ln_f64(-1.0).is_nan()
+    );
+}
+
+#[test]
+fn reductions_of_every_length_agree_with_f64() {
+    let mut random = Random::new(8);
+    for len in (0..130).chain([4095, 4096, 4097, 20_000]) {
+        let (a, b) = (random.values(len), random.values(len));
+        let products: Vec<f64> = wide(&a).iter().zip(wide(&b)).map(|(a, b)| a * b).collect();
+        let close = |found: f64, terms: &[f64]| {
+            // A lane adds up len / 32 terms of a block, then 5 folds: fewer than 140 roundings each.
+            let magnitude: f64 = terms.iter().map(|term| term.abs()).sum();
+            (found - terms.iter().sum::<f64>()).abs()
+                <= (5 + len.div_ceil(32)) as f64 * 2.0_f64.powi(-24) * magnitude
+        };
+        assert!(close(f64::from(math::dot(&a, &b)), &products), "dot of {len}");
+        assert!(close(math::sum(&a), &wide(&a)), "sum of {len}");
+        assert!(
+            close(math::sum_squares(&a), &wide(&a).iter().map(|a| a * a).collect::<Vec<_>>()),
+            "squares of {len}"
+        );
+    }
+}
+
+#[test]
+fn whole_slice_arithmetic_is_exact_value_by_value_on_any_threads() {
+    let mut random = Random::new(9);
+    let (a, b) = (random.tensor(&[100, 501]), random.tensor(&[100, 501]));
+    let sums: Vec<f32> = a.f32().iter().zip(b.f32()).map(|(a, b)| a + b).collect();
+    for threads in [1, 3].map(Threads::new) {
+        threads.run(|| {
+            assert_eq!(math::add(&a, &b).f32(), sums);
+            let mut target = a.clone();
+            math::add_into(target.f32_mut(), b.f32());
+            assert_eq!(target.f32(), sums);
+            math::scale(target.f32_mut(), 0.3);
+            assert!(target.f32().iter().zip(&sums).all(|(&scaled, sum)| scaled == 0.3 * sum));
+        });
+    }
+}
+
+#[test]
+#[should_panic(expected = "expected two vectors of one length")]
+fn adding_what_does_not_fit_is_refused() {
+    math::add_into(&mut [0.0; 3], &[0.0; 4]);
+}

@@ -1,0 +1,75 @@
+//! How a command fails: an exit code, and what it says to stderr.
+//!
+//! Every subcommand ends in one of these; `main` prints it. Knows no command.
+
+use std::fmt;
+
+use contraflow_runtime::recipe::Faults;
+
+/// A command that did not do what it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Exit code: 2 where the user mends it, 1 where the run failed, 130 where it was interrupted.
+    pub code: u8,
+    /// What was expected and what came, in one or more lines.
+    pub message: String,
+}
+
+impl Failure {
+    /// The user mends it: recipe, data, arguments.
+    pub fn input(message: impl Into<String>) -> Self {
+        Failure { code: 2, message: message.into() }
+    }
+
+    /// The run failed.
+    pub fn run(message: impl Into<String>) -> Self {
+        Failure { code: 1, message: message.into() }
+    }
+
+    /// The user interrupted it.
+    pub fn interrupted(message: impl Into<String>) -> Self {
+        Failure { code: 130, message: message.into() }
+    }
+
+    /// Several things the user mends, all at once; `what` has them.
+    pub fn faults<T: fmt::Display>(what: &str, faults: &[T]) -> Self {
+        match faults {
+            [only] => Failure::input(format!("{what}: {only}")),
+            _ => {
+                let lines: Vec<String> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+                Failure::input(format!("{what}: {} faults{}", faults.len(), lines.concat()))
+            }
+        }
+    }
+}
+
+impl From<Faults> for Failure {
+    /// The faults of a recipe.
+    fn from(faults: Faults) -> Self {
+        let lines: Vec<String> = faults.to_string().lines().map(str::to_owned).collect();
+        Failure::faults("recipe", &lines)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error: {}", self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_fault_stands_on_the_line_and_several_below_it() {
+        let one = Failure::faults("recipe", &["a: expected 1, got 2"]);
+        assert_eq!(one.to_string(), "error: recipe: a: expected 1, got 2");
+        let mut faults = Faults::default();
+        faults.expected("a", 1, 2);
+        faults.push("b", "unknown key");
+        let two = Failure::from(faults);
+        assert_eq!(two.to_string(), "error: recipe: 2 faults\n  a: expected 1, got 2\n  b: unknown key");
+        assert_eq!(two.code, 2);
+    }
+}

@@ -1,0 +1,132 @@
+//! `contraflow generate`: text from a run or from any HF directory of the architecture.
+
+use std::io::Write;
+use std::path::Path;
+
+use contraflow_workers::data::tokenizer;
+use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
+
+use crate::failure::Failure;
+use crate::run_dir;
+
+/// What the sample at the end of a training run begins with.
+pub const SAMPLE_PROMPT: &str = "/// Returns ";
+
+/// Arguments of `contraflow generate`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A run (its folder or its name), or an HF directory
+    #[arg(default_value = "runs/latest")]
+    pub model: String,
+    /// What the text begins with
+    #[arg(long, default_value = SAMPLE_PROMPT)]
+    pub prompt: String,
+    /// How many tokens to add at most
+    #[arg(long, default_value_t = 300)]
+    pub tokens: usize,
+    /// 0: always the likeliest token; 1: as the model says; more: flatter
+    #[arg(long, default_value_t = 0.7)]
+    pub temperature: f32,
+    /// Only the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Seed of the choice
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// Runs the command; the text goes to stdout as it is made.
+///
+/// **Errors**: code 2 with the file and what is wrong with it, or with an argument.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let mut faults = Vec::new();
+    if args.prompt.is_empty() {
+        faults.push("--prompt: expected at least one byte, got none".to_owned());
+    }
+    if !args.temperature.is_finite() || args.temperature < 0.0 {
+        faults.push(format!("--temperature: expected a number of at least 0, got {}", args.temperature));
+    }
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        faults.push(format!("--top-p: expected a number above 0 and up to 1, got {}", args.top_p));
+    }
+    if !faults.is_empty() {
+        return Err(Failure::input(faults.join("\n")));
+    }
+    let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
+    let generator = load(&dir)?;
+    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
+    let mut stdout = std::io::stdout();
+    let mut print = |bytes: &[u8]| stdout.write_all(bytes).and_then(|()| stdout.flush());
+    let gone = |error: std::io::Error| Failure::run(format!("stdout: {error}"));
+    print(args.prompt.as_bytes()).map_err(gone)?;
+    for token in Continuation::new(&generator, &args.prompt, sampling, args.seed).take(args.tokens) {
+        print(&tokenizer::decode(&[token])).map_err(gone)?;
+    }
+    print(b"\n").map_err(gone)
+}
+
+fn load(dir: &Path) -> Result<Generator, Failure> {
+    let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
+    if tokenizer::fits(generator.vocab_size()) {
+        return Ok(generator);
+    }
+    let (needed, got) = (tokenizer::BYTE_TOKENS, generator.vocab_size());
+    let message = format!("{}: the byte tokenizer needs a vocabulary of {needed}, the model has {got}", dir.display());
+    Err(Failure::input(message))
+}
+
+/// A few lines after [`SAMPLE_PROMPT`], lossily as text.
+///
+/// **Errors**: as [`run`].
+pub fn sample(dir: &Path, seed: u64) -> Result<String, Failure> {
+    let generator = load(dir)?;
+    let sampling = Sampling { temperature: 0.6, top_p: 0.95 };
+    let tokens: Vec<u32> = Continuation::new(&generator, SAMPLE_PROMPT, sampling, seed).take(240).collect();
+    Ok(format!("{SAMPLE_PROMPT}{}", tokenizer::decode_lossy(&tokens)))
+}
+
+/// The tokens after a prompt, until the end of the document or of the model's context.
+struct Continuation<'a> {
+    generator: &'a Generator,
+    cache: Cache,
+    /// Logits of the latest token; none at the end.
+    logits: Option<Vec<f32>>,
+    sampling: Sampling,
+    random: u64,
+}
+
+impl<'a> Continuation<'a> {
+    fn new(generator: &'a Generator, prompt: &str, sampling: Sampling, seed: u64) -> Self {
+        let mut cache = Cache::default();
+        let mut ids = tokenizer::encode(prompt.as_bytes());
+        ids.truncate(generator.max_len());
+        let logits = Some(generator.read(&mut cache, &ids));
+        Continuation { generator, cache, logits, sampling, random: seed }
+    }
+
+    /// A number in [0, 1): SplitMix64 (Steele, Lea and Flood 2014).
+    fn uniform(&mut self) -> f64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 11) as f64 / 2.0_f64.powi(53)
+    }
+}
+
+impl Iterator for Continuation<'_> {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        let mut logits = self.logits.take()?;
+        logits.truncate(tokenizer::BYTE_TOKENS);
+        let token = choose(&logits, self.sampling, self.uniform());
+        if token == tokenizer::END_OF_DOCUMENT {
+            return None;
+        }
+        if self.cache.len < self.generator.max_len() {
+            self.logits = Some(self.generator.read(&mut self.cache, &[token]));
+        }
+        Some(token)
+    }
+}

@@ -1,0 +1,16 @@
+//! The way to stdout. A reader that has read enough (`| head`) ends the output, not the command.
+
+use std::io::{ErrorKind, Write, stdout};
+
+use crate::failure::Failure;
+
+/// Writes a command's result.
+///
+/// **Errors**: what the system says, but for a reader that has gone.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::run(format!("stdout: {error}"))),
+        _ => Ok(()),
+    }
+}

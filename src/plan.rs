@@ -1,0 +1,325 @@
+//! `contraflow plan`: what a run would do, proved and printed before anything starts.
+//!
+//! Three sources: a recipe, a bare schedule by name, a file in the text form. Plans, checks and figures are made in
+//! `runtime`; the programs of a recipe are those its ranks would issue. Knows no actor and no data.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use clap::builder::RangedU64ValueParser;
+use contraflow_runtime::cost;
+use contraflow_runtime::layout::{MemoryQuery, rank_figures};
+use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, Program, ScheduleKind, check, lower, text};
+use contraflow_runtime::topology::Topology;
+use contraflow_workers::plans::{Plans, validation_shape};
+use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::output::print;
+
+/// What the command is told.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A built-in recipe or a TOML file
+    #[arg(default_value = "tiny", conflicts_with_all = ["schedule", "file"])]
+    pub recipe: String,
+    /// Override a key of the recipe; may be repeated
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", conflicts_with_all = ["schedule", "file"])]
+    pub overrides: Vec<String>,
+    /// Plan a bare schedule instead: dualpipe, dualpipev or 1f1b
+    #[arg(long, requires_all = ["pipeline", "micro_batches"], conflicts_with = "file")]
+    pub schedule: Option<ScheduleKind>,
+    /// Pipeline ranks of the bare schedule
+    #[arg(long, requires = "schedule", value_parser = RangedU64ValueParser::<usize>::new().range(..=4096))]
+    pub pipeline: Option<usize>,
+    /// Micro-batches of the bare schedule, both directions together
+    #[arg(long, requires = "schedule", value_parser = RangedU64ValueParser::<usize>::new().range(..=65536))]
+    pub micro_batches: Option<usize>,
+    /// Check and print a plan written in the text form instead
+    #[arg(long, value_name = "PLAN.txt")]
+    pub file: Option<PathBuf>,
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// How a plan is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people; messages are counted by pair of ranks
+    Text,
+    /// For programs; every message is listed
+    Json,
+}
+
+/// Makes, checks and prints a plan.
+///
+/// **Errors**: every fault of the recipe, of the file or of the plan.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let overview = match (&args.file, args.schedule) {
+        (Some(path), _) => of_file(path)?,
+        (None, Some(kind)) => {
+            of_schedule(kind, args.pipeline.unwrap_or_default(), args.micro_batches.unwrap_or_default())?
+        }
+        (None, None) => of_recipe(&Recipe::load(&RecipeSource::parse(&args.recipe), &args.overrides)?)?,
+    };
+    match args.format {
+        Format::Text => print(&overview.to_string()),
+        Format::Json => {
+            let json = serde_json::to_string_pretty(&overview).map_err(|error| Failure::run(error.to_string()))?;
+            print(&format!("{json}\n"))
+        }
+    }
+}
+
+/// All that is printed.
+#[derive(Serialize)]
+struct Overview {
+    /// What the recipe asks for; a bare schedule has none.
+    layout: Option<Layout>,
+    #[serde(flatten)]
+    report: PlanReport,
+    /// Every plan that was proved.
+    checked: Vec<Checked>,
+}
+
+/// What a recipe asks for.
+#[derive(Serialize)]
+struct Layout {
+    model: String,
+    #[serde(flatten)]
+    topology: Topology,
+    world: usize,
+    /// Parameters of the whole model, multi-token prediction included.
+    parameters: u64,
+    /// Those that work on one token, multi-token prediction left out.
+    active_parameters: u64,
+    /// Forward and backward, matrix products only.
+    training_flops_per_token: u64,
+}
+
+/// A plan that is sound.
+#[derive(Serialize)]
+struct Checked {
+    /// `training`, `validation` or `forward only`.
+    purpose: &'static str,
+    micro_batches: usize,
+    /// The step that runs it first, where a batch ramp has several.
+    from_step: Option<u64>,
+    schedule: String,
+    /// Operations of the programs, all pipeline ranks together.
+    operations: usize,
+    /// Why it is not the schedule that was asked for.
+    note: Option<String>,
+}
+
+fn unsound(what: &str, faults: &[Fault]) -> Failure {
+    Failure::faults(&format!("{what} is not sound"), faults)
+}
+
+fn of_file(path: &Path) -> Result<Overview, Failure> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| Failure::input(format!("{name}: {error}")))?;
+    let plan = text::parse(&text).map_err(|faults| Failure::faults(&name, &faults))?;
+    bare(&name, &plan, None)
+}
+
+fn of_schedule(kind: ScheduleKind, pipeline: usize, micro_batches: usize) -> Result<Overview, Failure> {
+    let made = kind.plan(pipeline, micro_batches, Mode::Train);
+    let (plan, note) = made.map_err(|error| Failure::input(error.to_string()))?;
+    bare("the plan", &plan, note)
+}
+
+/// A plan without a model: a chunk is one operation.
+fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failure> {
+    let report = PlanReport::new(plan, note).map_err(|faults| unsound(name, &faults))?;
+    let purpose = if plan.is_forward_only() { "forward only" } else { "training" };
+    let checked = Checked {
+        purpose,
+        micro_batches: plan.micro_batches,
+        from_step: None,
+        schedule: plan.schedule.clone(),
+        operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
+        note: report.note.clone(),
+    };
+    Ok(Overview { layout: None, report, checked: vec![checked] })
+}
+
+fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
+    let mut plans = Plans::new(recipe).map_err(Failure::input)?;
+    let mut checked = Vec::new();
+    let batches = training_batches(recipe);
+    for &(step, micro_batches) in &batches {
+        let from_step = (batches.len() > 1).then_some(step);
+        checked.push(Checked { from_step, ..prove(&mut plans, micro_batches, Mode::Train)? });
+    }
+    // As many sequences as the recipe asks for: a small corpus may have fewer.
+    if let Some(shape) = validation_shape(recipe, usize::MAX) {
+        checked.push(prove(&mut plans, shape.micro_batches, Mode::ForwardOnly)?);
+    }
+    let largest = batches.iter().map(|&(_, micro_batches)| micro_batches).max().unwrap_or_default();
+    let planned = plans.get(largest, Mode::Train).map_err(Failure::input)?;
+    let mut report = PlanReport::new(&planned.plan, planned.fallback.clone())
+        .map_err(|faults| unsound("the plan", &faults))?;
+    let peak_live_chunks: Vec<usize> = report.ranks.iter().map(|rank| rank.peak_activations).collect();
+    report.per_rank = Some(rank_figures(&MemoryQuery {
+        config: &recipe.model_config,
+        topology: recipe.topology(),
+        stages: &plans.layouts,
+        placement: &planned.plan.placement,
+        micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
+        peak_live_chunks: &peak_live_chunks,
+    }));
+    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked })
+}
+
+/// Checks the programs of so many micro-batches as the ranks would run them.
+fn prove(plans: &mut Plans, micro_batches: usize, mode: Mode) -> Result<Checked, Failure> {
+    let planned = plans.get(micro_batches, mode).map_err(Failure::input)?;
+    let programs: Vec<Program> = planned.programs.iter().map(|program| program.as_ref().clone()).collect();
+    let what = format!("the plan for {micro_batches} micro-batches");
+    check(&planned.plan, &programs).map_err(|faults| unsound(&what, &faults))?;
+    Ok(Checked {
+        purpose: if mode == Mode::Train { "training" } else { "validation" },
+        micro_batches,
+        from_step: None,
+        schedule: planned.plan.schedule.clone(),
+        operations: programs.iter().map(|program| program.ops.len()).sum(),
+        note: planned.fallback.clone(),
+    })
+}
+
+/// The numbers of micro-batches that the steps of the run have, each with the first step that has it.
+fn training_batches(recipe: &Recipe) -> Vec<(u64, usize)> {
+    let training = &recipe.training;
+    let mut batches: Vec<(u64, usize)> = Vec::new();
+    let mut tokens = 0;
+    for step in 1..=training.steps as u64 {
+        let batch = recipe.batch_size_at(tokens);
+        let micro_batches = recipe.micro_batches(batch);
+        // A batch never shrinks.
+        if batches.last().is_none_or(|&(_, last)| last < micro_batches) {
+            batches.push((step, micro_batches));
+        }
+        if tokens >= training.ramp_tokens {
+            break;
+        }
+        tokens += (batch * training.sequence_length) as u64;
+    }
+    batches
+}
+
+impl Layout {
+    fn of(recipe: &Recipe) -> Self {
+        let parameters = cost::parameters(&recipe.model_config);
+        let length = recipe.training.sequence_length;
+        Layout {
+            model: recipe.model.config.clone(),
+            topology: recipe.topology(),
+            world: recipe.topology().world(),
+            parameters: parameters.total + parameters.mtp,
+            active_parameters: parameters.active,
+            training_flops_per_token: cost::training_flops_per_token(&recipe.model_config, length),
+        }
+    }
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Topology { pipeline, expert, data } = self.topology;
+        writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {} ranks", self.world)?;
+        writeln!(
+            f,
+            "model {}: {} parameters, {} of them at work on a token; {} FLOP a token in training",
+            self.model,
+            in_words(self.parameters),
+            in_words(self.active_parameters),
+            in_words(self.training_flops_per_token),
+        )
+    }
+}
+
+impl fmt::Display for Checked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Checked { purpose, micro_batches, schedule, operations, .. } = self;
+        write!(f, "  {purpose}")?;
+        if let Some(step) = self.from_step {
+            write!(f, " from step {step}")?;
+        }
+        write!(f, ": {micro_batches} micro-batches, {schedule}, {operations} operations")?;
+        self.note.as_ref().map_or(Ok(()), |note| write!(f, "\n    note: {note}"))
+    }
+}
+
+impl fmt::Display for Overview {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(layout) = &self.layout {
+            writeln!(f, "{layout}")?;
+        }
+        write!(f, "{}", self.report)?;
+        writeln!(f, "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers")?;
+        self.checked.iter().try_for_each(|checked| writeln!(f, "{checked}"))
+    }
+}
+
+/// Three or more digits and the unit: `22.70 million`.
+fn in_words(count: u64) -> String {
+    let count = count as f64;
+    match count {
+        1e12.. => format!("{:.2} trillion", count / 1e12),
+        1e9.. => format!("{:.2} billion", count / 1e9),
+        1e6.. => format!("{:.2} million", count / 1e6),
+        _ => format!("{count}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe(overrides: &[&str]) -> Recipe {
+        let overrides: Vec<String> = overrides.iter().map(|entry| (*entry).to_string()).collect();
+        Recipe::load(&RecipeSource::Builtin("tiny".into()), &overrides).unwrap()
+    }
+
+    /// 2.9 million tokens at 4 to 16 sequences of 256: the batch grows by one unit each third of the ramp.
+    const RAMP: [&str; 2] = ["training.ramp_start_batch_size=8", "training.ramp_tokens=100_000"];
+
+    #[test]
+    fn every_batch_of_the_ramp_is_proved_and_the_fallback_is_named() {
+        let overview = of_recipe(&recipe(&RAMP)).unwrap();
+        let checked: Vec<_> = overview
+            .checked
+            .iter()
+            .map(|checked| (checked.purpose, checked.micro_batches, checked.schedule.as_str(), checked.note.is_some()))
+            .collect();
+        let expected = [
+            ("training", 2, "sequential", true),
+            ("training", 4, "dualpipe", false),
+            ("validation", 16, "dualpipe", false),
+        ];
+        assert_eq!(checked, expected);
+        let recipe = recipe(&RAMP);
+        let step = overview.checked[1].from_step.unwrap();
+        // The step before still fell short of the ramp's end.
+        assert!((step - 2) * 8 * 256 < 100_000 && (step - 1) * 8 * 256 >= 100_000, "{step}");
+        assert_eq!(recipe.batch_size_at((step - 1) * 8 * 256), 16);
+    }
+
+    #[test]
+    fn a_run_that_ends_within_the_ramp_never_sees_the_full_batch() {
+        let overrides = [RAMP[0], RAMP[1], "training.steps=3"];
+        assert_eq!(training_batches(&recipe(&overrides)), [(1, 2)]);
+        assert_eq!(training_batches(&recipe(&[])), [(1, 4)]);
+    }
+
+    #[test]
+    fn counts_read_well() {
+        let cases = [(999_999, "999999"), (22_700_000, "22.70 million"), (671_026_419_200, "671.03 billion")];
+        for (count, words) in cases {
+            assert_eq!(in_words(count), words);
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! `contraflow recipes`: what is built in, and where to find every key.
+
+use contraflow_runtime::recipe::{builtin, reference};
+
+use crate::failure::Failure;
+use crate::output::print;
+
+/// What the command is told.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print every key of a recipe with its default and its meaning, as TOML
+    #[arg(long)]
+    pub keys: bool,
+}
+
+/// Lists the built-in recipes, or all keys.
+///
+/// **Errors**: stdout cannot be written.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    print(&if args.keys { reference() } else { list() })
+}
+
+fn list() -> String {
+    let names = builtin::recipe_names();
+    let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
+    let line = |name: &&str| format!("{name:width$}  {}\n", builtin::recipe_summary(name).unwrap_or_default());
+    let lines: Vec<String> = names.iter().map(line).collect();
+    let default = names.first().copied().unwrap_or_default();
+    format!(
+        "{}\n{default} is the default of `contraflow train`. A recipe of your own is a TOML file: \
+         `contraflow train FILE.toml`.\n\
+         Every key, with its default and its meaning: `contraflow recipes --keys`.\n\
+         A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n",
+        lines.concat()
+    )
+}

@@ -1,0 +1,191 @@
+//! Generation on one rank: a whole model out of an HF directory, a cache of latents, and a rule to choose tokens.
+//!
+//! A prompt and each new token go through the same components as in training; only the attention core is the absorbed form
+//! against the cache (report section 2.1.1; per token and layer a latent and one rope key are kept). Knows no actors.
+
+use std::path::Path;
+
+use contraflow_kernels::cross_entropy::logits;
+use contraflow_kernels::gate::{self, Routing};
+use contraflow_kernels::latent::{LatentCache, decode};
+use contraflow_kernels::math::add_into;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::{embedding, linear, math, norm};
+use contraflow_runtime::layout::split_layers;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::topology::Topology;
+
+use crate::error::RankError;
+use crate::model::attention::{kv_latents, queries, rope_keys, rotate_queries};
+use crate::model::build::{Placement, RankModel, build};
+use crate::model::experts::{self, Arrivals};
+use crate::model::{Architecture, Layer, ffn};
+use crate::weights::HfWeights;
+
+/// A model that answers.
+pub struct Generator {
+    arch: Architecture,
+    model: RankModel,
+}
+
+/// What has been read and written so far, layer by layer.
+#[derive(Default)]
+pub struct Cache {
+    /// Normed latents and rotated rope keys of each layer. **Shapes**: `[len * C]` and `[len * rope]`.
+    pub layers: Vec<(Vec<f32>, Vec<f32>)>,
+    /// Number of tokens.
+    pub len: usize,
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: always the likeliest token; 1: as the model says; more: flatter.
+    pub temperature: f32,
+    /// Only the likeliest tokens that together have this probability.
+    pub top_p: f32,
+}
+
+impl Generator {
+    /// Reads `config.json` and the weights of a directory.
+    ///
+    /// **Errors**: a missing or damaged file, by name; every fault of the configuration.
+    pub fn load(dir: &Path) -> Result<Self, RankError> {
+        let path = dir.join("config.json");
+        let content = |message: String| RankError::Content { path: path.display().to_string(), message };
+        let text = std::fs::read_to_string(&path)
+            .map_err(|source| RankError::File { path: path.display().to_string(), source })?;
+        let config = ModelConfig::from_hf_json(&text).map_err(|faults| content(faults.to_string()))?;
+        let arch = Architecture::new(config);
+        let mut model = one_rank(&arch).map_err(content)?;
+        let weights = HfWeights::open(dir)?;
+        weights.fill(&mut model.dense)?;
+        weights.fill(&mut model.experts)?;
+        Ok(Generator { arch, model })
+    }
+
+    /// Largest token id plus one.
+    pub fn vocab_size(&self) -> usize {
+        self.arch.config.vocab_size
+    }
+
+    /// Longest text the model was configured for.
+    pub fn max_len(&self) -> usize {
+        self.arch.config.max_position_embeddings
+    }
+
+    /// Reads more tokens and returns the logits of the last one.
+    ///
+    /// **Shapes**: output `[V]`.
+    pub fn read(&self, cache: &mut Cache, ids: &[u32]) -> Vec<f32> {
+        let stage = &self.model.stages[0];
+        cache.layers.resize_with(stage.layers.len(), Default::default);
+        let dense = &self.model.dense;
+        let table = stage.embedding.expect("the only stage has the embedding");
+        let head = stage.head.as_ref().expect("the only stage has the head");
+        let mut x = embedding::forward(ids, dense.weight(table));
+        for (layer, kept) in stage.layers.iter().zip(&mut cache.layers) {
+            x = self.layer(layer, x, cache.len, kept);
+        }
+        cache.len += ids.len();
+        let last = x.slice_rows(ids.len() - 1..ids.len());
+        let normed = norm::forward(&last, dense.weight(head.norm), self.arch.eps());
+        logits(&normed, dense.weight(head.head)).f32().to_vec()
+    }
+
+    fn layer(&self, layer: &Layer, x: Tensor, first: usize, kept: &mut (Vec<f32>, Vec<f32>)) -> Tensor {
+        let (arch, dense, weights) = (&self.arch, &self.model.dense, &layer.attention);
+        let positions: Vec<u32> = (first..first + x.rows()).map(|position| position as u32).collect();
+        let table = arch.rope.table(&positions);
+        let normed = norm::forward(&x, dense.weight(weights.input_norm), arch.eps());
+        let (mut q, _) = queries(weights, dense, &normed);
+        rotate_queries(arch, &table, &mut q, false);
+        let kv_latent = linear::forward(&normed, dense.weight(weights.kv_down));
+        kept.0.extend_from_slice(kv_latents(arch, weights, dense, &kv_latent).f32());
+        kept.1.extend_from_slice(rope_keys(arch, &table, &kv_latent).f32());
+        let cache = LatentCache { latents: &kept.0, rope_keys: &kept.1 };
+        let out = decode(&q, dense.weight(weights.kv_up), cache, &arch.latent_heads, arch.heads.scale);
+        let residual = linear::forward_add(&out, dense.weight(weights.output), &x);
+        let normed = norm::forward(&residual, dense.weight(weights.post_norm), arch.eps());
+        let (mut output, _) = ffn::forward(&layer.ffn, dense, normed.clone(), &residual);
+        if let (Some(gate_weight), Some(experts)) = (weights.gate, &layer.experts) {
+            let scores = linear::forward(&normed, dense.weight(gate_weight));
+            let routing = gate::forward(&scores, &dense.gate_biases[&layer.index], &arch.gate);
+            let arrivals = arrivals(normed, &routing, arch.gate.top_k);
+            let (routed, _) = experts::forward(experts, &self.model.experts, arrivals);
+            add_into(output.f32_mut(), routed.f32());
+        }
+        output
+    }
+}
+
+/// Every row stays where it is.
+fn arrivals(rows: Tensor, routing: &Routing, top_k: usize) -> Arrivals {
+    let pair = |(slot, &expert): (usize, &u32)| ((slot / top_k) as u32, expert);
+    let pairs = routing.expert_ids.iter().enumerate().map(pair).collect();
+    Arrivals { rows, pairs, weights: routing.weights.clone() }
+}
+
+/// The whole model on one rank, weights zero.
+///
+/// **Errors**: in words, if the model has no layers.
+pub fn one_rank(arch: &Architecture) -> Result<RankModel, String> {
+    let layouts = split_layers(&arch.config, 1, 1)?;
+    let topology = Topology { pipeline: 1, expert: 1, data: 1 };
+    Ok(build(arch, &Placement { topology, stages_of: &[vec![0]], layouts: &layouts }, 0))
+}
+
+/// Chooses a token. `uniform` is a random number in [0, 1).
+pub fn choose(logits: &[f32], sampling: Sampling, uniform: f64) -> u32 {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    if sampling.temperature <= 0.0 {
+        return order[0];
+    }
+    let largest = logits[order[0] as usize];
+    let weight = |&id: &u32| f64::from(math::exp((logits[id as usize] - largest) / sampling.temperature));
+    let weights: Vec<f64> = order.iter().map(weight).collect();
+    let total: f64 = weights.iter().sum();
+    let kept_until = |limit: f64| {
+        let mut sum = 0.0;
+        weights.iter().position(|weight| {
+            sum += weight;
+            sum >= limit
+        })
+    };
+    let num_kept = kept_until(total * f64::from(sampling.top_p)).map_or(weights.len(), |last| last + 1);
+    let kept: f64 = weights[..num_kept].iter().sum();
+    let chosen = kept_until(kept * uniform).unwrap_or(0).min(num_kept - 1);
+    order[chosen]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 4] = [0.0, 3.0, 1.0, 2.0];
+
+    #[test]
+    fn temperature_zero_is_greedy_and_ties_go_to_the_lower_id() {
+        let greedy = Sampling { temperature: 0.0, top_p: 1.0 };
+        assert_eq!(choose(&LOGITS, greedy, 0.99), 1);
+        assert_eq!(choose(&[1.0, 2.0, 2.0], greedy, 0.5), 1);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax_and_top_p_cuts_the_tail() {
+        let draw = |top_p: f32| {
+            let sampling = Sampling { temperature: 1.0, top_p };
+            let mut counts = [0_usize; 4];
+            (0..1000).for_each(|i| counts[choose(&LOGITS, sampling, (f64::from(i) + 0.5) / 1000.0) as usize] += 1);
+            counts
+        };
+        let sum: f32 = LOGITS.iter().map(|x| x.exp()).sum();
+        for (id, count) in draw(1.0).into_iter().enumerate() {
+            assert!((count as f32 - 1000.0 * LOGITS[id].exp() / sum).abs() <= 1.5, "{id}: {count}");
+        }
+        // 3 alone has 64 %, 3 and 2 together 88 %.
+        assert_eq!(draw(0.5), [0, 1000, 0, 0]);
+        assert_eq!(draw(0.8).iter().filter(|&&count| count > 0).count(), 2);
+    }
+}
