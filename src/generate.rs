@@ -71,7 +71,8 @@ fn load(dir: &Path) -> Result<Generator, Failure> {
         return Ok(generator);
     }
     let (needed, got) = (tokenizer::BYTE_TOKENS, generator.vocab_size());
-    let message = format!("{}: the byte tokenizer needs a vocabulary of {needed}, the model has {got}", dir.display());
+    let message =
+        format!("{}: the byte tokenizer needs a vocabulary of {needed}, the model has {got}", dir.display());
     Err(Failure::input(message))
 }
 

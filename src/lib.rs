@@ -3,6 +3,7 @@
 //! This package composes orchestrator and workers into the one binary; it has no logic of its own.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod bench;
 pub mod cluster;
 pub mod failure;
 pub mod generate;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use contraflow::{generate, plan, recipes, train};
+use contraflow::{bench, generate, plan, recipes, train};
 
 /// Frees and hands out faster than the system's allocator where many threads do.
 #[global_allocator]
@@ -28,23 +28,27 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a recipe on an embedded cluster
+    /// Train a model on a cluster of ranks in this process
     #[command(after_long_help = LEGEND)]
     Train(train::Args),
-    /// Continue a text with a run's model or any HF directory
-    Generate(generate::Args),
     /// Print what a run would do: layout, actions, messages, memory; nothing is started
     Plan(plan::Args),
+    /// Continue a text with a trained model
+    Generate(generate::Args),
     /// List the built-in recipes
     Recipes(recipes::Args),
+    /// Measure this machine: training steps, balance of the experts
+    #[command(after_long_help = LEGEND)]
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
-        Command::Generate(args) => generate::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Generate(args) => generate::run(&args),
         Command::Recipes(args) => recipes::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

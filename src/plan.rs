@@ -5,15 +5,17 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 use contraflow_runtime::cost;
 use contraflow_runtime::layout::{MemoryQuery, rank_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, Program, ScheduleKind, check, lower, text};
+use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, lower, text};
 use contraflow_runtime::topology::Topology;
-use contraflow_workers::plans::{Plans, validation_shape};
+use contraflow_workers::loader::BatchShape;
+use contraflow_workers::plans::{Planned, Plans, batch_sizes, train_shape, validation_shape};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -68,7 +70,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     match args.format {
         Format::Text => print(&overview.to_string()),
         Format::Json => {
-            let json = serde_json::to_string_pretty(&overview).map_err(|error| Failure::run(error.to_string()))?;
+            let json =
+                serde_json::to_string_pretty(&overview).map_err(|error| Failure::run(error.to_string()))?;
             print(&format!("{json}\n"))
         }
     }
@@ -105,9 +108,9 @@ struct Layout {
 struct Checked {
     /// `training`, `validation` or `forward only`.
     purpose: &'static str,
+    /// Sequences of the global batch; a bare schedule has none. A batch ramp has several.
+    sequences: Option<usize>,
     micro_batches: usize,
-    /// The step that runs it first, where a batch ramp has several.
-    from_step: Option<u64>,
     schedule: String,
     /// Operations of the programs, all pipeline ranks together.
     operations: usize,
@@ -138,8 +141,8 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
     let purpose = if plan.is_forward_only() { "forward only" } else { "training" };
     let checked = Checked {
         purpose,
+        sequences: None,
         micro_batches: plan.micro_batches,
-        from_step: None,
         schedule: plan.schedule.clone(),
         operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
         note: report.note.clone(),
@@ -150,65 +153,47 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
 fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     let mut checked = Vec::new();
-    let batches = training_batches(recipe);
-    for &(step, micro_batches) in &batches {
-        let from_step = (batches.len() > 1).then_some(step);
-        checked.push(Checked { from_step, ..prove(&mut plans, micro_batches, Mode::Train)? });
+    let shapes: Vec<BatchShape> =
+        batch_sizes(recipe).into_iter().map(|size| train_shape(recipe, size)).collect();
+    for shape in &shapes {
+        checked.push(Checked::of(&prove(&mut plans, shape, Mode::Train)?, shape));
     }
     // As many sequences as the recipe asks for: a small corpus may have fewer.
     if let Some(shape) = validation_shape(recipe, usize::MAX) {
-        checked.push(prove(&mut plans, shape.micro_batches, Mode::ForwardOnly)?);
+        checked.push(Checked::of(&prove(&mut plans, &shape, Mode::ForwardOnly)?, &shape));
     }
-    let largest = batches.iter().map(|&(_, micro_batches)| micro_batches).max().unwrap_or_default();
-    let planned = plans.get(largest, Mode::Train).map_err(Failure::input)?;
+    // A batch never shrinks: the last one is the largest.
+    let largest = shapes.last().ok_or_else(|| Failure::input("training.steps: expected 1 or more, got 0"))?;
+    let planned = prove(&mut plans, largest, Mode::Train)?;
     let mut report = PlanReport::new(&planned.plan, planned.fallback.clone())
         .map_err(|faults| unsound("the plan", &faults))?;
-    let peak_live_chunks: Vec<usize> = report.ranks.iter().map(|rank| rank.peak_activations).collect();
     report.per_rank = Some(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
         stages: &plans.layouts,
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
-        peak_live_chunks: &peak_live_chunks,
+        peak_live_chunks: &planned.report.peak_activations,
     }));
     Ok(Overview { layout: Some(Layout::of(recipe)), report, checked })
 }
 
-/// Checks the programs of so many micro-batches as the ranks would run them.
-fn prove(plans: &mut Plans, micro_batches: usize, mode: Mode) -> Result<Checked, Failure> {
-    let planned = plans.get(micro_batches, mode).map_err(Failure::input)?;
-    let programs: Vec<Program> = planned.programs.iter().map(|program| program.as_ref().clone()).collect();
-    let what = format!("the plan for {micro_batches} micro-batches");
-    check(&planned.plan, &programs).map_err(|faults| unsound(&what, &faults))?;
-    Ok(Checked {
-        purpose: if mode == Mode::Train { "training" } else { "validation" },
-        micro_batches,
-        from_step: None,
-        schedule: planned.plan.schedule.clone(),
-        operations: programs.iter().map(|program| program.ops.len()).sum(),
-        note: planned.fallback.clone(),
-    })
+/// The plan and the programs that the ranks would run, checked.
+fn prove(plans: &mut Plans, shape: &BatchShape, mode: Mode) -> Result<Arc<Planned>, Failure> {
+    plans.get(shape.micro_batches, mode).map_err(Failure::input)
 }
 
-/// The numbers of micro-batches that the steps of the run have, each with the first step that has it.
-fn training_batches(recipe: &Recipe) -> Vec<(u64, usize)> {
-    let training = &recipe.training;
-    let mut batches: Vec<(u64, usize)> = Vec::new();
-    let mut tokens = 0;
-    for step in 1..=training.steps as u64 {
-        let batch = recipe.batch_size_at(tokens);
-        let micro_batches = recipe.micro_batches(batch);
-        // A batch never shrinks.
-        if batches.last().is_none_or(|&(_, last)| last < micro_batches) {
-            batches.push((step, micro_batches));
+impl Checked {
+    fn of(planned: &Planned, shape: &BatchShape) -> Self {
+        Checked {
+            purpose: if planned.plan.is_forward_only() { "validation" } else { "training" },
+            sequences: Some(shape.global_batch),
+            micro_batches: shape.micro_batches,
+            schedule: planned.plan.schedule.clone(),
+            operations: planned.programs.iter().map(|program| program.ops.len()).sum(),
+            note: planned.fallback.clone(),
         }
-        if tokens >= training.ramp_tokens {
-            break;
-        }
-        tokens += (batch * training.sequence_length) as u64;
     }
-    batches
 }
 
 impl Layout {
@@ -245,8 +230,8 @@ impl fmt::Display for Checked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Checked { purpose, micro_batches, schedule, operations, .. } = self;
         write!(f, "  {purpose}")?;
-        if let Some(step) = self.from_step {
-            write!(f, " from step {step}")?;
+        if let Some(sequences) = self.sequences {
+            write!(f, " on {sequences} sequences")?;
         }
         write!(f, ": {micro_batches} micro-batches, {schedule}, {operations} operations")?;
         self.note.as_ref().map_or(Ok(()), |note| write!(f, "\n    note: {note}"))
@@ -259,7 +244,10 @@ impl fmt::Display for Overview {
             writeln!(f, "{layout}")?;
         }
         write!(f, "{}", self.report)?;
-        writeln!(f, "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers")?;
+        writeln!(
+            f,
+            "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers"
+        )?;
         self.checked.iter().try_for_each(|checked| writeln!(f, "{checked}"))
     }
 }
@@ -284,35 +272,26 @@ mod tests {
         Recipe::load(&RecipeSource::Builtin("tiny".into()), &overrides).unwrap()
     }
 
-    /// 2.9 million tokens at 4 to 16 sequences of 256: the batch grows by one unit each third of the ramp.
+    /// Half of the full batch at first, too little for dualpipe.
     const RAMP: [&str; 2] = ["training.ramp_start_batch_size=8", "training.ramp_tokens=100_000"];
 
-    #[test]
-    fn every_batch_of_the_ramp_is_proved_and_the_fallback_is_named() {
-        let overview = of_recipe(&recipe(&RAMP)).unwrap();
-        let checked: Vec<_> = overview
-            .checked
-            .iter()
-            .map(|checked| (checked.purpose, checked.micro_batches, checked.schedule.as_str(), checked.note.is_some()))
-            .collect();
-        let expected = [
-            ("training", 2, "sequential", true),
-            ("training", 4, "dualpipe", false),
-            ("validation", 16, "dualpipe", false),
-        ];
-        assert_eq!(checked, expected);
-        let recipe = recipe(&RAMP);
-        let step = overview.checked[1].from_step.unwrap();
-        // The step before still fell short of the ramp's end.
-        assert!((step - 2) * 8 * 256 < 100_000 && (step - 1) * 8 * 256 >= 100_000, "{step}");
-        assert_eq!(recipe.batch_size_at((step - 1) * 8 * 256), 16);
+    fn proved(overrides: &[&str]) -> Vec<(&'static str, Option<usize>, usize, String, bool)> {
+        let checked = of_recipe(&recipe(overrides)).unwrap().checked;
+        let words = |checked: Checked| {
+            let Checked { purpose, sequences, micro_batches, schedule, note, .. } = checked;
+            (purpose, sequences, micro_batches, schedule, note.is_some())
+        };
+        checked.into_iter().map(words).collect()
     }
 
     #[test]
-    fn a_run_that_ends_within_the_ramp_never_sees_the_full_batch() {
-        let overrides = [RAMP[0], RAMP[1], "training.steps=3"];
-        assert_eq!(training_batches(&recipe(&overrides)), [(1, 2)]);
-        assert_eq!(training_batches(&recipe(&[])), [(1, 4)]);
+    fn every_batch_of_the_ramp_is_proved_and_the_fallback_is_named() {
+        let small = ("training", Some(8), 2, "sequential".to_string(), true);
+        let full = ("training", Some(16), 4, "dualpipe".to_string(), false);
+        let validation = ("validation", Some(64), 16, "dualpipe".to_string(), false);
+        assert_eq!(proved(&RAMP), [small.clone(), full.clone(), validation.clone()]);
+        assert_eq!(proved(&[RAMP[0], RAMP[1], "training.steps=3"]), [small, validation.clone()]);
+        assert_eq!(proved(&[]), [full, validation]);
     }
 
     #[test]

@@ -83,7 +83,9 @@ impl Progress {
     }
 
     fn tokens_per_second(&self) -> f64 {
-        let (Some((first, _)), Some((last, _))) = (self.recent.front(), self.recent.back()) else { return 0.0 };
+        let (Some((first, _)), Some((last, _))) = (self.recent.front(), self.recent.back()) else {
+            return 0.0;
+        };
         let tokens: u64 = self.recent.iter().skip(1).map(|(_, tokens)| tokens).sum();
         tokens as f64 / last.duration_since(*first).as_secs_f64().max(1e-9)
     }

@@ -23,7 +23,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 fn list() -> String {
     let names = builtin::recipe_names();
     let width = names.iter().map(|name| name.len()).max().unwrap_or(0);
-    let line = |name: &&str| format!("{name:width$}  {}\n", builtin::recipe_summary(name).unwrap_or_default());
+    let line =
+        |name: &&str| format!("{name:width$}  {}\n", builtin::recipe_summary(name).unwrap_or_default());
     let lines: Vec<String> = names.iter().map(line).collect();
     let default = names.first().copied().unwrap_or_default();
     format!(

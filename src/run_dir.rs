@@ -43,7 +43,10 @@ pub fn find_model(name: &str) -> Result<PathBuf, String> {
     let found = tried.iter().find(|path| path.join("config.json").is_file());
     found.cloned().ok_or_else(|| {
         let tried: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
-        format!("{name}: expected a run or a folder with config.json and weights; looked in {}", tried.join(", "))
+        format!(
+            "{name}: expected a run or a folder with config.json and weights; looked in {}",
+            tried.join(", ")
+        )
     })
 }
 

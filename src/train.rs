@@ -128,7 +128,9 @@ fn pack(corpus: &Corpus, recipe: &Recipe) -> Result<Datasets, Failure> {
         (PackedDataset::pack(&corpus.train, length), PackedDataset::pack(&corpus.validation, length));
     if train.num_sequences() == 0 {
         let bytes: usize = corpus.train.iter().map(|document| document.text.len()).sum();
-        let message = format!("data.paths: expected text for at least one sequence of {length} tokens, got {bytes} bytes");
+        let message = format!(
+            "data.paths: expected text for at least one sequence of {length} tokens, got {bytes} bytes"
+        );
         return Err(Failure::input(message));
     }
     Ok(Datasets { train, validation })
@@ -173,12 +175,16 @@ struct Run {
 
 impl Run {
     fn create(name: &str, recipe: Recipe) -> Result<Self, Failure> {
-        let dir = run_dir::create(Path::new(run_dir::RUNS), name).map_err(|error| Failure::run(format!("{}: {error}", run_dir::RUNS)))?;
+        let dir = run_dir::create(Path::new(run_dir::RUNS), name)
+            .map_err(|error| Failure::run(format!("{}: {error}", run_dir::RUNS)))?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = recipe.topology().world() * recipe.parallel.threads_per_rank;
         let frame = Frame {
             steps: recipe.training.steps as u64,
-            flops_per_token: cost::training_flops_per_token(&recipe.model_config, recipe.training.sequence_length) as f64,
+            flops_per_token: cost::training_flops_per_token(
+                &recipe.model_config,
+                recipe.training.sequence_length,
+            ) as f64,
             peak_flops: measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
@@ -257,7 +263,9 @@ impl Run {
         })?;
         let tally = tally.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match outcome {
-            Outcome::Done { validation } => Ok(Tally { validation_loss: validation.map(|(loss, _)| loss), ..tally }),
+            Outcome::Done { validation } => {
+                Ok(Tally { validation_loss: validation.map(|(loss, _)| loss), ..tally })
+            }
             Outcome::Failed(message) if message == "interrupted" => {
                 Err(Failure::interrupted(format!("interrupted after step {}", tally.last.step)))
             }
@@ -265,10 +273,17 @@ impl Run {
         }
     }
 
-    fn finish(&self, corpus: &Corpus, datasets: &Datasets, tally: Tally, began: Instant) -> Result<(), Failure> {
+    fn finish(
+        &self,
+        corpus: &Corpus,
+        datasets: &Datasets,
+        tally: Tally,
+        began: Instant,
+    ) -> Result<(), Failure> {
         let available = datasets.validation.num_sequences();
         let taken = validation_shape(&self.recipe, available).map_or(0, |shape| shape.global_batch);
-        let sequence_ids: Vec<usize> = (0..taken).map(|place| validation_index(place, taken, available)).collect();
+        let sequence_ids: Vec<usize> =
+            (0..taken).map(|place| validation_index(place, taken, available)).collect();
         let baselines = Baselines::measure(&datasets.train, &datasets.validation, &sequence_ids);
         let parameters = cost::parameters(&self.recipe.model_config);
         let tokens_per_second = tally.tokens as f64 / tally.seconds.max(1e-9);
@@ -317,7 +332,10 @@ impl Run {
             if summary.oversubscribed { " (oversubscribed)" } else { "" }
         );
         if let Some(bits) = summary.validation_bits_per_byte {
-            println!("validation on {} bytes of {}, bits per byte:", summary.validation_bytes, summary.corpus);
+            println!(
+                "validation on {} bytes of {}, bits per byte:",
+                summary.validation_bytes, summary.corpus
+            );
             println!("  this model    {bits:.3}");
             println!("  byte bigram   {:.3}", summary.baseline_bigram_bits_per_byte);
             println!("  byte trigram  {:.3}", summary.baseline_trigram_bits_per_byte);
@@ -327,7 +345,9 @@ impl Run {
             println!("a sample, after \"{}\":", generate::SAMPLE_PROMPT.trim_end());
             let sample = generate::sample(&self.dir.join("model"), self.recipe.training.seed)?;
             sample.lines().for_each(|line| println!("  | {line}"));
-            println!("next: contraflow generate {dir} --prompt \"impl \"   (weights in HF format: {dir}/model)");
+            println!(
+                "next: contraflow generate {dir} --prompt \"impl \"   (weights in HF format: {dir}/model)"
+            );
         }
         Ok(())
     }

@@ -3,8 +3,6 @@
 //! The optimizer calls it on the shard it owns. It knows neither names nor schedules; the learning rate of the step
 //! and the factor of gradient clipping come with the call.
 
-use std::ops::Range;
-
 use crate::{
     math::{self, MIN_PARALLEL},
     par,
@@ -42,13 +40,21 @@ pub fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], spec: &Ada
     let ranges = par::partition(g.len(), MIN_PARALLEL);
     let moments = par::split(m, 1, &ranges).into_iter().zip(par::split(v, 1, &ranges));
     let state = par::split(p, 1, &ranges).into_iter().zip(moments);
-    let tasks = ranges.iter().cloned().zip(state).collect();
-    par::for_each(tasks, |(range, (p, (m, v))): (Range<usize>, (&mut [f32], (&mut [f32], &mut [f32])))| {
+    let parts = ranges.iter().zip(state).map(|(range, (p, (m, v)))| Part { p, g: &g[range.clone()], m, v });
+    par::for_each(parts.collect(), |part| {
         pulp::Arch::new().dispatch(
             #[inline(always)]
-            || factors.apply(p, &g[range], m, v),
+            || factors.apply(part),
         );
     });
+}
+
+/// What one thread updates.
+struct Part<'a> {
+    p: &'a mut [f32],
+    g: &'a [f32],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
 }
 
 /// What is the same for all parameters. Computed in f64: 1 - beta^step would lose digits in f32.
@@ -85,7 +91,7 @@ impl Factors {
     }
 
     #[inline(always)]
-    fn apply(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    fn apply(&self, Part { p, g, m, v }: Part) {
         for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
             let g = g * self.grad_scale;
             *m = self.beta1 * *m + self.rest1 * g;

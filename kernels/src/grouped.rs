@@ -14,8 +14,10 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Rows of a task within a pool. Each task packs the expert's weights anew, which this many rows are worth.
-const BLOCK_ROWS: usize = 128;
+/// The least rows of a task. Each task packs its expert's weights anew, which this many rows are worth.
+const MIN_BLOCK: usize = 128;
+/// Tasks per thread, if the rows suffice: so many that a thread which ends early finds another one.
+const BLOCKS_PER_THREAD: usize = 8;
 
 /// `x w_e^T` for the rows of each expert `e`.
 ///
@@ -48,7 +50,8 @@ pub fn backward_input(dy: &Tensor, offsets: &[usize], w: &Tensor) -> Tensor {
 /// **Shapes**: `dy` `[R, out]`, `x` `[R, in]`, `offsets` `[E + 1]`, `dw` `[E, out, in]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
 pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &[usize], dw: &mut Tensor) {
-    let [num_experts, out, input] = expert_dims(dw, offsets, x.rows());
+    let [num_experts, out, _] = expert_dims(dw, offsets, x.rows());
+    assert_eq!(dy.shape(), [x.rows(), out], "expected one output gradient per row and output");
     // Stacked, the weights have out rows per expert whatever its load: cut them as if those were the routed rows.
     let out_offsets: Vec<usize> = (0..=num_experts).map(|expert_id| expert_id * out).collect();
     for_each_block(dw.f32_mut(), &out_offsets, |expert_id, outs, dw| {
@@ -58,8 +61,7 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &[usize], dw: &mut Tens
         }
         let first = expert_id * out;
         let dy = dy.mat().rows_range(rows.clone()).columns(outs.start - first..outs.end - first);
-        let x = x.mat().rows_range(rows).columns(0..input);
-        gemm_serial(dw, Into::Accumulate, 1.0, dy.t(), x);
+        gemm_serial(dw, Into::Accumulate, 1.0, dy.t(), x.mat().rows_range(rows));
     });
 }
 
@@ -93,7 +95,10 @@ fn for_each_block(
         return;
     }
     let width = data.len() / num_rows;
-    let step = if par::num_threads() == 1 { num_rows } else { BLOCK_ROWS };
+    let step = match par::num_threads() {
+        1 => num_rows,
+        num_threads => MIN_BLOCK.max(num_rows.div_ceil(num_threads * BLOCKS_PER_THREAD)),
+    };
     let (mut expert_ids, mut blocks) = (Vec::new(), Vec::new());
     for (expert_id, bounds) in offsets.windows(2).enumerate() {
         for start in (bounds[0]..bounds[1]).step_by(step) {

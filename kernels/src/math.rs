@@ -2,8 +2,8 @@
 //!
 //! The functions are our own, so that results depend neither on the host's libm nor on the width of its registers:
 //! only IEEE additions, multiplications and divisions in a fixed order. Bodies are branch-free and forced inline;
-//! `pulp` compiles them once per instruction set and picks at run time. Reductions keep [`LANES`] partial sums and
-//! fold them in a fixed order.
+//! `pulp` compiles them once per instruction set and picks at run time. Reductions keep a fixed number of partial
+//! sums and fold them in a fixed order.
 
 mod double;
 

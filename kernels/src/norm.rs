@@ -70,12 +70,8 @@ pub fn backward_cols(
     // Each part of the rows sums up a weight gradient of its own; they are added in the order of the parts.
     let ranges = par::partition(x.num_rows(), MIN_PARALLEL / width);
     let mut partial = Tensor::zeros(&[ranges.len(), width]);
-    let ones: Vec<Range<usize>> = (0..ranges.len()).map(|part| part..part + 1).collect();
-    let outputs = par::split(dx.f32_mut(), stride, &ranges).into_iter().zip(par::split(
-        partial.f32_mut(),
-        width,
-        &ones,
-    ));
+    let outputs = par::split(dx.f32_mut(), stride, &ranges);
+    let outputs = outputs.into_iter().zip(partial.f32_mut().chunks_exact_mut(width));
     let tasks = ranges.into_iter().zip(outputs).collect();
     par::for_each(tasks, |(rows, (dx, dw)): (Range<usize>, (&mut [f32], &mut [f32]))| {
         pulp::Arch::new().dispatch(

@@ -100,9 +100,11 @@ fn backward_row(
     let Some(weight) = weight else { return 0.0 };
     // Before its weight comes in, the gradient of up holds d_act silu(gate): what the weight's own gradient needs.
     let d_weight = math::dot_lanes(d_up, up);
-    for (d_gate, d_up) in d_gate.iter_mut().zip(d_up) {
-        *d_gate *= weight;
-        *d_up *= weight;
+    // One loop each: together they would not be vectorised.
+    for gradient in [d_gate, d_up] {
+        for value in gradient {
+            *value *= weight;
+        }
     }
     d_weight
 }

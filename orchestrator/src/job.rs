@@ -54,12 +54,24 @@ pub enum Outcome {
 
 #[derive(Debug, PartialEq)]
 enum State {
-    Starting { ready: BTreeSet<usize> },
-    Training { done: BTreeSet<usize> },
-    Validating { losses: BTreeMap<usize, f64> },
-    Exporting { validation: Option<(f64, u64)>, files: BTreeMap<usize, ExportedFile> },
+    Starting {
+        ready: BTreeSet<usize>,
+    },
+    Training {
+        done: BTreeSet<usize>,
+    },
+    Validating {
+        losses: BTreeMap<usize, f64>,
+    },
+    Exporting {
+        validation: Option<(f64, u64)>,
+        files: BTreeMap<usize, ExportedFile>,
+    },
     /// A rank has failed; the others have been told to stop.
-    Aborting { waiting: BTreeSet<usize>, message: String },
+    Aborting {
+        waiting: BTreeSet<usize>,
+        message: String,
+    },
     Over,
 }
 
@@ -79,8 +91,10 @@ impl Job {
     /// What the job is about, and whom it waits for, in words.
     pub fn describe(&self) -> String {
         let missing = |present: &BTreeSet<usize>| {
-            let missing: Vec<String> =
-                (0..self.setup.world).filter(|rank| !present.contains(rank)).map(|rank| rank.to_string()).collect();
+            let missing: Vec<String> = (0..self.setup.world)
+                .filter(|rank| !present.contains(rank))
+                .map(|rank| rank.to_string())
+                .collect();
             missing.join(", ")
         };
         match &self.state {
@@ -110,7 +124,9 @@ impl Job {
                 }
                 Vec::new()
             }
-            (_, RankEvent::Failed { rank, action, cause }) => self.abort(rank, format!("rank {rank}, {action}: {cause}")),
+            (_, RankEvent::Failed { rank, action, cause }) => {
+                self.abort(rank, format!("rank {rank}, {action}: {cause}"))
+            }
             (State::Starting { ready }, RankEvent::Ready { rank }) => {
                 ready.insert(rank);
                 if ready.len() < world {
@@ -187,7 +203,8 @@ impl Job {
         if waiting.is_empty() {
             return self.end(Outcome::Failed(message));
         }
-        let command = |&rank| Effect::Command { rank, command: RankCommand::Abort { reason: message.clone() } };
+        let command =
+            |&rank| Effect::Command { rank, command: RankCommand::Abort { reason: message.clone() } };
         let effects = waiting.iter().map(command).collect();
         self.state = State::Aborting { waiting, message };
         effects
@@ -238,7 +255,12 @@ mod tests {
             Effect::Command { rank, command } => (rank, command),
             _ => unreachable!(),
         };
-        effects.iter().filter(|effect| command(effect)).map(pick).map(|(rank, command)| (*rank, command)).collect()
+        effects
+            .iter()
+            .filter(|effect| command(effect))
+            .map(pick)
+            .map(|(rank, command)| (*rank, command))
+            .collect()
     }
 
     fn file(rank: usize) -> ExportedFile {
@@ -270,8 +292,11 @@ mod tests {
     fn the_first_failure_stops_everybody_and_is_the_one_that_is_told() {
         let mut job = job(3);
         (0..3).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
-        let failed =
-            |rank, cause: &str| RankEvent::Failed { rank, action: "action B1.0".into(), cause: cause.to_owned() };
+        let failed = |rank, cause: &str| RankEvent::Failed {
+            rank,
+            action: "action B1.0".into(),
+            cause: cause.to_owned(),
+        };
         let effects = job.step(failed(1, "out of luck"));
         let ranks: Vec<usize> = commands(&effects).into_iter().map(|(rank, _)| rank).collect();
         assert_eq!(ranks, [0, 2]);

@@ -68,9 +68,9 @@ impl JobActorState {
                 // If the metrics actor is gone the job hears of it as its supervisor.
                 Effect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
                 Effect::Commit { dir, files } => {
-                    self.commit_error = commit(&dir, &files, &self.model_config).err().map(|error| {
-                        format!("{}: {error}", dir.display())
-                    });
+                    self.commit_error = commit(&dir, &files, &self.model_config)
+                        .err()
+                        .map(|error| format!("{}: {error}", dir.display()));
                 }
                 Effect::End(outcome) => {
                     let outcome = self.commit_error.take().map_or(outcome, Outcome::Failed);

@@ -64,7 +64,11 @@ impl StepSummary {
 
     /// MaxVio averaged over the layers.
     pub fn mean_max_vio(&self) -> f64 {
-        if self.max_vio.is_empty() { 0.0 } else { self.max_vio.values().sum::<f64>() / self.max_vio.len() as f64 }
+        if self.max_vio.is_empty() {
+            0.0
+        } else {
+            self.max_vio.values().sum::<f64>() / self.max_vio.len() as f64
+        }
     }
 }
 
@@ -171,7 +175,16 @@ mod tests {
 
     fn report(rank: u32, seconds: f64, bubble_seconds: f64) -> StepReport {
         let loads = vec![LayerLoad { layer: rank, counts: vec![6, 2, 0, 0] }];
-        StepReport { rank, step: 7, tokens: 8, loss: 1.5, seconds, bubble_seconds, loads, ..StepReport::default() }
+        StepReport {
+            rank,
+            step: 7,
+            tokens: 8,
+            loss: 1.5,
+            seconds,
+            bubble_seconds,
+            loads,
+            ..StepReport::default()
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! A weight that several ranks hold is written by the first of its replica group. Knows files and parameters, no steps.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use contraflow_runtime::control::ExportedFile;
@@ -113,7 +114,9 @@ impl Actor for Checkpointer {
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
-                    let result = export(&dir, rank, world, &config, &params);
+                    let write = AssertUnwindSafe(|| export(&dir, rank, world, &config, &params));
+                    let result =
+                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
                     // If the rank is gone the job has ended and nobody asks any more.
                     drop(rank_actor.cast(RankMessage::Exported { params, result }));
                 });

@@ -39,7 +39,12 @@ impl Collectives<'_> {
     /// Sums `totals` over the group. The first member adds them up in order and tells the others.
     ///
     /// **Errors**: those of the fabric.
-    pub fn all_reduce(&self, group: &[usize], bucket: usize, mut totals: Vec<f64>) -> Result<Vec<f64>, FabricError> {
+    pub fn all_reduce(
+        &self,
+        group: &[usize],
+        bucket: usize,
+        mut totals: Vec<f64>,
+    ) -> Result<Vec<f64>, FabricError> {
         let (kind, len) = (FrameKind::AllReduce, totals.len());
         let root = group[0];
         if self.endpoint.rank() != root {

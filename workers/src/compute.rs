@@ -93,7 +93,13 @@ pub struct Compute {
 
 impl Compute {
     /// Puts the model together for one program.
-    pub fn new(arch: Arc<Architecture>, stages: Arc<Vec<Stage>>, dense: Params, experts: Params, train: bool) -> Self {
+    pub fn new(
+        arch: Arc<Architecture>,
+        stages: Arc<Vec<Stage>>,
+        dense: Params,
+        experts: Params,
+        train: bool,
+    ) -> Self {
         Compute {
             arch,
             stages,
@@ -140,12 +146,22 @@ impl Compute {
         self.ends.entry(chunk).or_default()
     }
 
-    fn forward(&mut self, op: ComputeOp, stage: &Stage, transit: &Transit, batch: &MicroBatch) -> Result<(), RankError> {
+    fn forward(
+        &mut self,
+        op: ComputeOp,
+        stage: &Stage,
+        transit: &Transit,
+        batch: &MicroBatch,
+    ) -> Result<(), RankError> {
         let chunk = op.chunk;
         match op.component {
             Component::Embedding => {
                 let table = present(stage.embedding, "the embedding", op)?;
-                transit.put(TransferKind::Activation, chunk, embedding::forward(&batch.ids, self.dense.weight(table)));
+                transit.put(
+                    TransferKind::Activation,
+                    chunk,
+                    embedding::forward(&batch.ids, self.dense.weight(table)),
+                );
             }
             Component::Attention => self.attention_forward(op, stage, transit, batch)?,
             Component::SharedExpert => {
@@ -163,7 +179,8 @@ impl Compute {
             }
             Component::Experts => {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
-                let arrivals = transit.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
+                let arrivals =
+                    transit.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
                 let (outputs, saved) = experts::forward(weights, &self.experts, arrivals);
                 if self.train {
                     self.saved(op).experts = Some(saved);
@@ -280,14 +297,24 @@ impl Compute {
             Component::MtpHead => {
                 let head = self.mtp_head(op, stage)?;
                 let saved = present(self.end(chunk).mtp_head.take(), "the saved MTP head", op)?;
-                transit.put(TransferKind::Gradient, chunk, head::backward(head, &mut self.dense, saved, None));
+                transit.put(
+                    TransferKind::Gradient,
+                    chunk,
+                    head::backward(head, &mut self.dense, saved, None),
+                );
             }
             Component::MtpJoin => {
                 let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
                 let saved = present(self.end(chunk).mtp_join.take(), "the saved MTP input", op)?;
                 let dy = transit.take(TransferKind::Gradient, chunk)?;
-                let (d_hidden, work) =
-                    mtp::backward_input(weights, &mut self.dense, dy, &saved, &batch.targets, self.arch.eps());
+                let (d_hidden, work) = mtp::backward_input(
+                    weights,
+                    &mut self.dense,
+                    dy,
+                    &saved,
+                    &batch.targets,
+                    self.arch.eps(),
+                );
                 self.end(chunk).d_hidden = Some(d_hidden);
                 self.work.insert((chunk, op.layer, op.component), work);
             }
@@ -301,14 +328,16 @@ impl Compute {
             Component::SharedExpert => {
                 let saved = present(self.saved(op).ffn.take(), "the saved shared expert", op)?;
                 let dy = transit.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
-                let (d_normed, work) = ffn::backward_input(&stage.layer(op.layer).ffn, &self.dense, dy, saved);
+                let (d_normed, work) =
+                    ffn::backward_input(&stage.layer(op.layer).ffn, &self.dense, dy, saved);
                 self.saved(op).d_normed = Some(d_normed);
                 self.work.insert((chunk, op.layer, op.component), work);
             }
             Component::Experts => {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
                 let saved = present(self.saved(op).experts.take(), "the saved experts", op)?;
-                let dy = transit.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
+                let dy =
+                    transit.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
                 let (d_rows, d_weights, work) = experts::backward_input(weights, &self.experts, &dy, saved);
                 transit.layer(chunk, op.layer, |transit| transit.d_arrivals = Some((d_rows, d_weights)));
                 self.work.insert((chunk, op.layer, op.component), work);
@@ -345,7 +374,8 @@ impl Compute {
             routing_weights = weights;
             transit.forget(op.chunk, op.layer);
         }
-        let gradient = AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
+        let gradient =
+            AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
         let done =
             attention::backward_input(&self.arch, &layer.attention, &mut self.dense, gradient, saved, batch);
         self.totals.balance_loss += done.balance_loss * f64::from(batch.balance_scale);
@@ -381,5 +411,9 @@ fn present<T>(value: Option<T>, what: &'static str, op: ComputeOp) -> Result<T, 
 }
 
 fn misplaced(op: ComputeOp) -> RankError {
-    RankError::Missing(Missing { what: "a component that is not arithmetic", chunk: op.chunk, layer: op.layer })
+    RankError::Missing(Missing {
+        what: "a component that is not arithmetic",
+        chunk: op.chunk,
+        layer: op.layer,
+    })
 }

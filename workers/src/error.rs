@@ -32,6 +32,14 @@ pub enum RankError {
         /// The panic's own message.
         message: String,
     },
+    /// An operation waited for another lane of its rank until the deadline.
+    #[error("waited {waited_s} s for {work}, which never ended")]
+    Late {
+        /// What was waited for, in words.
+        work: String,
+        /// **Units**: seconds.
+        waited_s: u64,
+    },
     /// The gradient norm is not a finite number; nothing was updated.
     #[error("step {step}: the gradient norm is {norm}, loss {loss}; no rank has updated its weights")]
     NotFinite {
@@ -73,6 +81,7 @@ impl RankError {
             RankError::Fabric(_) => ErrorKind::Lost,
             RankError::NotFinite { .. } => ErrorKind::Numeric,
             RankError::File { .. } | RankError::Content { .. } => ErrorKind::Config,
+            RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
         }
     }

@@ -118,7 +118,12 @@ impl Exchange<'_> {
     /// **Shapes**: `normed` `[T, D]`; arrivals `[N, D]`.
     ///
     /// **Errors**: those of the fabric.
-    pub fn dispatch(&self, normed: &Tensor, routing: &Routing, top_k: usize) -> Result<(Arrivals, Route), FabricError> {
+    pub fn dispatch(
+        &self,
+        normed: &Tensor,
+        routing: &Routing,
+        top_k: usize,
+    ) -> Result<(Arrivals, Route), FabricError> {
         let (mut route, mut outgoing) = plan(routing, top_k, self.group);
         let own = std::mem::take(&mut outgoing[self.group.own]);
         if route.is_identity {
@@ -130,7 +135,11 @@ impl Exchange<'_> {
             let Outgoing { pairs, weights } = std::mem::take(&mut outgoing[index]);
             let ids = pairs.into_iter().flat_map(|(row, expert)| [row, expert]).collect();
             let rows = permute::gather(normed, &route.sent_rows[index]);
-            vec![packets::tensor(rows), Region::new(Payload::Ids(ids)), Region::new(Payload::Weights(weights))]
+            vec![
+                packets::tensor(rows),
+                Region::new(Payload::Ids(ids)),
+                Region::new(Payload::Weights(weights)),
+            ]
         })?;
         let mut own = Some((permute::gather(normed, &route.sent_rows[self.group.own]), own));
         let mut parts = Vec::new();
@@ -335,11 +344,8 @@ mod tests {
             let choice = routing(rank);
             let (arrivals, route) = exchange.dispatch(&x, &choice, TOP_K).unwrap();
             let copies: usize = route.sent_rows.iter().map(Vec::len).sum();
-            let expected: usize = choice
-                .expert_ids
-                .chunks(TOP_K)
-                .map(|ids| if ids[0] / 2 == ids[1] / 2 { 1 } else { 2 })
-                .sum();
+            let expected: usize =
+                choice.expert_ids.chunks(TOP_K).map(|ids| if ids[0] / 2 == ids[1] / 2 { 1 } else { 2 }).sum();
             assert_eq!(copies, expected);
             assert_eq!(arrivals.rows.rows(), route.received_rows.iter().sum::<usize>());
             // Identity experts: every copy comes back, so each token's sum is its value times its number of copies.
@@ -360,7 +366,8 @@ mod tests {
             let (arrivals, route) = exchange.dispatch(&x, &choice, TOP_K).unwrap();
             assert_eq!(exchange.combine_backward(&x, &route).unwrap().f32(), arrivals.rows.f32());
             // Each pair's routing weight sent back as its own gradient must come home to its slot.
-            let (home, d_weights) = exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).unwrap();
+            let (home, d_weights) =
+                exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).unwrap();
             assert_eq!(d_weights, choice.weights);
             let mut combined = Tensor::zeros(&[TOKENS, 1]);
             let tag = Tag { micro_batch: 1, ..exchange.tag };

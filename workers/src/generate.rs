@@ -177,7 +177,8 @@ mod tests {
         let draw = |top_p: f32| {
             let sampling = Sampling { temperature: 1.0, top_p };
             let mut counts = [0_usize; 4];
-            (0..1000).for_each(|i| counts[choose(&LOGITS, sampling, (f64::from(i) + 0.5) / 1000.0) as usize] += 1);
+            (0..1000)
+                .for_each(|i| counts[choose(&LOGITS, sampling, (f64::from(i) + 0.5) / 1000.0) as usize] += 1);
             counts
         };
         let sum: f32 = LOGITS.iter().map(|x| x.exp()).sum();

@@ -58,7 +58,9 @@ impl Events {
             if let Some(reason) = &state.aborted {
                 return Err(LaneError::Aborted(reason.clone()));
             }
-            let Some(&missing) = ops.iter().find(|&&op| !state.done[op]) else { return Ok(started.elapsed()) };
+            let Some(&missing) = ops.iter().find(|&&op| !state.done[op]) else {
+                return Ok(started.elapsed());
+            };
             let left = patience.saturating_sub(started.elapsed());
             if left.is_zero() {
                 return Err(LaneError::Late { op: missing, waited: patience });
@@ -184,7 +186,13 @@ impl Running {
         }
     }
 
-    fn exchange(&self, pass: Pass, chunk: Chunk, layer: usize, component: Component) -> Result<(), RankError> {
+    fn exchange(
+        &self,
+        pass: Pass,
+        chunk: Chunk,
+        layer: usize,
+        component: Component,
+    ) -> Result<(), RankError> {
         let tag = self.id.tag(FrameKind::Dispatch, chunk, layer, self.endpoint.rank());
         let exchange = Exchange { endpoint: &self.endpoint, group: &self.group, tag };
         let transit = &self.transit;
@@ -213,8 +221,10 @@ impl Running {
                 transit.layer(chunk, layer, |t| t.d_outputs = Some(d_outputs));
             }
             (_, _) => {
-                let (d_rows, d_pairs) = transit.take_from(here, "the experts' gradients", |t| &mut t.d_arrivals)?;
-                let d_normed = exchange.dispatch_backward(&d_rows, &d_pairs, &*route().ok_or_else(missing)?)?;
+                let (d_rows, d_pairs) =
+                    transit.take_from(here, "the experts' gradients", |t| &mut t.d_arrivals)?;
+                let d_normed =
+                    exchange.dispatch_backward(&d_rows, &d_pairs, &*route().ok_or_else(missing)?)?;
                 transit.layer(chunk, layer, |t| t.d_normed = Some(d_normed));
             }
         }
@@ -316,12 +326,16 @@ impl LaneThread {
 
     fn run_op(&self, running: &Running, op_id: OpId) -> Result<Duration, RankError> {
         let op = &running.program.ops[op_id];
-        let waited = running.events.wait(&op.after, running.endpoint.patience()).map_err(|error| match error {
-            LaneError::Aborted(reason) => contraflow_runtime::fabric::FabricError::Aborted { reason }.into(),
-            LaneError::Late { op, waited } => RankError::Panic {
-                message: format!("waited {} s for {:?}, which never ended", waited.as_secs(), running.program.ops[op].work),
-            },
-        })?;
+        let waited =
+            running.events.wait(&op.after, running.endpoint.patience()).map_err(|error| match error {
+                LaneError::Aborted(reason) => {
+                    contraflow_runtime::fabric::FabricError::Aborted { reason }.into()
+                }
+                LaneError::Late { op, waited } => RankError::Late {
+                    work: running.program.ops[op].work.to_string(),
+                    waited_s: waited.as_secs(),
+                },
+            })?;
         let run = AssertUnwindSafe(|| {
             let (rank, step) = (running.endpoint.rank(), running.id.step);
             self.probe.at(ProbePoint::Op { rank, step, op });

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::data::packing::PackedDataset;
-use crate::data::tokenizer::END_OF_DOCUMENT;
 use crate::data::sampler::Sampler;
+use crate::data::tokenizer::END_OF_DOCUMENT;
 use crate::model::micro_batch::Sequences;
 use crate::probe::{Probe, ProbePoint};
 use crate::rank::RankMessage;
@@ -118,7 +118,8 @@ impl LoaderState {
         let micro_batch = |number: usize| {
             let (mut ids, mut targets) = (Vec::new(), Vec::new());
             for row in 0..micro_batch_size {
-                let (more_ids, more_targets) = dataset.sequence(index(first + number * micro_batch_size + row));
+                let (more_ids, more_targets) =
+                    dataset.sequence(index(first + number * micro_batch_size + row));
                 ids.extend(more_ids);
                 targets.extend(more_targets);
             }
@@ -136,7 +137,8 @@ impl LoaderState {
                 let weights = sequences.targets.iter().map(|target| f32::from(is_byte(target)));
                 sequences.loss_weights = weights.collect();
             }
-            let bytes = (0..global_batch).map(|place| dataset.sequence(index(place)).1.iter().filter(|t| is_byte(t)).count());
+            let bytes = (0..global_batch)
+                .map(|place| dataset.sequence(index(place)).1.iter().filter(|t| is_byte(t)).count());
             batch.denominator = bytes.sum::<usize>() as f64;
         }
         batch

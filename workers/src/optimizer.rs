@@ -131,6 +131,21 @@ struct Piece {
 }
 
 impl Bucket {
+    /// The bucket of a parameter, before any is in it.
+    fn empty(param: &Param) -> Self {
+        let (exp_avg, exp_avg_sq) = (Tensor::zeros(&[0]), Tensor::zeros(&[0]));
+        let (number, group) = (param.bucket, param.group.clone());
+        Bucket { number, group, members: Vec::new(), len: 0, shard: 0..0, exp_avg, exp_avg_sq }
+    }
+
+    /// Gives the rank its part, with zero moments.
+    fn take_shard(&mut self, rank: usize) {
+        let own = self.group.iter().position(|&member| member == rank).unwrap_or_default();
+        self.shard = shard(self.len, self.group.len(), own);
+        self.exp_avg = Tensor::zeros(&[self.shard.len()]);
+        self.exp_avg_sq = self.exp_avg.clone();
+    }
+
     fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<Piece> {
         let mut pieces = Vec::new();
         for &(store, index, start) in &self.members {
@@ -146,7 +161,12 @@ impl Bucket {
     }
 
     /// Copies a range of the bucket out of the parameters' weights or gradients.
-    fn slice(&self, params: &RankParams, range: Range<usize>, values: impl Fn(&Param) -> Option<&Tensor>) -> Tensor {
+    fn slice(
+        &self,
+        params: &RankParams,
+        range: Range<usize>,
+        values: impl Fn(&Param) -> Option<&Tensor>,
+    ) -> Tensor {
         let mut flat = Tensor::zeros(&[range.len()]);
         let target = flat.f32_mut();
         for Piece { store, index, in_param, in_range } in self.pieces(&range, params) {
@@ -161,23 +181,18 @@ impl Bucket {
 impl OptimizerState {
     /// Zero moments for this rank's shard of each bucket.
     pub fn new(setup: OptimizerSetup, params: &RankParams) -> Self {
-        let mut by_number: BTreeMap<usize, (Vec<usize>, Vec<(Store, usize, usize)>, usize)> = BTreeMap::new();
+        let mut buckets: BTreeMap<usize, Bucket> = BTreeMap::new();
         for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
             for (index, param) in list.iter().enumerate() {
-                let entry = by_number.entry(param.bucket).or_insert_with(|| (param.group.clone(), Vec::new(), 0));
-                entry.1.push((store, index, entry.2));
-                entry.2 += param.weight.len();
+                let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
+                bucket.members.push((store, index, bucket.len));
+                bucket.len += param.weight.len();
             }
         }
         let rank = setup.endpoint.rank();
-        let buckets = by_number.into_iter().map(|(number, (group, members, len))| {
-            let own = group.iter().position(|&member| member == rank).unwrap_or_default();
-            let shard = shard(len, group.len(), own);
-            let zeros = || Tensor::zeros(&[shard.len()]);
-            Bucket { number, group, members, len, exp_avg: zeros(), exp_avg_sq: zeros(), shard }
-        });
+        buckets.values_mut().for_each(|bucket| bucket.take_shard(rank));
         OptimizerState {
-            buckets: buckets.collect(),
+            buckets: buckets.into_values().collect(),
             recipe: setup.recipe,
             endpoint: setup.endpoint,
             world: setup.world,
@@ -252,7 +267,10 @@ impl OptimizerState {
             squares += match reduced {
                 Some(reduced) => sum_squares(reduced.f32()),
                 None => {
-                    let grads = bucket.members.iter().filter_map(|&(store, i, _)| params.param(store, i).grad.as_ref());
+                    let grads = bucket
+                        .members
+                        .iter()
+                        .filter_map(|&(store, i, _)| params.param(store, i).grad.as_ref());
                     grads.map(|grad| sum_squares(grad.f32())).sum()
                 }
             };
@@ -347,7 +365,11 @@ impl OptimizerState {
 
 /// The balance rule without a loss: an expert that got more than the mean goes down by `speed`, one that got less goes up
 /// (report section 2.1.2).
-pub fn move_gate_biases(biases: &mut BTreeMap<usize, Vec<f32>>, counts: &BTreeMap<usize, Vec<u64>>, speed: f64) {
+pub fn move_gate_biases(
+    biases: &mut BTreeMap<usize, Vec<f32>>,
+    counts: &BTreeMap<usize, Vec<u64>>,
+    speed: f64,
+) {
     for (layer, counts) in counts {
         let Some(biases) = biases.get_mut(layer) else { continue };
         let total: u64 = counts.iter().sum();
@@ -429,7 +451,8 @@ impl Actor for Optimizer {
                         probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &params });
                         state.update(&order, &mut params, &totals)
                     });
-                    let result = catch_unwind(update).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    let result =
+                        catch_unwind(update).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
                     // If the actors are gone the job has ended and nobody asks any more.
                     drop(myself.cast(OptimizerMessage::Finished(state)));
                     let done = UpdateDone { order, params: *params, result };

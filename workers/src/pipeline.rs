@@ -6,9 +6,9 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::{Lane, OpId, Plan, Program};
-use contraflow_kernels::par::Threads;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::compute::{Compute, Totals};
@@ -110,7 +110,8 @@ impl PipelineState {
         self.setup.probe.at(ProbePoint::Actor { rank, step: order.id.step, name: "pipeline" });
         let PipelineOrder { id, plan, program, batches, scales, params } = order;
         let arch = &self.setup.arch;
-        let batches = batches.into_iter().map(|sequences| MicroBatch::new(arch, sequences, &scales)).collect();
+        let batches =
+            batches.into_iter().map(|sequences| MicroBatch::new(arch, sequences, &scales)).collect();
         let RankParams { dense, experts } = params;
         let train = id.phase == Phase::Train;
         let compute = Compute::new(arch.clone(), self.setup.site.stages.clone(), dense, experts, train);
@@ -146,7 +147,11 @@ impl PipelineState {
         let running = Arc::into_inner(running)?;
         let compute = running.compute.into_inner().unwrap_or_else(PoisonError::into_inner);
         let left = compute.num_left() + running.transit.num_left();
-        debug_assert!(id.phase != Phase::Train || left == 0, "{left} tensors are left over after step {}", id.step);
+        debug_assert!(
+            id.phase != Phase::Train || left == 0,
+            "{left} tensors are left over after step {}",
+            id.step
+        );
         let Compute { dense, experts, totals, .. } = compute;
         let params = RankParams { dense, experts };
         Some(PlanDone { id, params, totals, elapsed: began.elapsed(), bubble })
@@ -155,7 +160,8 @@ impl PipelineState {
     /// An action of the running plan in words.
     fn describe(&self, action: usize) -> String {
         let list = self.current.as_ref().and_then(|current| current.plan.actions.get(self.setup.pipeline));
-        list.and_then(|list| list.get(action)).map_or_else(|| "no action".into(), |action| format!("action {action}"))
+        list.and_then(|list| list.get(action))
+            .map_or_else(|| "no action".into(), |action| format!("action {action}"))
     }
 
     fn abort(&mut self, reason: &str) {

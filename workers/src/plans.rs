@@ -57,7 +57,11 @@ impl Plans {
         let programs = lower(&plan, Some(&self.layouts), self.expert);
         let report = check(&plan, &programs).map_err(|faults| {
             let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
-            format!("the {} plan of {micro_batches} micro-batches is wrong: {}", plan.schedule, faults.join("; "))
+            format!(
+                "the {} plan of {micro_batches} micro-batches is wrong: {}",
+                plan.schedule,
+                faults.join("; ")
+            )
         })?;
         let programs = programs.into_iter().map(Arc::new).collect();
         let planned = Arc::new(Planned { plan: Arc::new(plan), programs, report, fallback });

@@ -40,9 +40,11 @@ pub enum ProbePoint<'a> {
     },
 }
 
+type Look = dyn Fn(ProbePoint) + Send + Sync;
+
 /// A closure to be called at every point, or none.
 #[derive(Clone, Default)]
-pub struct Probe(Option<Arc<dyn Fn(ProbePoint) + Send + Sync>>);
+pub struct Probe(Option<Arc<Look>>);
 
 impl Probe {
     /// Calls `look` at every point.

@@ -4,6 +4,7 @@
 //! orchestrator only hears of them. Any failure of a child ends here, with the words for it. Knows messages; tensors
 //! only pass through its hands.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,7 +27,8 @@ use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::micro_batch::LossScales;
 use crate::optimizer::{
-    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, UpdateDone, UpdateOrder,
+    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, UpdateDone,
+    UpdateOrder,
 };
 use crate::params::Params;
 use crate::pipeline::{Pipeline, PipelineMessage, PipelineOrder, PipelineSetup, PlanDone};
@@ -153,11 +155,23 @@ impl Children {
 enum Task {
     Idle,
     /// A program needs its batch and the experts before it begins.
-    Gather { id: StepId, part: Part, shape: BatchShape, batch: Option<Batch>, experts: Option<Params> },
+    Gather {
+        id: StepId,
+        shape: BatchShape,
+        batch: Option<Batch>,
+        experts: Option<Params>,
+    },
     /// The program runs, then perhaps the update.
-    Run { shape: BatchShape, denominators: (f64, f64), bubble_s: f64, peak_live_chunks: usize },
+    Run {
+        shape: BatchShape,
+        denominators: (f64, f64),
+        bubble_s: f64,
+        peak_live_chunks: usize,
+    },
     /// The checkpointer needs the experts before it writes.
-    Lend { dir: std::path::PathBuf },
+    Lend {
+        dir: std::path::PathBuf,
+    },
     Export,
     /// Nothing more will be done.
     Over,
@@ -198,21 +212,21 @@ impl RankState {
             RankCommand::Validate => self.validate(),
             RankCommand::Export { dir } => {
                 self.task = Task::Lend { dir };
-                self.member()?.children.experts.cast(ExpertShardMessage::Lend { step: 0 }).map_err(gone("the expert shard"))
+                self.member()?
+                    .children
+                    .experts
+                    .cast(ExpertShardMessage::Lend { step: 0 })
+                    .map_err(gone("the expert shard"))
             }
             RankCommand::Abort { reason } => {
                 self.task = Task::Over;
-                let tell = self.tell.clone();
-                match &self.member {
-                    Some(member) => {
-                        let abort = PipelineMessage::Abort { reason };
-                        member.children.pipeline.cast(abort).map_err(gone("the pipeline"))
-                    }
-                    None => {
-                        tell(RankEvent::Aborted { rank: self.id });
-                        Ok(())
-                    }
+                let abort = PipelineMessage::Abort { reason };
+                let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
+                if !matches!(heard, Some(Ok(()))) {
+                    // Nothing runs: there is no pipeline yet, or none any more.
+                    (self.tell)(RankEvent::Aborted { rank: self.id });
                 }
+                Ok(())
             }
             RankCommand::Shutdown => Ok(()),
         }
@@ -250,7 +264,7 @@ impl RankState {
         children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
         let id = StepId { job, generation, phase, step };
-        self.task = Task::Gather { id, part, shape, batch: None, experts: None };
+        self.task = Task::Gather { id, shape, batch: None, experts: None };
         Ok(())
     }
 
@@ -271,7 +285,8 @@ impl RankState {
                 let params = Box::new(member.take_params(lent)?);
                 let world = member.assignment.recipe.topology().world();
                 let config = member.assignment.recipe.model_config.clone();
-                let export = CheckpointerMessage::Export { dir, rank, world, config: Box::new(config), params };
+                let export =
+                    CheckpointerMessage::Export { dir, rank, world, config: Box::new(config), params };
                 member.children.checkpointer.cast(export).map_err(gone("the checkpointer"))
             }
             Task::Gather { experts, .. } => {
@@ -310,7 +325,11 @@ impl RankState {
             scales,
             params: member.take_params(experts)?,
         };
-        member.children.pipeline.cast(PipelineMessage::BeginStep(Box::new(order))).map_err(gone("the pipeline"))
+        member
+            .children
+            .pipeline
+            .cast(PipelineMessage::BeginStep(Box::new(order)))
+            .map_err(gone("the pipeline"))
     }
 
     fn plan_done(&mut self, done: PlanDone) -> Result<(), RankError> {
@@ -343,11 +362,8 @@ impl RankState {
     fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
         let UpdateDone { order, params, result } = done;
         let global = result?;
-        let Task::Run { shape, bubble_s, peak_live_chunks, denominators } =
-            std::mem::replace(&mut self.task, Task::Idle)
-        else {
-            return Ok(());
-        };
+        let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
+        self.task = Task::Idle;
         let id = self.id;
         let member = self.member()?;
         let RankParams { dense, experts } = params;
@@ -365,13 +381,18 @@ impl RankState {
         if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
     }
 
-    fn exported(&mut self, params: RankParams, result: Result<ExportedFile, RankError>) -> Result<(), RankError> {
+    fn exported(
+        &mut self,
+        params: RankParams,
+        result: Result<ExportedFile, RankError>,
+    ) -> Result<(), RankError> {
         let rank = self.id;
+        let file = result?;
+        let Task::Export = self.task else { return Ok(()) };
+        self.task = Task::Idle;
         let member = self.member()?;
         member.dense = Some(params.dense);
         member.give_back(params.experts)?;
-        let file = result?;
-        self.task = Task::Idle;
         (self.tell)(RankEvent::Exported { rank, file });
         Ok(())
     }
@@ -403,7 +424,8 @@ impl RankState {
 
 impl Member {
     fn take_params(&mut self, experts: Params) -> Result<RankParams, RankError> {
-        let dense = self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
+        let dense =
+            self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
         Ok(RankParams { dense, experts })
     }
 
@@ -468,10 +490,17 @@ impl Rank {
         let probe = assignment.probe.clone();
         let cell = || myself.get_cell();
         let rank = myself.clone();
-        let setup =
-            PipelineSetup { rank: rank.clone(), pipeline: at.pipeline, arch, site, threads, probe: probe.clone() };
+        let setup = PipelineSetup {
+            rank: rank.clone(),
+            pipeline: at.pipeline,
+            arch,
+            site,
+            threads,
+            probe: probe.clone(),
+        };
         let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
-        let setup = ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
+        let setup =
+            ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
         let (experts, _) = Actor::spawn_linked(None, ExpertShard, setup, cell()).await?;
         let setup = (rank.clone(), optimizer, probe.clone());
         let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
@@ -522,7 +551,9 @@ impl Actor for Rank {
                 let id = state.id;
                 // Drawing the weights of a large model takes seconds, in which an abort must be heard.
                 tokio::task::spawn_blocking(move || {
-                    let built = build_rank(id, *assignment);
+                    let build = AssertUnwindSafe(|| build_rank(id, *assignment));
+                    let built =
+                        catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
                     drop(myself.cast(RankMessage::Built(Box::new(built))));
                 });
                 Ok(())
@@ -533,7 +564,10 @@ impl Actor for Rank {
                     (state.tell)(RankEvent::Ready { rank: state.id });
                     Ok(())
                 }
-                Err(error) => Err(error),
+                Err(error) => {
+                    state.fail("building the model".into(), &error);
+                    Ok(())
+                }
             },
             RankMessage::Command(RankCommand::Shutdown) => {
                 myself.stop_children(None);
@@ -571,7 +605,9 @@ impl Actor for Rank {
     ) -> Result<(), ActorProcessingErr> {
         let (cell, cause) = match event {
             SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
-            SupervisionEvent::ActorTerminated(cell, _, reason) => (cell, reason.unwrap_or_else(|| "it ended".into())),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => {
+                (cell, reason.unwrap_or_else(|| "it ended".into()))
+            }
             _ => return Ok(()),
         };
         let name = state.member.as_ref().map_or("a starting actor", |member| member.children.name_of(&cell));

@@ -71,7 +71,10 @@ impl HfWeights {
     ///
     /// **Errors**: it is missing, has another shape, or cannot be read.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
-        let place = self.tensors.get(name).ok_or_else(|| content_error(&self.dir, format!("has no tensor {name}")))?;
+        let place = self
+            .tensors
+            .get(name)
+            .ok_or_else(|| content_error(&self.dir, format!("has no tensor {name}")))?;
         if place.info.shape != shape {
             let message = format!("{name}: expected shape {shape:?}, got {:?}", place.info.shape);
             return Err(content_error(&place.file, message));
@@ -112,7 +115,8 @@ fn indexed_files(index: &Path) -> Result<Vec<String>, RankError> {
         weight_map: BTreeMap<String, String>,
     }
     let text = std::fs::read_to_string(index).map_err(file_error(index))?;
-    let parsed: Index = serde_json::from_str(&text).map_err(|error| content_error(index, error.to_string()))?;
+    let parsed: Index =
+        serde_json::from_str(&text).map_err(|error| content_error(index, error.to_string()))?;
     let mut files: Vec<String> = parsed.weight_map.into_values().collect();
     files.sort();
     files.dedup();
@@ -126,7 +130,10 @@ fn read_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
     file.read_exact(&mut length).map_err(file_error(path))?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER_BYTES || length + 8 > size {
-        return Err(content_error(path, format!("a header of {length} bytes in a file of {size}: damaged or no safetensors")));
+        return Err(content_error(
+            path,
+            format!("a header of {length} bytes in a file of {size}: damaged or no safetensors"),
+        ));
     }
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(file_error(path))?;
@@ -137,7 +144,10 @@ fn read_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
         let start = 8 + length + info.data_offsets.0 as u64;
         let end = 8 + length + info.data_offsets.1 as u64;
         if end > size {
-            return Err(content_error(path, format!("{name}: expected {end} bytes in the file, got {size}: truncated")));
+            return Err(content_error(
+                path,
+                format!("{name}: expected {end} bytes in the file, got {size}: truncated"),
+            ));
         }
         places.push((name, Place { file: path.to_owned(), start, info: info.clone() }));
     }
@@ -147,9 +157,10 @@ fn read_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
 fn supported(file: &Path, tensor: &str, dtype: Dtype) -> Result<(), RankError> {
     match dtype {
         Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(()),
-        Dtype::F8_E4M3 | Dtype::F8_E5M2 => {
-            Err(content_error(file, format!("{tensor}: FP8 weights are not supported, expected F32, BF16 or F16")))
-        }
+        Dtype::F8_E4M3 | Dtype::F8_E5M2 => Err(content_error(
+            file,
+            format!("{tensor}: FP8 weights are not supported, expected F32, BF16 or F16"),
+        )),
         other => Err(content_error(file, format!("{tensor}: expected F32, BF16 or F16, got {other:?}"))),
     }
 }
@@ -164,7 +175,10 @@ fn to_f32(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
             let halves = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
             halves.map(|bits| half::f16::from_bits(bits).to_f32()).collect()
         }
-        _ => bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect(),
+        _ => bytes
+            .chunks_exact(4)
+            .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
+            .collect(),
     }
 }
 

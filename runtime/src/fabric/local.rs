@@ -92,6 +92,11 @@ impl LocalNetwork {
         lines
     }
 
+    /// Frames that have arrived at any rank and were not taken: none, after a run that went well.
+    pub fn num_waiting(&self) -> usize {
+        self.inboxes.iter().map(|inbox| inbox.len()).sum()
+    }
+
     fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
         if self.options.keep_ledger {
@@ -110,8 +115,14 @@ impl LocalNetwork {
 }
 
 fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
-    let words =
-        [tag.step, u64::from(tag.stage), u64::from(tag.micro_batch), u64::from(tag.layer), tag.kind as u64, to as u64];
+    let words = [
+        tag.step,
+        u64::from(tag.stage),
+        u64::from(tag.micro_batch),
+        u64::from(tag.layer),
+        tag.kind as u64,
+        to as u64,
+    ];
     let mut mixed = disturbance.seed ^ u64::from(tag.source);
     for word in words {
         mixed = (mixed ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -70,7 +70,14 @@ impl fmt::Display for Tag {
         write!(
             f,
             "{:?} of stage {} micro-batch {} layer {} from rank {} ({:?}, step {}, generation {})",
-            self.kind, self.stage, self.micro_batch, self.layer, self.source, self.phase, self.step, self.generation
+            self.kind,
+            self.stage,
+            self.micro_batch,
+            self.layer,
+            self.source,
+            self.phase,
+            self.step,
+            self.generation
         )
     }
 }

@@ -24,13 +24,18 @@ impl PackedDataset {
     /// first is a target exactly once. A tail that fills no whole sequence is dropped; a text shorter than S
     /// + 1 tokens gives none.
     pub fn pack(documents: &[Document], sequence_length: usize) -> Self {
-        assert!(sequence_length > 0, "a sequence has at least one token");
         let num_tokens = documents.iter().map(|document| document.text.len() + 1).sum();
         let mut tokens = Vec::with_capacity(num_tokens);
         for document in documents {
             tokens.extend(document.text.iter().map(|&byte| u32::from(byte)));
             tokens.push(END_OF_DOCUMENT);
         }
+        Self::from_tokens(tokens, sequence_length)
+    }
+
+    /// Cuts a ready stream of tokens.
+    pub fn from_tokens(tokens: Vec<u32>, sequence_length: usize) -> Self {
+        assert!(sequence_length > 0, "a sequence has at least one token");
         Self { tokens: tokens.into(), sequence_length }
     }
 

@@ -76,7 +76,14 @@ fn latent_columns(arch: &Architecture) -> Range<usize> {
 /// Rotates the rope part of every head's query, in place.
 pub fn rotate_queries(arch: &Architecture, table: &RopeTable, q: &mut Tensor, inverse: bool) {
     let config = &arch.config;
-    rotate(table, q.mat_mut(), config.num_attention_heads, config.qk_head_dim(), config.qk_nope_head_dim, inverse);
+    rotate(
+        table,
+        q.mat_mut(),
+        config.num_attention_heads,
+        config.qk_head_dim(),
+        config.qk_nope_head_dim,
+        inverse,
+    );
 }
 
 /// Queries of every head before rotation, and the query latent before its norm.
@@ -109,11 +116,22 @@ pub fn rope_keys(arch: &Architecture, table: &RopeTable, kv_latent: &Tensor) -> 
 /// The normed latents.
 ///
 /// **Shapes**: `kv_latent` `[T, C + rope]`, output `[T, C]`.
-pub fn kv_latents(arch: &Architecture, weights: &AttentionWeights, params: &Params, kv_latent: &Tensor) -> Tensor {
+pub fn kv_latents(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &Params,
+    kv_latent: &Tensor,
+) -> Tensor {
     norm::forward_cols(kv_latent, latent_columns(arch), params.weight(weights.kv_norm), LATENT_NORM_EPS)
 }
 
-fn project(arch: &Architecture, weights: &AttentionWeights, params: &Params, x: &Tensor, table: &RopeTable) -> Heads {
+fn project(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &Params,
+    x: &Tensor,
+    table: &RopeTable,
+) -> Heads {
     let (mut q, query_latent) = queries(weights, params, x);
     rotate_queries(arch, table, &mut q, false);
     let kv_latent = linear::forward(x, params.weight(weights.kv_down));
@@ -142,7 +160,8 @@ pub fn forward(
         let logits = linear::forward(&normed, params.weight(gate_weight));
         Arc::new(gate::forward(&logits, &params.gate_biases[&weights.layer], &arch.gate))
     });
-    let output = AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
+    let output =
+        AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
     (output, Saved { x, query_latent, kv_latent, q, k, v, core, residual, normed, routing })
 }
 
@@ -172,7 +191,8 @@ pub fn backward_input(
         let mut d_scores = gate::backward(&gradient.routing_weights, routing, &arch.gate);
         if gradient.balance_scale != 0.0 {
             let scale = gradient.balance_scale;
-            balance_loss = gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
+            balance_loss =
+                gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
         }
         gate::logits_gradient(&mut d_scores, routing);
         add_into(d_normed.f32_mut(), linear::backward_input(&d_scores, params.weight(gate_weight)).f32());
@@ -184,7 +204,8 @@ pub fn backward_input(
     add_into(d_residual.f32_mut(), through_norm.f32());
 
     let d_core = linear::backward_input(&d_residual, params.weight(weights.output));
-    let core = attention::backward(&d_core, (&saved.q, &saved.k, &saved.v), &saved.core, &batch.spans, &arch.heads);
+    let core =
+        attention::backward(&d_core, (&saved.q, &saved.k, &saved.v), &saved.core, &batch.spans, &arch.heads);
     work.linear(weights.output, d_residual.clone(), saved.core.out);
     let (d_kv, d_rope_keys) = split_key_gradients(&core.dk, &core.dv, &arch.latent_heads);
     let mut d_q = core.dq;
@@ -226,7 +247,9 @@ fn backward_queries(
             work.linear(*projection, d_q, input.clone());
             d_input
         }
-        (Query::Latent { .. }, None) => unreachable!("the forward pass keeps the query latent wherever there is one"),
+        (Query::Latent { .. }, None) => {
+            unreachable!("the forward pass keeps the query latent wherever there is one")
+        }
     }
 }
 

@@ -45,7 +45,8 @@ pub struct RankModel {
 /// Makes the model of one rank.
 pub fn build(arch: &Architecture, placement: &Placement, rank: usize) -> RankModel {
     let at = placement.topology.coordinates(rank);
-    let mut builder = Builder { arch, placement, expert: at.expert, dense: Params::default(), experts: Params::default() };
+    let mut builder =
+        Builder { arch, placement, expert: at.expert, dense: Params::default(), experts: Params::default() };
     let stages = placement.stages_of[at.pipeline].iter().map(|&stage| builder.stage(stage)).collect();
     RankModel { stages, dense: builder.dense, experts: builder.experts }
 }
@@ -71,7 +72,8 @@ impl Builder<'_> {
         let group = self.replicas(&[index], None, 0);
         let embedding = layout.embedding.then(|| self.embedding());
         let layers = layout.layers.iter().enumerate();
-        let layers = layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
+        let layers =
+            layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
         let head = layout.head.then(|| HeadWeights {
             norm: self.dense.add_single("model.norm.weight".into(), &[hidden], &group),
             head: self.dense.add_single("lm_head.weight".into(), &[vocabulary, hidden], &group),
@@ -115,7 +117,8 @@ impl Builder<'_> {
         let (hidden, heads, rank) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank);
         let prefix = format!("model.layers.{layer}");
         let dense = &mut self.dense;
-        let mut add = |name: &str, shape: &[usize]| dense.add_single(format!("{prefix}.{name}.weight"), shape, group);
+        let mut add =
+            |name: &str, shape: &[usize]| dense.add_single(format!("{prefix}.{name}.weight"), shape, group);
         let q_width = heads * config.qk_head_dim();
         let query = match config.q_lora_rank {
             Some(latent) => Query::Latent {
@@ -152,7 +155,11 @@ impl Builder<'_> {
             };
             let matrix = width * hidden;
             gate_up.push(Part { name: name("gate"), shape: vec![width, hidden], offset: 2 * local * matrix });
-            gate_up.push(Part { name: name("up"), shape: vec![width, hidden], offset: (2 * local + 1) * matrix });
+            gate_up.push(Part {
+                name: name("up"),
+                shape: vec![width, hidden],
+                offset: (2 * local + 1) * matrix,
+            });
             down.push(Part { name: name("down"), shape: vec![hidden, width], offset: local * matrix });
         }
         FfnWeights {

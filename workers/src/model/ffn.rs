@@ -30,7 +30,12 @@ pub fn forward(weights: &FfnWeights, params: &Params, normed: Tensor, residual: 
 /// Gradient with respect to `normed`; the residual's is `dy` itself.
 ///
 /// **Shapes**: `dy` `[T, D]`, output `[T, D]`.
-pub fn backward_input(weights: &FfnWeights, params: &Params, dy: Tensor, saved: Saved) -> (Tensor, WeightWork) {
+pub fn backward_input(
+    weights: &FfnWeights,
+    params: &Params,
+    dy: Tensor,
+    saved: Saved,
+) -> (Tensor, WeightWork) {
     let Saved { normed, gate_up } = saved;
     let inner = swiglu::forward(&gate_up, None);
     let d_inner = linear::backward_input(&dy, params.weight(weights.down));

@@ -49,7 +49,12 @@ pub fn evaluate(head: LossHead, params: &Params, x: &Tensor, targets: &Targets) 
 /// Gradient with respect to `x`. `d_normed_by_mtp` is what MTP adds to the gradient of the normed hidden state.
 ///
 /// **Shapes**: output `[T, D]`.
-pub fn backward(head: LossHead, params: &mut Params, saved: Saved, d_normed_by_mtp: Option<&Tensor>) -> Tensor {
+pub fn backward(
+    head: LossHead,
+    params: &mut Params,
+    saved: Saved,
+    d_normed_by_mtp: Option<&Tensor>,
+) -> Tensor {
     let Saved { x, mut d_normed } = saved;
     if let Some(extra) = d_normed_by_mtp {
         add_into(d_normed.f32_mut(), extra.f32());

@@ -51,7 +51,10 @@ impl Stream {
     fn normal(&mut self) -> f64 {
         // Three 21-bit uniforms from one draw, four draws.
         let mask = (1_u64 << 21) - 1;
-        let sum: u64 = (0..4).map(|_| self.next()).map(|bits| (bits & mask) + (bits >> 21 & mask) + (bits >> 42 & mask)).sum();
+        let sum: u64 = (0..4)
+            .map(|_| self.next())
+            .map(|bits| (bits & mask) + (bits >> 21 & mask) + (bits >> 42 & mask))
+            .sum();
         sum as f64 / (1_u64 << 21) as f64 - 6.0
     }
 }

@@ -42,7 +42,8 @@ impl Sequences {
     /// Row i of MTP predicts the target of row i + 1; the last row of a sequence has none.
     fn mtp_weights(&self) -> impl Iterator<Item = f32> {
         let length = self.sequence_length;
-        (0..self.ids.len()).map(move |row| if (row + 1) % length == 0 { 0.0 } else { self.loss_weights[row + 1] })
+        (0..self.ids.len())
+            .map(move |row| if (row + 1) % length == 0 { 0.0 } else { self.loss_weights[row + 1] })
     }
 }
 
@@ -86,14 +87,20 @@ impl MicroBatch {
     pub fn new(arch: &Architecture, sequences: Sequences, scales: &LossScales) -> Self {
         let length = sequences.sequence_length;
         let num_tokens = sequences.ids.len();
-        let mtp_scale = if scales.mtp_denominator > 0.0 { scales.mtp_weight / scales.mtp_denominator } else { 0.0 };
-        let mtp_loss_weights = sequences.mtp_weights().map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
+        let mtp_scale =
+            if scales.mtp_denominator > 0.0 { scales.mtp_weight / scales.mtp_denominator } else { 0.0 };
+        let mtp_loss_weights =
+            sequences.mtp_weights().map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
         let mut mtp_targets = sequences.targets.clone();
         mtp_targets.rotate_left(1.min(num_tokens));
         let positions: Vec<u32> = (0..num_tokens).map(|row| (row % length) as u32).collect();
         let span = |start| Span { query_start: start, query_len: length, key_start: start, key_len: length };
         MicroBatch {
-            loss_weights: sequences.loss_weights.iter().map(|&w| (f64::from(w) / scales.denominator) as f32).collect(),
+            loss_weights: sequences
+                .loss_weights
+                .iter()
+                .map(|&w| (f64::from(w) / scales.denominator) as f32)
+                .collect(),
             ids: sequences.ids,
             targets: sequences.targets,
             mtp_targets,

@@ -179,7 +179,8 @@ pub struct Stage {
 impl Stage {
     /// Under which chunk the input of a layer travels: its own, or the previous stage's at the stage's edge.
     pub fn activation_source(&self, chunk: Chunk, layer: usize) -> Chunk {
-        let is_edge = !self.layout.embedding && layer == self.layout.first_layer && !self.layout.layers.is_empty();
+        let is_edge =
+            !self.layout.embedding && layer == self.layout.first_layer && !self.layout.layers.is_empty();
         if is_edge { Chunk { stage: chunk.stage - 1, ..chunk } } else { chunk }
     }
 

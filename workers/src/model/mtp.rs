@@ -32,7 +32,13 @@ fn join(weights: &MtpWeights, params: &Params, saved: &Saved, eps: f32) -> Tenso
 /// The input of the block.
 ///
 /// **Shapes**: `next_ids` `[T]`, `hidden` `[T, D]`, output `[T, D]`.
-pub fn forward(weights: &MtpWeights, params: &Params, next_ids: &[u32], hidden: Tensor, eps: f32) -> (Tensor, Saved) {
+pub fn forward(
+    weights: &MtpWeights,
+    params: &Params,
+    next_ids: &[u32],
+    hidden: Tensor,
+    eps: f32,
+) -> (Tensor, Saved) {
     let embedded = embedding::forward(next_ids, params.weight(weights.embedding));
     let saved = Saved { embedded, hidden };
     let joined = join(weights, params, &saved, eps);
@@ -57,7 +63,9 @@ pub fn backward_input(
     let width = saved.hidden.cols();
     let half = |start: usize| {
         let mut part = Tensor::for_overwrite(saved.hidden.shape());
-        for (target, row) in part.f32_mut().chunks_exact_mut(width).zip(d_joined.f32().chunks_exact(2 * width)) {
+        for (target, row) in
+            part.f32_mut().chunks_exact_mut(width).zip(d_joined.f32().chunks_exact(2 * width))
+        {
             target.copy_from_slice(&row[start..start + width]);
         }
         part

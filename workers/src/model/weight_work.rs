@@ -44,7 +44,9 @@ impl WeightWork {
     pub fn run(self, params: &mut Params) {
         for task in self.0 {
             match task {
-                WeightTask::Linear { param, dy, x } => linear::backward_weight(&dy, &x, params.grad_mut(param)),
+                WeightTask::Linear { param, dy, x } => {
+                    linear::backward_weight(&dy, &x, params.grad_mut(param))
+                }
                 WeightTask::Grouped { param, dy, x, offsets } => {
                     grouped::backward_weight(&dy, &x, &offsets, params.grad_mut(param));
                 }

@@ -1,0 +1,41 @@
+# Short names for what is done often; `just` alone lists them.
+
+default:
+    @just --list
+
+# All tests, as the README says
+test:
+    cargo test --workspace
+
+# Everything that has to hold before a change goes in
+ci:
+    .ci/run
+
+# Format, then lint
+lint:
+    cargo fmt
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# Licences, advisories and sources of the dependencies (needs cargo-deny)
+deny:
+    cargo deny check
+
+# Rewrite the expected output of the command-line tests, to be read in the diff
+cli:
+    TRYCMD=overwrite cargo test --test cli
+
+# Every number the documents quote
+figures:
+    cargo build --release
+    @echo "== the default run: loss, validation and baselines, tokens/s, MFU, bubble"
+    target/release/contraflow train
+    @echo "== speed of the benchmark models"
+    target/release/contraflow bench step small --threads 1
+    target/release/contraflow bench step small --threads 2
+    target/release/contraflow bench step base --threads 1
+    target/release/contraflow bench step base --threads 2
+    @echo "== MaxVio without and with loss-free balancing"
+    target/release/contraflow bench balance
+    @echo "== plans"
+    target/release/contraflow plan
+    target/release/contraflow plan --schedule dualpipe --pipeline 8 --micro-batches 20

@@ -1,0 +1,177 @@
+//! `contraflow bench`: figures about this machine, each in one run, as rates and as shares of a measured limit.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use contraflow_orchestrator::job::Outcome;
+use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
+use contraflow_runtime::cost;
+use contraflow_runtime::fabric::LocalOptions;
+use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_workers::data::{Corpus, PackedDataset};
+use contraflow_workers::loader::Datasets;
+use contraflow_workers::probe::Probe;
+
+use crate::cluster::{Cluster, ClusterSpec};
+use crate::failure::Failure;
+use crate::output::print;
+use crate::train::measure_peak;
+
+/// Arguments of `contraflow bench`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum What {
+    /// Training steps of a benchmark model on one rank: seeded token ids, no MTP, no balance loss
+    Step {
+        /// The model: small or base
+        #[arg(default_value = "small")]
+        model: String,
+        /// Threads of the rank's arithmetic
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// Steps that are measured, after two that are not
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
+    },
+    /// MaxVio of the tiny recipe with loss-free balancing off and on
+    Balance {
+        /// Steps of each run
+        #[arg(long, default_value_t = 120)]
+        steps: usize,
+    },
+}
+
+/// Runs the command; figures go to stdout.
+///
+/// **Errors**: code 2 for a model that is not built in; code 1 if a run fails.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    match &args.what {
+        What::Step { model, threads, steps } => step(model, *threads, *steps),
+        What::Balance { steps } => balance(*steps),
+    }
+}
+
+/// Steps that warm caches and memory up.
+const WARM_UP: usize = 2;
+
+fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
+    let overrides = [
+        format!("parallel.threads_per_rank={threads}"),
+        format!("training.steps={}", steps + WARM_UP),
+        "balance.bias_speed=0".to_owned(),
+        "checkpoint.save_model=false".to_owned(),
+    ];
+    let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &overrides)?;
+    let config = &recipe.model_config;
+    let length = recipe.training.sequence_length;
+    let needed = recipe.training.global_batch_size * length;
+    let train = PackedDataset::from_tokens(seeded_ids(needed + 1, config.vocab_size), length);
+    let datasets = Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) };
+    let flops_per_token = cost::training_flops_per_token(config, length) as f64;
+    let peak = measure_peak(threads);
+    let tokens = (recipe.training.global_batch_size * length) as f64;
+    let (summaries, cpu_seconds) = train_quietly(recipe, datasets)?;
+    let mut seconds: Vec<f64> = summaries.iter().skip(WARM_UP).map(|summary| summary.seconds).collect();
+    seconds.sort_by(f64::total_cmp);
+    let (median, best) = (seconds[seconds.len() / 2], seconds[0]);
+    let cpu_rate = tokens * summaries.len() as f64 / cpu_seconds.max(1e-9);
+    let mfu = |seconds: f64| 100.0 * tokens * flops_per_token / seconds / peak;
+    print(&format!(
+        "{model}, {threads} thread(s), {} steps of {tokens} tokens\n\
+         tokens/s: {:.0} median, {:.0} best; {cpu_rate:.0} per CPU second\n\
+         MFU: {:.0}% median, {:.0}% best, of {:.0} GFLOP/s (f32 product of 1024 x 1024 on the same threads)\n\
+         FLOP per token: {:.2} M (matrix products, causal half of attention, three times forward, no MTP)\n",
+        seconds.len(),
+        tokens / median,
+        tokens / best,
+        mfu(median),
+        mfu(best),
+        peak / 1e9,
+        flops_per_token / 1e6,
+    ))
+}
+
+/// Token ids that depend on nothing but their number.
+fn seeded_ids(len: usize, vocab_size: usize) -> Vec<u32> {
+    let mut state = 1_u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocab_size as u64) as u32
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn balance(steps: usize) -> Result<(), Failure> {
+    let corpus = Corpus::load_default();
+    let mut lines = String::new();
+    for (words, speed) in [("off", 0.0), ("on", 0.001)] {
+        let overrides = [
+            format!("training.steps={steps}"),
+            format!("balance.bias_speed={speed:?}"),
+            "balance.sequence_alpha=0".to_owned(),
+            "checkpoint.save_model=false".to_owned(),
+        ];
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".to_owned()), &overrides)?;
+        let length = recipe.training.sequence_length;
+        let datasets = Datasets {
+            train: PackedDataset::pack(&corpus.train, length),
+            validation: PackedDataset::pack(&corpus.validation, length),
+        };
+        let (summaries, _) = train_quietly(recipe, datasets)?;
+        let mean = |part: &[StepSummary]| {
+            part.iter().map(StepSummary::mean_max_vio).sum::<f64>() / part.len().max(1) as f64
+        };
+        let quarter = (summaries.len() / 4).max(1);
+        let (early, late) =
+            (mean(&summaries[quarter..2 * quarter]), mean(&summaries[summaries.len() - quarter..]));
+        lines +=
+            &format!("balance {words}: MaxVio {early:.2} in the second quarter, {late:.2} in the last\n");
+    }
+    print(&lines)
+}
+
+/// Runs a recipe without a folder; returns its summaries and the CPU seconds of the process meanwhile.
+fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>, f64), Failure> {
+    let summaries: Arc<Mutex<Vec<StepSummary>>> = Arc::default();
+    let shared = summaries.clone();
+    let subscriber: Subscriber = Box::new(move |summary| {
+        shared.lock().unwrap_or_else(PoisonError::into_inner).push(summary.clone());
+    });
+    let spec = ClusterSpec {
+        recipe: Arc::new(recipe),
+        datasets: Arc::new(datasets),
+        export_dir: None,
+        network: LocalOptions::default(),
+        probe: Probe::default(),
+        subscribers: vec![subscriber],
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
+    let before = cpu_seconds();
+    let outcome = runtime.block_on(async {
+        let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
+        Ok::<Outcome, Failure>(cluster.wait().await)
+    })?;
+    let spent = cpu_seconds() - before;
+    match outcome {
+        Outcome::Done { .. } => {
+            Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
+        }
+        Outcome::Failed(message) => Err(Failure::run(message)),
+    }
+}
+
+/// CPU time of this process so far, in seconds; 0 where the system does not tell.
+fn cpu_seconds() -> f64 {
+    /// Ticks per second of /proc/self/stat on Linux.
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The command's name, in brackets, may hold blanks; user and system time are the 14th and 15th field.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+    (ticks(11) + ticks(12)) / TICKS
+}

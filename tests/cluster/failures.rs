@@ -1,0 +1,258 @@
+//! Whatever goes wrong ends the run, soon, with one message that names the rank, what it was doing, and the cause.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use contraflow_kernels::par::Threads;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_orchestrator::job::Outcome;
+use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
+use contraflow_runtime::schedule::{Component, Lane, Op, Work};
+use contraflow_workers::compute::Totals;
+use contraflow_workers::error::RankError;
+use contraflow_workers::model::Architecture;
+use contraflow_workers::model::build::{Placement, build};
+use contraflow_workers::model::init::initialise;
+use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, RankParams, UpdateOrder};
+use contraflow_workers::plans::Plans;
+use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::step::StepId;
+use tokio::sync::Notify;
+
+use crate::lab::{FOUR_RANKS, Finished, Lab, Setup, layout, parts};
+
+/// A kernel that does not come back before the test has ended.
+const LONG_KERNEL: Duration = Duration::from_secs(10);
+
+/// Less than the job waits for a rank that does not answer an abort: every rank must have answered.
+const SOON: Duration = Duration::from_secs(4);
+
+/// Calls `act` the first time that `is_it` holds.
+fn once(
+    is_it: impl Fn(&ProbePoint) -> bool + Send + Sync + 'static,
+    act: impl Fn() + Send + Sync + 'static,
+) -> Probe {
+    let done = AtomicBool::new(false);
+    Probe::new(move |point| {
+        if is_it(&point) && !done.swap(true, Ordering::Relaxed) {
+            act();
+        }
+    })
+}
+
+/// Cancels a run while one rank is in a long kernel.
+fn cancel_during(lab: &Lab, is_it: impl Fn(&ProbePoint) -> bool + Send + Sync + 'static) {
+    let in_kernel = Arc::new(Notify::new());
+    let cancel = Some((in_kernel.clone(), "the user has seen enough"));
+    let probe = once(is_it, move || {
+        in_kernel.notify_one();
+        std::thread::sleep(LONG_KERNEL);
+    });
+    let finished = lab.run(Setup { probe, cancel, ..lab.setup(FOUR_RANKS, &[]) });
+    assert_eq!(finished.outcome, Outcome::Failed("the user has seen enough".into()));
+    let took = finished.since_cancel.unwrap();
+    assert!(took < Duration::from_millis(100), "the abort was answered after {took:?}");
+}
+
+#[test]
+fn an_abort_is_answered_at_once_during_a_long_kernel() {
+    let lab = Lab::new();
+    for lane in [Lane::Compute, Lane::Expert] {
+        cancel_during(
+            &lab,
+            move |point| matches!(point, ProbePoint::Op { rank: 1, step: 2, op } if op.lane == lane),
+        );
+    }
+    cancel_during(&lab, |point| matches!(point, ProbePoint::Gradients { rank: 3, step: 2, .. }));
+}
+
+#[test]
+fn an_abort_is_answered_before_the_ranks_have_a_model() {
+    let lab = Lab::new();
+    let at_once = Arc::new(Notify::new());
+    at_once.notify_one();
+    let finished =
+        lab.run(Setup { cancel: Some((at_once, "changed my mind")), ..lab.setup(FOUR_RANKS, &[]) });
+    assert_eq!(finished.outcome, Outcome::Failed("changed my mind".into()));
+    assert!(finished.since_cancel.unwrap() < SOON);
+}
+
+/// One message, and each of these words in it.
+fn assert_says(finished: &Finished, words: &[&str]) {
+    let message = finished.message();
+    assert!(finished.elapsed < SOON, "it took {:?} to say: {message}", finished.elapsed);
+    assert_eq!(message.lines().count(), 1, "{message}");
+    for word in words {
+        assert_eq!(message.matches(word).count(), 1, "expected `{word}` once in: {message}");
+    }
+}
+
+const CAUSE: &str = "the test pulls the plug";
+
+#[test]
+fn a_panic_on_any_lane_ends_the_run_with_one_message() {
+    let lab = Lab::new();
+    let lanes: [fn(Lane) -> bool; 4] = [
+        |lane| lane == Lane::Compute,
+        |lane| lane == Lane::Expert,
+        |lane| matches!(lane, Lane::Send(_)),
+        |lane| matches!(lane, Lane::Receive(_)),
+    ];
+    for is_lane in lanes {
+        let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 2, step: 2, op } if is_lane(op.lane));
+        let finished =
+            lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
+        assert_says(&finished, &["rank 2, action ", "panicked", CAUSE]);
+        assert_eq!(finished.summaries.len(), 1);
+    }
+}
+
+#[test]
+fn the_message_names_the_action_that_panicked() {
+    let lab = Lab::new();
+    let is_it = |point: &ProbePoint| {
+        let experts = |op: &Op| {
+            matches!(op.work, Work::Component { component: Component::Experts, chunk, .. }
+                if (chunk.stage, chunk.micro_batch) == (1, 2))
+        };
+        matches!(point, ProbePoint::Op { rank: 1, step: 1, op } if experts(op))
+    };
+    let one_way = layout("1f1b", (2, 1, 1));
+    let finished = lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(one_way, &[]) });
+    assert_eq!(finished.message(), format!("rank 1, action F1.2: panicked: {CAUSE}"));
+}
+
+#[test]
+fn a_panic_in_each_actor_ends_the_run_with_one_message() {
+    let lab = Lab::new();
+    for (actor, when, said) in [
+        ("rank", 2, "in the rank actor itself"),
+        ("pipeline", 2, "in the pipeline"),
+        ("expert shard", 2, "in the expert shard"),
+        ("loader", 2, "in the loader"),
+        ("optimizer", 2, "in the optimizer"),
+        ("checkpointer", 0, "in the checkpointer"),
+    ] {
+        let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Actor { rank: 1, step, name } if *name == actor && *step == when);
+        let dir = lab.path().join(actor);
+        std::fs::create_dir(&dir).unwrap();
+        let setup = lab.setup(FOUR_RANKS, &["training.steps=3"]);
+        let probe = once(is_it, || panic!("{CAUSE}"));
+        let finished = lab.run(Setup { probe, export_dir: Some(dir.clone()), ..setup });
+        assert_says(&finished, &["rank 1, ", said, CAUSE]);
+        assert!(!dir.join("config.json").exists(), "the weights of a run that failed were committed");
+    }
+}
+
+#[test]
+fn a_panic_beside_the_optimizer_actor_is_told_too() {
+    let lab = Lab::new();
+    let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Gradients { rank: 3, step: 2, .. });
+    let finished = lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
+    assert_says(&finished, &["rank 3, running a step", "panicked", CAUSE]);
+}
+
+#[test]
+fn a_folder_that_is_gone_is_named() {
+    let lab = Lab::new();
+    let dir = lab.path().join("gone");
+    let setup = lab.setup(FOUR_RANKS, &["training.steps=1"]);
+    let finished = lab.run(Setup { export_dir: Some(dir.clone()), ..setup });
+    assert_says(&finished, &["writing the weights", &dir.display().to_string()]);
+}
+
+#[test]
+fn a_frame_that_never_comes_is_named() {
+    let lab = Lab::new();
+    let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 0, step: 2, op } if matches!(op.lane, Lane::Send(_)));
+    let setup = lab.setup(layout("1f1b", (2, 1, 1)), &[]);
+    let network = LocalOptions { patience: Duration::from_secs(1), ..setup.network };
+    let finished =
+        lab.run(Setup { probe: once(is_it, || std::thread::sleep(LONG_KERNEL)), network, ..setup });
+    // Whoever waits for what comes of the frame may be the first to give up; everyone names what it waits for.
+    assert_says(&finished, &["rank ", "action ", "waited 1 s for ", ", which never "]);
+    assert!(finished.message().contains("stage"), "{}", finished.message());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run() {
+    let lab = Lab::new();
+    let finished = lab.run(lab.setup(FOUR_RANKS, &["lr.peak=1e30"]));
+    assert_says(&finished, &["step 2: the gradient norm is NaN", "no rank has updated its weights"]);
+    assert_eq!(finished.summaries.len(), 1);
+}
+
+/// The parameters of a rank with gradients that are all 1.
+fn with_gradients(
+    params: contraflow_workers::params::Params,
+    seed: u64,
+) -> contraflow_workers::params::Params {
+    let mut params = params;
+    initialise(&mut params, seed, 0.1);
+    for param in params.iter_mut() {
+        let ones = vec![1.0; param.weight.len()];
+        param.grad = Some(Tensor::from_vec(param.weight.shape(), ones));
+    }
+    params
+}
+
+/// Each of two expert ranks makes one update; `poison` may spoil the second one's gradients.
+fn update_two_ranks(lab: &Lab, poison: fn(&mut RankParams)) -> Vec<(bool, Result<(), RankError>)> {
+    let recipe = lab.recipe(layout("1f1b", (1, 2, 1)), &[]);
+    let layouts = Plans::new(&recipe).unwrap().layouts;
+    let arch = Architecture::new(recipe.model_config.clone());
+    let topology = recipe.topology();
+    let network = LocalNetwork::new(LocalOptions { patience: SOON, ..LocalOptions::default() });
+    let endpoints = [network.join(0), network.join(1)];
+    let update = |rank: usize| {
+        let placement = Placement { topology, stages_of: &[vec![0]], layouts: &layouts };
+        let model = build(&arch, &placement, rank);
+        let seed = recipe.training.seed;
+        let mut params = RankParams {
+            dense: with_gradients(model.dense, seed),
+            experts: with_gradients(model.experts, seed),
+        };
+        if rank == 1 {
+            poison(&mut params);
+        }
+        let setup = OptimizerSetup {
+            recipe: recipe.optimizer.clone(),
+            endpoint: endpoints[rank].clone(),
+            world: topology.ranks().collect(),
+            num_experts: recipe.model_config.n_routed_experts,
+            num_layers: recipe.model_config.num_hidden_layers + 1,
+            threads: Arc::new(Threads::new(1)),
+        };
+        let weights =
+            |params: &RankParams| parts(params).map(|(param, _)| param.weight.clone()).collect::<Vec<_>>();
+        let before = weights(&params);
+        let id = StepId { job: 0, generation: 0, phase: Phase::Update, step: 1 };
+        let order = UpdateOrder { id, learning_rate: 0.1, bias_speed: 0.1 };
+        let result = OptimizerState::new(setup, &params).update(&order, &mut params, &Totals::default());
+        let same = before.iter().zip(weights(&params)).all(|(before, after)| before.f32() == after.f32());
+        (same, result.map(drop))
+    };
+    std::thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| scope.spawn(move || update(rank)));
+        ranks.map(|rank| rank.join().unwrap()).into_iter().collect()
+    })
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_on_any() {
+    let lab = Lab::new();
+    for (same, result) in update_two_ranks(&lab, |_| ()) {
+        assert!(!same && result.is_ok());
+    }
+    let poisons: [fn(&mut RankParams); 2] = [
+        |params| params.experts.get_mut(0).grad_mut().f32_mut()[3] = f32::NAN,
+        |params| params.dense.get_mut(5).grad_mut().f32_mut()[0] = f32::INFINITY,
+    ];
+    for poison in poisons {
+        for (rank, (same, result)) in update_two_ranks(&lab, poison).into_iter().enumerate() {
+            assert!(matches!(result, Err(RankError::NotFinite { step: 1, .. })), "rank {rank}: {result:?}");
+            assert!(same, "rank {rank} has changed a weight");
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! What passes between the ranks is what plan, routing and replica groups say, frame by frame and byte by byte.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use contraflow_runtime::fabric::{FrameKind, Phase, Sent};
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::{Chunk, LayerKind, Mode, Plan, StageLayout, TransferKind, messages};
+use contraflow_workers::plans::Plans;
+use contraflow_workers::probe::{Probe, ProbePoint};
+
+use crate::lab::{Finished, Lab, Layout, Setup, layout, parts};
+
+/// **Units**: bytes of an f32.
+const F32: usize = 4;
+
+/// Bytes by address: step, kind, stage, micro-batch, layer, from, to.
+type Frames = BTreeMap<(u64, FrameKind, u32, u32, u32, usize, usize), usize>;
+
+/// Which ranks hold a published tensor, and how many elements it has.
+type Holders = BTreeMap<String, (BTreeSet<usize>, usize)>;
+
+fn frames(ledger: &[Sent], phase: Phase, wanted: impl Fn(FrameKind) -> bool) -> Frames {
+    let mut frames = Frames::new();
+    for Sent { tag, to, bytes } in
+        ledger.iter().filter(|sent| sent.tag.phase == phase && wanted(sent.tag.kind))
+    {
+        let from = tag.source as usize;
+        let address = (tag.step, tag.kind, tag.stage, tag.micro_batch, tag.layer, from, *to);
+        assert_eq!(frames.insert(address, *bytes), None, "{tag} was sent twice to rank {to}");
+    }
+    frames
+}
+
+/// The activations and gradients that the plan's messages promise, in every column of ranks.
+fn planned_messages(recipe: &Recipe, plan: &Plan) -> Frames {
+    let topology = recipe.topology();
+    let tokens = recipe.training.micro_batch_size * recipe.training.sequence_length;
+    let bytes = tokens * recipe.model_config.hidden_size * F32;
+    let mut frames = Frames::new();
+    for step in 1..=recipe.training.steps as u64 {
+        for column in 0..topology.columns() {
+            for message in messages(plan) {
+                let kind = match message.kind {
+                    TransferKind::Activation => FrameKind::Activation,
+                    TransferKind::Gradient => FrameKind::Gradient,
+                };
+                let (stage, micro_batch) = (message.stage as u32, message.micro_batch as u32);
+                let peer = |pipeline| topology.pipeline_peer(column, pipeline);
+                let address = (step, kind, stage, micro_batch, 0, peer(message.from), peer(message.to));
+                frames.insert(address, bytes);
+            }
+        }
+    }
+    frames
+}
+
+const EXCHANGES: [FrameKind; 4] =
+    [FrameKind::Dispatch, FrameKind::Combine, FrameKind::CombineGradient, FrameKind::DispatchGradient];
+
+/// Layers with routed experts, the MTP block included.
+fn moe_layers(layout: &StageLayout) -> impl Iterator<Item = usize> {
+    let moe = layout.layers.iter().enumerate().filter(|(_, kind)| **kind == LayerKind::Moe);
+    moe.map(|(at, _)| layout.first_layer + at).chain(layout.mtp_layer)
+}
+
+/// Exactly one frame of each kind per layer, chunk and ordered pair of expert ranks, each with the rows that its
+/// partner frames say.
+fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]) {
+    let topology = recipe.topology();
+    let sent = frames(ledger, Phase::Train, |kind| EXCHANGES.contains(&kind));
+    let hidden = recipe.model_config.hidden_size;
+    let tokens = recipe.training.micro_batch_size * recipe.training.sequence_length;
+    let mut num_expected = 0;
+    for (stage, layout) in plans.layouts.iter().enumerate() {
+        for (layer, micro_batch) in
+            moe_layers(layout).flat_map(|l| (0..plan.micro_batches).map(move |m| (l, m)))
+        {
+            let pipeline = plan.owner(Chunk { stage, micro_batch }).unwrap();
+            for column in 0..topology.columns() {
+                let from = topology.pipeline_peer(column, pipeline);
+                for to in topology.expert_group(from).into_iter().filter(|&to| to != from) {
+                    for step in 1..=recipe.training.steps as u64 {
+                        let bytes = |kind, from, to| {
+                            sent[&(step, kind, stage as u32, micro_batch as u32, layer as u32, from, to)]
+                        };
+                        let rows = bytes(FrameKind::CombineGradient, from, to) / (hidden * F32);
+                        assert!(
+                            rows <= tokens,
+                            "a token goes once to a rank: {rows} rows of {tokens} tokens"
+                        );
+                        // Beside its row a pair has two numbers, row and expert, and a weight.
+                        let pair_bytes = bytes(FrameKind::Dispatch, from, to) - rows * hidden * F32;
+                        assert_eq!(pair_bytes % (3 * F32), 0);
+                        let pairs = pair_bytes / (3 * F32);
+                        assert!(rows <= pairs && pairs <= rows * recipe.model_config.num_experts_per_tok);
+                        assert_eq!(bytes(FrameKind::Combine, to, from), rows * hidden * F32);
+                        assert_eq!(
+                            bytes(FrameKind::DispatchGradient, to, from),
+                            rows * hidden * F32 + pairs * F32
+                        );
+                        num_expected += EXCHANGES.len();
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(sent.len(), num_expected);
+}
+
+/// Every tensor is reduced and gathered among the ranks that hold it and nobody else. A member sends each other one
+/// its share of the gradients, and its own share of the weights: (n - 1) times the tensor in all, each way.
+fn assert_collectives(recipe: &Recipe, holders: &Holders, ledger: &[Sent]) {
+    let steps = recipe.training.steps;
+    let expected: usize = holders.values().map(|(ranks, len)| F32 * len * (ranks.len() - 1)).sum();
+    for kind in [FrameKind::ReduceScatter, FrameKind::AllGather] {
+        let sent = frames(ledger, Phase::Update, |sent| sent == kind);
+        assert_eq!(sent.values().sum::<usize>(), steps * expected, "{kind:?}");
+        let mut by_pair: BTreeMap<(usize, usize), (usize, usize)> = BTreeMap::new();
+        for ((.., from, to), bytes) in &sent {
+            let (total, num_frames) = by_pair.entry((*from, *to)).or_default();
+            *total += bytes;
+            *num_frames += 1;
+        }
+        for ((from, to), (bytes, num_frames)) in by_pair {
+            let shared = holders.values().filter(|(ranks, _)| ranks.contains(&from) && ranks.contains(&to));
+            let fair: f64 = shared.map(|(ranks, len)| (F32 * len) as f64 / ranks.len() as f64).sum();
+            // A share is rounded to whole elements once per frame.
+            let difference = (bytes as f64 - fair * steps as f64).abs();
+            assert!(difference <= (F32 * num_frames) as f64, "{kind:?} from {from} to {to}: {bytes} bytes");
+        }
+    }
+}
+
+/// The totals go to the first rank and back.
+fn assert_totals(recipe: &Recipe, ledger: &[Sent]) {
+    let sent = frames(ledger, Phase::Update, |kind| kind == FrameKind::AllReduce);
+    let pairs: Vec<(u64, usize, usize)> = sent.keys().map(|&(step, .., from, to)| (step, from, to)).collect();
+    let mut expected = Vec::new();
+    for step in 1..=recipe.training.steps as u64 {
+        for rank in recipe.topology().ranks().skip(1) {
+            expected.extend([(step, 0, rank), (step, rank, 0)]);
+        }
+    }
+    expected.sort();
+    assert_eq!(pairs, expected);
+}
+
+fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
+    let holders: Arc<Mutex<Holders>> = Arc::default();
+    let seen = holders.clone();
+    let probe = Probe::new(move |point| {
+        if let ProbePoint::Gradients { rank, step: 1, params } = point {
+            let mut holders = seen.lock().unwrap();
+            for (_, part) in parts(params) {
+                let holder =
+                    holders.entry(part.name.clone()).or_insert_with(|| (BTreeSet::new(), part.len()));
+                holder.0.insert(rank);
+            }
+        }
+    });
+    let setup = lab.setup(layout, changes);
+    let recipe = setup.recipe.clone();
+    let mut plans = Plans::new(&recipe).unwrap();
+    let planned = plans.get(recipe.micro_batches(recipe.training.global_batch_size), Mode::Train).unwrap();
+    let finished: Finished = lab.run(Setup { probe, ..setup });
+    assert_eq!(finished.losses().len(), recipe.training.steps);
+    assert_eq!(finished.num_waiting, 0, "{layout:?}: frames that nobody took");
+    let ledger = &finished.ledger;
+    let sent_bytes: u64 = finished.summaries.iter().map(|summary| summary.sent_bytes).sum();
+    let in_training = ledger.iter().filter(|sent| sent.tag.phase != Phase::Validate);
+    assert_eq!(in_training.map(|sent| sent.bytes as u64).sum::<u64>(), sent_bytes, "{layout:?}");
+    let to_neighbours = |kind| matches!(kind, FrameKind::Activation | FrameKind::Gradient);
+    assert_eq!(
+        frames(ledger, Phase::Train, to_neighbours),
+        planned_messages(&recipe, &planned.plan),
+        "{layout:?}"
+    );
+    assert_exchanges(&recipe, &plans, &planned.plan, ledger);
+    assert_collectives(&recipe, &holders.lock().unwrap(), ledger);
+    assert_totals(&recipe, ledger);
+}
+
+#[test]
+fn the_frames_of_a_run_are_those_of_its_plan() {
+    let lab = Lab::new();
+    let layouts = [
+        layout("dualpipe", (2, 2, 1)),
+        layout("dualpipe", (4, 2, 1)),
+        layout("dualpipev", (2, 2, 2)),
+        layout("1f1b", (4, 1, 2)),
+    ];
+    for layout in layouts {
+        run_and_hold_to_the_plan(&lab, layout, &["training.steps=2"]);
+    }
+    let of_two = ["training.steps=1", "training.micro_batch_size=2", "training.global_batch_size=32"];
+    run_and_hold_to_the_plan(&lab, layout("dualpipe", (2, 2, 1)), &of_two);
+}

@@ -1,0 +1,10 @@
+//! Whole clusters in one process: every layout trains the same model, the same run gives the same bits, and whatever
+//! goes wrong ends the run with one message.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod determinism;
+mod failures;
+mod frames;
+mod lab;
+mod margins;
+mod topology;

@@ -1,0 +1,201 @@
+//! A whole model on one rank, run as in training: a plan, checked and lowered to a program, on the rank's lanes.
+//!
+//! Operations are issued one by one, so that a check can look at what is between them. Knows no fixture.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use contraflow_kernels::par::Threads;
+use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions, Phase};
+use contraflow_runtime::layout::split_layers;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::schedule::{Mode, Op, ScheduleKind, StageLayout, check, lower};
+use contraflow_runtime::topology::Topology;
+use contraflow_workers::compute::{Compute, Totals};
+use contraflow_workers::exchange::ExpertGroup;
+use contraflow_workers::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
+use contraflow_workers::model::build::{Placement, RankModel, build};
+use contraflow_workers::model::micro_batch::{LossScales, MicroBatch, Sequences};
+use contraflow_workers::model::{Architecture, Stage};
+use contraflow_workers::optimizer::RankParams;
+use contraflow_workers::params::{Param, Part};
+use contraflow_workers::probe::Probe;
+use contraflow_workers::step::{StepId, Transit};
+use contraflow_workers::weights::{HfWeights, gate_bias_name};
+
+/// A schedule, and the number of sequences of its micro-batches (`None`: all in one).
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    pub schedule: ScheduleKind,
+    pub micro_batch_size: Option<usize>,
+}
+
+/// One stage, one micro-batch.
+pub const PLAIN: Way = Way { schedule: ScheduleKind::OneFOneB, micro_batch_size: None };
+
+/// Every way in which one rank can run a model: with one micro-batch, with several, with two stages.
+pub fn ways(config: &ModelConfig) -> Vec<Way> {
+    let mut ways = vec![PLAIN, Way { micro_batch_size: Some(1), ..PLAIN }];
+    if config.num_hidden_layers >= 2 {
+        ways.push(Way { schedule: ScheduleKind::Dualpipev, micro_batch_size: Some(1) });
+    }
+    ways
+}
+
+/// A batch, cut into micro-batches, and what its losses are divided by.
+#[derive(Clone)]
+pub struct Batch {
+    pub micro_batches: Vec<Sequences>,
+    pub scales: LossScales,
+}
+
+impl Batch {
+    /// Predicts the next token in each sequence. The last position has none to predict: its loss weighs nothing.
+    pub fn new(rows: &[Vec<u32>], way: Way, mtp_weight: f64) -> Batch {
+        let sequences = |rows: &[Vec<u32>]| {
+            let last = rows[0].len() - 1;
+            let next = |row: &Vec<u32>| row[1..].iter().copied().chain([0]).collect::<Vec<u32>>();
+            let targets = rows.iter().flat_map(next).collect();
+            let mut sequences = Sequences::new(rows.concat(), targets, last + 1);
+            sequences.loss_weights.iter_mut().skip(last).step_by(last + 1).for_each(|weight| *weight = 0.0);
+            sequences
+        };
+        let size = way.micro_batch_size.unwrap_or(rows.len());
+        let micro_batches: Vec<Sequences> = rows.chunks(size).map(sequences).collect();
+        let scales = LossScales {
+            denominator: micro_batches.iter().map(Sequences::loss_weight).sum(),
+            mtp_denominator: micro_batches.iter().map(Sequences::mtp_loss_weight).sum(),
+            mtp_weight,
+            balance: 0.0,
+        };
+        Batch { micro_batches, scales }
+    }
+
+    /// The same tokens with nothing to lose but balance, as a mean over the sequences.
+    pub fn balance_only(mut self) -> Batch {
+        let length = self.micro_batches[0].sequence_length;
+        let num_tokens: usize = self.micro_batches.iter().map(|sequences| sequences.ids.len()).sum();
+        self.micro_batches.iter_mut().for_each(|sequences| sequences.loss_weights.fill(0.0));
+        let balance = length as f64 / num_tokens as f64;
+        self.scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight: 0.0, balance };
+        self
+    }
+}
+
+/// The model and its rank.
+pub struct OneRank {
+    pub arch: Arc<Architecture>,
+    pub stages: Arc<Vec<Stage>>,
+    pub params: RankParams,
+    pub endpoint: Endpoint,
+    pub threads: Arc<Threads>,
+    layouts: Vec<StageLayout>,
+    schedule: ScheduleKind,
+}
+
+impl OneRank {
+    /// Builds the model for one rank and reads its weights from an HF directory.
+    pub fn load(config: ModelConfig, dir: &Path, schedule: ScheduleKind) -> OneRank {
+        let arch = Arc::new(Architecture::new(config));
+        let layouts = split_layers(&arch.config, schedule.stages(1), 1).unwrap();
+        let topology = Topology { pipeline: 1, expert: 1, data: 1 };
+        let placement = Placement { topology, stages_of: &schedule.placement(1), layouts: &layouts };
+        let RankModel { stages, mut dense, mut experts } = build(&arch, &placement, 0);
+        let weights = HfWeights::open(dir).unwrap();
+        weights.fill(&mut dense).unwrap();
+        weights.fill(&mut experts).unwrap();
+        OneRank {
+            arch,
+            stages: Arc::new(stages),
+            params: RankParams { dense, experts },
+            endpoint: LocalNetwork::new(LocalOptions::default()).join(0),
+            threads: Arc::new(Threads::new(1)),
+            layouts,
+            schedule,
+        }
+    }
+
+    /// Runs one step's program, its operations in issue order; `look` is called after each of them.
+    pub fn run(
+        &mut self,
+        mode: Mode,
+        step: u64,
+        batch: &Batch,
+        mut look: impl FnMut(&Op, &Transit),
+    ) -> Totals {
+        let (plan, _) = self.schedule.plan(1, batch.micro_batches.len(), mode).unwrap();
+        let mut programs = lower(&plan, Some(&self.layouts), 1);
+        check(&plan, &programs).unwrap_or_else(|faults| panic!("{faults:?}"));
+        let program = Arc::new(programs.remove(0));
+        let prepare = |sequences: &Sequences| MicroBatch::new(&self.arch, sequences.clone(), &batch.scales);
+        let batches = batch.micro_batches.iter().map(prepare).collect();
+        let RankParams { dense, experts } = &mut self.params;
+        let (dense, experts) = (std::mem::take(dense), std::mem::take(experts));
+        let train = mode == Mode::Train;
+        let compute = Compute::new(self.arch.clone(), self.stages.clone(), dense, experts, train);
+        let id = self.step_id(if train { Phase::Train } else { Phase::Validate }, step);
+        let parts = RunningParts { id, program: program.clone(), batches, compute };
+        let running = Arc::new(Running::new(&self.site(), parts));
+
+        let (report, events) = channel();
+        let report = Arc::new(move |event| report.send(event).unwrap());
+        let mut lanes = Lanes::new(self.threads.clone(), Probe::default(), report);
+        for (op_id, op) in program.ops.iter().enumerate() {
+            lanes.issue(&running, op_id);
+            if let LaneEvent::Failed { error, .. } = events.recv().unwrap() {
+                panic!("{}: {error}", op.work);
+            }
+            look(op, &running.transit);
+        }
+        let running = Arc::into_inner(running).unwrap();
+        let compute = running.compute.into_inner().unwrap();
+        assert!(!train || compute.num_left() + running.transit.num_left() == 0);
+        self.params = RankParams { dense: compute.dense, experts: compute.experts };
+        compute.totals
+    }
+
+    fn site(&self) -> Site {
+        Site {
+            endpoint: self.endpoint.clone(),
+            group: ExpertGroup {
+                ranks: vec![0],
+                own: 0,
+                experts_per_rank: self.arch.config.n_routed_experts,
+            },
+            stages: self.stages.clone(),
+            pipeline_peers: vec![0],
+            top_k: self.arch.config.num_experts_per_tok,
+            hidden_size: self.arch.config.hidden_size,
+        }
+    }
+
+    pub fn step_id(&self, phase: Phase, step: u64) -> StepId {
+        StepId { job: 0, generation: 0, phase, step }
+    }
+
+    fn find(&self, name: &str) -> Option<(&Param, &Part)> {
+        let params = self.params.dense.iter().chain(self.params.experts.iter());
+        params
+            .flat_map(|param| param.parts.iter().map(move |part| (param, part)))
+            .find(|(_, part)| part.name == name)
+    }
+
+    /// A weight or a gate bias by its published name.
+    pub fn weight(&self, name: &str) -> Option<Vec<f32>> {
+        if let Some((param, part)) = self.find(name) {
+            return Some(param.weight.f32()[part.offset..part.offset + part.len()].to_vec());
+        }
+        let biases = &self.params.dense.gate_biases;
+        biases.iter().find(|(layer, _)| gate_bias_name(**layer) == name).map(|(_, bias)| bias.clone())
+    }
+
+    /// The gradient of a weight by its published name.
+    pub fn gradient(&self, name: &str) -> Option<Vec<f32>> {
+        let (param, part) = self.find(name)?;
+        let gradient = |grad: &contraflow_kernels::tensor::Tensor| {
+            grad.f32()[part.offset..part.offset + part.len()].to_vec()
+        };
+        Some(param.grad.as_ref().map_or_else(|| vec![0.0; part.len()], gradient))
+    }
+}
