@@ -12,4 +12,5 @@ pub mod plan;
 pub mod progress;
 pub mod recipes;
 pub mod run_dir;
+pub mod telemetry;
 pub mod train;

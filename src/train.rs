@@ -25,6 +25,7 @@ use crate::failure::Failure;
 use crate::generate;
 use crate::progress::{Frame, Progress, minutes};
 use crate::run_dir;
+use crate::telemetry;
 
 /// Arguments of `contraflow train`.
 #[derive(clap::Args, Debug)]
@@ -100,6 +101,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         print!("{}", recipe.resolved_toml());
         return Ok(());
     }
+    telemetry::init(recipe.log.level);
     let began = Instant::now();
     let corpus = load_corpus(&recipe)?;
     let datasets = Arc::new(pack(&corpus, &recipe)?);

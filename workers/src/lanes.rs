@@ -339,7 +339,9 @@ impl LaneThread {
         let run = AssertUnwindSafe(|| {
             let (rank, step) = (running.endpoint.rank(), running.id.step);
             self.probe.at(ProbePoint::Op { rank, step, op });
-            let _span = tracing::trace_span!("op", rank, step, work = ?op.work).entered();
+            let StepId { job, generation, step, .. } = running.id;
+            let _span = tracing::trace_span!("op", job, generation, rank, step, action = op.action).entered();
+            tracing::trace!("{:?} begins {}", self.lane, op.work);
             running.execute(op)
         });
         catch_unwind(run).unwrap_or_else(|payload| Err(RankError::from_panic(&*payload)))?;

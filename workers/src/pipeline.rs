@@ -144,7 +144,7 @@ impl PipelineState {
             return None;
         }
         let Current { running, began, bubble, .. } = self.current.take()?;
-        let running = Arc::into_inner(running)?;
+        let running = Arc::into_inner(running).expect("every lane lets go of a program before it reports");
         let compute = running.compute.into_inner().unwrap_or_else(PoisonError::into_inner);
         let left = compute.num_left() + running.transit.num_left();
         debug_assert!(

@@ -377,6 +377,7 @@ impl RankState {
         member.cursor += shape.global_batch as u64;
         member.tokens += report.tokens;
         let is_last = order.id.step >= member.assignment.recipe.training.steps as u64;
+        tracing::debug!(rank = id, step = report.step, loss = report.loss, seconds = report.seconds, "step done");
         (self.tell)(RankEvent::StepDone { report });
         if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
     }
@@ -561,6 +562,7 @@ impl Actor for Rank {
             RankMessage::Built(built) => match *built {
                 Ok(built) => {
                     state.member = Some(self.start_children(&myself, state.id, built).await?);
+                    tracing::debug!(rank = state.id, "has its model and waits for the others");
                     (state.tell)(RankEvent::Ready { rank: state.id });
                     Ok(())
                 }

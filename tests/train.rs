@@ -1,0 +1,125 @@
+//! The binary as a user meets it: a short run from recipe to folder, and text out of what it learnt.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// A model that trains in a second, as a user's own config.json.
+const MODEL: &str = r#"{
+  "model_type": "deepseek_v3", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
+  "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+  "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+  "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+  "norm_topk_prob": true, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+  "max_position_embeddings": 256, "num_nextn_predict_layers": 1, "initializer_range": 0.05, "hidden_act": "silu"
+}"#;
+
+fn contraflow(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_contraflow")).args(args).current_dir(dir).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A folder with a model and a text that repeats itself.
+fn workplace() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
+    let line = |number: usize| format!("the {} quick brown foxes jump over {} lazy dogs\n", number % 7, number % 5);
+    std::fs::write(dir.path().join("text.txt"), (0..600).map(line).collect::<String>()).unwrap();
+    dir
+}
+
+const TRAIN: [&str; 13] = [
+    "train",
+    "--data",
+    "text.txt",
+    "--set",
+    "model.config=model.json",
+    "--set",
+    "training.steps=30",
+    "--set",
+    "training.sequence_length=32",
+    "--set",
+    "training.validation_sequences=8",
+    "--set",
+    "lr.warmup_steps=5",
+];
+
+#[test]
+fn a_run_leaves_everything_it_promises_and_its_model_speaks() {
+    let dir = workplace();
+    let output = contraflow(dir.path(), &TRAIN);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let run = dir.path().join("runs/tiny");
+    for file in ["recipe.toml", "plan.txt", "model/config.json", "model/model.safetensors.index.json"] {
+        assert!(run.join(file).is_file(), "{file}");
+    }
+    assert!(!run.join("model.part").exists());
+
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let losses: Vec<f64> = metrics
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap())
+        .collect();
+    assert_eq!(losses.len(), 30);
+    // 260 ids at random cost ln 260 = 5.56; letters of one repeated sentence far less.
+    assert!((losses[0] - 260_f64.ln()).abs() < 0.3, "{losses:?}");
+    assert!(losses[29] < 3.5, "{losses:?}");
+
+    let summary: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(run.join("summary.json")).unwrap()).unwrap();
+    let numbers = [
+        "steps",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "bubble_share",
+        "validation_bits_per_byte",
+        "baseline_bigram_bits_per_byte",
+        "baseline_trigram_bits_per_byte",
+    ];
+    for key in numbers {
+        assert!(summary[key].as_f64().is_some_and(f64::is_finite), "{key}: {summary}");
+    }
+    assert_eq!(summary["corpus"], "files");
+    assert_eq!(summary["corpus_hash"].as_str().unwrap().len(), 64);
+    assert!(text(&output.stdout).contains("bits per byte"));
+
+    let generate = ["generate", "--prompt", "the ", "--tokens", "20", "--temperature", "0"];
+    let (once, twice) = (contraflow(dir.path(), &generate), contraflow(dir.path(), &generate));
+    assert!(once.status.success(), "{}", text(&once.stderr));
+    assert!(text(&once.stdout).starts_with("the "));
+    assert_eq!(once.stdout, twice.stdout);
+
+    let again = contraflow(dir.path(), &TRAIN);
+    assert!(again.status.success());
+    assert_eq!(std::fs::read_link(dir.path().join("runs/latest")).unwrap(), Path::new("tiny-2"));
+    // The same layout, the same bits.
+    let weights = |run: &str| std::fs::read(dir.path().join(run).join("model/model-00001-of-00004.safetensors")).unwrap();
+    assert!(weights("runs/tiny") == weights("runs/tiny-2"));
+}
+
+#[test]
+fn what_the_user_has_to_mend_is_told_at_once_and_nothing_is_written() {
+    let dir = workplace();
+    std::fs::write(dir.path().join("empty.txt"), "").unwrap();
+    std::fs::write(dir.path().join("binary.bin"), [0_u8, 159, 146, 150]).unwrap();
+    let output = contraflow(dir.path(), &["train", "--data", "missing.txt", "empty.txt", "binary.bin"]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = text(&output.stderr);
+    for file in ["missing.txt", "empty.txt", "binary.bin"] {
+        assert!(told.contains(file), "{told}");
+    }
+    let output = contraflow(dir.path(), &["train", "--set", "parallel.expert=3", "--set", "parallel.pipline=2"]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = text(&output.stderr);
+    assert!(told.contains("parallel.expert") && told.contains("did you mean parallel.pipeline"), "{told}");
+    assert!(!dir.path().join("runs").exists());
+
+    let output = contraflow(dir.path(), &["generate", "nowhere"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("nowhere"));
+}
