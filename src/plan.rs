@@ -156,11 +156,11 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     let shapes: Vec<BatchShape> =
         batch_sizes(recipe).into_iter().map(|size| train_shape(recipe, size)).collect();
     for shape in &shapes {
-        checked.push(Checked::of(&prove(&mut plans, shape, Mode::Train)?, shape));
+        checked.push(Checked::of(prove(&mut plans, shape, Mode::Train)?.as_ref(), shape));
     }
     // As many sequences as the recipe asks for: a small corpus may have fewer.
     if let Some(shape) = validation_shape(recipe, usize::MAX) {
-        checked.push(Checked::of(&prove(&mut plans, &shape, Mode::ForwardOnly)?, &shape));
+        checked.push(Checked::of(prove(&mut plans, &shape, Mode::ForwardOnly)?.as_ref(), &shape));
     }
     // A batch never shrinks: the last one is the largest.
     let largest = shapes.last().ok_or_else(|| Failure::input("training.steps: expected 1 or more, got 0"))?;
@@ -267,16 +267,25 @@ fn in_words(count: u64) -> String {
 mod tests {
     use super::*;
 
-    fn recipe(overrides: &[&str]) -> Recipe {
-        let overrides: Vec<String> = overrides.iter().map(|entry| (*entry).to_string()).collect();
-        Recipe::load(&RecipeSource::Builtin("tiny".into()), &overrides).unwrap()
-    }
+    /// Two ranks of the pipeline, 16 sequences in 4 micro-batches.
+    const LAYOUT: [&str; 7] = [
+        "parallel.pipeline=2",
+        "parallel.expert=2",
+        "parallel.data=1",
+        "parallel.schedule=dualpipe",
+        "training.global_batch_size=16",
+        "training.micro_batch_size=2",
+        "training.validation_sequences=64",
+    ];
 
     /// Half of the full batch at first, too little for dualpipe.
     const RAMP: [&str; 2] = ["training.ramp_start_batch_size=8", "training.ramp_tokens=100_000"];
 
     fn proved(overrides: &[&str]) -> Vec<(&'static str, Option<usize>, usize, String, bool)> {
-        let checked = of_recipe(&recipe(overrides)).unwrap().checked;
+        let overrides: Vec<String> =
+            LAYOUT.iter().chain(overrides).map(|entry| (*entry).to_string()).collect();
+        let recipe = Recipe::load(&RecipeSource::Builtin("small".into()), &overrides).unwrap();
+        let checked = of_recipe(&recipe).unwrap().checked;
         let words = |checked: Checked| {
             let Checked { purpose, sequences, micro_batches, schedule, note, .. } = checked;
             (purpose, sequences, micro_batches, schedule, note.is_some())

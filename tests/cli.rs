@@ -4,9 +4,28 @@
 
 use std::process::Command;
 
+use contraflow_runtime::recipe::builtin;
+
 #[test]
 fn commands_say_what_they_should() {
     trycmd::TestCases::new().case("tests/cmd/*.trycmd");
+}
+
+#[test]
+fn every_built_in_recipe_has_a_sound_plan() {
+    for name in builtin::recipe_names() {
+        let output = Command::new(env!("CARGO_BIN_EXE_contraflow"))
+            .args(["plan", name, "--format", "json"])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{name}: {output:?}");
+        let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let ranks = plan["ranks"].as_array().unwrap().len();
+        assert_eq!(plan["layout"]["pipeline"], ranks, "{name}");
+        assert_eq!(plan["per_rank"].as_array().unwrap().len(), ranks, "{name}");
+        assert_eq!(plan["checked"][0]["purpose"], "training", "{name}");
+        assert_eq!(plan["checked"][1]["purpose"], "validation", "{name}");
+    }
 }
 
 #[test]

