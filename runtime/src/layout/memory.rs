@@ -117,24 +117,27 @@ impl MemoryQuery<'_> {
     fn chunk_bytes(&self, stage: &StageLayout) -> u64 {
         let hidden = self.config.hidden_size as u64;
         let mut values: u64 = stage.layers.iter().map(|&kind| self.kept_by_layer(kind)).sum();
+        // A head keeps its input and the gradient behind its norm; multi-token prediction has one more of both, and
+        // keeps the embedding and the hidden state that it joins.
         if stage.head {
-            values += hidden;
+            values += 2 * hidden;
         }
         if stage.mtp_layer.is_some() {
-            values += self.kept_by_layer(LayerKind::Moe) + 2 * hidden;
+            values += self.kept_by_layer(LayerKind::Moe) + 4 * hidden;
         }
         F32_BYTES * values * self.micro_batch_tokens as u64
     }
 
-    /// Values per token that a layer keeps: its input, both latents with the rope key, the attention output
-    /// with one log-sum per head, and the residual after it (2 D + C_q + C + rope + H v + H); the inner
-    /// values of the FFN every token passes, gate and up (2 F each); in a mixture also E scores, 2 K ids and
-    /// weights, and, with balanced routing, the rows that come from the expert group (min(K, expert ranks) D)
-    /// and their inner values (2 K F). Norms, up-projections and SwiGLU are computed again.
+    /// Values per token that a layer keeps: its input, the residual after attention and the same normed (3 D); both
+    /// latents with the rope key (C_q + C + rope); queries, keys, values and output of every head with a log-sum
+    /// (H (2 qk + 2 v + 1)); the inner values of the FFN every token passes, gate and up (2 F each); in a mixture also
+    /// E scores, 2 K ids and weights, and, with balanced routing, the rows that come from the expert group
+    /// (min(K, expert ranks) D) and their inner values (2 K F). Norms and SwiGLU are computed again.
     fn kept_by_layer(&self, kind: LayerKind) -> u64 {
         let c = self.config;
         let latents = c.q_lora_rank.unwrap_or(0) + c.kv_lora_rank + c.qk_rope_head_dim;
-        let attention = 2 * c.hidden_size + latents + c.num_attention_heads * (c.v_head_dim + 1);
+        let per_head = 2 * c.qk_head_dim() + 2 * c.v_head_dim + 1;
+        let attention = 3 * c.hidden_size + latents + c.num_attention_heads * per_head;
         let ffn = match kind {
             LayerKind::Dense => 2 * c.intermediate_size,
             LayerKind::Moe => {
@@ -263,12 +266,12 @@ mod tests {
     fn activations_follow_the_shapes() {
         let config = builtin::model("small").unwrap();
         let topology = Topology { pipeline: 1, expert: 4, data: 1 };
-        // Per token: attention 2 x 256 + 128 + 64 + 16 + 4 x 33 in 6 layers, one dense FFN of 1280, five
-        // mixtures of one shared and four routed experts of 256, 16 scores, 4 rows of 256; the final hidden
-        // state.
-        let attention = 6 * (512 + 128 + 64 + 16 + 132);
+        // Per token: attention 3 x 256 + 128 + 64 + 16 + 4 x (2 x 48 + 2 x 32 + 1) in 6 layers, one dense FFN of
+        // 1280, five mixtures of one shared and four routed experts of 256, 16 scores, 4 rows of 256; the head's
+        // input and gradient.
+        let attention = 6 * (768 + 128 + 64 + 16 + 4 * 161);
         let mixtures = 5 * (2 * 256 + 16 + 8 + 4 * 256 + 8 * 256);
-        let values = attention + 2 * 1280 + mixtures + 256;
+        let values = attention + 2 * 1280 + mixtures + 2 * 256;
         let rank = &memory(&config, topology, ScheduleKind::OneFOneB)[0];
         assert_eq!(rank.activation_bytes, 3 * 512 * 4 * values);
     }
