@@ -45,7 +45,8 @@ pub const FOUR_RANKS: Layout = Layout { schedule: "dualpipe", pipeline: 2, exper
 
 const SEQUENCE_LENGTH: usize = 6;
 
-/// Weights are large and the seed is chosen so that no token is near a tie between experts (`margins`).
+/// Weights are large, and the seed, of the first thousand, is the one that keeps every token furthest from a tie between
+/// experts (`margins`): 3e-4.
 const RECIPE: &str = r#"
 [model]
 config = "config.json"
@@ -57,7 +58,7 @@ global_batch_size = 16
 micro_batch_size = 1
 validation_sequences = 4
 init_std = 0.2
-seed = 1
+seed = 427
 
 [lr]
 peak = 1e-3

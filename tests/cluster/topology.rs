@@ -124,22 +124,3 @@ fn dualpipev_trains_what_one_rank_trains() {
 fn one_f_one_b_trains_what_one_rank_trains() {
     assert_same_training(&Lab::new(), "1f1b", &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]);
 }
-
-#[test]
-#[ignore]
-fn search_seed() {
-    let lab = Lab::new();
-    let mut best = 0.0;
-    for seed in 1..3000 {
-        let seed_text = format!("training.seed={seed}");
-        let first = margins_of_one_rank(&lab, &[&seed_text, "training.steps=1"])[0];
-        if first < 1.5e-4 {
-            continue;
-        }
-        let all = margins_of_one_rank(&lab, &[&seed_text]).into_iter().fold(f64::INFINITY, f64::min);
-        if all > best {
-            best = all;
-            println!("seed {seed}: {all:e}");
-        }
-    }
-}

@@ -73,6 +73,15 @@ pub struct ComputeOp {
     pub component: Component,
 }
 
+/// Where an operation stands and what it may reach.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    op: ComputeOp,
+    stage: &'a Stage,
+    transit: &'a Transit,
+    batch: &'a MicroBatch,
+}
+
 /// The rank's model at work.
 pub struct Compute {
     arch: Arc<Architecture>,
@@ -120,15 +129,16 @@ impl Compute {
     pub fn run(&mut self, op: ComputeOp, transit: &Transit, batch: &MicroBatch) -> Result<(), RankError> {
         let stages = self.stages.clone();
         let stage = stage_of(&stages, op.chunk.stage);
+        let at = At { op, stage, transit, batch };
         match op.pass {
             Pass::Forward => {
                 if self.train && self.live.insert(op.chunk) {
                     self.totals.peak_live_chunks = self.totals.peak_live_chunks.max(self.live.len());
                 }
-                self.forward(op, stage, transit, batch)
+                self.forward(at)
             }
             Pass::BackwardInput => {
-                self.backward_input(op, stage, transit, batch)?;
+                self.backward_input(at)?;
                 if stage.is_last_of_backward(op.component, op.layer) {
                     self.live.remove(&op.chunk);
                 }
@@ -146,13 +156,8 @@ impl Compute {
         self.ends.entry(chunk).or_default()
     }
 
-    fn forward(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let chunk = op.chunk;
         match op.component {
             Component::Embedding => {
@@ -163,7 +168,7 @@ impl Compute {
                     embedding::forward(&batch.ids, self.dense.weight(table)),
                 );
             }
-            Component::Attention => self.attention_forward(op, stage, transit, batch)?,
+            Component::Attention => self.attention_forward(at)?,
             Component::SharedExpert => {
                 let layer = stage.layer(op.layer);
                 let (normed, residual) = present(self.saved(op).ffn_input.take(), "the normed rows", op)?;
@@ -187,7 +192,7 @@ impl Compute {
                 }
                 transit.layer(chunk, op.layer, |transit| transit.outputs = Some(outputs));
             }
-            Component::Head => self.head_forward(op, stage, transit, batch)?,
+            Component::Head => self.head_forward(at)?,
             Component::MtpJoin => {
                 let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
                 let hidden = present(self.end(chunk).hidden.take(), "the hidden state", op)?;
@@ -197,19 +202,14 @@ impl Compute {
                 }
                 transit.put(TransferKind::Activation, chunk, x);
             }
-            Component::MtpHead => self.mtp_head_forward(op, stage, transit, batch)?,
+            Component::MtpHead => self.mtp_head_forward(at)?,
             Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
         }
         Ok(())
     }
 
-    fn attention_forward(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn attention_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let layer = stage.layer(op.layer);
         let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.dense, x, batch);
@@ -229,13 +229,8 @@ impl Compute {
         Ok(())
     }
 
-    fn head_forward(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn head_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let head = self.main_head(op, stage)?;
         let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let targets = Targets { ids: &batch.targets, weights: &batch.loss_weights };
@@ -255,13 +250,8 @@ impl Compute {
         Ok(())
     }
 
-    fn mtp_head_forward(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn mtp_head_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let head = self.mtp_head(op, stage)?;
         let x = transit.take(TransferKind::Activation, op.chunk)?;
         let targets = Targets { ids: &batch.mtp_targets, weights: &batch.mtp_loss_weights };
@@ -285,13 +275,8 @@ impl Compute {
         Ok(LossHead { norm, ..self.main_head(op, stage)? })
     }
 
-    fn backward_input(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn backward_input(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let chunk = op.chunk;
         match op.component {
             Component::MtpHead => {
@@ -342,7 +327,7 @@ impl Compute {
                 transit.layer(chunk, op.layer, |transit| transit.d_arrivals = Some((d_rows, d_weights)));
                 self.work.insert((chunk, op.layer, op.component), work);
             }
-            Component::Attention => self.attention_backward(op, stage, transit, batch)?,
+            Component::Attention => self.attention_backward(at)?,
             Component::Embedding => {
                 let table = present(stage.embedding, "the embedding", op)?;
                 let dy = transit.take(TransferKind::Gradient, chunk)?;
@@ -353,13 +338,8 @@ impl Compute {
         Ok(())
     }
 
-    fn attention_backward(
-        &mut self,
-        op: ComputeOp,
-        stage: &Stage,
-        transit: &Transit,
-        batch: &MicroBatch,
-    ) -> Result<(), RankError> {
+    fn attention_backward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
         let layer: &Layer = stage.layer(op.layer);
         let residual = transit.take(TransferKind::Gradient, stage.gradient_source(op.chunk, op.layer))?;
         let SavedLayer { attention: saved, d_normed, .. } =

@@ -87,18 +87,8 @@ pub struct Running {
     pub transit: Transit,
     /// The rank's model; the compute lane works on it, the pipeline takes it back at the end.
     pub compute: Mutex<Compute>,
-    /// The rank's end of the fabric.
-    pub endpoint: Endpoint,
-    /// The ranks that share the routed experts.
-    pub group: ExpertGroup,
-    /// The rank's stages.
-    pub stages: Arc<Vec<Stage>>,
-    /// World rank of each pipeline position in this rank's column.
-    pub pipeline_peers: Vec<usize>,
-    /// Experts per token.
-    pub top_k: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
+    /// What stays the same over all programs.
+    pub site: Site,
     events: Events,
 }
 
@@ -141,12 +131,7 @@ impl Running {
             batches,
             transit: Transit::default(),
             compute: Mutex::new(compute),
-            endpoint: site.endpoint.clone(),
-            group: site.group.clone(),
-            stages: site.stages.clone(),
-            pipeline_peers: site.pipeline_peers.clone(),
-            top_k: site.top_k,
-            hidden_size: site.hidden_size,
+            site: site.clone(),
             events: Events { state, changed: Condvar::new() },
             program,
         }
@@ -155,7 +140,7 @@ impl Running {
     /// Ends every present and future wait of the lanes.
     pub fn abort(&self, reason: &str) {
         self.events.abort(reason);
-        self.endpoint.abort(reason);
+        self.site.endpoint.abort(reason);
     }
 
     fn execute(&self, op: &Op) -> Result<(), RankError> {
@@ -169,14 +154,18 @@ impl Running {
                 }
             },
             (Work::Send { kind, chunk }, Lane::Send(peer)) => {
-                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.endpoint.rank());
+                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.site.endpoint.rank());
                 let tensor = self.transit.take(kind, chunk)?;
-                Ok(self.endpoint.send(self.pipeline_peers[peer], tag, vec![packets::tensor(tensor)])?)
+                Ok(self.site.endpoint.send(
+                    self.site.pipeline_peers[peer],
+                    tag,
+                    vec![packets::tensor(tensor)],
+                )?)
             }
             (Work::Receive { kind, chunk }, Lane::Receive(peer)) => {
-                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.pipeline_peers[peer]);
-                let mut frame = Unpack::new(tag, self.endpoint.receive(tag)?);
-                self.transit.put(kind, chunk, frame.rows(self.hidden_size)?);
+                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.site.pipeline_peers[peer]);
+                let mut frame = Unpack::new(tag, self.site.endpoint.receive(tag)?);
+                self.transit.put(kind, chunk, frame.rows(self.site.hidden_size)?);
                 Ok(())
             }
             (work, lane) => {
@@ -193,8 +182,8 @@ impl Running {
         layer: usize,
         component: Component,
     ) -> Result<(), RankError> {
-        let tag = self.id.tag(FrameKind::Dispatch, chunk, layer, self.endpoint.rank());
-        let exchange = Exchange { endpoint: &self.endpoint, group: &self.group, tag };
+        let tag = self.id.tag(FrameKind::Dispatch, chunk, layer, self.site.endpoint.rank());
+        let exchange = Exchange { endpoint: &self.site.endpoint, group: &self.site.group, tag };
         let transit = &self.transit;
         let here = (chunk, layer);
         let route = || transit.layer(chunk, layer, |t| t.route.clone());
@@ -202,7 +191,7 @@ impl Running {
         match (component, pass) {
             (Component::Dispatch, Pass::Forward) => {
                 let (normed, routing) = transit.take_from(here, "the routed rows", |t| &mut t.normed)?;
-                let (arrivals, route) = exchange.dispatch(&normed, &routing, self.top_k)?;
+                let (arrivals, route) = exchange.dispatch(&normed, &routing, self.site.top_k)?;
                 transit.layer(chunk, layer, |t| {
                     t.arrivals = Some(arrivals);
                     t.route = Some(Arc::new(route));
@@ -215,7 +204,7 @@ impl Running {
                 transit.put(TransferKind::Activation, chunk, home);
             }
             (Component::Combine, _) => {
-                let source = stage_of(&self.stages, chunk.stage).gradient_source(chunk, layer);
+                let source = stage_of(&self.site.stages, chunk.stage).gradient_source(chunk, layer);
                 let dy = transit.share(TransferKind::Gradient, source)?;
                 let d_outputs = exchange.combine_backward(&dy, &*route().ok_or_else(missing)?)?;
                 transit.layer(chunk, layer, |t| t.d_outputs = Some(d_outputs));
@@ -327,17 +316,19 @@ impl LaneThread {
     fn run_op(&self, running: &Running, op_id: OpId) -> Result<Duration, RankError> {
         let op = &running.program.ops[op_id];
         let waited =
-            running.events.wait(&op.after, running.endpoint.patience()).map_err(|error| match error {
-                LaneError::Aborted(reason) => {
-                    contraflow_runtime::fabric::FabricError::Aborted { reason }.into()
-                }
-                LaneError::Late { op, waited } => RankError::Late {
-                    work: running.program.ops[op].work.to_string(),
-                    waited_s: waited.as_secs(),
+            running.events.wait(&op.after, running.site.endpoint.patience()).map_err(
+                |error| match error {
+                    LaneError::Aborted(reason) => {
+                        contraflow_runtime::fabric::FabricError::Aborted { reason }.into()
+                    }
+                    LaneError::Late { op, waited } => RankError::Late {
+                        work: running.program.ops[op].work.to_string(),
+                        waited_s: waited.as_secs(),
+                    },
                 },
-            })?;
+            )?;
         let run = AssertUnwindSafe(|| {
-            let (rank, step) = (running.endpoint.rank(), running.id.step);
+            let (rank, step) = (running.site.endpoint.rank(), running.id.step);
             self.probe.at(ProbePoint::Op { rank, step, op });
             let StepId { job, generation, step, .. } = running.id;
             let _span = tracing::trace_span!("op", job, generation, rank, step, action = op.action).entered();

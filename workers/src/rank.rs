@@ -377,7 +377,13 @@ impl RankState {
         member.cursor += shape.global_batch as u64;
         member.tokens += report.tokens;
         let is_last = order.id.step >= member.assignment.recipe.training.steps as u64;
-        tracing::debug!(rank = id, step = report.step, loss = report.loss, seconds = report.seconds, "step done");
+        tracing::debug!(
+            rank = id,
+            step = report.step,
+            loss = report.loss,
+            seconds = report.seconds,
+            "step done"
+        );
         (self.tell)(RankEvent::StepDone { report });
         if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
     }

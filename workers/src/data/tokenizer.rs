@@ -3,11 +3,13 @@
 //! It sits between the corpus and packing, and between a prompt and `generate`. It knows no model: whether a
 //! model can take its ids is the caller's question to [`fits`].
 
+use contraflow_runtime::recipe;
+
 /// The id that closes every document. Ids below it are the bytes themselves.
-pub const END_OF_DOCUMENT: u32 = 256;
+pub const END_OF_DOCUMENT: u32 = recipe::END_OF_DOCUMENT as u32;
 
 /// Number of distinct ids: 256 bytes and the end of a document.
-pub const BYTE_TOKENS: usize = 257;
+pub const BYTE_TOKENS: usize = recipe::BYTE_TOKENS;
 
 /// Whether a model with `vocab_size` rows of embedding has a row for every id, the end of a document
 /// included.
