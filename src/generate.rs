@@ -1,12 +1,12 @@
 //! `contraflow generate`: text from a run or from any HF directory of the architecture.
 
-use std::io::Write;
 use std::path::Path;
 
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
 
 use crate::failure::Failure;
+use crate::output::print_bytes as print;
 use crate::run_dir;
 
 /// What the sample at the end of a training run begins with.
@@ -50,19 +50,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         faults.push(format!("--top-p: expected a number above 0 and up to 1, got {}", args.top_p));
     }
     if !faults.is_empty() {
-        return Err(Failure::input(faults.join("\n")));
+        return Err(Failure::faults("arguments", &faults));
     }
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
     let generator = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
-    let mut stdout = std::io::stdout();
-    let mut print = |bytes: &[u8]| stdout.write_all(bytes).and_then(|()| stdout.flush());
-    let gone = |error: std::io::Error| Failure::run(format!("stdout: {error}"));
-    print(args.prompt.as_bytes()).map_err(gone)?;
+    print(args.prompt.as_bytes())?;
     for token in Continuation::new(&generator, &args.prompt, sampling, args.seed).take(args.tokens) {
-        print(&tokenizer::decode(&[token])).map_err(gone)?;
+        print(&tokenizer::decode(&[token]))?;
     }
-    print(b"\n").map_err(gone)
+    print(b"\n")
 }
 
 fn load(dir: &Path) -> Result<Generator, Failure> {

@@ -8,8 +8,15 @@ use crate::failure::Failure;
 ///
 /// **Errors**: what the system says, but for a reader that has gone.
 pub fn print(text: &str) -> Result<(), Failure> {
+    print_bytes(text.as_bytes())
+}
+
+/// Writes bytes that need not be whole characters: a model's.
+///
+/// **Errors**: as [`print`].
+pub fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::run(format!("stdout: {error}"))),
         _ => Ok(()),
     }

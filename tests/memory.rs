@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contraflow::cluster::{Cluster, ClusterSpec};
-use contraflow_kernels::pool;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::fabric::LocalOptions;
@@ -15,7 +14,9 @@ use contraflow_workers::data::{Document, PackedDataset};
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::probe::Probe;
 
-/// Resident memory of this process. **Units**: bytes.
+/// Resident memory of this process.
+///
+/// **Units**: bytes.
 fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
@@ -23,21 +24,20 @@ fn resident_bytes() -> u64 {
     1024 * kibibytes
 }
 
-/// Resident and idle bytes after each step of the default recipe's cluster, on shorter sequences.
-fn train(steps: usize) -> Vec<(u64, u64)> {
-    let changes =
-        [&format!("training.steps={steps}"), "training.sequence_length=64", "checkpoint.save_model=false"];
-    let changes = changes.map(str::to_owned);
+/// Resident bytes after each step of the default recipe on short sequences, in some layout.
+fn train(layout: &[&str], steps: usize) -> Vec<u64> {
+    let mut changes: Vec<String> = layout.iter().map(|&change| change.to_owned()).collect();
+    changes.push(format!("training.steps={steps}"));
+    changes.extend(["training.sequence_length=32", "checkpoint.save_model=false"].map(str::to_owned));
     let recipe = Arc::new(Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap());
     let text: Vec<u8> = (0..100_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let packed =
         PackedDataset::pack(&[Document { name: "noise".into(), text }], recipe.training.sequence_length);
     let datasets = Arc::new(Datasets { train: packed.clone(), validation: packed });
-    let measured: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
+    let measured: Arc<Mutex<Vec<u64>>> = Arc::default();
     let after_step = measured.clone();
-    let subscriber: Subscriber = Box::new(move |_: &StepSummary| {
-        after_step.lock().unwrap().push((resident_bytes(), pool::idle_bytes() as u64));
-    });
+    let subscriber: Subscriber =
+        Box::new(move |_: &StepSummary| after_step.lock().unwrap().push(resident_bytes()));
     let spec = ClusterSpec {
         recipe,
         datasets,
@@ -57,10 +57,12 @@ fn train(steps: usize) -> Vec<(u64, u64)> {
 
 #[test]
 fn memory_does_not_grow_over_the_steps() {
-    let measured = train(12);
-    let (resident_3, idle_3) = measured[2];
-    let (resident_12, idle_12) = measured[11];
-    let grown = |after: u64, before: u64| after as f64 / before as f64;
-    assert!(grown(resident_12, resident_3) < 1.05, "resident and idle bytes by step: {measured:?}");
-    assert!(grown(idle_12, idle_3) < 1.05, "resident and idle bytes by step: {measured:?}");
+    let alone = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
+    // One rank does the same in every step but for the number of rows of an expert. Ranks that share the cores are now
+    // and then all at their peak at once: their high water comes later and depends on chance.
+    for (layout, early, late, bound) in [(&alone[..], 3, 12, 1.01), (&[][..], 12, 30, 1.05)] {
+        let measured = train(layout, late);
+        let growth = measured[late - 1] as f64 / measured[early - 1] as f64;
+        assert!(growth < bound, "{growth} from step {early} to {late}, resident bytes by step: {measured:?}");
+    }
 }

@@ -26,7 +26,8 @@ fn text(bytes: &[u8]) -> String {
 fn workplace() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
-    let line = |number: usize| format!("the {} quick brown foxes jump over {} lazy dogs\n", number % 7, number % 5);
+    let line =
+        |number: usize| format!("the {} quick brown foxes jump over {} lazy dogs\n", number % 7, number % 5);
     std::fs::write(dir.path().join("text.txt"), (0..600).map(line).collect::<String>()).unwrap();
     dir
 }
@@ -98,7 +99,9 @@ fn a_run_leaves_everything_it_promises_and_its_model_speaks() {
     assert!(again.status.success());
     assert_eq!(std::fs::read_link(dir.path().join("runs/latest")).unwrap(), Path::new("tiny-2"));
     // The same layout, the same bits.
-    let weights = |run: &str| std::fs::read(dir.path().join(run).join("model/model-00001-of-00004.safetensors")).unwrap();
+    let weights = |run: &str| {
+        std::fs::read(dir.path().join(run).join("model/model-00001-of-00004.safetensors")).unwrap()
+    };
     assert!(weights("runs/tiny") == weights("runs/tiny-2"));
 }
 
@@ -113,7 +116,8 @@ fn what_the_user_has_to_mend_is_told_at_once_and_nothing_is_written() {
     for file in ["missing.txt", "empty.txt", "binary.bin"] {
         assert!(told.contains(file), "{told}");
     }
-    let output = contraflow(dir.path(), &["train", "--set", "parallel.expert=3", "--set", "parallel.pipline=2"]);
+    let output =
+        contraflow(dir.path(), &["train", "--set", "parallel.expert=3", "--set", "parallel.pipline=2"]);
     assert_eq!(output.status.code(), Some(2));
     let told = text(&output.stderr);
     assert!(told.contains("parallel.expert") && told.contains("did you mean parallel.pipeline"), "{told}");

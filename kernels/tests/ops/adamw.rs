@@ -1,3 +1,5 @@
+//! AdamW against the textbook update in f64, term by term.
+
 use contraflow_kernels::{
     adamw::{AdamW, update},
     par::Threads,

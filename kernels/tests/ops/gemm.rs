@@ -1,3 +1,5 @@
+//! Matrix products in every layout against the triple loop.
+
 use contraflow_kernels::{
     gemm::{Into, Mat, MatMut, gemm},
     par::Threads,

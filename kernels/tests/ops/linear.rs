@@ -1,3 +1,5 @@
+//! Linear and grouped layers: values, gradients, ragged experts.
+
 use contraflow_kernels::{grouped, linear, par::Threads, tensor::Tensor};
 
 use crate::twin::{Random, assert_close, dot, gradient, wide};

@@ -1,3 +1,5 @@
+//! Elementary functions against f64 over their range; sums in a fixed order.
+
 use contraflow_kernels::{math, par::Threads};
 
 use crate::twin::{Random, wide};

@@ -1,3 +1,5 @@
+//! RMSNorm, whole rows and column ranges, and its gradients.
+
 use contraflow_kernels::{norm, par::Threads, tensor::Tensor};
 
 use crate::twin::{Random, assert_close, dot, gradient, wide};

@@ -1,3 +1,5 @@
+//! Rotary frequencies against the golden file, rotations against complex numbers.
+
 use std::{fs, path::Path};
 
 use contraflow_kernels::{

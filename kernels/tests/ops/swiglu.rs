@@ -1,3 +1,5 @@
+//! SwiGLU with and without routing weights, and its gradients.
+
 use contraflow_kernels::{par::Threads, swiglu};
 
 use crate::twin::{Random, assert_close, dot, gradient, wide};

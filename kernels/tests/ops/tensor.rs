@@ -1,3 +1,5 @@
+//! Tensors: sharing, formats, rounding.
+
 use contraflow_kernels::tensor::{Format, Tensor};
 
 fn through_bf16(values: Vec<f32>) -> Vec<f32> {

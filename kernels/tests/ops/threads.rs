@@ -1,3 +1,5 @@
+//! The pool: fixed partitions, every piece once.
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use contraflow_kernels::par::{Threads, for_each, for_each_chunk, num_threads, partition, split};
