@@ -137,11 +137,11 @@ impl ModelConfig {
         (self.num_nextn_predict_layers > 0).then_some(self.num_hidden_layers)
     }
 
-    /// YaRN where it is in force: only if the model is configured for more than its original context.
+    /// YaRN where it is in force: wherever the file has it. The published inference code applies it only when it is
+    /// told to run beyond the original context; the published modelling code, which gives a `config.json` its
+    /// meaning, always does.
     pub fn yarn(&self) -> Option<&Yarn> {
-        self.rope_scaling
-            .as_ref()
-            .filter(|yarn| self.max_position_embeddings > yarn.original_max_position_embeddings)
+        self.rope_scaling.as_ref()
     }
 
     /// Every tensor of the checkpoint by its published name, in the order of the layers.

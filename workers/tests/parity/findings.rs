@@ -3,7 +3,6 @@
 //! Knows numbers and marks, nothing of models.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::Write as _;
 
 /// How far a value may lie from the truth.
@@ -29,6 +28,9 @@ pub const LOGITS: Mark = Mark::Absolute(5e-5);
 pub const ACTIVATIONS: Mark = Mark::Scaled(5e-5);
 /// Ten times what rounding does to losses.
 pub const LOSS: Mark = Mark::Absolute(1e-5);
+
+/// Faults that are told when a check fails: one cause has hundreds of them.
+const NUM_TOLD: usize = 20;
 
 impl Mark {
     fn limit(self, truth: f64, largest: f64) -> f64 {
@@ -73,7 +75,8 @@ impl Findings {
 
     /// Says that no check looks at this value. Past the test harness, which swallows what a passing test prints.
     pub fn unknown(&self, key: &str) {
-        writeln!(std::io::stderr(), "parity: {}: no check knows the value {key}", self.fixture).unwrap();
+        let line = format!("parity: {}: no check knows the value {key}\n", self.fixture);
+        std::io::stderr().write_all(line.as_bytes()).unwrap();
     }
 
     /// Compares values of one kind with the truth.
@@ -114,14 +117,18 @@ impl Findings {
     /// Prints the largest deviations.
     ///
     /// # Panics
-    /// If anything is wrong, with all of it.
+    /// If anything is wrong, with the first faults and their number.
     pub fn finish(self) {
         println!("fixture | kind | largest deviation | share of the mark | where that is largest");
         for ((fixture, kind), Largest { deviation, share, key }) in &self.largest {
             println!("{fixture} | {kind} | {deviation:.1e} | {share:.3} | {key}");
         }
-        let mut text = String::new();
-        self.faults.iter().for_each(|fault| writeln!(text, "{fault}").unwrap());
-        assert!(self.faults.is_empty(), "{} faults:\n{text}", self.faults.len());
+        let (num_faults, first) = (self.faults.len(), &self.faults[..self.faults.len().min(NUM_TOLD)]);
+        assert!(
+            first.is_empty(),
+            "{num_faults} faults, of which the first {}:\n{}",
+            first.len(),
+            first.join("\n")
+        );
     }
 }

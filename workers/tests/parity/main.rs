@@ -35,7 +35,7 @@ const KNOWN: [&str; 13] = [
     "balance",
 ];
 
-/// Runs one check over every fixture and tells all that is wrong at once.
+/// Runs one check over every fixture before it fails for any of them.
 fn over_all(check: impl Fn(&Fixture, &mut Findings)) {
     let mut findings = Findings::default();
     for fixture in fixture::all() {

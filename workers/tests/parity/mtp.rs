@@ -25,7 +25,7 @@ pub fn forward(fixture: &Fixture, findings: &mut Findings) {
     let walk = Walk::new(OneRank::load(fixture.config.clone(), &fixture.dir, PLAIN.schedule), &rows, weight);
     let block_output = &walk.outputs[&layer];
     let (_, logits) = walk.through_head(walk.rank.stages[0].mtp.as_ref().unwrap().norm, block_output);
-    let has_next = |token: usize| (token + 1) % rows[0].len() != 0;
+    let has_next = |token: usize| !(token + 1).is_multiple_of(rows[0].len());
     let kept = |tensor: &Tensor| -> Vec<f32> {
         (0..tensor.rows()).filter(|&row| has_next(row)).flat_map(|row| tensor.row(row).to_vec()).collect()
     };
