@@ -170,7 +170,7 @@ fn a_frame_that_never_comes_is_named() {
     let finished =
         lab.run(Setup { probe: once(is_it, || std::thread::sleep(LONG_KERNEL)), network, ..setup });
     // Whoever waits for what comes of the frame may be the first to give up; everyone names what it waits for.
-    assert_says(&finished, &["action ", "waited 1 s for ", ", which never ", " of stage "]);
+    assert_says(&finished, &["action ", "waited 1 s for ", ", which never ", "stage "]);
     assert!(finished.message().starts_with("rank "), "{}", finished.message());
 }
 
