@@ -250,17 +250,13 @@ mod tests {
     }
 
     fn commands(effects: &[Effect]) -> Vec<(usize, &RankCommand)> {
-        let command = |effect: &'_ Effect| matches!(effect, Effect::Command { .. });
-        let pick = |effect| match effect {
-            Effect::Command { rank, command } => (rank, command),
-            _ => unreachable!(),
-        };
-        effects
-            .iter()
-            .filter(|effect| command(effect))
-            .map(pick)
-            .map(|(rank, command)| (*rank, command))
-            .collect()
+        let mut commands = Vec::new();
+        for effect in effects {
+            if let Effect::Command { rank, command } = effect {
+                commands.push((*rank, command));
+            }
+        }
+        commands
     }
 
     fn file(rank: usize) -> ExportedFile {
