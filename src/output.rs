@@ -13,7 +13,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
 
 /// Writes bytes that need not be whole characters: a model's.
 ///
-/// **Errors**: as [`print`].
+/// **Errors**: as [`print()`].
 pub fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {

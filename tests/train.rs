@@ -120,7 +120,7 @@ fn what_the_user_has_to_mend_is_told_at_once_and_nothing_is_written() {
         contraflow(dir.path(), &["train", "--set", "parallel.expert=3", "--set", "parallel.pipline=2"]);
     assert_eq!(output.status.code(), Some(2));
     let told = text(&output.stderr);
-    assert!(told.contains("parallel.expert") && told.contains("did you mean parallel.pipeline"), "{told}");
+    assert!(told.contains("parallel.expert") && told.contains("did you mean `parallel.pipeline`"), "{told}");
     assert!(!dir.path().join("runs").exists());
 
     let output = contraflow(dir.path(), &["generate", "nowhere"]);
