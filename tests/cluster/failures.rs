@@ -7,6 +7,7 @@ use std::time::Duration;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_orchestrator::job::Outcome;
+use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::schedule::{Component, Lane, Op, Work};
 use contraflow_workers::compute::Totals;
@@ -89,6 +90,14 @@ fn assert_says(finished: &Finished, words: &[&str]) {
 }
 
 const CAUSE: &str = "the test pulls the plug";
+
+#[test]
+fn a_panic_in_the_metrics_actor_ends_the_run_with_one_message() {
+    let lab = Lab::new();
+    let subscriber: Option<Subscriber> = Some(Box::new(|summary| assert!(summary.step < 2, "{CAUSE}")));
+    let finished = lab.run(Setup { subscriber, ..lab.setup(FOUR_RANKS, &["training.steps=1000"]) });
+    assert_says(&finished, &["the metrics actor failed", CAUSE]);
+}
 
 #[test]
 fn a_panic_on_any_lane_ends_the_run_with_one_message() {

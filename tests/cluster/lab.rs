@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use contraflow::cluster::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
-use contraflow_orchestrator::metrics::StepSummary;
+use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Sent};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::data::{Document, PackedDataset};
@@ -101,6 +101,8 @@ pub struct Setup {
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
     pub probe: Probe,
+    /// Hears every step too, and may panic in the metrics actor.
+    pub subscriber: Option<Subscriber>,
     /// Cancel with this reason once the token says so.
     pub cancel: Option<(Arc<tokio::sync::Notify>, &'static str)>,
 }
@@ -170,6 +172,7 @@ impl Lab {
             export_dir: None,
             network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
             probe: Probe::default(),
+            subscriber: None,
             cancel: None,
         }
     }
@@ -186,11 +189,12 @@ impl Lab {
 }
 
 async fn run(setup: Setup) -> Finished {
-    let Setup { recipe, datasets, export_dir, network, probe, cancel } = setup;
+    let Setup { recipe, datasets, export_dir, network, probe, subscriber: another, cancel } = setup;
     let summaries: Arc<Mutex<Vec<StepSummary>>> = Arc::default();
     let heard = summaries.clone();
     let subscriber = move |summary: &StepSummary| heard.lock().unwrap().push(summary.clone());
-    let subscribers: Vec<contraflow_orchestrator::metrics::Subscriber> = vec![Box::new(subscriber)];
+    let mut subscribers: Vec<Subscriber> = vec![Box::new(subscriber)];
+    subscribers.extend(another);
     let began = Instant::now();
     let cluster =
         Cluster::start(ClusterSpec { recipe, datasets, export_dir, network, probe, subscribers }).await;

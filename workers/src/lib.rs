@@ -14,6 +14,7 @@ pub mod expert_shard;
 pub mod generate;
 pub mod lanes;
 pub mod loader;
+pub mod membership;
 pub mod model;
 pub mod optimizer;
 pub mod packets;

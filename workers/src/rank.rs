@@ -5,55 +5,25 @@
 //! only pass through its hands.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::time::Instant;
 
-use contraflow_kernels::par::Threads;
-use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::fabric::{Endpoint, FabricError, Phase};
-use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::fabric::{FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
-use crate::checkpointer::{Checkpointer, CheckpointerMessage};
+use crate::checkpointer::CheckpointerMessage;
 use crate::error::RankError;
-use crate::exchange::ExpertGroup;
-use crate::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
-use crate::lanes::Site;
-use crate::loader::{Batch, BatchShape, Datasets, Loader, LoaderMessage, LoaderSetup, Part};
-use crate::model::Architecture;
-use crate::model::build::{Placement, RankModel, build};
-use crate::model::init::initialise;
+use crate::expert_shard::ExpertShardMessage;
+use crate::loader::{Batch, BatchShape, LoaderMessage, Part};
+use crate::membership::{Assignment, Built, Member, Tell, build_rank, gone, join};
 use crate::model::micro_batch::LossScales;
-use crate::optimizer::{
-    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, UpdateDone,
-    UpdateOrder,
-};
+use crate::optimizer::{OptimizerMessage, RankParams, UpdateDone, UpdateOrder};
 use crate::params::Params;
-use crate::pipeline::{Pipeline, PipelineMessage, PipelineOrder, PipelineSetup, PlanDone};
-use crate::plans::{Plans, train_shape, validation_shape};
-use crate::probe::{Probe, ProbePoint};
+use crate::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
+use crate::plans::{train_shape, validation_shape};
+use crate::probe::ProbePoint;
 use crate::step::StepId;
-
-/// Takes a rank's events to the orchestrator.
-pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
-
-/// Everything a rank is told when it joins a job.
-pub struct Assignment {
-    /// Job number.
-    pub job: u32,
-    /// Count of (re)formations.
-    pub generation: u32,
-    /// What to train and how.
-    pub recipe: Arc<Recipe>,
-    /// The rank's end of the fabric.
-    pub endpoint: Endpoint,
-    /// The sequences.
-    pub datasets: Arc<Datasets>,
-    /// For tests.
-    pub probe: Probe,
-}
 
 /// What the rank hears.
 pub enum RankMessage {
@@ -94,63 +64,6 @@ pub enum RankMessage {
     PipelineAborted,
 }
 
-/// A model with an optimizer, fresh.
-pub struct Built {
-    assignment: Assignment,
-    arch: Arc<Architecture>,
-    plans: Plans,
-    model: RankModel,
-    optimizer: OptimizerState,
-    threads: Arc<Threads>,
-}
-
-fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
-    let recipe = assignment.recipe.clone();
-    let wrong = |message| RankError::Content { path: "recipe".into(), message };
-    let plans = Plans::new(&recipe).map_err(wrong)?;
-    let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
-    let topology = recipe.topology();
-    let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
-    let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
-    let mut model = build(&arch, &placement, rank);
-    initialise(&mut model.dense, recipe.training.seed, recipe.training.init_std);
-    initialise(&mut model.experts, recipe.training.seed, recipe.training.init_std);
-    let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
-    let setup = OptimizerSetup {
-        recipe: recipe.optimizer.clone(),
-        endpoint: assignment.endpoint.clone(),
-        world: topology.ranks().collect(),
-        num_experts: recipe.model_config.n_routed_experts,
-        num_layers: recipe.model_config.num_hidden_layers + recipe.model_config.num_nextn_predict_layers,
-        threads: threads.clone(),
-    };
-    let params = RankParams { dense: model.dense, experts: model.experts };
-    let optimizer = OptimizerState::new(setup, &params);
-    let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
-    Ok(Built { assignment, arch, plans, model, optimizer, threads })
-}
-
-struct Children {
-    pipeline: ActorRef<PipelineMessage>,
-    experts: ActorRef<ExpertShardMessage>,
-    optimizer: ActorRef<OptimizerMessage>,
-    loader: ActorRef<LoaderMessage>,
-    checkpointer: ActorRef<CheckpointerMessage>,
-}
-
-impl Children {
-    fn name_of(&self, cell: &ActorCell) -> &'static str {
-        let named = [
-            (self.pipeline.get_id(), "the pipeline"),
-            (self.experts.get_id(), "the expert shard"),
-            (self.optimizer.get_id(), "the optimizer"),
-            (self.loader.get_id(), "the loader"),
-            (self.checkpointer.get_id(), "the checkpointer"),
-        ];
-        named.iter().find(|(id, _)| *id == cell.get_id()).map_or("an unknown actor", |(_, name)| name)
-    }
-}
-
 /// What the rank is about, and what it still waits for.
 enum Task {
     Idle,
@@ -175,22 +88,6 @@ enum Task {
     Export,
     /// Nothing more will be done.
     Over,
-}
-
-/// A rank that has joined a job.
-struct Member {
-    assignment: Assignment,
-    plans: Plans,
-    children: Children,
-    /// The dense parameters, between programs.
-    dense: Option<Params>,
-    /// Sequences of all steps so far.
-    cursor: u64,
-    /// Tokens of all steps so far.
-    tokens: u64,
-    /// When the running step began, and the bytes sent until then.
-    began: Instant,
-    sent_before: u64,
 }
 
 /// The actor's state.
@@ -429,110 +326,8 @@ impl RankState {
     }
 }
 
-impl Member {
-    fn take_params(&mut self, experts: Params) -> Result<RankParams, RankError> {
-        let dense =
-            self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
-        Ok(RankParams { dense, experts })
-    }
-
-    fn give_back(&self, experts: Params) -> Result<(), RankError> {
-        let message = ExpertShardMessage::Return(Box::new(experts));
-        self.children.experts.cast(message).map_err(gone("the expert shard"))
-    }
-
-    fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
-        let mtp_weight = self.assignment.recipe.mtp_weight_at(self.tokens);
-        let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
-        let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
-        StepReport {
-            rank: rank as u32,
-            generation: order.id.generation,
-            step: order.id.step,
-            tokens,
-            loss: global.loss,
-            mtp_loss: has_mtp.then(|| global.mtp_loss / mtp_weight),
-            balance_loss: global.balance_loss,
-            grad_norm: global.grad_norm,
-            learning_rate: order.learning_rate,
-            seconds: self.began.elapsed().as_secs_f64(),
-            bubble_seconds: 0.0,
-            peak_live_chunks: 0,
-            sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
-            loads: global.expert_counts.into_iter().map(load).collect(),
-        }
-    }
-}
-
-fn gone<M>(actor: &'static str) -> impl Fn(ractor::MessagingErr<M>) -> RankError {
-    move |_| RankError::ActorGone { actor }
-}
-
 /// The rank actor.
 pub struct Rank;
-
-impl Rank {
-    async fn start_children(
-        &self,
-        myself: &ActorRef<RankMessage>,
-        rank_id: usize,
-        built: Built,
-    ) -> Result<Member, ActorProcessingErr> {
-        let Built { assignment, arch, plans, model, optimizer, threads } = built;
-        let recipe = assignment.recipe.clone();
-        let topology = recipe.topology();
-        let at = topology.coordinates(rank_id);
-        let site = Site {
-            endpoint: assignment.endpoint.clone(),
-            group: ExpertGroup {
-                ranks: topology.expert_group(rank_id),
-                own: at.expert,
-                experts_per_rank: recipe.model_config.n_routed_experts / topology.expert,
-            },
-            stages: Arc::new(model.stages),
-            pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
-            top_k: recipe.model_config.num_experts_per_tok,
-            hidden_size: recipe.model_config.hidden_size,
-        };
-        let probe = assignment.probe.clone();
-        let cell = || myself.get_cell();
-        let rank = myself.clone();
-        let setup = PipelineSetup {
-            rank: rank.clone(),
-            pipeline: at.pipeline,
-            arch,
-            site,
-            threads,
-            probe: probe.clone(),
-        };
-        let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
-        let setup =
-            ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
-        let (experts, _) = Actor::spawn_linked(None, ExpertShard, setup, cell()).await?;
-        let setup = (rank.clone(), optimizer, probe.clone());
-        let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
-        let setup = LoaderSetup {
-            rank: rank.clone(),
-            rank_id,
-            column: topology.column(rank_id),
-            datasets: assignment.datasets.clone(),
-            seed: recipe.training.seed,
-            probe: probe.clone(),
-        };
-        let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;
-        let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank, probe), cell()).await?;
-        Ok(Member {
-            assignment,
-            plans,
-            children: Children { pipeline, experts, optimizer, loader, checkpointer },
-            dense: Some(model.dense),
-            cursor: 0,
-            tokens: 0,
-            began: Instant::now(),
-            sent_before: 0,
-        })
-    }
-}
 
 impl Actor for Rank {
     type Msg = RankMessage;
@@ -567,7 +362,7 @@ impl Actor for Rank {
             }
             RankMessage::Built(built) => match *built {
                 Ok(built) => {
-                    state.member = Some(self.start_children(&myself, state.id, built).await?);
+                    state.member = Some(join(&myself, state.id, built).await?);
                     tracing::debug!(rank = state.id, "has its model and waits for the others");
                     (state.tell)(RankEvent::Ready { rank: state.id });
                     Ok(())

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
-use crate::rank::{Assignment, Rank, RankMessage, Tell};
+use crate::membership::{Assignment, Tell};
+use crate::rank::{Rank, RankMessage};
 
 /// What the worker hears.
 pub enum WorkerMessage {
