@@ -13,8 +13,8 @@ use contraflow_workers::probe::Probe;
 
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
+use crate::machine::measure_peak;
 use crate::output::print;
-use crate::train::measure_peak;
 
 /// Arguments of `contraflow bench`.
 #[derive(clap::Args, Debug)]
@@ -146,6 +146,8 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
+        resume: None,
+        checkpoints: None,
         export_dir: None,
         network: LocalOptions::default(),
         probe: Probe::default(),
@@ -163,7 +165,7 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>
         Outcome::Done { .. } => {
             Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
         }
-        Outcome::Failed(message) => Err(Failure::run(message)),
+        outcome => Err(Failure::run(format!("expected the steps to be made, got {outcome:?}"))),
     }
 }
 

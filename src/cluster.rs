@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use contraflow_orchestrator::job::{JobSetup, Outcome};
-use contraflow_orchestrator::job_actor::{JobActor, JobActorSetup, JobMessage};
+use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_runtime::fabric::{LocalNetwork, LocalOptions};
-use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::recipe::{ErrorKind, Recipe};
+use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::membership::Assignment;
 use contraflow_workers::probe::Probe;
@@ -23,6 +24,10 @@ pub struct ClusterSpec {
     pub recipe: Arc<Recipe>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
+    /// What the run goes on from, if it is not fresh.
+    pub resume: Option<Arc<Checkpoint>>,
+    /// Where checkpoints are kept, if anywhere.
+    pub checkpoints: Option<Commits>,
     /// Where the weights go at the end, if anywhere; the folder exists.
     pub export_dir: Option<PathBuf>,
     /// Patience, disturbance and ledger of the fabric.
@@ -46,7 +51,9 @@ impl Cluster {
     ///
     /// **Errors**: in words, if an actor cannot be started.
     pub async fn start(spec: ClusterSpec) -> Result<Self, String> {
-        let ClusterSpec { recipe, datasets, export_dir, network, probe, subscribers } = spec;
+        let ClusterSpec { recipe, datasets, resume, checkpoints, export_dir, network, probe, subscribers } =
+            spec;
+        let folder = checkpoints.as_ref().map(|commits| commits.folder.clone());
         let network = LocalNetwork::new(network);
         let world = recipe.topology().world();
         let worker: Arc<OnceLock<ActorRef<WorkerMessage>>> = Arc::default();
@@ -59,7 +66,14 @@ impl Cluster {
         };
         let (tell_ended, ended) = oneshot::channel();
         let setup = JobActorSetup {
-            job: JobSetup { world, steps: recipe.training.steps as u64, export_dir },
+            job: JobSetup {
+                world,
+                steps_before: resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.step),
+                steps: recipe.training.steps as u64,
+                keeps_checkpoints: checkpoints.is_some(),
+                export_dir,
+            },
+            checkpoints,
             model_config: recipe.model_config.to_hf_json(),
             send: Arc::new(send),
             subscribers,
@@ -78,6 +92,8 @@ impl Cluster {
                 recipe: recipe.clone(),
                 endpoint: network.join(rank),
                 datasets: datasets.clone(),
+                resume: resume.clone(),
+                checkpoints: folder.clone(),
                 probe: probe.clone(),
             });
             worker_actor.cast(WorkerMessage::Host { rank, assignment }).map_err(|error| error.to_string())?;
@@ -85,7 +101,13 @@ impl Cluster {
         Ok(Cluster { job, ended, network })
     }
 
-    /// A handle that stops the job.
+    /// A handle that stops the run after the running step, which is kept.
+    pub fn stopper(&self) -> impl Fn() + Send + Sync + 'static {
+        let job = self.job.clone();
+        move || drop(job.cast(JobMessage::Stop))
+    }
+
+    /// A handle that ends the job at once.
     pub fn canceller(&self) -> impl Fn(&str) + Send + Sync + 'static {
         let job = self.job.clone();
         move |reason| drop(job.cast(JobMessage::Cancel { reason: reason.to_owned() }))
@@ -93,7 +115,8 @@ impl Cluster {
 
     /// Waits for the end of the job.
     pub async fn wait(self) -> Outcome {
-        let gone = || Outcome::Failed("the job actor ended without an outcome".into());
+        let message = "the job actor ended without an outcome".into();
+        let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
         self.ended.await.unwrap_or_else(|_| gone())
     }
 }

@@ -6,6 +6,8 @@ use std::fmt;
 
 use contraflow_runtime::recipe::Faults;
 
+use crate::interrupt::INTERRUPTED;
+
 /// A command that did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -28,7 +30,7 @@ impl Failure {
 
     /// The user interrupted it.
     pub fn interrupted(message: impl Into<String>) -> Self {
-        Failure { code: 130, message: message.into() }
+        Failure { code: INTERRUPTED, message: message.into() }
     }
 
     /// Several things the user mends, all at once; `what` has them.
@@ -53,7 +55,9 @@ impl From<Faults> for Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", self.message)
+        // To be interrupted is no error.
+        let prefix = if self.code == INTERRUPTED { "" } else { "error: " };
+        write!(f, "{prefix}{}", self.message)
     }
 }
 

@@ -43,6 +43,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    contraflow_runtime::failpoint::set_up();
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use contraflow_orchestrator::metrics::StepSummary;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::run_dir::METRICS;
+
 /// Without a terminal a line is written at most this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
@@ -40,7 +42,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Begins; creates metrics.jsonl in the run's folder.
+    /// Begins; adds to metrics.jsonl in the run's folder.
     ///
     /// **Errors**: what the system says about the file.
     pub fn new(run_dir: &Path, frame: Frame) -> std::io::Result<Self> {
@@ -50,7 +52,7 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:20} {pos}/{len}  {msg}") {
             bar.set_style(style);
         }
-        let file = File::create(run_dir.join("metrics.jsonl"))?;
+        let file = File::options().create(true).append(true).open(run_dir.join(METRICS))?;
         let recent = [(Instant::now(), 0)].into();
         Ok(Progress { frame, bar, file, recent, last_line: None })
     }

@@ -1,7 +1,12 @@
 //! The folder of a run: `runs/<name>`, then `runs/<name>-2` and so on, and `runs/latest` beside them.
 
-use std::io;
+use std::fs::{File, TryLockError};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+
+use contraflow_orchestrator::metrics::StepSummary;
+
+use crate::failure::Failure;
 
 /// Folder of all runs, in the working directory.
 pub const RUNS: &str = "runs";
@@ -34,6 +39,65 @@ fn point_latest(runs: &Path, folder: &str) -> io::Result<()> {
     #[cfg(not(unix))]
     std::fs::write(&fresh, folder)?;
     std::fs::rename(&fresh, runs.join("latest"))
+}
+
+/// Name of the file that whoever works on a run keeps locked.
+const LOCK: &str = ".lock";
+
+/// Keeps other processes from working on a run as long as the file is held.
+///
+/// **Errors**: code 2 if another process holds it, or if it cannot be made.
+pub fn lock(run: &Path) -> Result<File, Failure> {
+    let path = run.join(LOCK);
+    let failed = |error: io::Error| Failure::input(format!("{}: {error}", path.display()));
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {
+            file.set_len(0).map_err(failed)?;
+            write!(file, "{}", std::process::id()).map_err(failed)?;
+            Ok(file)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            // Who it is helps; without it the message still says what is wrong.
+            drop(file.read_to_string(&mut holder));
+            let message = format!(
+                "{}: expected a run that nobody works on, got one that process {holder} is training",
+                run.display()
+            );
+            Err(Failure::input(message))
+        }
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
+}
+
+/// File with one line per step.
+pub const METRICS: &str = "metrics.jsonl";
+
+/// Takes over the metrics of a run up to a step; those after it will be made again.
+///
+/// **Errors**: what the system says.
+pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
+    let text = match std::fs::read_to_string(from.join(METRICS)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let is_kept = |line: &&str| {
+        // A line that a crash has cut off is none.
+        serde_json::from_str::<StepSummary>(line).is_ok_and(|summary| summary.step <= last_step)
+    };
+    let kept: String = text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect();
+    let part = to.join(format!("{METRICS}.part"));
+    std::fs::write(&part, kept)?;
+    std::fs::rename(part, to.join(METRICS))
+}
+
+/// The last line of a run's metrics.
+pub fn last_summary(run: &Path) -> Option<StepSummary> {
+    let text = std::fs::read_to_string(run.join(METRICS)).ok()?;
+    serde_json::from_str(text.lines().last()?).ok()
 }
 
 /// Finds a model: the folder itself if it holds weights, or the `model` in a run's folder, or that of a named run.

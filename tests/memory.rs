@@ -41,6 +41,8 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     let spec = ClusterSpec {
         recipe,
         datasets,
+        resume: None,
+        checkpoints: None,
         export_dir: None,
         network: LocalOptions::default(),
         probe: Probe::default(),

@@ -22,6 +22,7 @@ pub mod embedding;
 pub mod gate;
 pub mod gemm;
 pub mod grouped;
+pub mod isa;
 pub mod latent;
 pub mod linear;
 pub mod math;

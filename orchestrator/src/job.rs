@@ -4,15 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use contraflow_proto::StepReport;
+use contraflow_runtime::checkpoint::{CheckpointError, Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
 
 /// What a job is made with.
 #[derive(Clone, Debug)]
 pub struct JobSetup {
     /// Number of ranks.
     pub world: usize,
-    /// Optimizer updates to make.
+    /// Optimizer updates that were made before, by an earlier run of the job.
+    pub steps_before: u64,
+    /// Optimizer updates to make, those before included.
     pub steps: u64,
+    /// Whether the ranks keep checkpoints: after the last step at least.
+    pub keeps_checkpoints: bool,
     /// Where the weights go at the end, if anywhere; the folder exists.
     pub export_dir: Option<PathBuf>,
 }
@@ -29,6 +35,13 @@ pub enum Effect {
     },
     /// Pass a report on.
     Record(StepReport),
+    /// Every rank's part of a checkpoint is on disk: commit it, and tell [`Job::committed`].
+    CommitCheckpoint {
+        /// Where the run stood.
+        position: Position,
+        /// By rank.
+        shards: Vec<ShardFile>,
+    },
     /// All weights are on disk: put the index beside them and give the folder its name.
     Commit {
         /// The folder.
@@ -48,8 +61,18 @@ pub enum Outcome {
         /// Mean validation loss in nats per token, and over how many tokens; `None` if there were no validation sequences.
         validation: Option<(f64, u64)>,
     },
-    /// Somebody could not go on, in words: rank, action, cause.
-    Failed(String),
+    /// The run was stopped between two steps.
+    Stopped {
+        /// The last step that was made.
+        step: u64,
+    },
+    /// Somebody could not go on.
+    Failed {
+        /// Rank, action, cause.
+        message: String,
+        /// Who has to act.
+        kind: ErrorKind,
+    },
 }
 
 #[derive(Debug, PartialEq)]
@@ -57,6 +80,7 @@ enum State {
     Starting {
         ready: BTreeSet<usize>,
     },
+    /// `done` are the ranks that have made their last step: the recipe's, or the one they have agreed to stop after.
     Training {
         done: BTreeSet<usize>,
     },
@@ -67,10 +91,10 @@ enum State {
         validation: Option<(f64, u64)>,
         files: BTreeMap<usize, ExportedFile>,
     },
-    /// A rank has failed; the others have been told to stop.
+    /// A rank has failed, or somebody has cancelled; the ranks have been told to stop.
     Aborting {
         waiting: BTreeSet<usize>,
-        message: String,
+        outcome: Outcome,
     },
     Over,
 }
@@ -80,12 +104,28 @@ enum State {
 pub struct Job {
     setup: JobSetup,
     state: State,
+    /// The latest step that all ranks have made.
+    step: u64,
+    /// Somebody wants the run to stop between two steps.
+    is_stopping: bool,
+    /// Checkpoints of which some ranks have written their part.
+    shards: BTreeMap<u64, BTreeMap<usize, ShardFile>>,
+    /// The newest committed checkpoint of this run.
+    committed: u64,
 }
 
 impl Job {
     /// A job whose ranks have been assigned and not yet answered.
     pub fn new(setup: JobSetup) -> Self {
-        Job { setup, state: State::Starting { ready: BTreeSet::new() } }
+        let step = setup.steps_before;
+        Job {
+            setup,
+            state: State::Starting { ready: BTreeSet::new() },
+            step,
+            is_stopping: false,
+            shards: BTreeMap::new(),
+            committed: step,
+        }
     }
 
     /// What the job is about, and whom it waits for, in words.
@@ -99,6 +139,7 @@ impl Job {
         };
         match &self.state {
             State::Starting { ready } => format!("starting, waiting for rank {}", missing(ready)),
+            State::Training { done } if done.len() == self.setup.world => "waiting for a checkpoint".into(),
             State::Training { done } => format!("training, waiting for rank {}", missing(done)),
             State::Validating { losses } => {
                 format!("validating, waiting for rank {}", missing(&losses.keys().copied().collect()))
@@ -116,39 +157,40 @@ impl Job {
         let world = self.setup.world;
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
-            (State::Aborting { waiting, message }, event) => {
+            (State::Aborting { waiting, outcome }, event) => {
                 let is_answer = matches!(event, RankEvent::Aborted { .. } | RankEvent::Failed { .. });
                 if is_answer && waiting.remove(&event.rank()) && waiting.is_empty() {
-                    let message = std::mem::take(message);
-                    return self.end(Outcome::Failed(message));
+                    let outcome = outcome.clone();
+                    return self.end(outcome);
                 }
                 Vec::new()
             }
-            (_, RankEvent::Failed { rank, action, cause }) => {
-                self.abort(rank, format!("rank {rank}, {action}: {cause}"))
+            (_, RankEvent::Failed { rank, action, cause, kind }) => {
+                let message = format!("rank {rank}, {action}: {cause}");
+                let others = (0..world).filter(|&other| other != rank).collect();
+                self.abort(others, Outcome::Failed { message, kind })
             }
+            (_, RankEvent::ShardSaved { rank, position, shard }) => self.shard_saved(rank, position, shard),
             (State::Starting { ready }, RankEvent::Ready { rank }) => {
                 ready.insert(rank);
                 if ready.len() < world {
                     return Vec::new();
                 }
-                if self.setup.steps == 0 {
+                if self.step >= self.setup.steps {
                     return self.validate();
                 }
                 self.state = State::Training { done: BTreeSet::new() };
-                self.everyone(&RankCommand::BeginStep { step: 1 })
+                self.everyone(&RankCommand::BeginStep { step: self.step + 1 })
             }
-            (State::Training { done }, RankEvent::StepDone { report }) => {
+            (State::Training { .. }, RankEvent::StepDone { report }) => {
                 let (rank, step) = (report.rank as usize, report.step);
                 let mut effects = vec![Effect::Record(report)];
                 if step == self.setup.steps {
-                    done.insert(rank);
-                    if done.len() == world {
-                        effects.extend(self.validate());
-                    }
+                    effects.extend(self.last_step_made(rank, step));
                 }
                 effects
             }
+            (State::Training { .. }, RankEvent::Stopped { rank, step }) => self.last_step_made(rank, step),
             (State::Validating { losses }, RankEvent::Validated { rank, loss, tokens }) => {
                 losses.insert(rank, loss);
                 if losses.len() < world {
@@ -176,37 +218,99 @@ impl Job {
         }
     }
 
+    fn last_step_made(&mut self, rank: usize, step: u64) -> Vec<Effect> {
+        if let State::Training { done } = &mut self.state {
+            done.insert(rank);
+        }
+        self.step = step;
+        self.leave_training()
+    }
+
+    /// Once all ranks have made their last step and it is kept: on to the validation, or to the end if the run was stopped.
+    fn leave_training(&mut self) -> Vec<Effect> {
+        let State::Training { done } = &self.state else { return Vec::new() };
+        let is_kept = !self.setup.keeps_checkpoints || self.committed == self.step;
+        if done.len() < self.setup.world || !is_kept {
+            return Vec::new();
+        }
+        if self.is_stopping || self.step < self.setup.steps {
+            return self.end(Outcome::Stopped { step: self.step });
+        }
+        self.validate()
+    }
+
+    fn shard_saved(&mut self, rank: usize, position: Position, shard: ShardFile) -> Vec<Effect> {
+        let shards = self.shards.entry(position.step).or_default();
+        shards.insert(rank, shard);
+        if shards.len() < self.setup.world {
+            return Vec::new();
+        }
+        let shards = self.shards.remove(&position.step).unwrap_or_default();
+        vec![Effect::CommitCheckpoint { position, shards: shards.into_values().collect() }]
+    }
+
+    /// A checkpoint has been committed, or not.
+    pub fn committed(&mut self, step: u64, result: Result<(), CheckpointError>) -> Vec<Effect> {
+        match result {
+            Ok(()) => {
+                self.committed = step;
+                self.leave_training()
+            }
+            Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
+            Err(error) => {
+                let message = format!("committing the checkpoint of step {step}: {error}");
+                self.abort_all(Outcome::Failed { message, kind: ErrorKind::Config })
+            }
+        }
+    }
+
     /// Ends the job if a rank that was told to stop has not answered in time.
     pub fn give_up_waiting(&mut self) -> Vec<Effect> {
-        match &mut self.state {
-            State::Aborting { message, .. } => {
-                let message = std::mem::take(message);
-                self.end(Outcome::Failed(message))
+        match &self.state {
+            State::Aborting { outcome, .. } => {
+                let outcome = outcome.clone();
+                self.end(outcome)
             }
             _ => Vec::new(),
         }
     }
 
-    /// Stops the job on somebody's word.
+    /// Stops the run between two steps on somebody's word, and keeps what it has learnt: the ranks finish the running step.
+    pub fn stop(&mut self) -> Vec<Effect> {
+        let is_first = !std::mem::replace(&mut self.is_stopping, true);
+        match &self.state {
+            State::Over | State::Aborting { .. } => Vec::new(),
+            State::Training { .. } if is_first => self.everyone(&RankCommand::Stop),
+            State::Training { .. } => Vec::new(),
+            // Nothing to keep that is not kept already.
+            _ => self.abort_all(Outcome::Stopped { step: self.step }),
+        }
+    }
+
+    /// Stops the job at once on somebody's word.
     pub fn cancel(&mut self, reason: &str) -> Vec<Effect> {
         match self.state {
             State::Over | State::Aborting { .. } => Vec::new(),
-            _ => self.stop((0..self.setup.world).collect(), reason.to_owned()),
+            _ => self.abort_all(Outcome::Failed { message: reason.to_owned(), kind: ErrorKind::Lost }),
         }
     }
 
-    fn abort(&mut self, failed: usize, message: String) -> Vec<Effect> {
-        self.stop((0..self.setup.world).filter(|&rank| rank != failed).collect(), message)
+    fn abort_all(&mut self, outcome: Outcome) -> Vec<Effect> {
+        self.abort((0..self.setup.world).collect(), outcome)
     }
 
-    fn stop(&mut self, waiting: BTreeSet<usize>, message: String) -> Vec<Effect> {
+    fn abort(&mut self, waiting: BTreeSet<usize>, outcome: Outcome) -> Vec<Effect> {
         if waiting.is_empty() {
-            return self.end(Outcome::Failed(message));
+            return self.end(outcome);
         }
+        let reason = match &outcome {
+            Outcome::Failed { message, .. } => message.clone(),
+            _ => "the run is to stop".into(),
+        };
         let command =
-            |&rank| Effect::Command { rank, command: RankCommand::Abort { reason: message.clone() } };
+            |&rank| Effect::Command { rank, command: RankCommand::Abort { reason: reason.clone() } };
         let effects = waiting.iter().map(command).collect();
-        self.state = State::Aborting { waiting, message };
+        self.state = State::Aborting { waiting, outcome };
         effects
     }
 
@@ -242,7 +346,13 @@ mod tests {
     use super::*;
 
     fn job(world: usize) -> Job {
-        Job::new(JobSetup { world, steps: 2, export_dir: Some("model".into()) })
+        Job::new(JobSetup {
+            world,
+            steps_before: 0,
+            steps: 2,
+            keeps_checkpoints: false,
+            export_dir: Some("model".into()),
+        })
     }
 
     fn step_done(rank: u32, step: u64) -> RankEvent {
@@ -292,13 +402,15 @@ mod tests {
             rank,
             action: "action B1.0".into(),
             cause: cause.to_owned(),
+            kind: ErrorKind::Bug,
         };
         let effects = job.step(failed(1, "out of luck"));
         let ranks: Vec<usize> = commands(&effects).into_iter().map(|(rank, _)| rank).collect();
         assert_eq!(ranks, [0, 2]);
         assert_eq!(job.step(failed(2, "a consequence")), []);
         let effects = job.step(RankEvent::Aborted { rank: 0 });
-        let told = Outcome::Failed("rank 1, action B1.0: out of luck".into());
+        let message = "rank 1, action B1.0: out of luck".into();
+        let told = Outcome::Failed { message, kind: ErrorKind::Bug };
         assert_eq!(effects.last().unwrap(), &Effect::End(told));
         assert_eq!(job.step(step_done(0, 1)), []);
     }
@@ -308,7 +420,89 @@ mod tests {
         let mut job = job(2);
         drop(job.cancel("cancelled"));
         let effects = job.give_up_waiting();
-        assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Failed("cancelled".into())));
+        let told = Outcome::Failed { message: "cancelled".into(), kind: ErrorKind::Lost };
+        assert_eq!(effects.last().unwrap(), &Effect::End(told));
         assert_eq!(job.give_up_waiting(), []);
+    }
+
+    fn with_checkpoints(world: usize) -> Job {
+        let setup = JobSetup {
+            world,
+            steps_before: 10,
+            steps: 20,
+            keeps_checkpoints: true,
+            export_dir: Some("model".into()),
+        };
+        Job::new(setup)
+    }
+
+    fn saved(rank: usize, step: u64) -> RankEvent {
+        let shard = ShardFile { file: rank.to_string(), ..ShardFile::default() };
+        RankEvent::ShardSaved { rank, position: Position { step, ..Position::default() }, shard }
+    }
+
+    #[test]
+    fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is_kept() {
+        let mut job = with_checkpoints(2);
+        drop(job.step(RankEvent::Ready { rank: 0 }));
+        let begin = RankCommand::BeginStep { step: 11 };
+        assert_eq!(commands(&job.step(RankEvent::Ready { rank: 1 })), [(0, &begin), (1, &begin)]);
+        assert_eq!(job.step(saved(0, 15)), []);
+        assert_eq!(job.step(saved(0, 20)), [], "the fast rank is a checkpoint ahead");
+        let effects = job.step(saved(1, 15));
+        assert!(matches!(&effects[..], [Effect::CommitCheckpoint { position, shards }]
+            if position.step == 15 && shards.len() == 2 && shards[0].file == "0"));
+        assert_eq!(job.committed(15, Ok(())), []);
+        (0..2).for_each(|rank| drop(job.step(step_done(rank, 20))));
+        assert_eq!(job.describe(), "waiting for a checkpoint");
+        assert!(matches!(job.step(saved(1, 20))[..], [Effect::CommitCheckpoint { .. }]));
+        let effects = job.committed(20, Ok(()));
+        assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
+    }
+
+    #[test]
+    fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_kept() {
+        let mut job = with_checkpoints(2);
+        (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+        assert_eq!(commands(&job.stop()), [(0, &RankCommand::Stop), (1, &RankCommand::Stop)]);
+        assert_eq!(job.stop(), [], "once is enough");
+        for rank in 0..2 {
+            drop(job.step(step_done(rank as u32, 13)));
+            assert_eq!(job.step(RankEvent::Stopped { rank, step: 13 }), []);
+            drop(job.step(saved(rank, 13)));
+        }
+        let effects = job.committed(13, Ok(()));
+        assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Stopped { step: 13 }));
+    }
+
+    #[test]
+    fn a_stop_at_the_very_last_step_still_stops_before_the_validation() {
+        let mut job = with_checkpoints(1);
+        drop(job.step(RankEvent::Ready { rank: 0 }));
+        drop(job.stop());
+        drop(job.step(step_done(0, 20)));
+        drop(job.step(saved(0, 20)));
+        let effects = job.committed(20, Ok(()));
+        assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Stopped { step: 20 }));
+    }
+
+    #[test]
+    fn a_finished_run_is_only_validated_and_written_again() {
+        let mut job = with_checkpoints(1);
+        job.step = 20;
+        assert_eq!(commands(&job.step(RankEvent::Ready { rank: 0 })), [(0, &RankCommand::Validate)]);
+    }
+
+    #[test]
+    fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
+        let mut job = with_checkpoints(1);
+        drop(job.step(RankEvent::Ready { rank: 0 }));
+        drop(job.step(saved(0, 15)));
+        let full = CheckpointError { path: "manifest.json".into(), message: "no space".into() };
+        assert!(matches!(commands(&job.committed(15, Err(full)))[..], [(0, RankCommand::Abort { .. })]));
+        let effects = job.step(RankEvent::Aborted { rank: 0 });
+        let message = "committing the checkpoint of step 15: manifest.json: no space".into();
+        let told = Outcome::Failed { message, kind: ErrorKind::Config };
+        assert_eq!(effects.last().unwrap(), &Effect::End(told));
     }
 }

@@ -4,7 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use contraflow_runtime::checkpoint::{
+    CheckpointError, CheckpointFolder, Manifest, Position, ShardFile, UNFINISHED_SUFFIX,
+};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
@@ -21,7 +25,16 @@ pub type SendCommand = Arc<dyn Fn(usize, RankCommand) + Send + Sync>;
 pub enum JobMessage {
     /// A rank has something to say.
     Event(RankEvent),
-    /// Stop.
+    /// Finish the running step, keep it, and end.
+    Stop,
+    /// A checkpoint has been committed, or not.
+    Committed {
+        /// Which one.
+        step: u64,
+        /// Whether it stands.
+        result: Result<(), CheckpointError>,
+    },
+    /// End at once.
     Cancel {
         /// Why.
         reason: String,
@@ -30,12 +43,25 @@ pub enum JobMessage {
     Tick,
 }
 
+/// How checkpoints are committed.
+#[derive(Clone, Debug)]
+pub struct Commits {
+    /// Where.
+    pub folder: CheckpointFolder,
+    /// How many of the newest are kept.
+    pub keep: usize,
+    /// What a manifest says beside position and shards.
+    pub manifest: Manifest,
+}
+
 /// What the actor is made with.
 pub struct JobActorSetup {
     /// The job.
     pub job: JobSetup,
     /// The model's `config.json`, to be put beside exported weights.
     pub model_config: String,
+    /// Where checkpoints are committed, if anywhere.
+    pub checkpoints: Option<Commits>,
     /// The way to the ranks.
     pub send: SendCommand,
     /// Who hears a summary of every step.
@@ -48,6 +74,7 @@ pub struct JobActorSetup {
 pub struct JobActorState {
     job: Job,
     model_config: String,
+    checkpoints: Option<Commits>,
     send: SendCommand,
     metrics: ActorRef<MetricsMessage>,
     ended: Option<oneshot::Sender<Outcome>>,
@@ -67,13 +94,17 @@ impl JobActorState {
                 Effect::Command { rank, command } => (self.send)(rank, command),
                 // If the metrics actor is gone the job hears of it as its supervisor.
                 Effect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
+                Effect::CommitCheckpoint { position, shards } => {
+                    self.commit_checkpoint(myself.clone(), position, shards);
+                }
                 Effect::Commit { dir, files } => {
                     self.commit_error = commit(&dir, &files, &self.model_config)
                         .err()
                         .map(|error| format!("{}: {error}", dir.display()));
                 }
                 Effect::End(outcome) => {
-                    let outcome = self.commit_error.take().map_or(outcome, Outcome::Failed);
+                    let failed = |message| Outcome::Failed { message, kind: ErrorKind::Config };
+                    let outcome = self.commit_error.take().map_or(outcome, failed);
                     if let Some(ended) = self.ended.take() {
                         // Whoever waited for the end may have left.
                         let _ = ended.send(outcome);
@@ -84,8 +115,17 @@ impl JobActorState {
     }
 }
 
-/// Name that a model folder has while it is being written.
-pub const UNFINISHED_SUFFIX: &str = ".part";
+impl JobActorState {
+    /// Syncing files takes its time, in which the job must hear its ranks: not on the actor's own thread.
+    fn commit_checkpoint(&self, myself: ActorRef<JobMessage>, position: Position, shards: Vec<ShardFile>) {
+        let Some(Commits { folder, keep, manifest }) = self.checkpoints.clone() else { return };
+        tokio::task::spawn_blocking(move || {
+            let result = folder.commit(&Manifest { position, shards, ..manifest }, keep);
+            // If the job is gone nobody asks any more.
+            drop(myself.cast(JobMessage::Committed { step: position.step, result }));
+        });
+    }
+}
 
 /// Writes index and configuration beside the weights and gives the folder its final name.
 fn commit(dir: &Path, files: &[ExportedFile], model_config: &str) -> std::io::Result<()> {
@@ -99,7 +139,14 @@ fn commit(dir: &Path, files: &[ExportedFile], model_config: &str) -> std::io::Re
     std::fs::write(dir.join("config.json"), model_config)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
     match name.strip_suffix(UNFINISHED_SUFFIX) {
-        Some(name) => std::fs::rename(dir, dir.with_file_name(name)),
+        Some(name) => {
+            let target = dir.with_file_name(name);
+            // A resumed run that had been finished before writes its model once more.
+            if target.exists() {
+                std::fs::remove_dir_all(&target)?;
+            }
+            std::fs::rename(dir, target)
+        }
         None => Ok(()),
     }
 }
@@ -117,13 +164,21 @@ impl Actor for JobActor {
         myself: ActorRef<JobMessage>,
         setup: JobActorSetup,
     ) -> Result<JobActorState, ActorProcessingErr> {
-        let JobActorSetup { job, model_config, send, subscribers, ended } = setup;
+        let JobActorSetup { job, model_config, checkpoints, send, subscribers, ended } = setup;
         let (metrics, _) = Actor::spawn_linked(None, Metrics, job.world, myself.get_cell()).await?;
         for subscriber in subscribers {
             metrics.cast(MetricsMessage::Subscribe(subscriber))?;
         }
         let job = Job::new(job);
-        Ok(JobActorState { job, model_config, send, metrics, ended: Some(ended), commit_error: None })
+        Ok(JobActorState {
+            job,
+            model_config,
+            checkpoints,
+            send,
+            metrics,
+            ended: Some(ended),
+            commit_error: None,
+        })
     }
 
     async fn handle(
@@ -134,6 +189,8 @@ impl Actor for JobActor {
     ) -> Result<(), ActorProcessingErr> {
         let effects = match message {
             JobMessage::Event(event) => state.job.step(event),
+            JobMessage::Stop => state.job.stop(),
+            JobMessage::Committed { step, result } => state.job.committed(step, result),
             JobMessage::Cancel { reason } => state.job.cancel(&reason),
             JobMessage::Tick => state.job.give_up_waiting(),
         };

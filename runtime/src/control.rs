@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use contraflow_proto::StepReport;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::{Position, ShardFile};
+use crate::recipe::ErrorKind;
+
 /// To a rank.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RankCommand {
@@ -16,6 +19,9 @@ pub enum RankCommand {
         /// Optimizer update, counted from 1.
         step: u64,
     },
+    /// Finish the running step, keep the state after it, and wait. The ranks agree on the step among themselves, so that
+    /// all of them stop after the same one.
+    Stop,
     /// Run the validation sequences forward.
     Validate,
     /// Write the weights this rank answers for into a folder, in the published format.
@@ -44,6 +50,22 @@ pub enum RankEvent {
     StepDone {
         /// Who, which step, and what was measured.
         report: StepReport,
+    },
+    /// The ranks have agreed to stop after this step.
+    Stopped {
+        /// Who.
+        rank: usize,
+        /// The last step.
+        step: u64,
+    },
+    /// The rank's part of a checkpoint is on disk, synced, in the unfinished folder of its step.
+    ShardSaved {
+        /// Who.
+        rank: usize,
+        /// Where the run stood.
+        position: Position,
+        /// What was written.
+        shard: ShardFile,
     },
     /// The validation sequences have been run.
     Validated {
@@ -74,6 +96,8 @@ pub enum RankEvent {
         action: String,
         /// The cause, in words.
         cause: String,
+        /// Who has to act.
+        kind: ErrorKind,
     },
 }
 
@@ -82,6 +106,8 @@ impl RankEvent {
     pub fn rank(&self) -> usize {
         match self {
             RankEvent::Ready { rank }
+            | RankEvent::Stopped { rank, .. }
+            | RankEvent::ShardSaved { rank, .. }
             | RankEvent::Validated { rank, .. }
             | RankEvent::Exported { rank, .. }
             | RankEvent::Aborted { rank }

@@ -3,9 +3,11 @@
 //! Knows ranks, stages and bytes; no tensors (that is `kernels`) and no layers' arithmetic (that is `workers`).
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod checkpoint;
 pub mod control;
 pub mod cost;
 pub mod fabric;
+pub mod failpoint;
 pub mod layout;
 pub mod model_config;
 pub mod recipe;

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::schedule::{Component, Lane, Op, Work};
@@ -15,7 +14,7 @@ use contraflow_workers::error::RankError;
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, build};
 use contraflow_workers::model::init::initialise;
-use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, RankParams, UpdateOrder};
+use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, RankParams, SaveWhen, UpdateOrder};
 use contraflow_workers::plans::Plans;
 use contraflow_workers::probe::{Probe, ProbePoint};
 use contraflow_workers::step::StepId;
@@ -51,7 +50,7 @@ fn cancel_during(lab: &Lab, is_it: impl Fn(&ProbePoint) -> bool + Send + Sync + 
         std::thread::sleep(LONG_KERNEL);
     });
     let finished = lab.run(Setup { probe, cancel, ..lab.setup(FOUR_RANKS, &[]) });
-    assert_eq!(finished.outcome, Outcome::Failed("the user has seen enough".into()));
+    assert_eq!(finished.message(), "the user has seen enough");
     let took = finished.since_cancel.unwrap();
     assert!(took < Duration::from_millis(100), "the abort was answered after {took:?}");
 }
@@ -75,7 +74,7 @@ fn an_abort_is_answered_before_the_ranks_have_a_model() {
     at_once.notify_one();
     let finished =
         lab.run(Setup { cancel: Some((at_once, "changed my mind")), ..lab.setup(FOUR_RANKS, &[]) });
-    assert_eq!(finished.outcome, Outcome::Failed("changed my mind".into()));
+    assert_eq!(finished.message(), "changed my mind");
     assert!(finished.since_cancel.unwrap() < SOON);
 }
 
@@ -236,7 +235,8 @@ fn update_two_ranks(lab: &Lab, poison: fn(&mut RankParams)) -> Vec<(bool, Result
             |params: &RankParams| parts(params).map(|(param, _)| param.weight.clone()).collect::<Vec<_>>();
         let before = weights(&params);
         let id = StepId { job: 0, generation: 0, phase: Phase::Update, step: 1 };
-        let order = UpdateOrder { id, learning_rate: 0.1, bias_speed: 0.1 };
+        let order =
+            UpdateOrder { id, learning_rate: 0.1, bias_speed: 0.1, stop: false, save: SaveWhen::Never };
         let result = OptimizerState::new(setup, &params).update(&order, &mut params, &Totals::default());
         let same = before.iter().zip(weights(&params)).all(|(before, after)| before.f32() == after.f32());
         (same, result.map(drop))

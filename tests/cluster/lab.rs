@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use contraflow::cluster::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
+use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Sent};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::{Document, PackedDataset};
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::optimizer::RankParams;
@@ -98,6 +100,8 @@ pub struct Lab {
 pub struct Setup {
     pub recipe: Arc<Recipe>,
     pub datasets: Arc<Datasets>,
+    pub resume: Option<Arc<Checkpoint>>,
+    pub checkpoints: Option<Commits>,
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
     pub probe: Probe,
@@ -129,8 +133,8 @@ impl Finished {
     /// What a run that went wrong says.
     pub fn message(&self) -> &str {
         match &self.outcome {
-            Outcome::Failed(message) => message,
-            Outcome::Done { .. } => panic!("the run ended well"),
+            Outcome::Failed { message, .. } => message,
+            outcome => panic!("expected a run that failed, got {outcome:?}"),
         }
     }
 }
@@ -169,6 +173,8 @@ impl Lab {
         Setup {
             recipe: self.recipe(layout, changes),
             datasets: datasets(),
+            resume: None,
+            checkpoints: None,
             export_dir: None,
             network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
             probe: Probe::default(),
@@ -189,16 +195,34 @@ impl Lab {
 }
 
 async fn run(setup: Setup) -> Finished {
-    let Setup { recipe, datasets, export_dir, network, probe, subscriber: another, cancel } = setup;
+    let Setup {
+        recipe,
+        datasets,
+        resume,
+        checkpoints,
+        export_dir,
+        network,
+        probe,
+        subscriber: another,
+        cancel,
+    } = setup;
     let summaries: Arc<Mutex<Vec<StepSummary>>> = Arc::default();
     let heard = summaries.clone();
     let subscriber = move |summary: &StepSummary| heard.lock().unwrap().push(summary.clone());
     let mut subscribers: Vec<Subscriber> = vec![Box::new(subscriber)];
     subscribers.extend(another);
     let began = Instant::now();
-    let cluster =
-        Cluster::start(ClusterSpec { recipe, datasets, export_dir, network, probe, subscribers }).await;
-    let cluster = cluster.unwrap();
+    let cluster = Cluster::start(ClusterSpec {
+        recipe,
+        datasets,
+        resume,
+        checkpoints,
+        export_dir,
+        network,
+        probe,
+        subscribers,
+    });
+    let cluster = cluster.await.unwrap();
     let network: Arc<LocalNetwork> = cluster.network.clone();
     let mut cancelled = None;
     if let Some((when, reason)) = cancel {

@@ -1,14 +1,19 @@
-//! The checkpointer actor: the rank's hand on storage. Writes the weights that the rank answers for as published files.
+//! The checkpointer actor: the rank's hand on storage. Writes the rank's part of a checkpoint, and at the end the weights
+//! that the rank answers for as published files.
 //!
-//! A weight that several ranks hold is written by the first of its replica group. Knows files and parameters, no steps.
+//! A published weight that several ranks hold is written by the first of its replica group. Knows
+//! files and parameters; when something is saved is the rank's business.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::failpoint::failpoint;
 use contraflow_runtime::model_config::ModelConfig;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
+use crate::checkpoint::{Snapshot, shard_name, write_shard};
 use crate::error::RankError;
 use crate::optimizer::RankParams;
 use crate::params::Params;
@@ -18,6 +23,17 @@ use crate::weights::{Entry, gate_bias_name, write_file};
 
 /// What the checkpointer hears.
 pub enum CheckpointerMessage {
+    /// Write the rank's part of a checkpoint; the answer is [`RankMessage::Saved`].
+    Save {
+        /// The folder; it is made if it is not there.
+        dir: PathBuf,
+        /// This rank.
+        rank: usize,
+        /// Where the run stood.
+        position: Position,
+        /// What is written.
+        snapshot: Box<Snapshot>,
+    },
     /// Write the weights; the answer is [`RankMessage::Exported`].
     Export {
         /// The folder; it exists.
@@ -61,9 +77,7 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
     add(&params.dense);
     add(&params.experts);
     for (&layer, bias) in &params.dense.gate_biases {
-        let gate = format!("model.layers.{layer}.mlp.gate.weight");
-        let owner = params.dense.iter().find(|param| param.parts[0].name == gate).map(|param| param.group[0]);
-        if owner == Some(rank) {
+        if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
             entries.push(Entry { name: gate_bias_name(layer), shape: vec![bias.len()], values: bias });
         }
     }
@@ -85,6 +99,16 @@ pub fn export(
         return Ok(ExportedFile::default());
     }
     write_file(dir, &format!("model-{:05}-of-{world:05}.safetensors", rank + 1), entries)
+}
+
+/// Writes a rank's part of a checkpoint into its folder.
+///
+/// **Errors**: what the system says, with the path.
+fn save(dir: &Path, rank: usize, snapshot: Snapshot) -> Result<ShardFile, RankError> {
+    let path = || dir.display().to_string();
+    std::fs::create_dir_all(dir).map_err(|source| RankError::File { path: path(), source })?;
+    failpoint("checkpoint.folder-made");
+    write_shard(dir, &shard_name(rank), snapshot)
 }
 
 /// The checkpointer actor.
@@ -110,6 +134,17 @@ impl Actor for Checkpointer {
         (rank_actor, probe): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
+            CheckpointerMessage::Save { dir, rank, position, snapshot } => {
+                probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
+                let rank_actor = rank_actor.clone();
+                tokio::task::spawn_blocking(move || {
+                    let write = AssertUnwindSafe(|| save(&dir, rank, *snapshot));
+                    let result =
+                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    // If the rank is gone the job has ended and nobody asks any more.
+                    drop(rank_actor.cast(RankMessage::Saved { position, result }));
+                });
+            }
             CheckpointerMessage::Export { dir, rank, world, config, params } => {
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();

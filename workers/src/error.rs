@@ -1,21 +1,9 @@
 //! What can go wrong on a rank, sorted by who has to act.
 
 use contraflow_runtime::fabric::FabricError;
+pub use contraflow_runtime::recipe::ErrorKind;
 
 use crate::step::Missing;
-
-/// Who has to act on an error (ARCHITECTURE.md, "Errors").
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ErrorKind {
-    /// The user mends the recipe or a file.
-    Config,
-    /// A peer is gone: the job re-forms.
-    Lost,
-    /// A number is not finite: stop, keep the evidence.
-    Numeric,
-    /// Our fault.
-    Bug,
-}
 
 /// An error on a rank.
 #[derive(Debug, thiserror::Error)]

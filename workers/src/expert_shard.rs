@@ -3,8 +3,6 @@
 //! It is off the path of a micro-batch: the program works on the lent parameters, the actor only hands them out and
 //! takes them back. Knows no schedule and no fabric.
 
-use std::collections::BTreeMap;
-
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::params::Params;
@@ -20,8 +18,6 @@ pub enum ExpertShardMessage {
     },
     /// Take the experts back.
     Return(Box<Params>),
-    /// Tokens per expert of the step that has ended, per layer, over the global batch.
-    Counts(BTreeMap<usize, Vec<u64>>),
 }
 
 /// What the actor is made with.
@@ -40,8 +36,6 @@ pub struct ExpertShardSetup {
 pub struct ExpertShardState {
     setup: ExpertShardSetup,
     lent: bool,
-    /// Tokens per expert since the start, per layer.
-    counts: BTreeMap<usize, Vec<u64>>,
 }
 
 impl ExpertShardState {
@@ -54,13 +48,6 @@ impl ExpertShardState {
     fn take_back(&mut self, experts: Params) {
         self.setup.experts = experts;
         self.lent = false;
-    }
-
-    fn count(&mut self, counts: BTreeMap<usize, Vec<u64>>) {
-        for (layer, counts) in counts {
-            let sums = self.counts.entry(layer).or_insert_with(|| vec![0; counts.len()]);
-            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-        }
     }
 }
 
@@ -77,7 +64,7 @@ impl Actor for ExpertShard {
         _myself: ActorRef<ExpertShardMessage>,
         setup: ExpertShardSetup,
     ) -> Result<ExpertShardState, ActorProcessingErr> {
-        Ok(ExpertShardState { setup, lent: false, counts: BTreeMap::new() })
+        Ok(ExpertShardState { setup, lent: false })
     }
 
     async fn handle(
@@ -94,7 +81,6 @@ impl Actor for ExpertShard {
                 state.setup.rank.cast(RankMessage::ExpertsLent(Box::new(experts)))?;
             }
             ExpertShardMessage::Return(experts) => state.take_back(*experts),
-            ExpertShardMessage::Counts(counts) => state.count(counts),
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! `exchange` -> `optimizer`. This is the one crate that knows both ranks and tensors.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod checkpoint;
 pub mod checkpointer;
 pub mod collectives;
 pub mod compute;

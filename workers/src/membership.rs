@@ -7,11 +7,13 @@ use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
 use contraflow_proto::{LayerLoad, StepReport};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::fabric::Endpoint;
 use contraflow_runtime::recipe::Recipe;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 
+use crate::checkpoint::Checkpoint;
 use crate::checkpointer::{Checkpointer, CheckpointerMessage};
 use crate::error::RankError;
 use crate::exchange::ExpertGroup;
@@ -22,7 +24,8 @@ use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::optimizer::{
-    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, UpdateOrder,
+    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, SaveWhen,
+    UpdateOrder,
 };
 use crate::params::Params;
 use crate::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
@@ -45,11 +48,15 @@ pub struct Assignment {
     pub endpoint: Endpoint,
     /// The sequences.
     pub datasets: Arc<Datasets>,
+    /// What the run goes on from, if it is not fresh.
+    pub resume: Option<Arc<Checkpoint>>,
+    /// Where checkpoints are kept, if anywhere.
+    pub checkpoints: Option<CheckpointFolder>,
     /// For tests.
     pub probe: Probe,
 }
 
-/// A model with an optimizer, fresh.
+/// A model with an optimizer.
 pub struct Built {
     assignment: Assignment,
     arch: Arc<Architecture>,
@@ -59,9 +66,10 @@ pub struct Built {
     threads: Arc<Threads>,
 }
 
-/// Builds the model of a rank: weights drawn, moments zero.
+/// Builds the model of a rank: weights drawn and moments zero, or both from the checkpoint.
 ///
-/// **Errors**: in words, if the recipe's layers do not fit its stages.
+/// **Errors**: in words, if the recipe's layers do not fit its stages; a checkpoint that cannot be read or is of another
+/// model.
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
@@ -71,8 +79,12 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
     let mut model = build(&arch, &placement, rank);
-    initialise(&mut model.dense, recipe.training.seed, recipe.training.init_std);
-    initialise(&mut model.experts, recipe.training.seed, recipe.training.init_std);
+    for params in [&mut model.dense, &mut model.experts] {
+        match &assignment.resume {
+            Some(checkpoint) => checkpoint.fill(params)?,
+            None => initialise(params, recipe.training.seed, recipe.training.init_std),
+        }
+    }
     let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
     let setup = OptimizerSetup {
         recipe: recipe.optimizer.clone(),
@@ -83,7 +95,10 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         threads: threads.clone(),
     };
     let params = RankParams { dense: model.dense, experts: model.experts };
-    let optimizer = OptimizerState::new(setup, &params);
+    let mut optimizer = OptimizerState::new(setup, &params);
+    if let Some(checkpoint) = &assignment.resume {
+        optimizer.restore(&params, checkpoint)?;
+    }
     let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
     Ok(Built { assignment, arch, plans, model, optimizer, threads })
 }
@@ -126,10 +141,10 @@ pub struct Member {
     pub children: Children,
     /// The dense parameters, between programs.
     pub dense: Option<Params>,
-    /// Sequences of all steps so far.
-    pub cursor: u64,
-    /// Tokens of all steps so far.
-    pub tokens: u64,
+    /// How far the run has come.
+    pub position: Position,
+    /// A checkpoint is being written.
+    pub is_saving: bool,
     /// When the running step began.
     pub began: Instant,
     /// **Units**: bytes sent before the running step.
@@ -154,9 +169,18 @@ impl Member {
         self.children.experts.cast(message).map_err(gone("the expert shard"))
     }
 
+    /// When the state after an update is to be kept.
+    pub fn save_when(&self, step: u64) -> SaveWhen {
+        match self.assignment.checkpoints {
+            None => SaveWhen::Never,
+            Some(_) if self.assignment.recipe.saves_after(step) => SaveWhen::Now,
+            Some(_) => SaveWhen::AtStop,
+        }
+    }
+
     /// What the rank tells of an update.
     pub fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
-        let mtp_weight = self.assignment.recipe.mtp_weight_at(self.tokens);
+        let mtp_weight = self.assignment.recipe.mtp_weight_at(self.position.tokens);
         let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
         let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
         StepReport {
@@ -193,6 +217,8 @@ pub async fn join(
 ) -> Result<Member, ActorProcessingErr> {
     let Built { assignment, arch, plans, model, optimizer, threads } = built;
     let recipe = assignment.recipe.clone();
+    let position = assignment.resume.as_ref().map(|checkpoint| checkpoint.manifest.position);
+    let position = position.unwrap_or_default();
     let topology = recipe.topology();
     let at = topology.coordinates(rank_id);
     let site = Site {
@@ -239,8 +265,8 @@ pub async fn join(
         plans,
         children: Children { pipeline, experts, optimizer, loader, checkpointer },
         dense: Some(model.dense),
-        cursor: 0,
-        tokens: 0,
+        position,
+        is_saving: false,
         began: Instant::now(),
         sent_before: 0,
     })

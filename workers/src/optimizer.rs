@@ -17,6 +17,7 @@ use contraflow_runtime::fabric::{Endpoint, FrameKind};
 use contraflow_runtime::recipe::{Decay, OptimizerSection};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
+use crate::checkpoint::{Checkpoint, Kind, Snapshot};
 use crate::collectives::{Collectives, shard};
 use crate::compute::Totals;
 use crate::error::RankError;
@@ -24,6 +25,7 @@ use crate::params::{Param, Params};
 use crate::probe::{Probe, ProbePoint};
 use crate::rank::RankMessage;
 use crate::step::StepId;
+use crate::weights::gate_bias_name;
 
 /// What one update is told.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +36,21 @@ pub struct UpdateOrder {
     pub learning_rate: f64,
     /// How far a gate bias moves (gamma).
     pub bias_speed: f64,
+    /// Whether this rank has been told to stop: if any has, all stop after this step.
+    pub stop: bool,
+    /// When the state after the update is wanted.
+    pub save: SaveWhen,
+}
+
+/// When the state after an update is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveWhen {
+    /// Not at all: there is nowhere to keep it.
+    Never,
+    /// If the ranks stop after this step.
+    AtStop,
+    /// After this step.
+    Now,
 }
 
 /// What every rank knows after an update.
@@ -49,6 +66,8 @@ pub struct GlobalTotals {
     pub grad_norm: f64,
     /// Tokens per expert and layer, over the global batch.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
+    /// Some rank has been told to stop: this step is the last.
+    pub stop: bool,
 }
 
 /// The parameters of one replica group that are reduced together, as one flat run of elements.
@@ -223,7 +242,7 @@ impl OptimizerState {
         let endpoint = self.endpoint.clone();
         let collectives = Collectives { endpoint: &endpoint, id: order.id };
         let gradients = self.reduce_gradients(&collectives, params)?;
-        let global = self.sum_totals(&collectives, params, &gradients, totals)?;
+        let global = self.sum_totals(&collectives, params, &gradients, (totals, order.stop))?;
         if !global.grad_norm.is_finite() || !global.loss.is_finite() {
             let (norm, loss) = (global.grad_norm, global.loss);
             return Err(RankError::NotFinite { step: order.id.step, norm, loss });
@@ -235,7 +254,57 @@ impl OptimizerState {
             param.grad = None;
         }
         move_gate_biases(&mut params.dense.gate_biases, &global.expert_counts, order.bias_speed);
+        add_counts(&mut params.dense.expert_counts, &global.expert_counts);
         Ok(global)
+    }
+
+    /// What this rank answers for in a checkpoint: its shard of weights and moments, and the gate biases and counts of the
+    /// gates whose first holder it is.
+    pub fn snapshot(&self, params: &RankParams) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        for bucket in &self.buckets {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                let param = params.param(store, index);
+                let weight = shared_or_cut(&param.weight, in_param.clone());
+                for (part, in_part, within) in param.parts_in(in_param) {
+                    let place = || (part.name.as_str(), part.shape.as_slice(), in_part.clone());
+                    let of = |first: usize| first + within.start..first + within.end;
+                    snapshot.add(Kind::Weight, place(), (weight.clone(), of(0)));
+                    snapshot.add(Kind::ExpAvg, place(), (bucket.exp_avg.clone(), of(in_range.start)));
+                    snapshot.add(Kind::ExpAvgSq, place(), (bucket.exp_avg_sq.clone(), of(in_range.start)));
+                }
+            }
+        }
+        let rank = self.endpoint.rank();
+        for (&layer, bias) in &params.dense.gate_biases {
+            if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
+                let (name, len) = (gate_bias_name(layer), bias.len());
+                let values = Tensor::from_vec(&[len], bias.clone());
+                snapshot.add(Kind::Weight, (&name, &[len], 0..len), (values, 0..len));
+                let counts = params.dense.expert_counts.get(&layer).cloned();
+                snapshot.add_counts(name, counts.unwrap_or_else(|| vec![0; len]));
+            }
+        }
+        snapshot
+    }
+
+    /// Reads this rank's shard of the moments, written in whatever layout.
+    ///
+    /// **Errors**: those of [`Checkpoint::read`].
+    pub fn restore(&mut self, params: &RankParams, checkpoint: &Checkpoint) -> Result<(), RankError> {
+        for bucket in &mut self.buckets {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                for (part, in_part, within) in params.param(store, index).parts_in(in_param) {
+                    let target = in_range.start + within.start..in_range.start + within.end;
+                    let tensor = (part.name.as_str(), part.shape.as_slice());
+                    let exp_avg = &mut bucket.exp_avg.f32_mut()[target.clone()];
+                    checkpoint.read(Kind::ExpAvg, tensor, in_part.clone(), exp_avg)?;
+                    let exp_avg_sq = &mut bucket.exp_avg_sq.f32_mut()[target];
+                    checkpoint.read(Kind::ExpAvgSq, tensor, in_part, exp_avg_sq)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The summed gradient of this rank's shard per bucket; `None` where the rank is alone and the gradient is in place.
@@ -260,7 +329,7 @@ impl OptimizerState {
         collectives: &Collectives,
         params: &RankParams,
         gradients: &[Option<Tensor>],
-        totals: &Totals,
+        (totals, stop): (&Totals, bool),
     ) -> Result<GlobalTotals, RankError> {
         let mut squares = 0.0;
         for (bucket, reduced) in self.buckets.iter().zip(gradients) {
@@ -276,7 +345,8 @@ impl OptimizerState {
             };
         }
         let (num_experts, num_layers) = self.counts_shape;
-        let mut sums = vec![squares, totals.loss, totals.mtp_loss, totals.balance_loss];
+        let stop = f64::from(u8::from(stop));
+        let mut sums = vec![squares, totals.loss, totals.mtp_loss, totals.balance_loss, stop];
         let first_count = sums.len();
         sums.resize(first_count + num_experts * num_layers, 0.0);
         for (&layer, counts) in &totals.expert_counts {
@@ -295,6 +365,7 @@ impl OptimizerState {
             mtp_loss: sums[2],
             balance_loss: sums[3],
             expert_counts: totals.expert_counts.keys().map(|&layer| (layer, counts_of(layer))).collect(),
+            stop: sums[4] > 0.0,
         })
     }
 
@@ -363,6 +434,24 @@ impl OptimizerState {
     }
 }
 
+/// A range of a tensor, as a tensor: the whole is shared until somebody writes to it, of a part a copy is made, so that a
+/// rank never keeps more than its shard.
+fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
+    if range.len() == tensor.len() {
+        return tensor.clone();
+    }
+    let mut cut = Tensor::for_overwrite(&[range.len()]);
+    cut.f32_mut().copy_from_slice(&tensor.f32()[range]);
+    cut
+}
+
+fn add_counts(sums: &mut BTreeMap<usize, Vec<u64>>, counts: &BTreeMap<usize, Vec<u64>>) {
+    for (&layer, counts) in counts {
+        let sums = sums.entry(layer).or_insert_with(|| vec![0; counts.len()]);
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+}
+
 /// The balance rule without a loss: an expert that got more than the mean goes down by `speed`, one that got less goes up
 /// (report section 2.1.2).
 pub fn move_gate_biases(
@@ -407,6 +496,8 @@ pub struct UpdateDone {
     pub params: RankParams,
     /// What every rank knows now, or why nothing was updated.
     pub result: Result<GlobalTotals, RankError>,
+    /// The state after the update, where it is to be kept.
+    pub snapshot: Option<Snapshot>,
 }
 
 /// The optimizer actor.
@@ -449,13 +540,23 @@ impl Actor for Optimizer {
                 tokio::task::spawn_blocking(move || {
                     let update = AssertUnwindSafe(|| {
                         probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &params });
-                        state.update(&order, &mut params, &totals)
+                        let global = state.update(&order, &mut params, &totals)?;
+                        let keep = match order.save {
+                            SaveWhen::Never => false,
+                            SaveWhen::AtStop => global.stop,
+                            SaveWhen::Now => true,
+                        };
+                        Ok((global, keep.then(|| state.snapshot(&params))))
                     });
                     let result =
                         catch_unwind(update).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    let (result, snapshot) = match result {
+                        Ok((global, snapshot)) => (Ok(global), snapshot),
+                        Err(error) => (Err(error), None),
+                    };
                     // If the actors are gone the job has ended and nobody asks any more.
                     drop(myself.cast(OptimizerMessage::Finished(state)));
-                    let done = UpdateDone { order, params: *params, result };
+                    let done = UpdateDone { order, params: *params, result, snapshot };
                     drop(rank.cast(RankMessage::UpdateDone(Box::new(done))));
                 });
             }

@@ -4,6 +4,7 @@
 //! nothing of how gradients are reduced; it only says over whom (`group`).
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use contraflow_kernels::tensor::Tensor;
 
@@ -64,6 +65,16 @@ impl Param {
         self.grad.get_or_insert_with(|| Tensor::zeros(self.weight.shape()))
     }
 
+    /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
+    /// given range that is.
+    pub fn parts_in(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, Range<usize>)> {
+        self.parts.iter().filter_map(move |part| {
+            let (from, to) = (range.start.max(part.offset), range.end.min(part.offset + part.len()));
+            let within = |start: usize| from - start..to - start;
+            (from < to).then(|| (part, within(part.offset), within(range.start)))
+        })
+    }
+
     /// Whether it is a matrix: weight decay may spare the others.
     pub fn is_matrix(&self) -> bool {
         self.parts[0].shape.len() > 1
@@ -77,6 +88,8 @@ pub struct Params {
     by_name: HashMap<String, ParamId>,
     /// `e_score_correction_bias` per layer: moved by the balance rule, never by a gradient.
     pub gate_biases: BTreeMap<usize, Vec<f32>>,
+    /// Tokens per routed expert and layer since the start of the run.
+    pub expert_counts: BTreeMap<usize, Vec<u64>>,
 }
 
 impl Params {
@@ -133,6 +146,12 @@ impl Params {
     /// One parameter.
     pub fn get(&self, id: ParamId) -> &Param {
         &self.list[id]
+    }
+
+    /// The ranks that hold a layer's gate, and with it the layer's bias and counts.
+    pub fn gate_holders(&self, layer: usize) -> Option<&[usize]> {
+        let gate = self.by_name.get(&format!("model.layers.{layer}.mlp.gate.weight"))?;
+        Some(&self.list[*gate].group)
     }
 
     /// Number of parameters.

@@ -7,11 +7,13 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
+use crate::checkpoint::Snapshot;
 use crate::checkpointer::CheckpointerMessage;
 use crate::error::RankError;
 use crate::expert_shard::ExpertShardMessage;
@@ -53,6 +55,13 @@ pub enum RankMessage {
         /// What was written.
         result: Result<ExportedFile, RankError>,
     },
+    /// The rank's part of a checkpoint is on disk, or not.
+    Saved {
+        /// Of which checkpoint.
+        position: Position,
+        /// What was written.
+        result: Result<ShardFile, RankError>,
+    },
     /// A child could not do its part.
     ChildFailed {
         /// What it was doing, in words.
@@ -81,6 +90,12 @@ enum Task {
         bubble_s: f64,
         peak_live_chunks: usize,
     },
+    /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
+    AwaitSaved {
+        snapshot: Box<Snapshot>,
+        /// Whether the run goes on after it.
+        goes_on: bool,
+    },
     /// The checkpointer needs the experts before it writes.
     Lend {
         dir: std::path::PathBuf,
@@ -96,6 +111,8 @@ pub struct RankState {
     tell: Tell,
     member: Option<Member>,
     task: Task,
+    /// The orchestrator wants the run to stop between two steps.
+    stop: bool,
 }
 
 impl RankState {
@@ -106,6 +123,10 @@ impl RankState {
     fn command(&mut self, command: RankCommand) -> Result<(), RankError> {
         match command {
             RankCommand::BeginStep { step } => self.begin_step(step),
+            RankCommand::Stop => {
+                self.stop = true;
+                Ok(())
+            }
             RankCommand::Validate => self.validate(),
             RankCommand::Export { dir } => {
                 self.task = Task::Lend { dir };
@@ -136,8 +157,8 @@ impl RankState {
         member.began = Instant::now();
         member.sent_before = member.assignment.endpoint.sent_bytes();
         let recipe = &member.assignment.recipe;
-        let shape = train_shape(recipe, recipe.batch_size_at(member.tokens));
-        let part = Part::Train { cursor: member.cursor };
+        let shape = train_shape(recipe, recipe.batch_size_at(member.position.tokens));
+        let part = Part::Train { cursor: member.position.cursor };
         self.gather(Phase::Train, step, part, shape)
     }
 
@@ -211,7 +232,7 @@ impl RankState {
         let scales = LossScales {
             denominator: batch.denominator,
             mtp_denominator: batch.mtp_denominator,
-            mtp_weight: recipe.mtp_weight_at(member.tokens),
+            mtp_weight: recipe.mtp_weight_at(member.position.tokens),
             balance: recipe.balance.sequence_alpha / shape.global_batch as f64,
         };
         let order = PipelineOrder {
@@ -235,7 +256,7 @@ impl RankState {
         *bubble_s = bubble.as_secs_f64();
         *peak_live_chunks = totals.peak_live_chunks;
         let shape = *shape;
-        let rank = self.id;
+        let (rank, stop) = (self.id, self.stop);
         let member = self.member()?;
         if id.phase == Phase::Validate {
             let RankParams { dense, experts } = params;
@@ -249,15 +270,17 @@ impl RankState {
         let recipe = &member.assignment.recipe;
         let order = UpdateOrder {
             id: StepId { phase: Phase::Update, ..id },
-            learning_rate: recipe.lr_at(id.step as usize - 1, member.tokens),
-            bias_speed: recipe.bias_speed_at(member.tokens),
+            learning_rate: recipe.lr_at(id.step as usize - 1, member.position.tokens),
+            bias_speed: recipe.bias_speed_at(member.position.tokens),
+            stop,
+            save: member.save_when(id.step),
         };
         let update = OptimizerMessage::Update { order, params: Box::new(params), totals: Box::new(totals) };
         member.children.optimizer.cast(update).map_err(gone("the optimizer"))
     }
 
     fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
-        let UpdateDone { order, params, result } = done;
+        let UpdateDone { order, params, result, snapshot } = done;
         let global = result?;
         let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
         self.task = Task::Idle;
@@ -265,15 +288,16 @@ impl RankState {
         let member = self.member()?;
         let RankParams { dense, experts } = params;
         member.dense = Some(dense);
-        let counts = ExpertShardMessage::Counts(global.expert_counts.clone());
-        member.children.experts.cast(counts).map_err(gone("the expert shard"))?;
         member.give_back(experts)?;
+        let stop = global.stop;
         let mut report = member.report(id, &order, global, denominators.0 as u64);
         report.bubble_seconds = bubble_s;
         report.peak_live_chunks = peak_live_chunks as u32;
-        member.cursor += shape.global_batch as u64;
-        member.tokens += report.tokens;
-        let is_last = order.id.step >= member.assignment.recipe.training.steps as u64;
+        let step = order.id.step;
+        member.position.step = step;
+        member.position.cursor += shape.global_batch as u64;
+        member.position.tokens += report.tokens;
+        let is_last = step >= member.assignment.recipe.training.steps as u64;
         tracing::debug!(
             rank = id,
             step = report.step,
@@ -282,7 +306,56 @@ impl RankState {
             "step done"
         );
         (self.tell)(RankEvent::StepDone { report });
-        if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
+        if stop {
+            (self.tell)(RankEvent::Stopped { rank: id, step });
+        }
+        let goes_on = !is_last && !stop;
+        match snapshot {
+            Some(snapshot) => self.save(Box::new(snapshot), goes_on),
+            None => self.go_on(goes_on),
+        }
+    }
+
+    fn go_on(&mut self, goes_on: bool) -> Result<(), RankError> {
+        let next = self.member()?.position.step + 1;
+        if goes_on { self.begin_step(next) } else { Ok(()) }
+    }
+
+    /// Hands a snapshot to the checkpointer and goes on while it writes.
+    fn save(&mut self, snapshot: Box<Snapshot>, goes_on: bool) -> Result<(), RankError> {
+        let rank = self.id;
+        let member = self.member()?;
+        if member.is_saving {
+            self.task = Task::AwaitSaved { snapshot, goes_on };
+            return Ok(());
+        }
+        member.is_saving = true;
+        let position = member.position;
+        let folder =
+            member.assignment.checkpoints.as_ref().ok_or(RankError::ActorGone { actor: "the storage" })?;
+        let save =
+            CheckpointerMessage::Save { dir: folder.unfinished(position.step), rank, position, snapshot };
+        member.children.checkpointer.cast(save).map_err(gone("the checkpointer"))?;
+        self.go_on(goes_on)
+    }
+
+    fn saved(&mut self, position: Position, result: Result<ShardFile, RankError>) -> Result<(), RankError> {
+        let rank = self.id;
+        match result {
+            Ok(shard) => (self.tell)(RankEvent::ShardSaved { rank, position, shard }),
+            Err(error) => {
+                self.fail(format!("saving step {}", position.step), &error);
+                return Ok(());
+            }
+        }
+        self.member()?.is_saving = false;
+        match std::mem::replace(&mut self.task, Task::Idle) {
+            Task::AwaitSaved { snapshot, goes_on } => self.save(snapshot, goes_on),
+            task => {
+                self.task = task;
+                Ok(())
+            }
+        }
     }
 
     fn exported(
@@ -307,6 +380,7 @@ impl RankState {
             Task::Idle => "waiting for a command".into(),
             Task::Gather { id, .. } => format!("gathering step {}", id.step),
             Task::Run { .. } => "running a step".into(),
+            Task::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
             Task::Lend { .. } | Task::Export => "writing the weights".into(),
             Task::Over => "ending".into(),
         }
@@ -319,7 +393,12 @@ impl RankState {
             return;
         }
         self.task = Task::Over;
-        (self.tell)(RankEvent::Failed { rank: self.id, action, cause: error.to_string() });
+        (self.tell)(RankEvent::Failed {
+            rank: self.id,
+            action,
+            cause: error.to_string(),
+            kind: error.kind(),
+        });
         if let Some(member) = &self.member {
             member.assignment.endpoint.abort(&format!("rank {} failed", self.id));
         }
@@ -339,7 +418,7 @@ impl Actor for Rank {
         _myself: ActorRef<RankMessage>,
         (id, tell): (usize, Tell),
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState { id, tell, member: None, task: Task::Idle })
+        Ok(RankState { id, tell, member: None, task: Task::Idle, stop: false })
     }
 
     async fn handle(
@@ -383,6 +462,7 @@ impl Actor for Rank {
             RankMessage::PlanDone(done) => state.plan_done(*done),
             RankMessage::UpdateDone(done) => state.update_done(*done),
             RankMessage::Exported { params, result } => state.exported(*params, result),
+            RankMessage::Saved { position, result } => state.saved(position, result),
             RankMessage::ChildFailed { action, error } => {
                 state.fail(action, &error);
                 Ok(())

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use crate::membership::{Assignment, Tell};
@@ -37,7 +38,7 @@ pub struct WorkerState {
 
 impl WorkerState {
     fn failed(&self, rank: usize, action: &str, cause: String) {
-        (self.tell)(RankEvent::Failed { rank, action: action.to_owned(), cause });
+        (self.tell)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
     }
 }
 

@@ -144,13 +144,32 @@ impl Recipe {
             RecipeSource::Builtin(name) => name.clone(),
             RecipeSource::File(path) => path.display().to_string(),
         };
-        Self::from_toml(&text, &name, source.folder(), overrides)
+        Self::from_toml((&text, &name), source.folder(), overrides, None)
     }
 
-    fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
+    /// The recipe of an earlier run, with overrides. The model is the run's, wherever its `config.json` may be by now.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn reload(
+        resolved_toml: &str,
+        name: &str,
+        overrides: &[String],
+        model: ModelConfig,
+    ) -> Result<Self, Faults> {
+        let names_a_model = overrides.iter().any(|entry| entry.trim_start().starts_with("model.config"));
+        let model = (!names_a_model).then_some(model);
+        Self::from_toml((resolved_toml, name), Path::new(""), overrides, model)
+    }
+
+    fn from_toml(
+        (text, name): (&str, &str),
+        folder: &Path,
+        overrides: &[String],
+        model: Option<ModelConfig>,
+    ) -> Result<Self, Faults> {
         let mut table = RecipeTable::read(name, text, overrides)?;
         table.resolve_paths(folder);
-        let model = read_model(&mut table);
+        let model = model.unwrap_or_else(|| read_model(&mut table));
         derive(&mut table, &model);
         let mut recipe: Recipe =
             Value::Table(table.sections()).try_into().expect("a checked table has the types of the sections");

@@ -150,6 +150,10 @@ pub const BYTE_TOKENS: usize = END_OF_DOCUMENT + 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointSection {
+    /// Steps between checkpoints; 0: only where the run ends or is interrupted.
+    pub every: u64,
+    /// How many of the newest checkpoints are kept.
+    pub keep: usize,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
 }

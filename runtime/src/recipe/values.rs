@@ -35,6 +35,12 @@ impl Recipe {
         (start + grown) / unit * unit
     }
 
+    /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
+    pub fn saves_after(&self, step: u64) -> bool {
+        let every = self.checkpoint.every;
+        step == self.training.steps as u64 || (every > 0 && step.is_multiple_of(every))
+    }
+
     /// Change of a gate bias in a step before which `tokens` tokens have been seen.
     pub fn bias_speed_at(&self, tokens: u64) -> f64 {
         self.balance.bias_speed.at(tokens)

@@ -3,7 +3,7 @@
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::recipe::{Decay, OptimizerSection};
 use contraflow_runtime::schedule::Mode;
-use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, UpdateOrder};
+use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
 
 use crate::findings::{Findings, LOSS, Mark};
 use crate::fixture::{Fixture, Truth};
@@ -73,7 +73,8 @@ fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, 
                 names.map(|name| (name, rank.gradient(name).map(|gradient| norm(&gradient)))).collect();
         }
         let id = rank.step_id(Phase::Update, step);
-        let order = UpdateOrder { id, learning_rate, bias_speed: BIAS_SPEED };
+        let order =
+            UpdateOrder { id, learning_rate, bias_speed: BIAS_SPEED, stop: false, save: SaveWhen::Never };
         let global = optimizer.update(&order, &mut rank.params, &totals).unwrap();
         losses.push(global.loss as f32);
         norms.push(global.grad_norm as f32);

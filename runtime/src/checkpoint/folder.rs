@@ -1,0 +1,131 @@
+//! The folder of a run's checkpoints: which are committed, committing one, dropping the oldest.
+//!
+//! Every change is ordered for a crash at any point: files and folders are synced before the rename that commits, and a
+//! checkpoint that is dropped loses its name before its first file. Knows no job and no rank.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::manifest::{MANIFEST_FILE, Manifest};
+use super::{CheckpointError, Position};
+use crate::failpoint::failpoint;
+
+/// Ending of a folder that is being written or removed.
+pub const UNFINISHED_SUFFIX: &str = ".part";
+
+/// Name of the folder in a run's folder.
+const FOLDER: &str = "checkpoints";
+
+/// Whether a checkpoint's folder has the name of one that was never finished.
+pub fn is_unfinished(dir: &Path) -> bool {
+    dir.file_name().is_some_and(|name| name.to_string_lossy().ends_with(UNFINISHED_SUFFIX))
+}
+
+/// Where a run keeps its checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointFolder {
+    dir: PathBuf,
+}
+
+impl CheckpointFolder {
+    /// Of a run's folder; nothing is made yet.
+    pub fn of_run(run: &Path) -> Self {
+        CheckpointFolder { dir: run.join(FOLDER) }
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The folder of a committed checkpoint.
+    pub fn committed(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("step-{step:08}"))
+    }
+
+    /// The folder into which ranks write the shards of a checkpoint.
+    pub fn unfinished(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("step-{step:08}{UNFINISHED_SUFFIX}"))
+    }
+
+    /// Steps of the committed checkpoints, ascending.
+    ///
+    /// **Errors**: what the system says; a folder that does not exist has none.
+    pub fn list(&self) -> io::Result<Vec<u64>> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry?.file_name();
+            let digits = name.to_str().and_then(|name| name.strip_prefix("step-"));
+            steps.extend(digits.and_then(|digits| digits.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Removes what an earlier process left unfinished. Only the process that owns the run may call this.
+    ///
+    /// **Errors**: what the system says.
+    pub fn clear_unfinished(&self) -> io::Result<()> {
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        for entry in std::fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if is_unfinished(&path) {
+                std::fs::remove_dir_all(path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and
+    /// renames the folder. Afterwards only the newest `keep` checkpoints remain.
+    ///
+    /// **Errors**: what the system says, with the path; the checkpoint is not committed then.
+    pub fn commit(&self, manifest: &Manifest, keep: usize) -> Result<(), CheckpointError> {
+        let Position { step, .. } = manifest.position;
+        let (from, to) = (self.unfinished(step), self.committed(step));
+        self.rename_finished(manifest, &from, &to).map_err(|error| CheckpointError::new(&to, error))?;
+        self.drop_oldest(keep).map_err(|error| CheckpointError::new(&self.dir, error))
+    }
+
+    fn rename_finished(&self, manifest: &Manifest, from: &Path, to: &Path) -> io::Result<()> {
+        failpoint("checkpoint.shards-saved");
+        let text = serde_json::to_string_pretty(manifest).map_err(io::Error::other)?;
+        let mut file = File::create(from.join(MANIFEST_FILE))?;
+        file.write_all(text.as_bytes())?;
+        failpoint("checkpoint.manifest-written");
+        file.sync_all()?;
+        sync_dir(from)?;
+        failpoint("checkpoint.manifest-synced");
+        std::fs::rename(from, to)?;
+        failpoint("checkpoint.renamed");
+        sync_dir(&self.dir)?;
+        failpoint("checkpoint.committed");
+        Ok(())
+    }
+
+    fn drop_oldest(&self, keep: usize) -> io::Result<()> {
+        let steps = self.list()?;
+        for &step in &steps[..steps.len().saturating_sub(keep.max(1))] {
+            let doomed = self.unfinished(step);
+            std::fs::rename(self.committed(step), &doomed)?;
+            failpoint("checkpoint.dropped");
+            std::fs::remove_dir_all(doomed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the names in a folder durable.
+///
+/// **Errors**: what the system says.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}

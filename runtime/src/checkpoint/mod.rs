@@ -1,0 +1,30 @@
+//! What a checkpoint is on disk, without its tensors: the manifest, and the folder in which checkpoints are committed.
+//!
+//! A run keeps them in `checkpoints/step-XXXXXXXX`, each with one safetensors shard per rank and `manifest.json`. Ranks write
+//! their shards into `step-XXXXXXXX.part`; the job adds the manifest and gives the folder its name in one rename. What
+//! has the name is whole. Knows bytes and checksums; what is inside a shard is the workers'.
+
+pub mod folder;
+pub mod manifest;
+#[cfg(test)]
+mod tests;
+
+pub use folder::{CheckpointFolder, UNFINISHED_SUFFIX, is_unfinished};
+pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
+
+/// A checkpoint that cannot be used, or not be written.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct CheckpointError {
+    /// Which file or folder.
+    pub path: String,
+    /// What was expected and what came.
+    pub message: String,
+}
+
+impl CheckpointError {
+    /// About a path, in words.
+    pub fn new(path: &std::path::Path, message: impl std::fmt::Display) -> Self {
+        CheckpointError { path: path.display().to_string(), message: message.to_string() }
+    }
+}

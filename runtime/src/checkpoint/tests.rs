@@ -1,0 +1,93 @@
+//! The folder and the manifest, without ranks.
+
+use std::path::Path;
+
+use super::*;
+use crate::recipe::{Recipe, RecipeSource};
+
+fn shard(dir: &Path, rank: usize, bytes: &[u8]) -> ShardFile {
+    let file = format!("rank-{rank:05}.safetensors");
+    std::fs::write(dir.join(&file), bytes).unwrap();
+    ShardFile { file, bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() }
+}
+
+fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
+    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+    Manifest {
+        format_version: manifest::FORMAT_VERSION,
+        position: Position { step, cursor: 16 * step, tokens: 4096 * step },
+        recipe: recipe.resolved_toml(),
+        model: serde_json::from_str(&recipe.model_config.to_hf_json()).unwrap(),
+        corpus_hash: "0".repeat(64),
+        made_by: MadeBy { layout: Layout::of(&recipe), binary: "b".into(), instruction_set: "i".into() },
+        shards,
+    }
+}
+
+fn commit(folder: &CheckpointFolder, step: u64, keep: usize) -> Manifest {
+    let part = folder.unfinished(step);
+    std::fs::create_dir_all(&part).unwrap();
+    let manifest = manifest(step, vec![shard(&part, 0, b"first"), shard(&part, 1, b"second")]);
+    folder.commit(&manifest, keep).unwrap();
+    manifest
+}
+
+#[test]
+fn what_is_committed_is_listed_read_back_and_the_oldest_dropped() {
+    let run = tempfile::tempdir().unwrap();
+    let folder = CheckpointFolder::of_run(run.path());
+    assert_eq!(folder.list().unwrap(), [0_u64; 0]);
+    let written: Vec<Manifest> = [5, 10, 100].into_iter().map(|step| commit(&folder, step, 2)).collect();
+    assert_eq!(folder.list().unwrap(), [10, 100]);
+    let read = Manifest::read(&folder.committed(100)).unwrap();
+    assert_eq!(read, written[2]);
+    assert!(read.shards.iter().all(|shard| shard.verify(&folder.committed(100)).is_ok()));
+    std::fs::create_dir(folder.unfinished(200)).unwrap();
+    assert_eq!(folder.list().unwrap(), [10, 100], "an unfinished one does not count");
+    let told = Manifest::read(&folder.unfinished(200)).unwrap_err()[0].to_string();
+    assert!(told.contains("step-00000200.part: expected a committed checkpoint"), "{told}");
+    folder.clear_unfinished().unwrap();
+    assert!(!folder.unfinished(200).exists());
+}
+
+#[test]
+fn every_damaged_shard_is_named_at_once() {
+    let run = tempfile::tempdir().unwrap();
+    let folder = CheckpointFolder::of_run(run.path());
+    commit(&folder, 3, 1);
+    let dir = folder.committed(3);
+    std::fs::remove_file(dir.join("rank-00000.safetensors")).unwrap();
+    std::fs::write(dir.join("rank-00001.safetensors"), b"seco").unwrap();
+    let told: Vec<String> = Manifest::read(&dir).unwrap_err().iter().map(ToString::to_string).collect();
+    assert!(told[0].contains("rank-00000.safetensors: No such file"), "{told:?}");
+    assert!(told[1].contains("rank-00001.safetensors: expected 6 bytes, got 4"), "{told:?}");
+    // As long as before, but with one bit turned: only the checksum sees it.
+    std::fs::write(dir.join("rank-00000.safetensors"), b"first").unwrap();
+    std::fs::write(dir.join("rank-00001.safetensors"), b"secone").unwrap();
+    let manifest = Manifest::read(&dir).unwrap();
+    assert!(manifest.shards[0].verify(&dir).is_ok());
+    let told = manifest.shards[1].verify(&dir).unwrap_err().to_string();
+    assert!(told.contains("rank-00001.safetensors: expected blake3"), "{told}");
+}
+
+#[test]
+fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
+    let whole = serde_json::to_value(manifest(1, vec![ShardFile::default()])).unwrap();
+    let told = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut changed = whole.clone();
+        change(&mut changed);
+        Manifest::parse(changed.to_string().as_bytes()).unwrap_err()
+    };
+    let newer = told(&|manifest| {
+        manifest["format_version"] = 7.into();
+        manifest["something new"] = true.into();
+    });
+    assert!(newer.contains("expected format version 1 or earlier, got 7"), "{newer}");
+    for name in ["", "../other/file", "/etc/passwd", "a/b", ".."] {
+        let told = told(&|manifest| manifest["shards"][0]["file"] = name.into());
+        assert!(told.contains("a file name for each shard"), "{name}: {told}");
+    }
+    assert!(told(&|manifest| manifest["shards"] = serde_json::json!([])).contains("at least one shard"));
+    assert!(told(&|manifest| manifest["position"] = 4.into()).contains("a damaged file"));
+    assert!(Manifest::parse(b"{").unwrap_err().contains("a damaged file"));
+}

@@ -1,0 +1,188 @@
+//! Going on with a run: finds its newest checkpoint, and refuses what would not be the same run.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use contraflow_runtime::checkpoint::{CheckpointFolder, MANIFEST_FILE, MadeBy, is_unfinished};
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::recipe::{Faults, Recipe};
+use contraflow_workers::checkpoint::Checkpoint;
+
+use crate::failure::Failure;
+use crate::run_dir;
+
+/// A run that can go on.
+pub struct Resumed {
+    /// The folder of the run.
+    pub run: PathBuf,
+    /// Where it goes on from, checked.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Keeps other processes out of the run; `None` if the checkpoint is not the run's newest: then a new run begins.
+    pub lock: Option<File>,
+    model: ModelConfig,
+}
+
+impl Resumed {
+    /// Opens a run (its folder or its name) at its newest checkpoint, or the folder of a checkpoint.
+    ///
+    /// **Errors**: code 2 with every fault: no such run, no checkpoint, another process at work in the run, a checkpoint that
+    /// is unfinished, damaged or of a newer format.
+    pub fn open(name: &str) -> Result<Self, Failure> {
+        let (run, dir) = find(name)?;
+        let newest = CheckpointFolder::of_run(&run).list().ok().and_then(|steps| steps.last().copied());
+        let is_newest = newest
+            .is_some_and(|step| CheckpointFolder::of_run(&run).committed(step).ends_with(name_of(&dir)));
+        let lock = if is_newest { Some(run_dir::lock(&run)?) } else { None };
+        let checkpoint = Checkpoint::open(&dir).map_err(|faults| {
+            let mut failure = Failure::faults("checkpoint", &faults.0);
+            failure.message += &earlier(&run, &dir);
+            failure
+        })?;
+        let config = checkpoint.manifest.model.to_string();
+        let manifest = dir.join(MANIFEST_FILE);
+        let model = ModelConfig::from_hf_json(&config)
+            .map_err(|faults| Failure::input(format!("{}: model: {faults}", manifest.display())))?;
+        Ok(Resumed { run, checkpoint: Arc::new(checkpoint), lock, model })
+    }
+
+    /// Name of the run.
+    pub fn name(&self) -> String {
+        name_of(&self.run)
+    }
+
+    /// The run's recipe with changes.
+    ///
+    /// **Errors**: code 2 with every fault at once.
+    pub fn recipe(&self, overrides: &[String]) -> Result<Recipe, Failure> {
+        let origin = self.checkpoint.dir().join(MANIFEST_FILE).display().to_string();
+        let text = &self.checkpoint.manifest.recipe;
+        Ok(Recipe::reload(text, &origin, overrides, self.model.clone())?)
+    }
+
+    /// Refuses a recipe or data with which the run would not be the same run, and says aloud what is different.
+    ///
+    /// **Errors**: code 2 with every fault at once.
+    pub fn check(&self, recipe: &Recipe, corpus_hash: &str) -> Result<(), Failure> {
+        let manifest = &self.checkpoint.manifest;
+        let before = self.recipe(&[])?;
+        let mut faults = Faults::default();
+        check_model(&self.model, &recipe.model_config, &mut faults);
+        let of_the_run = |value: String| format!("{value}, as in the run so far");
+        let (then, now) = (&before.training, &recipe.training);
+        for (key, then, now) in [
+            ("training.sequence_length", then.sequence_length as u64, now.sequence_length as u64),
+            ("training.seed", then.seed, now.seed),
+        ] {
+            if then != now {
+                faults.expected(key, of_the_run(then.to_string()), now);
+            }
+        }
+        let step = manifest.position.step;
+        if (now.steps as u64) < step {
+            faults.expected(
+                "training.steps",
+                format!("at least {step}, the step of the checkpoint"),
+                now.steps,
+            );
+        }
+        if corpus_hash != manifest.corpus_hash {
+            let expected = of_the_run(format!("data of blake3 {}", manifest.corpus_hash));
+            faults.expected("data.paths", expected, corpus_hash);
+        }
+        if !faults.list.is_empty() {
+            return Err(faults.into());
+        }
+        changes(&before, recipe).iter().for_each(|change| eprintln!("note: {change}"));
+        Ok(())
+    }
+
+    /// Says aloud where the run will not have the bits of an undisturbed one.
+    pub fn compare_origin(&self, now: &MadeBy) {
+        let then = &self.checkpoint.manifest.made_by;
+        if then.layout == now.layout
+            && (then.binary != now.binary || then.instruction_set != now.instruction_set)
+        {
+            eprintln!(
+                "note: another program or another machine has written the checkpoint: the losses go on within rounding, not bit \
+                 for bit"
+            );
+        }
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The run and the checkpoint that a name stands for.
+fn find(name: &str) -> Result<(PathBuf, PathBuf), Failure> {
+    let direct = PathBuf::from(name);
+    if direct.join(MANIFEST_FILE).is_file() || is_unfinished(&direct) {
+        let whole = direct.canonicalize().unwrap_or_else(|_| direct.clone());
+        let run = whole.ancestors().nth(2).unwrap_or(&direct).to_owned();
+        return Ok((run, direct));
+    }
+    let tried = [direct, Path::new(run_dir::RUNS).join(name)];
+    let Some(run) = tried.iter().find(|path| path.is_dir()).map(|path| without_link(path)) else {
+        let tried: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
+        return Err(Failure::input(format!("{name}: expected a run; looked in {}", tried.join(", "))));
+    };
+    let folder = CheckpointFolder::of_run(&run);
+    let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", folder.path().display()));
+    match folder.list().map_err(failed)?.last() {
+        Some(&step) => Ok((run, folder.committed(step))),
+        None => {
+            let message = format!(
+                "{}: expected a committed checkpoint to go on from, got none",
+                folder.path().display()
+            );
+            Err(Failure::input(message))
+        }
+    }
+}
+
+/// The run that `runs/latest` points at, under its own name.
+fn without_link(path: &Path) -> PathBuf {
+    match (path.parent(), std::fs::read_link(path)) {
+        (Some(parent), Ok(target)) => parent.join(target),
+        _ => path.to_owned(),
+    }
+}
+
+/// The way on from a damaged checkpoint, if there is one.
+fn earlier(run: &Path, damaged: &Path) -> String {
+    let folder = CheckpointFolder::of_run(run);
+    let steps = folder.list().unwrap_or_default();
+    let earlier =
+        steps.iter().map(|&step| folder.committed(step)).rfind(|dir| name_of(dir) < name_of(damaged));
+    earlier.map_or_else(String::new, |dir| format!("\nan earlier one is there: --resume {}", dir.display()))
+}
+
+fn check_model(then: &ModelConfig, now: &ModelConfig, faults: &mut Faults) {
+    let fields = |model: &ModelConfig| serde_json::from_str::<serde_json::Value>(&model.to_hf_json());
+    let (Ok(then), Ok(now)) = (fields(then), fields(now)) else { return };
+    for (key, expected) in then.as_object().into_iter().flatten() {
+        let got = &now[key];
+        if got != expected {
+            faults.expected(format!("model.config.{key}"), format!("{expected}, as in the checkpoint"), got);
+        }
+    }
+}
+
+/// What is different from the run so far, key by key.
+fn changes(before: &Recipe, now: &Recipe) -> Vec<String> {
+    let values = |recipe: &Recipe| recipe.resolved_toml().parse::<toml::Table>().unwrap_or_default();
+    let (before, now) = (values(before), values(now));
+    let mut changes = Vec::new();
+    for (section, keys) in &now {
+        for (key, value) in keys.as_table().into_iter().flatten() {
+            let old = before.get(section).and_then(|section| section.get(key));
+            if let Some(old) = old.filter(|old| *old != value) {
+                changes.push(format!("{section}.{key} was {old} so far, is {value} from here on"));
+            }
+        }
+    }
+    changes
+}

@@ -1,0 +1,83 @@
+//! What a checkpoint holds: records of tensors, written by the rank that owns them, read by whoever needs them.
+//!
+//! A record is a row-major range of one published tensor, in one of several kinds. Every element of every tensor is in
+//! exactly one record of each kind, whatever the layout: routed experts go by their global number, a tensor that several
+//! ranks hold is cut along its ZeRO-1 shards, and what first and last stage share stands once. So any layout can read
+//! what any other has written. Knows tensors and files; the manifest and the folder are the runtime's.
+
+mod read;
+mod shard;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+pub use read::{Checkpoint, CheckpointFaults};
+pub use shard::{shard_name, write_shard};
+pub use snapshot::{Snapshot, SnapshotPiece, Values};
+
+/// What a record's values are of their tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// What the model computes with. In f32 it is the master form too.
+    Weight,
+    /// First moment of AdamW.
+    ExpAvg,
+    /// Second moment of AdamW.
+    ExpAvgSq,
+    /// Tokens per expert since the start of the run, under the name of the layer's gate bias.
+    Count,
+}
+
+/// How a record's values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// 4 bytes, little-endian.
+    F32,
+    /// 8 bytes, little-endian.
+    U64,
+}
+
+impl Storage {
+    /// **Units**: bytes of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Storage::F32 => 4,
+            Storage::U64 => 8,
+        }
+    }
+}
+
+/// One run of values of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Published name of the tensor.
+    pub name: String,
+    /// What of it.
+    pub kind: Kind,
+    /// Shape of the whole tensor.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub format: Storage,
+    /// Which elements of the whole tensor, row-major.
+    pub range: Range<usize>,
+}
+
+impl Record {
+    /// Name of the record in a shard: a rank has at most one range of a tensor.
+    pub fn key(&self) -> String {
+        let kind = match self.kind {
+            Kind::Weight => "weight",
+            Kind::ExpAvg => "exp_avg",
+            Kind::ExpAvgSq => "exp_avg_sq",
+            Kind::Count => "count",
+        };
+        format!("{kind}/{}", self.name)
+    }
+}

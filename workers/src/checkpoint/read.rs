@@ -1,0 +1,244 @@
+//! Reads a checkpoint: all of it is checked at first, then any range of any tensor can be asked for by any rank.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use contraflow_runtime::checkpoint::{CheckpointError, Manifest};
+use safetensors::tensor::Metadata;
+
+use super::shard::RECORDS_KEY;
+use super::{Kind, Record, Storage};
+use crate::error::RankError;
+use crate::params::{Param, Params};
+use crate::weights::gate_bias_name;
+
+/// A committed checkpoint, found whole.
+pub struct Checkpoint {
+    /// What the manifest says.
+    pub manifest: Manifest,
+    dir: PathBuf,
+    files: Vec<File>,
+    tensors: BTreeMap<(Kind, String), Pieces>,
+}
+
+/// All records of one tensor and kind, ascending.
+struct Pieces {
+    shape: Vec<usize>,
+    places: Vec<Place>,
+}
+
+/// Where the values of a record are.
+struct Place {
+    file: usize,
+    /// First byte in the file.
+    start: u64,
+    record: Record,
+}
+
+/// Everything that is wrong with a checkpoint.
+#[derive(Debug)]
+pub struct CheckpointFaults(pub Vec<CheckpointError>);
+
+impl fmt::Display for CheckpointFaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint's folder and checks everything in it: manifest, sizes, checksums, and that the records of each
+    /// tensor make it up without gap or overlap.
+    ///
+    /// **Errors**: all faults at once, by file.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointFaults> {
+        let manifest = Manifest::read(dir).map_err(CheckpointFaults)?;
+        verify_all(&manifest, dir).map_err(CheckpointFaults)?;
+        let mut faults = Vec::new();
+        let mut files = Vec::new();
+        let mut tensors: BTreeMap<(Kind, String), Pieces> = BTreeMap::new();
+        for shard in &manifest.shards {
+            let path = dir.join(&shard.file);
+            match open_shard(&path, shard.bytes, files.len()) {
+                Ok((file, places)) => {
+                    files.push(file);
+                    for place in places {
+                        let Record { kind, name, shape, .. } = &place.record;
+                        let pieces = tensors.entry((*kind, name.clone()));
+                        let pieces =
+                            pieces.or_insert_with(|| Pieces { shape: shape.clone(), places: Vec::new() });
+                        pieces.places.push(place);
+                    }
+                }
+                Err(message) => faults.push(CheckpointError::new(&path, message)),
+            }
+        }
+        for ((_, name), pieces) in &mut tensors {
+            if let Err(message) = pieces.check() {
+                faults.push(CheckpointError::new(dir, format!("{name}: {message}")));
+            }
+        }
+        if faults.is_empty() {
+            Ok(Checkpoint { manifest, dir: dir.to_owned(), files, tensors })
+        } else {
+            Err(CheckpointFaults(faults))
+        }
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Published names and shapes of all weights, gate biases included.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        let weights = self.tensors.iter().filter(|((kind, _), _)| *kind == Kind::Weight);
+        weights.map(|((_, name), pieces)| (name.as_str(), pieces.shape.as_slice()))
+    }
+
+    /// Reads a range of a tensor of this shape into `out`, which has the range's length.
+    ///
+    /// **Errors**: there is no such tensor, it has another shape, or the file cannot be read.
+    pub fn read(
+        &self,
+        kind: Kind,
+        (name, shape): (&str, &[usize]),
+        range: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), RankError> {
+        let pieces = self.pieces(kind, name, shape)?;
+        for place in &pieces.places {
+            let have = &place.record.range;
+            let (from, to) = (range.start.max(have.start), range.end.min(have.end));
+            if from < to {
+                let target = &mut out[from - range.start..to - range.start];
+                let first = place.start + 4 * (from - have.start) as u64;
+                self.read_bytes(place.file, first, bytemuck::cast_slice_mut(target))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills parameters with the weights of their names, and the biases and counts of their gates.
+    ///
+    /// **Errors**: as [`Checkpoint::read`], for the first tensor that is wrong.
+    pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
+        for param in params.iter_mut() {
+            let Param { parts, weight, .. } = param;
+            for part in parts {
+                let target = &mut weight.f32_mut()[part.offset..part.offset + part.len()];
+                self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)?;
+            }
+        }
+        for (&layer, bias) in &mut params.gate_biases {
+            let (name, len) = (gate_bias_name(layer), bias.len());
+            self.read(Kind::Weight, (&name, &[len]), 0..len, bias)?;
+            params.expert_counts.insert(layer, self.read_counts(&name, len)?);
+        }
+        Ok(())
+    }
+
+    /// Reads whole numbers.
+    ///
+    /// **Errors**: as [`Checkpoint::read`].
+    pub fn read_counts(&self, name: &str, len: usize) -> Result<Vec<u64>, RankError> {
+        let mut counts = vec![0_u64; len];
+        for place in &self.pieces(Kind::Count, name, &[len])?.places {
+            let target = &mut counts[place.record.range.clone()];
+            self.read_bytes(place.file, place.start, bytemuck::cast_slice_mut(target))?;
+        }
+        Ok(counts)
+    }
+
+    fn pieces(&self, kind: Kind, name: &str, shape: &[usize]) -> Result<&Pieces, RankError> {
+        let wrong = |message| RankError::Content { path: self.dir.display().to_string(), message };
+        let pieces = self.tensors.get(&(kind, name.to_owned()));
+        let pieces = pieces.ok_or_else(|| wrong(format!("has no {kind:?} of {name}")))?;
+        if pieces.shape != shape {
+            return Err(wrong(format!("{name}: expected shape {shape:?}, got {:?}", pieces.shape)));
+        }
+        Ok(pieces)
+    }
+
+    fn read_bytes(&self, file: usize, first: u64, target: &mut [u8]) -> Result<(), RankError> {
+        self.files[file].read_exact_at(target, first).map_err(|source| RankError::File {
+            path: self.dir.join(&self.manifest.shards[file].file).display().to_string(),
+            source,
+        })
+    }
+}
+
+/// Compares the checksums of all shards, on as many threads as there are cores.
+fn verify_all(manifest: &Manifest, dir: &Path) -> Result<(), Vec<CheckpointError>> {
+    use rayon::prelude::*;
+    let faults: Vec<CheckpointError> =
+        manifest.shards.par_iter().filter_map(|shard| shard.verify(dir).err()).collect();
+    if faults.is_empty() { Ok(()) } else { Err(faults) }
+}
+
+/// The records of a shard and where their values are.
+fn open_shard(path: &Path, size: u64, file_number: usize) -> Result<(File, Vec<Place>), String> {
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0).map_err(|error| error.to_string())?;
+    let length = u64::from_le_bytes(length);
+    if length > size.saturating_sub(8) {
+        return Err(format!("expected a header within {size} bytes, got one of {length}"));
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact_at(&mut header, 8).map_err(|error| error.to_string())?;
+    let places = parse_header(&header, size - 8 - length)?;
+    let place = |(record, start)| Place { file: file_number, start: 8 + length + start, record };
+    Ok((file, places.into_iter().map(place).collect()))
+}
+
+/// The records of a shard's header, each with its first byte in the data.
+///
+/// **Errors**: in words: no such header, or records that its tensors do not bear out.
+pub fn parse_header(header: &[u8], data_len: u64) -> Result<Vec<(Record, u64)>, String> {
+    let damaged = |error: serde_json::Error| format!("expected a shard's header: {error}");
+    let metadata: Metadata = serde_json::from_slice(header).map_err(damaged)?;
+    let list = metadata.metadata().as_ref().and_then(|metadata| metadata.get(RECORDS_KEY));
+    let list = list.ok_or_else(|| format!("expected {RECORDS_KEY} in the header, got none"))?;
+    let records: Vec<Record> = serde_json::from_str(list).map_err(damaged)?;
+    let tensors = metadata.tensors();
+    let place = |record: Record| {
+        let info = tensors.get(&record.key()).ok_or_else(|| format!("{}: not in the file", record.key()))?;
+        let (start, end) = info.data_offsets;
+        let len = record.range.end.checked_sub(record.range.start);
+        let expected = len.and_then(|len| len.checked_mul(record.format.bytes()));
+        if end.checked_sub(start) != expected || end as u64 > data_len {
+            return Err(format!("{}: expected its values at {start}..{end} of the file", record.key()));
+        }
+        Ok((record, start as u64))
+    };
+    records.into_iter().map(place).collect()
+}
+
+impl Pieces {
+    /// Sorts the records and checks that they are the whole tensor, once.
+    fn check(&mut self) -> Result<(), String> {
+        self.places.sort_by_key(|place| place.record.range.start);
+        let len = self.shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim));
+        let mut next = 0;
+        for Place { record, .. } in &self.places {
+            let expected = if record.kind == Kind::Count { Storage::U64 } else { Storage::F32 };
+            if record.shape != self.shape || record.format != expected {
+                return Err(format!("expected one shape and format, got {:?} and others", record.shape));
+            }
+            if record.range.start != next {
+                return Err(format!("expected element {next} next, got {:?}", record.range));
+            }
+            next = record.range.end;
+        }
+        if len == Some(next) {
+            Ok(())
+        } else {
+            Err(format!("expected {:?}, got {next} elements", self.shape))
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Writes one rank's shard: a safetensors file whose header also holds the records, with its checksum made on the way.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use contraflow_runtime::checkpoint::ShardFile;
+use contraflow_runtime::failpoint::failpoint;
+
+use super::{Record, Snapshot, Storage};
+use crate::error::RankError;
+
+/// File name of a rank's shard.
+pub fn shard_name(rank: usize) -> String {
+    format!("rank-{rank:05}.safetensors")
+}
+
+/// Key of the records in the header's `__metadata__`, as a JSON text: safetensors allows nothing but texts there.
+pub(super) const RECORDS_KEY: &str = "records";
+
+/// Writes a snapshot into the file `name` of an existing folder, synced. The snapshot is let go piece by piece.
+///
+/// **Errors**: what the system says, with the path; no file is left then.
+pub fn write_shard(dir: &Path, name: &str, mut snapshot: Snapshot) -> Result<ShardFile, RankError> {
+    snapshot.pieces.sort_by_cached_key(|piece| piece.record.key());
+    let path = dir.join(name);
+    write_pieces(&path, snapshot)
+        .map(|(bytes, blake3)| ShardFile { file: name.to_owned(), bytes, blake3 })
+        .map_err(|source| {
+            // Whatever is left of it belongs to no checkpoint; a full disk is better off without.
+            drop(std::fs::remove_file(&path));
+            RankError::File { path: path.display().to_string(), source }
+        })
+}
+
+fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<(u64, String)> {
+    failpoint("checkpoint.shard-begins");
+    let header = header(snapshot.pieces.iter().map(|piece| &piece.record))?;
+    let mut out =
+        Hashing { out: BufWriter::new(File::create(path)?), hasher: blake3::Hasher::new(), bytes: 0 };
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
+    let half = snapshot.pieces.len() / 2;
+    for (index, piece) in snapshot.pieces.into_iter().enumerate() {
+        if index == half {
+            failpoint("checkpoint.shard-half-written");
+        }
+        out.write_all(piece.values.bytes())?;
+    }
+    let Hashing { out, hasher, bytes } = out;
+    let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+    failpoint("checkpoint.shard-written");
+    file.sync_all()?;
+    failpoint("checkpoint.shard-synced");
+    Ok((bytes, hasher.finalize().to_hex().to_string()))
+}
+
+fn header<'a>(records: impl Iterator<Item = &'a Record> + Clone) -> io::Result<String> {
+    let list = serde_json::to_string(&records.clone().collect::<Vec<_>>())?;
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::json!({RECORDS_KEY: list}));
+    let mut offset = 0;
+    for record in records {
+        let end = offset + record.range.len() * record.format.bytes();
+        let dtype = match record.format {
+            Storage::F32 => "F32",
+            Storage::U64 => "U64",
+        };
+        let entry =
+            serde_json::json!({"dtype": dtype, "shape": [record.range.len()], "data_offsets": [offset, end]});
+        header.insert(record.key(), entry);
+        offset = end;
+    }
+    let mut text = serde_json::Value::Object(header).to_string();
+    // The format wants the data to begin at a multiple of 8.
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    Ok(text)
+}
+
+/// Passes bytes on and takes their checksum.
+struct Hashing<W> {
+    out: W,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(buffer)?;
+        self.hasher.update(&buffer[..written]);
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}

@@ -1,0 +1,65 @@
+//! A rank's part of a checkpoint, taken between two steps.
+//!
+//! Tensors are shared with the training until it writes them: a snapshot costs no copy while the next step's forward and
+//! backward passes run, and at most one copy of the rank's shard if the update comes before the file is written.
+
+use std::ops::Range;
+
+use contraflow_kernels::tensor::Tensor;
+
+use super::{Kind, Record, Storage};
+
+/// The values of a record.
+pub enum Values {
+    /// Elements of a tensor that is shared until it is written to.
+    Floats(Tensor, Range<usize>),
+    /// Whole numbers.
+    Counts(Vec<u64>),
+}
+
+impl Values {
+    /// As they stand in a file.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Values::Floats(tensor, range) => bytemuck::cast_slice(&tensor.f32()[range.clone()]),
+            Values::Counts(counts) => bytemuck::cast_slice(counts),
+        }
+    }
+}
+
+/// A record with its values.
+pub struct SnapshotPiece {
+    /// What it is.
+    pub record: Record,
+    /// Its values, as many as the record's range has.
+    pub values: Values,
+}
+
+/// Everything a rank answers for.
+#[derive(Default)]
+pub struct Snapshot {
+    /// In no particular order.
+    pub pieces: Vec<SnapshotPiece>,
+}
+
+impl Snapshot {
+    /// Adds elements of a tensor.
+    pub fn add(
+        &mut self,
+        kind: Kind,
+        (name, shape, range): (&str, &[usize], Range<usize>),
+        values: (Tensor, Range<usize>),
+    ) {
+        let record =
+            Record { name: name.to_owned(), kind, shape: shape.to_vec(), format: Storage::F32, range };
+        self.pieces.push(SnapshotPiece { record, values: Values::Floats(values.0, values.1) });
+    }
+
+    /// Adds whole numbers.
+    pub fn add_counts(&mut self, name: String, counts: Vec<u64>) {
+        let len = counts.len();
+        let record =
+            Record { name, kind: Kind::Count, shape: vec![len], format: Storage::U64, range: 0..len };
+        self.pieces.push(SnapshotPiece { record, values: Values::Counts(counts) });
+    }
+}
