@@ -44,6 +44,11 @@ enum Command {
 
 fn main() -> ExitCode {
     contraflow_runtime::failpoint::set_up();
+    // A file that grows beyond the system's limit is an error of that file, not the end of the process.
+    let file_too_large = std::sync::Arc::default();
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, file_too_large) {
+        eprintln!("warning: SIGXFSZ cannot be caught: {error}");
+    }
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),

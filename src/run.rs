@@ -115,7 +115,7 @@ impl Run {
             }
         };
         let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
-        CheckpointFolder::of_run(&dir).clear_unfinished().map_err(failed)?;
+        CheckpointFolder::of_run(&dir).tidy(recipe.checkpoint.keep).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
         Run::new((dir, lock), recipe, corpus, Some(checkpoint))
     }
@@ -214,6 +214,9 @@ impl Run {
         };
         let outcome = run_cluster(spec)?;
         let tally = tally.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if !matches!(outcome, Outcome::Done { .. }) {
+            self.clear_unfinished();
+        }
         match outcome {
             Outcome::Done { validation } => {
                 Ok(Tally { validation_loss: validation.map(|(loss, _)| loss), ..tally })
@@ -226,6 +229,12 @@ impl Run {
             }
             Outcome::Failed { message, .. } => Err(Failure::run(format!("{message}{}", self.way_on()))),
         }
+    }
+
+    /// Removes what the end of the run has cut off. What cannot be removed now is when the run goes on.
+    fn clear_unfinished(&self) {
+        drop(CheckpointFolder::of_run(&self.dir).tidy(self.recipe.checkpoint.keep));
+        drop(std::fs::remove_dir_all(self.dir.join(format!("model{UNFINISHED_SUFFIX}"))));
     }
 
     /// The folder that the weights go to at the end, under the name of one that is not finished.

@@ -68,10 +68,11 @@ impl CheckpointFolder {
         Ok(steps)
     }
 
-    /// Removes what an earlier process left unfinished. Only the process that owns the run may call this.
+    /// Removes what an earlier process left behind: unfinished checkpoints, and committed ones beyond the newest `keep`.
+    /// Only the process that owns the run may call this.
     ///
     /// **Errors**: what the system says.
-    pub fn clear_unfinished(&self) -> io::Result<()> {
+    pub fn tidy(&self, keep: usize) -> io::Result<()> {
         if !self.dir.exists() {
             return Ok(());
         }
@@ -81,7 +82,7 @@ impl CheckpointFolder {
                 std::fs::remove_dir_all(path)?;
             }
         }
-        Ok(())
+        self.drop_oldest(keep)
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and

@@ -46,8 +46,9 @@ fn what_is_committed_is_listed_read_back_and_the_oldest_dropped() {
     assert_eq!(folder.list().unwrap(), [10, 100], "an unfinished one does not count");
     let told = Manifest::read(&folder.unfinished(200)).unwrap_err()[0].to_string();
     assert!(told.contains("step-00000200.part: expected a committed checkpoint"), "{told}");
-    folder.clear_unfinished().unwrap();
+    folder.tidy(1).unwrap();
     assert!(!folder.unfinished(200).exists());
+    assert_eq!(folder.list().unwrap(), [100]);
 }
 
 #[test]

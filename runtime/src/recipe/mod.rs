@@ -156,9 +156,21 @@ impl Recipe {
         overrides: &[String],
         model: ModelConfig,
     ) -> Result<Self, Faults> {
-        let names_a_model = overrides.iter().any(|entry| entry.trim_start().starts_with("model.config"));
-        let model = (!names_a_model).then_some(model);
-        Self::from_toml((resolved_toml, name), Path::new(""), overrides, model)
+        let is_set = |path: &str| {
+            overrides.iter().any(|entry| entry.split('=').next().is_some_and(|key| key.trim() == path))
+        };
+        let model = (!is_set("model.config")).then_some(model);
+        let mut text = resolved_toml.to_owned();
+        // The floor of a rate that does not decay was derived from the peak, and follows it.
+        if is_set("lr.peak")
+            && let Ok(mut values) = resolved_toml.parse::<toml::Table>()
+            && let Some(Value::Table(lr)) = values.get_mut("lr")
+            && lr.get("floor") == lr.get("peak")
+        {
+            lr.remove("floor");
+            text = values.to_string();
+        }
+        Self::from_toml((&text, name), Path::new(""), overrides, model)
     }
 
     fn from_toml(

@@ -1,0 +1,133 @@
+//! Ctrl-C, once and twice, a full disk, and changes between a run and its continuation.
+
+use std::io::{BufRead, BufReader};
+use std::process::Child;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::workplace::{Workplace, told};
+
+fn interrupt(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+/// Waits for a line of stderr that holds a text; the lines after it.
+fn wait_for(child: &mut Child, text: &str) -> BufReader<std::process::ChildStderr> {
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains(text) {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "stderr ended before {text:?}");
+    }
+    lines
+}
+
+fn rest(mut lines: BufReader<std::process::ChildStderr>) -> String {
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut lines, &mut text).unwrap();
+    text
+}
+
+/// Long enough not to end by itself in a test.
+const LONG: [&str; 6] =
+    ["train", "recipe.toml", "--set", "training.steps=1000000", "--set", "checkpoint.every=0"];
+
+#[test]
+fn an_interrupted_run_keeps_its_step_and_goes_on_with_the_same_bits() {
+    let place = Workplace::new();
+    for (signal, run) in [(Signal::INT, "runs/recipe"), (Signal::TERM, "runs/recipe-2")] {
+        let mut child = place.start(&LONG, "");
+        let lines = wait_for(&mut child, "step 1/");
+        interrupt(&child, signal);
+        let told = rest(lines);
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{told}");
+        let kept = place.curve(run);
+        let step = kept.last().unwrap().0;
+        let way_on = format!("step {step} is kept, go on with: contraflow train --resume {run}");
+        assert!(told.contains(&way_on), "{told}");
+        assert!(place.checkpoint(run, step).join("manifest.json").is_file());
+        let steps = format!("training.steps={}", step + 5);
+        place.succeed(&["train", "--resume", "--set", &steps]);
+        let whole = format!("whole-{step}-{run}").replace('/', "-");
+        let train =
+            ["train", "recipe.toml", "--name", &whole, "--set", &steps, "--set", "checkpoint.every=0"];
+        place.succeed(&train);
+        assert_eq!(place.curve(run), place.curve(&format!("runs/{whole}")));
+        std::fs::remove_dir_all(place.path("runs").join(whole)).unwrap();
+    }
+}
+
+#[test]
+fn a_second_interruption_ends_at_once_and_leaves_the_last_commit() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml"]);
+    let before = place.files("runs/recipe/checkpoints");
+    let resume = ["train", "--resume", "--set", "training.steps=1000000", "--set", "checkpoint.every=0"];
+    // The commit never comes to its end: the first interruption waits for it.
+    let mut child = place.start(&resume, "checkpoint.shards-saved=pause");
+    let lines = wait_for(&mut child, "step 13/");
+    interrupt(&child, Signal::INT);
+    let mut lines = lines;
+    let mut line = String::new();
+    while !line.contains("interrupted: finishing the step") {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0);
+    }
+    interrupt(&child, Signal::INT);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let after = place.files("runs/recipe/checkpoints");
+    assert!(before.iter().all(|(path, bytes)| after.get(path) == Some(bytes)), "the commits are untouched");
+    place.succeed(&["train", "--resume", "--set", "training.steps=14"]);
+}
+
+#[test]
+fn a_full_disk_ends_the_run_with_the_file_and_leaves_the_last_commit() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml"]);
+    let before = place.files("runs/recipe/checkpoints");
+    let largest = before.values().map(Vec::len).max().unwrap();
+    // Blocks of 512 bytes: room for all but a shard.
+    let limit = largest / 2 / 512;
+    let script = format!("ulimit -f {limit}; exec \"$0\" train --resume --set training.steps=16");
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script, env!("CARGO_BIN_EXE_contraflow")])
+        .current_dir(place.path(""))
+        .output()
+        .unwrap();
+    let told = told(&output);
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    assert!(told.contains("saving step 16") && told.contains("rank-0000"), "{told}");
+    assert!(told.contains("File too large"), "{told}");
+    assert!(told.contains("step 12 is kept, go on with: contraflow train --resume runs/recipe"), "{told}");
+    assert_eq!(place.files("runs/recipe/checkpoints"), before);
+    place.succeed(&["train", "--resume", "--set", "training.steps=16"]);
+    place.succeed(&["train", "recipe.toml", "--set", "training.steps=16", "--name", "whole"]);
+    assert_eq!(place.curve("runs/recipe"), place.curve("runs/whole"));
+}
+
+#[test]
+fn a_run_goes_on_in_another_layout_and_from_an_earlier_checkpoint_in_a_new_run() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml"]);
+    let whole = place.curve("runs/recipe");
+    let earlier = place.checkpoint("runs/recipe", 8);
+    let branch = ["train", "--resume", earlier.to_str().unwrap()];
+    let output = place.run(&[&branch[..], &["--set", "lr.peak=2e-2"]].concat());
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(
+        told(&output).contains("note: lr.peak was 0.01 so far, is 0.02 from here on"),
+        "{}",
+        told(&output)
+    );
+    assert_eq!(place.curve("runs/recipe"), whole, "the old run is as it was");
+    let branched = place.curve("runs/recipe-2");
+    assert_eq!(branched[..9], whole[..9], "the first new step is made of the old weights");
+    assert_ne!(branched[9..], whole[9..]);
+    let layout =
+        ["--set", "parallel.pipeline=1", "--set", "parallel.schedule=1f1b", "--set", "parallel.expert=2"];
+    place.succeed(
+        &[&["train", "--resume", "runs/recipe", "--set", "training.steps=14"][..], &layout].concat(),
+    );
+    assert_eq!(place.curve("runs/recipe")[..12], whole[..]);
+    assert_eq!(place.curve("runs/recipe").len(), 14);
+}

@@ -1,0 +1,117 @@
+//! A folder with a recipe, a model and a text, and runs of the binary in it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// A model that makes a hundred steps a second.
+const MODEL: &str = r#"{
+  "model_type": "deepseek_v3", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16,
+  "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+  "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+  "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+  "norm_topk_prob": true, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+  "max_position_embeddings": 256, "num_nextn_predict_layers": 1, "initializer_range": 0.05, "hidden_act": "silu"
+}"#;
+
+/// Two ranks under DualPipe.
+const RECIPE: &str = r#"
+model.config = "model.json"
+parallel = { pipeline = 2, schedule = "dualpipe" }
+training = { steps = 12, sequence_length = 16, global_batch_size = 8, micro_batch_size = 1, validation_sequences = 4 }
+lr.peak = 1e-2
+balance.bias_speed = 0.01
+data.paths = ["text.txt"]
+checkpoint = { every = 4, save_model = false }
+"#;
+
+pub struct Workplace {
+    dir: TempDir,
+}
+
+/// What the losses of a run are made of, as bits, by step.
+pub type Curve = Vec<(u64, [u64; 4])>;
+
+impl Workplace {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
+        std::fs::write(dir.path().join("recipe.toml"), RECIPE).unwrap();
+        let line =
+            |number: usize| format!("the {} quick foxes jump over {} lazy dogs\n", number % 7, number % 5);
+        std::fs::write(dir.path().join("text.txt"), (0..600).map(line).collect::<String>()).unwrap();
+        Workplace { dir }
+    }
+
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.dir.path().join(relative)
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+        command.args(args).current_dir(self.dir.path());
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Runs a command that has to go well.
+    pub fn succeed(&self, args: &[&str]) {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", told(&output));
+    }
+
+    /// Starts a command with failpoints; its messages can be read from stderr.
+    pub fn start(&self, args: &[&str], failpoints: &str) -> Child {
+        self.command(args)
+            .env("FAILPOINTS", failpoints)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// The curve that a run has left in its metrics.
+    pub fn curve(&self, run: &str) -> Curve {
+        let text = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        let point = |line: &str| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let bits = |key: &str| line[key].as_f64().unwrap().to_bits();
+            let step = line["step"].as_u64().unwrap();
+            (step, ["loss", "mtp_loss", "balance_loss", "grad_norm"].map(bits))
+        };
+        text.lines().map(point).collect()
+    }
+
+    /// Folder of a checkpoint.
+    pub fn checkpoint(&self, run: &str, step: u64) -> PathBuf {
+        self.path(run).join(format!("checkpoints/step-{step:08}"))
+    }
+
+    /// Every file below a folder with its bytes.
+    pub fn files(&self, folder: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        collect(&self.path(folder), &mut files);
+        files
+    }
+}
+
+fn collect(folder: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.file_name().is_some_and(|name| name != ".lock") {
+            let bytes = std::fs::read(&path).unwrap();
+            files.insert(path, bytes);
+        }
+    }
+}
+
+pub fn told(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
