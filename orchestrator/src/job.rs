@@ -1,6 +1,6 @@
 //! The life of a job as a pure state machine: an event in, effects out. Knows no clock, no mailbox and no file.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 
 use contraflow_proto::StepReport;
@@ -110,6 +110,8 @@ pub struct Job {
     is_stopping: bool,
     /// Checkpoints of which some ranks have written their part.
     shards: BTreeMap<u64, BTreeMap<usize, ShardFile>>,
+    /// Checkpoints that are whole, in order; the first is being committed. One at a time: a commit also drops old ones.
+    whole: VecDeque<(Position, Vec<ShardFile>)>,
     /// The newest committed checkpoint of this run.
     committed: u64,
 }
@@ -124,6 +126,7 @@ impl Job {
             step,
             is_stopping: false,
             shards: BTreeMap::new(),
+            whole: VecDeque::new(),
             committed: step,
         }
     }
@@ -246,15 +249,24 @@ impl Job {
             return Vec::new();
         }
         let shards = self.shards.remove(&position.step).unwrap_or_default();
-        vec![Effect::CommitCheckpoint { position, shards: shards.into_values().collect() }]
+        self.whole.push_back((position, shards.into_values().collect()));
+        if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
+    }
+
+    fn commit_next(&self) -> Vec<Effect> {
+        let next = self.whole.front().cloned();
+        next.map(|(position, shards)| Effect::CommitCheckpoint { position, shards }).into_iter().collect()
     }
 
     /// A checkpoint has been committed, or not.
     pub fn committed(&mut self, step: u64, result: Result<(), CheckpointError>) -> Vec<Effect> {
+        self.whole.pop_front();
         match result {
             Ok(()) => {
                 self.committed = step;
-                self.leave_training()
+                let mut effects = self.commit_next();
+                effects.extend(self.leave_training());
+                effects
             }
             Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
             Err(error) => {
@@ -458,6 +470,22 @@ mod tests {
         assert!(matches!(job.step(saved(1, 20))[..], [Effect::CommitCheckpoint { .. }]));
         let effects = job.committed(20, Ok(()));
         assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
+    }
+
+    #[test]
+    fn checkpoints_are_committed_one_at_a_time_and_in_order() {
+        let mut job = with_checkpoints(1);
+        drop(job.step(RankEvent::Ready { rank: 0 }));
+        assert_eq!(job.step(saved(0, 12)).len(), 1);
+        assert_eq!(job.step(saved(0, 14)), [], "the one before is still under way");
+        assert_eq!(job.step(saved(0, 16)), []);
+        for (done, next) in [(12, 14), (14, 16)] {
+            let effects = job.committed(done, Ok(()));
+            assert!(
+                matches!(&effects[..], [Effect::CommitCheckpoint { position, .. }] if position.step == next)
+            );
+        }
+        assert_eq!(job.committed(16, Ok(())), []);
     }
 
     #[test]

@@ -7,4 +7,5 @@ mod failures;
 mod frames;
 mod lab;
 mod margins;
+mod resume;
 mod topology;

@@ -67,6 +67,11 @@ impl HfWeights {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Shape of a tensor, if it is there.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|place| place.info.shape.as_slice())
+    }
+
     /// Reads one tensor.
     ///
     /// **Errors**: it is missing, has another shape, or cannot be read.
