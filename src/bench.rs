@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use contraflow_orchestrator::job::Outcome;
+use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
@@ -11,6 +12,7 @@ use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::probe::Probe;
 
+use crate::bench_checkpoint;
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
 use crate::machine::measure_peak;
@@ -37,6 +39,18 @@ enum What {
         #[arg(long, default_value_t = 10)]
         steps: usize,
     },
+    /// What a step loses while a checkpoint is written beside it, and the memory that takes
+    Checkpoint {
+        /// The model: small or base
+        #[arg(default_value = "base")]
+        model: String,
+        /// Threads of the rank's arithmetic
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// Checkpoints that are measured; there are as many steps with one as without
+        #[arg(long, default_value_t = 5)]
+        saves: usize,
+    },
     /// MaxVio of the tiny recipe with loss-free balancing off and on
     Balance {
         /// Steps of each run
@@ -51,6 +65,7 @@ enum What {
 pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.what {
         What::Step { model, threads, steps } => step(model, *threads, *steps),
+        What::Checkpoint { model, threads, saves } => bench_checkpoint::run(model, *threads, *saves),
         What::Balance { steps } => balance(*steps),
     }
 }
@@ -58,20 +73,25 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// Steps that warm caches and memory up.
 const WARM_UP: usize = 2;
 
-fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
+/// A benchmark model and sequences for it: seeded token ids, no balance of the experts, nothing written.
+pub fn benchmark(model: &str, threads: usize, steps: usize) -> Result<(Recipe, Datasets), Failure> {
     let overrides = [
         format!("parallel.threads_per_rank={threads}"),
-        format!("training.steps={}", steps + WARM_UP),
+        format!("training.steps={steps}"),
         "balance.bias_speed=0".to_owned(),
         "checkpoint.save_model=false".to_owned(),
     ];
     let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &overrides)?;
-    let config = &recipe.model_config;
     let length = recipe.training.sequence_length;
     let needed = recipe.training.global_batch_size * length;
-    let train = PackedDataset::from_tokens(seeded_ids(needed + 1, config.vocab_size), length);
-    let datasets = Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) };
-    let flops_per_token = cost::training_flops_per_token(config, length) as f64;
+    let train = PackedDataset::from_tokens(seeded_ids(needed + 1, recipe.model_config.vocab_size), length);
+    Ok((recipe, Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) }))
+}
+
+fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
+    let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP)?;
+    let length = recipe.training.sequence_length;
+    let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
     let peak = measure_peak(threads);
     let tokens = (recipe.training.global_batch_size * length) as f64;
     let (summaries, cpu_seconds) = train_quietly(recipe, datasets)?;
@@ -143,11 +163,22 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>
     let subscriber: Subscriber = Box::new(move |summary| {
         shared.lock().unwrap_or_else(PoisonError::into_inner).push(summary.clone());
     });
+    let spent = run_quietly(recipe, datasets, None, subscriber)?;
+    Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
+}
+
+/// Runs a recipe without a run's folder; returns the CPU seconds of the process meanwhile.
+pub fn run_quietly(
+    recipe: Recipe,
+    datasets: Datasets,
+    checkpoints: Option<Commits>,
+    subscriber: Subscriber,
+) -> Result<f64, Failure> {
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
         resume: None,
-        checkpoints: None,
+        checkpoints,
         export_dir: None,
         network: LocalOptions::default(),
         probe: Probe::default(),
@@ -162,9 +193,7 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>
     })?;
     let spent = cpu_seconds() - before;
     match outcome {
-        Outcome::Done { .. } => {
-            Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
-        }
+        Outcome::Done { .. } => Ok(spent),
         outcome => Err(Failure::run(format!("expected the steps to be made, got {outcome:?}"))),
     }
 }

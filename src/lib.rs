@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
+pub mod bench_checkpoint;
 pub mod cluster;
 pub mod failure;
 pub mod generate;

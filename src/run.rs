@@ -137,7 +137,7 @@ impl Run {
             peak_flops: measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
-        let manifest = manifest(&recipe, &corpus)?;
+        let manifest = manifest(&recipe, &corpus.hash)?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let run = Run { name, recipe: Arc::new(recipe), dir, frame, corpus, resume, manifest, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
@@ -348,14 +348,16 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
 }
 
 /// What all manifests of a run have in common.
-fn manifest(recipe: &Recipe, corpus: &Corpus) -> Result<Manifest, Failure> {
+///
+/// **Errors**: never, in truth: the model's configuration is JSON of our own.
+pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, Failure> {
     let model = serde_json::from_str(&recipe.model_config.to_hf_json());
     Ok(Manifest {
         format_version: FORMAT_VERSION,
         position: Position::default(),
         recipe: recipe.resolved_toml(),
         model: model.map_err(|error| Failure::run(error.to_string()))?,
-        corpus_hash: corpus.hash.clone(),
+        corpus_hash: corpus_hash.to_owned(),
         made_by: made_by(recipe),
         shards: Vec::new(),
     })

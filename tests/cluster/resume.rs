@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use contraflow::machine::made_by;
+use contraflow::run::manifest;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::StepSummary;
-use contraflow_runtime::checkpoint::manifest::FORMAT_VERSION;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::{Checkpoint, Kind};
 
@@ -21,15 +20,7 @@ const BEFORE: u64 = 3;
 
 /// Keeps checkpoints in a run's folder.
 fn commits(run: &Path, recipe: &Recipe) -> Commits {
-    let manifest = Manifest {
-        format_version: FORMAT_VERSION,
-        position: Position::default(),
-        recipe: recipe.resolved_toml(),
-        model: serde_json::from_str(&recipe.model_config.to_hf_json()).unwrap(),
-        corpus_hash: String::new(),
-        made_by: made_by(recipe),
-        shards: Vec::new(),
-    };
+    let manifest = manifest(recipe, "").unwrap();
     Commits { folder: CheckpointFolder::of_run(run), keep: 3, manifest }
 }
 

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-pub use read::{Checkpoint, CheckpointFaults};
+pub use read::{Checkpoint, CheckpointFaults, parse_header};
 pub use shard::{shard_name, write_shard};
 pub use snapshot::{Snapshot, SnapshotPiece, Values};
 

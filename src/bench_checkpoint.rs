@@ -1,0 +1,86 @@
+//! `contraflow bench checkpoint`: what a step loses while the checkpoint before it is being written, and the memory that
+//! takes.
+//!
+//! Every other step is followed by a checkpoint, so that steps with and without one alternate in one run.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use contraflow_orchestrator::job_actor::Commits;
+use contraflow_runtime::checkpoint::CheckpointFolder;
+use contraflow_runtime::cost;
+
+use crate::bench::{benchmark, run_quietly};
+use crate::failure::Failure;
+use crate::output::print;
+use crate::run::manifest;
+use crate::run_dir;
+
+/// Steps before the first that is measured.
+const WARM_UP: usize = 2;
+
+/// Runs the command; figures go to stdout.
+///
+/// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
+pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
+    let steps = WARM_UP + 2 * saves;
+    let (mut recipe, datasets) = benchmark(model, threads, steps)?;
+    recipe.checkpoint.every = 2;
+    recipe.checkpoint.keep = 1;
+    let parameters = cost::parameters(&recipe.model_config);
+    let dir = Path::new(run_dir::RUNS).join(format!(".bench-{}", std::process::id()));
+    let folder = CheckpointFolder::of_run(&dir);
+    let commits =
+        Commits { folder: folder.clone(), keep: recipe.checkpoint.keep, manifest: manifest(&recipe, "")? };
+    let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();
+    let shared = marks.clone();
+    let note = move |_: &_| {
+        shared.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), peak_memory()))
+    };
+    let outcome = run_quietly(recipe, datasets, Some(commits), Box::new(note));
+    let written =
+        folder.list().ok().and_then(|steps| steps.last().map(|&step| size(&folder.committed(step))));
+    // Nobody needs it any more; what cannot be removed is named for what it is.
+    drop(std::fs::remove_dir_all(&dir));
+    outcome?;
+    let marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
+    let seconds: Vec<f64> = marks.windows(2).map(|pair| (pair[1].0 - pair[0].0).as_secs_f64()).collect();
+    // Step WARM_UP is followed by the first save, so the first measured step has one beside it, the second has none.
+    let measured = &seconds[WARM_UP - 1..];
+    let (beside, alone) = (median(measured.iter().step_by(2)), median(measured.iter().skip(1).step_by(2)));
+    let extra = marks[marks.len() - 1].1.saturating_sub(marks[WARM_UP - 1].1);
+    print(&format!(
+        "{model}, {threads} thread(s), one rank, {saves} checkpoints of {:.2} GiB ({:.1} M parameters with two moments)\n\
+         step alone {alone:.3} s, beside a checkpoint {beside:.3} s: stall {:.1}% of that step\n\
+         peak memory {:.2} GiB before the first checkpoint, {:.2} GiB more with them\n",
+        gib(written.unwrap_or(0)),
+        (parameters.total + parameters.mtp) as f64 / 1e6,
+        100.0 * (beside / alone - 1.0),
+        gib(marks[WARM_UP - 1].1),
+        gib(extra),
+    ))
+}
+
+fn median<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {
+    let mut values: Vec<f64> = values.copied().collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1_u64 << 30) as f64
+}
+
+/// Bytes of the files in a folder.
+fn size(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
+}
+
+/// Most memory this process has had so far, in bytes; 0 where the system does not tell.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10
+}
