@@ -164,6 +164,7 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>
             Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
         }
         Outcome::Failed(message) => Err(Failure::run(message)),
+        Outcome::Diverged(divergence) => Err(Failure::run(divergence.why)),
     }
 }
 

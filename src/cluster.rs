@@ -61,6 +61,7 @@ impl Cluster {
         let setup = JobActorSetup {
             job: JobSetup { world, steps: recipe.training.steps as u64, export_dir },
             model_config: recipe.model_config.to_hf_json(),
+            collapse_steps: recipe.watch.collapse_steps,
             send: Arc::new(send),
             subscribers,
             ended: tell_ended,

@@ -14,6 +14,7 @@ use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::watch::Divergence;
 use contraflow_workers::data::{Baselines, Corpus, PackedDataset};
 use contraflow_workers::loader::{Datasets, validation_index};
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape, validation_shape};
@@ -27,6 +28,9 @@ use crate::output::print;
 use crate::progress::{Frame, Progress, minutes};
 use crate::run_dir;
 use crate::telemetry;
+
+/// What was not finite in the step that ended a run.
+const EVIDENCE: &str = "evidence.json";
 
 /// Arguments of `contraflow train`.
 #[derive(clap::Args, Debug)]
@@ -271,6 +275,18 @@ impl Run {
                 Err(Failure::interrupted(format!("interrupted after step {}", tally.last.step)))
             }
             Outcome::Failed(message) => Err(Failure::run(message)),
+            Outcome::Diverged(divergence) => Err(self.diverged(&divergence)),
+        }
+    }
+
+    /// Leaves the evidence in the run's folder and says where.
+    fn diverged(&self, divergence: &Divergence) -> Failure {
+        let Some(evidence) = &divergence.evidence else { return Failure::run(divergence.why.clone()) };
+        let text = serde_json::to_string_pretty(evidence).map_err(|error| Failure::run(error.to_string()));
+        let written = text.and_then(|text| self.write(EVIDENCE, &format!("{text}\n")));
+        match written {
+            Ok(()) => Failure::run(format!("{}; see {}", divergence.why, self.dir.join(EVIDENCE).display())),
+            Err(error) => Failure::run(format!("{}; {}", divergence.why, error.message)),
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::watch::{Action, Divergence};
 
 /// What a job is made with.
 #[derive(Clone, Debug)]
@@ -50,6 +51,8 @@ pub enum Outcome {
     },
     /// Somebody could not go on, in words: rank, action, cause.
     Failed(String),
+    /// The watch has ended the training, on all ranks before an update.
+    Diverged(Box<Divergence>),
 }
 
 #[derive(Debug, PartialEq)]
@@ -59,6 +62,8 @@ enum State {
     },
     Training {
         done: BTreeSet<usize>,
+        /// Who has told that the watch stopped the step. Every rank will.
+        diverged: BTreeSet<usize>,
     },
     Validating {
         losses: BTreeMap<usize, f64>,
@@ -99,7 +104,7 @@ impl Job {
         };
         match &self.state {
             State::Starting { ready } => format!("starting, waiting for rank {}", missing(ready)),
-            State::Training { done } => format!("training, waiting for rank {}", missing(done)),
+            State::Training { done, .. } => format!("training, waiting for rank {}", missing(done)),
             State::Validating { losses } => {
                 format!("validating, waiting for rank {}", missing(&losses.keys().copied().collect()))
             }
@@ -135,10 +140,14 @@ impl Job {
                 if self.setup.steps == 0 {
                     return self.validate();
                 }
-                self.state = State::Training { done: BTreeSet::new() };
+                self.state = State::Training { done: BTreeSet::new(), diverged: BTreeSet::new() };
                 self.everyone(&RankCommand::BeginStep { step: 1 })
             }
-            (State::Training { done }, RankEvent::StepDone { report }) => {
+            (State::Training { diverged, .. }, RankEvent::Diverged { rank, divergence }) => {
+                diverged.insert(rank);
+                if diverged.len() < world { Vec::new() } else { self.diverge(divergence) }
+            }
+            (State::Training { done, .. }, RankEvent::StepDone { report }) => {
                 let (rank, step) = (report.rank as usize, report.step);
                 let mut effects = vec![Effect::Record(report)];
                 if step == self.setup.steps {
@@ -193,6 +202,14 @@ impl Job {
             State::Over | State::Aborting { .. } => Vec::new(),
             _ => self.stop((0..self.setup.world).collect(), reason.to_owned()),
         }
+    }
+
+    /// All ranks wait, their weights as they were before the step.
+    fn diverge(&mut self, mut divergence: Box<Divergence>) -> Vec<Effect> {
+        if divergence.action == Action::RollBack {
+            divergence.why += "; there is no checkpoint to go back to";
+        }
+        self.end(Outcome::Diverged(divergence))
     }
 
     fn abort(&mut self, failed: usize, message: String) -> Vec<Effect> {

@@ -36,6 +36,8 @@ pub struct JobActorSetup {
     pub job: JobSetup,
     /// The model's `config.json`, to be put beside exported weights.
     pub model_config: String,
+    /// `watch.collapse_steps`.
+    pub collapse_steps: u64,
     /// The way to the ranks.
     pub send: SendCommand,
     /// Who hears a summary of every step.
@@ -117,8 +119,9 @@ impl Actor for JobActor {
         myself: ActorRef<JobMessage>,
         setup: JobActorSetup,
     ) -> Result<JobActorState, ActorProcessingErr> {
-        let JobActorSetup { job, model_config, send, subscribers, ended } = setup;
-        let (metrics, _) = Actor::spawn_linked(None, Metrics, job.world, myself.get_cell()).await?;
+        let JobActorSetup { job, model_config, collapse_steps, send, subscribers, ended } = setup;
+        let (metrics, _) =
+            Actor::spawn_linked(None, Metrics, (job.world, collapse_steps), myself.get_cell()).await?;
         for subscriber in subscribers {
             metrics.cast(MetricsMessage::Subscribe(subscriber))?;
         }

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use contraflow_proto::StepReport;
 use serde::{Deserialize, Serialize};
 
+use crate::watch::Divergence;
+
 /// To a rank.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RankCommand {
@@ -66,6 +68,13 @@ pub enum RankEvent {
         /// Who.
         rank: usize,
     },
+    /// The watch has stopped a step: no rank has updated its weights, every rank says the same and waits for a command.
+    Diverged {
+        /// Who.
+        rank: usize,
+        /// Which step and why.
+        divergence: Box<Divergence>,
+    },
     /// The rank cannot go on.
     Failed {
         /// Who.
@@ -85,6 +94,7 @@ impl RankEvent {
             | RankEvent::Validated { rank, .. }
             | RankEvent::Exported { rank, .. }
             | RankEvent::Aborted { rank }
+            | RankEvent::Diverged { rank, .. }
             | RankEvent::Failed { rank, .. } => *rank,
             RankEvent::StepDone { report } => report.rank as usize,
         }

@@ -130,6 +130,7 @@ impl Finished {
     pub fn message(&self) -> &str {
         match &self.outcome {
             Outcome::Failed(message) => message,
+            Outcome::Diverged(divergence) => &divergence.why,
             Outcome::Done { .. } => panic!("the run ended well"),
         }
     }

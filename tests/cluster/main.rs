@@ -8,3 +8,4 @@ mod frames;
 mod lab;
 mod margins;
 mod topology;
+mod watch;

@@ -10,6 +10,7 @@ use std::time::Instant;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::watch::Divergence;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use crate::checkpointer::CheckpointerMessage;
@@ -258,7 +259,10 @@ impl RankState {
 
     fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
         let UpdateDone { order, params, result } = done;
-        let global = result?;
+        let global = match result {
+            Err(RankError::Diverged(divergence)) => return self.diverged(params, divergence),
+            result => result?,
+        };
         let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
         self.task = Task::Idle;
         let id = self.id;
@@ -283,6 +287,18 @@ impl RankState {
         );
         (self.tell)(RankEvent::StepDone { report });
         if is_last { Ok(()) } else { self.begin_step(order.id.step + 1) }
+    }
+
+    /// Takes the parameters back, unchanged, and waits for what the orchestrator makes of it.
+    fn diverged(&mut self, params: RankParams, divergence: Box<Divergence>) -> Result<(), RankError> {
+        let Task::Run { .. } = self.task else { return Ok(()) };
+        self.task = Task::Idle;
+        let rank = self.id;
+        let member = self.member()?;
+        member.dense = Some(params.dense);
+        member.give_back(params.experts)?;
+        (self.tell)(RankEvent::Diverged { rank, divergence });
+        Ok(())
     }
 
     fn exported(

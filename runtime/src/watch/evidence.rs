@@ -175,11 +175,11 @@ impl fmt::Display for Evidence {
         let found: Vec<String> = [weight, loss, gradient].into_iter().flatten().collect();
         let found = match found.as_slice() {
             [] => format!(
-                "the gradient norm is {} and the loss {}, though every tensor is finite",
+                "the gradient norm is {} and the loss {}, though every tensor of every rank is finite",
                 self.grad_norm, self.loss
             ),
             found => found.join("; "),
         };
-        write!(f, "step {}: {found}; no rank has updated its weights", self.step)
+        write!(f, "step {}: {found}", self.step)
     }
 }

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use self::evidence::Evidence;
 use crate::recipe::{OnFault, OnSpike, WatchSection};
 
 /// From a standard deviation to the median absolute deviation of a normal distribution.
@@ -56,6 +57,19 @@ pub struct Verdict {
     pub why: Option<String>,
 }
 
+/// A step that ended the training: no rank has updated its weights, and each waits for what is to come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Divergence {
+    /// Optimizer update that was not made.
+    pub step: u64,
+    /// [`Action::Stop`] or [`Action::RollBack`].
+    pub action: Action,
+    /// What is wrong, in one sentence.
+    pub why: String,
+    /// What was not finite, if anything was.
+    pub evidence: Option<Evidence>,
+}
+
 /// What the watch remembers. A checkpoint holds it, so that a resumed run comes to the verdicts of an undisturbed one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -79,20 +93,22 @@ impl Watch {
 
     /// Judges a step. `fault` says in words what is not finite about it, if anything is.
     pub fn judge(&self, rules: &WatchSection, seen: &Seen, fault: Option<String>) -> Verdict {
-        let (wanted, why) = match (fault, rules.on_spike) {
-            (Some(fault), _) => (action_on(rules.on_nan), fault),
-            (None, OnSpike::Off) => return Verdict { action: Action::Update, why: None },
-            (None, on_spike) => match self.spike(rules, seen) {
-                Some(spike) => (action_on_spike(on_spike), spike),
-                None => return Verdict { action: Action::Update, why: None },
-            },
+        let found = match fault {
+            Some(fault) => Some((action_on(rules.on_nan), fault)),
+            None if rules.on_spike == OnSpike::Off => None,
+            None => self.spike(rules, seen).map(|spike| (action_on_spike(rules.on_spike), spike)),
         };
-        if wanted == Action::Skip && self.skips_in_a_row >= rules.max_skips {
-            let why =
-                format!("{why}; {} batches in a row have been skipped (watch.max_skips)", rules.max_skips);
-            return Verdict { action: Action::Stop, why: Some(why) };
+        let Some((mut action, mut why)) = found else {
+            return Verdict { action: Action::Update, why: None };
+        };
+        if action == Action::Skip && self.skips_in_a_row >= rules.max_skips {
+            action = Action::Stop;
+            why += &format!("; {} batches in a row were skipped (watch.max_skips)", rules.max_skips);
         }
-        Verdict { action: wanted, why: Some(why) }
+        if action != Action::Update {
+            why += "; no rank has updated its weights";
+        }
+        Verdict { action, why: Some(why) }
     }
 
     /// Remembers a step and what became of it. Only values of steps that were updated are kept.

@@ -63,7 +63,10 @@ fn the_policy_decides_what_becomes_of_it() {
     {
         let rules = rules(on_nan, OnSpike::Off);
         let verdict = Watch::default().judge(&rules, &seen(1, f64::NAN), Some("step 1: NaN".into()));
-        assert_eq!(verdict, Verdict { action, why: Some("step 1: NaN".into()) });
+        assert_eq!(
+            verdict,
+            Verdict { action, why: Some("step 1: NaN; no rank has updated its weights".into()) }
+        );
     }
 }
 
@@ -95,7 +98,7 @@ fn more_skips_in_a_row_than_allowed_stop_the_run() {
     }
     let verdict = judge(&watch);
     assert_eq!(verdict.action, Action::Stop);
-    let words = "fault; 2 batches in a row have been skipped (watch.max_skips)";
+    let words = "fault; 2 batches in a row were skipped (watch.max_skips); no rank has updated its weights";
     assert_eq!(verdict.why.as_deref(), Some(words));
     assert_eq!((watch.losses.clone(), watch.updates_at(8)), (before, 6));
     // An update in between starts the count anew.
@@ -148,25 +151,22 @@ fn the_first_in_the_published_list_is_named_whatever_its_rank() {
     assert_eq!(
         words(&[Found::default(), gradient(2, 4), gradient(1, 17), gradient(1, 1)]),
         "step 12: gradient of model.layers.3.mlp.experts.5.up_proj.weight on rank 2 (layer 3) has 17 values that are not \
-         finite; no rank has updated its weights"
+         finite"
     );
     let weight = Found { weight: tensor(2, 1), ..Found::default() };
     assert_eq!(
         words(&[gradient(0, 2), weight]),
         "step 12: weight model.norm.weight on rank 1 has 1 value that is not finite; gradient of \
-         model.embed_tokens.weight on rank 0 has 2 values that are not finite; no rank has updated its weights"
+         model.embed_tokens.weight on rank 0 has 2 values that are not finite"
     );
 }
 
 #[test]
 fn a_loss_is_named_by_micro_batch_and_a_norm_that_overflows_by_itself() {
     let loss = |micro_batch| Found { micro_batch: Some(micro_batch), ..Found::default() };
-    assert_eq!(
-        words(&[loss(3), loss(1)]),
-        "step 12: the loss of micro-batch 1 on rank 1 is not finite; no rank has updated its weights"
-    );
+    assert_eq!(words(&[loss(3), loss(1)]), "step 12: the loss of micro-batch 1 on rank 1 is not finite");
     assert_eq!(
         words(&[Found::default()]),
-        "step 12: the gradient norm is inf and the loss NaN, though every tensor is finite; no rank has updated its weights"
+        "step 12: the gradient norm is inf and the loss NaN, though every tensor of every rank is finite"
     );
 }
