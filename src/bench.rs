@@ -177,6 +177,7 @@ pub fn run_quietly(
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
+        generation: 0,
         resume: None,
         checkpoints,
         export_dir: None,

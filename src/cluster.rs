@@ -24,6 +24,8 @@ pub struct ClusterSpec {
     pub recipe: Arc<Recipe>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
+    /// How often the job has been formed before.
+    pub generation: u32,
     /// What the run goes on from, if it is not fresh.
     pub resume: Option<Arc<Checkpoint>>,
     /// Where checkpoints are kept, if anywhere.
@@ -51,8 +53,17 @@ impl Cluster {
     ///
     /// **Errors**: in words, if an actor cannot be started.
     pub async fn start(spec: ClusterSpec) -> Result<Self, String> {
-        let ClusterSpec { recipe, datasets, resume, checkpoints, export_dir, network, probe, subscribers } =
-            spec;
+        let ClusterSpec {
+            recipe,
+            datasets,
+            generation,
+            resume,
+            checkpoints,
+            export_dir,
+            network,
+            probe,
+            subscribers,
+        } = spec;
         let folder = checkpoints.as_ref().map(|commits| commits.folder.clone());
         let network = LocalNetwork::new(network);
         let world = recipe.topology().world();
@@ -75,6 +86,7 @@ impl Cluster {
             },
             checkpoints,
             model_config: recipe.model_config.to_hf_json(),
+            collapse_steps: recipe.watch.collapse_steps,
             send: Arc::new(send),
             subscribers,
             ended: tell_ended,
@@ -88,7 +100,7 @@ impl Cluster {
         for rank in 0..world {
             let assignment = Box::new(Assignment {
                 job: 0,
-                generation: 0,
+                generation,
                 recipe: recipe.clone(),
                 endpoint: network.join(rank),
                 datasets: datasets.clone(),

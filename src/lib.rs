@@ -17,5 +17,6 @@ pub mod recipes;
 pub mod resume;
 pub mod run;
 pub mod run_dir;
+pub mod summary;
 pub mod telemetry;
 pub mod train;

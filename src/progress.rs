@@ -71,6 +71,9 @@ impl Progress {
             // A full disk does not stop training; the summary at the end says what could not be written.
             let _ = writeln!(self.file, "{line}");
         }
+        for warning in &summary.warnings {
+            self.bar.suspend(|| eprintln!("warning: {warning}"));
+        }
         let message = self.line(summary, rate);
         self.bar.set_message(message.clone());
         self.bar.set_position(summary.step);
@@ -98,10 +101,11 @@ impl Progress {
 
     fn line(&self, summary: &StepSummary, rate: f64) -> String {
         let mtp = summary.mtp_loss.map_or_else(String::new, |loss| format!("  mtp {loss:.3}"));
+        let skipped = if summary.skipped { "skipped  " } else { "" };
         let crowded = if self.frame.oversubscribed { " (oversubscribed)" } else { "" };
         let left = (self.frame.steps - summary.step) as f64 * summary.tokens as f64 / rate.max(1e-9);
         format!(
-            "loss {:.3}{mtp}  |g| {:.2}  lr {:.1e}  {:.1}k tok/s  MFU {:.0}%  bubble {:.0}%{crowded}  MaxVio {:.2}  {} left",
+            "{skipped}loss {:.3}{mtp}  |g| {:.2}  lr {:.1e}  {:.1}k tok/s  MFU {:.0}%  bubble {:.0}%{crowded}  MaxVio {:.2}  {} left",
             summary.loss,
             summary.grad_norm,
             summary.learning_rate,

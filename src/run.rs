@@ -1,4 +1,5 @@
-//! A run with a folder: trains on an embedded cluster, keeps checkpoints, and says what came of it.
+//! A run with a folder: trains on an embedded cluster, keeps checkpoints, goes back to one where the watch says so. What
+//! came of it is `summary`'s.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,73 +15,59 @@ use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{ErrorKind, Recipe};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
-use contraflow_workers::data::{Baselines, Corpus};
-use contraflow_workers::loader::{Datasets, validation_index};
-use contraflow_workers::plans::{Plans, train_shape, validation_shape};
+use contraflow_workers::data::Corpus;
+use contraflow_workers::loader::Datasets;
+use contraflow_workers::plans::{Plans, train_shape};
 use contraflow_workers::probe::Probe;
-use serde::Serialize;
 
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
-use crate::generate;
 use crate::interrupt;
 use crate::machine::{made_by, measure_peak};
-use crate::output::print;
-use crate::progress::{Frame, Progress, minutes};
+use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
-
-/// What is left of a run in summary.json.
-#[derive(Debug, Serialize)]
-struct Summary {
-    name: String,
-    steps: u64,
-    tokens: u64,
-    seconds: f64,
-    tokens_per_second: f64,
-    mfu: f64,
-    flops_per_token: f64,
-    peak_gflops: f64,
-    bubble_share: f64,
-    oversubscribed: bool,
-    final_loss: f64,
-    max_vio: f64,
-    validation_bits_per_byte: Option<f64>,
-    validation_bytes: usize,
-    baseline_bigram_bits_per_byte: f64,
-    baseline_trigram_bits_per_byte: f64,
-    baseline_zstd_bits_per_byte: f64,
-    corpus: String,
-    corpus_hash: String,
-    parameters: u64,
-    active_parameters: u64,
-    world: usize,
-    schedule: String,
-}
 
 /// Running totals over the steps of this process.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    tokens: u64,
-    bubble: f64,
-    last: StepSummary,
+    /// Tokens of them.
+    pub tokens: u64,
+    /// Sum of their bubble shares.
+    pub bubble: f64,
+    /// The latest step.
+    pub last: StepSummary,
     /// Steps of this process.
-    steps: u64,
+    pub steps: u64,
     /// From the start of the cluster to the end of the last update, in seconds.
-    seconds: f64,
+    pub seconds: f64,
     /// Mean validation loss in nats per byte.
-    validation_loss: Option<f64>,
+    pub validation_loss: Option<f64>,
+}
+
+/// What was not finite in the step that ended a run.
+const EVIDENCE: &str = "evidence.json";
+
+/// One formation of the cluster: the first, or one after a roll-back.
+#[derive(Default)]
+struct Attempt {
+    resume: Option<Arc<Checkpoint>>,
+    generation: u32,
+    /// The step that the latest roll-back went to, and how often in a row it was that one.
+    back_to: Option<u64>,
+    returns: u64,
 }
 
 /// A run that has a folder.
 pub struct Run {
-    name: String,
-    recipe: Arc<Recipe>,
-    dir: PathBuf,
-    frame: Frame,
+    pub(crate) name: String,
+    pub(crate) recipe: Arc<Recipe>,
+    pub(crate) dir: PathBuf,
+    pub(crate) frame: Frame,
     /// Name, hash and warning; the documents themselves are packed by now.
-    corpus: Corpus,
+    pub(crate) corpus: Corpus,
     /// What the run goes on from, if it is not fresh.
     resume: Option<Arc<Checkpoint>>,
     /// What manifests say of this run.
@@ -146,7 +133,7 @@ impl Run {
     }
 
     /// Where the run stands before the first step of this process.
-    fn position(&self) -> Position {
+    pub(crate) fn position(&self) -> Position {
         self.resume.as_ref().map(|checkpoint| checkpoint.manifest.position).unwrap_or_default()
     }
 
@@ -157,7 +144,7 @@ impl Run {
         Ok(contraflow_runtime::schedule::text::write(&planned.plan))
     }
 
-    fn write(&self, file: &str, text: &str) -> Result<(), Failure> {
+    pub(crate) fn write(&self, file: &str, text: &str) -> Result<(), Failure> {
         let path = self.dir.join(file);
         std::fs::write(&path, text).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
     }
@@ -182,52 +169,123 @@ impl Run {
                 step => format!(", {step} of them made before"),
             }
         );
-        let export_dir = self.export_dir()?;
-        let mut progress = Progress::new(&self.dir, self.frame)
-            .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
         let last = run_dir::last_summary(&self.dir).unwrap_or_default();
         let tally = Arc::new(Mutex::new(Tally { last, ..Tally::default() }));
+        let mut attempt = Attempt { resume: self.resume.clone(), ..Attempt::default() };
+        loop {
+            let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
+            let totals = || tally.lock().unwrap_or_else(PoisonError::into_inner);
+            if !matches!(outcome, Outcome::Done { .. }) {
+                self.clear_unfinished();
+            }
+            match outcome {
+                Outcome::Done { validation } => {
+                    return Ok(Tally {
+                        validation_loss: validation.map(|(loss, _)| loss),
+                        ..totals().clone()
+                    });
+                }
+                Outcome::Stopped { step } => {
+                    return Err(Failure::interrupted(format!(
+                        "interrupted after step {step}{}",
+                        self.way_on()
+                    )));
+                }
+                Outcome::Diverged { divergence, cursor } => {
+                    attempt = self.diverged(&divergence, cursor, attempt)?;
+                    let kept =
+                        attempt.resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.tokens);
+                    totals().tokens = kept - self.position().tokens;
+                }
+                Outcome::Failed { message, kind: ErrorKind::Config } => {
+                    return Err(Failure::input(format!("{message}{}", self.way_on())));
+                }
+                Outcome::Failed { message, .. } => {
+                    return Err(Failure::run(format!("{message}{}", self.way_on())));
+                }
+            }
+        }
+    }
+
+    /// What the cluster is started with.
+    fn cluster(
+        &self,
+        datasets: &Arc<Datasets>,
+        attempt: &Attempt,
+        tally: &Arc<Mutex<Tally>>,
+    ) -> Result<ClusterSpec, Failure> {
+        let mut progress = Progress::new(&self.dir, self.frame)
+            .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
         let shared = tally.clone();
         let began = Instant::now();
+        let before = shared.lock().unwrap_or_else(PoisonError::into_inner).seconds;
         let subscriber: Subscriber = Box::new(move |summary| {
             progress.step(summary);
             let mut tally = shared.lock().unwrap_or_else(PoisonError::into_inner);
             tally.tokens += summary.tokens;
             tally.steps += 1;
             tally.bubble += summary.bubble_share;
-            tally.seconds = began.elapsed().as_secs_f64();
+            tally.seconds = before + began.elapsed().as_secs_f64();
             tally.last = summary.clone();
         });
-        let spec = ClusterSpec {
+        Ok(ClusterSpec {
             recipe: self.recipe.clone(),
             datasets: datasets.clone(),
-            resume: self.resume.clone(),
+            generation: attempt.generation,
+            resume: attempt.resume.clone(),
             checkpoints: Some(Commits {
                 folder: CheckpointFolder::of_run(&self.dir),
                 keep: self.recipe.checkpoint.keep,
                 manifest: self.manifest.clone(),
             }),
-            export_dir,
+            export_dir: self.export_dir()?,
             network: LocalOptions::default(),
             probe: Probe::default(),
             subscribers: vec![subscriber],
-        };
-        let outcome = run_cluster(spec)?;
-        let tally = tally.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if !matches!(outcome, Outcome::Done { .. }) {
-            self.clear_unfinished();
+        })
+    }
+
+    /// Leaves the evidence in the run's folder; then, where the watch wants to roll back, goes back to the newest checkpoint,
+    /// and past the sequences that led to the divergence: the same ones would lead there again.
+    ///
+    /// **Errors**: code 1 with the reason, where the run is to stop or there is no way back.
+    fn diverged(&self, divergence: &Divergence, cursor: u64, before: Attempt) -> Result<Attempt, Failure> {
+        let told = self.tell_divergence(divergence);
+        if divergence.action != Action::RollBack {
+            return Err(Failure::run(format!("{told}{}", self.way_on())));
         }
-        match outcome {
-            Outcome::Done { validation } => {
-                Ok(Tally { validation_loss: validation.map(|(loss, _)| loss), ..tally })
-            }
-            Outcome::Stopped { step } => {
-                Err(Failure::interrupted(format!("interrupted after step {step}{}", self.way_on())))
-            }
-            Outcome::Failed { message, kind: ErrorKind::Config } => {
-                Err(Failure::input(format!("{message}{}", self.way_on())))
-            }
-            Outcome::Failed { message, .. } => Err(Failure::run(format!("{message}{}", self.way_on()))),
+        let folder = CheckpointFolder::of_run(&self.dir);
+        let Some(step) = folder.list().unwrap_or_default().last().copied() else {
+            return Err(Failure::run(format!("{told}; there is no checkpoint to go back to")));
+        };
+        let returns = if before.back_to == Some(step) { before.returns + 1 } else { 1 };
+        if returns > self.recipe.watch.max_skips {
+            let most = self.recipe.watch.max_skips;
+            return Err(Failure::run(format!(
+                "{told}; the run went back to step {step} {most} times (watch.max_skips)"
+            )));
+        }
+        let mut checkpoint =
+            Checkpoint::open(&folder.committed(step)).map_err(|faults| Failure::run(faults.to_string()))?;
+        let skipped = cursor - checkpoint.manifest.position.cursor;
+        eprintln!("{told}; going back to step {step}, past {skipped} sequences");
+        checkpoint.manifest.position.cursor = cursor;
+        run_dir::keep_metrics(&self.dir, &self.dir, step)
+            .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
+        Ok(Attempt {
+            resume: Some(Arc::new(checkpoint)),
+            generation: before.generation + 1,
+            back_to: Some(step),
+            returns,
+        })
+    }
+
+    fn tell_divergence(&self, divergence: &Divergence) -> String {
+        let Some(evidence) = &divergence.evidence else { return divergence.why.clone() };
+        let text = serde_json::to_string_pretty(evidence).map_err(|error| Failure::run(error.to_string()));
+        match text.and_then(|text| self.write(EVIDENCE, &format!("{text}\n"))) {
+            Ok(()) => format!("{}; see {}", divergence.why, self.dir.join(EVIDENCE).display()),
+            Err(error) => format!("{}; {}", divergence.why, error.message),
         }
     }
 
@@ -261,85 +319,6 @@ impl Run {
             None => "; no checkpoint has been made".into(),
         }
     }
-
-    /// Measures the baselines, writes the summary and says it.
-    ///
-    /// **Errors**: a file cannot be written.
-    pub fn finish(&self, datasets: &Datasets, tally: Tally, began: Instant) -> Result<(), Failure> {
-        let available = datasets.validation.num_sequences();
-        let taken = validation_shape(&self.recipe, available).map_or(0, |shape| shape.global_batch);
-        let sequence_ids: Vec<usize> =
-            (0..taken).map(|place| validation_index(place, taken, available)).collect();
-        let baselines = Baselines::measure(&datasets.train, &datasets.validation, &sequence_ids);
-        let parameters = cost::parameters(&self.recipe.model_config);
-        let tokens_per_second = tally.tokens as f64 / tally.seconds.max(1e-9);
-        let summary = Summary {
-            name: self.name.clone(),
-            steps: self.frame.steps,
-            tokens: self.position().tokens + tally.tokens,
-            seconds: began.elapsed().as_secs_f64(),
-            tokens_per_second,
-            mfu: tokens_per_second * self.frame.flops_per_token / self.frame.peak_flops,
-            flops_per_token: self.frame.flops_per_token,
-            peak_gflops: self.frame.peak_flops / 1e9,
-            bubble_share: tally.bubble / (tally.steps.max(1) as f64),
-            oversubscribed: self.frame.oversubscribed,
-            final_loss: tally.last.loss,
-            max_vio: tally.last.mean_max_vio(),
-            validation_bits_per_byte: tally.validation_loss.map(|loss| loss / std::f64::consts::LN_2),
-            validation_bytes: baselines.num_bytes,
-            baseline_bigram_bits_per_byte: baselines.bigram_bits_per_byte,
-            baseline_trigram_bits_per_byte: baselines.trigram_bits_per_byte,
-            baseline_zstd_bits_per_byte: baselines.zstd_bits_per_byte,
-            corpus: self.corpus.name.clone(),
-            corpus_hash: self.corpus.hash.clone(),
-            parameters: parameters.total + parameters.mtp,
-            active_parameters: parameters.active,
-            world: self.recipe.topology().world(),
-            schedule: self.recipe.parallel.schedule.to_string(),
-        };
-        let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;
-        self.write("summary.json", &format!("{text}\n"))?;
-        self.say(&summary)
-    }
-
-    /// The results, on stdout.
-    fn say(&self, summary: &Summary) -> Result<(), Failure> {
-        let crowded = if summary.oversubscribed { " (oversubscribed)" } else { "" };
-        let mut text = format!(
-            "{} steps, {} tokens in {}\n{:.0} tokens/s, MFU {:.0}% of {:.0} GFLOP/s ({:.1} MFLOP per token: causal, with MTP), \
-             bubble {:.0}%{crowded}\n",
-            summary.steps,
-            summary.tokens,
-            minutes(summary.seconds),
-            summary.tokens_per_second,
-            100.0 * summary.mfu,
-            summary.peak_gflops,
-            summary.flops_per_token / 1e6,
-            100.0 * summary.bubble_share,
-        );
-        if let Some(bits) = summary.validation_bits_per_byte {
-            text += &format!(
-                "validation on {} bytes of {}, bits per byte:\n  this model    {bits:.3}\n  byte bigram   {:.3}\n  \
-                 byte trigram  {:.3}\n  zstd -19      {:.3}\n",
-                summary.validation_bytes,
-                summary.corpus,
-                summary.baseline_bigram_bits_per_byte,
-                summary.baseline_trigram_bits_per_byte,
-                summary.baseline_zstd_bits_per_byte
-            );
-        }
-        if self.recipe.checkpoint.save_model {
-            let sample = generate::sample(&self.dir.join("model"), self.recipe.training.seed)?;
-            text += &format!("a sample, after \"{}\":\n", generate::SAMPLE_PROMPT.trim_end());
-            sample.lines().for_each(|line| text += &format!("  | {line}\n"));
-            let dir = self.dir.display();
-            text += &format!(
-                "next: contraflow generate {dir} --prompt \"impl \"   (weights in HF format: {dir}/model)\n"
-            );
-        }
-        print(&text)
-    }
 }
 
 fn new_folder(name: &str) -> Result<PathBuf, Failure> {
@@ -355,6 +334,7 @@ pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, Failure>
     Ok(Manifest {
         format_version: FORMAT_VERSION,
         position: Position::default(),
+        watch: Default::default(),
         recipe: recipe.resolved_toml(),
         model: model.map_err(|error| Failure::run(error.to_string()))?,
         corpus_hash: corpus_hash.to_owned(),

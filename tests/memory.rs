@@ -41,6 +41,7 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     let spec = ClusterSpec {
         recipe,
         datasets,
+        generation: 0,
         resume: None,
         checkpoints: None,
         export_dir: None,

@@ -7,6 +7,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{CheckpointError, Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::watch::{Divergence, Watch};
 
 /// What a job is made with.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub enum Effect {
     CommitCheckpoint {
         /// Where the run stood.
         position: Position,
+        /// What the watch remembers.
+        watch: Watch,
         /// By rank.
         shards: Vec<ShardFile>,
     },
@@ -66,6 +69,13 @@ pub enum Outcome {
         /// The last step that was made.
         step: u64,
     },
+    /// The watch has ended the training, on all ranks before an update.
+    Diverged {
+        /// Which step, and why.
+        divergence: Box<Divergence>,
+        /// Sequences used, the batch of that step included.
+        cursor: u64,
+    },
     /// Somebody could not go on.
     Failed {
         /// Rank, action, cause.
@@ -83,6 +93,8 @@ enum State {
     /// `done` are the ranks that have made their last step: the recipe's, or the one they have agreed to stop after.
     Training {
         done: BTreeSet<usize>,
+        /// By rank, what the watch has stopped the step with: on every rank the same.
+        diverged: BTreeMap<usize, Outcome>,
     },
     Validating {
         losses: BTreeMap<usize, f64>,
@@ -111,7 +123,7 @@ pub struct Job {
     /// Checkpoints of which some ranks have written their part.
     shards: BTreeMap<u64, BTreeMap<usize, ShardFile>>,
     /// Checkpoints that are whole, in order; the first is being committed. One at a time: a commit also drops old ones.
-    whole: VecDeque<(Position, Vec<ShardFile>)>,
+    whole: VecDeque<(Position, Watch, Vec<ShardFile>)>,
     /// The newest committed checkpoint of this run.
     committed: u64,
 }
@@ -142,8 +154,10 @@ impl Job {
         };
         match &self.state {
             State::Starting { ready } => format!("starting, waiting for rank {}", missing(ready)),
-            State::Training { done } if done.len() == self.setup.world => "waiting for a checkpoint".into(),
-            State::Training { done } => format!("training, waiting for rank {}", missing(done)),
+            State::Training { done, diverged, .. } if done.len().max(diverged.len()) == self.setup.world => {
+                "waiting for a checkpoint".into()
+            }
+            State::Training { done, .. } => format!("training, waiting for rank {}", missing(done)),
             State::Validating { losses } => {
                 format!("validating, waiting for rank {}", missing(&losses.keys().copied().collect()))
             }
@@ -173,7 +187,9 @@ impl Job {
                 let others = (0..world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind })
             }
-            (_, RankEvent::ShardSaved { rank, position, shard }) => self.shard_saved(rank, position, shard),
+            (_, RankEvent::ShardSaved { rank, position, watch, shard }) => {
+                self.shard_saved(rank, (position, watch), shard)
+            }
             (State::Starting { ready }, RankEvent::Ready { rank }) => {
                 ready.insert(rank);
                 if ready.len() < world {
@@ -182,8 +198,12 @@ impl Job {
                 if self.step >= self.setup.steps {
                     return self.validate();
                 }
-                self.state = State::Training { done: BTreeSet::new() };
+                self.state = State::Training { done: BTreeSet::new(), diverged: BTreeMap::new() };
                 self.everyone(&RankCommand::BeginStep { step: self.step + 1 })
+            }
+            (State::Training { diverged, .. }, RankEvent::Diverged { rank, divergence, cursor }) => {
+                diverged.insert(rank, Outcome::Diverged { divergence, cursor });
+                self.leave_training()
             }
             (State::Training { .. }, RankEvent::StepDone { report }) => {
                 let (rank, step) = (report.rank as usize, report.step);
@@ -222,7 +242,7 @@ impl Job {
     }
 
     fn last_step_made(&mut self, rank: usize, step: u64) -> Vec<Effect> {
-        if let State::Training { done } = &mut self.state {
+        if let State::Training { done, .. } = &mut self.state {
             done.insert(rank);
         }
         self.step = step;
@@ -231,7 +251,11 @@ impl Job {
 
     /// Once all ranks have made their last step and it is kept: on to the validation, or to the end if the run was stopped.
     fn leave_training(&mut self) -> Vec<Effect> {
-        let State::Training { done } = &self.state else { return Vec::new() };
+        let State::Training { done, diverged } = &self.state else { return Vec::new() };
+        if diverged.len() == self.setup.world && self.shards.is_empty() && self.whole.is_empty() {
+            let outcome = diverged.first_key_value().map(|(_, outcome)| outcome.clone());
+            return outcome.map_or_else(Vec::new, |outcome| self.end(outcome));
+        }
         let is_kept = !self.setup.keeps_checkpoints || self.committed == self.step;
         if done.len() < self.setup.world || !is_kept {
             return Vec::new();
@@ -242,20 +266,26 @@ impl Job {
         self.validate()
     }
 
-    fn shard_saved(&mut self, rank: usize, position: Position, shard: ShardFile) -> Vec<Effect> {
+    fn shard_saved(
+        &mut self,
+        rank: usize,
+        (position, watch): (Position, Watch),
+        shard: ShardFile,
+    ) -> Vec<Effect> {
         let shards = self.shards.entry(position.step).or_default();
         shards.insert(rank, shard);
         if shards.len() < self.setup.world {
             return Vec::new();
         }
         let shards = self.shards.remove(&position.step).unwrap_or_default();
-        self.whole.push_back((position, shards.into_values().collect()));
+        self.whole.push_back((position, watch, shards.into_values().collect()));
         if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
     }
 
     fn commit_next(&self) -> Vec<Effect> {
         let next = self.whole.front().cloned();
-        next.map(|(position, shards)| Effect::CommitCheckpoint { position, shards }).into_iter().collect()
+        let effect = |(position, watch, shards)| Effect::CommitCheckpoint { position, watch, shards };
+        next.map(effect).into_iter().collect()
     }
 
     /// A checkpoint has been committed, or not.
@@ -355,6 +385,8 @@ impl Job {
 
 #[cfg(test)]
 mod tests {
+    use contraflow_runtime::watch::Action;
+
     use super::*;
 
     fn job(world: usize) -> Job {
@@ -450,7 +482,8 @@ mod tests {
 
     fn saved(rank: usize, step: u64) -> RankEvent {
         let shard = ShardFile { file: rank.to_string(), ..ShardFile::default() };
-        RankEvent::ShardSaved { rank, position: Position { step, ..Position::default() }, shard }
+        let position = Position { step, ..Position::default() };
+        RankEvent::ShardSaved { rank, position, watch: Watch::default(), shard }
     }
 
     #[test]
@@ -462,7 +495,7 @@ mod tests {
         assert_eq!(job.step(saved(0, 15)), []);
         assert_eq!(job.step(saved(0, 20)), [], "the fast rank is a checkpoint ahead");
         let effects = job.step(saved(1, 15));
-        assert!(matches!(&effects[..], [Effect::CommitCheckpoint { position, shards }]
+        assert!(matches!(&effects[..], [Effect::CommitCheckpoint { position, shards, .. }]
             if position.step == 15 && shards.len() == 2 && shards[0].file == "0"));
         assert_eq!(job.committed(15, Ok(())), []);
         (0..2).for_each(|rank| drop(job.step(step_done(rank, 20))));
@@ -470,6 +503,24 @@ mod tests {
         assert!(matches!(job.step(saved(1, 20))[..], [Effect::CommitCheckpoint { .. }]));
         let effects = job.committed(20, Ok(()));
         assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
+    }
+
+    #[test]
+    fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
+        let mut job = with_checkpoints(2);
+        (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+        let divergence =
+            Divergence { step: 13, action: Action::RollBack, why: "a spike".into(), evidence: None };
+        let diverged =
+            |rank| RankEvent::Diverged { rank, divergence: Box::new(divergence.clone()), cursor: 7 };
+        drop(job.step(saved(0, 12)));
+        assert_eq!(job.step(diverged(0)), []);
+        drop(job.step(saved(1, 12)));
+        assert_eq!(job.step(diverged(1)), []);
+        assert_eq!(job.describe(), "waiting for a checkpoint");
+        let effects = job.committed(12, Ok(()));
+        let outcome = Outcome::Diverged { divergence: Box::new(divergence), cursor: 7 };
+        assert_eq!(effects.last().unwrap(), &Effect::End(outcome));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use contraflow_runtime::checkpoint::{
 };
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
@@ -62,6 +63,8 @@ pub struct JobActorSetup {
     pub model_config: String,
     /// Where checkpoints are committed, if anywhere.
     pub checkpoints: Option<Commits>,
+    /// `watch.collapse_steps`.
+    pub collapse_steps: u64,
     /// The way to the ranks.
     pub send: SendCommand,
     /// Who hears a summary of every step.
@@ -94,8 +97,8 @@ impl JobActorState {
                 Effect::Command { rank, command } => (self.send)(rank, command),
                 // If the metrics actor is gone the job hears of it as its supervisor.
                 Effect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
-                Effect::CommitCheckpoint { position, shards } => {
-                    self.commit_checkpoint(myself.clone(), position, shards);
+                Effect::CommitCheckpoint { position, watch, shards } => {
+                    self.commit_checkpoint(myself.clone(), position, (watch, shards));
                 }
                 Effect::Commit { dir, files } => {
                     self.commit_error = commit(&dir, &files, &self.model_config)
@@ -117,10 +120,15 @@ impl JobActorState {
 
 impl JobActorState {
     /// Syncing files takes its time, in which the job must hear its ranks: not on the actor's own thread.
-    fn commit_checkpoint(&self, myself: ActorRef<JobMessage>, position: Position, shards: Vec<ShardFile>) {
+    fn commit_checkpoint(
+        &self,
+        myself: ActorRef<JobMessage>,
+        position: Position,
+        (watch, shards): (Watch, Vec<ShardFile>),
+    ) {
         let Some(Commits { folder, keep, manifest }) = self.checkpoints.clone() else { return };
         tokio::task::spawn_blocking(move || {
-            let result = folder.commit(&Manifest { position, shards, ..manifest }, keep);
+            let result = folder.commit(&Manifest { position, watch, shards, ..manifest }, keep);
             // If the job is gone nobody asks any more.
             drop(myself.cast(JobMessage::Committed { step: position.step, result }));
         });
@@ -164,8 +172,10 @@ impl Actor for JobActor {
         myself: ActorRef<JobMessage>,
         setup: JobActorSetup,
     ) -> Result<JobActorState, ActorProcessingErr> {
-        let JobActorSetup { job, model_config, checkpoints, send, subscribers, ended } = setup;
-        let (metrics, _) = Actor::spawn_linked(None, Metrics, job.world, myself.get_cell()).await?;
+        let JobActorSetup { job, model_config, checkpoints, collapse_steps, send, subscribers, ended } =
+            setup;
+        let (metrics, _) =
+            Actor::spawn_linked(None, Metrics, (job.world, collapse_steps), myself.get_cell()).await?;
         for subscriber in subscribers {
             metrics.cast(MetricsMessage::Subscribe(subscriber))?;
         }

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use contraflow_proto::StepReport;
+use contraflow_proto::{GradientNorms, StepReport};
+use contraflow_runtime::watch::gate::GateWatch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +38,12 @@ pub struct StepSummary {
     pub sent_bytes: u64,
     /// Largest number of chunks with live activations, over ranks.
     pub peak_live_chunks: u32,
+    /// Norms of the gradient before clipping: embedding, each layer, final norm and head.
+    pub gradient_norms: GradientNorms,
+    /// Whether no update was made: the watch skipped the batch.
+    pub skipped: bool,
+    /// What the watches say against this step, in words: numbers, spikes, gates.
+    pub warnings: Vec<String>,
 }
 
 impl StepSummary {
@@ -59,6 +66,9 @@ impl StepSummary {
             max_vio: loads.map(|load| (load.layer, max_vio(&load.counts))).collect(),
             sent_bytes: reports.iter().map(|report| report.sent_bytes).sum(),
             peak_live_chunks: reports.iter().map(|report| report.peak_live_chunks).max().unwrap_or(0),
+            gradient_norms: first.gradient_norms.clone().unwrap_or_default(),
+            skipped: first.skipped,
+            warnings: first.warning.iter().cloned().collect(),
         }
     }
 
@@ -104,11 +114,21 @@ pub struct MetricsState {
     open: BTreeMap<u64, Vec<StepReport>>,
     ring: VecDeque<StepSummary>,
     subscribers: Vec<Subscriber>,
+    gates: GateWatch,
+    /// `watch.collapse_steps`.
+    collapse_steps: u64,
 }
 
 impl MetricsState {
-    fn new(world: usize) -> Self {
-        MetricsState { world, open: BTreeMap::new(), ring: VecDeque::new(), subscribers: Vec::new() }
+    fn new((world, collapse_steps): (usize, u64)) -> Self {
+        MetricsState {
+            world,
+            open: BTreeMap::new(),
+            ring: VecDeque::new(),
+            subscribers: Vec::new(),
+            gates: GateWatch::default(),
+            collapse_steps,
+        }
     }
 
     fn record(&mut self, report: StepReport) {
@@ -120,12 +140,21 @@ impl MetricsState {
         }
         let mut reports = self.open.remove(&step).unwrap_or_default();
         reports.sort_by_key(|report| report.rank);
-        let summary = StepSummary::of(&reports);
+        let mut summary = StepSummary::of(&reports);
+        summary.warnings.extend(self.watch_gates(&reports));
         self.subscribers.iter_mut().for_each(|subscriber| subscriber(&summary));
         if self.ring.len() == RING {
             self.ring.pop_front();
         }
         self.ring.push_back(summary);
+    }
+
+    /// Several ranks hold a layer and count the same.
+    fn watch_gates(&mut self, reports: &[StepReport]) -> Vec<String> {
+        let loads = reports.iter().flat_map(|report| &report.loads);
+        let loads: BTreeMap<u32, &[u64]> = loads.map(|load| (load.layer, load.counts.as_slice())).collect();
+        let see = |(layer, counts)| self.gates.see(layer, counts, self.collapse_steps);
+        loads.into_iter().filter_map(see).collect()
     }
 
     fn window(&self, len: usize) -> Vec<StepSummary> {
@@ -139,15 +168,15 @@ pub struct Metrics;
 impl Actor for Metrics {
     type Msg = MetricsMessage;
     type State = MetricsState;
-    /// Number of ranks.
-    type Arguments = usize;
+    /// Number of ranks; `watch.collapse_steps`.
+    type Arguments = (usize, u64);
 
     async fn pre_start(
         &self,
         _myself: ActorRef<MetricsMessage>,
-        world: usize,
+        arguments: (usize, u64),
     ) -> Result<MetricsState, ActorProcessingErr> {
-        Ok(MetricsState::new(world))
+        Ok(MetricsState::new(arguments))
     }
 
     async fn handle(
@@ -189,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_summary_appears_once_every_rank_has_reported() {
-        let mut state = MetricsState::new(2);
+        let mut state = MetricsState::new((2, 0));
         state.record(report(1, 2.0, 1.0));
         assert!(state.window(9).is_empty());
         state.record(report(0, 3.0, 0.0));
@@ -201,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_ring_keeps_the_latest() {
-        let mut state = MetricsState::new(1);
+        let mut state = MetricsState::new((1, 0));
         for step in 0..RING as u64 + 5 {
             state.record(StepReport { step, ..StepReport::default() });
         }

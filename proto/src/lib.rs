@@ -8,4 +8,4 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/contraflow.v1.rs"));
 }
 
-pub use v1::{LayerLoad, StepReport};
+pub use v1::{GradientNorms, LayerLoad, StepReport};

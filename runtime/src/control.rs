@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Position, ShardFile};
 use crate::recipe::ErrorKind;
+use crate::watch::{Divergence, Watch};
 
 /// To a rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,6 +65,8 @@ pub enum RankEvent {
         rank: usize,
         /// Where the run stood.
         position: Position,
+        /// What the watch remembers: on every rank the same.
+        watch: Watch,
         /// What was written.
         shard: ShardFile,
     },
@@ -88,6 +91,15 @@ pub enum RankEvent {
         /// Who.
         rank: usize,
     },
+    /// The watch has stopped a step: no rank has updated its weights, every rank says the same and waits for a command.
+    Diverged {
+        /// Who.
+        rank: usize,
+        /// Which step and why.
+        divergence: Box<Divergence>,
+        /// Sequences used, the batch of that step included.
+        cursor: u64,
+    },
     /// The rank cannot go on.
     Failed {
         /// Who.
@@ -111,6 +123,7 @@ impl RankEvent {
             | RankEvent::Validated { rank, .. }
             | RankEvent::Exported { rank, .. }
             | RankEvent::Aborted { rank }
+            | RankEvent::Diverged { rank, .. }
             | RankEvent::Failed { rank, .. } => *rank,
             RankEvent::StepDone { report } => report.rank as usize,
         }

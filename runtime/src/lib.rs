@@ -13,3 +13,4 @@ pub mod model_config;
 pub mod recipe;
 pub mod schedule;
 pub mod topology;
+pub mod watch;

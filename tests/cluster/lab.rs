@@ -134,6 +134,7 @@ impl Finished {
     pub fn message(&self) -> &str {
         match &self.outcome {
             Outcome::Failed { message, .. } => message,
+            Outcome::Diverged { divergence, .. } => &divergence.why,
             outcome => panic!("expected a run that failed, got {outcome:?}"),
         }
     }
@@ -213,6 +214,7 @@ async fn run(setup: Setup) -> Finished {
     subscribers.extend(another);
     let began = Instant::now();
     let cluster = Cluster::start(ClusterSpec {
+        generation: 0,
         recipe,
         datasets,
         resume,

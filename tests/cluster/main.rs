@@ -9,3 +9,4 @@ mod lab;
 mod margins;
 mod resume;
 mod topology;
+mod watch;

@@ -5,4 +5,5 @@
 mod crashes;
 mod interrupts;
 mod refusals;
+mod rollback;
 mod workplace;

@@ -138,11 +138,12 @@ impl Actor for Checkpointer {
                 probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
-                    let write = AssertUnwindSafe(|| save(&dir, rank, *snapshot));
+                    let watch = snapshot.watch.clone();
+                    let write = AssertUnwindSafe(|| Ok((watch, save(&dir, rank, *snapshot)?)));
                     let result =
                         catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
                     // If the rank is gone the job has ended and nobody asks any more.
-                    drop(rank_actor.cast(RankMessage::Saved { position, result }));
+                    drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
                 });
             }
             CheckpointerMessage::Export { dir, rank, world, config, params } => {

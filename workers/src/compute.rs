@@ -54,10 +54,20 @@ pub struct Totals {
     pub mtp_loss: f64,
     /// This rank's share of the balance loss, scaled.
     pub balance_loss: f64,
+    /// First micro-batch whose loss is not finite.
+    pub bad_micro_batch: Option<usize>,
     /// Tokens per expert, per layer, of this rank's tokens.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
     /// Largest number of chunks with live activations.
     pub peak_live_chunks: usize,
+}
+
+impl Totals {
+    fn note_if_bad(&mut self, chunk: Chunk, loss: f64) {
+        if !loss.is_finite() {
+            self.bad_micro_batch.get_or_insert(chunk.micro_batch);
+        }
+    }
 }
 
 /// One operation of the compute lane.
@@ -237,6 +247,7 @@ impl Compute {
         let normed = if self.train {
             let (loss, normed, saved) = head::forward(head, &mut self.dense, x, &targets);
             self.totals.loss += loss.sum;
+            self.totals.note_if_bad(op.chunk, loss.sum);
             self.end(op.chunk).head = Some(saved);
             normed
         } else {
@@ -258,6 +269,7 @@ impl Compute {
         if self.train {
             let (loss, _, saved) = head::forward(head, &mut self.dense, x, &targets);
             self.totals.mtp_loss += loss.sum;
+            self.totals.note_if_bad(op.chunk, loss.sum);
             self.end(op.chunk).mtp_head = Some(saved);
         } else {
             self.totals.mtp_loss += head::evaluate(head, &self.dense, &x, &targets).0.sum;

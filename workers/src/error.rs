@@ -2,6 +2,7 @@
 
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::watch::Divergence;
 
 use crate::step::Missing;
 
@@ -28,16 +29,9 @@ pub enum RankError {
         /// **Units**: seconds.
         waited_s: u64,
     },
-    /// The gradient norm is not a finite number; nothing was updated.
-    #[error("step {step}: the gradient norm is {norm}, loss {loss}; no rank has updated its weights")]
-    NotFinite {
-        /// Optimizer update that was not made.
-        step: u64,
-        /// The global norm.
-        norm: f64,
-        /// Mean loss of the global batch.
-        loss: f64,
-    },
+    /// The watch has stopped the step on every rank; nothing was updated.
+    #[error("{}", .0.why)]
+    Diverged(Box<Divergence>),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     File {
@@ -67,7 +61,7 @@ impl RankError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             RankError::Fabric(_) => ErrorKind::Lost,
-            RankError::NotFinite { .. } => ErrorKind::Numeric,
+            RankError::Diverged(_) => ErrorKind::Numeric,
             RankError::File { .. } | RankError::Content { .. } => ErrorKind::Config,
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,

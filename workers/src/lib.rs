@@ -13,6 +13,7 @@ pub mod error;
 pub mod exchange;
 pub mod expert_shard;
 pub mod generate;
+pub mod inspect;
 pub mod lanes;
 pub mod loader;
 pub mod membership;

@@ -10,6 +10,7 @@ use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::fabric::Endpoint;
+use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 
@@ -88,6 +89,8 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
     let setup = OptimizerSetup {
         recipe: recipe.optimizer.clone(),
+        watch: recipe.watch.clone(),
+        names: published_names(&recipe.model_config),
         endpoint: assignment.endpoint.clone(),
         world: topology.ranks().collect(),
         num_experts: recipe.model_config.n_routed_experts,
@@ -101,6 +104,12 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     }
     let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
     Ok(Built { assignment, arch, plans, model, optimizer, threads })
+}
+
+/// The published list of a model's weights, without stored copies.
+pub fn published_names(config: &ModelConfig) -> Vec<String> {
+    let own = config.weights().into_iter().filter(|weight| weight.tied_to.is_none());
+    own.map(|weight| weight.name).collect()
 }
 
 /// The rank's actors.
@@ -198,6 +207,9 @@ impl Member {
             peak_live_chunks: 0,
             sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
             loads: global.expert_counts.into_iter().map(load).collect(),
+            gradient_norms: Some(global.gradient_norms),
+            skipped: global.skipped,
+            warning: global.warning,
         }
     }
 }

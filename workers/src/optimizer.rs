@@ -2,7 +2,7 @@
 //!
 //! ZeRO-1: the moments of each parameter are spread over its replica group (report section 3.2.3). The step's few totals
 //! (norm, losses, expert counts) are summed over the whole world at once; every rank decides from the same numbers, so
-//! a gradient that is not finite stops all of them before any update. Knows parameters and groups, no layers.
+//! what the watch says against a step holds on all of them before any update. Knows parameters and groups, no layers.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,17 +10,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use contraflow_kernels::adamw::{self, AdamW};
-use contraflow_kernels::math::sum_squares;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
+use contraflow_proto::GradientNorms;
 use contraflow_runtime::fabric::{Endpoint, FrameKind};
-use contraflow_runtime::recipe::{Decay, OptimizerSection};
+use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_runtime::watch::{Action, Divergence, Seen, Verdict, Watch};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::checkpoint::{Checkpoint, Kind, Snapshot};
 use crate::collectives::{Collectives, shard};
 use crate::compute::Totals;
 use crate::error::RankError;
+use crate::inspect::{self, SquaresByPlace, gradient_norms};
 use crate::params::{Param, Params};
 use crate::probe::{Probe, ProbePoint};
 use crate::rank::RankMessage;
@@ -64,10 +66,22 @@ pub struct GlobalTotals {
     pub balance_loss: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
+    /// The same by where the parameters stand.
+    pub gradient_norms: GradientNorms,
     /// Tokens per expert and layer, over the global batch.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
     /// Some rank has been told to stop: this step is the last.
     pub stop: bool,
+    /// Whether no update was made: the watch let the run go on with the next batch.
+    pub skipped: bool,
+    /// What the watch says against the step, in words.
+    pub warning: Option<String>,
+}
+
+impl GlobalTotals {
+    fn is_finite(&self) -> bool {
+        [self.loss, self.mtp_loss, self.balance_loss, self.grad_norm].iter().all(|total| total.is_finite())
+    }
 }
 
 /// The parameters of one replica group that are reduced together, as one flat run of elements.
@@ -116,6 +130,10 @@ impl RankParams {
 /// The optimizer's own state.
 pub struct OptimizerState {
     recipe: OptimizerSection,
+    rules: WatchSection,
+    /// What the watch remembers of the steps so far; a checkpoint holds it.
+    watch: Watch,
+    names: Vec<String>,
     endpoint: Endpoint,
     world: Vec<usize>,
     /// Number of experts, and of layers that may have a gate: the shape of the counts in the totals.
@@ -128,6 +146,10 @@ pub struct OptimizerState {
 pub struct OptimizerSetup {
     /// `[optimizer]`.
     pub recipe: OptimizerSection,
+    /// `[watch]`.
+    pub watch: WatchSection,
+    /// The published list of the model's weights, without stored copies: what a bad tensor is named by.
+    pub names: Vec<String>,
     /// This rank's end of the fabric.
     pub endpoint: Endpoint,
     /// All ranks of the job.
@@ -213,6 +235,9 @@ impl OptimizerState {
         OptimizerState {
             buckets: buckets.into_values().collect(),
             recipe: setup.recipe,
+            rules: setup.watch,
+            watch: Watch::default(),
+            names: setup.names,
             endpoint: setup.endpoint,
             world: setup.world,
             counts_shape: (setup.num_experts, setup.num_layers),
@@ -220,9 +245,9 @@ impl OptimizerState {
         }
     }
 
-    /// Makes one update. On an error no weight has changed.
+    /// Makes one update, unless the watch objects. On an error no weight has changed.
     ///
-    /// **Errors**: [`RankError::NotFinite`] on every rank alike; those of the fabric.
+    /// **Errors**: [`RankError::Diverged`] on every rank alike; those of the fabric.
     pub fn update(
         &mut self,
         order: &UpdateOrder,
@@ -243,25 +268,38 @@ impl OptimizerState {
         let collectives = Collectives { endpoint: &endpoint, id: order.id };
         let gradients = self.reduce_gradients(&collectives, params)?;
         let global = self.sum_totals(&collectives, params, &gradients, (totals, order.stop))?;
-        if !global.grad_norm.is_finite() || !global.loss.is_finite() {
-            let (norm, loss) = (global.grad_norm, global.loss);
-            return Err(RankError::NotFinite { step: order.id.step, norm, loss });
+        let seen = Seen { step: order.id.step, loss: global.loss, grad_norm: global.grad_norm };
+        let evidence = if global.is_finite() {
+            None
+        } else {
+            let found = inspect::find(params, totals, &self.names);
+            Some(inspect::evidence(&collectives, &self.world, &seen, &found, &self.names)?)
+        };
+        let fault = evidence.as_ref().map(ToString::to_string);
+        let Verdict { action, why: warning } = self.watch.judge(&self.rules, &seen, fault);
+        self.watch.note(&self.rules, &seen, action);
+        if action == Action::Update {
+            let grad_scale = (self.recipe.clip_norm / (global.grad_norm + 1e-6)).min(1.0) as f32;
+            self.apply(order, params, &gradients, grad_scale);
+            self.gather_weights(&collectives, params)?;
+            move_gate_biases(&mut params.dense.gate_biases, &global.expert_counts, order.bias_speed);
+            add_counts(&mut params.dense.expert_counts, &global.expert_counts);
         }
-        let grad_scale = (self.recipe.clip_norm / (global.grad_norm + 1e-6)).min(1.0) as f32;
-        self.apply(order, params, &gradients, grad_scale);
-        self.gather_weights(&collectives, params)?;
         for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
             param.grad = None;
         }
-        move_gate_biases(&mut params.dense.gate_biases, &global.expert_counts, order.bias_speed);
-        add_counts(&mut params.dense.expert_counts, &global.expert_counts);
-        Ok(global)
+        if matches!(action, Action::Stop | Action::RollBack) {
+            let why = warning.unwrap_or_default();
+            let divergence = Divergence { step: seen.step, action, why, evidence };
+            return Err(RankError::Diverged(Box::new(divergence)));
+        }
+        Ok(GlobalTotals { skipped: action == Action::Skip, warning, ..global })
     }
 
     /// What this rank answers for in a checkpoint: its shard of weights and moments, and the gate biases and counts of the
     /// gates whose first holder it is.
     pub fn snapshot(&self, params: &RankParams) -> Snapshot {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Snapshot { watch: self.watch.clone(), ..Snapshot::default() };
         for bucket in &self.buckets {
             for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
@@ -288,10 +326,11 @@ impl OptimizerState {
         snapshot
     }
 
-    /// Reads this rank's shard of the moments, written in whatever layout.
+    /// Reads this rank's shard of the moments, written in whatever layout, and what the watch remembers.
     ///
     /// **Errors**: those of [`Checkpoint::read`].
     pub fn restore(&mut self, params: &RankParams, checkpoint: &Checkpoint) -> Result<(), RankError> {
+        self.watch = checkpoint.manifest.watch.clone();
         for bucket in &mut self.buckets {
             for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 for (part, in_part, within) in params.param(store, index).parts_in(in_param) {
@@ -331,22 +370,11 @@ impl OptimizerState {
         gradients: &[Option<Tensor>],
         (totals, stop): (&Totals, bool),
     ) -> Result<GlobalTotals, RankError> {
-        let mut squares = 0.0;
-        for (bucket, reduced) in self.buckets.iter().zip(gradients) {
-            squares += match reduced {
-                Some(reduced) => sum_squares(reduced.f32()),
-                None => {
-                    let grads = bucket
-                        .members
-                        .iter()
-                        .filter_map(|&(store, i, _)| params.param(store, i).grad.as_ref());
-                    grads.map(|grad| sum_squares(grad.f32())).sum()
-                }
-            };
-        }
         let (num_experts, num_layers) = self.counts_shape;
+        let mut sums = self.squares(params, gradients).into_sums();
+        let first_total = sums.len();
         let stop = f64::from(u8::from(stop));
-        let mut sums = vec![squares, totals.loss, totals.mtp_loss, totals.balance_loss, stop];
+        sums.extend([totals.loss, totals.mtp_loss, totals.balance_loss, stop]);
         let first_count = sums.len();
         sums.resize(first_count + num_experts * num_layers, 0.0);
         for (&layer, counts) in &totals.expert_counts {
@@ -359,14 +387,34 @@ impl OptimizerState {
             let start = first_count + layer * num_experts;
             sums[start..start + num_experts].iter().map(|&count| count as u64).collect()
         };
+        let (squares, rest) = sums.split_at(first_total);
         Ok(GlobalTotals {
-            grad_norm: sums[0].sqrt(),
-            loss: sums[1],
-            mtp_loss: sums[2],
-            balance_loss: sums[3],
+            grad_norm: squares.iter().sum::<f64>().sqrt(),
+            gradient_norms: gradient_norms(squares),
+            loss: rest[0],
+            mtp_loss: rest[1],
+            balance_loss: rest[2],
             expert_counts: totals.expert_counts.keys().map(|&layer| (layer, counts_of(layer))).collect(),
-            stop: sums[4] > 0.0,
+            stop: rest[3] > 0.0,
+            skipped: false,
+            warning: None,
         })
+    }
+
+    /// Of this rank's shard of the summed gradient.
+    fn squares(&self, params: &RankParams, gradients: &[Option<Tensor>]) -> SquaresByPlace {
+        let mut squares = SquaresByPlace::new(self.counts_shape.1);
+        for (bucket, reduced) in self.buckets.iter().zip(gradients) {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                let param = params.param(store, index);
+                match (reduced, &param.grad) {
+                    (Some(reduced), _) => squares.add(param, &reduced.f32()[in_range]),
+                    (None, Some(gradient)) => squares.add(param, &gradient.f32()[in_param]),
+                    (None, None) => {}
+                }
+            }
+        }
+        squares
     }
 
     fn apply(
@@ -386,7 +434,7 @@ impl OptimizerState {
                     beta2: self.recipe.beta2 as f32,
                     epsilon: self.recipe.epsilon as f32,
                     weight_decay: if decays { self.recipe.weight_decay as f32 } else { 0.0 },
-                    step: order.id.step,
+                    step: self.watch.updates_at(order.id.step),
                     grad_scale,
                 };
                 let gradient = match reduced {
@@ -539,7 +587,7 @@ impl Actor for Optimizer {
                 // Collectives wait for other ranks: not on the actor's own thread, which has to stay awake.
                 tokio::task::spawn_blocking(move || {
                     let update = AssertUnwindSafe(|| {
-                        probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &params });
+                        probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &mut params });
                         let global = state.update(&order, &mut params, &totals)?;
                         let keep = match order.save {
                             SaveWhen::Never => false,

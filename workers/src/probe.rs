@@ -9,7 +9,6 @@ use contraflow_runtime::schedule::Op;
 use crate::optimizer::RankParams;
 
 /// A point a probe is called at.
-#[derive(Clone, Copy)]
 pub enum ProbePoint<'a> {
     /// A lane is about to run an operation.
     Op {
@@ -26,8 +25,8 @@ pub enum ProbePoint<'a> {
         rank: usize,
         /// Which step.
         step: u64,
-        /// Parameters with the gradients of this rank's own tokens.
-        params: &'a RankParams,
+        /// Parameters with the gradients of this rank's own tokens, to be spoilt if need be.
+        params: &'a mut RankParams,
     },
     /// An actor is about to do its part of a step.
     Actor {

@@ -11,6 +11,7 @@ use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::watch::{Divergence, Watch};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use crate::checkpoint::Snapshot;
@@ -59,8 +60,8 @@ pub enum RankMessage {
     Saved {
         /// Of which checkpoint.
         position: Position,
-        /// What was written.
-        result: Result<ShardFile, RankError>,
+        /// What the watch remembers, and what was written.
+        result: Box<Result<(Watch, ShardFile), RankError>>,
     },
     /// A child could not do its part.
     ChildFailed {
@@ -91,11 +92,7 @@ enum Task {
         peak_live_chunks: usize,
     },
     /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
-    AwaitSaved {
-        snapshot: Box<Snapshot>,
-        /// Whether the run goes on after it.
-        goes_on: bool,
-    },
+    AwaitSaved(Then),
     /// The checkpointer needs the experts before it writes.
     Lend {
         dir: std::path::PathBuf,
@@ -103,6 +100,14 @@ enum Task {
     Export,
     /// Nothing more will be done.
     Over,
+}
+
+/// What a rank does once a checkpoint is written.
+enum Then {
+    /// Save the next one, and go on with the run or not.
+    Save { snapshot: Box<Snapshot>, goes_on: bool },
+    /// Tell that the watch has stopped the step: whoever hears it may count on the checkpoint.
+    Diverge { divergence: Box<Divergence>, cursor: u64 },
 }
 
 /// The actor's state.
@@ -281,7 +286,10 @@ impl RankState {
 
     fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
         let UpdateDone { order, params, result, snapshot } = done;
-        let global = result?;
+        let global = match result {
+            Err(RankError::Diverged(divergence)) => return self.diverged(params, divergence),
+            result => result?,
+        };
         let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
         self.task = Task::Idle;
         let id = self.id;
@@ -326,7 +334,7 @@ impl RankState {
         let rank = self.id;
         let member = self.member()?;
         if member.is_saving {
-            self.task = Task::AwaitSaved { snapshot, goes_on };
+            self.task = Task::AwaitSaved(Then::Save { snapshot, goes_on });
             return Ok(());
         }
         member.is_saving = true;
@@ -339,10 +347,14 @@ impl RankState {
         self.go_on(goes_on)
     }
 
-    fn saved(&mut self, position: Position, result: Result<ShardFile, RankError>) -> Result<(), RankError> {
+    fn saved(
+        &mut self,
+        position: Position,
+        result: Result<(Watch, ShardFile), RankError>,
+    ) -> Result<(), RankError> {
         let rank = self.id;
         match result {
-            Ok(shard) => (self.tell)(RankEvent::ShardSaved { rank, position, shard }),
+            Ok((watch, shard)) => (self.tell)(RankEvent::ShardSaved { rank, position, watch, shard }),
             Err(error) => {
                 self.fail(format!("saving step {}", position.step), &error);
                 return Ok(());
@@ -350,12 +362,32 @@ impl RankState {
         }
         self.member()?.is_saving = false;
         match std::mem::replace(&mut self.task, Task::Idle) {
-            Task::AwaitSaved { snapshot, goes_on } => self.save(snapshot, goes_on),
+            Task::AwaitSaved(Then::Save { snapshot, goes_on }) => self.save(snapshot, goes_on),
+            Task::AwaitSaved(Then::Diverge { divergence, cursor }) => {
+                (self.tell)(RankEvent::Diverged { rank, divergence, cursor });
+                Ok(())
+            }
             task => {
                 self.task = task;
                 Ok(())
             }
         }
+    }
+
+    /// Takes the parameters back, unchanged, and waits for what the orchestrator makes of it.
+    fn diverged(&mut self, params: RankParams, divergence: Box<Divergence>) -> Result<(), RankError> {
+        let Task::Run { shape, .. } = self.task else { return Ok(()) };
+        self.task = Task::Idle;
+        let member = self.member()?;
+        member.dense = Some(params.dense);
+        member.give_back(params.experts)?;
+        let cursor = member.position.cursor + shape.global_batch as u64;
+        if member.is_saving {
+            self.task = Task::AwaitSaved(Then::Diverge { divergence, cursor });
+        } else {
+            (self.tell)(RankEvent::Diverged { rank: self.id, divergence, cursor });
+        }
+        Ok(())
     }
 
     fn exported(
@@ -380,7 +412,7 @@ impl RankState {
             Task::Idle => "waiting for a command".into(),
             Task::Gather { id, .. } => format!("gathering step {}", id.step),
             Task::Run { .. } => "running a step".into(),
-            Task::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
+            Task::AwaitSaved(_) => "waiting for a checkpoint to be written".into(),
             Task::Lend { .. } | Task::Export => "writing the weights".into(),
             Task::Over => "ending".into(),
         }
@@ -462,7 +494,7 @@ impl Actor for Rank {
             RankMessage::PlanDone(done) => state.plan_done(*done),
             RankMessage::UpdateDone(done) => state.update_done(*done),
             RankMessage::Exported { params, result } => state.exported(*params, result),
-            RankMessage::Saved { position, result } => state.saved(position, result),
+            RankMessage::Saved { position, result } => state.saved(position, *result),
             RankMessage::ChildFailed { action, error } => {
                 state.fail(action, &error);
                 Ok(())

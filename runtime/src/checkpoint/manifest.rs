@@ -11,6 +11,7 @@ use super::{CheckpointError, is_unfinished};
 use crate::recipe::Recipe;
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
+use crate::watch::Watch;
 
 /// Name of the manifest in a checkpoint's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -89,6 +90,8 @@ pub struct Manifest {
     pub format_version: u32,
     /// Where the run stood.
     pub position: Position,
+    /// What the watch remembered.
+    pub watch: Watch,
     /// The resolved recipe, as TOML. All that is random in a run follows from its seed and the position.
     pub recipe: String,
     /// The model's `config.json`.

@@ -16,6 +16,7 @@ fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
     Manifest {
         format_version: manifest::FORMAT_VERSION,
         position: Position { step, cursor: 16 * step, tokens: 4096 * step },
+        watch: Default::default(),
         recipe: recipe.resolved_toml(),
         model: serde_json::from_str(&recipe.model_config.to_hf_json()).unwrap(),
         corpus_hash: "0".repeat(64),

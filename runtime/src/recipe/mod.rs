@@ -25,8 +25,8 @@ pub use faults::{ErrorKind, Fault, Faults};
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, LogLevel,
-    LogSection, LrSection, ModelSection, MtpSection, OptimizerSection, ParallelSection, TokenizerKind,
-    TokenizerSection, TrainingSection,
+    LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
+    TokenizerKind, TokenizerSection, TrainingSection, WatchSection,
 };
 pub use step_table::{Step, StepTable};
 
@@ -68,6 +68,8 @@ pub struct Recipe {
     pub tokenizer: TokenizerSection,
     /// What is kept.
     pub checkpoint: CheckpointSection,
+    /// What becomes of steps whose numbers are out of bounds.
+    pub watch: WatchSection,
     /// What is said while it runs.
     pub log: LogSection,
     /// The architecture that `model.config` names.

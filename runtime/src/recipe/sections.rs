@@ -158,6 +158,52 @@ pub struct CheckpointSection {
     pub save_model: bool,
 }
 
+/// `[watch]`: what becomes of steps whose numbers are out of bounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchSection {
+    /// What becomes of a step that is not finite: stop, skip the batch, or rollback to the last checkpoint.
+    pub on_nan: OnFault,
+    /// What becomes of a step with a spike of loss or gradient norm: off, warn, stop, skip or rollback.
+    pub on_spike: OnSpike,
+    /// A spike is more standard deviations than this above the median, both estimated robustly.
+    pub spike_factor: f64,
+    /// Updates that the median is taken over; no spike is seen before.
+    pub spike_window: usize,
+    /// Batches in a row that may be skipped; the next one stops the run.
+    pub max_skips: u64,
+    /// Warn of a gate that leaves an expert without tokens for so many steps; 0: never.
+    pub collapse_steps: u64,
+}
+
+/// What becomes of a step that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFault {
+    /// The run ends.
+    Stop,
+    /// No update is made; the next batch follows.
+    Skip,
+    /// The run goes back to the last committed checkpoint.
+    Rollback,
+}
+
+/// What becomes of a spike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnSpike {
+    /// Nothing; nobody looks.
+    Off,
+    /// The update is made, and the spike told.
+    Warn,
+    /// The run ends.
+    Stop,
+    /// No update is made; the next batch follows.
+    Skip,
+    /// The run goes back to the last committed checkpoint.
+    Rollback,
+}
+
 /// `[log]`: what is said while it runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

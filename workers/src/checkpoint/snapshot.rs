@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::watch::Watch;
 
 use super::{Kind, Record, Storage};
 
@@ -40,6 +41,8 @@ pub struct SnapshotPiece {
 pub struct Snapshot {
     /// In no particular order.
     pub pieces: Vec<SnapshotPiece>,
+    /// What the watch remembers: for the manifest.
+    pub watch: Watch,
 }
 
 impl Snapshot {

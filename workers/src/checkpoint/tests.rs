@@ -31,6 +31,7 @@ fn commit(dir: &Path, shards: Vec<ShardFile>) {
     let manifest = Manifest {
         format_version: 1,
         position: Position::default(),
+        watch: Default::default(),
         recipe: String::new(),
         model: serde_json::json!({}),
         corpus_hash: String::new(),

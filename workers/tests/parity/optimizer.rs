@@ -1,8 +1,9 @@
 //! Twenty updates: the losses, the experts' loads and the weights of a whole trace through the rank's optimizer.
 
 use contraflow_runtime::fabric::Phase;
-use contraflow_runtime::recipe::{Decay, OptimizerSection};
+use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
 use contraflow_runtime::schedule::Mode;
+use contraflow_workers::membership::published_names;
 use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
 
 use crate::findings::{Findings, LOSS, Mark};
@@ -42,6 +43,15 @@ fn setup(rank: &OneRank, decay: Decay) -> OptimizerSetup {
     };
     OptimizerSetup {
         recipe,
+        watch: WatchSection {
+            on_nan: OnFault::Stop,
+            on_spike: OnSpike::Off,
+            spike_factor: 10.0,
+            spike_window: 32,
+            max_skips: 3,
+            collapse_steps: 50,
+        },
+        names: published_names(&rank.arch.config),
         endpoint: rank.endpoint.clone(),
         world: vec![0],
         num_experts: rank.arch.config.n_routed_experts,

@@ -1,0 +1,397 @@
+//! The stability watch in whole clusters: what is not finite is named and stops, skips or ends a step on all ranks before
+//! any update; spikes and starving experts are told; the gradient is measured layer by layer.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use contraflow_kernels::par::Threads;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_orchestrator::job::Outcome;
+use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::watch::evidence::{NamedTensor, RankEvidence, layer_of};
+use contraflow_runtime::watch::{Action, Divergence};
+use contraflow_workers::compute::Totals;
+use contraflow_workers::error::RankError;
+use contraflow_workers::membership::published_names;
+use contraflow_workers::model::Architecture;
+use contraflow_workers::model::build::{Placement, build};
+use contraflow_workers::model::init::initialise;
+use contraflow_workers::optimizer::{
+    GlobalTotals, OptimizerSetup, OptimizerState, RankParams, SaveWhen, UpdateOrder,
+};
+use contraflow_workers::params::Params;
+use contraflow_workers::plans::Plans;
+use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::step::StepId;
+
+use crate::lab::{FOUR_RANKS, Finished, Lab, ONE_RANK, Setup, Tensors, add_gradients, layout, parts};
+
+/// Spoils the gradients of the ranks and steps that `when` names.
+fn spoil(
+    when: impl Fn(usize, u64) -> bool + Send + Sync + 'static,
+    how: impl Fn(&mut RankParams) + Send + Sync + 'static,
+) -> Probe {
+    Probe::new(move |point| {
+        if let ProbePoint::Gradients { rank, step, params } = point
+            && when(rank, step)
+        {
+            how(params);
+        }
+    })
+}
+
+/// Sets the first values of a tensor's gradient, if the rank holds it.
+fn set_gradient(params: &mut RankParams, name: &str, count: usize, value: f32) {
+    for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
+        let part = param.parts.iter().find(|part| part.name == name);
+        if let Some(offset) = part.map(|part| part.offset) {
+            param.grad_mut().f32_mut()[offset..offset + count].fill(value);
+        }
+    }
+}
+
+fn multiply_gradients(params: &mut RankParams, factor: f32) {
+    for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
+        param.grad_mut().f32_mut().iter_mut().for_each(|value| *value *= factor);
+    }
+}
+
+fn divergence(finished: &Finished) -> &Divergence {
+    match &finished.outcome {
+        Outcome::Diverged { divergence, .. } => divergence,
+        outcome => panic!("{outcome:?}"),
+    }
+}
+
+/// Held by ranks 2 and 3 alone: pipeline rank 1 has the later layers.
+const GATE: &str = "model.layers.4.mlp.gate.weight";
+/// Of the eight experts rank 3 holds the last four.
+const EXPERT: &str = "model.layers.4.mlp.experts.5.up_proj.weight";
+
+#[test]
+fn the_first_bad_tensor_is_named_with_step_rank_and_layer() {
+    let lab = Lab::new();
+    let probe = spoil(
+        |rank, step| rank == 3 && step == 3,
+        |params| {
+            set_gradient(params, EXPERT, 17, f32::NAN);
+            set_gradient(params, "model.layers.5.self_attn.o_proj.weight", 1, f32::INFINITY);
+        },
+    );
+    let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
+    let divergence = divergence(&finished);
+    assert_eq!(
+        divergence.why,
+        format!(
+            "step 3: gradient of {EXPERT} on rank 3 (layer 4) has 17 values that are not finite; no rank has updated its weights"
+        )
+    );
+    let named = |name: &str, layer, num_values| {
+        Some(NamedTensor { name: name.into(), layer: Some(layer), num_values })
+    };
+    let evidence = divergence.evidence.as_ref().unwrap();
+    assert_eq!((evidence.step, evidence.grad_norm.as_str()), (3, "NaN"));
+    assert_eq!(
+        evidence.ranks,
+        [RankEvidence {
+            rank: 3,
+            weight: None,
+            micro_batch: None,
+            first_gradient: named(EXPERT, 4, 17),
+            last_gradient: named("model.layers.5.self_attn.o_proj.weight", 5, 1),
+            num_gradients: 2,
+        }]
+    );
+    assert_eq!(finished.summaries.len(), 2);
+}
+
+#[test]
+fn of_two_ranks_with_one_tensor_the_lower_one_is_told() {
+    let lab = Lab::new();
+    let probe =
+        spoil(|rank, step| rank >= 2 && step == 1, |params| set_gradient(params, GATE, 1, f32::NEG_INFINITY));
+    let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
+    let words = format!("step 1: gradient of {GATE} on rank 2 (layer 4) has 1 value that is not finite");
+    assert!(finished.message().starts_with(&words), "{}", finished.message());
+}
+
+#[test]
+fn an_absurd_learning_rate_stops_the_run_before_the_second_update() {
+    let lab = Lab::new();
+    let finished = lab.run(lab.setup(FOUR_RANKS, &["lr.peak=1e30"]));
+    let message = finished.message();
+    assert!(message.starts_with("step 2: gradient of model.embed_tokens.weight on rank 0 has "), "{message}");
+    assert!(message.ends_with(" values that are not finite; no rank has updated its weights"), "{message}");
+    assert_eq!(finished.summaries.len(), 1);
+}
+
+#[test]
+fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
+    let lab = Lab::new();
+    let probe = spoil(
+        |rank, step| rank == 2 && step == 1,
+        |params| {
+            let head = params.dense.iter_mut().find(|param| param.parts[0].name == "lm_head.weight");
+            set_all(&mut head.unwrap().weight, f32::NAN);
+        },
+    );
+    let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
+    let message = finished.message();
+    let at = |words: &str| message.find(words).unwrap_or_else(|| panic!("expected `{words}` in: {message}"));
+    let weight = at("step 2: weight lm_head.weight on rank 0 has ");
+    // The first half of the micro-batches ends on the second pipeline rank.
+    let loss = at("; the loss of micro-batch 0 on rank 2 is not finite; ");
+    let gradient = at("; gradient of model.embed_tokens.weight on rank 0 has ");
+    assert!(weight < loss && loss < gradient, "{message}");
+    assert_eq!(divergence(&finished).evidence.as_ref().unwrap().loss, "NaN");
+    assert_eq!(finished.summaries.len(), 1);
+}
+
+#[test]
+fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
+    let lab = Lab::new();
+    let probe = spoil(|rank, step| rank == 2 && step == 2, |params| set_gradient(params, GATE, 1, f32::NAN));
+    let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=rollback"]);
+    let finished = lab.run(Setup { probe, ..setup });
+    assert_eq!(divergence(&finished).action, Action::RollBack);
+    assert!(finished.message().ends_with("; no rank has updated its weights"), "{}", finished.message());
+}
+
+/// Weights and gate biases of every rank before the update of every step, by published name, as bits.
+type History = BTreeMap<(u64, usize), Vec<(String, Vec<u32>)>>;
+
+fn bits(params: &RankParams) -> Vec<(String, Vec<u32>)> {
+    let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+    let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.f32())));
+    let biases =
+        params.dense.gate_biases.iter().map(|(layer, biases)| (format!("bias {layer}"), as_bits(biases)));
+    weights.chain(biases).collect()
+}
+
+#[test]
+fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_goes_on() {
+    let lab = Lab::new();
+    let history: Arc<Mutex<History>> = Arc::default();
+    let shared = history.clone();
+    let probe = Probe::new(move |point| {
+        if let ProbePoint::Gradients { rank, step, params } = point {
+            shared.lock().unwrap().insert((step, rank), bits(params));
+            if (rank, step) == (2, 3) {
+                set_gradient(params, GATE, 2, f32::NAN);
+            }
+        }
+    });
+    let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &["watch.on_nan=skip"]) });
+    assert!(matches!(finished.outcome, Outcome::Done { .. }), "{:?}", finished.outcome);
+    let history = history.lock().unwrap();
+    for rank in 0..4 {
+        let at = |step| &history[&(step, rank)];
+        assert!(at(3) == at(4), "rank {rank} has changed in the step that was skipped");
+        assert!(at(2) != at(3) && at(4) != at(5), "rank {rank} does not learn");
+    }
+    let skipped: Vec<u64> =
+        finished.summaries.iter().filter(|summary| summary.skipped).map(|summary| summary.step).collect();
+    assert_eq!((skipped, finished.summaries.len()), (vec![3], 5));
+    let words = format!(
+        "step 3: gradient of {GATE} on rank 2 (layer 4) has 2 values that are not finite; no rank has updated its weights"
+    );
+    assert_eq!(finished.summaries[2].warnings, [words]);
+}
+
+#[test]
+fn too_many_skips_in_a_row_stop_the_run() {
+    let lab = Lab::new();
+    let probe = spoil(|rank, step| rank == 1 && step >= 2, |params| multiply_gradients(params, f32::NAN));
+    let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=skip", "watch.max_skips=2"]);
+    let finished = lab.run(Setup { probe, ..setup });
+    assert_eq!(divergence(&finished).step, 4);
+    let said = "; 2 batches in a row were skipped (watch.max_skips); no rank has updated its weights";
+    assert!(finished.message().ends_with(said), "{}", finished.message());
+}
+
+#[test]
+fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
+    let lab = Lab::new();
+    let run = |policy: &str| {
+        let probe = spoil(|_, step| step == 4, |params| multiply_gradients(params, 1e4));
+        let policy = format!("watch.on_spike={policy}");
+        lab.run(Setup {
+            probe,
+            ..lab.setup(FOUR_RANKS, &["watch.spike_window=3", "watch.spike_factor=100", &policy])
+        })
+    };
+    let words = "step 4: the gradient norm has a spike: ";
+    let warned = run("warn");
+    let told: Vec<usize> = warned.summaries.iter().map(|summary| summary.warnings.len()).collect();
+    assert_eq!(told, [0, 0, 0, 1, 0]);
+    assert!(warned.summaries[3].warnings[0].starts_with(words), "{:?}", warned.summaries[3].warnings);
+    let stopped = run("stop");
+    assert!(stopped.message().starts_with(words), "{}", stopped.message());
+    assert_eq!((stopped.summaries.len(), &divergence(&stopped).evidence), (3, &None));
+    let skipped = run("skip");
+    assert_eq!(skipped.losses().len(), 5);
+    assert!(skipped.summaries[3].skipped && !skipped.summaries[4].skipped);
+}
+
+#[test]
+fn a_collapsed_gate_is_told_once_and_a_healthy_one_never() {
+    let lab = Lab::new();
+    let run = |probe| {
+        let setup = lab.setup(FOUR_RANKS, &["balance.bias_speed=0", "watch.collapse_steps=2"]);
+        let finished = lab.run(Setup { probe, ..setup });
+        finished.summaries.into_iter().map(|summary| summary.warnings).collect::<Vec<_>>()
+    };
+    // No score reaches the bias: from the second step on all tokens go to the first two experts.
+    let collapse = spoil(
+        |_, step| step == 1,
+        |params| {
+            if let Some(biases) = params.dense.gate_biases.get_mut(&4) {
+                biases[..2].fill(100.0);
+            }
+        },
+    );
+    let words = "layer 4: its gate collapses: for 2 steps 6 of 8 experts (2, 3, 4, 5, 6, 7) have had less than 1% of an \
+                 even share of the tokens";
+    assert_eq!(run(collapse), [vec![], vec![], vec![words.to_owned()], vec![], vec![]]);
+    assert!(run(Probe::default()).iter().all(Vec::is_empty));
+}
+
+#[test]
+fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
+    let lab = Lab::new();
+    for layout in [ONE_RANK, FOUR_RANKS, layout("dualpipev", (2, 1, 2))] {
+        let sums: Arc<Mutex<BTreeMap<u64, Tensors>>> = Arc::default();
+        let shared = sums.clone();
+        let probe = Probe::new(move |point| {
+            if let ProbePoint::Gradients { step, params, .. } = point {
+                add_gradients(shared.lock().unwrap().entry(step).or_default(), params);
+            }
+        });
+        let finished = lab.run(Setup { probe, ..lab.setup(layout, &[]) });
+        for (summary, tensors) in finished.summaries.iter().zip(sums.lock().unwrap().values()) {
+            let mut expected = [0.0; 11];
+            for (name, values) in tensors {
+                let embedding_or_head = if name == "model.embed_tokens.weight" { 0 } else { 10 };
+                let place = layer_of(name).map_or(embedding_or_head, |layer| layer + 1);
+                expected[place] += values.iter().map(|value| value * value).sum::<f64>();
+            }
+            let norms = &summary.gradient_norms;
+            let told: Vec<f64> =
+                [norms.embedding].iter().chain(&norms.layers).chain([&norms.head]).copied().collect();
+            assert_eq!(told.len(), expected.len());
+            for (told, expected) in told.iter().zip(expected.map(f64::sqrt)) {
+                // 128 additions in a lane of f32, 2^-24 each, are 8e-6 of the square.
+                assert!((told - expected).abs() <= 1e-5 * expected, "{told} and {expected}");
+            }
+            let square: f64 = told.iter().map(|norm| norm * norm).sum();
+            assert!((square - summary.grad_norm.powi(2)).abs() <= 1e-14 * square, "{square}");
+        }
+        assert_eq!(finished.losses().len(), 5);
+    }
+}
+
+/// Parameters with gradients that are all 1.
+fn with_gradients(mut params: Params, seed: u64) -> Params {
+    initialise(&mut params, seed, 0.1);
+    params.iter_mut().for_each(|param| set_all(param.grad_mut(), 1.0));
+    params
+}
+
+fn set_all(tensor: &mut Tensor, value: f32) {
+    tensor.f32_mut().fill(value);
+}
+
+/// What becomes of one update on one rank.
+type Updated = Result<GlobalTotals, RankError>;
+
+/// Each of two expert ranks makes an update for every gradient: a number that all values have. `poison` may spoil those of the
+/// second rank where the number is not finite. Returns, by rank, the results and the weights and biases in the end.
+fn update_two_ranks(
+    recipe: &Recipe,
+    gradients: &[f32],
+    poison: fn(&mut RankParams, f32),
+) -> Vec<(Vec<Updated>, Vec<(String, Vec<u32>)>)> {
+    let layouts = Plans::new(recipe).unwrap().layouts;
+    let arch = Architecture::new(recipe.model_config.clone());
+    let topology = recipe.topology();
+    let network = LocalNetwork::new(LocalOptions::default());
+    let endpoints = [network.join(0), network.join(1)];
+    let update = |rank: usize| {
+        let placement = Placement { topology, stages_of: &[vec![0]], layouts: &layouts };
+        let model = build(&arch, &placement, rank);
+        let seed = recipe.training.seed;
+        let mut params = RankParams {
+            dense: with_gradients(model.dense, seed),
+            experts: with_gradients(model.experts, seed),
+        };
+        let setup = OptimizerSetup {
+            recipe: recipe.optimizer.clone(),
+            watch: recipe.watch.clone(),
+            names: published_names(&recipe.model_config),
+            endpoint: endpoints[rank].clone(),
+            world: topology.ranks().collect(),
+            num_experts: recipe.model_config.n_routed_experts,
+            num_layers: recipe.model_config.num_hidden_layers + 1,
+            threads: Arc::new(Threads::new(1)),
+        };
+        let mut optimizer = OptimizerState::new(setup, &params);
+        let counts = BTreeMap::from([(4, vec![9, 4, 5, 2, 5, 5, 5, 5])]);
+        let totals = Totals { expert_counts: counts, ..Totals::default() };
+        let mut results = Vec::new();
+        for (step, &gradient) in (1..).zip(gradients) {
+            if gradient.is_finite() {
+                params.dense.iter_mut().for_each(|param| set_all(param.grad_mut(), gradient));
+                params.experts.iter_mut().for_each(|param| set_all(param.grad_mut(), gradient));
+            } else if rank == 1 {
+                poison(&mut params, gradient);
+            }
+            let id = StepId { job: 0, generation: 0, phase: Phase::Update, step };
+            let order =
+                UpdateOrder { id, learning_rate: 0.1, bias_speed: 0.1, stop: false, save: SaveWhen::Never };
+            results.push(optimizer.update(&order, &mut params, &totals));
+            assert!(params.dense.iter().chain(params.experts.iter()).all(|param| param.grad.is_none()));
+        }
+        (results, bits(&params))
+    };
+    std::thread::scope(|scope| {
+        let ranks = [0, 1].map(|rank| scope.spawn(move || update(rank)));
+        ranks.map(|rank| rank.join().unwrap()).into_iter().collect()
+    })
+}
+
+const POISONS: [fn(&mut RankParams, f32); 2] = [
+    |params, value| params.experts.get_mut(0).grad_mut().f32_mut()[3] = value,
+    |params, value| params.dense.get_mut(5).grad_mut().f32_mut()[0] = value,
+];
+
+#[test]
+fn a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_on_any() {
+    let lab = Lab::new();
+    let recipe = lab.recipe(layout("1f1b", (1, 2, 1)), &[]);
+    let before = update_two_ranks(&recipe, &[], POISONS[0]);
+    for (poison, value) in POISONS.into_iter().zip([f32::NAN, f32::INFINITY]) {
+        let after = update_two_ranks(&recipe, &[value], poison);
+        for (rank, (after, before)) in after.iter().zip(&before).enumerate() {
+            let result = &after.0[0];
+            assert!(matches!(result, Err(RankError::Diverged(_))), "rank {rank}: {result:?}");
+            assert!(after.1 == before.1, "rank {rank} has changed a weight");
+        }
+    }
+}
+
+/// Moments, the optimizer's count of updates and the gate biases are those of a run that never saw the batch.
+#[test]
+fn after_a_skipped_batch_the_next_update_is_the_one_it_would_have_been() {
+    let lab = Lab::new();
+    let recipe = lab.recipe(layout("1f1b", (1, 2, 1)), &["watch.on_nan=skip"]);
+    for poison in POISONS {
+        let skipped = update_two_ranks(&recipe, &[1.0, f32::NAN, 0.5], poison);
+        let plain = update_two_ranks(&recipe, &[1.0, 0.5], poison);
+        for ((skipped, after), (_, expected)) in skipped.iter().zip(&plain) {
+            let told: Vec<bool> = skipped.iter().map(|result| result.as_ref().unwrap().skipped).collect();
+            assert_eq!(told, [false, true, false]);
+            assert!(after == expected);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! The watch sends a run back to its newest checkpoint, past the sequences that led to the spike.
+
+use crate::workplace::{Workplace, told};
+
+#[test]
+fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
+    let place = Workplace::new();
+    // Any loss clearly above the median of four is a spike: under this learning rate there will be some.
+    let output = place.run(&[
+        "train",
+        "recipe.toml",
+        "--set",
+        "training.steps=60",
+        "--set",
+        "lr.peak=1e-1",
+        "--set",
+        "watch.on_spike=rollback",
+        "--set",
+        "watch.spike_window=4",
+        "--set",
+        "watch.spike_factor=3",
+        "--set",
+        "watch.max_skips=100",
+    ]);
+    let told = told(&output);
+    assert!(output.status.success(), "{told}");
+    let returns: Vec<(u64, u64)> = told
+        .lines()
+        .filter_map(|line| {
+            let (_, rest) = line.split_once("; going back to step ")?;
+            let (step, rest) = rest.split_once(", past ")?;
+            let sequences = rest.strip_suffix(" sequences")?;
+            Some((step.parse().unwrap(), sequences.parse().unwrap()))
+        })
+        .collect();
+    assert!(!returns.is_empty(), "{told}");
+    for (step, sequences) in &returns {
+        assert!(step % 4 == 0 && *sequences > 0 && sequences % 8 == 0, "{returns:?}");
+    }
+    let steps: Vec<u64> = place.curve("runs/recipe").iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, (1..=60).collect::<Vec<_>>(), "every step is told once");
+    let manifest =
+        std::fs::read_to_string(place.checkpoint("runs/recipe", 60).join("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+    // Each return skips what it says, beside the steps that count.
+    let cursor = manifest["position"]["cursor"].as_u64().unwrap();
+    let skipped: u64 = returns.iter().map(|(_, sequences)| sequences).sum();
+    assert_eq!(cursor, 60 * 8 + skipped);
+}
+
+#[test]
+fn a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none() {
+    let place = Workplace::new();
+    let output =
+        place.run(&["train", "recipe.toml", "--set", "lr.peak=1e30", "--set", "watch.on_nan=rollback"]);
+    let told = told(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("there is no checkpoint to go back to"), "{told}");
+    assert!(place.path("runs/recipe/evidence.json").is_file());
+}
