@@ -1,24 +1,26 @@
 //! The watch sends a run back to its newest checkpoint, past the sequences that led to the spike.
 
+use std::collections::BTreeMap;
+
 use crate::workplace::{Workplace, told};
 
 #[test]
 fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
     let place = Workplace::new();
-    // Any loss clearly above the median of four is a spike: under this learning rate there will be some.
+    // Under this learning rate there are losses clearly above the median of four, but not all of them are.
     let output = place.run(&[
         "train",
         "recipe.toml",
         "--set",
         "training.steps=60",
         "--set",
-        "lr.peak=1e-1",
+        "lr.peak=5e-2",
         "--set",
         "watch.on_spike=rollback",
         "--set",
         "watch.spike_window=4",
         "--set",
-        "watch.spike_factor=3",
+        "watch.spike_factor=5",
         "--set",
         "watch.max_skips=100",
     ]);
@@ -42,10 +44,9 @@ fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
     let manifest =
         std::fs::read_to_string(place.checkpoint("runs/recipe", 60).join("manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
-    // Each return skips what it says, beside the steps that count.
-    let cursor = manifest["position"]["cursor"].as_u64().unwrap();
-    let skipped: u64 = returns.iter().map(|(_, sequences)| sequences).sum();
-    assert_eq!(cursor, 60 * 8 + skipped);
+    // What the last return to a step says is skipped, beside the steps that count.
+    let skipped: u64 = returns.iter().copied().collect::<BTreeMap<_, _>>().values().sum();
+    assert_eq!(manifest["position"]["cursor"].as_u64().unwrap(), 60 * 8 + skipped);
 }
 
 #[test]
