@@ -5,8 +5,11 @@
 
 pub mod bench;
 pub mod cluster;
+pub mod eval;
+pub mod export;
 pub mod failure;
 pub mod generate;
+pub mod import;
 pub mod output;
 pub mod plan;
 pub mod progress;

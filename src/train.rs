@@ -12,9 +12,10 @@ use contraflow_orchestrator::job_actor::UNFINISHED_SUFFIX;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
-use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
+use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::Mode;
 use contraflow_workers::data::{Baselines, Corpus, PackedDataset};
+use contraflow_workers::hf_check;
 use contraflow_workers::loader::{Datasets, validation_index};
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape, validation_shape};
 use contraflow_workers::probe::Probe;
@@ -40,6 +41,10 @@ pub struct Args {
     /// Text files or folders to train on, in place of the default corpus
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
+    /// Start from the weights of a run or of an HF directory, with a fresh optimizer; its model, unless model.config says
+    /// another
+    #[arg(long, value_name = "RUN|DIR")]
+    pub init: Option<String>,
     /// Name of the run's folder in runs/; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
@@ -96,8 +101,18 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if !args.data.is_empty() {
         overrides.push(paths_override(&args.data));
     }
+    if let Some(model) = &args.init {
+        let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        // In front: what the user sets by hand comes last and holds.
+        let config = path_override("model.config", &dir.join("config.json"));
+        overrides.splice(0..0, [config, path_override("model.init", &dir)]);
+    }
     let source = RecipeSource::parse(&args.recipe);
     let recipe = Recipe::load(&source, &overrides)?;
+    if let Some(dir) = recipe.model.init_dir() {
+        hf_check::check_against(&recipe.model_config, dir)
+            .map_err(|faults| Failure::faults("model.init", &faults))?;
+    }
     if args.print_recipe {
         return print(&recipe.resolved_toml());
     }

@@ -24,8 +24,8 @@ use crate::weights::HfWeights;
 
 /// A model that answers.
 pub struct Generator {
-    arch: Architecture,
-    model: RankModel,
+    pub(crate) arch: Architecture,
+    pub(crate) model: RankModel,
 }
 
 /// What has been read and written so far, layer by layer.
@@ -120,7 +120,7 @@ impl Generator {
 }
 
 /// Every row stays where it is.
-fn arrivals(rows: Tensor, routing: &Routing, top_k: usize) -> Arrivals {
+pub(crate) fn arrivals(rows: Tensor, routing: &Routing, top_k: usize) -> Arrivals {
     let pair = |(slot, &expert): (usize, &u32)| ((slot / top_k) as u32, expert);
     let pairs = routing.expert_ids.iter().enumerate().map(pair).collect();
     Arrivals { rows, pairs, weights: routing.weights.clone() }

@@ -29,6 +29,7 @@ use crate::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::plans::Plans;
 use crate::probe::Probe;
 use crate::rank::RankMessage;
+use crate::weights::HfWeights;
 
 /// Takes a rank's events to the orchestrator.
 pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
@@ -59,9 +60,9 @@ pub struct Built {
     threads: Arc<Threads>,
 }
 
-/// Builds the model of a rank: weights drawn, moments zero.
+/// Builds the model of a rank: weights drawn or read, moments zero.
 ///
-/// **Errors**: in words, if the recipe's layers do not fit its stages.
+/// **Errors**: in words, if the recipe's layers do not fit its stages; a weight that cannot be read.
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
@@ -71,8 +72,17 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
     let mut model = build(&arch, &placement, rank);
-    initialise(&mut model.dense, recipe.training.seed, recipe.training.init_std);
-    initialise(&mut model.experts, recipe.training.seed, recipe.training.init_std);
+    match recipe.model.init_dir() {
+        Some(dir) => {
+            let weights = HfWeights::open(dir)?;
+            weights.fill(&mut model.dense)?;
+            weights.fill(&mut model.experts)?;
+        }
+        None => {
+            initialise(&mut model.dense, recipe.training.seed, recipe.training.init_std);
+            initialise(&mut model.experts, recipe.training.seed, recipe.training.init_std);
+        }
+    }
     let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
     let setup = OptimizerSetup {
         recipe: recipe.optimizer.clone(),

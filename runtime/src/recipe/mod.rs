@@ -24,7 +24,7 @@ use toml::Value;
 pub use faults::{ErrorKind, Fault, Faults};
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
-    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, LogLevel,
+    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
     LogSection, LrSection, ModelSection, MtpSection, OptimizerSection, ParallelSection, TokenizerKind,
     TokenizerSection, TrainingSection,
 };
@@ -78,6 +78,11 @@ pub struct Recipe {
 /// The override that sets `data.paths`.
 pub fn paths_override(paths: &[String]) -> String {
     format!("data.paths={}", Value::from(paths.to_vec()))
+}
+
+/// The override that sets a key to one path.
+pub fn path_override(key: &str, path: &Path) -> String {
+    format!("{key}={}", Value::from(path.to_string_lossy().into_owned()))
 }
 
 /// What relations that do not concern the model are checked with while the model is unknown.
