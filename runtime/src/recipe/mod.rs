@@ -152,7 +152,10 @@ impl Recipe {
         Self::from_toml(&text, &name, source.folder(), overrides)
     }
 
-    fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
+    /// As [`Recipe::load`], from a text that is called `name` in messages and stands in `folder`.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
         let mut table = RecipeTable::read(name, text, overrides)?;
         table.resolve_paths(folder);
         let model = read_model(&mut table);

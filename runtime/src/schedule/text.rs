@@ -17,6 +17,9 @@ use std::fmt::Write as _;
 
 use super::action::{Action, Chunk, Plan};
 
+/// Far beyond any plan; the check has a word for each chunk that is missing.
+const MAX_CHUNKS: usize = 1 << 18;
+
 /// Writes a plan down. A name of several lines is written as one.
 pub fn write(plan: &Plan) -> String {
     let name: Vec<&str> = plan.schedule.split_whitespace().collect();
@@ -90,6 +93,13 @@ impl Reader {
             if missing {
                 self.faults.push(format!("expected a line `{key} ...`, got none"));
             }
+        }
+        if let (Some(stages), Some(micro_batches)) = (self.stages, self.micro_batches)
+            && stages.checked_mul(micro_batches).is_none_or(|chunks| chunks > MAX_CHUNKS)
+        {
+            self.faults.push(format!(
+                "expected at most {MAX_CHUNKS} chunks, got {stages} stages of {micro_batches} micro-batches"
+            ));
         }
         match (self.schedule, self.stages, self.micro_batches) {
             (Some(schedule), Some(stages), Some(micro_batches)) if self.faults.is_empty() => {
