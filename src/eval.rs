@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::max_vio;
-use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
 use contraflow_workers::data::tokenizer::END_OF_DOCUMENT;
 use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::evaluate::Evaluation;
@@ -127,7 +127,9 @@ fn sequence_length(args: &Args, dir: &Path, model: &Generator) -> Result<usize, 
     if !recipe.is_file() {
         return Ok(longest.min(DEFAULT_LENGTH));
     }
-    let recipe = Recipe::load(&RecipeSource::File(recipe), &[])?;
+    // The configuration beside the weights: the one that the recipe was made with may have gone.
+    let config = path_override("model.config", &dir.join("config.json"));
+    let recipe = Recipe::load(&RecipeSource::File(recipe), &[config])?;
     Ok(recipe.training.sequence_length.min(longest))
 }
 

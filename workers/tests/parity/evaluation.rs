@@ -10,6 +10,12 @@ use crate::one_rank::{Batch, PLAIN};
 pub fn check(fixture: &Fixture, findings: &mut Findings) {
     let Some(rows) = fixture.sequences() else { return };
     let model = Generator::load(&fixture.dir).unwrap();
+    let vocabulary = fixture.config.vocab_size as u32;
+    findings.check(
+        model.unknown_id(&[0, vocabulary - 1, vocabulary]) == Some((2, vocabulary))
+            && model.unknown_id(&rows.concat()).is_none(),
+        || "expected the first id beyond the vocabulary".into(),
+    );
     let batch = Batch::new(&rows, PLAIN, 0.0);
     let mut evaluation = Evaluation::default();
     for sequences in &batch.micro_batches {
