@@ -362,6 +362,14 @@ fn paths_start_from_the_recipe_or_from_here() {
     let here = std::path::absolute("corpus").unwrap();
     let recipe = Recipe::from_toml(&text, "test.toml", &folder, &entry).unwrap();
     assert_eq!(recipe.data.paths, [here.to_string_lossy()]);
+
+    assert_eq!(recipe.model.init_dir(), None);
+    let text = GOOD.replace("config = \"tiny\"", "config = \"tiny\"\ninit = \"weights\"");
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &[]).unwrap();
+    assert_eq!(recipe.model.init_dir(), Some(folder.join("weights").as_path()));
+    let here = path_override("model.init", Path::new("fresh/../weights"));
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &[here]).unwrap();
+    assert_eq!(recipe.model.init_dir(), Some(std::path::absolute("fresh/../weights").unwrap().as_path()));
 }
 
 /// The table of keys, the sections and their docs say the same.

@@ -207,5 +207,8 @@ rank 1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
             "expected a line `micro-batches ...`, got none",
         ];
         assert_eq!(parse(text).unwrap_err(), expected);
+        let huge = parse("schedule mine\nstages 2\nmicro-batches 18446744073709551615");
+        let expected = "expected at most 262144 chunks, got 2 stages of 18446744073709551615 micro-batches";
+        assert_eq!(huge.unwrap_err(), [expected]);
     }
 }
