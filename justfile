@@ -16,6 +16,14 @@ lint:
     cargo fmt
     cargo clippy --workspace --all-targets -- -D warnings
 
+# Fuzz every reader of files for so many seconds each, on the stable toolchain (needs a C++ compiler)
+fuzz seconds="60":
+    fuzz/run {{seconds}}
+
+# An export against the real transformers, with a Python that has torch and transformers
+transformers python="python3":
+    CONTRAFLOW_PYTHON="$(command -v {{python}})" cargo test --test hf transformers -- --nocapture
+
 # Licences, advisories and sources of the dependencies (needs cargo-deny)
 deny:
     cargo deny check

@@ -8,6 +8,9 @@ use contraflow_runtime::recipe::Faults;
 
 use crate::interrupt::INTERRUPTED;
 
+/// Lines that somebody still reads: a directory of another model has a fault for each of its thousands of tensors.
+const MAX_FAULTS: usize = 100;
+
 /// A command that did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -38,8 +41,12 @@ impl Failure {
         match faults {
             [only] => Failure::input(format!("{what}: {only}")),
             _ => {
-                let lines: Vec<String> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
-                Failure::input(format!("{what}: {} faults{}", faults.len(), lines.concat()))
+                let shown = faults.len().min(MAX_FAULTS);
+                let mut lines: String = faults[..shown].iter().map(|fault| format!("\n  {fault}")).collect();
+                if shown < faults.len() {
+                    lines += &format!("\n  and {} more", faults.len() - shown);
+                }
+                Failure::input(format!("{what}: {} faults{lines}", faults.len()))
             }
         }
     }
@@ -75,5 +82,8 @@ mod tests {
         let two = Failure::from(faults);
         assert_eq!(two.to_string(), "error: recipe: 2 faults\n  a: expected 1, got 2\n  b: unknown key");
         assert_eq!(two.code, 2);
+        let many: Vec<usize> = (0..1234).collect();
+        let told = Failure::faults("model", &many).message;
+        assert!(told.starts_with("model: 1234 faults\n  0\n") && told.ends_with("\n  99\n  and 1134 more"));
     }
 }

@@ -62,7 +62,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     print(b"\n")
 }
 
-fn load(dir: &Path) -> Result<Generator, Failure> {
+/// The model of a directory, if it takes bytes.
+///
+/// **Errors**: code 2 with the file and what is wrong with it.
+pub fn load(dir: &Path) -> Result<Generator, Failure> {
     let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
     if tokenizer::fits(generator.vocab_size()) {
         return Ok(generator);

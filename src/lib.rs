@@ -6,8 +6,11 @@
 pub mod bench;
 pub mod bench_checkpoint;
 pub mod cluster;
+pub mod eval;
+pub mod export;
 pub mod failure;
 pub mod generate;
+pub mod import;
 pub mod interrupt;
 pub mod machine;
 pub mod output;

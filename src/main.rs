@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use contraflow::{bench, generate, plan, recipes, train};
+use contraflow::{bench, eval, export, generate, import, plan, recipes, train};
 
 /// Frees and hands out faster than the system's allocator where many threads do.
 #[global_allocator]
@@ -35,6 +35,12 @@ enum Command {
     Plan(plan::Args),
     /// Continue a text with a trained model
     Generate(generate::Args),
+    /// Measure a trained model on a text: loss, bits per byte, perplexity, balance of the experts
+    Eval(eval::Args),
+    /// Write a trained model as a Hugging Face directory
+    Export(export::Args),
+    /// Make a run of a Hugging Face directory, every file and tensor of it checked
+    Import(import::Args),
     /// List the built-in recipes
     Recipes(recipes::Args),
     /// Measure this machine: training steps, balance of the experts
@@ -53,6 +59,9 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Export(args) => export::run(&args),
+        Command::Import(args) => import::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
     };

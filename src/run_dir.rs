@@ -31,6 +31,24 @@ pub fn create(runs: &Path, name: &str) -> io::Result<PathBuf> {
     unreachable!("the numbers do not end")
 }
 
+/// Gives a finished run, made by `make` under the path that it is told, the first free name, and points `latest` at it.
+///
+/// **Errors**: those of `make`, and what the system says.
+pub fn adopt<T, E: From<io::Error>>(
+    runs: &Path,
+    name: &str,
+    make: impl FnOnce(&Path) -> Result<T, E>,
+) -> Result<(PathBuf, T), E> {
+    std::fs::create_dir_all(runs)?;
+    let numbered = |number: usize| if number == 1 { name.to_owned() } else { format!("{name}-{number}") };
+    let folder = (1..).map(numbered).find(|folder| !runs.join(folder).exists());
+    let folder = folder.expect("the numbers do not end");
+    let path = runs.join(&folder);
+    let made = make(&path)?;
+    point_latest(runs, &folder)?;
+    Ok((path, made))
+}
+
 /// Replaces the link in one step, so that there is always one.
 fn point_latest(runs: &Path, folder: &str) -> io::Result<()> {
     let fresh = runs.join(format!(".latest-{}", std::process::id()));

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
+use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::Mode;
 use contraflow_workers::data::{Corpus, PackedDataset};
+use contraflow_workers::hf_check;
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape};
 
@@ -14,6 +15,7 @@ use crate::failure::Failure;
 use crate::output::print;
 use crate::resume::Resumed;
 use crate::run::Run;
+use crate::run_dir;
 use crate::telemetry;
 
 /// Arguments of `contraflow train`.
@@ -27,6 +29,10 @@ pub struct Args {
     /// Text files or folders to train on, in place of the default corpus
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
+    /// Start from the weights of a run or of an HF directory, with a fresh optimizer; its model, unless model.config says
+    /// another
+    #[arg(long, value_name = "RUN|DIR")]
+    pub init: Option<String>,
     /// Name of the run's folder in runs/; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
@@ -47,6 +53,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if !args.data.is_empty() {
         overrides.push(paths_override(&args.data));
     }
+    if let Some(model) = &args.init {
+        let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        // In front: what the user sets by hand comes last and holds.
+        let config = path_override("model.config", &dir.join("config.json"));
+        overrides.splice(0..0, [config, path_override("model.init", &dir)]);
+    }
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
     let (name, recipe) = match (&args.recipe, &resumed) {
         (None, Some(resumed)) => (resumed.name(), resumed.recipe(&overrides)?),
@@ -55,6 +67,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             (source.name(), Recipe::load(&source, &overrides)?)
         }
     };
+    if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
+        hf_check::check_against(&recipe.model_config, dir)
+            .map_err(|faults| Failure::faults("model.init", &faults))?;
+    }
     if args.print_recipe {
         return print(&recipe.resolved_toml());
     }

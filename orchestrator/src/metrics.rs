@@ -82,8 +82,8 @@ impl StepSummary {
     }
 }
 
-/// (max load - mean) / mean.
-fn max_vio(counts: &[u64]) -> f64 {
+/// How uneven the load of a layer's experts is: (max load - mean) / mean.
+pub fn max_vio(counts: &[u64]) -> f64 {
     let mean = counts.iter().sum::<u64>() as f64 / counts.len().max(1) as f64;
     let max = counts.iter().copied().max().unwrap_or(0) as f64;
     if mean > 0.0 { (max - mean) / mean } else { 0.0 }

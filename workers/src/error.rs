@@ -48,6 +48,12 @@ pub enum RankError {
         /// What was expected and what came.
         message: String,
     },
+    /// A directory of weights does not hold its model.
+    #[error("{}", faults.join("\n  "))]
+    Model {
+        /// Every fault, with its file.
+        faults: Vec<String>,
+    },
     /// A child actor is gone.
     #[error("{actor} is gone")]
     ActorGone {
@@ -62,7 +68,7 @@ impl RankError {
         match self {
             RankError::Fabric(_) => ErrorKind::Lost,
             RankError::Diverged(_) => ErrorKind::Numeric,
-            RankError::File { .. } | RankError::Content { .. } => ErrorKind::Config,
+            RankError::File { .. } | RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
         }

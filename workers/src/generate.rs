@@ -16,6 +16,7 @@ use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::topology::Topology;
 
 use crate::error::RankError;
+use crate::hf_check::check_against;
 use crate::model::attention::{kv_latents, queries, rope_keys, rotate_queries};
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::experts::{self, Arrivals};
@@ -24,8 +25,8 @@ use crate::weights::HfWeights;
 
 /// A model that answers.
 pub struct Generator {
-    arch: Architecture,
-    model: RankModel,
+    pub(crate) arch: Architecture,
+    pub(crate) model: RankModel,
 }
 
 /// What has been read and written so far, layer by layer.
@@ -56,6 +57,8 @@ impl Generator {
         let text = std::fs::read_to_string(&path)
             .map_err(|source| RankError::File { path: path.display().to_string(), source })?;
         let config = ModelConfig::from_hf_json(&text).map_err(|faults| content(faults.to_string()))?;
+        // Before memory is taken for what the configuration says.
+        check_against(&config, dir).map_err(|faults| RankError::Model { faults })?;
         let arch = Architecture::new(config);
         let mut model = one_rank(&arch).map_err(content)?;
         let weights = HfWeights::open(dir)?;
@@ -120,7 +123,7 @@ impl Generator {
 }
 
 /// Every row stays where it is.
-fn arrivals(rows: Tensor, routing: &Routing, top_k: usize) -> Arrivals {
+pub(crate) fn arrivals(rows: Tensor, routing: &Routing, top_k: usize) -> Arrivals {
     let pair = |(slot, &expert): (usize, &u32)| ((slot / top_k) as u32, expert);
     let pairs = routing.expert_ids.iter().enumerate().map(pair).collect();
     Arrivals { rows, pairs, weights: routing.weights.clone() }

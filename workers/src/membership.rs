@@ -33,6 +33,7 @@ use crate::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::plans::Plans;
 use crate::probe::Probe;
 use crate::rank::RankMessage;
+use crate::weights::HfWeights;
 
 /// Takes a rank's events to the orchestrator.
 pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
@@ -67,10 +68,10 @@ pub struct Built {
     threads: Arc<Threads>,
 }
 
-/// Builds the model of a rank: weights drawn and moments zero, or both from the checkpoint.
+/// Builds the model of a rank: weights drawn or read and moments zero, or both from the checkpoint.
 ///
-/// **Errors**: in words, if the recipe's layers do not fit its stages; a checkpoint that cannot be read or is of another
-/// model.
+/// **Errors**: in words, if the recipe's layers do not fit its stages; a weight or a checkpoint that cannot be read or is
+/// of another model.
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
@@ -81,9 +82,10 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
     let mut model = build(&arch, &placement, rank);
     for params in [&mut model.dense, &mut model.experts] {
-        match &assignment.resume {
-            Some(checkpoint) => checkpoint.fill(params)?,
-            None => initialise(params, recipe.training.seed, recipe.training.init_std),
+        match (&assignment.resume, recipe.model.init_dir()) {
+            (Some(checkpoint), _) => checkpoint.fill(params)?,
+            (None, Some(dir)) => HfWeights::open(dir)?.fill(params)?,
+            (None, None) => initialise(params, recipe.training.seed, recipe.training.init_std),
         }
     }
     let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));

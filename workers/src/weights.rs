@@ -36,7 +36,8 @@ pub struct HfWeights {
     tensors: BTreeMap<String, Place>,
 }
 
-fn file_error(path: &Path) -> impl Fn(std::io::Error) -> RankError + '_ {
+/// The error of a file, with its path.
+pub(crate) fn file_error(path: &Path) -> impl Fn(std::io::Error) -> RankError + '_ {
     move |source| RankError::File { path: path.display().to_string(), source }
 }
 
@@ -47,19 +48,46 @@ fn content_error(path: &Path, message: impl Into<String>) -> RankError {
 impl HfWeights {
     /// Reads the headers of all weight files of a directory.
     ///
-    /// **Errors**: a missing or damaged file, by name; an FP8 tensor, by name.
+    /// **Errors**: a missing or damaged file, by name; an FP8 tensor, by name. The first fault of [`HfWeights::survey`].
     pub fn open(dir: &Path) -> Result<Self, RankError> {
+        let (weights, faults) = Self::survey(dir);
+        faults.into_iter().next().map_or(Ok(weights), Err)
+    }
+
+    /// Reads the headers of all weight files that can be read, and says everything that is wrong with them.
+    pub fn survey(dir: &Path) -> (Self, Vec<RankError>) {
+        let mut weights = HfWeights { dir: dir.to_owned(), tensors: BTreeMap::new() };
+        let mut faults = Vec::new();
         let index = dir.join(INDEX_FILE);
-        let files = if index.exists() { indexed_files(&index)? } else { vec![SINGLE_FILE.to_owned()] };
-        let mut tensors = BTreeMap::new();
-        for name in files {
-            let file = dir.join(&name);
-            for (tensor, place) in read_header(&file)? {
-                supported(&file, &tensor, place.info.dtype)?;
-                tensors.insert(tensor, place);
+        let listed = if index.exists() { indexed_tensors(&index) } else { Ok(single_file()) };
+        for (name, tensors) in listed.unwrap_or_else(|fault| {
+            faults.push(fault);
+            BTreeMap::new()
+        }) {
+            let path = dir.join(&name);
+            match open_header(&path) {
+                Ok(found) => {
+                    faults.extend(
+                        found.iter().filter_map(|(t, place)| supported(&path, t, place.info.dtype).err()),
+                    );
+                    weights.tensors.extend(found);
+                    let absent = tensors.iter().filter(|tensor| !weights.tensors.contains_key(*tensor));
+                    faults.extend(absent.map(|tensor| {
+                        content_error(
+                            &path,
+                            format!("expected {tensor}, as {INDEX_FILE} says, got no such tensor"),
+                        )
+                    }));
+                }
+                Err(fault) => faults.push(fault),
             }
         }
-        Ok(HfWeights { dir: dir.to_owned(), tensors })
+        (weights, faults)
+    }
+
+    /// Where they are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Names of all tensors.
@@ -67,9 +95,9 @@ impl HfWeights {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Shape of a tensor, if it is there.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(name).map(|place| place.info.shape.as_slice())
+    /// Shape and type of a tensor, if there is one of that name.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name).map(|place| &place.info)
     }
 
     /// Reads one tensor.
@@ -114,49 +142,71 @@ pub fn gate_bias_name(layer: usize) -> String {
     format!("model.layers.{layer}.mlp.gate.e_score_correction_bias")
 }
 
-fn indexed_files(index: &Path) -> Result<Vec<String>, RankError> {
+/// The tensors that are expected in each file.
+type Listed = BTreeMap<String, Vec<String>>;
+
+fn single_file() -> Listed {
+    BTreeMap::from([(SINGLE_FILE.to_owned(), Vec::new())])
+}
+
+fn indexed_tensors(index: &Path) -> Result<Listed, RankError> {
+    let text = std::fs::read_to_string(index).map_err(file_error(index))?;
+    parse_index(&text).map_err(|message| content_error(index, message))
+}
+
+/// What an index says: the tensors of each file of its directory.
+///
+/// **Errors**: in words, if it is no index or names a file elsewhere.
+pub fn parse_index(text: &str) -> Result<Listed, String> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read_to_string(index).map_err(file_error(index))?;
-    let parsed: Index =
-        serde_json::from_str(&text).map_err(|error| content_error(index, error.to_string()))?;
-    let mut files: Vec<String> = parsed.weight_map.into_values().collect();
-    files.sort();
-    files.dedup();
+    let parsed: Index = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let mut files = Listed::new();
+    for (tensor, file) in parsed.weight_map {
+        if Path::new(&file).file_name() != Some(file.as_ref()) {
+            return Err(format!("{tensor}: expected the name of a file beside the index, got {file:?}"));
+        }
+        files.entry(file).or_default().push(tensor);
+    }
     Ok(files)
 }
 
-fn read_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
+fn open_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
     let mut file = File::open(path).map_err(file_error(path))?;
     let size = file.metadata().map_err(file_error(path))?.len();
+    let (length, metadata) = read_header(&mut file, size).map_err(|message| content_error(path, message))?;
+    let place = |(name, info): (String, &TensorInfo)| {
+        let start = 8 + length + info.data_offsets.0 as u64;
+        (name, Place { file: path.to_owned(), start, info: info.clone() })
+    };
+    Ok(metadata.tensors().into_iter().map(place).collect())
+}
+
+/// Reads the header of a safetensors file of `size` bytes; no tensor in it reaches beyond the file. Also gives the length
+/// of the header.
+///
+/// **Errors**: in words, if it is damaged, truncated or no safetensors file.
+pub fn read_header(file: &mut impl Read, size: u64) -> Result<(u64, Metadata), String> {
     let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(file_error(path))?;
+    file.read_exact(&mut length).map_err(|error| format!("header: {error}"))?;
     let length = u64::from_le_bytes(length);
+    // No more memory is asked for than the file has bytes.
     if length > MAX_HEADER_BYTES || length + 8 > size {
-        return Err(content_error(
-            path,
-            format!("a header of {length} bytes in a file of {size}: damaged or no safetensors"),
-        ));
+        return Err(format!("a header of {length} bytes in a file of {size}: damaged or no safetensors"));
     }
     let mut header = vec![0; length as usize];
-    file.read_exact(&mut header).map_err(file_error(path))?;
-    let metadata: Metadata =
-        serde_json::from_slice(&header).map_err(|error| content_error(path, format!("header: {error}")))?;
-    let mut places = Vec::new();
+    file.read_exact(&mut header).map_err(|error| format!("header: {error}"))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| format!("header: {error}"))?;
+    let room = size - 8 - length;
     for (name, info) in metadata.tensors() {
-        let start = 8 + length + info.data_offsets.0 as u64;
-        let end = 8 + length + info.data_offsets.1 as u64;
-        if end > size {
-            return Err(content_error(
-                path,
-                format!("{name}: expected {end} bytes in the file, got {size}: truncated"),
-            ));
+        let end = info.data_offsets.1 as u64;
+        if end > room {
+            return Err(format!("{name}: expected {end} bytes of data in the file, got {room}: truncated"));
         }
-        places.push((name, Place { file: path.to_owned(), start, info: info.clone() }));
     }
-    Ok(places)
+    Ok((length, metadata))
 }
 
 fn supported(file: &Path, tensor: &str, dtype: Dtype) -> Result<(), RankError> {
@@ -197,23 +247,30 @@ pub struct Entry<'a> {
     pub values: &'a [f32],
 }
 
-/// Writes tensors into one safetensors file, under a temporary name first, so that a file of the final name is whole.
-///
-/// **Errors**: what the system says, with the path.
-pub fn write_file(dir: &Path, name: &str, mut entries: Vec<Entry>) -> Result<ExportedFile, RankError> {
-    entries.sort_by(|a, b| a.name.cmp(&b.name));
+/// The header of a safetensors file with these tensors in this order, and how many bytes of data follow it.
+pub fn header_text<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>) -> (String, u64) {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
-    let mut offset = 0_usize;
-    for entry in &entries {
-        let end = offset + 4 * entry.values.len();
-        let info = serde_json::json!({"dtype": "F32", "shape": entry.shape, "data_offsets": [offset, end]});
-        header.insert(entry.name.clone(), info);
+    let mut offset = 0;
+    for (name, dtype, shape) in tensors {
+        let end = offset + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let info = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]});
+        header.insert(name.to_owned(), info);
         offset = end;
     }
     let mut text = serde_json::Value::Object(header).to_string();
     // The format wants the data to begin at a multiple of 8.
     text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    (text, offset as u64)
+}
+
+/// Writes tensors into one safetensors file, under a temporary name first, so that a file of the final name is whole.
+///
+/// **Errors**: what the system says, with the path.
+pub fn write_file(dir: &Path, name: &str, mut entries: Vec<Entry>) -> Result<ExportedFile, RankError> {
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    let listed = entries.iter().map(|entry| (entry.name.as_str(), Dtype::F32, entry.shape.as_slice()));
+    let (text, offset) = header_text(listed);
     let temporary = dir.join(format!(".{name}.part"));
     let final_path = dir.join(name);
     let write = || -> std::io::Result<()> {
@@ -230,7 +287,7 @@ pub fn write_file(dir: &Path, name: &str, mut entries: Vec<Entry>) -> Result<Exp
     };
     write().map_err(file_error(&final_path))?;
     let tensors = entries.into_iter().map(|entry| entry.name).collect();
-    Ok(ExportedFile { file: name.to_owned(), tensors, bytes: offset as u64 })
+    Ok(ExportedFile { file: name.to_owned(), tensors, bytes: offset })
 }
 
 #[cfg(test)]

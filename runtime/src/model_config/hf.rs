@@ -19,6 +19,8 @@ const WIDTH: RangeInclusive<usize> = 1..=1 << 17;
 const HEAD_WIDTH: RangeInclusive<usize> = 1..=1 << 12;
 const EXPERTS: RangeInclusive<usize> = 1..=1 << 12;
 const LAYERS: RangeInclusive<usize> = 1..=1 << 10;
+/// Every expert has names of its own: what a file says must not ask for more memory than any model needs.
+const EXPERTS_OF_ALL_LAYERS: usize = 1 << 17;
 const TABLE_ROWS: RangeInclusive<usize> = 1..=1 << 24;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
 
@@ -256,6 +258,12 @@ fn check_groups(config: &ModelConfig, faults: &mut Faults) {
     if n_routed_experts % n_group != 0 {
         faults.expected("n_group", format!("a divisor of n_routed_experts ({n_routed_experts})"), n_group);
         return;
+    }
+    if faults.spare(&["num_hidden_layers"])
+        && n_routed_experts * config.num_hidden_layers > EXPERTS_OF_ALL_LAYERS
+    {
+        let expected = format!("at most {EXPERTS_OF_ALL_LAYERS} in all {} layers", config.num_hidden_layers);
+        faults.expected("n_routed_experts", expected, n_routed_experts);
     }
     let group_size = n_routed_experts / n_group;
     if n_group > 1 && group_size < 2 {

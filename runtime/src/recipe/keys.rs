@@ -80,6 +80,8 @@ const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'stat
 pub const KEYS: &[KeyDoc] = &[
     key("model.config", Text, Required,
         "A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json."),
+    key("model.init", Text, Fixed("\"fresh\""),
+        "fresh: weights are drawn; or the HF directory whose weights training starts from."),
     key("parallel.pipeline", Count(1, AXIS), Fixed("1"), "Pipeline ranks."),
     key("parallel.expert", Count(1, AXIS), Fixed("1"),
         "Expert ranks: the routed experts are spread over them."),

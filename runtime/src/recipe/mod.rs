@@ -24,7 +24,7 @@ use toml::Value;
 pub use faults::{ErrorKind, Fault, Faults};
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
-    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, LogLevel,
+    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
     LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
     TokenizerKind, TokenizerSection, TrainingSection, WatchSection,
 };
@@ -80,6 +80,11 @@ pub struct Recipe {
 /// The override that sets `data.paths`.
 pub fn paths_override(paths: &[String]) -> String {
     format!("data.paths={}", Value::from(paths.to_vec()))
+}
+
+/// The override that sets a key to one path.
+pub fn path_override(key: &str, path: &Path) -> String {
+    format!("{key}={}", Value::from(path.to_string_lossy().into_owned()))
 }
 
 /// What relations that do not concern the model are checked with while the model is unknown.
@@ -146,7 +151,7 @@ impl Recipe {
             RecipeSource::Builtin(name) => name.clone(),
             RecipeSource::File(path) => path.display().to_string(),
         };
-        Self::from_toml((&text, &name), source.folder(), overrides, None)
+        Self::from_toml(&text, &name, source.folder(), overrides)
     }
 
     /// The recipe of an earlier run, with overrides. The model is the run's, wherever its `config.json` may be by now.
@@ -172,10 +177,17 @@ impl Recipe {
             lr.remove("floor");
             text = values.to_string();
         }
-        Self::from_toml((&text, name), Path::new(""), overrides, model)
+        Self::read((&text, name), Path::new(""), overrides, model)
     }
 
-    fn from_toml(
+    /// As [`Recipe::load`], from a text that is called `name` in messages and stands in `folder`.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
+        Self::read((text, name), folder, overrides, None)
+    }
+
+    fn read(
         (text, name): (&str, &str),
         folder: &Path,
         overrides: &[String],

@@ -12,6 +12,18 @@ use crate::schedule::ScheduleKind;
 pub struct ModelSection {
     /// A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json.
     pub config: String,
+    /// fresh: weights are drawn; or the HF directory whose weights training starts from.
+    pub init: String,
+}
+
+/// What `model.init` is where weights are drawn.
+pub const FRESH: &str = "fresh";
+
+impl ModelSection {
+    /// The directory that the weights come from, if they are not drawn.
+    pub fn init_dir(&self) -> Option<&std::path::Path> {
+        (self.init != FRESH).then(|| self.init.as_ref())
+    }
 }
 
 /// `[parallel]`: over how many ranks, and in which order they work.

@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::keys::{KEYS, KeyDefault, KeyDoc};
-use super::{Faults, builtin, suggest};
+use super::{FRESH, Faults, builtin, suggest};
 
 /// A recipe on its way from text to types.
 pub(super) struct RecipeTable {
@@ -91,6 +91,11 @@ impl RecipeTable {
             && !builtin::model_names().contains(&name.as_str())
         {
             resolved.push(("model.config", Value::String(resolve("model.config", name))));
+        }
+        if let Some(Value::String(name)) = self.get("model.init")
+            && name != FRESH
+        {
+            resolved.push(("model.init", Value::String(resolve("model.init", name))));
         }
         if let Some(Value::Array(names)) = self.get("data.paths") {
             let names = names.iter().filter_map(Value::as_str);

@@ -23,7 +23,7 @@ peak = 1e-3
 
 fn read(text: &str, overrides: &[&str]) -> Result<Recipe, Faults> {
     let overrides: Vec<String> = overrides.iter().map(|entry| entry.to_string()).collect();
-    Recipe::from_toml((text, "test.toml"), Path::new(""), &overrides, None)
+    Recipe::from_toml(text, "test.toml", Path::new(""), &overrides)
 }
 
 fn good(overrides: &[&str]) -> Recipe {
@@ -291,7 +291,7 @@ fn model_files_are_found_from_the_recipe_and_their_faults_join_in() {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity/qlora_grouped");
     let load = |config: &str| {
         let text = GOOD.replace("config = \"tiny\"", &format!("config = \"{config}\"\nlayers = 3"));
-        Recipe::from_toml((&text, "test.toml"), &fixture, &[], None).unwrap_err().to_string()
+        Recipe::from_toml(&text, "test.toml", &fixture, &[]).unwrap_err().to_string()
     };
     let unknown = "model.layers: unknown key (line 4); \
         the architecture is set in the config.json that model.config names\n";
@@ -355,13 +355,21 @@ fn resolved_recipes_load_back_to_the_same() {
 fn paths_start_from_the_recipe_or_from_here() {
     let text = format!("{GOOD}[data]\npaths = [\"corpus\"]\n");
     let folder = std::path::absolute("recipes").unwrap();
-    let recipe = Recipe::from_toml((&text, "test.toml"), &folder, &[], None).unwrap();
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &[]).unwrap();
     assert_eq!(recipe.data.paths, [folder.join("corpus").to_string_lossy()]);
     assert_eq!(recipe.model.config, "tiny");
     let entry = ["data.paths=[\"corpus\"]".to_string()];
     let here = std::path::absolute("corpus").unwrap();
-    let recipe = Recipe::from_toml((&text, "test.toml"), &folder, &entry, None).unwrap();
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &entry).unwrap();
     assert_eq!(recipe.data.paths, [here.to_string_lossy()]);
+
+    assert_eq!(recipe.model.init_dir(), None);
+    let text = GOOD.replace("config = \"tiny\"", "config = \"tiny\"\ninit = \"weights\"");
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &[]).unwrap();
+    assert_eq!(recipe.model.init_dir(), Some(folder.join("weights").as_path()));
+    let here = path_override("model.init", Path::new("fresh/../weights"));
+    let recipe = Recipe::from_toml(&text, "test.toml", &folder, &[here]).unwrap();
+    assert_eq!(recipe.model.init_dir(), Some(std::path::absolute("fresh/../weights").unwrap().as_path()));
 }
 
 /// The table of keys, the sections and their docs say the same.

@@ -17,6 +17,9 @@ use std::fmt::Write as _;
 
 use super::action::{Action, Chunk, Plan};
 
+/// Far beyond any plan; the check has a word for each chunk that is missing.
+const MAX_CHUNKS: usize = 1 << 18;
+
 /// Writes a plan down. A name of several lines is written as one.
 pub fn write(plan: &Plan) -> String {
     let name: Vec<&str> = plan.schedule.split_whitespace().collect();
@@ -90,6 +93,13 @@ impl Reader {
             if missing {
                 self.faults.push(format!("expected a line `{key} ...`, got none"));
             }
+        }
+        if let (Some(stages), Some(micro_batches)) = (self.stages, self.micro_batches)
+            && stages.checked_mul(micro_batches).is_none_or(|chunks| chunks > MAX_CHUNKS)
+        {
+            self.faults.push(format!(
+                "expected at most {MAX_CHUNKS} chunks, got {stages} stages of {micro_batches} micro-batches"
+            ));
         }
         match (self.schedule, self.stages, self.micro_batches) {
             (Some(schedule), Some(stages), Some(micro_batches)) if self.faults.is_empty() => {
@@ -197,5 +207,8 @@ rank 1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
             "expected a line `micro-batches ...`, got none",
         ];
         assert_eq!(parse(text).unwrap_err(), expected);
+        let huge = parse("schedule mine\nstages 2\nmicro-batches 18446744073709551615");
+        let expected = "expected at most 262144 chunks, got 2 stages of 18446744073709551615 micro-batches";
+        assert_eq!(huge.unwrap_err(), [expected]);
     }
 }

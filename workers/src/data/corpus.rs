@@ -83,6 +83,13 @@ impl Corpus {
         Ok(Self { warning, ..Self::from_documents("files", found.documents) })
     }
 
+    /// All documents of files and folders, not split.
+    ///
+    /// **Errors**: as [`Corpus::load_paths`].
+    pub fn read_whole(paths: &[PathBuf]) -> Result<Vec<Document>, Vec<DataFault>> {
+        files::read(paths).map(|found| found.documents)
+    }
+
     fn from_documents(name: &str, documents: Vec<Document>) -> Self {
         let (train, validation) = split(documents);
         Self { name: name.into(), hash: hash(&train, &validation), train, validation, warning: None }

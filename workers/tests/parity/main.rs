@@ -5,6 +5,7 @@
 //! fixture, whichever there are, and compares them; a fixture may hold more, which is then said aloud.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod evaluation;
 mod findings;
 mod fixture;
 mod forward;
@@ -95,6 +96,11 @@ fn parity_of_gradients_with_multi_token_prediction() {
 #[test]
 fn parity_of_generation() {
     over_all(generation::check);
+}
+
+#[test]
+fn parity_of_evaluation() {
+    over_all(evaluation::check);
 }
 
 #[test]

@@ -145,6 +145,10 @@ fn faults_of_a_file() {
         ),
         (json!({"n_group": 3}), "n_group: expected a divisor of n_routed_experts (8), got 3"),
         (json!({"n_group": 8}), "n_group: expected groups of 2 experts or more (at most 4 groups), got 8"),
+        (
+            json!({"n_routed_experts": 4096, "num_hidden_layers": 1000}),
+            "n_routed_experts: expected at most 131072 in all 1000 layers, got 4096",
+        ),
         (json!({"topk_group": 5}), "topk_group: expected at most n_group (4), got 5"),
         (
             json!({"vocab_size": "many", "hidden_act": "gelu"}),
@@ -170,8 +174,8 @@ fn the_largest_model_counts_within_64_bits() {
         "num_attention_heads": HEAD_WIDTH.end(), "num_key_value_heads": HEAD_WIDTH.end(),
         "q_lora_rank": WIDTH.end(), "kv_lora_rank": WIDTH.end(), "qk_nope_head_dim": HEAD_WIDTH.end(),
         "qk_rope_head_dim": HEAD_WIDTH.end(), "v_head_dim": HEAD_WIDTH.end(),
-        "n_shared_experts": EXPERTS.end(), "n_routed_experts": EXPERTS.end(),
-        "num_experts_per_tok": EXPERTS.end(), "n_group": 1, "topk_group": 1,
+        "n_shared_experts": EXPERTS.end(), "n_routed_experts": EXPERTS_OF_ALL_LAYERS / LAYERS.end(),
+        "num_experts_per_tok": EXPERTS_OF_ALL_LAYERS / LAYERS.end(), "n_group": 1, "topk_group": 1,
     });
     let mut file: Value = serde_json::from_str(&write(&builtin::model("tiny").unwrap())).unwrap();
     file.as_object_mut().unwrap().extend(largest.as_object().unwrap().clone());

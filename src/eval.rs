@@ -1,0 +1,206 @@
+//! `contraflow eval`: what a trained model makes of a text.
+//!
+//! The text is cut into sequences as for training, and the forward pass is that of training, on one rank.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use contraflow_kernels::par::Threads;
+use contraflow_orchestrator::metrics::max_vio;
+use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
+use contraflow_workers::data::tokenizer::END_OF_DOCUMENT;
+use contraflow_workers::data::{Corpus, PackedDataset};
+use contraflow_workers::evaluate::Evaluation;
+use contraflow_workers::generate::Generator;
+use contraflow_workers::model::micro_batch::Sequences;
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::generate::load;
+use crate::output::print;
+use crate::run_dir;
+
+/// Tokens that go through the model at once, if a sequence has no more.
+const BATCH_TOKENS: usize = 2048;
+
+/// Longest sequence that is taken where nobody says how long one is.
+const DEFAULT_LENGTH: usize = 4096;
+
+/// Arguments of `contraflow eval`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A run (its folder or its name), or an HF directory
+    #[arg(default_value = "runs/latest")]
+    pub model: String,
+    /// Text files or folders to measure on
+    #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
+    pub data: Vec<PathBuf>,
+    /// Tokens per sequence; if not given those of the run's recipe, or of the model's context, up to 4096
+    #[arg(long, value_name = "TOKENS")]
+    pub sequence_length: Option<usize>,
+    /// Threads of the arithmetic; all cores if not given
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// How to print it
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+    /// Also write token ids and logits of the first sequences, as safetensors
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub logits: Option<PathBuf>,
+}
+
+/// How the figures are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+/// What is printed.
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    sequence_length: usize,
+    sequences: usize,
+    tokens: u64,
+    bytes: u64,
+    loss: f64,
+    bits_per_byte: f64,
+    perplexity: f64,
+    mean_max_vio: f64,
+    max_vio: BTreeMap<usize, f64>,
+}
+
+/// Runs the command.
+///
+/// **Errors**: code 2 with every fault of arguments, text or model.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
+    let documents = Corpus::read_whole(&args.data).map_err(|faults| Failure::faults("--data", &faults))?;
+    let model = load(&dir)?;
+    let length = sequence_length(args, &dir, &model)?;
+    let dataset = PackedDataset::pack(&documents, length);
+    drop(documents);
+    if dataset.num_sequences() == 0 {
+        let got = dataset.tokens().len();
+        let message = format!("--data: expected more than {length} tokens, one sequence, got {got}");
+        return Err(Failure::input(message));
+    }
+    if let Some((at, id)) = model.unknown_id(dataset.tokens()) {
+        let vocabulary = model.vocab_size();
+        let message = format!(
+            "--data: expected token ids below {vocabulary}, the model's vocabulary, got {id} at {at}"
+        );
+        return Err(Failure::input(message));
+    }
+    let threads = match args.threads {
+        Some(0) => return Err(Failure::input("--threads: expected at least 1, got 0")),
+        Some(threads) => threads,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let threads = Threads::new(threads);
+    if let Some(path) = &args.logits {
+        let first = sequences(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()));
+        let written = threads.run(|| model.write_logits(path, first));
+        written.map_err(|error| Failure::run(error.to_string()))?;
+    }
+    let evaluation = threads.run(|| measure(&model, &dataset));
+    say(args.format, &report(&dir, &dataset, &evaluation))
+}
+
+/// The length of the sequences that the model was trained on, unless the user says another.
+fn sequence_length(args: &Args, dir: &Path, model: &Generator) -> Result<usize, Failure> {
+    let longest = model.max_len();
+    if let Some(length) = args.sequence_length {
+        if length < 2 || length > longest {
+            let message =
+                format!("--sequence-length: expected 2 to {longest}, the model's context, got {length}");
+            return Err(Failure::input(message));
+        }
+        return Ok(length);
+    }
+    let recipe = dir.with_file_name("recipe.toml");
+    if !recipe.is_file() {
+        return Ok(longest.min(DEFAULT_LENGTH));
+    }
+    // The configuration beside the weights: the one that the recipe was made with may have gone.
+    let config = path_override("model.config", &dir.join("config.json"));
+    let recipe = Recipe::load(&RecipeSource::File(recipe), &[config])?;
+    Ok(recipe.training.sequence_length.min(longest))
+}
+
+fn rows_at_once(length: usize) -> usize {
+    (BATCH_TOKENS / length).max(1)
+}
+
+/// Some sequences of a text, in which the ends of documents are not predicted: as in the validation of a run.
+fn sequences(dataset: &PackedDataset, which: std::ops::Range<usize>) -> Sequences {
+    let (mut ids, mut targets) = (Vec::new(), Vec::new());
+    for (more_ids, more_targets) in which.map(|number| dataset.sequence(number)) {
+        ids.extend(more_ids);
+        targets.extend(more_targets);
+    }
+    let loss_weights = targets.iter().map(|&target| f32::from(target != END_OF_DOCUMENT)).collect();
+    Sequences { loss_weights, ..Sequences::new(ids, targets, dataset.sequence_length()) }
+}
+
+fn measure(model: &Generator, dataset: &PackedDataset) -> Evaluation {
+    let mut evaluation = Evaluation::default();
+    let num_sequences = dataset.num_sequences();
+    let rows = rows_at_once(dataset.sequence_length());
+    let bar = ProgressBar::new(num_sequences as u64);
+    for first in (0..num_sequences).step_by(rows) {
+        let end = num_sequences.min(first + rows);
+        model.measure(sequences(dataset, first..end), &mut evaluation);
+        bar.set_position(end as u64);
+    }
+    bar.finish_and_clear();
+    evaluation
+}
+
+fn report(dir: &Path, dataset: &PackedDataset, evaluation: &Evaluation) -> Report {
+    let max_vio: BTreeMap<usize, f64> =
+        evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
+    Report {
+        model: dir.display().to_string(),
+        sequence_length: dataset.sequence_length(),
+        sequences: dataset.num_sequences(),
+        tokens: evaluation.num_tokens,
+        // A token that counts is a byte.
+        bytes: evaluation.num_targets as u64,
+        loss: evaluation.loss(),
+        bits_per_byte: evaluation.loss() / std::f64::consts::LN_2,
+        perplexity: evaluation.loss().exp(),
+        mean_max_vio: max_vio.values().sum::<f64>() / max_vio.len().max(1) as f64,
+        max_vio,
+    }
+}
+
+fn say(format: Format, report: &Report) -> Result<(), Failure> {
+    if format == Format::Json {
+        let text = serde_json::to_string_pretty(report).map_err(|error| Failure::run(error.to_string()))?;
+        return print(&format!("{text}\n"));
+    }
+    let mut text = format!(
+        "{} on {} bytes in {} sequences of {} tokens\n  loss           {:.4} nats per token\n  bits per byte  {:.4}\n  \
+         perplexity     {:.3}\n",
+        report.model,
+        report.bytes,
+        report.sequences,
+        report.sequence_length,
+        report.loss,
+        report.bits_per_byte,
+        report.perplexity
+    );
+    if !report.max_vio.is_empty() {
+        text += &format!("  MaxVio         {:.2}\n", report.mean_max_vio);
+        for (layer, max_vio) in &report.max_vio {
+            text += &format!("    layer {layer:<7} {max_vio:.2}\n");
+        }
+    }
+    print(&text)
+}

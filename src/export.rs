@@ -1,0 +1,146 @@
+//! `contraflow export`: a run's model, or any HF directory of the architecture, as a Hugging Face directory.
+//!
+//! What is wrong with the model or the target is found before anything is written.
+
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_workers::hf_check::check;
+use contraflow_workers::hf_export::{self, Export, part_of, staged};
+
+use crate::failure::Failure;
+use crate::output::print;
+use crate::run_dir;
+
+/// Arguments of `contraflow export`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A run (its folder or its name), or an HF directory
+    #[arg(default_value = "runs/latest")]
+    pub model: String,
+    /// The new folder
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    /// Largest weight file, as 5GB or 500MB
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = shard_bytes)]
+    pub shard_size: u64,
+    /// What the weights are written as
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    pub dtype: Dtype,
+}
+
+/// What weights are written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// As they are trained
+    F32,
+    /// Rounded: half the size
+    Bf16,
+}
+
+/// A size with its unit, powers of 1000 as Hugging Face counts them.
+fn shard_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let unit = match unit {
+        "" | "B" => Some(1),
+        "KB" => Some(1_000),
+        "MB" => Some(1_000_000),
+        "GB" => Some(1_000_000_000),
+        _ => None,
+    };
+    let size = unit.and_then(|unit| number.parse::<u64>().ok()?.checked_mul(unit));
+    let expected = || "expected a number above 0 with B, KB, MB or GB, as 5GB".to_owned();
+    size.filter(|&size| size > 0).ok_or_else(expected)
+}
+
+/// Runs the command.
+///
+/// **Errors**: code 2 with every fault of model and target, nothing written; code 1 if writing failed, nothing left.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let target_fault = target_fault(&args.to);
+    let dir = run_dir::find_model(&args.model);
+    let model = match dir.map_err(|fault| vec![fault]).and_then(|dir| Ok((check(&dir)?, dir))) {
+        Ok(model) if target_fault.is_none() => model,
+        model => {
+            let faults: Vec<String> =
+                target_fault.into_iter().chain(model.err().unwrap_or_default()).collect();
+            return Err(Failure::faults("export", &faults));
+        }
+    };
+    let (model, dir) = model;
+    let (format, name) = match args.dtype {
+        Dtype::F32 => (hf_export::Format::F32, "float32"),
+        Dtype::Bf16 => (hf_export::Format::Bf16, "bfloat16"),
+    };
+    let export = Export {
+        source: &model.weights,
+        config: &model.config,
+        config_json: config_json(&model.config, name)?,
+        companions: &dir,
+        format,
+        shard_bytes: args.shard_size,
+    };
+    let written =
+        staged(&args.to, |part| export.write(part)).map_err(|error| Failure::run(error.to_string()))?;
+    print(&format!(
+        "{}: {} tensors, {:.1} MB in {} weight file{}, {}\n",
+        args.to.display(),
+        written.num_tensors,
+        written.bytes as f64 / 1e6,
+        written.num_shards,
+        if written.num_shards == 1 { "" } else { "s" },
+        name
+    ))
+}
+
+/// Why nothing can be written there.
+fn target_fault(target: &Path) -> Option<String> {
+    let told = |message: String| Some(format!("--to: {}: {message}", target.display()));
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if target.file_name().is_none() {
+        return told("expected the name of a folder".into());
+    }
+    if !parent.is_dir() {
+        return told(format!("expected a folder {} to make it in, got none", parent.display()));
+    }
+    let part = part_of(target);
+    if part.exists() {
+        return told(format!(
+            "expected no {}, which an export that was stopped has left: remove it",
+            part.display()
+        ));
+    }
+    match std::fs::read_dir(target) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(error) => told(error.to_string()),
+        Ok(mut entries) => match entries.next() {
+            Some(_) => told("expected a new or an empty folder, got one with files in it".into()),
+            None => None,
+        },
+    }
+}
+
+/// `config.json` with the type that the weights are written in.
+fn config_json(config: &ModelConfig, dtype: &str) -> Result<String, Failure> {
+    let broken = |error: serde_json::Error| Failure::run(error.to_string());
+    let mut json: serde_json::Value = serde_json::from_str(&config.to_hf_json()).map_err(broken)?;
+    json["torch_dtype"] = dtype.into();
+    Ok(format!("{json:#}\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_units_and_nothing_else() {
+        assert_eq!(shard_bytes("5GB"), Ok(5_000_000_000));
+        assert_eq!(shard_bytes("500MB"), Ok(500_000_000));
+        assert_eq!(shard_bytes("20000"), Ok(20_000));
+        for wrong in ["", "GB", "0GB", "-1", "5GiB", "1.5GB", "99999999999999999999", "99999999999GB"] {
+            assert!(shard_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

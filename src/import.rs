@@ -1,0 +1,91 @@
+//! `contraflow import`: a Hugging Face directory becomes a run, after every file and tensor of it has been checked.
+
+use std::path::{Path, PathBuf};
+
+use contraflow_workers::error::RankError;
+use contraflow_workers::hf_check::{Checked, check};
+use contraflow_workers::hf_export::{Export, Format, Written, staged, sync_folder};
+
+use crate::failure::Failure;
+use crate::output::print;
+use crate::run_dir;
+
+/// Largest weight file of an imported model.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Arguments of `contraflow import`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The HF directory
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Name of the run's folder in runs/; the directory's name if not given
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+/// Runs the command.
+///
+/// **Errors**: code 2 with every fault of the directory, nothing written; code 1 if writing failed, nothing left.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    let name = run_name(args)?;
+    let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
+    let config = args.dir.join("config.json");
+    let config_json = std::fs::read_to_string(&config)
+        .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
+    let make = |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(Told);
+    let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
+    let run = run.display();
+    print(&format!(
+        "{run}: {} tensors, {:.1} MB, every one checked\n\
+         next: contraflow eval {run} --data TEXT   contraflow generate {run}   contraflow train RECIPE --init {run}\n",
+        written.num_tensors,
+        written.bytes as f64 / 1e6
+    ))
+}
+
+/// An error on the way into a run's folder.
+struct Told(RankError);
+
+impl From<std::io::Error> for Told {
+    fn from(source: std::io::Error) -> Self {
+        Told(RankError::File { path: run_dir::RUNS.into(), source })
+    }
+}
+
+impl From<Told> for Failure {
+    /// A tensor that holds no numbers is the user's, a disk that is full the run's.
+    fn from(Told(error): Told) -> Self {
+        match error {
+            RankError::Content { .. } => Failure::input(error.to_string()),
+            error => Failure::run(error.to_string()),
+        }
+    }
+}
+
+fn run_name(args: &Args) -> Result<String, Failure> {
+    let own = || args.dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = args.name.clone().or_else(own).unwrap_or_else(|| "import".into());
+    let is_plain = Path::new(&name).file_name() == Some(name.as_ref());
+    if !is_plain || name.starts_with('.') || name == "latest" {
+        return Err(Failure::input(format!("--name: expected the name of a folder in runs/, got {name:?}")));
+    }
+    Ok(name)
+}
+
+fn write(from: &Path, checked: &Checked, config_json: String, part: &Path) -> Result<Written, RankError> {
+    let model = part.join("model");
+    let file_error = |source| RankError::File { path: model.display().to_string(), source };
+    std::fs::create_dir(&model).map_err(file_error)?;
+    let export = Export {
+        source: &checked.weights,
+        config: &checked.config,
+        config_json,
+        companions: from,
+        format: Format::AsIs,
+        shard_bytes: SHARD_BYTES,
+    };
+    let written = export.write(&model)?;
+    sync_folder(&model).map_err(file_error)?;
+    Ok(written)
+}

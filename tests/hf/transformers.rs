@@ -1,0 +1,65 @@
+//! The exports in the hands of the real transformers, where there is a Python that has it.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::place::{MODEL, Place, TRAINING, fixtures, text};
+
+/// A Python with torch and transformers: `$CONTRAFLOW_PYTHON`, or the one on the path. `None` is said aloud.
+fn python() -> Option<PathBuf> {
+    let named = std::env::var_os("CONTRAFLOW_PYTHON").map(PathBuf::from);
+    let python = named.clone().unwrap_or_else(|| "python3".into());
+    let import = Command::new(&python).args(["-c", "import torch, transformers, safetensors"]).output();
+    let has_both = import.is_ok_and(|output| output.status.success());
+    assert!(has_both || named.is_none(), "CONTRAFLOW_PYTHON: {} cannot import them", python.display());
+    if !has_both {
+        eprintln!("SKIPPED: no comparison with transformers, {} cannot import it", python.display());
+    }
+    has_both.then_some(python)
+}
+
+fn compare(python: &PathBuf, place: &Place, export: &str, logits: &str) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hf_compare.py");
+    let output =
+        Command::new(python).arg(script).args([export, logits]).current_dir(place.path("")).output().unwrap();
+    assert!(output.status.success(), "{export}: {}{}", text(&output.stdout), text(&output.stderr));
+    eprintln!("{export}: {}", text(&output.stdout).trim_end());
+}
+
+/// Models that differ in every way a configuration can: in the query, in the groups, in the rotations.
+fn models() -> Vec<(&'static str, String)> {
+    let flat = MODEL.replace("\"q_lora_rank\": 16", "\"q_lora_rank\": null");
+    let flat = flat.replace("\"n_group\": 2", "\"n_group\": 1");
+    let yarn = r#""rope_scaling": {"type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7,
+      "mscale_all_dim": 0.7, "original_max_position_embeddings": 32}, "hidden_act""#;
+    vec![("grouped", MODEL.into()), ("flat", flat), ("yarn", MODEL.replace("\"hidden_act\"", yarn))]
+}
+
+#[test]
+fn transformers_computes_the_logits_that_we_compute() {
+    let Some(python) = python() else { return };
+    let place = Place::new();
+    for (name, model) in models() {
+        std::fs::write(place.path("model.json"), model).unwrap();
+        let args =
+            ["train", "--name", name, "--set", "model.config=model.json", "--set", "training.steps=20"];
+        place.done(&[&args[..], &TRAINING[..]].concat());
+        let (export, logits) = (format!("{name}-hf"), format!("{name}.safetensors"));
+        place.done(&["export", name, "--to", &export, "--shard-size", "50KB"]);
+        let eval =
+            ["eval", name, "--data", "validation.txt", "--sequence-length", "128", "--logits", &logits];
+        place.done(&eval);
+        compare(&python, &place, &export, &logits);
+    }
+}
+
+#[test]
+fn transformers_computes_the_logits_of_the_fixtures_from_their_exports() {
+    let Some(python) = python() else { return };
+    let place = Place::new();
+    for fixture in fixtures() {
+        let name = fixture.file_name().unwrap().to_str().unwrap();
+        place.done(&["export", fixture.to_str().unwrap(), "--to", name]);
+        compare(&python, &place, name, fixture.join("fixture.safetensors").to_str().unwrap());
+    }
+}
