@@ -57,7 +57,7 @@ fn shard_bytes(text: &str) -> Result<u64, String> {
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 with every fault of model and target, nothing written; code 1 if writing failed, nothing left.
+/// **Errors**: code 2 with every fault of model and target, nothing written; the same if writing failed, nothing left.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let target_fault = target_fault(&args.to);
     let dir = run_dir::find_model(&args.model);
@@ -82,8 +82,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         format,
         shard_bytes: args.shard_size,
     };
-    let written =
-        staged(&args.to, |part| export.write(part)).map_err(|error| Failure::run(error.to_string()))?;
+    let written = staged(&args.to, |part| export.write(part)).map_err(Failure::from)?;
     print(&format!(
         "{}: {} tensors, {:.1} MB in {} weight file{}, {}\n",
         args.to.display(),

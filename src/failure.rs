@@ -4,7 +4,8 @@
 
 use std::fmt;
 
-use contraflow_runtime::recipe::Faults;
+use contraflow_runtime::recipe::{ErrorKind, Faults};
+use contraflow_workers::error::RankError;
 
 use crate::interrupt::INTERRUPTED;
 
@@ -48,6 +49,16 @@ impl Failure {
                 }
                 Failure::input(format!("{what}: {} faults{lines}", faults.len()))
             }
+        }
+    }
+}
+
+impl From<RankError> for Failure {
+    /// Files are the user's, all else is ours.
+    fn from(error: RankError) -> Self {
+        match error.kind() {
+            ErrorKind::Config => Failure::input(error.to_string()),
+            _ => Failure::run(error.to_string()),
         }
     }
 }

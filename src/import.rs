@@ -26,7 +26,7 @@ pub struct Args {
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 with every fault of the directory, nothing written; code 1 if writing failed, nothing left.
+/// **Errors**: code 2 with every fault of the directory, nothing written; the same if writing failed, nothing left.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
@@ -54,12 +54,8 @@ impl From<std::io::Error> for Told {
 }
 
 impl From<Told> for Failure {
-    /// A tensor that holds no numbers is the user's, a disk that is full the run's.
     fn from(Told(error): Told) -> Self {
-        match error {
-            RankError::Content { .. } => Failure::input(error.to_string()),
-            error => Failure::run(error.to_string()),
-        }
+        error.into()
     }
 }
 

@@ -104,6 +104,8 @@ impl Run {
         let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
         CheckpointFolder::of_run(&dir).tidy(recipe.checkpoint.keep).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
+        // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest.
+        drop(std::fs::remove_dir_all(dir.join("model")));
         Run::new((dir, lock), recipe, corpus, Some(checkpoint))
     }
 

@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use contraflow_orchestrator::metrics::StepSummary;
+use contraflow_runtime::checkpoint::CheckpointFolder;
 
 use crate::failure::Failure;
 
@@ -118,10 +119,20 @@ pub fn last_summary(run: &Path) -> Option<StepSummary> {
     serde_json::from_str(text.lines().last()?).ok()
 }
 
-/// Finds a model: the folder itself if it holds weights, or the `model` in a run's folder, or that of a named run.
+/// Finds a model: the folder itself if it holds one, or that of a run, given by its folder or its name: what it has
+/// finished with, or else its newest checkpoint.
 pub fn find_model(name: &str) -> Result<PathBuf, String> {
     let direct = PathBuf::from(name);
-    let tried = [direct.clone(), direct.join("model"), Path::new(RUNS).join(name).join("model")];
+    let of_run = |run: PathBuf| {
+        let folder = CheckpointFolder::of_run(&run);
+        let newest = folder.list().ok().and_then(|steps| steps.last().map(|&step| folder.committed(step)));
+        [Some(run.join("model")), newest]
+    };
+    let tried: Vec<PathBuf> = std::iter::once(Some(direct.clone()))
+        .chain(of_run(direct))
+        .chain(of_run(Path::new(RUNS).join(name)))
+        .flatten()
+        .collect();
     let found = tried.iter().find(|path| path.join("config.json").is_file());
     found.cloned().ok_or_else(|| {
         let tried: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();

@@ -159,7 +159,7 @@ fn a_checkpoint_holds_each_value_once_and_those_of_the_exported_model() {
     // The published files hold two copies for the MTP layer beside.
     let shared = 2 * 264 * 32;
     let published_values: usize =
-        published.names().map(|name| published.info(name).unwrap().shape.iter().product::<usize>()).sum();
+        published.names().map(|name| published.info(name).unwrap().0.iter().product::<usize>()).sum();
     assert_eq!(num_values + shared, published_values);
     // Sixteen sequences of six tokens, each to two experts, in two steps; MTP rows too.
     let counts = checkpoint.read_counts("model.layers.3.mlp.gate.e_score_correction_bias", 8).unwrap();

@@ -192,12 +192,12 @@ fn a_full_disk_leaves_nothing_and_harms_nothing() {
     // Room for the first five of ten shards; then for each of them, but not for all in one file.
     for (kilobytes, args) in [(83, "export hf --to new --shard-size 90KB"), (300, "export hf --to new")] {
         let output = on_a_full_disk(&place, kilobytes, args);
-        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
         assert_told(&text(&output.stderr), &["new.part/model", "File too large"]);
         assert_eq!(place.entries(), before);
     }
     let output = on_a_full_disk(&place, 300, "import hf");
-    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     assert_eq!(place.path("runs").read_dir().unwrap().count(), 0);
     place.done(&["export", "hf", "--to", "new"]);
 }

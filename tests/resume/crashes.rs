@@ -15,7 +15,7 @@ const FAILPOINTS: [&str; 11] = [
     "checkpoint.shard-written",
     "checkpoint.shard-synced",
     "checkpoint.shards-saved",
-    "checkpoint.manifest-written",
+    "checkpoint.manifest-begins",
     "checkpoint.manifest-synced",
     "checkpoint.renamed",
     "checkpoint.committed",

@@ -131,3 +131,18 @@ fn a_run_goes_on_in_another_layout_and_from_an_earlier_checkpoint_in_a_new_run()
     assert_eq!(place.curve("runs/recipe")[..12], whole[..]);
     assert_eq!(place.curve("runs/recipe").len(), 14);
 }
+
+#[test]
+fn an_interrupted_run_can_be_measured_and_handed_on_from_its_checkpoint() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml", "--set", "checkpoint.save_model=true"]);
+    place.succeed(&["export", "runs/recipe", "--to", "finished"]);
+    std::fs::remove_dir_all(place.path("runs/recipe/model")).unwrap();
+    place.succeed(&["export", "runs/recipe", "--to", "kept"]);
+    assert_eq!(
+        place.files("finished").into_values().collect::<Vec<_>>(),
+        place.files("kept").into_values().collect::<Vec<_>>()
+    );
+    place.succeed(&["generate", "runs/recipe", "--tokens", "4"]);
+    place.succeed(&["train", "recipe.toml", "--init", "runs/recipe", "--set", "training.steps=1"]);
+}

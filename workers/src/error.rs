@@ -1,5 +1,6 @@
 //! What can go wrong on a rank, sorted by who has to act.
 
+use contraflow_runtime::checkpoint::CheckpointError;
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::watch::Divergence;
@@ -60,6 +61,12 @@ pub enum RankError {
         /// Its name.
         actor: &'static str,
     },
+}
+
+impl From<CheckpointError> for RankError {
+    fn from(CheckpointError { path, message }: CheckpointError) -> Self {
+        RankError::Content { path, message }
+    }
 }
 
 impl RankError {

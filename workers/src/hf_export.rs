@@ -173,7 +173,7 @@ impl Export<'_> {
 
     fn dtype(&self, weight: &WeightShape) -> Dtype {
         match self.format {
-            Format::AsIs => self.source.info(self.source_name(weight)).map_or(Dtype::F32, |info| info.dtype),
+            Format::AsIs => self.source.info(self.source_name(weight)).map_or(Dtype::F32, |(_, dtype)| dtype),
             Format::Bf16 if !weight.name.ends_with("e_score_correction_bias") => Dtype::BF16,
             Format::F32 | Format::Bf16 => Dtype::F32,
         }

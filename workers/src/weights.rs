@@ -7,10 +7,12 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::checkpoint::MANIFEST_FILE;
 use contraflow_runtime::control::ExportedFile;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use crate::checkpoint::{Checkpoint, CheckpointFaults, Kind};
 use crate::error::RankError;
 use crate::params::Params;
 
@@ -30,10 +32,13 @@ struct Place {
     info: TensorInfo,
 }
 
-/// The weights of an HF directory, by name; values are read on demand.
+/// The weights of an HF directory or of a checkpoint, by name; values are read on demand.
 pub struct HfWeights {
     dir: PathBuf,
+    /// Of an HF directory.
     tensors: BTreeMap<String, Place>,
+    /// In the place of files under published names, if the folder is that of a checkpoint.
+    checkpoint: Option<Box<Checkpoint>>,
 }
 
 /// The error of a file, with its path.
@@ -56,7 +61,17 @@ impl HfWeights {
 
     /// Reads the headers of all weight files that can be read, and says everything that is wrong with them.
     pub fn survey(dir: &Path) -> (Self, Vec<RankError>) {
-        let mut weights = HfWeights { dir: dir.to_owned(), tensors: BTreeMap::new() };
+        let mut weights = HfWeights { dir: dir.to_owned(), tensors: BTreeMap::new(), checkpoint: None };
+        if dir.join(MANIFEST_FILE).exists() {
+            let faults = match Checkpoint::open(dir) {
+                Ok(checkpoint) => {
+                    weights.checkpoint = Some(Box::new(checkpoint));
+                    Vec::new()
+                }
+                Err(CheckpointFaults(faults)) => faults.into_iter().map(RankError::from).collect(),
+            };
+            return (weights, faults);
+        }
         let mut faults = Vec::new();
         let index = dir.join(INDEX_FILE);
         let listed = if index.exists() { indexed_tensors(&index) } else { Ok(single_file()) };
@@ -92,18 +107,27 @@ impl HfWeights {
 
     /// Names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.tensors.keys().map(String::as_str)
+        let kept = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.weights());
+        self.tensors.keys().map(String::as_str).chain(kept.map(|(name, _)| name))
     }
 
     /// Shape and type of a tensor, if there is one of that name.
-    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.tensors.get(name).map(|place| &place.info)
+    pub fn info(&self, name: &str) -> Option<(&[usize], Dtype)> {
+        match &self.checkpoint {
+            Some(checkpoint) => checkpoint.shape(name).map(|shape| (shape, Dtype::F32)),
+            None => self.tensors.get(name).map(|place| (place.info.shape.as_slice(), place.info.dtype)),
+        }
     }
 
     /// Reads one tensor.
     ///
     /// **Errors**: it is missing, has another shape, or cannot be read.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
+        if let Some(checkpoint) = &self.checkpoint {
+            let mut values = vec![0.0; shape.iter().product()];
+            checkpoint.read(Kind::Weight, (name, shape), 0..values.len(), &mut values)?;
+            return Ok(values);
+        }
         let place = self
             .tensors
             .get(name)

@@ -99,10 +99,10 @@ impl CheckpointFolder {
     fn rename_finished(&self, manifest: &Manifest, from: &Path, to: &Path) -> io::Result<()> {
         failpoint("checkpoint.shards-saved");
         let text = serde_json::to_string_pretty(manifest).map_err(io::Error::other)?;
-        let mut file = File::create(from.join(MANIFEST_FILE))?;
-        file.write_all(text.as_bytes())?;
-        failpoint("checkpoint.manifest-written");
-        file.sync_all()?;
+        // What reads a model's folder reads a checkpoint's too.
+        write_synced(&from.join("config.json"), &serde_json::to_string_pretty(&manifest.model)?)?;
+        failpoint("checkpoint.manifest-begins");
+        write_synced(&from.join(MANIFEST_FILE), &text)?;
         sync_dir(from)?;
         failpoint("checkpoint.manifest-synced");
         std::fs::rename(from, to)?;
@@ -122,6 +122,12 @@ impl CheckpointFolder {
         }
         Ok(())
     }
+}
+
+fn write_synced(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
 }
 
 /// Makes the names in a folder durable.

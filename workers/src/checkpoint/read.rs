@@ -100,6 +100,11 @@ impl Checkpoint {
         weights.map(|((_, name), pieces)| (name.as_str(), pieces.shape.as_slice()))
     }
 
+    /// Shape of a weight, if there is one of that name.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(&(Kind::Weight, name.to_owned())).map(|pieces| pieces.shape.as_slice())
+    }
+
     /// Reads a range of a tensor of this shape into `out`, which has the range's length.
     ///
     /// **Errors**: there is no such tensor, it has another shape, or the file cannot be read.
