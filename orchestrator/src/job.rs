@@ -328,4 +328,23 @@ mod tests {
         assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Failed("cancelled".into())));
         assert_eq!(job.give_up_waiting(), []);
     }
+
+    #[test]
+    fn a_step_that_the_watch_stopped_ends_the_job_once_every_rank_waits() {
+        for (action, added) in
+            [(Action::Stop, ""), (Action::RollBack, "; there is no checkpoint to go back to")]
+        {
+            let mut job = job(2);
+            (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+            let divergence =
+                |why: &str| Box::new(Divergence { step: 2, action, why: why.to_owned(), evidence: None });
+            let diverged = |rank| RankEvent::Diverged { rank, divergence: divergence("step 2: a spike") };
+            assert_eq!(job.step(diverged(1)), []);
+            assert!(matches!(job.step(step_done(0, 1))[..], [Effect::Record(_)]));
+            let effects = job.step(diverged(0));
+            assert_eq!(commands(&effects), [(0, &RankCommand::Shutdown), (1, &RankCommand::Shutdown)]);
+            let told = Outcome::Diverged(divergence(&format!("step 2: a spike{added}")));
+            assert_eq!(effects.last().unwrap(), &Effect::End(told));
+        }
+    }
 }
