@@ -157,9 +157,12 @@ fn without_a_checkpoint_a_rollback_ends_the_run_and_says_so() {
 }
 
 /// Weights and gate biases of every rank before the update of every step, by published name, as bits.
-type History = BTreeMap<(u64, usize), Vec<(String, Vec<u32>)>>;
+type History = BTreeMap<(u64, usize), Bits>;
 
-fn bits(params: &RankParams) -> Vec<(String, Vec<u32>)> {
+/// Of one rank.
+type Bits = Vec<(String, Vec<u32>)>;
+
+fn bits(params: &RankParams) -> Bits {
     let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
     let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.f32())));
     let biases =
@@ -309,7 +312,7 @@ fn update_two_ranks(
     recipe: &Recipe,
     gradients: &[f32],
     poison: fn(&mut RankParams, f32),
-) -> Vec<(Vec<Updated>, Vec<(String, Vec<u32>)>)> {
+) -> Vec<(Vec<Updated>, Bits)> {
     let layouts = Plans::new(recipe).unwrap().layouts;
     let arch = Architecture::new(recipe.model_config.clone());
     let topology = recipe.topology();
