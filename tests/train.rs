@@ -127,3 +127,31 @@ fn what_the_user_has_to_mend_is_told_at_once_and_nothing_is_written() {
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).contains("nowhere"));
 }
+
+#[test]
+fn a_run_that_is_not_finite_ends_with_evidence_and_skipped_batches_are_on_record() {
+    let dir = workplace();
+    let absurd = [&TRAIN[..], &["--set", "lr.peak=1e30", "--set"]].concat();
+    let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=stop"]].concat());
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    let last = told.lines().last().unwrap();
+    assert!(last.starts_with("error: step 2: "), "{told}");
+    assert!(last.ends_with("; no rank has updated its weights; see runs/tiny/evidence.json"), "{told}");
+    let read = |file: &str| std::fs::read_to_string(dir.path().join("runs").join(file)).unwrap();
+    let evidence: serde_json::Value = serde_json::from_str(&read("tiny/evidence.json")).unwrap();
+    assert_eq!(evidence["step"], 2);
+    let name = evidence["ranks"][0]["first_gradient"]["name"].as_str().unwrap();
+    assert!(last.contains(&format!("gradient of {name} on rank ")), "{told}");
+    assert_eq!(read("tiny/metrics.jsonl").lines().count(), 1);
+
+    let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=skip"]].concat());
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("3 batches in a row were skipped (watch.max_skips)"), "{told}");
+    let skipped: Vec<bool> = read("tiny-2/metrics.jsonl")
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["skipped"] == true)
+        .collect();
+    assert_eq!(skipped, [false, true, true, true]);
+}

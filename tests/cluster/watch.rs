@@ -159,9 +159,12 @@ fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
 }
 
 /// Weights and gate biases of every rank before the update of every step, by published name, as bits.
-type History = BTreeMap<(u64, usize), Vec<(String, Vec<u32>)>>;
+type History = BTreeMap<(u64, usize), Bits>;
 
-fn bits(params: &RankParams) -> Vec<(String, Vec<u32>)> {
+/// Of one rank.
+type Bits = Vec<(String, Vec<u32>)>;
+
+fn bits(params: &RankParams) -> Bits {
     let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
     let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.f32())));
     let biases =
@@ -311,7 +314,7 @@ fn update_two_ranks(
     recipe: &Recipe,
     gradients: &[f32],
     poison: fn(&mut RankParams, f32),
-) -> Vec<(Vec<Updated>, Vec<(String, Vec<u32>)>)> {
+) -> Vec<(Vec<Updated>, Bits)> {
     let layouts = Plans::new(recipe).unwrap().layouts;
     let arch = Architecture::new(recipe.model_config.clone());
     let topology = recipe.topology();

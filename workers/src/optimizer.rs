@@ -15,6 +15,7 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_proto::GradientNorms;
 use contraflow_runtime::fabric::{Endpoint, FrameKind};
 use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_runtime::watch::evidence::Evidence;
 use contraflow_runtime::watch::{Action, Divergence, Seen, Verdict, Watch};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
@@ -275,9 +276,7 @@ impl OptimizerState {
             let found = inspect::find(params, totals, &self.names);
             Some(inspect::evidence(&collectives, &self.world, &seen, &found, &self.names)?)
         };
-        let fault = evidence.as_ref().map(ToString::to_string);
-        let Verdict { action, why: warning } = self.watch.judge(&self.rules, &seen, fault);
-        self.watch.note(&self.rules, &seen, action);
+        let Verdict { action, why: warning } = self.judge(&seen, evidence.as_ref());
         if action == Action::Update {
             let grad_scale = (self.recipe.clip_norm / (global.grad_norm + 1e-6)).min(1.0) as f32;
             self.apply(order, params, &gradients, grad_scale);
@@ -289,9 +288,8 @@ impl OptimizerState {
             param.grad = None;
         }
         if matches!(action, Action::Stop | Action::RollBack) {
-            let why = warning.unwrap_or_default();
-            let divergence = Divergence { step: seen.step, action, why, evidence };
-            return Err(RankError::Diverged(Box::new(divergence)));
+            let (step, why) = (seen.step, warning.unwrap_or_default());
+            return Err(RankError::Diverged(Box::new(Divergence { step, action, why, evidence })));
         }
         Ok(GlobalTotals { skipped: action == Action::Skip, warning, ..global })
     }
@@ -344,6 +342,13 @@ impl OptimizerState {
             }
         }
         Ok(())
+    }
+
+    /// The watch's word on a step. Every rank has the same totals, evidence and memory, and so the same word.
+    fn judge(&mut self, seen: &Seen, evidence: Option<&Evidence>) -> Verdict {
+        let verdict = self.watch.judge(&self.rules, seen, evidence.map(ToString::to_string));
+        self.watch.note(&self.rules, seen, verdict.action);
+        verdict
     }
 
     /// The summed gradient of this rank's shard per bucket; `None` where the rank is alone and the gradient is in place.

@@ -1,3 +1,5 @@
+//! The watch against histories and findings made by hand.
+
 use super::evidence::{BadTensor, Evidence, Found};
 use super::*;
 
