@@ -4,10 +4,10 @@ use std::alloc::System;
 
 use cap::Cap;
 
-/// All memory of a target together. An input has at most some kilobytes, and what the fuzzer itself keeps is far below.
+/// All memory of a target together. An input has at most some kilobytes, and what the fuzzer itself keeps does not count.
 ///
 /// **Units**: bytes.
-const LIMIT: usize = 512 << 20;
+const LIMIT: usize = 64 << 20;
 
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, LIMIT);

@@ -20,7 +20,7 @@ const HEAD_WIDTH: RangeInclusive<usize> = 1..=1 << 12;
 const EXPERTS: RangeInclusive<usize> = 1..=1 << 12;
 const LAYERS: RangeInclusive<usize> = 1..=1 << 10;
 /// Every expert has names of its own: what a file says must not ask for more memory than any model needs.
-const EXPERTS_OF_ALL_LAYERS: usize = 1 << 17;
+const EXPERTS_OF_ALL_LAYERS: usize = 1 << 16;
 const TABLE_ROWS: RangeInclusive<usize> = 1..=1 << 24;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
 

@@ -147,7 +147,7 @@ fn faults_of_a_file() {
         (json!({"n_group": 8}), "n_group: expected groups of 2 experts or more (at most 4 groups), got 8"),
         (
             json!({"n_routed_experts": 4096, "num_hidden_layers": 1000}),
-            "n_routed_experts: expected at most 131072 in all 1000 layers, got 4096",
+            "n_routed_experts: expected at most 65536 in all 1000 layers, got 4096",
         ),
         (json!({"topk_group": 5}), "topk_group: expected at most n_group (4), got 5"),
         (
