@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod cluster;
+pub mod data;
 pub mod failure;
 pub mod generate;
 pub mod output;

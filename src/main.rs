@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use contraflow::{bench, generate, plan, recipes, train};
+use contraflow::{bench, data, generate, plan, recipes, train};
 
 /// Frees and hands out faster than the system's allocator where many threads do.
 #[global_allocator]
@@ -40,6 +40,8 @@ enum Command {
     /// Measure this machine: training steps, balance of the experts
     #[command(after_long_help = LEGEND)]
     Bench(bench::Args),
+    /// Prepare text for training: train a tokenizer, tokenize a large corpus once
+    Data(data::Args),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Data(args) => data::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,8 +14,10 @@ use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
 use contraflow_runtime::schedule::Mode;
-use contraflow_workers::data::{Baselines, Corpus, PackedDataset};
-use contraflow_workers::loader::{Datasets, validation_index};
+use contraflow_workers::data::documents::DocumentEncoder;
+use contraflow_workers::data::load::{Loaded, Wanted, load};
+use contraflow_workers::data::{Baselines, Tokenizer, tokenizer};
+use contraflow_workers::loader::{Datasets, Predicted, validation_index};
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape, validation_shape};
 use contraflow_workers::probe::Probe;
 use serde::Serialize;
@@ -65,9 +67,9 @@ struct Summary {
     max_vio: f64,
     validation_bits_per_byte: Option<f64>,
     validation_bytes: usize,
-    baseline_bigram_bits_per_byte: f64,
-    baseline_trigram_bits_per_byte: f64,
-    baseline_zstd_bits_per_byte: f64,
+    baseline_bigram_bits_per_byte: Option<f64>,
+    baseline_trigram_bits_per_byte: Option<f64>,
+    baseline_zstd_bits_per_byte: Option<f64>,
     corpus: String,
     corpus_hash: String,
     parameters: u64,
@@ -84,7 +86,7 @@ struct Tally {
     last: StepSummary,
     /// From the start of the cluster to the end of the last update, in seconds.
     seconds: f64,
-    /// Mean validation loss in nats per byte.
+    /// Mean validation loss in nats per token.
     validation_loss: Option<f64>,
 }
 
@@ -103,36 +105,54 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
     telemetry::init(recipe.log.level);
     let began = Instant::now();
-    let corpus = load_corpus(&recipe)?;
-    let datasets = Arc::new(pack(&corpus, &recipe)?);
+    let tokenizer = load_tokenizer(&recipe)?;
+    let (corpus, datasets) = load_data(&recipe, &tokenizer)?;
     say_plans(&recipe)?;
     let name = args.name.clone().unwrap_or_else(|| source.name());
-    let run = Run::create(&name, recipe)?;
+    let run = Run::create(&name, recipe, tokenizer)?;
+    let datasets = Arc::new(datasets);
     let tally = run.train(&datasets)?;
-    run.finish(&Corpus { train: Vec::new(), validation: Vec::new(), ..corpus }, &datasets, tally, began)
+    run.finish(&corpus, &datasets, tally, began)
 }
 
-fn load_corpus(recipe: &Recipe) -> Result<Corpus, Failure> {
-    let paths: Vec<PathBuf> = recipe.data.paths.iter().map(PathBuf::from).collect();
-    let corpus = Corpus::load(&paths).map_err(|faults| Failure::faults("data.paths", &faults))?;
-    if let Some(warning) = &corpus.warning {
-        eprintln!("warning: {warning}");
+/// What summary.json says of the text.
+struct CorpusName {
+    name: String,
+    hash: String,
+}
+
+/// **Errors**: code 2; the tokenizer cannot be read or has ids that the model has no row for.
+fn load_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
+    let section = &recipe.tokenizer;
+    if section.path.is_empty() {
+        return Ok(Tokenizer::Bytes);
     }
-    Ok(corpus)
+    let refused = |fault| Failure::faults("tokenizer.path", &[fault]);
+    let tokenizer = Tokenizer::load(Path::new(&section.path), &section.end_of_document).map_err(refused)?;
+    tokenizer.check_fits(recipe.model_config.vocab_size).map_err(refused)?;
+    Ok(tokenizer)
 }
 
-fn pack(corpus: &Corpus, recipe: &Recipe) -> Result<Datasets, Failure> {
+fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), Failure> {
+    let encoder = DocumentEncoder::with_fim(tokenizer.clone(), recipe.data.fim_rate)
+        .map_err(|fault| Failure::input(fault.to_string()))?;
+    let paths: Vec<PathBuf> = recipe.data.paths.iter().map(PathBuf::from).collect();
     let length = recipe.training.sequence_length;
-    let (train, validation) =
-        (PackedDataset::pack(&corpus.train, length), PackedDataset::pack(&corpus.validation, length));
-    if train.num_sequences() == 0 {
-        let bytes: usize = corpus.train.iter().map(|document| document.text.len()).sum();
-        let message = format!(
-            "data.paths: expected text for at least one sequence of {length} tokens, got {bytes} bytes"
-        );
+    let wanted =
+        Wanted { paths: &paths, weights: &recipe.data.weights, encoder: &encoder, sequence_length: length };
+    let loaded = load(wanted).map_err(|faults| Failure::faults("data.paths", &faults))?;
+    loaded.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    let Loaded { name, hash, train, validation, .. } = loaded;
+    if let Some(number) = train.sources().iter().position(|(sequences, _)| *sequences == 0) {
+        let source = if recipe.data.weights.is_empty() { "" } else { recipe.data.paths[number].as_str() };
+        let of = if source.is_empty() { String::new() } else { format!(" of {source}") };
+        let got = train.num_tokens();
+        let got = if source.is_empty() { format!("{got} tokens") } else { "less".to_owned() };
+        let message =
+            format!("data.paths: expected text for at least one sequence of {length} tokens{of}, got {got}");
         return Err(Failure::input(message));
     }
-    Ok(Datasets { train, validation })
+    Ok((CorpusName { name, hash }, Datasets { train, validation }))
 }
 
 /// Makes and checks every plan that the run will need, and says aloud where a fallback runs.
@@ -170,12 +190,13 @@ pub fn measure_peak(num_threads: usize) -> f64 {
 struct Run {
     name: String,
     recipe: Arc<Recipe>,
+    tokenizer: Tokenizer,
     dir: PathBuf,
     frame: Frame,
 }
 
 impl Run {
-    fn create(name: &str, recipe: Recipe) -> Result<Self, Failure> {
+    fn create(name: &str, recipe: Recipe, tokenizer: Tokenizer) -> Result<Self, Failure> {
         let dir = run_dir::create(Path::new(run_dir::RUNS), name)
             .map_err(|error| Failure::run(format!("{}: {error}", run_dir::RUNS)))?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -189,7 +210,7 @@ impl Run {
             peak_flops: measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
-        let run = Run { name: name.to_owned(), recipe: Arc::new(recipe), dir, frame };
+        let run = Run { name: name.to_owned(), recipe: Arc::new(recipe), tokenizer, dir, frame };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
         run.write("plan.txt", &run.plan_text()?)?;
         Ok(run)
@@ -223,6 +244,11 @@ impl Run {
         let export_dir = if self.recipe.checkpoint.save_model {
             let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
             std::fs::create_dir(&dir).map_err(|error| Failure::run(format!("{}: {error}", dir.display())))?;
+            if let Some(json) = self.tokenizer.json() {
+                let path = dir.join(tokenizer::FILE);
+                std::fs::write(&path, json)
+                    .map_err(|error| Failure::run(format!("{}: {error}", path.display())))?;
+            }
             Some(dir)
         } else {
             None
@@ -276,16 +302,16 @@ impl Run {
 
     fn finish(
         &self,
-        corpus: &Corpus,
+        corpus: &CorpusName,
         datasets: &Datasets,
         tally: Tally,
         began: Instant,
     ) -> Result<(), Failure> {
         let available = datasets.validation.num_sequences();
         let taken = validation_shape(&self.recipe, available).map_or(0, |shape| shape.global_batch);
-        let sequence_ids: Vec<usize> =
-            (0..taken).map(|place| validation_index(place, taken, available)).collect();
-        let baselines = Baselines::measure(&datasets.train, &datasets.validation, &sequence_ids);
+        let across = self.recipe.data.attend_across_documents;
+        let predicted = Predicted::count(datasets, taken, &self.tokenizer, across);
+        let baselines = self.baselines(datasets, taken, available);
         let parameters = cost::parameters(&self.recipe.model_config);
         let tokens_per_second = tally.tokens as f64 / tally.seconds.max(1e-9);
         let steps = tally.last.step;
@@ -302,11 +328,11 @@ impl Run {
             oversubscribed: self.frame.oversubscribed,
             final_loss: tally.last.loss,
             max_vio: tally.last.mean_max_vio(),
-            validation_bits_per_byte: tally.validation_loss.map(|loss| loss / std::f64::consts::LN_2),
-            validation_bytes: baselines.num_bytes,
-            baseline_bigram_bits_per_byte: baselines.bigram_bits_per_byte,
-            baseline_trigram_bits_per_byte: baselines.trigram_bits_per_byte,
-            baseline_zstd_bits_per_byte: baselines.zstd_bits_per_byte,
+            validation_bits_per_byte: tally.validation_loss.and_then(|loss| predicted.bits_per_byte(loss)),
+            validation_bytes: predicted.bytes,
+            baseline_bigram_bits_per_byte: baselines.map(|b| b.bigram_bits_per_byte),
+            baseline_trigram_bits_per_byte: baselines.map(|b| b.trigram_bits_per_byte),
+            baseline_zstd_bits_per_byte: baselines.map(|b| b.zstd_bits_per_byte),
             corpus: corpus.name.clone(),
             corpus_hash: corpus.hash.clone(),
             parameters: parameters.total + parameters.mtp,
@@ -317,6 +343,13 @@ impl Run {
         let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;
         self.write("summary.json", &format!("{text}\n"))?;
         self.say(&summary)
+    }
+
+    /// The yardsticks, where the same bytes can be read by them: bytes as tokens, in memory, documents not apart.
+    fn baselines(&self, datasets: &Datasets, taken: usize, available: usize) -> Option<Baselines> {
+        let ids: Vec<usize> = (0..taken).map(|place| validation_index(place, taken, available)).collect();
+        let comparable = self.tokenizer.json().is_none() && self.recipe.data.attend_across_documents;
+        comparable.then(|| Baselines::measure(&datasets.train, &datasets.validation, &ids)).flatten()
     }
 
     /// The results, on stdout.
@@ -336,14 +369,20 @@ impl Run {
         );
         if let Some(bits) = summary.validation_bits_per_byte {
             text += &format!(
-                "validation on {} bytes of {}, bits per byte:\n  this model    {bits:.3}\n  byte bigram   {:.3}\n  \
-                 byte trigram  {:.3}\n  zstd -19      {:.3}\n",
-                summary.validation_bytes,
-                summary.corpus,
-                summary.baseline_bigram_bits_per_byte,
-                summary.baseline_trigram_bits_per_byte,
-                summary.baseline_zstd_bits_per_byte
+                "validation on {} bytes of {}, bits per byte:\n  this model    {bits:.3}\n",
+                summary.validation_bytes, summary.corpus,
             );
+            let baselines = [
+                ("byte bigram ", summary.baseline_bigram_bits_per_byte),
+                ("byte trigram", summary.baseline_trigram_bits_per_byte),
+                ("zstd -19    ", summary.baseline_zstd_bits_per_byte),
+            ];
+            for (name, bits) in baselines {
+                text += &bits.map_or(String::new(), |bits| format!("  {name}  {bits:.3}\n"));
+            }
+            if summary.baseline_zstd_bits_per_byte.is_none() {
+                text += "  (n-gram and zstd baselines are for bytes as tokens, from one text in memory)\n";
+            }
         }
         if self.recipe.checkpoint.save_model {
             let sample = generate::sample(&self.dir.join("model"), self.recipe.training.seed)?;

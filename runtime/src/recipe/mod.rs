@@ -25,8 +25,8 @@ pub use faults::{ErrorKind, Fault, Faults};
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, LogLevel,
-    LogSection, LrSection, ModelSection, MtpSection, OptimizerSection, ParallelSection, TokenizerKind,
-    TokenizerSection, TrainingSection,
+    LogSection, LrSection, ModelSection, MtpSection, OptimizerSection, ParallelSection, TokenizerSection,
+    TrainingSection,
 };
 pub use step_table::{Step, StepTable};
 
