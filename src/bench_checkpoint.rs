@@ -14,7 +14,7 @@ use contraflow_runtime::cost;
 use crate::bench::{benchmark, run_quietly};
 use crate::failure::Failure;
 use crate::output::print;
-use crate::run::manifest;
+use crate::run::{companions, manifest};
 use crate::run_dir;
 
 /// Steps before the first that is measured.
@@ -31,8 +31,12 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     let parameters = cost::parameters(&recipe.model_config);
     let dir = Path::new(run_dir::RUNS).join(format!(".bench-{}", std::process::id()));
     let folder = CheckpointFolder::of_run(&dir);
-    let commits =
-        Commits { folder: folder.clone(), keep: recipe.checkpoint.keep, manifest: manifest(&recipe, "")? };
+    let commits = Commits {
+        folder: folder.clone(),
+        keep: recipe.checkpoint.keep,
+        manifest: manifest(&recipe, "")?,
+        companions: companions(&recipe, None),
+    };
     let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();
     let shared = marks.clone();
     let note = move |_: &_| {

@@ -9,11 +9,12 @@ use clap::ValueEnum;
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::max_vio;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
-use contraflow_workers::data::tokenizer::END_OF_DOCUMENT;
-use contraflow_workers::data::{Corpus, PackedDataset};
+use contraflow_workers::data::documents::DocumentEncoder;
+use contraflow_workers::data::load::load_whole;
+use contraflow_workers::data::{PackedDataset, Tokenizer};
 use contraflow_workers::evaluate::Evaluation;
 use contraflow_workers::generate::Generator;
-use contraflow_workers::model::micro_batch::Sequences;
+use contraflow_workers::loader::{self, Predicted};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -60,6 +61,13 @@ pub enum Format {
     Json,
 }
 
+/// What the model made of the text, and how much text it was.
+#[derive(Default)]
+struct Measured {
+    evaluation: Evaluation,
+    predicted: Predicted,
+}
+
 /// What is printed.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -69,7 +77,7 @@ struct Report {
     tokens: u64,
     bytes: u64,
     loss: f64,
-    bits_per_byte: f64,
+    bits_per_byte: Option<f64>,
     perplexity: f64,
     mean_max_vio: f64,
     max_vio: BTreeMap<usize, f64>,
@@ -80,21 +88,16 @@ struct Report {
 /// **Errors**: code 2 with every fault of arguments, text or model.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
-    let documents = Corpus::read_whole(&args.data).map_err(|faults| Failure::faults("--data", &faults))?;
-    let model = load(&dir)?;
-    let length = sequence_length(args, &dir, &model)?;
-    let dataset = PackedDataset::pack(&documents, length);
-    drop(documents);
+    let (model, tokenizer) = load(&dir)?;
+    let recipe = recipe_of(&dir)?;
+    let length = sequence_length(args, recipe.as_ref(), &model)?;
+    let across = recipe.is_none_or(|recipe| recipe.data.attend_across_documents);
+    let encoder = DocumentEncoder::plain(tokenizer.clone());
+    let dataset =
+        load_whole(&args.data, &encoder, length).map_err(|faults| Failure::faults("--data", &faults))?;
     if dataset.num_sequences() == 0 {
-        let got = dataset.tokens().len();
+        let got = dataset.num_tokens();
         let message = format!("--data: expected more than {length} tokens, one sequence, got {got}");
-        return Err(Failure::input(message));
-    }
-    if let Some((at, id)) = model.unknown_id(dataset.tokens()) {
-        let vocabulary = model.vocab_size();
-        let message = format!(
-            "--data: expected token ids below {vocabulary}, the model's vocabulary, got {id} at {at}"
-        );
         return Err(Failure::input(message));
     }
     let threads = match args.threads {
@@ -104,16 +107,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let threads = Threads::new(threads);
     if let Some(path) = &args.logits {
-        let first = sequences(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()));
+        let first = loader::measured(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()), across);
         let written = threads.run(|| model.write_logits(path, first));
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
-    let evaluation = threads.run(|| measure(&model, &dataset));
-    say(args.format, &report(&dir, &dataset, &evaluation))
+    let measured = threads.run(|| measure(&model, &tokenizer, &dataset, across));
+    say(args.format, &report(&dir, &dataset, &measured))
 }
 
 /// The length of the sequences that the model was trained on, unless the user says another.
-fn sequence_length(args: &Args, dir: &Path, model: &Generator) -> Result<usize, Failure> {
+fn sequence_length(args: &Args, recipe: Option<&Recipe>, model: &Generator) -> Result<usize, Failure> {
     let longest = model.max_len();
     if let Some(length) = args.sequence_length {
         if length < 2 || length > longest {
@@ -123,46 +126,41 @@ fn sequence_length(args: &Args, dir: &Path, model: &Generator) -> Result<usize, 
         }
         return Ok(length);
     }
-    let recipe = dir.with_file_name("recipe.toml");
-    if !recipe.is_file() {
-        return Ok(longest.min(DEFAULT_LENGTH));
-    }
+    Ok(recipe.map_or(DEFAULT_LENGTH, |recipe| recipe.training.sequence_length).min(longest))
+}
+
+/// The recipe of the run that a model's or a checkpoint's folder belongs to, if it belongs to one.
+fn recipe_of(dir: &Path) -> Result<Option<Recipe>, Failure> {
+    let whole = dir.canonicalize().map_err(|error| Failure::input(format!("{}: {error}", dir.display())))?;
+    let above = whole.ancestors().skip(1).take(2).map(|folder| folder.join("recipe.toml"));
+    let Some(recipe) = above.into_iter().find(|recipe| recipe.is_file()) else { return Ok(None) };
     // The configuration beside the weights: the one that the recipe was made with may have gone.
     let config = path_override("model.config", &dir.join("config.json"));
-    let recipe = Recipe::load(&RecipeSource::File(recipe), &[config])?;
-    Ok(recipe.training.sequence_length.min(longest))
+    Ok(Some(Recipe::load(&RecipeSource::File(recipe), &[config])?))
 }
 
 fn rows_at_once(length: usize) -> usize {
     (BATCH_TOKENS / length).max(1)
 }
 
-/// Some sequences of a text, in which the ends of documents are not predicted: as in the validation of a run.
-fn sequences(dataset: &PackedDataset, which: std::ops::Range<usize>) -> Sequences {
-    let (mut ids, mut targets) = (Vec::new(), Vec::new());
-    for (more_ids, more_targets) in which.map(|number| dataset.sequence(number)) {
-        ids.extend(more_ids);
-        targets.extend(more_targets);
-    }
-    let loss_weights = targets.iter().map(|&target| f32::from(target != END_OF_DOCUMENT)).collect();
-    Sequences { loss_weights, ..Sequences::new(ids, targets, dataset.sequence_length()) }
-}
-
-fn measure(model: &Generator, dataset: &PackedDataset) -> Evaluation {
-    let mut evaluation = Evaluation::default();
+fn measure(model: &Generator, tokenizer: &Tokenizer, dataset: &PackedDataset, across: bool) -> Measured {
+    let mut measured = Measured::default();
     let num_sequences = dataset.num_sequences();
     let rows = rows_at_once(dataset.sequence_length());
     let bar = ProgressBar::new(num_sequences as u64);
     for first in (0..num_sequences).step_by(rows) {
         let end = num_sequences.min(first + rows);
-        model.measure(sequences(dataset, first..end), &mut evaluation);
+        let sequences = loader::measured(dataset, first..end, across);
+        measured.predicted.add(&sequences, tokenizer);
+        model.measure(sequences, &mut measured.evaluation);
         bar.set_position(end as u64);
     }
     bar.finish_and_clear();
-    evaluation
+    measured
 }
 
-fn report(dir: &Path, dataset: &PackedDataset, evaluation: &Evaluation) -> Report {
+fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
+    let Measured { evaluation, predicted } = measured;
     let max_vio: BTreeMap<usize, f64> =
         evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
     Report {
@@ -170,10 +168,9 @@ fn report(dir: &Path, dataset: &PackedDataset, evaluation: &Evaluation) -> Repor
         sequence_length: dataset.sequence_length(),
         sequences: dataset.num_sequences(),
         tokens: evaluation.num_tokens,
-        // A token that counts is a byte.
-        bytes: evaluation.num_targets as u64,
+        bytes: predicted.bytes as u64,
         loss: evaluation.loss(),
-        bits_per_byte: evaluation.loss() / std::f64::consts::LN_2,
+        bits_per_byte: predicted.bits_per_byte(evaluation.loss()),
         perplexity: evaluation.loss().exp(),
         mean_max_vio: max_vio.values().sum::<f64>() / max_vio.len().max(1) as f64,
         max_vio,
@@ -186,14 +183,14 @@ fn say(format: Format, report: &Report) -> Result<(), Failure> {
         return print(&format!("{text}\n"));
     }
     let mut text = format!(
-        "{} on {} bytes in {} sequences of {} tokens\n  loss           {:.4} nats per token\n  bits per byte  {:.4}\n  \
+        "{} on {} bytes in {} sequences of {} tokens\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
          perplexity     {:.3}\n",
         report.model,
         report.bytes,
         report.sequences,
         report.sequence_length,
         report.loss,
-        report.bits_per_byte,
+        report.bits_per_byte.map_or("-".into(), |bits| format!("{bits:.4}")),
         report.perplexity
     );
     if !report.max_vio.is_empty() {

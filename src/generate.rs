@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use contraflow_workers::data::tokenizer;
+use contraflow_workers::data::Tokenizer;
 use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
 
 use crate::failure::Failure;
@@ -53,37 +53,37 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::faults("arguments", &faults));
     }
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
-    let generator = load(&dir)?;
+    let (generator, tokenizer) = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     print(args.prompt.as_bytes())?;
-    for token in Continuation::new(&generator, &args.prompt, sampling, args.seed).take(args.tokens) {
-        print(&tokenizer::decode(&[token]))?;
+    let mut decode = tokenizer.stream();
+    let tokens = Continuation::new(&generator, &tokenizer, &args.prompt, sampling, args.seed);
+    for token in tokens.take(args.tokens) {
+        print(&decode(token))?;
     }
     print(b"\n")
 }
 
-/// The model of a directory, if it takes bytes.
+/// The model of a directory with its tokenizer.
 ///
 /// **Errors**: code 2 with the file and what is wrong with it.
-pub fn load(dir: &Path) -> Result<Generator, Failure> {
+pub fn load(dir: &Path) -> Result<(Generator, Tokenizer), Failure> {
+    let tokenizer = Tokenizer::of_model(dir).map_err(|fault| Failure::input(fault.to_string()))?;
     let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
-    if tokenizer::fits(generator.vocab_size()) {
-        return Ok(generator);
-    }
-    let (needed, got) = (tokenizer::BYTE_TOKENS, generator.vocab_size());
-    let message =
-        format!("{}: the byte tokenizer needs a vocabulary of {needed}, the model has {got}", dir.display());
-    Err(Failure::input(message))
+    let fits = tokenizer.check_fits(generator.vocab_size());
+    fits.map_err(|fault| Failure::input(format!("{}: {fault}", dir.display())))?;
+    Ok((generator, tokenizer))
 }
 
 /// A few lines after [`SAMPLE_PROMPT`], lossily as text.
 ///
 /// **Errors**: as [`run`].
 pub fn sample(dir: &Path, seed: u64) -> Result<String, Failure> {
-    let generator = load(dir)?;
+    let (generator, tokenizer) = load(dir)?;
     let sampling = Sampling { temperature: 0.6, top_p: 0.95 };
-    let tokens: Vec<u32> = Continuation::new(&generator, SAMPLE_PROMPT, sampling, seed).take(240).collect();
-    Ok(format!("{SAMPLE_PROMPT}{}", tokenizer::decode_lossy(&tokens)))
+    let tokens = Continuation::new(&generator, &tokenizer, SAMPLE_PROMPT, sampling, seed);
+    let tokens: Vec<u32> = tokens.take(240).collect();
+    Ok(format!("{SAMPLE_PROMPT}{}", String::from_utf8_lossy(&tokenizer.decode(&tokens))))
 }
 
 /// The tokens after a prompt, until the end of the document or of the model's context.
@@ -92,17 +92,27 @@ struct Continuation<'a> {
     cache: Cache,
     /// Logits of the latest token; none at the end.
     logits: Option<Vec<f32>>,
+    /// Ids from here on are no token's.
+    id_limit: usize,
+    end_of_document: u32,
     sampling: Sampling,
     random: u64,
 }
 
 impl<'a> Continuation<'a> {
-    fn new(generator: &'a Generator, prompt: &str, sampling: Sampling, seed: u64) -> Self {
+    fn new(
+        generator: &'a Generator,
+        tokenizer: &Tokenizer,
+        prompt: &str,
+        sampling: Sampling,
+        seed: u64,
+    ) -> Self {
         let mut cache = Cache::default();
-        let mut ids = tokenizer::encode(prompt.as_bytes());
+        let mut ids = tokenizer.encode(prompt.as_bytes());
         ids.truncate(generator.max_len());
         let logits = Some(generator.read(&mut cache, &ids));
-        Continuation { generator, cache, logits, sampling, random: seed }
+        let (id_limit, end_of_document) = (tokenizer.id_limit(), tokenizer.end_of_document());
+        Continuation { generator, cache, logits, id_limit, end_of_document, sampling, random: seed }
     }
 
     /// A number in [0, 1): SplitMix64 (Steele, Lea and Flood 2014).
@@ -120,9 +130,9 @@ impl Iterator for Continuation<'_> {
 
     fn next(&mut self) -> Option<u32> {
         let mut logits = self.logits.take()?;
-        logits.truncate(tokenizer::BYTE_TOKENS);
+        logits.truncate(self.id_limit);
         let token = choose(&logits, self.sampling, self.uniform());
-        if token == tokenizer::END_OF_DOCUMENT {
+        if token == self.end_of_document {
             return None;
         }
         if self.cache.len < self.generator.max_len() {

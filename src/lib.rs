@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod bench_checkpoint;
 pub mod cluster;
+pub mod data;
 pub mod eval;
 pub mod export;
 pub mod failure;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use contraflow::{bench, eval, export, generate, import, plan, recipes, train};
+use contraflow::{bench, data, eval, export, generate, import, plan, recipes, train};
 
 /// Frees and hands out faster than the system's allocator where many threads do.
 #[global_allocator]
@@ -46,6 +46,8 @@ enum Command {
     /// Measure this machine: training steps, balance of the experts
     #[command(after_long_help = LEGEND)]
     Bench(bench::Args),
+    /// Prepare text for training: train a tokenizer, tokenize a large corpus once
+    Data(data::Args),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         Command::Import(args) => import::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Data(args) => data::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

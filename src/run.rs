@@ -10,14 +10,14 @@ use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::checkpoint::manifest::FORMAT_VERSION;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position, UNFINISHED_SUFFIX};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, UNFINISHED_SUFFIX};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{ErrorKind, Recipe};
 use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
-use contraflow_workers::data::Corpus;
+use contraflow_workers::data::{Tokenizer, tokenizer};
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::plans::{Plans, train_shape};
 use contraflow_workers::probe::Probe;
@@ -50,6 +50,22 @@ pub struct Tally {
 /// What was not finite in the step that ended a run.
 const EVIDENCE: &str = "evidence.json";
 
+/// What a run reads, by name; the sequences themselves are with the ranks.
+pub struct Text {
+    /// The data.
+    pub corpus: CorpusName,
+    /// How it became tokens.
+    pub tokenizer: Tokenizer,
+}
+
+/// What is said of the data.
+pub struct CorpusName {
+    /// `rust-crates`, `files` and so on.
+    pub name: String,
+    /// blake3 of what a loss depends on.
+    pub hash: String,
+}
+
 /// One formation of the cluster: the first, or one after a roll-back.
 #[derive(Default)]
 struct Attempt {
@@ -66,8 +82,7 @@ pub struct Run {
     pub(crate) recipe: Arc<Recipe>,
     pub(crate) dir: PathBuf,
     pub(crate) frame: Frame,
-    /// Name, hash and warning; the documents themselves are packed by now.
-    pub(crate) corpus: Corpus,
+    pub(crate) text: Text,
     /// What the run goes on from, if it is not fresh.
     resume: Option<Arc<Checkpoint>>,
     /// What manifests say of this run.
@@ -80,16 +95,16 @@ impl Run {
     /// A fresh run in a folder of its own.
     ///
     /// **Errors**: the folder cannot be made.
-    pub fn create(name: &str, recipe: Recipe, corpus: Corpus) -> Result<Self, Failure> {
+    pub fn create(name: &str, recipe: Recipe, text: Text) -> Result<Self, Failure> {
         let dir = new_folder(name)?;
         let lock = run_dir::lock(&dir)?;
-        Run::new((dir, lock), recipe, corpus, None)
+        Run::new((dir, lock), recipe, text, None)
     }
 
     /// A run that goes on: in its own folder from its newest checkpoint, in a new one from an earlier one.
     ///
     /// **Errors**: the folder cannot be made or written.
-    pub fn resume(resumed: Resumed, recipe: Recipe, corpus: Corpus) -> Result<Self, Failure> {
+    pub fn resume(resumed: Resumed, recipe: Recipe, text: Text) -> Result<Self, Failure> {
         resumed.compare_origin(&made_by(&recipe));
         let name = resumed.name();
         let Resumed { run: from, checkpoint, lock, .. } = resumed;
@@ -106,13 +121,13 @@ impl Run {
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
         // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest.
         drop(std::fs::remove_dir_all(dir.join("model")));
-        Run::new((dir, lock), recipe, corpus, Some(checkpoint))
+        Run::new((dir, lock), recipe, text, Some(checkpoint))
     }
 
     fn new(
         (dir, lock): (PathBuf, File),
         recipe: Recipe,
-        corpus: Corpus,
+        text: Text,
         resume: Option<Arc<Checkpoint>>,
     ) -> Result<Self, Failure> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -126,9 +141,9 @@ impl Run {
             peak_flops: measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
-        let manifest = manifest(&recipe, &corpus.hash)?;
+        let manifest = manifest(&recipe, &text.corpus.hash)?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let run = Run { name, recipe: Arc::new(recipe), dir, frame, corpus, resume, manifest, _lock: lock };
+        let run = Run { name, recipe: Arc::new(recipe), dir, frame, text, resume, manifest, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
         run.write("plan.txt", &run.plan_text()?)?;
         Ok(run)
@@ -239,6 +254,7 @@ impl Run {
                 folder: CheckpointFolder::of_run(&self.dir),
                 keep: self.recipe.checkpoint.keep,
                 manifest: self.manifest.clone(),
+                companions: companions(&self.recipe, self.text.tokenizer.json()),
             }),
             export_dir: self.export_dir()?,
             network: LocalOptions::default(),
@@ -308,6 +324,9 @@ impl Run {
             std::fs::remove_dir_all(&dir).map_err(failed)?;
         }
         std::fs::create_dir(&dir).map_err(failed)?;
+        if let Some(json) = self.text.tokenizer.json() {
+            std::fs::write(dir.join(tokenizer::FILE), json).map_err(failed)?;
+        }
         Ok(Some(dir))
     }
 
@@ -326,6 +345,13 @@ impl Run {
 fn new_folder(name: &str) -> Result<PathBuf, Failure> {
     let runs = Path::new(run_dir::RUNS);
     run_dir::create(runs, name).map_err(|error| Failure::input(format!("{}: {error}", runs.display())))
+}
+
+/// What stands in a checkpoint beside the manifest, so that it can be read like a model.
+pub fn companions(recipe: &Recipe, tokenizer: Option<&[u8]>) -> Companions {
+    let config = recipe.model_config.to_hf_json().into_bytes();
+    let tokenizer = tokenizer.map(|json| (tokenizer::FILE, json.to_vec()));
+    [("config.json", config)].into_iter().chain(tokenizer).collect()
 }
 
 /// What all manifests of a run have in common.

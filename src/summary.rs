@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use contraflow_runtime::cost;
 use contraflow_workers::data::Baselines;
-use contraflow_workers::loader::{Datasets, validation_index};
+use contraflow_workers::loader::{Datasets, Predicted, validation_index};
 use contraflow_workers::plans::validation_shape;
 use serde::Serialize;
 
@@ -31,9 +31,9 @@ struct Summary {
     max_vio: f64,
     validation_bits_per_byte: Option<f64>,
     validation_bytes: usize,
-    baseline_bigram_bits_per_byte: f64,
-    baseline_trigram_bits_per_byte: f64,
-    baseline_zstd_bits_per_byte: f64,
+    baseline_bigram_bits_per_byte: Option<f64>,
+    baseline_trigram_bits_per_byte: Option<f64>,
+    baseline_zstd_bits_per_byte: Option<f64>,
     corpus: String,
     corpus_hash: String,
     parameters: u64,
@@ -49,9 +49,9 @@ impl Run {
     pub fn finish(&self, datasets: &Datasets, tally: Tally, began: Instant) -> Result<(), Failure> {
         let available = datasets.validation.num_sequences();
         let taken = validation_shape(&self.recipe, available).map_or(0, |shape| shape.global_batch);
-        let sequence_ids: Vec<usize> =
-            (0..taken).map(|place| validation_index(place, taken, available)).collect();
-        let baselines = Baselines::measure(&datasets.train, &datasets.validation, &sequence_ids);
+        let across = self.recipe.data.attend_across_documents;
+        let predicted = Predicted::count(datasets, taken, &self.text.tokenizer, across);
+        let baselines = self.baselines(datasets, taken, available);
         let parameters = cost::parameters(&self.recipe.model_config);
         let tokens_per_second = tally.tokens as f64 / tally.seconds.max(1e-9);
         let summary = Summary {
@@ -67,13 +67,13 @@ impl Run {
             oversubscribed: self.frame.oversubscribed,
             final_loss: tally.last.loss,
             max_vio: tally.last.mean_max_vio(),
-            validation_bits_per_byte: tally.validation_loss.map(|loss| loss / std::f64::consts::LN_2),
-            validation_bytes: baselines.num_bytes,
-            baseline_bigram_bits_per_byte: baselines.bigram_bits_per_byte,
-            baseline_trigram_bits_per_byte: baselines.trigram_bits_per_byte,
-            baseline_zstd_bits_per_byte: baselines.zstd_bits_per_byte,
-            corpus: self.corpus.name.clone(),
-            corpus_hash: self.corpus.hash.clone(),
+            validation_bits_per_byte: tally.validation_loss.and_then(|loss| predicted.bits_per_byte(loss)),
+            validation_bytes: predicted.bytes,
+            baseline_bigram_bits_per_byte: baselines.map(|b| b.bigram_bits_per_byte),
+            baseline_trigram_bits_per_byte: baselines.map(|b| b.trigram_bits_per_byte),
+            baseline_zstd_bits_per_byte: baselines.map(|b| b.zstd_bits_per_byte),
+            corpus: self.text.corpus.name.clone(),
+            corpus_hash: self.text.corpus.hash.clone(),
             parameters: parameters.total + parameters.mtp,
             active_parameters: parameters.active,
             world: self.recipe.topology().world(),
@@ -82,6 +82,13 @@ impl Run {
         let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;
         self.write("summary.json", &format!("{text}\n"))?;
         self.say(&summary)
+    }
+
+    /// The yardsticks, where the same bytes can be read by them: bytes as tokens, in memory, documents not apart.
+    fn baselines(&self, datasets: &Datasets, taken: usize, available: usize) -> Option<Baselines> {
+        let ids: Vec<usize> = (0..taken).map(|place| validation_index(place, taken, available)).collect();
+        let comparable = self.text.tokenizer.json().is_none() && self.recipe.data.attend_across_documents;
+        comparable.then(|| Baselines::measure(&datasets.train, &datasets.validation, &ids)).flatten()
     }
 
     /// The results, on stdout.
@@ -101,14 +108,20 @@ impl Run {
         );
         if let Some(bits) = summary.validation_bits_per_byte {
             text += &format!(
-                "validation on {} bytes of {}, bits per byte:\n  this model    {bits:.3}\n  byte bigram   {:.3}\n  \
-                 byte trigram  {:.3}\n  zstd -19      {:.3}\n",
-                summary.validation_bytes,
-                summary.corpus,
-                summary.baseline_bigram_bits_per_byte,
-                summary.baseline_trigram_bits_per_byte,
-                summary.baseline_zstd_bits_per_byte
+                "validation on {} bytes of {}, bits per byte:\n  this model    {bits:.3}\n",
+                summary.validation_bytes, summary.corpus,
             );
+            let baselines = [
+                ("byte bigram ", summary.baseline_bigram_bits_per_byte),
+                ("byte trigram", summary.baseline_trigram_bits_per_byte),
+                ("zstd -19    ", summary.baseline_zstd_bits_per_byte),
+            ];
+            for (name, bits) in baselines {
+                text += &bits.map_or(String::new(), |bits| format!("  {name}  {bits:.3}\n"));
+            }
+            if summary.baseline_zstd_bits_per_byte.is_none() {
+                text += "  (n-gram and zstd baselines are for bytes as tokens, from one text in memory)\n";
+            }
         }
         if self.recipe.checkpoint.save_model {
             let sample = generate::sample(&self.dir.join("model"), self.recipe.training.seed)?;

@@ -87,7 +87,7 @@ fn every_file_says_what_it_is() {
 }
 
 #[test]
-fn unsafe_code_stands_in_kernels_and_says_why_it_is_sound() {
+fn unsafe_code_stands_in_kernels_and_where_files_are_mapped_and_says_why_it_is_sound() {
     let forms = ["{", "fn", "impl", "extern", "trait"].map(|form| ["unsafe", form].join(" "));
     let mut faults = Vec::new();
     for (path, text) in sources() {
@@ -98,7 +98,7 @@ fn unsafe_code_stands_in_kernels_and_says_why_it_is_sound() {
                 continue;
             }
             let before = &lines[index.saturating_sub(3)..index];
-            if !path.starts_with("kernels/src/") {
+            if !path.starts_with("kernels/src/") && path != "workers/src/data/mmap.rs" {
                 faults.push(format!("{path}:{}: outside of kernels", index + 1));
             } else if !before.iter().any(|line| line.trim_start().starts_with("// SAFETY:")) {
                 faults.push(format!("{path}:{}: no SAFETY line in the three lines before", index + 1));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{
-    CheckpointError, CheckpointFolder, Manifest, Position, ShardFile, UNFINISHED_SUFFIX,
+    CheckpointError, CheckpointFolder, Companions, Manifest, Position, ShardFile, UNFINISHED_SUFFIX,
 };
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
@@ -53,6 +53,8 @@ pub struct Commits {
     pub keep: usize,
     /// What a manifest says beside position and shards.
     pub manifest: Manifest,
+    /// What stands beside it.
+    pub companions: Companions,
 }
 
 /// What the actor is made with.
@@ -126,9 +128,9 @@ impl JobActorState {
         position: Position,
         (watch, shards): (Watch, Vec<ShardFile>),
     ) {
-        let Some(Commits { folder, keep, manifest }) = self.checkpoints.clone() else { return };
+        let Some(Commits { folder, keep, manifest, companions }) = self.checkpoints.clone() else { return };
         tokio::task::spawn_blocking(move || {
-            let result = folder.commit(&Manifest { position, watch, shards, ..manifest }, keep);
+            let result = folder.commit(&Manifest { position, watch, shards, ..manifest }, &companions, keep);
             // If the job is gone nobody asks any more.
             drop(myself.cast(JobMessage::Committed { step: position.step, result }));
         });

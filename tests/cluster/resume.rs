@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use contraflow::run::manifest;
+use contraflow::run::{companions, manifest};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::StepSummary;
@@ -21,7 +21,7 @@ const BEFORE: u64 = 3;
 /// Keeps checkpoints in a run's folder.
 fn commits(run: &Path, recipe: &Recipe) -> Commits {
     let manifest = manifest(recipe, "").unwrap();
-    Commits { folder: CheckpointFolder::of_run(run), keep: 3, manifest }
+    Commits { folder: CheckpointFolder::of_run(run), keep: 3, manifest, companions: companions(recipe, None) }
 }
 
 /// Runs a layout to `steps`, from a checkpoint if one is given, keeping checkpoints in `run`.

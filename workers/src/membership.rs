@@ -270,6 +270,7 @@ pub async fn join(
         column: topology.column(rank_id),
         datasets: assignment.datasets.clone(),
         seed: recipe.training.seed,
+        attend_across_documents: recipe.data.attend_across_documents,
         probe: probe.clone(),
     };
     let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;

@@ -17,6 +17,9 @@ pub const UNFINISHED_SUFFIX: &str = ".part";
 /// Name of the folder in a run's folder.
 const FOLDER: &str = "checkpoints";
 
+/// Files that stand in a checkpoint beside manifest and shards, by name: what makes it readable as a model.
+pub type Companions = std::sync::Arc<[(&'static str, Vec<u8>)]>;
+
 /// Whether a checkpoint's folder has the name of one that was never finished.
 pub fn is_unfinished(dir: &Path) -> bool {
     dir.file_name().is_some_and(|name| name.to_string_lossy().ends_with(UNFINISHED_SUFFIX))
@@ -89,20 +92,32 @@ impl CheckpointFolder {
     /// renames the folder. Afterwards only the newest `keep` checkpoints remain.
     ///
     /// **Errors**: what the system says, with the path; the checkpoint is not committed then.
-    pub fn commit(&self, manifest: &Manifest, keep: usize) -> Result<(), CheckpointError> {
+    pub fn commit(
+        &self,
+        manifest: &Manifest,
+        companions: &Companions,
+        keep: usize,
+    ) -> Result<(), CheckpointError> {
         let Position { step, .. } = manifest.position;
         let (from, to) = (self.unfinished(step), self.committed(step));
-        self.rename_finished(manifest, &from, &to).map_err(|error| CheckpointError::new(&to, error))?;
+        self.rename_finished((manifest, companions), &from, &to)
+            .map_err(|error| CheckpointError::new(&to, error))?;
         self.drop_oldest(keep).map_err(|error| CheckpointError::new(&self.dir, error))
     }
 
-    fn rename_finished(&self, manifest: &Manifest, from: &Path, to: &Path) -> io::Result<()> {
+    fn rename_finished(
+        &self,
+        (manifest, companions): (&Manifest, &Companions),
+        from: &Path,
+        to: &Path,
+    ) -> io::Result<()> {
         failpoint("checkpoint.shards-saved");
         let text = serde_json::to_string_pretty(manifest).map_err(io::Error::other)?;
-        // What reads a model's folder reads a checkpoint's too.
-        write_synced(&from.join("config.json"), &serde_json::to_string_pretty(&manifest.model)?)?;
+        for (name, bytes) in companions.iter() {
+            write_synced(&from.join(name), bytes)?;
+        }
         failpoint("checkpoint.manifest-begins");
-        write_synced(&from.join(MANIFEST_FILE), &text)?;
+        write_synced(&from.join(MANIFEST_FILE), text.as_bytes())?;
         sync_dir(from)?;
         failpoint("checkpoint.manifest-synced");
         std::fs::rename(from, to)?;
@@ -124,9 +139,9 @@ impl CheckpointFolder {
     }
 }
 
-fn write_synced(path: &Path, text: &str) -> io::Result<()> {
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
-    file.write_all(text.as_bytes())?;
+    file.write_all(bytes)?;
     file.sync_all()
 }
 

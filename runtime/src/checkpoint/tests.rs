@@ -29,7 +29,7 @@ fn commit(folder: &CheckpointFolder, step: u64, keep: usize) -> Manifest {
     let part = folder.unfinished(step);
     std::fs::create_dir_all(&part).unwrap();
     let manifest = manifest(step, vec![shard(&part, 0, b"first"), shard(&part, 1, b"second")]);
-    folder.commit(&manifest, keep).unwrap();
+    folder.commit(&manifest, &[("config.json", b"{}".to_vec())].into(), keep).unwrap();
     manifest
 }
 
@@ -42,6 +42,7 @@ fn what_is_committed_is_listed_read_back_and_the_oldest_dropped() {
     assert_eq!(folder.list().unwrap(), [10, 100]);
     let read = Manifest::read(&folder.committed(100)).unwrap();
     assert_eq!(read, written[2]);
+    assert_eq!(std::fs::read(folder.committed(100).join("config.json")).unwrap(), b"{}");
     assert!(read.shards.iter().all(|shard| shard.verify(&folder.committed(100)).is_ok()));
     std::fs::create_dir(folder.unfinished(200)).unwrap();
     assert_eq!(folder.list().unwrap(), [10, 100], "an unfinished one does not count");

@@ -34,8 +34,12 @@ pub enum KeyKind {
     Choice(&'static [&'static str]),
     /// Any text but the empty one.
     Text,
+    /// Any text, the empty one too.
+    OptionalText,
     /// A list of texts.
     Texts,
+    /// A list of whole numbers from 1 to the bound.
+    Counts(u64),
 }
 
 /// NumberRange of a number.
@@ -47,6 +51,8 @@ pub enum NumberRange {
     NonNegative,
     /// From 0 to below 1.
     BelowOne,
+    /// From 0 to 1.
+    Share,
 }
 
 /// What a key is where the recipe does not say.
@@ -68,8 +74,8 @@ const STEPS: u64 = 1 << 23;
 const ANY: u64 = i64::MAX as u64;
 
 use KeyDefault::{Derived, Required, Value as Fixed};
-use KeyKind::{Choice, Count, Flag, Number, Steps, Text, Texts};
-use NumberRange::{BelowOne, NonNegative, Positive};
+use KeyKind::{Choice, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts};
+use NumberRange::{BelowOne, NonNegative, Positive, Share};
 
 const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'static str) -> KeyDoc {
     KeyDoc { path, kind, default, doc }
@@ -128,9 +134,17 @@ pub const KEYS: &[KeyDoc] = &[
     key("mtp.weight", Steps, Derived("0.3, or 0 where the model has no multi-token prediction"),
         "Weight of its loss: a number, or a list of { from_tokens, value }."),
     key("data.paths", Texts, Fixed("[]"),
-        "Text files and folders; none: the Rust source of our own dependencies."),
-    key("tokenizer.kind", Choice(&["bytes"]), Fixed("\"bytes\""),
-        "bytes: one token per byte, and one for the end of a document."),
+        "Text, JSONL and Parquet files, folders of them, prepared folders; none: our dependencies' Rust source."),
+    key("data.weights", Counts(1000), Fixed("[]"),
+        "Shares of the paths in the order of training, one for each; none: all paths are one source."),
+    key("data.attend_across_documents", Flag, Fixed("true"),
+        "Whether tokens see the documents before their own in a sequence."),
+    key("data.fim_rate", Number(Share), Fixed("0.0"),
+        "Share of the documents rearranged to prefix, suffix, middle, to be filled in."),
+    key("tokenizer.path", OptionalText, Fixed("\"\""),
+        "An HF tokenizer.json; empty: one token per byte, and one for the end of a document."),
+    key("tokenizer.end_of_document", OptionalText, Fixed("\"\""),
+        "Its token that ends a document; empty: found among the names that published tokenizers have for it."),
     key("checkpoint.every", Count(0, STEPS), Fixed("100"),
         "Steps between checkpoints; 0: only where the run ends or is interrupted."),
     key("checkpoint.keep", Count(1, 1 << 20), Fixed("2"), "How many of the newest checkpoints are kept."),
@@ -167,8 +181,8 @@ impl KeyDoc {
             (_, Number(_) | Steps) => Value::Float(0.0),
             (_, Flag) => Value::Boolean(false),
             (_, Choice(words)) => Value::String(words[0].to_string()),
-            (_, Text) => Value::String(String::new()),
-            (_, Texts) => Value::Array(Vec::new()),
+            (_, Text | OptionalText) => Value::String(String::new()),
+            (_, Texts | Counts(_)) => Value::Array(Vec::new()),
         }
     }
 }
@@ -180,6 +194,7 @@ impl NumberRange {
                 Positive => value > 0.0,
                 NonNegative => value >= 0.0,
                 BelowOne => (0.0..1.0).contains(&value),
+                Share => (0.0..=1.0).contains(&value),
             }
     }
 }
@@ -193,13 +208,15 @@ impl KeyKind {
             Number(Positive) => "a number above 0".to_string(),
             Number(NonNegative) => "a number, 0 or more".to_string(),
             Number(BelowOne) => "a number from 0 to below 1".to_string(),
+            Number(Share) => "a number from 0 to 1".to_string(),
             Steps => "a number, 0 or more, or a list of { from_tokens, value } that starts at 0 and rises"
                 .to_string(),
             Flag => "true or false".to_string(),
             Choice([only]) => format!("\"{only}\""),
             Choice(words) => format!("one of \"{}\"", words.join("\", \"")),
-            Text => "a text".to_string(),
+            Text | OptionalText => "a text".to_string(),
             Texts => "a list of texts".to_string(),
+            Counts(most) => format!("a list of whole numbers from 1 to {most}"),
         }
     }
 
@@ -218,7 +235,11 @@ impl KeyKind {
             Flag => value.is_bool(),
             Choice(words) => value.as_str().is_some_and(|value| words.contains(&value)),
             Text => value.as_str().is_some_and(|value| !value.is_empty()),
+            OptionalText => value.is_str(),
             Texts => value.as_array().is_some_and(|list| list.iter().all(|text| Text.admits(text))),
+            Counts(most) => {
+                value.as_array().is_some_and(|list| list.iter().all(|count| Count(1, most).admits(count)))
+            }
         }
     }
 }

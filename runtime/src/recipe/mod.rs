@@ -26,7 +26,7 @@ pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
     LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
-    TokenizerKind, TokenizerSection, TrainingSection, WatchSection,
+    TokenizerSection, TrainingSection, WatchSection,
 };
 pub use step_table::{Step, StepTable};
 

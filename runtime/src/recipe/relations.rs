@@ -11,6 +11,7 @@ pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
     check_ramp(recipe, faults);
     check_model(recipe, faults);
     check_rates(recipe, faults);
+    check_data(recipe, faults);
 }
 
 fn check_stages(recipe: &Recipe, faults: &mut Faults) {
@@ -91,7 +92,8 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
         let expected = format!("at most the model's max_position_embeddings ({longest})");
         faults.expected("training.sequence_length", expected, length);
     }
-    if model.vocab_size < BYTE_TOKENS {
+    let is_bytes = recipe.tokenizer.path.is_empty();
+    if is_bytes && faults.spare(&["tokenizer.path"]) && model.vocab_size < BYTE_TOKENS {
         let expected = format!("at least {BYTE_TOKENS} for the byte tokenizer");
         faults.expected("model.config.vocab_size", expected, model.vocab_size);
     }
@@ -105,5 +107,16 @@ fn check_rates(recipe: &Recipe, faults: &mut Faults) {
     let lr = &recipe.lr;
     if faults.spare(&["lr.floor", "lr.peak"]) && lr.floor > lr.peak {
         faults.expected("lr.floor", format!("at most lr.peak ({})", lr.peak), lr.floor);
+    }
+}
+
+fn check_data(recipe: &Recipe, faults: &mut Faults) {
+    let data = &recipe.data;
+    if !faults.spare(&["data.paths", "data.weights"]) {
+        return;
+    }
+    let (paths, weights) = (data.paths.len(), data.weights.len());
+    if weights != 0 && weights != paths {
+        faults.expected("data.weights", format!("one for each of the {paths} paths, or none"), weights);
     }
 }

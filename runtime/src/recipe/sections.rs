@@ -132,24 +132,24 @@ pub struct MtpSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// Text files and folders; none: the Rust source of our own dependencies.
+    /// Text, JSONL and Parquet files, folders of them, prepared folders; none: our dependencies' Rust source.
     pub paths: Vec<String>,
+    /// Shares of the paths in the order of training, one for each; none: all paths are one source.
+    pub weights: Vec<u32>,
+    /// Whether tokens see the documents before their own in a sequence.
+    pub attend_across_documents: bool,
+    /// Share of the documents rearranged to prefix, suffix, middle, to be filled in.
+    pub fim_rate: f64,
 }
 
 /// `[tokenizer]`: how text becomes tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerSection {
-    /// bytes: one token per byte, and one for the end of a document.
-    pub kind: TokenizerKind,
-}
-
-/// Which tokenizer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TokenizerKind {
-    /// One token per byte, and [`END_OF_DOCUMENT`].
-    Bytes,
+    /// An HF tokenizer.json; empty: one token per byte, and one for the end of a document.
+    pub path: String,
+    /// Its token that ends a document; empty: found among the names that published tokenizers have for it.
+    pub end_of_document: String,
 }
 
 /// Token that separates documents under the byte tokenizer: the first id that is no byte.

@@ -47,7 +47,7 @@ const ALIASES: &[(&str, &str)] = &[
     ("rampup_batch_size", "training.ramp_start_batch_size"),
     ("seq_len", "training.sequence_length"),
     ("seq_length", "training.sequence_length"),
-    ("tokenizer_type", "tokenizer.kind"),
+    ("tokenizer_type", "tokenizer.path"),
     ("train_batch_size", "training.global_batch_size"),
     ("train_data_path", "data.paths"),
     ("train_iters", "training.steps"),

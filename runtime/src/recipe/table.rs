@@ -97,6 +97,11 @@ impl RecipeTable {
         {
             resolved.push(("model.init", Value::String(resolve("model.init", name))));
         }
+        if let Some(Value::String(name)) = self.get("tokenizer.path")
+            && !name.is_empty()
+        {
+            resolved.push(("tokenizer.path", Value::String(resolve("tokenizer.path", name))));
+        }
         if let Some(Value::Array(names)) = self.get("data.paths") {
             let names = names.iter().filter_map(Value::as_str);
             let list = names.map(|name| Value::String(resolve("data.paths", name))).collect();

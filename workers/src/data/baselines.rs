@@ -31,25 +31,32 @@ impl Baselines {
     /// `validation`.
     ///
     /// Takes a few seconds, nearly all of them zstd's, on one thread. The figures are zero where no target is
-    /// a byte.
-    pub fn measure(train: &PackedDataset, validation: &PackedDataset, sequence_ids: &[usize]) -> Self {
+    /// a byte. `None` where the streams are not in memory, each in one piece. The tokens must be those of the
+    /// byte tokenizer.
+    pub fn measure(
+        train: &PackedDataset,
+        validation: &PackedDataset,
+        sequence_ids: &[usize],
+    ) -> Option<Self> {
+        let (train, tokens) = (train.tokens()?, validation.tokens()?);
         let text = target_bytes(validation, sequence_ids);
-        let model = NGrams::train(train.tokens());
-        let (bigram_bits, trigram_bits) = model.bits(validation, sequence_ids);
-        let train_text: Vec<u8> = train.tokens().iter().filter_map(|&id| u8::try_from(id).ok()).collect();
+        let model = NGrams::train(train);
+        let positions = sequence_ids.iter().flat_map(|&id| validation.target_positions(id));
+        let (bigram_bits, trigram_bits) = model.bits(tokens, positions);
+        let train_text: Vec<u8> = train.iter().filter_map(|&id| u8::try_from(id).ok()).collect();
         let per_byte = |bits: f64| bits / text.len().max(1) as f64;
-        Self {
+        Some(Self {
             bigram_bits_per_byte: per_byte(bigram_bits),
             trigram_bits_per_byte: per_byte(trigram_bits),
             zstd_bits_per_byte: per_byte(zstd_bits(&train_text, &text)),
             num_bytes: text.len(),
-        }
+        })
     }
 }
 
 fn target_bytes(dataset: &PackedDataset, sequence_ids: &[usize]) -> Vec<u8> {
     let targets = sequence_ids.iter().flat_map(|&id| dataset.sequence(id).1);
-    targets.filter_map(|&id| u8::try_from(id).ok()).collect()
+    targets.filter_map(|id| u8::try_from(id).ok()).collect()
 }
 
 /// Counts of bytes after contexts of zero, one and two tokens.
@@ -84,11 +91,10 @@ impl NGrams {
         (after_one, self.trigram.interpolate(trigram, byte, after_one))
     }
 
-    /// Total information of the byte targets under the bigram and the trigram. **Units**: bits.
-    fn bits(&self, dataset: &PackedDataset, sequence_ids: &[usize]) -> (f64, f64) {
-        let tokens = dataset.tokens();
+    /// Total information of the bytes at `positions` under the bigram and the trigram. **Units**: bits.
+    fn bits(&self, tokens: &[u32], positions: impl Iterator<Item = usize>) -> (f64, f64) {
         let mut bits = (0.0, 0.0);
-        for position in sequence_ids.iter().flat_map(|&id| dataset.target_positions(id)) {
+        for position in positions {
             if let Ok(byte) = u8::try_from(tokens[position]) {
                 let (bigram, trigram) = self.probabilities(contexts(tokens, position), byte);
                 bits.0 -= bigram.log2();
@@ -194,27 +200,28 @@ mod tests {
         // Training stream: a b a c END. Counts: a 2, b 1, c 1 (n 4, d 3); after a: b 1, c 1 (n 2, d 2); after
         // b: a 1; after END (before the start): a 1; after (a,b): a; after (b,a): c; after (END,a): b; after
         // (END,END): a.
-        let model = NGrams::train(packed(&[b"abac"], 1).tokens());
+        let model = NGrams::train(packed(&[b"abac"], 1).tokens().unwrap());
         let uniform = 1.0 / 256.0;
         let unigram_c = (1.0 + 3.0 * uniform) / 7.0;
         let bigram_ac = (1.0 + 2.0 * unigram_c) / 4.0;
         let trigram_bac = (1.0 + 1.0 * bigram_ac) / 2.0;
         let validation = packed(&[b"bac"], 3);
-        let (_, bac) = contexts(validation.tokens(), 2);
+        let tokens = validation.tokens().unwrap();
+        let (_, bac) = contexts(tokens, 2);
         assert_eq!(bac, 98 * 257 + 97);
-        assert_eq!(model.probabilities(contexts(validation.tokens(), 2), b'c'), (bigram_ac, trigram_bac));
+        assert_eq!(model.probabilities(contexts(tokens, 2), b'c'), (bigram_ac, trigram_bac));
         // The whole of b [a c END]: a after (END,b) has an unseen trigram context and falls to the bigram b
         // -> a.
         let unigram_a = (2.0 + 3.0 * uniform) / 7.0;
         let bigram_ba = (1.0 + unigram_a) / 2.0;
-        let (bigram, trigram) = model.bits(&validation, &[0]);
+        let (bigram, trigram) = model.bits(tokens, validation.target_positions(0));
         assert!((bigram + bigram_ba.log2() + bigram_ac.log2()).abs() < 1e-12);
         assert!((trigram + bigram_ba.log2() + trigram_bac.log2()).abs() < 1e-12);
     }
 
     #[test]
     fn probabilities_sum_to_one_after_every_context() {
-        let model = NGrams::train(packed(&[&text(500, 1), b"", &text(300, 2)], 8).tokens());
+        let model = NGrams::train(packed(&[&text(500, 1), b"", &text(300, 2)], 8).tokens().unwrap());
         let letters: Vec<u32> = (b'a'..=b'h').map(u32::from).chain([0, 255, END_OF_DOCUMENT]).collect();
         for &two in &letters {
             for &one in &letters {
@@ -259,15 +266,16 @@ mod tests {
         let validation = packed(&[&text(90, 5), b"gg", &text(60, 6)], 16);
         let ids = [0, 2, 3, 5, 8];
         let (mut bigram, mut trigram, mut num_bytes) = (0.0, 0.0, 0);
-        let tokens: Vec<u32> = [END_OF_DOCUMENT; 2].iter().chain(validation.tokens()).copied().collect();
+        let tokens: Vec<u32> =
+            [END_OF_DOCUMENT; 2].iter().chain(validation.tokens().unwrap()).copied().collect();
         for at in ids.iter().flat_map(|&id| validation.target_positions(id)).map(|position| position + 2) {
             if tokens[at] != END_OF_DOCUMENT {
-                bigram -= slow_probability(train.tokens(), &tokens[at - 1..at], tokens[at]).log2();
-                trigram -= slow_probability(train.tokens(), &tokens[at - 2..at], tokens[at]).log2();
+                bigram -= slow_probability(train.tokens().unwrap(), &tokens[at - 1..at], tokens[at]).log2();
+                trigram -= slow_probability(train.tokens().unwrap(), &tokens[at - 2..at], tokens[at]).log2();
                 num_bytes += 1;
             }
         }
-        let measured = Baselines::measure(&train, &validation, &ids);
+        let measured = Baselines::measure(&train, &validation, &ids).unwrap();
         assert_eq!(measured.num_bytes, num_bytes);
         assert!(num_bytes < 5 * 16, "an end of document is among the targets, and not counted");
         assert!((measured.bigram_bits_per_byte - bigram / num_bytes as f64).abs() < 1e-12);

@@ -4,6 +4,8 @@
 //! corpus's matter.
 
 use super::corpus::Document;
+use super::jsonl::{self, LineFault};
+use super::parquet_file;
 use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Read};
@@ -41,6 +43,40 @@ pub enum DataFault {
         found: &'static str,
         /// Where it stands in the file.
         offset: usize,
+    },
+    /// A broken line of a JSONL file.
+    #[error("{}: {fault}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Which line, and what is wrong with it.
+        fault: LineFault,
+    },
+    /// A Parquet file without the column that is read.
+    #[error("{}: expected a column `text` of texts, found {found}", path.display())]
+    Column {
+        /// The file.
+        path: PathBuf,
+        /// What it has instead.
+        found: String,
+    },
+    /// A file that is called Parquet and cannot be read as such.
+    #[error("{}: expected a Parquet file, got: {reason}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What the reader said.
+        reason: String,
+    },
+    /// A prepared folder, or a file in one, that is not what it should be.
+    #[error("{}: expected {expected}, got {got}", path.display())]
+    Prepared {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
     },
     /// A folder with no text in it.
     #[error(
@@ -81,6 +117,13 @@ impl Found {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DataFault::Missing { path }),
             Err(error) => Err(unreadable(&path, &error)),
             Ok(metadata) if metadata.is_dir() => self.read_named_folder(path),
+            Ok(_) if Format::of(&path) != Format::Text => {
+                if self.read_rows(&path)? {
+                    Ok(())
+                } else {
+                    Err(DataFault::Empty { path })
+                }
+            }
             Ok(_) => {
                 let text = fs::read(&path).map_err(|error| unreadable(&path, &error))?;
                 if text.is_empty() {
@@ -107,20 +150,30 @@ impl Found {
     /// Reads a folder in sorted order and says whether any text was in it. A link to a folder is not
     /// followed: it may lead back to where we came from.
     fn read_folder(&mut self, folder: &Path) -> Result<bool, DataFault> {
-        let entries = fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
-        let mut entries = entries.map_err(|error| unreadable(folder, &error))?;
-        entries.sort_by_key(fs::DirEntry::file_name);
         let mut any_text = false;
-        for entry in entries {
+        for entry in sorted_entries(folder)? {
             let path = entry.path();
             if entry.file_name().as_encoded_bytes().starts_with(b".") {
                 self.num_hidden += 1;
             } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 any_text |= self.read_folder(&path)?;
+            } else if Format::of(&path) != Format::Text && path.is_file() {
+                any_text |= self.read_rows(&path)?;
             } else if path.is_file() {
                 any_text |= self.read_found_file(&path).map_err(|error| unreadable(&path, &error))?;
             }
         }
+        Ok(any_text)
+    }
+
+    /// Reads the documents of a JSONL or Parquet file and says whether there were any.
+    fn read_rows(&mut self, path: &Path) -> Result<bool, DataFault> {
+        let mut any_text = false;
+        Format::of(path).each(path, &mut |document: Document| {
+            any_text |= !document.text.is_empty();
+            self.keep(document);
+            Ok(())
+        })?;
         Ok(any_text)
     }
 
@@ -142,15 +195,148 @@ impl Found {
     }
 
     fn push(&mut self, path: &Path, text: Vec<u8>) {
-        if !text.is_empty() && self.seen.insert(*blake3::hash(&text).as_bytes()) {
-            self.documents.push(Document { name: path.display().to_string(), text });
+        self.keep(Document { name: path.display().to_string(), text });
+    }
+
+    fn keep(&mut self, document: Document) {
+        if !document.text.is_empty() && self.seen.insert(*blake3::hash(&document.text).as_bytes()) {
+            self.documents.push(document);
         }
     }
 }
 
+/// How a file holds documents, by the ending of its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// A file is a document.
+    Text,
+    /// `.jsonl`: a line is one.
+    Jsonl,
+    /// `.parquet`: a row is one.
+    Parquet,
+}
+
+impl Format {
+    pub(super) fn of(path: &Path) -> Self {
+        match path.extension().and_then(|ending| ending.to_str()) {
+            Some("jsonl") => Self::Jsonl,
+            Some("parquet") => Self::Parquet,
+            _ => Self::Text,
+        }
+    }
+
+    /// Passes the documents of a file on, one by one, in bounded memory.
+    ///
+    /// **Errors**: what is wrong with the file, or what `emit` says.
+    pub(super) fn each<E: From<DataFault>>(
+        self,
+        path: &Path,
+        emit: &mut dyn FnMut(Document) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self {
+            Self::Text => each_piece(path, emit),
+            Self::Jsonl => jsonl::each(path, emit),
+            Self::Parquet => parquet_file::each(path, emit),
+        }
+    }
+}
+
+/// A text file that is longer than this counts as several documents, cut behind the last end of a line that fits.
+const PIECE_BYTES: u64 = 16 << 20;
+
+fn each_piece<E: From<DataFault>>(
+    path: &Path,
+    emit: &mut dyn FnMut(Document) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut file = fs::File::open(path).map_err(|error| unreadable(path, &error))?;
+    let (mut text, mut offset) = (Vec::new(), 0);
+    loop {
+        let wanted = PIECE_BYTES - text.len() as u64;
+        let read =
+            file.by_ref().take(wanted).read_to_end(&mut text).map_err(|error| unreadable(path, &error))?;
+        let is_last = (read as u64) < wanted;
+        let cut = if is_last { text.len() } else { cut_within(&text) };
+        if let Some((found, at)) = first_binary(&text[..cut]) {
+            return Err(DataFault::NotText { path: path.into(), found, offset: offset + at }.into());
+        }
+        let rest = text.split_off(cut);
+        let piece = std::mem::replace(&mut text, rest);
+        offset += piece.len();
+        if !piece.is_empty() {
+            emit(Document { name: path.display().to_string(), text: piece })?;
+        }
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+/// Where a piece that has more behind it ends: behind the last line, or where there is none before the last character.
+fn cut_within(text: &[u8]) -> usize {
+    let line = text.iter().rposition(|&byte| byte == b'\n').map(|at| at + 1);
+    // The first byte of a character is no 10xxxxxx.
+    line.or_else(|| text.iter().rposition(|&byte| byte & 0b1100_0000 != 0b1000_0000))
+        .filter(|&cut| cut > 0)
+        .unwrap_or(text.len())
+}
+
+/// All files of `paths` in the order in which they are read; in folders hidden entries, links to folders and files with
+/// a NUL byte at their head are passed by.
+///
+/// **Errors**: all faults, in the order of the paths.
+pub(super) fn list(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Vec<DataFault>> {
+    let (mut files, mut faults) = (Vec::new(), Vec::new());
+    for path in paths {
+        let before = files.len();
+        let listed = match fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(DataFault::Missing { path: path.clone() })
+            }
+            Err(error) => Err(unreadable(path, &error)),
+            Ok(metadata) if metadata.is_dir() => list_folder(path, &mut files),
+            Ok(_) => {
+                files.push(path.clone());
+                Ok(())
+            }
+        };
+        faults.extend(listed.err());
+        if faults.is_empty() && files.len() == before {
+            faults.push(DataFault::NoText { path: path.clone(), num_not_text: 0, num_hidden: 0 });
+        }
+    }
+    if faults.is_empty() { Ok(files) } else { Err(faults) }
+}
+
+fn list_folder(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), DataFault> {
+    for entry in sorted_entries(folder)? {
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            list_folder(&path, files)?;
+        } else if path.is_file() {
+            let mut head = Vec::new();
+            let read = fs::File::open(&path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head));
+            read.map_err(|error| unreadable(&path, &error))?;
+            if Format::of(&path) == Format::Parquet || !head.contains(&0) {
+                files.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn sorted_entries(folder: &Path) -> Result<Vec<fs::DirEntry>, DataFault> {
+    let entries = fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
+    let mut entries = entries.map_err(|error| unreadable(folder, &error))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
+}
+
 const HEAD_BYTES: u64 = 8192;
 
-fn unreadable(path: &Path, error: &io::Error) -> DataFault {
+pub(super) fn unreadable(path: &Path, error: &io::Error) -> DataFault {
     DataFault::Unreadable { path: path.into(), reason: error.to_string() }
 }
 

@@ -8,14 +8,23 @@
 pub mod baselines;
 pub mod corpus;
 mod crates;
+pub mod documents;
 mod embedded;
 mod files;
+pub mod hf_tokenizer;
+pub mod jsonl;
+pub mod load;
+mod mmap;
 pub mod packing;
+mod parquet_file;
+pub mod prepare;
 pub mod sampler;
+pub mod shards;
 pub mod tokenizer;
 
 pub use baselines::Baselines;
 pub use corpus::{Corpus, Document};
 pub use files::DataFault;
 pub use packing::PackedDataset;
-pub use sampler::Sampler;
+pub use sampler::{Order, Sampler};
+pub use tokenizer::Tokenizer;

@@ -5,43 +5,108 @@
 //! alone, never on a seed.
 
 use super::corpus::Document;
-use super::tokenizer::END_OF_DOCUMENT;
+use super::documents::DocumentEncoder;
+use super::shards::Shards;
+use super::tokenizer::{END_OF_DOCUMENT, Tokenizer};
+use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// One stream of tokens, read as sequences of a fixed length. Cloning shares the tokens.
+/// One or more streams of tokens, read as sequences of a fixed length. Cloning shares the tokens.
 #[derive(Clone, Debug)]
 pub struct PackedDataset {
-    tokens: Arc<[u32]>,
+    sources: Vec<Source>,
     sequence_length: usize,
+    end_of_document: u32,
+}
+
+/// A stream, and its share in the order of training.
+#[derive(Clone, Debug)]
+struct Source {
+    tokens: Tokens,
+    weight: u32,
+}
+
+/// Where the tokens of a stream are.
+#[derive(Clone, Debug)]
+enum Tokens {
+    Memory(Arc<[u32]>),
+    Mapped(Arc<Shards>),
+}
+
+impl Tokens {
+    fn len(&self) -> usize {
+        match self {
+            Self::Memory(tokens) => tokens.len(),
+            Self::Mapped(shards) => shards.len(),
+        }
+    }
+
+    fn read(&self, range: Range<usize>) -> Vec<u32> {
+        match self {
+            Self::Memory(tokens) => tokens[range].to_vec(),
+            Self::Mapped(shards) => shards.read(range),
+        }
+    }
 }
 
 impl PackedDataset {
-    /// Joins `documents` in order, each followed by an end of document, and cuts sequences of
+    /// Joins `documents` in order as bytes, each followed by an end of document, and cuts sequences of
     /// `sequence_length` targets.
     ///
     /// Sequence i takes the tokens [i S, i S + S]: neighbours share one token, so every token but the very
     /// first is a target exactly once. A tail that fills no whole sequence is dropped; a text shorter than S
     /// + 1 tokens gives none.
     pub fn pack(documents: &[Document], sequence_length: usize) -> Self {
-        let num_tokens = documents.iter().map(|document| document.text.len() + 1).sum();
-        let mut tokens = Vec::with_capacity(num_tokens);
-        for document in documents {
-            tokens.extend(document.text.iter().map(|&byte| u32::from(byte)));
-            tokens.push(END_OF_DOCUMENT);
-        }
-        Self::from_tokens(tokens, sequence_length)
+        Self::encode(documents, &DocumentEncoder::plain(Tokenizer::Bytes), sequence_length)
     }
 
-    /// Cuts a ready stream of tokens.
+    /// As [`Self::pack`], with any tokenizer.
+    pub fn encode(documents: &[Document], encoder: &DocumentEncoder, sequence_length: usize) -> Self {
+        let encoded: Vec<Vec<u32>> =
+            documents.par_iter().map(|document| encoder.encode(&document.text)).collect();
+        let end_of_document = encoder.tokenizer().end_of_document();
+        Self { end_of_document, ..Self::from_tokens(encoded.concat(), sequence_length) }
+    }
+
+    /// Cuts a ready stream of tokens, whose end of document is that of bytes.
     pub fn from_tokens(tokens: Vec<u32>, sequence_length: usize) -> Self {
+        Self::new(Tokens::Memory(tokens.into()), END_OF_DOCUMENT, sequence_length)
+    }
+
+    /// Cuts the tokens of a prepared folder.
+    pub fn from_shards(shards: Shards, end_of_document: u32, sequence_length: usize) -> Self {
+        Self::new(Tokens::Mapped(Arc::new(shards)), end_of_document, sequence_length)
+    }
+
+    fn new(tokens: Tokens, end_of_document: u32, sequence_length: usize) -> Self {
         assert!(sequence_length > 0, "a sequence has at least one token");
-        Self { tokens: tokens.into(), sequence_length }
+        Self { sources: vec![Source { tokens, weight: 1 }], sequence_length, end_of_document }
+    }
+
+    /// Puts sources side by side; no sequence reaches from one into the next. `weights` are their shares in the order of
+    /// training.
+    ///
+    /// **Errors**: panics where there is none.
+    pub fn join(parts: Vec<Self>, weights: &[u32]) -> Self {
+        let (sequence_length, end_of_document) = (parts[0].sequence_length, parts[0].end_of_document);
+        let sources = parts.into_iter().flat_map(|part| part.sources).zip(weights);
+        let sources = sources.map(|(source, &weight)| Source { weight, ..source }).collect();
+        Self { sources, sequence_length, end_of_document }
+    }
+
+    /// Number of sequences and weight of every source.
+    pub fn sources(&self) -> Vec<(usize, u32)> {
+        self.sources.iter().map(|source| (self.sequences_in(source), source.weight)).collect()
+    }
+
+    fn sequences_in(&self, source: &Source) -> usize {
+        source.tokens.len().saturating_sub(1) / self.sequence_length
     }
 
     /// Number of whole sequences.
     pub fn num_sequences(&self) -> usize {
-        self.tokens.len().saturating_sub(1) / self.sequence_length
+        self.sources.iter().map(|source| self.sequences_in(source)).sum()
     }
 
     /// Targets per sequence.
@@ -49,19 +114,42 @@ impl PackedDataset {
         self.sequence_length
     }
 
-    /// Inputs and targets of one sequence: target t is the token after input t.
-    ///
-    /// **Shapes**: two slices of `sequence_length` ids. **Errors**: panics where `sequence_id >=
-    /// num_sequences()`.
-    pub fn sequence(&self, sequence_id: usize) -> (&[u32], &[u32]) {
-        let start = sequence_id * self.sequence_length;
-        let end = start + self.sequence_length;
-        (&self.tokens[start..end], &self.tokens[start + 1..=end])
+    /// The id that closes documents.
+    pub fn end_of_document(&self) -> u32 {
+        self.end_of_document
     }
 
-    /// The whole stream, the dropped tail included.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+    /// Inputs and targets of one sequence: target t is the token after input t.
+    ///
+    /// **Shapes**: two lists of `sequence_length` ids. **Errors**: panics where `sequence_id >=
+    /// num_sequences()`.
+    pub fn sequence(&self, sequence_id: usize) -> (Vec<u32>, Vec<u32>) {
+        let mut place = sequence_id;
+        for source in &self.sources {
+            let num_sequences = self.sequences_in(source);
+            if place < num_sequences {
+                let start = place * self.sequence_length;
+                let mut ids = source.tokens.read(start..start + self.sequence_length + 1);
+                let targets = ids[1..].to_vec();
+                ids.pop();
+                return (ids, targets);
+            }
+            place -= num_sequences;
+        }
+        panic!("sequence {sequence_id} of {}", self.num_sequences())
+    }
+
+    /// The whole stream, the dropped tail included, where it is a single one in memory.
+    pub fn tokens(&self) -> Option<&[u32]> {
+        match &self.sources[..] {
+            [Source { tokens: Tokens::Memory(tokens), .. }] => Some(tokens),
+            _ => None,
+        }
+    }
+
+    /// Number of tokens, dropped tails included.
+    pub fn num_tokens(&self) -> usize {
+        self.sources.iter().map(|source| source.tokens.len()).sum()
     }
 
     /// Where in [`Self::tokens`] the targets of a sequence stand.
@@ -71,19 +159,10 @@ impl PackedDataset {
     }
 }
 
-/// For each token the number of documents that ended before it in `ids`: tokens with equal numbers share a
-/// document.
-///
-/// The end of a document still belongs to the document that it closes.
-pub fn segments(ids: &[u32]) -> Vec<u32> {
-    let mut segment = 0;
-    ids.iter()
-        .map(|&id| {
-            let own = segment;
-            segment += u32::from(id == END_OF_DOCUMENT);
-            own
-        })
-        .collect()
+/// Lengths of the documents, or parts of them, in `ids`. The end of a document still belongs to the document
+/// that it closes.
+pub fn document_lengths(ids: &[u32], end_of_document: u32) -> Vec<usize> {
+    ids.split_inclusive(|&id| id == end_of_document).map(<[u32]>::len).collect()
 }
 
 #[cfg(test)]
@@ -102,9 +181,9 @@ mod tests {
         // tail of two.
         let packed = PackedDataset::pack(&documents(&["ab", "cde"]), 2);
         assert_eq!(packed.num_sequences(), 3);
-        assert_eq!(packed.sequence(0), (&[97, 98][..], &[98, END][..]));
-        assert_eq!(packed.sequence(1), (&[END, 99][..], &[99, 100][..]));
-        assert_eq!(packed.sequence(2), (&[100, 101][..], &[101, END][..]));
+        assert_eq!(packed.sequence(0), (vec![97, 98], vec![98, END]));
+        assert_eq!(packed.sequence(1), (vec![END, 99], vec![99, 100]));
+        assert_eq!(packed.sequence(2), (vec![100, 101], vec![101, END]));
         assert_eq!(PackedDataset::pack(&documents(&["ab", "cde"]), 4).num_sequences(), 1);
         assert_eq!(PackedDataset::pack(&documents(&["ab", "cde"]), 7).num_sequences(), 0);
         assert_eq!(PackedDataset::pack(&[], 1).num_sequences(), 0);
@@ -113,17 +192,28 @@ mod tests {
     #[test]
     fn every_token_but_the_first_is_a_target_once() {
         let packed = PackedDataset::pack(&documents(&["one", "", "three", "x"]), 3);
-        let targets: Vec<u32> =
-            (0..packed.num_sequences()).flat_map(|i| packed.sequence(i).1.to_vec()).collect();
-        assert_eq!(targets, packed.tokens[1..=targets.len()]);
-        assert!(packed.tokens().len() - 1 - targets.len() < 3);
+        let targets: Vec<u32> = (0..packed.num_sequences()).flat_map(|i| packed.sequence(i).1).collect();
+        let tokens = packed.tokens().unwrap();
+        assert_eq!(targets, tokens[1..=targets.len()]);
+        assert!(tokens.len() - 1 - targets.len() < 3);
         for i in 0..packed.num_sequences() {
-            assert_eq!(packed.tokens()[packed.target_positions(i)], *packed.sequence(i).1);
+            assert_eq!(tokens[packed.target_positions(i)], packed.sequence(i).1);
         }
     }
 
     #[test]
-    fn segments_follow_the_ends_of_documents() {
-        assert_eq!(segments(&[1, 2, END, 3, END, END, 4]), [0, 0, 0, 1, 1, 2, 3]);
+    fn documents_end_with_their_end() {
+        assert_eq!(document_lengths(&[1, 2, END, 3, END, END, 4], END), [3, 2, 1, 1]);
+        assert_eq!(document_lengths(&[1, END], END), [2]);
+    }
+
+    #[test]
+    fn sources_stand_side_by_side_and_no_sequence_reaches_over() {
+        let (one, two) =
+            (PackedDataset::pack(&documents(&["abcd"]), 2), PackedDataset::pack(&documents(&["ef"]), 2));
+        let joined = PackedDataset::join(vec![one.clone(), two.clone()], &[3, 1]);
+        assert_eq!(joined.sources(), [(2, 3), (1, 1)]);
+        let expected = [one.sequence(0), one.sequence(1), two.sequence(0)];
+        assert_eq!((0..joined.num_sequences()).map(|id| joined.sequence(id)).collect::<Vec<_>>(), expected);
     }
 }

@@ -49,6 +49,72 @@ impl Sampler {
     }
 }
 
+/// The order over several sources, each a share of the positions as large as its weight.
+///
+/// Positions come in cycles as long as the sum of the weights. Within a cycle the place alone says which source is drawn
+/// from, and how many were drawn from it before; so a position names its sequence by arithmetic, and each source runs
+/// through its own epochs.
+#[derive(Clone, Debug)]
+pub struct Order {
+    sources: Vec<Drawn>,
+    /// For each place of a cycle the source, and how many places before it are the source's.
+    cycle: Vec<(usize, u64)>,
+}
+
+/// A source in an order.
+#[derive(Clone, Debug)]
+struct Drawn {
+    sampler: Sampler,
+    /// Places of a cycle.
+    weight: u64,
+    /// Sequences of the sources before it.
+    first: usize,
+}
+
+impl Order {
+    /// An order over sources of so many sequences and such weights; with a single source that of [`Sampler::new`].
+    ///
+    /// **Errors**: panics where there is no source, or one without sequences or weight.
+    pub fn new(sources: &[(usize, u32)], seed: u64) -> Self {
+        let mut first = 0;
+        let drawn = sources.iter().enumerate().map(|(number, &(num_sequences, weight))| {
+            assert!(weight > 0, "a source needs a weight");
+            let seed = seed ^ (number as u64).wrapping_mul(SQRT_2);
+            let own = Drawn { sampler: Sampler::new(num_sequences, seed), weight: weight.into(), first };
+            first += num_sequences;
+            own
+        });
+        let sources: Vec<Drawn> = drawn.collect();
+        assert!(!sources.is_empty(), "an order needs at least one source");
+        let cycle = cycle(&sources);
+        Self { sources, cycle }
+    }
+
+    /// The sequence at `position`, counted through all sources.
+    pub fn index_at(&self, position: u64) -> usize {
+        let length = self.cycle.len() as u64;
+        let (source, before) = self.cycle[(position % length) as usize];
+        let Drawn { sampler, weight, first } = &self.sources[source];
+        first + sampler.index_at(position / length * weight + before)
+    }
+}
+
+/// Spreads the sources evenly: at each place the one that lags furthest behind its share, the first of equals.
+fn cycle(sources: &[Drawn]) -> Vec<(usize, u64)> {
+    let total: u64 = sources.iter().map(|source| source.weight).sum();
+    let mut taken = vec![0; sources.len()];
+    (0..total)
+        .map(|place| {
+            let lag = |source: usize| {
+                i128::from(sources[source].weight * (place + 1)) - i128::from(taken[source] * total)
+            };
+            let source = (0..sources.len()).rev().max_by_key(|&source| lag(source)).unwrap_or(0);
+            taken[source] += 1;
+            (source, taken[source] - 1)
+        })
+        .collect()
+}
+
 /// The first 64 bits after the point of the square roots of 2, 3 and 5: odd numbers that nobody chose.
 const SQRT_2: u64 = 0x6a09_e667_f3bc_c909;
 const SQRT_3: u64 = 0xbb67_ae85_84ca_a73b;
@@ -129,6 +195,42 @@ mod tests {
     #[test]
     fn the_order_is_the_one_of_every_release() {
         assert_eq!(Sampler::new(10, 0).batch(0, 12), PINNED);
+    }
+
+    #[test]
+    fn one_source_is_drawn_in_the_order_of_every_release() {
+        let order = Order::new(&[(10, 7)], 0);
+        assert_eq!((0..12).map(|position| order.index_at(position)).collect::<Vec<_>>(), PINNED);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn each_source_has_its_share_and_runs_through_its_own_epochs(
+            sources in proptest::collection::vec((1usize..40, 1u32..30), 1..5),
+            seed: u64,
+            cycles in 1u64..8,
+        ) {
+            let order = Order::new(&sources, seed);
+            let total: u64 = sources.iter().map(|source| u64::from(source.1)).sum();
+            let drawn: Vec<usize> = (0..cycles * total).map(|position| order.index_at(position)).collect();
+            let mut first = 0;
+            for &(num, weight) in &sources {
+                let own: Vec<usize> =
+                    drawn.iter().copied().filter(|index| (first..first + num).contains(index)).collect();
+                proptest::prop_assert_eq!(own.len() as u64, cycles * u64::from(weight));
+                for epoch in own.chunks(num) {
+                    let distinct: std::collections::BTreeSet<&usize> = epoch.iter().collect();
+                    proptest::prop_assert_eq!(distinct.len(), epoch.len(), "twice in an epoch");
+                }
+                // At any time its share is within as many sequences as there are sources.
+                for position in 0..drawn.len() {
+                    let so_far = drawn[..=position].iter().filter(|index| (first..first + num).contains(*index));
+                    let share = (position + 1) as f64 * f64::from(weight) / total as f64;
+                    proptest::prop_assert!((so_far.count() as f64 - share).abs() <= sources.len() as f64);
+                }
+                first += num;
+            }
+        }
     }
 
     const PINNED: [usize; 12] = [1, 3, 7, 5, 2, 9, 0, 6, 8, 4, 4, 9];

@@ -1,23 +1,165 @@
-//! The byte-level tokenizer: a token is a byte, or the end of a document.
+//! How text becomes ids: bytes (a token is a byte, or the end of a document), or any tokenizer.json.
 //!
 //! It sits between the corpus and packing, and between a prompt and `generate`. It knows no model: whether a
-//! model can take its ids is the caller's question to [`fits`].
+//! model can take its ids is the caller's question to [`Tokenizer::check_fits`].
+
+use std::path::Path;
 
 use contraflow_runtime::recipe;
+
+use super::hf_tokenizer::HfTokenizer;
+
+/// What a run reads and writes text with. Cloning shares it.
+#[derive(Clone, Debug)]
+pub enum Tokenizer {
+    /// One token per byte, and [`END_OF_DOCUMENT`].
+    Bytes,
+    /// A tokenizer.json.
+    Hf(std::sync::Arc<HfTokenizer>),
+}
+
+/// Tokens around the parts of a document that is to be filled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FimTokens {
+    /// Before the prefix.
+    pub begin: u32,
+    /// Between prefix and suffix.
+    pub hole: u32,
+    /// Between suffix and middle.
+    pub end: u32,
+}
+
+/// What is wrong with a tokenizer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{file}: expected {expected}, got {got}")]
+pub struct TokenizerFault {
+    /// The file, or the key of the recipe.
+    pub file: String,
+    /// What should have been there.
+    pub expected: String,
+    /// What was there.
+    pub got: String,
+}
+
+impl Tokenizer {
+    /// Reads a tokenizer.json. `end_of_document` names the token that closes a document; empty: see
+    /// [`HfTokenizer::from_json`].
+    ///
+    /// **Errors**: the file cannot be read or is no tokenizer, or has no token of that name.
+    pub fn load(path: &Path, end_of_document: &str) -> Result<Self, TokenizerFault> {
+        let fault = |got| TokenizerFault {
+            file: path.display().to_string(),
+            expected: "a tokenizer.json".into(),
+            got,
+        };
+        let json = std::fs::read(path).map_err(|error| fault(error.to_string()))?;
+        let tokenizer = HfTokenizer::from_json(&json, end_of_document)
+            .map_err(|wrong| TokenizerFault { file: path.display().to_string(), ..wrong })?;
+        Ok(Self::Hf(std::sync::Arc::new(tokenizer)))
+    }
+
+    /// The tokenizer in a model's folder: its tokenizer.json, or bytes where there is none.
+    ///
+    /// **Errors**: as [`Self::load`].
+    pub fn of_model(dir: &Path) -> Result<Self, TokenizerFault> {
+        let path = dir.join(FILE);
+        if path.is_file() { Self::load(&path, "") } else { Ok(Self::Bytes) }
+    }
+
+    /// The ids of a text, with no end of document added.
+    pub fn encode(&self, text: &[u8]) -> Vec<u32> {
+        match self {
+            Self::Bytes => encode(text),
+            Self::Hf(tokenizer) => tokenizer.encode(&String::from_utf8_lossy(text)),
+        }
+    }
+
+    /// The text of `ids`, without special tokens.
+    pub fn decode(&self, ids: &[u32]) -> Vec<u8> {
+        match self {
+            Self::Bytes => decode(ids),
+            Self::Hf(tokenizer) => tokenizer.decode(ids).into_bytes(),
+        }
+    }
+
+    /// Takes ids one by one and gives the bytes that are certain by then: a character may be several tokens.
+    pub fn stream(&self) -> Box<dyn FnMut(u32) -> Vec<u8> + '_> {
+        match self {
+            Self::Bytes => Box::new(|id| decode(&[id])),
+            Self::Hf(tokenizer) => tokenizer.stream(),
+        }
+    }
+
+    /// The id that closes every document.
+    pub fn end_of_document(&self) -> u32 {
+        match self {
+            Self::Bytes => END_OF_DOCUMENT,
+            Self::Hf(tokenizer) => tokenizer.end_of_document(),
+        }
+    }
+
+    /// Every id is below this.
+    pub fn id_limit(&self) -> usize {
+        match self {
+            Self::Bytes => BYTE_TOKENS,
+            Self::Hf(tokenizer) => tokenizer.id_limit(),
+        }
+    }
+
+    /// Bytes of text that a token stands for; special tokens stand for none.
+    pub fn byte_length(&self, id: u32) -> usize {
+        match self {
+            Self::Bytes => usize::from(id < END_OF_DOCUMENT),
+            Self::Hf(tokenizer) => tokenizer.byte_length(id),
+        }
+    }
+
+    /// The tokens for filling in, where the tokenizer has them.
+    pub fn fim_tokens(&self) -> Option<FimTokens> {
+        match self {
+            Self::Bytes => None,
+            Self::Hf(tokenizer) => tokenizer.fim_tokens(),
+        }
+    }
+
+    /// `bytes`, or the blake3 of the tokenizer.json and the name of its end of document: equal hashes give
+    /// equal ids.
+    pub fn hash(&self) -> String {
+        match self {
+            Self::Bytes => "bytes".into(),
+            Self::Hf(tokenizer) => tokenizer.hash(),
+        }
+    }
+
+    /// The tokenizer.json, where there is one.
+    pub fn json(&self) -> Option<&[u8]> {
+        match self {
+            Self::Bytes => None,
+            Self::Hf(tokenizer) => Some(tokenizer.json()),
+        }
+    }
+
+    /// **Errors**: an id that a model of `vocab_size` rows has no row for, with both numbers.
+    pub fn check_fits(&self, vocab_size: usize) -> Result<(), TokenizerFault> {
+        if self.id_limit() <= vocab_size {
+            return Ok(());
+        }
+        Err(TokenizerFault {
+            file: "model.config.vocab_size".into(),
+            expected: format!("at least {} for the tokenizer (its largest id and one)", self.id_limit()),
+            got: vocab_size.to_string(),
+        })
+    }
+}
+
+/// Name of a tokenizer in a model's folder.
+pub const FILE: &str = "tokenizer.json";
 
 /// The id that closes every document. Ids below it are the bytes themselves.
 pub const END_OF_DOCUMENT: u32 = recipe::END_OF_DOCUMENT as u32;
 
 /// Number of distinct ids: 256 bytes and the end of a document.
 pub const BYTE_TOKENS: usize = recipe::BYTE_TOKENS;
-
-/// Whether a model with `vocab_size` rows of embedding has a row for every id, the end of a document
-/// included.
-///
-/// A larger vocabulary is legal: its upper rows are never asked for.
-pub fn fits(vocab_size: usize) -> bool {
-    vocab_size >= BYTE_TOKENS
-}
 
 /// The ids of a text, one per byte, with no end of document added.
 pub fn encode(text: &[u8]) -> Vec<u32> {
@@ -27,11 +169,6 @@ pub fn encode(text: &[u8]) -> Vec<u32> {
 /// The bytes among `ids`; an end of document or an id that only a larger vocabulary has stands for no byte.
 pub fn decode(ids: &[u32]) -> Vec<u8> {
     ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect()
-}
-
-/// The text of `ids` for display: [`decode`], with U+FFFD where the bytes are not UTF-8.
-pub fn decode_lossy(ids: &[u32]) -> String {
-    String::from_utf8_lossy(&decode(ids)).into_owned()
 }
 
 #[cfg(test)]
@@ -47,16 +184,14 @@ mod tests {
     }
 
     #[test]
-    fn ids_that_are_no_byte_are_left_out_and_broken_utf8_is_shown() {
+    fn ids_that_are_no_byte_are_left_out() {
         assert_eq!(decode(&[104, END_OF_DOCUMENT, 105, 5000]), b"hi");
-        assert_eq!(decode_lossy(&encode("naïve".as_bytes())), "naïve");
-        assert_eq!(decode_lossy(&[0xc3, 104]), "\u{fffd}h");
     }
 
     #[test]
     fn legal_when_the_largest_id_is_below_the_vocabulary() {
-        assert!(!fits(256));
-        assert!(fits(257));
-        assert!(fits(129_280));
+        assert!(Tokenizer::Bytes.check_fits(256).is_err());
+        assert!(Tokenizer::Bytes.check_fits(257).is_ok());
+        assert!(Tokenizer::Bytes.check_fits(129_280).is_ok());
     }
 }

@@ -8,6 +8,7 @@ use contraflow_kernels::attention::Span;
 use contraflow_kernels::rope::RopeTable;
 
 use super::Architecture;
+use crate::data::packing::document_lengths;
 
 /// Sequences of tokens as they come from a loader.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,13 +21,29 @@ pub struct Sequences {
     pub loss_weights: Vec<f32>,
     /// Tokens per sequence.
     pub sequence_length: usize,
+    /// Lengths of the runs of tokens that see one another, in order; positions count from the start of each.
+    pub runs: Vec<usize>,
 }
 
 impl Sequences {
     /// Sequences in which every position has a target that counts.
     pub fn new(ids: Vec<u32>, targets: Vec<u32>, sequence_length: usize) -> Self {
         let loss_weights = vec![1.0; ids.len()];
-        Sequences { ids, targets, loss_weights, sequence_length }
+        let runs = vec![sequence_length; ids.len().checked_div(sequence_length).unwrap_or(0)];
+        Sequences { ids, targets, loss_weights, sequence_length, runs }
+    }
+
+    /// The same sequences with every document on its own: what follows an `end_of_document` sees nothing before it, and
+    /// is not predicted from it.
+    pub fn cut_at(mut self, end_of_document: u32) -> Self {
+        let sequences = self.ids.chunks(self.sequence_length);
+        self.runs = sequences.flat_map(|ids| document_lengths(ids, end_of_document)).collect();
+        for (weight, id) in self.loss_weights.iter_mut().zip(&self.ids) {
+            if *id == end_of_document {
+                *weight = 0.0;
+            }
+        }
+        self
     }
 
     /// What the main loss is divided by: the sum of its weights.
@@ -39,11 +56,15 @@ impl Sequences {
         self.mtp_weights().map(f64::from).sum()
     }
 
-    /// Row i of MTP predicts the target of row i + 1; the last row of a sequence has none.
+    /// Row i of MTP predicts the target of row i + 1; the last row of a run has none.
     fn mtp_weights(&self) -> impl Iterator<Item = f32> {
-        let length = self.sequence_length;
-        (0..self.ids.len())
-            .map(move |row| if (row + 1) % length == 0 { 0.0 } else { self.loss_weights[row + 1] })
+        let mut end = 0;
+        self.runs.iter().flat_map(move |length| {
+            let start = end;
+            end += length;
+            let last = end;
+            (start + 1..=last).map(move |next| if next == last { 0.0 } else { self.loss_weights[next] })
+        })
     }
 }
 
@@ -72,7 +93,7 @@ pub struct MicroBatch {
     pub mtp_targets: Vec<u32>,
     /// Their loss weights over the global denominator, times lambda. **Shapes**: `[T]`.
     pub mtp_loss_weights: Vec<f32>,
-    /// Which keys each query sees: one span per sequence.
+    /// Which keys each query sees: one span per run.
     pub spans: Vec<Span>,
     /// Rotations at the tokens' positions.
     pub rope: Arc<RopeTable>,
@@ -93,8 +114,7 @@ impl MicroBatch {
             sequences.mtp_weights().map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
         let mut mtp_targets = sequences.targets.clone();
         mtp_targets.rotate_left(1.min(num_tokens));
-        let positions: Vec<u32> = (0..num_tokens).map(|row| (row % length) as u32).collect();
-        let span = |start| Span { query_start: start, query_len: length, key_start: start, key_len: length };
+        let positions: Vec<u32> = sequences.runs.iter().flat_map(|&length| 0..length as u32).collect();
         MicroBatch {
             loss_weights: sequences
                 .loss_weights
@@ -105,10 +125,45 @@ impl MicroBatch {
             targets: sequences.targets,
             mtp_targets,
             mtp_loss_weights,
-            spans: (0..num_tokens).step_by(length).map(span).collect(),
+            spans: spans(&sequences.runs),
             rope: Arc::new(arch.rope.table(&positions)),
             sequence_length: length,
             balance_scale: scales.balance as f32,
         }
+    }
+}
+
+fn spans(runs: &[usize]) -> Vec<Span> {
+    let mut start = 0;
+    let span = |&length: &usize| {
+        let span = Span { query_start: start, query_len: length, key_start: start, key_len: length };
+        start += length;
+        span
+    };
+    runs.iter().map(span).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u32 = 9;
+
+    #[test]
+    fn documents_of_their_own_see_and_predict_nothing_across_their_ends() {
+        // Two sequences of six: a document and a half, then the rest of it and one of a single token.
+        let ids = vec![1, 2, END, 3, 4, 5, 6, END, END, 7, 8, END];
+        let targets = vec![2, END, 3, 4, 5, 6, END, END, 7, 8, END, 1];
+        let whole = Sequences::new(ids, targets, 6);
+        assert_eq!(
+            (whole.runs.as_slice(), whole.loss_weight(), whole.mtp_loss_weight()),
+            (&[6, 6][..], 12.0, 10.0)
+        );
+        let cut = whole.cut_at(END);
+        assert_eq!(cut.runs, [3, 3, 2, 1, 3]);
+        assert_eq!(cut.loss_weights, [1., 1., 0., 1., 1., 1., 1., 0., 0., 1., 1., 0.]);
+        assert_eq!(cut.mtp_weights().collect::<Vec<_>>(), [1., 0., 0., 1., 1., 0., 0., 0., 0., 1., 0., 0.]);
+        let starts: Vec<usize> = spans(&cut.runs).iter().map(|span| span.key_start).collect();
+        assert_eq!(starts, [0, 3, 6, 8, 9]);
     }
 }

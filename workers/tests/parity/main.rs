@@ -5,6 +5,7 @@
 //! fixture, whichever there are, and compares them; a fixture may hold more, which is then said aloud.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod documents;
 mod evaluation;
 mod findings;
 mod fixture;
@@ -106,4 +107,9 @@ fn parity_of_evaluation() {
 #[test]
 fn parity_of_twenty_updates() {
     over_all(optimizer::check);
+}
+
+#[test]
+fn parity_of_packed_documents_with_documents_alone() {
+    over_all(documents::alone_and_packed);
 }

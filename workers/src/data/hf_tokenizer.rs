@@ -1,0 +1,254 @@
+//! A tokenizer.json of Hugging Face's format, wrapped: what the data walk asks of it, and the training of one.
+//!
+//! Nothing outside of this file knows the library that reads the format.
+
+use std::path::PathBuf;
+
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer as Inner};
+
+use super::corpus::Document;
+use super::files::{self, DataFault, Format};
+use super::tokenizer::{FimTokens, TokenizerFault};
+
+/// Names of the end of a document among published tokenizers, the first of which is taken: DeepSeek's, GPT-2's, Llama's
+/// of three generations, Gemma's.
+const END_NAMES: [&str; 6] = [
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "</s>",
+    "<eos>",
+];
+
+/// Names of the three tokens of filling in, as published for DeepSeek-V3.
+const FIM_NAMES: [&str; 3] = [
+    "<\u{ff5c}fim\u{2581}begin\u{ff5c}>",
+    "<\u{ff5c}fim\u{2581}hole\u{ff5c}>",
+    "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
+];
+
+/// A tokenizer.json that was read.
+#[derive(Debug)]
+pub struct HfTokenizer {
+    inner: Inner,
+    json: Vec<u8>,
+    end_of_document: u32,
+    id_limit: usize,
+    /// Whether the letters of its tokens stand for bytes.
+    is_byte_level: bool,
+}
+
+impl HfTokenizer {
+    /// Reads the text of a tokenizer.json. The end of a document is the token called `end_of_document`, or where that is
+    /// empty the first among the names that published tokenizers have for it.
+    ///
+    /// **Errors**: no tokenizer, or no such token; the caller fills in the file.
+    pub fn from_json(json: &[u8], end_of_document: &str) -> Result<Self, TokenizerFault> {
+        let fault = |expected: &str, got: String| TokenizerFault {
+            file: super::tokenizer::FILE.into(),
+            expected: expected.into(),
+            got,
+        };
+        let mut inner =
+            Inner::from_bytes(json).map_err(|error| fault("a tokenizer.json", error.to_string()))?;
+        // Text that spells a special token stays text; and every text is taken whole.
+        inner.set_encode_special_tokens(true);
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| fault("a tokenizer.json", error.to_string()))?;
+        let own = [end_of_document];
+        let names: &[&str] = if end_of_document.is_empty() { &END_NAMES } else { &own };
+        let end = names.iter().find_map(|name| inner.token_to_id(name));
+        let expected = "a token for the end of a document; tokenizer.end_of_document names it";
+        let end = end.ok_or_else(|| fault(expected, format!("none called {}", names.join(" or "))))?;
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(end);
+        let decoder = serde_json::to_string(&inner.get_decoder()).unwrap_or_default();
+        Ok(Self {
+            is_byte_level: decoder.contains("\"ByteLevel\""),
+            inner,
+            json: json.to_vec(),
+            end_of_document: end,
+            id_limit: largest as usize + 1,
+        })
+    }
+
+    pub(super) fn encode(&self, text: &str) -> Vec<u32> {
+        let encoding = self.inner.encode_fast(text, false);
+        encoding.map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default()
+    }
+
+    pub(super) fn decode(&self, ids: &[u32]) -> String {
+        self.inner.decode(ids, true).unwrap_or_default()
+    }
+
+    pub(super) fn stream(&self) -> Box<dyn FnMut(u32) -> Vec<u8> + '_> {
+        let mut stream = self.inner.decode_stream(true);
+        Box::new(move |id| stream.step(id).ok().flatten().unwrap_or_default().into_bytes())
+    }
+
+    pub(super) fn end_of_document(&self) -> u32 {
+        self.end_of_document
+    }
+
+    pub(super) fn id_limit(&self) -> usize {
+        self.id_limit
+    }
+
+    pub(super) fn json(&self) -> &[u8] {
+        &self.json
+    }
+
+    pub(super) fn hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.end_of_document.to_le_bytes());
+        hasher.update(&self.json);
+        hasher.finalize().to_hex().to_string()
+    }
+
+    pub(super) fn fim_tokens(&self) -> Option<FimTokens> {
+        let [begin, hole, end] = FIM_NAMES.map(|name| self.inner.token_to_id(name));
+        Some(FimTokens { begin: begin?, hole: hole?, end: end? })
+    }
+
+    /// In a byte-level tokenizer a letter is a byte; elsewhere U+2581 is a space and `<0xNN>` a byte.
+    pub(super) fn byte_length(&self, id: u32) -> usize {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id);
+        if let Some(added) = added {
+            return if added.special { 0 } else { added.content.len() };
+        }
+        let Some(token) = self.inner.id_to_token(id) else { return 0 };
+        if self.is_byte_level {
+            token.chars().count()
+        } else if token.len() == 6 && token.starts_with("<0x") && token.ends_with('>') {
+            1
+        } else {
+            token.chars().map(|letter| if letter == '\u{2581}' { 1 } else { letter.len_utf8() }).sum()
+        }
+    }
+}
+
+/// Fewest tokens of a byte-level tokenizer: the bytes, the end of a document, and three to fill in.
+pub const MIN_VOCAB_SIZE: usize = 256 + 1 + FIM_NAMES.len();
+
+/// Documents under way from the reader to the trainer.
+const QUEUE: usize = 64;
+
+/// Trains a byte-level BPE of at most `vocab_size` tokens on the documents of `paths`; returns the tokenizer.json. Its
+/// first ids are the end of a document and the tokens for filling in, by the names of DeepSeek-V3.
+///
+/// **Errors**: all faults of the paths, or what the trainer says.
+pub fn train(paths: &[PathBuf], vocab_size: usize) -> Result<Vec<u8>, Vec<String>> {
+    let words = |faults: Vec<DataFault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let files = files::list(paths).map_err(words)?;
+    let special = |name: &str| AddedToken::from(name, true);
+    let trainer = BpeTrainerBuilder::new()
+        .vocab_size(vocab_size)
+        .special_tokens(std::iter::once(END_NAMES[0]).chain(FIM_NAMES).map(special).collect())
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .show_progress(false)
+        .build();
+    let mut trainer = TrainerWrapper::from(trainer);
+    let mut tokenizer = Inner::new(BPE::default());
+    let byte_level = ByteLevel::new(false, true, true);
+    tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
+    let (send, documents) = std::sync::mpsc::sync_channel::<String>(QUEUE);
+    let read = move || -> Result<(), DataFault> {
+        for file in files {
+            Format::of(&file).each(&file, &mut |document: Document| {
+                // The trainer takes every document; where it has failed, its own error is the one to tell.
+                drop(send.send(String::from_utf8_lossy(&document.text).into_owned()));
+                Ok::<_, DataFault>(())
+            })?;
+        }
+        Ok(())
+    };
+    let (read, trained) = std::thread::scope(|scope| {
+        let reader = scope.spawn(read);
+        let trained = tokenizer.train(&mut trainer, documents.into_iter()).map(|_| ());
+        (reader.join(), trained)
+    });
+    read.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(|fault| vec![fault.to_string()])?;
+    trained.map_err(|error| vec![error.to_string()])?;
+    tokenizer.to_string(false).map(String::into_bytes).map_err(|error| vec![error.to_string()])
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::data::tokenizer::Tokenizer;
+
+    /// A tokenizer of 400 tokens at most, trained on a file of this crate.
+    pub(in crate::data) fn trained() -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("text.rs");
+        std::fs::write(&path, include_str!("packing.rs")).unwrap();
+        let json = train(&[path], 400).unwrap();
+        Tokenizer::Hf(Arc::new(HfTokenizer::from_json(&json, "").unwrap()))
+    }
+
+    #[test]
+    fn training_is_repeatable_and_keeps_to_its_size() {
+        let (one, two) = (trained(), trained());
+        assert_eq!(one.json(), two.json());
+        assert_eq!((one.id_limit(), one.end_of_document()), (400, 0));
+        assert_eq!(one.fim_tokens(), Some(FimTokens { begin: 1, hole: 2, end: 3 }));
+        let text = include_str!("packing.rs").as_bytes();
+        assert!(one.encode(text).len() * 3 < text.len() * 2, "it has learnt some of the text");
+    }
+
+    #[test]
+    fn text_that_spells_a_special_token_is_text() {
+        let tokenizer = trained();
+        let ids = tokenizer.encode(END_NAMES[0].as_bytes());
+        assert!(!ids.contains(&0) && ids.len() > 1);
+        assert_eq!(tokenizer.decode(&ids), END_NAMES[0].as_bytes());
+        assert_eq!(tokenizer.decode(&[0, 1, 2, 3]), b"");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_both_numbers() {
+        assert!(trained().check_fits(400).is_ok());
+        assert_eq!(
+            trained().check_fits(399).unwrap_err().to_string(),
+            "model.config.vocab_size: expected at least 400 for the tokenizer (its largest id and one), got 399"
+        );
+    }
+
+    #[test]
+    fn the_end_of_a_document_is_found_or_named() {
+        let Tokenizer::Hf(hf) = trained() else { unreachable!() };
+        let json = String::from_utf8(hf.json().to_vec()).unwrap();
+        let renamed = json.replace(END_NAMES[0], "<fin>");
+        let said = HfTokenizer::from_json(renamed.as_bytes(), "").unwrap_err().to_string();
+        assert!(said.contains("tokenizer.end_of_document names it, got none called"), "{said}");
+        assert_eq!(HfTokenizer::from_json(renamed.as_bytes(), "<fin>").unwrap().end_of_document, 0);
+        assert!(HfTokenizer::from_json(json.as_bytes(), "<fin>").is_err());
+        assert!(HfTokenizer::from_json(b"{}", "").is_err());
+        assert!(HfTokenizer::from_json(&json.as_bytes()[..json.len() / 2], "").is_err());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_text_survives_and_its_bytes_are_counted(text in any::<String>()) {
+            static TOKENIZER: std::sync::LazyLock<Tokenizer> = std::sync::LazyLock::new(trained);
+            let ids = TOKENIZER.encode(text.as_bytes());
+            prop_assert_eq!(&TOKENIZER.decode(&ids), text.as_bytes());
+            prop_assert_eq!(ids.iter().map(|&id| TOKENIZER.byte_length(id)).sum::<usize>(), text.len());
+            let mut stream = TOKENIZER.stream();
+            let pieces: Vec<u8> = ids.iter().flat_map(|&id| stream(id)).collect();
+            // The library holds back what ends in U+FFFD, which may be half a character or may be meant.
+            prop_assert!(text.as_bytes().starts_with(&pieces));
+            if !text.contains('\u{fffd}') {
+                prop_assert_eq!(pieces, text.as_bytes());
+            }
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Prepared folders: the same tokens as in memory, the same bytes however often interrupted, and no shard read that is
+//! not the one written.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::data::hf_tokenizer;
+use crate::data::load::{Loaded, Wanted, load};
+use crate::data::parquet_file;
+use crate::data::shards::Shards;
+use crate::data::tokenizer::Tokenizer;
+
+/// A folder with a text file, a JSONL file and a Parquet file; 90 documents.
+fn input() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let text = |i: usize| format!("document number {i}, {}", "with some text ".repeat(i % 7));
+    let lines: String = (0..50).map(|i| format!("{}\n", serde_json::json!({ "text": text(i) }))).collect();
+    fs::write(folder.path().join("a.jsonl"), lines).unwrap();
+    let rows: Vec<String> = (50..89).map(text).collect();
+    let rows: Vec<Option<&str>> = rows.iter().map(|row| Some(row.as_str())).collect();
+    let codec = parquet::basic::Compression::SNAPPY;
+    parquet_file::tests::write(&folder.path().join("b.parquet"), "text", &[&rows], codec);
+    fs::write(folder.path().join("c.txt"), text(89)).unwrap();
+    fs::write(folder.path().join("d.bin"), b"\0").unwrap();
+    folder
+}
+
+fn preparation(input: &Path, to: &Path, tokenizer: Tokenizer) -> Preparation {
+    let encoder = DocumentEncoder::plain(tokenizer);
+    Preparation { paths: vec![input.into()], encoder, to: to.into(), shard_tokens: 500 }
+}
+
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+fn say(faults: Vec<PrepareFault>) -> String {
+    faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_shards_hold_the_documents_in_their_order() {
+    let (input, out) = (input(), tempfile::tempdir().unwrap());
+    for tokenizer in [Tokenizer::Bytes, hf_tokenizer::tests::trained()] {
+        let to = out.path().join(tokenizer.hash());
+        let index = prepare(&preparation(input.path(), &to, tokenizer.clone()), &mut |_| true).unwrap();
+        assert!(index.train.len() > 2 && index.id_bytes == 2);
+        let mut expected = [Vec::new(), Vec::new()];
+        for file in ["a.jsonl", "b.parquet", "c.txt"].map(|name| input.path().join(name)) {
+            let push = &mut |document: Document| {
+                let side = &mut expected[usize::from(validates(&document.text))];
+                side.extend(tokenizer.encode(&document.text));
+                side.push(tokenizer.end_of_document());
+                Ok::<_, DataFault>(())
+            };
+            Format::of(&file).each(&file, push).unwrap();
+        }
+        for (records, expected) in [(&index.train, &expected[0]), (&index.validation, &expected[1])] {
+            let shards = Shards::open(&to, &index, records).unwrap();
+            assert_eq!(shards.read(0..shards.len()), *expected);
+            assert!(!expected.is_empty());
+            // Every short range, over the edges of shards too.
+            for start in 0..expected.len() - 3 {
+                assert_eq!(shards.read(start..start + 3), expected[start..start + 3], "{start}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_preparation_ends_in_the_same_bytes() {
+    let (input, out) = (input(), tempfile::tempdir().unwrap());
+    let whole = out.path().join("whole");
+    prepare(&preparation(input.path(), &whole, Tokenizer::Bytes), &mut |_| true).unwrap();
+    let expected = contents(&whole);
+    let kinds: std::collections::BTreeSet<&str> =
+        expected.keys().map(|name| name.split(['-', '.']).next().unwrap()).collect();
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["index", "train", "validation"]);
+    let cut = out.path().join("cut");
+    let cut_preparation = preparation(input.path(), &cut, Tokenizer::Bytes);
+    let mut kept = 0;
+    // Every call is stopped at the first unit that it adds, until there is no more to add.
+    loop {
+        let outcome = prepare(&cut_preparation, &mut |progress| progress.units == kept);
+        match outcome {
+            Err(faults) => assert!(matches!(faults[..], [PrepareFault::Stopped])),
+            Ok(_) => break,
+        }
+        kept += 1;
+        assert!(kept < 100);
+        // What a kill leaves of the unit under way.
+        fs::write(cut.join(format!("train-{kept:05}.partial")), b"half").unwrap();
+    }
+    assert!(kept > 2);
+    let mut got = contents(&cut);
+    got.retain(|name, _| !name.ends_with(".partial"));
+    assert!(got == expected, "the folders differ: {:?} {:?}", got.keys(), expected.keys());
+    // Ready folders stay as they are, and others are not taken over.
+    prepare(&cut_preparation, &mut |_| false).unwrap();
+    let other = Preparation { shard_tokens: 501, ..cut_preparation };
+    assert!(say(prepare(&other, &mut |_| true).unwrap_err()).contains("one that holds something else"));
+}
+
+#[test]
+fn a_shard_that_is_not_the_one_written_is_refused_by_name() {
+    let (input, out) = (input(), tempfile::tempdir().unwrap());
+    let to = out.path().join("tokens");
+    let index = prepare(&preparation(input.path(), &to, Tokenizer::Bytes), &mut |_| true).unwrap();
+    let name = index.train[1].file.clone();
+    let path = to.join(&name);
+    let whole = fs::read(&path).unwrap();
+    let refusal = || {
+        let faults = Shards::open(&to, &index, &index.train).unwrap_err();
+        assert_eq!(faults.len(), 1);
+        faults[0].to_string()
+    };
+    for at in [0, whole.len() / 2, whole.len() - 1] {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1;
+        fs::write(&path, flipped).unwrap();
+        assert!(refusal().starts_with(&format!("{}: expected the checksum", path.display())));
+    }
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let expected = format!("{}: expected {} bytes, got {}", path.display(), whole.len(), whole.len() - 1);
+    assert_eq!(refusal(), expected);
+    fs::remove_file(&path).unwrap();
+    assert!(refusal().starts_with(&format!("{}: cannot be read", path.display())));
+}
+
+#[test]
+fn an_id_beyond_the_vocabulary_is_refused() {
+    let (input, out) = (input(), tempfile::tempdir().unwrap());
+    let to = out.path().join("tokens");
+    let mut index = prepare(&preparation(input.path(), &to, Tokenizer::Bytes), &mut |_| true).unwrap();
+    index.id_limit = 256;
+    let said = Shards::open(&to, &index, &index.train[..1]).unwrap_err()[0].to_string();
+    assert!(said.ends_with("expected token ids below 256, got 256"), "{said}");
+}
+
+#[test]
+fn a_run_takes_a_prepared_folder_of_its_own_tokenizer_only() {
+    let (input, out) = (input(), tempfile::tempdir().unwrap());
+    let to = out.path().join("tokens");
+    prepare(&preparation(input.path(), &to, Tokenizer::Bytes), &mut |_| true).unwrap();
+    let take = |paths: &[PathBuf], weights: &[u32], tokenizer: Tokenizer| {
+        let encoder = DocumentEncoder::plain(tokenizer);
+        load(Wanted { paths, weights, encoder: &encoder, sequence_length: 16 })
+    };
+    let one = [to.clone()];
+    let Loaded { name, train, validation, .. } = take(&one, &[], Tokenizer::Bytes).unwrap();
+    assert_eq!(name, "prepared");
+    assert!(train.num_sequences() > 100 && validation.num_sequences() > 5 && train.tokens().is_none());
+    let said = take(&one, &[], hf_tokenizer::tests::trained()).unwrap_err()[0].to_string();
+    assert!(
+        said.contains("expected tokens of the run's tokenizer") && said.ends_with("tokens of bytes"),
+        "{said}"
+    );
+    // Beside another path it needs a weight.
+    let two = [to, input.path().to_path_buf()];
+    let said = take(&two, &[], Tokenizer::Bytes).unwrap_err()[0].to_string();
+    assert!(said.contains("expected data.weights"), "{said}");
+    let joined = take(&two, &[3, 1], Tokenizer::Bytes).unwrap();
+    let [(first, 3), (second, 1)] = joined.train.sources()[..] else {
+        panic!("{:?}", joined.train.sources())
+    };
+    assert_eq!((first, first + second), (train.num_sequences(), joined.train.num_sequences()));
+    assert_eq!(joined.train.sequence(first - 1), train.sequence(first - 1));
+}
+
+#[test]
+fn faults_of_the_input_come_with_their_place() {
+    let (input, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let to = out.path().join("tokens");
+    let refusal = |paths: &[&str]| {
+        let paths = paths.iter().map(|name| input.path().join(name)).collect();
+        let encoder = DocumentEncoder::plain(Tokenizer::Bytes);
+        say(prepare(&Preparation { paths, encoder, to: to.clone(), shard_tokens: 500 }, &mut |_| true)
+            .unwrap_err())
+    };
+    fs::write(input.path().join("a.txt"), "text").unwrap();
+    // A folder behind a file cannot be read by anybody, whoever runs this.
+    let said = refusal(&["missing", "a.txt/folder"]);
+    let root = input.path().display();
+    let expected = format!("{root}/missing: no such file or folder\n{root}/a.txt/folder: cannot be read: ");
+    assert!(said.starts_with(&expected), "{said}");
+    assert!(!to.exists(), "nothing is written for it");
+    fs::write(input.path().join("b.jsonl"), "{\"text\":\"a\"}\n{\"text\":").unwrap();
+    assert!(refusal(&["b.jsonl"]).starts_with(&format!("{root}/b.jsonl: line 2: expected a JSON object")));
+}
