@@ -37,7 +37,7 @@ enum Command {
     Generate(generate::Args),
     /// List the built-in recipes
     Recipes(recipes::Args),
-    /// Measure this machine: training steps, balance of the experts
+    /// Measure this machine: training steps, prompts and tokens, balance of the experts
     #[command(after_long_help = LEGEND)]
     Bench(bench::Args),
 }

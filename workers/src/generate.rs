@@ -221,8 +221,30 @@ pub fn choose(logits: &[f32], sampling: Sampling, uniform: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use contraflow_runtime::recipe::builtin;
 
     const LOGITS: [f32; 4] = [0.0, 3.0, 1.0, 2.0];
+
+    #[test]
+    fn a_prompt_read_at_once_is_the_prompt_read_token_by_token() {
+        let config = builtin::model("tiny").unwrap();
+        let ids: Vec<u32> = (0..150_u32).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let generator = Generator::fresh(config, 1, 0.1).unwrap();
+        let (mut at_once, mut in_parts, mut one_by_one) =
+            (Cache::default(), Cache::default(), Cache::default());
+
+        let direct = generator.read(&mut at_once, &ids);
+        generator.read(&mut in_parts, &ids[..20]);
+        let continued = generator.read(&mut in_parts, &ids[20..]);
+        let absorbed = ids.iter().map(|&id| generator.read(&mut one_by_one, &[id])).last().unwrap();
+
+        // Two ways to the same sums, each rounded a few hundred times along the layers: 2^-24 times that.
+        let largest = absorbed.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
+        for (logit, truth) in direct.iter().chain(&continued).zip(absorbed.iter().cycle()) {
+            assert!((logit - truth).abs() <= 1e-4 * largest, "{logit} {truth}");
+        }
+        assert_eq!([at_once.len, in_parts.len, one_by_one.len], [150; 3]);
+    }
 
     #[test]
     fn temperature_zero_is_greedy_and_ties_go_to_the_lower_id() {
