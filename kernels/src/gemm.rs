@@ -252,18 +252,19 @@ pub fn gemm_serial(mut out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
     multiply(out, into, alpha, (a, b), Parallelism::None);
 }
 
+/// Outputs of one row up to which the general kernels take values where they lie too.
+const FEW_OUTPUTS: usize = 256;
+
 /// Output, row and matrix where the product is one row by a transposed matrix, and all of them lie together.
 fn one_row<'a, 'b>(
     out: &'a mut MatMut,
     a: Mat<'b>,
     b: Mat<'b>,
 ) -> Option<(&'a mut [f32], &'b [f32], Mat<'b>)> {
-    let fits = out.num_rows() == 1
-        && a.num_rows() == 1
-        && b.num_cols() == out.num_cols()
-        && b.num_rows() == a.num_cols();
+    let fits = a.num_rows() == 1 && b.num_rows() == a.num_cols() && b.num_cols() == out.num_cols();
     let lie_together = out.layout.col_stride == 1 && a.layout.col_stride == 1 && b.layout.row_stride == 1;
-    (fits && lie_together).then(|| (out.row_mut(0), a.row(0), b.t()))
+    let is_one = out.num_rows() == 1 && out.num_cols() > FEW_OUTPUTS;
+    (is_one && fits && lie_together).then(|| (out.row_mut(0), a.row(0), b.t()))
 }
 
 fn multiply(out: MatMut, into: Into, alpha: f32, (a, b): (Mat, Mat), parallelism: Parallelism) {
