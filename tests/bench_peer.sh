@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 rounds=${CONTRAFLOW_PEER_ROUNDS:-2}
 peer=${CONTRAFLOW_PEER:-}
 python=${CONTRAFLOW_PEER_PYTHON:-}
-if [ -n "$peer" ] && [ -z "$python" ] || [ -z "$peer" ] && [ -n "$python" ]; then
+if [ "${peer:+given}" != "${python:+given}" ]; then
     echo "error: expected CONTRAFLOW_PEER and CONTRAFLOW_PEER_PYTHON together, got one of them" >&2
     exit 2
 fi
