@@ -32,6 +32,10 @@ deny:
 cli:
     TRYCMD=overwrite cargo test --test cli
 
+# Our speed beside PyTorch's, in alternation; what it needs stands atop the script
+bench-peer *MODELS:
+    tests/bench_peer.sh {{MODELS}}
+
 # Every number the documents quote
 figures:
     cargo build --release
@@ -42,6 +46,8 @@ figures:
     target/release/contraflow bench step small --threads 2
     target/release/contraflow bench step base --threads 1
     target/release/contraflow bench step base --threads 2
+    target/release/contraflow bench infer small --threads 1
+    target/release/contraflow bench infer base --threads 1
     @echo "== MaxVio without and with loss-free balancing"
     target/release/contraflow bench balance
     @echo "== plans"

@@ -1,5 +1,8 @@
 //! `contraflow bench`: figures about this machine, each in one run, as rates and as shares of a measured limit.
 
+mod checkpoint;
+mod infer;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use contraflow_orchestrator::job::Outcome;
@@ -12,7 +15,6 @@ use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::probe::Probe;
 
-use crate::bench_checkpoint;
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
 use crate::machine::measure_peak;
@@ -38,6 +40,18 @@ enum What {
         /// Steps that are measured, after two that are not
         #[arg(long, default_value_t = 10)]
         steps: usize,
+    },
+    /// Reading a prompt and writing token by token with a benchmark model of random weights
+    Infer {
+        /// The model: small or base
+        #[arg(default_value = "small")]
+        model: String,
+        /// Threads of the arithmetic
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// Repeats that are measured, after one that is not
+        #[arg(long, default_value_t = 10)]
+        repeats: usize,
     },
     /// What a step loses while a checkpoint is written beside it, and the memory that takes
     Checkpoint {
@@ -65,7 +79,8 @@ enum What {
 pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.what {
         What::Step { model, threads, steps } => step(model, *threads, *steps),
-        What::Checkpoint { model, threads, saves } => bench_checkpoint::run(model, *threads, *saves),
+        What::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
+        What::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
         What::Balance { steps } => balance(*steps),
     }
 }
@@ -74,7 +89,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 const WARM_UP: usize = 2;
 
 /// A benchmark model and sequences for it: seeded token ids, no balance of the experts, nothing written.
-pub fn benchmark(model: &str, threads: usize, steps: usize) -> Result<(Recipe, Datasets), Failure> {
+fn benchmark(model: &str, threads: usize, steps: usize) -> Result<(Recipe, Datasets), Failure> {
     let overrides = [
         format!("parallel.threads_per_rank={threads}"),
         format!("training.steps={steps}"),
@@ -98,7 +113,9 @@ fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
     let mut seconds: Vec<f64> = summaries.iter().skip(WARM_UP).map(|summary| summary.seconds).collect();
     seconds.sort_by(f64::total_cmp);
     let (median, best) = (seconds[seconds.len() / 2], seconds[0]);
-    let cpu_rate = tokens * summaries.len() as f64 / cpu_seconds.max(1e-9);
+    // From the end of the warm-up on: making the model is no part of a step.
+    let spent = cpu_seconds[cpu_seconds.len() - 1] - cpu_seconds[WARM_UP - 1];
+    let cpu_rate = tokens * seconds.len() as f64 / spent.max(1e-9);
     let mfu = |seconds: f64| 100.0 * tokens * flops_per_token / seconds / peak;
     print(&format!(
         "{model}, {threads} thread(s), {} steps of {tokens} tokens\n\
@@ -156,24 +173,25 @@ fn balance(steps: usize) -> Result<(), Failure> {
     print(&lines)
 }
 
-/// Runs a recipe without a folder; returns its summaries and the CPU seconds of the process meanwhile.
-fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>, f64), Failure> {
-    let summaries: Arc<Mutex<Vec<StepSummary>>> = Arc::default();
-    let shared = summaries.clone();
+/// Runs a recipe without a folder; returns its summaries, and the process's CPU seconds at the end of each step.
+fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>, Vec<f64>), Failure> {
+    let steps: Arc<Mutex<Vec<(StepSummary, f64)>>> = Arc::default();
+    let shared = steps.clone();
     let subscriber: Subscriber = Box::new(move |summary| {
-        shared.lock().unwrap_or_else(PoisonError::into_inner).push(summary.clone());
+        shared.lock().unwrap_or_else(PoisonError::into_inner).push((summary.clone(), cpu_seconds()));
     });
-    let spent = run_quietly(recipe, datasets, None, subscriber)?;
-    Ok((std::mem::take(&mut *summaries.lock().unwrap_or_else(PoisonError::into_inner)), spent))
+    run_quietly(recipe, datasets, None, subscriber)?;
+    let steps = std::mem::take(&mut *steps.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(steps.into_iter().unzip())
 }
 
-/// Runs a recipe without a run's folder; returns the CPU seconds of the process meanwhile.
-pub fn run_quietly(
+/// Runs a recipe without a run's folder.
+fn run_quietly(
     recipe: Recipe,
     datasets: Datasets,
     checkpoints: Option<Commits>,
     subscriber: Subscriber,
-) -> Result<f64, Failure> {
+) -> Result<(), Failure> {
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
@@ -187,25 +205,18 @@ pub fn run_quietly(
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
-    let before = cpu_seconds();
     let outcome = runtime.block_on(async {
         let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
         Ok::<Outcome, Failure>(cluster.wait().await)
     })?;
-    let spent = cpu_seconds() - before;
     match outcome {
-        Outcome::Done { .. } => Ok(spent),
+        Outcome::Done { .. } => Ok(()),
         outcome => Err(Failure::run(format!("expected the steps to be made, got {outcome:?}"))),
     }
 }
 
-/// CPU time of this process so far, in seconds; 0 where the system does not tell.
+/// CPU time of this process so far, all threads, in seconds.
 fn cpu_seconds() -> f64 {
-    /// Ticks per second of /proc/self/stat on Linux.
-    const TICKS: f64 = 100.0;
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // The command's name, in brackets, may hold blanks; user and system time are the 14th and 15th field.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-    (ticks(11) + ticks(12)) / TICKS
+    let spent = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    spent.tv_sec as f64 + spent.tv_nsec as f64 / 1e9
 }

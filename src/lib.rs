@@ -4,7 +4,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
-pub mod bench_checkpoint;
 pub mod cluster;
 pub mod data;
 pub mod eval;

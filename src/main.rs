@@ -43,7 +43,7 @@ enum Command {
     Import(import::Args),
     /// List the built-in recipes
     Recipes(recipes::Args),
-    /// Measure this machine: training steps, balance of the experts
+    /// Measure this machine: training steps, prompts and tokens, balance of the experts
     #[command(after_long_help = LEGEND)]
     Bench(bench::Args),
     /// Prepare text for training: train a tokenizer, tokenize a large corpus once

@@ -5,7 +5,11 @@
 //!
 //! Shape letters: T tokens, K top-k, E experts.
 
-use crate::{math, tensor::Tensor};
+use crate::{
+    math::{self, MIN_PARALLEL},
+    par,
+    tensor::Tensor,
+};
 
 /// Keeps the normalising division finite when all chosen scores underflow; far below any f32 rounding otherwise.
 const NORMALISER_FLOOR: f32 = 1e-20;
@@ -59,19 +63,37 @@ pub fn forward(logits: &Tensor, bias: &[f32], spec: &GateSpec) -> Routing {
     assert_eq!(bias.len(), spec.num_experts, "expected one bias per expert");
     let num_tokens = logits.rows();
     let mut scores = Tensor::for_overwrite(&[num_tokens, spec.num_experts]);
-    sigmoid_into(logits.f32(), scores.f32_mut());
+    let mut expert_ids = vec![0; num_tokens * spec.top_k];
+    let mut weights = vec![0.0; num_tokens * spec.top_k];
 
-    let mut expert_ids = Vec::with_capacity(num_tokens * spec.top_k);
-    let mut weights = Vec::with_capacity(num_tokens * spec.top_k);
-    let mut choice = Choice::new(spec);
-    for token_scores in scores.f32().chunks_exact(spec.num_experts) {
-        choice.choose(token_scores, bias, spec);
-        let chosen = || choice.experts.best.iter().map(|&(_, id)| token_scores[id as usize]);
-        let factor = if spec.normalise { spec.scale / normaliser(chosen()) } else { spec.scale };
-        weights.extend(chosen().map(|score| score * factor));
-        expert_ids.extend(choice.experts.best.iter().map(|&(_, id)| id));
-    }
+    let ranges = par::partition(num_tokens, MIN_PARALLEL / spec.num_experts);
+    let scores_of = par::split(scores.f32_mut(), spec.num_experts, &ranges);
+    let ids_of = par::split(&mut expert_ids, spec.top_k, &ranges);
+    let weights_of = par::split(&mut weights, spec.top_k, &ranges);
+    let outputs = scores_of.into_iter().zip(ids_of).zip(weights_of);
+    let tasks: Vec<_> = ranges.iter().zip(outputs).collect();
+    par::for_each(tasks, |(tokens, ((scores, ids), weights))| {
+        let logits = &logits.f32()[tokens.start * spec.num_experts..tokens.end * spec.num_experts];
+        sigmoid_into(logits, scores);
+        route(scores, bias, spec, ids, weights);
+    });
     Routing { expert_ids, weights, scores }
+}
+
+/// Choice and weights of some tokens.
+///
+/// **Shapes**: `scores` `[t, E]`, `expert_ids` and `weights` `[t * K]`.
+fn route(scores: &[f32], bias: &[f32], spec: &GateSpec, expert_ids: &mut [u32], weights: &mut [f32]) {
+    let mut choice = Choice::new(spec);
+    let outputs = expert_ids.chunks_exact_mut(spec.top_k).zip(weights.chunks_exact_mut(spec.top_k));
+    for (scores, (ids, weights)) in scores.chunks_exact(spec.num_experts).zip(outputs) {
+        choice.choose(scores, bias, spec);
+        let chosen = || choice.experts.best.iter().map(|&(_, id)| scores[id as usize]);
+        let factor = if spec.normalise { spec.scale / normaliser(chosen()) } else { spec.scale };
+        for ((id, weight), &(_, expert)) in ids.iter_mut().zip(weights).zip(&choice.experts.best) {
+            (*id, *weight) = (expert, scores[expert as usize] * factor);
+        }
+    }
 }
 
 /// Gradient of the scores, from the gradient of the weights, through the normalisation.

@@ -1,6 +1,6 @@
 //! Matrix multiplication over strided views: the one door to the GEMM microkernels.
 //!
-//! Every operation with weights comes through here. It knows views and strides, no tensors and no formats.
+//! Every operation with weights comes through here; one row by a matrix goes on to `gemv`. It knows views and strides, no tensors and no formats.
 
 #![allow(unsafe_code)]
 
@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use gemm_common::Parallelism;
 
-use crate::par;
+use crate::{gemv::gemv, par};
 
 /// A matrix of borrowed f32 values.
 #[derive(Clone, Copy)]
@@ -233,7 +233,10 @@ pub enum Into {
 ///
 /// **Shapes**: `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`; any of them may be transposed or part of a wider matrix.
 /// **Errors**: panics if the shapes do not fit.
-pub fn gemm(out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
+pub fn gemm(mut out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
+    if let Some((out, x, w)) = one_row(&mut out, a, b) {
+        return gemv(out, into, alpha, x, w, false);
+    }
     let parallelism = match par::num_threads() {
         1 => Parallelism::None,
         num_threads => Parallelism::Rayon(num_threads),
@@ -242,8 +245,26 @@ pub fn gemm(out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
 }
 
 /// [`gemm`] on the calling thread alone: for a task that is itself one of many.
-pub fn gemm_serial(out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
+pub fn gemm_serial(mut out: MatMut, into: Into, alpha: f32, a: Mat, b: Mat) {
+    if let Some((out, x, w)) = one_row(&mut out, a, b) {
+        return gemv(out, into, alpha, x, w, true);
+    }
     multiply(out, into, alpha, (a, b), Parallelism::None);
+}
+
+/// Outputs of one row up to which the general kernels take values where they lie too.
+const FEW_OUTPUTS: usize = 256;
+
+/// Output, row and matrix where the product is one row by a transposed matrix, and all of them lie together.
+fn one_row<'a, 'b>(
+    out: &'a mut MatMut,
+    a: Mat<'b>,
+    b: Mat<'b>,
+) -> Option<(&'a mut [f32], &'b [f32], Mat<'b>)> {
+    let fits = a.num_rows() == 1 && b.num_rows() == a.num_cols() && b.num_cols() == out.num_cols();
+    let lie_together = out.layout.col_stride == 1 && a.layout.col_stride == 1 && b.layout.row_stride == 1;
+    let is_one = out.num_rows() == 1 && out.num_cols() > FEW_OUTPUTS;
+    (is_one && fits && lie_together).then(|| (out.row_mut(0), a.row(0), b.t()))
 }
 
 fn multiply(out: MatMut, into: Into, alpha: f32, (a, b): (Mat, Mat), parallelism: Parallelism) {

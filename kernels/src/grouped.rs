@@ -101,9 +101,12 @@ fn for_each_block(
     };
     let (mut expert_ids, mut blocks) = (Vec::new(), Vec::new());
     for (expert_id, bounds) in offsets.windows(2).enumerate() {
-        for start in (bounds[0]..bounds[1]).step_by(step) {
+        // Equal blocks: a rest of a few rows would pack the weights for next to nothing.
+        let (start, len) = (bounds[0], bounds[1] - bounds[0]);
+        let num_blocks = if len == 0 { 0 } else { ((len + step / 2) / step).max(1) };
+        for block in 0..num_blocks {
             expert_ids.push(expert_id);
-            blocks.push(start..bounds[1].min(start + step));
+            blocks.push(start + block * len / num_blocks..start + (block + 1) * len / num_blocks);
         }
     }
     let parts = par::split(data, width, &blocks);

@@ -5,9 +5,12 @@
 //!
 //! Shape letters: T tokens, H heads, C latent, L cached positions, n new positions.
 
+use std::ops::Range;
+
 use crate::{
     gemm::{Into, Mat, MatMut, gemm},
-    softmax,
+    math::MIN_PARALLEL,
+    par, softmax,
     tensor::Tensor,
 };
 
@@ -46,9 +49,8 @@ pub fn join_keys(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tens
     assert_eq!(k_rope.num_cols(), rope_dim, "expected one rotary key for all heads");
     let mut k = Tensor::for_overwrite(&[kv.rows(), num_heads * heads.qk_dim()]);
     let mut v = Tensor::for_overwrite(&[kv.rows(), num_heads * v_dim]);
-    let k_rows = k.f32_mut().chunks_exact_mut(num_heads * heads.qk_dim());
-    let v_rows = v.f32_mut().chunks_exact_mut(num_heads * v_dim);
-    for (row, (k, v)) in k_rows.zip(v_rows).enumerate() {
+    let widths = (num_heads * heads.qk_dim(), num_heads * v_dim);
+    for_each_row(k.f32_mut(), v.f32_mut(), widths, |row, k, v| {
         let parts = kv.row(row).chunks_exact(nope_dim + v_dim);
         let targets = k.chunks_exact_mut(heads.qk_dim()).zip(v.chunks_exact_mut(v_dim));
         for (part, (k, v)) in parts.zip(targets) {
@@ -56,7 +58,7 @@ pub fn join_keys(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tens
             k[nope_dim..].copy_from_slice(k_rope.row(row));
             v.copy_from_slice(&part[nope_dim..]);
         }
-    }
+    });
     (k, v)
 }
 
@@ -73,9 +75,8 @@ pub fn split_key_gradients(dk: &Tensor, dv: &Tensor, heads: &LatentHeads) -> (Te
     );
     let mut d_kv = Tensor::for_overwrite(&[dk.rows(), num_heads * (nope_dim + v_dim)]);
     let mut d_k_rope = Tensor::zeros(&[dk.rows(), rope_dim]);
-    let d_kv_rows = d_kv.f32_mut().chunks_exact_mut(num_heads * (nope_dim + v_dim));
-    let d_rope_rows = d_k_rope.f32_mut().chunks_exact_mut(rope_dim);
-    for (row, (d_kv, d_rope)) in d_kv_rows.zip(d_rope_rows).enumerate() {
+    let widths = (num_heads * (nope_dim + v_dim), rope_dim);
+    for_each_row(d_kv.f32_mut(), d_k_rope.f32_mut(), widths, |row, d_kv, d_rope| {
         let sources = dk.row(row).chunks_exact(heads.qk_dim()).zip(dv.row(row).chunks_exact(v_dim));
         for (part, (dk, dv)) in d_kv.chunks_exact_mut(nope_dim + v_dim).zip(sources) {
             part[..nope_dim].copy_from_slice(&dk[..nope_dim]);
@@ -84,8 +85,27 @@ pub fn split_key_gradients(dk: &Tensor, dv: &Tensor, heads: &LatentHeads) -> (Te
                 *sum += gradient;
             }
         }
-    }
+    });
     (d_kv, d_k_rope)
+}
+
+/// Works on each row of two matrices of as many rows, on the pool if there is one.
+fn for_each_row(
+    left: &mut [f32],
+    right: &mut [f32],
+    (left_width, right_width): (usize, usize),
+    work: impl Fn(usize, &mut [f32], &mut [f32]) + Send + Sync,
+) {
+    let ranges = par::partition(left.len() / left_width, MIN_PARALLEL / left_width);
+    let parts =
+        par::split(left, left_width, &ranges).into_iter().zip(par::split(right, right_width, &ranges));
+    let tasks = ranges.iter().cloned().zip(parts).collect();
+    par::for_each(tasks, |(rows, (left, right)): (Range<usize>, (&mut [f32], &mut [f32]))| {
+        let pairs = left.chunks_exact_mut(left_width).zip(right.chunks_exact_mut(right_width));
+        for (row, (left, right)) in rows.zip(pairs) {
+            work(row, left, right);
+        }
+    });
 }
 
 /// The cached positions of one sequence in one layer, the new ones included.

@@ -21,6 +21,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod gate;
 pub mod gemm;
+mod gemv;
 pub mod grouped;
 pub mod isa;
 pub mod latent;

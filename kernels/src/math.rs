@@ -83,12 +83,17 @@ pub fn sum(values: &[f32]) -> f64 {
     )
 }
 
-/// Sum of all squares.
+/// Sum of all squares: of blocks first, then of those in their order, the same on any number of threads.
 pub fn sum_squares(values: &[f32]) -> f64 {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || values.chunks(BLOCK).map(|block| f64::from(dot_lanes(block, block))).sum(),
-    )
+    let mut sums = vec![0.0; values.len().div_ceil(BLOCK)];
+    par::for_each_chunk(&mut sums, 1, MIN_PARALLEL.div_ceil(BLOCK), |range, sums| {
+        let blocks = values.chunks(BLOCK).skip(range.start);
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || sums.iter_mut().zip(blocks).for_each(|(sum, block)| *sum = dot_lanes(block, block)),
+        );
+    });
+    sums.into_iter().map(f64::from).sum()
 }
 
 /// `target += source`.

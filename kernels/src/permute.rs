@@ -5,7 +5,7 @@
 //!
 //! Shape letters: N source rows, R routed rows, E experts, D hidden.
 
-use crate::tensor::Tensor;
+use crate::{math::MIN_PARALLEL, par, tensor::Tensor};
 
 /// Routed rows in the order the grouped GEMMs want them: by expert, and by list position within an expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,26 +61,36 @@ pub fn by_expert(pairs: &[(u32, u32)], num_experts: usize) -> Permutation {
 pub fn gather(x: &Tensor, rows: &[u32]) -> Tensor {
     let mut out = Tensor::for_overwrite(&[rows.len(), x.cols()]);
     let (source, width) = (x.f32(), x.cols());
-    for (target, &row) in out.f32_mut().chunks_exact_mut(width).zip(rows) {
-        let start = row as usize * width;
-        target.copy_from_slice(&source[start..start + width]);
-    }
+    par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |range, out| {
+        for (target, &row) in out.chunks_exact_mut(width).zip(&rows[range]) {
+            let start = row as usize * width;
+            target.copy_from_slice(&source[start..start + width]);
+        }
+    });
     out
 }
 
 /// Adds row `i` of `y` to row `rows[i]` of `out`, in ascending `i`: the transpose of [`gather`].
 ///
+/// Each thread owns some rows of `out` and looks for what goes there, so sums have one order on any number of threads.
+///
 /// **Shapes**: `y` `[R, D]`, `rows` `[R]`, `out` `[N, D]`.
 pub fn scatter_add(y: &Tensor, rows: &[u32], out: &mut Tensor) {
     let width = out.cols();
     assert_eq!(y.shape(), [rows.len(), width], "expected one row of {width} columns for each target row");
-    let (source, target) = (y.f32(), out.f32_mut());
-    for (values, &row) in source.chunks_exact(width).zip(rows) {
-        let start = row as usize * width;
-        for (sum, value) in target[start..start + width].iter_mut().zip(values) {
-            *sum += value;
-        }
+    let (source, num_targets) = (y.f32(), out.rows());
+    if let Some(row) = rows.iter().find(|&&row| row as usize >= num_targets) {
+        panic!("expected target rows below {num_targets}, got {row}");
     }
+    par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |owned, target| {
+        for (values, &row) in source.chunks_exact(width).zip(rows) {
+            let row = row as usize;
+            if owned.contains(&row) {
+                let start = (row - owned.start) * width;
+                target[start..start + width].iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            }
+        }
+    });
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use crate::{math::MIN_PARALLEL, par};
+
 /// Values in one line, the unit of size: 64 bytes, a cache line and an AVX-512 register.
 const LINE: usize = 16;
 /// Classes per doubling of the size: a buffer is at most an eighth larger than the lines asked for.
@@ -38,7 +40,7 @@ impl Buffer {
         match recycled(num_lines) {
             Some(lines) => {
                 let mut buffer = Buffer { lines, len };
-                buffer.as_mut_slice().fill(0.0);
+                par::for_each_chunk(buffer.as_mut_slice(), 1, MIN_PARALLEL, |_, part| part.fill(0.0));
                 buffer
             }
             None => Buffer { lines: fresh(num_lines), len },
@@ -67,7 +69,9 @@ impl Buffer {
 impl Clone for Buffer {
     fn clone(&self) -> Buffer {
         let mut copy = Buffer::for_overwrite(self.len);
-        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        par::for_each_chunk(copy.as_mut_slice(), 1, MIN_PARALLEL, |range, part| {
+            part.copy_from_slice(&self.as_slice()[range]);
+        });
         copy
     }
 }

@@ -208,7 +208,7 @@ fn eval_says_what_it_cannot_measure() {
     // 192 ids: no room for bytes.
     let small = fixtures()[1].to_str().unwrap().to_owned();
     let told = place.refused(&["eval", &small, "--data", "text.txt"]);
-    assert_told(&told, &["the byte tokenizer needs a vocabulary of 257, the model has 192"]);
+    assert_told(&told, &["vocab_size: expected at least 257 for the tokenizer", "got 192"]);
     place.train();
     assert_told(
         &place.refused(&["eval", "--data", "missing.txt"]),

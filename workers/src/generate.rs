@@ -1,14 +1,19 @@
 //! Generation on one rank: a whole model out of an HF directory, a cache of latents, and a rule to choose tokens.
 //!
-//! A prompt and each new token go through the same components as in training; only the attention core is the absorbed form
-//! against the cache (report section 2.1.1; per token and layer a latent and one rope key are kept). Knows no actors.
+//! A prompt and each new token go through the same components as in training; only for a few new tokens the attention core is
+//! the absorbed form against the cache (report section 2.1.1; per token and layer a latent and one rope key are kept). Knows
+//! no actors.
 
+use std::ops::Range;
 use std::path::Path;
 
+use contraflow_kernels::attention::{self, Span};
 use contraflow_kernels::cross_entropy::logits;
 use contraflow_kernels::gate::{self, Routing};
-use contraflow_kernels::latent::{LatentCache, decode};
+use contraflow_kernels::gemm::{Into, Mat};
+use contraflow_kernels::latent::{LatentCache, decode, join_keys};
 use contraflow_kernels::math::add_into;
+use contraflow_kernels::rope::RopeTable;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{embedding, linear, math, norm};
 use contraflow_runtime::layout::split_layers;
@@ -20,7 +25,8 @@ use crate::hf_check::check_against;
 use crate::model::attention::{kv_latents, queries, rope_keys, rotate_queries};
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::experts::{self, Arrivals};
-use crate::model::{Architecture, Layer, ffn};
+use crate::model::init::initialise;
+use crate::model::{Architecture, AttentionWeights, Layer, ffn};
 use crate::weights::HfWeights;
 
 /// A model that answers.
@@ -67,6 +73,17 @@ impl Generator {
         Ok(Generator { arch, model })
     }
 
+    /// A model of fresh weights, as a training run would begin with it.
+    ///
+    /// **Errors**: in words, if the model has no layers.
+    pub fn fresh(config: ModelConfig, seed: u64, deviation: f64) -> Result<Self, String> {
+        let arch = Architecture::new(config);
+        let mut model = one_rank(&arch)?;
+        initialise(&mut model.dense, seed, deviation);
+        initialise(&mut model.experts, seed, deviation);
+        Ok(Generator { arch, model })
+    }
+
     /// Largest token id plus one.
     pub fn vocab_size(&self) -> usize {
         self.arch.config.vocab_size
@@ -86,29 +103,42 @@ impl Generator {
         let dense = &self.model.dense;
         let table = stage.embedding.expect("the only stage has the embedding");
         let head = stage.head.as_ref().expect("the only stage has the head");
+        let positions = cache.len..cache.len + ids.len();
         let mut x = embedding::forward(ids, dense.weight(table));
-        for (layer, kept) in stage.layers.iter().zip(&mut cache.layers) {
-            x = self.layer(layer, x, cache.len, kept);
+        for (index, (layer, kept)) in stage.layers.iter().zip(&mut cache.layers).enumerate() {
+            // Of the last layer's rows only the last one goes on; the others leave their latents and that is all.
+            let is_last = index + 1 == stage.layers.len();
+            let wanted = if is_last { positions.end - 1..positions.end } else { positions.clone() };
+            x = self.layer(layer, x, wanted, kept);
         }
         cache.len += ids.len();
-        let last = x.slice_rows(ids.len() - 1..ids.len());
+        let last = x.slice_rows(x.rows() - 1..x.rows());
         let normed = norm::forward(&last, dense.weight(head.norm), self.arch.eps());
         logits(&normed, dense.weight(head.head)).f32().to_vec()
     }
 
-    fn layer(&self, layer: &Layer, x: Tensor, first: usize, kept: &mut (Vec<f32>, Vec<f32>)) -> Tensor {
+    /// The layer's output at the wanted positions, the last ones of those whose rows are given.
+    ///
+    /// **Shapes**: `x` `[n, D]`, output `[wanted, D]`.
+    fn layer(
+        &self,
+        layer: &Layer,
+        x: Tensor,
+        wanted: Range<usize>,
+        kept: &mut (Vec<f32>, Vec<f32>),
+    ) -> Tensor {
         let (arch, dense, weights) = (&self.arch, &self.model.dense, &layer.attention);
-        let positions: Vec<u32> = (first..first + x.rows()).map(|position| position as u32).collect();
-        let table = arch.rope.table(&positions);
         let normed = norm::forward(&x, dense.weight(weights.input_norm), arch.eps());
-        let (mut q, _) = queries(weights, dense, &normed);
-        rotate_queries(arch, &table, &mut q, false);
         let kv_latent = linear::forward(&normed, dense.weight(weights.kv_down));
         kept.0.extend_from_slice(kv_latents(arch, weights, dense, &kv_latent).f32());
+        let table = self.rope_table(wanted.end - x.rows()..wanted.end);
         kept.1.extend_from_slice(rope_keys(arch, &table, &kv_latent).f32());
-        let cache = LatentCache { latents: &kept.0, rope_keys: &kept.1 };
-        let out = decode(&q, dense.weight(weights.kv_up), cache, &arch.latent_heads, arch.heads.scale);
-        let residual = linear::forward_add(&out, dense.weight(weights.output), &x);
+
+        let rows = x.rows() - wanted.len()..x.rows();
+        let (mut q, _) = queries(weights, dense, &normed.slice_rows(rows.clone()));
+        rotate_queries(arch, &self.rope_table(wanted), &mut q, false);
+        let out = self.attend(weights, &q, LatentCache { latents: &kept.0, rope_keys: &kept.1 });
+        let residual = linear::forward_add(&out, dense.weight(weights.output), &x.slice_rows(rows));
         let normed = norm::forward(&residual, dense.weight(weights.post_norm), arch.eps());
         let (mut output, _) = ffn::forward(&layer.ffn, dense, normed.clone(), &residual);
         if let (Some(gate_weight), Some(experts)) = (weights.gate, &layer.experts) {
@@ -119,6 +149,32 @@ impl Generator {
             add_into(output.f32_mut(), routed.f32());
         }
         output
+    }
+
+    /// Attention of the cache's last positions, in the form that costs less.
+    ///
+    /// Per head and cached position the absorbed form works on 2 C columns for each query. The direct form first makes
+    /// key and value of C columns each, and then needs `nope + v` of them for each query.
+    ///
+    /// **Shapes**: `q` `[n, H * qk]`, output `[n, H * v]`.
+    fn attend(&self, weights: &AttentionWeights, q: &Tensor, cache: LatentCache) -> Tensor {
+        let (arch, heads) = (&self.arch, &self.arch.latent_heads);
+        let kv_up = self.model.dense.weight(weights.kv_up);
+        let (rank, width) = (kv_up.cols(), heads.nope_dim + heads.v_dim);
+        if q.rows() * 2 * rank <= (rank + q.rows()) * width {
+            return decode(q, kv_up, cache, heads, arch.heads.scale);
+        }
+        let len = cache.latents.len() / rank;
+        let mut kv = Tensor::for_overwrite(&[len, kv_up.rows()]);
+        linear::forward_into(kv.mat_mut(), Into::Overwrite, Mat::new(cache.latents, len, rank), kv_up.mat());
+        let (k, v) = join_keys(&kv, Mat::new(cache.rope_keys, len, heads.rope_dim), heads);
+        let span = Span { query_start: 0, query_len: q.rows(), key_start: 0, key_len: len };
+        attention::forward(q, &k, &v, &[span], &arch.heads).out
+    }
+
+    fn rope_table(&self, positions: Range<usize>) -> RopeTable {
+        let positions: Vec<u32> = positions.map(|position| position as u32).collect();
+        self.arch.rope.table(&positions)
     }
 }
 
@@ -140,11 +196,14 @@ pub fn one_rank(arch: &Architecture) -> Result<RankModel, String> {
 
 /// Chooses a token. `uniform` is a random number in [0, 1).
 pub fn choose(logits: &[f32], sampling: Sampling, uniform: f64) -> u32 {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+    let likelier_first =
+        |&a: &u32, &b: &u32| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b));
     if sampling.temperature <= 0.0 {
-        return order[0];
+        let likeliest = (0..logits.len() as u32).min_by(likelier_first);
+        return likeliest.expect("a vocabulary has at least one token");
     }
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_by(likelier_first);
     let largest = logits[order[0] as usize];
     let weight = |&id: &u32| f64::from(math::exp((logits[id as usize] - largest) / sampling.temperature));
     let weights: Vec<f64> = order.iter().map(weight).collect();
@@ -165,8 +224,30 @@ pub fn choose(logits: &[f32], sampling: Sampling, uniform: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use contraflow_runtime::recipe::builtin;
 
     const LOGITS: [f32; 4] = [0.0, 3.0, 1.0, 2.0];
+
+    #[test]
+    fn a_prompt_read_at_once_is_the_prompt_read_token_by_token() {
+        let config = builtin::model("tiny").unwrap();
+        let ids: Vec<u32> = (0..150_u32).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let generator = Generator::fresh(config, 1, 0.1).unwrap();
+        let (mut at_once, mut in_parts, mut one_by_one) =
+            (Cache::default(), Cache::default(), Cache::default());
+
+        let direct = generator.read(&mut at_once, &ids);
+        generator.read(&mut in_parts, &ids[..20]);
+        let continued = generator.read(&mut in_parts, &ids[20..]);
+        let absorbed = ids.iter().map(|&id| generator.read(&mut one_by_one, &[id])).last().unwrap();
+
+        // Two ways to the same sums, each rounded a few hundred times along the layers: 2^-24 times that.
+        let largest = absorbed.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
+        for (logit, truth) in direct.iter().chain(&continued).zip(absorbed.iter().cycle()) {
+            assert!((logit - truth).abs() <= 1e-4 * largest, "{logit} {truth}");
+        }
+        assert_eq!([at_once.len, in_parts.len, one_by_one.len], [150; 3]);
+    }
 
     #[test]
     fn temperature_zero_is_greedy_and_ties_go_to_the_lower_id() {

@@ -91,8 +91,17 @@ fn check(m: usize, n: usize, k: usize, [out_place, a_place, b_place]: [Place; 3]
 
 #[test]
 fn every_layout_of_every_operand_agrees_with_the_twin() {
-    let sizes =
-        [(1, 1, 1), (1, 40, 17), (33, 1, 20), (5, 7, 1), (5, 7, 2), (17, 33, 9), (64, 48, 31), (70, 90, 130)];
+    let sizes = [
+        (1, 1, 1),
+        (1, 40, 17),
+        (1, 261, 43),
+        (33, 1, 20),
+        (5, 7, 1),
+        (5, 7, 2),
+        (17, 33, 9),
+        (64, 48, 31),
+        (70, 90, 130),
+    ];
     for (m, n, k) in sizes {
         for out in places() {
             for (a, b) in places().flat_map(|a| places().map(move |b| (a, b))) {

@@ -7,6 +7,7 @@ mod gemm;
 mod linear;
 mod math;
 mod norm;
+mod one_or_many;
 mod rope;
 mod swiglu;
 mod tensor;

@@ -18,7 +18,7 @@ use std::fmt::Write as _;
 use super::action::{Action, Chunk, Plan};
 
 /// Far beyond any plan; the check has a word for each chunk that is missing.
-const MAX_CHUNKS: usize = 1 << 18;
+pub const MAX_CHUNKS: usize = 1 << 18;
 
 /// Writes a plan down. A name of several lines is written as one.
 pub fn write(plan: &Plan) -> String {

@@ -11,7 +11,7 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::cost;
 
-use crate::bench::{benchmark, run_quietly};
+use super::{benchmark, run_quietly};
 use crate::failure::Failure;
 use crate::output::print;
 use crate::run::{companions, manifest};
