@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::checkpoint::folder::sync_dir;
 use contraflow_workers::error::RankError;
 use contraflow_workers::hf_check::{Checked, check};
-use contraflow_workers::hf_export::{Export, Format, Written, staged, sync_folder};
+use contraflow_workers::hf_export::{Export, Format, Written, staged};
 
 use crate::failure::Failure;
 use crate::output::print;
@@ -82,6 +83,6 @@ fn write(from: &Path, checked: &Checked, config_json: String, part: &Path) -> Re
         shard_bytes: SHARD_BYTES,
     };
     let written = export.write(&model)?;
-    sync_folder(&model).map_err(file_error)?;
+    sync_dir(&model).map_err(file_error)?;
     Ok(written)
 }

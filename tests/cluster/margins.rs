@@ -8,12 +8,12 @@ use contraflow_runtime::fabric::{FrameKind, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, Component, Mode, ScheduleKind, TransferKind, Work, lower};
+use contraflow_workers::buckets::RankParams;
 use contraflow_workers::compute::{Compute, ComputeOp};
 use contraflow_workers::exchange::{Exchange, ExpertGroup, Route};
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::micro_batch::{LossScales, MicroBatch, Sequences};
-use contraflow_workers::optimizer::RankParams;
 use contraflow_workers::params::Params;
 use contraflow_workers::step::{StepId, Transit};
 

@@ -13,9 +13,9 @@ use contraflow_runtime::failpoint::failpoint;
 use contraflow_runtime::model_config::ModelConfig;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
+use crate::buckets::RankParams;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
 use crate::error::RankError;
-use crate::optimizer::RankParams;
 use crate::params::Params;
 use crate::probe::{Probe, ProbePoint};
 use crate::rank::RankMessage;

@@ -1,17 +1,19 @@
 //! Writes a model as an HF directory: shards with an index, configuration, tokenizer files, checksums.
 //!
-//! One tensor is in memory at a time, beside a copy of a shared one the original. A directory is made under another name, brought to disk and renamed: under its own
-//! name it is whole or not there. Knows names and files, no layers.
+//! One tensor is in memory at a time, beside a copy of a shared one the original. A directory is made under another name,
+//! brought to disk and renamed: under its own name it is whole or not there. Knows names and files, no layers.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::checkpoint::folder::sync_dir;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use safetensors::Dtype;
 
 use crate::error::RankError;
+use crate::hashed_file::{HashedFile, Sealed};
 use crate::hf_check::{FileSeal, SEAL_FILE, SEAL_VERSION, Seal};
 use crate::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error, header_text};
 
@@ -79,7 +81,7 @@ pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError
     let part = part_of(target);
     std::fs::create_dir(&part).map_err(file_error(&part))?;
     let done = write(&part).and_then(|done| {
-        sync_folder(&part).map_err(file_error(&part))?;
+        sync_dir(&part).map_err(file_error(&part))?;
         std::fs::rename(&part, target).map_err(file_error(target))?;
         Ok(done)
     });
@@ -87,7 +89,7 @@ pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError
         Ok(done) => {
             let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
             let parent = parent.unwrap_or(Path::new("."));
-            sync_folder(parent).map_err(file_error(parent))?;
+            sync_dir(parent).map_err(file_error(parent))?;
             Ok(done)
         }
         Err(error) => {
@@ -96,13 +98,6 @@ pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError
             Err(error)
         }
     }
-}
-
-/// Brings the names in a folder to disk.
-///
-/// **Errors**: what the system says.
-pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    File::open(folder)?.sync_all()
 }
 
 impl Export<'_> {
@@ -202,9 +197,8 @@ impl Export<'_> {
     fn write_shard(&self, path: &Path, shard: &[WeightShape]) -> Result<(FileSeal, u64), RankError> {
         let listed = shard.iter().map(|weight| (weight.name.as_str(), self.dtype(weight), &weight.shape[..]));
         let (header, bytes) = header_text(listed);
-        let file = File::create_new(path).map_err(file_error(path))?;
-        let mut out = Sealing { file: BufWriter::new(file), hasher: blake3::Hasher::new(), bytes: 0 };
-        let write = |out: &mut Sealing, bytes: &[u8]| out.write(bytes).map_err(file_error(path));
+        let mut out = HashedFile::create(path).map_err(file_error(path))?;
+        let write = |out: &mut HashedFile, bytes: &[u8]| out.write(bytes).map_err(file_error(path));
         write(&mut out, &(header.len() as u64).to_le_bytes())?;
         write(&mut out, header.as_bytes())?;
         for weight in shard {
@@ -214,8 +208,8 @@ impl Export<'_> {
                 write(&mut out, &encode(block, dtype))?;
             }
         }
-        let seal = out.finish().map_err(file_error(path))?;
-        Ok((seal, bytes))
+        let Sealed { bytes: size, blake3 } = out.finish().map_err(file_error(path))?;
+        Ok((FileSeal { bytes: size, blake3 }, bytes))
     }
 }
 
@@ -227,26 +221,6 @@ fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
         Dtype::BF16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
         _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-    }
-}
-
-/// A file that is hashed while it is written.
-struct Sealing {
-    file: BufWriter<File>,
-    hasher: blake3::Hasher,
-    bytes: u64,
-}
-
-impl Sealing {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    fn finish(self) -> std::io::Result<FileSeal> {
-        self.file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;
-        Ok(FileSeal { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
     }
 }
 

@@ -11,9 +11,9 @@ use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::watch::Seen;
 use contraflow_runtime::watch::evidence::{BadTensor, Evidence, FOUND_LEN, Found, layer_of};
 
+use crate::buckets::RankParams;
 use crate::collectives::Collectives;
 use crate::compute::Totals;
-use crate::optimizer::RankParams;
 use crate::params::{Param, Part};
 
 /// The all-reduce of the evidence; the totals are number 0.

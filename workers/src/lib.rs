@@ -1,9 +1,10 @@
 //! What a rank does: its actors, its model, and how the two meet the fabric.
 //!
 //! The path of a micro-batch: `loader` -> `pipeline` (the program's cursor) -> `lanes` -> `compute` (with `model/`) ->
-//! `exchange` -> `optimizer`. This is the one crate that knows both ranks and tensors.
+//! `exchange` -> `update`. This is the one crate that knows both ranks and tensors.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod buckets;
 pub mod checkpoint;
 pub mod checkpointer;
 pub mod collectives;
@@ -14,6 +15,7 @@ pub mod evaluate;
 pub mod exchange;
 pub mod expert_shard;
 pub mod generate;
+pub mod hashed_file;
 pub mod hf_check;
 pub mod hf_export;
 pub mod inspect;
@@ -29,5 +31,6 @@ pub mod plans;
 pub mod probe;
 pub mod rank;
 pub mod step;
+pub mod update;
 pub mod weights;
 pub mod worker;

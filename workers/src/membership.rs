@@ -14,6 +14,7 @@ use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 
+use crate::buckets::RankParams;
 use crate::checkpoint::Checkpoint;
 use crate::checkpointer::{Checkpointer, CheckpointerMessage};
 use crate::error::RankError;
@@ -24,15 +25,13 @@ use crate::loader::{Datasets, Loader, LoaderMessage, LoaderSetup};
 use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
-use crate::optimizer::{
-    GlobalTotals, Optimizer, OptimizerMessage, OptimizerSetup, OptimizerState, RankParams, SaveWhen,
-    UpdateOrder,
-};
+use crate::optimizer::{Optimizer, OptimizerMessage};
 use crate::params::Params;
 use crate::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::plans::Plans;
 use crate::probe::Probe;
 use crate::rank::RankMessage;
+use crate::update::{GlobalTotals, OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
 use crate::weights::HfWeights;
 
 /// Takes a rank's events to the orchestrator.

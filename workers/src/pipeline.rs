@@ -11,11 +11,11 @@ use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::{Lane, OpId, Plan, Program};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
+use crate::buckets::RankParams;
 use crate::compute::{Compute, Totals};
 use crate::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
 use crate::model::Architecture;
 use crate::model::micro_batch::{LossScales, MicroBatch, Sequences};
-use crate::optimizer::RankParams;
 use crate::probe::{Probe, ProbePoint};
 use crate::rank::RankMessage;
 use crate::step::StepId;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use contraflow_runtime::schedule::Op;
 
-use crate::optimizer::RankParams;
+use crate::buckets::RankParams;
 
 /// A point a probe is called at.
 pub enum ProbePoint<'a> {

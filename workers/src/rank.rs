@@ -14,6 +14,7 @@ use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::watch::{Divergence, Watch};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
+use crate::buckets::RankParams;
 use crate::checkpoint::Snapshot;
 use crate::checkpointer::CheckpointerMessage;
 use crate::error::RankError;
@@ -21,12 +22,13 @@ use crate::expert_shard::ExpertShardMessage;
 use crate::loader::{Batch, BatchShape, LoaderMessage, Part};
 use crate::membership::{Assignment, Built, Member, Tell, build_rank, gone, join};
 use crate::model::micro_batch::LossScales;
-use crate::optimizer::{OptimizerMessage, RankParams, UpdateDone, UpdateOrder};
+use crate::optimizer::{OptimizerMessage, UpdateDone};
 use crate::params::Params;
 use crate::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
 use crate::plans::{train_shape, validation_shape};
 use crate::probe::ProbePoint;
 use crate::step::StepId;
+use crate::update::UpdateOrder;
 
 /// What the rank hears.
 pub enum RankMessage {

@@ -8,6 +8,7 @@
 mod read;
 mod shard;
 mod snapshot;
+mod state;
 #[cfg(test)]
 mod tests;
 

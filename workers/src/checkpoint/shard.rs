@@ -1,7 +1,6 @@
 //! Writes one rank's shard: a safetensors file whose header also holds the records, with its checksum made on the way.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::Path;
 
 use contraflow_runtime::checkpoint::ShardFile;
@@ -9,6 +8,7 @@ use contraflow_runtime::failpoint::failpoint;
 
 use super::{Record, Snapshot, Storage};
 use crate::error::RankError;
+use crate::hashed_file::{HashedFile, Sealed};
 
 /// File name of a rank's shard.
 pub fn shard_name(rank: usize) -> String {
@@ -24,35 +24,31 @@ pub(super) const RECORDS_KEY: &str = "records";
 pub fn write_shard(dir: &Path, name: &str, mut snapshot: Snapshot) -> Result<ShardFile, RankError> {
     snapshot.pieces.sort_by_cached_key(|piece| piece.record.key());
     let path = dir.join(name);
-    write_pieces(&path, snapshot)
-        .map(|(bytes, blake3)| ShardFile { file: name.to_owned(), bytes, blake3 })
-        .map_err(|source| {
-            // Whatever is left of it belongs to no checkpoint; a full disk is better off without.
-            drop(std::fs::remove_file(&path));
-            RankError::File { path: path.display().to_string(), source }
-        })
+    let Sealed { bytes, blake3 } = write_pieces(&path, snapshot).map_err(|source| {
+        // Whatever is left of it belongs to no checkpoint; a full disk is better off without.
+        drop(std::fs::remove_file(&path));
+        RankError::File { path: path.display().to_string(), source }
+    })?;
+    Ok(ShardFile { file: name.to_owned(), bytes, blake3 })
 }
 
-fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<(u64, String)> {
+fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<Sealed> {
     failpoint("checkpoint.shard-begins");
     let header = header(snapshot.pieces.iter().map(|piece| &piece.record))?;
-    let mut out =
-        Hashing { out: BufWriter::new(File::create(path)?), hasher: blake3::Hasher::new(), bytes: 0 };
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
+    let mut out = HashedFile::create(path)?;
+    out.write(&(header.len() as u64).to_le_bytes())?;
+    out.write(header.as_bytes())?;
     let half = snapshot.pieces.len() / 2;
     for (index, piece) in snapshot.pieces.into_iter().enumerate() {
         if index == half {
             failpoint("checkpoint.shard-half-written");
         }
-        out.write_all(piece.values.bytes())?;
+        out.write(piece.values.bytes())?;
     }
-    let Hashing { out, hasher, bytes } = out;
-    let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
     failpoint("checkpoint.shard-written");
-    file.sync_all()?;
+    let sealed = out.finish()?;
     failpoint("checkpoint.shard-synced");
-    Ok((bytes, hasher.finalize().to_hex().to_string()))
+    Ok(sealed)
 }
 
 fn header<'a>(records: impl Iterator<Item = &'a Record> + Clone) -> io::Result<String> {
@@ -75,24 +71,4 @@ fn header<'a>(records: impl Iterator<Item = &'a Record> + Clone) -> io::Result<S
     // The format wants the data to begin at a multiple of 8.
     text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
     Ok(text)
-}
-
-/// Passes bytes on and takes their checksum.
-struct Hashing<W> {
-    out: W,
-    hasher: blake3::Hasher,
-    bytes: u64,
-}
-
-impl<W: Write> Write for Hashing<W> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let written = self.out.write(buffer)?;
-        self.hasher.update(&buffer[..written]);
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
 }

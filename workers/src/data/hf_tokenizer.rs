@@ -31,6 +31,10 @@ const FIM_NAMES: [&str; 3] = [
     "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
 ];
 
+/// Letters, marks, white space, accents, ideographs and an emoji: a tokenizer that has no way out for what it does not know
+/// fails on one of them.
+const PROBE: &str = "Az09 _-.,;:!?'\"()[]{}<>|/\\@#$%^&*+=~`\t\r\n\u{0}\u{7f}\u{e9}\u{df}\u{3b1}\u{416}\u{5d0}\u{4e2d}\u{1f600}";
+
 /// A tokenizer.json that was read.
 #[derive(Debug)]
 pub struct HfTokenizer {
@@ -65,6 +69,8 @@ impl HfTokenizer {
         let expected = "a token for the end of a document; tokenizer.end_of_document names it";
         let end = end.ok_or_else(|| fault(expected, format!("none called {}", names.join(" or "))))?;
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(end);
+        let probe = inner.encode_fast(PROBE, false);
+        probe.map_err(|error| fault("a tokenizer that encodes any text", error.to_string()))?;
         let decoder = serde_json::to_string(&inner.get_decoder()).unwrap_or_default();
         Ok(Self {
             is_byte_level: decoder.contains("\"ByteLevel\""),
@@ -77,7 +83,7 @@ impl HfTokenizer {
 
     pub(super) fn encode(&self, text: &str) -> Vec<u32> {
         let encoding = self.inner.encode_fast(text, false);
-        encoding.map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default()
+        encoding.expect("a tokenizer that encodes the probe encodes any text").get_ids().to_vec()
     }
 
     pub(super) fn decode(&self, ids: &[u32]) -> String {

@@ -5,9 +5,10 @@
 //! unit that has a record and goes on behind it. So the folder does not depend on how often the work was interrupted.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::checkpoint::folder::sync_dir;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,7 @@ use super::corpus::Document;
 use super::documents::DocumentEncoder;
 use super::files::{self, DataFault, Format};
 use super::shards::{INDEX, Index, ShardRecord};
+use crate::hashed_file::HashedFile;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
@@ -202,7 +204,7 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), PrepareFault> {
 /// Renames a flushed file and flushes its folder.
 fn put_in_place(fresh: &Path, path: &Path) -> io::Result<()> {
     fs::rename(fresh, path)?;
-    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    path.parent().map_or(Ok(()), sync_dir)
 }
 
 /// Where documents go.
@@ -341,8 +343,7 @@ fn validates(text: &[u8]) -> bool {
 struct ShardWriter {
     path: PathBuf,
     fresh: PathBuf,
-    file: BufWriter<File>,
-    hasher: blake3::Hasher,
+    file: HashedFile,
     id_bytes: usize,
     tokens: u64,
     ends: Vec<u64>,
@@ -352,10 +353,9 @@ struct ShardWriter {
 impl ShardWriter {
     fn create(path: PathBuf, id_bytes: usize) -> Result<Self, PrepareFault> {
         let fresh = path.with_extension("partial");
-        let file = File::create(&fresh).map_err(|error| cannot_write(&fresh, &error))?;
-        let file = BufWriter::with_capacity(1 << 20, file);
-        let (hasher, ends, bytes) = (blake3::Hasher::new(), Vec::new(), Vec::new());
-        Ok(Self { path, fresh, file, hasher, id_bytes, tokens: 0, ends, bytes })
+        let file = HashedFile::create(&fresh).map_err(|error| cannot_write(&fresh, &error))?;
+        let (ends, bytes) = (Vec::new(), Vec::new());
+        Ok(Self { path, fresh, file, id_bytes, tokens: 0, ends, bytes })
     }
 
     fn push(&mut self, ids: &[u32]) -> Result<(), PrepareFault> {
@@ -369,21 +369,23 @@ impl ShardWriter {
     }
 
     fn write(&mut self) -> Result<(), PrepareFault> {
-        self.hasher.update(&self.bytes);
-        self.file.write_all(&self.bytes).map_err(|error| cannot_write(&self.path, &error))
+        self.file.write(&self.bytes).map_err(|error| cannot_write(&self.path, &error))
     }
 
     fn close(mut self) -> Result<ShardRecord, PrepareFault> {
         self.bytes = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
         self.write()?;
-        let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
-        let placed = flushed.and_then(|()| put_in_place(&self.fresh, &self.path));
-        placed.map_err(|error| cannot_write(&self.path, &error))?;
+        let path = self.path;
+        let sealed = self.file.finish().and_then(|sealed| {
+            put_in_place(&self.fresh, &path)?;
+            Ok(sealed)
+        });
+        let sealed = sealed.map_err(|error| cannot_write(&path, &error))?;
         Ok(ShardRecord {
-            file: self.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            file: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             tokens: self.tokens,
             documents: self.ends.len() as u64,
-            blake3: self.hasher.finalize().to_hex().to_string(),
+            blake3: sealed.blake3,
         })
     }
 }

@@ -4,7 +4,7 @@ use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
 use contraflow_runtime::schedule::Mode;
 use contraflow_workers::membership::published_names;
-use contraflow_workers::optimizer::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
+use contraflow_workers::update::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
 
 use crate::findings::{Findings, LOSS, Mark};
 use crate::fixture::{Fixture, Truth};

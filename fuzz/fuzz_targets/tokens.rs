@@ -1,0 +1,13 @@
+//! The index of a prepared folder: refused, or one that is written back the same.
+#![no_main]
+
+use contraflow_fuzz as _;
+use contraflow_workers::data::shards::Index;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(index) = Index::parse(bytes) {
+        let again = serde_json::to_vec(&index).expect("an index is texts and numbers");
+        assert_eq!(Index::parse(&again).map(|index| index.hash()), Ok(index.hash()));
+    }
+});
