@@ -2,7 +2,7 @@
 //!
 //! The end of the data walk before ranks exist. Knows no recipe: the caller hands over its keys.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::corpus::Corpus;
 use super::documents::DocumentEncoder;
@@ -91,7 +91,7 @@ fn load_source(paths: &[PathBuf], wanted: Wanted) -> Result<Loaded, Vec<DataFaul
     }
 }
 
-fn load_prepared(dir: &PathBuf, wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
+fn load_prepared(dir: &Path, wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
     let Wanted { encoder, sequence_length, .. } = wanted;
     let index = Index::read(dir).map_err(|fault| vec![fault])?;
     index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
