@@ -56,11 +56,12 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     let extra = marks[marks.len() - 1].1.saturating_sub(marks[WARM_UP - 1].1);
     print(&format!(
         "{model}, {threads} thread(s), one rank, {saves} checkpoints of {:.2} GiB ({:.1} M parameters with two moments)\n\
-         step alone {alone:.3} s, beside a checkpoint {beside:.3} s: stall {:.1}% of that step\n\
+         step alone {alone:.3} s, beside a checkpoint {beside:.3} s: stall {:.1}% of that step, {:.2}% with one every 100 steps\n\
          peak memory {:.2} GiB before the first checkpoint, {:.2} GiB more with them\n",
         gib(written.unwrap_or(0)),
         (parameters.total + parameters.mtp) as f64 / 1e6,
         100.0 * (beside / alone - 1.0),
+        beside / alone - 1.0,
         gib(marks[WARM_UP - 1].1),
         gib(extra),
     ))

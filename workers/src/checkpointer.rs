@@ -101,6 +101,18 @@ pub fn export(
     write_file(dir, &format!("model-{:05}-of-{world:05}.safetensors", rank + 1), entries)
 }
 
+/// In the system's count, in which 0 is what a process begins with.
+#[cfg(target_os = "linux")]
+const LOWEST_PRIORITY: i32 = 19;
+
+/// From now on this thread gets what the training leaves of the cores.
+fn yield_to_training() {
+    // On Linux the priority is the thread's; elsewhere it would be that of the whole process. Without it a checkpoint is
+    // only less polite.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
+}
+
 /// Writes a rank's part of a checkpoint into its folder.
 ///
 /// **Errors**: what the system says, with the path.
@@ -137,14 +149,17 @@ impl Actor for Checkpointer {
             CheckpointerMessage::Save { dir, rank, position, snapshot } => {
                 probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
-                tokio::task::spawn_blocking(move || {
+                let write = move || {
+                    yield_to_training();
                     let watch = snapshot.watch.clone();
                     let write = AssertUnwindSafe(|| Ok((watch, save(&dir, rank, *snapshot)?)));
                     let result =
                         catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
                     // If the rank is gone the job has ended and nobody asks any more.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
-                });
+                };
+                // A thread of its own: a priority that has been lowered cannot be raised again.
+                std::thread::Builder::new().name("checkpoint".into()).spawn(write)?;
             }
             CheckpointerMessage::Export { dir, rank, world, config, params } => {
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
