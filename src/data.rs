@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use contraflow_workers::data::Tokenizer;
 use contraflow_workers::data::documents::DocumentEncoder;
 use contraflow_workers::data::hf_tokenizer::{self, MIN_VOCAB_SIZE};
-use contraflow_workers::data::prepare::{Preparation, PrepareFault, Progress, prepare};
+use contraflow_workers::data::prepare::{Preparation, Progress, prepare};
 use contraflow_workers::data::shards::{Index, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -69,7 +69,7 @@ struct TokenizerArgs {
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 with every fault of arguments and data; code 1 where the system refuses to write.
+/// **Errors**: code 2 with every fault of arguments and data, and where the system refuses to write.
 pub fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::Prepare(args) => run_prepare(args),
@@ -107,14 +107,7 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
         true
     });
     bar.finish_and_clear();
-    say(&args.to, &index.map_err(|faults| failure(&faults))?)
-}
-
-/// Code 1 where the system refused to write, else 2.
-fn failure(faults: &[PrepareFault]) -> Failure {
-    let failure = Failure::faults("data", faults);
-    let is_system = faults.iter().any(|fault| matches!(fault, PrepareFault::Write { .. }));
-    if is_system { Failure::run(failure.message) } else { failure }
+    say(&args.to, &index.map_err(|faults| Failure::faults("data", &faults))?)
 }
 
 fn say(dir: &Path, index: &Index) -> Result<(), Failure> {
@@ -150,8 +143,8 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
     let fresh = args.to.with_extension("partial");
     std::fs::write(&fresh, json)
         .and_then(|()| std::fs::rename(&fresh, &args.to))
-        .map_err(|error| Failure::run(format!("{}: {error}", args.to.display())))?;
-    let tokenizer = Tokenizer::load(&args.to, "").map_err(|fault| Failure::run(fault.to_string()))?;
+        .map_err(|error| Failure::input(format!("{}: {error}", args.to.display())))?;
+    let tokenizer = Tokenizer::load(&args.to, "").map_err(|fault| Failure::input(fault.to_string()))?;
     let path = args.to.display();
     print(&format!(
         "{path}: {} tokens\nnext: contraflow train --set tokenizer.path={path}\n",
