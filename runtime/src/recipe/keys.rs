@@ -154,7 +154,7 @@ pub const KEYS: &[KeyDoc] = &[
         "What becomes of a step that is not finite: stop, skip the batch, or rollback to the last checkpoint."),
     key("watch.on_spike", Choice(&["off", "warn", "stop", "skip", "rollback"]), Fixed("\"warn\""),
         "What becomes of a step with a spike of loss or gradient norm: off, warn, stop, skip or rollback."),
-    key("watch.spike_factor", Number(Positive), Fixed("10.0"),
+    key("watch.spike_factor", Number(Positive), Fixed("20.0"),
         "A spike is more standard deviations than this above the median, both estimated robustly."),
     key("watch.spike_window", Count(2, 1 << 16), Fixed("32"),
         "Updates that the median is taken over; no spike is seen before."),
