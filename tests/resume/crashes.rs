@@ -84,9 +84,13 @@ fn killed_at_fifty_seeded_moments_the_run_goes_on_as_if_nothing_had_been() {
     let resume = ["train", "--resume", "runs/killed", "--set", steps];
     let mut random = 20_261_124_u64;
     let mut num_killed = 0;
+    let committed = || {
+        std::fs::read_dir(place.path("runs/killed/checkpoints"))
+            .is_ok_and(|entries| entries.into_iter().any(|entry| entry.unwrap().path().extension().is_none()))
+    };
     for _ in 0..KILLS {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let begun = place.path("runs/killed/checkpoints").is_dir();
+        let begun = committed();
         let lines = || {
             std::fs::read_to_string(place.path("runs/killed/metrics.jsonl"))
                 .unwrap_or_default()
@@ -106,7 +110,8 @@ fn killed_at_fifty_seeded_moments_the_run_goes_on_as_if_nothing_had_been() {
         let output = child.wait_with_output().unwrap();
         num_killed += u64::from(output.status.signal() == Some(SIGKILL));
         assert!(output.status.success() || output.status.signal() == Some(SIGKILL), "{}", told(&output));
-        if !begun && !place.path("runs/killed/checkpoints").is_dir() {
+        // Killed before its first commit a run has nothing to go on from: it is begun anew.
+        if !committed() {
             std::fs::remove_dir_all(place.path("runs/killed")).unwrap();
         }
     }
