@@ -1,29 +1,10 @@
-//! This machine and this program: how fast its matrix products are, and what the bits of a run depend on.
+//! This machine: how fast its matrix products are.
 
 use std::time::{Duration, Instant};
 
 use contraflow_kernels::gemm::{Into, gemm};
-use contraflow_kernels::isa::instruction_set;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::checkpoint::{Layout, MadeBy};
-use contraflow_runtime::recipe::Recipe;
-
-/// What a checkpoint of this process says about its origin.
-pub fn made_by(recipe: &Recipe) -> MadeBy {
-    let digest = || -> std::io::Result<String> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(std::fs::File::open(std::env::current_exe()?)?)?;
-        Ok(hasher.finalize().to_hex().to_string())
-    };
-    // Without its own file a program can still train; it only cannot say whether another one is the same.
-    let digest = digest().unwrap_or_else(|error| format!("unknown: {error}"));
-    MadeBy {
-        layout: Layout::of(recipe),
-        binary: format!("{} {digest}", env!("CARGO_PKG_VERSION")),
-        instruction_set: instruction_set(),
-    }
-}
 
 /// FLOP/s of a large f32 product on `num_threads` threads: what MFU is measured against.
 pub fn measure_peak(num_threads: usize) -> f64 {

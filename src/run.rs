@@ -9,23 +9,24 @@ use std::time::Instant;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
-use contraflow_runtime::checkpoint::manifest::FORMAT_VERSION;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, UNFINISHED_SUFFIX};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position, UNFINISHED_SUFFIX};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{ErrorKind, Recipe};
 use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
-use contraflow_workers::data::{Tokenizer, tokenizer};
+use contraflow_workers::data::of_recipe::Text;
+use contraflow_workers::data::tokenizer;
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::plans::{Plans, train_shape};
 use contraflow_workers::probe::Probe;
+use contraflow_workers::provenance::{companions, made_by, manifest};
 
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::machine::{made_by, measure_peak};
+use crate::machine::measure_peak;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
@@ -49,22 +50,6 @@ pub struct Tally {
 
 /// What was not finite in the step that ended a run.
 const EVIDENCE: &str = "evidence.json";
-
-/// What a run reads, by name; the sequences themselves are with the ranks.
-pub struct Text {
-    /// The data.
-    pub corpus: CorpusName,
-    /// How it became tokens.
-    pub tokenizer: Tokenizer,
-}
-
-/// What is said of the data.
-pub struct CorpusName {
-    /// `rust-crates`, `files` and so on.
-    pub name: String,
-    /// blake3 of what a loss depends on.
-    pub hash: String,
-}
 
 /// One formation of the cluster: the first, or one after a roll-back.
 #[derive(Default)]
@@ -141,7 +126,8 @@ impl Run {
             peak_flops: measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
-        let manifest = manifest(&recipe, &text.corpus.hash)?;
+        let manifest =
+            manifest(&recipe, &text.corpus.hash).map_err(|error| Failure::run(error.to_string()))?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let run = Run { name, recipe: Arc::new(recipe), dir, frame, text, resume, manifest, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
@@ -345,30 +331,6 @@ impl Run {
 fn new_folder(name: &str) -> Result<PathBuf, Failure> {
     let runs = Path::new(run_dir::RUNS);
     run_dir::create(runs, name).map_err(|error| Failure::input(format!("{}: {error}", runs.display())))
-}
-
-/// What stands in a checkpoint beside the manifest, so that it can be read like a model.
-pub fn companions(recipe: &Recipe, tokenizer: Option<&[u8]>) -> Companions {
-    let config = recipe.model_config.to_hf_json().into_bytes();
-    let tokenizer = tokenizer.map(|json| (tokenizer::FILE, json.to_vec()));
-    [("config.json", config)].into_iter().chain(tokenizer).collect()
-}
-
-/// What all manifests of a run have in common.
-///
-/// **Errors**: never, in truth: the model's configuration is JSON of our own.
-pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, Failure> {
-    let model = serde_json::from_str(&recipe.model_config.to_hf_json());
-    Ok(Manifest {
-        format_version: FORMAT_VERSION,
-        position: Position::default(),
-        watch: Default::default(),
-        recipe: recipe.resolved_toml(),
-        model: model.map_err(|error| Failure::run(error.to_string()))?,
-        corpus_hash: corpus_hash.to_owned(),
-        made_by: made_by(recipe),
-        shards: Vec::new(),
-    })
 }
 
 /// Runs a cluster to its end, listening for interruptions.

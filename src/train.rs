@@ -1,22 +1,18 @@
 //! `contraflow train`: a recipe in, a run's folder out. What a run is stands in `run`, going on with one in `resume`.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::Mode;
-use contraflow_workers::data::Tokenizer;
-use contraflow_workers::data::documents::DocumentEncoder;
-use contraflow_workers::data::load::{Loaded, Wanted, load};
+use contraflow_workers::data::of_recipe::load_text;
 use contraflow_workers::hf_check;
-use contraflow_workers::loader::Datasets;
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape};
 
 use crate::failure::Failure;
 use crate::output::print;
 use crate::resume::Resumed;
-use crate::run::{CorpusName, Run, Text};
+use crate::run::Run;
 use crate::run_dir;
 use crate::telemetry;
 
@@ -78,13 +74,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
     telemetry::init(recipe.log.level);
     let began = Instant::now();
-    let tokenizer = load_tokenizer(&recipe)?;
-    let (corpus, datasets) = load_data(&recipe, &tokenizer)?;
+    let (text, datasets) =
+        load_text(&recipe).map_err(|faults| Failure::faults(faults.key, &faults.faults))?;
+    text.corpus.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     if let Some(resumed) = &resumed {
-        resumed.check(&recipe, &corpus.hash)?;
+        resumed.check(&recipe, &text.corpus.hash)?;
     }
     say_plans(&recipe)?;
-    let text = Text { corpus, tokenizer };
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
         None => Run::create(&args.name.clone().unwrap_or(name), recipe, text)?,
@@ -92,40 +88,6 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let datasets = Arc::new(datasets);
     let tally = run.train(&datasets)?;
     run.finish(&datasets, tally, began)
-}
-
-/// **Errors**: code 2; the tokenizer cannot be read or has ids that the model has no row for.
-fn load_tokenizer(recipe: &Recipe) -> Result<Tokenizer, Failure> {
-    let section = &recipe.tokenizer;
-    if section.path.is_empty() {
-        return Ok(Tokenizer::Bytes);
-    }
-    let refused = |fault| Failure::faults("tokenizer.path", &[fault]);
-    let tokenizer = Tokenizer::load(Path::new(&section.path), &section.end_of_document).map_err(refused)?;
-    tokenizer.check_fits(recipe.model_config.vocab_size).map_err(refused)?;
-    Ok(tokenizer)
-}
-
-fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), Failure> {
-    let encoder = DocumentEncoder::with_fim(tokenizer.clone(), recipe.data.fim_rate)
-        .map_err(|fault| Failure::input(fault.to_string()))?;
-    let paths: Vec<PathBuf> = recipe.data.paths.iter().map(PathBuf::from).collect();
-    let length = recipe.training.sequence_length;
-    let wanted =
-        Wanted { paths: &paths, weights: &recipe.data.weights, encoder: &encoder, sequence_length: length };
-    let loaded = load(wanted).map_err(|faults| Failure::faults("data.paths", &faults))?;
-    loaded.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
-    let Loaded { name, hash, train, validation, .. } = loaded;
-    if let Some(number) = train.sources().iter().position(|(sequences, _)| *sequences == 0) {
-        let source = if recipe.data.weights.is_empty() { "" } else { recipe.data.paths[number].as_str() };
-        let of = if source.is_empty() { String::new() } else { format!(" of {source}") };
-        let got = train.num_tokens();
-        let got = if source.is_empty() { format!("{got} tokens") } else { "less".to_owned() };
-        let message =
-            format!("data.paths: expected text for at least one sequence of {length} tokens{of}, got {got}");
-        return Err(Failure::input(message));
-    }
-    Ok((CorpusName { name, hash }, Datasets { train, validation }))
 }
 
 /// Makes and checks every plan that the run will need, and says aloud where a fallback runs.

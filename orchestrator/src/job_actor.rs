@@ -1,14 +1,11 @@
 //! The job actor: carries events of the ranks to the job's state machine and its effects to where they belong.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use contraflow_runtime::checkpoint::{
-    CheckpointError, CheckpointFolder, Companions, Manifest, Position, ShardFile, UNFINISHED_SUFFIX,
-};
-use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, ShardFile};
+use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
@@ -33,7 +30,7 @@ pub enum JobMessage {
         /// Which one.
         step: u64,
         /// Whether it stands.
-        result: Result<(), CheckpointError>,
+        result: Result<(), String>,
     },
     /// End at once.
     Cancel {
@@ -83,8 +80,6 @@ pub struct JobActorState {
     send: SendCommand,
     metrics: ActorRef<MetricsMessage>,
     ended: Option<oneshot::Sender<Outcome>>,
-    /// What went wrong while the weights were put in place.
-    commit_error: Option<String>,
 }
 
 impl JobActorState {
@@ -102,14 +97,13 @@ impl JobActorState {
                 Effect::CommitCheckpoint { position, watch, shards } => {
                     self.commit_checkpoint(myself.clone(), position, (watch, shards));
                 }
-                Effect::Commit { dir, files } => {
-                    self.commit_error = commit(&dir, &files, &self.model_config)
-                        .err()
-                        .map(|error| format!("{}: {error}", dir.display()));
+                Effect::PlaceWeights { dir, files } => {
+                    let result = place_weights(&dir, &files, &self.model_config)
+                        .map_err(|error| format!("{}: {error}", dir.display()));
+                    let effects = self.job.weights_placed(result);
+                    self.carry_out(myself, effects);
                 }
                 Effect::End(outcome) => {
-                    let failed = |message| Outcome::Failed { message, kind: ErrorKind::Config };
-                    let outcome = self.commit_error.take().map_or(outcome, failed);
                     if let Some(ended) = self.ended.take() {
                         // Whoever waited for the end may have left.
                         let _ = ended.send(outcome);
@@ -130,34 +124,11 @@ impl JobActorState {
     ) {
         let Some(Commits { folder, keep, manifest, companions }) = self.checkpoints.clone() else { return };
         tokio::task::spawn_blocking(move || {
-            let result = folder.commit(&Manifest { position, watch, shards, ..manifest }, &companions, keep);
+            let manifest = Manifest { position, watch, shards, ..manifest };
+            let result = folder.commit(&manifest, &companions, keep).map_err(|error| error.to_string());
             // If the job is gone nobody asks any more.
             drop(myself.cast(JobMessage::Committed { step: position.step, result }));
         });
-    }
-}
-
-/// Writes index and configuration beside the weights and gives the folder its final name.
-fn commit(dir: &Path, files: &[ExportedFile], model_config: &str) -> std::io::Result<()> {
-    let map: serde_json::Map<String, serde_json::Value> = files
-        .iter()
-        .flat_map(|file| file.tensors.iter().map(|tensor| (tensor.clone(), file.file.clone().into())))
-        .collect();
-    let total_size: u64 = files.iter().map(|file| file.bytes).sum();
-    let index = serde_json::json!({"metadata": {"total_size": total_size}, "weight_map": map});
-    std::fs::write(dir.join("model.safetensors.index.json"), format!("{index:#}\n"))?;
-    std::fs::write(dir.join("config.json"), model_config)?;
-    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    match name.strip_suffix(UNFINISHED_SUFFIX) {
-        Some(name) => {
-            let target = dir.with_file_name(name);
-            // A resumed run that had been finished before writes its model once more.
-            if target.exists() {
-                std::fs::remove_dir_all(&target)?;
-            }
-            std::fs::rename(dir, target)
-        }
-        None => Ok(()),
     }
 }
 
@@ -182,15 +153,7 @@ impl Actor for JobActor {
             metrics.cast(MetricsMessage::Subscribe(subscriber))?;
         }
         let job = Job::new(job);
-        Ok(JobActorState {
-            job,
-            model_config,
-            checkpoints,
-            send,
-            metrics,
-            ended: Some(ended),
-            commit_error: None,
-        })
+        Ok(JobActorState { job, model_config, checkpoints, send, metrics, ended: Some(ended) })
     }
 
     async fn handle(

@@ -10,6 +10,7 @@ pub mod fabric;
 pub mod failpoint;
 pub mod layout;
 pub mod model_config;
+pub mod placed_weights;
 pub mod recipe;
 pub mod schedule;
 pub mod topology;

@@ -10,11 +10,12 @@ use std::time::Instant;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::cost;
+use contraflow_workers::provenance::{companions, manifest};
 
 use super::{benchmark, run_quietly};
 use crate::failure::Failure;
 use crate::output::print;
-use crate::run::{companions, manifest};
+
 use crate::run_dir;
 
 /// Steps before the first that is measured.
@@ -34,7 +35,7 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     let commits = Commits {
         folder: folder.clone(),
         keep: recipe.checkpoint.keep,
-        manifest: manifest(&recipe, "")?,
+        manifest: manifest(&recipe, "").map_err(|error| Failure::run(error.to_string()))?,
         companions: companions(&recipe, None),
     };
     let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use contraflow::run::{companions, manifest};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::StepSummary;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::{Checkpoint, Kind};
+use contraflow_workers::provenance::{companions, manifest};
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 

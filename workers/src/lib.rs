@@ -29,6 +29,7 @@ pub mod params;
 pub mod pipeline;
 pub mod plans;
 pub mod probe;
+pub mod provenance;
 pub mod rank;
 pub mod step;
 pub mod update;

@@ -4,8 +4,11 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// What is to be done about an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
     /// The user mends it.
     Config,
@@ -17,6 +20,26 @@ pub enum ErrorKind {
     Numeric,
     /// A broken invariant: a defect of this program.
     Bug,
+}
+
+impl ErrorKind {
+    const NAMES: [(ErrorKind, &str); 5] = [
+        (ErrorKind::Config, "config"),
+        (ErrorKind::Transient, "transient"),
+        (ErrorKind::Lost, "lost"),
+        (ErrorKind::Numeric, "numeric"),
+        (ErrorKind::Bug, "bug"),
+    ];
+
+    /// In one word.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(kind, _)| *kind == self).map_or("bug", |(_, name)| name)
+    }
+
+    /// The kind of this name.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind)
+    }
 }
 
 /// One thing to mend.

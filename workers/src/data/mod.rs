@@ -15,6 +15,7 @@ pub mod hf_tokenizer;
 pub mod jsonl;
 pub mod load;
 mod mmap;
+pub mod of_recipe;
 pub mod packing;
 mod parquet_file;
 pub mod prepare;

@@ -3,6 +3,8 @@
 //!
 //! Commands are imperative, events past tense.
 
+pub mod wire;
+
 use std::path::PathBuf;
 
 use contraflow_proto::StepReport;

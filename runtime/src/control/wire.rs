@@ -1,0 +1,243 @@
+//! Commands and events as messages of the worker link, and back.
+//!
+//! What comes from a wire may be anything: a message that lacks a part is an error in words, never a panic.
+
+use std::path::Path;
+
+use contraflow_proto::v1;
+use v1::rank_command::Command;
+use v1::rank_event::Event;
+
+use super::{ExportedFile, RankCommand, RankEvent};
+use crate::checkpoint::{Position, ShardFile};
+use crate::recipe::ErrorKind;
+
+/// Which rank of which formation a message is for or from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RankAddress {
+    /// The job's number.
+    pub job: u64,
+    /// Count of (re)formations.
+    pub generation: u32,
+    /// Which rank.
+    pub rank: usize,
+}
+
+/// A command on its way to a worker. Where weights are exported to is the worker's to know.
+pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand {
+    let command = match command {
+        RankCommand::BeginStep { step } => Command::BeginStep(*step),
+        RankCommand::Stop => Command::Stop(v1::Empty {}),
+        RankCommand::Validate => Command::Validate(v1::Empty {}),
+        RankCommand::Export { .. } => Command::Export(v1::Empty {}),
+        RankCommand::Abort { reason } => Command::Abort(reason.clone()),
+        RankCommand::Shutdown => Command::Shutdown(v1::Empty {}),
+    };
+    let RankAddress { job, generation, rank } = to;
+    v1::RankCommand { job, generation, rank: rank as u32, command: Some(command) }
+}
+
+/// A command as it came; weights are exported to `export_dir`.
+///
+/// **Errors**: in words, if there is no command in it.
+pub fn decode_command(
+    message: v1::RankCommand,
+    export_dir: &Path,
+) -> Result<(RankAddress, RankCommand), String> {
+    let v1::RankCommand { job, generation, rank, command } = message;
+    let command = match command.ok_or("a command without a word")? {
+        Command::BeginStep(step) => RankCommand::BeginStep { step },
+        Command::Stop(_) => RankCommand::Stop,
+        Command::Validate(_) => RankCommand::Validate,
+        Command::Export(_) => RankCommand::Export { dir: export_dir.to_owned() },
+        Command::Abort(reason) => RankCommand::Abort { reason },
+        Command::Shutdown(_) => RankCommand::Shutdown,
+    };
+    Ok((RankAddress { job, generation, rank: rank as usize }, command))
+}
+
+/// An event on its way to the orchestrator.
+pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEvent {
+    let rank = event.rank() as u32;
+    let event = match event {
+        RankEvent::Ready { .. } => Event::Ready(v1::Empty {}),
+        RankEvent::StepDone { report } => Event::StepDone(report.clone()),
+        RankEvent::Stopped { step, .. } => Event::Stopped(*step),
+        RankEvent::ShardSaved { position, watch, shard, .. } => Event::ShardSaved(v1::ShardSaved {
+            position: Some((*position).into()),
+            watch: json(watch),
+            shard: Some(shard.clone().into()),
+        }),
+        RankEvent::Validated { loss, tokens, .. } => {
+            Event::Validated(v1::Validated { loss: *loss, tokens: *tokens })
+        }
+        RankEvent::Exported { file, .. } => Event::Exported(file.clone().into()),
+        RankEvent::Aborted { .. } => Event::Aborted(v1::Empty {}),
+        RankEvent::Diverged { divergence, cursor, .. } => {
+            Event::Diverged(v1::Diverged { divergence: json(divergence), cursor: *cursor })
+        }
+        RankEvent::Failed { action, cause, kind, .. } => Event::Failed(v1::Failed {
+            action: action.clone(),
+            cause: cause.clone(),
+            kind: kind.name().to_owned(),
+        }),
+    };
+    v1::RankEvent { job, generation, rank, event: Some(event) }
+}
+
+/// An event as it came.
+///
+/// **Errors**: in words, if a part is missing or makes no sense.
+pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), String> {
+    let v1::RankEvent { job, generation, rank, event } = message;
+    let address = RankAddress { job, generation, rank: rank as usize };
+    let rank = address.rank;
+    let event = match event.ok_or("an event without a word")? {
+        Event::Ready(_) => RankEvent::Ready { rank },
+        Event::StepDone(report) if report.rank as usize != rank => {
+            return Err(format!("a report of rank {} from rank {rank}", report.rank));
+        }
+        Event::StepDone(report) => RankEvent::StepDone { report },
+        Event::Stopped(step) => RankEvent::Stopped { rank, step },
+        Event::ShardSaved(saved) => RankEvent::ShardSaved {
+            rank,
+            position: saved.position.ok_or("a shard without a position")?.into(),
+            watch: from_json(&saved.watch)?,
+            shard: saved.shard.ok_or("a saved shard without a file")?.into(),
+        },
+        Event::Validated(v1::Validated { loss, tokens }) => RankEvent::Validated { rank, loss, tokens },
+        Event::Exported(file) => RankEvent::Exported { rank, file: file.into() },
+        Event::Aborted(_) => RankEvent::Aborted { rank },
+        Event::Diverged(v1::Diverged { divergence, cursor }) => {
+            RankEvent::Diverged { rank, divergence: from_json(&divergence)?, cursor }
+        }
+        Event::Failed(v1::Failed { action, cause, kind }) => {
+            let kind = ErrorKind::of_name(&kind).ok_or_else(|| format!("a failure of the kind {kind:?}"))?;
+            RankEvent::Failed { rank, action, cause, kind }
+        }
+    };
+    Ok((address, event))
+}
+
+/// As JSON.
+pub fn json(value: &impl serde::Serialize) -> String {
+    // Our own plain structs: numbers, texts and lists.
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// From JSON.
+///
+/// **Errors**: in words.
+pub fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+impl From<Position> for v1::Position {
+    fn from(position: Position) -> Self {
+        let Position { step, cursor, tokens } = position;
+        v1::Position { step, cursor, tokens }
+    }
+}
+
+impl From<v1::Position> for Position {
+    fn from(position: v1::Position) -> Self {
+        let v1::Position { step, cursor, tokens } = position;
+        Position { step, cursor, tokens }
+    }
+}
+
+impl From<ShardFile> for v1::ShardFile {
+    fn from(shard: ShardFile) -> Self {
+        let ShardFile { file, bytes, blake3 } = shard;
+        v1::ShardFile { file, bytes, blake3 }
+    }
+}
+
+impl From<v1::ShardFile> for ShardFile {
+    fn from(shard: v1::ShardFile) -> Self {
+        let v1::ShardFile { file, bytes, blake3 } = shard;
+        ShardFile { file, bytes, blake3 }
+    }
+}
+
+impl From<ExportedFile> for v1::ExportedFile {
+    fn from(exported: ExportedFile) -> Self {
+        let ExportedFile { file, tensors, bytes } = exported;
+        v1::ExportedFile { file, tensors, bytes }
+    }
+}
+
+impl From<v1::ExportedFile> for ExportedFile {
+    fn from(exported: v1::ExportedFile) -> Self {
+        let v1::ExportedFile { file, tensors, bytes } = exported;
+        ExportedFile { file, tensors, bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contraflow_proto::StepReport;
+
+    use super::*;
+    use crate::watch::{Action, Divergence, Watch};
+
+    #[test]
+    fn every_event_comes_back_as_it_went() {
+        let rank = 3;
+        let shard = ShardFile { file: "rank-00003.safetensors".into(), bytes: 7, blake3: "ab".into() };
+        let divergence =
+            Divergence { step: 4, action: Action::RollBack, why: "a spike".into(), evidence: None };
+        let events = [
+            RankEvent::Ready { rank },
+            RankEvent::StepDone { report: StepReport { rank: 3, step: 9, loss: 0.1, ..Default::default() } },
+            RankEvent::Stopped { rank, step: 9 },
+            RankEvent::ShardSaved {
+                rank,
+                position: Position { step: 1, cursor: 2, tokens: 3 },
+                watch: Watch::default(),
+                shard,
+            },
+            RankEvent::Validated { rank, loss: 1.5, tokens: 12 },
+            RankEvent::Exported {
+                rank,
+                file: ExportedFile { file: "m".into(), tensors: vec!["t".into()], bytes: 4 },
+            },
+            RankEvent::Aborted { rank },
+            RankEvent::Diverged { rank, divergence: Box::new(divergence), cursor: 64 },
+            RankEvent::Failed { rank, action: "a".into(), cause: "c".into(), kind: ErrorKind::Lost },
+        ];
+        for event in events {
+            let (address, back) = decode_event(encode_event(5, 2, &event)).unwrap();
+            assert_eq!(address, RankAddress { job: 5, generation: 2, rank });
+            assert_eq!(back, event);
+        }
+    }
+
+    #[test]
+    fn every_command_comes_back_as_it_went() {
+        let dir = Path::new("/jobs/1/model.part");
+        let commands = [
+            RankCommand::BeginStep { step: 4 },
+            RankCommand::Stop,
+            RankCommand::Validate,
+            RankCommand::Export { dir: dir.to_owned() },
+            RankCommand::Abort { reason: "why".into() },
+            RankCommand::Shutdown,
+        ];
+        let to = RankAddress { job: 1, generation: 2, rank: 3 };
+        for command in commands {
+            assert_eq!(decode_command(encode_command(to, &command), dir), Ok((to, command)));
+        }
+    }
+
+    #[test]
+    fn a_message_without_its_parts_is_an_error_in_words() {
+        assert!(decode_event(v1::RankEvent::default()).is_err());
+        assert!(decode_command(v1::RankCommand::default(), Path::new("")).is_err());
+        let event = |event| v1::RankEvent { rank: 1, event: Some(event), ..Default::default() };
+        assert!(decode_event(event(Event::ShardSaved(v1::ShardSaved::default()))).is_err());
+        assert!(decode_event(event(Event::StepDone(StepReport::default()))).is_err());
+        let failed = v1::Failed { kind: "tired".into(), ..Default::default() };
+        assert!(decode_event(event(Event::Failed(failed))).unwrap_err().contains("tired"));
+    }
+}
