@@ -179,7 +179,7 @@ impl Job {
     pub fn repeat(&self) -> Vec<Effect> {
         let missing = |present: Vec<usize>, command: RankCommand| {
             let missing = (0..self.setup.world).filter(move |rank| !present.contains(rank));
-            missing.map(|rank| Effect::Command { rank, command: command.clone() }).collect()
+            missing.map(|rank| Effect::Command { rank, command: command.clone() }).collect::<Vec<_>>()
         };
         let mut effects: Vec<Effect> = match &self.state {
             State::Starting { .. } | State::Over => Vec::new(),

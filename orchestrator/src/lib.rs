@@ -1,6 +1,7 @@
 //! What the cluster decides: the life of a job, and what its ranks report. Knows events and commands, no tensors.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod core;
 pub mod job;
 pub mod job_actor;
 pub mod metrics;

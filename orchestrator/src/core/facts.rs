@@ -1,0 +1,158 @@
+//! What the orchestrator has decided, as plain values: kept in the event log, and folded into the state at the next start.
+//!
+//! A fact says what is so, not why: the rules may change between two versions of the program, the past does not.
+
+use contraflow_runtime::schedule::ScheduleKind;
+use contraflow_runtime::topology::Topology;
+use serde::{Deserialize, Serialize};
+
+/// A job as it was submitted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// For people.
+    pub name: String,
+    /// Jobs of a higher priority start first.
+    pub priority: i32,
+    /// Fewest ranks with which it goes on.
+    pub min_ranks: usize,
+    /// A second submission with the same key is the same job; empty: no key.
+    pub key: String,
+    /// The resolved recipe, TOML.
+    pub recipe: String,
+    /// The model's HF config.json.
+    pub model_config: String,
+    /// The axes that the recipe asks for.
+    pub topology: Topology,
+    /// Order of the work: who mirrors whom.
+    pub schedule: ScheduleKind,
+    /// Steps of the recipe.
+    pub steps: u64,
+    /// Whether weights are exported at the end.
+    pub save_model: bool,
+    /// `watch.max_skips`: times that a run goes back to one checkpoint.
+    pub max_returns: u64,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// Everything was done.
+    Done,
+    /// Somebody could not go on.
+    Failed,
+    /// Somebody has ended it.
+    Cancelled,
+}
+
+/// A formation: which ranks a job has, where they are and what they go on from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Formed {
+    /// Count of (re)formations, from 1.
+    pub generation: u32,
+    /// Axes of this formation.
+    pub topology: Topology,
+    /// By rank, the worker.
+    pub places: Vec<u64>,
+    /// Step of the checkpoint that it goes on from; 0: a fresh start.
+    pub resume_step: u64,
+    /// Sequences used, where that is more than the checkpoint says; else 0.
+    pub cursor: u64,
+}
+
+/// Something that is so from now on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "fact", rename_all = "snake_case")]
+pub enum Fact {
+    /// The mark that the cluster's storage carries.
+    StorageMarked {
+        /// The mark.
+        mark: String,
+    },
+    /// A job is in the queue.
+    Submitted {
+        /// Its number.
+        job: u64,
+        /// The job.
+        spec: Box<JobSpec>,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
+    },
+    /// A job has its ranks.
+    Formed {
+        /// Its number.
+        job: u64,
+        /// Where.
+        formed: Formed,
+    },
+    /// A formation is over and the job is not.
+    Broken {
+        /// Its number.
+        job: u64,
+        /// Of the formation.
+        generation: u32,
+        /// Ranks that were lost; none where the job was only moved or went back.
+        lost: Vec<usize>,
+        /// In words.
+        why: String,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
+    },
+    /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
+    Requeued {
+        /// Its number.
+        job: u64,
+        /// In words.
+        why: String,
+    },
+    /// The watch sent a job back to its newest checkpoint.
+    WentBack {
+        /// Its number.
+        job: u64,
+        /// Sequences used when it went.
+        cursor: u64,
+        /// In words.
+        why: String,
+    },
+    /// A checkpoint stands.
+    Kept {
+        /// Its number.
+        job: u64,
+        /// Of the checkpoint.
+        step: u64,
+    },
+    /// A job is over.
+    Ended {
+        /// Its number.
+        job: u64,
+        /// How.
+        end: End,
+        /// In words.
+        outcome: String,
+        /// Mean loss of the validation sequences, in nats per token.
+        validation_loss: Option<f64>,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
+    },
+    /// A node takes no ranks any more.
+    Drained {
+        /// Its label.
+        node: String,
+    },
+}
+
+impl Fact {
+    /// The job it is about, if it is about one.
+    pub fn job(&self) -> Option<u64> {
+        match self {
+            Fact::Submitted { job, .. }
+            | Fact::Formed { job, .. }
+            | Fact::Broken { job, .. }
+            | Fact::Requeued { job, .. }
+            | Fact::WentBack { job, .. }
+            | Fact::Kept { job, .. }
+            | Fact::Ended { job, .. } => Some(*job),
+            Fact::StorageMarked { .. } | Fact::Drained { .. } => None,
+        }
+    }
+}

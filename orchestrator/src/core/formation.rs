@@ -1,0 +1,195 @@
+//! A running formation: the job machine of its ranks, what they report of their progress, and what is held against it.
+//!
+//! Volatile: after a start of the orchestrator it is made anew, and the ranks tell again what it has to know.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::watch::Action;
+
+use super::facts::{End, Fact};
+use super::jobs::JobRecord;
+use super::{ABORT_MS, Core, Effect, Progress, VERDICT_MS, Word};
+use crate::job::{self, Job, JobSetup, Outcome};
+use contraflow_runtime::control::wire::RankAddress;
+
+/// How far a rank was when it last got on.
+#[derive(Clone, Copy, Debug)]
+struct Watermark {
+    step: u64,
+    operations: u64,
+    since_ms: u64,
+}
+
+/// A running formation.
+pub(super) struct Formation {
+    machine: Job,
+    /// A rank says that it has lost another one: when it said so, and its words.
+    suspicion: Option<(u64, String)>,
+    /// When the ranks were told to give up.
+    aborting_ms: Option<u64>,
+    /// Why the job is to give up its places after the running step.
+    moves: Option<String>,
+    watermarks: BTreeMap<usize, Watermark>,
+}
+
+impl Formation {
+    /// Of a job that has just been formed, or was running when the orchestrator started.
+    pub(super) fn of(record: &JobRecord) -> Self {
+        let formed = record.formed.as_ref();
+        let machine = Job::new(JobSetup {
+            world: formed.map_or(0, |formed| formed.places.len()),
+            steps_before: formed.map_or(0, |formed| formed.resume_step),
+            steps: record.spec.steps,
+            keeps_checkpoints: true,
+            // Where exactly is the workers' to know.
+            export_dir: record.spec.save_model.then(PathBuf::new),
+        });
+        let watermarks = BTreeMap::new();
+        Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks }
+    }
+
+    pub(super) fn waiting_for(&self) -> String {
+        match &self.suspicion {
+            Some((_, why)) => format!("a verdict on: {why}"),
+            None if self.is_training() => String::new(),
+            None => self.machine.describe(),
+        }
+    }
+
+    pub(super) fn is_training(&self) -> bool {
+        self.machine.is_training()
+    }
+
+    pub(super) fn repeat(&self) -> Vec<job::Effect> {
+        self.machine.repeat()
+    }
+
+    pub(super) fn move_away(&mut self, why: String) -> Vec<job::Effect> {
+        self.moves = Some(why);
+        self.machine.stop()
+    }
+
+    pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<job::Effect> {
+        match event {
+            // Whoever lost a peer is a victim: who is to blame shows in the leases.
+            RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost } => {
+                self.suspicion.get_or_insert((now, format!("rank {rank}, {action}: {cause}")));
+                Vec::new()
+            }
+            event => self.machine.step(event),
+        }
+    }
+
+    pub(super) fn committed(&mut self, step: Option<u64>, result: Result<(), String>) -> Vec<job::Effect> {
+        match step {
+            Some(step) => self.machine.committed(step, result),
+            None => self.machine.weights_placed(result),
+        }
+    }
+
+    pub(super) fn progress(&mut self, progress: &Progress, now: u64) {
+        let &Progress { rank, step, operations } = progress;
+        let mark = self.watermarks.entry(rank.rank).or_insert(Watermark { step, operations, since_ms: now });
+        if (mark.step, mark.operations) != (step, operations) {
+            *mark = Watermark { step, operations, since_ms: now };
+        }
+    }
+
+    /// Why it cannot go on although nobody's lease has run out, if that has lasted long enough.
+    pub(super) fn is_broken(&self, now: u64) -> Option<String> {
+        let (since, why) = self.suspicion.as_ref()?;
+        (since + VERDICT_MS <= now).then(|| format!("{why}; every worker is there: formed anew"))
+    }
+
+    pub(super) fn tick(&mut self, now: u64) -> Vec<job::Effect> {
+        if !self.machine.is_aborting() {
+            return Vec::new();
+        }
+        let since = *self.aborting_ms.get_or_insert(now);
+        if since + ABORT_MS <= now { self.machine.give_up_waiting() } else { Vec::new() }
+    }
+}
+
+impl Core {
+    /// Turns the effects of a job's machine into those of the cluster.
+    pub(super) fn carry_out(&mut self, job: u64, effects: Vec<job::Effect>, now: u64) {
+        for effect in effects {
+            let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.running()) else { return };
+            let (generation, places) = (formed.generation, &formed.places);
+            match effect {
+                job::Effect::Command { rank, command } => {
+                    let to = RankAddress { job, generation, rank };
+                    let worker = places[rank];
+                    self.tell(worker, Word::Command { to, command });
+                }
+                job::Effect::Record(report) => {
+                    self.effects.push(Effect::Record { job, report: Box::new(report) });
+                }
+                job::Effect::CommitCheckpoint { position, watch, shards } => {
+                    let word = Word::CommitCheckpoint { job, generation, position, watch, shards };
+                    let worker = places[0];
+                    self.tell(worker, word);
+                }
+                job::Effect::PlaceWeights { files, .. } => {
+                    let worker = places[0];
+                    self.tell(worker, Word::PlaceWeights { job, generation, files });
+                }
+                job::Effect::End(outcome) => self.conclude(job, outcome, now),
+            }
+        }
+    }
+
+    fn conclude(&mut self, job: u64, outcome: Outcome, now: u64) {
+        let moves = self.formations.get_mut(&job).and_then(|formation| formation.moves.take());
+        match outcome {
+            Outcome::Done { validation } => {
+                let loss = validation.map(|(loss, _)| loss);
+                let words = loss
+                    .map_or_else(|| "trained".into(), |loss| format!("trained, validation loss {loss:.4}"));
+                self.end(job, End::Done, (words, loss), now);
+            }
+            Outcome::Stopped { step } => {
+                let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
+                self.release(job, &why);
+                self.log(job, format!("{why}; step {step} is kept, back in the queue"));
+                self.keep(Fact::Requeued { job, why });
+            }
+            Outcome::Diverged { divergence, cursor } if divergence.action == Action::RollBack => {
+                self.go_back(job, cursor, divergence.why, now);
+            }
+            Outcome::Diverged { divergence, .. } => self.end(job, End::Failed, (divergence.why, None), now),
+            Outcome::Failed { message, kind: ErrorKind::Lost } => {
+                self.break_formation(job, Vec::new(), message, now)
+            }
+            Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None), now),
+        }
+    }
+
+    /// Back to the newest checkpoint, past the sequences that led to the divergence.
+    fn go_back(&mut self, job: u64, cursor: u64, why: String, now: u64) {
+        let record = &self.jobs.all[&job];
+        let (to, times) = record.returns;
+        let returns = if to == record.kept { times + 1 } else { 1 };
+        if record.kept == 0 {
+            return self.end(
+                job,
+                End::Failed,
+                (format!("{why}; there is no checkpoint to go back to"), None),
+                now,
+            );
+        }
+        if returns > record.spec.max_returns {
+            let most = record.spec.max_returns;
+            let words =
+                format!("{why}; the run went back to step {} {most} times (watch.max_skips)", record.kept);
+            return self.end(job, End::Failed, (words, None), now);
+        }
+        let words = format!("{why}; going back to step {}", record.kept);
+        self.release(job, &words);
+        self.log(job, words);
+        self.keep(Fact::WentBack { job, cursor, why });
+    }
+}

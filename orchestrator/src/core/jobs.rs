@@ -1,0 +1,167 @@
+//! The durable part of the state: a fold over facts. Knows no member and no clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::facts::{End, Fact, Formed, JobSpec};
+
+/// Where a job stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Waits in the queue.
+    Queued,
+    /// Has its ranks.
+    Formed,
+    /// Has lost them, all or some, and keeps its claim to be formed anew.
+    Broken,
+    /// Is over.
+    Ended(End),
+}
+
+/// What is known of a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// As it was submitted.
+    pub spec: JobSpec,
+    /// **Units**: milliseconds since 1970.
+    pub submitted_ms: u64,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The latest formation.
+    pub formed: Option<Formed>,
+    /// Ranks of the latest formation that were lost.
+    pub lost: Vec<usize>,
+    /// When the latest formation broke. **Units**: milliseconds since 1970.
+    pub broken_ms: u64,
+    /// Step of the newest checkpoint.
+    pub kept: u64,
+    /// Sequences used, where that is more than the newest checkpoint says; else 0.
+    pub cursor: u64,
+    /// The checkpoint that the watch last sent it back to, and how often in a row.
+    pub returns: (u64, u64),
+    /// Formations that lost a rank.
+    pub losses: u32,
+    /// What happened last, in words.
+    pub why: String,
+    /// Mean loss of the validation sequences, in nats per token.
+    pub validation_loss: Option<f64>,
+    /// **Units**: milliseconds since 1970; 0 as long as it has not ended.
+    pub ended_ms: u64,
+}
+
+impl JobRecord {
+    /// The running formation.
+    pub fn running(&self) -> Option<&Formed> {
+        self.formed.as_ref().filter(|_| self.phase == Phase::Formed)
+    }
+
+    /// Count of formations so far.
+    pub fn generation(&self) -> u32 {
+        self.formed.as_ref().map_or(0, |formed| formed.generation)
+    }
+
+    /// Whether it is over.
+    pub fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended(_))
+    }
+}
+
+/// All that outlives the process.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Jobs {
+    /// By number. Numbers are given in order of submission, from 1.
+    pub all: BTreeMap<u64, JobRecord>,
+    /// By idempotency key.
+    pub by_key: BTreeMap<String, u64>,
+    /// Nodes that take no ranks.
+    pub drained: BTreeSet<String>,
+    /// The mark of the storage.
+    pub storage_mark: String,
+    /// The number of the newest job.
+    pub newest: u64,
+}
+
+impl Jobs {
+    /// Takes a fact in.
+    pub fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::StorageMarked { mark } => self.storage_mark.clone_from(mark),
+            Fact::Drained { node } => drop(self.drained.insert(node.clone())),
+            Fact::Submitted { job, spec, at_ms } => self.submitted(*job, spec, *at_ms),
+            _ => {
+                if let Some(record) = fact.job().and_then(|job| self.all.get_mut(&job)) {
+                    record.apply(fact);
+                }
+            }
+        }
+    }
+
+    fn submitted(&mut self, job: u64, spec: &JobSpec, at_ms: u64) {
+        if !spec.key.is_empty() {
+            self.by_key.insert(spec.key.clone(), job);
+        }
+        self.newest = self.newest.max(job);
+        let record = JobRecord {
+            spec: spec.clone(),
+            submitted_ms: at_ms,
+            phase: Phase::Queued,
+            formed: None,
+            lost: Vec::new(),
+            broken_ms: 0,
+            kept: 0,
+            cursor: 0,
+            returns: (0, 0),
+            losses: 0,
+            why: String::new(),
+            validation_loss: None,
+            ended_ms: 0,
+        };
+        self.all.insert(job, record);
+    }
+}
+
+impl JobRecord {
+    fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Formed { formed, .. } => {
+                self.phase = Phase::Formed;
+                self.formed = Some(formed.clone());
+                self.lost.clear();
+                self.why.clear();
+            }
+            Fact::Broken { lost, why, at_ms, .. } => {
+                self.phase = Phase::Broken;
+                self.losses += u32::from(!lost.is_empty());
+                self.lost.clone_from(lost);
+                self.broken_ms = *at_ms;
+                self.why.clone_from(why);
+            }
+            Fact::Requeued { why, .. } => {
+                self.phase = Phase::Queued;
+                self.why.clone_from(why);
+            }
+            Fact::WentBack { cursor, why, .. } => {
+                self.phase = Phase::Broken;
+                self.cursor = *cursor;
+                self.lost.clear();
+                let (to, times) = self.returns;
+                self.returns = (self.kept, if to == self.kept { times + 1 } else { 1 });
+                self.why.clone_from(why);
+            }
+            Fact::Kept { step, .. } => {
+                self.kept = *step;
+                // The checkpoint holds the cursor from here on.
+                self.cursor = 0;
+            }
+            Fact::Ended { end, outcome, validation_loss, at_ms, .. } => {
+                self.phase = Phase::Ended(*end);
+                self.why.clone_from(outcome);
+                self.validation_loss = *validation_loss;
+                self.ended_ms = *at_ms;
+            }
+            Fact::StorageMarked { .. } | Fact::Drained { .. } | Fact::Submitted { .. } => {}
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Who is in the cluster: leases, and when they run out. Knows no job.
+
+use std::collections::BTreeMap;
+
+use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
+
+/// How a worker introduces itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Introduction {
+    /// Drawn at the start of its process.
+    pub worker: u64,
+    /// For people.
+    pub name: String,
+    /// Ranks it can host.
+    pub slots: usize,
+    /// Its node.
+    pub node: String,
+    /// Nodes that are near each other.
+    pub block: String,
+    /// Where its data connections are accepted, for other workers.
+    pub fabric: String,
+}
+
+/// A worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// As it introduced itself; without a word so far: what an earlier orchestrator knew it by.
+    pub who: Introduction,
+    /// Whether its stream stands.
+    pub is_attached: bool,
+    /// When it was last heard of.
+    pub heard_ms: u64,
+    /// When it stops being a member unless it is heard of.
+    pub until_ms: u64,
+}
+
+/// All members, by worker.
+#[derive(Clone, Debug, Default)]
+pub struct Members {
+    all: BTreeMap<u64, Member>,
+}
+
+impl Members {
+    /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
+    pub fn expect(&mut self, worker: u64, now: u64) {
+        let who = Introduction { worker, ..Introduction::default() };
+        let member = Member { who, is_attached: false, heard_ms: now, until_ms: now + ADOPTION_MS };
+        self.all.entry(worker).or_insert(member);
+    }
+
+    /// A worker has attached, for the first time or again.
+    pub fn attach(&mut self, who: Introduction, now: u64) {
+        let worker = who.worker;
+        let member = Member { who, is_attached: true, heard_ms: now, until_ms: now + LEASE_MS };
+        self.all.insert(worker, member);
+    }
+
+    /// A worker's stream has ended: it has little time to come back.
+    pub fn detach(&mut self, worker: u64, now: u64) {
+        if let Some(member) = self.all.get_mut(&worker) {
+            member.is_attached = false;
+            member.until_ms = member.until_ms.min(now + RETURN_MS);
+        }
+    }
+
+    /// A sign of life.
+    pub fn heard(&mut self, worker: u64, now: u64) {
+        if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
+            member.heard_ms = now;
+            member.until_ms = now + LEASE_MS;
+        }
+    }
+
+    /// The orchestrator itself was away: nobody could be heard in that time.
+    pub fn prolong(&mut self, by_ms: u64) {
+        self.all.values_mut().for_each(|member| member.until_ms += by_ms);
+    }
+
+    /// Takes out those whose time has run out.
+    pub fn expire(&mut self, now: u64) -> Vec<Member> {
+        let gone: Vec<u64> =
+            self.all.iter().filter(|(_, member)| member.until_ms < now).map(|(&worker, _)| worker).collect();
+        gone.iter().filter_map(|worker| self.all.remove(worker)).collect()
+    }
+
+    /// One of them.
+    pub fn get(&self, worker: u64) -> Option<&Member> {
+        self.all.get(&worker)
+    }
+
+    /// All of them, by worker.
+    pub fn iter(&self) -> impl Iterator<Item = (&u64, &Member)> {
+        self.all.iter()
+    }
+}

@@ -1,0 +1,558 @@
+//! What the cluster decides, as one pure state machine: an event and the time in, effects out, in their order.
+//!
+//! No clock, no I/O, no tokio: whoever owns it keeps each fact before anything that follows it in the list is done. What
+//! outlives the process is a fold over facts ([`jobs`]); members, leases and the machines of running formations
+//! ([`formation`]) are made anew from what the workers tell when they attach again.
+
+pub mod facts;
+mod formation;
+pub mod jobs;
+mod members;
+mod schedule;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use contraflow_proto::StepReport;
+use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::watch::Watch;
+
+use self::facts::{End, Fact, JobSpec};
+use self::formation::Formation;
+use self::jobs::{Jobs, Phase};
+use self::members::Members;
+pub use self::members::{Introduction, Member};
+
+/// How often a worker beats.
+pub const BEAT_MS: u64 = 500;
+/// A worker that is silent for this long is lost: three beats.
+pub const LEASE_MS: u64 = 3 * BEAT_MS;
+/// A worker whose stream has ended is lost unless it is back by then.
+pub const RETURN_MS: u64 = 700;
+/// How long a started orchestrator waits for the workers of the jobs that it finds running.
+pub const ADOPTION_MS: u64 = 10_000;
+/// How long ranks that say they have lost a peer are believed before somebody must have lost his lease: then the formation
+/// is made anew with the same members.
+pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
+/// How long ranks may take to answer an abort.
+pub const ABORT_MS: u64 = 5_000;
+/// How long a job waits for a place for a lost rank before it goes on with fewer, if it may.
+pub const SHRINK_MS: u64 = 5_000;
+/// How often the machine wants to hear [`Event::Tick`].
+pub const TICK_MS: u64 = 100;
+
+/// Something has happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Somebody submits a job.
+    Submit(Box<JobSpec>),
+    /// Somebody ends a job.
+    Cancel {
+        /// Which one.
+        job: u64,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody takes a node out of use.
+    Drain {
+        /// Its label.
+        node: String,
+    },
+    /// A worker's stream stands.
+    Attached {
+        /// Who it is.
+        who: Introduction,
+        /// Formations it hosts ranks of: job, generation, ranks.
+        hosted: Vec<(u64, u32, Vec<usize>)>,
+        /// The highest incarnation of an orchestrator that it has heard of.
+        incarnation: u64,
+        /// The mark in its storage.
+        storage_mark: String,
+    },
+    /// A worker's stream has ended.
+    Detached {
+        /// Who.
+        worker: u64,
+    },
+    /// A worker is alive.
+    Beat {
+        /// Who.
+        worker: u64,
+        /// How far its ranks are.
+        progress: Vec<Progress>,
+    },
+    /// A rank has something to say.
+    Rank {
+        /// Who hosts it.
+        worker: u64,
+        /// Which rank.
+        from: RankAddress,
+        /// What.
+        event: Box<RankEvent>,
+    },
+    /// What was to be put in place stands, or not.
+    Committed {
+        /// Who did it.
+        worker: u64,
+        /// Of which job.
+        job: u64,
+        /// In which formation.
+        generation: u32,
+        /// Step of the checkpoint; `None`: the exported weights.
+        step: Option<u64>,
+        /// Why not, in words.
+        result: Result<(), String>,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// How far a rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Which rank.
+    pub rank: RankAddress,
+    /// The running step.
+    pub step: u64,
+    /// Operations of it that are over.
+    pub operations: u64,
+}
+
+/// Something is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Keep a fact, durably, before anything that follows.
+    Keep(Fact),
+    /// Tell a worker.
+    Tell {
+        /// Whom.
+        worker: u64,
+        /// What.
+        word: Word,
+    },
+    /// Put a rank's report with those of the other ranks.
+    Record {
+        /// Of which job.
+        job: u64,
+        /// The report.
+        report: Box<StepReport>,
+    },
+    /// Write a line into a job's log.
+    Log {
+        /// Of which job.
+        job: u64,
+        /// What.
+        line: String,
+    },
+}
+
+/// A word to a worker.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Word {
+    /// It is a member.
+    Welcome,
+    /// Leave the cluster.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// Host these ranks of a job's running formation.
+    Assign {
+        /// Which job.
+        job: u64,
+        /// Which ranks.
+        ranks: Vec<usize>,
+    },
+    /// To a rank.
+    Command {
+        /// Which rank.
+        to: RankAddress,
+        /// What.
+        command: RankCommand,
+    },
+    /// Leave a formation, and all earlier ones of the job.
+    Release {
+        /// Which job.
+        job: u64,
+        /// Which formation.
+        generation: u32,
+        /// Why.
+        reason: String,
+    },
+    /// Commit a checkpoint.
+    CommitCheckpoint {
+        /// Which job.
+        job: u64,
+        /// Which formation.
+        generation: u32,
+        /// Where the run stood.
+        position: Position,
+        /// What the watch remembers.
+        watch: Watch,
+        /// By rank.
+        shards: Vec<ShardFile>,
+    },
+    /// Put exported weights in place.
+    PlaceWeights {
+        /// Which job.
+        job: u64,
+        /// Which formation.
+        generation: u32,
+        /// By rank.
+        files: Vec<ExportedFile>,
+    },
+}
+
+/// The state of the cluster.
+pub struct Core {
+    /// Raised durably at each start of the orchestrator.
+    incarnation: u64,
+    jobs: Jobs,
+    members: Members,
+    formations: BTreeMap<u64, Formation>,
+    /// When it last heard the time.
+    ticked_ms: u64,
+    effects: Vec<Effect>,
+}
+
+impl Core {
+    /// A state that goes on from what was kept.
+    pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
+        let mut core = Core {
+            incarnation,
+            jobs,
+            members: Members::default(),
+            formations: BTreeMap::new(),
+            ticked_ms: now,
+            effects: Vec::new(),
+        };
+        let running: Vec<u64> =
+            core.jobs.all.iter().filter(|(_, job)| job.running().is_some()).map(|(&job, _)| job).collect();
+        for job in running {
+            let record = &core.jobs.all[&job];
+            record.running().into_iter().flat_map(|formed| &formed.places).for_each(|&worker| {
+                core.members.expect(worker, now);
+            });
+            core.formations.insert(job, Formation::of(record));
+        }
+        core
+    }
+
+    /// Raised durably at each start of the orchestrator.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// What outlives the process.
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// Who is in the cluster.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().map(|(_, member)| member)
+    }
+
+    /// One of them.
+    pub fn member(&self, worker: u64) -> Option<&Member> {
+        self.members.get(worker)
+    }
+
+    /// Ranks a worker hosts.
+    pub fn used(&self, worker: u64) -> usize {
+        let running = self.jobs.all.values().filter_map(|job| job.running());
+        running.flat_map(|formed| &formed.places).filter(|&&place| place == worker).count()
+    }
+
+    /// What a job waits for, in words; nothing if it does not.
+    pub fn waiting_for(&self, job: u64) -> String {
+        let Some(record) = self.jobs.all.get(&job) else { return String::new() };
+        match (&record.phase, self.formations.get(&job)) {
+            (Phase::Ended(_), _) => String::new(),
+            (Phase::Formed, Some(formation)) => formation.waiting_for(),
+            _ => self.why_without_place(job),
+        }
+    }
+
+    /// Whether the ranks of a job train.
+    pub fn is_training(&self, job: u64) -> bool {
+        self.formations.get(&job).is_some_and(Formation::is_training)
+    }
+
+    /// Takes an event and says what is to be done.
+    pub fn step(&mut self, event: Event, now: u64) -> Vec<Effect> {
+        match event {
+            Event::Submit(spec) => self.submit(spec, now),
+            Event::Cancel { job, reason } => self.cancel(job, &reason, now),
+            Event::Drain { node } => self.drain(node),
+            Event::Attached { who, hosted, incarnation, storage_mark } => {
+                self.attached(who, &hosted, (incarnation, storage_mark), now);
+            }
+            Event::Detached { worker } => self.members.detach(worker, now),
+            Event::Beat { worker, progress } => self.beat(worker, &progress, now),
+            Event::Rank { worker, from, event } => {
+                self.members.heard(worker, now);
+                self.rank_event(worker, from, *event, now);
+            }
+            Event::Committed { worker, job, generation, step, result } => {
+                self.members.heard(worker, now);
+                self.committed((job, generation), step, result, now);
+            }
+            Event::Tick => self.tick(now),
+        }
+        self.schedule(now);
+        std::mem::take(&mut self.effects)
+    }
+
+    fn keep(&mut self, fact: Fact) {
+        self.jobs.apply(&fact);
+        self.effects.push(Effect::Keep(fact));
+    }
+
+    fn tell(&mut self, worker: u64, word: Word) {
+        self.effects.push(Effect::Tell { worker, word });
+    }
+
+    fn log(&mut self, job: u64, line: String) {
+        self.effects.push(Effect::Log { job, line });
+    }
+
+    fn submit(&mut self, spec: Box<JobSpec>, now: u64) {
+        if !self.jobs.by_key.contains_key(&spec.key) {
+            let job = self.jobs.newest + 1;
+            self.keep(Fact::Submitted { job, spec, at_ms: now });
+        }
+    }
+
+    fn cancel(&mut self, job: u64, reason: &str, now: u64) {
+        let is_open = self.jobs.all.get(&job).is_some_and(|record| !record.has_ended());
+        if is_open {
+            let outcome = if reason.is_empty() { "cancelled" } else { reason };
+            self.end(job, End::Cancelled, (outcome.to_owned(), None), now);
+        }
+    }
+
+    fn end(&mut self, job: u64, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
+        self.release(job, &outcome);
+        self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
+        self.keep(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
+    }
+
+    /// Ends the running formation of a job on every worker that is still there.
+    fn release(&mut self, job: u64, reason: &str) {
+        self.formations.remove(&job);
+        let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.running()) else { return };
+        let generation = formed.generation;
+        let mut workers = formed.places.clone();
+        workers.sort_unstable();
+        workers.dedup();
+        for worker in workers {
+            self.tell(worker, Word::Release { job, generation, reason: reason.to_owned() });
+        }
+    }
+
+    fn drain(&mut self, node: String) {
+        if self.jobs.drained.contains(&node) {
+            return;
+        }
+        self.keep(Fact::Drained { node: node.clone() });
+        let on_node = |worker: &u64| self.members.get(*worker).is_some_and(|member| member.who.node == node);
+        let moved: Vec<u64> = self
+            .running()
+            .filter(|(_, formed)| formed.places.iter().any(on_node))
+            .map(|(job, _)| job)
+            .collect();
+        for job in moved {
+            self.move_away(job, format!("node {node} is drained"));
+        }
+    }
+
+    /// Stops a job after the running step, keeps it, and puts it into the queue again.
+    fn move_away(&mut self, job: u64, why: String) {
+        if let Some(formation) = self.formations.get_mut(&job) {
+            let effects = formation.move_away(why);
+            self.carry_out(job, effects, 0);
+        }
+    }
+
+    fn running(&self) -> impl Iterator<Item = (u64, &facts::Formed)> {
+        self.jobs.all.iter().filter_map(|(&job, record)| Some((job, record.running()?)))
+    }
+
+    fn attached(
+        &mut self,
+        who: Introduction,
+        hosted: &[(u64, u32, Vec<usize>)],
+        (incarnation, storage_mark): (u64, String),
+        now: u64,
+    ) {
+        let worker = who.worker;
+        if let Err(why) = self.admit(&who, incarnation, &storage_mark) {
+            return self.tell(worker, Word::Refused { why });
+        }
+        if self.jobs.storage_mark.is_empty() {
+            self.keep(Fact::StorageMarked { mark: storage_mark });
+        }
+        self.members.attach(who, now);
+        self.tell(worker, Word::Welcome);
+        let is_current = |(job, generation, _): &(u64, u32, Vec<usize>)| {
+            let formed = self.jobs.all.get(job).and_then(|record| record.running());
+            formed.is_some_and(|formed| formed.generation == *generation)
+        };
+        let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
+        for (job, generation, _) in stale {
+            let reason = "another formation has taken its place".to_owned();
+            self.tell(worker, Word::Release { job, generation, reason });
+        }
+        self.remind(worker, &current);
+    }
+
+    fn admit(&self, who: &Introduction, incarnation: u64, storage_mark: &str) -> Result<(), String> {
+        if incarnation > self.incarnation {
+            return Err(format!(
+                "the worker has heard of incarnation {incarnation} of the orchestrator, this is {}: another one has taken over",
+                self.incarnation
+            ));
+        }
+        let expected = &self.jobs.storage_mark;
+        if !expected.is_empty() && expected != storage_mark {
+            return Err(format!(
+                "--storage of worker {}: expected the cluster's shared storage (mark {expected}), got one of mark {storage_mark}",
+                who.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// Says again what a worker that attaches may not have heard.
+    fn remind(&mut self, worker: u64, hosted: &[(u64, u32, Vec<usize>)]) {
+        let jobs: Vec<(u64, Vec<usize>)> = self
+            .running()
+            .map(|(job, formed)| {
+                let placed = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+                let is_hosted = |rank: &usize| {
+                    hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank))
+                };
+                (job, placed.map(|(rank, _)| rank).filter(|rank| !is_hosted(rank)).collect())
+            })
+            .collect();
+        for (job, ranks) in jobs {
+            if !ranks.is_empty() {
+                self.tell(worker, Word::Assign { job, ranks });
+            }
+            let repeated = self.formations.get(&job).map_or_else(Vec::new, Formation::repeat);
+            let before = self.effects.len();
+            self.carry_out(job, repeated, 0);
+            let said = self.effects.split_off(before);
+            let to_this =
+                |effect: &Effect| matches!(effect, Effect::Tell { worker: to, .. } if *to == worker);
+            self.effects.extend(said.into_iter().filter(to_this));
+        }
+    }
+
+    fn beat(&mut self, worker: u64, progress: &[Progress], now: u64) {
+        self.members.heard(worker, now);
+        for progress in progress {
+            if let Some(formation) = self.formations.get_mut(&progress.rank.job) {
+                formation.progress(progress, now);
+            }
+        }
+    }
+
+    /// Whether a rank speaks for the running formation: the one place where what is from before is dropped.
+    fn is_current(&self, worker: u64, from: &RankAddress) -> bool {
+        let formed = self.jobs.all.get(&from.job).and_then(|record| record.running());
+        formed.is_some_and(|formed| {
+            formed.generation == from.generation && formed.places.get(from.rank) == Some(&worker)
+        })
+    }
+
+    fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
+        if !self.is_current(worker, &from) {
+            return;
+        }
+        let Some(formation) = self.formations.get_mut(&from.job) else { return };
+        let effects = formation.event(event, now);
+        self.carry_out(from.job, effects, now);
+    }
+
+    fn committed(
+        &mut self,
+        (job, generation): (u64, u32),
+        step: Option<u64>,
+        result: Result<(), String>,
+        now: u64,
+    ) {
+        let is_current =
+            self.running().any(|(running, formed)| running == job && formed.generation == generation);
+        let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
+        let stands = result.is_ok();
+        let effects = formation.committed(step, result);
+        if let Some(step) = step.filter(|&step| stands && step > self.jobs.all[&job].kept) {
+            self.keep(Fact::Kept { job, step });
+        }
+        self.carry_out(job, effects, now);
+    }
+
+    fn tick(&mut self, now: u64) {
+        let away = now.saturating_sub(self.ticked_ms);
+        self.ticked_ms = now;
+        if away > LEASE_MS / 2 {
+            self.members.prolong(away);
+        }
+        for member in self.members.expire(now) {
+            self.lost(&member, now);
+        }
+        let jobs: Vec<u64> = self.formations.keys().copied().collect();
+        for job in jobs {
+            let Some(formation) = self.formations.get_mut(&job) else { continue };
+            if let Some(why) = formation.is_broken(now) {
+                self.break_formation(job, Vec::new(), why, now);
+            } else {
+                let effects = formation.tick(now);
+                self.carry_out(job, effects, now);
+            }
+        }
+    }
+
+    /// A worker is not a member any more: every job that has ranks on it forms anew.
+    fn lost(&mut self, member: &Member, now: u64) {
+        let worker = member.who.worker;
+        let hit: Vec<(u64, Vec<usize>)> = self
+            .running()
+            .map(|(job, formed)| {
+                let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+                (job, lost.map(|(rank, _)| rank).collect::<Vec<_>>())
+            })
+            .filter(|(_, lost)| !lost.is_empty())
+            .collect();
+        for (job, lost) in hit {
+            let silent = now.saturating_sub(member.heard_ms);
+            let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
+            let ago =
+                if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
+            let why = format!(
+                "rank {} lost: worker {} on node {} {how} {ago}",
+                list(&lost),
+                member.who.name,
+                member.who.node
+            );
+            self.break_formation(job, lost, why, now);
+        }
+    }
+
+    fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, now: u64) {
+        self.release(job, &why);
+        let generation = self.jobs.all[&job].generation();
+        self.log(job, why.clone());
+        self.keep(Fact::Broken { job, generation, lost, why, at_ms: now });
+    }
+}
+
+/// Ranks in words.
+fn list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+}
