@@ -60,6 +60,26 @@ impl Tensor {
         Tensor::over(shape, buffer)
     }
 
+    /// The values that [`Tensor::bytes`] gave, in this shape and format; `None` if there are not as many as the shape holds.
+    pub fn from_bytes(shape: &[usize], format: Format, bytes: &[u8]) -> Option<Tensor> {
+        let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim))?;
+        let width = match format {
+            Format::F32 => 4,
+            Format::Bf16 => 2,
+        };
+        if len.checked_mul(width) != Some(bytes.len()) {
+            return None;
+        }
+        let mut buffer = Buffer::for_overwrite(bytes.len().div_ceil(4));
+        bytemuck::cast_slice_mut(buffer.as_mut_slice())[..bytes.len()].copy_from_slice(bytes);
+        let buffer = Arc::new(buffer);
+        let storage = match format {
+            Format::F32 => Storage::F32(buffer),
+            Format::Bf16 => Storage::Bf16(buffer),
+        };
+        Some(Tensor { shape: shape.to_vec(), storage })
+    }
+
     fn over(shape: &[usize], buffer: Buffer) -> Tensor {
         Tensor { shape: shape.to_vec(), storage: Storage::F32(Arc::new(buffer)) }
     }

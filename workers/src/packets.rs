@@ -1,11 +1,19 @@
 //! Packets: what ranks send one another, on its way between tensors and the fabric's regions.
 //!
-//! In process a region is the tensor itself; bytes are taken from it only for a wire.
+//! In process a region is the tensor itself; bytes are taken from it only for a wire, and read back here with the form that
+//! came with them. What a peer sends is checked, never trusted.
 
 use std::sync::Arc;
 
-use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::fabric::{FabricError, Memory, Region, Tag};
+use contraflow_kernels::tensor::{Format, Tensor};
+use contraflow_runtime::fabric::{FabricError, Form, Memory, Region, Tag};
+
+/// [`Form::kind`] of each payload.
+const TENSOR_F32: u8 = 1;
+const TENSOR_BF16: u8 = 2;
+const IDS: u8 = 3;
+const WEIGHTS: u8 = 4;
+const TOTALS: u8 = 5;
 
 /// One piece of a packet.
 pub enum Payload {
@@ -28,9 +36,39 @@ impl Memory for Payload {
             Payload::Totals(totals) => bytemuck::cast_slice(totals),
         }
     }
+
+    fn form(&self) -> Form {
+        let (kind, rows, cols) = match self {
+            Payload::Tensor(tensor) => {
+                let kind = match tensor.format() {
+                    Format::F32 => TENSOR_F32,
+                    Format::Bf16 => TENSOR_BF16,
+                };
+                (kind, tensor.rows(), tensor.cols())
+            }
+            Payload::Ids(ids) => (IDS, 1, ids.len()),
+            Payload::Weights(weights) => (WEIGHTS, 1, weights.len()),
+            Payload::Totals(totals) => (TOTALS, 1, totals.len()),
+        };
+        Form { kind, rows: rows as u64, cols: cols as u64 }
+    }
 }
 
 impl Payload {
+    /// What [`Memory::bytes`] and [`Memory::form`] of a payload say it was; `None` if they do not fit.
+    pub fn from_wire(form: Form, bytes: &[u8]) -> Option<Payload> {
+        let shape = [usize::try_from(form.rows).ok()?, usize::try_from(form.cols).ok()?];
+        let payload = match form.kind {
+            TENSOR_F32 => Payload::Tensor(Tensor::from_bytes(&shape, Format::F32, bytes)?),
+            TENSOR_BF16 => Payload::Tensor(Tensor::from_bytes(&shape, Format::Bf16, bytes)?),
+            IDS => Payload::Ids(numbers(bytes)?),
+            WEIGHTS => Payload::Weights(numbers(bytes)?),
+            TOTALS => Payload::Totals(numbers(bytes)?),
+            _ => return None,
+        };
+        (payload.form() == form).then_some(payload)
+    }
+
     fn name(&self) -> String {
         match self {
             Payload::Tensor(tensor) => format!("a tensor of shape {:?}", tensor.shape()),
@@ -44,6 +82,17 @@ impl Payload {
 /// A region that is a tensor.
 pub fn tensor(tensor: Tensor) -> Region {
     Region::new(Payload::Tensor(tensor))
+}
+
+/// `None` unless the bytes are a whole number of values.
+fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Option<Vec<T>> {
+    let values = bytes.chunks_exact(size_of::<T>());
+    values.remainder().is_empty().then(|| values.map(bytemuck::pod_read_unaligned).collect())
+}
+
+/// What everything here computes with; a peer may send what it likes.
+fn is_f32(tensor: &Tensor) -> bool {
+    tensor.format() == Format::F32
 }
 
 /// The parts of a frame, taken one by one in the order in which they were put in.
@@ -60,7 +109,14 @@ impl Unpack {
 
     fn next(&mut self, expected: &str) -> Result<Arc<Payload>, FabricError> {
         let part = self.parts.next().ok_or_else(|| self.wrong(expected, "the end of the frame"))?;
-        part.downcast::<Payload>().ok_or_else(|| self.wrong(expected, "foreign memory"))
+        if let Some(payload) = part.clone().downcast::<Payload>() {
+            return Ok(payload);
+        }
+        let Form { kind, rows, cols } = part.form();
+        let got = || format!("{} bytes said to be {rows} x {cols} of kind {kind}", part.len());
+        Payload::from_wire(part.form(), part.bytes())
+            .map(Arc::new)
+            .ok_or_else(|| self.wrong(expected, &got()))
     }
 
     fn wrong(&self, expected: &str, got: &str) -> FabricError {
@@ -73,7 +129,7 @@ impl Unpack {
     pub fn rows(&mut self, width: usize) -> Result<Tensor, FabricError> {
         let part = self.next("rows")?;
         match &*part {
-            Payload::Tensor(tensor) if tensor.cols() == width => Ok(tensor.clone()),
+            Payload::Tensor(tensor) if is_f32(tensor) && tensor.cols() == width => Ok(tensor.clone()),
             other => Err(self.wrong(&format!("rows of width {width}"), &other.name())),
         }
     }
@@ -84,7 +140,9 @@ impl Unpack {
     pub fn flat(&mut self, len: usize) -> Result<Tensor, FabricError> {
         let part = self.next("a slice")?;
         match &*part {
-            Payload::Tensor(tensor) if tensor.len() == len => Ok(tensor.clone()),
+            Payload::Tensor(tensor) if is_f32(tensor) && tensor.len() == len => {
+                Ok(tensor.clone().reshape(&[len]))
+            }
             other => Err(self.wrong(&format!("a slice of {len} elements"), &other.name())),
         }
     }

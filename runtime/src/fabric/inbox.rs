@@ -1,19 +1,31 @@
-//! Where frames wait for their receiver. One inbox per rank; every wait has a deadline and ends at once on an abort.
+//! Where frames wait for their receiver. One inbox per rank; every wait has a deadline and ends at once on an abort, or when
+//! the peer that it waits for is lost.
 
 use std::collections::HashMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
 
 #[derive(Default)]
 struct State {
     /// Frames nobody has asked for yet.
-    frames: HashMap<Tag, Vec<Region>>,
+    frames: HashMap<Tag, Arrival>,
     /// Frames of an earlier generation are dropped on arrival.
     generation: u32,
     /// Set once the rank gives up; every present and future wait ends with this reason.
     aborted: Option<String>,
+    /// Ranks from which nothing more will come, and why.
+    lost: HashMap<u32, String>,
+}
+
+/// A frame that has come.
+pub struct Arrival {
+    /// What it holds.
+    pub parts: Vec<Region>,
+    /// Given back when the frame is taken or dropped; frames of this process need none.
+    pub receipt: Option<Receipt>,
 }
 
 /// The frames that have arrived at one rank.
@@ -32,21 +44,22 @@ impl Inbox {
     /// Puts a frame in. The one place where a message from before the last re-formation is dropped.
     ///
     /// **Errors**: [`FabricError::Duplicate`] if a frame with this tag is still waiting.
-    pub fn deliver(&self, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+    pub fn deliver(&self, tag: Tag, arrival: Arrival) -> Result<(), FabricError> {
         let mut state = self.lock();
         if tag.generation < state.generation {
+            // The receipt writes to a socket: not under the lock.
+            drop(state);
             return Ok(());
         }
-        if state.frames.insert(tag, parts).is_some() {
-            return Err(FabricError::Duplicate { tag });
-        }
+        let before = state.frames.insert(tag, arrival);
+        drop(state);
         self.arrived.notify_all();
-        Ok(())
+        before.map_or(Ok(()), |_| Err(FabricError::Duplicate { tag }))
     }
 
     /// Takes the frame with this tag, waiting for it for at most `patience`.
     ///
-    /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] the reason.
+    /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason.
     pub fn receive(&self, tag: Tag, patience: Duration) -> Result<Vec<Region>, FabricError> {
         let deadline = Instant::now() + patience;
         let mut state = self.lock();
@@ -54,8 +67,13 @@ impl Inbox {
             if let Some(reason) = &state.aborted {
                 return Err(FabricError::Aborted { reason: reason.clone() });
             }
-            if let Some(parts) = state.frames.remove(&tag) {
+            if let Some(Arrival { parts, receipt }) = state.frames.remove(&tag) {
+                drop(state);
+                drop(receipt);
                 return Ok(parts);
+            }
+            if let Some(reason) = state.lost.get(&tag.source) {
+                return Err(FabricError::Lost { rank: tag.source as usize, reason: reason.clone() });
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -72,21 +90,29 @@ impl Inbox {
         self.arrived.notify_all();
     }
 
+    /// Whether the rank has given up.
+    pub fn is_aborted(&self) -> bool {
+        self.lock().aborted.is_some()
+    }
+
+    /// Ends every present and future wait for one rank, once what has come from it is taken.
+    pub fn lose(&self, rank: u32, reason: &str) {
+        self.lock().lost.entry(rank).or_insert_with(|| reason.to_owned());
+        self.arrived.notify_all();
+    }
+
     /// Starts a new generation: frames of earlier ones are dropped, waits work again.
     pub fn enter_generation(&self, generation: u32) {
         let mut state = self.lock();
         state.generation = generation;
         state.aborted = None;
-        state.frames.retain(|tag, _| tag.generation >= generation);
+        let old = state.frames.extract_if(|tag, _| tag.generation < generation).collect::<Vec<_>>();
+        drop(state);
+        drop(old);
     }
 
     /// Number of frames that nobody has taken.
     pub fn len(&self) -> usize {
         self.lock().frames.len()
-    }
-
-    /// Whether every frame has been taken.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }

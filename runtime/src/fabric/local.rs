@@ -4,14 +4,14 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 
-use super::inbox::Inbox;
+use super::endpoint::{Endpoint, Network};
+use super::inbox::{Arrival, Inbox};
 use super::{FabricError, Region, Tag};
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
@@ -82,7 +82,7 @@ impl LocalNetwork {
     pub fn join(self: &Arc<Self>, rank: usize) -> Endpoint {
         let inbox = Arc::new(Inbox::default());
         self.inboxes.insert(rank, inbox.clone());
-        Endpoint { rank, inbox, network: self.clone(), sent_bytes: Arc::new(AtomicU64::new(0)) }
+        Endpoint::new(rank, inbox, Network::Local(self.clone()))
     }
 
     /// Every frame sent so far, in order of address; empty unless the network keeps a ledger.
@@ -97,7 +97,12 @@ impl LocalNetwork {
         self.inboxes.iter().map(|inbox| inbox.len()).sum()
     }
 
-    fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+    /// How long a wait may last.
+    pub(super) fn patience(&self) -> Duration {
+        self.options.patience
+    }
+
+    pub(super) fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
         if self.options.keep_ledger {
             let bytes = parts.iter().map(Region::len).sum();
@@ -109,7 +114,7 @@ impl LocalNetwork {
                 let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
                 queue.send(Delayed { due, inbox, tag, parts }).map_err(|_| FabricError::NoSuchRank { to })
             }
-            _ => inbox.deliver(tag, parts),
+            _ => inbox.deliver(tag, Arrival { parts, receipt: None }),
         }
     }
 }
@@ -151,67 +156,10 @@ fn hold_back(queue: &Receiver<Delayed>) {
             }
             waiting.pop();
             if let Some(Delayed { inbox, tag, parts, .. }) = frames.remove(&number)
-                && let Err(error) = inbox.deliver(tag, parts)
+                && let Err(error) = inbox.deliver(tag, Arrival { parts, receipt: None })
             {
                 inbox.abort(&error.to_string());
             }
         }
-    }
-}
-
-/// One rank's end of the network.
-#[derive(Clone)]
-pub struct Endpoint {
-    rank: usize,
-    inbox: Arc<Inbox>,
-    network: Arc<LocalNetwork>,
-    sent_bytes: Arc<AtomicU64>,
-}
-
-impl Endpoint {
-    /// The rank this end belongs to.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// Hands a frame to another rank (or to this one). Never blocks.
-    ///
-    /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`].
-    pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
-        let bytes: usize = parts.iter().map(Region::len).sum();
-        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.network.send(to, tag, parts)
-    }
-
-    /// Waits for the frame with this tag.
-    ///
-    /// **Errors**: [`FabricError::Timeout`] after the network's patience, [`FabricError::Aborted`] at once on an abort.
-    pub fn receive(&self, tag: Tag) -> Result<Vec<Region>, FabricError> {
-        self.inbox.receive(tag, self.network.options.patience)
-    }
-
-    /// How long a wait on this network may last.
-    pub fn patience(&self) -> Duration {
-        self.network.options.patience
-    }
-
-    /// Ends every present and future wait of this rank.
-    pub fn abort(&self, reason: &str) {
-        self.inbox.abort(reason);
-    }
-
-    /// **Units**: payload bytes sent since the rank joined.
-    pub fn sent_bytes(&self) -> u64 {
-        self.sent_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Frames that arrived and were not taken: none, between steps.
-    pub fn num_waiting(&self) -> usize {
-        self.inbox.len()
-    }
-
-    /// Starts a new generation: see [`Inbox::enter_generation`].
-    pub fn enter_generation(&self, generation: u32) {
-        self.inbox.enter_generation(generation);
     }
 }

@@ -2,15 +2,29 @@
 //!
 //! Knows ranks and bytes, no tensors and no schedule.
 
+mod arrived;
+mod endpoint;
+pub mod handshake;
 mod inbox;
+mod incoming;
+mod listener;
 mod local;
+mod outgoing;
 mod region;
+mod stream;
 mod tag;
+mod window;
+pub mod wire;
+mod wired;
 
-pub use inbox::Inbox;
-pub use local::{Disturbance, Endpoint, LocalNetwork, LocalOptions, Sent};
-pub use region::{Memory, Region};
+pub use arrived::ArrivedPart;
+pub use endpoint::Endpoint;
+pub use listener::Listener;
+pub use local::{Disturbance, LocalNetwork, LocalOptions, Sent};
+pub use region::{Form, Memory, Region};
+pub use stream::Address;
 pub use tag::{FrameKind, Phase, Tag};
+pub use wired::{Fault, Formation, Transport, WiredNetwork};
 
 /// What can go wrong between two ranks.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +54,20 @@ pub enum FabricError {
     NoSuchRank {
         /// The destination.
         to: usize,
+    },
+    /// The peer's process is gone.
+    #[error("rank {rank} is lost: {reason}")]
+    Lost {
+        /// The peer.
+        rank: usize,
+        /// What was seen.
+        reason: String,
+    },
+    /// A formation cannot be joined.
+    #[error("{message}")]
+    Formation {
+        /// Why not.
+        message: String,
     },
     /// A frame does not hold what its tag promises.
     #[error("{tag}: expected {expected}, got {got}")]

@@ -1,0 +1,88 @@
+//! One rank's end of the fabric, whatever carries its frames: the one thing that lanes and collectives see of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::inbox::Inbox;
+use super::local::LocalNetwork;
+use super::wired::WiredNetwork;
+use super::{FabricError, Region, Tag};
+
+/// What carries the frames.
+#[derive(Clone)]
+pub(super) enum Network {
+    Local(Arc<LocalNetwork>),
+    Wired(Arc<WiredNetwork>),
+}
+
+/// One rank's end of the network.
+#[derive(Clone)]
+pub struct Endpoint {
+    rank: usize,
+    inbox: Arc<Inbox>,
+    network: Network,
+    sent_bytes: Arc<AtomicU64>,
+}
+
+impl Endpoint {
+    pub(super) fn new(rank: usize, inbox: Arc<Inbox>, network: Network) -> Self {
+        Endpoint { rank, inbox, network, sent_bytes: Arc::default() }
+    }
+
+    /// The rank this end belongs to.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Hands a frame to another rank (or to this one). Never blocks.
+    ///
+    /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`].
+    pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+        let bytes: usize = parts.iter().map(Region::len).sum();
+        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        match &self.network {
+            Network::Local(network) => network.send(to, tag, parts),
+            Network::Wired(network) => network.send(to, tag, parts),
+        }
+    }
+
+    /// Waits for the frame with this tag.
+    ///
+    /// **Errors**: [`FabricError::Timeout`] after the network's patience; at once [`FabricError::Aborted`] on an abort and
+    /// [`FabricError::Lost`] if the sender is.
+    pub fn receive(&self, tag: Tag) -> Result<Vec<Region>, FabricError> {
+        if let Network::Wired(network) = &self.network {
+            network.watch(tag.source as usize);
+        }
+        self.inbox.receive(tag, self.patience())
+    }
+
+    /// How long a wait on this network may last.
+    pub fn patience(&self) -> Duration {
+        match &self.network {
+            Network::Local(network) => network.patience(),
+            Network::Wired(network) => network.patience(),
+        }
+    }
+
+    /// Ends every present and future wait of this rank.
+    pub fn abort(&self, reason: &str) {
+        self.inbox.abort(reason);
+    }
+
+    /// **Units**: payload bytes sent since the rank joined.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Frames that arrived and were not taken: none, between steps.
+    pub fn num_waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
+    /// Starts a new generation: see [`Inbox::enter_generation`].
+    pub fn enter_generation(&self, generation: u32) {
+        self.inbox.enter_generation(generation);
+    }
+}

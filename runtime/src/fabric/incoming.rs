@@ -1,0 +1,139 @@
+//! The receiving end of a link: reads frames into memory, hands them to the inboxes, and tells the sender what was taken.
+//!
+//! The thread that reads never waits for a receiver: what may come is bounded by credit, so one lane that nobody reads cannot
+//! hold up the frames behind it.
+
+use std::io::{BufReader, Read, Write};
+use std::net::Shutdown;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::arrived::{Backing, places, regions};
+use super::inbox::Arrival;
+use super::stream::Stream;
+use super::window::{ReceiveWindows, cost};
+use super::wire::{self, FrameHeader, LaneKey, Message, ReadError, Signal};
+use super::wired::WiredNetwork;
+
+/// Room for a header and small payloads; large ones go past it.
+const READ_AHEAD: usize = 8 << 10;
+
+/// The receiving end of a link.
+pub struct InLink {
+    site: usize,
+    stream: Stream,
+    /// Held while a signal is written, so that two never mix.
+    signals: Mutex<()>,
+    windows: Mutex<ReceiveWindows>,
+}
+
+/// The sender's claim on what a frame occupies: dropped when the frame is taken, which gives the credit back.
+pub struct Receipt {
+    link: Arc<InLink>,
+    lane: LaneKey,
+    cost: u64,
+}
+
+impl Drop for Receipt {
+    fn drop(&mut self) {
+        let mut windows = self.link.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let credit = windows.taken(self.lane, self.cost);
+        drop(windows);
+        if let Some(bytes) = credit {
+            self.link.signal(&Signal::Credit { lane: self.lane, bytes });
+        }
+    }
+}
+
+impl InLink {
+    /// The link whose sender is the process `site`, over a connection that has been proven.
+    pub fn new(site: usize, stream: Stream) -> Self {
+        InLink { site, stream, signals: Mutex::default(), windows: Mutex::default() }
+    }
+
+    /// Tells the sender something. One that cannot be told is gone: the reading thread notices.
+    pub fn signal(&self, signal: &Signal) {
+        let alone = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        drop((&self.stream).write_all(&wire::encode_signal(signal)));
+        drop(alone);
+    }
+
+    /// Tells the sender that nothing will be taken any more.
+    pub fn leave(&self) {
+        self.signal(&Signal::Bye);
+        self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Ends the link at once.
+    pub fn cut(&self) {
+        self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Reads until the sender has left or is lost.
+    pub fn run(self: &Arc<Self>, network: &Arc<WiredNetwork>) {
+        let mut reader = BufReader::with_capacity(READ_AHEAD, &self.stream);
+        loop {
+            match self.read(&mut reader, network) {
+                Ok(true) => {}
+                Ok(false) => return self.cut(),
+                Err(error) => {
+                    network.fault(self.site, &describe(&error, network));
+                    return self.cut();
+                }
+            }
+        }
+    }
+
+    /// Reads one message; false after the last.
+    fn read(
+        self: &Arc<Self>,
+        reader: &mut impl Read,
+        network: &Arc<WiredNetwork>,
+    ) -> Result<bool, ReadError> {
+        match wire::read_message(reader)? {
+            Message::Beat => self.signal(&Signal::Beat),
+            Message::Bye => {
+                network.left(self.site);
+                return Ok(false);
+            }
+            Message::Frame(header) => self.read_frame(reader, header, network)?,
+        }
+        Ok(true)
+    }
+
+    fn read_frame(
+        self: &Arc<Self>,
+        reader: &mut impl Read,
+        header: FrameHeader,
+        network: &Arc<WiredNetwork>,
+    ) -> Result<(), ReadError> {
+        let FrameHeader { to, tag, ref parts, .. } = header;
+        let inbox = network.inbox_for(to, tag.source, self.site).map_err(ReadError::Bad)?;
+        let lane = LaneKey { source: tag.source, to, kind: tag.kind };
+        let cost = cost(header.payload_bytes());
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        windows.arrived(lane, cost).map_err(ReadError::Bad)?;
+        drop(windows);
+        let receipt = Receipt { link: self.clone(), lane, cost };
+        let (places, len) = places(parts);
+        let mut buffer = network.buffers().take(len);
+        for place in &places {
+            reader.read_exact(&mut buffer.bytes_mut()[place.clone()])?;
+        }
+        let backing: Arc<dyn Backing> = Arc::new(buffer);
+        let arrival = Arrival { parts: regions(&backing, parts, &places), receipt: Some(receipt) };
+        inbox.deliver(tag, arrival).map_err(|error| ReadError::Bad(error.to_string()))
+    }
+}
+
+/// Why reading has ended, in words.
+pub fn describe(error: &ReadError, network: &WiredNetwork) -> String {
+    use std::io::ErrorKind::{TimedOut, UnexpectedEof, WouldBlock};
+    match error {
+        ReadError::Io(error) if error.kind() == UnexpectedEof => "the connection was closed".into(),
+        ReadError::Io(error) if matches!(error.kind(), TimedOut | WouldBlock) => {
+            format!("nothing was heard for {:.1} s", network.patience().as_secs_f64())
+        }
+        ReadError::Io(error) => format!("the connection broke: {error}"),
+        ReadError::Bad(what) => what.clone(),
+    }
+}

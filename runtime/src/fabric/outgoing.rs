@@ -1,0 +1,243 @@
+//! The sending end of a link: frames wait here, by handle, until their lane has credit and the socket takes them.
+//!
+//! One thread connects and writes, one hears what comes back. Knows windows and sockets; what becomes of a lost peer is the
+//! network's business.
+
+use std::collections::VecDeque;
+use std::io::{BufReader, IoSlice};
+use std::net::Shutdown;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::handshake::{self, Carrier, Hello};
+use super::incoming::describe;
+use super::stream::{Stream, Until, write_all_vectored};
+use super::window::{SendWindows, cost};
+use super::wire::{self, FrameHeader, LaneKey, Message, PartHeader, ReadError, Signal};
+use super::wired::WiredNetwork;
+use super::{Region, Tag};
+
+/// Longest silence on a link that has nothing to send.
+const MAX_BEAT: Duration = Duration::from_secs(10);
+
+/// Longest time to connect and to be let in; a peer's process may still be about to join.
+pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A frame that has not gone yet; keeps its memory alive.
+pub struct Outgoing {
+    to: u32,
+    tag: Tag,
+    parts: Vec<Region>,
+}
+
+#[derive(Default)]
+struct State {
+    windows: SendWindows<Outgoing>,
+    /// Say goodbye once nothing waits.
+    closing: bool,
+    /// Nothing goes any more.
+    ended: bool,
+    stream: Option<Arc<Stream>>,
+}
+
+/// The sending end of a link.
+pub struct OutLink {
+    site: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+enum Next {
+    Frame(Outgoing),
+    Beat,
+    Bye,
+    End,
+}
+
+impl OutLink {
+    /// A link to the process `site`; connects as soon as it runs.
+    pub fn new(site: usize) -> Self {
+        OutLink { site, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a frame. Never blocks.
+    pub fn push(&self, to: u32, tag: Tag, parts: Vec<Region>) {
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        let lane = LaneKey { source: tag.source, to, kind: tag.kind };
+        self.lock().windows.push(lane, Outgoing { to, tag, parts }, cost(bytes));
+        self.changed.notify_one();
+    }
+
+    /// Says goodbye after what waits, or without it.
+    pub fn close(&self, flush: bool) {
+        let mut state = self.lock();
+        state.closing = true;
+        if !flush {
+            state.windows = SendWindows::default();
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Ends the link at once; what waits is dropped.
+    pub fn cut(&self) {
+        let mut state = self.lock();
+        state.ended = true;
+        let dropped = std::mem::take(&mut state.windows);
+        if let Some(stream) = &state.stream {
+            stream.shutdown(Shutdown::Both);
+        }
+        drop(state);
+        drop(dropped);
+        self.changed.notify_one();
+    }
+
+    fn next(&self, last_beat: &mut Instant, interval: Duration) -> Next {
+        let mut state = self.lock();
+        loop {
+            if state.ended {
+                return Next::End;
+            }
+            let silent = last_beat.elapsed();
+            if silent >= interval {
+                *last_beat = Instant::now();
+                return Next::Beat;
+            }
+            if let Some(frame) = state.windows.next() {
+                return Next::Frame(frame);
+            }
+            if state.closing && state.windows.num_waiting() == 0 {
+                return Next::Bye;
+            }
+            let waited = self.changed.wait_timeout(state, interval - silent);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Connects and sends until the network closes or the peer is lost.
+    pub fn run(self: &Arc<Self>, network: &Arc<WiredNetwork>) {
+        let stream = match self.dial(network) {
+            Ok(stream) => stream,
+            Err(reason) => {
+                network.fault(self.site, &reason);
+                return self.cut();
+            }
+        };
+        let (link, listening, its) = (self.clone(), network.clone(), stream.clone());
+        network.spawn(false, move || link.hear(&its, &listening));
+        if let Err(error) = self.write(&stream, network.patience()) {
+            // A peer that has left says so before it closes, and the thread that hears knows. Where the peer is silent, this is
+            // the thread that knows.
+            if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) {
+                let waited = network.patience().as_secs_f64();
+                network.fault(self.site, &format!("took nothing for {waited:.1} s"));
+            }
+            stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    fn dial(&self, network: &WiredNetwork) -> Result<Arc<Stream>, String> {
+        let patience = network.patience().min(DIAL_PATIENCE);
+        let (address, carrier) = network.route(self.site);
+        let connected = match carrier {
+            None => Stream::connect_tcp(address, patience),
+            Some(_) => Stream::connect_unix(address),
+        };
+        let stream = connected.map_err(|error| format!("cannot be reached: {error}"))?;
+        let stream = Arc::new(stream);
+        let mut state = self.lock();
+        if state.ended {
+            return Err("the network is closed".into());
+        }
+        state.stream = Some(stream.clone());
+        drop(state);
+        let hello = network.hello(self.site, carrier.unwrap_or(Carrier::Socket))?;
+        self.shake(&stream, &hello, network, patience).map_err(|error| error.to_string())?;
+        Ok(stream)
+    }
+
+    fn shake(
+        &self,
+        stream: &Stream,
+        hello: &Hello,
+        network: &WiredNetwork,
+        patience: Duration,
+    ) -> Result<(), handshake::HandshakeError> {
+        let mut until = Until { stream, deadline: Instant::now() + patience };
+        handshake::connect(&mut until, hello, network.secret())?;
+        Ok(stream.set_patience(network.patience())?)
+    }
+
+    fn write(&self, stream: &Stream, patience: Duration) -> std::io::Result<()> {
+        let interval = (patience / 4).min(MAX_BEAT);
+        let mut last_beat = Instant::now();
+        loop {
+            match self.next(&mut last_beat, interval) {
+                Next::Frame(frame) => frame.write(stream)?,
+                Next::Beat => write_message(stream, &Message::Beat)?,
+                Next::Bye => {
+                    write_message(stream, &Message::Bye)?;
+                    stream.shutdown(Shutdown::Write);
+                    return Ok(());
+                }
+                Next::End => return Ok(()),
+            }
+        }
+    }
+
+    /// Hears what the receiver says until it has left, has ended the connection after our goodbye, or is lost.
+    fn hear(&self, stream: &Stream, network: &Arc<WiredNetwork>) {
+        let mut reader = BufReader::with_capacity(4 << 10, stream);
+        loop {
+            let heard = wire::read_signal(&mut reader).and_then(|signal| self.act_on(signal, network));
+            match heard {
+                Ok(true) => {}
+                Ok(false) => return self.cut(),
+                Err(error) => {
+                    let over = self.lock().closing;
+                    if !over {
+                        network.fault(self.site, &describe(&error, network));
+                    }
+                    return self.cut();
+                }
+            }
+        }
+    }
+
+    /// Does what a signal says; false after the last.
+    fn act_on(&self, signal: Signal, network: &WiredNetwork) -> Result<bool, ReadError> {
+        match signal {
+            Signal::Credit { lane, bytes } => {
+                self.lock().windows.credit(lane, bytes).map_err(ReadError::Bad)?;
+                self.changed.notify_one();
+            }
+            Signal::Free { .. } | Signal::Beat => {}
+            Signal::Bye => {
+                network.left_without_sending(self.site);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+fn write_message(stream: &Stream, message: &Message) -> std::io::Result<()> {
+    write_all_vectored(stream, &mut [IoSlice::new(&wire::encode(message))])
+}
+
+impl Outgoing {
+    fn write(&self, stream: &Stream) -> std::io::Result<()> {
+        let part = |region: &Region| PartHeader { form: region.form(), len: region.len() as u64 };
+        let parts = self.parts.iter().map(part).collect();
+        let header = FrameHeader { to: self.to, tag: self.tag, block: None, parts };
+        let header = wire::encode(&Message::Frame(header));
+        let mut slices: VecDeque<IoSlice<'_>> =
+            self.parts.iter().map(|part| IoSlice::new(part.bytes())).collect();
+        slices.push_front(IoSlice::new(&header));
+        write_all_vectored(stream, slices.make_contiguous())
+    }
+}

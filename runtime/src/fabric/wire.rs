@@ -1,0 +1,309 @@
+//! The bytes between two sites: what stands before a frame's payload, and what comes back the other way.
+//!
+//! Pure: reads from anything that reads, trusts nothing, and allocates nothing whose size a peer has chosen. All numbers are
+//! little-endian. Knows no sockets and no credits.
+
+use std::io::{self, Read};
+
+use super::{Form, FrameKind, Phase, Tag};
+
+/// Version of everything that is said on a link, handshake included. Both ends have to have the same.
+pub const VERSION: u16 = 1;
+/// Most parts in a frame.
+pub const MAX_PARTS: usize = 16;
+/// **Units**: payload bytes of the largest frame.
+pub const MAX_FRAME_BYTES: u64 = 4 << 30;
+/// **Units**: bytes of what every message begins with.
+pub const PREFIX_BYTES: usize = 64;
+/// **Units**: bytes of a signal.
+pub const SIGNAL_BYTES: usize = 40;
+
+const PART_BYTES: usize = 32;
+const CHECKSUM_BYTES: usize = 8;
+const MAGIC: [u8; 4] = *b"cfFr";
+const SIGNAL_MAGIC: [u8; 4] = *b"cfSi";
+const INLINE: u64 = u64::MAX;
+
+/// What comes from the sending side of a link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// A frame; its payload follows, or lies in shared memory.
+    Frame(FrameHeader),
+    /// Nothing to send, but alive.
+    Beat,
+    /// Everything has been sent, nothing will follow.
+    Bye,
+}
+
+/// What stands before the payload of a frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Destination rank.
+    pub to: u32,
+    /// The address.
+    pub tag: Tag,
+    /// Where in the link's shared memory the payload lies; `None` if it follows.
+    pub block: Option<u64>,
+    /// What the payload is made of.
+    pub parts: Vec<PartHeader>,
+}
+
+/// One part of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartHeader {
+    /// What the bytes are, in the words of who sent them.
+    pub form: Form,
+    /// **Units**: bytes.
+    pub len: u64,
+}
+
+impl FrameHeader {
+    /// **Units**: payload bytes.
+    pub fn payload_bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.len).sum()
+    }
+}
+
+/// Why no message could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The connection.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// What came is no message.
+    #[error("{0}")]
+    Bad(String),
+}
+
+fn bad<T>(what: impl Into<String>) -> Result<T, ReadError> {
+    Err(ReadError::Bad(what.into()))
+}
+
+fn checksum(pieces: &[&[u8]]) -> [u8; CHECKSUM_BYTES] {
+    let mut hasher = blake3::Hasher::new();
+    for piece in pieces {
+        hasher.update(piece);
+    }
+    let mut short = [0; CHECKSUM_BYTES];
+    short.copy_from_slice(&hasher.finalize().as_bytes()[..CHECKSUM_BYTES]);
+    short
+}
+
+/// Reads fields one after another from bytes that are known to be there.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let (head, rest) = self.0.split_at(N);
+        self.0 = rest;
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(head);
+        bytes
+    }
+
+    fn u8(&mut self) -> u8 {
+        self.take::<1>()[0]
+    }
+
+    fn u16(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+}
+
+const FRAME: u8 = 1;
+const BEAT: u8 = 2;
+const BYE: u8 = 3;
+
+const KINDS: [FrameKind; 9] = [
+    FrameKind::Activation,
+    FrameKind::Gradient,
+    FrameKind::Dispatch,
+    FrameKind::Combine,
+    FrameKind::CombineGradient,
+    FrameKind::DispatchGradient,
+    FrameKind::ReduceScatter,
+    FrameKind::AllGather,
+    FrameKind::AllReduce,
+];
+const PHASES: [Phase; 3] = [Phase::Train, Phase::Validate, Phase::Update];
+
+fn kind_of(code: u8) -> Result<FrameKind, ReadError> {
+    KINDS
+        .get(usize::from(code))
+        .copied()
+        .map_or_else(|| bad(format!("no kind of frame has number {code}")), Ok)
+}
+
+/// The bytes of a message, without payload.
+pub fn encode(message: &Message) -> Vec<u8> {
+    let (what, num_parts) = match message {
+        Message::Frame(header) => (FRAME, header.parts.len()),
+        Message::Beat => (BEAT, 0),
+        Message::Bye => (BYE, 0),
+    };
+    let mut bytes = Vec::with_capacity(PREFIX_BYTES + num_parts * PART_BYTES);
+    bytes.extend(MAGIC);
+    bytes.extend([VERSION as u8, what]);
+    bytes.extend((num_parts as u16).to_le_bytes());
+    let mut parts = Vec::with_capacity(num_parts * PART_BYTES);
+    if let Message::Frame(FrameHeader { to, tag, block, parts: list }) = message {
+        let numbers = [*to, tag.job, tag.generation, tag.stage, tag.micro_batch, tag.layer, tag.source];
+        bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        bytes.extend(tag.step.to_le_bytes());
+        bytes.extend(block.unwrap_or(INLINE).to_le_bytes());
+        bytes.extend([tag.phase as u8, tag.kind as u8, tag.hop]);
+        for PartHeader { form, len } in list {
+            let fields = [*len, form.rows, form.cols, u64::from(form.kind)];
+            parts.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
+        }
+    }
+    bytes.resize(PREFIX_BYTES - CHECKSUM_BYTES, 0);
+    let sum = checksum(&[&bytes, &parts]);
+    bytes.extend(sum);
+    bytes.extend(parts);
+    bytes
+}
+
+/// Reads a message; the payload of a frame is left in the reader.
+///
+/// **Errors**: [`ReadError::Bad`] says what is wrong with what came; [`ReadError::Io`] if nothing came.
+pub fn read_message(reader: &mut impl Read) -> Result<Message, ReadError> {
+    let mut prefix = [0; PREFIX_BYTES];
+    reader.read_exact(&mut prefix)?;
+    let (body, sum) = prefix.split_at(PREFIX_BYTES - CHECKSUM_BYTES);
+    let mut fields = Fields(body);
+    if fields.take() != MAGIC {
+        return bad("what came is no frame");
+    }
+    let (version, what) = (fields.u8(), fields.u8());
+    if u16::from(version) != VERSION {
+        return bad(format!("expected a frame of version {VERSION}, got version {version}"));
+    }
+    let num_parts = usize::from(fields.u16());
+    if num_parts > MAX_PARTS {
+        return bad(format!("expected at most {MAX_PARTS} parts in a frame, got {num_parts}"));
+    }
+    let mut parts = [0; MAX_PARTS * PART_BYTES];
+    let parts = &mut parts[..num_parts * PART_BYTES];
+    reader.read_exact(parts)?;
+    if checksum(&[body, parts]) != sum {
+        return bad("the checksum of a frame's header does not match");
+    }
+    match what {
+        FRAME => frame(fields, parts).map(Message::Frame),
+        BEAT => Ok(Message::Beat),
+        BYE => Ok(Message::Bye),
+        other => bad(format!("no message has number {other}")),
+    }
+}
+
+fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError> {
+    let [to, job, generation, stage, micro_batch, layer, source] = std::array::from_fn(|_| fields.u32());
+    let step = fields.u64();
+    let block = fields.u64();
+    let (phase, kind, hop) = (fields.u8(), fields.u8(), fields.u8());
+    let Some(&phase) = PHASES.get(usize::from(phase)) else {
+        return bad(format!("no phase has number {phase}"));
+    };
+    let kind = kind_of(kind)?;
+    let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
+    let mut list = Vec::with_capacity(parts.len() / PART_BYTES);
+    let mut total = 0_u64;
+    for part in parts.chunks_exact(PART_BYTES) {
+        let mut fields = Fields(part);
+        let [len, rows, cols, kind] = std::array::from_fn(|_| fields.u64());
+        total = total.saturating_add(len);
+        let kind = u8::try_from(kind).or_else(|_| bad(format!("no kind of part has number {kind}")))?;
+        list.push(PartHeader { form: Form { kind, rows, cols }, len });
+    }
+    if total > MAX_FRAME_BYTES {
+        return bad(format!("expected at most {MAX_FRAME_BYTES} bytes in a frame, got {total}"));
+    }
+    Ok(FrameHeader { to, tag, block: (block != INLINE).then_some(block), parts: list })
+}
+
+/// Frames of one kind from one rank to another: what has a window of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LaneKey {
+    /// Rank that sends.
+    pub source: u32,
+    /// Rank that receives.
+    pub to: u32,
+    /// What the frames carry.
+    pub kind: FrameKind,
+}
+
+/// What comes back from the receiving side of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// So much of a lane has been taken.
+    Credit {
+        /// The lane.
+        lane: LaneKey,
+        /// **Units**: bytes, as frames are counted against the window.
+        bytes: u64,
+    },
+    /// A block of shared memory is free again.
+    Free {
+        /// Where it begins.
+        block: u64,
+    },
+    /// Alive.
+    Beat,
+    /// No frame will be taken any more.
+    Bye,
+}
+
+/// The bytes of a signal.
+pub fn encode_signal(signal: &Signal) -> [u8; SIGNAL_BYTES] {
+    let nowhere = LaneKey { source: 0, to: 0, kind: FrameKind::Activation };
+    let (what, lane, value) = match *signal {
+        Signal::Credit { lane, bytes } => (1, lane, bytes),
+        Signal::Free { block } => (2, nowhere, block),
+        Signal::Beat => (3, nowhere, 0),
+        Signal::Bye => (4, nowhere, 0),
+    };
+    let mut bytes = [0; SIGNAL_BYTES];
+    bytes[..4].copy_from_slice(&SIGNAL_MAGIC);
+    bytes[4..8].copy_from_slice(&[VERSION as u8, what, lane.kind as u8, 0]);
+    bytes[8..12].copy_from_slice(&lane.source.to_le_bytes());
+    bytes[12..16].copy_from_slice(&lane.to.to_le_bytes());
+    bytes[16..24].copy_from_slice(&value.to_le_bytes());
+    let sum = checksum(&[&bytes[..SIGNAL_BYTES - CHECKSUM_BYTES]]);
+    bytes[SIGNAL_BYTES - CHECKSUM_BYTES..].copy_from_slice(&sum);
+    bytes
+}
+
+/// Reads a signal.
+///
+/// **Errors**: as [`read_message`].
+pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
+    let mut bytes = [0; SIGNAL_BYTES];
+    reader.read_exact(&mut bytes)?;
+    let (body, sum) = bytes.split_at(SIGNAL_BYTES - CHECKSUM_BYTES);
+    let mut fields = Fields(body);
+    if fields.take() != SIGNAL_MAGIC || fields.u8() != VERSION as u8 {
+        return bad("what came is no signal of this version");
+    }
+    if checksum(&[body]) != sum {
+        return bad("the checksum of a signal does not match");
+    }
+    let (what, kind, _) = (fields.u8(), kind_of(fields.u8())?, fields.u8());
+    let lane = LaneKey { source: fields.u32(), to: fields.u32(), kind };
+    let value = fields.u64();
+    match what {
+        1 => Ok(Signal::Credit { lane, bytes: value }),
+        2 => Ok(Signal::Free { block: value }),
+        3 => Ok(Signal::Beat),
+        4 => Ok(Signal::Bye),
+        other => bad(format!("no signal has number {other}")),
+    }
+}

@@ -1,0 +1,447 @@
+//! One formation of a job as one process sees it: its own ranks, and the links to the processes that host the others.
+//!
+//! A link goes one way and is made when it is first needed, to send or to wait: so a rank that waits for a peer hears of its
+//! end at once, and a rank of a large job has links only to those it talks to. Whatever goes wrong on a link ends as one
+//! [`Fault`] of the peer; knows nothing of what is done about it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::arrived::BufferPool;
+use super::endpoint::{Endpoint, Network};
+use super::handshake::{Carrier, Hello, fresh_nonce, welcome};
+use super::inbox::{Arrival, Inbox};
+use super::incoming::InLink;
+use super::listener::Listener;
+use super::outgoing::OutLink;
+use super::stream::{Address, Stream};
+use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
+use super::{FabricError, Region, Tag};
+
+/// How long a network that closes in peace waits until its last frames are taken.
+const LINGER: Duration = Duration::from_secs(5);
+/// How long one that gives up waits for its goodbyes to be heard.
+const SHORT_LINGER: Duration = Duration::from_millis(250);
+
+/// What carries the frames between two processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// Shared memory within a host, TCP to another.
+    Auto,
+    /// A Unix socket within a host, TCP to another.
+    Socket,
+    /// TCP everywhere.
+    Tcp,
+    /// Shared memory; all ranks have to be on one host.
+    SharedMemory,
+}
+
+/// A job's ranks and where they are, until one of them is lost.
+pub struct Formation {
+    /// Job number.
+    pub job: u32,
+    /// Count of its formations.
+    pub generation: u32,
+    /// Known to the processes of this formation and to nobody else.
+    pub secret: [u8; 32],
+    /// Where each rank is, by rank.
+    pub ranks: Vec<Address>,
+    /// The ranks of this process.
+    pub local: Vec<usize>,
+    /// How long a wait, a write, or a silence may last.
+    pub patience: Duration,
+    /// What carries the frames.
+    pub transport: Transport,
+}
+
+/// A peer is lost: told once for each process, whatever ends on its links.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The ranks of the process.
+    pub ranks: Vec<usize>,
+    /// What was seen.
+    pub reason: String,
+}
+
+/// A process of the formation.
+struct Site {
+    address: Address,
+    ranks: Vec<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Presence {
+    Here,
+    /// Has said goodbye.
+    Left,
+    Lost,
+}
+
+struct Peer {
+    outgoing: Option<Arc<OutLink>>,
+    incoming: Option<Arc<InLink>>,
+    presence: Presence,
+}
+
+/// Threads of a network that have not ended.
+#[derive(Default)]
+struct Running {
+    all: usize,
+    /// Those among them that write frames.
+    writers: usize,
+}
+
+/// One process's part of a formation.
+pub struct WiredNetwork {
+    formation: Formation,
+    sites: Vec<Site>,
+    /// By rank.
+    site_of: Vec<usize>,
+    inboxes: HashMap<usize, Arc<Inbox>>,
+    /// By site.
+    peers: Mutex<Vec<Peer>>,
+    buffers: Arc<BufferPool>,
+    on_fault: Arc<dyn Fn(Fault) + Send + Sync>,
+    closed: AtomicBool,
+    running: Mutex<Running>,
+    ended: Condvar,
+    listener: Listener,
+}
+
+impl WiredNetwork {
+    /// Joins a formation: from now on its other processes are let in. `on_fault` is called from the network's threads and must
+    /// not block. The network lives until [`WiredNetwork::close`].
+    ///
+    /// **Errors**: [`FabricError::Formation`] if the formation cannot be, or has been joined already.
+    pub fn form(
+        listener: &Listener,
+        formation: Formation,
+        on_fault: Arc<dyn Fn(Fault) + Send + Sync>,
+    ) -> Result<Arc<WiredNetwork>, FabricError> {
+        let refuse = |message: String| Err(FabricError::Formation { message });
+        let world = formation.ranks.len();
+        if formation.local.is_empty() || formation.local.iter().any(|&rank| rank >= world) {
+            return refuse(format!(
+                "expected ranks below {world} in this process, got {:?}",
+                formation.local
+            ));
+        }
+        let (sites, site_of) = sites_of(&formation.ranks);
+        let own = site_of[formation.local[0]];
+        if sites[own].ranks != formation.local {
+            return refuse(format!(
+                "ranks {:?} have one address, {:?} are said to be here",
+                sites[own].ranks, formation.local
+            ));
+        }
+        let host = &sites[own].address.host;
+        if formation.transport == Transport::SharedMemory
+            && let Some(far) = sites.iter().find(|site| site.address.host != *host)
+        {
+            return refuse(format!("rank {} is on another host and cannot share memory", far.ranks[0]));
+        }
+        let peer = |_: &Site| Peer { outgoing: None, incoming: None, presence: Presence::Here };
+        let network = Arc::new(WiredNetwork {
+            peers: Mutex::new(sites.iter().map(peer).collect()),
+            inboxes: formation.local.iter().map(|&rank| (rank, Arc::default())).collect(),
+            formation,
+            sites,
+            site_of,
+            buffers: Arc::default(),
+            on_fault,
+            closed: AtomicBool::new(false),
+            running: Mutex::default(),
+            ended: Condvar::new(),
+            listener: listener.clone(),
+        });
+        listener.admit(&network)?;
+        Ok(network)
+    }
+
+    /// One of this process's ranks.
+    ///
+    /// **Errors**: [`FabricError::NoSuchRank`] if it is elsewhere.
+    pub fn join(self: &Arc<Self>, rank: usize) -> Result<Endpoint, FabricError> {
+        let inbox = self.inboxes.get(&rank).ok_or(FabricError::NoSuchRank { to: rank })?;
+        Ok(Endpoint::new(rank, inbox.clone(), Network::Wired(self.clone())))
+    }
+
+    /// Leaves the formation: what has been sent is given time to arrive, unless a rank of this process has given up, then all
+    /// sockets close and all threads end. No fault is told from now on, here or at the peers.
+    pub fn close(&self) {
+        if self.closed.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        self.listener.dismiss(self.formation.job, self.formation.generation);
+        let lost = self.lock_peers().iter().any(|peer| peer.presence == Presence::Lost);
+        let in_peace = !lost && !self.inboxes.values().any(|inbox| inbox.is_aborted());
+        let deadline =
+            Instant::now() + if in_peace { LINGER } else { SHORT_LINGER }.min(self.formation.patience);
+        let peers = self.lock_peers();
+        let outgoing: Vec<_> = peers.iter().filter_map(|peer| peer.outgoing.clone()).collect();
+        drop(peers);
+        outgoing.iter().for_each(|link| link.close(in_peace));
+        self.wait_until(deadline, |running| running.writers == 0);
+        let peers = self.lock_peers();
+        let incoming: Vec<_> = peers.iter().filter_map(|peer| peer.incoming.clone()).collect();
+        drop(peers);
+        incoming.iter().for_each(|link| link.leave());
+        self.wait_until(deadline, |running| running.all == 0);
+        outgoing.iter().for_each(|link| link.cut());
+        incoming.iter().for_each(|link| link.cut());
+    }
+
+    fn wait_until(&self, deadline: Instant, is_over: impl Fn(&Running) -> bool) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        while !is_over(&running) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            running = self.ended.wait_timeout(running, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn lock_peers(&self) -> MutexGuard<'_, Vec<Peer>> {
+        // Every change is the setting of one field.
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`Formation::patience`].
+    pub fn patience(&self) -> Duration {
+        self.formation.patience
+    }
+
+    /// Hands a frame over, or to the link that goes to its rank. Never blocks.
+    ///
+    /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`]; [`FabricError::Content`] for
+    /// a frame that is too large.
+    pub(super) fn send(self: &Arc<Self>, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+        if let Some(inbox) = self.inboxes.get(&to) {
+            return inbox.deliver(tag, Arrival { parts, receipt: None });
+        }
+        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
+        if parts.len() > MAX_PARTS || bytes > MAX_FRAME_BYTES {
+            let expected = format!("at most {MAX_PARTS} parts and {MAX_FRAME_BYTES} bytes");
+            let got = format!("{} parts and {bytes} bytes", parts.len());
+            return Err(FabricError::Content { tag, expected, got });
+        }
+        let site = *self.site_of.get(to).ok_or(FabricError::NoSuchRank { to })?;
+        let link = self.link_to(site).ok_or_else(|| FabricError::Lost {
+            rank: to,
+            reason: "its process has left or is lost".into(),
+        })?;
+        link.push(to as u32, tag, parts);
+        Ok(())
+    }
+
+    /// Somebody is about to wait for this rank: makes a link, on which its end would be heard.
+    pub(super) fn watch(self: &Arc<Self>, rank: usize) {
+        if let Some(&site) = self.site_of.get(rank)
+            && !self.inboxes.contains_key(&rank)
+        {
+            self.link_to(site);
+        }
+    }
+
+    /// The link to a process, made if there is none; `None` if nothing can go there any more.
+    fn link_to(self: &Arc<Self>, site: usize) -> Option<Arc<OutLink>> {
+        let mut peers = self.lock_peers();
+        let peer = &mut peers[site];
+        if peer.presence != Presence::Here || self.closed.load(Ordering::SeqCst) {
+            return None;
+        }
+        let link = peer.outgoing.get_or_insert_with(|| {
+            let link = Arc::new(OutLink::new(site));
+            let (its, network) = (link.clone(), self.clone());
+            self.spawn(true, move || its.run(&network));
+            link
+        });
+        Some(link.clone())
+    }
+
+    /// Runs a thread that the network waits for when it closes.
+    pub(super) fn spawn(self: &Arc<Self>, is_writer: bool, run: impl FnOnce() + Send + 'static) {
+        let count = self.count(is_writer);
+        std::thread::spawn(move || {
+            run();
+            drop(count);
+        });
+    }
+
+    /// Counts a thread that works for the network until the guard is dropped.
+    fn count(self: &Arc<Self>, is_writer: bool) -> Counted {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.all += 1;
+        running.writers += usize::from(is_writer);
+        Counted { network: self.clone(), is_writer }
+    }
+
+    /// Takes a connection in whose other end has proven itself, and reads from it to its end.
+    ///
+    /// **Errors**: the connection and why it is not wanted, in words.
+    pub(super) fn take_in(self: &Arc<Self>, hello: &Hello, stream: Stream) -> Result<(), (Stream, String)> {
+        let site = match self.site_that_says(hello) {
+            Ok(site) => site,
+            Err(reason) => return Err((stream, reason)),
+        };
+        let mut peers = self.lock_peers();
+        if self.closed.load(Ordering::SeqCst) || peers[site].presence != Presence::Here {
+            return Err((stream, "the formation is over".into()));
+        }
+        if peers[site].incoming.is_some() {
+            return Err((stream, format!("rank {} is connected already", hello.from)));
+        }
+        // One byte into an empty buffer: cannot block.
+        let ready = stream.set_patience(self.formation.patience).and_then(|()| welcome(&mut &stream));
+        if let Err(error) = ready {
+            return Err((stream, error.to_string()));
+        }
+        let link = Arc::new(InLink::new(site, stream));
+        peers[site].incoming = Some(link.clone());
+        let count = self.count(false);
+        drop(peers);
+        link.run(self);
+        drop(count);
+        Ok(())
+    }
+
+    fn site_that_says(&self, hello: &Hello) -> Result<usize, String> {
+        let own = self.formation.local[0];
+        if hello.to as usize != own {
+            return Err(format!("this process hosts rank {own}, not rank {}", hello.to));
+        }
+        let site = self.site_of.get(hello.from as usize).copied();
+        let site = site.filter(|&site| self.sites[site].ranks[0] == hello.from as usize);
+        site.ok_or_else(|| format!("rank {} speaks for no process of this formation", hello.from))
+    }
+
+    /// Where frames for `to` from `source` go, if the process `site` may send them.
+    ///
+    /// **Errors**: in words.
+    pub(super) fn inbox_for(&self, to: u32, source: u32, site: usize) -> Result<&Arc<Inbox>, String> {
+        if self.site_of.get(source as usize) != Some(&site) {
+            let ranks = &self.sites[site].ranks;
+            return Err(format!("a frame of rank {source} came from the process of ranks {ranks:?}"));
+        }
+        self.inboxes.get(&(to as usize)).ok_or_else(|| format!("a frame for rank {to} came here"))
+    }
+
+    /// Receive buffers.
+    pub(super) fn buffers(&self) -> &Arc<BufferPool> {
+        &self.buffers
+    }
+
+    pub(super) fn secret(&self) -> &[u8; 32] {
+        &self.formation.secret
+    }
+
+    /// How to get to a process: its address, and what carries frames there within the host; `None` for TCP.
+    pub(super) fn route(&self, site: usize) -> (&Address, Option<Carrier>) {
+        let address = &self.sites[site].address;
+        let is_near = address.host == self.sites[self.site_of[self.formation.local[0]]].address.host;
+        let carrier = match self.formation.transport {
+            Transport::Tcp => None,
+            _ if !is_near => None,
+            Transport::Socket => Some(Carrier::Socket),
+            Transport::Auto | Transport::SharedMemory => Some(Carrier::SharedMemory),
+        };
+        (address, carrier)
+    }
+
+    /// What this process says first to another.
+    ///
+    /// **Errors**: in words, if there is no randomness.
+    pub(super) fn hello(&self, site: usize, carrier: Carrier) -> Result<Hello, String> {
+        Ok(Hello {
+            version: VERSION,
+            carrier,
+            job: self.formation.job,
+            generation: self.formation.generation,
+            from: self.formation.local[0] as u32,
+            to: self.sites[site].ranks[0] as u32,
+            nonce: fresh_nonce().map_err(|error| error.to_string())?,
+        })
+    }
+
+    /// Which formation this is: job and generation.
+    pub(super) fn number(&self) -> (u32, u32) {
+        (self.formation.job, self.formation.generation)
+    }
+
+    /// A link to or from a process has come to a bad end. The first time, everybody who waits for its ranks is told.
+    pub(super) fn fault(&self, site: usize, reason: &str) {
+        if self.part(site, Presence::Lost, reason) {
+            let ranks = self.sites[site].ranks.clone();
+            tracing::warn!(?ranks, reason, "a peer is lost");
+            (self.on_fault)(Fault { ranks, reason: reason.to_owned() });
+        }
+    }
+
+    /// A process has sent all that it will ever send.
+    pub(super) fn left(&self, site: usize) {
+        self.part(site, Presence::Left, "its process has left the formation");
+    }
+
+    /// A process takes nothing any more. If it never had a link to here, it will send nothing either.
+    pub(super) fn left_without_sending(&self, site: usize) {
+        let never_sent = self.lock_peers()[site].incoming.is_none();
+        if never_sent {
+            self.left(site);
+        }
+    }
+
+    /// Whether the process was here until now and the network is open.
+    fn part(&self, site: usize, presence: Presence, reason: &str) -> bool {
+        let mut peers = self.lock_peers();
+        let peer = &mut peers[site];
+        if peer.presence != Presence::Here || self.closed.load(Ordering::SeqCst) {
+            return false;
+        }
+        peer.presence = presence;
+        let links = (peer.outgoing.clone(), peer.incoming.clone());
+        drop(peers);
+        for inbox in self.inboxes.values() {
+            self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank as u32, reason));
+        }
+        if presence == Presence::Lost {
+            links.0.inspect(|link| link.cut());
+            links.1.inspect(|link| link.cut());
+        }
+        true
+    }
+}
+
+/// Counts a thread until it ends.
+struct Counted {
+    network: Arc<WiredNetwork>,
+    is_writer: bool,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut running = self.network.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.all -= 1;
+        running.writers -= usize::from(self.is_writer);
+        drop(running);
+        self.network.ended.notify_all();
+    }
+}
+
+/// The processes by their lowest rank, and the process of each rank.
+fn sites_of(ranks: &[Address]) -> (Vec<Site>, Vec<usize>) {
+    let mut sites: Vec<Site> = Vec::new();
+    let mut numbers: HashMap<&Address, usize> = HashMap::new();
+    let mut site_of = Vec::with_capacity(ranks.len());
+    for (rank, address) in ranks.iter().enumerate() {
+        let number = *numbers.entry(address).or_insert_with(|| {
+            sites.push(Site { address: address.clone(), ranks: Vec::new() });
+            sites.len() - 1
+        });
+        sites[number].ranks.push(rank);
+        site_of.push(number);
+    }
+    (sites, site_of)
+}
