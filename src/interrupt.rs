@@ -17,7 +17,10 @@ pub async fn watch(stop: impl Fn()) -> Result<(), Failure> {
     std::process::exit(INTERRUPTED.into())
 }
 
-async fn signal() -> Result<(), Failure> {
+/// Waits for Ctrl-C or SIGTERM.
+///
+/// **Errors**: the system gives no signals.
+pub async fn signal() -> Result<(), Failure> {
     use tokio::signal::unix::{SignalKind, signal};
     let failed = |error: std::io::Error| Failure::run(format!("signals: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
@@ -25,4 +28,12 @@ async fn signal() -> Result<(), Failure> {
         heard = tokio::signal::ctrl_c() => heard.map_err(failed),
         _ = terminate.recv() => Ok(()),
     }
+}
+
+/// What commands that wait for the network run on.
+///
+/// **Errors**: the system gives no threads.
+pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.map_err(|error| Failure::run(error.to_string()))
 }

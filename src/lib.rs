@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
+pub mod client;
 pub mod cluster;
 pub mod data;
 pub mod eval;
@@ -13,6 +14,7 @@ pub mod generate;
 pub mod import;
 pub mod interrupt;
 pub mod machine;
+pub mod orchestrator;
 pub mod output;
 pub mod plan;
 pub mod progress;
@@ -23,3 +25,4 @@ pub mod run_dir;
 pub mod summary;
 pub mod telemetry;
 pub mod train;
+pub mod worker;

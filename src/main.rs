@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use contraflow::{bench, data, eval, export, generate, import, plan, recipes, train};
+use contraflow::{
+    bench, client, data, eval, export, generate, import, orchestrator, plan, recipes, train, worker,
+};
 
 /// Frees and hands out faster than the system's allocator where many threads do.
 #[global_allocator]
@@ -48,6 +50,26 @@ enum Command {
     Bench(bench::Args),
     /// Prepare text for training: train a tokenizer, tokenize a large corpus once
     Data(data::Args),
+    /// Run the orchestrator of a cluster: takes jobs, and decides which ranks are where
+    Orchestrator(orchestrator::Args),
+    /// Run a worker of a cluster: hosts ranks of jobs
+    Worker(worker::Args),
+    /// Put a job into a cluster's queue
+    Submit(client::Submit),
+    /// List the jobs of a cluster
+    Jobs(client::Common),
+    /// Tell where a job stands
+    Status(client::OfJob),
+    /// Follow a job step by step, from its first
+    Watch(client::OfJob),
+    /// Print the log of a job
+    Logs(client::Logs),
+    /// End a job
+    Cancel(client::OfJob),
+    /// List the workers of a cluster
+    Nodes(client::Common),
+    /// Take a node out of use: its ranks move
+    Drain(client::Drain),
 }
 
 fn main() -> ExitCode {
@@ -67,6 +89,16 @@ fn main() -> ExitCode {
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Data(args) => data::run(&args),
+        Command::Orchestrator(args) => orchestrator::run(&args),
+        Command::Worker(args) => worker::run(&args),
+        Command::Submit(args) => client::submit(&args),
+        Command::Jobs(common) => client::list(&common),
+        Command::Status(args) => client::status(&args),
+        Command::Watch(args) => client::watch(&args),
+        Command::Logs(args) => client::logs(&args),
+        Command::Cancel(args) => client::cancel(&args),
+        Command::Nodes(common) => client::nodes(&common),
+        Command::Drain(args) => client::drain(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -335,9 +335,7 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
 
 /// Runs a cluster to its end, listening for interruptions.
 fn run_cluster(spec: ClusterSpec) -> Result<Outcome, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
-    runtime.block_on(async {
+    interrupt::runtime()?.block_on(async {
         let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
         let interrupted = tokio::spawn(interrupt::watch(cluster.stopper()));
         let outcome = cluster.wait().await;

@@ -5,3 +5,5 @@ pub mod core;
 pub mod job;
 pub mod job_actor;
 pub mod metrics;
+pub mod server;
+pub mod store;

@@ -107,46 +107,35 @@ pub enum MetricsMessage {
     },
 }
 
-/// The actor's state.
-pub struct MetricsState {
+/// Puts the reports of all ranks together, step by step.
+#[derive(Debug)]
+pub struct Collector {
     world: usize,
-    /// Reports of steps that not all ranks have reported.
-    open: BTreeMap<u64, Vec<StepReport>>,
-    ring: VecDeque<StepSummary>,
-    subscribers: Vec<Subscriber>,
+    /// Reports of steps that not all ranks have reported, by step and rank.
+    open: BTreeMap<u64, BTreeMap<u32, StepReport>>,
     gates: GateWatch,
     /// `watch.collapse_steps`.
     collapse_steps: u64,
 }
 
-impl MetricsState {
-    fn new((world, collapse_steps): (usize, u64)) -> Self {
-        MetricsState {
-            world,
-            open: BTreeMap::new(),
-            ring: VecDeque::new(),
-            subscribers: Vec::new(),
-            gates: GateWatch::default(),
-            collapse_steps,
-        }
+impl Collector {
+    /// For so many ranks; gates are watched over `collapse_steps` steps.
+    pub fn new(world: usize, collapse_steps: u64) -> Self {
+        Collector { world, open: BTreeMap::new(), gates: GateWatch::default(), collapse_steps }
     }
 
-    fn record(&mut self, report: StepReport) {
+    /// Takes a report in; the summary of its step if it was the last of them.
+    pub fn record(&mut self, report: StepReport) -> Option<StepSummary> {
         let step = report.step;
         let reports = self.open.entry(step).or_default();
-        reports.push(report);
+        reports.insert(report.rank, report);
         if reports.len() < self.world {
-            return;
+            return None;
         }
-        let mut reports = self.open.remove(&step).unwrap_or_default();
-        reports.sort_by_key(|report| report.rank);
+        let reports: Vec<StepReport> = self.open.remove(&step).unwrap_or_default().into_values().collect();
         let mut summary = StepSummary::of(&reports);
         summary.warnings.extend(self.watch_gates(&reports));
-        self.subscribers.iter_mut().for_each(|subscriber| subscriber(&summary));
-        if self.ring.len() == RING {
-            self.ring.pop_front();
-        }
-        self.ring.push_back(summary);
+        Some(summary)
     }
 
     /// Several ranks hold a layer and count the same.
@@ -155,6 +144,29 @@ impl MetricsState {
         let loads: BTreeMap<u32, &[u64]> = loads.map(|load| (load.layer, load.counts.as_slice())).collect();
         let see = |(layer, counts)| self.gates.see(layer, counts, self.collapse_steps);
         loads.into_iter().filter_map(see).collect()
+    }
+}
+
+/// The actor's state.
+pub struct MetricsState {
+    collector: Collector,
+    ring: VecDeque<StepSummary>,
+    subscribers: Vec<Subscriber>,
+}
+
+impl MetricsState {
+    fn new((world, collapse_steps): (usize, u64)) -> Self {
+        let collector = Collector::new(world, collapse_steps);
+        MetricsState { collector, ring: VecDeque::new(), subscribers: Vec::new() }
+    }
+
+    fn record(&mut self, report: StepReport) {
+        let Some(summary) = self.collector.record(report) else { return };
+        self.subscribers.iter_mut().for_each(|subscriber| subscriber(&summary));
+        if self.ring.len() == RING {
+            self.ring.pop_front();
+        }
+        self.ring.push_back(summary);
     }
 
     fn window(&self, len: usize) -> Vec<StepSummary> {

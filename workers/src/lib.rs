@@ -18,6 +18,7 @@ pub mod generate;
 pub mod hashed_file;
 pub mod hf_check;
 pub mod hf_export;
+pub mod host;
 pub mod inspect;
 pub mod lanes;
 pub mod loader;

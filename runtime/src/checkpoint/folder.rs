@@ -29,12 +29,19 @@ pub fn is_unfinished(dir: &Path) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointFolder {
     dir: PathBuf,
+    /// Part of the names of what is not finished: what an earlier formation still writes is never in the way.
+    generation: u32,
 }
 
 impl CheckpointFolder {
     /// Of a run's folder; nothing is made yet.
     pub fn of_run(run: &Path) -> Self {
-        CheckpointFolder { dir: run.join(FOLDER) }
+        CheckpointFolder { dir: run.join(FOLDER), generation: 0 }
+    }
+
+    /// The same folder, for the ranks of one formation.
+    pub fn in_generation(self, generation: u32) -> Self {
+        CheckpointFolder { generation, ..self }
     }
 
     /// The folder.
@@ -49,7 +56,11 @@ impl CheckpointFolder {
 
     /// The folder into which ranks write the shards of a checkpoint.
     pub fn unfinished(&self, step: u64) -> PathBuf {
-        self.dir.join(format!("step-{step:08}{UNFINISHED_SUFFIX}"))
+        let formation = match self.generation {
+            0 => String::new(),
+            generation => format!(".g{generation}"),
+        };
+        self.dir.join(format!("step-{step:08}{formation}{UNFINISHED_SUFFIX}"))
     }
 
     /// Steps of the committed checkpoints, ascending.
@@ -100,6 +111,10 @@ impl CheckpointFolder {
     ) -> Result<(), CheckpointError> {
         let Position { step, .. } = manifest.position;
         let (from, to) = (self.unfinished(step), self.committed(step));
+        if to.exists() {
+            // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
+            return Ok(());
+        }
         self.rename_finished((manifest, companions), &from, &to)
             .map_err(|error| CheckpointError::new(&to, error))?;
         self.drop_oldest(keep).map_err(|error| CheckpointError::new(&self.dir, error))

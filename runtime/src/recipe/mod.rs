@@ -187,6 +187,87 @@ impl Recipe {
         Self::read((text, name), folder, overrides, None)
     }
 
+    /// A recipe as it is sent to another machine: its text, and the model's `config.json` where it names a file.
+    ///
+    /// **Errors**: every fault at once, those that [`Recipe::submitted`] would find there included.
+    pub fn to_submit(source: &RecipeSource, overrides: &[String]) -> Result<(String, String), Faults> {
+        let text = source.text()?;
+        let mut table = RecipeTable::read(&source.name(), &text, overrides)?;
+        let config = table.text("model.config");
+        let model = if builtin::model_names().contains(&config.as_str()) {
+            None
+        } else {
+            table.resolve_paths(source.folder());
+            let model = read_model(&mut table);
+            Some(table.faults.into_result(model)?)
+        };
+        Recipe::submitted(&text, &source.name(), overrides, model.clone())?;
+        Ok((text, model.map_or_else(String::new, |model| model.to_hf_json())))
+    }
+
+    /// A recipe that somebody sends: its paths stay as they are written, and must stay below the folder that they will be
+    /// looked up in. `model` is the one that `model.config` names, if that is no built-in one.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn submitted(
+        text: &str,
+        name: &str,
+        overrides: &[String],
+        model: Option<ModelConfig>,
+    ) -> Result<Self, Faults> {
+        let mut table = RecipeTable::read(name, text, overrides)?;
+        let config = table.text("model.config");
+        let names = builtin::model_names();
+        if model.is_none() && !names.contains(&config.as_str()) {
+            let expected =
+                format!("a built-in model ({}) or its config.json with the recipe", names.join(", "));
+            table.faults.expected("model.config", expected, format!("{config:?} alone"));
+            return Err(table.faults);
+        }
+        let mut recipe = Self::finish(table, model)?;
+        let mut faults = Faults::default();
+        for (path, value) in recipe.paths() {
+            if !is_below(value) {
+                faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
+            }
+        }
+        if !builtin::model_names().contains(&recipe.model.config.as_str()) {
+            // The model goes with the recipe; where its file was means nothing elsewhere.
+            recipe.model.config = "config.json".into();
+        }
+        faults.into_result(recipe)
+    }
+
+    /// A recipe that was [submitted](Recipe::submitted), with its paths below a folder of this machine.
+    pub fn under(mut self, root: &Path) -> Self {
+        let join = |path: &mut String| *path = root.join(&*path).to_string_lossy().into_owned();
+        self.data.paths.iter_mut().for_each(join);
+        if !self.tokenizer.path.is_empty() {
+            join(&mut self.tokenizer.path);
+        }
+        if self.model.init_dir().is_some() {
+            join(&mut self.model.init);
+        }
+        self
+    }
+
+    /// Whether anything is looked up where the job runs.
+    pub fn names_paths(&self) -> bool {
+        !self.paths().is_empty()
+    }
+
+    /// Every path that is looked up where the job runs, with its key.
+    fn paths(&self) -> Vec<(&'static str, &str)> {
+        let mut paths: Vec<_> = self.data.paths.iter().map(|path| ("data.paths", path.as_str())).collect();
+        if !self.tokenizer.path.is_empty() {
+            paths.push(("tokenizer.path", &self.tokenizer.path));
+        }
+        if self.model.init_dir().is_some() {
+            paths.push(("model.init", &self.model.init));
+        }
+        paths
+    }
+
     fn read(
         (text, name): (&str, &str),
         folder: &Path,
@@ -195,6 +276,10 @@ impl Recipe {
     ) -> Result<Self, Faults> {
         let mut table = RecipeTable::read(name, text, overrides)?;
         table.resolve_paths(folder);
+        Self::finish(table, model)
+    }
+
+    fn finish(mut table: RecipeTable, model: Option<ModelConfig>) -> Result<Self, Faults> {
         let model = model.unwrap_or_else(|| read_model(&mut table));
         derive(&mut table, &model);
         let mut recipe: Recipe =
@@ -245,6 +330,12 @@ impl Recipe {
     fn directions(&self) -> usize {
         if self.parallel.schedule == ScheduleKind::Dualpipe { 2 } else { 1 }
     }
+}
+
+/// Whether a path cannot lead out of the folder that it is looked up in.
+fn is_below(path: &str) -> bool {
+    use std::path::Component;
+    Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
 /// The model that `model.config` names; the stand-in, with the faults noted, where there is none.

@@ -1,0 +1,57 @@
+//! ClusterService: who is a member, and taking a node out of use.
+
+use contraflow_proto::v1;
+use tonic::{Request, Response, Status};
+use v1::cluster_service_server::ClusterService;
+
+use super::Handle;
+use super::hub::{Hub, HubMessage, now_ms};
+use crate::core::Event;
+
+/// The service.
+pub(super) struct Cluster {
+    pub(super) hub: Handle,
+}
+
+#[tonic::async_trait]
+impl ClusterService for Cluster {
+    async fn nodes(&self, _: Request<v1::NodesRequest>) -> Result<Response<v1::NodesResponse>, Status> {
+        Ok(Response::new(self.hub.ask(nodes).await?))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let node = request.into_inner().node;
+        let label = node.clone();
+        let on_node = move |hub: &Hub| {
+            let workers = hub.core().members().filter(|member| member.who.node == label);
+            let used = workers.map(|member| hub.core().used(member.who.worker) as u32);
+            used.fold((0, 0), |(workers, ranks), used| (workers + 1, ranks + used))
+        };
+        let (workers, ranks) = self.hub.ask(on_node).await?;
+        if workers == 0 {
+            return Err(Status::not_found(format!("node: expected that of a member, got {node:?}")));
+        }
+        self.hub.send(HubMessage::Event(Event::Drain { node })).await?;
+        Ok(Response::new(v1::DrainResponse { workers, ranks }))
+    }
+}
+
+fn nodes(hub: &Hub) -> v1::NodesResponse {
+    let core = hub.core();
+    let mut workers: Vec<v1::Worker> = core
+        .members()
+        .filter(|member| member.is_attached)
+        .map(|member| v1::Worker {
+            worker: member.who.name.clone(),
+            node: member.who.node.clone(),
+            block: member.who.block.clone(),
+            slots: member.who.slots as u32,
+            used: core.used(member.who.worker) as u32,
+            draining: core.jobs().drained.contains(&member.who.node),
+            silent_ms: now_ms().saturating_sub(member.heard_ms),
+            address: member.who.fabric.clone(),
+        })
+        .collect();
+    workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));
+    v1::NodesResponse { workers, incarnation: core.incarnation() }
+}

@@ -1,0 +1,76 @@
+//! Words of the core as messages of the worker link.
+
+use contraflow_proto::v1;
+use contraflow_runtime::control::wire::{encode_command, json};
+use v1::commit::What;
+use v1::to_worker::Message;
+
+use crate::core::facts::Formed;
+use crate::core::jobs::JobRecord;
+use crate::core::{BEAT_MS, Core, Word};
+
+/// A word as it goes over the wire; nothing if what it is about is over by now.
+pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message> {
+    Some(match word {
+        Word::Welcome => Message::Welcome(v1::Welcome {
+            incarnation: core.incarnation(),
+            beat_ms: BEAT_MS as u32,
+            storage_mark: core.jobs().storage_mark.clone(),
+        }),
+        Word::Refused { why } => Message::Refused(why),
+        Word::Assign { job, ranks } => {
+            let record = core.jobs().all.get(&job)?;
+            let formed = record.running()?;
+            let fabric = formed.places.iter().map(|&worker| Some(core.member(worker)?.who.fabric.clone()));
+            Message::Assign(v1::Assign {
+                job,
+                generation: formed.generation,
+                recipe: record.spec.recipe.clone(),
+                model_config: record.spec.model_config.clone(),
+                ranks: ranks.into_iter().map(|rank| rank as u32).collect(),
+                fabric: fabric.collect::<Option<Vec<String>>>()?,
+                secret: secret(key, job, formed.generation).to_vec(),
+                resume_step: formed.resume_step,
+                cursor: formed.cursor,
+                overrides: overrides(record, formed),
+            })
+        }
+        Word::Command { to, command } => Message::Command(encode_command(to, &command)),
+        Word::Release { job, generation, reason } => {
+            Message::Release(v1::Release { job, generation, reason })
+        }
+        Word::CommitCheckpoint { job, generation, position, watch, shards } => {
+            let checkpoint = v1::Checkpoint {
+                position: Some(position.into()),
+                watch: json(&watch),
+                shards: shards.into_iter().map(Into::into).collect(),
+            };
+            Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
+        }
+        Word::PlaceWeights { job, generation, files } => {
+            let weights = v1::Weights { files: files.into_iter().map(Into::into).collect() };
+            Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })
+        }
+    })
+}
+
+/// Changes of the recipe for a formation with other axes than the job asked for.
+fn overrides(record: &JobRecord, formed: &Formed) -> Vec<String> {
+    if record.spec.topology == formed.topology {
+        return Vec::new();
+    }
+    let axes = formed.topology;
+    vec![
+        format!("parallel.pipeline={}", axes.pipeline),
+        format!("parallel.expert={}", axes.expert),
+        format!("parallel.data={}", axes.data),
+    ]
+}
+
+/// What the members of one formation know and nobody else does.
+fn secret(key: &[u8; 32], job: u64, generation: u32) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(&job.to_le_bytes());
+    hasher.update(&generation.to_le_bytes());
+    hasher.finalize().into()
+}

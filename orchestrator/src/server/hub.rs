@@ -1,0 +1,345 @@
+//! The hub: owns core and store, takes messages in batches, and does nothing before what must be kept is kept.
+//!
+//! One batch is one write to the disk, however many facts it holds: that is what makes a thousand submissions a second
+//! cheap. Streams to workers are bounded; a worker that does not read is cut off.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use contraflow_proto::v1;
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use super::encode::encode;
+use super::steps::{StepRecord, Steps};
+use crate::core::facts::{Fact, JobSpec};
+use crate::core::jobs::Jobs;
+use crate::core::{Core, Effect, Event, Word};
+use crate::store::{Replay, Store};
+
+/// Messages that are taken at once.
+const BATCH: usize = 1024;
+
+/// Facts after which a snapshot takes their place.
+const SNAPSHOT_EVERY: u64 = 10_000;
+
+/// A stream to a worker.
+pub type Down = mpsc::Sender<Result<v1::ToWorker, Status>>;
+
+/// What the hub hears.
+pub enum HubMessage {
+    /// For the core.
+    Event(Event),
+    /// A worker's stream stands; its introduction follows.
+    Linked {
+        /// Who.
+        worker: u64,
+        /// Counts the streams of this process.
+        link: u64,
+        /// The way down.
+        down: Down,
+    },
+    /// A worker's stream has ended.
+    Unlinked {
+        /// Who.
+        worker: u64,
+        /// Which of its streams.
+        link: u64,
+    },
+    /// A job for the queue; answered with its number once that is durable.
+    Submit {
+        /// The job.
+        spec: Box<JobSpec>,
+        /// Where the number goes.
+        reply: oneshot::Sender<u64>,
+    },
+    /// Lines of a job's ranks.
+    Lines {
+        /// The job's number.
+        job: u64,
+        /// The lines.
+        lines: Vec<LogRecord>,
+    },
+    /// Somebody wants to know something.
+    Ask(Box<dyn FnOnce(&Hub) + Send>),
+}
+
+/// A log line as it is kept.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct LogRecord {
+    /// **Units**: milliseconds since 1970.
+    pub unix_ms: u64,
+    /// INFO, WARN and so on.
+    pub level: String,
+    /// Ranks that said it; none: the orchestrator.
+    pub ranks: Vec<u32>,
+    /// What.
+    pub message: String,
+}
+
+/// What a batch leaves to be kept, and to be done afterwards.
+#[derive(Default)]
+struct Batch {
+    facts: Vec<Vec<u8>>,
+    steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
+    lines: BTreeMap<u64, Vec<Vec<u8>>>,
+    words: Vec<(u64, Word)>,
+    replies: Vec<(oneshot::Sender<u64>, u64)>,
+    questions: Vec<Box<dyn FnOnce(&Hub) + Send>>,
+}
+
+/// The hub.
+pub struct Hub {
+    core: Core,
+    store: Arc<Store>,
+    /// From which the secrets of formations follow.
+    key: [u8; 32],
+    links: BTreeMap<u64, (u64, Down)>,
+    steps: BTreeMap<u64, Steps>,
+    facts_since_snapshot: u64,
+}
+
+/// **Units**: milliseconds since 1970.
+pub(super) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+impl Hub {
+    /// Goes on from what was kept.
+    ///
+    /// **Errors**: in words; a record makes no sense to this version.
+    pub fn new(store: Store, replay: Replay, key: [u8; 32]) -> Result<Self, String> {
+        let mut jobs: Jobs = match &replay.snapshot {
+            Some((_, bytes)) => {
+                serde_json::from_slice(bytes).map_err(|error| format!("snapshot: {error}"))?
+            }
+            None => Jobs::default(),
+        };
+        for (number, bytes) in &replay.records {
+            let fact: Fact =
+                serde_json::from_slice(bytes).map_err(|error| format!("record {number}: {error}"))?;
+            jobs.apply(&fact);
+        }
+        let facts_since_snapshot = replay.records.len() as u64;
+        let core = Core::new(jobs, replay.incarnation, now_ms());
+        let store = Arc::new(store);
+        let mut hub =
+            Hub { core, store, key, links: BTreeMap::new(), steps: BTreeMap::new(), facts_since_snapshot };
+        let all: Vec<u64> = hub.core.jobs().all.keys().copied().collect();
+        for job in all {
+            hub.restore_steps(job)?;
+        }
+        Ok(hub)
+    }
+
+    fn restore_steps(&mut self, job: u64) -> Result<(), String> {
+        let record = &self.core.jobs().all[&job];
+        let words = |error: crate::store::StoreError| error.to_string();
+        let last = self.store.steps(job, 0).map_err(words)?.last().transpose().map_err(words)?;
+        let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
+        let loss = loss.map(|step| step.number("loss"));
+        let lines = self.store.lines(job, 0).map_err(words)?.last().transpose().map_err(words)?;
+        let lines = lines.map_or(0, |(number, _)| number);
+        let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
+        if let Some(formed) = record.running() {
+            steps.formed(formed.generation, formed.places.len(), 0);
+        }
+        self.steps.insert(job, steps);
+        Ok(())
+    }
+
+    /// The decisions.
+    pub fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// What is kept.
+    pub fn store(&self) -> Arc<Store> {
+        self.store.clone()
+    }
+
+    /// The steps of a job.
+    pub fn steps(&self, job: u64) -> Option<&Steps> {
+        self.steps.get(&job)
+    }
+
+    /// Works until nobody can send any more.
+    ///
+    /// **Errors**: in words; the state cannot be written.
+    pub async fn run(mut self, mut messages: mpsc::Receiver<HubMessage>) -> Result<(), String> {
+        let mut waiting = Vec::with_capacity(BATCH);
+        while messages.recv_many(&mut waiting, BATCH).await > 0 {
+            let mut batch = Batch::default();
+            for message in waiting.drain(..) {
+                self.take(message, &mut batch);
+            }
+            self.keep(&mut batch).await?;
+            self.carry_out(batch);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, message: HubMessage, batch: &mut Batch) {
+        match message {
+            HubMessage::Event(event) => self.step(event, batch),
+            HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
+            HubMessage::Unlinked { worker, link } => {
+                if self.links.get(&worker).is_some_and(|(current, _)| *current == link) {
+                    self.links.remove(&worker);
+                    self.step(Event::Detached { worker }, batch);
+                }
+            }
+            HubMessage::Submit { spec, reply } => {
+                let key = spec.key.clone();
+                self.step(Event::Submit(spec), batch);
+                let jobs = self.core.jobs();
+                batch.replies.push((reply, jobs.by_key.get(&key).copied().unwrap_or(jobs.newest)));
+            }
+            HubMessage::Lines { job, lines } => self.log(job, lines, batch),
+            HubMessage::Ask(question) => batch.questions.push(question),
+        }
+    }
+
+    fn step(&mut self, event: Event, batch: &mut Batch) {
+        for effect in self.core.step(event, now_ms()) {
+            match effect {
+                Effect::Keep(fact) => {
+                    self.hear(&fact);
+                    // A fact is numbers, texts and lists.
+                    batch.facts.push(serde_json::to_vec(&fact).unwrap_or_default());
+                }
+                Effect::Tell { worker, word } => batch.words.push((worker, word)),
+                Effect::Record { job, report } => {
+                    let step = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
+                    if let Some(step) = step {
+                        batch.steps.entry(job).or_default().push(step);
+                    }
+                }
+                Effect::Log { job, line } => {
+                    tracing::info!(job, "{line}");
+                    let (unix_ms, level) = (now_ms(), "INFO".to_owned());
+                    self.log(
+                        job,
+                        vec![LogRecord { unix_ms, level, ranks: Vec::new(), message: line }],
+                        batch,
+                    );
+                }
+            }
+        }
+    }
+
+    fn hear(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Submitted { job, .. } => drop(self.steps.insert(*job, Steps::new(0, None, 0, false))),
+            Fact::Formed { job, formed } => {
+                if let Some(steps) = self.steps.get_mut(job) {
+                    steps.formed(formed.generation, formed.places.len(), 0);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn log(&mut self, job: u64, lines: Vec<LogRecord>, batch: &mut Batch) {
+        if self.steps.contains_key(&job) {
+            let lines = lines.iter().filter_map(|line| serde_json::to_vec(line).ok());
+            batch.lines.entry(job).or_default().extend(lines);
+        }
+    }
+
+    async fn keep(&mut self, batch: &mut Batch) -> Result<(), String> {
+        if batch.facts.is_empty() && batch.steps.is_empty() && batch.lines.is_empty() {
+            return Ok(());
+        }
+        self.facts_since_snapshot += batch.facts.len() as u64;
+        let is_long = self.facts_since_snapshot >= SNAPSHOT_EVERY;
+        let snapshot = is_long.then(|| serde_json::to_vec(self.core.jobs()).unwrap_or_default());
+        if is_long {
+            self.facts_since_snapshot = 0;
+        }
+        let store = self.store.clone();
+        let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
+        let lines = batch.lines.clone();
+        let write = move || {
+            if !facts.is_empty() {
+                let first = store.append(&facts)?;
+                if let Some(snapshot) = snapshot {
+                    store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
+                }
+            }
+            for (job, steps) in &steps {
+                store.append_steps(*job, steps)?;
+            }
+            for (job, lines) in &lines {
+                store.append_lines(*job, lines)?;
+            }
+            Ok(())
+        };
+        let written: Result<Result<(), crate::store::StoreError>, _> =
+            tokio::task::spawn_blocking(write).await;
+        match written {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(panic) => Err(format!("the store: {panic}")),
+        }
+    }
+
+    fn carry_out(&mut self, batch: Batch) {
+        for (worker, word) in batch.words {
+            let is_last = matches!(word, Word::Refused { .. });
+            let message = encode(&self.core, &self.key, word);
+            self.tell(worker, message, is_last);
+        }
+        for (job, steps) in &batch.steps {
+            let step = steps.last().map_or(0, |(step, _)| *step);
+            self.acknowledge(*job, step);
+        }
+        let changed = batch.steps.keys().chain(batch.lines.keys());
+        let ended: Vec<u64> = self
+            .steps
+            .iter()
+            .filter(|(job, steps)| {
+                !steps.kept.borrow().has_ended
+                    && self.core.jobs().all.get(job).is_none_or(|record| record.has_ended())
+            })
+            .map(|(&job, _)| job)
+            .collect();
+        for job in changed.copied().chain(ended) {
+            let has_ended = self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
+            let lines = batch.lines.get(&job).map_or(0, |lines| lines.len() as u64);
+            if let Some(steps) = self.steps.get(&job) {
+                steps.kept.send_modify(|kept| {
+                    kept.step = steps.last;
+                    kept.has_ended = has_ended;
+                    kept.lines += lines;
+                });
+            }
+        }
+        // Whoever asked may have left.
+        for (reply, job) in batch.replies {
+            let _ = reply.send(job);
+        }
+        batch.questions.into_iter().for_each(|question| question(self));
+    }
+
+    /// Tells the workers of a job that its steps need not be told again.
+    fn acknowledge(&mut self, job: u64, step: u64) {
+        let Some(formed) = self.core.jobs().all.get(&job).and_then(|record| record.running()) else { return };
+        let mut workers = formed.places.clone();
+        workers.sort_unstable();
+        workers.dedup();
+        for worker in workers {
+            let durable = v1::to_worker::Message::Durable(v1::Durable { job, step });
+            self.tell(worker, Some(durable), false);
+        }
+    }
+
+    fn tell(&mut self, worker: u64, message: Option<v1::to_worker::Message>, is_last: bool) {
+        let (Some(message), Some((_, down))) = (message, self.links.get(&worker)) else { return };
+        let sent = down.try_send(Ok(v1::ToWorker { message: Some(message) }));
+        if sent.is_err() || is_last {
+            // It does not read, or shall not any more: the stream ends, and it may come back.
+            self.links.remove(&worker);
+        }
+    }
+}

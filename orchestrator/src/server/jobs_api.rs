@@ -1,0 +1,254 @@
+//! JobService: submitting, asking, following.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use contraflow_proto::v1;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::recipe::{Faults, Recipe};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use v1::job_service_server::JobService;
+
+use super::Handle;
+use super::hub::{Hub, HubMessage, LogRecord};
+use super::steps::{Kept, StepRecord};
+use crate::core::Event;
+use crate::core::facts::{End, JobSpec};
+use crate::core::jobs::{JobRecord, Phase};
+use crate::store::{Store, StoreError};
+
+/// Jobs of a list that does not say how many it wants.
+const PAGE: usize = 100;
+
+/// Most jobs of one list.
+const MAX_PAGE: usize = 1_000;
+
+/// Messages of a stream that wait for its reader.
+const MAX_UNREAD: usize = 64;
+
+/// The service.
+pub(super) struct Jobs {
+    pub(super) hub: Handle,
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl JobService for Jobs {
+    type WatchStream = Answers<v1::WatchResponse>;
+    type LogsStream = Answers<v1::LogsResponse>;
+
+    async fn submit(&self, request: Request<v1::SubmitRequest>) -> Reply<v1::SubmitResponse> {
+        let spec = Box::new(spec(request.into_inner()).map_err(|faults| refused(&faults))?);
+        let (reply, number) = oneshot::channel();
+        self.hub.send(HubMessage::Submit { spec, reply }).await?;
+        let ending = |_| Status::unavailable("the orchestrator is ending");
+        Ok(Response::new(v1::SubmitResponse { job: name_of(number.await.map_err(ending)?) }))
+    }
+
+    async fn get(&self, request: Request<v1::GetRequest>) -> Reply<v1::GetResponse> {
+        let job = self.number(&request.into_inner().job).await?;
+        let job = self.hub.ask(move |hub| describe(hub, job)).await?;
+        Ok(Response::new(v1::GetResponse { job: Some(job) }))
+    }
+
+    async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
+        let v1::ListRequest { limit, before } = request.into_inner();
+        let limit = if limit == 0 { PAGE } else { (limit as usize).min(MAX_PAGE) };
+        let before = if before.is_empty() { u64::MAX } else { self.number(&before).await? };
+        let page = move |hub: &Hub| -> Vec<v1::Job> {
+            let numbers = hub.core().jobs().all.range(..before).rev().take(limit);
+            numbers.map(|(&job, _)| describe(hub, job)).collect()
+        };
+        Ok(Response::new(v1::ListResponse { jobs: self.hub.ask(page).await? }))
+    }
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Reply<Self::WatchStream> {
+        let v1::WatchRequest { job, from_step } = request.into_inner();
+        let follow = Follow { next: from_step.max(1), until_end: true, ..self.follow(&job).await? };
+        let read = |store: &Store, job: u64, next: u64| {
+            store.steps(job, next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+        };
+        let decode = |bytes: &[u8]| serde_json::from_slice::<StepRecord>(bytes).ok().map(watched);
+        Ok(Response::new(stream(follow, read, decode)))
+    }
+
+    async fn cancel(&self, request: Request<v1::CancelRequest>) -> Reply<v1::CancelResponse> {
+        let v1::CancelRequest { job, reason } = request.into_inner();
+        let job = self.number(&job).await?;
+        self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
+        let job = self.hub.ask(move |hub| describe(hub, job)).await?;
+        Ok(Response::new(v1::CancelResponse { job: Some(job) }))
+    }
+
+    async fn logs(&self, request: Request<v1::LogsRequest>) -> Reply<Self::LogsStream> {
+        let v1::LogsRequest { job, rank, follow: until_end } = request.into_inner();
+        let follow = Follow { next: 0, until_end, ..self.follow(&job).await? };
+        let read = |store: &Store, job: u64, next: u64| {
+            store.lines(job, next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+        };
+        let decode = move |bytes: &[u8]| {
+            let line = serde_json::from_slice::<LogRecord>(bytes).ok()?;
+            let wanted = rank.is_none_or(|rank| line.ranks.contains(&rank));
+            let LogRecord { unix_ms, level, ranks, message } = line;
+            wanted.then_some(v1::LogsResponse { unix_ms, level, ranks, message })
+        };
+        Ok(Response::new(stream(follow, read, decode)))
+    }
+}
+
+impl Jobs {
+    /// **Errors**: `NOT_FOUND`.
+    async fn number(&self, name: &str) -> Result<u64, Status> {
+        let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));
+        let number =
+            name.strip_prefix("job-").and_then(|digits| digits.parse::<u64>().ok()).ok_or_else(unknown)?;
+        let is_known = self.hub.ask(move |hub| hub.core().jobs().all.contains_key(&number)).await?;
+        is_known.then_some(number).ok_or_else(unknown)
+    }
+
+    async fn follow(&self, name: &str) -> Result<Follow, Status> {
+        let job = self.number(name).await?;
+        let found = self.hub.ask(move |hub| Some((hub.store(), hub.steps(job)?.kept.subscribe()))).await?;
+        let (store, kept) = found.ok_or_else(|| Status::not_found(format!("job: {name} is forgotten")))?;
+        Ok(Follow { job, store, kept, next: 0, until_end: false })
+    }
+}
+
+/// Something kept that is read from `next` on.
+struct Follow {
+    job: u64,
+    store: Arc<Store>,
+    kept: watch::Receiver<Kept>,
+    next: u64,
+    /// Not only what is there: everything until the job ends.
+    until_end: bool,
+}
+
+/// Sends what is kept, and goes on with what comes.
+fn stream<T: Send + 'static>(
+    mut follow: Follow,
+    read: fn(&Store, u64, u64) -> Result<Vec<(u64, Vec<u8>)>, StoreError>,
+    decode: impl Fn(&[u8]) -> Option<T> + Send + 'static,
+) -> Answers<T> {
+    let (sender, answers) = mpsc::channel(MAX_UNREAD);
+    tokio::spawn(async move {
+        loop {
+            let kept = *follow.kept.borrow_and_update();
+            loop {
+                let (store, job, next) = (follow.store.clone(), follow.job, follow.next);
+                let entries = tokio::task::spawn_blocking(move || read(&store, job, next)).await;
+                let Ok(Ok(entries)) = entries else {
+                    return drop(sender.send(Err(Status::internal("the state cannot be read"))).await);
+                };
+                let Some((last, _)) = entries.last() else { break };
+                follow.next = last + 1;
+                let answers: Vec<T> = entries.iter().filter_map(|(_, bytes)| decode(bytes)).collect();
+                for answer in answers {
+                    if sender.send(Ok(answer)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            // What was kept when it ended has been read since.
+            if kept.has_ended || !follow.until_end || follow.kept.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    Box::pin(ReceiverStream::new(answers))
+}
+
+fn watched(record: StepRecord) -> v1::WatchResponse {
+    v1::WatchResponse {
+        step: record.number("step") as u64,
+        loss: record.number("loss"),
+        generation: record.generation,
+        tokens: record.number("tokens") as u64,
+        grad_norm: record.number("grad_norm"),
+        seconds: record.number("seconds"),
+        summary: record.summary.to_string(),
+    }
+}
+
+/// The id of a job.
+fn name_of(number: u64) -> String {
+    format!("job-{number}")
+}
+
+fn refused(faults: &Faults) -> Status {
+    Status::invalid_argument(faults.to_string())
+}
+
+/// Checks a request.
+fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
+    let v1::SubmitRequest { recipe, overrides, model_config, name, priority, idempotency_key, min_ranks } =
+        request;
+    let name = if name.is_empty() { "recipe".to_owned() } else { name };
+    let model = if model_config.is_empty() { None } else { Some(ModelConfig::from_hf_json(&model_config)?) };
+    let recipe = Recipe::submitted(&recipe, &name, &overrides, model)?;
+    let world = recipe.topology().world();
+    let mut faults = Faults::default();
+    if min_ranks as usize > world {
+        faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
+    }
+    faults.into_result(JobSpec {
+        name,
+        priority,
+        min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
+        key: idempotency_key,
+        recipe: recipe.resolved_toml(),
+        model_config: recipe.model_config.to_hf_json(),
+        topology: recipe.topology(),
+        schedule: recipe.parallel.schedule,
+        steps: recipe.training.steps as u64,
+        save_model: recipe.checkpoint.save_model,
+        max_returns: recipe.watch.max_skips,
+    })
+}
+
+fn describe(hub: &Hub, job: u64) -> v1::Job {
+    let core = hub.core();
+    let Some(record) = core.jobs().all.get(&job) else { return v1::Job::default() };
+    let steps = hub.steps(job);
+    let places = record.running().map_or(&[][..], |formed| &formed.places);
+    let rank = |(rank, &worker): (usize, &u64)| {
+        let who = core.member(worker).map(|member| member.who.clone()).unwrap_or_default();
+        let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
+        v1::RankPlace { rank: rank as u32, worker: who.name, node: who.node, step }
+    };
+    v1::Job {
+        job: name_of(job),
+        name: record.spec.name.clone(),
+        priority: record.spec.priority,
+        state: state(record, core.is_training(job)).into(),
+        step: steps.map_or(0, |steps| steps.last),
+        steps: record.spec.steps,
+        generation: record.generation(),
+        loss: steps.and_then(|steps| steps.loss),
+        validation_loss: record.validation_loss,
+        ranks: places.iter().enumerate().map(rank).collect(),
+        waiting_for: core.waiting_for(job),
+        outcome: if record.has_ended() { record.why.clone() } else { String::new() },
+        submitted_unix_ms: record.submitted_ms,
+        ended_unix_ms: record.ended_ms,
+        losses: record.losses,
+    }
+}
+
+fn state(record: &JobRecord, is_training: bool) -> v1::JobState {
+    match record.phase {
+        Phase::Queued => v1::JobState::Queued,
+        Phase::Formed if is_training => v1::JobState::Running,
+        Phase::Formed if record.losses > 0 => v1::JobState::Recovering,
+        Phase::Formed => v1::JobState::Forming,
+        Phase::Broken => v1::JobState::Recovering,
+        Phase::Ended(End::Done) => v1::JobState::Done,
+        Phase::Ended(End::Failed) => v1::JobState::Failed,
+        Phase::Ended(End::Cancelled) => v1::JobState::Cancelled,
+    }
+}

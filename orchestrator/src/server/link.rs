@@ -1,0 +1,124 @@
+//! The worker link: one stream a worker, events up, commands down.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use contraflow_proto::v1;
+use contraflow_runtime::control::wire::{RankAddress, decode_event};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+use v1::control_service_server::ControlService;
+use v1::from_worker::Message;
+
+use super::Handle;
+use super::hub::{HubMessage, LogRecord};
+use crate::core::{Event, Introduction, Progress};
+
+/// Words that a worker may leave unread before it is cut off.
+const MAX_UNREAD: usize = 4_096;
+
+/// How long a worker may take to introduce itself.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Counts the streams of this process.
+static LINKS: AtomicU64 = AtomicU64::new(0);
+
+/// The service.
+pub(super) struct Control {
+    pub(super) hub: Handle,
+}
+
+#[tonic::async_trait]
+impl ControlService for Control {
+    type AttachStream = Pin<Box<dyn Stream<Item = Result<v1::ToWorker, Status>> + Send>>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::FromWorker>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut up = request.into_inner();
+        let first = tokio::time::timeout(HELLO, up.next()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("expected Hello within 5 s"))?;
+        let Some(Ok(v1::FromWorker { message: Some(Message::Hello(hello)) })) = first else {
+            return Err(Status::invalid_argument("expected Hello as the first message of a worker"));
+        };
+        let version = env!("CARGO_PKG_VERSION");
+        if hello.version != version {
+            return Err(Status::failed_precondition(format!(
+                "version of the worker: expected {version}, as the orchestrator, got {}",
+                hello.version
+            )));
+        }
+        let (worker, attached) = introduction(hello);
+        let link = LINKS.fetch_add(1, Ordering::Relaxed);
+        let (down, words) = mpsc::channel(MAX_UNREAD);
+        self.hub.send(HubMessage::Linked { worker, link, down }).await?;
+        self.hub.send(HubMessage::Event(attached)).await?;
+        let hub = self.hub.clone();
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = up.next().await {
+                if hear(&hub, worker, message).await.is_err() {
+                    break;
+                }
+            }
+            // If the hub is gone the orchestrator is ending.
+            drop(hub.send(HubMessage::Unlinked { worker, link }).await);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(words))))
+    }
+}
+
+fn introduction(hello: v1::Hello) -> (u64, Event) {
+    let v1::Hello { worker, name, slots, node, block, fabric, hosted, incarnation, storage_mark, .. } = hello;
+    let who = Introduction { worker, name, slots: slots as usize, node, block, fabric };
+    let hosted = hosted.into_iter().map(|hosted| {
+        (hosted.job, hosted.generation, hosted.ranks.into_iter().map(|rank| rank as usize).collect())
+    });
+    (worker, Event::Attached { who, hosted: hosted.collect(), incarnation, storage_mark })
+}
+
+async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
+    let event = match message.message {
+        Some(Message::Beat(beat)) => {
+            let progress = beat.progress.into_iter().map(|progress| Progress {
+                rank: RankAddress {
+                    job: progress.job,
+                    generation: progress.generation,
+                    rank: progress.rank as usize,
+                },
+                step: progress.step,
+                operations: progress.operations,
+            });
+            Event::Beat { worker, progress: progress.collect() }
+        }
+        Some(Message::Event(event)) => match decode_event(event) {
+            Ok((from, event)) => Event::Rank { worker, from, event: Box::new(event) },
+            Err(words) => {
+                tracing::warn!(worker, "an event that makes no sense: {words}");
+                return Ok(());
+            }
+        },
+        Some(Message::Committed(done)) => Event::Committed {
+            worker,
+            job: done.job,
+            generation: done.generation,
+            step: (done.step > 0).then_some(done.step),
+            result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
+        },
+        Some(Message::Logs(logs)) => return keep_lines(hub, logs).await,
+        Some(Message::Hello(_) | Message::Released(_)) | None => return Ok(()),
+    };
+    hub.send(HubMessage::Event(event)).await
+}
+
+async fn keep_lines(hub: &Handle, logs: v1::LogLines) -> Result<(), Status> {
+    for line in logs.lines {
+        let v1::LogLine { job, rank, unix_ms, level, message } = line;
+        let lines = vec![LogRecord { unix_ms, level, ranks: vec![rank], message }];
+        hub.send(HubMessage::Lines { job, lines }).await?;
+    }
+    Ok(())
+}

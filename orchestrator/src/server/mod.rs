@@ -1,0 +1,173 @@
+//! The orchestrator as a process: the hub around the core, and the gRPC services in front of it.
+//!
+//! Knows how things are said and kept; what is decided stands in [`crate::core`].
+
+mod cluster_api;
+mod encode;
+mod hub;
+mod jobs_api;
+mod link;
+mod steps;
+
+use std::future::Future;
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use contraflow_proto::v1;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tonic::transport::Server;
+use v1::cluster_service_server::ClusterServiceServer;
+use v1::control_service_server::ControlServiceServer;
+use v1::job_service_server::JobServiceServer;
+
+use self::hub::{Hub, HubMessage};
+use crate::core::{Event, TICK_MS};
+use crate::store::Store;
+
+/// Largest message that is taken from a client: a recipe, a model's configuration and some.
+const MAX_MESSAGE: usize = 4 << 20;
+
+/// Messages that wait for the hub, at most.
+const MAX_WAITING: usize = 16_384;
+
+/// An orchestrator that has its state and its port.
+pub struct Orchestrator {
+    listener: TcpListener,
+    hub: Hub,
+    messages: mpsc::Receiver<HubMessage>,
+    handle: Handle,
+}
+
+/// The way to the hub.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    messages: mpsc::Sender<HubMessage>,
+}
+
+impl Handle {
+    /// Hands a message over.
+    ///
+    /// **Errors**: `UNAVAILABLE` if the hub has ended.
+    async fn send(&self, message: HubMessage) -> Result<(), tonic::Status> {
+        let gone = |_| tonic::Status::unavailable("the orchestrator is ending");
+        self.messages.send(message).await.map_err(gone)
+    }
+
+    /// Looks something up in the hub's state.
+    ///
+    /// **Errors**: `UNAVAILABLE` if the hub has ended.
+    async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&Hub) -> T + Send + 'static,
+    ) -> Result<T, tonic::Status> {
+        let (reply, answer) = oneshot::channel();
+        let ask = Box::new(move |hub: &Hub| drop(reply.send(question(hub))));
+        self.send(HubMessage::Ask(ask)).await?;
+        answer.await.map_err(|_| tonic::Status::unavailable("the orchestrator is ending"))
+    }
+}
+
+impl Orchestrator {
+    /// Opens the state in `dir` and binds `address`.
+    ///
+    /// **Errors**: in words; the state is in use, damaged or of another format, or the address cannot be had.
+    pub async fn open(dir: &Path, address: SocketAddr) -> Result<Self, String> {
+        let listener =
+            TcpListener::bind(address).await.map_err(|error| format!("--listen {address}: {error}"))?;
+        let (store, replay) = Store::open(dir).map_err(|error| error.to_string())?;
+        let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        let hub = Hub::new(store, replay, key)?;
+        let (sender, messages) = mpsc::channel(MAX_WAITING);
+        Ok(Orchestrator { listener, hub, messages, handle: Handle { messages: sender } })
+    }
+
+    /// Where it listens.
+    ///
+    /// **Errors**: what the system says.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Raised at each start.
+    pub fn incarnation(&self) -> u64 {
+        self.hub.core().incarnation()
+    }
+
+    /// Serves until `stop` is over.
+    ///
+    /// **Errors**: in words; the state cannot be written any more.
+    pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
+        let Orchestrator { listener, hub, messages, handle } = self;
+        let ticks = tokio::spawn(tick(handle.clone()));
+        let (stopped, is_stopped) = oneshot::channel();
+        let hub = tokio::spawn(async move {
+            let result = hub.run(messages).await;
+            // Without its memory the orchestrator must not answer.
+            let _ = stopped.send(());
+            result
+        });
+        let failed = |error: tonic_reflection::server::Error| error.to_string();
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(contraflow_proto::DESCRIPTORS)
+            .build_v1()
+            .map_err(failed)?;
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<JobServiceServer<jobs_api::Jobs>>().await;
+        let jobs = JobServiceServer::new(jobs_api::Jobs { hub: handle.clone() });
+        let control = ControlServiceServer::new(link::Control { hub: handle.clone() });
+        let serve = Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .add_service(health_service)
+            .add_service(reflection)
+            .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
+            .add_service(ClusterServiceServer::new(cluster_api::Cluster { hub: handle.clone() }))
+            .add_service(control.max_decoding_message_size(MAX_MESSAGE))
+            .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
+        // Streams of workers never end by themselves: they are cut, and the workers wait for the next orchestrator.
+        let served = tokio::select! {
+            served = serve => served.map_err(|error| error.to_string()),
+            () = stop => Ok(()),
+            _ = is_stopped => Ok(()),
+        };
+        ticks.abort();
+        drop(handle);
+        hub.abort();
+        match hub.await {
+            Ok(result) => result.and(served),
+            Err(_) => served,
+        }
+    }
+}
+
+async fn tick(hub: Handle) {
+    let mut interval = tokio::time::interval(Duration::from_millis(TICK_MS));
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        if hub.send(HubMessage::Event(Event::Tick)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The key from which the secrets of formations follow: drawn at the first start, readable by the owner alone.
+fn cluster_key(dir: &Path) -> io::Result<[u8; 32]> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = dir.join("cluster.key");
+    let mut key = [0; 32];
+    match std::fs::File::open(&path) {
+        Ok(mut file) => file.read_exact(&mut key)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::File::open("/dev/urandom")?.read_exact(&mut key)?;
+            let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&path)?;
+            file.write_all(&key)?;
+            file.sync_all()?;
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(key)
+}

@@ -1,0 +1,387 @@
+//! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, nodes, drain.
+
+use std::time::Duration;
+
+use contraflow_proto::v1;
+use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use serde_json::{Value, json};
+use tonic::transport::{Channel, Endpoint};
+use v1::cluster_service_client::ClusterServiceClient;
+use v1::job_service_client::JobServiceClient;
+
+use crate::failure::Failure;
+use crate::interrupt;
+use crate::output::print;
+
+/// How long reaching the orchestrator, and an answer that is not a stream, may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a command prints.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For programs: JSON, one document, or one a line where there are many.
+    Json,
+}
+
+/// What all these commands have.
+#[derive(clap::Args, Debug)]
+pub struct Common {
+    /// Where the orchestrator listens
+    #[arg(long, value_name = "ADDR", env = "CONTRAFLOW_ORCHESTRATOR", default_value = "127.0.0.1:7070")]
+    pub orchestrator: String,
+    /// What is printed
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub format: Format,
+}
+
+/// Arguments of `contraflow submit`.
+#[derive(clap::Args, Debug)]
+pub struct Submit {
+    /// A built-in recipe, or the path of a recipe file
+    pub recipe: String,
+    /// Change a key of the recipe: section.key=value
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Name of the job; the recipe's name if not given
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Jobs of a higher priority start first, and take the place of lower ones
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    pub priority: i32,
+    /// Fewest ranks with which the job goes on when ranks are lost and cannot be replaced [default: all of them]
+    #[arg(long, value_name = "N")]
+    pub min_ranks: Option<u32>,
+    /// A second submission with the same key is answered with the job of the first
+    #[arg(long, value_name = "KEY")]
+    pub key: Option<String>,
+    /// Where to, and what is printed
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Arguments of commands about one job.
+#[derive(clap::Args, Debug)]
+pub struct OfJob {
+    /// Id of the job
+    pub job: String,
+    /// Where to, and what is printed
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Arguments of `contraflow logs`.
+#[derive(clap::Args, Debug)]
+pub struct Logs {
+    /// Id of the job
+    pub job: String,
+    /// Only lines of this rank
+    #[arg(long)]
+    pub rank: Option<u32>,
+    /// Go on with new lines until the job ends
+    #[arg(long)]
+    pub follow: bool,
+    /// Where to, and what is printed
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// Arguments of `contraflow drain`.
+#[derive(clap::Args, Debug)]
+pub struct Drain {
+    /// Label of the node
+    pub node: String,
+    /// Where to, and what is printed
+    #[command(flatten)]
+    pub common: Common,
+}
+
+/// An address as the transport wants it.
+pub fn url(address: &str) -> String {
+    if address.contains("://") { address.to_owned() } else { format!("http://{address}") }
+}
+
+fn refused(status: &tonic::Status) -> Failure {
+    let words = status.message().to_owned();
+    match status.code() {
+        tonic::Code::InvalidArgument => {
+            let lines: Vec<String> = words.lines().map(str::to_owned).collect();
+            Failure::faults("recipe", &lines)
+        }
+        tonic::Code::NotFound | tonic::Code::FailedPrecondition => Failure::input(words),
+        code => Failure::run(format!("{words} ({code:?})")),
+    }
+}
+
+async fn reach(common: &Common) -> Result<Channel, Failure> {
+    let address = url(&common.orchestrator);
+    let failed = |error: &dyn std::fmt::Display| {
+        Failure::run(format!(
+            "--orchestrator {}: expected an orchestrator, got: {error}",
+            common.orchestrator
+        ))
+    };
+    let endpoint = Endpoint::from_shared(address).map_err(|error| failed(&error))?;
+    endpoint.connect_timeout(PATIENCE).connect().await.map_err(|error| {
+        let cause =
+            std::error::Error::source(&error).map_or_else(|| error.to_string(), |cause| cause.to_string());
+        failed(&cause)
+    })
+}
+
+async fn jobs(common: &Common) -> Result<JobServiceClient<Channel>, Failure> {
+    Ok(JobServiceClient::new(reach(common).await?).max_decoding_message_size(64 << 20))
+}
+
+async fn cluster(common: &Common) -> Result<ClusterServiceClient<Channel>, Failure> {
+    Ok(ClusterServiceClient::new(reach(common).await?))
+}
+
+fn show(common: &Common, json: &Value, text: &str) -> Result<(), Failure> {
+    match common.format {
+        Format::Json => print(&format!("{json}\n")),
+        Format::Text => print(text),
+    }
+}
+
+/// Runs `contraflow submit`.
+///
+/// **Errors**: code 2 with every fault of the recipe; code 1 if the orchestrator is out of reach.
+pub fn submit(args: &Submit) -> Result<(), Failure> {
+    let source = RecipeSource::parse(&args.recipe);
+    let (recipe, model_config) = Recipe::to_submit(&source, &args.overrides)?;
+    let request = v1::SubmitRequest {
+        recipe,
+        overrides: args.overrides.clone(),
+        model_config,
+        name: args.name.clone().unwrap_or_else(|| source.name()),
+        priority: args.priority,
+        idempotency_key: args.key.clone().unwrap_or_default(),
+        min_ranks: args.min_ranks.unwrap_or(0),
+    };
+    interrupt::runtime()?.block_on(async {
+        let mut jobs = jobs(&args.common).await?;
+        let job = jobs.submit(request).await.map_err(|status| refused(&status))?.into_inner().job;
+        show(&args.common, &json!({"job": job}), &format!("{job}\n"))
+    })
+}
+
+/// Runs `contraflow jobs`.
+///
+/// **Errors**: code 1 if the orchestrator is out of reach.
+pub fn list(common: &Common) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::ListRequest::default();
+        let answer = jobs(common).await?.list(request).await.map_err(|status| refused(&status))?;
+        let all = answer.into_inner().jobs;
+        let json: Vec<Value> = all.iter().map(job_json).collect();
+        let mut text = format!(
+            "{:<10} {:<20} {:<10} {:>13} {:>4} {:>8}\n",
+            "JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"
+        );
+        for job in &all {
+            let steps = format!("{}/{}", job.step, job.steps);
+            let loss = job.loss.map_or_else(String::new, |loss| format!("{loss:.4}"));
+            text += &format!(
+                "{:<10} {:<20} {:<10} {steps:>13} {:>4} {loss:>8}\n",
+                job.job,
+                job.name,
+                state_of(job),
+                job.generation
+            );
+        }
+        show(common, &json!({"jobs": json}), &text)
+    })
+}
+
+/// Runs `contraflow status`.
+///
+/// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
+pub fn status(args: &OfJob) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::GetRequest { job: args.job.clone() };
+        let answer = jobs(&args.common).await?.get(request).await.map_err(|status| refused(&status))?;
+        let job = answer.into_inner().job.unwrap_or_default();
+        show(&args.common, &job_json(&job), &job_text(&job))
+    })
+}
+
+/// Runs `contraflow watch`: a line a step, those before first, until the job ends. A break of the connection is waited out:
+/// the orchestrator may be started again.
+///
+/// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
+pub fn watch(args: &OfJob) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let mut from_step = 1;
+        let mut away = Duration::ZERO;
+        loop {
+            match watch_once(args, &mut from_step).await {
+                Ok(job) => return ended(&job),
+                Err(failure) if failure.code == 2 || away >= 6 * PATIENCE => return Err(failure),
+                Err(_) => {
+                    let pause = Duration::from_millis(500);
+                    tokio::time::sleep(pause).await;
+                    away += pause;
+                }
+            }
+        }
+    })
+}
+
+async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failure> {
+    let mut client = jobs(&args.common).await?;
+    let request = v1::WatchRequest { job: args.job.clone(), from_step: *from_step };
+    let mut steps = client.watch(request).await.map_err(|status| refused(&status))?.into_inner();
+    while let Some(step) = steps.message().await.map_err(|status| refused(&status))? {
+        *from_step = step.step + 1;
+        let json = json!({
+            "step": step.step, "loss": step.loss, "generation": step.generation, "tokens": step.tokens,
+            "grad_norm": step.grad_norm, "seconds": step.seconds,
+        });
+        let text = format!(
+            "step {:>6}  loss {:.4}  norm {:.3}  {:.2} s  generation {}\n",
+            step.step, step.loss, step.grad_norm, step.seconds, step.generation
+        );
+        show(&args.common, &json, &text)?;
+    }
+    let request = v1::GetRequest { job: args.job.clone() };
+    let answer = client.get(request).await.map_err(|status| refused(&status))?;
+    let job = answer.into_inner().job.unwrap_or_default();
+    if job.outcome.is_empty() { Err(Failure::run("the stream has ended before the job")) } else { Ok(job) }
+}
+
+fn ended(job: &v1::Job) -> Result<(), Failure> {
+    match job.state() {
+        v1::JobState::Done => {
+            eprintln!("{}: {}", job.job, job.outcome);
+            Ok(())
+        }
+        _ => Err(Failure::run(format!("{} {}: {}", job.job, state_of(job), job.outcome))),
+    }
+}
+
+/// Runs `contraflow logs`.
+///
+/// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
+pub fn logs(args: &Logs) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::LogsRequest { job: args.job.clone(), rank: args.rank, follow: args.follow };
+        let mut client = jobs(&args.common).await?;
+        let mut lines = client.logs(request).await.map_err(|status| refused(&status))?.into_inner();
+        while let Some(line) = lines.message().await.map_err(|status| refused(&status))? {
+            let json = json!({
+                "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
+            });
+            let from = match &line.ranks[..] {
+                [] => "orchestrator".to_owned(),
+                [rank] => format!("rank {rank}"),
+                ranks => format!("x{} ranks", ranks.len()),
+            };
+            let text = format!("{} {:<5} {from:<12} {}\n", clock(line.unix_ms), line.level, line.message);
+            show(&args.common, &json, &text)?;
+        }
+        Ok(())
+    })
+}
+
+/// Runs `contraflow cancel`.
+///
+/// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
+pub fn cancel(args: &OfJob) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::CancelRequest { job: args.job.clone(), reason: "cancelled by the user".into() };
+        let answer = jobs(&args.common).await?.cancel(request).await.map_err(|status| refused(&status))?;
+        let job = answer.into_inner().job.unwrap_or_default();
+        show(&args.common, &job_json(&job), &format!("{} {}: {}\n", job.job, state_of(&job), job.outcome))
+    })
+}
+
+/// Runs `contraflow nodes`.
+///
+/// **Errors**: code 1 if the orchestrator is out of reach.
+pub fn nodes(common: &Common) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let answer =
+            cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| refused(&status))?;
+        let v1::NodesResponse { workers, incarnation } = answer.into_inner();
+        let mut text =
+            format!("{:<16} {:<10} {:<24} {:>5} {:>5}  \n", "NODE", "BLOCK", "WORKER", "SLOTS", "USED");
+        let mut json = Vec::new();
+        for worker in workers {
+            let draining = if worker.draining { "draining" } else { "" };
+            text += &format!(
+                "{:<16} {:<10} {:<24} {:>5} {:>5}  {draining}\n",
+                worker.node, worker.block, worker.worker, worker.slots, worker.used
+            );
+            json.push(json!({
+                "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
+                "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
+            }));
+        }
+        show(common, &json!({"incarnation": incarnation, "workers": json}), &text)
+    })
+}
+
+/// Runs `contraflow drain`.
+///
+/// **Errors**: code 2 if there is no such node; code 1 if the orchestrator is out of reach.
+pub fn drain(args: &Drain) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::DrainRequest { node: args.node.clone() };
+        let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
+        let v1::DrainResponse { workers, ranks } = answer.into_inner();
+        let text = format!("{}: {workers} worker(s) take no new ranks, {ranks} rank(s) move\n", args.node);
+        show(&args.common, &json!({"node": args.node, "workers": workers, "ranks": ranks}), &text)
+    })
+}
+
+/// A state in one word.
+fn state_of(job: &v1::Job) -> String {
+    job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
+}
+
+fn job_json(job: &v1::Job) -> Value {
+    let ranks: Vec<Value> = job
+        .ranks
+        .iter()
+        .map(|rank| json!({"rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step}))
+        .collect();
+    json!({
+        "job": job.job, "name": job.name, "priority": job.priority, "state": state_of(job), "step": job.step,
+        "steps": job.steps, "generation": job.generation, "loss": job.loss, "validation_loss": job.validation_loss,
+        "ranks": ranks, "waiting_for": job.waiting_for, "outcome": job.outcome, "losses": job.losses,
+        "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": job.ended_unix_ms,
+    })
+}
+
+fn job_text(job: &v1::Job) -> String {
+    let mut text = format!(
+        "{} {}: {}, step {} of {}, generation {}\n",
+        job.job,
+        job.name,
+        state_of(job),
+        job.step,
+        job.steps,
+        job.generation
+    );
+    for (what, value) in [("waiting for", &job.waiting_for), ("outcome", &job.outcome)] {
+        if !value.is_empty() {
+            text += &format!("  {what}: {value}\n");
+        }
+    }
+    if let Some(loss) = job.loss {
+        text += &format!("  loss: {loss:.4}\n");
+    }
+    for rank in &job.ranks {
+        text +=
+            &format!("  rank {:>3}  step {:>6}  {} on {}\n", rank.rank, rank.step, rank.worker, rank.node);
+    }
+    text
+}
+
+/// Time of day, UTC.
+fn clock(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000 % 86_400;
+    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}

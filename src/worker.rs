@@ -1,0 +1,75 @@
+//! `contraflow worker`: a process that hosts ranks.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use contraflow_runtime::recipe::LogLevel;
+use contraflow_workers::host::{self, Settings};
+
+use crate::failure::Failure;
+use crate::interrupt;
+use crate::telemetry;
+
+/// Arguments of `contraflow worker`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Where the orchestrator listens
+    #[arg(long, value_name = "ADDR")]
+    pub join: String,
+    /// Folder for checkpoints and results, shared by all workers
+    #[arg(long, value_name = "DIR")]
+    pub storage: PathBuf,
+    /// Folder that the data paths of recipes are looked up in
+    #[arg(long, value_name = "DIR")]
+    pub data_root: Option<PathBuf>,
+    /// Ranks that it can host at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub slots: u32,
+    /// Where it stands: node=NAME,block=NAME
+    #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',')]
+    pub labels: Vec<String>,
+    /// Where other workers connect to, for data
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+}
+
+/// Runs the command.
+///
+/// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    telemetry::init(LogLevel::Info);
+    let settings = settings(args)?;
+    interrupt::runtime()?.block_on(async {
+        let stop = async {
+            drop(interrupt::signal().await);
+        };
+        host::run(settings, stop).await.map_err(Failure::input)
+    })
+}
+
+fn settings(args: &Args) -> Result<Settings, Failure> {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let (mut node, mut block) = (host.clone(), String::from("default"));
+    let mut faults = Vec::new();
+    for label in &args.labels {
+        match label.split_once('=') {
+            Some(("node", value)) if !value.is_empty() => node = value.to_owned(),
+            Some(("block", value)) if !value.is_empty() => block = value.to_owned(),
+            _ => faults.push(format!("expected node=NAME or block=NAME, got {label:?}")),
+        }
+    }
+    if !faults.is_empty() {
+        return Err(Failure::faults("--labels", &faults));
+    }
+    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    Ok(Settings {
+        orchestrator: crate::client::url(&args.join),
+        storage: absolute(&args.storage),
+        data_root: args.data_root.as_ref().map(absolute),
+        slots: args.slots as usize,
+        name: format!("{host}-{}", std::process::id()),
+        node,
+        block,
+        listen: args.listen,
+    })
+}

@@ -1,0 +1,197 @@
+//! One formation of a job in this process: its ranks, their network, and what they have said.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use contraflow_proto::v1;
+use contraflow_runtime::control::wire::{RankAddress, from_json};
+use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Transport, WiredNetwork};
+use contraflow_runtime::recipe::ErrorKind;
+use ractor::{Actor, ActorRef};
+use tokio::sync::mpsc;
+
+use super::Input;
+use super::job::Prepared;
+use super::outbox::Outbox;
+use crate::membership::Assignment;
+use crate::probe::{Probe, ProbePoint};
+use crate::worker::{Worker, WorkerMessage};
+
+/// How long a wait between ranks may last: a lost peer is told at once, this is for what nobody noticed.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How far a rank is; counted by its lanes.
+#[derive(Default)]
+struct Watermark {
+    step: AtomicU64,
+    operations: AtomicU64,
+}
+
+/// A formation.
+pub(super) struct Formation {
+    pub(super) generation: u32,
+    pub(super) outbox: Outbox,
+    /// The last answer to a commit.
+    pub(super) committed: Option<v1::Committed>,
+    pub(super) prepared: Option<Arc<Prepared>>,
+    ranks: Vec<usize>,
+    watermarks: Arc<BTreeMap<usize, Watermark>>,
+    running: Option<Running>,
+}
+
+/// What there is once the ranks have been started.
+struct Running {
+    network: Arc<WiredNetwork>,
+    endpoints: Vec<Endpoint>,
+    /// The actor is on its way: commands wait for it.
+    worker: mpsc::UnboundedSender<WorkerMessage>,
+}
+
+impl Formation {
+    /// One that has been assigned.
+    pub(super) fn new(assign: &v1::Assign) -> Self {
+        let ranks: Vec<usize> = assign.ranks.iter().map(|&rank| rank as usize).collect();
+        Formation {
+            generation: assign.generation,
+            outbox: Outbox::default(),
+            committed: None,
+            prepared: None,
+            watermarks: Arc::new(ranks.iter().map(|&rank| (rank, Watermark::default())).collect()),
+            ranks,
+            running: None,
+        }
+    }
+
+    /// As it is told to an orchestrator.
+    pub(super) fn hosted(&self, job: u64) -> v1::Hosted {
+        let ranks = self.ranks.iter().map(|&rank| rank as u32).collect();
+        v1::Hosted { job, generation: self.generation, ranks }
+    }
+
+    /// How far its ranks are.
+    pub(super) fn progress(&self, job: u64) -> impl Iterator<Item = v1::Progress> {
+        let generation = self.generation;
+        self.watermarks.iter().map(move |(&rank, mark)| v1::Progress {
+            job,
+            rank: rank as u32,
+            generation,
+            step: mark.step.load(Ordering::Relaxed),
+            operations: mark.operations.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Starts its ranks.
+    ///
+    /// **Errors**: in words; the network cannot be formed.
+    pub(super) fn start(
+        &mut self,
+        assign: &v1::Assign,
+        prepared: Prepared,
+        listener: &Listener,
+        inputs: mpsc::UnboundedSender<Input>,
+    ) -> Result<(), String> {
+        let (job, generation) = (assign.job, assign.generation);
+        let addresses: Result<Vec<Address>, String> =
+            assign.fabric.iter().map(|address| from_json(address)).collect();
+        let formation = fabric::Formation {
+            job: job as u32,
+            generation,
+            secret: assign.secret.as_slice().try_into().map_err(|_| "a secret that is not 32 bytes")?,
+            ranks: addresses?,
+            local: self.ranks.clone(),
+            patience: PATIENCE,
+            transport: Transport::Socket,
+        };
+        let on_fault = move |fault: fabric::Fault| {
+            tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
+        };
+        let network =
+            WiredNetwork::form(listener, formation, Arc::new(on_fault)).map_err(|error| error.to_string())?;
+        let mut endpoints = Vec::new();
+        let (worker, commands) = mpsc::unbounded_channel();
+        for &rank in &self.ranks {
+            let endpoint = network.join(rank).map_err(|error| error.to_string())?;
+            endpoints.push(endpoint.clone());
+            let assignment = Box::new(Assignment {
+                job: job as u32,
+                generation,
+                recipe: prepared.recipe.clone(),
+                endpoint,
+                datasets: prepared.datasets.clone(),
+                resume: prepared.resume.clone(),
+                checkpoints: Some(prepared.folder.clone()),
+                probe: self.probe(),
+            });
+            // The receiver is in this function.
+            drop(worker.send(WorkerMessage::Host { rank, assignment }));
+        }
+        let tell = Arc::new(move |event| drop(inputs.send(Input::Rank { job, generation, event })));
+        tokio::spawn(pass_on(tell, commands));
+        self.prepared = Some(Arc::new(prepared));
+        self.running = Some(Running { network, endpoints, worker });
+        Ok(())
+    }
+
+    /// Counts operations: a rank that hangs is the one whose count stands still while others wait for it.
+    fn probe(&self) -> Probe {
+        let watermarks = self.watermarks.clone();
+        Probe::new(move |point| {
+            if let ProbePoint::Op { rank, step, .. } = point
+                && let Some(mark) = watermarks.get(&rank)
+            {
+                mark.step.store(step, Ordering::Relaxed);
+                mark.operations.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    }
+
+    /// Passes a command on, if it is of this formation and was not heard before.
+    pub(super) fn command(&mut self, to: RankAddress, command: RankCommand) {
+        let Some(running) = self.running.as_ref().filter(|_| to.generation == self.generation) else {
+            return;
+        };
+        if self.ranks.contains(&to.rank) && self.outbox.is_new(to.rank, &command) {
+            drop(running.worker.send(WorkerMessage::Command { rank: to.rank, command }));
+        }
+    }
+
+    /// Tells that its ranks could not be started.
+    pub(super) fn fail(&self, cause: String, inputs: &mpsc::UnboundedSender<Input>, job: u64) {
+        let generation = self.generation;
+        for &rank in &self.ranks {
+            let (action, cause) = ("joining the formation".to_owned(), cause.clone());
+            let event = RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config };
+            drop(inputs.send(Input::Rank { job, generation, event }));
+        }
+    }
+
+    /// Ends its ranks: what they are about is given up, their waits end, their connections close.
+    pub(super) fn leave(self, reason: &str) {
+        let Some(Running { network, endpoints, worker }) = self.running else { return };
+        endpoints.iter().for_each(|endpoint| endpoint.abort(reason));
+        for rank in self.ranks {
+            let abort = RankCommand::Abort { reason: reason.to_owned() };
+            drop(worker.send(WorkerMessage::Command { rank, command: abort }));
+            drop(worker.send(WorkerMessage::Command { rank, command: RankCommand::Shutdown }));
+        }
+        // Goodbyes take a moment.
+        tokio::task::spawn_blocking(move || network.close());
+    }
+}
+
+/// Starts the worker actor, hands it what has been sent, and ends it with the sender.
+async fn pass_on(tell: crate::membership::Tell, mut messages: mpsc::UnboundedReceiver<WorkerMessage>) {
+    let worker: ActorRef<WorkerMessage> = match Actor::spawn(None, Worker, tell).await {
+        Ok((worker, _)) => worker,
+        Err(error) => return tracing::error!("a worker actor cannot be started: {error}"),
+    };
+    while let Some(message) = messages.recv().await {
+        if worker.cast(message).is_err() {
+            return;
+        }
+    }
+    worker.drain().ok();
+}

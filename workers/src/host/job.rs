@@ -1,0 +1,170 @@
+//! A job as a worker process sees it: its folder in the shared storage, what is read and what is put in place.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use contraflow_proto::v1;
+use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, UNFINISHED_SUFFIX};
+use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::control::wire::from_json;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::placed_weights::place_weights;
+use contraflow_runtime::recipe::Recipe;
+use v1::commit::What;
+
+use crate::checkpoint::Checkpoint;
+use crate::data::of_recipe::{Text, load_text};
+use crate::data::tokenizer;
+use crate::loader::Datasets;
+use crate::provenance::{companions, manifest};
+
+/// Where a worker process finds things.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    /// Shared by all workers.
+    pub storage: PathBuf,
+    /// What paths of recipes are relative to, if any may be named.
+    pub data: Option<PathBuf>,
+}
+
+/// What ranks are made of, and what is said in manifests.
+#[derive(Clone)]
+pub struct Prepared {
+    /// What to train and how.
+    pub recipe: Arc<Recipe>,
+    /// The sequences.
+    pub datasets: Arc<Datasets>,
+    /// Where checkpoints are kept.
+    pub folder: CheckpointFolder,
+    /// What the formation goes on from.
+    pub resume: Option<Arc<Checkpoint>>,
+    text: Arc<Text>,
+    manifest: Manifest,
+    companions: Companions,
+    dir: PathBuf,
+}
+
+/// Data that a process has loaded, for the next formation of the same job.
+pub type Loaded = (Arc<Text>, Arc<Datasets>);
+
+/// The folder of a job.
+pub fn dir_of(storage: &Path, job: u64) -> PathBuf {
+    storage.join("jobs").join(format!("job-{job}"))
+}
+
+/// The folder into which the ranks of a job write their weights.
+pub fn export_dir(storage: &Path, job: u64) -> PathBuf {
+    dir_of(storage, job).join(format!("model{UNFINISHED_SUFFIX}"))
+}
+
+impl Prepared {
+    /// Reads what an assignment names: recipe, data (unless they are `loaded`), the checkpoint it goes on from.
+    ///
+    /// **Errors**: in words.
+    pub fn new(assign: &v1::Assign, roots: &Roots, loaded: Option<Loaded>) -> Result<Self, String> {
+        let model = ModelConfig::from_hf_json(&assign.model_config).map_err(|faults| faults.to_string())?;
+        let submitted = Recipe::submitted(&assign.recipe, "recipe", &assign.overrides, Some(model))
+            .map_err(|faults| faults.to_string())?;
+        let recipe = place(submitted.clone(), roots)?;
+        let (text, datasets) = match loaded {
+            Some(loaded) => loaded,
+            None => {
+                let (text, datasets) = load_text(&recipe).map_err(|faults| faults.to_string())?;
+                (Arc::new(text), Arc::new(datasets))
+            }
+        };
+        let dir = dir_of(&roots.storage, assign.job);
+        let shown = dir.display().to_string();
+        let words = |error: std::io::Error| format!("{shown}: {error}");
+        std::fs::create_dir_all(&dir).map_err(words)?;
+        let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation);
+        let manifest = manifest(&submitted, &text.corpus.hash).map_err(|error| error.to_string())?;
+        let companions = companions(&recipe, text.tokenizer.json());
+        let resume = resume(assign, &folder, &manifest)?;
+        let recipe = Arc::new(recipe);
+        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, dir };
+        if assign.ranks.contains(&0) {
+            prepared.tidy(&assign.recipe).map_err(words)?;
+        }
+        Ok(prepared)
+    }
+
+    /// What this process has loaded.
+    pub fn loaded(&self) -> Loaded {
+        (self.text.clone(), self.datasets.clone())
+    }
+
+    /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
+    fn tidy(&self, recipe: &str) -> std::io::Result<()> {
+        std::fs::write(self.dir.join("recipe.toml"), recipe)?;
+        self.folder.tidy(self.recipe.checkpoint.keep)?;
+        let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir)?;
+        }
+        std::fs::create_dir(&dir)?;
+        match self.text.tokenizer.json() {
+            Some(json) => std::fs::write(dir.join(tokenizer::FILE), json),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts in place what the ranks have written.
+    ///
+    /// **Errors**: in words.
+    pub fn commit(&self, what: What) -> Result<(), String> {
+        match what {
+            What::Checkpoint(v1::Checkpoint { position, watch, shards }) => {
+                let position: Position = position.ok_or("a checkpoint without a position")?.into();
+                let watch = from_json(&watch)?;
+                let shards = shards.into_iter().map(Into::into).collect();
+                let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
+                let keep = self.recipe.checkpoint.keep;
+                self.folder.commit(&manifest, &self.companions, keep).map_err(|error| error.to_string())
+            }
+            What::Weights(v1::Weights { files }) => {
+                let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
+                if !dir.exists() && self.dir.join("model").exists() {
+                    // Done before, with an answer that was lost.
+                    return Ok(());
+                }
+                let files: Vec<ExportedFile> = files.into_iter().map(Into::into).collect();
+                place_weights(&dir, &files, &self.recipe.model_config.to_hf_json())
+                    .map_err(|error| format!("{}: {error}", dir.display()))
+            }
+        }
+    }
+}
+
+/// Puts a recipe's paths below the data root.
+fn place(recipe: Recipe, roots: &Roots) -> Result<Recipe, String> {
+    match &roots.data {
+        Some(root) => Ok(recipe.under(root)),
+        None if recipe.names_paths() => {
+            Err("the recipe names files: expected a worker with --data-root, got one without".into())
+        }
+        None => Ok(recipe),
+    }
+}
+
+fn resume(
+    assign: &v1::Assign,
+    folder: &CheckpointFolder,
+    own: &Manifest,
+) -> Result<Option<Arc<Checkpoint>>, String> {
+    if assign.resume_step == 0 {
+        return Ok(None);
+    }
+    let dir = folder.committed(assign.resume_step);
+    let mut checkpoint = Checkpoint::open(&dir).map_err(|faults| faults.to_string())?;
+    if checkpoint.manifest.corpus_hash != own.corpus_hash {
+        return Err(format!(
+            "data.paths: expected data of blake3 {}, as in the run so far, got {}",
+            checkpoint.manifest.corpus_hash, own.corpus_hash
+        ));
+    }
+    if assign.cursor > 0 {
+        checkpoint.manifest.position.cursor = assign.cursor;
+    }
+    Ok(Some(Arc::new(checkpoint)))
+}

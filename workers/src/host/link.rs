@@ -1,0 +1,128 @@
+//! The stream to the orchestrator, from the worker's side. Knows messages, not what they mean.
+
+use std::time::{Duration, Instant};
+
+use contraflow_proto::v1;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Endpoint;
+use v1::control_service_client::ControlServiceClient;
+use v1::from_worker::Message;
+
+use super::Input;
+
+/// How long reaching the orchestrator may take.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// A silent connection is asked for a sign of life this often, and given up after as long again.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Largest message that is taken from the orchestrator: a recipe, a model and the addresses of thousands of ranks.
+const MAX_MESSAGE: usize = 16 << 20;
+
+/// A stream that stands or is being opened.
+pub(super) struct Link {
+    up: mpsc::UnboundedSender<v1::FromWorker>,
+    beats: Duration,
+    beat_at: Instant,
+    is_member: bool,
+    task: JoinHandle<()>,
+}
+
+impl Link {
+    /// Begins to open a stream; what comes of it is told to `inputs`.
+    pub(super) fn open(address: &str, hello: v1::Hello, inputs: mpsc::UnboundedSender<Input>) -> Self {
+        let (up, words) = mpsc::unbounded_channel();
+        // The receiver is in this function.
+        drop(up.send(v1::FromWorker { message: Some(Message::Hello(hello)) }));
+        let address = address.to_owned();
+        let task = tokio::spawn(async move {
+            let why = match attach(address, words, &inputs).await {
+                Ok(()) => "the stream has ended".to_owned(),
+                Err(error) => error,
+            };
+            drop(inputs.send(Input::Broken { why }));
+        });
+        let beat_at = Instant::now();
+        Link { up, beats: Duration::from_millis(500), beat_at, is_member: false, task }
+    }
+
+    /// The orchestrator has taken the worker in.
+    pub(super) fn welcomed(&mut self, beat_ms: u32) {
+        self.is_member = true;
+        self.beats = Duration::from_millis(beat_ms.into());
+    }
+
+    /// Says something, once the orchestrator has taken the worker in; before, it is said again anyway.
+    pub(super) fn say(&mut self, message: Message) {
+        if self.is_member {
+            // If the stream has ended, that is told.
+            drop(self.up.send(v1::FromWorker { message: Some(message) }));
+        }
+    }
+
+    /// Says that the worker is alive, if it is time to.
+    pub(super) fn beat(&mut self, progress: Vec<v1::Progress>) {
+        if self.beat_at <= Instant::now() {
+            self.beat_at = Instant::now() + self.beats.mul_f64(0.9);
+            self.say(Message::Beat(v1::Beat { progress }));
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn attach(
+    address: String,
+    words: mpsc::UnboundedReceiver<v1::FromWorker>,
+    inputs: &mpsc::UnboundedSender<Input>,
+) -> Result<(), String> {
+    let endpoint = Endpoint::from_shared(address).map_err(|error| error.to_string())?;
+    let endpoint = endpoint
+        .connect_timeout(CONNECT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE);
+    let channel = endpoint.connect().await.map_err(|error| words_of(&error))?;
+    let mut client = ControlServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+    let attached = client.attach(UnboundedReceiverStream::new(words)).await;
+    let mut down = match attached {
+        Ok(response) => response.into_inner(),
+        Err(status) => {
+            let refusals = [
+                tonic::Code::FailedPrecondition,
+                tonic::Code::Unauthenticated,
+                tonic::Code::PermissionDenied,
+            ];
+            if refusals.contains(&status.code()) {
+                let message = v1::to_worker::Message::Refused(status.message().to_owned());
+                drop(inputs.send(Input::Down(v1::ToWorker { message: Some(message) })));
+            }
+            return Err(status.message().to_owned());
+        }
+    };
+    while let Some(message) = down.next().await {
+        let message = message.map_err(|status| status.message().to_owned())?;
+        if inputs.send(Input::Down(message)).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// An error with its causes: that of the transport alone says nothing.
+fn words_of(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        words += &format!(": {error}");
+        cause = error.source();
+    }
+    words
+}

@@ -1,0 +1,319 @@
+//! A worker process: a member of the cluster that hosts ranks of jobs, as many as it has slots.
+//!
+//! One loop owns everything: it takes words of the orchestrator, events of the ranks and results of slow work, and never
+//! waits for any of them. The stream to the orchestrator may break and come back; the ranks do not notice.
+
+mod formation;
+mod job;
+mod link;
+mod outbox;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use contraflow_proto::v1;
+use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::control::wire::{decode_command, encode_event, json};
+use contraflow_runtime::fabric::Listener;
+use tokio::sync::mpsc;
+use v1::from_worker::Message as Up;
+use v1::to_worker::Message as Down;
+
+use self::formation::Formation;
+use self::job::{Loaded, Prepared, Roots, export_dir};
+use self::link::Link;
+
+/// How long a data connection waits for its formation to be joined here: another worker may be earlier.
+const JOIN_WAIT: Duration = Duration::from_secs(30);
+
+/// File in the storage that tells whether two workers share it.
+const STORAGE_MARK: &str = ".contraflow-storage";
+
+/// What a worker process is started with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where the orchestrator listens, `http://HOST:PORT`.
+    pub orchestrator: String,
+    /// Shared by all workers.
+    pub storage: PathBuf,
+    /// What paths of recipes are relative to.
+    pub data_root: Option<PathBuf>,
+    /// Ranks it can host.
+    pub slots: usize,
+    /// Its node.
+    pub node: String,
+    /// Nodes that are near each other.
+    pub block: String,
+    /// For people.
+    pub name: String,
+    /// Where data connections are accepted.
+    pub listen: SocketAddr,
+}
+
+/// Something for the loop.
+enum Input {
+    /// A rank has something to say.
+    Rank { job: u64, generation: u32, event: RankEvent },
+    /// What an assignment names has been read.
+    Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, String> },
+    /// Something has been put in place, or not.
+    Committed(v1::Committed),
+    /// From the orchestrator.
+    Down(v1::ToWorker),
+    /// The stream has ended.
+    Broken { why: String },
+}
+
+/// The state of the process.
+struct Host {
+    settings: Settings,
+    id: u64,
+    mark: String,
+    listener: Listener,
+    inputs: mpsc::UnboundedSender<Input>,
+    link: Option<Link>,
+    /// The highest that has been heard of.
+    incarnation: u64,
+    formations: BTreeMap<u64, Formation>,
+    loaded: BTreeMap<u64, Loaded>,
+}
+
+/// Hosts ranks until `stop` is over.
+///
+/// **Errors**: in words; the storage or the address cannot be had, or the orchestrator refuses the worker.
+pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), String> {
+    let (sender, mut inputs) = mpsc::unbounded_channel();
+    let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
+    let mut host = Host {
+        id: random_number().map_err(|error| error.to_string())?,
+        mark: storage_mark(&settings.storage)?,
+        listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
+        inputs: sender,
+        link: None,
+        incarnation: 0,
+        formations: BTreeMap::new(),
+        loaded: BTreeMap::new(),
+        settings,
+    };
+    let mut stop = std::pin::pin!(stop);
+    let mut clock = tokio::time::interval(Duration::from_millis(250));
+    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            _ = clock.tick() => host.tick(),
+            input = inputs.recv() => match input {
+                Some(input) => host.take(input)?,
+                None => break,
+            },
+        }
+    }
+    let jobs: Vec<u64> = host.formations.keys().copied().collect();
+    jobs.into_iter().for_each(|job| host.leave(job, u32::MAX, "the worker is ending"));
+    Ok(())
+}
+
+impl Host {
+    /// Beats, or tries to reach the orchestrator.
+    fn tick(&mut self) {
+        match &mut self.link {
+            Some(link) => {
+                let progress = self.formations.iter().flat_map(|(&job, formation)| formation.progress(job));
+                link.beat(progress.collect());
+            }
+            None => {
+                let hello = v1::Hello {
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    worker: self.id,
+                    name: self.settings.name.clone(),
+                    slots: self.settings.slots as u32,
+                    node: self.settings.node.clone(),
+                    block: self.settings.block.clone(),
+                    fabric: json(&self.listener.address()),
+                    hosted: self.formations.iter().map(|(&job, formation)| formation.hosted(job)).collect(),
+                    incarnation: self.incarnation,
+                    storage_mark: self.mark.clone(),
+                };
+                self.link = Some(Link::open(&self.settings.orchestrator, hello, self.inputs.clone()));
+            }
+        }
+    }
+
+    fn say(&mut self, message: Up) {
+        if let Some(link) = &mut self.link {
+            link.say(message);
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), String> {
+        match input {
+            Input::Rank { job, generation, event } => {
+                let current =
+                    self.formations.get_mut(&job).filter(|formation| formation.generation == generation);
+                if let Some(formation) = current {
+                    formation.outbox.note(&event);
+                    self.say(Up::Event(encode_event(job, generation, &event)));
+                }
+            }
+            Input::Prepared { assign, result } => self.prepared(&assign, result),
+            Input::Committed(committed) => {
+                let formation = self.formations.get_mut(&committed.job);
+                if let Some(formation) =
+                    formation.filter(|formation| formation.generation == committed.generation)
+                {
+                    formation.committed = Some(committed.clone());
+                }
+                self.say(Up::Committed(committed));
+            }
+            Input::Down(v1::ToWorker { message }) => {
+                return message.map_or(Ok(()), |message| self.hear(message));
+            }
+            Input::Broken { why } => {
+                tracing::warn!("the orchestrator is out of reach: {why}");
+                self.link = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, message: Down) -> Result<(), String> {
+        match message {
+            Down::Welcome(welcome) => self.welcome(&welcome)?,
+            Down::Assign(assign) => self.assign(assign),
+            Down::Command(command) => {
+                let dir = export_dir(&self.settings.storage, command.job);
+                match decode_command(command, &dir) {
+                    Ok((to, command)) => {
+                        if let Some(formation) = self.formations.get_mut(&to.job) {
+                            formation.command(to, command);
+                        }
+                    }
+                    Err(words) => tracing::warn!("a command that makes no sense: {words}"),
+                }
+            }
+            Down::Release(v1::Release { job, generation, reason }) => self.leave(job, generation, &reason),
+            Down::Durable(v1::Durable { job, step }) => {
+                if let Some(formation) = self.formations.get_mut(&job) {
+                    formation.outbox.durable(step);
+                }
+            }
+            Down::Commit(commit) => self.commit(commit),
+            Down::Refused(why) => return Err(why),
+        }
+        Ok(())
+    }
+
+    fn welcome(&mut self, welcome: &v1::Welcome) -> Result<(), String> {
+        if welcome.incarnation < self.incarnation {
+            // Another orchestrator has taken over; this one has not noticed.
+            self.link = None;
+            return Ok(());
+        }
+        self.incarnation = welcome.incarnation;
+        tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
+        let Some(link) = &mut self.link else { return Ok(()) };
+        link.welcomed(welcome.beat_ms);
+        for (&job, formation) in &self.formations {
+            for event in formation.outbox.repeat() {
+                link.say(Up::Event(encode_event(job, formation.generation, event)));
+            }
+            if let Some(committed) = &formation.committed {
+                link.say(Up::Committed(committed.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Joins a formation; one that it is in already is left as it is.
+    fn assign(&mut self, assign: v1::Assign) {
+        let job = assign.job;
+        if let Some(formation) = self.formations.get(&job) {
+            if formation.generation >= assign.generation {
+                return;
+            }
+            self.leave(job, assign.generation - 1, "another formation takes its place");
+        }
+        self.formations.insert(job, Formation::new(&assign));
+        let roots = Roots { storage: self.settings.storage.clone(), data: self.settings.data_root.clone() };
+        let loaded = self.loaded.get(&job).cloned();
+        let inputs = self.inputs.clone();
+        tokio::task::spawn_blocking(move || {
+            let prepare = std::panic::AssertUnwindSafe(|| Prepared::new(&assign, &roots, loaded));
+            let result = std::panic::catch_unwind(prepare)
+                .unwrap_or_else(|panic| Err(crate::error::RankError::from_panic(&*panic).to_string()));
+            drop(inputs.send(Input::Prepared { assign: Box::new(assign), result: result.map(Box::new) }));
+        });
+    }
+
+    fn prepared(&mut self, assign: &v1::Assign, result: Result<Box<Prepared>, String>) {
+        let job = assign.job;
+        let formation =
+            self.formations.get_mut(&job).filter(|formation| formation.generation == assign.generation);
+        let Some(formation) = formation else { return };
+        let started = result.and_then(|prepared| {
+            self.loaded.insert(job, prepared.loaded());
+            formation.start(assign, *prepared, &self.listener, self.inputs.clone())
+        });
+        if let Err(cause) = started {
+            formation.fail(cause, &self.inputs, job);
+        }
+    }
+
+    fn commit(&self, commit: v1::Commit) {
+        let v1::Commit { job, generation, what } = commit;
+        let formation = self.formations.get(&job).filter(|formation| formation.generation == generation);
+        let (Some(prepared), Some(what)) = (formation.and_then(|formation| formation.prepared.clone()), what)
+        else {
+            return;
+        };
+        let step = match &what {
+            v1::commit::What::Checkpoint(checkpoint) => {
+                checkpoint.position.map_or(0, |position| position.step)
+            }
+            v1::commit::What::Weights(_) => 0,
+        };
+        let inputs = self.inputs.clone();
+        tokio::task::spawn_blocking(move || {
+            let error = prepared.commit(what).err().unwrap_or_default();
+            drop(inputs.send(Input::Committed(v1::Committed { job, generation, step, error })));
+        });
+    }
+
+    /// Leaves a job's formation, if it is of this generation or an earlier one.
+    fn leave(&mut self, job: u64, generation: u32, reason: &str) {
+        let is_meant = self.formations.get(&job).is_some_and(|formation| formation.generation <= generation);
+        if let Some(formation) = self.formations.remove(&job).filter(|_| is_meant) {
+            tracing::info!(job, generation = formation.generation, "left: {reason}");
+            formation.leave(reason);
+        }
+    }
+}
+
+fn random_number() -> std::io::Result<u64> {
+    use std::io::Read;
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// The mark of the storage; the first worker that sees it makes one.
+fn storage_mark(storage: &Path) -> Result<String, String> {
+    let path = storage.join(STORAGE_MARK);
+    let words = |error: std::io::Error| format!("--storage: {}: {error}", path.display());
+    std::fs::create_dir_all(storage).map_err(words)?;
+    if !path.exists() {
+        // Under its name at once and whole: whoever is second finds that of the first.
+        let mark = format!("{:016x}", random_number().map_err(words)?);
+        let fresh = storage.join(format!("{STORAGE_MARK}.{mark}"));
+        std::fs::write(&fresh, &mark).map_err(words)?;
+        let linked = std::fs::hard_link(&fresh, &path);
+        std::fs::remove_file(&fresh).map_err(words)?;
+        match linked {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(words(error)),
+            _ => {}
+        }
+    }
+    std::fs::read_to_string(&path).map_err(words)
+}

@@ -1,0 +1,112 @@
+//! What the ranks of one formation have said, for an orchestrator that may not have heard it.
+//!
+//! Step reports wait until they are durable there; everything else is said again whenever the stream stands anew: the
+//! orchestrator's machine of a formation lives in its memory, and is made anew from it. Pure.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use contraflow_runtime::control::{RankCommand, RankEvent};
+
+/// Checkpoints of which a shard is told again: a rank writes one while the one before is being committed.
+const SHARDS: usize = 2;
+
+/// Step reports that wait for an orchestrator, at most: beyond it the oldest are lost to the metrics, not to the run.
+const MAX_REPORTS: usize = 1_000_000;
+
+/// Words of one formation's ranks.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    /// In the order in which they came; no step reports.
+    events: Vec<RankEvent>,
+    /// Step reports that may not be durable.
+    reports: VecDeque<RankEvent>,
+    /// Commands that have been passed on, by rank and kind.
+    heard: BTreeSet<(usize, &'static str)>,
+}
+
+impl Outbox {
+    /// Takes note of what a rank says.
+    pub fn note(&mut self, event: &RankEvent) {
+        if let RankEvent::StepDone { .. } = event {
+            if self.reports.len() == MAX_REPORTS {
+                self.reports.pop_front();
+            }
+            self.reports.push_back(event.clone());
+            return;
+        }
+        self.events.push(event.clone());
+        if let RankEvent::ShardSaved { rank, .. } = event {
+            let of_rank = |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);
+            if self.events.iter().filter(|event| of_rank(event)).count() > SHARDS {
+                let oldest = self.events.iter().position(of_rank);
+                oldest.map(|oldest| self.events.remove(oldest));
+            }
+        }
+    }
+
+    /// Reports up to this step are durable. The last of each rank stays: it says how far the rank is.
+    pub fn durable(&mut self, step: u64) {
+        self.reports.retain(|event| match event {
+            RankEvent::StepDone { report } => report.step > step,
+            _ => true,
+        });
+    }
+
+    /// Everything that is to be said again.
+    pub fn repeat(&self) -> impl Iterator<Item = &RankEvent> {
+        let (ready, other): (Vec<_>, Vec<_>) =
+            self.events.iter().partition(|event| matches!(event, RankEvent::Ready { .. }));
+        ready.into_iter().chain(&self.reports).chain(other)
+    }
+
+    /// Whether a command is to be passed on: what begins something is heard once, however often it is said.
+    pub fn is_new(&mut self, rank: usize, command: &RankCommand) -> bool {
+        let kind = match command {
+            RankCommand::BeginStep { .. } => "begin",
+            RankCommand::Stop => "stop",
+            RankCommand::Validate => "validate",
+            RankCommand::Export { .. } => "export",
+            RankCommand::Abort { .. } | RankCommand::Shutdown => return true,
+        };
+        self.heard.insert((rank, kind))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contraflow_proto::StepReport;
+    use contraflow_runtime::checkpoint::Position;
+
+    use super::*;
+
+    fn done(step: u64) -> RankEvent {
+        RankEvent::StepDone { report: StepReport { step, ..StepReport::default() } }
+    }
+
+    fn saved(step: u64) -> RankEvent {
+        let position = Position { step, ..Position::default() };
+        RankEvent::ShardSaved { rank: 0, position, watch: Default::default(), shard: Default::default() }
+    }
+
+    #[test]
+    fn reports_wait_until_they_are_durable_and_other_words_are_said_again() {
+        let mut outbox = Outbox::default();
+        for event in [RankEvent::Ready { rank: 0 }, done(1), saved(1), done(2), saved(2), done(3), saved(3)] {
+            outbox.note(&event);
+        }
+        outbox.durable(2);
+        let said: Vec<_> = outbox.repeat().cloned().collect();
+        assert_eq!(said, [RankEvent::Ready { rank: 0 }, done(3), saved(2), saved(3)]);
+    }
+
+    #[test]
+    fn what_begins_something_is_heard_once() {
+        let mut outbox = Outbox::default();
+        assert!(outbox.is_new(0, &RankCommand::BeginStep { step: 1 }));
+        assert!(outbox.is_new(1, &RankCommand::BeginStep { step: 1 }));
+        assert!(!outbox.is_new(0, &RankCommand::BeginStep { step: 1 }));
+        assert!(outbox.is_new(0, &RankCommand::Validate));
+        let abort = RankCommand::Abort { reason: "why".into() };
+        assert!(outbox.is_new(0, &abort) && outbox.is_new(0, &abort));
+    }
+}
