@@ -1,6 +1,7 @@
 //! The life of a job as a pure state machine: an event in, effects out. Knows no clock, no mailbox and no file.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem::Discriminant;
 use std::path::PathBuf;
 
 use contraflow_proto::StepReport;
@@ -131,6 +132,8 @@ pub struct Job {
     whole: VecDeque<(Position, Watch, Vec<ShardFile>)>,
     /// The newest committed checkpoint of this run.
     committed: u64,
+    /// Words of ranks that are further than the machine knows: it was made anew while they went on. At most a few a rank.
+    early: Vec<RankEvent>,
 }
 
 impl Job {
@@ -145,6 +148,7 @@ impl Job {
             shards: BTreeMap::new(),
             whole: VecDeque::new(),
             committed: step,
+            early: Vec::new(),
         }
     }
 
@@ -218,6 +222,22 @@ impl Job {
 
     /// Takes an event and says what is to be done.
     pub fn step(&mut self, event: RankEvent) -> Vec<Effect> {
+        let before = std::mem::discriminant(&self.state);
+        let effects = self.take(event);
+        self.hear_early(before, effects)
+    }
+
+    /// After a change of state, takes what came too early for the one before.
+    fn hear_early(&mut self, before: Discriminant<State>, mut effects: Vec<Effect>) -> Vec<Effect> {
+        if std::mem::discriminant(&self.state) != before {
+            for event in std::mem::take(&mut self.early) {
+                effects.extend(self.step(event));
+            }
+        }
+        effects
+    }
+
+    fn take(&mut self, event: RankEvent) -> Vec<Effect> {
         let world = self.setup.world;
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
@@ -252,11 +272,12 @@ impl Job {
                 diverged.insert(rank, Outcome::Diverged { divergence, cursor });
                 self.leave_training()
             }
-            (State::Training { .. }, RankEvent::StepDone { report }) => {
+            (_, RankEvent::StepDone { report }) => {
                 let (rank, step) = (report.rank as usize, report.step);
                 let mut effects = vec![Effect::Record(report)];
                 if step == self.setup.steps {
-                    effects.extend(self.last_step_made(rank, step));
+                    // As if the ranks had agreed to stop after it.
+                    effects.extend(self.take(RankEvent::Stopped { rank, step }));
                 }
                 effects
             }
@@ -284,7 +305,11 @@ impl Job {
                 self.state = State::Placing { validation, files: files.clone() };
                 vec![Effect::PlaceWeights { dir, files }]
             }
-            _ => Vec::new(),
+            (_, RankEvent::Ready { .. } | RankEvent::Aborted { .. }) => Vec::new(),
+            (_, event) => {
+                self.early.push(event);
+                Vec::new()
+            }
         }
     }
 
@@ -349,9 +374,10 @@ impl Job {
         match result {
             Ok(()) => {
                 self.committed = step;
+                let before = std::mem::discriminant(&self.state);
                 let mut effects = self.commit_next();
                 effects.extend(self.leave_training());
-                effects
+                self.hear_early(before, effects)
             }
             Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
             Err(error) => {

@@ -7,14 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 /// A model that makes a hundred steps a second.
-const MODEL: &str = r#"{
-  "model_type": "deepseek_v3", "vocab_size": 260, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16,
-  "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-  "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-  "n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-  "norm_topk_prob": true, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-  "max_position_embeddings": 256, "num_nextn_predict_layers": 1, "initializer_range": 0.05, "hidden_act": "silu"
-}"#;
+const MODEL: &str = include_str!("../fixtures/small-model.json");
 
 /// Two ranks under DualPipe.
 const RECIPE: &str = r#"

@@ -11,7 +11,7 @@ use contraflow_runtime::watch::Action;
 
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
-use super::{ABORT_MS, Core, Effect, Progress, VERDICT_MS, Word};
+use super::{ABORT_MS, Core, Effect, Progress, STANDSTILL_MS, VERDICT_MS, Word};
 use crate::job::{self, Job, JobSetup, Outcome};
 use contraflow_runtime::control::wire::RankAddress;
 
@@ -51,12 +51,28 @@ impl Formation {
         Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks }
     }
 
-    pub(super) fn waiting_for(&self) -> String {
+    pub(super) fn waiting_for(&self, now: u64) -> String {
         match &self.suspicion {
             Some((_, why)) => format!("a verdict on: {why}"),
-            None if self.is_training() => String::new(),
+            None if self.is_training() => self.stands_still(now).unwrap_or_default(),
             None => self.machine.describe(),
         }
+    }
+
+    /// Where nobody gets on any more: the rank that stopped first. All others wait for it, soon or at last.
+    fn stands_still(&self, now: u64) -> Option<String> {
+        let latest = self.watermarks.values().map(|mark| mark.since_ms).max()?;
+        if latest + STANDSTILL_MS > now {
+            return None;
+        }
+        let first =
+            self.watermarks.iter().min_by_key(|(_, mark)| (mark.since_ms, mark.step, mark.operations));
+        let (rank, mark) = first?;
+        let seconds = now.saturating_sub(mark.since_ms) / 1000;
+        Some(format!(
+            "rank {rank}: the first to stop, {seconds} s ago, in step {} after {} operations",
+            mark.step, mark.operations
+        ))
     }
 
     pub(super) fn is_training(&self) -> bool {

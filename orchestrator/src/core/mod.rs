@@ -41,6 +41,8 @@ pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it goes on with fewer, if it may.
 pub const SHRINK_MS: u64 = 5_000;
+/// Ranks none of which gets on for this long are told of.
+pub const STANDSTILL_MS: u64 = 10_000;
 /// How often the machine wants to hear [`Event::Tick`].
 pub const TICK_MS: u64 = 100;
 
@@ -272,7 +274,7 @@ impl Core {
         let Some(record) = self.jobs.all.get(&job) else { return String::new() };
         match (&record.phase, self.formations.get(&job)) {
             (Phase::Ended(_), _) => String::new(),
-            (Phase::Formed, Some(formation)) => formation.waiting_for(),
+            (Phase::Formed, Some(formation)) => formation.waiting_for(self.ticked_ms),
             _ => self.why_without_place(job),
         }
     }

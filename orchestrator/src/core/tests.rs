@@ -1,1 +1,338 @@
 //! The cluster's decisions, event by event.
+
+use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::schedule::ScheduleKind;
+use contraflow_runtime::topology::Topology;
+
+use super::facts::{End, Fact, JobSpec};
+use super::jobs::{Jobs, Phase};
+use super::*;
+
+fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
+    Box::new(JobSpec {
+        name: "job".into(),
+        priority,
+        min_ranks: ranks,
+        key: String::new(),
+        recipe: String::new(),
+        model_config: String::new(),
+        topology: Topology { pipeline: 1, expert: 1, data: ranks },
+        schedule: ScheduleKind::OneFOneB,
+        steps: 9,
+        save_model: false,
+        max_returns: 2,
+    })
+}
+
+/// A core with what it has kept, and the time.
+struct World {
+    core: Core,
+    facts: Vec<Fact>,
+    now: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        World { core: Core::new(Jobs::default(), 1, 0), facts: Vec::new(), now: 0 }
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Effect> {
+        let effects = self.core.step(event, self.now);
+        let facts = effects.iter().filter_map(|effect| match effect {
+            Effect::Keep(fact) => Some(fact.clone()),
+            _ => None,
+        });
+        self.facts.extend(facts);
+        effects
+    }
+
+    fn attach(&mut self, worker: u64, hosted: Vec<(u64, u32, Vec<usize>)>) -> Vec<Effect> {
+        let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
+        self.step(Event::Attached { who, hosted, incarnation: 0, storage_mark: "mark".into() })
+    }
+
+    fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
+        let formed = self.core.jobs().all[&1].formed.clone().unwrap();
+        let from = RankAddress { job: 1, generation: formed.generation, rank };
+        self.step(Event::Rank { worker: formed.places[rank], from, event: Box::new(event) })
+    }
+
+    /// Time passes in which these workers beat.
+    fn pass(&mut self, ms: u64, beating: &[u64]) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for _ in 0..ms / TICK_MS {
+            self.now += TICK_MS;
+            for &worker in beating {
+                effects.extend(self.step(Event::Beat { worker, progress: Vec::new() }));
+            }
+            effects.extend(self.step(Event::Tick));
+        }
+        effects
+    }
+
+    fn places(&self) -> Vec<u64> {
+        self.core.jobs().all[&1].running().map_or_else(Vec::new, |formed| formed.places.clone())
+    }
+}
+
+fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Tell { worker, word } => Some((*worker, word)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Two ranks that train, on workers 1 and 2; worker 3 is spare.
+fn training() -> World {
+    let mut world = World::new();
+    (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    assert_eq!(world.places(), [1, 2]);
+    drop(world.event(0, RankEvent::Ready { rank: 0 }));
+    let effects = world.event(1, RankEvent::Ready { rank: 1 });
+    let begun = words(&effects).into_iter().filter(|(_, word)| {
+        matches!(word, Word::Command { command: RankCommand::BeginStep { step: 1 }, .. })
+    });
+    assert_eq!(begun.count(), 2);
+    world
+}
+
+fn save(world: &mut World, step: u64) -> Vec<Effect> {
+    let saved = |rank| RankEvent::ShardSaved {
+        rank,
+        position: Position { step, ..Position::default() },
+        watch: Default::default(),
+        shard: ShardFile::default(),
+    };
+    drop(world.event(0, saved(0)));
+    world.event(1, saved(1))
+}
+
+#[test]
+fn a_job_waits_for_all_its_ranks_and_says_so() {
+    let mut world = World::new();
+    drop(world.attach(1, Vec::new()));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    assert!(world.places().is_empty());
+    assert_eq!(world.core.waiting_for(1), "needs 2 ranks, 1 free, 0 draining");
+    let effects = world.attach(2, Vec::new());
+    assert_eq!(world.places(), [1, 2]);
+    let assigned: Vec<u64> = words(&effects)
+        .into_iter()
+        .filter(|(_, word)| matches!(word, Word::Assign { .. }))
+        .map(|(worker, _)| worker)
+        .collect();
+    assert_eq!(assigned, [1, 2]);
+}
+
+#[test]
+fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one() {
+    let mut world = training();
+    let effects = save(&mut world, 4);
+    assert!(matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { .. })]));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(4), result: Ok(()) };
+    drop(world.step(done));
+    drop(world.pass(LEASE_MS, &[1, 3]));
+    assert_eq!(world.places(), [1, 2]);
+    let effects = world.pass(TICK_MS, &[1, 3]);
+    assert_eq!(world.places(), [1, 3]);
+    let record = &world.core.jobs().all[&1];
+    let formed = record.formed.as_ref().unwrap();
+    assert_eq!((formed.generation, formed.resume_step, record.losses), (2, 4, 1));
+    let told = words(&effects);
+    let released = |worker| {
+        told.iter().any(|(to, word)| *to == worker && matches!(word, Word::Release { generation: 1, .. }))
+    };
+    assert!(released(1) && released(2));
+    let broken = world.facts.iter().find_map(|fact| match fact {
+        Fact::Broken { lost, why, .. } => Some((lost.clone(), why.clone())),
+        _ => None,
+    });
+    let (lost, why) = broken.unwrap();
+    assert_eq!(lost, [1]);
+    assert!(why.contains("rank 1 lost") && why.contains("node n2 is silent"), "{why}");
+}
+
+#[test]
+fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
+    let mut world = training();
+    drop(world.step(Event::Detached { worker: 2 }));
+    drop(world.pass(RETURN_MS - TICK_MS, &[1, 3]));
+    let effects = world.attach(2, vec![(1, 1, vec![1])]);
+    assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
+    drop(world.pass(2 * LEASE_MS, &[1, 2, 3]));
+    assert_eq!((world.places(), world.core.jobs().all[&1].generation()), (vec![1, 2], 1));
+}
+
+#[test]
+fn a_victim_that_has_lost_a_peer_is_not_blamed() {
+    let mut world = training();
+    let lost = RankEvent::Failed {
+        rank: 0,
+        action: "F1.0".into(),
+        cause: "rank 1 is lost".into(),
+        kind: ErrorKind::Lost,
+    };
+    drop(world.event(0, lost));
+    drop(world.pass(VERDICT_MS - TICK_MS, &[1, 3]));
+    // The lease of worker 2 has run out meanwhile.
+    assert_eq!(world.places(), [1, 3]);
+}
+
+#[test]
+fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
+    let mut world = training();
+    let lost = RankEvent::Failed {
+        rank: 0,
+        action: "F1.0".into(),
+        cause: "connection reset".into(),
+        kind: ErrorKind::Lost,
+    };
+    drop(world.event(0, lost));
+    drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
+    let record = &world.core.jobs().all[&1];
+    assert_eq!((world.places(), record.generation(), record.losses), (vec![1, 2], 2, 0));
+}
+
+#[test]
+fn what_an_earlier_generation_says_is_dropped() {
+    let mut world = training();
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
+    let stale = RankAddress { job: 1, generation: 1, rank: 1 };
+    let ready = Box::new(RankEvent::Ready { rank: 1 });
+    drop(world.step(Event::Rank { worker: 2, from: stale, event: ready }));
+    drop(world.event(0, RankEvent::Ready { rank: 0 }));
+    assert!(!world.core.is_training(1));
+    drop(world.event(1, RankEvent::Ready { rank: 1 }));
+    assert!(world.core.is_training(1));
+}
+
+#[test]
+fn an_orchestrator_that_starts_again_adopts_what_runs() {
+    let world = training();
+    let mut jobs = Jobs::default();
+    world.facts.iter().for_each(|fact| jobs.apply(fact));
+    assert_eq!(&jobs, world.core.jobs());
+    let mut again = World { core: Core::new(jobs, 2, 50_000), facts: Vec::new(), now: 50_000 };
+    drop(again.pass(2_000, &[]));
+    let effects = again.attach(1, vec![(1, 1, vec![0])]);
+    assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
+    drop(again.event(0, RankEvent::Ready { rank: 0 }));
+    drop(again.pass(1_000, &[1]));
+    // The other worker never got its assignment: it is said again.
+    let effects = again.attach(2, Vec::new());
+    let expected = Word::Assign { job: 1, ranks: vec![1] };
+    assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
+    drop(again.event(1, RankEvent::Ready { rank: 1 }));
+    assert!(again.core.is_training(1));
+    assert_eq!(again.core.jobs().all[&1].generation(), 1);
+}
+
+#[test]
+fn workers_that_do_not_come_back_to_a_started_orchestrator_are_lost() {
+    let world = training();
+    let core = Core::new(world.core.jobs().clone(), 2, 0);
+    let mut again = World { core, facts: Vec::new(), now: 0 };
+    drop(again.attach(1, vec![(1, 1, vec![0])]));
+    drop(again.attach(3, Vec::new()));
+    drop(again.pass(ADOPTION_MS, &[1, 3]));
+    assert_eq!(again.places(), [1, 2]);
+    drop(again.pass(TICK_MS, &[1, 3]));
+    assert_eq!(again.places(), [1, 3]);
+}
+
+#[test]
+fn an_orchestrator_that_was_away_blames_nobody() {
+    let mut world = training();
+    world.now += 60_000;
+    drop(world.step(Event::Tick));
+    assert_eq!(world.places(), [1, 2]);
+}
+
+#[test]
+fn without_a_spare_a_job_shrinks_if_it_may_and_waits_if_not() {
+    for (min_ranks, places) in [(1, vec![1]), (2, vec![])] {
+        let mut world = World::new();
+        (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
+        drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks, ..*spec(2, 0) }))));
+        drop(world.pass(LEASE_MS + TICK_MS, &[1]));
+        assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+        let waits = world.core.waiting_for(1);
+        assert!(waits.starts_with("needs 2 ranks, 1 free") && waits.contains("rank 1 lost"), "{waits}");
+        drop(world.pass(SHRINK_MS + TICK_MS, &[1]));
+        assert_eq!(world.places(), places);
+    }
+}
+
+#[test]
+fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
+    let mut world = training();
+    let who = Introduction { worker: 9, ..Introduction::default() };
+    for (incarnation, mark, expected) in
+        [(5, "mark", "another one has taken over"), (0, "other", "--storage")]
+    {
+        let attached =
+            Event::Attached { who: who.clone(), hosted: Vec::new(), incarnation, storage_mark: mark.into() };
+        let effects = world.step(attached);
+        let [(9, Word::Refused { why })] = &words(&effects)[..] else { panic!("{effects:?}") };
+        assert!(why.contains(expected), "{why}");
+        assert!(world.core.member(9).is_none());
+    }
+}
+
+#[test]
+fn a_cancelled_job_leaves_its_places_to_the_next() {
+    let mut world = training();
+    drop(world.step(Event::Submit(spec(3, 0))));
+    assert!(world.core.jobs().all[&2].running().is_none());
+    let effects = world.step(Event::Cancel { job: 1, reason: "enough".into() });
+    assert!(
+        words(&effects).iter().any(|(worker, word)| *worker == 2 && matches!(word, Word::Release { .. }))
+    );
+    assert_eq!(world.core.jobs().all[&1].phase, Phase::Ended(End::Cancelled));
+    assert!(world.core.jobs().all[&2].running().is_some());
+    assert_eq!(world.step(Event::Cancel { job: 1, reason: "again".into() }), []);
+}
+
+#[test]
+fn the_same_key_is_the_same_job() {
+    let mut world = World::new();
+    let keyed = || Box::new(JobSpec { key: "once".into(), ..*spec(1, 0) });
+    drop(world.step(Event::Submit(keyed())));
+    drop(world.step(Event::Submit(keyed())));
+    drop(world.step(Event::Submit(spec(1, 0))));
+    drop(world.step(Event::Submit(spec(1, 0))));
+    assert_eq!(world.core.jobs().all.len(), 3);
+}
+
+#[test]
+fn where_nobody_gets_on_the_first_to_stop_is_named() {
+    let mut world = training();
+    let beat = |world: &mut World, ms: u64, operations: [u64; 2]| {
+        for _ in 0..ms / BEAT_MS {
+            world.now += BEAT_MS;
+            for rank in 0..2 {
+                let address = RankAddress { job: 1, generation: 1, rank };
+                let progress = vec![Progress { rank: address, step: 3, operations: operations[rank] }];
+                drop(world.step(Event::Beat { worker: rank as u64 + 1, progress }));
+            }
+            drop(world.step(Event::Tick));
+        }
+    };
+    beat(&mut world, 1_000, [10, 10]);
+    // Rank 1 hangs; rank 0 goes on until it needs it.
+    beat(&mut world, 1_000, [14, 10]);
+    assert_eq!(world.core.waiting_for(1), "");
+    beat(&mut world, STANDSTILL_MS, [14, 10]);
+    let waits = world.core.waiting_for(1);
+    assert!(
+        waits.starts_with("rank 1: the first to stop") && waits.ends_with("step 3 after 10 operations"),
+        "{waits}"
+    );
+}

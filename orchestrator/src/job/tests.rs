@@ -196,3 +196,38 @@ fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
     let told = Outcome::Failed { message, kind: ErrorKind::Config };
     assert_eq!(effects.last().unwrap(), &Effect::End(told));
 }
+
+#[test]
+fn a_machine_that_is_made_anew_catches_up_with_its_ranks() {
+    let mut job = job(2);
+    let validated = |rank| RankEvent::Validated { rank, loss: 0.5, tokens: 8 };
+    // All of rank 0 is heard before the first word of rank 1, whose export is still under way.
+    assert_eq!(job.step(RankEvent::Ready { rank: 0 }), []);
+    assert!(matches!(job.step(step_done(0, 2))[..], [Effect::Record(_)]));
+    assert_eq!(job.step(validated(0)), []);
+    assert_eq!(job.step(RankEvent::Exported { rank: 0, file: file(0) }), []);
+    assert_eq!(commands(&job.step(RankEvent::Ready { rank: 1 })).len(), 2);
+    assert_eq!(job.describe(), "training, waiting for rank 1");
+    drop(job.step(step_done(1, 2)));
+    assert_eq!(job.describe(), "validating, waiting for rank 1");
+    drop(job.step(validated(1)));
+    assert_eq!(job.describe(), "writing the weights, waiting for rank 1");
+    let effects = job.step(RankEvent::Exported { rank: 1, file: file(1) });
+    assert!(matches!(effects[..], [Effect::PlaceWeights { .. }]));
+}
+
+#[test]
+fn what_was_asked_for_can_be_said_again() {
+    let mut job = with_checkpoints(2);
+    (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    drop(job.step(saved(0, 11)));
+    drop(job.step(saved(1, 11)));
+    let said = job.repeat();
+    assert_eq!(commands(&said).len(), 2);
+    assert!(matches!(said.last(), Some(Effect::CommitCheckpoint { position, .. }) if position.step == 11));
+    assert_eq!(job.step(saved(1, 11)), []);
+    assert_eq!(job.committed(9, Ok(())), []);
+    drop(job.committed(11, Ok(())));
+    assert_eq!(commands(&job.repeat()).len(), 2);
+    assert_eq!(job.repeat().len(), 2);
+}

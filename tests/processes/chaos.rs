@@ -1,0 +1,127 @@
+//! What dies and comes back: the loss curve does not show it.
+
+use std::time::{Duration, Instant};
+
+use crate::cluster::{Cluster, curve, until};
+
+/// SIGKILLs of one job: few here, more where there is time.
+fn kills() -> usize {
+    std::env::var("CONTRAFLOW_KILLS").map_or(2, |kills| kills.parse().unwrap())
+}
+
+/// A worker that is gone is noticed, and the ranks train on.
+const DETECTED: Duration = Duration::from_secs(2);
+
+#[test]
+fn killed_workers_do_not_show_in_the_loss_curve() {
+    let mut cluster = Cluster::start(5);
+    let steps = 30 + 15 * kills();
+    let steps = format!("training.steps={steps}");
+    let whole = cluster.submit(&[&steps], &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&[&steps], &[]);
+    let mut random = 20_261_124_u64;
+    for kill in 0..kills() {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        cluster.until_step(&job, 5 + 15 * kill as u64);
+        let rank = (random >> 33) as usize % 4;
+        let victim = cluster.host_of(&job, rank);
+        let before = cluster.status(&job).unwrap();
+        cluster.workers[victim].as_mut().unwrap().kill();
+        let killed = Instant::now();
+        let after = until("another generation", || {
+            let status = cluster.status(&job)?;
+            (status["generation"].as_u64() > before["generation"].as_u64()).then_some(status)
+        });
+        let detected = killed.elapsed();
+        assert!(detected < DETECTED, "noticed after {detected:?}");
+        assert_eq!(after["losses"].as_u64().unwrap(), kill as u64 + 1);
+        cluster.workers[victim] = Some(cluster.worker(victim));
+        until("a full house", || (cluster.nodes().len() == 5).then_some(()));
+    }
+    let steps = cluster.finish(&job);
+    assert_eq!(curve(&steps), whole);
+    let last = steps.last().unwrap();
+    assert_eq!(last["generation"].as_u64().unwrap(), kills() as u64 + 1);
+}
+
+#[test]
+fn an_orchestrator_that_is_killed_and_started_again_loses_no_step() {
+    let mut cluster = Cluster::start(4);
+    let whole = cluster.submit(&[], &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&[], &["--key", "once"]);
+    cluster.until_step(&job, 10);
+    cluster.orchestrator.kill();
+    // The ranks go on meanwhile: a checkpoint waits in its unfinished folder for whoever commits it.
+    let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
+    until("ranks that go on alone", || {
+        let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
+        names.into_iter().any(|name| name.to_string_lossy().ends_with(".part")).then_some(())
+    });
+    cluster.start_orchestrator();
+    let steps = cluster.finish(&job);
+    assert_eq!(curve(&steps), whole);
+    assert!(steps.iter().all(|step| step["generation"] == 1), "it was adopted, not formed anew");
+    // The same key is the same job, after the restart too.
+    assert_eq!(cluster.submit(&[], &["--key", "once"]), job);
+}
+
+#[test]
+fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
+    let cluster = Cluster::start(5);
+    let whole = cluster.submit(&[], &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&[], &[]);
+    cluster.until_step(&job, 6);
+    let victim = cluster.host_of(&job, 2);
+    let frozen = cluster.workers[victim].as_ref().unwrap();
+    frozen.signal(rustix::process::Signal::STOP);
+    until("another generation", || (cluster.status(&job)?["generation"] == 2).then_some(()));
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    assert!(log.contains("rank 2 lost") && log.contains(&format!("node n{victim} is silent")), "{log}");
+    cluster.until_step(&job, 20);
+    frozen.signal(rustix::process::Signal::CONT);
+    until("the worker's return", || (cluster.nodes().len() == 5).then_some(()));
+    assert_eq!(curve(&cluster.finish(&job)), whole);
+}
+
+#[test]
+fn without_a_spare_the_job_goes_on_with_fewer_ranks() {
+    let mut cluster = Cluster::start(4);
+    let axes = ["parallel.pipeline=2", "parallel.expert=1", "parallel.data=2"];
+    let whole = cluster.submit(&axes, &[]);
+    let whole = cluster.finish(&whole);
+    let job = cluster.submit(&axes, &["--min-ranks", "2"]);
+    cluster.until_step(&job, 6);
+    cluster.workers[3].as_mut().unwrap().kill();
+    let waits = until("a word on what it waits for", || {
+        let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
+        waits.starts_with("needs").then_some(waits)
+    });
+    assert!(waits.contains("needs 4 ranks, 3 free"), "{waits}");
+    let steps = cluster.finish(&job);
+    assert_eq!(steps.len(), whole.len());
+    for (step, whole) in steps.iter().zip(&whole) {
+        let (got, expected) = (step["loss"].as_f64().unwrap(), whole["loss"].as_f64().unwrap());
+        // Other layouts round differently, and the difference grows with the steps; see tests/cluster/resume.rs.
+        assert!((got - expected).abs() <= 1e-3 * expected, "{step} {whole}");
+    }
+    assert_eq!(steps.last().unwrap()["generation"], 2);
+}
+
+#[test]
+fn two_jobs_run_side_by_side_and_a_third_waits() {
+    let cluster = Cluster::start(4);
+    let two = ["parallel.pipeline=2", "parallel.expert=1"];
+    let (a, b) = (cluster.submit(&two, &[]), cluster.submit(&two, &[]));
+    let c = cluster.submit(&two, &[]);
+    let waits = cluster.status(&c).unwrap();
+    assert_eq!(
+        (&waits["state"], &waits["waiting_for"]),
+        (&"queued".into(), &"needs 2 ranks, 0 free, 0 draining".into())
+    );
+    let (a, b) = (curve(&cluster.finish(&a)), curve(&cluster.finish(&b)));
+    assert_eq!(a, b);
+    assert_eq!(curve(&cluster.finish(&c)), a);
+}

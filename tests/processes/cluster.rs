@@ -1,0 +1,221 @@
+//! A cluster of real processes in a folder of its own; all of them end with it.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything may take, on a machine that builds something else meanwhile.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// A small model on four ranks, with a checkpoint every few steps.
+pub const JOB: [&str; 9] = [
+    "parallel.pipeline=2",
+    "parallel.expert=2",
+    "parallel.data=1",
+    "training.steps=60",
+    "training.sequence_length=32",
+    "training.validation_sequences=8",
+    "checkpoint.every=4",
+    "checkpoint.save_model=false",
+    "model.config=model.json",
+];
+
+/// The model of [`JOB`].
+const MODEL: &str = include_str!("../fixtures/small-model.json");
+
+/// A process that is killed when it is dropped.
+pub struct Process {
+    child: Child,
+    /// Where its stderr goes.
+    pub log: PathBuf,
+}
+
+impl Process {
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Any signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its exit code, once it has ended.
+    pub fn wait(&mut self) -> Option<i32> {
+        let ended = || self.child.try_wait().unwrap();
+        until("the end of a process", ended).code()
+    }
+
+    pub fn told(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // One that has ended is no fault.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Asks until there is an answer.
+pub fn until<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(answer) = answer() {
+            return answer;
+        }
+        assert!(began.elapsed() < DEADLINE, "waited {DEADLINE:?} for {what}");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// An orchestrator, workers, and the folder they live in.
+pub struct Cluster {
+    dir: tempfile::TempDir,
+    pub address: String,
+    pub orchestrator: Process,
+    /// None where one was killed and not replaced.
+    pub workers: Vec<Option<Process>>,
+}
+
+impl Cluster {
+    pub fn start(workers: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
+        let orchestrator = spawn(
+            dir.path(),
+            "orchestrator",
+            &["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"],
+        );
+        let address = until("the orchestrator's address", || address_of(&orchestrator));
+        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new() };
+        for number in 0..workers {
+            let worker = cluster.worker(number);
+            cluster.workers.push(Some(worker));
+        }
+        until("all workers", || (cluster.nodes().len() == workers).then_some(()));
+        cluster
+    }
+
+    /// Another worker; the number is that of its node.
+    pub fn worker(&self, number: usize) -> Process {
+        let label = format!("node=n{number}");
+        let arguments = ["worker", "--join", &self.address, "--storage", "storage", "--labels", &label];
+        spawn(self.path(), &format!("worker-{number}"), &arguments)
+    }
+
+    /// The orchestrator once more, at the same address, with the same state.
+    pub fn start_orchestrator(&mut self) {
+        let arguments = ["orchestrator", "--state", "state", "--listen", &self.address];
+        self.orchestrator = spawn(self.dir.path(), "orchestrator", &arguments);
+        until("the orchestrator's address", || address_of(&self.orchestrator));
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+        command.args(arguments).current_dir(self.path()).env("CONTRAFLOW_ORCHESTRATOR", &self.address);
+        command.env("NO_COLOR", "1");
+        command
+    }
+
+    /// Runs a command that ends by itself: exit code, stdout, stderr.
+    pub fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = self.command(arguments).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    }
+
+    fn json(&self, arguments: &[&str]) -> Option<Value> {
+        let (code, out, _) = self.run(&[arguments, &["--format", "json"]].concat());
+        (code == 0).then(|| serde_json::from_str(&out).unwrap())
+    }
+
+    pub fn nodes(&self) -> Vec<Value> {
+        self.json(&["nodes"]).map_or_else(Vec::new, |nodes| nodes["workers"].as_array().unwrap().clone())
+    }
+
+    /// Submits [`JOB`] with changes.
+    pub fn submit(&self, changes: &[&str], options: &[&str]) -> String {
+        let mut arguments = vec!["submit", "tiny"];
+        for change in JOB.iter().chain(changes) {
+            arguments.extend(["--set", change]);
+        }
+        arguments.extend(options);
+        let job = self.json(&arguments).unwrap();
+        job["job"].as_str().unwrap().to_owned()
+    }
+
+    /// None while the orchestrator is away.
+    pub fn status(&self, job: &str) -> Option<Value> {
+        self.json(&["status", job])
+    }
+
+    /// Waits until the job has reported a step.
+    pub fn until_step(&self, job: &str, step: u64) {
+        until(&format!("step {step} of {job}"), || {
+            let status = self.status(job)?;
+            assert_ne!(status["state"], "failed", "{status}");
+            (status["step"].as_u64()? >= step).then_some(())
+        });
+    }
+
+    /// Waits for the end of a job: its steps as they are watched from the first on.
+    pub fn finish(&self, job: &str) -> Vec<Value> {
+        let mut child =
+            self.command(&["watch", job, "--format", "json"]).stdout(Stdio::piped()).spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let steps = out.lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+        let code = until("the end of watch", || child.try_wait().unwrap());
+        assert!(code.success(), "{}", self.run(&["status", job]).1);
+        steps
+    }
+
+    /// The worker that hosts a rank, as its place in [`Cluster::workers`].
+    pub fn host_of(&self, job: &str, rank: usize) -> usize {
+        let node = until("a place of the rank", || {
+            let status = self.status(job)?;
+            Some(status["ranks"][rank]["node"].as_str()?.to_owned())
+        });
+        node.trim_start_matches('n').parse().unwrap()
+    }
+}
+
+/// What is compared between runs, bit for bit.
+pub fn curve(steps: &[Value]) -> Vec<(u64, u64, u64)> {
+    let bits = |value: &Value| value.as_f64().unwrap().to_bits();
+    steps
+        .iter()
+        .map(|step| (step["step"].as_u64().unwrap(), bits(&step["loss"]), bits(&step["grad_norm"])))
+        .collect()
+}
+
+fn address_of(orchestrator: &Process) -> Option<String> {
+    let told = orchestrator.told();
+    let rest = told.split("orchestrator at ").nth(1)?;
+    Some(rest.split(',').next()?.to_owned())
+}
+
+pub fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> Process {
+    let log = dir.join(format!("{name}.log"));
+    let stderr = std::fs::File::create(&log).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+    command.args(arguments).current_dir(dir).env("NO_COLOR", "1");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+    Process { child, log }
+}

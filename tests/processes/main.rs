@@ -1,0 +1,8 @@
+//! The cluster as it is run: an orchestrator, workers and clients as processes of the one binary. Every wait has a deadline
+//! and says what it waited for.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod chaos;
+mod cluster;
+mod refusals;

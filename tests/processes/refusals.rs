@@ -1,0 +1,42 @@
+//! What is refused: in words, with the right exit code, and nothing is disturbed.
+
+use crate::cluster::{Cluster, spawn};
+
+#[test]
+fn what_cannot_be_is_refused_in_words() {
+    let cluster = Cluster::start(1);
+    for (arguments, code, words) in [
+        (&["status", "job-7"][..], 2, "expected the id of a job, got \"job-7\""),
+        (&["watch", "nonsense"], 2, "expected the id of a job"),
+        (&["drain", "nowhere"], 2, "expected that of a member, got \"nowhere\""),
+        (&["submit", "tiny", "--set", "training.stpes=3"], 2, "training.stpes"),
+        (&["submit", "tiny", "--set", "data.paths=[\"../secrets\"]"], 2, "below the workers' data root"),
+        (&["submit", "tiny", "--set", "data.paths=[\"/etc/passwd\"]"], 2, "below the workers' data root"),
+        (&["submit", "tiny", "--min-ranks", "99"], 2, "min_ranks: expected at most"),
+        (&["jobs", "--orchestrator", "127.0.0.1:1"], 1, "expected an orchestrator"),
+    ] {
+        let (got, out, told) = cluster.run(arguments);
+        assert_eq!((got, out.as_str()), (code, ""), "{arguments:?}: {told}");
+        assert!(told.contains(words), "{arguments:?}: {told}");
+    }
+    let (_, jobs, _) = cluster.run(&["jobs", "--format", "json"]);
+    assert_eq!(jobs.trim(), r#"{"jobs":[]}"#);
+}
+
+#[test]
+fn a_second_orchestrator_on_one_state_is_refused() {
+    let cluster = Cluster::start(0);
+    let (code, _, told) = cluster.run(&["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"]);
+    assert_eq!(code, 2, "{told}");
+    assert!(told.contains("state"), "{told}");
+}
+
+#[test]
+fn a_worker_with_another_storage_is_refused() {
+    let cluster = Cluster::start(1);
+    let arguments = ["worker", "--join", &cluster.address, "--storage", "elsewhere"];
+    let mut worker = spawn(cluster.path(), "foreign", &arguments);
+    assert_eq!(worker.wait(), Some(2));
+    assert!(worker.told().contains("expected the cluster's shared storage"), "{}", worker.told());
+    assert_eq!(cluster.nodes().len(), 1);
+}
