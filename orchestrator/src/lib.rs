@@ -4,3 +4,4 @@
 pub mod job;
 pub mod job_actor;
 pub mod metrics;
+pub mod store;

@@ -1,0 +1,321 @@
+//! What the orchestrator remembers on disk: the event log with its snapshot, step summaries and log lines of the jobs.
+//!
+//! One file in the state folder, kept by `redb`: a call that returns has reached the disk, all of it or nothing. Knows
+//! bytes, sequence numbers and jobs' numbers; what a record says is the core's business. Calls block on the disk, so an
+//! actor makes them on a blocking thread.
+
+mod error;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
+
+use error::contain;
+pub use error::{Fault, StoreError};
+
+/// Version of what the tables hold; a file of another one is refused.
+pub const FORMAT: u64 = 1;
+
+/// The file within the state folder.
+pub const FILE_NAME: &str = "events.redb";
+
+/// Log lines kept of a job; with more of them the oldest go.
+pub const LINES_PER_JOB: u64 = 100_000;
+
+/// The longest record, step summary or log line. **Units**: bytes.
+pub const MAX_RECORD: usize = 16 << 20;
+
+/// The longest snapshot. **Units**: bytes.
+pub const MAX_SNAPSHOT: usize = 1 << 30;
+
+/// Pages that are kept in memory. **Units**: bytes.
+const CACHE: usize = 64 << 20;
+
+/// Numbers about the file itself, by name: [`FORMAT_KEY`] and [`INCARNATION_KEY`].
+const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+/// The record of a sequence number, for all that the snapshot does not cover.
+const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
+/// At most one entry: the state after the record of that sequence number.
+const SNAPSHOT: TableDefinition<u64, &[u8]> = TableDefinition::new("snapshot");
+/// The summary of (job, step).
+const STEPS: JobTable = TableDefinition::new("steps");
+/// The log line of (job, number).
+const LINES: JobTable = TableDefinition::new("lines");
+
+const FORMAT_KEY: &str = "format";
+const INCARNATION_KEY: &str = "incarnation";
+
+type JobTable = TableDefinition<'static, (u64, u64), &'static [u8]>;
+
+/// A number (of a sequence, a step or a line) and the bytes under it.
+pub type Numbered = (u64, Vec<u8>);
+
+/// The open state folder of an orchestrator; nobody else can open it meanwhile.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+    /// Named in every error.
+    file: Arc<Path>,
+    /// [`LINES_PER_JOB`], fewer in tests.
+    lines_per_job: u64,
+}
+
+/// What a store held when it was opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// The state after the record of that number; 0 where it was taken before the first.
+    pub snapshot: Option<Numbered>,
+    /// The records after it, in order and without a gap.
+    pub records: Vec<Numbered>,
+    /// How many times the folder was opened, this one included. On the disk before anybody hears of it.
+    pub incarnation: u64,
+}
+
+impl Store {
+    /// Opens the state folder, or makes it, and raises the incarnation. Reads and checks the whole file.
+    ///
+    /// # Errors
+    /// The folder is in use, cannot be read or written, is damaged or of another format.
+    pub fn open(dir: &Path) -> Result<(Store, Replay), StoreError> {
+        let file = dir.join(FILE_NAME);
+        let io = |error| StoreError::new(&file, Fault::Io(error));
+        std::fs::create_dir_all(dir).map_err(io)?;
+        let database = contain(&file, || {
+            Ok(Database::builder().set_cache_size(CACHE).set_check_integrity_on_open(true).create(&file)?)
+        })?;
+        // The file's name must be as durable as what it holds.
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
+        Store::with_database(database, &file)
+    }
+
+    fn with_database(database: Database, file: &Path) -> Result<(Store, Replay), StoreError> {
+        let store = Store { database, file: file.into(), lines_per_job: LINES_PER_JOB };
+        match contain(file, || store.begin_incarnation())? {
+            Ok(replay) => match gap(&replay) {
+                Some(words) => Err(StoreError::new(file, Fault::Damaged(words))),
+                None => Ok((store, replay)),
+            },
+            Err(fault) => Err(StoreError::new(file, fault)),
+        }
+    }
+
+    /// Makes the tables of a new file, raises the incarnation, reads. The inner error: not a file of ours; unchanged.
+    fn begin_incarnation(&self) -> Result<Result<Replay, Fault>, redb::Error> {
+        let write = self.database.begin_write()?;
+        let is_new = write.list_tables()?.next().is_none();
+        if !is_new && write.list_tables()?.all(|table| table.name() != META.name()) {
+            return Ok(Err(Fault::Damaged(
+                "expected an orchestrator's event log, got another database".into(),
+            )));
+        }
+        let incarnation = {
+            let mut meta = write.open_table(META)?;
+            let format =
+                if is_new { FORMAT } else { meta.get(FORMAT_KEY)?.map_or(0, |format| format.value()) };
+            if format != FORMAT {
+                return Ok(Err(Fault::Format { got: format }));
+            }
+            let before = meta.get(INCARNATION_KEY)?.map_or(0, |before| before.value());
+            let Some(incarnation) = before.checked_add(1) else {
+                return Ok(Err(Fault::Damaged(format!("expected an incarnation, got {before}"))));
+            };
+            meta.insert(FORMAT_KEY, format)?;
+            meta.insert(INCARNATION_KEY, incarnation)?;
+            incarnation
+        };
+        let (snapshot, records) = {
+            let numbered = |entry: Result<Entry<'_, u64>, redb::StorageError>| {
+                entry.map(|(number, bytes)| (number.value(), bytes.value().to_vec()))
+            };
+            let snapshot = write.open_table(SNAPSHOT)?.last().transpose().map(numbered).transpose()?;
+            let records = write.open_table(LOG)?.iter()?.map(numbered).collect::<Result<_, _>>()?;
+            (snapshot, records)
+        };
+        write.open_table(STEPS)?;
+        write.open_table(LINES)?;
+        write.commit()?;
+        Ok(Ok(Replay { snapshot, records, incarnation }))
+    }
+
+    /// Appends records to the event log, all or none, with one wait for the disk however many there are; returns the
+    /// number of the first. The first of all is 1.
+    ///
+    /// # Errors
+    /// A record is too long; the disk fails.
+    pub fn append(&self, records: &[Vec<u8>]) -> Result<u64, StoreError> {
+        self.check_lengths(records, MAX_RECORD)?;
+        self.write(|write| {
+            let first = next_number(write)?;
+            let mut log = write.open_table(LOG)?;
+            for (number, record) in (first..).zip(records) {
+                log.insert(number, record.as_slice())?;
+            }
+            Ok(first)
+        })
+    }
+
+    /// Keeps `state`, the state after the record `number`, in place of the snapshot before and of all records up to and
+    /// including that one.
+    ///
+    /// # Errors
+    /// There is no such record yet; there is a newer snapshot; the snapshot is too long; the disk fails.
+    pub fn snapshot(&self, number: u64, state: &[u8]) -> Result<(), StoreError> {
+        self.check_length(state.len(), MAX_SNAPSHOT)?;
+        let refused = self.write(|write| {
+            let next = next_number(write)?;
+            let mut snapshots = write.open_table(SNAPSHOT)?;
+            let before = snapshots.last()?.map_or(0, |(before, _)| before.value());
+            if number < before || number >= next {
+                return Ok(Some((before, next - 1)));
+            }
+            snapshots.retain(|_, _| false)?;
+            snapshots.insert(number, state)?;
+            write.open_table(LOG)?.retain_in(..=number, |_, _| false)?;
+            Ok(None)
+        })?;
+        match refused {
+            None => Ok(()),
+            Some((least, most)) => Err(self.refuse(format!(
+                "expected a snapshot at a record from {least} to {most}, got one at {number}"
+            ))),
+        }
+    }
+
+    /// Keeps summaries of steps of a job; one of the same step takes the place of the one before. One wait for the disk.
+    ///
+    /// # Errors
+    /// A summary is too long; the disk fails.
+    pub fn append_steps(&self, job: u64, steps: &[Numbered]) -> Result<(), StoreError> {
+        for (_, summary) in steps {
+            self.check_length(summary.len(), MAX_RECORD)?;
+        }
+        self.write(|write| {
+            let mut table = write.open_table(STEPS)?;
+            for (step, summary) in steps {
+                table.insert((job, *step), summary.as_slice())?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The summaries of a job from a step on, in order, as they stand now.
+    ///
+    /// # Errors
+    /// The disk fails, now or later on.
+    pub fn steps(&self, job: u64, from: u64) -> Result<Entries, StoreError> {
+        self.entries(STEPS, job, from)
+    }
+
+    /// Appends log lines of a job, drops the oldest beyond [`LINES_PER_JOB`], and returns the number of the first. A
+    /// job's first line is 1. One wait for the disk.
+    ///
+    /// # Errors
+    /// A line is too long; the disk fails.
+    pub fn append_lines(&self, job: u64, lines: &[Vec<u8>]) -> Result<u64, StoreError> {
+        self.check_lengths(lines, MAX_RECORD)?;
+        self.write(|write| {
+            let mut table = write.open_table(LINES)?;
+            let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
+            let first = last.map_or(1, |(key, _)| key.value().1.saturating_add(1));
+            for (number, line) in (first..).zip(lines) {
+                table.insert((job, number), line.as_slice())?;
+            }
+            let end = first.saturating_add(lines.len() as u64);
+            let oldest = end.saturating_sub(self.lines_per_job);
+            table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
+            Ok(first)
+        })
+    }
+
+    /// The lines of a job from a number on, in order, as they stand now; those before were dropped or asked to be left out.
+    ///
+    /// # Errors
+    /// The disk fails, now or later on.
+    pub fn lines(&self, job: u64, from: u64) -> Result<Entries, StoreError> {
+        self.entries(LINES, job, from)
+    }
+
+    /// Drops the step summaries and log lines of a job. Records of the event log go with the next snapshot.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub fn forget_job(&self, job: u64) -> Result<(), StoreError> {
+        self.write(|write| {
+            for table in [STEPS, LINES] {
+                write.open_table(table)?.retain_in((job, 0)..=(job, u64::MAX), |_, _| false)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// One transaction: on the disk when this returns, or without a trace.
+    fn write<T>(
+        &self,
+        change: impl FnOnce(&WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        contain(&self.file, || {
+            let write = self.database.begin_write()?;
+            let value = change(&write)?;
+            write.commit()?;
+            Ok(value)
+        })
+    }
+
+    fn entries(&self, table: JobTable, job: u64, from: u64) -> Result<Entries, StoreError> {
+        let range = contain(&self.file, || {
+            let table = self.database.begin_read()?.open_table(table)?;
+            Ok(table.range((job, from)..=(job, u64::MAX))?)
+        })?;
+        Ok(Entries { range, file: self.file.clone() })
+    }
+
+    fn check_lengths(&self, records: &[Vec<u8>], most: usize) -> Result<(), StoreError> {
+        records.iter().try_for_each(|record| self.check_length(record.len(), most))
+    }
+
+    fn check_length(&self, len: usize, most: usize) -> Result<(), StoreError> {
+        if len <= most {
+            return Ok(());
+        }
+        Err(self.refuse(format!("expected at most {most} bytes at once, got {len}")))
+    }
+
+    fn refuse(&self, words: String) -> StoreError {
+        StoreError::new(&self.file, Fault::Refused(words))
+    }
+}
+
+type Entry<'a, K> = (redb::AccessGuard<'a, K>, redb::AccessGuard<'a, &'static [u8]>);
+
+/// Number and bytes of each entry of a job in one table, read while it is walked, in the state at its begin.
+pub struct Entries {
+    range: redb::Range<'static, (u64, u64), &'static [u8]>,
+    file: Arc<Path>,
+}
+
+impl Iterator for Entries {
+    type Item = Result<Numbered, StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let entry = contain(&self.file, || Ok(self.range.next().transpose()?));
+        entry.map(|entry| entry.map(|(key, bytes)| (key.value().1, bytes.value().to_vec()))).transpose()
+    }
+}
+
+/// The number of the record that comes next.
+fn next_number(write: &WriteTransaction) -> Result<u64, redb::Error> {
+    let logged = write.open_table(LOG)?.last()?.map_or(0, |(number, _)| number.value());
+    let covered = write.open_table(SNAPSHOT)?.last()?.map_or(0, |(number, _)| number.value());
+    Ok(logged.max(covered).saturating_add(1))
+}
+
+/// Where the records do not follow the snapshot and one another by one.
+fn gap(replay: &Replay) -> Option<String> {
+    let first = replay.snapshot.as_ref().map_or(0, |(number, _)| *number).saturating_add(1);
+    let wrong = (first..).zip(&replay.records).find(|(expected, (got, _))| expected != got);
+    wrong.map(|(expected, (got, _))| format!("expected record {expected} in the event log, got {got}"))
+}

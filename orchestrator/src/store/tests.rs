@@ -1,0 +1,389 @@
+//! The store on a simulated disk: against a plain list, through power losses, with no room, and on files that are none.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use proptest::prelude::*;
+use redb::StorageBackend;
+
+use super::*;
+
+/// A disk that knows what has reached the platter. Its copies are the same disk.
+#[derive(Clone, Debug, Default)]
+struct Disk(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// What a reader sees.
+    now: Vec<u8>,
+    /// What a power loss leaves for sure.
+    synced: Vec<u8>,
+    /// Writes (place, bytes) and lengths (length, nothing) since.
+    pending: Vec<(usize, Option<Vec<u8>>)>,
+    /// Bytes that fit.
+    room: Option<usize>,
+}
+
+impl State {
+    fn apply(bytes: &mut Vec<u8>, (place, data): &(usize, Option<Vec<u8>>)) {
+        match data {
+            None => bytes.resize(*place, 0),
+            Some(data) => {
+                bytes.resize(bytes.len().max(place + data.len()), 0);
+                bytes[*place..place + data.len()].copy_from_slice(data);
+            }
+        }
+    }
+
+    fn change(&mut self, place: usize, data: Option<Vec<u8>>) -> Result<(), io::Error> {
+        let end = place + data.as_ref().map_or(0, Vec::len);
+        if self.room.is_some_and(|room| end > room) {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        let change = (place, data);
+        State::apply(&mut self.now, &change);
+        self.pending.push(change);
+        Ok(())
+    }
+}
+
+impl Disk {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    fn with(bytes: Vec<u8>) -> Disk {
+        Disk(Arc::new(Mutex::new(State { synced: bytes.clone(), now: bytes, ..State::default() })))
+    }
+
+    /// The disk after the power went: of what was not synced, the writes that `kept` names arrived.
+    fn after_power_loss(&self, mut kept: impl FnMut() -> bool) -> Disk {
+        let state = self.state();
+        let mut bytes = state.synced.clone();
+        state.pending.iter().filter(|_| kept()).for_each(|change| State::apply(&mut bytes, change));
+        Disk::with(bytes)
+    }
+
+    fn open(&self) -> Result<(Store, Replay), StoreError> {
+        let file = Path::new("state/events.redb");
+        let mut builder = Database::builder();
+        builder.set_cache_size(1 << 20).set_check_integrity_on_open(true);
+        let disk = self.clone();
+        Store::with_database(contain(file, || Ok(builder.create_with_backend(disk)?))?, file)
+    }
+}
+
+impl StorageBackend for Disk {
+    fn len(&self) -> Result<u64, io::Error> {
+        Ok(self.state().now.len() as u64)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
+        let (state, offset) = (self.state(), offset as usize);
+        let bytes = state.now.get(offset..offset + out.len());
+        out.copy_from_slice(bytes.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?);
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), io::Error> {
+        self.state().change(len as usize, None)
+    }
+
+    fn sync_data(&self) -> Result<(), io::Error> {
+        let mut state = self.state();
+        state.synced = state.now.clone();
+        state.pending.clear();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
+        self.state().change(offset as usize, Some(data.to_vec()))
+    }
+}
+
+fn all(entries: Entries) -> Vec<Numbered> {
+    entries.collect::<Result<_, _>>().unwrap()
+}
+
+/// One thing that is done to a store.
+#[derive(Clone, Debug)]
+enum Act {
+    Append(Vec<Vec<u8>>),
+    /// At this share (of 256) of the numbers that are allowed.
+    Snapshot(u8),
+    Steps(u64, Vec<Numbered>),
+    Lines(u64, Vec<Vec<u8>>),
+    Forget(u64),
+    Reopen,
+    /// The power goes; the bits say which unsynced writes arrived.
+    PowerLoss(u64),
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let bytes = || prop_oneof![6 => prop::collection::vec(any::<u8>(), 0..40), 1 => Just(vec![7; 9000])];
+    let many = move || prop::collection::vec(bytes(), 0..6);
+    let steps = prop::collection::vec((0_u64..12, bytes()), 0..6);
+    let act = prop_oneof![
+        6 => many().prop_map(Act::Append),
+        2 => any::<u8>().prop_map(Act::Snapshot),
+        2 => (0_u64..3, steps).prop_map(|(job, steps)| Act::Steps(job, steps)),
+        2 => (0_u64..3, many()).prop_map(|(job, lines)| Act::Lines(job, lines)),
+        1 => (0_u64..3).prop_map(Act::Forget),
+        2 => Just(Act::Reopen),
+        2 => any::<u64>().prop_map(Act::PowerLoss),
+    ];
+    prop::collection::vec(act, 1..30)
+}
+
+/// What a store should hold, in plain collections.
+#[derive(Default)]
+struct Model {
+    /// All records ever; number 1 first.
+    history: Vec<Vec<u8>>,
+    covered: u64,
+    has_snapshot: bool,
+    steps: BTreeMap<(u64, u64), Vec<u8>>,
+    lines: BTreeMap<(u64, u64), Vec<u8>>,
+    opened: u64,
+}
+
+impl Model {
+    /// A state whose every byte depends on the records before it.
+    fn fold(state: Vec<u8>, records: &[Vec<u8>]) -> Vec<u8> {
+        records.iter().fold(state, |mut state, record| {
+            state.extend((record.len() as u64).to_le_bytes());
+            state.extend(record);
+            state
+        })
+    }
+
+    fn state(&self, number: u64) -> Vec<u8> {
+        Model::fold(Vec::new(), &self.history[..number as usize])
+    }
+
+    fn check_replay(&self, replay: &Replay) {
+        assert_eq!(replay.incarnation, self.opened);
+        assert_eq!(replay.snapshot.as_ref().map(|(at, _)| *at), self.has_snapshot.then_some(self.covered));
+        let numbers: Vec<u64> = replay.records.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, (self.covered + 1..=self.history.len() as u64).collect::<Vec<_>>());
+        let tail: Vec<Vec<u8>> = replay.records.iter().map(|(_, bytes)| bytes.clone()).collect();
+        let begin = replay.snapshot.clone().map(|(_, state)| state).unwrap_or_default();
+        assert_eq!(Model::fold(begin, &tail), self.state(self.history.len() as u64));
+    }
+
+    fn check_tables(&self, store: &Store) {
+        for job in 0..3 {
+            for (table, entries) in
+                [(&self.steps, store.steps(job, 3).unwrap()), (&self.lines, store.lines(job, 3).unwrap())]
+            {
+                let expected =
+                    table.range((job, 3)..=(job, u64::MAX)).map(|(key, value)| (key.1, value.clone()));
+                assert_eq!(all(entries), expected.collect::<Vec<_>>());
+            }
+        }
+    }
+
+    fn apply(&mut self, store: &Store, act: Act) {
+        match act {
+            Act::Append(records) => {
+                assert_eq!(store.append(&records).unwrap(), self.history.len() as u64 + 1);
+                self.history.extend(records);
+            }
+            Act::Snapshot(share) => {
+                let end = self.history.len() as u64;
+                self.covered += (end - self.covered) * u64::from(share) / 255;
+                self.has_snapshot = true;
+                store.snapshot(self.covered, &self.state(self.covered)).unwrap();
+                assert!(store.snapshot(end + 1, b"").is_err());
+                assert!(store.snapshot(self.covered.wrapping_sub(1), b"").is_err());
+            }
+            Act::Steps(job, steps) => {
+                store.append_steps(job, &steps).unwrap();
+                self.steps.extend(steps.into_iter().map(|(step, bytes)| ((job, step), bytes)));
+            }
+            Act::Lines(job, lines) => self.apply_lines(store, job, lines),
+            Act::Forget(job) => {
+                store.forget_job(job).unwrap();
+                self.steps.retain(|key, _| key.0 != job);
+                self.lines.retain(|key, _| key.0 != job);
+            }
+            Act::Reopen | Act::PowerLoss(_) => unreachable!("done by the caller"),
+        }
+    }
+
+    fn apply_lines(&mut self, store: &Store, job: u64, lines: Vec<Vec<u8>>) {
+        let of_job = |(key, _): &(&(u64, u64), &Vec<u8>)| key.0 == job;
+        let first = self.lines.iter().filter(of_job).last().map_or(1, |(key, _)| key.1 + 1);
+        assert_eq!(store.append_lines(job, &lines).unwrap(), first);
+        self.lines.extend((first..).zip(lines).map(|(number, line)| ((job, number), line)));
+        while self.lines.iter().filter(of_job).count() as u64 > store.lines_per_job {
+            let oldest = *self.lines.iter().find(of_job).unwrap().0;
+            self.lines.remove(&oldest);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn a_store_is_a_list_that_outlives_reopening_and_power_losses(acts in acts()) {
+        let mut disk = Disk::default();
+        let mut model = Model { opened: 1, ..Model::default() };
+        let (mut store, replay) = disk.open().unwrap();
+        model.check_replay(&replay);
+        for act in acts {
+            store.lines_per_job = 5;
+            match act {
+                Act::Reopen => drop(store),
+                Act::PowerLoss(bits) => {
+                    let mut bits = bits;
+                    let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
+                    drop(store);
+                    disk = lost;
+                }
+                act => {
+                    model.apply(&store, act);
+                    model.check_tables(&store);
+                    continue;
+                }
+            }
+            model.opened += 1;
+            let (opened, replay) = disk.open().unwrap();
+            model.check_replay(&replay);
+            model.check_tables(&opened);
+            store = opened;
+        }
+    }
+
+    /// The power goes within an append, at each of its writes: the records before are there, of its own all or none.
+    #[test]
+    fn a_power_loss_within_an_append_leaves_all_or_nothing(before in 1_usize..40, batch in 1_usize..6, arrived: u64) {
+        let disk = Disk::default();
+        let (store, _) = disk.open().unwrap();
+        let record = |number: usize| vec![number as u8; 1 + number * 97 % 3000];
+        store.append(&(1..=before).map(record).collect::<Vec<_>>()).unwrap();
+        let room = disk.state().now.len();
+        // Fails at a write of its own choice: what was written till then is what may have arrived.
+        disk.state().room = Some(room * (arrived % 64) as usize / 63);
+        let outcome = store.append(&(before + 1..=before + batch).map(record).collect::<Vec<_>>());
+        let mut bits = arrived;
+        let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
+        drop(store);
+        let (_, replay) = lost.open().unwrap();
+        let held = replay.records.len();
+        prop_assert!(held == before + batch || (held == before && outcome.is_err()), "{held} {outcome:?}");
+        for (number, bytes) in &replay.records {
+            prop_assert_eq!(bytes, &record(*number as usize));
+        }
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_in_words_or_read_as_it_was(place: prop::sample::Index, flip in 1_u8.., cut in any::<bool>()) {
+        let disk = Disk::default();
+        let (store, _) = disk.open().unwrap();
+        store.append(&vec![vec![5; 700]; 40]).unwrap();
+        drop(store);
+        let mut bytes = disk.state().now.clone();
+        let place = place.index(bytes.len());
+        if cut { bytes.truncate(place.max(1)) } else { bytes[place] ^= flip }
+        match Disk::with(bytes).open() {
+            Ok((_, replay)) => prop_assert_eq!(replay.records, (1..=40).map(|n| (n, vec![5; 700])).collect::<Vec<_>>()),
+            Err(error) => prop_assert!(error.to_string().starts_with("state/events.redb: "), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_in_words_and_loses_nothing() {
+    let disk = Disk::default();
+    let (store, _) = disk.open().unwrap();
+    store.append(&[b"one".to_vec()]).unwrap();
+    let room = disk.state().now.len();
+    disk.state().room = Some(room);
+    let error = store.append(&[vec![1; 8 << 20]]).unwrap_err();
+    assert!(error.to_string().starts_with("state/events.redb: cannot be read or written: "), "{error}");
+    assert!(
+        matches!(error.fault, Fault::Io(ref error) if error.kind() == io::ErrorKind::StorageFull),
+        "{error:?}"
+    );
+    drop(store);
+    disk.state().room = None;
+    let (store, replay) = disk.open().unwrap();
+    assert_eq!((replay.records, replay.incarnation), (vec![(1, b"one".to_vec())], 2));
+    assert_eq!(store.append(&[b"two".to_vec()]).unwrap(), 2);
+}
+
+#[test]
+fn what_is_too_long_is_refused_and_nothing_of_it_written() {
+    let (store, _) = Disk::default().open().unwrap();
+    let error = store.append(&[vec![1], vec![0; MAX_RECORD + 1]]).unwrap_err();
+    assert_eq!(error.to_string(), "state/events.redb: expected at most 16777216 bytes at once, got 16777217");
+    assert!(store.append_steps(1, &[(1, vec![0; MAX_RECORD + 1])]).is_err());
+    assert!(store.append_lines(1, &[vec![0; MAX_RECORD + 1]]).is_err());
+    assert_eq!(store.append(&[vec![1]]).unwrap(), 1);
+    let error = store.snapshot(2, b"").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "state/events.redb: expected a snapshot at a record from 0 to 1, got one at 2"
+    );
+}
+
+#[test]
+fn a_folder_in_use_is_refused_until_it_is_free() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, replay) = Store::open(&dir.path().join("new/state")).unwrap();
+    assert_eq!(replay, Replay { snapshot: None, records: Vec::new(), incarnation: 1 });
+    let error = Store::open(&dir.path().join("new/state")).unwrap_err();
+    assert!(matches!(error.fault, Fault::InUse));
+    let words = "in use by another orchestrator; stop that one or choose another state folder";
+    assert_eq!(
+        error.to_string(),
+        format!("{}: {words}", dir.path().join("new/state").join(FILE_NAME).display())
+    );
+    drop(store);
+    assert_eq!(Store::open(&dir.path().join("new/state")).unwrap().1.incarnation, 2);
+}
+
+#[test]
+fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(FILE_NAME);
+    std::fs::write(&file, "a text of somebody").unwrap();
+    let error = Store::open(dir.path()).unwrap_err();
+    assert!(matches!(error.fault, Fault::Damaged(_)), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"a text of somebody");
+
+    let set_format = |disk: &Disk, table: TableDefinition<&str, u64>, format| {
+        let database = Database::builder().create_with_backend(disk.clone()).unwrap();
+        let write = database.begin_write().unwrap();
+        write.open_table(table).unwrap().insert(FORMAT_KEY, format).unwrap();
+        write.commit().unwrap();
+    };
+    let disk = Disk::default();
+    drop(disk.open().unwrap());
+    set_format(&disk, META, 9);
+    let error = disk.open().unwrap_err();
+    assert_eq!(error.to_string(), "state/events.redb: expected format 1, got 9");
+    set_format(&disk, META, FORMAT);
+    assert_eq!(disk.open().unwrap().1.incarnation, 2, "a refused opening must not count");
+
+    let other = Disk::default();
+    set_format(&other, TableDefinition::new("wares"), 1);
+    let error = other.open().unwrap_err();
+    assert!(
+        error.to_string().ends_with("expected an orchestrator's event log, got another database"),
+        "{error}"
+    );
+
+    let strange = Disk::default();
+    drop(strange.open().unwrap());
+    let database = Database::builder().create_with_backend(strange.clone()).unwrap();
+    let write = database.begin_write().unwrap();
+    write.delete_table(STEPS).unwrap();
+    write.open_table(TableDefinition::<u64, u64>::new("steps")).unwrap();
+    write.commit().unwrap();
+    drop(database);
+    assert!(matches!(strange.open().unwrap_err().fault, Fault::Damaged(_)));
+}
