@@ -4,4 +4,5 @@
 pub mod job;
 pub mod job_actor;
 pub mod metrics;
+pub mod queue;
 pub mod store;
