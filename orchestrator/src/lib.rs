@@ -4,5 +4,6 @@
 pub mod job;
 pub mod job_actor;
 pub mod metrics;
+pub mod placement;
 pub mod queue;
 pub mod store;
