@@ -1,5 +1,6 @@
 //! What a placement is worth: four counts, compared one after the other, less is better; and the same in words.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use contraflow_runtime::schedule::ScheduleKind;
@@ -52,6 +53,24 @@ impl<'a> Shape<'a> {
             }
         }
         cost
+    }
+
+    /// The nodes of all ranks with which the ranks of `unit` have to do, those without a place left out.
+    pub fn linked_nodes(&self, node_of_rank: &[usize], unit: &Range<usize>) -> BTreeSet<usize> {
+        let (columns, expert) = (self.topology.columns(), self.topology.expert);
+        let links = unit.clone().flat_map(|rank| {
+            let mirror = rank % columns + (self.topology.pipeline - 1 - rank / columns) * columns;
+            [rank.checked_sub(columns), Some(rank + columns), self.mirrors.then_some(mirror)]
+        });
+        let group = unit.start / expert * expert;
+        let peers = (group..group + expert).filter(|rank| !unit.contains(rank));
+        let nodes = links.flatten().chain(peers).filter_map(|rank| node_of_rank.get(rank).copied());
+        nodes.filter(|node| *node != UNPLACED).collect()
+    }
+
+    /// Ranks of an expert group.
+    pub fn group_size(&self) -> usize {
+        self.topology.expert
     }
 
     fn add_links(&self, node_of_rank: &[usize], rank: usize, units: &[&Range<usize>], cost: &mut Cost) {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::score::{Cost, Shape};
 use super::sites::Site;
 
-/// Ranks that the improvement looks at before it is content with what it has: some tens of milliseconds.
+/// Ranks that the improvement looks at before it is content with what it has: some ten milliseconds.
 const BUDGET: usize = 400_000;
 
 /// Ranks that are placed together.
@@ -81,12 +81,27 @@ impl<'a> Search<'a> {
     /// over; where none takes it, the largest.
     fn cheapest(&mut self, unit: &Unit, free_of_block: &[usize]) -> usize {
         let fit = |free: usize, left| if free >= left { (0, free) } else { (1, usize::MAX - free) };
+        let linked = self.shape.linked_nodes(&self.node_of_rank, &unit.ranks);
+        // Apart from the nodes of linked ranks, all nodes of a block cost the same.
+        let mut elsewhere: Vec<Option<Cost>> = vec![None; free_of_block.len()];
         let mut best = None;
-        for site in (0..self.sites.len()).filter(|&site| self.sites[site].free > 0).collect::<Vec<_>>() {
-            self.put(&unit.ranks, site);
-            let block = fit(free_of_block[self.block(&self.sites[site])], unit.left_for_block);
-            let node = fit(self.sites[site].free, unit.left_for_node);
-            let key = (self.cost(&[&unit.ranks]), block.0, node, block.1, site);
+        for site in 0..self.sites.len() {
+            let Site { nodes, free } = &self.sites[site];
+            if *free == 0 {
+                continue;
+            }
+            let (node, block, free) = (nodes[0], self.block(&self.sites[site]), *free);
+            let is_like_others = nodes.iter().all(|other| *other == node) && !linked.contains(&node);
+            let known = if is_like_others { elsewhere[block] } else { None };
+            let cost = known.unwrap_or_else(|| {
+                self.put(&unit.ranks, site);
+                self.cost(&[&unit.ranks])
+            });
+            if is_like_others {
+                elsewhere[block] = Some(cost);
+            }
+            let in_block = fit(free_of_block[block], unit.left_for_block);
+            let key = (cost, in_block.0, fit(free, unit.left_for_node), in_block.1, site);
             best = best.into_iter().chain([key]).min();
         }
         best.map_or(0, |key| key.4)
@@ -107,7 +122,8 @@ impl<'a> Search<'a> {
     }
 
     fn spend(&mut self, units: &[Unit], unit: usize) -> bool {
-        self.budget = self.budget.saturating_sub(units[unit].ranks.len());
+        // A cost walks along the unit and its expert group.
+        self.budget = self.budget.saturating_sub(units[unit].ranks.len() + self.shape.group_size());
         self.budget > 0
     }
 
