@@ -286,3 +286,31 @@ fn a_job_shrinks_along_data_then_expert_then_pipeline() {
     assert_eq!(shrunk(7, 7), None);
     assert_eq!(shrunk(0, 0), None);
 }
+
+#[test]
+fn the_last_pair_of_mirrors_is_parted_by_a_swap() {
+    // One after the other, the first column takes the two small nodes and leaves the second column one node for both.
+    let topology = Topology { pipeline: 2, expert: 1, data: 2 };
+    let cluster = supply(&[(1, 0, 0, 2), (2, 1, 0, 1), (3, 2, 0, 1)]);
+    let placement = place(&cluster, &topology, ScheduleKind::Dualpipe).unwrap();
+    assert_eq!(values(&placement.score), [0, 0, 0, 2]);
+}
+
+#[test]
+fn mirrors_of_groups_that_cross_nodes_are_parted_rank_by_rank() {
+    let topology = Topology { pipeline: 2, expert: 3, data: 1 };
+    let cluster = supply(&[(0, 0, 0, 2), (1, 1, 0, 2), (2, 2, 1, 2)]);
+    let placement = place(&cluster, &topology, ScheduleKind::Dualpipe).unwrap();
+    assert_eq!(values(&placement.score), [1, 2, 0, 5]);
+}
+
+#[test]
+fn what_no_node_takes_whole_stays_within_a_block() {
+    let found = sites(&[1, 2, 1, 1, 1], &[0, 0, 0, 1, 1], 2, 3);
+    let nodes: Vec<_> = found.iter().map(|site| site.nodes.clone()).collect();
+    assert_eq!(nodes, [[1, 1], [0, 2], [3, 4]]);
+    // In blocks of three slots the third group of two has to cross.
+    let found = sites(&[1; 6], &[0, 0, 0, 1, 1, 1], 2, 3);
+    let nodes: Vec<_> = found.iter().map(|site| site.nodes.clone()).collect();
+    assert_eq!(nodes, [[0, 1], [3, 4], [2, 5]]);
+}
