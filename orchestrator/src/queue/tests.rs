@@ -236,10 +236,10 @@ proptest! {
         for _ in 0..400 {
             world.advance(&lives);
             if let Some((_, twin)) = &mut twin { twin.advance(&lives) }
-            if let Some(head) = world.head() {
-                if twin.as_ref().is_none_or(|(job, _)| *job != head.job) {
-                    twin = Some((head.job, world.without_loans()));
-                }
+            if let Some(head) = world.head()
+                && twin.as_ref().is_none_or(|(job, _)| *job != head.job)
+            {
+                twin = Some((head.job, world.without_loans()));
             }
             world.settle();
             if let Some((head, other)) = &mut twin {
