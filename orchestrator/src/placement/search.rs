@@ -20,6 +20,27 @@ pub(super) struct Unit {
     pub left_for_block: usize,
 }
 
+/// Where a site is.
+struct Spot {
+    /// Its first node.
+    node: usize,
+    block: usize,
+    is_one_node: bool,
+}
+
+impl Spot {
+    fn of(site: &Site, shape: &Shape) -> Spot {
+        let node = site.nodes[0];
+        let is_one_node = site.nodes.iter().all(|other| *other == node);
+        Spot { node, block: shape.block_of_node[node], is_one_node }
+    }
+}
+
+/// Sorts by how well `left` units fit into `free` places: least left over first; then, where they do not fit, most first.
+fn fit(free: usize, left: usize) -> (u8, usize) {
+    if free >= left { (0, free) } else { (1, usize::MAX - free) }
+}
+
 /// Units on their way to sites.
 pub(super) struct Search<'a> {
     shape: &'a Shape<'a>,
@@ -39,14 +60,15 @@ impl<'a> Search<'a> {
     /// Places all units; there must be sites for all.
     pub fn run(&mut self, units: &[Unit]) {
         self.site_of_unit.clear();
+        let spots: Vec<Spot> = self.sites.iter().map(|site| Spot::of(site, self.shape)).collect();
         let blocks = self.shape.block_of_node.iter().max().map_or(0, |last| last + 1);
         let mut free_of_block = vec![0; blocks];
-        for site in &self.sites {
-            free_of_block[self.block(site)] += site.free;
+        for (spot, site) in spots.iter().zip(&self.sites) {
+            free_of_block[spot.block] += site.free;
         }
         for unit in units {
-            let site = self.cheapest(unit, &free_of_block);
-            free_of_block[self.block(&self.sites[site])] -= 1;
+            let site = self.cheapest(unit, &spots, &free_of_block);
+            free_of_block[spots[site].block] -= 1;
             self.sites[site].free -= 1;
             self.site_of_unit.push(site);
             self.put(&unit.ranks, site);
@@ -65,10 +87,6 @@ impl<'a> Search<'a> {
         while self.budget > 0 && self.improve(&units) {}
     }
 
-    fn block(&self, site: &Site) -> usize {
-        self.shape.block_of_node[site.nodes[0]]
-    }
-
     fn put(&mut self, ranks: &Range<usize>, site: usize) {
         self.node_of_rank[ranks.clone()].copy_from_slice(&self.sites[site].nodes);
     }
@@ -79,32 +97,34 @@ impl<'a> Search<'a> {
 
     /// The site that costs least; among equals one in a block, then on a node, that takes what follows too and has little left
     /// over; where none takes it, the largest.
-    fn cheapest(&mut self, unit: &Unit, free_of_block: &[usize]) -> usize {
-        let fit = |free: usize, left| if free >= left { (0, free) } else { (1, usize::MAX - free) };
-        let linked = self.shape.linked_nodes(&self.node_of_rank, &unit.ranks);
-        // Apart from the nodes of linked ranks, all nodes of a block cost the same.
-        let mut elsewhere: Vec<Option<Cost>> = vec![None; free_of_block.len()];
-        let mut best = None;
-        for site in 0..self.sites.len() {
-            let Site { nodes, free } = &self.sites[site];
-            if *free == 0 {
+    fn cheapest(&mut self, unit: &Unit, spots: &[Spot], free_of_block: &[usize]) -> usize {
+        let linked: Vec<usize> =
+            self.shape.linked_nodes(&self.node_of_rank, &unit.ranks).into_iter().collect();
+        // Apart from the nodes of linked ranks, all nodes of a block cost the same: the best fit stands for them.
+        let mut elsewhere = vec![None; free_of_block.len()];
+        let mut candidates = Vec::new();
+        for (site, spot) in spots.iter().enumerate() {
+            let free = self.sites[site].free;
+            if free == 0 {
                 continue;
             }
-            let (node, block, free) = (nodes[0], self.block(&self.sites[site]), *free);
-            let is_like_others = nodes.iter().all(|other| *other == node) && !linked.contains(&node);
-            let known = if is_like_others { elsewhere[block] } else { None };
-            let cost = known.unwrap_or_else(|| {
-                self.put(&unit.ranks, site);
-                self.cost(&[&unit.ranks])
-            });
-            if is_like_others {
-                elsewhere[block] = Some(cost);
+            if spot.is_one_node && !linked.contains(&spot.node) {
+                let (key, best) = ((fit(free, unit.left_for_node), site), &mut elsewhere[spot.block]);
+                if best.is_none_or(|best| key < best) {
+                    *best = Some(key);
+                }
+            } else {
+                candidates.push(site);
             }
-            let in_block = fit(free_of_block[block], unit.left_for_block);
-            let key = (cost, in_block.0, fit(free, unit.left_for_node), in_block.1, site);
-            best = best.into_iter().chain([key]).min();
         }
-        best.map_or(0, |key| key.4)
+        candidates.extend(elsewhere.into_iter().flatten().map(|(_, site)| site));
+        let key = |site: usize| {
+            self.put(&unit.ranks, site);
+            let block = fit(free_of_block[spots[site].block], unit.left_for_block);
+            let node = fit(self.sites[site].free, unit.left_for_node);
+            (self.cost(&[&unit.ranks]), block.0, node, block.1, site)
+        };
+        candidates.into_iter().map(key).min().map_or(0, |key| key.4)
     }
 
     /// One round of changes, the first that helps of each unit; whether there was any.
