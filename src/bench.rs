@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod infer;
+mod placement;
+mod store;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -71,6 +73,10 @@ enum What {
         #[arg(long, default_value_t = 160)]
         steps: usize,
     },
+    /// Places for a job of 2,048 ranks on 4,096 slots: how long it takes to find them, how good they are
+    Placement,
+    /// The orchestrator's event log: records a second that reach the disk, and how long a new start takes
+    Store,
 }
 
 /// Runs the command; figures go to stdout.
@@ -82,6 +88,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
         What::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
         What::Balance { steps } => balance(*steps),
+        What::Placement => placement::run(),
+        What::Store => store::run(),
     }
 }
 

@@ -5,5 +5,7 @@ pub mod core;
 pub mod job;
 pub mod job_actor;
 pub mod metrics;
+pub mod placement;
+pub mod queue;
 pub mod server;
 pub mod store;

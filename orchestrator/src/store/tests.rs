@@ -214,7 +214,7 @@ impl Model {
 
     fn apply_lines(&mut self, store: &Store, job: u64, lines: Vec<Vec<u8>>) {
         let of_job = |(key, _): &(&(u64, u64), &Vec<u8>)| key.0 == job;
-        let first = self.lines.iter().filter(of_job).last().map_or(1, |(key, _)| key.1 + 1);
+        let first = self.lines.iter().rfind(of_job).map_or(1, |(key, _)| key.1 + 1);
         assert_eq!(store.append_lines(job, &lines).unwrap(), first);
         self.lines.extend((first..).zip(lines).map(|(number, line)| ((job, number), line)));
         while self.lines.iter().filter(of_job).count() as u64 > store.lines_per_job {

@@ -1,0 +1,270 @@
+//! The queue: decisions one by one, and whole lives of random jobs against worlds without loans.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn waiting(job: u64, priority: i64, ranks: usize) -> Waiting {
+    Waiting { job, priority, submitted: job, ranks, preemptible: true }
+}
+
+fn running(job: u64, priority: i64, ranks: usize) -> Running {
+    Running { job: waiting(job, priority, ranks), on_loan: false, stopping: false }
+}
+
+fn start(job: u64, on_loan: bool) -> Decision {
+    Decision::Start { job, on_loan }
+}
+
+fn wait(job: u64, reason: &str) -> Decision {
+    Decision::Wait { job, reason: reason.to_owned() }
+}
+
+#[test]
+fn the_line_is_by_priority_then_by_submission() {
+    let jobs = [waiting(1, 0, 1), waiting(2, 5, 1), waiting(3, 0, 1), waiting(4, 5, 2)];
+    let decided = decide(&jobs, &[], 4);
+    assert_eq!(decided[..3], [start(2, false), start(4, false), start(1, false)]);
+    assert_eq!(decided[3], wait(3, "needs 1 rank, 0 free"));
+}
+
+#[test]
+fn idle_slots_are_lent_and_given_back() {
+    let mut holder = running(1, 0, 5);
+    let line = [
+        waiting(2, 0, 8),
+        waiting(3, 0, 2),
+        Waiting { preemptible: false, ..waiting(4, 0, 1) },
+        waiting(5, 0, 2),
+    ];
+    let decided = decide(&line, std::slice::from_ref(&holder), 3);
+    assert_eq!(
+        decided,
+        [
+            wait(2, "needs 8 ranks, 3 free"),
+            start(3, true),
+            wait(4, "cannot be preempted and so does not overtake job 2"),
+            wait(5, "needs 2 ranks, 1 to spare behind job 2"),
+        ]
+    );
+    let loan = Running { on_loan: true, ..running(3, 0, 2) };
+    // The holder ended: the head has its slots back, and meanwhile nobody takes the free ones.
+    let decided = decide(&line[..1], std::slice::from_ref(&loan), 6);
+    assert_eq!(decided, [Decision::Preempt { victims: vec![3], for_job: 2 }]);
+    let leaving = Running { stopping: true, ..loan.clone() };
+    let decided = decide(&[line[0].clone(), line[3].clone()], &[leaving], 6);
+    assert_eq!(
+        decided,
+        [wait(2, "needs 8 ranks, 6 free, 2 being freed"), wait(5, "needs 2 ranks, 0 to spare behind job 2")]
+    );
+    // A loan that would not suffice is left alone, and so is one that stands before the head in line.
+    holder.job.ranks = 6;
+    assert_eq!(decide(&line[..1], &[holder, loan.clone()], 0), [wait(2, "needs 8 ranks, 0 free")]);
+    assert_eq!(decide(&[waiting(9, 0, 2)], &[loan], 0), [wait(9, "needs 2 ranks, 0 free")]);
+}
+
+#[test]
+fn only_strictly_lower_jobs_give_way_the_newest_lowest_first_and_none_too_many() {
+    let jobs = [running(1, 1, 4), running(2, 0, 4), running(3, 0, 1), running(4, 2, 4)];
+    let preempt = |victims: &[u64]| [Decision::Preempt { victims: victims.to_vec(), for_job: 9 }];
+    assert_eq!(decide(&[waiting(9, 2, 1)], &jobs, 0), preempt(&[3]));
+    assert_eq!(decide(&[waiting(9, 2, 4)], &jobs, 0), preempt(&[2]));
+    assert_eq!(decide(&[waiting(9, 2, 8)], &jobs, 0), preempt(&[2, 1]));
+    assert_eq!(decide(&[waiting(9, 2, 9)], &jobs, 0), preempt(&[3, 2, 1]));
+    assert_eq!(decide(&[waiting(9, 2, 10)], &jobs, 0), [wait(9, "needs 10 ranks, 0 free")]);
+    assert_eq!(decide(&[waiting(9, 0, 1)], &jobs, 0), [wait(9, "needs 1 rank, 0 free")]);
+    let firm =
+        Running { job: Waiting { preemptible: false, ..waiting(1, 0, 4) }, on_loan: false, stopping: false };
+    assert_eq!(decide(&[waiting(9, 2, 1)], &[firm], 0), [wait(9, "needs 1 rank, 0 free")]);
+}
+
+#[test]
+fn a_job_larger_than_the_cluster_holds_nobody_up() {
+    let firm = Waiting { preemptible: false, ..waiting(2, 0, 3) };
+    let decided = decide(&[waiting(1, 5, 9), firm, waiting(3, 0, 1)], &[running(7, 9, 4)], 4);
+    assert_eq!(decided, [wait(1, "needs 9 ranks, 8 healthy"), start(2, false), start(3, true)]);
+}
+
+/// A job's whole life: when it comes, and how many ticks of work it is.
+#[derive(Clone, Debug)]
+struct Life {
+    arrives: u64,
+    work: u64,
+    job: Waiting,
+}
+
+/// A cluster in which time passes; a job that is sent away is out at once and keeps the work it has done.
+#[derive(Clone)]
+struct World {
+    slots: usize,
+    now: u64,
+    line: Vec<Waiting>,
+    running: Vec<Running>,
+    work_left: Vec<u64>,
+    lends: bool,
+    /// First start of each job.
+    started: Vec<Option<u64>>,
+    ended: usize,
+}
+
+impl World {
+    fn new(slots: usize, lives: &[Life]) -> World {
+        let work_left = lives.iter().map(|life| life.work).collect();
+        let (line, running) = (Vec::new(), Vec::new());
+        World {
+            slots,
+            now: 0,
+            line,
+            running,
+            work_left,
+            lends: true,
+            started: vec![None; lives.len()],
+            ended: 0,
+        }
+    }
+
+    fn free(&self) -> usize {
+        self.slots.checked_sub(held(&self.running)).expect("more slots are held than there are")
+    }
+
+    /// The same world in which nobody lends: what is on loan goes back into line.
+    fn without_loans(&self) -> World {
+        let mut other = World { lends: false, ..self.clone() };
+        let (loans, running) = other.running.drain(..).partition(|running: &Running| running.on_loan);
+        other.running = running;
+        other.line.extend(loans.into_iter().map(|loan: Running| loan.job));
+        other
+    }
+
+    /// Jobs end and come.
+    fn advance(&mut self, lives: &[Life]) {
+        self.now += 1;
+        for running in &self.running {
+            self.work_left[running.job.job as usize] -= 1;
+        }
+        let before = self.running.len();
+        self.running.retain(|running| self.work_left[running.job.job as usize] > 0);
+        self.ended += before - self.running.len();
+        self.line.extend(lives.iter().filter(|life| life.arrives == self.now).map(|life| life.job.clone()));
+    }
+
+    /// Does what is decided until nothing changes; each state is checked.
+    fn settle(&mut self) {
+        for _ in 0..100 {
+            let decided = decide(&self.line, &self.running, self.free());
+            assert_eq!(decided.len(), self.line.len());
+            let mut reversed = (self.line.clone(), self.running.clone());
+            reversed.0.reverse();
+            reversed.1.reverse();
+            assert_eq!(
+                decide(&reversed.0, &reversed.1, self.free()),
+                decided,
+                "depends on the order of its input"
+            );
+            let mut changed = false;
+            for decision in decided {
+                match decision {
+                    Decision::Start { on_loan: true, .. } if !self.lends => {}
+                    Decision::Start { job, on_loan } => (self.start(job, on_loan), changed = true).1,
+                    Decision::Preempt { victims, for_job } => {
+                        (self.send_away(&victims, for_job), changed = true).1
+                    }
+                    Decision::Wait { .. } => {}
+                }
+            }
+            if !changed {
+                return;
+            }
+        }
+        panic!("the decisions do not come to rest");
+    }
+
+    fn start(&mut self, job: u64, on_loan: bool) {
+        let index = self.line.iter().position(|waiting| waiting.job == job).unwrap();
+        let job = self.line.remove(index);
+        assert!(job.ranks <= self.free(), "overcommitted");
+        let overtaken = self.line.iter().filter(|other| other.place() < job.place());
+        assert!(on_loan || !job.preemptible || overtaken.count() == 0, "out of turn, but not on loan");
+        self.started[job.job as usize].get_or_insert(self.now);
+        self.running.push(Running { job, on_loan, stopping: false });
+    }
+
+    fn send_away(&mut self, victims: &[u64], for_job: u64) {
+        let head = self.line.iter().find(|waiting| waiting.job == for_job).unwrap().clone();
+        let mut freed = Vec::new();
+        for victim in victims {
+            let index = self.running.iter().position(|running| running.job.job == *victim).unwrap();
+            let victim = self.running.remove(index);
+            assert!(victim.job.preemptible);
+            assert!(
+                victim.job.priority < head.priority || victim.on_loan && victim.job.place() > head.place()
+            );
+            freed.push(victim.job.ranks);
+            self.line.push(victim.job);
+        }
+        assert!(self.free() >= head.ranks, "sent away without use");
+        assert!(freed.iter().all(|ranks| self.free() - ranks < head.ranks), "more sent away than needed");
+    }
+
+    fn head(&self) -> Option<Waiting> {
+        self.line.iter().filter(|job| job.ranks <= self.slots).min_by_key(|job| job.place()).cloned()
+    }
+}
+
+fn lives() -> impl Strategy<Value = (usize, Vec<Life>)> {
+    let life = (1_u64..25, 1_u64..9, -1_i64..2, 1_usize..8, prop::bool::weighted(0.8));
+    (2_usize..10, prop::collection::vec(life, 1..14)).prop_map(|(slots, lives)| {
+        let life = |(job, (arrives, work, priority, ranks, preemptible))| {
+            let job: usize = job;
+            // Nothing larger than the cluster, so that everything ends.
+            let ranks = usize::min(ranks, slots);
+            let job = Waiting { job: job as u64, priority, submitted: arrives, ranks, preemptible };
+            Life { arrives, work, job }
+        };
+        (slots, lives.into_iter().enumerate().map(life).collect())
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn every_job_has_its_turn_and_no_head_waits_for_a_loan((slots, lives) in lives()) {
+        let mut world = World::new(slots, &lives);
+        // For the job that is head: the world in which nothing was lent since it became that.
+        let mut twin: Option<(u64, World)> = None;
+        for _ in 0..400 {
+            world.advance(&lives);
+            if let Some((_, twin)) = &mut twin { twin.advance(&lives) }
+            if let Some(head) = world.head()
+                && twin.as_ref().is_none_or(|(job, _)| *job != head.job)
+            {
+                twin = Some((head.job, world.without_loans()));
+            }
+            world.settle();
+            if let Some((head, other)) = &mut twin {
+                other.settle();
+                let (ours, theirs) = (world.started[*head as usize], other.started[*head as usize]);
+                prop_assert!(theirs.is_none() || ours.is_some(), "job {head} is delayed by a loan at {}", world.now);
+                if ours.is_some() { twin = None }
+            }
+        }
+        prop_assert_eq!(world.ended, lives.len(), "a job starved");
+    }
+
+    /// Among jobs of one priority that cannot be sent away, first come is first served.
+    #[test]
+    fn firm_jobs_of_one_priority_start_in_the_order_of_their_coming((slots, mut lives) in lives()) {
+        for life in &mut lives {
+            (life.job.priority, life.job.preemptible) = (0, false);
+        }
+        let mut world = World::new(slots, &lives);
+        for _ in 0..400 {
+            world.advance(&lives);
+            world.settle();
+        }
+        let mut order: Vec<_> = lives.iter().map(|life| (life.job.place(), world.started[life.job.job as usize].unwrap())).collect();
+        order.sort();
+        prop_assert!(order.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{order:?}");
+    }
+}
