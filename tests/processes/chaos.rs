@@ -99,7 +99,7 @@ fn without_a_spare_the_job_goes_on_with_fewer_ranks() {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
         waits.starts_with("needs").then_some(waits)
     });
-    assert!(waits.contains("needs 4 ranks, 3 free"), "{waits}");
+    assert!(waits.contains("needs 4 ranks, 3 healthy"), "{waits}");
     let steps = cluster.finish(&job);
     assert_eq!(steps.len(), whole.len());
     for (step, whole) in steps.iter().zip(&whole) {
@@ -124,4 +124,18 @@ fn two_jobs_run_side_by_side_and_a_third_waits() {
     let (a, b) = (curve(&cluster.finish(&a)), curve(&cluster.finish(&b)));
     assert_eq!(a, b);
     assert_eq!(curve(&cluster.finish(&c)), a);
+}
+
+#[test]
+fn a_job_gives_way_to_one_of_higher_priority_and_goes_on_as_if_it_had_not() {
+    let cluster = Cluster::start(4);
+    let whole = cluster.submit(&[], &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let low = cluster.submit(&[], &[]);
+    cluster.until_step(&low, 6);
+    let high = cluster.submit(&["training.steps=9"], &["--priority", "1"]);
+    assert_eq!(cluster.finish(&high).len(), 9);
+    let steps = cluster.finish(&low);
+    assert_eq!(curve(&steps), whole);
+    assert_eq!(steps.last().unwrap()["generation"], 2);
 }

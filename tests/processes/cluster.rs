@@ -46,10 +46,6 @@ impl Process {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Its exit code, once it has ended.
     pub fn wait(&mut self) -> Option<i32> {
         let ended = || self.child.try_wait().unwrap();

@@ -58,6 +58,8 @@ pub struct Formed {
     pub resume_step: u64,
     /// Sequences used, where that is more than the checkpoint says; else 0.
     pub cursor: u64,
+    /// Whether it holds slots that a job before it in line waits for.
+    pub on_loan: bool,
 }
 
 /// Something that is so from now on.

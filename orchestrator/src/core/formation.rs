@@ -83,6 +83,11 @@ impl Formation {
         self.machine.repeat()
     }
 
+    /// Whether it is on its way out.
+    pub(super) fn is_moving(&self) -> bool {
+        self.moves.is_some()
+    }
+
     pub(super) fn move_away(&mut self, why: String) -> Vec<job::Effect> {
         self.moves = Some(why);
         self.machine.stop()

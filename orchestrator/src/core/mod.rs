@@ -18,6 +18,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::topology::Topology;
 use contraflow_runtime::watch::Watch;
 
 use self::facts::{End, Fact, JobSpec};
@@ -217,6 +218,10 @@ pub struct Core {
     formations: BTreeMap<u64, Formation>,
     /// When it last heard the time.
     ticked_ms: u64,
+    /// Why jobs in line wait.
+    reasons: BTreeMap<u64, String>,
+    /// Something has changed that may give a job its ranks.
+    is_open: bool,
     effects: Vec<Effect>,
 }
 
@@ -229,6 +234,8 @@ impl Core {
             members: Members::default(),
             formations: BTreeMap::new(),
             ticked_ms: now,
+            reasons: BTreeMap::new(),
+            is_open: true,
             effects: Vec::new(),
         };
         let running: Vec<u64> =
@@ -289,7 +296,7 @@ impl Core {
         match event {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
-            Event::Drain { node } => self.drain(node),
+            Event::Drain { node } => self.drain(node, now),
             Event::Attached { who, hosted, incarnation, storage_mark } => {
                 self.attached(who, &hosted, (incarnation, storage_mark), now);
             }
@@ -305,12 +312,15 @@ impl Core {
             }
             Event::Tick => self.tick(now),
         }
-        self.schedule(now);
+        while std::mem::take(&mut self.is_open) {
+            self.schedule(now);
+        }
         std::mem::take(&mut self.effects)
     }
 
     fn keep(&mut self, fact: Fact) {
         self.jobs.apply(&fact);
+        self.is_open |= !matches!(fact, Fact::Kept { .. } | Fact::Formed { .. } | Fact::StorageMarked { .. });
         self.effects.push(Effect::Keep(fact));
     }
 
@@ -356,7 +366,7 @@ impl Core {
         }
     }
 
-    fn drain(&mut self, node: String) {
+    fn drain(&mut self, node: String, now: u64) {
         if self.jobs.drained.contains(&node) {
             return;
         }
@@ -368,15 +378,15 @@ impl Core {
             .map(|(job, _)| job)
             .collect();
         for job in moved {
-            self.move_away(job, format!("node {node} is drained"));
+            self.move_away(job, format!("node {node} is drained"), now);
         }
     }
 
     /// Stops a job after the running step, keeps it, and puts it into the queue again.
-    fn move_away(&mut self, job: u64, why: String) {
+    fn move_away(&mut self, job: u64, why: String, now: u64) {
         if let Some(formation) = self.formations.get_mut(&job) {
             let effects = formation.move_away(why);
-            self.carry_out(job, effects, 0);
+            self.carry_out(job, effects, now);
         }
     }
 
@@ -399,6 +409,7 @@ impl Core {
             self.keep(Fact::StorageMarked { mark: storage_mark });
         }
         self.members.attach(who, now);
+        self.is_open = true;
         self.tell(worker, Word::Welcome);
         let is_current = |(job, generation, _): &(u64, u32, Vec<usize>)| {
             let formed = self.jobs.all.get(job).and_then(|record| record.running());
@@ -508,6 +519,8 @@ impl Core {
         for member in self.members.expire(now) {
             self.lost(&member, now);
         }
+        // Time alone may let a job go on with fewer ranks.
+        self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         let jobs: Vec<u64> = self.formations.keys().copied().collect();
         for job in jobs {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
@@ -552,6 +565,16 @@ impl Core {
         self.log(job, why.clone());
         self.keep(Fact::Broken { job, generation, lost, why, at_ms: now });
     }
+}
+
+/// Changes of a recipe that give it these axes.
+pub(crate) fn axes_overrides(axes: &Topology) -> Vec<String> {
+    let Topology { pipeline, expert, data } = axes;
+    vec![
+        format!("parallel.pipeline={pipeline}"),
+        format!("parallel.expert={expert}"),
+        format!("parallel.data={data}"),
+    ]
 }
 
 /// Ranks in words.

@@ -1,117 +1,204 @@
-//! Which job gets ranks now, and where: first those that have lost some, then the queue.
+//! Which job gets ranks now, and where: jobs that have lost some first, then the queue. What is decided how stands in
+//! [`crate::queue`] and [`crate::placement`]; here they get their numbers, and their answers become facts and words.
 
-use super::facts::{Fact, Formed};
-use super::formation::Formation;
-use super::jobs::Phase;
-use super::{Core, SHRINK_MS, Word};
+use std::collections::{BTreeMap, BTreeSet};
+
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::Topology;
 
-/// A worker with room.
-struct Room {
-    worker: u64,
-    free: usize,
-}
+use super::facts::{Fact, Formed, JobSpec};
+use super::formation::Formation;
+use super::jobs::{JobRecord, Phase};
+use super::{Core, SHRINK_MS, Word};
+use crate::placement::{Slots, Supply, place, refill, shrink};
+use crate::queue::{self, Decision, Running, Waiting};
 
 impl Core {
-    /// Forms every job that can be formed.
+    /// Forms every job that can be formed, and makes room for those that may ask for it.
     pub(super) fn schedule(&mut self, now: u64) {
-        for job in self.line() {
-            let Some(formed) = self.place(job, now) else {
-                // Nobody overtakes a job that waits: it would take the places that the job waits for.
-                return;
-            };
-            let (generation, places) = (formed.generation, formed.places.clone());
-            self.keep(Fact::Formed { job, formed });
-            self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
-            self.log(job, format!("generation {generation}: {} ranks formed", places.len()));
-            let mut workers = places.clone();
-            workers.sort_unstable();
-            workers.dedup();
-            for worker in workers {
-                let ranks = (0..places.len()).filter(|&rank| places[rank] == worker).collect();
-                self.tell(worker, Word::Assign { job, ranks });
+        for job in self.recovering() {
+            if let Some((topology, places)) = self.place_again(job, now) {
+                self.form(job, topology, places, false);
             }
         }
-    }
-
-    /// Jobs without ranks: those that have lost some first, then by priority, then by age.
-    fn line(&self) -> Vec<u64> {
-        let waits = |phase: &Phase| matches!(phase, Phase::Queued | Phase::Broken);
-        let mut line: Vec<_> = self
-            .jobs
-            .all
-            .iter()
-            .filter(|(_, record)| waits(&record.phase))
-            .map(|(&job, record)| (record.phase != Phase::Broken, -record.spec.priority, job))
-            .collect();
-        line.sort_unstable();
-        line.into_iter().map(|(.., job)| job).collect()
-    }
-
-    fn rooms(&self) -> Vec<Room> {
-        let open = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.is_attached && !self.jobs.drained.contains(&member.who.node));
-        open.map(|(&worker, member)| Room {
-            worker,
-            free: member.who.slots.saturating_sub(self.used(worker)),
-        })
-        .collect()
-    }
-
-    fn place(&self, job: u64, now: u64) -> Option<Formed> {
-        let record = &self.jobs.all[&job];
-        let mut rooms = self.rooms();
-        let topology = self.affordable(job, &rooms, now)?;
-        let mut places = vec![None; topology.world()];
-        // Whoever had a rank keeps it.
-        if let Some(before) = record.formed.as_ref().filter(|before| before.topology == topology) {
-            for (rank, &worker) in before.places.iter().enumerate() {
-                let room = rooms.iter_mut().find(|room| room.worker == worker && room.free > 0);
-                if let Some(room) = room.filter(|_| !record.lost.contains(&rank)) {
-                    room.free -= 1;
-                    places[rank] = Some(worker);
+        let (waiting, running, free) = self.line();
+        if waiting.is_empty() {
+            return;
+        }
+        self.reasons.clear();
+        for decision in queue::decide(&waiting, &running, free) {
+            match decision {
+                Decision::Start { job, on_loan } => self.start(job, on_loan),
+                Decision::Preempt { victims, for_job } => {
+                    for victim in &victims {
+                        self.move_away(*victim, format!("gives way to job-{for_job}"), now);
+                    }
+                    let victims: Vec<String> = victims.iter().map(|job| format!("job-{job}")).collect();
+                    self.reasons.insert(for_job, format!("{} to give way", victims.join(", ")));
                 }
+                Decision::Wait { job, reason } => drop(self.reasons.insert(job, reason)),
             }
         }
-        for place in places.iter_mut().filter(|place| place.is_none()) {
-            let room = rooms.iter_mut().find(|room| room.free > 0)?;
-            room.free -= 1;
-            *place = Some(room.worker);
+    }
+
+    fn start(&mut self, job: u64, on_loan: bool) {
+        let spec = &self.jobs.all[&job].spec;
+        let topology = spec.topology;
+        match place(&self.supply(None), &topology, spec.schedule) {
+            Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
+            Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
         }
-        Some(Formed {
+    }
+
+    fn form(&mut self, job: u64, topology: Topology, places: Vec<u64>, on_loan: bool) {
+        let record = &self.jobs.all[&job];
+        let formed = Formed {
             generation: record.generation() + 1,
             topology,
-            places: places.into_iter().flatten().collect(),
+            places,
             resume_step: record.kept,
             cursor: record.cursor,
-        })
+            on_loan,
+        };
+        let places = formed.places.clone();
+        self.log(job, format!("generation {}: {} ranks formed", formed.generation, places.len()));
+        self.keep(Fact::Formed { job, formed });
+        self.reasons.remove(&job);
+        self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
+        let mut ranks_of: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        for (rank, worker) in places.into_iter().enumerate() {
+            ranks_of.entry(worker).or_default().push(rank);
+        }
+        for (worker, ranks) in ranks_of {
+            self.tell(worker, Word::Assign { job, ranks });
+        }
     }
 
-    /// The axes a job can have now: its own if there is room; fewer data replicas if it has waited long enough and may.
-    fn affordable(&self, job: u64, rooms: &[Room], now: u64) -> Option<Topology> {
+    /// Jobs that have lost ranks, the most important first.
+    fn recovering(&self) -> Vec<u64> {
+        let broken = self.jobs.all.iter().filter(|(_, record)| record.phase == Phase::Broken);
+        let mut broken: Vec<(i32, u64)> = broken.map(|(&job, record)| (-record.spec.priority, job)).collect();
+        broken.sort_unstable();
+        broken.into_iter().map(|(_, job)| job).collect()
+    }
+
+    /// Places for a job that has lost ranks: the others stay where they are. With fewer ranks if nothing has come free for long
+    /// enough and it may.
+    fn place_again(&self, job: u64, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
-        let free: usize = rooms.iter().map(|room| room.free).sum();
-        let wanted = record.spec.topology;
-        if wanted.world() <= free {
-            return Some(wanted);
+        let before = record.formed.as_ref()?;
+        let supply = self.supply(Some(job));
+        let stays = |worker: u64| supply.slots.iter().any(|slots| slots.worker == worker);
+        let gone: BTreeSet<usize> = (0..before.places.len())
+            .filter(|rank| record.lost.contains(rank) || !stays(before.places[*rank]))
+            .collect();
+        let mut kept = supply.clone();
+        for (rank, worker) in before.places.iter().enumerate() {
+            if let Some(slots) =
+                kept.slots.iter_mut().find(|slots| slots.worker == *worker && !gone.contains(&rank))
+            {
+                slots.free = slots.free.saturating_sub(1);
+            }
         }
-        let may_shrink = record.phase == Phase::Broken && record.broken_ms + SHRINK_MS <= now;
-        let smaller = (1..wanted.data).rev().filter(|data| wanted.data.is_multiple_of(*data));
-        let mut smaller = smaller.map(|data| Topology { data, ..wanted });
-        smaller.find(|topology| {
-            may_shrink && topology.world() <= free && topology.world() >= record.spec.min_ranks
-        })
+        let schedule = record.spec.schedule;
+        if let Ok(placement) = refill(&kept, &before.topology, schedule, &before.places, &gone) {
+            return Some((before.topology, placement.of_rank));
+        }
+        if now < record.broken_ms + SHRINK_MS {
+            return None;
+        }
+        let available = supply.slots.iter().map(|slots| slots.free).sum();
+        let fits = |topology: &Topology| fits(&record.spec, topology);
+        let smaller = shrink(&before.topology, available, record.spec.min_ranks, &fits)?;
+        let placement = place(&supply, &smaller, schedule).ok()?;
+        Some((smaller, placement.of_rank))
+    }
+
+    /// The slots that a job may take: those that nobody holds, and its own where it has lost its formation.
+    fn supply(&self, own: Option<u64>) -> Supply {
+        let held = self.held(own);
+        let mut supply = Supply::default();
+        for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
+            let used = held.get(&worker).copied().unwrap_or_default();
+            if self.jobs.drained.contains(&member.who.node) {
+                supply.draining += member.who.slots;
+                continue;
+            }
+            supply.taken += used;
+            supply.slots.push(Slots {
+                worker,
+                node: member.who.node.clone(),
+                block: member.who.block.clone(),
+                free: member.who.slots.saturating_sub(used),
+            });
+        }
+        supply
+    }
+
+    /// Slots by worker that formations hold, and those that survivors of a broken one keep; but for those of `own`.
+    fn held(&self, own: Option<u64>) -> BTreeMap<u64, usize> {
+        let mut held = BTreeMap::new();
+        for (&job, record) in &self.jobs.all {
+            if own != Some(job) {
+                survivors(record).for_each(|worker| *held.entry(worker).or_default() += 1);
+            }
+        }
+        held
+    }
+
+    /// What the queue is asked: who waits, who runs, how many slots are free for those who wait.
+    fn line(&self) -> (Vec<Waiting>, Vec<Running>, usize) {
+        let (mut waiting, mut running, mut missing) = (Vec::new(), Vec::new(), 0);
+        for (&job, record) in &self.jobs.all {
+            let in_line = |ranks| Waiting {
+                job,
+                priority: record.spec.priority.into(),
+                submitted: job,
+                ranks,
+                preemptible: true,
+            };
+            match (&record.phase, &record.formed) {
+                (Phase::Queued, _) => waiting.push(in_line(record.spec.topology.world())),
+                (Phase::Formed | Phase::Broken, Some(formed)) => {
+                    let held = survivors(record).count();
+                    missing += formed.places.len() - held;
+                    let formation = self.formations.get(&job);
+                    let stopping = formation.is_some_and(Formation::is_moving);
+                    running.push(Running { job: in_line(held), on_loan: formed.on_loan, stopping });
+                }
+                _ => {}
+            }
+        }
+        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
+        // Slots that a job which has lost ranks waits for are not for others.
+        (waiting, running, free.saturating_sub(missing))
     }
 
     /// Why a job has no ranks, in words.
     pub(super) fn why_without_place(&self, job: u64) -> String {
         let record = &self.jobs.all[&job];
-        let free: usize = self.rooms().iter().map(|room| room.free).sum();
-        let draining = self.members.iter().filter(|(_, member)| self.jobs.drained.contains(&member.who.node));
-        let draining: usize = draining.map(|(_, member)| member.who.slots).sum();
-        let needs = format!("needs {} ranks, {free} free, {draining} draining", record.spec.topology.world());
-        if record.why.is_empty() { needs } else { format!("{needs}; {}", record.why) }
+        if let Some(reason) = self.reasons.get(&job).filter(|_| record.phase == Phase::Queued) {
+            return reason.clone();
+        }
+        let supply = self.supply(Some(job));
+        let free: usize = supply.slots.iter().map(|slots| slots.free).sum();
+        let world = record.formed.as_ref().map_or(record.spec.topology, |formed| formed.topology).world();
+        format!("needs {world} ranks, {free} healthy, {} draining; {}", supply.draining, record.why)
     }
+}
+
+/// The workers on which a job holds slots.
+fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
+    let holds = matches!(record.phase, Phase::Formed | Phase::Broken);
+    let lost = if record.phase == Phase::Broken { &record.lost[..] } else { &[] };
+    let places = record.formed.iter().flat_map(|formed| formed.places.iter().copied().enumerate());
+    places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
+}
+
+/// Whether a recipe can be run on other axes.
+fn fits(spec: &JobSpec, axes: &Topology) -> bool {
+    let overrides = super::axes_overrides(axes);
+    let model = ModelConfig::from_hf_json(&spec.model_config).ok();
+    Recipe::submitted(&spec.recipe, &spec.name, &overrides, model).is_ok()
 }

@@ -17,7 +17,7 @@ fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
         priority,
         min_ranks: ranks,
         key: String::new(),
-        recipe: String::new(),
+        recipe: "parallel.schedule = \"1f1b\"".into(),
         model_config: String::new(),
         topology: Topology { pipeline: 1, expert: 1, data: ranks },
         schedule: ScheduleKind::OneFOneB,
@@ -120,7 +120,7 @@ fn a_job_waits_for_all_its_ranks_and_says_so() {
     drop(world.attach(1, Vec::new()));
     drop(world.step(Event::Submit(spec(2, 0))));
     assert!(world.places().is_empty());
-    assert_eq!(world.core.waiting_for(1), "needs 2 ranks, 1 free, 0 draining");
+    assert_eq!(world.core.waiting_for(1), "needs 2 ranks, 1 healthy");
     let effects = world.attach(2, Vec::new());
     assert_eq!(world.places(), [1, 2]);
     let assigned: Vec<u64> = words(&effects)
@@ -264,7 +264,7 @@ fn without_a_spare_a_job_shrinks_if_it_may_and_waits_if_not() {
         drop(world.pass(LEASE_MS + TICK_MS, &[1]));
         assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
         let waits = world.core.waiting_for(1);
-        assert!(waits.starts_with("needs 2 ranks, 1 free") && waits.contains("rank 1 lost"), "{waits}");
+        assert!(waits.starts_with("needs 2 ranks, 1 healthy") && waits.contains("rank 1 lost"), "{waits}");
         drop(world.pass(SHRINK_MS + TICK_MS, &[1]));
         assert_eq!(world.places(), places);
     }
@@ -335,4 +335,40 @@ fn where_nobody_gets_on_the_first_to_stop_is_named() {
         waits.starts_with("rank 1: the first to stop") && waits.ends_with("step 3 after 10 operations"),
         "{waits}"
     );
+}
+
+#[test]
+fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later() {
+    let mut world = training();
+    let effects = world.step(Event::Submit(spec(3, 1)));
+    let stops = words(&effects)
+        .into_iter()
+        .filter(|(_, word)| matches!(word, Word::Command { command: RankCommand::Stop, .. }));
+    assert_eq!(stops.count(), 2);
+    let waits = world.core.waiting_for(2);
+    assert_eq!(waits, "job-1 to give way");
+    // The ranks agree on the step after which they stop, and keep it.
+    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    drop(save(&mut world, 5));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(5), result: Ok(()) };
+    drop(world.step(done));
+    let jobs = &world.core.jobs().all;
+    assert_eq!((jobs[&1].phase.clone(), jobs[&2].phase.clone()), (Phase::Queued, Phase::Formed));
+    drop(world.step(Event::Cancel { job: 2, reason: String::new() }));
+    let formed = world.core.jobs().all[&1].running().unwrap();
+    assert_eq!((formed.generation, formed.resume_step), (2, 5));
+}
+
+#[test]
+fn a_drained_node_is_left_after_the_running_step() {
+    let mut world = training();
+    let effects = world.step(Event::Drain { node: "n2".into() });
+    assert_eq!(words(&effects).len(), 2);
+    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    drop(save(&mut world, 5));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(5), result: Ok(()) };
+    drop(world.step(done));
+    let mut places = world.places();
+    places.sort_unstable();
+    assert_eq!(places, [1, 3]);
 }

@@ -7,7 +7,7 @@ use v1::to_worker::Message;
 
 use crate::core::facts::Formed;
 use crate::core::jobs::JobRecord;
-use crate::core::{BEAT_MS, Core, Word};
+use crate::core::{BEAT_MS, Core, Word, axes_overrides};
 
 /// A word as it goes over the wire; nothing if what it is about is over by now.
 pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message> {
@@ -59,12 +59,7 @@ fn overrides(record: &JobRecord, formed: &Formed) -> Vec<String> {
     if record.spec.topology == formed.topology {
         return Vec::new();
     }
-    let axes = formed.topology;
-    vec![
-        format!("parallel.pipeline={}", axes.pipeline),
-        format!("parallel.expert={}", axes.expert),
-        format!("parallel.data={}", axes.data),
-    ]
+    axes_overrides(&formed.topology)
 }
 
 /// What the members of one formation know and nobody else does.
