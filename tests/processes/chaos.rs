@@ -117,10 +117,8 @@ fn two_jobs_run_side_by_side_and_a_third_waits() {
     let (a, b) = (cluster.submit(&two, &[]), cluster.submit(&two, &[]));
     let c = cluster.submit(&two, &[]);
     let waits = cluster.status(&c).unwrap();
-    assert_eq!(
-        (&waits["state"], &waits["waiting_for"]),
-        (&"queued".into(), &"needs 2 ranks, 0 free, 0 draining".into())
-    );
+    assert_eq!(waits["state"], "queued");
+    assert_eq!(waits["waiting_for"], "needs 2 ranks, 0 free");
     let (a, b) = (curve(&cluster.finish(&a)), curve(&cluster.finish(&b)));
     assert_eq!(a, b);
     assert_eq!(curve(&cluster.finish(&c)), a);

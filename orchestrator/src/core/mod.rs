@@ -143,6 +143,11 @@ pub enum Effect {
         /// The report.
         report: Box<StepReport>,
     },
+    /// End a worker's stream: it is not a member any more. If it is there after all it attaches anew.
+    Cut {
+        /// Whose.
+        worker: u64,
+    },
     /// Write a line into a job's log.
     Log {
         /// Of which job.
@@ -544,6 +549,7 @@ impl Core {
             })
             .filter(|(_, lost)| !lost.is_empty())
             .collect();
+        self.effects.push(Effect::Cut { worker });
         for (job, lost) in hit {
             let silent = now.saturating_sub(member.heard_ms);
             let how = if member.is_attached { "is silent" } else { "has left, last heard of" };

@@ -11,13 +11,20 @@ use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
 use super::*;
 
+const RECIPE: &str = "
+    model.config = 'tiny'
+    parallel.schedule = '1f1b'
+    training = { steps = 9, sequence_length = 32, global_batch_size = 8, micro_batch_size = 1 }
+    lr.peak = 1e-3
+";
+
 fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
     Box::new(JobSpec {
         name: "job".into(),
         priority,
         min_ranks: ranks,
         key: String::new(),
-        recipe: "parallel.schedule = \"1f1b\"".into(),
+        recipe: RECIPE.into(),
         model_config: String::new(),
         topology: Topology { pipeline: 1, expert: 1, data: ranks },
         schedule: ScheduleKind::OneFOneB,

@@ -84,7 +84,8 @@ struct Batch {
     facts: Vec<Vec<u8>>,
     steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<u64, Vec<Vec<u8>>>,
-    words: Vec<(u64, Word)>,
+    /// In order; no word: the worker's stream ends.
+    words: Vec<(u64, Option<Word>)>,
     replies: Vec<(oneshot::Sender<u64>, u64)>,
     questions: Vec<Box<dyn FnOnce(&Hub) + Send>>,
 }
@@ -209,7 +210,8 @@ impl Hub {
                     // A fact is numbers, texts and lists.
                     batch.facts.push(serde_json::to_vec(&fact).unwrap_or_default());
                 }
-                Effect::Tell { worker, word } => batch.words.push((worker, word)),
+                Effect::Tell { worker, word } => batch.words.push((worker, Some(word))),
+                Effect::Cut { worker } => batch.words.push((worker, None)),
                 Effect::Record { job, report } => {
                     let step = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
                     if let Some(step) = step {
@@ -286,6 +288,10 @@ impl Hub {
 
     fn carry_out(&mut self, batch: Batch) {
         for (worker, word) in batch.words {
+            let Some(word) = word else {
+                self.links.remove(&worker);
+                continue;
+            };
             let is_last = matches!(word, Word::Refused { .. });
             let message = encode(&self.core, &self.key, word);
             self.tell(worker, message, is_last);

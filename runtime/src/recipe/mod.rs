@@ -218,13 +218,14 @@ impl Recipe {
         let mut table = RecipeTable::read(name, text, overrides)?;
         let config = table.text("model.config");
         let names = builtin::model_names();
-        if model.is_none() && !names.contains(&config.as_str()) {
+        if model.is_none() && table.faults.spare(&["model.config"]) && !names.contains(&config.as_str()) {
             let expected =
                 format!("a built-in model ({}) or its config.json with the recipe", names.join(", "));
             table.faults.expected("model.config", expected, format!("{config:?} alone"));
-            return Err(table.faults);
         }
-        let mut recipe = Self::finish(table, model)?;
+        // Every other fault is told with it; a stand-in for the model keeps its file from being looked for here.
+        let is_known = model.is_some() || names.contains(&config.as_str());
+        let mut recipe = Self::finish(table, model.or_else(|| (!is_known).then(stand_in_model)))?;
         let mut faults = Faults::default();
         for (path, value) in recipe.paths() {
             if !is_below(value) {
