@@ -113,7 +113,7 @@ impl CheckpointFolder {
         let (from, to) = (self.unfinished(step), self.committed(step));
         if to.exists() {
             // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
-            return Ok(());
+            return remove(&from).map_err(|error| CheckpointError::new(&from, error));
         }
         self.rename_finished((manifest, companions), &from, &to)
             .map_err(|error| CheckpointError::new(&to, error))?;
@@ -145,12 +145,22 @@ impl CheckpointFolder {
     fn drop_oldest(&self, keep: usize) -> io::Result<()> {
         let steps = self.list()?;
         for &step in &steps[..steps.len().saturating_sub(keep.max(1))] {
-            let doomed = self.unfinished(step);
+            let doomed = self.dir.join(format!("step-{step:08}.dropped{UNFINISHED_SUFFIX}"));
+            // A process that was killed here before may have left it.
+            remove(&doomed)?;
             std::fs::rename(self.committed(step), &doomed)?;
             failpoint("checkpoint.dropped");
             std::fs::remove_dir_all(doomed)?;
         }
         Ok(())
+    }
+}
+
+/// Removes a folder, if it is there.
+fn remove(dir: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 

@@ -94,3 +94,24 @@ fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
     assert!(told(&|manifest| manifest["position"] = 4.into()).contains("a damaged file"));
     assert!(Manifest::parse(b"{").unwrap_err().contains("a damaged file"));
 }
+
+#[test]
+fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() {
+    let run = tempfile::tempdir().unwrap();
+    let before = CheckpointFolder::of_run(run.path()).in_generation(1);
+    let after = before.clone().in_generation(2);
+    let written = commit(&before, 5, 2);
+    assert_ne!(before.unfinished(5), after.unfinished(5));
+    // The formation that took its place makes the same step once more.
+    commit(&after, 5, 2);
+    assert_eq!(Manifest::read(&after.committed(5)).unwrap(), written);
+    assert!(!after.unfinished(5).exists());
+    // A process was killed while it dropped a checkpoint.
+    let left = run.path().join("checkpoints/step-00000005.dropped.part");
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join("rank-00000.safetensors"), b"left").unwrap();
+    commit(&after, 6, 2);
+    commit(&after, 7, 2);
+    assert_eq!(after.list().unwrap(), [6, 7]);
+    assert!(!left.exists());
+}

@@ -71,8 +71,10 @@ fn load_tokenizer(recipe: &Recipe) -> Result<Tokenizer, TextFaults> {
 }
 
 fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), TextFaults> {
-    let encoder = DocumentEncoder::with_fim(tokenizer.clone(), recipe.data.fim_rate)
-        .map_err(|fault| faults("data.fim_rate", &[fault]))?;
+    let encoder = DocumentEncoder::with_fim(tokenizer.clone(), recipe.data.fim_rate).map_err(|fault| {
+        let told = fault.to_string();
+        faults("data.fim_rate", &[told.strip_prefix("data.fim_rate: ").unwrap_or(&told)])
+    })?;
     let paths: Vec<PathBuf> = recipe.data.paths.iter().map(PathBuf::from).collect();
     let length = recipe.training.sequence_length;
     let wanted =
