@@ -5,4 +5,5 @@
 
 mod chaos;
 mod cluster;
+mod python;
 mod refusals;
