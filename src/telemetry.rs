@@ -1,7 +1,16 @@
-//! Where log lines go: to stderr, ours at the recipe's level, those of libraries only from warnings on.
+//! Where log lines go: to stderr, ours at the recipe's level, those of libraries only from warnings on. A worker's lines about
+//! a rank also go to the orchestrator.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use contraflow_proto::v1::LogLine;
 use contraflow_runtime::recipe::LogLevel;
-use tracing_subscriber::EnvFilter;
+use tokio::sync::mpsc;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt};
 
 /// Sends log lines to stderr from now on; a second call in a process changes nothing.
 pub fn init(level: LogLevel) {
@@ -12,9 +21,67 @@ pub fn init(level: LogLevel) {
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
+    // Whoever came first, a test for instance, has set it up already.
+    let _ = tracing_subscriber::registry().with(to_stderr(ours)).try_init();
+}
+
+/// As [`init`] with what an operator wants to see; lines that name a job and a rank also come out of the channel.
+pub fn init_worker() -> mpsc::UnboundedReceiver<LogLine> {
+    let (sender, lines) = mpsc::unbounded_channel();
+    let of_ranks = RankLines { sender }.with_filter(EnvFilter::new("off,contraflow=info"));
+    let _ = tracing_subscriber::registry().with(to_stderr("info")).with(of_ranks).try_init();
+    lines
+}
+
+fn to_stderr<S>(ours: &str) -> impl Layer<S>
+where
+    S: Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
     // Targets are matched by prefix: all crates of this workspace begin alike.
     let filter = EnvFilter::new(format!("warn,contraflow={ours}"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Whoever came first, a test for instance, has set it up already.
-    let _ = lines.with_ansi(std::env::var_os("NO_COLOR").is_none()).try_init();
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::env::var_os("NO_COLOR").is_none());
+    lines.with_filter(filter)
+}
+
+/// Takes lines that name a job and a rank.
+struct RankLines {
+    sender: mpsc::UnboundedSender<LogLine>,
+}
+
+impl<S: Subscriber> Layer<S> for RankLines {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let mut named = Named::default();
+        event.record(&mut named);
+        let (Some(job), Some(rank)) = (named.job, named.rank) else { return };
+        let unix_ms =
+            SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let level = event.metadata().level().to_string();
+        let line = LogLine { job, rank: rank as u32, unix_ms, level, message: named.message };
+        // If nobody listens any more the worker is ending.
+        drop(self.sender.send(line));
+    }
+}
+
+/// The fields of a line that matter here.
+#[derive(Default)]
+struct Named {
+    job: Option<u64>,
+    rank: Option<u64>,
+    message: String,
+}
+
+impl Visit for Named {
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        match field.name() {
+            "job" => self.job = Some(value),
+            "rank" => self.rank = Some(value),
+            _ => {}
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" {
+            self.message = format!("{value:?}");
+        }
+    }
 }

@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use contraflow_runtime::recipe::LogLevel;
 use contraflow_workers::host::{self, Settings};
 
 use crate::failure::Failure;
@@ -37,13 +36,13 @@ pub struct Args {
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    telemetry::init(LogLevel::Info);
+    let lines = telemetry::init_worker();
     let settings = settings(args)?;
     interrupt::runtime()?.block_on(async {
         let stop = async {
             drop(interrupt::signal().await);
         };
-        host::run(settings, stop).await.map_err(Failure::input)
+        host::run(settings, lines, stop).await.map_err(Failure::input)
     })
 }
 

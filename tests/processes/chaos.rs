@@ -80,6 +80,9 @@ fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     until("another generation", || (cluster.status(&job)?["generation"] == 2).then_some(()));
     let (_, log, _) = cluster.run(&["logs", &job]);
     assert!(log.contains("rank 2 lost") && log.contains(&format!("node n{victim} is silent")), "{log}");
+    assert!(log.contains("x4 ranks") && log.contains("has its model and waits for the others"), "{log}");
+    let (_, of_rank, _) = cluster.run(&["logs", &job, "--rank", "1"]);
+    assert!(of_rank.contains("the checkpoint of step 4") && !of_rank.contains("rank 2 lost"), "{of_rank}");
     cluster.until_step(&job, 20);
     frozen.signal(rustix::process::Signal::CONT);
     until("the worker's return", || (cluster.nodes().len() == 5).then_some(()));

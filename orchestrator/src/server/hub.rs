@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::encode::encode;
+use super::folding::Folding;
 use super::steps::{StepRecord, Steps};
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::jobs::Jobs;
@@ -98,6 +99,8 @@ pub struct Hub {
     key: [u8; 32],
     links: BTreeMap<u64, (u64, Down)>,
     steps: BTreeMap<u64, Steps>,
+    /// Lines of ranks that wait for their like.
+    folding: Folding,
     facts_since_snapshot: u64,
 }
 
@@ -125,8 +128,15 @@ impl Hub {
         let facts_since_snapshot = replay.records.len() as u64;
         let core = Core::new(jobs, replay.incarnation, now_ms());
         let store = Arc::new(store);
-        let mut hub =
-            Hub { core, store, key, links: BTreeMap::new(), steps: BTreeMap::new(), facts_since_snapshot };
+        let mut hub = Hub {
+            core,
+            store,
+            key,
+            links: BTreeMap::new(),
+            steps: BTreeMap::new(),
+            folding: Folding::default(),
+            facts_since_snapshot,
+        };
         let all: Vec<u64> = hub.core.jobs().all.keys().copied().collect();
         for job in all {
             hub.restore_steps(job)?;
@@ -175,6 +185,9 @@ impl Hub {
             for message in waiting.drain(..) {
                 self.take(message, &mut batch);
             }
+            for (job, line) in self.folding.due(now_ms()) {
+                self.log(job, vec![line], &mut batch);
+            }
             self.keep(&mut batch).await?;
             self.carry_out(batch);
         }
@@ -197,7 +210,9 @@ impl Hub {
                 let jobs = self.core.jobs();
                 batch.replies.push((reply, jobs.by_key.get(&key).copied().unwrap_or(jobs.newest)));
             }
-            HubMessage::Lines { job, lines } => self.log(job, lines, batch),
+            HubMessage::Lines { job, lines } => {
+                lines.into_iter().for_each(|line| self.folding.take(job, line, now_ms()));
+            }
             HubMessage::Ask(question) => batch.questions.push(question),
         }
     }

@@ -4,6 +4,7 @@
 
 mod cluster_api;
 mod encode;
+mod folding;
 mod hub;
 mod jobs_api;
 mod link;

@@ -55,6 +55,11 @@ impl Link {
         self.beats = Duration::from_millis(beat_ms.into());
     }
 
+    /// Whether the orchestrator has taken the worker in.
+    pub(super) fn is_member(&self) -> bool {
+        self.is_member
+    }
+
     /// Says something, once the orchestrator has taken the worker in; before, it is said again anyway.
     pub(super) fn say(&mut self, message: Message) {
         if self.is_member {

@@ -8,7 +8,7 @@ mod job;
 mod link;
 mod outbox;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -27,6 +27,9 @@ use self::link::Link;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
 const JOIN_WAIT: Duration = Duration::from_secs(30);
+
+/// Log lines that wait for an orchestrator, at most.
+const MAX_LINES: usize = 10_000;
 
 /// File in the storage that tells whether two workers share it.
 const STORAGE_MARK: &str = ".contraflow-storage";
@@ -78,12 +81,18 @@ struct Host {
     incarnation: u64,
     formations: BTreeMap<u64, Formation>,
     loaded: BTreeMap<u64, Loaded>,
+    /// Log lines that wait for the orchestrator; the oldest give way.
+    lines: VecDeque<v1::LogLine>,
 }
 
-/// Hosts ranks until `stop` is over.
+/// Hosts ranks until `stop` is over. `lines` are those of the log that name a rank.
 ///
 /// **Errors**: in words; the storage or the address cannot be had, or the orchestrator refuses the worker.
-pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<(), String> {
+pub async fn run(
+    settings: Settings,
+    mut lines: mpsc::UnboundedReceiver<v1::LogLine>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), String> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
     let mut host = Host {
@@ -95,6 +104,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<(
         incarnation: 0,
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
+        lines: VecDeque::new(),
         settings,
     };
     let mut stop = std::pin::pin!(stop);
@@ -104,6 +114,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<(
         tokio::select! {
             () = &mut stop => break,
             _ = clock.tick() => host.tick(),
+            Some(line) = lines.recv() => host.note_line(line),
             input = inputs.recv() => match input {
                 Some(input) => host.take(input)?,
                 None => break,
@@ -122,6 +133,10 @@ impl Host {
             Some(link) => {
                 let progress = self.formations.iter().flat_map(|(&job, formation)| formation.progress(job));
                 link.beat(progress.collect());
+                if !self.lines.is_empty() && link.is_member() {
+                    let lines = self.lines.drain(..).collect();
+                    link.say(Up::Logs(v1::LogLines { lines }));
+                }
             }
             None => {
                 let hello = v1::Hello {
@@ -141,6 +156,13 @@ impl Host {
         }
     }
 
+    fn note_line(&mut self, line: v1::LogLine) {
+        if self.lines.len() == MAX_LINES {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line);
+    }
+
     fn say(&mut self, message: Up) {
         if let Some(link) = &mut self.link {
             link.say(message);
@@ -153,6 +175,7 @@ impl Host {
                 let current =
                     self.formations.get_mut(&job).filter(|formation| formation.generation == generation);
                 if let Some(formation) = current {
+                    tell(job, &event);
                     formation.outbox.note(&event);
                     self.say(Up::Event(encode_event(job, generation, &event)));
                 }
@@ -288,6 +311,28 @@ impl Host {
             tracing::info!(job, generation = formation.generation, "left: {reason}");
             formation.leave(reason);
         }
+    }
+}
+
+/// What a rank says, as a line of its log.
+fn tell(job: u64, event: &RankEvent) {
+    let rank = event.rank() as u64;
+    match event {
+        RankEvent::Ready { .. } => tracing::info!(job, rank, "has its model and waits for the others"),
+        RankEvent::Stopped { step, .. } => tracing::info!(job, rank, "stopped after step {step}"),
+        RankEvent::ShardSaved { position, .. } => {
+            tracing::info!(job, rank, "its part of the checkpoint of step {} is on disk", position.step);
+        }
+        RankEvent::Validated { .. } => tracing::info!(job, rank, "has run the validation sequences"),
+        RankEvent::Exported { .. } => tracing::info!(job, rank, "its weights are on disk"),
+        RankEvent::Diverged { divergence, .. } => tracing::warn!(job, rank, "{}", divergence.why),
+        RankEvent::Failed { action, cause, .. } => tracing::error!(job, rank, "{action}: {cause}"),
+        RankEvent::StepDone { report } => {
+            if let Some(warning) = &report.warning {
+                tracing::warn!(job, rank, "step {}: {warning}", report.step);
+            }
+        }
+        RankEvent::Aborted { .. } => {}
     }
 }
 
