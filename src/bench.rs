@@ -1,6 +1,7 @@
 //! `contraflow bench`: figures about this machine, each in one run, as rates and as shares of a measured limit.
 
 mod checkpoint;
+mod fabric;
 mod infer;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,6 +72,15 @@ enum What {
         #[arg(long, default_value_t = 160)]
         steps: usize,
     },
+    /// Frames between 2 and 4 processes over TCP, Unix sockets and shared memory: time, rate and CPU time
+    Fabric {
+        /// Repeats of each measurement
+        #[arg(long, default_value_t = 7)]
+        repeats: usize,
+        /// What a process that this command starts is told
+        #[arg(long, hide = true)]
+        part: Option<String>,
+    },
 }
 
 /// Runs the command; figures go to stdout.
@@ -82,6 +92,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
         What::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
         What::Balance { steps } => balance(*steps),
+        What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
     }
 }
 

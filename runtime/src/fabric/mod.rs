@@ -3,6 +3,7 @@
 //! Knows ranks and bytes, no tensors and no schedule.
 
 mod arrived;
+mod blocks;
 mod endpoint;
 pub mod handshake;
 mod inbox;
@@ -11,6 +12,8 @@ mod listener;
 mod local;
 mod outgoing;
 mod region;
+mod segment;
+mod shm_memory;
 mod stream;
 mod tag;
 mod window;

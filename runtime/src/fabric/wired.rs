@@ -303,7 +303,7 @@ impl WiredNetwork {
         peers[site].incoming = Some(link.clone());
         let count = self.count(false);
         drop(peers);
-        link.run(self);
+        link.run(hello.carrier, self);
         drop(count);
         Ok(())
     }
