@@ -1,6 +1,6 @@
 //! `contraflow bench fabric`: what frames cost between real processes of this machine, next to what copying them costs.
 //!
-//! The command starts itself once for each rank. Ranks send frames to and fro, then all to all; CPU time is that of all of
+//! The command starts itself once for each rank. Ranks send frames there and back, then all to all; CPU time is that of all of
 //! them together, per payload byte, in units of one copy of 64 MiB in the same run. Frames are received where they arrive and
 //! are not read.
 
@@ -129,7 +129,7 @@ fn be(part: &Part) -> Result<(), Box<dyn std::error::Error>> {
         println!("  one copy of 64 MiB: {:.2} GiB per CPU second", 1.0 / rank.copy / (1_u64 << 30) as f64);
     }
     if part.world == 2 {
-        rank.to_and_fro()?;
+        rank.there_and_back()?;
     }
     rank.all_to_all()?;
     network.close();
@@ -217,7 +217,7 @@ impl Rank {
         Ok(Taken { seconds, cpu: cpu[cpu.len() / 2] })
     }
 
-    fn to_and_fro(&mut self) -> Result<(), FabricError> {
+    fn there_and_back(&mut self) -> Result<(), FabricError> {
         let peer = 1 - self.end.rank();
         for size in SIZES {
             let payload = Region::new(vec![1_u8; size]);
@@ -232,7 +232,7 @@ impl Rank {
                     rank.send(peer, &payload)
                 }
             })?;
-            self.tell(&format!("{size:>9} B to and fro"), &taken, 2 * size, 0.5, size);
+            self.tell(&format!("{size:>9} B there and back"), &taken, 2 * size, 0.5, size);
         }
         Ok(())
     }

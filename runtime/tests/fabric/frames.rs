@@ -73,6 +73,23 @@ fn a_lane_that_nobody_reads_holds_up_no_other() {
 }
 
 #[test]
+fn frames_that_are_kept_fill_the_shared_memory_and_the_others_still_come() {
+    let sites = sites(&[1, 1], Transport::SharedMemory);
+    let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());
+    let blocks: Vec<Region> = (0..4).map(|seed| Region::new(noise(8 << 20, seed))).collect();
+    let mut kept = Vec::new();
+    for step in 0..40 {
+        a.send(1, tag(step, 0, FrameKind::Activation), vec![blocks[step as usize % 4].clone()]).unwrap();
+        kept.push(b.receive(tag(step, 0, FrameKind::Activation)).unwrap());
+    }
+    let is_whole = |(step, parts): (usize, &Vec<Region>)| parts[0].bytes() == blocks[step % 4].bytes();
+    assert!(kept.iter().enumerate().all(is_whole), "a frame changed while it was kept");
+    // They outlive the link that brought them.
+    assert_eq!(close(sites), []);
+    assert!(kept.iter().enumerate().all(is_whole), "a frame changed after the link ended");
+}
+
+#[test]
 fn frames_larger_than_the_window_arrive() {
     for wire in WIRES {
         let sites = sites(&[1, 1], wire);

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::{Address, FabricError, FrameKind, Region};
+use contraflow_runtime::fabric::{Address, FabricError, FrameKind, Region, Transport};
 
 use crate::lab::{DEADLINE, Site, WIRES, close, form, formation, listener, noise, tag};
 
@@ -18,7 +18,7 @@ fn the_other_process() {
     println!("\naddress {}", serde_json::to_string(&own.address()).unwrap());
     let mut lines = std::io::stdin().lock().lines();
     let first: Address = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-    let wire = WIRES[wire.parse::<usize>().unwrap()];
+    let wire = WIRES.into_iter().find(|known| format!("{known:?}") == wire).unwrap();
     let site = form(&own, formation(vec![first, own.address()], &[1], wire));
     let end = site.network.join(1).unwrap();
     let mut step = 0;
@@ -36,10 +36,10 @@ struct Pair {
     _pipes: (ChildStdin, Lines<BufReader<ChildStdout>>),
 }
 
-fn pair(wire: usize) -> Pair {
+fn pair(wire: Transport) -> Pair {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "processes::the_other_process", "--nocapture"])
-        .env(PART, wire.to_string())
+        .env(PART, format!("{wire:?}"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -50,13 +50,13 @@ fn pair(wire: usize) -> Pair {
     let own = listener();
     writeln!(input, "{}", serde_json::to_string(&own.address()).unwrap()).unwrap();
     let ranks = vec![own.address(), serde_json::from_str(&said).unwrap()];
-    let site = form(&own, formation(ranks, &[0], WIRES[wire]));
+    let site = form(&own, formation(ranks, &[0], wire));
     Pair { site, child, _pipes: (input, lines) }
 }
 
 #[test]
 fn frames_go_there_and_back_unchanged() {
-    for wire in 0..WIRES.len() {
+    for wire in WIRES {
         let Pair { site, mut child, _pipes } = pair(wire);
         let end = site.network.join(0).unwrap();
         for (step, len) in [0, 5, 4000, 300_000, 20 << 20].into_iter().enumerate() {
@@ -64,7 +64,7 @@ fn frames_go_there_and_back_unchanged() {
             let parts = vec![Region::new(payload.clone()), Region::new(vec![step as u8])];
             end.send(1, tag(step, 0, FrameKind::Activation), parts).unwrap();
             let back = end.receive(tag(step, 1, FrameKind::Activation)).unwrap();
-            assert!(back[0].bytes() == payload && back[1].bytes() == [step as u8], "{:?}", WIRES[wire]);
+            assert!(back[0].bytes() == payload && back[1].bytes() == [step as u8], "{wire:?}");
         }
         assert_eq!(close(vec![site]), []);
         assert!(child.wait().unwrap().success());
@@ -73,7 +73,7 @@ fn frames_go_there_and_back_unchanged() {
 
 #[test]
 fn a_process_that_is_killed_is_lost_within_a_second() {
-    for wire in 0..WIRES.len() {
+    for wire in WIRES {
         let Pair { site, mut child, _pipes } = pair(wire);
         let end = site.network.join(0).unwrap();
         // Frames are on their way in both directions.
@@ -87,7 +87,7 @@ fn a_process_that_is_killed_is_lost_within_a_second() {
         let error =
             (1..=100).find_map(|step| end.receive(tag(step, 1, FrameKind::Activation)).err()).unwrap();
         assert!(killed.elapsed() < Duration::from_secs(1), "it took {:?}", killed.elapsed());
-        assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{:?}: {error}", WIRES[wire]);
+        assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{wire:?}: {error}");
         assert_eq!(site.faults.recv_timeout(DEADLINE).unwrap().ranks, [1]);
         child.wait().unwrap();
         assert_eq!(close(vec![site]), [], "a second fault");
