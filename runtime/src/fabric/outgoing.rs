@@ -76,10 +76,10 @@ impl OutLink {
     pub fn close(&self, flush: bool) {
         let mut state = self.lock();
         state.closing = true;
-        if !flush {
-            state.windows = SendWindows::default();
-        }
+        let forgotten = if flush { Vec::new() } else { state.windows.forget_waiting() };
         drop(state);
+        // Their memory may be large: not under the lock.
+        drop(forgotten);
         self.changed.notify_one();
     }
 
