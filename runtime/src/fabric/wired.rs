@@ -335,14 +335,15 @@ impl WiredNetwork {
             return false;
         }
         peer.presence = presence;
-        let links = (peer.outgoing.clone(), peer.incoming.clone());
+        // Of a lost peer nothing is kept, so that its sockets close.
+        let links = (presence == Presence::Lost).then(|| (peer.outgoing.take(), peer.incoming.take()));
         drop(peers);
         for inbox in self.inboxes.values() {
             self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank as u32, reason));
         }
-        if presence == Presence::Lost {
-            links.0.inspect(|link| link.cut());
-            links.1.inspect(|link| link.cut());
+        if let Some((outgoing, incoming)) = links {
+            outgoing.inspect(|link| link.cut());
+            incoming.inspect(|link| link.cut());
         }
         true
     }
