@@ -335,16 +335,14 @@ impl WiredNetwork {
             return false;
         }
         peer.presence = presence;
-        // Of a lost peer nothing is kept, so that its sockets close.
-        let links = (presence == Presence::Lost).then(|| (peer.outgoing.take(), peer.incoming.take()));
+        // Nothing more comes from there or goes there, so its sockets close.
+        let (outgoing, incoming) = (peer.outgoing.take(), peer.incoming.take());
         drop(peers);
         for inbox in self.inboxes.values() {
             self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank as u32, reason));
         }
-        if let Some((outgoing, incoming)) = links {
-            outgoing.inspect(|link| link.cut());
-            incoming.inspect(|link| link.cut());
-        }
+        outgoing.inspect(|link| link.cut());
+        incoming.inspect(|link| link.cut());
         true
     }
 }

@@ -1,12 +1,12 @@
 //! Whatever ends a link ends the waits for its peer at once and is told once; frames of others are not disturbed.
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::handshake::{Hello, connect as shake};
-use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader};
-use contraflow_runtime::fabric::{FabricError, Form, FrameKind, Region, Tag, Transport};
+use contraflow_runtime::fabric::handshake::{self, Hello, connect as shake};
+use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader, Signal};
+use contraflow_runtime::fabric::{Address, FabricError, Form, Formation, FrameKind, Region, Tag, Transport};
 
 use crate::lab::{
     DEADLINE, SECRET, Site, close, connect, form, formation, hello, listener, noise, silent_listener,
@@ -129,24 +129,42 @@ fn silence_ends_a_link_when_patience_does() {
 }
 
 #[test]
-fn links_that_have_nothing_to_say_stay_alive() {
-    let listeners = [listener(), listener()];
-    let ranks = vec![listeners[0].address(), listeners[1].address()];
-    let patience = Duration::from_secs(1);
-    let part = |rank: usize| {
-        let formation = formation(ranks.clone(), &[rank], Transport::Socket);
-        form(&listeners[rank], contraflow_runtime::fabric::Formation { patience, ..formation })
-    };
-    let sites = vec![part(0), part(1)];
-    let ends = [sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap()];
-    ends[0].send(1, tag(1, 0, FrameKind::Combine), vec![Region::new(vec![1])]).unwrap();
-    ends[1].receive(tag(1, 0, FrameKind::Combine)).unwrap();
-    // More than twice as long as a silent link would live.
-    let none = sites[0].faults.recv_timeout(patience * 5 / 2);
-    assert!(none.is_err(), "{none:?}");
-    ends[0].send(1, tag(2, 0, FrameKind::Combine), vec![Region::new(vec![2])]).unwrap();
-    assert_eq!(ends[1].receive(tag(2, 0, FrameKind::Combine)).unwrap()[0].bytes(), [2]);
-    assert_eq!(close(sites), []);
+fn a_link_that_has_nothing_to_send_says_that_it_is_alive() {
+    let (own, peer) = (listener(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let far = Address { host: "far".into(), tcp: peer.local_addr().unwrap(), unix: "none".into() };
+    let formation = formation(vec![own.address(), far], &[0], Transport::Auto);
+    // A beat is due after a quarter of it.
+    let site = form(&own, Formation { patience: Duration::from_secs(4), ..formation });
+    let end = site.network.join(0).unwrap();
+    let waiter = std::thread::spawn(move || end.receive(tag(1, 1, FrameKind::Combine)));
+    let (mut stream, _) = peer.accept().unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let hello = handshake::read_hello(&mut stream).unwrap();
+    handshake::challenge(&mut stream, &hello, &SECRET).unwrap();
+    handshake::welcome(&mut stream).unwrap();
+    for _ in 0..2 {
+        assert_eq!(wire::read_message(&mut stream).unwrap(), Message::Beat);
+        stream.write_all(&wire::encode_signal(&Signal::Beat)).unwrap();
+    }
+    drop(stream);
+    let error = waiter.join().unwrap().err().unwrap().to_string();
+    assert!(error.starts_with("rank 1 is lost: the connection"), "{error}");
+    assert_eq!(site.faults.recv_timeout(DEADLINE).unwrap().ranks, [1]);
+    assert_eq!(close(vec![site]), []);
+}
+
+#[test]
+fn who_says_that_it_is_alive_is_answered() {
+    let (own, other) = (listener(), silent_listener());
+    let site = form(&own, formation(vec![own.address(), other.address()], &[0], Transport::Tcp));
+    let mut stream = proven(&site);
+    stream.write_all(&wire::encode(&Message::Beat)).unwrap();
+    assert_eq!(wire::read_signal(&mut stream).unwrap(), Signal::Beat);
+    stream.write_all(&wire::encode(&Message::Bye)).unwrap();
+    let error = site.network.join(0).unwrap().receive(tag(1, 1, FrameKind::Combine)).err().unwrap();
+    assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{error}");
+    other.stop();
+    assert_eq!(close(vec![site]), [], "to leave is no fault");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contraflow_runtime::fabric::handshake::{Carrier, Hello, fresh_nonce};
 use contraflow_runtime::fabric::wire::VERSION;
@@ -76,12 +76,15 @@ pub fn sites(num_ranks: &[usize], transport: Transport) -> Vec<Site> {
 }
 
 pub fn close(sites: Vec<Site>) -> Vec<Fault> {
+    let began = Instant::now();
     std::thread::scope(|scope| {
         for site in &sites {
             let network = &site.network;
             scope.spawn(|| network.close());
         }
     });
+    // A network waits five seconds for a peer that does not answer its goodbye.
+    assert!(began.elapsed() < Duration::from_secs(4), "closing took {:?}", began.elapsed());
     sites.iter().for_each(|site| site.listener.stop());
     sites.iter().flat_map(|site| site.faults.try_iter()).collect()
 }
