@@ -1,6 +1,7 @@
 //! `contraflow bench`: figures about this machine, each in one run, as rates and as shares of a measured limit.
 
 mod checkpoint;
+mod fabric;
 mod infer;
 mod placement;
 mod store;
@@ -77,6 +78,15 @@ enum What {
     Placement,
     /// The orchestrator's event log: records a second that reach the disk, and how long a new start takes
     Store,
+    /// Frames between 2 and 4 processes over TCP, Unix sockets and shared memory: time, rate and CPU time
+    Fabric {
+        /// Repeats of each measurement
+        #[arg(long, default_value_t = 7)]
+        repeats: usize,
+        /// What a process that this command starts is told
+        #[arg(long, hide = true)]
+        part: Option<String>,
+    },
 }
 
 /// Runs the command; figures go to stdout.
@@ -90,6 +100,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Balance { steps } => balance(*steps),
         What::Placement => placement::run(),
         What::Store => store::run(),
+        What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use contraflow_orchestrator::job::{JobSetup, Outcome};
 use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
 use contraflow_orchestrator::metrics::Subscriber;
-use contraflow_runtime::fabric::{LocalNetwork, LocalOptions};
+use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::recipe::{ErrorKind, Recipe};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::loader::Datasets;
@@ -53,6 +53,16 @@ impl Cluster {
     ///
     /// **Errors**: in words, if an actor cannot be started.
     pub async fn start(spec: ClusterSpec) -> Result<Self, String> {
+        Cluster::start_over(spec, |network, rank| network.join(rank)).await
+    }
+
+    /// Starts the job and its ranks, each with the end of a fabric that `join` gives it.
+    ///
+    /// **Errors**: in words, if an actor cannot be started.
+    pub async fn start_over(
+        spec: ClusterSpec,
+        join: impl Fn(&Arc<LocalNetwork>, usize) -> Endpoint,
+    ) -> Result<Self, String> {
         let ClusterSpec {
             recipe,
             datasets,
@@ -102,7 +112,7 @@ impl Cluster {
                 job: 0,
                 generation,
                 recipe: recipe.clone(),
-                endpoint: network.join(rank),
+                endpoint: join(&network, rank),
                 datasets: datasets.clone(),
                 resume: resume.clone(),
                 checkpoints: folder.clone(),

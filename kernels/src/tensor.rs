@@ -24,6 +24,12 @@ pub enum Format {
     Bf16,
 }
 
+/// Memory that is not a tensor's own: where a frame has come to, for one.
+pub trait Values: Send + Sync {
+    /// The same as long as it lives.
+    fn values(&self) -> &[f32];
+}
+
 /// Values with a shape, row-major. Clones share the buffer until one of them is written.
 #[derive(Clone)]
 pub struct Tensor {
@@ -36,6 +42,8 @@ enum Storage {
     F32(Arc<Buffer>),
     /// Two values in the room of each f32; the last half is unused if their number is odd.
     Bf16(Arc<Buffer>),
+    /// In f32, not to be written.
+    Elsewhere(Arc<dyn Values>),
 }
 
 impl Tensor {
@@ -60,24 +68,13 @@ impl Tensor {
         Tensor::over(shape, buffer)
     }
 
-    /// The values that [`Tensor::bytes`] gave, in this shape and format; `None` if there are not as many as the shape holds.
-    pub fn from_bytes(shape: &[usize], format: Format, bytes: &[u8]) -> Option<Tensor> {
-        let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim))?;
-        let width = match format {
-            Format::F32 => 4,
-            Format::Bf16 => 2,
-        };
-        if len.checked_mul(width) != Some(bytes.len()) {
-            return None;
-        }
-        let mut buffer = Buffer::for_overwrite(bytes.len().div_ceil(4));
-        bytemuck::cast_slice_mut(buffer.as_mut_slice())[..bytes.len()].copy_from_slice(bytes);
-        let buffer = Arc::new(buffer);
-        let storage = match format {
-            Format::F32 => Storage::F32(buffer),
-            Format::Bf16 => Storage::Bf16(buffer),
-        };
-        Some(Tensor { shape: shape.to_vec(), storage })
+    /// Values that live elsewhere, in f32; copied when they are to be written.
+    ///
+    /// **Errors**: panics if there are not as many as the shape holds.
+    pub fn borrowing(shape: &[usize], values: Arc<dyn Values>) -> Tensor {
+        let len: usize = shape.iter().product();
+        assert_eq!(values.values().len(), len, "expected as many values as the shape {shape:?} holds");
+        Tensor { shape: shape.to_vec(), storage: Storage::Elsewhere(values) }
     }
 
     fn over(shape: &[usize], buffer: Buffer) -> Tensor {
@@ -112,7 +109,7 @@ impl Tensor {
     /// How the values are stored.
     pub fn format(&self) -> Format {
         match self.storage {
-            Storage::F32(_) => Format::F32,
+            Storage::F32(_) | Storage::Elsewhere(_) => Format::F32,
             Storage::Bf16(_) => Format::Bf16,
         }
     }
@@ -120,14 +117,17 @@ impl Tensor {
     /// The same values in another format, rounded to nearest, ties to even. The same format shares the buffer.
     pub fn to_format(&self, format: Format) -> Tensor {
         match (&self.storage, format) {
-            (Storage::F32(_), Format::F32) | (Storage::Bf16(_), Format::Bf16) => self.clone(),
-            (Storage::F32(values), Format::Bf16) => {
+            (Storage::F32(_) | Storage::Elsewhere(_), Format::F32) | (Storage::Bf16(_), Format::Bf16) => {
+                self.clone()
+            }
+            (Storage::F32(_) | Storage::Elsewhere(_), Format::Bf16) => {
+                let values = self.f32();
                 let mut narrow = Buffer::for_overwrite(self.len().div_ceil(2));
                 let target = bytemuck::cast_slice_mut::<f32, bf16>(narrow.as_mut_slice());
                 pulp::Arch::new().dispatch(
                     #[inline(always)]
                     || {
-                        for (target, &value) in target.iter_mut().zip(values.as_slice()) {
+                        for (target, &value) in target.iter_mut().zip(values) {
                             *target = bf16::from_f32(value);
                         }
                     },
@@ -156,6 +156,7 @@ impl Tensor {
     pub fn f32(&self) -> &[f32] {
         match &self.storage {
             Storage::F32(buffer) => buffer.as_slice(),
+            Storage::Elsewhere(values) => values.values(),
             Storage::Bf16(_) => panic!("expected a tensor in F32, got {self:?}"),
         }
     }
@@ -164,9 +165,14 @@ impl Tensor {
     ///
     /// **Errors**: panics if the format is not F32.
     pub fn f32_mut(&mut self) -> &mut [f32] {
+        if let Storage::Elsewhere(values) = &self.storage {
+            let mut own = Buffer::for_overwrite(self.len());
+            own.as_mut_slice().copy_from_slice(values.values());
+            self.storage = Storage::F32(Arc::new(own));
+        }
         match &mut self.storage {
             Storage::F32(buffer) => Arc::make_mut(buffer).as_mut_slice(),
-            Storage::Bf16(_) => panic!("expected a tensor in F32, got Bf16{:?}", self.shape),
+            _ => panic!("expected a tensor in F32, got Bf16{:?}", self.shape),
         }
     }
 
@@ -181,7 +187,7 @@ impl Tensor {
     /// The raw payload, little-endian: for the wire and for files.
     pub fn bytes(&self) -> &[u8] {
         match &self.storage {
-            Storage::F32(buffer) => bytemuck::cast_slice(buffer.as_slice()),
+            Storage::F32(_) | Storage::Elsewhere(_) => bytemuck::cast_slice(self.f32()),
             Storage::Bf16(buffer) => &bytemuck::cast_slice(buffer.as_slice())[..2 * self.len()],
         }
     }

@@ -11,7 +11,9 @@ use contraflow::cluster::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
-use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Sent};
+use contraflow_runtime::fabric::{
+    Formation, Listener, LocalNetwork, LocalOptions, Sent, Transport, WiredNetwork,
+};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::buckets::RankParams;
 use contraflow_workers::checkpoint::Checkpoint;
@@ -104,6 +106,8 @@ pub struct Setup {
     pub checkpoints: Option<Commits>,
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
+    /// What carries the frames if every rank is as if in a process of its own.
+    pub wire: Option<Transport>,
     pub probe: Probe,
     /// Hears every step too, and may panic in the metrics actor.
     pub subscriber: Option<Subscriber>,
@@ -178,6 +182,7 @@ impl Lab {
             checkpoints: None,
             export_dir: None,
             network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
+            wire: None,
             probe: Probe::default(),
             subscriber: None,
             cancel: None,
@@ -203,6 +208,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        wire,
         probe,
         subscriber: another,
         cancel,
@@ -213,7 +219,8 @@ async fn run(setup: Setup) -> Finished {
     let mut subscribers: Vec<Subscriber> = vec![Box::new(subscriber)];
     subscribers.extend(another);
     let began = Instant::now();
-    let cluster = Cluster::start(ClusterSpec {
+    let wires = wire.map(|transport| wires(transport, recipe.topology().world())).unwrap_or_default();
+    let spec = ClusterSpec {
         generation: 0,
         recipe,
         datasets,
@@ -223,8 +230,11 @@ async fn run(setup: Setup) -> Finished {
         network,
         probe,
         subscribers,
-    });
-    let cluster = cluster.await.unwrap();
+    };
+    let join = |local: &Arc<LocalNetwork>, rank: usize| {
+        wires.get(rank).map_or_else(|| local.join(rank), |wire| wire.join(rank).unwrap())
+    };
+    let cluster = Cluster::start_over(spec, join).await.unwrap();
     let network: Arc<LocalNetwork> = cluster.network.clone();
     let mut cancelled = None;
     if let Some((when, reason)) = cancel {
@@ -234,6 +244,7 @@ async fn run(setup: Setup) -> Finished {
         canceller(reason);
     }
     let outcome = cluster.wait().await;
+    std::thread::scope(|scope| wires.iter().for_each(|wire| drop(scope.spawn(|| wire.close()))));
     Finished {
         outcome,
         summaries: std::mem::take(&mut summaries.lock().unwrap()),
@@ -242,6 +253,21 @@ async fn run(setup: Setup) -> Finished {
         elapsed: began.elapsed(),
         since_cancel: cancelled.map(|at| at.elapsed()),
     }
+}
+
+/// The part of each rank in a formation of processes that host one rank each.
+fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
+    let listen = |_| Listener::bind("127.0.0.1:0".parse().unwrap(), Duration::from_secs(10)).unwrap();
+    let listeners: Vec<Listener> = (0..world).map(listen).collect();
+    let ranks: Vec<_> = listeners.iter().map(Listener::address).collect();
+    let part = |(rank, listener): (usize, &Listener)| {
+        let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
+        let formation =
+            Formation { job: 0, generation: 0, secret: [3; 32], ranks, local, patience, transport };
+        let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
+        WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
+    };
+    listeners.iter().enumerate().map(part).collect()
 }
 
 /// Sentences of a small vocabulary in a seeded order: something can be learnt from them.

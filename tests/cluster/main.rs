@@ -10,3 +10,4 @@ mod margins;
 mod resume;
 mod topology;
 mod watch;
+mod wires;

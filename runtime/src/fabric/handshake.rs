@@ -73,10 +73,10 @@ impl Hello {
         if version != VERSION {
             return Err(format!("expected version {VERSION} of the fabric, got version {version}"));
         }
-        let carrier = match bytes[6] {
-            0 => Carrier::Socket,
-            1 => Carrier::SharedMemory,
-            other => return Err(format!("no carrier has number {other}")),
+        let carrier = match bytes[6..8] {
+            [0, 0] => Carrier::Socket,
+            [1, 0] => Carrier::SharedMemory,
+            _ => return Err(format!("no carrier has number {}", bytes[6])),
         };
         let field = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let mut nonce = [0; HASH_BYTES];

@@ -8,7 +8,10 @@ use std::net::Shutdown;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::arrived::{Backing, places, regions};
+use super::handshake::Carrier;
 use super::inbox::Arrival;
+use super::segment::{self, Borrowed};
+use super::shm_memory::SharedReader;
 use super::stream::Stream;
 use super::window::{ReceiveWindows, cost};
 use super::wire::{self, FrameHeader, LaneKey, Message, ReadError, Signal};
@@ -69,10 +72,20 @@ impl InLink {
     }
 
     /// Reads until the sender has left or is lost.
-    pub fn run(self: &Arc<Self>, network: &Arc<WiredNetwork>) {
+    pub fn run(self: &Arc<Self>, carrier: Carrier, network: &Arc<WiredNetwork>) {
+        let memory = match carrier {
+            Carrier::Socket => None,
+            Carrier::SharedMemory => match segment::receive(&self.stream) {
+                Ok(memory) => Some(Arc::new(memory)),
+                Err(error) => {
+                    network.fault(self.site, &describe(&error.into(), network));
+                    return self.cut();
+                }
+            },
+        };
         let mut reader = BufReader::with_capacity(READ_AHEAD, &self.stream);
         loop {
-            match self.read(&mut reader, network) {
+            match self.read(&mut reader, memory.as_ref(), network) {
                 Ok(true) => {}
                 Ok(false) => return self.cut(),
                 Err(error) => {
@@ -87,6 +100,7 @@ impl InLink {
     fn read(
         self: &Arc<Self>,
         reader: &mut impl Read,
+        memory: Option<&Arc<SharedReader>>,
         network: &Arc<WiredNetwork>,
     ) -> Result<bool, ReadError> {
         match wire::read_message(reader)? {
@@ -95,7 +109,7 @@ impl InLink {
                 network.left(self.site);
                 return Ok(false);
             }
-            Message::Frame(header) => self.read_frame(reader, header, network)?,
+            Message::Frame(header) => self.read_frame(reader, header, memory, network)?,
         }
         Ok(true)
     }
@@ -104,6 +118,7 @@ impl InLink {
         self: &Arc<Self>,
         reader: &mut impl Read,
         header: FrameHeader,
+        memory: Option<&Arc<SharedReader>>,
         network: &Arc<WiredNetwork>,
     ) -> Result<(), ReadError> {
         let FrameHeader { to, tag, ref parts, .. } = header;
@@ -115,11 +130,21 @@ impl InLink {
         drop(windows);
         let receipt = Receipt { link: self.clone(), lane, cost };
         let (places, len) = places(parts);
-        let mut buffer = network.buffers().take(len);
-        for place in &places {
-            reader.read_exact(&mut buffer.bytes_mut()[place.clone()])?;
-        }
-        let backing: Arc<dyn Backing> = Arc::new(buffer);
+        let backing: Arc<dyn Backing> = match (header.block, memory) {
+            (None, _) => {
+                let mut buffer = network.buffers().take(len);
+                for place in &places {
+                    reader.read_exact(&mut buffer.bytes_mut()[place.clone()])?;
+                }
+                Arc::new(buffer)
+            }
+            (Some(block), Some(memory)) => {
+                Arc::new(Borrowed::new(memory, block, len, self).map_err(ReadError::Bad)?)
+            }
+            (Some(_), None) => {
+                return Err(ReadError::Bad("a frame said to be in memory that is not shared".into()));
+            }
+        };
         let arrival = Arrival { parts: regions(&backing, parts, &places), receipt: Some(receipt) };
         inbox.deliver(tag, arrival).map_err(|error| ReadError::Bad(error.to_string()))
     }

@@ -131,6 +131,8 @@ fn accept<S>(
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
             Err(error) => {
                 tracing::warn!(%error, "a data connection could not be accepted");
+                // Out of descriptors, most likely: some come back.
+                std::thread::sleep(Duration::from_millis(10));
                 continue;
             }
         };

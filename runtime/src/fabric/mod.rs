@@ -3,7 +3,9 @@
 //! Knows ranks and bytes, no tensors and no schedule.
 
 mod arrived;
+mod blocks;
 mod endpoint;
+mod formation;
 pub mod handshake;
 mod inbox;
 mod incoming;
@@ -11,6 +13,8 @@ mod listener;
 mod local;
 mod outgoing;
 mod region;
+mod segment;
+mod shm_memory;
 mod stream;
 mod tag;
 mod window;
@@ -19,12 +23,13 @@ mod wired;
 
 pub use arrived::ArrivedPart;
 pub use endpoint::Endpoint;
+pub use formation::{Fault, Formation, Transport};
 pub use listener::Listener;
 pub use local::{Disturbance, LocalNetwork, LocalOptions, Sent};
 pub use region::{Form, Memory, Region};
 pub use stream::Address;
 pub use tag::{FrameKind, Phase, Tag};
-pub use wired::{Fault, Formation, Transport, WiredNetwork};
+pub use wired::WiredNetwork;
 
 /// What can go wrong between two ranks.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,6 @@
 //! One thread connects and writes, one hears what comes back. Knows windows and sockets; what becomes of a lost peer is the
 //! network's business.
 
-use std::collections::VecDeque;
 use std::io::{BufReader, IoSlice};
 use std::net::Shutdown;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{self, Carrier, Hello};
 use super::incoming::describe;
+use super::segment::{self, FreeBlocks};
 use super::stream::{Stream, Until, write_all_vectored};
 use super::window::{SendWindows, cost};
 use super::wire::{self, FrameHeader, LaneKey, Message, PartHeader, ReadError, Signal};
@@ -76,10 +76,10 @@ impl OutLink {
     pub fn close(&self, flush: bool) {
         let mut state = self.lock();
         state.closing = true;
-        if !flush {
-            state.windows = SendWindows::default();
-        }
+        let forgotten = if flush { Vec::new() } else { state.windows.forget_waiting() };
         drop(state);
+        // Their memory may be large: not under the lock.
+        drop(forgotten);
         self.changed.notify_one();
     }
 
@@ -120,16 +120,17 @@ impl OutLink {
 
     /// Connects and sends until the network closes or the peer is lost.
     pub fn run(self: &Arc<Self>, network: &Arc<WiredNetwork>) {
-        let stream = match self.dial(network) {
-            Ok(stream) => stream,
+        let (stream, mut memory) = match self.dial(network) {
+            Ok(dialled) => dialled,
             Err(reason) => {
                 network.fault(self.site, &reason);
                 return self.cut();
             }
         };
         let (link, listening, its) = (self.clone(), network.clone(), stream.clone());
-        network.spawn(false, move || link.hear(&its, &listening));
-        if let Err(error) = self.write(&stream, network.patience()) {
+        let blocks = memory.as_ref().map(segment::Sender::blocks);
+        network.spawn(false, move || link.hear(&its, blocks.as_ref(), &listening));
+        if let Err(error) = self.write(&stream, &mut memory, network.patience()) {
             // A peer that has left says so before it closes, and the thread that hears knows. Where the peer is silent, this is
             // the thread that knows.
             if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) {
@@ -140,7 +141,7 @@ impl OutLink {
         }
     }
 
-    fn dial(&self, network: &WiredNetwork) -> Result<Arc<Stream>, String> {
+    fn dial(&self, network: &WiredNetwork) -> Result<(Arc<Stream>, Option<segment::Sender>), String> {
         let patience = network.patience().min(DIAL_PATIENCE);
         let (address, carrier) = network.route(self.site);
         let connected = match carrier {
@@ -157,7 +158,14 @@ impl OutLink {
         drop(state);
         let hello = network.hello(self.site, carrier.unwrap_or(Carrier::Socket))?;
         self.shake(&stream, &hello, network, patience).map_err(|error| error.to_string())?;
-        Ok(stream)
+        let memory = match hello.carrier {
+            Carrier::Socket => None,
+            Carrier::SharedMemory => {
+                let memory = segment::Sender::new(&stream);
+                Some(memory.map_err(|error| format!("memory could not be shared: {error}"))?)
+            }
+        };
+        Ok((stream, memory))
     }
 
     fn shake(
@@ -172,12 +180,17 @@ impl OutLink {
         Ok(stream.set_patience(network.patience())?)
     }
 
-    fn write(&self, stream: &Stream, patience: Duration) -> std::io::Result<()> {
+    fn write(
+        &self,
+        stream: &Stream,
+        memory: &mut Option<segment::Sender>,
+        patience: Duration,
+    ) -> std::io::Result<()> {
         let interval = (patience / 4).min(MAX_BEAT);
         let mut last_beat = Instant::now();
         loop {
             match self.next(&mut last_beat, interval) {
-                Next::Frame(frame) => frame.write(stream)?,
+                Next::Frame(frame) => frame.write(stream, memory.as_mut())?,
                 Next::Beat => write_message(stream, &Message::Beat)?,
                 Next::Bye => {
                     write_message(stream, &Message::Bye)?;
@@ -190,10 +203,11 @@ impl OutLink {
     }
 
     /// Hears what the receiver says until it has left, has ended the connection after our goodbye, or is lost.
-    fn hear(&self, stream: &Stream, network: &Arc<WiredNetwork>) {
+    fn hear(&self, stream: &Stream, blocks: Option<&FreeBlocks>, network: &Arc<WiredNetwork>) {
         let mut reader = BufReader::with_capacity(4 << 10, stream);
         loop {
-            let heard = wire::read_signal(&mut reader).and_then(|signal| self.act_on(signal, network));
+            let heard =
+                wire::read_signal(&mut reader).and_then(|signal| self.act_on(signal, blocks, network));
             match heard {
                 Ok(true) => {}
                 Ok(false) => return self.cut(),
@@ -209,13 +223,22 @@ impl OutLink {
     }
 
     /// Does what a signal says; false after the last.
-    fn act_on(&self, signal: Signal, network: &WiredNetwork) -> Result<bool, ReadError> {
+    fn act_on(
+        &self,
+        signal: Signal,
+        blocks: Option<&FreeBlocks>,
+        network: &WiredNetwork,
+    ) -> Result<bool, ReadError> {
         match signal {
             Signal::Credit { lane, bytes } => {
                 self.lock().windows.credit(lane, bytes).map_err(ReadError::Bad)?;
                 self.changed.notify_one();
             }
-            Signal::Free { .. } | Signal::Beat => {}
+            Signal::Free { block } => {
+                let blocks = blocks.ok_or_else(|| ReadError::Bad("no memory is shared".into()))?;
+                segment::give_back(blocks, block).map_err(ReadError::Bad)?;
+            }
+            Signal::Beat => {}
             Signal::Bye => {
                 network.left_without_sending(self.site);
                 return Ok(false);
@@ -230,14 +253,14 @@ fn write_message(stream: &Stream, message: &Message) -> std::io::Result<()> {
 }
 
 impl Outgoing {
-    fn write(&self, stream: &Stream) -> std::io::Result<()> {
+    fn write(&self, stream: &Stream, memory: Option<&mut segment::Sender>) -> std::io::Result<()> {
         let part = |region: &Region| PartHeader { form: region.form(), len: region.len() as u64 };
-        let parts = self.parts.iter().map(part).collect();
-        let header = FrameHeader { to: self.to, tag: self.tag, block: None, parts };
-        let header = wire::encode(&Message::Frame(header));
-        let mut slices: VecDeque<IoSlice<'_>> =
-            self.parts.iter().map(|part| IoSlice::new(part.bytes())).collect();
-        slices.push_front(IoSlice::new(&header));
-        write_all_vectored(stream, slices.make_contiguous())
+        let parts: Vec<PartHeader> = self.parts.iter().map(part).collect();
+        let block = memory.and_then(|memory| memory.put(&self.parts, &parts));
+        let header = wire::encode(&Message::Frame(FrameHeader { to: self.to, tag: self.tag, block, parts }));
+        let payload = if block.is_some() { &[][..] } else { &self.parts };
+        let mut slices = vec![IoSlice::new(&header)];
+        slices.extend(payload.iter().map(|part| IoSlice::new(part.bytes())));
+        write_all_vectored(stream, &mut slices)
     }
 }

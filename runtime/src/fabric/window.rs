@@ -73,6 +73,17 @@ impl<T> SendWindows<T> {
         Some(frame)
     }
 
+    /// Forgets the frames that have not gone, and returns them; credit for those that have may still come.
+    pub fn forget_waiting(&mut self) -> Vec<T> {
+        self.ready.clear();
+        self.num_waiting = 0;
+        let forget = |lane: &mut Lane<T>| {
+            lane.is_ready = false;
+            std::mem::take(&mut lane.waiting)
+        };
+        self.lanes.values_mut().flat_map(forget).map(|(frame, _)| frame).collect()
+    }
+
     /// The receiver has taken so much of a lane.
     ///
     /// **Errors**: in words, if so much was never on its way.
@@ -174,6 +185,19 @@ mod tests {
         let mut other = ReceiveWindows::default();
         other.arrived(lane(1), 3 * WINDOW).unwrap();
         assert!(other.arrived(lane(1), 1).is_err());
+    }
+
+    #[test]
+    fn credit_still_comes_for_what_went_before_the_rest_was_forgotten() {
+        let mut windows = SendWindows::default();
+        (0..3).for_each(|number| windows.push(lane(1), number, WINDOW));
+        assert_eq!(windows.next(), Some(0));
+        assert_eq!(windows.forget_waiting(), [1, 2]);
+        assert_eq!(windows.num_waiting(), 0);
+        windows.credit(lane(1), WINDOW).unwrap();
+        assert_eq!(windows.next(), None);
+        windows.push(lane(1), 3, WINDOW);
+        assert_eq!(windows.next(), Some(3));
     }
 
     proptest! {

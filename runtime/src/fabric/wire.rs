@@ -307,3 +307,90 @@ pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
         other => bad(format!("no signal has number {other}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_header() -> impl Strategy<Value = FrameHeader> {
+        let parts = proptest::collection::vec(
+            (any::<u8>(), any::<u64>(), any::<u64>(), 0..1_u64 << 28),
+            0..=MAX_PARTS,
+        );
+        let numbers = (any::<[u32; 7]>(), any::<u64>(), 0..PHASES.len(), 0..KINDS.len(), any::<u8>());
+        (numbers, proptest::option::of(0..u64::MAX), parts).prop_map(|(numbers, block, parts)| {
+            let ([to, job, generation, stage, micro_batch, layer, source], step, phase, kind, hop) = numbers;
+            let (phase, kind) = (PHASES[phase], KINDS[kind]);
+            let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
+            let part = |(kind, rows, cols, len)| PartHeader { form: Form { kind, rows, cols }, len };
+            FrameHeader { to, tag, block, parts: parts.into_iter().map(part).collect() }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(header in any_header(), rest in any::<[u8; 5]>()) {
+            let message = Message::Frame(header);
+            let bytes = [encode(&message), rest.to_vec()].concat();
+            let mut reader = &bytes[..];
+            prop_assert_eq!(read_message(&mut reader).unwrap(), message);
+            prop_assert_eq!(reader, &rest[..]);
+        }
+
+        #[test]
+        fn a_header_with_any_bit_flipped_or_cut_short_is_none(header in any_header(), at in any::<proptest::sample::Index>(),
+                                                              bit in 0..8) {
+            let bytes = encode(&Message::Frame(header));
+            let at = at.index(bytes.len());
+            prop_assert!(matches!(read_message(&mut &bytes[..at]), Err(ReadError::Io(_))));
+            let mut flipped = bytes;
+            flipped[at] ^= 1_u8 << bit;
+            prop_assert!(read_message(&mut &flipped[..]).is_err());
+        }
+
+        #[test]
+        fn what_is_signalled_is_heard(source in any::<u32>(), to in any::<u32>(), kind in 0..KINDS.len(), bytes in any::<u64>(),
+                                      at in 0..SIGNAL_BYTES, bit in 0..8) {
+            let lane = LaneKey { source, to, kind: KINDS[kind] };
+            for signal in [Signal::Credit { lane, bytes }, Signal::Free { block: bytes }, Signal::Beat, Signal::Bye] {
+                let mut encoded = encode_signal(&signal);
+                prop_assert_eq!(read_signal(&mut &encoded[..]).unwrap(), signal);
+                encoded[at] ^= 1_u8 << bit;
+                prop_assert!(read_signal(&mut &encoded[..]).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_and_phase_has_its_own_number() {
+        for (number, kind) in KINDS.into_iter().enumerate() {
+            assert_eq!(kind as usize, number);
+        }
+        for (number, phase) in PHASES.into_iter().enumerate() {
+            assert_eq!(phase as usize, number);
+        }
+    }
+
+    #[test]
+    fn frames_larger_than_any_are_refused_whatever_their_parts_say() {
+        for lens in [vec![MAX_FRAME_BYTES + 1], vec![u64::MAX, 2], vec![MAX_FRAME_BYTES, 1]] {
+            let part = |len| PartHeader { form: Form::default(), len };
+            let tag = Tag {
+                job: 0,
+                generation: 0,
+                phase: PHASES[0],
+                step: 0,
+                kind: KINDS[0],
+                stage: 0,
+                micro_batch: 0,
+                layer: 0,
+                hop: 0,
+                source: 0,
+            };
+            let header = FrameHeader { to: 0, tag, block: None, parts: lens.into_iter().map(part).collect() };
+            let error = read_message(&mut &encode(&Message::Frame(header))[..]).unwrap_err().to_string();
+            assert!(error.starts_with("expected at most 4294967296 bytes"), "{error}");
+        }
+    }
+}

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::arrived::BufferPool;
 use super::endpoint::{Endpoint, Network};
+use super::formation::{Fault, Formation, Site, Transport};
 use super::handshake::{Carrier, Hello, fresh_nonce, welcome};
 use super::inbox::{Arrival, Inbox};
 use super::incoming::InLink;
@@ -24,52 +25,6 @@ use super::{FabricError, Region, Tag};
 const LINGER: Duration = Duration::from_secs(5);
 /// How long one that gives up waits for its goodbyes to be heard.
 const SHORT_LINGER: Duration = Duration::from_millis(250);
-
-/// What carries the frames between two processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// Shared memory within a host, TCP to another.
-    Auto,
-    /// A Unix socket within a host, TCP to another.
-    Socket,
-    /// TCP everywhere.
-    Tcp,
-    /// Shared memory; all ranks have to be on one host.
-    SharedMemory,
-}
-
-/// A job's ranks and where they are, until one of them is lost.
-pub struct Formation {
-    /// Job number.
-    pub job: u32,
-    /// Count of its formations.
-    pub generation: u32,
-    /// Known to the processes of this formation and to nobody else.
-    pub secret: [u8; 32],
-    /// Where each rank is, by rank.
-    pub ranks: Vec<Address>,
-    /// The ranks of this process.
-    pub local: Vec<usize>,
-    /// How long a wait, a write, or a silence may last.
-    pub patience: Duration,
-    /// What carries the frames.
-    pub transport: Transport,
-}
-
-/// A peer is lost: told once for each process, whatever ends on its links.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// The ranks of the process.
-    pub ranks: Vec<usize>,
-    /// What was seen.
-    pub reason: String,
-}
-
-/// A process of the formation.
-struct Site {
-    address: Address,
-    ranks: Vec<usize>,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Presence {
@@ -120,28 +75,7 @@ impl WiredNetwork {
         formation: Formation,
         on_fault: Arc<dyn Fn(Fault) + Send + Sync>,
     ) -> Result<Arc<WiredNetwork>, FabricError> {
-        let refuse = |message: String| Err(FabricError::Formation { message });
-        let world = formation.ranks.len();
-        if formation.local.is_empty() || formation.local.iter().any(|&rank| rank >= world) {
-            return refuse(format!(
-                "expected ranks below {world} in this process, got {:?}",
-                formation.local
-            ));
-        }
-        let (sites, site_of) = sites_of(&formation.ranks);
-        let own = site_of[formation.local[0]];
-        if sites[own].ranks != formation.local {
-            return refuse(format!(
-                "ranks {:?} have one address, {:?} are said to be here",
-                sites[own].ranks, formation.local
-            ));
-        }
-        let host = &sites[own].address.host;
-        if formation.transport == Transport::SharedMemory
-            && let Some(far) = sites.iter().find(|site| site.address.host != *host)
-        {
-            return refuse(format!("rank {} is on another host and cannot share memory", far.ranks[0]));
-        }
+        let (sites, site_of) = formation.sites()?;
         let peer = |_: &Site| Peer { outgoing: None, incoming: None, presence: Presence::Here };
         let network = Arc::new(WiredNetwork {
             peers: Mutex::new(sites.iter().map(peer).collect()),
@@ -303,7 +237,7 @@ impl WiredNetwork {
         peers[site].incoming = Some(link.clone());
         let count = self.count(false);
         drop(peers);
-        link.run(self);
+        link.run(hello.carrier, self);
         drop(count);
         Ok(())
     }
@@ -401,15 +335,14 @@ impl WiredNetwork {
             return false;
         }
         peer.presence = presence;
-        let links = (peer.outgoing.clone(), peer.incoming.clone());
+        // Nothing more comes from there or goes there, so its sockets close.
+        let (outgoing, incoming) = (peer.outgoing.take(), peer.incoming.take());
         drop(peers);
         for inbox in self.inboxes.values() {
             self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank as u32, reason));
         }
-        if presence == Presence::Lost {
-            links.0.inspect(|link| link.cut());
-            links.1.inspect(|link| link.cut());
-        }
+        outgoing.inspect(|link| link.cut());
+        incoming.inspect(|link| link.cut());
         true
     }
 }
@@ -428,20 +361,4 @@ impl Drop for Counted {
         drop(running);
         self.network.ended.notify_all();
     }
-}
-
-/// The processes by their lowest rank, and the process of each rank.
-fn sites_of(ranks: &[Address]) -> (Vec<Site>, Vec<usize>) {
-    let mut sites: Vec<Site> = Vec::new();
-    let mut numbers: HashMap<&Address, usize> = HashMap::new();
-    let mut site_of = Vec::with_capacity(ranks.len());
-    for (rank, address) in ranks.iter().enumerate() {
-        let number = *numbers.entry(address).or_insert_with(|| {
-            sites.push(Site { address: address.clone(), ranks: Vec::new() });
-            sites.len() - 1
-        });
-        sites[number].ranks.push(rank);
-        site_of.push(number);
-    }
-    (sites, site_of)
 }

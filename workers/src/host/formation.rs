@@ -103,7 +103,7 @@ impl Formation {
             ranks: addresses?,
             local: self.ranks.clone(),
             patience: PATIENCE,
-            transport: Transport::Socket,
+            transport: Transport::Auto,
         };
         let on_fault = move |fault: fabric::Fault| {
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);

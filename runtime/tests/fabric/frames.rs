@@ -1,102 +1,10 @@
-//! The fabric between processes, as its users see it: frames arrive as they were sent whatever carries them, a lost peer ends
-//! the waits for it, and who does not belong to a formation is refused.
-#![allow(clippy::unwrap_used, missing_docs)]
+//! Frames arrive as they were sent, whatever carries them and whatever else is on its way.
 
-use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::{
-    Address, Endpoint, FabricError, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport,
-    WiredNetwork,
-};
+use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region, Transport};
 
-/// Nothing here takes longer unless it hangs.
-const DEADLINE: Duration = Duration::from_secs(30);
-
-const SECRET: [u8; 32] = [7; 32];
-
-fn tag(step: u64, source: u32, kind: FrameKind) -> Tag {
-    Tag {
-        job: 1,
-        generation: 3,
-        phase: Phase::Train,
-        step,
-        kind,
-        stage: 1,
-        micro_batch: 2,
-        layer: 3,
-        hop: 4,
-        source,
-    }
-}
-
-/// One process of a formation, as far as the fabric can tell.
-struct Site {
-    network: Arc<WiredNetwork>,
-    listener: Listener,
-    faults: Receiver<Fault>,
-}
-
-fn listener() -> Listener {
-    Listener::bind("127.0.0.1:0".parse().unwrap(), Duration::from_millis(200)).unwrap()
-}
-
-fn formation(ranks: Vec<Address>, local: &[usize], transport: Transport) -> Formation {
-    let local = local.to_vec();
-    Formation { job: 1, generation: 3, secret: SECRET, ranks, local, patience: DEADLINE, transport }
-}
-
-fn form(listener: &Listener, formation: Formation) -> Site {
-    let (tell, faults) = channel();
-    let tell = Mutex::new(tell);
-    let on_fault = move |fault| drop(tell.lock().unwrap().send(fault));
-    let network = WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap();
-    Site { network, listener: listener.clone(), faults }
-}
-
-/// Processes that host so many ranks each.
-fn sites(num_ranks: &[usize], transport: Transport) -> Vec<Site> {
-    let listeners: Vec<Listener> = num_ranks.iter().map(|_| listener()).collect();
-    let repeated = |(listener, &num): (&Listener, &usize)| vec![listener.address(); num];
-    let ranks: Vec<Address> = listeners.iter().zip(num_ranks).flat_map(repeated).collect();
-    let mut first = 0;
-    let site = |(listener, &num): (&Listener, &usize)| {
-        let local: Vec<usize> = (first..first + num).collect();
-        first += num;
-        form(listener, formation(ranks.clone(), &local, transport))
-    };
-    listeners.iter().zip(num_ranks).map(site).collect()
-}
-
-fn close(sites: Vec<Site>) -> Vec<Fault> {
-    std::thread::scope(|scope| {
-        for site in &sites {
-            let network = &site.network;
-            scope.spawn(|| network.close());
-        }
-    });
-    sites.iter().for_each(|site| site.listener.stop());
-    sites.iter().flat_map(|site| site.faults.try_iter()).collect()
-}
-
-const WIRES: [Transport; 3] = [Transport::Tcp, Transport::Socket, Transport::SharedMemory];
-
-/// Bytes that depend on nothing but their number and a seed.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
-
-fn bytes_of(parts: &[Region]) -> Vec<Vec<u8>> {
-    parts.iter().map(|part| part.bytes().to_vec()).collect()
-}
+use crate::lab::{WIRES, bytes_of, close, noise, sites, tag};
 
 #[test]
 fn frames_arrive_as_they_were_sent() {
@@ -162,6 +70,23 @@ fn a_lane_that_nobody_reads_holds_up_no_other() {
         }
         assert_eq!(close(sites), []);
     }
+}
+
+#[test]
+fn frames_that_are_kept_fill_the_shared_memory_and_the_others_still_come() {
+    let sites = sites(&[1, 1], Transport::SharedMemory);
+    let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());
+    let blocks: Vec<Region> = (0..4).map(|seed| Region::new(noise(8 << 20, seed))).collect();
+    let mut kept = Vec::new();
+    for step in 0..40 {
+        a.send(1, tag(step, 0, FrameKind::Activation), vec![blocks[step as usize % 4].clone()]).unwrap();
+        kept.push(b.receive(tag(step, 0, FrameKind::Activation)).unwrap());
+    }
+    let is_whole = |(step, parts): (usize, &Vec<Region>)| parts[0].bytes() == blocks[step % 4].bytes();
+    assert!(kept.iter().enumerate().all(is_whole), "a frame changed while it was kept");
+    // They outlive the link that brought them.
+    assert_eq!(close(sites), []);
+    assert!(kept.iter().enumerate().all(is_whole), "a frame changed after the link ended");
 }
 
 #[test]

@@ -1,0 +1,202 @@
+//! Whatever ends a link ends the waits for its peer at once and is told once; frames of others are not disturbed.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use contraflow_runtime::fabric::handshake::{self, Hello, connect as shake};
+use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader, Signal};
+use contraflow_runtime::fabric::{Address, FabricError, Form, Formation, FrameKind, Region, Tag, Transport};
+
+use crate::lab::{
+    DEADLINE, SECRET, Site, close, connect, form, formation, hello, listener, noise, silent_listener,
+    site_with_a_peer_made_by_hand, tag,
+};
+
+/// A proven connection from rank 1, on which anything may be said.
+fn proven(site: &Site) -> TcpStream {
+    let mut stream = connect(&site.listener.address());
+    shake(&mut stream, &hello(), &SECRET).unwrap();
+    stream
+}
+
+/// Waits for a frame of rank 1 while `act` happens to it: returns why the wait ended, which is told once, within a second.
+fn lost(site: Site, act: impl FnOnce()) -> String {
+    let end = site.network.join(0).unwrap();
+    let waiter = std::thread::spawn(move || end.receive(tag(1, 1, FrameKind::Combine)));
+    let began = Instant::now();
+    act();
+    let error = waiter.join().unwrap().err().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "it took {:?}", began.elapsed());
+    let FabricError::Lost { rank: 1, reason } = error else { panic!("{error}") };
+    let faults = {
+        let first = site.faults.recv_timeout(DEADLINE).unwrap();
+        let mut faults = vec![first];
+        faults.extend(close(vec![site]));
+        faults
+    };
+    assert_eq!(faults.len(), 1, "{faults:?}");
+    assert_eq!((&faults[0].ranks, &faults[0].reason), (&vec![1], &reason));
+    reason
+}
+
+fn header(tag: Tag, to: u32, len: u64) -> FrameHeader {
+    FrameHeader { to, tag, block: None, parts: vec![PartHeader { form: Form::default(), len }] }
+}
+
+fn bytes_of(header: FrameHeader) -> Vec<u8> {
+    wire::encode(&Message::Frame(header))
+}
+
+/// Whatever rank 1 says, then the end of what it says.
+fn lost_after(bytes: &[u8]) -> String {
+    let (own, other) = (listener(), silent_listener());
+    let site = form(&own, formation(vec![own.address(), other.address()], &[0], Transport::Tcp));
+    let mut stream = proven(&site);
+    let reason = lost(site, || {
+        stream.write_all(bytes).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+    });
+    other.stop();
+    reason
+}
+
+#[test]
+fn a_peer_lost_in_the_middle_of_a_frame() {
+    let mut bytes = bytes_of(header(tag(1, 1, FrameKind::Combine), 0, 1000));
+    bytes.extend([1; 10]);
+    assert_eq!(lost_after(&bytes), "the connection was closed");
+    assert_eq!(lost_after(&bytes[..20]), "the connection was closed");
+}
+
+#[test]
+fn what_is_no_frame() {
+    assert_eq!(lost_after(&[0x55; 200]), "what came is no frame");
+    let mut flipped = bytes_of(header(tag(1, 1, FrameKind::Combine), 0, 0));
+    flipped[20] ^= 1;
+    assert_eq!(lost_after(&flipped), "the checksum of a frame's header does not match");
+}
+
+#[test]
+fn a_frame_that_does_not_belong_here() {
+    let of_another = bytes_of(header(tag(1, 0, FrameKind::Combine), 0, 0));
+    assert_eq!(lost_after(&of_another), "a frame of rank 0 came from the process of ranks [1]");
+    let for_another = bytes_of(header(tag(1, 1, FrameKind::Combine), 1, 0));
+    assert_eq!(lost_after(&for_another), "a frame for rank 1 came here");
+    let in_memory = FrameHeader { block: Some(0), ..header(tag(1, 1, FrameKind::Combine), 0, 64) };
+    assert_eq!(lost_after(&bytes_of(in_memory)), "a frame said to be in memory that is not shared");
+}
+
+#[test]
+fn a_frame_larger_than_any() {
+    let reason = lost_after(&bytes_of(header(tag(1, 1, FrameKind::Combine), 0, u64::MAX / 2)));
+    assert!(reason.starts_with("expected at most 4294967296 bytes in a frame"), "{reason}");
+}
+
+#[test]
+fn frames_that_come_without_credit() {
+    let mut bytes = bytes_of(header(tag(10, 1, FrameKind::Gradient), 0, 10 << 20));
+    bytes.extend(noise(10 << 20, 1));
+    // The header is enough: nothing of the second is read.
+    bytes.extend(bytes_of(header(tag(11, 1, FrameKind::Gradient), 0, 10 << 20)));
+    let site = site_with_a_peer_made_by_hand(DEADLINE);
+    let mut stream = proven(&site);
+    let end = site.network.join(0).unwrap();
+    stream.write_all(&bytes).unwrap();
+    let fault = site.faults.recv_timeout(DEADLINE).unwrap();
+    assert!(fault.reason.contains("without credit"), "{fault:?}");
+    assert_eq!(end.num_waiting(), 1);
+    assert_eq!(close(vec![site]), []);
+}
+
+#[test]
+fn two_frames_under_one_tag() {
+    let frame = bytes_of(header(tag(9, 1, FrameKind::Combine), 0, 0));
+    let reason = lost_after(&[frame.clone(), frame].concat());
+    assert!(reason.starts_with("a second frame came for Combine"), "{reason}");
+}
+
+#[test]
+fn silence_ends_a_link_when_patience_does() {
+    let site = site_with_a_peer_made_by_hand(Duration::from_millis(50));
+    let stream = proven(&site);
+    let fault = site.faults.recv_timeout(DEADLINE).unwrap();
+    assert_eq!(fault.reason, "nothing was heard for 0.1 s");
+    let error = site.network.join(0).unwrap().receive(tag(1, 1, FrameKind::Combine)).err().unwrap();
+    assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{error}");
+    assert_eq!(close(vec![site]), []);
+    drop(stream);
+}
+
+#[test]
+fn a_link_that_has_nothing_to_send_says_that_it_is_alive() {
+    let (own, peer) = (listener(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let far = Address { host: "far".into(), tcp: peer.local_addr().unwrap(), unix: "none".into() };
+    let formation = formation(vec![own.address(), far], &[0], Transport::Auto);
+    // A beat is due after a quarter of it.
+    let site = form(&own, Formation { patience: Duration::from_secs(4), ..formation });
+    let end = site.network.join(0).unwrap();
+    let waiter = std::thread::spawn(move || end.receive(tag(1, 1, FrameKind::Combine)));
+    let (mut stream, _) = peer.accept().unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let hello = handshake::read_hello(&mut stream).unwrap();
+    handshake::challenge(&mut stream, &hello, &SECRET).unwrap();
+    handshake::welcome(&mut stream).unwrap();
+    for _ in 0..2 {
+        assert_eq!(wire::read_message(&mut stream).unwrap(), Message::Beat);
+        stream.write_all(&wire::encode_signal(&Signal::Beat)).unwrap();
+    }
+    drop(stream);
+    let error = waiter.join().unwrap().err().unwrap().to_string();
+    assert!(error.starts_with("rank 1 is lost: the connection"), "{error}");
+    assert_eq!(site.faults.recv_timeout(DEADLINE).unwrap().ranks, [1]);
+    assert_eq!(close(vec![site]), []);
+}
+
+#[test]
+fn who_says_that_it_is_alive_is_answered() {
+    let (own, other) = (listener(), silent_listener());
+    let site = form(&own, formation(vec![own.address(), other.address()], &[0], Transport::Tcp));
+    let mut stream = proven(&site);
+    stream.write_all(&wire::encode(&Message::Beat)).unwrap();
+    assert_eq!(wire::read_signal(&mut stream).unwrap(), Signal::Beat);
+    stream.write_all(&wire::encode(&Message::Bye)).unwrap();
+    let error = site.network.join(0).unwrap().receive(tag(1, 1, FrameKind::Combine)).err().unwrap();
+    assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{error}");
+    other.stop();
+    assert_eq!(close(vec![site]), [], "to leave is no fault");
+}
+
+#[test]
+fn nobody_listens_where_a_peer_should_be() {
+    let site = site_with_a_peer_made_by_hand(DEADLINE);
+    let reason = lost(site, || {});
+    assert!(reason.starts_with("cannot be reached: "), "{reason}");
+}
+
+#[test]
+fn the_others_go_on_when_one_is_lost() {
+    let (listeners, third) = ([listener(), listener()], silent_listener());
+    let ranks = vec![listeners[0].address(), listeners[1].address(), third.address()];
+    let part = |rank: usize| form(&listeners[rank], formation(ranks.clone(), &[rank], Transport::Auto));
+    let sites = vec![part(0), part(1)];
+    let ends = [sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap()];
+    for step in 0..2 {
+        ends[0].send(1, tag(step, 0, FrameKind::Combine), vec![Region::new(noise(50_000, step))]).unwrap();
+    }
+    assert!(ends[1].receive(tag(0, 0, FrameKind::Combine)).unwrap()[0].bytes() == noise(50_000, 0));
+    let mut stream = connect(&listeners[0].address());
+    shake(&mut stream, &Hello { from: 2, ..hello() }, &SECRET).unwrap();
+    stream.write_all(&bytes_of(header(tag(1, 2, FrameKind::Combine), 0, 0))).unwrap();
+    drop(stream);
+    assert_eq!(sites[0].faults.recv_timeout(DEADLINE).unwrap().ranks, [2]);
+    // What had come from the lost one can still be taken; what had not ends at once, and so does a send.
+    ends[0].receive(tag(1, 2, FrameKind::Combine)).unwrap();
+    let error = ends[0].receive(tag(2, 2, FrameKind::Combine)).err().unwrap();
+    assert!(matches!(error, FabricError::Lost { rank: 2, .. }), "{error}");
+    let error = ends[0].send(2, tag(9, 0, FrameKind::Combine), Vec::new()).err().unwrap();
+    assert!(matches!(error, FabricError::Lost { rank: 2, .. }), "{error}");
+    assert!(ends[1].receive(tag(1, 0, FrameKind::Combine)).unwrap()[0].bytes() == noise(50_000, 1));
+    third.stop();
+    assert_eq!(close(sites), []);
+}
