@@ -3,6 +3,7 @@
 mod checkpoint;
 mod fabric;
 mod infer;
+mod load;
 mod placement;
 mod store;
 
@@ -76,6 +77,8 @@ enum What {
     },
     /// Places for a job of 2,048 ranks on 4,096 slots: how long it takes to find them, how good they are
     Placement,
+    /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
+    Load,
     /// The orchestrator's event log: records a second that reach the disk, and how long a new start takes
     Store,
     /// Frames between 2 and 4 processes over TCP, Unix sockets and shared memory: time, rate and CPU time
@@ -99,6 +102,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
         What::Balance { steps } => balance(*steps),
         What::Placement => placement::run(),
+        What::Load => load::run(),
         What::Store => store::run(),
         What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
     }

@@ -4,24 +4,26 @@ use std::time::{Duration, Instant};
 
 use crate::cluster::{Cluster, curve, until};
 
-/// SIGKILLs of one job: few here, more where there is time.
-fn kills() -> usize {
-    std::env::var("CONTRAFLOW_KILLS").map_or(2, |kills| kills.parse().unwrap())
+/// SIGKILLs of one job: few here, more where the test runs alone and is timed.
+fn kills() -> Option<usize> {
+    std::env::var("CONTRAFLOW_KILLS").ok().map(|kills| kills.parse().unwrap())
 }
 
-/// A worker that is gone is noticed, and the ranks train on.
-const DETECTED: Duration = Duration::from_secs(2);
+/// Within this time a worker that is gone is noticed, and a step later the ranks have trained on.
+const IN_TIME: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(5)];
 
 #[test]
 fn killed_workers_do_not_show_in_the_loss_curve() {
     let mut cluster = Cluster::start(5);
-    let steps = 30 + 15 * kills();
+    let num_kills = kills().unwrap_or(2);
+    let steps = 30 + 15 * num_kills;
     let steps = format!("training.steps={steps}");
     let whole = cluster.submit(&[&steps], &[]);
     let whole = curve(&cluster.finish(&whole));
     let job = cluster.submit(&[&steps], &[]);
     let mut random = 20_261_124_u64;
-    for kill in 0..kills() {
+    let mut longest = [Duration::ZERO; 2];
+    for kill in 0..num_kills {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         cluster.until_step(&job, 5 + 15 * kill as u64);
         let rank = (random >> 33) as usize % 4;
@@ -33,8 +35,9 @@ fn killed_workers_do_not_show_in_the_loss_curve() {
             let status = cluster.status(&job)?;
             (status["generation"].as_u64() > before["generation"].as_u64()).then_some(status)
         });
-        let detected = killed.elapsed();
-        assert!(detected < DETECTED, "noticed after {detected:?}");
+        longest[0] = longest[0].max(killed.elapsed());
+        cluster.until_step(&job, before["step"].as_u64().unwrap() + 1);
+        longest[1] = longest[1].max(killed.elapsed());
         assert_eq!(after["losses"].as_u64().unwrap(), kill as u64 + 1);
         cluster.workers[victim] = Some(cluster.worker(victim));
         until("a full house", || (cluster.nodes().len() == 5).then_some(()));
@@ -42,7 +45,11 @@ fn killed_workers_do_not_show_in_the_loss_curve() {
     let steps = cluster.finish(&job);
     assert_eq!(curve(&steps), whole);
     let last = steps.last().unwrap();
-    assert_eq!(last["generation"].as_u64().unwrap(), kills() as u64 + 1);
+    assert_eq!(last["generation"].as_u64().unwrap(), num_kills as u64 + 1);
+    eprintln!("{num_kills} kills: noticed within {:?}, trained on within {:?}", longest[0], longest[1]);
+    if kills().is_some() {
+        assert!(longest.iter().zip(&IN_TIME).all(|(took, most)| took <= most), "{longest:?}");
+    }
 }
 
 #[test]
