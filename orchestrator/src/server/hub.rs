@@ -4,8 +4,8 @@
 //! cheap. Streams to workers are bounded; a worker that does not read is cut off.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1;
 use tokio::sync::{mpsc, oneshot};
@@ -104,9 +104,16 @@ pub struct Hub {
     facts_since_snapshot: u64,
 }
 
+/// The time as the core hears it: that of the wall when the process began, and from then on of a clock that nobody sets, for
+/// leases hang on it.
+///
 /// **Units**: milliseconds since 1970.
 pub(super) fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    static BEGAN: OnceLock<(u64, Instant)> = OnceLock::new();
+    let since_1970 =
+        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let (wall, clock) = BEGAN.get_or_init(|| (since_1970(), Instant::now()));
+    wall + clock.elapsed().as_millis() as u64
 }
 
 impl Hub {

@@ -259,6 +259,8 @@ impl Host {
             self.leave(job, assign.generation - 1, "another formation takes its place");
         }
         self.formations.insert(job, Formation::new(&assign));
+        // Data of jobs that have left makes room; that of this one may be here from its formation before.
+        self.loaded.retain(|job, _| self.formations.contains_key(job));
         let roots = Roots { storage: self.settings.storage.clone(), data: self.settings.data_root.clone() };
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
