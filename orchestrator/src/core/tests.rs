@@ -324,9 +324,9 @@ fn where_nobody_gets_on_the_first_to_stop_is_named() {
     let beat = |world: &mut World, ms: u64, operations: [u64; 2]| {
         for _ in 0..ms / BEAT_MS {
             world.now += BEAT_MS;
-            for rank in 0..2 {
+            for (rank, operations) in operations.into_iter().enumerate() {
                 let address = RankAddress { job: 1, generation: 1, rank };
-                let progress = vec![Progress { rank: address, step: 3, operations: operations[rank] }];
+                let progress = vec![Progress { rank: address, step: 3, operations }];
                 drop(world.step(Event::Beat { worker: rank as u64 + 1, progress }));
             }
             drop(world.step(Event::Tick));

@@ -28,6 +28,9 @@ const SNAPSHOT_EVERY: u64 = 10_000;
 /// A stream to a worker.
 pub type Down = mpsc::Sender<Result<v1::ToWorker, Status>>;
 
+/// Looks something up, and answers whoever asked.
+pub type Question = Box<dyn FnOnce(&Hub) + Send>;
+
 /// What the hub hears.
 pub enum HubMessage {
     /// For the core.
@@ -63,7 +66,7 @@ pub enum HubMessage {
         lines: Vec<LogRecord>,
     },
     /// Somebody wants to know something.
-    Ask(Box<dyn FnOnce(&Hub) + Send>),
+    Ask(Question),
 }
 
 /// A log line as it is kept.
@@ -88,7 +91,7 @@ struct Batch {
     /// In order; no word: the worker's stream ends.
     words: Vec<(u64, Option<Word>)>,
     replies: Vec<(oneshot::Sender<u64>, u64)>,
-    questions: Vec<Box<dyn FnOnce(&Hub) + Send>>,
+    questions: Vec<Question>,
 }
 
 /// The hub.

@@ -18,7 +18,7 @@ use super::steps::{Kept, StepRecord};
 use crate::core::Event;
 use crate::core::facts::{End, JobSpec};
 use crate::core::jobs::{JobRecord, Phase};
-use crate::store::{Store, StoreError};
+use crate::store::{Numbered, Store, StoreError};
 
 /// Jobs of a list that does not say how many it wants.
 const PAGE: usize = 100;
@@ -119,6 +119,9 @@ impl Jobs {
     }
 }
 
+/// Reads some entries of a job from a number on.
+type Read = fn(&Store, u64, u64) -> Result<Vec<Numbered>, StoreError>;
+
 /// Something kept that is read from `next` on.
 struct Follow {
     job: u64,
@@ -132,7 +135,7 @@ struct Follow {
 /// Sends what is kept, and goes on with what comes.
 fn stream<T: Send + 'static>(
     mut follow: Follow,
-    read: fn(&Store, u64, u64) -> Result<Vec<(u64, Vec<u8>)>, StoreError>,
+    read: Read,
     decode: impl Fn(&[u8]) -> Option<T> + Send + 'static,
 ) -> Answers<T> {
     let (sender, answers) = mpsc::channel(MAX_UNREAD);
