@@ -2,7 +2,7 @@
 //!
 //! No clock, no I/O, no tokio: whoever owns it keeps each fact before anything that follows it in the list is done. What
 //! outlives the process is a fold over facts ([`jobs`]); members, leases and the machines of running formations
-//! ([`formation`]) are made anew from what the workers tell when they attach again.
+//! (`formation`) are made anew from what the workers tell when they attach again.
 
 pub mod facts;
 mod formation;

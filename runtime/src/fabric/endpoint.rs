@@ -81,7 +81,7 @@ impl Endpoint {
         self.inbox.len()
     }
 
-    /// Starts a new generation: see [`Inbox::enter_generation`].
+    /// Starts a new generation: frames of earlier ones are dropped, waits work again.
     pub fn enter_generation(&self, generation: u32) {
         self.inbox.enter_generation(generation);
     }
