@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -24,6 +24,10 @@ const MAX_WAITING: usize = 64;
 
 /// How long a connection may take to say who it is.
 const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// How long a refused connection may take to read why, and how many bytes it may still say.
+const LEAVE: Duration = Duration::from_secs(1);
+const MAX_UNREAD: u64 = 1 << 20;
 
 /// Pause after the system could not give a connection, for want of files for instance.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -96,9 +100,12 @@ async fn admit(tcp: TcpStream, tls: Option<TlsAcceptor>) -> Result<Box<dyn Io>, 
     let is_tls = first[0] == TLS_HANDSHAKE;
     match tls {
         _ if length == 0 => Err("it said nothing".into()),
-        Some(tls) if is_tls => match tls.accept(tcp).await {
+        Some(tls) if is_tls => match tls.accept(tcp).into_fallible().await {
             Ok(stream) => Ok(Box::new(stream)),
-            Err(error) => Err(format!("TLS: {error}")),
+            Err((error, tcp)) => {
+                take_leave(tcp).await;
+                Err(format!("TLS: {error}"))
+            }
         },
         Some(_) => Err("expected TLS, got something else: clients and workers need --tls".into()),
         None if is_tls => {
@@ -108,6 +115,17 @@ async fn admit(tcp: TcpStream, tls: Option<TlsAcceptor>) -> Result<Box<dyn Io>, 
         None if PREFACE.starts_with(&first[..length]) => Ok(Box::new(tcp)),
         None => Err("expected HTTP/2, got something else".into()),
     }
+}
+
+/// Lets the other end read why it is refused: closed at once, what it still says would come back as a reset and the alert be
+/// lost.
+async fn take_leave(mut tcp: TcpStream) {
+    let leave = async {
+        tcp.shutdown().await?;
+        tokio::io::copy(&mut tcp.take(MAX_UNREAD), &mut tokio::io::sink()).await
+    };
+    // Who does not read does not get it.
+    drop(tokio::time::timeout(LEAVE, leave).await);
 }
 
 impl Connected for Connection {
