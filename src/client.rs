@@ -117,14 +117,14 @@ fn refused(status: &tonic::Status) -> Failure {
         | tonic::Code::FailedPrecondition
         | tonic::Code::Unauthenticated
         | tonic::Code::PermissionDenied => Failure::input(words),
-        code => {
-            // What the connection broke of, a refused certificate for instance, stands in the causes.
-            let causes = std::error::Error::source(status).map(words_of);
-            Failure::run(format!(
-                "{words} ({code:?}){}",
-                causes.map_or_else(String::new, |it| format!(": {it}"))
-            ))
-        }
+        code => match std::error::Error::source(status) {
+            // TLS 1.3 lets a client begin before its certificate is judged: its refusal may be seen as a mere end.
+            Some(cause) => Failure::run(format!(
+                "the connection broke off: {}; a certificate that is refused stands in the orchestrator's log",
+                words_of(cause)
+            )),
+            None => Failure::run(format!("{words} ({code:?})")),
+        },
     }
 }
 

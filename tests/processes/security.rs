@@ -130,18 +130,14 @@ fn refused_for_their_certificates(cluster: &Cluster) {
     std::fs::copy(dir.join("certs/ca.pem"), dir.join("other/stranger/ca.pem")).unwrap();
     let (code, _, told) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
     assert_eq!(code, 1, "{told}");
-    assert!(
-        told.contains("UnknownCa") || told.contains("UnknownCA") || told.contains("DecryptError"),
-        "{told}"
-    );
+    assert!(told.contains("a certificate that is refused stands in the orchestrator's log"), "{told}");
     until_logged(&cluster.orchestrator, "refused a connection: TLS: invalid peer certificate");
     // Who has none.
-    let refused = runtime().block_on(async {
-        let channel = channel(cluster, None).await.map_err(|error| format!("{error:?}"))?;
-        let jobs = JobServiceClient::new(channel).list(v1::ListRequest::default()).await;
-        jobs.map_err(|status| format!("{status:?}"))
+    let answered = runtime().block_on(async {
+        let channel = channel(cluster, None).await.ok()?;
+        JobServiceClient::new(channel).list(v1::ListRequest::default()).await.ok()
     });
-    assert!(refused.unwrap_err().contains("CertificateRequired"));
+    assert!(answered.is_none(), "{answered:?}");
     until_logged(&cluster.orchestrator, "refused a connection: TLS: peer sent no certificates");
     // Who speaks plain text, and who babbles.
     let (code, _, told) = cluster.run_as_nobody(&["jobs"]);
