@@ -131,25 +131,16 @@ fn issue(args: &Issue) -> Result<(), Failure> {
     if known.iter().any(|token| token.name == *name) {
         return Err(Failure::input(format!("--name: expected a new name, got {name:?}, which has a token")));
     }
-    let failed = |error: rcgen::Error| Failure::input(format!("{}: {error}", dir.display()));
     let until = SystemTime::now() + Duration::from_secs(expires * 86_400);
-    let issuer_key = KeyPair::from_pem(&key).map_err(failed)?;
-    // The name and the key are all that an issuer's certificate is asked for.
-    let issuer = Issuer::new(ca_params(until), issuer_key);
-    let own_key = KeyPair::generate().map_err(failed)?;
-    let own = params(Vec::new(), name, ExtendedKeyUsagePurpose::ClientAuth, until).map_err(failed)?;
-    let own = own.signed_by(&own_key, &issuer).map_err(failed)?;
+    let (own, own_key) = certificate(&key, name, until)
+        .map_err(|error| Failure::input(format!("{}: {error}", dir.display())))?;
     let secret = secret().map_err(|error| Failure::run(error.to_string()))?;
     let since = until.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let token = Token { name: name.clone(), role: *role, expires: since, hash: Token::hash(&secret) };
     let own_dir = dir.join(name);
     new_folder(
         &own_dir,
-        &[
-            (files::CA, 0o644, ca),
-            (files::CLIENT, 0o644, own.pem()),
-            (files::CLIENT_KEY, 0o600, own_key.serialize_pem()),
-        ],
+        &[(files::CA, 0o644, ca), (files::CLIENT, 0o644, own), (files::CLIENT_KEY, 0o600, own_key)],
     )
     .map_err(|error| is_taken(&own_dir, "--name", &error))?;
     append(&dir.join(files::TOKENS), &tokens, &token).map_err(|error| {
@@ -162,6 +153,15 @@ fn issue(args: &Issue) -> Result<(), Failure> {
         own_dir.display()
     );
     print(&format!("{secret}\n"))
+}
+
+/// A new certificate for `name` and its key, both as PEM.
+fn certificate(ca_key: &str, name: &str, until: SystemTime) -> Result<(String, String), rcgen::Error> {
+    // The name and the key are all that an issuer's certificate is asked for.
+    let issuer = Issuer::new(ca_params(until), KeyPair::from_pem(ca_key)?);
+    let key = KeyPair::generate()?;
+    let own = params(Vec::new(), name, ExtendedKeyUsagePurpose::ClientAuth, until)?;
+    Ok((own.signed_by(&key, &issuer)?.pem(), key.serialize_pem()))
 }
 
 fn ca_params(until: SystemTime) -> CertificateParams {
