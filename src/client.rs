@@ -4,17 +4,23 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_workers::host::words_of;
 use serde_json::{Value, json};
-use tonic::transport::{Channel, Endpoint};
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 use v1::cluster_service_client::ClusterServiceClient;
 use v1::job_service_client::JobServiceClient;
 
+use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::output::print;
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection, and what goes with every call.
+type Way = InterceptedService<Channel, Bearer>;
 
 /// What a command prints.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +40,9 @@ pub struct Common {
     /// What is printed
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
+    /// What lets one in
+    #[command(flatten)]
+    pub access: Access,
 }
 
 /// Arguments of `contraflow submit`.
@@ -97,11 +106,6 @@ pub struct Drain {
     pub common: Common,
 }
 
-/// An address as the transport wants it.
-pub fn url(address: &str) -> String {
-    if address.contains("://") { address.to_owned() } else { format!("http://{address}") }
-}
-
 fn refused(status: &tonic::Status) -> Failure {
     let words = status.message().to_owned();
     match status.code() {
@@ -109,32 +113,41 @@ fn refused(status: &tonic::Status) -> Failure {
             let lines: Vec<String> = words.lines().map(str::to_owned).collect();
             Failure::faults("recipe", &lines)
         }
-        tonic::Code::NotFound | tonic::Code::FailedPrecondition => Failure::input(words),
-        code => Failure::run(format!("{words} ({code:?})")),
+        tonic::Code::NotFound
+        | tonic::Code::FailedPrecondition
+        | tonic::Code::Unauthenticated
+        | tonic::Code::PermissionDenied => Failure::input(words),
+        code => match std::error::Error::source(status) {
+            // TLS 1.3 lets a client begin before its certificate is judged: its refusal may be seen as a mere end.
+            Some(cause) => Failure::run(format!(
+                "the connection broke off: {}; a certificate that is refused stands in the orchestrator's log",
+                words_of(cause)
+            )),
+            None => Failure::run(format!("{words} ({code:?})")),
+        },
     }
 }
 
-async fn reach(common: &Common) -> Result<Channel, Failure> {
-    let address = url(&common.orchestrator);
+async fn reach(common: &Common) -> Result<Way, Failure> {
+    let bearer = common.access.bearer()?;
+    let endpoint = common.access.endpoint("--orchestrator", &common.orchestrator)?;
     let failed = |error: &dyn std::fmt::Display| {
         Failure::run(format!(
             "--orchestrator {}: expected an orchestrator, got: {error}",
             common.orchestrator
         ))
     };
-    let endpoint = Endpoint::from_shared(address).map_err(|error| failed(&error))?;
-    endpoint.connect_timeout(PATIENCE).connect().await.map_err(|error| {
-        let cause =
-            std::error::Error::source(&error).map_or_else(|| error.to_string(), |cause| cause.to_string());
-        failed(&cause)
-    })
+    let channel = endpoint.connect_timeout(PATIENCE).connect().await.map_err(|error| {
+        failed(&std::error::Error::source(&error).map_or_else(|| error.to_string(), words_of))
+    })?;
+    Ok(InterceptedService::new(channel, bearer))
 }
 
-async fn jobs(common: &Common) -> Result<JobServiceClient<Channel>, Failure> {
+async fn jobs(common: &Common) -> Result<JobServiceClient<Way>, Failure> {
     Ok(JobServiceClient::new(reach(common).await?).max_decoding_message_size(64 << 20))
 }
 
-async fn cluster(common: &Common) -> Result<ClusterServiceClient<Channel>, Failure> {
+async fn cluster(common: &Common) -> Result<ClusterServiceClient<Way>, Failure> {
     Ok(ClusterServiceClient::new(reach(common).await?))
 }
 

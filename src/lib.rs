@@ -3,7 +3,9 @@
 //! This package composes orchestrator and workers into the one binary; it has no logic of its own.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod access;
 pub mod bench;
+pub mod certs;
 pub mod client;
 pub mod cluster;
 pub mod data;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use contraflow::{
-    bench, client, data, eval, export, generate, import, orchestrator, plan, recipes, train, worker,
+    bench, certs, client, data, eval, export, generate, import, orchestrator, plan, recipes, train, worker,
 };
 
 /// Frees and hands out faster than the system's allocator where many threads do.
@@ -70,6 +70,8 @@ enum Command {
     Nodes(client::Common),
     /// Take a node out of use: its ranks move
     Drain(client::Drain),
+    /// Make the certificates and tokens of a cluster
+    Certs(certs::Args),
 }
 
 fn main() -> ExitCode {
@@ -99,6 +101,7 @@ fn main() -> ExitCode {
         Command::Cancel(args) => client::cancel(&args),
         Command::Nodes(common) => client::nodes(&common),
         Command::Drain(args) => client::drain(&args),
+        Command::Certs(args) => certs::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

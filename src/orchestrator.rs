@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use contraflow_orchestrator::server::Orchestrator;
+use contraflow_orchestrator::server::{Orchestrator, Security};
 use contraflow_runtime::recipe::LogLevel;
 
 use crate::failure::Failure;
@@ -19,15 +19,23 @@ pub struct Args {
     /// Where clients and workers connect
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     pub listen: SocketAddr,
+    /// Folder from `certs init`: TLS on, and tokens asked for; needed where others than this machine can connect
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
 }
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 if the state or the address cannot be had; code 1 if the state cannot be written any more.
+/// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state cannot be written any more.
 pub fn run(args: &Args) -> Result<(), Failure> {
     telemetry::init(LogLevel::Info);
+    let security = security(args)?;
     interrupt::runtime()?.block_on(async {
         let orchestrator = Orchestrator::open(&args.state, args.listen).await.map_err(Failure::input)?;
+        let orchestrator = match security {
+            Some(security) => orchestrator.secured(security),
+            None => orchestrator,
+        };
         let address = orchestrator.address().map_err(|error| Failure::run(error.to_string()))?;
         eprintln!("orchestrator at {address}, incarnation {}", orchestrator.incarnation());
         let stop = async {
@@ -36,4 +44,19 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         };
         orchestrator.serve(stop).await.map_err(Failure::run)
     })
+}
+
+fn security(args: &Args) -> Result<Option<Security>, Failure> {
+    let Some(dir) = &args.tls else {
+        if !args.listen.ip().is_loopback() {
+            return Err(Failure::input(format!(
+                "--listen {}: expected --tls DIR for an address that others than this machine can reach, got none; \
+                 contraflow certs init --dir DIR --host NAME makes it",
+                args.listen
+            )));
+        }
+        eprintln!("no --tls: whoever is on this machine may do everything");
+        return Ok(None);
+    };
+    Security::load(dir).map(Some).map_err(|faults| Failure::faults("--tls", &faults))
 }

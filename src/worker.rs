@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use contraflow_workers::host::{self, Settings};
 
+use crate::access::Access;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::telemetry;
@@ -30,6 +31,9 @@ pub struct Args {
     /// Where other workers connect to, for data
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+    /// What lets it in
+    #[command(flatten)]
+    pub access: Access,
 }
 
 /// Runs the command.
@@ -62,7 +66,8 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
     }
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     Ok(Settings {
-        orchestrator: crate::client::url(&args.join),
+        orchestrator: args.access.endpoint("--join", &args.join)?,
+        token: args.access.bearer()?.0,
         storage: absolute(&args.storage),
         data_root: args.data_root.as_ref().map(absolute),
         slots: args.slots as usize,

@@ -77,6 +77,36 @@ pub fn until<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// What somebody shows the orchestrator.
+#[derive(Clone, Debug)]
+pub struct Who {
+    /// Folder of the certificate.
+    pub tls: String,
+    pub token: String,
+}
+
+impl Who {
+    /// Somebody new.
+    pub fn issue(dir: &Path, certs: &str, name: &str, role: &str) -> Who {
+        let arguments = ["certs", "issue", "--dir", certs, "--name", name, "--role", role];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+        let output = command.args(arguments).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let token = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        Who { tls: format!("{certs}/{name}"), token }
+    }
+
+    pub fn arguments(&self) -> [&str; 4] {
+        ["--tls", &self.tls, "--token", &self.token]
+    }
+}
+
+/// Who the clients and the workers are of a cluster that asks.
+struct Parties {
+    client: Who,
+    worker: Who,
+}
+
 /// An orchestrator, workers, and the folder they live in.
 pub struct Cluster {
     dir: tempfile::TempDir,
@@ -84,19 +114,32 @@ pub struct Cluster {
     pub orchestrator: Process,
     /// None where one was killed and not replaced.
     pub workers: Vec<Option<Process>>,
+    parties: Option<Parties>,
 }
 
 impl Cluster {
     pub fn start(workers: usize) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), workers, None)
+    }
+
+    /// With TLS and tokens; its certificates are in the folder `certs`, its clients are an admin.
+    pub fn secured(workers: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        assert_eq!(spawn(dir.path(), "init", &["certs", "init", "--dir", "certs"]).wait(), Some(0));
+        let [client, worker] =
+            ["admin", "worker"].map(|role| Who::issue(dir.path(), "certs", &format!("the-{role}"), role));
+        Self::start_in(dir, workers, Some(Parties { client, worker }))
+    }
+
+    fn start_in(dir: tempfile::TempDir, workers: usize, parties: Option<Parties>) -> Self {
         std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
-        let orchestrator = spawn(
-            dir.path(),
-            "orchestrator",
-            &["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"],
-        );
+        let mut arguments = vec!["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"];
+        if parties.is_some() {
+            arguments.extend(["--tls", "certs"]);
+        }
+        let orchestrator = spawn(dir.path(), "orchestrator", &arguments);
         let address = until("the orchestrator's address", || address_of(&orchestrator));
-        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new() };
+        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new(), parties };
         for number in 0..workers {
             let worker = cluster.worker(number);
             cluster.workers.push(Some(worker));
@@ -108,7 +151,11 @@ impl Cluster {
     /// Another worker; the number is that of its node.
     pub fn worker(&self, number: usize) -> Process {
         let label = format!("node=n{number}");
-        let arguments = ["worker", "--join", &self.address, "--storage", "storage", "--labels", &label];
+        let mut arguments =
+            vec!["worker", "--join", &self.address, "--storage", "storage", "--labels", &label];
+        if let Some(Parties { worker, .. }) = &self.parties {
+            arguments.extend(worker.arguments());
+        }
         spawn(self.path(), &format!("worker-{number}"), &arguments)
     }
 
@@ -127,12 +174,26 @@ impl Cluster {
         let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
         command.args(arguments).current_dir(self.path()).env("CONTRAFLOW_ORCHESTRATOR", &self.address);
         command.env("NO_COLOR", "1");
+        if let Some(Parties { client, .. }) = &self.parties {
+            command.env("CONTRAFLOW_TLS", &client.tls).env("CONTRAFLOW_TOKEN", &client.token);
+        }
         command
     }
 
     /// Runs a command that ends by itself: exit code, stdout, stderr.
     pub fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let output = self.command(arguments).output().unwrap();
+        Self::end_of(self.command(arguments))
+    }
+
+    /// The same for somebody who shows what the arguments say and nothing else.
+    pub fn run_as_nobody(&self, arguments: &[&str]) -> (i32, String, String) {
+        let mut command = self.command(arguments);
+        command.env_remove("CONTRAFLOW_TLS").env_remove("CONTRAFLOW_TOKEN");
+        Self::end_of(command)
+    }
+
+    fn end_of(mut command: Command) -> (i32, String, String) {
+        let output = command.output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
     }

@@ -7,3 +7,4 @@ mod chaos;
 mod cluster;
 mod python;
 mod refusals;
+mod security;

@@ -29,6 +29,9 @@ const MAX_PAGE: usize = 1_000;
 /// Messages of a stream that wait for its reader.
 const MAX_UNREAD: usize = 64;
 
+/// Longest name of a job, and longest idempotency key, in bytes.
+const MAX_TEXT: usize = 256;
+
 /// The service.
 pub(super) struct Jobs {
     pub(super) hub: Handle,
@@ -196,6 +199,11 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
     let recipe = Recipe::submitted(&recipe, &name, &overrides, model)?;
     let world = recipe.topology().world();
     let mut faults = Faults::default();
+    for (field, text) in [("name", &name), ("idempotency_key", &idempotency_key)] {
+        if text.len() > MAX_TEXT {
+            faults.expected(field, format!("at most {MAX_TEXT} bytes"), text.len());
+        }
+    }
     if min_ranks as usize > world {
         faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
     }

@@ -23,6 +23,12 @@ const MAX_UNREAD: usize = 4_096;
 /// How long a worker may take to introduce itself.
 const HELLO: Duration = Duration::from_secs(5);
 
+/// Most ranks of one worker.
+const MAX_SLOTS: u32 = 1_024;
+
+/// Longest name, label or address of a worker, in bytes.
+const MAX_TEXT: usize = 1_024;
+
 /// Counts the streams of this process.
 static LINKS: AtomicU64 = AtomicU64::new(0);
 
@@ -52,6 +58,7 @@ impl ControlService for Control {
                 hello.version
             )));
         }
+        sound(&hello)?;
         let (worker, attached) = introduction(hello);
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(MAX_UNREAD);
@@ -69,6 +76,24 @@ impl ControlService for Control {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(words))))
     }
+}
+
+/// **Errors**: `INVALID_ARGUMENT`; a field is empty or too large.
+fn sound(hello: &v1::Hello) -> Result<(), Status> {
+    let wrong = |field: &str, expected: String, got: usize| {
+        Err(Status::invalid_argument(format!("{field}: expected {expected}, got {got}")))
+    };
+    if !(1..=MAX_SLOTS).contains(&hello.slots) {
+        return wrong("slots", format!("1 to {MAX_SLOTS}"), hello.slots as usize);
+    }
+    let texts =
+        [("name", &hello.name), ("node", &hello.node), ("block", &hello.block), ("fabric", &hello.fabric)];
+    for (field, text) in texts {
+        if text.len() > MAX_TEXT {
+            return wrong(field, format!("at most {MAX_TEXT} bytes"), text.len());
+        }
+    }
+    Ok(())
 }
 
 fn introduction(hello: v1::Hello) -> (u64, Event) {

@@ -2,13 +2,20 @@
 //!
 //! Knows how things are said and kept; what is decided stands in [`crate::core`].
 
+pub mod access;
 mod cluster_api;
+mod door;
 mod encode;
 mod folding;
+mod guard;
 mod hub;
 mod jobs_api;
 mod link;
+mod rate;
+mod security;
 mod steps;
+
+pub use self::security::{Security, files};
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -24,6 +31,7 @@ use v1::cluster_service_server::ClusterServiceServer;
 use v1::control_service_server::ControlServiceServer;
 use v1::job_service_server::JobServiceServer;
 
+use self::guard::{Guard, Guarded};
 use self::hub::{Hub, HubMessage};
 use crate::core::{Event, TICK_MS};
 use crate::store::Store;
@@ -31,12 +39,16 @@ use crate::store::Store;
 /// Largest message that is taken from a client: a recipe, a model's configuration and some.
 const MAX_MESSAGE: usize = 4 << 20;
 
+/// Calls of one connection that are under way at once.
+const MAX_STREAMS: u32 = 256;
+
 /// Messages that wait for the hub, at most.
 const MAX_WAITING: usize = 16_384;
 
 /// An orchestrator that has its state and its port.
 pub struct Orchestrator {
     listener: TcpListener,
+    security: Option<Security>,
     hub: Hub,
     messages: mpsc::Receiver<HubMessage>,
     handle: Handle,
@@ -82,7 +94,14 @@ impl Orchestrator {
         let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
         let hub = Hub::new(store, replay, key)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
-        Ok(Orchestrator { listener, hub, messages, handle: Handle { messages: sender } })
+        let handle = Handle { messages: sender };
+        Ok(Orchestrator { listener, security: None, hub, messages, handle })
+    }
+
+    /// Takes only clients that prove themselves; without, everybody who can connect may do everything.
+    pub fn secured(mut self, security: Security) -> Self {
+        self.security = Some(security);
+        self
     }
 
     /// Where it listens.
@@ -101,7 +120,7 @@ impl Orchestrator {
     ///
     /// **Errors**: in words; the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
-        let Orchestrator { listener, hub, messages, handle } = self;
+        let Orchestrator { listener, security, hub, messages, handle } = self;
         let ticks = tokio::spawn(tick(handle.clone()));
         let (stopped, is_stopped) = oneshot::channel();
         let hub = tokio::spawn(async move {
@@ -119,15 +138,19 @@ impl Orchestrator {
         health.set_serving::<JobServiceServer<jobs_api::Jobs>>().await;
         let jobs = JobServiceServer::new(jobs_api::Jobs { hub: handle.clone() });
         let control = ControlServiceServer::new(link::Control { hub: handle.clone() });
+        let (tls, tokens) = security.map(|Security { tls, tokens }| (tls, tokens)).unzip();
+        let guard = Guard::new(tokens);
+        let connections = door::open(listener, tls, guard.clone());
         let serve = Server::builder()
-            .tcp_nodelay(true)
+            .layer(tower::layer::layer_fn(move |inner| Guarded { guard: guard.clone(), inner }))
+            .max_concurrent_streams(Some(MAX_STREAMS))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(health_service)
             .add_service(reflection)
             .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
             .add_service(ClusterServiceServer::new(cluster_api::Cluster { hub: handle.clone() }))
             .add_service(control.max_decoding_message_size(MAX_MESSAGE))
-            .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
+            .serve_with_incoming(connections);
         // Streams of workers never end by themselves: they are cut, and the workers wait for the next orchestrator.
         let served = tokio::select! {
             served = serve => served.map_err(|error| error.to_string()),

@@ -7,6 +7,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Request;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
 use v1::control_service_client::ControlServiceClient;
 use v1::from_worker::Message;
@@ -22,6 +24,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Largest message that is taken from the orchestrator: a recipe, a model and the addresses of thousands of ranks.
 const MAX_MESSAGE: usize = 16 << 20;
 
+/// Where the orchestrator is, and what it is shown.
+pub(super) struct Way {
+    pub(super) endpoint: Endpoint,
+    pub(super) token: Option<MetadataValue<Ascii>>,
+}
+
 /// A stream that stands or is being opened.
 pub(super) struct Link {
     up: mpsc::UnboundedSender<v1::FromWorker>,
@@ -33,13 +41,12 @@ pub(super) struct Link {
 
 impl Link {
     /// Begins to open a stream; what comes of it is told to `inputs`.
-    pub(super) fn open(address: &str, hello: v1::Hello, inputs: mpsc::UnboundedSender<Input>) -> Self {
+    pub(super) fn open(way: Way, hello: v1::Hello, inputs: mpsc::UnboundedSender<Input>) -> Self {
         let (up, words) = mpsc::unbounded_channel();
         // The receiver is in this function.
         drop(up.send(v1::FromWorker { message: Some(Message::Hello(hello)) }));
-        let address = address.to_owned();
         let task = tokio::spawn(async move {
-            let why = match attach(address, words, &inputs).await {
+            let why = match attach(way, words, &inputs).await {
                 Ok(()) => "the stream has ended".to_owned(),
                 Err(error) => error,
             };
@@ -84,11 +91,10 @@ impl Drop for Link {
 }
 
 async fn attach(
-    address: String,
+    Way { endpoint, token }: Way,
     words: mpsc::UnboundedReceiver<v1::FromWorker>,
     inputs: &mpsc::UnboundedSender<Input>,
 ) -> Result<(), String> {
-    let endpoint = Endpoint::from_shared(address).map_err(|error| error.to_string())?;
     let endpoint = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
@@ -96,7 +102,11 @@ async fn attach(
         .keep_alive_timeout(KEEP_ALIVE);
     let channel = endpoint.connect().await.map_err(|error| words_of(&error))?;
     let mut client = ControlServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-    let attached = client.attach(UnboundedReceiverStream::new(words)).await;
+    let mut request = Request::new(UnboundedReceiverStream::new(words));
+    if let Some(token) = token {
+        request.metadata_mut().insert("authorization", token);
+    }
+    let attached = client.attach(request).await;
     let mut down = match attached {
         Ok(response) => response.into_inner(),
         Err(status) => {
@@ -109,11 +119,11 @@ async fn attach(
                 let message = v1::to_worker::Message::Refused(status.message().to_owned());
                 drop(inputs.send(Input::Down(v1::ToWorker { message: Some(message) })));
             }
-            return Err(status.message().to_owned());
+            return Err(words_of(&status));
         }
     };
     while let Some(message) = down.next().await {
-        let message = message.map_err(|status| status.message().to_owned())?;
+        let message = message.map_err(|status| words_of(&status))?;
         if inputs.send(Input::Down(message)).is_err() {
             return Ok(());
         }
@@ -122,7 +132,7 @@ async fn attach(
 }
 
 /// An error with its causes: that of the transport alone says nothing.
-fn words_of(error: &dyn std::error::Error) -> String {
+pub fn words_of(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

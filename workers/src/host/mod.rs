@@ -18,12 +18,16 @@ use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::{decode_command, encode_event, json};
 use contraflow_runtime::fabric::Listener;
 use tokio::sync::mpsc;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 use v1::to_worker::Message as Down;
 
 use self::formation::Formation;
 use self::job::{Loaded, Prepared, Roots, export_dir};
-use self::link::Link;
+use self::link::{Link, Way};
+
+pub use self::link::words_of;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
 const JOIN_WAIT: Duration = Duration::from_secs(30);
@@ -37,8 +41,10 @@ const STORAGE_MARK: &str = ".contraflow-storage";
 /// What a worker process is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where the orchestrator listens, `http://HOST:PORT`.
-    pub orchestrator: String,
+    /// The way to the orchestrator.
+    pub orchestrator: Endpoint,
+    /// What the orchestrator is shown; none where it asks for nothing.
+    pub token: Option<MetadataValue<Ascii>>,
     /// Shared by all workers.
     pub storage: PathBuf,
     /// What paths of recipes are relative to.
@@ -151,7 +157,9 @@ impl Host {
                     incarnation: self.incarnation,
                     storage_mark: self.mark.clone(),
                 };
-                self.link = Some(Link::open(&self.settings.orchestrator, hello, self.inputs.clone()));
+                let Settings { orchestrator, token, .. } = &self.settings;
+                let way = Way { endpoint: orchestrator.clone(), token: token.clone() };
+                self.link = Some(Link::open(way, hello, self.inputs.clone()));
             }
         }
     }

@@ -1,0 +1,308 @@
+//! Who may call what: roles, the one table of methods, and the lines of the tokens file. Knows no connection and no clock.
+//!
+//! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file gives nobody away.
+
+use std::fmt;
+use std::str::FromStr;
+
+use tonic::Status;
+
+/// What the holder of a token may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Look: jobs, steps, logs, nodes.
+    View,
+    /// Also submit and cancel jobs.
+    Submit,
+    /// Also take nodes out of use.
+    Admin,
+    /// Host ranks, and nothing else.
+    Worker,
+}
+
+impl Role {
+    /// Every role there is.
+    pub const ALL: [Role; 4] = [Role::View, Role::Submit, Role::Admin, Role::Worker];
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::View => "view",
+            Role::Submit => "submit",
+            Role::Admin => "admin",
+            Role::Worker => "worker",
+        }
+    }
+
+    /// Whether it is enough where `needed` is asked for.
+    pub fn covers(self, needed: Role) -> bool {
+        match (self, needed) {
+            (Role::Worker, needed) => needed == Role::Worker,
+            (_, Role::Worker) => false,
+            (own, needed) => own as u8 >= needed as u8,
+        }
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || format!("expected view, submit, admin or worker, got {text:?}");
+        Role::ALL.into_iter().find(|role| role.name() == text).ok_or_else(expected)
+    }
+}
+
+/// The method that is limited in how often it may be called.
+pub const SUBMIT: &str = "/contraflow.v1.JobService/Submit";
+
+/// The role that a method needs; none: whoever has a certificate. What is not in the table is for admins, so that a new
+/// method is open to nobody by mistake.
+pub fn needed(method: &str) -> Option<Role> {
+    Some(match method {
+        "/contraflow.v1.JobService/Get"
+        | "/contraflow.v1.JobService/List"
+        | "/contraflow.v1.JobService/Watch"
+        | "/contraflow.v1.JobService/Logs"
+        | "/contraflow.v1.ClusterService/Nodes"
+        | "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Role::View,
+        SUBMIT | "/contraflow.v1.JobService/Cancel" => Role::Submit,
+        "/contraflow.v1.ClusterService/Drain" => Role::Admin,
+        "/contraflow.v1.ControlService/Attach" => Role::Worker,
+        "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/Watch" => return None,
+        _ => Role::Admin,
+    })
+}
+
+/// A token as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// Whom it was issued to.
+    pub name: String,
+    /// What it is good for.
+    pub role: Role,
+    /// **Units**: seconds since 1970.
+    pub expires: u64,
+    /// Of the token's text; its comparison takes the same time whatever is compared.
+    pub hash: blake3::Hash,
+}
+
+impl Token {
+    /// What is kept of `secret`.
+    pub fn hash(secret: &str) -> blake3::Hash {
+        blake3::hash(secret.as_bytes())
+    }
+
+    /// Whether one can be issued under this name: it becomes the name of a folder and a word of a line.
+    pub fn is_name(name: &str) -> bool {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        (1..=64).contains(&name.len()) && !name.starts_with('.') && name.chars().all(is_plain)
+    }
+
+    fn parse(line: &str) -> Result<Token, String> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [name, role, expires, hash] = words[..] else {
+            return Err(format!("expected NAME ROLE EXPIRES HASH, got {} words", words.len()));
+        };
+        if !Token::is_name(name) {
+            return Err("name: expected letters, digits, '-', '_' and '.', 64 at most".into());
+        }
+        // What stands in place of the hash is not repeated: it may be the token itself.
+        Ok(Token {
+            name: name.to_owned(),
+            role: role.parse().map_err(|error| format!("role: {error}"))?,
+            expires: expires
+                .parse()
+                .map_err(|_| format!("expires: expected seconds since 1970, got {expires:?}"))?,
+            hash: blake3::Hash::from_hex(hash).map_err(|_| "hash: expected 64 hexadecimal digits")?,
+        })
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} {}", self.name, self.role.name(), self.expires, self.hash.to_hex())
+    }
+}
+
+/// Reads a tokens file: a token a line, empty lines and those that begin with `#` count for nothing.
+///
+/// **Errors**: every line that makes no sense.
+pub fn parse_tokens(text: &str) -> Result<Vec<Token>, Vec<String>> {
+    let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
+    let (mut tokens, mut faults) = (Vec::new(), Vec::new());
+    for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
+        match Token::parse(line) {
+            Ok(token) => tokens.push(token),
+            Err(fault) => faults.push(format!("line {number}: {fault}")),
+        }
+    }
+    if faults.is_empty() { Ok(tokens) } else { Err(faults) }
+}
+
+/// Whether whoever sent this `authorization` header may call `method` at `now` (**units**: seconds since 1970).
+///
+/// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`, in words, and never with the token.
+pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u64) -> Result<(), Status> {
+    let Some(needed) = needed(method) else { return Ok(()) };
+    let unknown = |why: &str| Status::unauthenticated(format!("token: {why}"));
+    let Some(authorization) = authorization else {
+        return Err(unknown("expected one (--token, CONTRAFLOW_TOKEN), got none"));
+    };
+    let Some(secret) = authorization.strip_prefix("Bearer ") else {
+        return Err(unknown("expected the header \"authorization: Bearer TOKEN\", got something else"));
+    };
+    let hash = Token::hash(secret);
+    // All are looked at, so that the time tells nothing.
+    let found = tokens.iter().fold(None, |found, token| if token.hash == hash { Some(token) } else { found });
+    let Some(token) = found else {
+        return Err(unknown("expected one that this cluster has issued, got another"));
+    };
+    if token.expires <= now {
+        let ago = now - token.expires;
+        return Err(unknown(&format!("that of {} has expired {ago} s ago", token.name)));
+    }
+    if !token.role.covers(needed) {
+        let method = method.rsplit(['/', '.']).take(2).collect::<Vec<_>>();
+        let method = method.into_iter().rev().collect::<Vec<_>>().join("/");
+        return Err(Status::permission_denied(format!(
+            "token: {method} needs the role {}, that of {} has {}",
+            needed.name(),
+            token.name,
+            token.role.name()
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tonic::Code;
+
+    use super::*;
+
+    /// What the table has to say, written the other way round: by role.
+    const RIGHTS: [(Role, &[&str]); 4] = [
+        (
+            Role::View,
+            &[
+                "JobService/Get",
+                "JobService/List",
+                "JobService/Watch",
+                "JobService/Logs",
+                "ClusterService/Nodes",
+            ],
+        ),
+        (Role::Submit, &["JobService/Submit", "JobService/Cancel"]),
+        (Role::Admin, &["ClusterService/Drain"]),
+        (Role::Worker, &["ControlService/Attach"]),
+    ];
+
+    fn token(role: Role, secret: &str) -> Token {
+        Token { name: role.name().into(), role, expires: 100, hash: Token::hash(secret) }
+    }
+
+    fn code(tokens: &[Token], secret: &str, method: &str, now: u64) -> Option<Code> {
+        judge(tokens, Some(&format!("Bearer {secret}")), method, now).err().map(|status| status.code())
+    }
+
+    #[test]
+    fn roles_may_call_what_they_are_for_and_nothing_else() {
+        let tokens = Role::ALL.map(|role| token(role, role.name()));
+        for (index, own) in Role::ALL.into_iter().enumerate() {
+            for (other, (_, methods)) in RIGHTS.iter().enumerate() {
+                let may = if own == Role::Worker { other == index } else { other <= index };
+                for method in *methods {
+                    let method = format!("/contraflow.v1.{method}");
+                    let denied = (!may).then_some(Code::PermissionDenied);
+                    assert_eq!(code(&tokens, own.name(), &method, 99), denied, "{own:?} {method}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_method_of_the_protocol_has_a_row_and_others_are_for_admins() {
+        let rows: Vec<String> =
+            RIGHTS.iter().flat_map(|(_, methods)| *methods).map(|m| (*m).to_owned()).collect();
+        let protocol = include_str!("../../../proto/contraflow/v1/jobs.proto").to_owned()
+            + include_str!("../../../proto/contraflow/v1/cluster.proto")
+            + include_str!("../../../proto/contraflow/v1/control.proto");
+        let mut service = "";
+        for line in protocol.lines().map(str::trim) {
+            let mut words = line.split([' ', '(']);
+            match words.next() {
+                Some("service") => service = line.split(' ').nth(1).unwrap(),
+                Some("rpc") => {
+                    let method = format!("{service}/{}", words.next().unwrap());
+                    assert!(rows.contains(&method), "{method} is in no row");
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(needed("/contraflow.v1.JobService/Later"), Some(Role::Admin));
+    }
+
+    #[test]
+    fn who_has_no_valid_token_is_told_why() {
+        let tokens = [token(Role::View, "right"), token(Role::Admin, "other")];
+        let method = "/contraflow.v1.JobService/Get";
+        for (header, now, words) in [
+            (None, 0, "got none"),
+            (Some("Basic right"), 0, "authorization: Bearer TOKEN"),
+            (Some("Bearer wrong"), 0, "that this cluster has issued"),
+            (Some("Bearer "), 0, "that this cluster has issued"),
+            (Some("Bearer right"), 103, "that of view has expired 3 s ago"),
+        ] {
+            let refused = judge(&tokens, header, method, now).unwrap_err();
+            assert_eq!(refused.code(), Code::Unauthenticated);
+            assert!(refused.message().contains(words), "{refused:?}");
+        }
+        assert!(judge(&tokens, Some("Bearer right"), method, 99).is_ok());
+        assert_eq!(code(&tokens, "right", method, 100), Some(Code::Unauthenticated));
+        let refused = judge(&tokens, Some("Bearer right"), SUBMIT, 0).unwrap_err();
+        assert_eq!(
+            refused.message(),
+            "token: JobService/Submit needs the role submit, that of view has view"
+        );
+        assert!(judge(&[], None, "/grpc.health.v1.Health/Check", 0).is_ok());
+    }
+
+    #[test]
+    fn every_line_that_makes_no_sense_is_named() {
+        let good = token(Role::Worker, "secret");
+        let text = format!("# comment\n\n{good}\n");
+        assert_eq!(parse_tokens(&text).unwrap(), [good.clone()]);
+        let hash = good.hash.to_hex();
+        let text = format!(
+            "a view\nb boss 1 {hash}\n{good}\n../c view 1 {hash}\nd view soon {hash}\ne view 1 secret"
+        );
+        let faults = parse_tokens(&text).unwrap_err();
+        assert_eq!(faults.len(), 5);
+        for (fault, words) in faults.iter().zip([
+            "line 1: expected NAME ROLE EXPIRES HASH, got 2 words",
+            "line 2: role: expected view, submit, admin or worker, got \"boss\"",
+            "line 4: name: expected letters",
+            "line 5: expires: expected seconds since 1970, got \"soon\"",
+            "line 6: hash: expected 64 hexadecimal digits",
+        ]) {
+            assert!(fault.starts_with(words), "{fault}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_no_token(text in "\\PC{0,200}", header in "\\PC{0,80}") {
+            let tokens = parse_tokens(&text).unwrap_or_default();
+            prop_assert!(judge(&tokens, Some(&header), SUBMIT, 0).is_err());
+        }
+
+        #[test]
+        fn a_line_is_read_as_it_was_written(name in "[a-z][a-z0-9._-]{0,20}", role in 0..4usize, expires: u64, secret: u64) {
+            let hash = Token::hash(&secret.to_string());
+            let token = Token { name, role: Role::ALL[role], expires, hash };
+            prop_assert_eq!(parse_tokens(&token.to_string()).unwrap(), [token]);
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The guard before all services: no call passes that its caller may not make, or makes too often. What it refuses it logs.
+//!
+//! What is decided stands in [`super::access`] and [`super::rate`]; here are clock, file and headers.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tonic::Status;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, http};
+use tower::Service;
+
+use super::access::{self, SUBMIT};
+use super::door::Peer;
+use super::rate::{Buckets, Rate};
+use super::security::TokenFile;
+
+/// Submissions of one address, where tokens are asked for.
+const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
+
+/// Refusals of one address that are logged and answered with their reason.
+const FAILURES: Rate = Rate { burst: 20, per_second: 1 };
+
+struct Shared {
+    /// None: everybody may do everything.
+    tokens: Option<TokenFile>,
+    submits: Mutex<Buckets>,
+    failures: Mutex<Buckets>,
+}
+
+/// The guard. Clones are the same.
+#[derive(Clone)]
+pub(super) struct Guard {
+    shared: Arc<Shared>,
+}
+
+fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
+    buckets.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Guard {
+    pub(super) fn new(tokens: Option<TokenFile>) -> Self {
+        let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
+        Guard { shared: Arc::new(Shared { tokens, submits, failures }) }
+    }
+
+    /// A connection came to nothing.
+    pub(super) fn turned_away(&self, peer: SocketAddr, why: &str) {
+        if lock(&self.shared.failures).take(peer.ip(), Instant::now()) {
+            tracing::warn!(%peer, "refused a connection: {why}");
+        }
+    }
+
+    /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, in words.
+    fn check(&self, head: &http::request::Parts) -> Result<(), Status> {
+        let Some(tokens) = &self.shared.tokens else { return Ok(()) };
+        let method = head.uri.path();
+        let peer = head.extensions.get::<Peer>().map(|Peer(peer)| *peer);
+        let address = peer.map_or(IpAddr::from([0; 4]), |peer| peer.ip());
+        // A header that is no text is no token.
+        let authorization = head.headers.get(http::header::AUTHORIZATION);
+        let authorization = authorization.map(|value| value.to_str().unwrap_or(""));
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        if let Err(refused) = access::judge(&tokens.current(), authorization, method, unix) {
+            if !lock(&self.shared.failures).take(address, Instant::now()) {
+                let Rate { per_second, .. } = FAILURES;
+                return Err(Status::resource_exhausted(format!(
+                    "token: expected at most {per_second} refused call a second from {address}, got more"
+                )));
+            }
+            tracing::warn!(%address, method, code = ?refused.code(), "refused a call: {}", refused.message());
+            return Err(refused);
+        }
+        if method == SUBMIT && !lock(&self.shared.submits).take(address, Instant::now()) {
+            let Rate { burst, per_second } = SUBMITS;
+            return Err(Status::resource_exhausted(format!(
+                "submissions: expected at most {per_second} a second from {address} after the first {burst}, got more"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A service behind the guard.
+#[derive(Clone)]
+pub(super) struct Guarded<S> {
+    pub(super) guard: Guard,
+    pub(super) inner: S,
+}
+
+impl<S> Service<http::Request<Body>> for Guarded<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = BoxFuture<S::Response, S::Error>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let (head, body) = request.into_parts();
+        match self.guard.check(&head) {
+            Ok(()) => Box::pin(self.inner.call(http::Request::from_parts(head, body))),
+            Err(refused) => Box::pin(std::future::ready(Ok(refused.into_http()))),
+        }
+    }
+}

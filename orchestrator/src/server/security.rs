@@ -1,0 +1,143 @@
+//! What an orchestrator reads from the folder of its certificates: who it is, whom it lets in, and the tokens.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
+
+use super::access::{Token, parse_tokens};
+
+/// The files of a folder of certificates, as the command `certs` makes them.
+pub mod files {
+    /// Certificate of the cluster's own authority.
+    pub const CA: &str = "ca.pem";
+    /// Its key: what issues certificates.
+    pub const CA_KEY: &str = "ca.key";
+    /// The orchestrator's certificate.
+    pub const SERVER: &str = "server.pem";
+    /// Its key.
+    pub const SERVER_KEY: &str = "server.key";
+    /// Hashes of the tokens.
+    pub const TOKENS: &str = "tokens";
+    /// A client's or a worker's certificate, in a folder of its own.
+    pub const CLIENT: &str = "client.pem";
+    /// Its key.
+    pub const CLIENT_KEY: &str = "client.key";
+}
+
+/// Largest tokens file that is read.
+const MAX_TOKENS: u64 = 4 << 20;
+
+/// How an orchestrator proves itself, and who may talk to it.
+pub struct Security {
+    pub(super) tls: TlsAcceptor,
+    pub(super) tokens: TokenFile,
+}
+
+impl Security {
+    /// Reads the folder.
+    ///
+    /// **Errors**: in words; every file that is missing or makes no sense.
+    pub fn load(dir: &Path) -> Result<Self, Vec<String>> {
+        match (tls(dir), TokenFile::open(dir.join(files::TOKENS))) {
+            (Ok(tls), Ok(tokens)) => Ok(Security { tls, tokens }),
+            (tls, tokens) => {
+                Err(tls.err().into_iter().flatten().chain(tokens.err().into_iter().flatten()).collect())
+            }
+        }
+    }
+}
+
+fn tls(dir: &Path) -> Result<TlsAcceptor, Vec<String>> {
+    let words = |name: &str, error: &dyn std::fmt::Display| format!("{}: {error}", dir.join(name).display());
+    let certificates = |name: &str| -> Result<Vec<CertificateDer<'static>>, String> {
+        let read = CertificateDer::pem_file_iter(dir.join(name)).and_then(Iterator::collect);
+        read.map_err(|error| words(name, &error))
+    };
+    let key = PrivateKeyDer::from_pem_file(dir.join(files::SERVER_KEY));
+    let key = key.map_err(|error| words(files::SERVER_KEY, &error));
+    match (certificates(files::CA), certificates(files::SERVER), key) {
+        (Ok(ca), Ok(own), Ok(key)) => {
+            acceptor(ca, own, key).map_err(|error| vec![format!("{}: {error}", dir.display())])
+        }
+        (ca, own, key) => Err([ca.err(), own.err(), key.err()].into_iter().flatten().collect()),
+    }
+}
+
+/// TLS 1.3 alone, and no client without a certificate of the authority.
+fn acceptor(
+    ca: Vec<CertificateDer<'static>>,
+    own: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<TlsAcceptor, String> {
+    let words = |error: rustls::Error| error.to_string();
+    let provider = Arc::new(ring::default_provider());
+    let mut roots = RootCertStore::empty();
+    for certificate in ca {
+        roots.add(certificate).map_err(words)?;
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
+        .build()
+        .map_err(|error| error.to_string())?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(words)?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(own, key)
+        .map_err(words)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// What tells that a file is another: when it was changed, and its length.
+type Stamp = (Option<SystemTime>, u64);
+
+/// The tokens file; read again when it changes, so that a token can be issued or taken back while the cluster runs.
+pub(super) struct TokenFile {
+    path: PathBuf,
+    read: Mutex<(Stamp, Arc<Vec<Token>>)>,
+}
+
+impl TokenFile {
+    fn open(path: PathBuf) -> Result<Self, Vec<String>> {
+        let stamp = stamp(&path).map_err(|fault| vec![fault])?;
+        let read = Mutex::new((stamp, Arc::new(read(&path)?)));
+        Ok(TokenFile { path, read })
+    }
+
+    /// The tokens as the file has them now; as it had them last if it makes no sense any more, which is logged.
+    pub(super) fn current(&self) -> Arc<Vec<Token>> {
+        let mut known = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let stamp = stamp(&self.path).unwrap_or_default();
+        if stamp != known.0 {
+            known.0 = stamp;
+            match read(&self.path) {
+                Ok(tokens) => known.1 = Arc::new(tokens),
+                Err(faults) => tracing::warn!("the tokens stay as they were: {}", faults.join("; ")),
+            }
+        }
+        known.1.clone()
+    }
+}
+
+fn stamp(path: &Path) -> Result<Stamp, String> {
+    let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok((found.modified().ok(), found.len()))
+}
+
+fn read(path: &Path) -> Result<Vec<Token>, Vec<String>> {
+    let fault = |what: &dyn std::fmt::Display| vec![format!("{}: {what}", path.display())];
+    let (_, length) = stamp(path).map_err(|fault| vec![fault])?;
+    if length > MAX_TOKENS {
+        return Err(fault(&format!("expected at most {MAX_TOKENS} bytes, got {length}")));
+    }
+    let text = fs::read_to_string(path).map_err(|error| fault(&error))?;
+    parse_tokens(&text).map_err(|faults| faults.into_iter().flat_map(|line| fault(&line)).collect())
+}

@@ -1,0 +1,115 @@
+//! How clients and workers reach an orchestrator: where it is, how it proves itself, and with what they do.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use contraflow_orchestrator::server::files;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+use tonic::{Request, Status};
+
+use crate::failure::Failure;
+
+/// What lets one in. On this machine alone none of it is needed.
+#[derive(clap::Args, Debug)]
+pub struct Access {
+    /// Folder with the cluster's CA and one's own certificate, from `certs issue`; needed off this machine
+    #[arg(long, value_name = "DIR", env = "CONTRAFLOW_TLS")]
+    pub tls: Option<PathBuf>,
+    /// What `certs issue` has printed: says who asks, and what that one may do
+    #[arg(long, env = "CONTRAFLOW_TOKEN", hide_env_values = true)]
+    pub token: Option<String>,
+}
+
+/// Adds the token to every call.
+#[derive(Clone)]
+pub struct Bearer(pub Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = &self.0 {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl Access {
+    /// The way to `address`, which was given as `flag`.
+    ///
+    /// **Errors**: code 2; the address or a file makes no sense, or it is off this machine and there is no `--tls`.
+    pub fn endpoint(&self, flag: &str, address: &str) -> Result<Endpoint, Failure> {
+        let place = address.split_once("://").map_or(address, |(_, place)| place);
+        let failed = |error: &dyn std::fmt::Display| {
+            Failure::input(format!("{flag} {address}: expected HOST:PORT, got: {error}"))
+        };
+        let Some(dir) = &self.tls else {
+            if !is_this_machine(place) {
+                return Err(Failure::input(format!(
+                    "{flag} {address}: expected --tls DIR for an address off this machine, got none; \
+                     where the cluster's CA is: contraflow certs issue --dir DIR --name NAME --role ROLE"
+                )));
+            }
+            return Endpoint::from_shared(format!("http://{place}")).map_err(|error| failed(&error));
+        };
+        let read = |name: &str| {
+            let path = dir.join(name);
+            std::fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))
+        };
+        let (ca, own, key) = match (read(files::CA), read(files::CLIENT), read(files::CLIENT_KEY)) {
+            (Ok(ca), Ok(own), Ok(key)) => (ca, own, key),
+            (ca, own, key) => {
+                let faults: Vec<String> = [ca.err(), own.err(), key.err()].into_iter().flatten().collect();
+                return Err(Failure::faults("--tls", &faults));
+            }
+        };
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(ca))
+            .identity(Identity::from_pem(own, key));
+        let endpoint = Endpoint::from_shared(format!("https://{place}")).map_err(|error| failed(&error))?;
+        let unsound = |error| {
+            Failure::input(format!("--tls {}: {}", dir.display(), contraflow_workers::host::words_of(&error)))
+        };
+        endpoint.tls_config(tls).map_err(unsound)
+    }
+
+    /// What goes with every call.
+    ///
+    /// **Errors**: code 2; a token is a line of plain characters.
+    pub fn bearer(&self) -> Result<Bearer, Failure> {
+        let Some(token) = &self.token else { return Ok(Bearer(None)) };
+        let value = MetadataValue::try_from(format!("Bearer {token}"));
+        let mut value = value.map_err(|_| {
+            Failure::input(
+                "--token: expected what `contraflow certs issue` has printed, got other characters",
+            )
+        })?;
+        value.set_sensitive(true);
+        Ok(Bearer(Some(value)))
+    }
+}
+
+/// Whether nobody on another machine can be at `place`, HOST:PORT.
+fn is_this_machine(place: &str) -> bool {
+    let host = place.rsplit_once(':').map_or(place, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_this_machine() {
+        for place in ["127.0.0.1:7070", "127.3.2.1:1", "[::1]:7070", "localhost:7070"] {
+            assert!(is_this_machine(place), "{place}");
+        }
+        for place in
+            ["10.0.0.1:7070", "0.0.0.0:7070", "[::]:1", "localhost.example:1", "127.0.0.1.example:1", ""]
+        {
+            assert!(!is_this_machine(place), "{place}");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! `contraflow certs`: the cluster's own certificate authority, and what it issues: certificates and tokens.
+//!
+//! A folder appears whole under its name or not at all, and nothing is ever overwritten.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use contraflow_orchestrator::server::access::{Role, Token, parse_tokens};
+use contraflow_orchestrator::server::files;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+
+use crate::failure::Failure;
+use crate::output::print;
+
+/// How long the authority and the orchestrator's certificate hold.
+const YEARS_10: Duration = Duration::from_secs(3652 * 86_400);
+
+/// What the authority calls itself; its certificates say so too.
+const CA_NAME: &str = "contraflow cluster";
+
+/// Arguments of `contraflow certs`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// Make a new authority, the orchestrator's certificate, and an empty list of tokens
+    Init(Init),
+    /// Make a certificate for a client or worker, and print the token that goes with it
+    Issue(Issue),
+}
+
+#[derive(clap::Args, Debug)]
+struct Init {
+    /// The new folder
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Name or address that the orchestrator is reached by, besides localhost; may be repeated
+    #[arg(long = "host", value_name = "NAME")]
+    hosts: Vec<String>,
+}
+
+#[derive(clap::Args, Debug)]
+struct Issue {
+    /// Folder of the authority
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Whom it is for; the certificate goes into DIR/NAME
+    #[arg(long)]
+    name: String,
+    /// What the token is good for: view, submit, admin or worker
+    #[arg(long)]
+    role: Role,
+    /// How long certificate and token hold
+    #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u64).range(1..=3650))]
+    expires: u64,
+}
+
+/// Runs the command.
+///
+/// **Errors**: code 2; something is there already, or the folder cannot be read or written.
+pub fn run(args: &Args) -> Result<(), Failure> {
+    match &args.command {
+        Command::Init(args) => init(args),
+        Command::Issue(args) => issue(args),
+    }
+}
+
+fn init(args: &Init) -> Result<(), Failure> {
+    let failed = |error: rcgen::Error| Failure::input(format!("--host: {error}"));
+    let (ca_key, key) = (KeyPair::generate().map_err(failed)?, KeyPair::generate().map_err(failed)?);
+    let until = SystemTime::now() + YEARS_10;
+    let ca = ca_params(until).self_signed(&ca_key).map_err(failed)?;
+    let hosts = ["localhost", "127.0.0.1", "::1"].into_iter().map(str::to_owned);
+    let names = hosts.chain(args.hosts.iter().cloned()).collect();
+    let server = params(names, "orchestrator", ExtendedKeyUsagePurpose::ServerAuth, until).map_err(failed)?;
+    let issuer = Issuer::new(ca_params(until), &ca_key);
+    let server = server.signed_by(&key, &issuer).map_err(failed)?;
+    let dir = &args.dir;
+    new_folder(
+        dir,
+        &[
+            (files::CA, 0o644, ca.pem()),
+            (files::CA_KEY, 0o600, ca_key.serialize_pem()),
+            (files::SERVER, 0o644, server.pem()),
+            (files::SERVER_KEY, 0o600, key.serialize_pem()),
+            (
+                files::TOKENS,
+                0o600,
+                "# NAME ROLE EXPIRES HASH; a line that is taken out is a token that is taken back\n".into(),
+            ),
+        ],
+    )
+    .map_err(|error| is_taken(dir, "--dir", &error))?;
+    let dir = dir.display();
+    print(&format!(
+        "{dir}: a new authority. The orchestrator: contraflow orchestrator --tls {dir} ...\n\
+         Everybody else: contraflow certs issue --dir {dir} --name NAME --role view|submit|admin|worker\n"
+    ))
+}
+
+fn issue(args: &Issue) -> Result<(), Failure> {
+    let Issue { dir, name, role, expires } = args;
+    if !Token::is_name(name) {
+        return Err(Failure::input(format!(
+            "--name: expected letters, digits, '-', '_' and '.', 64 at most, got {name:?}"
+        )));
+    }
+    let read = |name: &str| {
+        let path = dir.join(name);
+        fs::read_to_string(&path)
+            .map_err(|error| format!("{}: {error}; made by contraflow certs init", path.display()))
+    };
+    let (ca, key, tokens) = match (read(files::CA), read(files::CA_KEY), read(files::TOKENS)) {
+        (Ok(ca), Ok(key), Ok(tokens)) => (ca, key, tokens),
+        (ca, key, tokens) => {
+            let faults: Vec<String> = [ca.err(), key.err(), tokens.err()].into_iter().flatten().collect();
+            return Err(Failure::faults("--dir", &faults));
+        }
+    };
+    let known = parse_tokens(&tokens).map_err(|faults| Failure::faults("tokens", &faults))?;
+    if known.iter().any(|token| token.name == *name) {
+        return Err(Failure::input(format!("--name: expected a new name, got {name:?}, which has a token")));
+    }
+    let until = SystemTime::now() + Duration::from_secs(expires * 86_400);
+    let (own, own_key) = certificate(&key, name, until)
+        .map_err(|error| Failure::input(format!("{}: {error}", dir.display())))?;
+    let secret = secret().map_err(|error| Failure::run(error.to_string()))?;
+    let since = until.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let token = Token { name: name.clone(), role: *role, expires: since, hash: Token::hash(&secret) };
+    let own_dir = dir.join(name);
+    new_folder(
+        &own_dir,
+        &[(files::CA, 0o644, ca), (files::CLIENT, 0o644, own), (files::CLIENT_KEY, 0o600, own_key)],
+    )
+    .map_err(|error| is_taken(&own_dir, "--name", &error))?;
+    append(&dir.join(files::TOKENS), &tokens, &token).map_err(|error| {
+        // Without its token the certificate is good for nothing.
+        drop(fs::remove_dir_all(&own_dir));
+        Failure::input(format!("{}: {error}", dir.join(files::TOKENS).display()))
+    })?;
+    eprintln!(
+        "{}: for {name} alone, as --tls; the token, as CONTRAFLOW_TOKEN, is shown this once",
+        own_dir.display()
+    );
+    print(&format!("{secret}\n"))
+}
+
+/// A new certificate for `name` and its key, both as PEM.
+fn certificate(ca_key: &str, name: &str, until: SystemTime) -> Result<(String, String), rcgen::Error> {
+    // The name and the key are all that an issuer's certificate is asked for.
+    let issuer = Issuer::new(ca_params(until), KeyPair::from_pem(ca_key)?);
+    let key = KeyPair::generate()?;
+    let own = params(Vec::new(), name, ExtendedKeyUsagePurpose::ClientAuth, until)?;
+    Ok((own.signed_by(&key, &issuer)?.pem(), key.serialize_pem()))
+}
+
+fn ca_params(until: SystemTime) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+    named(params, CA_NAME, until)
+}
+
+fn params(
+    hosts: Vec<String>,
+    name: &str,
+    purpose: ExtendedKeyUsagePurpose,
+    until: SystemTime,
+) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = CertificateParams::new(hosts)?;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![purpose];
+    params.use_authority_key_identifier_extension = true;
+    Ok(named(params, name, until))
+}
+
+fn named(mut params: CertificateParams, name: &str, until: SystemTime) -> CertificateParams {
+    params.distinguished_name.remove(DnType::CommonName);
+    params.distinguished_name.push(DnType::CommonName, name);
+    // A day back: clocks differ.
+    params.not_before = (SystemTime::now() - Duration::from_secs(86_400)).into();
+    params.not_after = until.into();
+    params
+}
+
+/// 256 random bits as a token's text.
+fn secret() -> io::Result<String> {
+    let mut bytes = [0; 32];
+    // The system gives this much at once or an error.
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Makes a folder with these files, each with its mode; under its name only once it is whole.
+fn new_folder(dir: &Path, contents: &[(&str, u32, String)]) -> io::Result<()> {
+    let mut part = dir.as_os_str().to_owned();
+    part.push(format!(".{}.part", std::process::id()));
+    let part = PathBuf::from(part);
+    fs::DirBuilder::new().mode(0o700).create(&part)?;
+    let fill = || {
+        for (name, mode, text) in contents {
+            let mut file =
+                fs::File::options().write(true).create_new(true).mode(*mode).open(part.join(name))?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+        }
+        // Takes the place of an empty folder, and of nothing else.
+        fs::rename(&part, dir)
+    };
+    fill().inspect_err(|_| drop(fs::remove_dir_all(&part)))
+}
+
+fn is_taken(dir: &Path, flag: &str, error: &io::Error) -> Failure {
+    let expected = match error.kind() {
+        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory => {
+            "expected a new folder, got one that is there"
+        }
+        _ => "expected a folder that can be made",
+    };
+    Failure::input(format!("{flag}: {}: {expected}: {error}", dir.display()))
+}
+
+fn append(path: &Path, before: &str, token: &Token) -> io::Result<()> {
+    let newline = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
+    let mut file = fs::File::options().append(true).open(path)?;
+    file.write_all(format!("{newline}{token}\n").as_bytes())?;
+    file.sync_all()
+}
