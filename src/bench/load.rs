@@ -18,7 +18,6 @@ use v1::control_service_client::ControlServiceClient;
 use v1::from_worker::Message;
 use v1::job_service_client::JobServiceClient;
 
-use crate::client::url;
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::output::print;
@@ -79,7 +78,8 @@ impl Server {
         command.arg("orchestrator").arg("--state").arg(&state.0).args(["--listen", "127.0.0.1:0"]);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;
         let mut told = BufReader::new(child.stderr.take().ok_or_else(|| Failure::run("no stderr"))?).lines();
-        let first = told.next().transpose().map_err(failed)?.unwrap_or_default();
+        let first = told.by_ref().map_while(Result::ok).find(|line| line.starts_with("orchestrator at "));
+        let first = first.ok_or_else(|| Failure::run("the orchestrator has not started"))?;
         // Its further lines must go somewhere.
         std::thread::spawn(move || told.for_each(drop));
         let address = first.split_whitespace().nth(2).unwrap_or_default().trim_end_matches(',').to_owned();
@@ -96,7 +96,7 @@ impl Server {
     }
 
     async fn channel(&self) -> Result<Channel, Failure> {
-        let endpoint = tonic::transport::Endpoint::from_shared(url(&self.address));
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address));
         let endpoint = endpoint.map_err(|error| Failure::run(error.to_string()))?;
         endpoint.connect().await.map_err(|error| Failure::run(error.to_string()))
     }

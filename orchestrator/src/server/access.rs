@@ -273,7 +273,7 @@ mod tests {
     fn every_line_that_makes_no_sense_is_named() {
         let good = token(Role::Worker, "secret");
         let text = format!("# comment\n\n{good}\n");
-        assert_eq!(parse_tokens(&text).unwrap(), [good.clone()]);
+        assert_eq!(parse_tokens(&text).unwrap(), std::slice::from_ref(&good));
         let hash = good.hash.to_hex();
         let text = format!(
             "a view\nb boss 1 {hash}\n{good}\n../c view 1 {hash}\nd view soon {hash}\ne view 1 secret"
