@@ -7,7 +7,7 @@ mod encode;
 mod hub;
 mod jobs_api;
 mod link;
-mod steps;
+pub(crate) mod steps;
 
 use std::future::Future;
 use std::io::{self, Read, Write};
