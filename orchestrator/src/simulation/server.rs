@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::network::Down;
 use super::{Happening, World};
-use crate::core::facts::{Fact, Formed, JobSpec};
+use crate::core::facts::{Fact, Formed};
 use crate::core::jobs::Jobs;
 use crate::core::{Core, Effect, Event, TICK_MS, Word};
 use crate::server::steps::Steps;
@@ -64,11 +64,9 @@ pub(super) struct Server {
 }
 
 impl Store {
-    fn append(&mut self, facts: &[Fact]) -> Result<(), String> {
-        for fact in facts {
-            self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
-            self.jobs.apply(fact);
-        }
+    fn append(&mut self, fact: &Fact) -> Result<(), String> {
+        self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
+        self.jobs.apply(fact);
         if self.facts.len() > SNAPSHOT_EVERY {
             self.snapshot = Some(serde_json::to_vec(&self.jobs).map_err(|error| error.to_string())?);
             self.facts.clear();
@@ -283,9 +281,9 @@ impl World {
                     format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
                 });
                 self.check_fact(fact);
-            }
-            if let Err(words) = self.store.append(&batch.facts) {
-                self.violate(words);
+                if let Err(words) = self.store.append(fact) {
+                    return self.violate(words);
+                }
             }
         }
         for (job, steps) in batch.steps.iter().filter(|_| writes > 1) {

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use contraflow_orchestrator::simulation::run;
+use std::panic::catch_unwind;
+
+use contraflow_orchestrator::simulation::{Report, run};
 
 /// Seeds that once showed a fault: they always run.
 const FOUND: [u64; 0] = [];
@@ -16,15 +18,16 @@ fn no_seed_breaks_a_promise() {
     if let Some(seed) = number("SEED") {
         let report = run(seed, true);
         report.lines.iter().for_each(|line| println!("{line}"));
-        println!("{:?}", contraflow_orchestrator::simulation::Report { lines: Vec::new(), ..report.clone() });
+        println!("{:?}", Report { lines: Vec::new(), ..report.clone() });
         assert_eq!(report.violation, None, "SEED={seed}");
         return;
     }
     let seeds = FOUND.into_iter().chain(1..=number("SEEDS").unwrap_or(50));
     let mut failed = Vec::new();
     for seed in seeds {
-        let report = run(seed, false);
-        if let Some(words) = report.violation {
+        let report = catch_unwind(|| run(seed, false));
+        let violation = report.map_or_else(|_| Some("a panic".to_owned()), |report| report.violation);
+        if let Some(words) = violation {
             println!("SEED={seed}: {words}");
             failed.push(seed);
         }
