@@ -92,7 +92,7 @@ pub(super) struct Plan {
     pub(super) late_ms: u64,
     /// Time that a write of the orchestrator takes at most. **Units**: ms.
     pub(super) sync_ms: u64,
-    /// Checkpoints that a job keeps.
+    /// Checkpoints that a job keeps; the workers keep two at least.
     pub(super) keep: usize,
 }
 
@@ -126,8 +126,7 @@ impl Plan {
         let work: u64 = jobs.iter().map(|job| job.spec.steps * job.step_ms).sum();
         let patience_ms = 120_000 + 2 * work;
         let strength = random.between(1, 5);
-        let chosen: Vec<Fault> =
-            Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
+        let chosen: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
         let faults = chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
         Plan {
             nodes,
@@ -138,7 +137,7 @@ impl Plan {
             delay_ms: random.between(2, 40),
             late_ms: random.between(20, 900),
             sync_ms: random.between(1, 30),
-            keep: random.between(1, 4) as usize,
+            keep: random.between(2, 4) as usize,
         }
     }
 
@@ -205,6 +204,7 @@ impl Job {
 ///
 /// **Errors**: in words; there is no such recipe.
 pub(super) fn recipe() -> Result<(String, String), String> {
-    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).map_err(|faults| faults.to_string())?;
+    let recipe =
+        Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).map_err(|faults| faults.to_string())?;
     Ok((recipe.resolved_toml(), recipe.model_config.to_hf_json()))
 }
