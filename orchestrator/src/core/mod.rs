@@ -162,6 +162,8 @@ pub enum Word {
         /// Why.
         why: String,
     },
+    /// Its lease has run out: its stream ends, and it may attach again.
+    Cut,
     /// Host these ranks of a job's running formation.
     Assign {
         /// Which job.
@@ -517,6 +519,7 @@ impl Core {
             self.members.prolong(away);
         }
         for member in self.members.expire(now) {
+            self.tell(member.who.worker, Word::Cut);
             self.lost(&member, now);
         }
         // Time alone may let a job go on with fewer ranks.

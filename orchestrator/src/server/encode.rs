@@ -18,6 +18,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             storage_mark: core.jobs().storage_mark.clone(),
         }),
         Word::Refused { why } => Message::Refused(why),
+        Word::Cut => return None,
         Word::Assign { job, ranks } => {
             let record = core.jobs().all.get(&job)?;
             let formed = record.running()?;

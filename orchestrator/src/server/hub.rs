@@ -286,6 +286,11 @@ impl Hub {
 
     fn carry_out(&mut self, batch: Batch) {
         for (worker, word) in batch.words {
+            if word == Word::Cut {
+                // A worker that stood still would beat on for ever on a stream that nobody listens to.
+                self.links.remove(&worker);
+                continue;
+            }
             let is_last = matches!(word, Word::Refused { .. });
             let message = encode(&self.core, &self.key, word);
             self.tell(worker, message, is_last);

@@ -3,10 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::World;
 use super::network::Down;
 use super::ranks::feed;
 use super::storage::Trained;
-use super::World;
 use crate::core::facts::{End, Fact, Formed};
 use crate::core::{Core, Effect, Event};
 
@@ -66,9 +66,9 @@ pub(super) fn stale_job(core: &Core, event: &Event) -> Option<u64> {
 /// What a word of an earlier formation has done to its job, which must be nothing.
 pub(super) fn has_effect(job: u64, effects: &[Effect]) -> Option<String> {
     let effect = effects.iter().find(|effect| match effect {
-        Effect::Keep(Fact::Kept { job: of, .. } | Fact::Ended { job: of, .. } | Fact::WentBack { job: of, .. }) => {
-            *of == job
-        }
+        Effect::Keep(
+            Fact::Kept { job: of, .. } | Fact::Ended { job: of, .. } | Fact::WentBack { job: of, .. },
+        ) => *of == job,
         Effect::Record { job: of, .. } => *of == job,
         _ => false,
     });
@@ -96,9 +96,8 @@ impl World {
     pub(super) fn check_words(&mut self, server: usize) {
         let core = &self.servers[server].core;
         let open = core.jobs().all.iter().filter(|(_, record)| !record.has_ended());
-        let silent = open
-            .map(|(&job, _)| job)
-            .find(|&job| !core.is_training(job) && core.waiting_for(job).is_empty());
+        let silent =
+            open.map(|(&job, _)| job).find(|&job| !core.is_training(job) && core.waiting_for(job).is_empty());
         if let Some(job) = silent {
             self.violate(format!("job {job} waits and does not say for what"));
         }
@@ -145,7 +144,8 @@ impl World {
             Fact::WentBack { job, cursor, .. } => {
                 let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
                 if line.is_none_or(|line| line.diverged != Some(*cursor)) {
-                    return self.violate(format!("job {job} goes back past {cursor}, where no rank diverged"));
+                    return self
+                        .violate(format!("job {job} goes back past {cursor}, where no rank diverged"));
                 }
                 self.checks.went_back.insert(*job, *cursor);
             }
@@ -237,7 +237,9 @@ impl World {
             Down::Release { job, generation } => {
                 let incarnation = self.servers[server].core.incarnation();
                 if self.running(*job) == Some((*job, *generation)) {
-                    self.violate(format!("{incarnation} releases job {job}, generation {generation}, which runs"));
+                    self.violate(format!(
+                        "{incarnation} releases job {job}, generation {generation}, which runs"
+                    ));
                 }
             }
             _ => {}
@@ -258,7 +260,8 @@ impl World {
     /// All ranks of a formation make a step, from this place in the order of the sequences on.
     pub(super) fn check_step(&mut self, of: (u64, u32), cursor: u64, made: Trained, diverges: bool) {
         let Some(line) = self.checks.lines.get_mut(&of) else {
-            return self.violate(format!("job {}, generation {}: a formation nobody kept trains", of.0, of.1));
+            return self
+                .violate(format!("job {}, generation {}: a formation nobody kept trains", of.0, of.1));
         };
         let before = line.history.last().copied().unwrap_or_default();
         let expected = feed(before.digest, before.step + 1, line.cursor);

@@ -22,7 +22,9 @@ impl World {
         self.report.faults += 1;
         self.note([30, number as u64, 0], || format!("fault: {fault:?}"));
         match fault {
-            Fault::Crash | Fault::Double | Fault::Pause | Fault::Clock | Fault::Disk => self.fault_of_server(fault),
+            Fault::Crash | Fault::Double | Fault::Pause | Fault::Clock | Fault::Disk => {
+                self.fault_of_server(fault)
+            }
             Fault::Defect | Fault::Cancel | Fault::Drain | Fault::SubmitAgain => self.wish(fault),
             _ => self.fault_of_worker(fault),
         }
@@ -51,7 +53,9 @@ impl World {
             }
             Fault::Break => {
                 let within = if self.random.is_one_in(3) { 8_000 } else { 100 };
-                self.links_of(|link| link.worker == id).into_iter().for_each(|link| self.break_link(link, within));
+                self.links_of(|link| link.worker == id)
+                    .into_iter()
+                    .for_each(|link| self.break_link(link, within));
             }
             Fault::CutOff => self.cut_off(id, node, takes),
             Fault::Split => {
@@ -106,7 +110,9 @@ impl World {
                 let far = if self.random.is_one_in(2) { 2_000 } else { 3_600_000 };
                 let by = self.random.between(0, 2 * far) as i64 - far as i64;
                 self.servers[server].clock_ms += by;
-                self.note([32, by.unsigned_abs(), 0], || format!("the orchestrator's clock is set by {by} ms"));
+                self.note([32, by.unsigned_abs(), 0], || {
+                    format!("the orchestrator's clock is set by {by} ms")
+                });
             }
             Fault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
             _ => {}

@@ -7,10 +7,10 @@
 
 mod checks;
 mod faults;
-mod ranks;
 mod network;
 mod plan;
 mod random;
+mod ranks;
 mod server;
 mod storage;
 mod worker;
@@ -210,8 +210,7 @@ impl World {
         if self.is_told {
             let words = format!("{:?}", self.plan);
             let words = words.replace(&self.plan.jobs[0].spec.recipe.escape_debug().to_string(), "..");
-            let words =
-                words.replace(&self.plan.jobs[0].spec.model_config.escape_debug().to_string(), "..");
+            let words = words.replace(&self.plan.jobs[0].spec.model_config.escape_debug().to_string(), "..");
             self.report.lines.push(words);
         }
     }

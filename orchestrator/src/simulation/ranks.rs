@@ -185,9 +185,8 @@ impl World {
     fn step_ms(&mut self, of: (u64, u32)) -> u64 {
         let step_ms = self.job_plan(of.0).map_or(100, |job| job.step_ms);
         let Some(gang) = self.gangs.get(&of) else { return step_ms };
-        let is_slow = |id: &u64| {
-            self.workers.get(id).is_some_and(|worker| self.network.slow.contains(&worker.node))
-        };
+        let is_slow =
+            |id: &u64| self.workers.get(id).is_some_and(|worker| self.network.slow.contains(&worker.node));
         let step_ms = if !self.network.slow.is_empty() && gang.workers.keys().any(is_slow) {
             4 * step_ms
         } else {
@@ -231,7 +230,13 @@ impl World {
         gang.workers.values_mut().for_each(|waits| *waits = false);
         let (made, diverges) = (gang.made, gang.diverges);
         self.report.steps += 1;
-        self.note([20, job, made.step], || format!("job {job}, generation {generation}: step {} of sequences from {cursor} on{}", made.step, if diverges { " diverges" } else { "" }));
+        self.note([20, job, made.step], || {
+            format!(
+                "job {job}, generation {generation}: step {} of sequences from {cursor} on{}",
+                made.step,
+                if diverges { " diverges" } else { "" }
+            )
+        });
         self.check_step(of, cursor, made, diverges);
         for id in workers {
             let takes = self.random.between(0, 12);

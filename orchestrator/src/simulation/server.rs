@@ -99,7 +99,9 @@ impl World {
         let incarnation = self.store.incarnation;
         let jobs = match self.store.replay() {
             Ok(jobs) if jobs == self.store.jobs => jobs,
-            Ok(_) => return self.violate("the facts fold into another state than that they came from".into()),
+            Ok(_) => {
+                return self.violate("the facts fold into another state than that they came from".into());
+            }
             Err(words) => return self.violate(format!("what was kept cannot be read: {words}")),
         };
         let clock_ms = self.servers.last().map_or(0, |server| server.clock_ms);
@@ -173,7 +175,9 @@ impl World {
         if let Some(batch) = left {
             self.keep(server, &batch, kept);
         }
-        self.note([2, incarnation, kept], || format!("orchestrator {incarnation} dies, {kept} writes of its last made"));
+        self.note([2, incarnation, kept], || {
+            format!("orchestrator {incarnation} dies, {kept} writes of its last made")
+        });
         for link in self.links_of(|link| link.server == server) {
             self.break_link(link, 60);
         }
@@ -306,6 +310,12 @@ impl World {
             let down = match word {
                 Word::Welcome => Some(Down::Welcome { incarnation: core.incarnation() }),
                 Word::Refused { .. } => Some(Down::Refused),
+                Word::Cut => {
+                    if let Some(link) = self.servers[server].links.remove(&worker) {
+                        self.break_link(link, 50);
+                    }
+                    None
+                }
                 Word::Assign { job, ranks } => {
                     let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
                     formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })

@@ -62,7 +62,10 @@ impl Folder {
         let shards = self.unfinished.remove(&(step, generation));
         let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
         if shards.len() != world || shards.keys().copied().ne(0..world) {
-            return Err(Err(format!("step {step} is committed with shards of {:?} of {world}", shards.keys())));
+            return Err(Err(format!(
+                "step {step} is committed with shards of {:?} of {world}",
+                shards.keys()
+            )));
         }
         let one = shards[&0];
         if shards.values().any(|shard| *shard != one) {

@@ -60,8 +60,7 @@ impl Outbox {
         }
         self.events.push(event.clone());
         if let RankEvent::ShardSaved { rank, .. } = event {
-            let of_rank =
-                |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);
+            let of_rank = |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);
             if self.events.iter().filter(|event| of_rank(event)).count() > SHARDS {
                 let oldest = self.events.iter().position(of_rank);
                 oldest.map(|oldest| self.events.remove(oldest));
@@ -70,7 +69,8 @@ impl Outbox {
     }
 
     fn durable(&mut self, durable: u64) {
-        let is_kept = |event: &RankEvent| matches!(event, RankEvent::StepDone { report } if report.step <= durable);
+        let is_kept =
+            |event: &RankEvent| matches!(event, RankEvent::StepDone { report } if report.step <= durable);
         while self.reports.front().is_some_and(is_kept) {
             self.reports.pop_front();
         }
@@ -228,10 +228,16 @@ impl World {
         let mut words = Vec::new();
         for (&job, hosted) in &worker.hosted {
             let generation = hosted.generation;
-            words.extend(hosted.outbox.repeat().into_iter().map(|event| Up::Event { job, generation, event }));
+            words.extend(hosted.outbox.repeat().into_iter().map(|event| Up::Event {
+                job,
+                generation,
+                event,
+            }));
             words.extend(hosted.committed.clone());
         }
-        self.note([13, id, incarnation], || format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len()));
+        self.note([13, id, incarnation], || {
+            format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len())
+        });
         words.into_iter().for_each(|up| self.send_up(link, up));
     }
 
@@ -244,7 +250,9 @@ impl World {
             }
             self.leave(id, job, generation - 1);
         }
-        self.note([14, id, job], || format!("worker {id} is assigned ranks {ranks:?} of job {job}, generation {generation}"));
+        self.note([14, id, job], || {
+            format!("worker {id} is assigned ranks {ranks:?} of job {job}, generation {generation}")
+        });
         self.check_assigned(id, (job, &ranks), &formed);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
@@ -275,7 +283,9 @@ impl World {
             return;
         }
         if let Some(hosted) = worker.hosted.remove(&job) {
-            self.note([15, id, job], || format!("worker {id} leaves job {job}, generation {}", hosted.generation));
+            self.note([15, id, job], || {
+                format!("worker {id} leaves job {job}, generation {}", hosted.generation)
+            });
             self.break_gang((job, hosted.generation), id, 50);
         }
     }
@@ -324,7 +334,9 @@ impl World {
             },
             None => folder.place(generation, world),
         };
-        self.note([16, job, step.unwrap_or(0)], || format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}"));
+        self.note([16, job, step.unwrap_or(0)], || {
+            format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
+        });
         let committed = Up::Committed { job, generation, step, result };
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if let Some(hosted) = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation) {
@@ -361,7 +373,8 @@ impl Worker {
             fabric: format!("f{id}"),
         };
         let hosted = self.hosted.iter();
-        let hosted = hosted.map(|(&job, hosted)| (job, hosted.generation, hosted.group.ranks.clone())).collect();
+        let hosted =
+            hosted.map(|(&job, hosted)| (job, hosted.generation, hosted.group.ranks.clone())).collect();
         Up::Hello { who, hosted, incarnation: self.incarnation }
     }
 }
