@@ -410,6 +410,7 @@ impl Core {
         if self.jobs.storage_mark.is_empty() {
             self.keep(Fact::StorageMarked { mark: storage_mark });
         }
+        let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
         self.members.attach(who, now);
         self.is_open = true;
         self.tell(worker, Word::Welcome);
@@ -423,6 +424,26 @@ impl Core {
             self.tell(worker, Word::Release { job, generation, reason });
         }
         self.remind(worker, &current);
+        if is_expected {
+            self.assign_again(worker);
+        }
+    }
+
+    /// The last worker of a formation has come to an orchestrator that was started anew: only now the others can be told
+    /// where all of them are. Who hosts its ranks already ignores it.
+    fn assign_again(&mut self, last: u64) {
+        let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
+        let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
+        let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
+        let mut ranks_of: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+        for (job, formed) in whole {
+            for (rank, &worker) in formed.places.iter().enumerate() {
+                ranks_of.entry((job, worker)).or_default().push(rank);
+            }
+        }
+        for ((job, worker), ranks) in ranks_of {
+            self.tell(worker, Word::Assign { job, ranks });
+        }
     }
 
     fn admit(&self, who: &Introduction, incarnation: u64, storage_mark: &str) -> Result<(), String> {

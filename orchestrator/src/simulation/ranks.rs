@@ -107,7 +107,7 @@ impl World {
         group.state = State::Building;
         if tidies {
             let keep = self.plan.keep;
-            self.storage.entry(job).or_default().tidy(keep);
+            self.storage.entry(job).or_default().tidy(of.1, keep);
         }
         let gang = self.gangs.entry(of).or_default();
         if gang.workers.is_empty() {

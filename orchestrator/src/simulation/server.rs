@@ -373,7 +373,7 @@ fn assignment(core: &Core, job: u64) -> Option<(Rc<Formed>, bool)> {
     let formed = core.jobs().all.get(&job)?.running()?;
     let mut is_reachable = true;
     for &worker in &formed.places {
-        is_reachable &= !core.member(worker)?.who.fabric.is_empty();
+        is_reachable &= !core.member(worker).filter(|member| member.is_known())?.who.fabric.is_empty();
     }
     Some((Rc::new(formed.clone()), is_reachable))
 }

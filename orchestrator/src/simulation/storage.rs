@@ -27,9 +27,9 @@ pub(super) struct Folder {
 
 impl Folder {
     /// The worker of rank 0 makes the folder ready for a formation.
-    pub(super) fn tidy(&mut self, keep: usize) {
-        self.unfinished.clear();
-        self.exported.clear();
+    pub(super) fn tidy(&mut self, generation: u32, keep: usize) {
+        self.unfinished.retain(|(_, of), _| *of > generation);
+        self.exported.retain(|of, _| *of > generation);
         self.drop_oldest(keep);
     }
 

@@ -68,10 +68,11 @@ impl Outbox {
         }
     }
 
-    fn durable(&mut self, durable: u64) {
+    /// The last report of each rank stays: a worker's ranks report together.
+    fn durable(&mut self, durable: u64, ranks: usize) {
         let is_kept =
             |event: &RankEvent| matches!(event, RankEvent::StepDone { report } if report.step <= durable);
-        while self.reports.front().is_some_and(is_kept) {
+        while self.reports.len() > ranks && self.reports.front().is_some_and(is_kept) {
             self.reports.pop_front();
         }
     }
@@ -204,7 +205,7 @@ impl World {
             Down::Release { job, generation } => self.leave(id, job, generation),
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
-                    hosted.outbox.durable(step);
+                    hosted.outbox.durable(step, hosted.group.ranks.len());
                 }
             }
             Down::Commit { job, generation, step } => {
