@@ -152,6 +152,12 @@ impl Job {
         }
     }
 
+    /// The same job, of which a checkpoint of this step stands: the machine is made anew while the ranks go on.
+    pub fn with_committed(mut self, step: u64) -> Self {
+        self.committed = self.committed.max(step);
+        self
+    }
+
     /// What the job is about, and whom it waits for, in words.
     pub fn describe(&self) -> String {
         let missing = |present: &BTreeSet<usize>| {

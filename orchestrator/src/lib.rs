@@ -8,4 +8,5 @@ pub mod metrics;
 pub mod placement;
 pub mod queue;
 pub mod server;
+pub mod simulation;
 pub mod store;

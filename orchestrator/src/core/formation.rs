@@ -47,6 +47,7 @@ impl Formation {
             // Where exactly is the workers' to know.
             export_dir: record.spec.save_model.then(PathBuf::new),
         });
+        let machine = machine.with_committed(record.kept);
         let watermarks = BTreeMap::new();
         Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks }
     }

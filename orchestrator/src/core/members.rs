@@ -34,6 +34,13 @@ pub struct Member {
     pub until_ms: u64,
 }
 
+impl Member {
+    /// Whether it has introduced itself to this orchestrator: where it is to be reached is known.
+    pub fn is_known(&self) -> bool {
+        self.who.slots > 0
+    }
+}
+
 /// All members, by worker.
 #[derive(Clone, Debug, Default)]
 pub struct Members {

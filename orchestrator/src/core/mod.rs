@@ -143,11 +143,6 @@ pub enum Effect {
         /// The report.
         report: Box<StepReport>,
     },
-    /// End a worker's stream: it is not a member any more. If it is there after all it attaches anew.
-    Cut {
-        /// Whose.
-        worker: u64,
-    },
     /// Write a line into a job's log.
     Log {
         /// Of which job.
@@ -167,6 +162,8 @@ pub enum Word {
         /// Why.
         why: String,
     },
+    /// Its lease has run out: its stream ends, and it may attach again.
+    Cut,
     /// Host these ranks of a job's running formation.
     Assign {
         /// Which job.
@@ -413,6 +410,7 @@ impl Core {
         if self.jobs.storage_mark.is_empty() {
             self.keep(Fact::StorageMarked { mark: storage_mark });
         }
+        let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
         self.members.attach(who, now);
         self.is_open = true;
         self.tell(worker, Word::Welcome);
@@ -426,6 +424,26 @@ impl Core {
             self.tell(worker, Word::Release { job, generation, reason });
         }
         self.remind(worker, &current);
+        if is_expected {
+            self.assign_again(worker);
+        }
+    }
+
+    /// The last worker of a formation has come to an orchestrator that was started anew: only now the others can be told
+    /// where all of them are. Who hosts its ranks already ignores it.
+    fn assign_again(&mut self, last: u64) {
+        let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
+        let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
+        let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
+        let mut ranks_of: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+        for (job, formed) in whole {
+            for (rank, &worker) in formed.places.iter().enumerate() {
+                ranks_of.entry((job, worker)).or_default().push(rank);
+            }
+        }
+        for ((job, worker), ranks) in ranks_of {
+            self.tell(worker, Word::Assign { job, ranks });
+        }
     }
 
     fn admit(&self, who: &Introduction, incarnation: u64, storage_mark: &str) -> Result<(), String> {
@@ -522,6 +540,7 @@ impl Core {
             self.members.prolong(away);
         }
         for member in self.members.expire(now) {
+            self.tell(member.who.worker, Word::Cut);
             self.lost(&member, now);
         }
         // Time alone may let a job go on with fewer ranks.
@@ -549,7 +568,6 @@ impl Core {
             })
             .filter(|(_, lost)| !lost.is_empty())
             .collect();
-        self.effects.push(Effect::Cut { worker });
         for (job, lost) in hit {
             let silent = now.saturating_sub(member.heard_ms);
             let how = if member.is_attached { "is silent" } else { "has left, last heard of" };

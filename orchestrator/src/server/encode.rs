@@ -18,10 +18,15 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             storage_mark: core.jobs().storage_mark.clone(),
         }),
         Word::Refused { why } => Message::Refused(why),
+        Word::Cut => return None,
         Word::Assign { job, ranks } => {
             let record = core.jobs().all.get(&job)?;
             let formed = record.running()?;
-            let fabric = formed.places.iter().map(|&worker| Some(core.member(worker)?.who.fabric.clone()));
+            let fabric = formed.places.iter().map(|&worker| {
+                // Of a worker that has not come back to this orchestrator nobody knows the address: it is told again.
+                let member = core.member(worker).filter(|member| member.is_known())?;
+                Some(member.who.fabric.clone())
+            });
             Message::Assign(v1::Assign {
                 job,
                 generation: formed.generation,

@@ -88,8 +88,7 @@ struct Batch {
     facts: Vec<Vec<u8>>,
     steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<u64, Vec<Vec<u8>>>,
-    /// In order; no word: the worker's stream ends.
-    words: Vec<(u64, Option<Word>)>,
+    words: Vec<(u64, Word)>,
     replies: Vec<(oneshot::Sender<u64>, u64)>,
     questions: Vec<Question>,
 }
@@ -235,8 +234,7 @@ impl Hub {
                     // A fact is numbers, texts and lists.
                     batch.facts.push(serde_json::to_vec(&fact).unwrap_or_default());
                 }
-                Effect::Tell { worker, word } => batch.words.push((worker, Some(word))),
-                Effect::Cut { worker } => batch.words.push((worker, None)),
+                Effect::Tell { worker, word } => batch.words.push((worker, word)),
                 Effect::Record { job, report } => {
                     let step = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
                     if let Some(step) = step {
@@ -313,10 +311,11 @@ impl Hub {
 
     fn carry_out(&mut self, batch: Batch) {
         for (worker, word) in batch.words {
-            let Some(word) = word else {
+            if word == Word::Cut {
+                // A worker that stood still would beat on for ever on a stream that nobody listens to.
                 self.links.remove(&worker);
                 continue;
-            };
+            }
             let is_last = matches!(word, Word::Refused { .. });
             let message = encode(&self.core, &self.key, word);
             self.tell(worker, message, is_last);

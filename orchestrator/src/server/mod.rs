@@ -13,7 +13,7 @@ mod jobs_api;
 mod link;
 mod rate;
 mod security;
-mod steps;
+pub(crate) mod steps;
 
 pub use self::security::{Security, files};
 

@@ -92,11 +92,19 @@ impl CheckpointFolder {
         }
         for entry in std::fs::read_dir(&self.dir)? {
             let path = entry?.path();
-            if is_unfinished(&path) {
+            if is_unfinished(&path) && !self.is_of_later(&path) {
                 std::fs::remove_dir_all(path)?;
             }
         }
         self.drop_oldest(keep)
+    }
+
+    /// Whether a later formation writes it: a process that stood still may be the one that is late.
+    fn is_of_later(&self, path: &Path) -> bool {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let formation = name.strip_suffix(UNFINISHED_SUFFIX).and_then(|name| name.rsplit_once(".g"));
+        let formation = formation.and_then(|(_, digits)| digits.parse::<u32>().ok());
+        self.generation > 0 && formation.is_some_and(|formation| formation > self.generation)
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and

@@ -18,6 +18,10 @@ use crate::data::tokenizer;
 use crate::loader::Datasets;
 use crate::provenance::{companions, manifest};
 
+/// Checkpoints that stay at least: that of the newest commit, and the one before, which the orchestrator goes on from if it
+/// never hears of the commit.
+const LEAST_KEPT: usize = 2;
+
 /// Where a worker process finds things.
 #[derive(Clone, Debug)]
 pub struct Roots {
@@ -97,7 +101,7 @@ impl Prepared {
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
     fn tidy(&self, recipe: &str) -> std::io::Result<()> {
         std::fs::write(self.dir.join("recipe.toml"), recipe)?;
-        self.folder.tidy(self.recipe.checkpoint.keep)?;
+        self.folder.tidy(self.recipe.checkpoint.keep.max(LEAST_KEPT))?;
         let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
@@ -119,7 +123,7 @@ impl Prepared {
                 let watch = from_json(&watch)?;
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
-                let keep = self.recipe.checkpoint.keep;
+                let keep = self.recipe.checkpoint.keep.max(LEAST_KEPT);
                 self.folder.commit(&manifest, &self.companions, keep).map_err(|error| error.to_string())
             }
             What::Weights(v1::Weights { files }) => {

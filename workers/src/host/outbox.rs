@@ -3,7 +3,7 @@
 //! Step reports wait until they are durable there; everything else is said again whenever the stream stands anew: the
 //! orchestrator's machine of a formation lives in its memory, and is made anew from it. Pure.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use contraflow_runtime::control::{RankCommand, RankEvent};
 
@@ -46,8 +46,16 @@ impl Outbox {
 
     /// Reports up to this step are durable. The last of each rank stays: it says how far the rank is.
     pub fn durable(&mut self, step: u64) {
+        let mut last = BTreeMap::new();
+        for event in &self.reports {
+            if let RankEvent::StepDone { report } = event {
+                last.insert(report.rank, report.step);
+            }
+        }
         self.reports.retain(|event| match event {
-            RankEvent::StepDone { report } => report.step > step,
+            RankEvent::StepDone { report } => {
+                report.step > step || last.get(&report.rank) == Some(&report.step)
+            }
             _ => true,
         });
     }
@@ -97,6 +105,16 @@ mod tests {
         outbox.durable(2);
         let said: Vec<_> = outbox.repeat().cloned().collect();
         assert_eq!(said, [RankEvent::Ready { rank: 0 }, done(3), saved(2), saved(3)]);
+    }
+
+    #[test]
+    fn the_last_report_of_a_rank_stays_also_when_it_is_durable() {
+        let mut outbox = Outbox::default();
+        for event in [done(1), done(2)] {
+            outbox.note(&event);
+        }
+        outbox.durable(2);
+        assert_eq!(outbox.repeat().cloned().collect::<Vec<_>>(), [done(2)]);
     }
 
     #[test]

@@ -1,0 +1,287 @@
+//! What must never be, and what has to come at last. Judges by what the simulated ranks have really done and what is really
+//! durable, never by what the core believes of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::World;
+use super::network::Down;
+use super::ranks::feed;
+use super::storage::Trained;
+use crate::core::facts::{End, Fact, Formed};
+use crate::core::{Core, Effect, Event};
+
+/// What has been seen so far.
+#[derive(Default)]
+pub(super) struct Checks {
+    /// Every formation that was kept.
+    formed: BTreeMap<(u64, u32), Formed>,
+    ended: BTreeSet<u64>,
+    /// Who has been given a rank.
+    owners: BTreeMap<(u64, u32, usize), u64>,
+    lines: BTreeMap<(u64, u32), Line>,
+    /// By job, every step up to the newest kept checkpoint.
+    kept: BTreeMap<u64, Vec<Trained>>,
+    /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
+    went_back: BTreeMap<u64, u64>,
+    /// Jobs that somebody ends, and jobs that may fail.
+    pub(super) cancelled: BTreeSet<u64>,
+    pub(super) excused: BTreeSet<u64>,
+    /// All jobs of the plan are over.
+    is_over: bool,
+}
+
+/// What the ranks of one formation have done.
+#[derive(Default)]
+struct Line {
+    /// By step from 1.
+    history: Vec<Trained>,
+    /// Where the next step begins in the order of the sequences.
+    cursor: u64,
+    diverged: Option<u64>,
+    validated: BTreeSet<usize>,
+    exported: BTreeSet<usize>,
+}
+
+impl Checks {
+    pub(super) fn world(&self, job: u64, generation: u32) -> Option<usize> {
+        self.formed.get(&(job, generation)).map(|formed| formed.places.len())
+    }
+}
+
+/// The job that a rank speaks of, if it does not speak for the running formation.
+pub(super) fn stale_job(core: &Core, event: &Event) -> Option<u64> {
+    let (job, generation, place) = match event {
+        Event::Rank { worker, from, .. } => (from.job, from.generation, Some((from.rank, worker))),
+        Event::Committed { job, generation, .. } => (*job, *generation, None),
+        _ => return None,
+    };
+    let formed = core.jobs().all.get(&job).and_then(|record| record.running());
+    let is_current = formed.is_some_and(|formed| {
+        formed.generation == generation
+            && place.is_none_or(|(rank, worker)| formed.places.get(rank) == Some(worker))
+    });
+    (!is_current).then_some(job)
+}
+
+/// What a word of an earlier formation has done to its job, which must be nothing.
+pub(super) fn has_effect(job: u64, effects: &[Effect]) -> Option<String> {
+    let effect = effects.iter().find(|effect| match effect {
+        Effect::Keep(
+            Fact::Kept { job: of, .. } | Fact::Ended { job: of, .. } | Fact::WentBack { job: of, .. },
+        ) => *of == job,
+        Effect::Record { job: of, .. } => *of == job,
+        _ => false,
+    });
+    effect.map(|effect| format!("a word of an earlier formation has an effect: {effect:?}"))
+}
+
+impl World {
+    pub(super) fn is_over(&self) -> bool {
+        self.checks.is_over
+    }
+
+    /// After the faults every job has to end in time.
+    pub(super) fn check_liveness(&mut self) {
+        if self.now > self.plan.calm_ms + self.plan.patience_ms {
+            let core = &self.servers[self.newest_server()].core;
+            let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
+            let open: Vec<String> = open
+                .map(|(job, record)| format!("job {job} ({:?}): {:?}", record.phase, core.waiting_for(*job)))
+                .collect();
+            self.violate(format!("not over {} ms after the last fault: {open:?}", self.plan.patience_ms));
+        }
+    }
+
+    /// Whoever waits says for what.
+    pub(super) fn check_words(&mut self, server: usize) {
+        let core = &self.servers[server].core;
+        let open = core.jobs().all.iter().filter(|(_, record)| !record.has_ended());
+        let silent =
+            open.map(|(&job, _)| job).find(|&job| !core.is_training(job) && core.waiting_for(job).is_empty());
+        if let Some(job) = silent {
+            self.violate(format!("job {job} waits and does not say for what"));
+        }
+    }
+
+    /// What is kept folds into what the orchestrator believes.
+    pub(super) fn check_fold(&mut self, server: usize) {
+        if self.servers[server].core.jobs() != &self.store.jobs {
+            self.violate("the facts that are kept fold into another state than the core's".into());
+        }
+    }
+
+    /// No worker has more ranks than slots.
+    pub(super) fn check_slots(&mut self, server: usize) {
+        let core = &self.servers[server].core;
+        let mut used: BTreeMap<u64, usize> = BTreeMap::new();
+        for formed in core.jobs().all.values().filter_map(|record| record.running()) {
+            formed.places.iter().for_each(|worker| *used.entry(*worker).or_default() += 1);
+        }
+        let is_full = |worker: &u64, ranks: usize| {
+            core.member(*worker).is_some_and(|member| member.who.slots > 0 && ranks > member.who.slots)
+        };
+        if let Some((worker, ranks)) = used.into_iter().find(|(worker, ranks)| is_full(worker, *ranks)) {
+            self.violate(format!("worker {worker} is to host {ranks} ranks, more than it has slots"));
+        }
+    }
+
+    /// A fact becomes durable.
+    pub(super) fn check_fact(&mut self, fact: &Fact) {
+        if let Some(job) = fact.job().filter(|job| self.checks.ended.contains(job)) {
+            return self.violate(format!("job {job} has ended, and then: {fact:?}"));
+        }
+        match fact {
+            Fact::Submitted { job, spec, .. } => {
+                let records = &self.store.jobs.all;
+                let is_known = records.contains_key(job)
+                    || !spec.key.is_empty() && records.values().any(|record| record.spec.key == spec.key);
+                if is_known {
+                    self.violate(format!("job {job} of key {:?} is submitted twice", spec.key));
+                }
+            }
+            Fact::Formed { job, formed } => self.check_formed(*job, formed),
+            Fact::Kept { job, step } => self.check_kept(*job, *step),
+            Fact::WentBack { job, cursor, .. } => {
+                let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
+                if line.is_none_or(|line| line.diverged != Some(*cursor)) {
+                    return self
+                        .violate(format!("job {job} goes back past {cursor}, where no rank diverged"));
+                }
+                self.checks.went_back.insert(*job, *cursor);
+            }
+            Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
+            Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
+                if self.running(*job).is_none() {
+                    self.violate(format!("job {job} has no formation to lose: {fact:?}"));
+                }
+            }
+            Fact::StorageMarked { .. } | Fact::Drained { .. } => {}
+        }
+    }
+
+    /// The running formation of a job, as far as it is kept.
+    fn running(&self, job: u64) -> Option<(u64, u32)> {
+        Some((job, self.store.jobs.all.get(&job)?.running()?.generation))
+    }
+
+    fn check_formed(&mut self, job: u64, formed: &Formed) {
+        self.report.formations += 1;
+        let record = &self.store.jobs.all[&job];
+        let history = self.checks.kept.get(&job).cloned().unwrap_or_default();
+        let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
+        if !is_next || formed.resume_step != history.len() as u64 {
+            let words = format!("generation {} from step {}", formed.generation, formed.resume_step);
+            return self.violate(format!("job {job} forms {words}; kept is step {}", history.len()));
+        }
+        let kept = history.last().map_or(0, |trained| trained.cursor);
+        let cursor = kept.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
+        self.checks.lines.insert((job, formed.generation), Line { history, cursor, ..Line::default() });
+        self.checks.formed.insert((job, formed.generation), formed.clone());
+    }
+
+    fn check_kept(&mut self, job: u64, step: u64) {
+        let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
+        let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
+        let stands = self.storage.get(&job).and_then(|folder| folder.committed.get(&step)).copied();
+        match (made, stands) {
+            (Some(made), Some(stands)) if made.last() == Some(&stands) => {
+                self.checks.kept.insert(job, made);
+                self.checks.went_back.remove(&job);
+            }
+            (made, _) => {
+                let made = made.and_then(|made| made.last().copied());
+                self.violate(format!("job {job} keeps step {step}: {stands:?} stands, made was {made:?}"));
+            }
+        }
+    }
+
+    fn check_ended(&mut self, job: u64, end: End, outcome: &str) {
+        let record = &self.store.jobs.all[&job];
+        let (steps, world) = (record.spec.steps, record.running().map_or(0, |formed| formed.places.len()));
+        let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
+        let is_right = match end {
+            End::Done => line.is_some_and(|line| {
+                let exported = if record.spec.save_model { world } else { 0 };
+                let is_placed = self.storage.get(&job).is_some_and(|folder| folder.placed.is_some());
+                line.history.len() as u64 == steps
+                    && line.validated.len() == world
+                    && line.exported.len() >= exported
+                    && record.kept == steps
+                    && (is_placed || !record.spec.save_model)
+            }),
+            End::Failed => {
+                let is_bad = self.job_plan(job).is_some_and(|planned| !planned.bad.is_empty());
+                self.checks.excused.contains(&job) || is_bad && outcome.contains("spike")
+            }
+            End::Cancelled => self.checks.cancelled.contains(&job),
+        };
+        if !is_right {
+            return self.violate(format!("job {job} has ended without cause: {end:?}, {outcome}"));
+        }
+        self.checks.ended.insert(job);
+        let mut all = self.store.jobs.all.values();
+        let names: BTreeSet<&str> = all.clone().map(|record| record.spec.name.as_str()).collect();
+        let are_known = self.plan.jobs.iter().all(|job| names.contains(job.spec.name.as_str()));
+        self.checks.is_over =
+            are_known && all.all(|record| record.has_ended() || record == &self.store.jobs.all[&job]);
+    }
+
+    /// A word goes out: what it follows from is durable by then.
+    pub(super) fn check_word(&mut self, server: usize, down: &Down) {
+        match down {
+            Down::Assign { job, formed, .. } => {
+                if self.checks.formed.get(&(*job, formed.generation)) != Some(&**formed) {
+                    self.violate(format!("job {job}: ranks are assigned by a formation that is not kept"));
+                }
+            }
+            Down::Release { job, generation } => {
+                let incarnation = self.servers[server].core.incarnation();
+                if self.running(*job) == Some((*job, *generation)) {
+                    self.violate(format!(
+                        "{incarnation} releases job {job}, generation {generation}, which runs"
+                    ));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A worker takes ranks.
+    pub(super) fn check_assigned(&mut self, id: u64, (job, ranks): (u64, &[usize]), formed: &Formed) {
+        for &rank in ranks {
+            let owner = *self.checks.owners.entry((job, formed.generation, rank)).or_insert(id);
+            if owner != id || formed.places.get(rank) != Some(&id) {
+                let of = format!("rank {rank} of job {job}, generation {}", formed.generation);
+                return self.violate(format!("{of}: worker {id} has it, and so has worker {owner}"));
+            }
+        }
+    }
+
+    /// All ranks of a formation make a step, from this place in the order of the sequences on.
+    pub(super) fn check_step(&mut self, of: (u64, u32), cursor: u64, made: Trained, diverges: bool) {
+        let Some(line) = self.checks.lines.get_mut(&of) else {
+            return self
+                .violate(format!("job {}, generation {}: a formation nobody kept trains", of.0, of.1));
+        };
+        let before = line.history.last().copied().unwrap_or_default();
+        let expected = feed(before.digest, before.step + 1, line.cursor);
+        if (made.step, cursor, made.digest) != (before.step + 1, line.cursor, expected) {
+            let words = format!("step {} begins at sequence {cursor}", made.step);
+            let next = format!("step {} at {}", before.step + 1, line.cursor);
+            return self.violate(format!("job {}, generation {}: {words}, next is {next}", of.0, of.1));
+        }
+        line.cursor = made.cursor;
+        if diverges {
+            line.diverged = Some(made.cursor);
+        } else {
+            line.history.push(made);
+        }
+    }
+
+    /// A rank has run the validation, or written its weights.
+    pub(super) fn check_part(&mut self, of: (u64, u32), rank: usize, is_export: bool) {
+        let Some(line) = self.checks.lines.get_mut(&of) else { return };
+        let parts = if is_export { &mut line.exported } else { &mut line.validated };
+        parts.insert(rank);
+    }
+}

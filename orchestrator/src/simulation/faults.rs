@@ -1,0 +1,176 @@
+//! What goes wrong, and when all is well again.
+
+use super::network::ORCHESTRATOR;
+use super::plan::Fault;
+use super::server::Input;
+use super::{Happening, World};
+use crate::core::Event;
+
+impl World {
+    pub(super) fn plan_fault(&mut self, fault: usize) {
+        let (_, mean) = self.plan.faults[fault];
+        let after = self.random.between(mean / 2, mean * 3 / 2);
+        self.plan_in(after, Happening::Faulty(fault));
+    }
+
+    pub(super) fn faulty(&mut self, number: usize) {
+        if self.is_calm {
+            return;
+        }
+        self.plan_fault(number);
+        let (fault, _) = self.plan.faults[number];
+        self.report.faults += 1;
+        self.note([30, number as u64, 0], || format!("fault: {fault:?}"));
+        match fault {
+            Fault::Crash | Fault::Double | Fault::Pause | Fault::Clock | Fault::Disk => {
+                self.fault_of_server(fault)
+            }
+            Fault::Defect | Fault::Cancel | Fault::Drain | Fault::SubmitAgain => self.wish(fault),
+            _ => self.fault_of_worker(fault),
+        }
+    }
+
+    fn fault_of_worker(&mut self, fault: Fault) {
+        let workers: Vec<u64> = self.workers.keys().copied().collect();
+        let Some(id) = self.random.pick(&workers) else { return };
+        let node = self.workers[&id].node;
+        let long = if self.random.is_one_in(2) { 2_000 } else { 30_000 };
+        let takes = self.random.between(50, long);
+        match fault {
+            Fault::Kill | Fault::PowerLoss => {
+                let within = if fault == Fault::Kill { 50 } else { 20_000 };
+                self.kill_worker(id, within);
+                if !self.random.is_one_in(4) {
+                    self.plan_in(takes, Happening::WorkerStarts(node));
+                }
+            }
+            Fault::Freeze => {
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.is_frozen = true;
+                }
+                self.note([31, id, takes], || format!("worker {id} stands still for {takes} ms"));
+                self.plan_in(takes, Happening::WorkerThaws(id));
+            }
+            Fault::Break => {
+                let within = if self.random.is_one_in(3) { 8_000 } else { 100 };
+                self.links_of(|link| link.worker == id)
+                    .into_iter()
+                    .for_each(|link| self.break_link(link, within));
+            }
+            Fault::CutOff => self.cut_off(id, node, takes),
+            Fault::Split => {
+                let other = self.random.pick(&workers).filter(|other| *other != id);
+                let has_both = |workers: &std::collections::BTreeMap<u64, bool>| {
+                    workers.contains_key(&id) && other.is_some_and(|other| workers.contains_key(&other))
+                };
+                let gangs = self.gangs.iter().filter(|(_, gang)| has_both(&gang.workers));
+                let gangs: Vec<(u64, u32)> = gangs.map(|(&of, _)| of).collect();
+                gangs.into_iter().for_each(|of| self.break_gang(of, 0, 9_000));
+            }
+            Fault::Slow => {
+                self.network.slow.insert(node);
+                self.plan_in(takes, Happening::Quickens(node));
+            }
+            _ => {}
+        }
+    }
+
+    /// A worker and the orchestrator do not reach each other: streams break, or what they carry is late.
+    fn cut_off(&mut self, id: u64, node: usize, takes: u64) {
+        let links = self.links_of(|link| link.worker == id);
+        if self.random.is_one_in(2) {
+            return links.into_iter().for_each(|link| self.stall_link(link, takes));
+        }
+        self.network.cuts.insert((node, ORCHESTRATOR));
+        links.into_iter().for_each(|link| self.break_link(link, 10_000));
+        self.plan_in(takes, Happening::Heals(node, ORCHESTRATOR));
+    }
+
+    fn fault_of_server(&mut self, fault: Fault) {
+        let server = self.newest_server();
+        let long = if self.random.is_one_in(2) { 2_000 } else { 20_000 };
+        let takes = self.random.between(50, long);
+        match fault {
+            Fault::Crash => {
+                self.kill_server(server);
+                self.plan_in(takes, Happening::ServerStarts);
+            }
+            Fault::Double if self.servers[server].is_alive => {
+                self.start_server();
+                if self.random.is_one_in(2) {
+                    let links = self.links_of(|link| link.server == server);
+                    links.into_iter().for_each(|link| self.break_link(link, 3_000));
+                }
+            }
+            Fault::Pause if !self.servers[server].is_paused => {
+                self.servers[server].is_paused = true;
+                self.plan_in(takes, Happening::ServerResumes(server));
+            }
+            Fault::Clock => {
+                let far = if self.random.is_one_in(2) { 2_000 } else { 3_600_000 };
+                let by = self.random.between(0, 2 * far) as i64 - far as i64;
+                self.servers[server].clock_ms += by;
+                self.note([32, by.unsigned_abs(), 0], || {
+                    format!("the orchestrator's clock is set by {by} ms")
+                });
+            }
+            Fault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
+            _ => {}
+        }
+    }
+
+    /// What people do, and a rank that finds a defect.
+    fn wish(&mut self, fault: Fault) {
+        let server = self.newest_server();
+        let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
+        let open: Vec<u64> = open.map(|(&job, _)| job).collect();
+        let job = self.random.pick(&open);
+        match (fault, job) {
+            (Fault::Cancel, Some(job)) => {
+                self.checks.cancelled.insert(job);
+                let reason = "enough".to_owned();
+                self.hear_at(server, Input::Event(Event::Cancel { job, reason }));
+            }
+            (Fault::Defect, Some(job)) => {
+                let hosts = self.workers.iter().filter_map(|(&id, worker)| {
+                    let hosted = worker.hosted.get(&job).filter(|_| !worker.is_frozen)?;
+                    Some((id, hosted.generation))
+                });
+                let hosts: Vec<(u64, u32)> = hosts.collect();
+                if let Some((id, generation)) = self.random.pick(&hosts) {
+                    self.checks.excused.insert(job);
+                    self.find_defect(id, (job, generation));
+                }
+            }
+            (Fault::Drain, _) if self.store.jobs.drained.is_empty() => {
+                let node = self.random.between(0, self.plan.nodes.len() as u64);
+                self.hear_at(server, Input::Event(Event::Drain { node: format!("n{node}") }));
+            }
+            (Fault::SubmitAgain, _) => {
+                let jobs: Vec<usize> = (0..self.plan.jobs.len()).collect();
+                let spec = self.random.pick(&jobs).map(|job| self.plan.jobs[job].spec.clone());
+                if let Some(spec) = spec.filter(|spec| !spec.key.is_empty()) {
+                    self.hear_at(server, Input::Event(Event::Submit(Box::new(spec))));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The faults are over: everybody is there, reaches the others and goes on.
+    pub(super) fn calm_down(&mut self) {
+        self.is_calm = true;
+        self.note([33, 0, 0], || "all is well from here on".into());
+        let newest = self.newest_server();
+        (0..newest).for_each(|server| self.kill_server(server));
+        self.server_starts();
+        let newest = self.newest_server();
+        self.server_resumes(newest);
+        self.servers[newest].is_disk_slow = false;
+        self.network.cuts.clear();
+        self.network.slow.clear();
+        let workers: Vec<u64> = self.workers.keys().copied().collect();
+        workers.into_iter().for_each(|id| self.thaw(id));
+        (0..self.plan.nodes.len()).for_each(|node| self.start_worker(node));
+    }
+}

@@ -1,0 +1,265 @@
+//! A cluster in one thread and without a clock: the real [`Core`](crate::core::Core) and its facts, with workers, ranks, links
+//! and a storage made of plain values, and faults drawn from a seed.
+//!
+//! The same seed is the same run, to the last word. After every event [`checks`] looks for what must never be; once the
+//! faults have stopped every job has to end. What is simulated follows `server::hub` and the `host` of the workers word by
+//! word: a change there belongs here too. Knows no file and no socket.
+
+mod checks;
+mod faults;
+mod network;
+mod plan;
+mod random;
+mod ranks;
+mod server;
+mod storage;
+mod worker;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use self::checks::Checks;
+use self::network::{Down, Network, Up};
+use self::plan::Plan;
+use self::random::{Random, mix};
+use self::ranks::Gang;
+use self::server::{Server, Store};
+use self::storage::Folder;
+use self::worker::Worker;
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// A digest of everything that happened, in order.
+    pub trace: u64,
+    /// What must not be and was, in words.
+    pub violation: Option<String>,
+    /// Events that were simulated.
+    pub events: u64,
+    /// Simulated time. **Units**: ms.
+    pub ended_ms: u64,
+    /// Steps that ranks have made together, those made again included.
+    pub steps: u64,
+    /// Formations of all jobs.
+    pub formations: u64,
+    /// Faults of all kinds.
+    pub faults: u64,
+    /// What happened, line by line, if that was asked for.
+    pub lines: Vec<String>,
+}
+
+/// Runs one seed; with `is_told`, [`Report::lines`] tells what happened.
+pub fn run(seed: u64, is_told: bool) -> Report {
+    let mut random = Random::new(seed);
+    let recipe = plan::recipe().unwrap_or_default();
+    let plan = Plan::draw(&mut random, &recipe);
+    World::new(plan, random, is_told).run()
+}
+
+/// Runs one job of so many ranks and steps, eight ranks a worker, with faults all along.
+pub fn run_large(ranks: usize, steps: u64) -> Report {
+    let recipe = plan::recipe().unwrap_or_default();
+    World::new(Plan::large(ranks, steps, &recipe), Random::new(1), false).run()
+}
+
+/// Something that is going to happen. Workers, servers and links by number.
+#[derive(Clone, Debug)]
+enum Happening {
+    ServerTick(usize),
+    ServerSynced(usize),
+    ServerResumes(usize),
+    ServerStarts,
+    Up(u64, Box<Up>),
+    Down(u64, Box<Down>),
+    ServerNotices(u64),
+    WorkerNotices(u64),
+    WorkerTick(u64),
+    WorkerThaws(u64),
+    WorkerStarts(usize),
+    Own(u64, Own),
+    StepMade(u64, u32),
+    Submit(usize),
+    Heals(usize, usize),
+    Quickens(usize),
+    Faulty(usize),
+    Calm,
+}
+
+/// Something that happens inside a worker, in a formation: job, generation, what.
+#[derive(Clone, Debug)]
+struct Own {
+    job: u64,
+    generation: u32,
+    what: Inside,
+}
+
+#[derive(Clone, Debug)]
+enum Inside {
+    Prepared,
+    Built,
+    StepDone,
+    Saved(storage::Trained, Vec<usize>),
+    PeerLost,
+    Validated(usize),
+    Exported(usize),
+    /// A commit reaches the storage: the step, or the weights.
+    Commits(Option<u64>),
+}
+
+/// What happens when, ordered by time, then by the order in which it was planned.
+struct Planned(u64, u64, Happening);
+
+impl PartialEq for Planned {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+
+impl Eq for Planned {}
+
+impl PartialOrd for Planned {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Planned {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+/// Everything there is.
+struct World {
+    now: u64,
+    planned: BinaryHeap<Reverse<Planned>>,
+    sequence: u64,
+    random: Random,
+    plan: Plan,
+    is_calm: bool,
+    store: Store,
+    servers: Vec<Server>,
+    workers: BTreeMap<u64, Worker>,
+    newest_worker: u64,
+    network: Network,
+    gangs: BTreeMap<(u64, u32), Gang>,
+    storage: BTreeMap<u64, Folder>,
+    checks: Checks,
+    report: Report,
+    is_told: bool,
+}
+
+impl World {
+    fn new(plan: Plan, random: Random, is_told: bool) -> Self {
+        let report = Report {
+            trace: 0,
+            violation: None,
+            events: 0,
+            ended_ms: 0,
+            steps: 0,
+            formations: 0,
+            faults: 0,
+            lines: Vec::new(),
+        };
+        World {
+            now: 0,
+            planned: BinaryHeap::new(),
+            sequence: 0,
+            random,
+            plan,
+            is_calm: false,
+            store: Store::default(),
+            servers: Vec::new(),
+            workers: BTreeMap::new(),
+            newest_worker: 0,
+            network: Network::default(),
+            gangs: BTreeMap::new(),
+            storage: BTreeMap::new(),
+            checks: Checks::default(),
+            report,
+            is_told,
+        }
+    }
+
+    fn run(mut self) -> Report {
+        self.begin();
+        while self.report.violation.is_none() && !self.is_over() {
+            let Some(Reverse(Planned(at, _, happening))) = self.planned.pop() else { break };
+            self.now = at;
+            self.report.events += 1;
+            self.happen(happening);
+            self.check_liveness();
+        }
+        self.report.ended_ms = self.now;
+        self.report
+    }
+
+    fn begin(&mut self) {
+        self.start_server();
+        for node in 0..self.plan.nodes.len() {
+            let at = self.random.between(0, 2_000);
+            self.plan_in(at, Happening::WorkerStarts(node));
+        }
+        for job in 0..self.plan.jobs.len() {
+            self.plan_in(self.plan.jobs[job].at_ms, Happening::Submit(job));
+        }
+        for fault in 0..self.plan.faults.len() {
+            self.plan_fault(fault);
+        }
+        self.plan_in(self.plan.calm_ms, Happening::Calm);
+        if self.is_told {
+            let words = format!("{:?}", self.plan);
+            let words = words.replace(&self.plan.jobs[0].spec.recipe.escape_debug().to_string(), "..");
+            let words = words.replace(&self.plan.jobs[0].spec.model_config.escape_debug().to_string(), "..");
+            self.report.lines.push(words);
+        }
+    }
+
+    fn plan_in(&mut self, ms: u64, happening: Happening) {
+        self.plan_at(self.now + ms, happening);
+    }
+
+    fn plan_at(&mut self, at: u64, happening: Happening) {
+        self.sequence += 1;
+        self.planned.push(Reverse(Planned(at, self.sequence, happening)));
+    }
+
+    /// Notes that something has happened: numbers for the digest, words for people.
+    fn note(&mut self, numbers: [u64; 3], words: impl FnOnce() -> String) {
+        for number in [self.now, numbers[0], numbers[1], numbers[2]] {
+            self.report.trace = mix(self.report.trace.rotate_left(7) ^ number);
+        }
+        if self.is_told {
+            self.report.lines.push(format!("{:>8} {}", self.now, words()));
+        }
+    }
+
+    /// Something that must not be.
+    fn violate(&mut self, words: String) {
+        self.note([99, 0, 0], || format!("VIOLATION: {words}"));
+        self.report.violation.get_or_insert(words);
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::ServerTick(server) => self.server_tick(server),
+            Happening::ServerSynced(server) => self.server_synced(server),
+            Happening::ServerResumes(server) => self.server_resumes(server),
+            Happening::ServerStarts => self.server_starts(),
+            Happening::Up(link, up) => self.deliver_up(link, *up),
+            Happening::Down(link, down) => self.deliver_down(link, down),
+            Happening::ServerNotices(link) => self.server_notices(link),
+            Happening::WorkerNotices(link) => self.worker_notices(link),
+            Happening::WorkerTick(worker) => self.worker_tick(worker),
+            Happening::WorkerThaws(worker) => self.thaw(worker),
+            Happening::WorkerStarts(node) => self.start_worker(node),
+            Happening::Own(worker, own) => self.inside(worker, own),
+            Happening::StepMade(job, generation) => self.step_made(job, generation),
+            Happening::Submit(job) => self.submit(job),
+            Happening::Heals(one, other) => drop(self.network.cuts.remove(&(one, other))),
+            Happening::Quickens(node) => drop(self.network.slow.remove(&node)),
+            Happening::Faulty(fault) => self.faulty(fault),
+            Happening::Calm => self.calm_down(),
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Streams between workers and orchestrators, and who can reach whom. A stream keeps its order and loses nothing in its
+//! middle: it breaks, and what was on the way is lost. Different streams know nothing of each other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{RankCommand, RankEvent};
+
+use super::server::Input;
+use super::{Happening, World};
+use crate::core::facts::Formed;
+use crate::core::{Event, Introduction, Progress};
+
+/// Stands for the orchestrator where nodes are paired.
+pub(super) const ORCHESTRATOR: usize = usize::MAX;
+
+/// From a worker.
+#[derive(Clone, Debug)]
+pub(super) enum Up {
+    Hello { who: Introduction, hosted: Vec<(u64, u32, Vec<usize>)>, incarnation: u64 },
+    Beat(Vec<Progress>),
+    Event { job: u64, generation: u32, event: RankEvent },
+    Committed { job: u64, generation: u32, step: Option<u64>, result: Result<(), String> },
+}
+
+/// To a worker.
+#[derive(Clone, Debug)]
+pub(super) enum Down {
+    Welcome { incarnation: u64 },
+    Refused,
+    Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool },
+    Command { to: RankAddress, command: RankCommand },
+    Release { job: u64, generation: u32 },
+    Durable { job: u64, step: u64 },
+    Commit { job: u64, generation: u32, step: Option<u64> },
+}
+
+/// A stream.
+#[derive(Clone, Debug)]
+pub(super) struct Link {
+    pub(super) worker: u64,
+    pub(super) server: usize,
+    /// Nothing comes through any more.
+    is_cut: bool,
+    /// When the latest message arrives, each way.
+    up_ms: u64,
+    down_ms: u64,
+}
+
+/// All streams, and what stands in their way.
+#[derive(Debug, Default)]
+pub(super) struct Network {
+    pub(super) links: BTreeMap<u64, Link>,
+    newest: u64,
+    /// Pairs of nodes, the lower first, that cannot reach each other.
+    pub(super) cuts: BTreeSet<(usize, usize)>,
+    /// Nodes that compute slowly.
+    pub(super) slow: BTreeSet<usize>,
+}
+
+impl Network {
+    pub(super) fn is_cut(&self, one: usize, other: usize) -> bool {
+        self.cuts.contains(&(one.min(other), one.max(other)))
+    }
+}
+
+impl World {
+    fn delay(&mut self) -> u64 {
+        let most = if self.random.is_one_in(16) { self.plan.late_ms } else { self.plan.delay_ms };
+        self.random.between(1, most + 1)
+    }
+
+    /// Opens a stream to an orchestrator; nobody there: that is told after a while.
+    pub(super) fn open_link(&mut self, worker: u64, server: usize, hello: Up) -> u64 {
+        self.network.newest += 1;
+        let id = self.network.newest;
+        let node = self.workers.get(&worker).map_or(0, |worker| worker.node);
+        let is_cut = self.network.is_cut(node, ORCHESTRATOR) || !self.servers[server].is_alive;
+        let (up_ms, down_ms) = (self.now, self.now);
+        self.network.links.insert(id, Link { worker, server, is_cut, up_ms, down_ms });
+        if is_cut {
+            let after = self.random.between(1, 2_000);
+            self.plan_in(after, Happening::WorkerNotices(id));
+        } else {
+            self.send_up(id, hello);
+        }
+        id
+    }
+
+    pub(super) fn send_up(&mut self, id: u64, up: Up) {
+        let delay = self.delay();
+        let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
+        link.up_ms = link.up_ms.max(self.now + delay);
+        let at = link.up_ms;
+        self.plan_at(at, Happening::Up(id, Box::new(up)));
+    }
+
+    pub(super) fn send_down(&mut self, id: u64, down: Down) {
+        let delay = self.delay();
+        let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
+        link.down_ms = link.down_ms.max(self.now + delay);
+        let at = link.down_ms;
+        self.plan_at(at, Happening::Down(id, Box::new(down)));
+    }
+
+    /// A stream breaks: what is on its way is lost. Each end notices within `within_ms`; a power loss nobody tells of.
+    pub(super) fn break_link(&mut self, id: u64, within_ms: u64) {
+        let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
+        link.is_cut = true;
+        let (server, worker) = (self.random.between(1, within_ms + 1), self.random.between(1, within_ms + 1));
+        self.plan_in(server, Happening::ServerNotices(id));
+        self.plan_in(worker, Happening::WorkerNotices(id));
+    }
+
+    /// What a stream carries from now on arrives late.
+    pub(super) fn stall_link(&mut self, id: u64, ms: u64) {
+        if let Some(link) = self.network.links.get_mut(&id) {
+            (link.up_ms, link.down_ms) = (self.now + ms, self.now + ms);
+        }
+    }
+
+    /// Streams between a worker and any orchestrator, or all of an orchestrator.
+    pub(super) fn links_of(&self, is_meant: impl Fn(&Link) -> bool) -> Vec<u64> {
+        let links = self.network.links.iter().filter(|(_, link)| !link.is_cut && is_meant(link));
+        links.map(|(&id, _)| id).collect()
+    }
+
+    pub(super) fn deliver_up(&mut self, id: u64, up: Up) {
+        let Some(link) = self.network.links.get(&id).filter(|link| !link.is_cut) else { return };
+        let Link { worker, server, .. } = *link;
+        if self.servers[server].is_paused {
+            return self.servers[server].held.push(Happening::Up(id, Box::new(up)));
+        }
+        let event = match up {
+            Up::Hello { who, hosted, incarnation } => {
+                self.hear_at(server, Input::Linked { worker, link: id });
+                Event::Attached { who, hosted, incarnation, storage_mark: "mark".into() }
+            }
+            Up::Beat(progress) => Event::Beat { worker, progress },
+            Up::Event { job, generation, event } => {
+                let from = RankAddress { job, generation, rank: event.rank() };
+                Event::Rank { worker, from, event: Box::new(event) }
+            }
+            Up::Committed { job, generation, step, result } => {
+                Event::Committed { worker, job, generation, step, result }
+            }
+        };
+        self.hear_at(server, Input::Event(event));
+    }
+
+    pub(super) fn deliver_down(&mut self, id: u64, down: Box<Down>) {
+        let Some(link) = self.network.links.get(&id).filter(|link| !link.is_cut) else { return };
+        let worker = link.worker;
+        let Some(host) = self.workers.get_mut(&worker) else { return };
+        if host.is_frozen {
+            return host.held.push(Happening::Down(id, down));
+        }
+        self.worker_hears(worker, id, *down);
+    }
+
+    pub(super) fn server_notices(&mut self, id: u64) {
+        let Some(Link { worker, server, .. }) = self.network.links.get(&id).cloned() else { return };
+        if self.servers[server].is_paused {
+            return self.servers[server].held.push(Happening::ServerNotices(id));
+        }
+        self.hear_at(server, Input::Unlinked { worker, link: id });
+    }
+
+    pub(super) fn worker_notices(&mut self, id: u64) {
+        let Some(link) = self.network.links.get(&id) else { return };
+        let Some(host) = self.workers.get_mut(&link.worker) else { return };
+        if host.is_frozen {
+            host.held.push(Happening::WorkerNotices(id));
+        } else if host.link.is_some_and(|(link, _)| link == id) {
+            host.link = None;
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! What a seed stands for: a cluster, jobs, and which faults happen how often. Every seed draws a subset of the faults, so
+//! that some runs see one alone and some see all of them at once.
+
+use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::schedule::ScheduleKind;
+use contraflow_runtime::topology::Topology;
+
+use super::random::Random;
+use crate::core::facts::JobSpec;
+
+/// Something that goes wrong, or that somebody wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Fault {
+    /// A worker's process dies; its connections are reset.
+    Kill,
+    /// A worker's host loses power: nobody is told.
+    PowerLoss,
+    /// A worker stands still and goes on later, as if nothing had been.
+    Freeze,
+    /// A stream between worker and orchestrator breaks.
+    Break,
+    /// A worker and the orchestrator cannot reach each other for a while.
+    CutOff,
+    /// Ranks of two workers cannot reach each other any more.
+    Split,
+    /// A worker computes slowly for a while.
+    Slow,
+    /// The orchestrator dies, and what it was writing may be lost.
+    Crash,
+    /// Another orchestrator is started while the one before lives on.
+    Double,
+    /// The orchestrator stands still for a while.
+    Pause,
+    /// The orchestrator's clock is set.
+    Clock,
+    /// The orchestrator's disk is slow for a while.
+    Disk,
+    /// A rank finds a defect.
+    Defect,
+    /// Somebody ends a job.
+    Cancel,
+    /// Somebody takes a node out of use.
+    Drain,
+    /// Somebody submits a job a second time.
+    SubmitAgain,
+}
+
+impl Fault {
+    pub(super) const ALL: [Fault; 16] = [
+        Fault::Kill,
+        Fault::PowerLoss,
+        Fault::Freeze,
+        Fault::Break,
+        Fault::CutOff,
+        Fault::Split,
+        Fault::Slow,
+        Fault::Crash,
+        Fault::Double,
+        Fault::Pause,
+        Fault::Clock,
+        Fault::Disk,
+        Fault::Defect,
+        Fault::Cancel,
+        Fault::Drain,
+        Fault::SubmitAgain,
+    ];
+
+    /// How long it takes on the average until it happens, in a run in which it happens. **Units**: ms.
+    fn mean_ms(self, random: &mut Random) -> u64 {
+        match self {
+            Fault::Defect | Fault::Cancel | Fault::Drain => random.between(20_000, 90_000),
+            Fault::Double | Fault::Clock => random.between(8_000, 40_000),
+            _ => random.between(2_000, 30_000),
+        }
+    }
+}
+
+/// A seed's plan.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// Slots of the worker of each node.
+    pub(super) nodes: Vec<usize>,
+    pub(super) jobs: Vec<Job>,
+    /// Faults, and the mean time between two of a kind. **Units**: ms.
+    pub(super) faults: Vec<(Fault, u64)>,
+    /// When they stop. **Units**: ms.
+    pub(super) calm_ms: u64,
+    /// Within which time thereafter every job has to end. **Units**: ms.
+    pub(super) patience_ms: u64,
+    /// Of messages, mostly; one in sixteen takes up to `late_ms`. **Units**: ms.
+    pub(super) delay_ms: u64,
+    pub(super) late_ms: u64,
+    /// Time that a write of the orchestrator takes at most. **Units**: ms.
+    pub(super) sync_ms: u64,
+    /// Checkpoints that a job keeps; the workers keep two at least.
+    pub(super) keep: usize,
+}
+
+/// A job of the plan.
+#[derive(Clone, Debug)]
+pub(super) struct Job {
+    pub(super) spec: JobSpec,
+    /// When it is submitted. **Units**: ms.
+    pub(super) at_ms: u64,
+    pub(super) step_ms: u64,
+    /// A checkpoint after so many steps.
+    pub(super) every: u64,
+    /// Sequences at which the watch sends the run back.
+    pub(super) bad: Vec<u64>,
+}
+
+/// Sequences of a step.
+pub(super) const BATCH: u64 = 4;
+
+impl Plan {
+    /// Of a seed.
+    pub(super) fn draw(random: &mut Random, recipe: &(String, String)) -> Self {
+        let nodes: Vec<usize> = (0..random.between(3, 9)).map(|_| random.between(1, 4) as usize).collect();
+        // Two nodes may be out of use, drained or spare, and still every job finds a place.
+        let mut sizes = nodes.clone();
+        sizes.sort_unstable();
+        let room: usize = sizes[..sizes.len() - 2].iter().sum();
+        let jobs: Vec<Job> =
+            (0..random.between(1, 6)).map(|number| Job::draw(number, room, recipe, random)).collect();
+        // At worst one job after the other, each with way to go back.
+        let work: u64 = jobs.iter().map(|job| job.spec.steps * job.step_ms).sum();
+        let patience_ms = 120_000 + 2 * work;
+        let strength = random.between(1, 5);
+        let chosen: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
+        let faults = chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
+        Plan {
+            nodes,
+            jobs,
+            faults,
+            calm_ms: random.between(30_000, 90_000),
+            patience_ms,
+            delay_ms: random.between(2, 40),
+            late_ms: random.between(20, 900),
+            sync_ms: random.between(1, 30),
+            keep: random.between(2, 4) as usize,
+        }
+    }
+
+    /// One job of so many ranks, eight a worker; workers die, streams break, the orchestrator is started anew.
+    pub(super) fn large(ranks: usize, steps: u64, recipe: &(String, String)) -> Self {
+        let mut random = Random::new(1);
+        let mut job = Job::draw(0, 1, recipe, &mut random);
+        job.spec.topology = Topology { pipeline: 1, expert: 8, data: ranks / 8 };
+        (job.spec.steps, job.spec.min_ranks, job.spec.priority) = (steps, ranks, 0);
+        (job.step_ms, job.every, job.bad, job.at_ms) = (500, 50, Vec::new(), 1_000);
+        let faults = [
+            (Fault::Kill, 60_000),
+            (Fault::Freeze, 90_000),
+            (Fault::Break, 1_000),
+            (Fault::Crash, 120_000),
+            (Fault::Slow, 30_000),
+        ];
+        Plan {
+            nodes: vec![8; ranks / 8 + 8],
+            jobs: vec![job],
+            faults: faults.to_vec(),
+            calm_ms: 600 * steps,
+            patience_ms: 1_000_000,
+            delay_ms: 5,
+            late_ms: 100,
+            sync_ms: 10,
+            keep: 2,
+        }
+    }
+}
+
+impl Job {
+    fn draw(number: u64, room: usize, (recipe, model): &(String, String), random: &mut Random) -> Self {
+        let steps = random.between(1, 120);
+        let world = random.between(1, room as u64 + 1) as usize;
+        let axes = random.pick(&[1, 2, 4]).filter(|axis| world.is_multiple_of(*axis)).unwrap_or(1);
+        let step_ms = random.between(50, 700);
+        let has_bad = random.is_one_in(3);
+        let count = if has_bad { random.between(1, 4) } else { 0 };
+        let bad = (0..count).map(|_| random.between(0, steps * BATCH + 1)).collect();
+        Job {
+            spec: JobSpec {
+                name: format!("job {number}"),
+                priority: random.between(0, 3) as i32 - 1,
+                min_ranks: random.between(1, world as u64 + 1) as usize,
+                key: if random.is_one_in(3) { String::new() } else { format!("key {number}") },
+                recipe: recipe.clone(),
+                model_config: model.clone(),
+                topology: Topology { pipeline: 1, expert: axes, data: world / axes },
+                schedule: ScheduleKind::OneFOneB,
+                steps,
+                save_model: random.is_one_in(2),
+                max_returns: random.between(0, 4),
+            },
+            at_ms: random.between(0, 20_000),
+            step_ms,
+            every: random.between(1, 20),
+            bad,
+        }
+    }
+}
+
+/// Recipe and model that every simulated job is submitted with: they decide only how a job may shrink.
+///
+/// **Errors**: in words; there is no such recipe.
+pub(super) fn recipe() -> Result<(String, String), String> {
+    let recipe =
+        Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).map_err(|faults| faults.to_string())?;
+    Ok((recipe.resolved_toml(), recipe.model_config.to_hf_json()))
+}

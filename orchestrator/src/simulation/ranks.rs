@@ -1,0 +1,383 @@
+//! The ranks of a formation, worker by worker: they train in step, and each step needs all of them. Follows the workers'
+//! `rank`. What they compute is only a digest of what they were fed.
+
+use std::collections::BTreeMap;
+
+use contraflow_proto::StepReport;
+use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::watch::{Action, Divergence};
+
+use super::plan::BATCH;
+use super::random::mix;
+use super::storage::Trained;
+use super::{Happening, Inside, World};
+use crate::core::facts::Formed;
+
+/// The ranks of one formation in one worker.
+#[derive(Clone, Debug)]
+pub(super) struct Group {
+    pub(super) ranks: Vec<usize>,
+    state: State,
+    /// After the last step.
+    pub(super) trained: Trained,
+    /// Ranks that have been told to begin.
+    begun: usize,
+    /// Somebody was told to stop after the running step.
+    stop: bool,
+    is_saving: bool,
+    /// What waits until the checkpoint before is written.
+    parked: Option<Parked>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Reads recipe and data.
+    Preparing,
+    /// Makes the model.
+    Building,
+    /// Has a model, and waits for words.
+    Idle,
+    /// Trains.
+    InStep,
+    /// Does nothing any more.
+    Over,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Parked {
+    Save { goes_on: bool },
+    Diverge { cursor: u64 },
+}
+
+/// The data connections between the ranks of one formation.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Gang {
+    /// Workers, and whether they wait for the others in the running step.
+    pub(super) workers: BTreeMap<u64, bool>,
+    waiting: usize,
+    is_broken: bool,
+    /// What came of the running step.
+    made: Trained,
+    stops: bool,
+    diverges: bool,
+}
+
+/// The digest after a step that begins at this place in the order of the sequences.
+pub(super) fn feed(digest: u64, step: u64, cursor: u64) -> u64 {
+    mix(digest ^ mix(step).rotate_left(17) ^ cursor)
+}
+
+impl Group {
+    pub(super) fn new(ranks: Vec<usize>) -> Self {
+        let (trained, parked, state) = (Trained::default(), None, State::Preparing);
+        Group { ranks, state, trained, begun: 0, stop: false, is_saving: false, parked }
+    }
+
+    /// Whether there are ranks that hear commands.
+    pub(super) fn is_started(&self) -> bool {
+        self.state != State::Preparing
+    }
+}
+
+impl World {
+    /// Recipe, data and checkpoint have been read: the ranks can be started.
+    pub(super) fn prepared(&mut self, id: u64, of: (u64, u32), formed: &Formed, is_reachable: bool) {
+        let (job, _) = of;
+        let folder = self.storage.entry(job).or_default();
+        let mut trained = Trained::default();
+        if formed.resume_step > 0 {
+            match folder.committed.get(&formed.resume_step) {
+                Some(stands) => trained = *stands,
+                None => {
+                    let words = format!("no checkpoint of step {} to go on from", formed.resume_step);
+                    return self.violate(format!("job {job}, generation {}: {words}", formed.generation));
+                }
+            }
+        }
+        trained.cursor = if formed.cursor > 0 { formed.cursor } else { trained.cursor };
+        let Some(group) = self.group(id, of) else { return };
+        group.trained = trained;
+        let tidies = group.ranks.contains(&0);
+        if !is_reachable {
+            return self.fail_all(id, of, "an address of nobody");
+        }
+        group.state = State::Building;
+        if tidies {
+            let keep = self.plan.keep;
+            self.storage.entry(job).or_default().tidy(of.1, keep);
+        }
+        let gang = self.gangs.entry(of).or_default();
+        if gang.workers.is_empty() {
+            gang.workers = formed.places.iter().map(|&worker| (worker, false)).collect();
+        }
+        let is_broken = gang.is_broken;
+        let takes = self.random.between(5, 800);
+        self.plan_own(id, of, takes, Inside::Built);
+        if is_broken {
+            self.plan_own(id, of, takes + 20, Inside::PeerLost);
+        }
+    }
+
+    pub(super) fn built(&mut self, id: u64, of: (u64, u32)) {
+        let Some(group) = self.group(id, of).filter(|group| group.state == State::Building) else { return };
+        group.state = State::Idle;
+        for rank in group.ranks.clone() {
+            self.say(id, of, RankEvent::Ready { rank });
+        }
+    }
+
+    pub(super) fn rank_hears(&mut self, id: u64, to: RankAddress, command: RankCommand) {
+        let RankAddress { job, generation, rank } = to;
+        let of = (job, generation);
+        let Some(group) = self.group(id, of) else { return };
+        let state = group.state;
+        match command {
+            RankCommand::BeginStep { step } if state == State::Idle => {
+                group.begun += 1;
+                if step != group.trained.step + 1 {
+                    let words = format!("rank {rank} of job {job} is to begin step {step}");
+                    return self.violate(words);
+                }
+                if group.begun == group.ranks.len() {
+                    self.arrive(id, of);
+                }
+            }
+            RankCommand::Stop => group.stop = true,
+            RankCommand::Abort { .. } if state != State::Over || group.begun > 0 => {
+                group.state = State::Over;
+                self.say(id, of, RankEvent::Aborted { rank });
+            }
+            RankCommand::Validate if state == State::Idle => {
+                let takes = self.random.between(1, 900);
+                self.plan_own(id, of, takes, Inside::Validated(rank));
+            }
+            RankCommand::Export { .. } if state == State::Idle => {
+                let takes = self.random.between(1, 900);
+                self.plan_own(id, of, takes, Inside::Exported(rank));
+            }
+            _ => {}
+        }
+    }
+
+    /// The ranks of a worker begin the next step; the last to do so lets it happen.
+    fn arrive(&mut self, id: u64, of: (u64, u32)) {
+        let Some(group) = self.group(id, of) else { return };
+        group.state = State::InStep;
+        let trained = group.trained;
+        let Some(gang) = self.gangs.get_mut(&of) else { return };
+        if gang.workers.insert(id, true) != Some(true) {
+            gang.waiting += 1;
+        }
+        if gang.waiting > 1 && gang.made != trained {
+            let words = format!("ranks of job {}, generation {} hold different states", of.0, of.1);
+            return self.violate(words);
+        }
+        gang.made = trained;
+        if gang.waiting == gang.workers.len() {
+            let takes = self.step_ms(of);
+            self.plan_in(takes, Happening::StepMade(of.0, of.1));
+        }
+    }
+
+    fn step_ms(&mut self, of: (u64, u32)) -> u64 {
+        let step_ms = self.job_plan(of.0).map_or(100, |job| job.step_ms);
+        let Some(gang) = self.gangs.get(&of) else { return step_ms };
+        let is_slow =
+            |id: &u64| self.workers.get(id).is_some_and(|worker| self.network.slow.contains(&worker.node));
+        let step_ms = if !self.network.slow.is_empty() && gang.workers.keys().any(is_slow) {
+            4 * step_ms
+        } else {
+            step_ms
+        };
+        step_ms + self.random.between(0, 20)
+    }
+
+    /// What the plan says of a job, by its number.
+    pub(super) fn job_plan(&self, job: u64) -> Option<&super::plan::Job> {
+        let record = self.store.jobs.all.get(&job)?;
+        self.plan.jobs.iter().find(|planned| planned.spec.name == record.spec.name)
+    }
+
+    /// All ranks have given what the step needs: it is made, or the watch stops it, on all of them alike.
+    pub(super) fn step_made(&mut self, job: u64, generation: u32) {
+        let of = (job, generation);
+        let Some(gang) = self.gangs.get(&of).filter(|gang| !gang.is_broken) else { return };
+        let workers: Vec<u64> = gang.workers.keys().copied().collect();
+        if workers.iter().any(|id| self.workers.get(id).is_none_or(|worker| worker.is_frozen)) {
+            // Everybody waits for it.
+            return self.plan_in(50, Happening::StepMade(job, generation));
+        }
+        let mut stops = false;
+        for &id in &workers {
+            match self.group(id, of) {
+                Some(group) if group.state == State::InStep => stops |= group.stop,
+                // Told to give up: the others wait until they are, too.
+                _ => return,
+            }
+        }
+        let bad = self.job_plan(job).map(|planned| planned.bad.clone()).unwrap_or_default();
+        let Some(gang) = self.gangs.get_mut(&of) else { return };
+        let Trained { step, cursor, digest } = gang.made;
+        let batch = cursor..cursor + BATCH;
+        let digest = feed(digest, step + 1, cursor);
+        gang.diverges = bad.iter().any(|sequence| batch.contains(sequence));
+        gang.stops = stops;
+        gang.made = Trained { step: step + 1, cursor: batch.end, digest };
+        gang.waiting = 0;
+        gang.workers.values_mut().for_each(|waits| *waits = false);
+        let (made, diverges) = (gang.made, gang.diverges);
+        self.report.steps += 1;
+        self.note([20, job, made.step], || {
+            format!(
+                "job {job}, generation {generation}: step {} of sequences from {cursor} on{}",
+                made.step,
+                if diverges { " diverges" } else { "" }
+            )
+        });
+        self.check_step(of, cursor, made, diverges);
+        for id in workers {
+            let takes = self.random.between(0, 12);
+            self.plan_own(id, of, takes, Inside::StepDone);
+        }
+    }
+
+    /// A worker's ranks have the result of the step.
+    pub(super) fn step_done(&mut self, id: u64, of: (u64, u32)) {
+        let Some(gang) = self.gangs.get(&of) else { return };
+        let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
+        let (every, steps) = self.job_plan(of.0).map_or((1, 0), |job| (job.every, job.spec.steps));
+        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
+        group.state = State::Idle;
+        let (ranks, is_saving) = (group.ranks.clone(), group.is_saving);
+        if diverges {
+            match is_saving {
+                true => group.parked = Some(Parked::Diverge { cursor: made.cursor }),
+                false => self.diverge(id, of, made.cursor),
+            }
+            return;
+        }
+        group.trained = made;
+        for rank in ranks {
+            let report = StepReport {
+                rank: rank as u32,
+                generation: of.1,
+                step: made.step,
+                tokens: BATCH,
+                ..StepReport::default()
+            };
+            self.say(id, of, RankEvent::StepDone { report });
+            if stops {
+                self.say(id, of, RankEvent::Stopped { rank, step: made.step });
+            }
+        }
+        let is_last = made.step >= steps || stops;
+        if is_last || made.step.is_multiple_of(every) {
+            self.save(id, of, !is_last);
+        } else {
+            self.arrive(id, of);
+        }
+    }
+
+    fn diverge(&mut self, id: u64, of: (u64, u32), cursor: u64) {
+        let Some(group) = self.group(id, of) else { return };
+        let step = group.trained.step + 1;
+        for rank in group.ranks.clone() {
+            let why = format!("step {step}: a spike");
+            let divergence = Box::new(Divergence { step, action: Action::RollBack, why, evidence: None });
+            self.say(id, of, RankEvent::Diverged { rank, divergence, cursor });
+        }
+    }
+
+    fn save(&mut self, id: u64, of: (u64, u32), goes_on: bool) {
+        let Some(group) = self.group(id, of) else { return };
+        if group.is_saving {
+            group.parked = Some(Parked::Save { goes_on });
+            return;
+        }
+        group.is_saving = true;
+        let (trained, ranks) = (group.trained, group.ranks.clone());
+        let takes = self.random.between(1, 900);
+        self.plan_own(id, of, takes, Inside::Saved(trained, ranks));
+        if goes_on {
+            self.arrive(id, of);
+        }
+    }
+
+    /// Shards are on disk; whoever wrote them may have left the formation meanwhile.
+    pub(super) fn saved(&mut self, id: u64, of: (u64, u32), trained: Trained, ranks: Vec<usize>) {
+        let (job, generation) = of;
+        for &rank in &ranks {
+            self.storage.entry(job).or_default().save(generation, rank, trained);
+        }
+        let Some(group) = self.group(id, of) else { return };
+        let is_over = group.state == State::Over;
+        group.is_saving = false;
+        let parked = group.parked.take();
+        for rank in ranks {
+            let Trained { step, cursor, .. } = trained;
+            let position = Position { step, cursor, tokens: cursor };
+            let shard = ShardFile::default();
+            self.say(id, of, RankEvent::ShardSaved { rank, position, watch: Default::default(), shard });
+        }
+        match parked.filter(|_| !is_over) {
+            Some(Parked::Save { goes_on }) => self.save(id, of, goes_on),
+            Some(Parked::Diverge { cursor }) => self.diverge(id, of, cursor),
+            None => {}
+        }
+    }
+
+    pub(super) fn validated(&mut self, id: u64, of: (u64, u32), rank: usize) {
+        if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
+            self.check_part(of, rank, false);
+            self.say(id, of, RankEvent::Validated { rank, loss: 0.5, tokens: 8 });
+        }
+    }
+
+    pub(super) fn exported(&mut self, id: u64, of: (u64, u32), rank: usize) {
+        if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
+            self.storage.entry(of.0).or_default().export(of.1, rank);
+            self.check_part(of, rank, true);
+            let file = ExportedFile { file: format!("rank-{rank}"), ..ExportedFile::default() };
+            self.say(id, of, RankEvent::Exported { rank, file });
+        }
+    }
+
+    /// The connections to a worker end: whoever is left notices within `within_ms`.
+    pub(super) fn break_gang(&mut self, of: (u64, u32), gone: u64, within_ms: u64) {
+        let Some(gang) = self.gangs.get_mut(&of).filter(|gang| !gang.is_broken) else { return };
+        gang.is_broken = true;
+        let left: Vec<u64> = gang.workers.keys().copied().filter(|id| *id != gone).collect();
+        for id in left {
+            let after = self.random.between(1, within_ms + 1);
+            self.plan_own(id, of, after, Inside::PeerLost);
+        }
+    }
+
+    pub(super) fn peer_lost(&mut self, id: u64, of: (u64, u32)) {
+        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else {
+            // Nobody waits for a peer: it is noticed in the next step.
+            if let Some(group) = self.group(id, of).filter(|group| group.state != State::Over) {
+                let _ = group;
+                self.plan_own(id, of, 500, Inside::PeerLost);
+            }
+            return;
+        };
+        group.state = State::Over;
+        for rank in group.ranks.clone() {
+            let (action, cause) = ("F0.0".to_owned(), "a peer is gone".to_owned());
+            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+        }
+    }
+
+    /// A rank of a worker finds a defect.
+    pub(super) fn find_defect(&mut self, id: u64, of: (u64, u32)) {
+        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
+        group.state = State::Over;
+        let rank = group.ranks[0];
+        let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
+        self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug });
+    }
+}

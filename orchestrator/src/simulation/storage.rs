@@ -1,0 +1,93 @@
+//! The shared storage as the simulated workers see it: shards that are written, checkpoints that are committed, weights.
+//! Follows `runtime::checkpoint::CheckpointFolder` call by call. Knows no orchestrator.
+
+use std::collections::BTreeMap;
+
+/// The state after a step, as far as it can be told apart: how it came about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Trained {
+    pub(super) step: u64,
+    /// Sequences used.
+    pub(super) cursor: u64,
+    /// A digest of every batch that led here.
+    pub(super) digest: u64,
+}
+
+/// One job's folder.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Folder {
+    pub(super) committed: BTreeMap<u64, Trained>,
+    /// By step and generation: shards by rank.
+    unfinished: BTreeMap<(u64, u32), BTreeMap<usize, Trained>>,
+    /// Exported files by generation and rank.
+    exported: BTreeMap<u32, Vec<usize>>,
+    /// Generation whose weights stand.
+    pub(super) placed: Option<u32>,
+}
+
+impl Folder {
+    /// The worker of rank 0 makes the folder ready for a formation.
+    pub(super) fn tidy(&mut self, generation: u32, keep: usize) {
+        self.unfinished.retain(|(_, of), _| *of > generation);
+        self.exported.retain(|of, _| *of > generation);
+        self.drop_oldest(keep);
+    }
+
+    fn drop_oldest(&mut self, keep: usize) {
+        while self.committed.len() > keep {
+            self.committed.pop_first();
+        }
+    }
+
+    pub(super) fn save(&mut self, generation: u32, rank: usize, trained: Trained) {
+        self.unfinished.entry((trained.step, generation)).or_default().insert(rank, trained);
+    }
+
+    pub(super) fn export(&mut self, generation: u32, rank: usize) {
+        self.exported.entry(generation).or_default().push(rank);
+    }
+
+    /// Commits a checkpoint of so many ranks.
+    ///
+    /// **Errors**: in words. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
+    pub(super) fn commit(
+        &mut self,
+        (step, generation): (u64, u32),
+        world: usize,
+        keep: usize,
+    ) -> Result<Trained, Result<String, String>> {
+        if let Some(stands) = self.committed.get(&step) {
+            return Ok(*stands);
+        }
+        let shards = self.unfinished.remove(&(step, generation));
+        let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
+        if shards.len() != world || shards.keys().copied().ne(0..world) {
+            return Err(Err(format!(
+                "step {step} is committed with shards of {:?} of {world}",
+                shards.keys()
+            )));
+        }
+        let one = shards[&0];
+        if shards.values().any(|shard| *shard != one) {
+            return Err(Err(format!("step {step} is committed with shards of different histories")));
+        }
+        self.committed.insert(step, one);
+        self.drop_oldest(keep);
+        Ok(one)
+    }
+
+    /// Gives the exported weights their name.
+    ///
+    /// **Errors**: in words.
+    pub(super) fn place(&mut self, generation: u32, world: usize) -> Result<(), String> {
+        if self.placed.is_some() {
+            return Ok(());
+        }
+        let files = self.exported.get(&generation).map_or(0, Vec::len);
+        if files < world {
+            return Err(format!("{files} files of {world}"));
+        }
+        self.placed = Some(generation);
+        Ok(())
+    }
+}

@@ -1,0 +1,389 @@
+//! A worker's process: its stream, the formations that it hosts, and what it says again. Follows the workers' `host`.
+//! Its ranks are in [`super::ranks`].
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+
+use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::recipe::ErrorKind;
+
+use super::network::{Down, Up};
+use super::ranks::Group;
+use super::{Happening, Inside, Own, World};
+use crate::core::facts::Formed;
+use crate::core::{BEAT_MS, Introduction, Progress};
+
+/// How often the loop looks at its clock. **Units**: ms.
+const CLOCK_MS: u64 = 250;
+
+/// Checkpoints of which a shard is told again.
+const SHARDS: usize = 2;
+
+/// A process.
+pub(super) struct Worker {
+    pub(super) node: usize,
+    slots: usize,
+    /// The highest that it has heard of.
+    incarnation: u64,
+    /// Its stream, and whether it has been welcomed on it.
+    pub(super) link: Option<(u64, bool)>,
+    beat_ms: u64,
+    pub(super) hosted: BTreeMap<u64, Hosted>,
+    pub(super) is_frozen: bool,
+    /// What it has not noticed while it stood still.
+    pub(super) held: Vec<Happening>,
+}
+
+/// A formation in it.
+pub(super) struct Hosted {
+    pub(super) generation: u32,
+    pub(super) formed: Rc<Formed>,
+    is_reachable: bool,
+    pub(super) group: Group,
+    outbox: Outbox,
+    committed: Option<Up>,
+}
+
+/// What ranks have said.
+#[derive(Default)]
+struct Outbox {
+    events: Vec<RankEvent>,
+    reports: VecDeque<RankEvent>,
+    heard: BTreeSet<(usize, u8)>,
+}
+
+impl Outbox {
+    fn note(&mut self, event: &RankEvent) {
+        if let RankEvent::StepDone { .. } = event {
+            return self.reports.push_back(event.clone());
+        }
+        self.events.push(event.clone());
+        if let RankEvent::ShardSaved { rank, .. } = event {
+            let of_rank = |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);
+            if self.events.iter().filter(|event| of_rank(event)).count() > SHARDS {
+                let oldest = self.events.iter().position(of_rank);
+                oldest.map(|oldest| self.events.remove(oldest));
+            }
+        }
+    }
+
+    /// The last report of each rank stays: a worker's ranks report together.
+    fn durable(&mut self, durable: u64, ranks: usize) {
+        let is_kept =
+            |event: &RankEvent| matches!(event, RankEvent::StepDone { report } if report.step <= durable);
+        while self.reports.len() > ranks && self.reports.front().is_some_and(is_kept) {
+            self.reports.pop_front();
+        }
+    }
+
+    fn repeat(&self) -> Vec<RankEvent> {
+        let is_ready = |event: &&RankEvent| matches!(event, RankEvent::Ready { .. });
+        let (ready, other): (Vec<&RankEvent>, Vec<&RankEvent>) = self.events.iter().partition(is_ready);
+        ready.into_iter().chain(&self.reports).chain(other).cloned().collect()
+    }
+
+    fn is_new(&mut self, rank: usize, command: &RankCommand) -> bool {
+        let kind = match command {
+            RankCommand::BeginStep { .. } => 0,
+            RankCommand::Stop => 1,
+            RankCommand::Validate => 2,
+            RankCommand::Export { .. } => 3,
+            RankCommand::Abort { .. } | RankCommand::Shutdown => return true,
+        };
+        self.heard.insert((rank, kind))
+    }
+}
+
+impl World {
+    pub(super) fn start_worker(&mut self, node: usize) {
+        if self.workers.values().any(|worker| worker.node == node) {
+            return;
+        }
+        self.newest_worker += 1;
+        let id = self.newest_worker;
+        self.note([10, id, node as u64], || format!("worker {id} starts on node {node}"));
+        self.workers.insert(
+            id,
+            Worker {
+                node,
+                slots: self.plan.nodes[node],
+                incarnation: 0,
+                link: None,
+                beat_ms: 0,
+                hosted: BTreeMap::new(),
+                is_frozen: false,
+                held: Vec::new(),
+            },
+        );
+        self.plan_in(1, Happening::WorkerTick(id));
+    }
+
+    /// The process ends; its peers notice within `within_ms`.
+    pub(super) fn kill_worker(&mut self, id: u64, within_ms: u64) {
+        let Some(worker) = self.workers.remove(&id) else { return };
+        self.note([11, id, within_ms], || format!("worker {id} dies"));
+        for link in self.links_of(|link| link.worker == id) {
+            self.break_link(link, within_ms);
+        }
+        for (job, hosted) in worker.hosted {
+            self.break_gang((job, hosted.generation), id, within_ms);
+        }
+    }
+
+    pub(super) fn thaw(&mut self, id: u64) {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.is_frozen) else { return };
+        worker.is_frozen = false;
+        let held = std::mem::take(&mut worker.held);
+        self.note([12, id, held.len() as u64], || format!("worker {id} goes on with {} words", held.len()));
+        for happening in held {
+            self.happen(happening);
+        }
+    }
+
+    pub(super) fn worker_tick(&mut self, id: u64) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if worker.is_frozen {
+            return worker.held.push(Happening::WorkerTick(id));
+        }
+        self.planned_tick(id);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        match worker.link {
+            Some((link, true)) if worker.beat_ms <= self.now => {
+                worker.beat_ms = self.now + BEAT_MS * 9 / 10;
+                let progress = worker.hosted.iter().flat_map(|(&job, hosted)| hosted.progress(job)).collect();
+                self.send_up(link, Up::Beat(progress));
+            }
+            Some(_) => {}
+            None => {
+                let hello = worker.hello(id);
+                let alive: Vec<usize> =
+                    (0..self.servers.len()).filter(|&server| self.servers[server].is_alive).collect();
+                let newest = self.newest_server();
+                let server = if self.is_calm { newest } else { self.random.pick(&alive).unwrap_or(newest) };
+                let link = self.open_link(id, server, hello);
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.link = Some((link, false));
+                }
+            }
+        }
+    }
+
+    fn planned_tick(&mut self, id: u64) {
+        self.plan_in(CLOCK_MS, Happening::WorkerTick(id));
+    }
+
+    /// A rank has something to say.
+    pub(super) fn say(&mut self, id: u64, (job, generation): (u64, u32), event: RankEvent) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let hosted = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation);
+        let Some(hosted) = hosted else { return };
+        hosted.outbox.note(&event);
+        if let Some((link, true)) = worker.link {
+            self.send_up(link, Up::Event { job, generation, event });
+        }
+    }
+
+    pub(super) fn worker_hears(&mut self, id: u64, link: u64, down: Down) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if worker.link.is_none_or(|(current, _)| current != link) {
+            return;
+        }
+        match down {
+            Down::Welcome { incarnation } => self.welcomed(id, link, incarnation),
+            Down::Refused => {
+                // The process ends; whoever looks after it starts another one.
+                let node = worker.node;
+                self.kill_worker(id, 30);
+                let after = self.random.between(500, 3_000);
+                self.plan_in(after, Happening::WorkerStarts(node));
+            }
+            Down::Assign { job, ranks, formed, is_reachable } => {
+                self.assigned(id, (job, ranks), formed, is_reachable);
+            }
+            Down::Command { to, command } => self.commanded(id, to, command),
+            Down::Release { job, generation } => self.leave(id, job, generation),
+            Down::Durable { job, step } => {
+                if let Some(hosted) = worker.hosted.get_mut(&job) {
+                    hosted.outbox.durable(step, hosted.group.ranks.len());
+                }
+            }
+            Down::Commit { job, generation, step } => {
+                if worker.hosted.get(&job).is_some_and(|hosted| hosted.generation == generation) {
+                    let takes = self.random.between(1, 400);
+                    self.plan_own(id, (job, generation), takes, Inside::Commits(step));
+                }
+            }
+        }
+    }
+
+    fn welcomed(&mut self, id: u64, link: u64, incarnation: u64) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if incarnation < worker.incarnation {
+            // Another orchestrator has taken over; this one has not noticed.
+            worker.link = None;
+            return self.break_link(link, 50);
+        }
+        worker.incarnation = incarnation;
+        worker.link = Some((link, true));
+        let mut words = Vec::new();
+        for (&job, hosted) in &worker.hosted {
+            let generation = hosted.generation;
+            words.extend(hosted.outbox.repeat().into_iter().map(|event| Up::Event {
+                job,
+                generation,
+                event,
+            }));
+            words.extend(hosted.committed.clone());
+        }
+        self.note([13, id, incarnation], || {
+            format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len())
+        });
+        words.into_iter().for_each(|up| self.send_up(link, up));
+    }
+
+    fn assigned(&mut self, id: u64, (job, ranks): (u64, Vec<usize>), formed: Rc<Formed>, is_reachable: bool) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let generation = formed.generation;
+        if let Some(hosted) = worker.hosted.get(&job) {
+            if hosted.generation >= generation {
+                return;
+            }
+            self.leave(id, job, generation - 1);
+        }
+        self.note([14, id, job], || {
+            format!("worker {id} is assigned ranks {ranks:?} of job {job}, generation {generation}")
+        });
+        self.check_assigned(id, (job, &ranks), &formed);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let (outbox, committed) = (Outbox::default(), None);
+        let group = Group::new(ranks);
+        worker.hosted.insert(job, Hosted { generation, formed, is_reachable, group, outbox, committed });
+        let used: usize = worker.hosted.values().map(|hosted| hosted.group.ranks.len()).sum();
+        if used > worker.slots {
+            let words = format!("worker {id} hosts {used} ranks with {} slots", worker.slots);
+            return self.violate(words);
+        }
+        let takes = self.random.between(5, 1_500);
+        self.plan_own(id, (job, generation), takes, Inside::Prepared);
+    }
+
+    fn commanded(&mut self, id: u64, to: RankAddress, command: RankCommand) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let hosted = worker.hosted.get_mut(&to.job).filter(|hosted| hosted.generation == to.generation);
+        let Some(hosted) = hosted.filter(|hosted| hosted.group.is_started()) else { return };
+        if hosted.group.ranks.contains(&to.rank) && hosted.outbox.is_new(to.rank, &command) {
+            self.rank_hears(id, to, command);
+        }
+    }
+
+    /// Leaves a formation, if it is of this generation or an earlier one.
+    fn leave(&mut self, id: u64, job: u64, generation: u32) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if worker.hosted.get(&job).is_none_or(|hosted| hosted.generation > generation) {
+            return;
+        }
+        if let Some(hosted) = worker.hosted.remove(&job) {
+            self.note([15, id, job], || {
+                format!("worker {id} leaves job {job}, generation {}", hosted.generation)
+            });
+            self.break_gang((job, hosted.generation), id, 50);
+        }
+    }
+
+    pub(super) fn plan_own(&mut self, id: u64, (job, generation): (u64, u32), ms: u64, what: Inside) {
+        self.plan_in(ms, Happening::Own(id, Own { job, generation, what }));
+    }
+
+    /// Something happens inside a worker. Work that was begun goes on to its end even if the formation has been left.
+    pub(super) fn inside(&mut self, id: u64, own: Own) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if worker.is_frozen {
+            return worker.held.push(Happening::Own(id, own));
+        }
+        let Own { job, generation, what } = own;
+        let of = (job, generation);
+        let hosted = worker.hosted.get(&job).filter(|hosted| hosted.generation == generation);
+        match (what, hosted) {
+            (Inside::Commits(step), hosted) => {
+                let world = hosted.map(|hosted| hosted.formed.places.len());
+                self.commit(id, of, step, world);
+            }
+            (Inside::Saved(trained, ranks), _) => self.saved(id, of, trained, ranks),
+            (Inside::Prepared, Some(hosted)) => {
+                let (formed, is_reachable) = (hosted.formed.clone(), hosted.is_reachable);
+                self.prepared(id, of, &formed, is_reachable);
+            }
+            (Inside::Built, Some(_)) => self.built(id, of),
+            (Inside::StepDone, Some(_)) => self.step_done(id, of),
+            (Inside::PeerLost, Some(_)) => self.peer_lost(id, of),
+            (Inside::Validated(rank), Some(_)) => self.validated(id, of, rank),
+            (Inside::Exported(rank), Some(_)) => self.exported(id, of, rank),
+            (_, None) => {}
+        }
+    }
+
+    /// The checkpoint's or the weights' last change in the storage.
+    fn commit(&mut self, id: u64, (job, generation): (u64, u32), step: Option<u64>, world: Option<usize>) {
+        let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
+        let folder = self.storage.entry(job).or_default();
+        let result = match step {
+            Some(step) => match folder.commit((step, generation), world, self.plan.keep) {
+                Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
+                Err(Ok(words)) => Err(words),
+                Ok(_) => Ok(()),
+            },
+            None => folder.place(generation, world),
+        };
+        self.note([16, job, step.unwrap_or(0)], || {
+            format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
+        });
+        let committed = Up::Committed { job, generation, step, result };
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if let Some(hosted) = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation) {
+            hosted.committed = Some(committed.clone());
+        }
+        if let Some((link, true)) = worker.link {
+            self.send_up(link, committed);
+        }
+    }
+
+    /// Ranks that could not be started say so.
+    pub(super) fn fail_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
+        let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
+        for rank in ranks {
+            let (action, cause) = ("joining the formation".to_owned(), cause.to_owned());
+            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config });
+        }
+    }
+
+    pub(super) fn group(&mut self, id: u64, (job, generation): (u64, u32)) -> Option<&mut Group> {
+        let hosted = self.workers.get_mut(&id)?.hosted.get_mut(&job)?;
+        Some(&mut hosted.group).filter(|_| hosted.generation == generation)
+    }
+}
+
+impl Worker {
+    fn hello(&self, id: u64) -> Up {
+        let who = Introduction {
+            worker: id,
+            name: format!("w{id}"),
+            slots: self.slots,
+            node: format!("n{}", self.node),
+            block: format!("b{}", self.node / 3),
+            fabric: format!("f{id}"),
+        };
+        let hosted = self.hosted.iter();
+        let hosted =
+            hosted.map(|(&job, hosted)| (job, hosted.generation, hosted.group.ranks.clone())).collect();
+        Up::Hello { who, hosted, incarnation: self.incarnation }
+    }
+}
+
+impl Hosted {
+    fn progress(&self, job: u64) -> impl Iterator<Item = Progress> {
+        let (generation, step) = (self.generation, self.group.trained.step);
+        let address = move |&rank: &usize| RankAddress { job, generation, rank };
+        self.group.ranks.iter().map(move |rank| Progress { rank: address(rank), step, operations: step })
+    }
+}
