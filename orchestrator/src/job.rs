@@ -367,6 +367,8 @@ impl Job {
             return Vec::new();
         }
         let shards = self.shards.remove(&position.step).unwrap_or_default();
+        // An older one that is not whole by now never will be: its words were lost with a link.
+        self.shards = self.shards.split_off(&position.step);
         self.whole.push_back((position, watch, shards.into_values().collect()));
         if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
     }
