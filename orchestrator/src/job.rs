@@ -311,7 +311,13 @@ impl Job {
                 self.state = State::Placing { validation, files: files.clone() };
                 vec![Effect::PlaceWeights { dir, files }]
             }
-            (_, RankEvent::Ready { .. } | RankEvent::Aborted { .. }) => Vec::new(),
+            (_, RankEvent::Aborted { rank }) => {
+                // On the word of an earlier orchestrator, which did not live to keep what came of it.
+                let message = format!("rank {rank} has given up");
+                let others = (0..world).filter(|&other| other != rank).collect();
+                self.abort(others, Outcome::Failed { message, kind: ErrorKind::Lost })
+            }
+            (_, RankEvent::Ready { .. }) => Vec::new(),
             (_, event) => {
                 self.early.push(event);
                 Vec::new()
@@ -361,6 +367,8 @@ impl Job {
             return Vec::new();
         }
         let shards = self.shards.remove(&position.step).unwrap_or_default();
+        // An older one that is not whole by now never will be: its words were lost with a link.
+        self.shards = self.shards.split_off(&position.step);
         self.whole.push_back((position, watch, shards.into_values().collect()));
         if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
     }

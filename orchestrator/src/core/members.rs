@@ -78,11 +78,6 @@ impl Members {
         }
     }
 
-    /// The orchestrator itself was away: nobody could be heard in that time.
-    pub fn prolong(&mut self, by_ms: u64) {
-        self.all.values_mut().for_each(|member| member.until_ms += by_ms);
-    }
-
     /// Takes out those whose time has run out.
     pub fn expire(&mut self, now: u64) -> Vec<Member> {
         let gone: Vec<u64> =

@@ -168,6 +168,8 @@ pub enum Word {
     Assign {
         /// Which job.
         job: u64,
+        /// Which formation.
+        generation: u32,
         /// Which ranks.
         ranks: Vec<usize>,
     },
@@ -218,8 +220,10 @@ pub struct Core {
     jobs: Jobs,
     members: Members,
     formations: BTreeMap<u64, Formation>,
-    /// When it last heard the time.
-    ticked_ms: u64,
+    /// What the clock showed last.
+    wall_ms: u64,
+    /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
+    awake_ms: u64,
     /// Why jobs in line wait.
     reasons: BTreeMap<u64, String>,
     /// Something has changed that may give a job its ranks.
@@ -235,7 +239,8 @@ impl Core {
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
-            ticked_ms: now,
+            wall_ms: now,
+            awake_ms: now,
             reasons: BTreeMap::new(),
             is_open: true,
             effects: Vec::new(),
@@ -283,7 +288,7 @@ impl Core {
         let Some(record) = self.jobs.all.get(&job) else { return String::new() };
         match (&record.phase, self.formations.get(&job)) {
             (Phase::Ended(_), _) => String::new(),
-            (Phase::Formed, Some(formation)) => formation.waiting_for(self.ticked_ms),
+            (Phase::Formed, Some(formation)) => formation.waiting_for(self.awake_ms),
             _ => self.why_without_place(job),
         }
     }
@@ -295,6 +300,9 @@ impl Core {
 
     /// Takes an event and says what is to be done.
     pub fn step(&mut self, event: Event, now: u64) -> Vec<Effect> {
+        self.awake_ms += now.saturating_sub(self.wall_ms).min(BEAT_MS);
+        self.wall_ms = now;
+        let now = self.awake_ms;
         match event {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
@@ -442,7 +450,8 @@ impl Core {
             }
         }
         for ((job, worker), ranks) in ranks_of {
-            self.tell(worker, Word::Assign { job, ranks });
+            let generation = self.jobs.all[&job].generation();
+            self.tell(worker, Word::Assign { job, generation, ranks });
         }
     }
 
@@ -477,7 +486,8 @@ impl Core {
             .collect();
         for (job, ranks) in jobs {
             if !ranks.is_empty() {
-                self.tell(worker, Word::Assign { job, ranks });
+                let generation = self.jobs.all[&job].generation();
+                self.tell(worker, Word::Assign { job, generation, ranks });
             }
             let repeated = self.formations.get(&job).map_or_else(Vec::new, Formation::repeat);
             let before = self.effects.len();
@@ -534,11 +544,6 @@ impl Core {
     }
 
     fn tick(&mut self, now: u64) {
-        let away = now.saturating_sub(self.ticked_ms);
-        self.ticked_ms = now;
-        if away > LEASE_MS / 2 {
-            self.members.prolong(away);
-        }
         for member in self.members.expire(now) {
             self.tell(member.who.worker, Word::Cut);
             self.lost(&member, now);

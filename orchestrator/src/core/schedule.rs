@@ -61,7 +61,7 @@ impl Core {
             cursor: record.cursor,
             on_loan,
         };
-        let places = formed.places.clone();
+        let (generation, places) = (formed.generation, formed.places.clone());
         self.log(job, format!("generation {}: {} ranks formed", formed.generation, places.len()));
         self.keep(Fact::Formed { job, formed });
         self.reasons.remove(&job);
@@ -71,7 +71,7 @@ impl Core {
             ranks_of.entry(worker).or_default().push(rank);
         }
         for (worker, ranks) in ranks_of {
-            self.tell(worker, Word::Assign { job, ranks });
+            self.tell(worker, Word::Assign { job, generation, ranks });
         }
     }
 

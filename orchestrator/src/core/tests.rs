@@ -234,7 +234,7 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     drop(again.pass(1_000, &[1]));
     // The other worker never got its assignment: it is said again.
     let effects = again.attach(2, Vec::new());
-    let expected = Word::Assign { job: 1, ranks: vec![1] };
+    let expected = Word::Assign { job: 1, generation: 1, ranks: vec![1] };
     assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
     drop(again.event(1, RankEvent::Ready { rank: 1 }));
     assert!(again.core.is_training(1));

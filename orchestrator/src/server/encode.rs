@@ -19,9 +19,9 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
         }),
         Word::Refused { why } => Message::Refused(why),
         Word::Cut => return None,
-        Word::Assign { job, ranks } => {
+        Word::Assign { job, generation, ranks } => {
             let record = core.jobs().all.get(&job)?;
-            let formed = record.running()?;
+            let formed = record.running().filter(|formed| formed.generation == generation)?;
             let fabric = formed.places.iter().map(|&worker| {
                 // Of a worker that has not come back to this orchestrator nobody knows the address: it is told again.
                 let member = core.member(worker).filter(|member| member.is_known())?;

@@ -316,8 +316,9 @@ impl World {
                     }
                     None
                 }
-                Word::Assign { job, ranks } => {
+                Word::Assign { job, generation, ranks } => {
                     let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
+                    let formed = formed.filter(|(formed, _)| formed.generation == generation);
                     formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })
                 }
                 Word::Command { to, command } => Some(Down::Command { to, command }),

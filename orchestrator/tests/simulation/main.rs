@@ -7,7 +7,7 @@ use std::panic::catch_unwind;
 use contraflow_orchestrator::simulation::{Report, run};
 
 /// Seeds that once showed a fault: they always run.
-const FOUND: [u64; 0] = [];
+const FOUND: [u64; 12] = [8, 21, 29, 46, 64, 97, 115, 181, 212, 219, 249, 428];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
