@@ -229,10 +229,10 @@ impl World {
     /// A word goes out: what it follows from is durable by then.
     pub(super) fn check_word(&mut self, server: usize, down: &Down) {
         match down {
-            Down::Assign { job, formed, .. } => {
-                if self.checks.formed.get(&(*job, formed.generation)) != Some(&**formed) {
-                    self.violate(format!("job {job}: ranks are assigned by a formation that is not kept"));
-                }
+            Down::Assign { job, formed, .. }
+                if self.checks.formed.get(&(*job, formed.generation)) != Some(&**formed) =>
+            {
+                self.violate(format!("job {job}: ranks are assigned by a formation that is not kept"));
             }
             Down::Release { job, generation } => {
                 let incarnation = self.servers[server].core.incarnation();

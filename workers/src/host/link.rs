@@ -32,6 +32,8 @@ pub(super) struct Way {
 
 /// A stream that stands or is being opened.
 pub(super) struct Link {
+    /// Counts the streams of this process.
+    pub(super) number: u64,
     up: mpsc::UnboundedSender<v1::FromWorker>,
     beats: Duration,
     beat_at: Instant,
@@ -41,19 +43,24 @@ pub(super) struct Link {
 
 impl Link {
     /// Begins to open a stream; what comes of it is told to `inputs`.
-    pub(super) fn open(way: Way, hello: v1::Hello, inputs: mpsc::UnboundedSender<Input>) -> Self {
+    pub(super) fn open(
+        number: u64,
+        way: Way,
+        hello: v1::Hello,
+        inputs: mpsc::UnboundedSender<Input>,
+    ) -> Self {
         let (up, words) = mpsc::unbounded_channel();
         // The receiver is in this function.
         drop(up.send(v1::FromWorker { message: Some(Message::Hello(hello)) }));
         let task = tokio::spawn(async move {
-            let why = match attach(way, words, &inputs).await {
+            let why = match attach(number, way, words, &inputs).await {
                 Ok(()) => "the stream has ended".to_owned(),
                 Err(error) => error,
             };
-            drop(inputs.send(Input::Broken { why }));
+            drop(inputs.send(Input::Broken { link: number, why }));
         });
         let beat_at = Instant::now();
-        Link { up, beats: Duration::from_millis(500), beat_at, is_member: false, task }
+        Link { number, up, beats: Duration::from_millis(500), beat_at, is_member: false, task }
     }
 
     /// The orchestrator has taken the worker in.
@@ -91,6 +98,7 @@ impl Drop for Link {
 }
 
 async fn attach(
+    number: u64,
     Way { endpoint, token }: Way,
     words: mpsc::UnboundedReceiver<v1::FromWorker>,
     inputs: &mpsc::UnboundedSender<Input>,
@@ -117,14 +125,14 @@ async fn attach(
             ];
             if refusals.contains(&status.code()) {
                 let message = v1::to_worker::Message::Refused(status.message().to_owned());
-                drop(inputs.send(Input::Down(v1::ToWorker { message: Some(message) })));
+                drop(inputs.send(Input::Down(number, v1::ToWorker { message: Some(message) })));
             }
             return Err(words_of(&status));
         }
     };
     while let Some(message) = down.next().await {
         let message = message.map_err(|status| words_of(&status))?;
-        if inputs.send(Input::Down(message)).is_err() {
+        if inputs.send(Input::Down(number, message)).is_err() {
             return Ok(());
         }
     }

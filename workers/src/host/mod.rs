@@ -69,10 +69,10 @@ enum Input {
     Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, String> },
     /// Something has been put in place, or not.
     Committed(v1::Committed),
-    /// From the orchestrator.
-    Down(v1::ToWorker),
-    /// The stream has ended.
-    Broken { why: String },
+    /// From the orchestrator, by the stream of this number.
+    Down(u64, v1::ToWorker),
+    /// The stream of this number has ended.
+    Broken { link: u64, why: String },
 }
 
 /// The state of the process.
@@ -83,6 +83,8 @@ struct Host {
     listener: Listener,
     inputs: mpsc::UnboundedSender<Input>,
     link: Option<Link>,
+    /// Streams that have been opened.
+    num_links: u64,
     /// The highest that has been heard of.
     incarnation: u64,
     formations: BTreeMap<u64, Formation>,
@@ -107,6 +109,7 @@ pub async fn run(
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,
         link: None,
+        num_links: 0,
         incarnation: 0,
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
@@ -159,7 +162,8 @@ impl Host {
                 };
                 let Settings { orchestrator, token, .. } = &self.settings;
                 let way = Way { endpoint: orchestrator.clone(), token: token.clone() };
-                self.link = Some(Link::open(way, hello, self.inputs.clone()));
+                self.num_links += 1;
+                self.link = Some(Link::open(self.num_links, way, hello, self.inputs.clone()));
             }
         }
     }
@@ -198,15 +202,21 @@ impl Host {
                 }
                 self.say(Up::Committed(committed));
             }
-            Input::Down(v1::ToWorker { message }) => {
+            // What a stream has said before it was given up is not heard any more.
+            Input::Down(link, _) | Input::Broken { link, .. } if !self.is_current(link) => {}
+            Input::Down(_, v1::ToWorker { message }) => {
                 return message.map_or(Ok(()), |message| self.hear(message));
             }
-            Input::Broken { why } => {
+            Input::Broken { why, .. } => {
                 tracing::warn!("the orchestrator is out of reach: {why}");
                 self.link = None;
             }
         }
         Ok(())
+    }
+
+    fn is_current(&self, number: u64) -> bool {
+        self.link.as_ref().is_some_and(|link| link.number == number)
     }
 
     fn hear(&mut self, message: Down) -> Result<(), String> {
@@ -316,8 +326,10 @@ impl Host {
 
     /// Leaves a job's formation, if it is of this generation or an earlier one.
     fn leave(&mut self, job: u64, generation: u32, reason: &str) {
-        let is_meant = self.formations.get(&job).is_some_and(|formation| formation.generation <= generation);
-        if let Some(formation) = self.formations.remove(&job).filter(|_| is_meant) {
+        if self.formations.get(&job).is_none_or(|formation| formation.generation > generation) {
+            return;
+        }
+        if let Some(formation) = self.formations.remove(&job) {
             tracing::info!(job, generation = formation.generation, "left: {reason}");
             formation.leave(reason);
         }
