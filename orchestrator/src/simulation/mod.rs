@@ -1,7 +1,7 @@
 //! A cluster in one thread and without a clock: the real [`Core`](crate::core::Core) and its facts, with workers, ranks, links
 //! and a storage made of plain values, and faults drawn from a seed.
 //!
-//! The same seed is the same run, to the last word. After every event [`checks`] looks for what must never be; once the
+//! The same seed is the same run, to the last word. After every event `checks` looks for what must never be; once the
 //! faults have stopped every job has to end. What is simulated follows `server::hub` and the `host` of the workers word by
 //! word: a change there belongs here too. Knows no file and no socket.
 
