@@ -205,7 +205,10 @@ async fn fake(channel: Channel, worker: u64) -> Result<(), tonic::Status> {
         version: env!("CARGO_PKG_VERSION").into(),
         worker,
         name: format!("fake-{worker}"),
+        slots: 1,
         node: format!("node-{worker}"),
+        block: "block".into(),
+        fabric: "{}".into(),
         storage_mark: "bench".into(),
         ..v1::Hello::default()
     };
