@@ -11,21 +11,20 @@ mod members;
 mod schedule;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::collections::BTreeMap;
 
-use contraflow_proto::StepReport;
-use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
-use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::topology::Topology;
-use contraflow_runtime::watch::Watch;
 
 use self::facts::{End, Fact, JobSpec};
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
 use self::members::Members;
 pub use self::members::{Introduction, Member};
+pub use self::words::{Effect, Event, Progress, Word};
 
 /// How often a worker beats.
 pub const BEAT_MS: u64 = 500;
@@ -46,172 +45,6 @@ pub const SHRINK_MS: u64 = 5_000;
 pub const STANDSTILL_MS: u64 = 10_000;
 /// How often the machine wants to hear [`Event::Tick`].
 pub const TICK_MS: u64 = 100;
-
-/// Something has happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Somebody submits a job.
-    Submit(Box<JobSpec>),
-    /// Somebody ends a job.
-    Cancel {
-        /// Which one.
-        job: u64,
-        /// Why.
-        reason: String,
-    },
-    /// Somebody takes a node out of use.
-    Drain {
-        /// Its label.
-        node: String,
-    },
-    /// A worker's stream stands.
-    Attached {
-        /// Who it is.
-        who: Introduction,
-        /// Formations it hosts ranks of: job, generation, ranks.
-        hosted: Vec<(u64, u32, Vec<usize>)>,
-        /// The highest incarnation of an orchestrator that it has heard of.
-        incarnation: u64,
-        /// The mark in its storage.
-        storage_mark: String,
-    },
-    /// A worker's stream has ended.
-    Detached {
-        /// Who.
-        worker: u64,
-    },
-    /// A worker is alive.
-    Beat {
-        /// Who.
-        worker: u64,
-        /// How far its ranks are.
-        progress: Vec<Progress>,
-    },
-    /// A rank has something to say.
-    Rank {
-        /// Who hosts it.
-        worker: u64,
-        /// Which rank.
-        from: RankAddress,
-        /// What.
-        event: Box<RankEvent>,
-    },
-    /// What was to be put in place stands, or not.
-    Committed {
-        /// Who did it.
-        worker: u64,
-        /// Of which job.
-        job: u64,
-        /// In which formation.
-        generation: u32,
-        /// Step of the checkpoint; `None`: the exported weights.
-        step: Option<u64>,
-        /// Why not, in words.
-        result: Result<(), String>,
-    },
-    /// Time has passed.
-    Tick,
-}
-
-/// How far a rank is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Which rank.
-    pub rank: RankAddress,
-    /// The running step.
-    pub step: u64,
-    /// Operations of it that are over.
-    pub operations: u64,
-}
-
-/// Something is to be done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Keep a fact, durably, before anything that follows.
-    Keep(Fact),
-    /// Tell a worker.
-    Tell {
-        /// Whom.
-        worker: u64,
-        /// What.
-        word: Word,
-    },
-    /// Put a rank's report with those of the other ranks.
-    Record {
-        /// Of which job.
-        job: u64,
-        /// The report.
-        report: Box<StepReport>,
-    },
-    /// Write a line into a job's log.
-    Log {
-        /// Of which job.
-        job: u64,
-        /// What.
-        line: String,
-    },
-}
-
-/// A word to a worker.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Word {
-    /// It is a member.
-    Welcome,
-    /// Leave the cluster.
-    Refused {
-        /// Why.
-        why: String,
-    },
-    /// Its lease has run out: its stream ends, and it may attach again.
-    Cut,
-    /// Host these ranks of a job's running formation.
-    Assign {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
-        /// Which ranks.
-        ranks: Vec<usize>,
-    },
-    /// To a rank.
-    Command {
-        /// Which rank.
-        to: RankAddress,
-        /// What.
-        command: RankCommand,
-    },
-    /// Leave a formation, and all earlier ones of the job.
-    Release {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
-        /// Why.
-        reason: String,
-    },
-    /// Commit a checkpoint.
-    CommitCheckpoint {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
-        /// Where the run stood.
-        position: Position,
-        /// What the watch remembers.
-        watch: Watch,
-        /// By rank.
-        shards: Vec<ShardFile>,
-    },
-    /// Put exported weights in place.
-    PlaceWeights {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
-        /// By rank.
-        files: Vec<ExportedFile>,
-    },
-}
 
 /// The state of the cluster.
 pub struct Core {
