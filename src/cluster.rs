@@ -115,6 +115,8 @@ impl Cluster {
                 endpoint: join(&network, rank),
                 datasets: datasets.clone(),
                 resume: resume.clone(),
+                recovered: None,
+                keeper: None,
                 checkpoints: folder.clone(),
                 probe: probe.clone(),
             });

@@ -38,11 +38,17 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 resume_step: formed.resume_step,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
+                buddies: formed.buddies.iter().map(|&rank| rank as u32).collect(),
+                memory: formed.memory.as_ref().map(|memory| v1::InMemory {
+                    generation: memory.generation,
+                    step: memory.step,
+                    holders: memory.holders.iter().map(|&rank| rank as u32).collect(),
+                }),
             })
         }
         Word::Command { to, command } => Message::Command(encode_command(to, &command)),
-        Word::Release { job, generation, reason } => {
-            Message::Release(v1::Release { job, generation, reason })
+        Word::Release { job, generation, reason, keep } => {
+            Message::Release(v1::Release { job, generation, reason, keep })
         }
         Word::CommitCheckpoint { job, generation, position, watch, shards } => {
             let checkpoint = v1::Checkpoint {

@@ -135,7 +135,7 @@ impl World {
         let event = match up {
             Up::Hello { who, hosted, incarnation } => {
                 self.hear_at(server, Input::Linked { worker, link: id });
-                Event::Attached { who, hosted, incarnation, storage_mark: "mark".into() }
+                Event::Attached { who, hosted, left: Vec::new(), incarnation, storage_mark: "mark".into() }
             }
             Up::Beat(progress) => Event::Beat { worker, progress },
             Up::Event { job, generation, event } => {
