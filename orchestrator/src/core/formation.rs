@@ -80,8 +80,8 @@ impl Formation {
         self.machine.is_training()
     }
 
-    pub(super) fn repeat(&self) -> Vec<job::Effect> {
-        self.machine.repeat()
+    pub(super) fn repeat(&self, ranks: &[usize]) -> Vec<job::Effect> {
+        self.machine.repeat(ranks)
     }
 
     /// Whether it is on its way out.

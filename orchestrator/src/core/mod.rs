@@ -325,28 +325,21 @@ impl Core {
 
     /// Says again what a worker that attaches may not have heard.
     fn remind(&mut self, worker: u64, hosted: &[(u64, u32, Vec<usize>)]) {
-        let jobs: Vec<(u64, Vec<usize>)> = self
-            .running()
-            .map(|(job, formed)| {
-                let placed = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
-                let is_hosted = |rank: &usize| {
-                    hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank))
-                };
-                (job, placed.map(|(rank, _)| rank).filter(|rank| !is_hosted(rank)).collect())
-            })
-            .collect();
-        for (job, ranks) in jobs {
+        let placed = self.running().map(|(job, formed)| {
+            let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+            (job, here.map(|(rank, _)| rank).collect())
+        });
+        let placed: Vec<(u64, Vec<usize>)> = placed.collect();
+        for (job, placed) in placed {
+            let is_hosted =
+                |rank: &usize| hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank));
+            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !is_hosted(rank)).collect();
             if !ranks.is_empty() {
                 let generation = self.jobs.all[&job].generation();
                 self.tell(worker, Word::Assign { job, generation, ranks });
             }
-            let repeated = self.formations.get(&job).map_or_else(Vec::new, Formation::repeat);
-            let before = self.effects.len();
+            let repeated = self.formations.get(&job).map_or_else(Vec::new, |formed| formed.repeat(&placed));
             self.carry_out(job, repeated, 0);
-            let said = self.effects.split_off(before);
-            let to_this =
-                |effect: &Effect| matches!(effect, Effect::Tell { worker: to, .. } if *to == worker);
-            self.effects.extend(said.into_iter().filter(to_this));
         }
     }
 

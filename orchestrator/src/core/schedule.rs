@@ -25,12 +25,14 @@ impl Core {
                 self.form(job, topology, places, false);
             }
         }
-        let (waiting, running, free) = self.line();
+        let (waiting, running, missing) = self.line();
         if waiting.is_empty() {
             return;
         }
         self.reasons.clear();
-        for decision in queue::decide(&waiting, &running, free) {
+        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
+        // Slots that a job which has lost ranks waits for are not for others.
+        for decision in queue::decide(&waiting, &running, free.saturating_sub(missing)) {
             match decision {
                 Decision::Start { job, on_loan } => self.start(job, on_loan),
                 Decision::Preempt { victims, for_job } => {
@@ -119,16 +121,13 @@ impl Core {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let supply = self.supply(Some(job));
-        let stays = |worker: u64| supply.slots.iter().any(|slots| slots.worker == worker);
-        let gone: BTreeSet<usize> = (0..before.places.len())
-            .filter(|rank| record.lost.contains(rank) || !stays(before.places[*rank]))
-            .collect();
-        let mut kept = supply.clone();
+        let index: BTreeMap<u64, usize> =
+            supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
+        let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
         for (rank, worker) in before.places.iter().enumerate() {
-            if let Some(slots) =
-                kept.slots.iter_mut().find(|slots| slots.worker == *worker && !gone.contains(&rank))
-            {
-                slots.free = slots.free.saturating_sub(1);
+            match index.get(worker).filter(|_| !record.lost.contains(&rank)) {
+                Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
+                None => drop(gone.insert(rank)),
             }
         }
         let schedule = record.spec.schedule;
@@ -177,7 +176,7 @@ impl Core {
         held
     }
 
-    /// What the queue is asked: who waits, who runs, how many slots are free for those who wait.
+    /// What the queue is asked: who waits, who runs, and how many slots jobs that run have lost.
     fn line(&self) -> (Vec<Waiting>, Vec<Running>, usize) {
         let (mut waiting, mut running, mut missing) = (Vec::new(), Vec::new(), 0);
         for (&job, record) in &self.jobs.all {
@@ -200,9 +199,7 @@ impl Core {
                 _ => {}
             }
         }
-        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
-        // Slots that a job which has lost ranks waits for are not for others.
-        (waiting, running, free.saturating_sub(missing))
+        (waiting, running, missing)
     }
 
     /// Why a job has no ranks, in words.
