@@ -8,7 +8,11 @@ use super::network::Down;
 use super::ranks::feed;
 use super::storage::Trained;
 use crate::core::facts::{End, Fact, Formed};
-use crate::core::{Core, Effect, Event};
+use crate::core::jobs::{JobRecord, Phase};
+use crate::core::{Core, Effect, Event, Member};
+
+/// How long a job on loan may take until it has given way: it finishes its step, and a checkpoint or two. **Units**: ms.
+const GIVES_WAY_MS: u64 = 30_000;
 
 /// What has been seen so far.
 #[derive(Default)]
@@ -26,6 +30,8 @@ pub(super) struct Checks {
     /// Jobs that somebody ends, and jobs that may fail.
     pub(super) cancelled: BTreeSet<u64>,
     pub(super) excused: BTreeSet<u64>,
+    /// Who is first in line and could have slots that are lent, and since when.
+    lent: Option<(u64, u64)>,
     /// All jobs of the plan are over.
     is_over: bool,
 }
@@ -110,6 +116,47 @@ impl World {
         }
     }
 
+    /// Whoever is first in line gets what is free, and soon what is lent.
+    pub(super) fn check_line(&mut self, server: usize) {
+        let core = &self.servers[server].core;
+        let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
+        let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
+        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology.world()));
+        let Some((head, priority, ranks)) = head else { return self.checks.lent = None };
+        let (mut held, mut missing, mut lent): (BTreeMap<u64, usize>, _, _) = (BTreeMap::new(), 0, 0);
+        for (&job, record) in &core.jobs().all {
+            let Some(formed) =
+                record.formed.as_ref().filter(|_| matches!(record.phase, Phase::Formed | Phase::Broken))
+            else {
+                continue;
+            };
+            let is_lost = |rank: &usize| record.phase == Phase::Broken && record.lost.contains(rank);
+            let (lost, left): (Vec<usize>, Vec<usize>) = (0..formed.places.len()).partition(is_lost);
+            missing += lost.len();
+            let is_behind = (-record.spec.priority, job) > (-priority, head);
+            lent += if formed.on_loan && is_behind { left.len() } else { 0 };
+            left.iter().for_each(|&rank| *held.entry(formed.places[rank]).or_default() += 1);
+        }
+        let drained = &core.jobs().drained;
+        let takes = core.members().filter(|member| member.is_attached && !drained.contains(&member.who.node));
+        let free = |member: &Member| {
+            member.who.slots.saturating_sub(held.get(&member.who.worker).copied().unwrap_or(0))
+        };
+        let free = takes.map(free).sum::<usize>().saturating_sub(missing);
+        if free >= ranks {
+            return self
+                .violate(format!("job {head} is first in line, needs {ranks} slots, and {free} are free"));
+        }
+        if !self.is_calm || free + lent < ranks {
+            return self.checks.lent = None;
+        }
+        let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
+        self.checks.lent = Some((head, since));
+        if self.now > since + GIVES_WAY_MS {
+            self.violate(format!("job {head} is first in line and waits for {lent} slots that are lent"));
+        }
+    }
+
     /// No worker has more ranks than slots.
     pub(super) fn check_slots(&mut self, server: usize) {
         let core = &self.servers[server].core;
@@ -133,10 +180,13 @@ impl World {
         match fact {
             Fact::Submitted { job, spec, .. } => {
                 let records = &self.store.jobs.all;
+                let mut planned = self.plan.jobs.iter();
+                let has_key =
+                    planned.any(|planned| planned.spec.name == spec.name && !planned.spec.key.is_empty());
                 let is_known = records.contains_key(job)
-                    || !spec.key.is_empty() && records.values().any(|record| record.spec.key == spec.key);
+                    || has_key && records.values().any(|record| record.spec.name == spec.name);
                 if is_known {
-                    self.violate(format!("job {job} of key {:?} is submitted twice", spec.key));
+                    self.violate(format!("job {job}, {:?}, is submitted twice", spec.name));
                 }
             }
             Fact::Formed { job, formed } => self.check_formed(*job, formed),
@@ -167,6 +217,13 @@ impl World {
     fn check_formed(&mut self, job: u64, formed: &Formed) {
         self.report.formations += 1;
         let record = &self.store.jobs.all[&job];
+        let is_before = |(&other, waits): (&u64, &JobRecord)| {
+            waits.phase == Phase::Queued && (-waits.spec.priority, other) < (-record.spec.priority, job)
+        };
+        let overtakes = record.phase == Phase::Queued && self.store.jobs.all.iter().any(is_before);
+        if overtakes && !formed.on_loan {
+            return self.violate(format!("job {job} starts before its turn, and not on loan"));
+        }
         let history = self.checks.kept.get(&job).cloned().unwrap_or_default();
         let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
         if !is_next || formed.resume_step != history.len() as u64 {
@@ -252,7 +309,9 @@ impl World {
             let owner = *self.checks.owners.entry((job, formed.generation, rank)).or_insert(id);
             if owner != id || formed.places.get(rank) != Some(&id) {
                 let of = format!("rank {rank} of job {job}, generation {}", formed.generation);
-                return self.violate(format!("{of}: worker {id} has it, and so has worker {owner}"));
+                let place = formed.places.get(rank);
+                return self
+                    .violate(format!("{of}: worker {id} takes it, {owner} has it, {place:?} was meant"));
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod checks;
 mod faults;
+mod mutation;
 mod network;
 mod plan;
 mod random;
@@ -19,6 +20,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use self::checks::Checks;
+pub use self::mutation::Mutation;
 use self::network::{Down, Network, Up};
 pub use self::plan::Fault;
 use self::plan::Plan;
@@ -55,6 +57,14 @@ pub fn run(seed: u64, is_told: bool) -> Report {
     let recipe = plan::recipe().unwrap_or_default();
     let plan = Plan::draw(&mut random, &recipe);
     World::new(plan, random, is_told).run()
+}
+
+/// Runs one seed with a rule broken.
+pub fn run_broken(seed: u64, rule: Mutation) -> Report {
+    let mut random = Random::new(seed);
+    let recipe = plan::recipe().unwrap_or_default();
+    let plan = Plan::draw(&mut random, &recipe);
+    World { mutation: Some(rule), ..World::new(plan, random, false) }.run()
 }
 
 /// Runs one job of so many ranks (eight a worker, rounded down) and steps, with faults all along.
@@ -146,6 +156,7 @@ struct World {
     gangs: BTreeMap<(u64, u32), Gang>,
     storage: BTreeMap<u64, Folder>,
     checks: Checks,
+    mutation: Option<Mutation>,
     report: Report,
     is_told: bool,
 }
@@ -177,6 +188,7 @@ impl World {
             gangs: BTreeMap::new(),
             storage: BTreeMap::new(),
             checks: Checks::default(),
+            mutation: None,
             report,
             is_told,
         }

@@ -10,6 +10,7 @@ use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::watch::{Action, Divergence};
 
+use super::mutation::Mutation;
 use super::plan::BATCH;
 use super::random::mix;
 use super::storage::Trained;
@@ -90,6 +91,9 @@ impl World {
         let mut trained = Trained::default();
         if formed.resume_step > 0 {
             match folder.committed.get(&formed.resume_step) {
+                Some(_) if self.mutation == Some(Mutation::ResumesEarlier) => {
+                    trained = folder.committed.first_key_value().map_or(trained, |(_, first)| *first);
+                }
                 Some(stands) => trained = *stands,
                 None => {
                     let words = format!("no checkpoint of step {} to go on from", formed.resume_step);
@@ -97,7 +101,8 @@ impl World {
                 }
             }
         }
-        trained.cursor = if formed.cursor > 0 { formed.cursor } else { trained.cursor };
+        let goes_past = formed.cursor > 0 && self.mutation != Some(Mutation::ForgetsCursor);
+        trained.cursor = if goes_past { formed.cursor } else { trained.cursor };
         let Some(group) = self.group(id, of) else { return };
         group.trained = trained;
         let tidies = group.ranks.contains(&0);

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+use super::mutation::Mutation;
 use super::network::Down;
 use super::{Happening, World};
 use crate::core::facts::{Fact, Formed};
@@ -95,7 +96,8 @@ impl World {
     }
 
     pub(super) fn start_server(&mut self) {
-        self.store.incarnation += 1;
+        self.store.incarnation +=
+            u64::from(!self.breaks(Mutation::KeepsIncarnation) || self.servers.is_empty());
         let incarnation = self.store.incarnation;
         let jobs = match self.store.replay() {
             Ok(jobs) if jobs == self.store.jobs => jobs,
@@ -108,6 +110,7 @@ impl World {
         let mut steps = BTreeMap::new();
         for (&job, record) in &jobs.all {
             let last = self.store.steps.get(&job).and_then(|steps| steps.last()).copied().unwrap_or(0);
+            let last = if self.breaks(Mutation::ForgetsSteps) { 0 } else { last };
             let mut of_job = Steps::new(last, None, 0, record.has_ended());
             if let Some(formed) = record.running() {
                 of_job.formed(formed.generation, formed.places.len(), 0);
@@ -150,6 +153,7 @@ impl World {
         self.servers[server].ticks += 1;
         if self.servers[server].ticks.is_multiple_of(8) {
             self.check_words(server);
+            self.check_line(server);
         }
     }
 
@@ -174,6 +178,9 @@ impl World {
         let kept = self.random.between(0, 3);
         if let Some(batch) = left {
             self.keep(server, &batch, kept);
+        }
+        if self.breaks(Mutation::LosesAFact) {
+            self.store.facts.pop();
         }
         self.note([2, incarnation, kept], || {
             format!("orchestrator {incarnation} dies, {kept} writes of its last made")
@@ -213,6 +220,10 @@ impl World {
             } else {
                 let most = if self.servers[server].is_disk_slow { 1_200 } else { self.plan.sync_ms };
                 let takes = self.random.between(0, most + 1);
+                if self.breaks(Mutation::SpeaksFirst) {
+                    let words = std::mem::take(&mut batch.words);
+                    self.carry_out(server, Batch { words, ..Batch::default() });
+                }
                 self.servers[server].batch = Some(batch);
                 self.plan_in(takes, Happening::ServerSynced(server));
             }
@@ -223,7 +234,8 @@ impl World {
         if self.servers[server].is_paused {
             return self.servers[server].held.push(Happening::ServerSynced(server));
         }
-        if self.servers[server].core.incarnation() < self.store.incarnation {
+        let is_over = self.servers[server].core.incarnation() < self.store.incarnation;
+        if is_over && !self.breaks(Mutation::WritesOn) {
             // The store is another one's: it cannot write any more.
             return self.kill_server(server);
         }
@@ -236,10 +248,12 @@ impl World {
     }
 
     fn step_core(&mut self, server: usize, event: Event, batch: &mut Batch) {
-        let acting = &mut self.servers[server];
+        let acting = &self.servers[server];
         let now = (EPOCH + self.now).saturating_add_signed(acting.clock_ms);
         let stale = super::checks::stale_job(&acting.core, &event);
-        let effects = acting.core.step(event, now);
+        let events = self.distort(&acting.core, event);
+        let core = &mut self.servers[server].core;
+        let effects: Vec<Effect> = events.into_iter().flat_map(|event| core.step(event, now)).collect();
         if let Some(words) = stale.and_then(|job| super::checks::has_effect(job, &effects)) {
             return self.violate(words);
         }
@@ -269,6 +283,9 @@ impl World {
             Fact::Formed { job, formed } => {
                 if let Some(steps) = self.servers[server].steps.get_mut(job) {
                     steps.formed(formed.generation, formed.places.len(), 0);
+                    if self.mutation == Some(Mutation::TellsStepsAgain) {
+                        steps.last = formed.resume_step;
+                    }
                 }
                 self.check_slots(server);
             }
@@ -319,6 +336,16 @@ impl World {
                 Word::Assign { job, generation, ranks } => {
                     let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
                     let formed = formed.filter(|(formed, _)| formed.generation == generation);
+                    if let Some((formed, is_reachable)) =
+                        formed.clone().filter(|_| self.breaks(Mutation::AssignsTwice))
+                    {
+                        let others = self.servers[server].links.keys().find(|other| **other != worker);
+                        let down = Down::Assign { job, ranks: ranks.clone(), formed, is_reachable };
+                        others
+                            .copied()
+                            .into_iter()
+                            .for_each(|other| self.tell(server, other, Some(down.clone())));
+                    }
                     formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })
                 }
                 Word::Command { to, command } => Some(Down::Command { to, command }),

@@ -8,6 +8,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 
+use super::mutation::Mutation;
 use super::network::{Down, Up};
 use super::ranks::Group;
 use super::{Happening, Inside, Own, World};
@@ -202,6 +203,7 @@ impl World {
                 self.assigned(id, (job, ranks), formed, is_reachable);
             }
             Down::Command { to, command } => self.commanded(id, to, command),
+            Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
             Down::Release { job, generation } => self.leave(id, job, generation),
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
@@ -219,7 +221,7 @@ impl World {
 
     fn welcomed(&mut self, id: u64, link: u64, incarnation: u64) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if incarnation < worker.incarnation {
+        if incarnation < worker.incarnation && self.mutation != Some(Mutation::IgnoresIncarnations) {
             // Another orchestrator has taken over; this one has not noticed.
             worker.link = None;
             return self.break_link(link, 50);
@@ -235,6 +237,9 @@ impl World {
                 event,
             }));
             words.extend(hosted.committed.clone());
+        }
+        if self.breaks(Mutation::SaysOnce) {
+            words.clear();
         }
         self.note([13, id, incarnation], || {
             format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len())
@@ -328,6 +333,7 @@ impl World {
         let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
         let folder = self.storage.entry(job).or_default();
         let result = match step {
+            _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
             Some(step) => match folder.commit((step, generation), world, self.plan.keep) {
                 Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
                 Err(Ok(words)) => Err(words),
