@@ -19,7 +19,11 @@ const GIVES_WAY_MS: u64 = 30_000;
 pub(super) struct Checks {
     /// Every formation that was kept.
     formed: BTreeMap<(u64, u32), Formed>,
-    ended: BTreeSet<u64>,
+    /// Jobs that are over, as they ended, and how many of them are forgotten.
+    ended: Vec<u64>,
+    forgotten: usize,
+    /// By job, its number in the plan.
+    planned: BTreeMap<u64, usize>,
     /// Who has been given a rank.
     owners: BTreeMap<(u64, u32, usize), u64>,
     lines: BTreeMap<(u64, u32), Line>,
@@ -49,6 +53,16 @@ struct Line {
 }
 
 impl Checks {
+    /// A job's number in the plan; known for ever.
+    pub(super) fn planned(&self, job: u64) -> Option<usize> {
+        self.planned.get(&job).copied()
+    }
+
+    /// Whether a job of the plan has been durable.
+    pub(super) fn is_submitted(&self, planned: usize) -> bool {
+        self.planned.values().any(|number| *number == planned)
+    }
+
     pub(super) fn world(&self, job: u64, generation: u32) -> Option<usize> {
         self.formed.get(&(job, generation)).map(|formed| formed.places.len())
     }
@@ -157,6 +171,18 @@ impl World {
         }
     }
 
+    /// What is kept of jobs that are over stays bounded, and nothing stays of those that are forgotten.
+    pub(super) fn check_retention(&mut self) {
+        let ended = self.store.jobs.all.values().filter(|record| record.has_ended()).count();
+        if ended > self.plan.keep_jobs {
+            self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.keep_jobs));
+        }
+        let unknown = self.store.steps.keys().find(|job| !self.store.jobs.all.contains_key(job));
+        if let Some(job) = unknown {
+            self.violate(format!("job {job} is forgotten, and its steps are not"));
+        }
+    }
+
     /// No worker has more ranks than slots.
     pub(super) fn check_slots(&mut self, server: usize) {
         let core = &self.servers[server].core;
@@ -174,16 +200,17 @@ impl World {
 
     /// A fact becomes durable.
     pub(super) fn check_fact(&mut self, fact: &Fact) {
-        if let Some(job) = fact.job().filter(|job| self.checks.ended.contains(job)) {
+        let is_over = fact.job().filter(|job| self.checks.ended.contains(job));
+        if let Some(job) = is_over.filter(|_| !matches!(fact, Fact::Forgotten { .. })) {
             return self.violate(format!("job {job} has ended, and then: {fact:?}"));
         }
         match fact {
             Fact::Submitted { job, spec, .. } => {
                 let records = &self.store.jobs.all;
-                let mut planned = self.plan.jobs.iter();
-                let has_key =
-                    planned.any(|planned| planned.spec.name == spec.name && !planned.spec.key.is_empty());
-                let is_known = records.contains_key(job)
+                let planned = self.plan.jobs.iter().position(|planned| planned.spec.name == spec.name);
+                let planned = planned.unwrap_or_default();
+                let has_key = !self.plan.jobs[planned].spec.key.is_empty();
+                let is_known = self.checks.planned.insert(*job, planned).is_some()
                     || has_key && records.values().any(|record| record.spec.name == spec.name);
                 if is_known {
                     self.violate(format!("job {job}, {:?}, is submitted twice", spec.name));
@@ -205,6 +232,13 @@ impl World {
                     self.violate(format!("job {job} has no formation to lose: {fact:?}"));
                 }
             }
+            Fact::Forgotten { job } => {
+                let oldest = self.checks.ended.get(self.checks.forgotten);
+                if oldest != Some(job) {
+                    return self.violate(format!("job {job} is forgotten where {oldest:?} ended first"));
+                }
+                self.checks.forgotten += 1;
+            }
             Fact::StorageMarked { .. } | Fact::Drained { .. } => {}
         }
     }
@@ -223,6 +257,13 @@ impl World {
         let overtakes = record.phase == Phase::Queued && self.store.jobs.all.iter().any(is_before);
         if overtakes && !formed.on_loan {
             return self.violate(format!("job {job} starts before its turn, and not on loan"));
+        }
+        let is_out = |worker: &&u64| {
+            let node = self.workers.get(worker).map(|worker| format!("n{}", worker.node));
+            node.is_some_and(|node| self.store.jobs.drained.contains(&node))
+        };
+        if let Some(worker) = formed.places.iter().find(is_out) {
+            return self.violate(format!("job {job} is formed on worker {worker}, whose node is drained"));
         }
         let history = self.checks.kept.get(&job).cloned().unwrap_or_default();
         let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
@@ -275,12 +316,11 @@ impl World {
         if !is_right {
             return self.violate(format!("job {job} has ended without cause: {end:?}, {outcome}"));
         }
-        self.checks.ended.insert(job);
-        let mut all = self.store.jobs.all.values();
-        let names: BTreeSet<&str> = all.clone().map(|record| record.spec.name.as_str()).collect();
-        let are_known = self.plan.jobs.iter().all(|job| names.contains(job.spec.name.as_str()));
+        self.checks.ended.push(job);
+        let were_submitted = (0..self.plan.jobs.len()).all(|planned| self.checks.is_submitted(planned));
+        let mut all = self.store.jobs.all.iter();
         self.checks.is_over =
-            are_known && all.all(|record| record.has_ended() || record == &self.store.jobs.all[&job]);
+            were_submitted && all.all(|(&other, record)| record.has_ended() || other == job);
     }
 
     /// A word goes out: what it follows from is durable by then.

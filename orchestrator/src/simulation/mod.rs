@@ -14,6 +14,7 @@ mod random;
 mod ranks;
 mod server;
 mod storage;
+mod store;
 mod worker;
 
 use std::cmp::Reverse;
@@ -26,8 +27,9 @@ pub use self::plan::Fault;
 use self::plan::Plan;
 use self::random::{Random, mix};
 use self::ranks::Gang;
-use self::server::{Server, Store};
+use self::server::Server;
 use self::storage::Folder;
+use self::store::Store;
 use self::worker::Worker;
 
 /// What came of a run.

@@ -42,6 +42,10 @@ pub enum Mutation {
     ForgetsCursor,
     /// A second submission of a job is another job.
     IgnoresKeys,
+    /// Jobs that are over stay known for ever.
+    ForgetsNothing,
+    /// Of a job that is forgotten the steps stay.
+    ForgetsHalf,
     /// A rank's worker takes shards of an earlier checkpoint.
     ResumesEarlier,
 }

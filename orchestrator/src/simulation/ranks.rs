@@ -202,8 +202,7 @@ impl World {
 
     /// What the plan says of a job, by its number.
     pub(super) fn job_plan(&self, job: u64) -> Option<&super::plan::Job> {
-        let record = self.store.jobs.all.get(&job)?;
-        self.plan.jobs.iter().find(|planned| planned.spec.name == record.spec.name)
+        self.plan.jobs.get(self.checks.planned(job)?)
     }
 
     /// All ranks have given what the step needs: it is made, or the watch stops it, on all of them alike.

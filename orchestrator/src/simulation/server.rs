@@ -8,30 +8,14 @@ use super::mutation::Mutation;
 use super::network::Down;
 use super::{Happening, World};
 use crate::core::facts::{Fact, Formed};
-use crate::core::jobs::Jobs;
 use crate::core::{Core, Effect, Event, TICK_MS, Word};
 use crate::server::steps::Steps;
 
 /// Messages that are taken at once.
 const BATCH: usize = 1024;
 
-/// Facts after which a snapshot takes their place.
-const SNAPSHOT_EVERY: usize = 40;
-
 /// The simulated time starts here. **Units**: milliseconds since 1970.
 const EPOCH: u64 = 1_700_000_000_000;
-
-/// What is durable.
-#[derive(Default)]
-pub(super) struct Store {
-    pub(super) incarnation: u64,
-    snapshot: Option<Vec<u8>>,
-    facts: Vec<Vec<u8>>,
-    /// By job, the steps that watchers are told.
-    pub(super) steps: BTreeMap<u64, Vec<u64>>,
-    /// The facts so far, folded as they came.
-    pub(super) jobs: Jobs,
-}
 
 /// Something for the hub.
 pub(super) enum Input {
@@ -64,31 +48,6 @@ pub(super) struct Server {
     ticks: u64,
 }
 
-impl Store {
-    fn append(&mut self, fact: &Fact) -> Result<(), String> {
-        self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
-        self.jobs.apply(fact);
-        if self.facts.len() > SNAPSHOT_EVERY {
-            self.snapshot = Some(serde_json::to_vec(&self.jobs).map_err(|error| error.to_string())?);
-            self.facts.clear();
-        }
-        Ok(())
-    }
-
-    /// What a start reads.
-    fn replay(&self) -> Result<Jobs, String> {
-        let words = |error: serde_json::Error| error.to_string();
-        let mut jobs = match &self.snapshot {
-            Some(snapshot) => serde_json::from_slice(snapshot).map_err(words)?,
-            None => Jobs::default(),
-        };
-        for fact in &self.facts {
-            jobs.apply(&serde_json::from_slice(fact).map_err(words)?);
-        }
-        Ok(jobs)
-    }
-}
-
 impl World {
     /// The orchestrator whose word counts.
     pub(super) fn newest_server(&self) -> usize {
@@ -106,6 +65,7 @@ impl World {
             }
             Err(words) => return self.violate(format!("what was kept cannot be read: {words}")),
         };
+        let keep_jobs = if self.breaks(Mutation::ForgetsNothing) { usize::MAX } else { self.plan.keep_jobs };
         let clock_ms = self.servers.last().map_or(0, |server| server.clock_ms);
         let mut steps = BTreeMap::new();
         for (&job, record) in &jobs.all {
@@ -119,7 +79,7 @@ impl World {
         }
         let now = (EPOCH + self.now).saturating_add_signed(clock_ms);
         self.servers.push(Server {
-            core: Core::new(jobs, incarnation, now),
+            core: Core::new(jobs, incarnation, now).keeping(keep_jobs),
             is_alive: true,
             is_paused: false,
             held: Vec::new(),
@@ -180,7 +140,7 @@ impl World {
             self.keep(server, &batch, kept);
         }
         if self.breaks(Mutation::LosesAFact) {
-            self.store.facts.pop();
+            self.store.lose_last();
         }
         self.note([2, incarnation, kept], || {
             format!("orchestrator {incarnation} dies, {kept} writes of its last made")
@@ -243,6 +203,7 @@ impl World {
             self.keep(server, &batch, 2);
             self.carry_out(server, batch);
             self.check_fold(server);
+            self.check_retention();
             self.serve(server);
         }
     }
@@ -260,7 +221,7 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::Keep(fact) => {
-                    self.hear_fact(server, &fact);
+                    self.hear_fact(server, &fact, batch);
                     batch.facts.push(fact);
                 }
                 Effect::Tell { worker, word } => batch.words.push((worker, word)),
@@ -275,7 +236,7 @@ impl World {
         }
     }
 
-    fn hear_fact(&mut self, server: usize, fact: &Fact) {
+    fn hear_fact(&mut self, server: usize, fact: &Fact, batch: &mut Batch) {
         match fact {
             Fact::Submitted { job, .. } => {
                 self.servers[server].steps.insert(*job, Steps::new(0, None, 0, false));
@@ -289,6 +250,10 @@ impl World {
                 }
                 self.check_slots(server);
             }
+            Fact::Forgotten { job } => {
+                self.servers[server].steps.remove(job);
+                batch.steps.remove(job);
+            }
             _ => {}
         }
     }
@@ -296,13 +261,14 @@ impl World {
     /// Makes so many of a batch's writes: its facts, then its steps.
     fn keep(&mut self, server: usize, batch: &Batch, writes: u64) {
         if writes > 0 {
+            let keeps_steps = self.breaks(Mutation::ForgetsHalf);
             for fact in &batch.facts {
                 self.note([4, fact.job().unwrap_or(0), 0], || {
                     let words = format!("{fact:?}");
                     format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
                 });
                 self.check_fact(fact);
-                if let Err(words) = self.store.append(fact) {
+                if let Err(words) = self.store.append(fact, keeps_steps) {
                     return self.violate(words);
                 }
             }
@@ -323,40 +289,17 @@ impl World {
     fn carry_out(&mut self, server: usize, batch: Batch) {
         let mut assigned: BTreeMap<u64, Option<(Rc<Formed>, bool)>> = BTreeMap::new();
         for (worker, word) in batch.words {
-            let core = &self.servers[server].core;
-            let down = match word {
-                Word::Welcome => Some(Down::Welcome { incarnation: core.incarnation() }),
-                Word::Refused { .. } => Some(Down::Refused),
-                Word::Cut => {
-                    if let Some(link) = self.servers[server].links.remove(&worker) {
-                        self.break_link(link, 50);
-                    }
-                    None
+            if word == Word::Cut {
+                if let Some(link) = self.servers[server].links.remove(&worker) {
+                    self.break_link(link, 50);
                 }
-                Word::Assign { job, generation, ranks } => {
-                    let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
-                    let formed = formed.filter(|(formed, _)| formed.generation == generation);
-                    if let Some((formed, is_reachable)) =
-                        formed.clone().filter(|_| self.breaks(Mutation::AssignsTwice))
-                    {
-                        let others = self.servers[server].links.keys().find(|other| **other != worker);
-                        let down = Down::Assign { job, ranks: ranks.clone(), formed, is_reachable };
-                        others
-                            .copied()
-                            .into_iter()
-                            .for_each(|other| self.tell(server, other, Some(down.clone())));
-                    }
-                    formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })
-                }
-                Word::Command { to, command } => Some(Down::Command { to, command }),
-                Word::Release { job, generation, .. } => Some(Down::Release { job, generation }),
-                Word::CommitCheckpoint { job, generation, position, .. } => {
-                    Some(Down::Commit { job, generation, step: Some(position.step) })
-                }
-                Word::PlaceWeights { job, generation, .. } => {
-                    Some(Down::Commit { job, generation, step: None })
-                }
-            };
+                continue;
+            }
+            let down = encode(&self.servers[server].core, word, &mut assigned);
+            if self.breaks(Mutation::AssignsTwice) && matches!(down, Some(Down::Assign { .. })) {
+                let other = self.servers[server].links.keys().find(|other| **other != worker).copied();
+                other.into_iter().for_each(|other| self.tell(server, other, down.clone()));
+            }
             self.tell(server, worker, down);
         }
         for (&job, steps) in &batch.steps {
@@ -387,13 +330,33 @@ impl World {
     /// Whoever submits asks again until he sees his job.
     pub(super) fn submit(&mut self, job: usize) {
         let spec = Box::new(self.plan.jobs[job].spec.clone());
-        if self.store.jobs.all.values().any(|record| record.spec.name == spec.name) {
+        if self.checks.is_submitted(job) {
             return;
         }
         self.plan_in(5_000, Happening::Submit(job));
         self.note([5, job as u64, 0], || format!("{} is submitted", spec.name));
         self.hear_at(self.newest_server(), Input::Event(Event::Submit(spec)));
     }
+}
+
+/// A word as it goes to a worker; nothing if it has no sense any more. `assigned`: what is told of each job.
+fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Formed>, bool)>>) -> Option<Down> {
+    Some(match word {
+        Word::Welcome => Down::Welcome { incarnation: core.incarnation() },
+        Word::Refused { .. } => Down::Refused,
+        Word::Cut => return None,
+        Word::Assign { job, generation, ranks } => {
+            let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
+            let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
+            Down::Assign { job, ranks, formed, is_reachable }
+        }
+        Word::Command { to, command } => Down::Command { to, command },
+        Word::Release { job, generation, .. } => Down::Release { job, generation },
+        Word::CommitCheckpoint { job, generation, position, .. } => {
+            Down::Commit { job, generation, step: Some(position.step) }
+        }
+        Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None },
+    })
 }
 
 /// What every worker of a formation is told; nothing if it is over by now or a member is gone.

@@ -10,6 +10,7 @@ use contraflow_runtime::recipe::ErrorKind;
 
 use super::mutation::Mutation;
 use super::network::{Down, Up};
+use super::random::mix;
 use super::ranks::Group;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
@@ -334,6 +335,10 @@ impl World {
         let folder = self.storage.entry(job).or_default();
         let result = match step {
             _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
+            Some(step) if is_full(job, step, generation) => {
+                self.checks.excused.insert(job);
+                Err("the storage is full".into())
+            }
             Some(step) => match folder.commit((step, generation), world, self.plan.keep) {
                 Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
                 Err(Ok(words)) => Err(words),
@@ -367,6 +372,11 @@ impl World {
         let hosted = self.workers.get_mut(&id)?.hosted.get_mut(&job)?;
         Some(&mut hosted.group).filter(|_| hosted.generation == generation)
     }
+}
+
+/// Whether a commit finds the storage full: one in some hundreds does.
+fn is_full(job: u64, step: u64, generation: u32) -> bool {
+    mix((job << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
 }
 
 impl Worker {

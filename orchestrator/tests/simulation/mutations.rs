@@ -7,7 +7,7 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 300;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 16] = [
+const CAUGHT: [(Mutation, &str); 18] = [
     (SpeaksFirst, "assigned by a formation that is not kept"),
     (LosesAFact, "fold into another state than that they came from"),
     (KeepsIncarnation, "fold into another state"),
@@ -23,6 +23,8 @@ const CAUGHT: [(Mutation, &str); 16] = [
     (SaysOnce, "is next"),
     (ForgetsCursor, "begins at sequence"),
     (IgnoresKeys, "is submitted twice"),
+    (ForgetsNothing, "jobs are over and known"),
+    (ForgetsHalf, "is forgotten, and its steps are not"),
     (ResumesEarlier, "is to begin step"),
 ];
 
