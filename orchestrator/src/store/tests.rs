@@ -209,7 +209,7 @@ impl Model {
             Act::Forget(job) => {
                 let record = format!("job {job} is forgotten").into_bytes();
                 let number = self.history.len() as u64 + 1;
-                assert_eq!(store.append_and_forget(&[record.clone()], &[job]).unwrap(), number);
+                assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &[job]).unwrap(), number);
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job);
                 self.lines.retain(|key, _| key.0 != job);
