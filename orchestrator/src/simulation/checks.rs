@@ -177,9 +177,12 @@ impl World {
         if ended > self.plan.keep_jobs {
             self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.keep_jobs));
         }
-        let unknown = self.store.steps.keys().find(|job| !self.store.jobs.all.contains_key(job));
-        if let Some(job) = unknown {
-            self.violate(format!("job {job} is forgotten, and its steps are not"));
+        let is_unknown = |job: &&u64| !self.store.jobs.all.contains_key(job);
+        if let Some(job) = self.store.steps.keys().find(is_unknown) {
+            return self.violate(format!("job {job} is forgotten, and its steps are not"));
+        }
+        if let Some(job) = self.store.jobs.by_key.values().find(is_unknown) {
+            self.violate(format!("job {job} is forgotten, and its key is not"));
         }
     }
 
