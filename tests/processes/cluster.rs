@@ -160,9 +160,9 @@ impl Cluster {
     }
 
     /// The orchestrator once more, at the same address, with the same state.
-    pub fn start_orchestrator(&mut self) {
+    pub fn start_orchestrator(&mut self, options: &[&str]) {
         let arguments = ["orchestrator", "--state", "state", "--listen", &self.address];
-        self.orchestrator = spawn(self.dir.path(), "orchestrator", &arguments);
+        self.orchestrator = spawn(self.dir.path(), "orchestrator", &[&arguments[..], options].concat());
         until("the orchestrator's address", || address_of(&self.orchestrator));
     }
 

@@ -7,4 +7,5 @@ mod chaos;
 mod cluster;
 mod python;
 mod refusals;
+mod retention;
 mod security;
