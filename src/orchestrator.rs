@@ -28,7 +28,7 @@ pub struct Args {
 ///
 /// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state cannot be written any more.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    telemetry::init(LogLevel::Info);
+    let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
     interrupt::runtime()?.block_on(async {
         let orchestrator = Orchestrator::open(&args.state, args.listen).await.map_err(Failure::input)?;

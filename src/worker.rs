@@ -40,7 +40,7 @@ pub struct Args {
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let lines = telemetry::init_worker();
+    let (lines, _spans) = telemetry::init_worker("contraflow-worker")?;
     let settings = settings(args)?;
     interrupt::runtime()?.block_on(async {
         let stop = async {

@@ -5,6 +5,8 @@
 
 mod chaos;
 mod cluster;
+mod collector;
 mod python;
 mod refusals;
 mod security;
+mod telemetry;

@@ -149,8 +149,8 @@ impl OptimizerState {
         params: &mut RankParams,
         totals: &Totals,
     ) -> Result<GlobalTotals, RankError> {
-        let threads = self.threads.clone();
-        threads.run(|| self.update_in_pool(order, params, totals))
+        let (threads, span) = (self.threads.clone(), tracing::Span::current());
+        threads.run(|| span.in_scope(|| self.update_in_pool(order, params, totals)))
     }
 
     fn update_in_pool(
@@ -196,6 +196,7 @@ impl OptimizerState {
     }
 
     /// The summed gradient of this rank's shard per bucket; `None` where the rank is alone and the gradient is in place.
+    #[tracing::instrument(target = "span", skip_all)]
     fn reduce_gradients(
         &self,
         collectives: &Collectives,
@@ -212,6 +213,7 @@ impl OptimizerState {
         self.buckets.iter().map(reduce).collect()
     }
 
+    #[tracing::instrument(target = "span", skip_all)]
     fn sum_totals(
         &self,
         collectives: &Collectives,
@@ -300,6 +302,7 @@ impl OptimizerState {
         }
     }
 
+    #[tracing::instrument(target = "span", skip_all)]
     fn gather_weights(&self, collectives: &Collectives, params: &mut RankParams) -> Result<(), RankError> {
         for bucket in self.buckets.iter().filter(|bucket| bucket.group.len() > 1) {
             let mut updated = Vec::new();

@@ -31,6 +31,7 @@ fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
         steps: 9,
         save_model: false,
         max_returns: 2,
+        traceparent: String::new(),
     })
 }
 

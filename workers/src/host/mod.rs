@@ -17,6 +17,7 @@ use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::{decode_command, encode_event, json};
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::trace::TraceContext;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
@@ -225,10 +226,11 @@ impl Host {
             Down::Assign(assign) => self.assign(assign),
             Down::Command(command) => {
                 let dir = export_dir(&self.settings.storage, command.job);
+                let trace = TraceContext::parse(&command.traceparent);
                 match decode_command(command, &dir) {
                     Ok((to, command)) => {
                         if let Some(formation) = self.formations.get_mut(&to.job) {
-                            formation.command(to, command);
+                            formation.command(to, command, trace);
                         }
                     }
                     Err(words) => tracing::warn!("a command that makes no sense: {words}"),
