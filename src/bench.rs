@@ -5,6 +5,7 @@ mod fabric;
 mod infer;
 mod load;
 mod placement;
+mod simulation;
 mod store;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,6 +82,18 @@ enum What {
     Load,
     /// The orchestrator's event log: records a second that reach the disk, and how long a new start takes
     Store,
+    /// The orchestrator's decisions for one job of 10,000 simulated ranks, with faults: events a second
+    Simulation {
+        /// Ranks of the job, 8 a worker
+        #[arg(long, default_value_t = 10_000)]
+        ranks: usize,
+        /// Steps of the job
+        #[arg(long, default_value_t = 1_000)]
+        steps: u64,
+        /// The same seed is the same run, to the last event
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Frames between 2 and 4 processes over TCP, Unix sockets and shared memory: time, rate and CPU time
     Fabric {
         /// Repeats of each measurement
@@ -104,6 +117,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Placement => placement::run(),
         What::Load => load::run(),
         What::Store => store::run(),
+        What::Simulation { ranks, steps, seed } => simulation::run(*ranks, *steps, *seed),
         What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
     }
 }

@@ -117,6 +117,8 @@ impl Cluster {
                 endpoint: join(&network, rank),
                 datasets: datasets.clone(),
                 resume: resume.clone(),
+                recovered: None,
+                keeper: None,
                 checkpoints: folder.clone(),
                 trace: trace::current(),
                 probe: probe.clone(),

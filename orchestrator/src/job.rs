@@ -185,35 +185,49 @@ impl Job {
         }
     }
 
-    /// What the job has asked for and not been told of yet, once more: for a rank or a committer that may not have heard it.
-    pub fn repeat(&self) -> Vec<Effect> {
-        let missing = |present: Vec<usize>, command: RankCommand| {
-            let missing = (0..self.setup.world).filter(move |rank| !present.contains(rank));
-            missing.map(|rank| Effect::Command { rank, command: command.clone() }).collect::<Vec<_>>()
-        };
-        let mut effects: Vec<Effect> = match &self.state {
+    /// What the job has asked these ranks for and not been told of yet, once more: they may not have heard it. What is to be
+    /// put in place goes with rank 0.
+    pub fn repeat(&self, ranks: &[usize]) -> Vec<Effect> {
+        let to_all = |command: RankCommand| self.repeat_to(ranks, |_| true, &command);
+        let dir = || self.setup.export_dir.clone().unwrap_or_default();
+        let mut effects = match &self.state {
             State::Starting { .. } | State::Over => Vec::new(),
             State::Training { done, .. } => {
                 let begin = RankCommand::BeginStep { step: self.setup.steps_before + 1 };
-                let mut effects = missing(done.iter().copied().collect(), begin);
+                let mut effects = self.repeat_to(ranks, |rank| !done.contains(rank), &begin);
                 if self.is_stopping {
-                    effects.extend(self.everyone(&RankCommand::Stop));
+                    effects.extend(to_all(RankCommand::Stop));
                 }
                 effects
             }
-            State::Validating { losses } => missing(losses.keys().copied().collect(), RankCommand::Validate),
+            State::Validating { losses } => {
+                self.repeat_to(ranks, |rank| !losses.contains_key(rank), &RankCommand::Validate)
+            }
             State::Exporting { files, .. } => {
-                let dir = self.setup.export_dir.clone().unwrap_or_default();
-                missing(files.keys().copied().collect(), RankCommand::Export { dir })
+                self.repeat_to(ranks, |rank| !files.contains_key(rank), &RankCommand::Export { dir: dir() })
             }
-            State::Placing { files, .. } => {
-                let dir = self.setup.export_dir.clone().unwrap_or_default();
-                vec![Effect::PlaceWeights { dir, files: files.clone() }]
+            State::Placing { files, .. } if ranks.contains(&0) => {
+                vec![Effect::PlaceWeights { dir: dir(), files: files.clone() }]
             }
-            State::Aborting { waiting, outcome } => self.abort_commands(waiting, outcome),
+            State::Placing { .. } => Vec::new(),
+            State::Aborting { waiting, outcome } => {
+                self.repeat_to(ranks, |rank| waiting.contains(rank), &abort_command(outcome))
+            }
         };
-        effects.extend(self.commit_next());
+        if ranks.contains(&0) {
+            effects.extend(self.commit_next());
+        }
         effects
+    }
+
+    fn repeat_to(
+        &self,
+        ranks: &[usize],
+        is_due: impl Fn(&usize) -> bool,
+        command: &RankCommand,
+    ) -> Vec<Effect> {
+        let due = ranks.iter().filter(|rank| is_due(rank));
+        due.map(|&rank| Effect::Command { rank, command: command.clone() }).collect()
     }
 
     /// Whether ranks have been told to give up and not all have answered.
@@ -450,19 +464,11 @@ impl Job {
         if waiting.is_empty() {
             return self.end(outcome);
         }
-        let effects = self.abort_commands(&waiting, &outcome);
+        let command = abort_command(&outcome);
+        let effects =
+            waiting.iter().map(|&rank| Effect::Command { rank, command: command.clone() }).collect();
         self.state = State::Aborting { waiting, outcome };
         effects
-    }
-
-    fn abort_commands(&self, waiting: &BTreeSet<usize>, outcome: &Outcome) -> Vec<Effect> {
-        let reason = match outcome {
-            Outcome::Failed { message, .. } => message.clone(),
-            _ => "the run is to stop".into(),
-        };
-        let command =
-            |&rank| Effect::Command { rank, command: RankCommand::Abort { reason: reason.clone() } };
-        waiting.iter().map(command).collect()
     }
 
     fn validate(&mut self) -> Vec<Effect> {
@@ -490,6 +496,14 @@ impl Job {
     fn everyone(&self, command: &RankCommand) -> Vec<Effect> {
         (0..self.setup.world).map(|rank| Effect::Command { rank, command: command.clone() }).collect()
     }
+}
+
+fn abort_command(outcome: &Outcome) -> RankCommand {
+    let reason = match outcome {
+        Outcome::Failed { message, .. } => message.clone(),
+        _ => "the run is to stop".into(),
+    };
+    RankCommand::Abort { reason }
 }
 
 #[cfg(test)]

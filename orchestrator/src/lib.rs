@@ -7,6 +7,7 @@ pub mod job_actor;
 pub mod metrics;
 pub mod placement;
 pub mod queue;
+pub mod recovery;
 pub mod server;
 pub mod simulation;
 pub mod store;

@@ -85,7 +85,7 @@ fn size(dir: &Path) -> u64 {
 }
 
 /// Most memory this process has had so far, in bytes; 0 where the system does not tell.
-fn peak_memory() -> u64 {
+pub(super) fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10

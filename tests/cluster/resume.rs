@@ -149,10 +149,10 @@ fn a_checkpoint_holds_each_value_once_and_those_of_the_exported_model() {
     let checkpoint = Checkpoint::open(&checkpoint(&dir, 2)).unwrap_or_else(|faults| panic!("{faults}"));
     let published = contraflow_workers::weights::HfWeights::open(&export).unwrap();
     let mut num_values = 0;
-    for (name, shape) in checkpoint.weights() {
+    for (name, shape) in checkpoint.records.weights() {
         let len = shape.iter().product();
         let mut weight = vec![0.0; len];
-        checkpoint.read(Kind::Weight, (name, shape), 0..len, &mut weight).unwrap();
+        checkpoint.records.read(Kind::Weight, (name, shape), 0..len, &mut weight).unwrap();
         assert!(weight == published.read(name, shape).unwrap(), "{name}");
         num_values += len;
     }
@@ -162,6 +162,7 @@ fn a_checkpoint_holds_each_value_once_and_those_of_the_exported_model() {
         published.names().map(|name| published.info(name).unwrap().0.iter().product::<usize>()).sum();
     assert_eq!(num_values + shared, published_values);
     // Sixteen sequences of six tokens, each to two experts, in two steps; MTP rows too.
-    let counts = checkpoint.read_counts("model.layers.3.mlp.gate.e_score_correction_bias", 8).unwrap();
+    let counts =
+        checkpoint.records.read_counts("model.layers.3.mlp.gate.e_score_correction_bias", 8).unwrap();
     assert_eq!(counts.iter().sum::<u64>(), 2 * 16 * 6 * 2);
 }

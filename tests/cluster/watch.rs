@@ -349,8 +349,15 @@ fn update_two_ranks(
                 poison(&mut params, gradient);
             }
             let id = StepId { job: 0, generation: 0, phase: Phase::Update, step };
-            let order =
-                UpdateOrder { id, learning_rate: 0.1, bias_speed: 0.1, stop: false, save: SaveWhen::Never };
+            let order = UpdateOrder {
+                id,
+                learning_rate: 0.1,
+                bias_speed: 0.1,
+                stop: false,
+                save: SaveWhen::Never,
+                keep: false,
+                kept_by: None,
+            };
             results.push(optimizer.update(&order, &mut params, &totals));
             assert!(params.dense.iter().chain(params.experts.iter()).all(|param| param.grad.is_none()));
         }

@@ -74,6 +74,86 @@ fn an_orchestrator_that_is_killed_and_started_again_loses_no_step() {
     assert_eq!(cluster.submit(&[], &["--key", "once"]), job);
 }
 
+/// Rank 2 keeps the state of rank 0, and rank 0 that of rank 2: half a turn around the nodes.
+const BUDDY: usize = 2;
+
+/// Steps after which formations went on from memory, as the job's log tells.
+fn from_memory(cluster: &Cluster, job: &str) -> Vec<u64> {
+    let (_, log, _) = cluster.run(&["logs", job]);
+    let after = log.lines().filter_map(|line| line.split("from memory after step ").nth(1));
+    after.map(|step| step.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_lost_rank_goes_on_from_its_buddys_memory() {
+    let mut cluster = Cluster::start(5);
+    // Nothing on the disk to go on from.
+    let rare = ["checkpoint.every=1000"];
+    let whole = cluster.submit(&rare, &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&rare, &[]);
+    let mut told = Vec::new();
+    for (rank, step) in [(0, 8), (3, 25), (0, 42)] {
+        cluster.until_step(&job, step);
+        let victim = cluster.host_of(&job, rank);
+        told.push(cluster.status(&job).unwrap()["step"].as_u64().unwrap());
+        cluster.workers[victim].as_mut().unwrap().kill();
+        until("another generation", || (cluster.status(&job)?["losses"] == told.len()).then_some(()));
+        cluster.workers[victim] = Some(cluster.worker(victim));
+        until("a full house", || (cluster.nodes().len() == 5).then_some(()));
+    }
+    assert_eq!(curve(&cluster.finish(&job)), whole);
+    let resumed = from_memory(&cluster, &job);
+    assert_eq!(resumed.len(), told.len());
+    // What every rank has reported is lost only if no buddy had it yet: at most the last such step.
+    assert!(resumed.iter().zip(&told).all(|(resumed, told)| resumed + 1 >= *told), "{resumed:?} {told:?}");
+}
+
+#[test]
+fn a_rank_and_its_buddy_lost_cost_the_steps_since_the_checkpoint_and_that_is_said() {
+    let mut cluster = Cluster::start(5);
+    let changes = ["checkpoint.every=10", "training.steps=40"];
+    let whole = cluster.submit(&changes, &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&changes, &[]);
+    cluster.until_step(&job, 16);
+    let victims = [0, BUDDY].map(|rank| cluster.host_of(&job, rank));
+    victims.into_iter().for_each(|victim| cluster.workers[victim].as_mut().unwrap().kill());
+    cluster.workers[victims[0]] = Some(cluster.worker(victims[0]));
+    assert_eq!(curve(&cluster.finish(&job)), whole);
+    assert!(from_memory(&cluster, &job).is_empty());
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    let said =
+        log.lines().find(|line| line.contains("in memory any more")).unwrap_or_else(|| panic!("{log}"));
+    assert!(
+        said.contains("go on from the checkpoint of step 10") && said.contains("the state of rank"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
+    let mut cluster = Cluster::start(5);
+    let steps = ["training.steps=400", "checkpoint.every=20"];
+    let whole = cluster.submit(&steps, &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&steps, &[]);
+    cluster.until_step(&job, 10);
+    let victim = cluster.host_of(&job, 1);
+    cluster.orchestrator.kill();
+    // Nobody hears what the ranks report from here on.
+    let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
+    until("ranks that go on alone", || {
+        let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
+        names.into_iter().any(|name| name.to_string_lossy().starts_with("step-00000100")).then_some(())
+    });
+    cluster.workers[victim].as_mut().unwrap().kill();
+    cluster.start_orchestrator();
+    assert_eq!(curve(&cluster.finish(&job)), whole);
+    let resumed = from_memory(&cluster, &job);
+    assert!(resumed.len() == 1 && resumed[0] >= 99, "{resumed:?}");
+}
+
 #[test]
 fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     let cluster = Cluster::start(5);

@@ -20,6 +20,7 @@ pub mod hf_check;
 pub mod hf_export;
 pub mod host;
 pub mod inspect;
+pub mod kept;
 pub mod lanes;
 pub mod loader;
 pub mod membership;

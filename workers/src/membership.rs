@@ -2,7 +2,7 @@
 //!
 //! Made once per assignment. Knows who the children are and what they are given, not the order of things within a step.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
@@ -16,11 +16,13 @@ use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 
 use crate::buckets::RankParams;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Records, Snapshot};
 use crate::checkpointer::{Checkpointer, CheckpointerMessage};
+use crate::collectives::Collectives;
 use crate::error::RankError;
 use crate::exchange::ExpertGroup;
 use crate::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
+use crate::kept::{self, Keep, Keeper, Recovered};
 use crate::lanes::Site;
 use crate::loader::{Datasets, Loader, LoaderMessage, LoaderSetup};
 use crate::model::Architecture;
@@ -50,8 +52,12 @@ pub struct Assignment {
     pub endpoint: Endpoint,
     /// The sequences.
     pub datasets: Arc<Datasets>,
-    /// What the run goes on from, if it is not fresh.
+    /// The checkpoint that the run goes on from, if it is neither fresh nor recovered.
     pub resume: Option<Arc<Checkpoint>>,
+    /// The state in the workers' memory that the run goes on from.
+    pub recovered: Option<Recovered>,
+    /// Who keeps this rank's state in memory, and whose it keeps; nobody where all ranks are in one process.
+    pub keeper: Option<Keeper>,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<CheckpointFolder>,
     /// The span below which the rank's belong.
@@ -68,6 +74,9 @@ pub struct Built {
     model: RankModel,
     optimizer: OptimizerState,
     threads: Arc<Threads>,
+    position: Position,
+    /// What the rank had reported before, for an orchestrator that may not have kept it.
+    reports: Vec<StepReport>,
 }
 
 /// Builds the model of a rank: weights drawn or read and moments zero, or both from the checkpoint.
@@ -85,7 +94,8 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let mut model = build(&arch, &placement, rank);
     for params in [&mut model.dense, &mut model.experts] {
         match (&assignment.resume, recipe.model.init_dir()) {
-            (Some(checkpoint), _) => checkpoint.fill(params)?,
+            _ if assignment.recovered.is_some() => {}
+            (Some(checkpoint), _) => checkpoint.records.fill(params)?,
             (None, Some(dir)) => HfWeights::open(dir)?.fill(params)?,
             (None, None) => initialise(params, recipe.training.seed, recipe.training.init_std),
         }
@@ -101,13 +111,37 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         num_layers: recipe.model_config.num_hidden_layers + recipe.model_config.num_nextn_predict_layers,
         threads: threads.clone(),
     };
-    let params = RankParams { dense: model.dense, experts: model.experts };
+    let mut params = RankParams { dense: model.dense, experts: model.experts };
     let mut optimizer = OptimizerState::new(setup, &params);
+    let (mut position, mut reports) = (Position::default(), Vec::new());
     if let Some(checkpoint) = &assignment.resume {
-        optimizer.restore(&params, checkpoint)?;
+        optimizer.restore(&params, &checkpoint.records)?;
+        optimizer.watch = checkpoint.manifest.watch.clone();
+        position = checkpoint.manifest.position;
+    }
+    if let Some(recovered) = &assignment.recovered {
+        (position, reports) = recover(recovered, &assignment, &mut optimizer, &mut params)?;
     }
     let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
-    Ok(Built { assignment, arch, plans, model, optimizer, threads })
+    Ok(Built { assignment, arch, plans, model, optimizer, threads, position, reports })
+}
+
+/// Fills model and optimizer from the workers' memory: where the run stood, and what the rank had reported.
+fn recover(
+    recovered: &Recovered,
+    assignment: &Assignment,
+    optimizer: &mut OptimizerState,
+    params: &mut RankParams,
+) -> Result<(Position, Vec<StepReport>), RankError> {
+    let formation = (assignment.job, assignment.generation);
+    let (image, mut reports) = kept::recover(recovered, &assignment.endpoint, formation)?;
+    let of = format!("the state after step {} in memory", recovered.step);
+    let records = Records::in_memory(of, image.bytes.clone())?;
+    let id = kept::step_id(formation, recovered.step);
+    optimizer.recover(params, &records, &Collectives { endpoint: &assignment.endpoint, id })?;
+    optimizer.watch = image.watch.clone();
+    reports.iter_mut().for_each(|report| report.generation = assignment.generation);
+    Ok((image.position, reports))
 }
 
 /// The published list of a model's weights, without stored copies.
@@ -156,6 +190,10 @@ pub struct Member {
     pub dense: Option<Params>,
     /// How far the run has come.
     pub position: Position,
+    /// The step after which the formation began.
+    pub first_step: u64,
+    /// Takes the state of each step to memory.
+    pub keeper: Option<mpsc::Sender<Keep>>,
     /// A checkpoint is being written.
     pub is_saving: bool,
     /// When the running step began.
@@ -188,6 +226,26 @@ impl Member {
             None => SaveWhen::Never,
             Some(_) if self.assignment.recipe.saves_after(step) => SaveWhen::Now,
             Some(_) => SaveWhen::AtStop,
+        }
+    }
+
+    /// Whether a step is the recipe's last.
+    pub fn is_last(&self, step: u64) -> bool {
+        step >= self.assignment.recipe.training.steps as u64
+    }
+
+    /// Who must have the state of the step before this one in memory; nobody before the formation's second step.
+    pub fn kept_by(&self, step: u64) -> Option<usize> {
+        let keeper = self.assignment.keeper.as_ref().filter(|_| step > self.first_step + 1);
+        keeper.map(|keeper| keeper.buddy)
+    }
+
+    /// Has the state after the present step kept in memory.
+    pub fn keep(&self, snapshot: Snapshot, report: &StepReport) {
+        if let Some(keeper) = &self.keeper {
+            let keep = Keep { position: self.position, snapshot, report: report.clone() };
+            // A keeper that has ended has said why.
+            drop(keeper.send(keep));
         }
     }
 
@@ -230,11 +288,9 @@ pub async fn join(
     myself: &ActorRef<RankMessage>,
     rank_id: usize,
     built: Built,
-) -> Result<Member, ActorProcessingErr> {
-    let Built { assignment, arch, plans, model, optimizer, threads } = built;
+) -> Result<(Member, Vec<StepReport>), ActorProcessingErr> {
+    let Built { assignment, arch, plans, model, optimizer, threads, position, reports } = built;
     let recipe = assignment.recipe.clone();
-    let position = assignment.resume.as_ref().map(|checkpoint| checkpoint.manifest.position);
-    let position = position.unwrap_or_default();
     let topology = recipe.topology();
     let at = topology.coordinates(rank_id);
     let site = Site {
@@ -276,15 +332,25 @@ pub async fn join(
         probe: probe.clone(),
     };
     let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;
-    let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank, probe), cell()).await?;
-    Ok(Member {
+    let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank.clone(), probe), cell()).await?;
+    let fail = move |error| {
+        let action = "keeping the state in memory".to_owned();
+        // If the rank is gone the job has ended and nobody asks any more.
+        drop(rank.cast(RankMessage::ChildFailed { action, error }));
+    };
+    let start = |keeper| kept::start(keeper, position.step, fail);
+    let keeper = assignment.keeper.clone().map(start).transpose()?;
+    let member = Member {
         assignment,
         plans,
         children: Children { pipeline, experts, optimizer, loader, checkpointer },
         dense: Some(model.dense),
         position,
+        first_step: position.step,
+        keeper,
         is_saving: false,
         began: Instant::now(),
         sent_before: 0,
-    })
+    };
+    Ok((member, reports))
 }

@@ -41,8 +41,10 @@ pub struct UpdateDone {
     pub params: RankParams,
     /// What every rank knows now, or why nothing was updated.
     pub result: Result<GlobalTotals, RankError>,
-    /// The state after the update, where it is to be kept.
-    pub snapshot: Option<Snapshot>,
+    /// The state after the update, where it is to be written to storage.
+    pub saved: Option<Snapshot>,
+    /// The state after the update, where it is to be kept in memory.
+    pub kept: Option<Snapshot>,
 }
 
 /// The optimizer actor.
@@ -88,22 +90,25 @@ impl Actor for Optimizer {
                         let _update = span.entered();
                         probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &mut params });
                         let global = state.update(&order, &mut params, &totals)?;
-                        let keep = match order.save {
+                        let saves = match order.save {
                             SaveWhen::Never => false,
                             SaveWhen::AtStop => global.stop,
                             SaveWhen::Now => true,
                         };
-                        Ok((global, keep.then(|| state.snapshot(&params))))
+                        let keeps = order.keep && !global.stop;
+                        let snapshot = (saves || keeps).then(|| state.snapshot(&params));
+                        let saved = snapshot.clone().filter(|_| saves);
+                        Ok((global, saved, snapshot.filter(|_| keeps)))
                     });
                     let result =
                         catch_unwind(update).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
-                    let (result, snapshot) = match result {
-                        Ok((global, snapshot)) => (Ok(global), snapshot),
-                        Err(error) => (Err(error), None),
+                    let (result, saved, kept) = match result {
+                        Ok((global, saved, kept)) => (Ok(global), saved, kept),
+                        Err(error) => (Err(error), None, None),
                     };
                     // If the actors are gone the job has ended and nobody asks any more.
                     drop(myself.cast(OptimizerMessage::Finished(state)));
-                    let done = UpdateDone { order, params: *params, result, snapshot };
+                    let done = UpdateDone { order, params: *params, result, saved, kept };
                     drop(rank.cast(RankMessage::UpdateDone(Box::new(done))));
                 });
             }

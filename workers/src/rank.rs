@@ -303,6 +303,8 @@ impl RankState {
             bias_speed: recipe.bias_speed_at(member.position.tokens),
             stop,
             save: member.save_when(id.step),
+            keep: member.keeper.is_some() && !member.is_last(id.step),
+            kept_by: member.kept_by(id.step),
         };
         let (params, totals) = (Box::new(params), Box::new(totals));
         let update = OptimizerMessage::Update { order, params, totals, span };
@@ -310,7 +312,7 @@ impl RankState {
     }
 
     fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
-        let UpdateDone { order, params, result, snapshot } = done;
+        let UpdateDone { order, params, result, saved, kept } = done;
         let global = match result {
             Err(RankError::Diverged(divergence)) => return self.diverged(params, divergence),
             result => result?,
@@ -331,7 +333,10 @@ impl RankState {
         member.position.step = step;
         member.position.cursor += shape.global_batch as u64;
         member.position.tokens += report.tokens;
-        let is_last = step >= member.assignment.recipe.training.steps as u64;
+        let is_last = member.is_last(step);
+        if let Some(snapshot) = kept {
+            member.keep(snapshot, &report);
+        }
         tracing::debug!(
             rank = id,
             step = report.step,
@@ -344,7 +349,7 @@ impl RankState {
             (self.tell)(RankEvent::Stopped { rank: id, step });
         }
         let goes_on = !is_last && !stop;
-        match snapshot {
+        match saved {
             Some(snapshot) => self.save(Box::new(snapshot), goes_on),
             None => self.go_on(goes_on),
         }
@@ -506,9 +511,11 @@ impl Actor for Rank {
             }
             RankMessage::Built(built) => match *built {
                 Ok(built) => {
-                    state.member = Some(join(&myself, state.id, built).await?);
+                    let (member, reports) = join(&myself, state.id, built).await?;
+                    state.member = Some(member);
                     tracing::debug!(rank = state.id, "has its model and waits for the others");
                     (state.tell)(RankEvent::Ready { rank: state.id });
+                    reports.into_iter().for_each(|report| (state.tell)(RankEvent::StepDone { report }));
                     Ok(())
                 }
                 Err(error) => {

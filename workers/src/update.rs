@@ -22,6 +22,7 @@ use crate::collectives::{Collectives, shard};
 use crate::compute::Totals;
 use crate::error::RankError;
 use crate::inspect::{self, SquaresByPlace, gradient_norms};
+use crate::kept;
 use crate::step::StepId;
 
 /// What one update is told.
@@ -37,6 +38,11 @@ pub struct UpdateOrder {
     pub stop: bool,
     /// When the state after the update is wanted.
     pub save: SaveWhen,
+    /// Whether the state after the update is kept in memory, unless the ranks stop after it.
+    pub keep: bool,
+    /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so nobody makes
+    /// this update before every buddy has that state.
+    pub kept_by: Option<usize>,
 }
 
 /// When the state after an update is kept.
@@ -87,9 +93,9 @@ pub struct OptimizerState {
     pub(crate) watch: Watch,
     names: Vec<String>,
     pub(crate) endpoint: Endpoint,
-    world: Vec<usize>,
+    pub(crate) world: Vec<usize>,
     /// Number of experts, and of layers that may have a gate: the shape of the counts in the totals.
-    counts_shape: (usize, usize),
+    pub(crate) counts_shape: (usize, usize),
     pub(crate) buckets: Vec<Bucket>,
     threads: Arc<Threads>,
 }
@@ -162,6 +168,10 @@ impl OptimizerState {
         let endpoint = self.endpoint.clone();
         let collectives = Collectives { endpoint: &endpoint, id: order.id };
         let gradients = self.reduce_gradients(&collectives, params)?;
+        if let Some(buddy) = order.kept_by {
+            let formation = (order.id.job, order.id.generation);
+            kept::acknowledged(&endpoint, formation, buddy, order.id.step - 1)?;
+        }
         let global = self.sum_totals(&collectives, params, &gradients, (totals, order.stop))?;
         let seen = Seen { step: order.id.step, loss: global.loss, grad_norm: global.grad_norm };
         let evidence = if global.is_finite() {
@@ -302,8 +312,13 @@ impl OptimizerState {
         }
     }
 
+    /// Gives every holder of a parameter the shards of the others.
     #[tracing::instrument(target = "span", skip_all)]
-    fn gather_weights(&self, collectives: &Collectives, params: &mut RankParams) -> Result<(), RankError> {
+    pub(crate) fn gather_weights(
+        &self,
+        collectives: &Collectives,
+        params: &mut RankParams,
+    ) -> Result<(), RankError> {
         for bucket in self.buckets.iter().filter(|bucket| bucket.group.len() > 1) {
             let mut updated = Vec::new();
             let slice = |range| bucket.slice(params, range, |param| Some(&param.weight));

@@ -107,14 +107,14 @@ impl HfWeights {
 
     /// Names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        let kept = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.weights());
+        let kept = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.records.weights());
         self.tensors.keys().map(String::as_str).chain(kept.map(|(name, _)| name))
     }
 
     /// Shape and type of a tensor, if there is one of that name.
     pub fn info(&self, name: &str) -> Option<(&[usize], Dtype)> {
         match &self.checkpoint {
-            Some(checkpoint) => checkpoint.shape(name).map(|shape| (shape, Dtype::F32)),
+            Some(checkpoint) => checkpoint.records.shape(name).map(|shape| (shape, Dtype::F32)),
             None => self.tensors.get(name).map(|place| (place.info.shape.as_slice(), place.info.dtype)),
         }
     }
@@ -125,7 +125,7 @@ impl HfWeights {
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
         if let Some(checkpoint) = &self.checkpoint {
             let mut values = vec![0.0; shape.iter().product()];
-            checkpoint.read(Kind::Weight, (name, shape), 0..values.len(), &mut values)?;
+            checkpoint.records.read(Kind::Weight, (name, shape), 0..values.len(), &mut values)?;
             return Ok(values);
         }
         let place = self

@@ -6,6 +6,8 @@ use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
 use serde::{Deserialize, Serialize};
 
+use crate::recovery::InMemory;
+
 /// A job as it was submitted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
@@ -57,8 +59,14 @@ pub struct Formed {
     pub topology: Topology,
     /// By rank, the worker.
     pub places: Vec<u64>,
-    /// Step of the checkpoint that it goes on from; 0: a fresh start.
+    /// Step that it goes on from; 0: a fresh start.
     pub resume_step: u64,
+    /// Where the state of that step is, if it does not come from a checkpoint.
+    #[serde(default)]
+    pub memory: Option<InMemory>,
+    /// By rank, the rank whose worker keeps its state too; empty where nobody does.
+    #[serde(default)]
+    pub buddies: Vec<usize>,
     /// Sequences used, where that is more than the checkpoint says; else 0.
     pub cursor: u64,
     /// Whether it holds slots that a job before it in line waits for.

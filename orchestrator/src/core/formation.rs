@@ -80,8 +80,8 @@ impl Formation {
         self.machine.is_training()
     }
 
-    pub(super) fn repeat(&self) -> Vec<job::Effect> {
-        self.machine.repeat()
+    pub(super) fn repeat(&self, ranks: &[usize]) -> Vec<job::Effect> {
+        self.machine.repeat(ranks)
     }
 
     /// Whether it is on its way out.
@@ -175,7 +175,7 @@ impl Core {
             }
             Outcome::Stopped { step } => {
                 let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
-                self.release(job, &why);
+                self.release(job, &why, false);
                 self.log(job, format!("{why}; step {step} is kept, back in the queue"));
                 self.keep(Fact::Requeued { job, why });
             }
@@ -210,7 +210,7 @@ impl Core {
             return self.end(job, End::Failed, (words, None), now);
         }
         let words = format!("{why}; going back to step {}", record.kept);
-        self.release(job, &words);
+        self.release(job, &words, false);
         self.log(job, words);
         self.keep(Fact::WentBack { job, cursor, why });
     }

@@ -37,6 +37,9 @@ pub struct JobRecord {
     pub broken_ms: u64,
     /// Step of the newest checkpoint.
     pub kept: u64,
+    /// Whether the workers of the latest formation keep its state in memory, and the job has not left its history since.
+    #[serde(default)]
+    pub in_memory: bool,
     /// Sequences used, where that is more than the newest checkpoint says; else 0.
     pub cursor: u64,
     /// The checkpoint that the watch last sent it back to, and how often in a row.
@@ -111,6 +114,7 @@ impl Jobs {
             lost: Vec::new(),
             broken_ms: 0,
             kept: 0,
+            in_memory: false,
             cursor: 0,
             returns: (0, 0),
             losses: 0,
@@ -128,6 +132,7 @@ impl JobRecord {
             Fact::Formed { formed, .. } => {
                 self.phase = Phase::Formed;
                 self.formed = Some(formed.clone());
+                self.in_memory = !formed.buddies.is_empty();
                 self.lost.clear();
                 self.why.clear();
             }
@@ -140,11 +145,13 @@ impl JobRecord {
             }
             Fact::Requeued { why, .. } => {
                 self.phase = Phase::Queued;
+                self.in_memory = false;
                 self.why.clone_from(why);
             }
             Fact::WentBack { cursor, why, .. } => {
                 self.phase = Phase::Broken;
                 self.cursor = *cursor;
+                self.in_memory = false;
                 self.lost.clear();
                 let (to, times) = self.returns;
                 self.returns = (self.kept, if to == self.kept { times + 1 } else { 1 });

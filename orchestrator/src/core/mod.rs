@@ -7,6 +7,7 @@
 pub mod facts;
 mod formation;
 pub mod jobs;
+mod leaving;
 mod members;
 mod schedule;
 #[cfg(test)]
@@ -22,9 +23,10 @@ use contraflow_runtime::topology::Topology;
 use self::facts::{End, Fact, JobSpec};
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
+use self::leaving::Leaving;
 use self::members::Members;
 pub use self::members::{Introduction, Member};
-pub use self::words::{Effect, Event, Progress, Word};
+pub use self::words::{Effect, Event, Left, Progress, Word};
 
 /// How often a worker beats.
 pub const BEAT_MS: u64 = 500;
@@ -37,6 +39,8 @@ pub const ADOPTION_MS: u64 = 10_000;
 /// How long ranks that say they have lost a peer are believed before somebody must have lost his lease: then the formation
 /// is made anew with the same members.
 pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
+/// How long workers may take to leave a broken formation and say what they keep of its state.
+pub const LEFT_MS: u64 = 3_000;
 /// How long ranks may take to answer an abort.
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it goes on with fewer, if it may.
@@ -53,6 +57,8 @@ pub struct Core {
     jobs: Jobs,
     members: Members,
     formations: BTreeMap<u64, Formation>,
+    /// Broken formations whose workers are asked what they keep.
+    leaving: BTreeMap<u64, Leaving>,
     /// What the clock showed last.
     wall_ms: u64,
     /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
@@ -72,6 +78,7 @@ impl Core {
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             wall_ms: now,
             awake_ms: now,
             reasons: BTreeMap::new(),
@@ -87,6 +94,8 @@ impl Core {
             });
             core.formations.insert(job, Formation::of(record));
         }
+        let all: Vec<u64> = core.jobs.all.keys().copied().collect();
+        all.into_iter().for_each(|job| core.expect_kept(job, now));
         core
     }
 
@@ -140,8 +149,12 @@ impl Core {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
             Event::Drain { node } => self.drain(node, now),
-            Event::Attached { who, hosted, incarnation, storage_mark } => {
-                self.attached(who, &hosted, (incarnation, storage_mark), now);
+            Event::Attached { who, hosted, left, incarnation, storage_mark } => {
+                self.attached(who, &hosted, (incarnation, storage_mark), left, now);
+            }
+            Event::Left { worker, left } => {
+                self.members.heard(worker, now);
+                self.left(worker, (left.job, left.generation), left.kept);
             }
             Event::Detached { worker } => self.members.detach(worker, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
@@ -191,21 +204,23 @@ impl Core {
     }
 
     fn end(&mut self, job: u64, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
-        self.release(job, &outcome);
+        self.release(job, &outcome, false);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         self.keep(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
     }
 
-    /// Ends the running formation of a job on every worker that is still there.
-    fn release(&mut self, job: u64, reason: &str) {
+    /// Ends the latest formation of a job on every worker that is still there. Whether what they have in memory of its state is
+    /// to be kept stands in `keep`.
+    fn release(&mut self, job: u64, reason: &str, keep: bool) {
         self.formations.remove(&job);
-        let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.running()) else { return };
+        self.leaving.remove(&job);
+        let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
         let generation = formed.generation;
         let mut workers = formed.places.clone();
         workers.sort_unstable();
         workers.dedup();
         for worker in workers {
-            self.tell(worker, Word::Release { job, generation, reason: reason.to_owned() });
+            self.tell(worker, Word::Release { job, generation, reason: reason.to_owned(), keep });
         }
     }
 
@@ -242,6 +257,7 @@ impl Core {
         who: Introduction,
         hosted: &[(u64, u32, Vec<usize>)],
         (incarnation, storage_mark): (u64, String),
+        left: Vec<Left>,
         now: u64,
     ) {
         let worker = who.worker;
@@ -261,9 +277,11 @@ impl Core {
         };
         let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
         for (job, generation, _) in stale {
+            let keep = self.jobs.all.get(&job).is_some_and(|record| record.in_memory);
             let reason = "another formation has taken its place".to_owned();
-            self.tell(worker, Word::Release { job, generation, reason });
+            self.tell(worker, Word::Release { job, generation, reason, keep });
         }
+        left.into_iter().for_each(|left| self.left(worker, (left.job, left.generation), left.kept));
         self.remind(worker, &current);
         if is_expected {
             self.assign_again(worker);
@@ -307,28 +325,21 @@ impl Core {
 
     /// Says again what a worker that attaches may not have heard.
     fn remind(&mut self, worker: u64, hosted: &[(u64, u32, Vec<usize>)]) {
-        let jobs: Vec<(u64, Vec<usize>)> = self
-            .running()
-            .map(|(job, formed)| {
-                let placed = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
-                let is_hosted = |rank: &usize| {
-                    hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank))
-                };
-                (job, placed.map(|(rank, _)| rank).filter(|rank| !is_hosted(rank)).collect())
-            })
-            .collect();
-        for (job, ranks) in jobs {
+        let placed = self.running().map(|(job, formed)| {
+            let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+            (job, here.map(|(rank, _)| rank).collect())
+        });
+        let placed: Vec<(u64, Vec<usize>)> = placed.collect();
+        for (job, placed) in placed {
+            let is_hosted =
+                |rank: &usize| hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank));
+            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !is_hosted(rank)).collect();
             if !ranks.is_empty() {
                 let generation = self.jobs.all[&job].generation();
                 self.tell(worker, Word::Assign { job, generation, ranks });
             }
-            let repeated = self.formations.get(&job).map_or_else(Vec::new, Formation::repeat);
-            let before = self.effects.len();
+            let repeated = self.formations.get(&job).map_or_else(Vec::new, |formed| formed.repeat(&placed));
             self.carry_out(job, repeated, 0);
-            let said = self.effects.split_off(before);
-            let to_this =
-                |effect: &Effect| matches!(effect, Effect::Tell { worker: to, .. } if *to == worker);
-            self.effects.extend(said.into_iter().filter(to_this));
         }
     }
 
@@ -398,6 +409,7 @@ impl Core {
     /// A worker is not a member any more: every job that has ranks on it forms anew.
     fn lost(&mut self, member: &Member, now: u64) {
         let worker = member.who.worker;
+        self.forget_kept(worker);
         let hit: Vec<(u64, Vec<usize>)> = self
             .running()
             .map(|(job, formed)| {
@@ -422,10 +434,11 @@ impl Core {
     }
 
     fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, now: u64) {
-        self.release(job, &why);
+        self.release(job, &why, true);
         let generation = self.jobs.all[&job].generation();
         self.log(job, why.clone());
         self.keep(Fact::Broken { job, generation, lost, why, at_ms: now });
+        self.ask_for_kept(job, now);
     }
 }
 

@@ -11,23 +11,28 @@ use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::{Core, SHRINK_MS, Word};
-use crate::placement::{Slots, Supply, place, refill, shrink};
+use crate::placement::{Slots, Supply, buddies, place, refill, shrink};
 use crate::queue::{self, Decision, Running, Waiting};
 
 impl Core {
     /// Forms every job that can be formed, and makes room for those that may ask for it.
     pub(super) fn schedule(&mut self, now: u64) {
         for job in self.recovering() {
+            if self.awaits_kept(job, now) {
+                continue;
+            }
             if let Some((topology, places)) = self.place_again(job, now) {
                 self.form(job, topology, places, false);
             }
         }
-        let (waiting, running, free) = self.line();
+        let (waiting, running, missing) = self.line();
         if waiting.is_empty() {
             return;
         }
         self.reasons.clear();
-        for decision in queue::decide(&waiting, &running, free) {
+        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
+        // Slots that a job which has lost ranks waits for are not for others.
+        for decision in queue::decide(&waiting, &running, free.saturating_sub(missing)) {
             match decision {
                 Decision::Start { job, on_loan } => self.start(job, on_loan),
                 Decision::Preempt { victims, for_job } => {
@@ -52,17 +57,31 @@ impl Core {
     }
 
     fn form(&mut self, job: u64, topology: Topology, places: Vec<u64>, on_loan: bool) {
+        let (memory, why_not) = match self.in_memory(job, &topology, &places) {
+            Ok(memory) => (Some(memory), None),
+            Err(why_not) => (None, why_not),
+        };
         let record = &self.jobs.all[&job];
+        let resume_step = memory.as_ref().map_or(record.kept, |memory| memory.step);
+        let from = match (&memory, resume_step) {
+            (Some(_), step) => format!(" and go on from memory after step {step}"),
+            (None, 0) => String::new(),
+            (None, step) => format!(" and go on from the checkpoint of step {step}"),
+        };
         let formed = Formed {
             generation: record.generation() + 1,
             topology,
+            buddies: buddies(&self.supply(Some(job)), &places).unwrap_or_default(),
             places,
-            resume_step: record.kept,
+            resume_step,
+            memory,
             cursor: record.cursor,
             on_loan,
         };
         let (generation, places) = (formed.generation, formed.places.clone());
-        self.log(job, format!("generation {}: {} ranks formed", formed.generation, places.len()));
+        let why_not = why_not.map(|why_not| format!("; {why_not}")).unwrap_or_default();
+        self.log(job, format!("generation {generation}: {} ranks formed{from}{why_not}", places.len()));
+        self.let_go(job, &places);
         self.keep(Fact::Formed { job, formed });
         self.reasons.remove(&job);
         self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
@@ -73,6 +92,19 @@ impl Core {
         for (worker, ranks) in ranks_of {
             self.tell(worker, Word::Assign { job, generation, ranks });
         }
+    }
+
+    /// Workers of the formation before that are not in the next one need not keep anything of its state.
+    fn let_go(&mut self, job: u64, places: &[u64]) {
+        let Some(before) = self.jobs.all[&job].formed.as_ref() else { return };
+        let generation = before.generation;
+        let left: BTreeSet<u64> =
+            before.places.iter().copied().filter(|worker| !places.contains(worker)).collect();
+        for worker in left {
+            let reason = "the job goes on without this worker".to_owned();
+            self.tell(worker, Word::Release { job, generation, reason, keep: false });
+        }
+        self.leaving.remove(&job);
     }
 
     /// Jobs that have lost ranks, the most important first.
@@ -89,16 +121,13 @@ impl Core {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let supply = self.supply(Some(job));
-        let stays = |worker: u64| supply.slots.iter().any(|slots| slots.worker == worker);
-        let gone: BTreeSet<usize> = (0..before.places.len())
-            .filter(|rank| record.lost.contains(rank) || !stays(before.places[*rank]))
-            .collect();
-        let mut kept = supply.clone();
+        let index: BTreeMap<u64, usize> =
+            supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
+        let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
         for (rank, worker) in before.places.iter().enumerate() {
-            if let Some(slots) =
-                kept.slots.iter_mut().find(|slots| slots.worker == *worker && !gone.contains(&rank))
-            {
-                slots.free = slots.free.saturating_sub(1);
+            match index.get(worker).filter(|_| !record.lost.contains(&rank)) {
+                Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
+                None => drop(gone.insert(rank)),
             }
         }
         let schedule = record.spec.schedule;
@@ -147,7 +176,7 @@ impl Core {
         held
     }
 
-    /// What the queue is asked: who waits, who runs, how many slots are free for those who wait.
+    /// What the queue is asked: who waits, who runs, and how many slots jobs that run have lost.
     fn line(&self) -> (Vec<Waiting>, Vec<Running>, usize) {
         let (mut waiting, mut running, mut missing) = (Vec::new(), Vec::new(), 0);
         for (&job, record) in &self.jobs.all {
@@ -170,9 +199,7 @@ impl Core {
                 _ => {}
             }
         }
-        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
-        // Slots that a job which has lost ranks waits for are not for others.
-        (waiting, running, free.saturating_sub(missing))
+        (waiting, running, missing)
     }
 
     /// Why a job has no ranks, in words.

@@ -6,10 +6,12 @@ use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
+use contraflow_runtime::watch::{Action, Divergence};
 
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
 use super::*;
+use crate::recovery::{InMemory, KeptShard};
 
 const RECIPE: &str = "
     model.config = 'tiny'
@@ -39,12 +41,18 @@ fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
 struct World {
     core: Core,
     facts: Vec<Fact>,
+    /// By worker, what it keeps of the state of its job.
+    kept: BTreeMap<u64, Vec<KeptShard>>,
     now: u64,
 }
 
 impl World {
     fn new() -> Self {
-        World { core: Core::new(Jobs::default(), 1, 0), facts: Vec::new(), now: 0 }
+        World::of(Core::new(Jobs::default(), 1, 0), 0)
+    }
+
+    fn of(core: Core, now: u64) -> Self {
+        World { core, facts: Vec::new(), kept: BTreeMap::new(), now }
     }
 
     fn step(&mut self, event: Event) -> Vec<Effect> {
@@ -59,7 +67,8 @@ impl World {
 
     fn attach(&mut self, worker: u64, hosted: Vec<(u64, u32, Vec<usize>)>) -> Vec<Effect> {
         let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
-        self.step(Event::Attached { who, hosted, incarnation: 0, storage_mark: "mark".into() })
+        let (left, storage_mark) = (Vec::new(), "mark".into());
+        self.step(Event::Attached { who, hosted, left, incarnation: 0, storage_mark })
     }
 
     fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
@@ -68,7 +77,7 @@ impl World {
         self.step(Event::Rank { worker: formed.places[rank], from, event: Box::new(event) })
     }
 
-    /// Time passes in which these workers beat.
+    /// Time passes in which these workers beat, and say what they keep when they are asked.
     fn pass(&mut self, ms: u64, beating: &[u64]) -> Vec<Effect> {
         let mut effects = Vec::new();
         for _ in 0..ms / TICK_MS {
@@ -76,9 +85,26 @@ impl World {
             for &worker in beating {
                 effects.extend(self.step(Event::Beat { worker, progress: Vec::new() }));
             }
-            effects.extend(self.step(Event::Tick));
+            let told = self.step(Event::Tick);
+            let answers = self.answers(&told, beating);
+            effects.extend(told);
+            for answer in answers {
+                effects.extend(self.step(answer));
+            }
         }
         effects
+    }
+
+    fn answers(&self, effects: &[Effect], beating: &[u64]) -> Vec<Event> {
+        let asked = words(effects).into_iter().filter(|(worker, _)| beating.contains(worker));
+        let answer = |(worker, word): (u64, &Word)| match *word {
+            Word::Release { job, generation, keep: true, .. } => {
+                let kept = self.kept.get(&worker).cloned().unwrap_or_default();
+                Some(Event::Left { worker, left: Left { job, generation, kept } })
+            }
+            _ => None,
+        };
+        asked.filter_map(answer).collect()
     }
 
     fn places(&self) -> Vec<u64> {
@@ -227,7 +253,7 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     let mut jobs = Jobs::default();
     world.facts.iter().for_each(|fact| jobs.apply(fact));
     assert_eq!(&jobs, world.core.jobs());
-    let mut again = World { core: Core::new(jobs, 2, 50_000), facts: Vec::new(), now: 50_000 };
+    let mut again = World::of(Core::new(jobs, 2, 50_000), 50_000);
     drop(again.pass(2_000, &[]));
     let effects = again.attach(1, vec![(1, 1, vec![0])]);
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
@@ -246,7 +272,7 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
 fn workers_that_do_not_come_back_to_a_started_orchestrator_are_lost() {
     let world = training();
     let core = Core::new(world.core.jobs().clone(), 2, 0);
-    let mut again = World { core, facts: Vec::new(), now: 0 };
+    let mut again = World::of(core, 0);
     drop(again.attach(1, vec![(1, 1, vec![0])]));
     drop(again.attach(3, Vec::new()));
     drop(again.pass(ADOPTION_MS, &[1, 3]));
@@ -285,8 +311,13 @@ fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
     for (incarnation, mark, expected) in
         [(5, "mark", "another one has taken over"), (0, "other", "--storage")]
     {
-        let attached =
-            Event::Attached { who: who.clone(), hosted: Vec::new(), incarnation, storage_mark: mark.into() };
+        let attached = Event::Attached {
+            who: who.clone(),
+            hosted: Vec::new(),
+            left: Vec::new(),
+            incarnation,
+            storage_mark: mark.into(),
+        };
         let effects = world.step(attached);
         let [(9, Word::Refused { why })] = &words(&effects)[..] else { panic!("{effects:?}") };
         assert!(why.contains(expected), "{why}");
@@ -379,4 +410,140 @@ fn a_drained_node_is_left_after_the_running_step() {
     let mut places = world.places();
     places.sort_unstable();
     assert_eq!(places, [1, 3]);
+}
+
+/// Rank 0's part on workers 1 and 2, rank 1's on 2 and 1; the step after is not acknowledged yet.
+fn keep_everywhere(world: &mut World, generation: u32, step: u64) {
+    let shard = |step, rank| KeptShard { generation, step, rank };
+    world.kept.insert(1, vec![shard(step, 0), shard(step, 1), shard(step + 1, 0)]);
+    world.kept.insert(2, vec![shard(step, 1), shard(step, 0), shard(step + 1, 1)]);
+}
+
+fn formed(world: &World) -> facts::Formed {
+    world.core.jobs().all[&1].formed.clone().unwrap()
+}
+
+#[test]
+fn a_lost_rank_costs_no_step_that_its_buddy_has() {
+    let mut world = training();
+    assert_eq!(formed(&world).buddies, [1, 0]);
+    keep_everywhere(&mut world, 1, 6);
+    let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
+    let again = formed(&world);
+    assert_eq!((again.generation, again.places, again.resume_step), (2, vec![1, 3], 6));
+    assert_eq!(again.memory, Some(InMemory { generation: 1, step: 6, holders: vec![0, 0] }));
+    let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
+    assert!(effects.iter().any(said), "{effects:?}");
+}
+
+#[test]
+fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memory() {
+    let mut world = training();
+    keep_everywhere(&mut world, 1, 6);
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
+    drop(world.attach(4, Vec::new()));
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 4]));
+    let again = formed(&world);
+    assert_eq!((again.generation, again.places, again.resume_step), (3, vec![1, 4], 6));
+    // What generation 1 made beyond that step is of no history any more.
+    let shard = |step, rank| KeptShard { generation: 1, step, rank };
+    world.kept.insert(1, vec![shard(7, 0), shard(7, 1)]);
+    drop(world.attach(5, Vec::new()));
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 5]));
+    assert_eq!((formed(&world).generation, formed(&world).resume_step), (4, 0));
+}
+
+#[test]
+fn owner_and_buddy_lost_is_said_aloud_and_the_checkpoint_taken() {
+    let mut world = training();
+    drop(save(&mut world, 4));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(4), result: Ok(()) };
+    drop(world.step(done));
+    keep_everywhere(&mut world, 1, 6);
+    world.kept.insert(1, vec![KeptShard { generation: 1, step: 6, rank: 0 }]);
+    let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
+    let again = formed(&world);
+    assert_eq!((again.generation, again.resume_step, again.memory), (2, 4, None));
+    let said = effects.iter().find_map(|effect| match effect {
+        Effect::Log { line, .. } if line.contains("checkpoint of step 4") => Some(line),
+        _ => None,
+    });
+    assert!(said.is_some_and(|line| line.contains("state of rank 1")), "{effects:?}");
+}
+
+#[test]
+fn a_checkpoint_that_is_newer_than_what_is_kept_is_taken() {
+    let mut world = training();
+    drop(save(&mut world, 8));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(8), result: Ok(()) };
+    drop(world.step(done));
+    keep_everywhere(&mut world, 1, 6);
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
+    assert_eq!((formed(&world).resume_step, formed(&world).memory), (8, None));
+}
+
+#[test]
+fn who_does_not_say_what_it_keeps_is_not_waited_for_for_ever() {
+    let mut world = training();
+    // Worker 1 beats, and leaves the question open.
+    for _ in 0..=LEASE_MS / TICK_MS {
+        world.now += TICK_MS;
+        (1..=3).filter(|worker| *worker != 2).for_each(|worker| {
+            drop(world.step(Event::Beat { worker, progress: Vec::new() }));
+        });
+        drop(world.step(Event::Tick));
+    }
+    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    drop(world.pass(LEFT_MS, &[1, 3]));
+    assert_eq!(formed(&world).generation, 2);
+}
+
+#[test]
+fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
+    let mut world = training();
+    keep_everywhere(&mut world, 1, 6);
+    for _ in 0..=LEASE_MS / TICK_MS {
+        world.now += TICK_MS;
+        drop(world.step(Event::Beat { worker: 1, progress: Vec::new() }));
+        drop(world.step(Event::Tick));
+    }
+    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
+    drop(again.attach(3, Vec::new()));
+    assert_eq!(again.core.jobs().all[&1].phase, Phase::Broken);
+    let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
+    let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
+    let storage_mark = "mark".into();
+    drop(again.step(Event::Attached { who, hosted: Vec::new(), left, incarnation: 0, storage_mark }));
+    assert_eq!((formed(&again).generation, formed(&again).resume_step), (2, 6));
+}
+
+#[test]
+fn after_a_roll_back_what_is_kept_is_let_go() {
+    let mut world = training();
+    drop(save(&mut world, 4));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(4), result: Ok(()) };
+    drop(world.step(done));
+    keep_everywhere(&mut world, 1, 6);
+    let diverged = |rank| RankEvent::Diverged {
+        rank,
+        divergence: Box::new(Divergence {
+            step: 7,
+            action: Action::RollBack,
+            why: "loss is not finite".into(),
+            evidence: None,
+        }),
+        cursor: 56,
+    };
+    drop(world.event(0, diverged(0)));
+    let effects = world.event(1, diverged(1));
+    let told = words(&effects);
+    let lets_go = |(_, word): &(u64, &Word)| matches!(word, Word::Release { generation: 1, keep: false, .. });
+    assert_eq!(told.iter().filter(|told| lets_go(told)).count(), 2);
+    assert_eq!((formed(&world).resume_step, formed(&world).cursor, formed(&world).memory), (4, 56, None));
+    // Somebody who has missed it is told when it says what it keeps.
+    let shard = KeptShard { generation: 1, step: 6, rank: 1 };
+    let left = Left { job: 1, generation: 1, kept: vec![shard] };
+    let effects = world.step(Event::Left { worker: 2, left });
+    assert!(words(&effects).iter().any(lets_go));
 }

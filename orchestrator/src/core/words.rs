@@ -8,6 +8,7 @@ use contraflow_runtime::watch::Watch;
 
 use super::facts::{Fact, JobSpec};
 use super::members::Introduction;
+use crate::recovery::KeptShard;
 
 /// Something has happened.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,10 +33,19 @@ pub enum Event {
         who: Introduction,
         /// Formations it hosts ranks of: job, generation, ranks.
         hosted: Vec<(u64, u32, Vec<usize>)>,
+        /// Formations it has left and of whose state it keeps something.
+        left: Vec<Left>,
         /// The highest incarnation of an orchestrator that it has heard of.
         incarnation: u64,
         /// The mark in its storage.
         storage_mark: String,
+    },
+    /// A worker has left a formation.
+    Left {
+        /// Who.
+        worker: u64,
+        /// What it has left, and what it keeps.
+        left: Left,
     },
     /// A worker's stream has ended.
     Detached {
@@ -73,6 +83,17 @@ pub enum Event {
     },
     /// Time has passed.
     Tick,
+}
+
+/// A formation that a worker has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// Which job.
+    pub job: u64,
+    /// Which formation.
+    pub generation: u32,
+    /// Of the state of its ranks, what the worker keeps in memory.
+    pub kept: Vec<KeptShard>,
 }
 
 /// How far a rank is.
@@ -150,6 +171,8 @@ pub enum Word {
         generation: u32,
         /// Why.
         reason: String,
+        /// Whether what the worker has in memory of the ranks' state is to be kept, and told.
+        keep: bool,
     },
     /// Commit a checkpoint.
     CommitCheckpoint {

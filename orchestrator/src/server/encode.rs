@@ -40,6 +40,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 resume_step: formed.resume_step,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
+                buddies: formed.buddies.iter().map(|&rank| rank as u32).collect(),
+                memory: formed.memory.as_ref().map(|memory| v1::InMemory {
+                    generation: memory.generation,
+                    step: memory.step,
+                    holders: memory.holders.iter().map(|&rank| rank as u32).collect(),
+                }),
                 traceparent: trace::current().to_string(),
             })
         }
@@ -47,8 +53,8 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             let traceparent = trace::current().to_string();
             Message::Command(v1::RankCommand { traceparent, ..encode_command(to, &command) })
         }
-        Word::Release { job, generation, reason } => {
-            Message::Release(v1::Release { job, generation, reason })
+        Word::Release { job, generation, reason, keep } => {
+            Message::Release(v1::Release { job, generation, reason, keep })
         }
         Word::CommitCheckpoint { job, generation, position, watch, shards } => {
             let checkpoint = v1::Checkpoint {

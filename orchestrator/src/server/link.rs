@@ -15,7 +15,8 @@ use v1::from_worker::Message;
 
 use super::Handle;
 use super::hub::{HubMessage, LogRecord};
-use crate::core::{Event, Introduction, Progress};
+use crate::core::{Event, Introduction, Left, Progress};
+use crate::recovery::KeptShard;
 
 /// Words that a worker may leave unread before it is cut off.
 const MAX_UNREAD: usize = 4_096;
@@ -97,12 +98,25 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
 }
 
 fn introduction(hello: v1::Hello) -> (u64, Event) {
-    let v1::Hello { worker, name, slots, node, block, fabric, hosted, incarnation, storage_mark, .. } = hello;
+    let v1::Hello {
+        worker, name, slots, node, block, fabric, hosted, left, incarnation, storage_mark, ..
+    } = hello;
     let who = Introduction { worker, name, slots: slots as usize, node, block, fabric };
     let hosted = hosted.into_iter().map(|hosted| {
         (hosted.job, hosted.generation, hosted.ranks.into_iter().map(|rank| rank as usize).collect())
     });
-    (worker, Event::Attached { who, hosted: hosted.collect(), incarnation, storage_mark })
+    let (hosted, left) = (hosted.collect(), left.into_iter().map(left_of).collect());
+    (worker, Event::Attached { who, hosted, left, incarnation, storage_mark })
+}
+
+fn left_of(released: v1::Released) -> Left {
+    let v1::Released { job, generation, kept } = released;
+    let shard = |shard: v1::KeptShard| KeptShard {
+        generation: shard.generation,
+        step: shard.step,
+        rank: shard.rank as usize,
+    };
+    Left { job, generation, kept: kept.into_iter().map(shard).collect() }
 }
 
 async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
@@ -134,7 +148,8 @@ async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), 
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
         Some(Message::Logs(logs)) => return keep_lines(hub, logs).await,
-        Some(Message::Hello(_) | Message::Released(_)) | None => return Ok(()),
+        Some(Message::Released(released)) => Event::Left { worker, left: left_of(released) },
+        Some(Message::Hello(_)) | None => return Ok(()),
     };
     hub.send(HubMessage::Event(event)).await
 }

@@ -19,7 +19,7 @@ impl World {
         }
         self.plan_fault(number);
         let (fault, _) = self.plan.faults[number];
-        self.report.faults += 1;
+        *self.report.faults.entry(fault).or_default() += 1;
         self.note([30, number as u64, 0], || format!("fault: {fault:?}"));
         match fault {
             Fault::Crash | Fault::Double | Fault::Pause | Fault::Clock | Fault::Disk => {

@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use self::checks::Checks;
 use self::network::{Down, Network, Up};
+pub use self::plan::Fault;
 use self::plan::Plan;
 use self::random::{Random, mix};
 use self::ranks::Gang;
@@ -42,8 +43,8 @@ pub struct Report {
     pub steps: u64,
     /// Formations of all jobs.
     pub formations: u64,
-    /// Faults of all kinds.
-    pub faults: u64,
+    /// Faults by kind.
+    pub faults: BTreeMap<Fault, u64>,
     /// What happened, line by line, if that was asked for.
     pub lines: Vec<String>,
 }
@@ -56,10 +57,10 @@ pub fn run(seed: u64, is_told: bool) -> Report {
     World::new(plan, random, is_told).run()
 }
 
-/// Runs one job of so many ranks and steps, eight ranks a worker, with faults all along.
-pub fn run_large(ranks: usize, steps: u64) -> Report {
+/// Runs one job of so many ranks (eight a worker, rounded down) and steps, with faults all along.
+pub fn run_large(ranks: usize, steps: u64, seed: u64) -> Report {
     let recipe = plan::recipe().unwrap_or_default();
-    World::new(Plan::large(ranks, steps, &recipe), Random::new(1), false).run()
+    World::new(Plan::large(ranks, steps, &recipe), Random::new(seed), false).run()
 }
 
 /// Something that is going to happen. Workers, servers and links by number.
@@ -98,7 +99,7 @@ enum Inside {
     Prepared,
     Built,
     StepDone,
-    Saved(storage::Trained, Vec<usize>),
+    Saved(Box<(storage::Trained, Vec<usize>)>),
     PeerLost,
     Validated(usize),
     Exported(usize),
@@ -158,7 +159,7 @@ impl World {
             ended_ms: 0,
             steps: 0,
             formations: 0,
-            faults: 0,
+            faults: BTreeMap::new(),
             lines: Vec::new(),
         };
         World {

@@ -43,6 +43,8 @@ pub(super) struct Link {
     pub(super) server: usize,
     /// Nothing comes through any more.
     is_cut: bool,
+    /// Ends that have not noticed yet: without any it is forgotten.
+    unaware: u8,
     /// When the latest message arrives, each way.
     up_ms: u64,
     down_ms: u64,
@@ -63,6 +65,16 @@ impl Network {
     pub(super) fn is_cut(&self, one: usize, other: usize) -> bool {
         self.cuts.contains(&(one.min(other), one.max(other)))
     }
+
+    /// One end knows that a stream is broken.
+    fn noticed(&mut self, id: u64) {
+        if let Some(link) = self.links.get_mut(&id) {
+            link.unaware -= 1;
+            if link.unaware == 0 {
+                self.links.remove(&id);
+            }
+        }
+    }
 }
 
 impl World {
@@ -78,7 +90,8 @@ impl World {
         let node = self.workers.get(&worker).map_or(0, |worker| worker.node);
         let is_cut = self.network.is_cut(node, ORCHESTRATOR) || !self.servers[server].is_alive;
         let (up_ms, down_ms) = (self.now, self.now);
-        self.network.links.insert(id, Link { worker, server, is_cut, up_ms, down_ms });
+        let unaware = if is_cut { 1 } else { 2 };
+        self.network.links.insert(id, Link { worker, server, is_cut, unaware, up_ms, down_ms });
         if is_cut {
             let after = self.random.between(1, 2_000);
             self.plan_in(after, Happening::WorkerNotices(id));
@@ -135,7 +148,7 @@ impl World {
         let event = match up {
             Up::Hello { who, hosted, incarnation } => {
                 self.hear_at(server, Input::Linked { worker, link: id });
-                Event::Attached { who, hosted, incarnation, storage_mark: "mark".into() }
+                Event::Attached { who, hosted, left: Vec::new(), incarnation, storage_mark: "mark".into() }
             }
             Up::Beat(progress) => Event::Beat { worker, progress },
             Up::Event { job, generation, event } => {
@@ -165,15 +178,20 @@ impl World {
             return self.servers[server].held.push(Happening::ServerNotices(id));
         }
         self.hear_at(server, Input::Unlinked { worker, link: id });
+        self.network.noticed(id);
     }
 
     pub(super) fn worker_notices(&mut self, id: u64) {
         let Some(link) = self.network.links.get(&id) else { return };
-        let Some(host) = self.workers.get_mut(&link.worker) else { return };
-        if host.is_frozen {
-            host.held.push(Happening::WorkerNotices(id));
-        } else if host.link.is_some_and(|(link, _)| link == id) {
-            host.link = None;
+        let host = self.workers.get_mut(&link.worker);
+        if let Some(host) = host {
+            if host.is_frozen {
+                return host.held.push(Happening::WorkerNotices(id));
+            }
+            if host.link.is_some_and(|(link, _)| link == id) {
+                host.link = None;
+            }
         }
+        self.network.noticed(id);
     }
 }

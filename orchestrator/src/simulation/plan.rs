@@ -10,7 +10,7 @@ use crate::core::facts::JobSpec;
 
 /// Something that goes wrong, or that somebody wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Fault {
+pub enum Fault {
     /// A worker's process dies; its connections are reset.
     Kill,
     /// A worker's host loses power: nobody is told.

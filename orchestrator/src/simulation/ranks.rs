@@ -300,14 +300,14 @@ impl World {
         group.is_saving = true;
         let (trained, ranks) = (group.trained, group.ranks.clone());
         let takes = self.random.between(1, 900);
-        self.plan_own(id, of, takes, Inside::Saved(trained, ranks));
+        self.plan_own(id, of, takes, Inside::Saved(Box::new((trained, ranks))));
         if goes_on {
             self.arrive(id, of);
         }
     }
 
     /// Shards are on disk; whoever wrote them may have left the formation meanwhile.
-    pub(super) fn saved(&mut self, id: u64, of: (u64, u32), trained: Trained, ranks: Vec<usize>) {
+    pub(super) fn saved(&mut self, id: u64, of: (u64, u32), (trained, ranks): (Trained, Vec<usize>)) {
         let (job, generation) = of;
         for &rank in &ranks {
             self.storage.entry(job).or_default().save(generation, rank, trained);

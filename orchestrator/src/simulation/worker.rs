@@ -309,7 +309,7 @@ impl World {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
                 self.commit(id, of, step, world);
             }
-            (Inside::Saved(trained, ranks), _) => self.saved(id, of, trained, ranks),
+            (Inside::Saved(what), _) => self.saved(id, of, *what),
             (Inside::Prepared, Some(hosted)) => {
                 let (formed, is_reachable) = (hosted.formed.clone(), hosted.is_reachable);
                 self.prepared(id, of, &formed, is_reachable);

@@ -4,7 +4,7 @@
 
 use std::panic::catch_unwind;
 
-use contraflow_orchestrator::simulation::{Report, run};
+use contraflow_orchestrator::simulation::{Report, run, run_large};
 
 /// Seeds that once showed a fault: they always run.
 const FOUND: [u64; 12] = [8, 21, 29, 46, 64, 97, 115, 181, 212, 219, 249, 428];
@@ -42,4 +42,13 @@ fn the_same_seed_is_the_same_run() {
         assert_eq!((one.trace, one.events), (other.trace, other.events), "SEED={seed}");
         println!("seed {seed}: trace {:016x} of {} events", one.trace, one.events);
     }
+}
+
+#[test]
+fn a_large_job_ends_under_faults_and_the_same_seed_is_the_same_run() {
+    let (one, other) = (run_large(200, 60, 3), run_large(200, 60, 3));
+    assert_eq!(one.violation, None);
+    assert!(one.steps >= 60 && one.faults.values().sum::<u64>() > 10, "{one:?}");
+    assert_eq!((one.trace, one.events), (other.trace, other.events));
+    assert_ne!(one.trace, run_large(200, 60, 4).trace);
 }

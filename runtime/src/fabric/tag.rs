@@ -15,6 +15,8 @@ pub enum Phase {
     Validate,
     /// Gradient reduction, optimizer, weight gathering.
     Update,
+    /// Beside the steps: copies of the state, and going on from them.
+    Keep,
 }
 
 /// What a frame carries.
@@ -38,6 +40,10 @@ pub enum FrameKind {
     AllGather,
     /// A small vector to be summed, or its sum.
     AllReduce,
+    /// A rank's part of the state; the micro-batch counts the pieces.
+    State,
+    /// A buddy's word that it has a rank's part.
+    StateKept,
 }
 
 /// The address of a frame. Two frames of a job never have the same tag.

@@ -125,7 +125,7 @@ const FRAME: u8 = 1;
 const BEAT: u8 = 2;
 const BYE: u8 = 3;
 
-const KINDS: [FrameKind; 9] = [
+const KINDS: [FrameKind; 11] = [
     FrameKind::Activation,
     FrameKind::Gradient,
     FrameKind::Dispatch,
@@ -135,8 +135,10 @@ const KINDS: [FrameKind; 9] = [
     FrameKind::ReduceScatter,
     FrameKind::AllGather,
     FrameKind::AllReduce,
+    FrameKind::State,
+    FrameKind::StateKept,
 ];
-const PHASES: [Phase; 3] = [Phase::Train, Phase::Validate, Phase::Update];
+const PHASES: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Keep];
 
 fn kind_of(code: u8) -> Result<FrameKind, ReadError> {
     KINDS

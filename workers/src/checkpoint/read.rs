@@ -1,4 +1,5 @@
-//! Reads a checkpoint: all of it is checked at first, then any range of any tensor can be asked for by any rank.
+//! Reads a checkpoint: all of it is checked at first, then any range of any tensor can be asked for by any rank. Shards lie in
+//! files, or in memory, where one of them may be all there is.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,6 +7,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use contraflow_runtime::checkpoint::{CheckpointError, Manifest};
 use safetensors::tensor::Metadata;
@@ -20,9 +22,39 @@ use crate::weights::gate_bias_name;
 pub struct Checkpoint {
     /// What the manifest says.
     pub manifest: Manifest,
+    /// What it holds.
+    pub records: Records,
     dir: PathBuf,
-    files: Vec<File>,
+}
+
+/// The records of some shards.
+#[derive(Default)]
+pub struct Records {
+    /// What they are of, for messages.
+    of: String,
+    sources: Vec<Source>,
     tensors: BTreeMap<(Kind, String), Pieces>,
+}
+
+/// Where the bytes of a shard are.
+enum Source {
+    File { file: File, path: PathBuf },
+    Memory(Arc<Vec<u8>>),
+}
+
+impl Source {
+    fn read(&self, first: u64, target: &mut [u8]) -> std::io::Result<()> {
+        match self {
+            Source::File { file, .. } => file.read_exact_at(target, first),
+            Source::Memory(bytes) => {
+                let first = usize::try_from(first).unwrap_or(usize::MAX);
+                let end = first.checked_add(target.len());
+                let part = end.and_then(|end| bytes.get(first..end));
+                target.copy_from_slice(part.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// All records of one tensor and kind, ascending.
@@ -33,8 +65,9 @@ struct Pieces {
 
 /// Where the values of a record are.
 struct Place {
-    file: usize,
-    /// First byte in the file.
+    /// In which source.
+    source: usize,
+    /// First byte in it.
     start: u64,
     record: Record,
 }
@@ -59,31 +92,22 @@ impl Checkpoint {
         let manifest = Manifest::read(dir).map_err(CheckpointFaults)?;
         verify_all(&manifest, dir).map_err(CheckpointFaults)?;
         let mut faults = Vec::new();
-        let mut files = Vec::new();
-        let mut tensors: BTreeMap<(Kind, String), Pieces> = BTreeMap::new();
+        let mut records = Records { of: dir.display().to_string(), ..Records::default() };
         for shard in &manifest.shards {
             let path = dir.join(&shard.file);
-            match open_shard(&path, shard.bytes, files.len()) {
-                Ok((file, places)) => {
-                    files.push(file);
-                    for place in places {
-                        let Record { kind, name, shape, .. } = &place.record;
-                        let pieces = tensors.entry((*kind, name.clone()));
-                        let pieces =
-                            pieces.or_insert_with(|| Pieces { shape: shape.clone(), places: Vec::new() });
-                        pieces.places.push(place);
-                    }
-                }
-                Err(message) => faults.push(CheckpointError::new(&path, message)),
+            let opened = File::open(&path).map_err(|error| error.to_string());
+            let source = opened.map(|file| Source::File { file, path: path.clone() });
+            if let Err(message) = source.and_then(|source| records.add(source, shard.bytes)) {
+                faults.push(CheckpointError::new(&path, message));
             }
         }
-        for ((_, name), pieces) in &mut tensors {
+        for ((_, name), pieces) in &mut records.tensors {
             if let Err(message) = pieces.check() {
                 faults.push(CheckpointError::new(dir, format!("{name}: {message}")));
             }
         }
         if faults.is_empty() {
-            Ok(Checkpoint { manifest, dir: dir.to_owned(), files, tensors })
+            Ok(Checkpoint { manifest, records, dir: dir.to_owned() })
         } else {
             Err(CheckpointFaults(faults))
         }
@@ -92,6 +116,34 @@ impl Checkpoint {
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+}
+
+impl Records {
+    /// Those of one shard in memory. `of` says what it is, for messages.
+    ///
+    /// **Errors**: in words; it is no shard.
+    pub fn in_memory(of: String, shard: Arc<Vec<u8>>) -> Result<Self, RankError> {
+        let mut records = Records { of, ..Records::default() };
+        let size = shard.len() as u64;
+        records.add(Source::Memory(shard), size).map_err(|message| records.wrong(message))?;
+        Ok(records)
+    }
+
+    fn add(&mut self, source: Source, size: u64) -> Result<(), String> {
+        let places = open_shard(&source, size, self.sources.len())?;
+        self.sources.push(source);
+        for place in places {
+            let Record { kind, name, shape, .. } = &place.record;
+            let pieces = self.tensors.entry((*kind, name.clone()));
+            let pieces = pieces.or_insert_with(|| Pieces { shape: shape.clone(), places: Vec::new() });
+            pieces.places.push(place);
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, message: String) -> RankError {
+        RankError::Content { path: self.of.clone(), message }
     }
 
     /// Published names and shapes of all weights, gate biases included.
@@ -107,7 +159,7 @@ impl Checkpoint {
 
     /// Reads a range of a tensor of this shape into `out`, which has the range's length.
     ///
-    /// **Errors**: there is no such tensor, it has another shape, or the file cannot be read.
+    /// **Errors**: there is no such tensor, it has another shape, the range is not whole here, or a file cannot be read.
     pub fn read(
         &self,
         kind: Kind,
@@ -116,14 +168,19 @@ impl Checkpoint {
         out: &mut [f32],
     ) -> Result<(), RankError> {
         let pieces = self.pieces(kind, name, shape)?;
+        let mut num_read = 0;
         for place in &pieces.places {
             let have = &place.record.range;
             let (from, to) = (range.start.max(have.start), range.end.min(have.end));
             if from < to {
                 let target = &mut out[from - range.start..to - range.start];
                 let first = place.start + 4 * (from - have.start) as u64;
-                self.read_bytes(place.file, first, bytemuck::cast_slice_mut(target))?;
+                self.read_bytes(place.source, first, bytemuck::cast_slice_mut(target))?;
+                num_read += to - from;
             }
+        }
+        if num_read < range.len() {
+            return Err(self.wrong(format!("{name}: expected elements {range:?}, got {num_read} of them")));
         }
         Ok(())
     }
@@ -154,25 +211,28 @@ impl Checkpoint {
         let mut counts = vec![0_u64; len];
         for place in &self.pieces(Kind::Count, name, &[len])?.places {
             let target = &mut counts[place.record.range.clone()];
-            self.read_bytes(place.file, place.start, bytemuck::cast_slice_mut(target))?;
+            self.read_bytes(place.source, place.start, bytemuck::cast_slice_mut(target))?;
         }
         Ok(counts)
     }
 
     fn pieces(&self, kind: Kind, name: &str, shape: &[usize]) -> Result<&Pieces, RankError> {
-        let wrong = |message| RankError::Content { path: self.dir.display().to_string(), message };
         let pieces = self.tensors.get(&(kind, name.to_owned()));
-        let pieces = pieces.ok_or_else(|| wrong(format!("has no {kind:?} of {name}")))?;
+        let pieces = pieces.ok_or_else(|| self.wrong(format!("has no {kind:?} of {name}")))?;
         if pieces.shape != shape {
-            return Err(wrong(format!("{name}: expected shape {shape:?}, got {:?}", pieces.shape)));
+            return Err(self.wrong(format!("{name}: expected shape {shape:?}, got {:?}", pieces.shape)));
         }
         Ok(pieces)
     }
 
-    fn read_bytes(&self, file: usize, first: u64, target: &mut [u8]) -> Result<(), RankError> {
-        self.files[file].read_exact_at(target, first).map_err(|source| RankError::File {
-            path: self.dir.join(&self.manifest.shards[file].file).display().to_string(),
-            source,
+    fn read_bytes(&self, source: usize, first: u64, target: &mut [u8]) -> Result<(), RankError> {
+        let source = &self.sources[source];
+        source.read(first, target).map_err(|error| RankError::File {
+            path: match source {
+                Source::File { path, .. } => path.display().to_string(),
+                Source::Memory(_) => self.of.clone(),
+            },
+            source: error,
         })
     }
 }
@@ -186,19 +246,18 @@ fn verify_all(manifest: &Manifest, dir: &Path) -> Result<(), Vec<CheckpointError
 }
 
 /// The records of a shard and where their values are.
-fn open_shard(path: &Path, size: u64, file_number: usize) -> Result<(File, Vec<Place>), String> {
-    let file = File::open(path).map_err(|error| error.to_string())?;
+fn open_shard(source: &Source, size: u64, number: usize) -> Result<Vec<Place>, String> {
     let mut length = [0; 8];
-    file.read_exact_at(&mut length, 0).map_err(|error| error.to_string())?;
+    source.read(0, &mut length).map_err(|error| error.to_string())?;
     let length = u64::from_le_bytes(length);
     if length > size.saturating_sub(8) {
         return Err(format!("expected a header within {size} bytes, got one of {length}"));
     }
     let mut header = vec![0; length as usize];
-    file.read_exact_at(&mut header, 8).map_err(|error| error.to_string())?;
+    source.read(8, &mut header).map_err(|error| error.to_string())?;
     let places = parse_header(&header, size - 8 - length)?;
-    let place = |(record, start)| Place { file: file_number, start: 8 + length + start, record };
-    Ok((file, places.into_iter().map(place).collect()))
+    let place = |(record, start)| Place { source: number, start: 8 + length + start, record };
+    Ok(places.into_iter().map(place).collect())
 }
 
 /// The records of a shard's header, each with its first byte in the data.

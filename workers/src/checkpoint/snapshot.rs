@@ -11,6 +11,7 @@ use contraflow_runtime::watch::Watch;
 use super::{Kind, Record, Storage};
 
 /// The values of a record.
+#[derive(Clone)]
 pub enum Values {
     /// Elements of a tensor that is shared until it is written to.
     Floats(Tensor, Range<usize>),
@@ -29,6 +30,7 @@ impl Values {
 }
 
 /// A record with its values.
+#[derive(Clone)]
 pub struct SnapshotPiece {
     /// What it is.
     pub record: Record,
@@ -37,7 +39,7 @@ pub struct SnapshotPiece {
 }
 
 /// Everything a rank answers for.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Snapshot {
     /// In no particular order.
     pub pieces: Vec<SnapshotPiece>,

@@ -54,16 +54,18 @@ fn any_range_is_read_across_the_shards() {
     let dir = tempfile::tempdir().unwrap();
     commit(dir.path(), write(dir.path(), [0..5, 5..12]));
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(checkpoint.weights().collect::<Vec<_>>(), [("w", &[4, 3][..])]);
+    assert_eq!(checkpoint.records.weights().collect::<Vec<_>>(), [("w", &[4, 3][..])]);
     for range in [0..12, 3..8, 5..6, 0..0, 11..12] {
         let mut out = vec![-1.0; range.len()];
-        checkpoint.read(Kind::Weight, ("w", &[4, 3]), range.clone(), &mut out).unwrap();
+        checkpoint.records.read(Kind::Weight, ("w", &[4, 3]), range.clone(), &mut out).unwrap();
         assert_eq!(out, values(12).f32()[range]);
     }
-    assert_eq!(checkpoint.read_counts("gate", 2).unwrap(), [7, u64::MAX]);
-    let other = checkpoint.read(Kind::Weight, ("w", &[3, 4]), 0..1, &mut [0.0]).unwrap_err().to_string();
+    assert_eq!(checkpoint.records.read_counts("gate", 2).unwrap(), [7, u64::MAX]);
+    let other =
+        checkpoint.records.read(Kind::Weight, ("w", &[3, 4]), 0..1, &mut [0.0]).unwrap_err().to_string();
     assert!(other.contains("w: expected shape [3, 4], got [4, 3]"), "{other}");
-    let none = checkpoint.read(Kind::ExpAvg, ("w", &[4, 3]), 0..1, &mut [0.0]).unwrap_err().to_string();
+    let none =
+        checkpoint.records.read(Kind::ExpAvg, ("w", &[4, 3]), 0..1, &mut [0.0]).unwrap_err().to_string();
     assert!(none.contains("has no ExpAvg of w"), "{none}");
     // Other programs can read it.
     let bytes = std::fs::read(dir.path().join(shard_name(0))).unwrap();
@@ -109,6 +111,6 @@ fn a_snapshot_keeps_its_values_while_training_goes_on() {
     commit(dir.path(), vec![shard]);
     let mut out = vec![0.0; 12];
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    checkpoint.read(Kind::Weight, ("w", &[12]), 0..12, &mut out).unwrap();
+    checkpoint.records.read(Kind::Weight, ("w", &[12]), 0..12, &mut out).unwrap();
     assert_eq!(out, values(12).f32());
 }

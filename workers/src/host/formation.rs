@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::Input;
 use super::job::Prepared;
 use super::outbox::Outbox;
+use crate::kept::{Keeper, Kept, Recovered};
 use crate::membership::Assignment;
 use crate::probe::{Probe, ProbePoint};
 use crate::worker::{Worker, WorkerMessage};
@@ -90,7 +91,7 @@ impl Formation {
     pub(super) fn start(
         &mut self,
         assign: &v1::Assign,
-        prepared: Prepared,
+        (prepared, kept): (Prepared, &Arc<Kept>),
         listener: &Listener,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Result<(), String> {
@@ -116,6 +117,7 @@ impl Formation {
         for &rank in &self.ranks {
             let endpoint = network.join(rank).map_err(|error| error.to_string())?;
             endpoints.push(endpoint.clone());
+            let keeper = keeper(assign, &endpoint, kept)?;
             let assignment = Box::new(Assignment {
                 job: job as u32,
                 generation,
@@ -123,6 +125,8 @@ impl Formation {
                 endpoint,
                 datasets: prepared.datasets.clone(),
                 resume: prepared.resume.clone(),
+                recovered: assign.memory.as_ref().map(|memory| recovered(memory, kept)),
+                keeper,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
                 probe: self.probe(),
@@ -183,6 +187,35 @@ impl Formation {
         }
         // Goodbyes take a moment.
         tokio::task::spawn_blocking(move || network.close());
+    }
+}
+
+/// Who keeps a rank's state, and whose it keeps; nobody if all ranks are on one worker.
+///
+/// **Errors**: in words; not every rank keeps one other rank's state.
+fn keeper(assign: &v1::Assign, endpoint: &Endpoint, kept: &Arc<Kept>) -> Result<Option<Keeper>, String> {
+    if assign.buddies.is_empty() {
+        return Ok(None);
+    }
+    let rank = endpoint.rank();
+    let buddy = assign.buddies.get(rank).map(|&buddy| buddy as usize);
+    let ward = assign.buddies.iter().position(|&buddy| buddy as usize == rank);
+    let (Some(buddy), Some(ward)) = (buddy, ward) else {
+        return Err(format!(
+            "buddies: expected one for rank {rank} and one that it is, got {:?}",
+            assign.buddies
+        ));
+    };
+    let formation = (assign.job as u32, assign.generation);
+    Ok(Some(Keeper { endpoint: endpoint.clone(), kept: kept.clone(), formation, buddy, ward }))
+}
+
+fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Recovered {
+    Recovered {
+        generation: memory.generation,
+        step: memory.step,
+        holders: memory.holders.iter().map(|&rank| rank as usize).collect(),
+        kept: kept.clone(),
     }
 }
 

@@ -156,7 +156,7 @@ fn resume(
     folder: &CheckpointFolder,
     own: &Manifest,
 ) -> Result<Option<Arc<Checkpoint>>, String> {
-    if assign.resume_step == 0 {
+    if assign.resume_step == 0 || assign.memory.is_some() {
         return Ok(None);
     }
     let dir = folder.committed(assign.resume_step);

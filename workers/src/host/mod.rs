@@ -6,6 +6,7 @@
 mod formation;
 mod job;
 mod link;
+mod memory;
 mod outbox;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -27,6 +28,7 @@ use v1::to_worker::Message as Down;
 use self::formation::Formation;
 use self::job::{Loaded, Prepared, Roots, export_dir};
 use self::link::{Link, Way};
+use self::memory::Memory;
 
 pub use self::link::words_of;
 
@@ -90,6 +92,8 @@ struct Host {
     incarnation: u64,
     formations: BTreeMap<u64, Formation>,
     loaded: BTreeMap<u64, Loaded>,
+    /// What is kept in memory of the state of jobs.
+    memory: Memory,
     /// Log lines that wait for the orchestrator; the oldest give way.
     lines: VecDeque<v1::LogLine>,
 }
@@ -114,6 +118,7 @@ pub async fn run(
         incarnation: 0,
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
+        memory: Memory::default(),
         lines: VecDeque::new(),
         settings,
     };
@@ -160,6 +165,7 @@ impl Host {
                     hosted: self.formations.iter().map(|(&job, formation)| formation.hosted(job)).collect(),
                     incarnation: self.incarnation,
                     storage_mark: self.mark.clone(),
+                    left: self.memory.of_left(|job| self.formations.contains_key(&job)),
                 };
                 let Settings { orchestrator, token, .. } = &self.settings;
                 let way = Way { endpoint: orchestrator.clone(), token: token.clone() };
@@ -236,11 +242,12 @@ impl Host {
                     Err(words) => tracing::warn!("a command that makes no sense: {words}"),
                 }
             }
-            Down::Release(v1::Release { job, generation, reason }) => self.leave(job, generation, &reason),
+            Down::Release(release) => self.release(&release),
             Down::Durable(v1::Durable { job, step }) => {
                 if let Some(formation) = self.formations.get_mut(&job) {
                     formation.outbox.durable(step);
                 }
+                self.memory.durable(job, step);
             }
             Down::Commit(commit) => self.commit(commit),
             Down::Refused(why) => return Err(why),
@@ -278,6 +285,7 @@ impl Host {
             }
             self.leave(job, assign.generation - 1, "another formation takes its place");
         }
+        self.memory.enter(&assign);
         self.formations.insert(job, Formation::new(&assign));
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
@@ -299,7 +307,8 @@ impl Host {
         let Some(formation) = formation else { return };
         let started = result.and_then(|prepared| {
             self.loaded.insert(job, prepared.loaded());
-            formation.start(assign, *prepared, &self.listener, self.inputs.clone())
+            let kept = self.memory.of(job);
+            formation.start(assign, (*prepared, &kept), &self.listener, self.inputs.clone())
         });
         if let Err(cause) = started {
             formation.fail(cause, &self.inputs, job);
@@ -324,6 +333,22 @@ impl Host {
             let error = prepared.commit(what).err().unwrap_or_default();
             drop(inputs.send(Input::Committed(v1::Committed { job, generation, step, error })));
         });
+    }
+
+    /// Leaves a formation on the orchestrator's word, and says what is kept of it or lets that go.
+    fn release(&mut self, release: &v1::Release) {
+        let &v1::Release { job, generation, keep, .. } = release;
+        self.leave(job, generation, &release.reason);
+        if self.formations.contains_key(&job) {
+            // Of a later generation: what is kept is its.
+            return;
+        }
+        if keep {
+            let kept = self.memory.inventory(job);
+            self.say(Up::Released(v1::Released { job, generation, kept }));
+        } else {
+            self.memory.let_go(job);
+        }
     }
 
     /// Leaves a job's formation, if it is of this generation or an earlier one.

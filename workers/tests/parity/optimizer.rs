@@ -83,8 +83,15 @@ fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, 
                 names.map(|name| (name, rank.gradient(name).map(|gradient| norm(&gradient)))).collect();
         }
         let id = rank.step_id(Phase::Update, step);
-        let order =
-            UpdateOrder { id, learning_rate, bias_speed: BIAS_SPEED, stop: false, save: SaveWhen::Never };
+        let order = UpdateOrder {
+            id,
+            learning_rate,
+            bias_speed: BIAS_SPEED,
+            stop: false,
+            save: SaveWhen::Never,
+            keep: false,
+            kept_by: None,
+        };
         let global = optimizer.update(&order, &mut rank.params, &totals).unwrap();
         losses.push(global.loss as f32);
         norms.push(global.grad_norm as f32);

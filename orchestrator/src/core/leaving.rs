@@ -1,0 +1,127 @@
+//! A broken formation: what its workers still keep in memory, asked for before the job is formed anew.
+//!
+//! Volatile, like the formation was: an orchestrator that starts hears it again from workers that attach. What a job can go
+//! on from is decided in [`crate::recovery`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use contraflow_runtime::topology::Topology;
+
+use super::jobs::{JobRecord, Phase};
+use super::{ADOPTION_MS, Core, LEFT_MS, Word};
+use crate::recovery::{InMemory, KeptShard, newest_whole};
+
+/// What is known of the workers of a broken formation.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    /// Workers that are members and have not said what they keep.
+    waiting: BTreeSet<u64>,
+    /// By worker, what it keeps.
+    kept: BTreeMap<u64, Vec<KeptShard>>,
+    /// They are waited for no longer.
+    until_ms: u64,
+}
+
+impl Leaving {
+    fn is_waiting(&self, now: u64) -> bool {
+        !self.waiting.is_empty() && now < self.until_ms
+    }
+}
+
+impl Core {
+    /// The formation of a job has broken: its workers are asked by their release.
+    pub(super) fn ask_for_kept(&mut self, job: u64, now: u64) {
+        let Some(places) = self.kept_places(job) else { return };
+        let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
+        self.leaving.insert(job, Leaving { waiting, kept: BTreeMap::new(), until_ms: now + LEFT_MS });
+    }
+
+    /// An orchestrator that starts finds a job broken: whoever was in its formation may still keep something.
+    pub(super) fn expect_kept(&mut self, job: u64, now: u64) {
+        let Some(places) = self.kept_places(job) else { return };
+        let record = &self.jobs.all[&job];
+        let survives = |(rank, _): &(usize, &u64)| !record.lost.contains(rank);
+        let waiting: BTreeSet<u64> =
+            places.iter().enumerate().filter(survives).map(|(_, &worker)| worker).collect();
+        waiting.iter().for_each(|&worker| self.members.expect(worker, now));
+        let until_ms = now + ADOPTION_MS;
+        self.leaving.insert(job, Leaving { waiting, kept: BTreeMap::new(), until_ms });
+    }
+
+    /// By rank, the workers of a broken formation that keeps its state in memory.
+    fn kept_places(&self, job: u64) -> Option<Vec<u64>> {
+        let record = self.jobs.all.get(&job).filter(|record| record.goes_on_from_memory())?;
+        Some(record.formed.as_ref()?.places.clone())
+    }
+
+    /// A worker has left a formation, and says what it keeps.
+    pub(super) fn left(&mut self, worker: u64, (job, generation): (u64, u32), kept: Vec<KeptShard>) {
+        let is_current = self
+            .jobs
+            .all
+            .get(&job)
+            .is_some_and(|record| record.goes_on_from_memory() && record.generation() == generation);
+        if let Some(leaving) = self.leaving.get_mut(&job).filter(|_| is_current) {
+            leaving.waiting.remove(&worker);
+            leaving.kept.insert(worker, kept);
+            self.is_open = true;
+        } else {
+            let reason = "the job goes on without what is kept".to_owned();
+            self.tell(worker, Word::Release { job, generation, reason, keep: false });
+        }
+    }
+
+    /// A worker is not a member any more.
+    pub(super) fn forget_kept(&mut self, worker: u64) {
+        for leaving in self.leaving.values_mut() {
+            leaving.waiting.remove(&worker);
+            leaving.kept.remove(&worker);
+        }
+    }
+
+    /// Whether it is still to be heard what the workers of a broken formation keep.
+    pub(super) fn awaits_kept(&self, job: u64, now: u64) -> bool {
+        self.leaving.get(&job).is_some_and(|leaving| leaving.is_waiting(now))
+    }
+
+    /// Where a formation of these axes at these places goes on from: its state in memory, if that is whole and not older than
+    /// the newest checkpoint. Else why not, in words; nothing if there is nothing to say.
+    pub(super) fn in_memory(
+        &self,
+        job: u64,
+        topology: &Topology,
+        places: &[u64],
+    ) -> Result<InMemory, Option<String>> {
+        let record = &self.jobs.all[&job];
+        let (Some(before), true) = (&record.formed, record.goes_on_from_memory()) else { return Err(None) };
+        if before.topology != *topology {
+            return Err(Some("its state in memory is that of another layout".into()));
+        }
+        let nothing = BTreeMap::new();
+        let kept = self.leaving.get(&job).map_or(&nothing, |leaving| &leaving.kept);
+        let whole = newest_whole(kept, places, |generation, step| record.is_of_history(generation, step));
+        match whole {
+            Ok(whole) if whole.step >= record.kept => Ok(whole),
+            Ok(_) => Err(None),
+            Err(None) => Err(None),
+            Err(Some(rank)) => Err(Some(format!(
+                "nobody has the state of rank {rank} in memory any more: its buddy is lost too"
+            ))),
+        }
+    }
+}
+
+impl JobRecord {
+    /// Whether the job has lost a formation whose workers keep its state in memory.
+    fn goes_on_from_memory(&self) -> bool {
+        self.phase == Phase::Broken && self.in_memory
+    }
+
+    /// Whether a state that somebody keeps is of the latest formation, or the one that it went on from.
+    fn is_of_history(&self, generation: u32, step: u64) -> bool {
+        self.formed.as_ref().is_some_and(|formed| {
+            let base = formed.memory.as_ref().map(|memory| (memory.generation, memory.step));
+            formed.generation == generation || base == Some((generation, step))
+        })
+    }
+}
