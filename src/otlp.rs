@@ -70,6 +70,7 @@ pub fn open(service: &'static str) -> Result<Option<(Exporting, SpanLayer)>, Fai
         .with_tracked_inactivity(false)
         .with_location(false)
         .with_threads(false)
+        .with_target(false)
         .with_filter(Targets::new().with_target(SPAN, level));
     trace::install(Bridge);
     Ok(Some((Exporting { provider, lost, _runtime: runtime }, layer.boxed())))

@@ -10,9 +10,14 @@ use crate::collector::{Collector, Seen, Spans};
 
 const STEPS: u64 = 3;
 
-/// Two ranks, one behind the other.
-const CHANGES: [&str; 4] =
-    ["parallel.pipeline=2", "parallel.expert=1", "checkpoint.every=100", "training.steps=3"];
+/// Two ranks, one behind the other, that compute in pools of threads.
+const CHANGES: [&str; 5] = [
+    "parallel.pipeline=2",
+    "parallel.expert=1",
+    "parallel.threads_per_rank=2",
+    "checkpoint.every=100",
+    "training.steps=3",
+];
 
 fn to(endpoint: &str, more: &[(&'static str, &str)]) -> Environment {
     let mut environment = vec![("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.to_owned())];
