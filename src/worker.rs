@@ -43,10 +43,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let (lines, _spans) = telemetry::init_worker("contraflow-worker")?;
     let settings = settings(args)?;
     interrupt::runtime()?.block_on(async {
-        let stop = async {
+        // Without signals it can still be ended by force: its ranks go on from what is kept.
+        let stop = async { drop(interrupt::signal().await) };
+        let end = async {
+            drop(interrupt::signal().await);
             drop(interrupt::signal().await);
         };
-        host::run(settings, lines, stop).await.map_err(Failure::input)
+        host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
     })
 }
 
