@@ -46,13 +46,13 @@ pub struct Exporting {
     _runtime: tokio::runtime::Runtime,
 }
 
-/// What a subscriber needs so that spans are exported.
-pub type SpanLayer = Box<dyn Layer<Registry> + Send + Sync>;
+/// A part of a subscriber, filter included.
+pub type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 
 /// Begins to export, if a collector is named; `service` is what the process is called there unless the variables say more.
 ///
 /// **Errors**: code 2; a variable makes no sense.
-pub fn open(service: &'static str) -> Result<Option<(Exporting, SpanLayer)>, Failure> {
+pub fn open(service: &'static str) -> Result<Option<(Exporting, Listener)>, Failure> {
     let Some((variable, endpoint)) = first(&ENDPOINTS).filter(|_| is_wanted()) else { return Ok(None) };
     let level = level()?;
     let failed = |error: std::io::Error| Failure::run(error.to_string());

@@ -31,8 +31,7 @@ pub fn init(level: LogLevel, service: &'static str) -> Result<Spans, Failure> {
         LogLevel::Trace => "trace",
     };
     let (spans, layer) = otlp::open(service)?.unzip();
-    // Whoever came first, a test for instance, has set it up already.
-    let _ = tracing_subscriber::registry().with(Vec::from_iter(layer)).with(to_stderr(ours)).try_init();
+    listen([to_stderr(ours).boxed()].into_iter().chain(layer));
     Ok(spans)
 }
 
@@ -41,7 +40,7 @@ pub fn init(level: LogLevel, service: &'static str) -> Result<Spans, Failure> {
 /// **Errors**: code 2; see [`otlp::open`].
 pub fn init_client(service: &'static str) -> Result<Spans, Failure> {
     let Some((spans, layer)) = otlp::open(service)? else { return Ok(None) };
-    let _ = tracing_subscriber::registry().with(layer).with(to_stderr("warn")).try_init();
+    listen([to_stderr("warn").boxed(), layer]);
     Ok(Some(spans))
 }
 
@@ -52,9 +51,14 @@ pub fn init_worker(service: &'static str) -> Result<(mpsc::UnboundedReceiver<Log
     let (spans, layer) = otlp::open(service)?.unzip();
     let (sender, lines) = mpsc::unbounded_channel();
     let of_ranks = RankLines { sender }.with_filter(EnvFilter::new("off,contraflow=info"));
-    let registry = tracing_subscriber::registry().with(Vec::from_iter(layer));
-    let _ = registry.with(to_stderr("info")).with(of_ranks).try_init();
+    listen([to_stderr("info").boxed(), of_ranks.boxed()].into_iter().chain(layer));
     Ok((lines, spans))
+}
+
+/// Hears all that is said in this process from now on. Every layer has a filter of its own.
+fn listen(layers: impl IntoIterator<Item = otlp::Listener>) {
+    // Whoever came first, a test for instance, has set it up already.
+    let _ = tracing_subscriber::registry().with(Vec::from_iter(layers)).try_init();
 }
 
 fn to_stderr<S>(ours: &str) -> impl Layer<S>

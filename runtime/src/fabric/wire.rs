@@ -385,6 +385,14 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_of_another_version_is_refused_in_words() {
+        let mut bytes = encode(&Message::Beat);
+        bytes[4] = 1;
+        let error = read_message(&mut &bytes[..]).unwrap_err().to_string();
+        assert_eq!(error, "expected a frame of version 2, got version 1");
+    }
+
+    #[test]
     fn frames_larger_than_any_are_refused_whatever_their_parts_say() {
         for lens in [vec![MAX_FRAME_BYTES + 1], vec![u64::MAX, 2], vec![MAX_FRAME_BYTES, 1]] {
             let part = |len| PartHeader { form: Form::default(), len };
