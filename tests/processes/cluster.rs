@@ -24,7 +24,7 @@ pub const JOB: [&str; 9] = [
 ];
 
 /// The model of [`JOB`].
-const MODEL: &str = include_str!("../fixtures/small-model.json");
+pub const MODEL: &str = include_str!("../fixtures/small-model.json");
 
 /// A process that is killed when it is dropped.
 pub struct Process {
@@ -285,7 +285,8 @@ pub fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> Process {
     spawn_with(dir, name, arguments, &Environment::new())
 }
 
-fn spawn_with(dir: &Path, name: &str, arguments: &[&str], environment: &Environment) -> Process {
+/// The same with variables.
+pub fn spawn_with(dir: &Path, name: &str, arguments: &[&str], environment: &Environment) -> Process {
     let log = dir.join(format!("{name}.log"));
     let stderr = std::fs::File::create(&log).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));

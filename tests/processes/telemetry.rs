@@ -5,7 +5,7 @@ use std::net::TcpListener;
 
 use rustix::process::Signal;
 
-use crate::cluster::{Cluster, Environment, Process, curve};
+use crate::cluster::{Cluster, Environment, JOB, MODEL, Process, curve, spawn_with};
 use crate::collector::{Collector, Seen, Spans};
 
 const STEPS: u64 = 3;
@@ -133,6 +133,27 @@ fn unless_more_is_asked_for_a_step_of_a_rank_is_a_handful_of_spans_and_links() {
             }
             assert_eq!(above.number("step"), step.number("step"));
         }
+    }
+}
+
+#[test]
+fn a_run_in_one_process_is_a_trace_too() {
+    let collector = Collector::start();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("model.json"), MODEL).unwrap();
+    let mut arguments = vec!["train", "tiny"];
+    JOB.iter().chain(&CHANGES).for_each(|change| arguments.extend(["--set", change]));
+    let mut train = spawn_with(folder.path(), "train", &arguments, &to(&collector.endpoint, &[]));
+    assert_eq!(train.wait(), Some(0), "{}", train.told());
+    let spans = collector.spans();
+    let root = spans.only("train");
+    assert!(root.parent.is_empty(), "{root:?}");
+    spans.named("job").iter().for_each(|job| assert_eq!(job.parent, root.id));
+    for step in steps(&spans) {
+        let program = spans.child(step, "program");
+        let other = linked(&spans, program);
+        assert_eq!((other.name.as_str(), &other.trace), ("program", &root.trace));
+        assert_ne!(other.attributes["rank"], program.attributes["rank"]);
     }
 }
 
