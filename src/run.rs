@@ -102,7 +102,7 @@ impl Run {
             }
         };
         let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
-        CheckpointFolder::of_run(&dir).tidy(recipe.checkpoint.keep).map_err(failed)?;
+        CheckpointFolder::of_run(&dir).tidy(recipe.checkpoint.keep, None).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
         // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest.
         drop(std::fs::remove_dir_all(dir.join("model")));
@@ -295,7 +295,7 @@ impl Run {
 
     /// Removes what the end of the run has cut off. What cannot be removed now is when the run goes on.
     fn clear_unfinished(&self) {
-        drop(CheckpointFolder::of_run(&self.dir).tidy(self.recipe.checkpoint.keep));
+        drop(CheckpointFolder::of_run(&self.dir).tidy(self.recipe.checkpoint.keep, None));
         drop(std::fs::remove_dir_all(self.dir.join(format!("model{UNFINISHED_SUFFIX}"))));
     }
 

@@ -37,6 +37,7 @@ pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, serde_js
     let model = serde_json::from_str(&recipe.model_config.to_hf_json())?;
     Ok(Manifest {
         format_version: FORMAT_VERSION,
+        generation: 0,
         position: Position::default(),
         watch: Default::default(),
         recipe: recipe.resolved_toml(),

@@ -37,7 +37,7 @@ pub struct JobRecord {
     pub broken_ms: u64,
     /// Step of the newest checkpoint.
     pub kept: u64,
-    /// Whether the workers of the latest formation keep its state in memory, and the job has not left its history since.
+    /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
     /// Sequences used, where that is more than the newest checkpoint says; else 0.
@@ -132,7 +132,7 @@ impl JobRecord {
             Fact::Formed { formed, .. } => {
                 self.phase = Phase::Formed;
                 self.formed = Some(formed.clone());
-                self.in_memory = !formed.buddies.is_empty();
+                self.in_memory = !formed.buddies.is_empty() || formed.memory.is_some();
                 self.lost.clear();
                 self.why.clear();
             }

@@ -56,16 +56,16 @@ impl Core {
 
     /// A worker has left a formation, and says what it keeps.
     pub(super) fn left(&mut self, worker: u64, (job, generation): (u64, u32), kept: Vec<KeptShard>) {
-        let is_current = self
-            .jobs
-            .all
-            .get(&job)
-            .is_some_and(|record| record.goes_on_from_memory() && record.generation() == generation);
+        let record = self.jobs.all.get(&job);
+        let is_asked = record.is_some_and(JobRecord::goes_on_from_memory);
+        let is_current = is_asked && record.is_some_and(|record| record.generation() == generation);
+        let goes_on_here = record.and_then(JobRecord::running);
+        let goes_on_here = goes_on_here.is_some_and(|formed| formed.places.contains(&worker));
         if let Some(leaving) = self.leaving.get_mut(&job).filter(|_| is_current) {
             leaving.waiting.remove(&worker);
             leaving.kept.insert(worker, kept);
             self.is_open = true;
-        } else {
+        } else if !is_asked && !goes_on_here {
             let reason = "the job goes on without what is kept".to_owned();
             self.tell(worker, Word::Release { job, generation, reason, keep: false });
         }

@@ -563,6 +563,24 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
     // Somebody who has missed it is told when it says what it keeps.
     let shard = KeptShard { generation: 1, step: 6, rank: 1 };
     let left = Left { job: 1, generation: 1, kept: vec![shard] };
-    let effects = world.step(Event::Left { worker: 2, left });
+    let effects = world.step(Event::Left { worker: 3, left });
     assert!(words(&effects).iter().any(lets_go));
+}
+
+#[test]
+fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring() {
+    let mut world = training();
+    keep_everywhere(&mut world, 1, 6);
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
+    // Its stream breaks before it has heard of the new formation, and it tells once more what it keeps.
+    drop(world.step(Event::Detached { worker: 1 }));
+    let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
+    let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
+    let storage_mark = "mark".into();
+    let effects = world.step(Event::Attached { who, hosted: Vec::new(), left, incarnation: 0, storage_mark });
+    let told = words(&effects);
+    assert!(
+        told.iter().any(|(worker, word)| *worker == 1 && matches!(word, Word::Assign { generation: 2, .. }))
+    );
+    assert!(!told.iter().any(|(_, word)| matches!(word, Word::Release { .. })), "{told:?}");
 }

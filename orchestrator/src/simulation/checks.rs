@@ -23,6 +23,10 @@ pub(super) struct Checks {
     kept: BTreeMap<u64, Vec<Trained>>,
     /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
     went_back: BTreeMap<u64, u64>,
+    /// By job, the latest generation whose state in memory is of no history any more.
+    left_behind: BTreeMap<u64, u32>,
+    /// By job and generation, workers that have said what they keep, and to which orchestrator.
+    told: BTreeMap<(u64, u32), BTreeSet<(u64, usize)>>,
     /// Jobs that somebody ends, and jobs that may fail.
     pub(super) cancelled: BTreeSet<u64>,
     pub(super) excused: BTreeSet<u64>,
@@ -148,9 +152,13 @@ impl World {
                         .violate(format!("job {job} goes back past {cursor}, where no rank diverged"));
                 }
                 self.checks.went_back.insert(*job, *cursor);
+                self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
             }
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
             Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
+                if matches!(fact, Fact::Requeued { .. }) {
+                    self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
+                }
                 if self.running(*job).is_none() {
                     self.violate(format!("job {job} has no formation to lose: {fact:?}"));
                 }
@@ -164,25 +172,88 @@ impl World {
         Some((job, self.store.jobs.all.get(&job)?.running()?.generation))
     }
 
+    /// Whether a formation is the one that runs, as far as it is kept.
+    pub(super) fn is_running(&self, of: (u64, u32)) -> bool {
+        self.running(of.0) == Some(of)
+    }
+
     fn check_formed(&mut self, job: u64, formed: &Formed) {
         self.report.formations += 1;
         let record = &self.store.jobs.all[&job];
-        let history = self.checks.kept.get(&job).cloned().unwrap_or_default();
+        let history = self.history_of(job, formed);
         let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
         if !is_next || formed.resume_step != history.len() as u64 {
             let words = format!("generation {} from step {}", formed.generation, formed.resume_step);
-            return self.violate(format!("job {job} forms {words}; kept is step {}", history.len()));
+            return self.violate(format!("job {job} forms {words}; there is step {}", history.len()));
         }
-        let kept = history.last().map_or(0, |trained| trained.cursor);
-        let cursor = kept.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
+        let mut cursor = history.last().map_or(0, |trained| trained.cursor);
+        if formed.memory.is_none() {
+            cursor = cursor.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
+            self.checks.left_behind.insert(job, formed.generation - 1);
+        }
         self.checks.lines.insert((job, formed.generation), Line { history, cursor, ..Line::default() });
         self.checks.formed.insert((job, formed.generation), formed.clone());
+    }
+
+    /// The steps that lead to what a formation goes on from, as they were really made or kept.
+    fn history_of(&self, job: u64, formed: &Formed) -> Vec<Trained> {
+        let Some(memory) = &formed.memory else {
+            return self.checks.kept.get(&job).cloned().unwrap_or_default();
+        };
+        let is_present = self.checks.left_behind.get(&job).is_none_or(|left| memory.generation > *left);
+        let line = self.checks.lines.get(&(job, memory.generation)).filter(|_| is_present);
+        let made = line.and_then(|line| line.history.get(..memory.step as usize));
+        made.map(<[Trained]>::to_vec).unwrap_or_default()
+    }
+
+    /// An orchestrator hears what a worker keeps of a formation.
+    pub(super) fn note_told(&mut self, server: usize, event: &Event) {
+        let (worker, all) = match event {
+            Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
+            Event::Attached { who, left, .. } => (who.worker, &left[..]),
+            _ => return,
+        };
+        for left in all {
+            self.checks.told.entry((left.job, left.generation)).or_default().insert((worker, server));
+        }
+    }
+
+    /// A job forms anew in the same layout: where every rank or its buddy is still there and has said what it keeps, that costs
+    /// the running step and at most one that was not acknowledged.
+    pub(super) fn check_cost(&mut self, server: usize, job: u64, formed: &Formed) {
+        let of = (job, formed.generation - 1);
+        let (Some(before), Some(line)) = (self.checks.formed.get(&of), self.checks.lines.get(&of)) else {
+            return;
+        };
+        let told = self.checks.told.get(&of);
+        let has_told = |worker: u64| told.is_some_and(|told| told.contains(&(worker, server)));
+        let survives = |rank: &usize| {
+            let keepers = [before.places[*rank], before.places[before.buddies[*rank]]];
+            keepers.iter().any(|worker| formed.places.contains(worker) && has_told(*worker))
+        };
+        let is_comparable = before.topology == formed.topology && !before.buddies.is_empty();
+        let made = line.history.len() as u64;
+        let is_in_memory = server == self.newest_server() && line.diverged.is_none();
+        if is_comparable
+            && is_in_memory
+            && made >= before.resume_step + 2
+            && (0..before.places.len()).all(|rank| survives(&rank))
+        {
+            let least = made - 1;
+            if formed.resume_step < least {
+                let from = formed.resume_step;
+                self.violate(format!(
+                    "job {job}, generation {}: goes on after step {from}, although {made} were made and every part of step {least} is in memory",
+                    formed.generation
+                ));
+            }
+        }
     }
 
     fn check_kept(&mut self, job: u64, step: u64) {
         let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
         let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
-        let stands = self.storage.get(&job).and_then(|folder| folder.committed.get(&step)).copied();
+        let stands = self.storage.get(&job).and_then(|folder| folder.stands(step));
         match (made, stands) {
             (Some(made), Some(stands)) if made.last() == Some(&stands) => {
                 self.checks.kept.insert(job, made);
@@ -234,7 +305,7 @@ impl World {
             {
                 self.violate(format!("job {job}: ranks are assigned by a formation that is not kept"));
             }
-            Down::Release { job, generation } => {
+            Down::Release { job, generation, .. } => {
                 let incarnation = self.servers[server].core.incarnation();
                 if self.running(*job) == Some((*job, *generation)) {
                     self.violate(format!(

@@ -7,6 +7,7 @@
 
 mod checks;
 mod faults;
+mod memory;
 mod network;
 mod plan;
 mod random;
@@ -101,6 +102,10 @@ enum Inside {
     StepDone,
     Saved(Box<(storage::Trained, Vec<usize>)>),
     PeerLost,
+    /// Parts of another worker's ranks arrive: from whom, after which step, whose.
+    Keeps(Box<(u64, storage::Trained, Vec<usize>)>),
+    /// A worker has taken in the parts that it was sent.
+    Acknowledged(u64),
     Validated(usize),
     Exported(usize),
     /// A commit reaches the storage: the step, or the weights.

@@ -10,7 +10,7 @@ use contraflow_runtime::control::{RankCommand, RankEvent};
 use super::server::Input;
 use super::{Happening, World};
 use crate::core::facts::Formed;
-use crate::core::{Event, Introduction, Progress};
+use crate::core::{Event, Introduction, Left, Progress};
 
 /// Stands for the orchestrator where nodes are paired.
 pub(super) const ORCHESTRATOR: usize = usize::MAX;
@@ -18,7 +18,8 @@ pub(super) const ORCHESTRATOR: usize = usize::MAX;
 /// From a worker.
 #[derive(Clone, Debug)]
 pub(super) enum Up {
-    Hello { who: Introduction, hosted: Vec<(u64, u32, Vec<usize>)>, incarnation: u64 },
+    Hello { who: Introduction, hosted: Vec<(u64, u32, Vec<usize>)>, left: Vec<Left>, incarnation: u64 },
+    Released(Left),
     Beat(Vec<Progress>),
     Event { job: u64, generation: u32, event: RankEvent },
     Committed { job: u64, generation: u32, step: Option<u64>, result: Result<(), String> },
@@ -31,7 +32,7 @@ pub(super) enum Down {
     Refused,
     Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool },
     Command { to: RankAddress, command: RankCommand },
-    Release { job: u64, generation: u32 },
+    Release { job: u64, generation: u32, keep: bool },
     Durable { job: u64, step: u64 },
     Commit { job: u64, generation: u32, step: Option<u64> },
 }
@@ -129,7 +130,9 @@ impl World {
     /// What a stream carries from now on arrives late.
     pub(super) fn stall_link(&mut self, id: u64, ms: u64) {
         if let Some(link) = self.network.links.get_mut(&id) {
-            (link.up_ms, link.down_ms) = (self.now + ms, self.now + ms);
+            let until = self.now + ms;
+            // What is on its way later still keeps its place.
+            (link.up_ms, link.down_ms) = (link.up_ms.max(until), link.down_ms.max(until));
         }
     }
 
@@ -146,10 +149,11 @@ impl World {
             return self.servers[server].held.push(Happening::Up(id, Box::new(up)));
         }
         let event = match up {
-            Up::Hello { who, hosted, incarnation } => {
+            Up::Hello { who, hosted, left, incarnation } => {
                 self.hear_at(server, Input::Linked { worker, link: id });
-                Event::Attached { who, hosted, left: Vec::new(), incarnation, storage_mark: "mark".into() }
+                Event::Attached { who, hosted, left, incarnation, storage_mark: "mark".into() }
             }
+            Up::Released(left) => Event::Left { worker, left },
             Up::Beat(progress) => Event::Beat { worker, progress },
             Up::Event { job, generation, event } => {
                 let from = RankAddress { job, generation, rank: event.rank() };

@@ -1,15 +1,16 @@
 //! The ranks of a formation, worker by worker: they train in step, and each step needs all of them. Follows the workers'
 //! `rank`. What they compute is only a digest of what they were fed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
-use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::watch::{Action, Divergence};
 
+use super::memory::step_done;
 use super::plan::BATCH;
 use super::random::mix;
 use super::storage::Trained;
@@ -30,6 +31,10 @@ pub(super) struct Group {
     is_saving: bool,
     /// What waits until the checkpoint before is written.
     parked: Option<Parked>,
+    /// Workers that have not yet said that they keep the latest step.
+    pub(super) unacknowledged: BTreeSet<u64>,
+    /// Rank and step of what was reported before this formation.
+    pub(super) reports: BTreeSet<(usize, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +78,23 @@ pub(super) fn feed(digest: u64, step: u64, cursor: u64) -> u64 {
 impl Group {
     pub(super) fn new(ranks: Vec<usize>) -> Self {
         let (trained, parked, state) = (Trained::default(), None, State::Preparing);
-        Group { ranks, state, trained, begun: 0, stop: false, is_saving: false, parked }
+        let (unacknowledged, reports) = (BTreeSet::new(), BTreeSet::new());
+        Group {
+            ranks,
+            state,
+            trained,
+            begun: 0,
+            stop: false,
+            is_saving: false,
+            parked,
+            unacknowledged,
+            reports,
+        }
+    }
+
+    /// A peer that the ranks need is gone.
+    pub(super) fn give_up(&mut self) {
+        self.state = State::Over;
     }
 
     /// Whether there are ranks that hear commands.
@@ -86,11 +107,13 @@ impl World {
     /// Recipe, data and checkpoint have been read: the ranks can be started.
     pub(super) fn prepared(&mut self, id: u64, of: (u64, u32), formed: &Formed, is_reachable: bool) {
         let (job, _) = of;
-        let folder = self.storage.entry(job).or_default();
+        let stands = self.storage.entry(job).or_default().stands(formed.resume_step);
         let mut trained = Trained::default();
-        if formed.resume_step > 0 {
-            match folder.committed.get(&formed.resume_step) {
-                Some(stands) => trained = *stands,
+        if formed.resume_step > 0 && formed.memory.is_none() {
+            match stands {
+                Some(stands) => trained = stands,
+                // A worker that has not heard for long finds that others have gone on.
+                None if !self.is_running(of) => return self.fail_all(id, of, "no such checkpoint"),
                 None => {
                     let words = format!("no checkpoint of step {} to go on from", formed.resume_step);
                     return self.violate(format!("job {job}, generation {}: {words}", formed.generation));
@@ -107,7 +130,8 @@ impl World {
         group.state = State::Building;
         if tidies {
             let keep = self.plan.keep;
-            self.storage.entry(job).or_default().tidy(of.1, keep);
+            let newest = formed.memory.is_none().then_some(formed.resume_step);
+            self.storage.entry(job).or_default().tidy(of.1, keep, newest);
         }
         let gang = self.gangs.entry(of).or_default();
         if gang.workers.is_empty() {
@@ -121,12 +145,19 @@ impl World {
         }
     }
 
-    pub(super) fn built(&mut self, id: u64, of: (u64, u32)) {
+    pub(super) fn built(&mut self, id: u64, of: (u64, u32), formed: &Formed) {
         let Some(group) = self.group(id, of).filter(|group| group.state == State::Building) else { return };
         group.state = State::Idle;
-        for rank in group.ranks.clone() {
+        let ranks = group.ranks.clone();
+        if let Some(memory) = &formed.memory
+            && !self.recover(id, of, formed, memory)
+        {
+            return;
+        }
+        for rank in ranks {
             self.say(id, of, RankEvent::Ready { rank });
         }
+        self.repeat_reports(id, of);
     }
 
     pub(super) fn rank_hears(&mut self, id: u64, to: RankAddress, command: RankCommand) {
@@ -213,6 +244,10 @@ impl World {
         let mut stops = false;
         for &id in &workers {
             match self.group(id, of) {
+                // What a rank gives to the step says that its buddy has the one before.
+                Some(group) if group.state == State::InStep && !group.unacknowledged.is_empty() => {
+                    return self.plan_in(5, Happening::StepMade(job, generation));
+                }
                 Some(group) if group.state == State::InStep => stops |= group.stop,
                 // Told to give up: the others wait until they are, too.
                 _ => return,
@@ -245,7 +280,7 @@ impl World {
     }
 
     /// A worker's ranks have the result of the step.
-    pub(super) fn step_done(&mut self, id: u64, of: (u64, u32)) {
+    pub(super) fn step_done(&mut self, id: u64, of: (u64, u32), formed: &Rc<Formed>) {
         let Some(gang) = self.gangs.get(&of) else { return };
         let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
         let (every, steps) = self.job_plan(of.0).map_or((1, 0), |job| (job.every, job.spec.steps));
@@ -260,20 +295,16 @@ impl World {
             return;
         }
         group.trained = made;
-        for rank in ranks {
-            let report = StepReport {
-                rank: rank as u32,
-                generation: of.1,
-                step: made.step,
-                tokens: BATCH,
-                ..StepReport::default()
-            };
-            self.say(id, of, RankEvent::StepDone { report });
+        for &rank in &ranks {
+            self.say(id, of, step_done(of.1, rank, made.step));
             if stops {
                 self.say(id, of, RankEvent::Stopped { rank, step: made.step });
             }
         }
         let is_last = made.step >= steps || stops;
+        if !is_last && !formed.buddies.is_empty() {
+            self.keep_step(id, of, formed, &ranks);
+        }
         if is_last || made.step.is_multiple_of(every) {
             self.save(id, of, !is_last);
         } else {

@@ -239,7 +239,8 @@ impl World {
         let acting = &mut self.servers[server];
         let now = (EPOCH + self.now).saturating_add_signed(acting.clock_ms);
         let stale = super::checks::stale_job(&acting.core, &event);
-        let effects = acting.core.step(event, now);
+        self.note_told(server, &event);
+        let effects = self.servers[server].core.step(event, now);
         if let Some(words) = stale.and_then(|job| super::checks::has_effect(job, &effects)) {
             return self.violate(words);
         }
@@ -271,6 +272,7 @@ impl World {
                     steps.formed(formed.generation, formed.places.len(), 0);
                 }
                 self.check_slots(server);
+                self.check_cost(server, *job, formed);
             }
             _ => {}
         }
@@ -322,7 +324,7 @@ impl World {
                     formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })
                 }
                 Word::Command { to, command } => Some(Down::Command { to, command }),
-                Word::Release { job, generation, .. } => Some(Down::Release { job, generation }),
+                Word::Release { job, generation, keep, .. } => Some(Down::Release { job, generation, keep }),
                 Word::CommitCheckpoint { job, generation, position, .. } => {
                     Some(Down::Commit { job, generation, step: Some(position.step) })
                 }

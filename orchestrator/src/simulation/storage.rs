@@ -16,7 +16,8 @@ pub(super) struct Trained {
 /// One job's folder.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Folder {
-    pub(super) committed: BTreeMap<u64, Trained>,
+    /// By step: the state, and the generation that made it.
+    committed: BTreeMap<u64, (Trained, u32)>,
     /// By step and generation: shards by rank.
     unfinished: BTreeMap<(u64, u32), BTreeMap<usize, Trained>>,
     /// Exported files by generation and rank.
@@ -26,10 +27,17 @@ pub(super) struct Folder {
 }
 
 impl Folder {
+    /// The checkpoint of a step.
+    pub(super) fn stands(&self, step: u64) -> Option<Trained> {
+        self.committed.get(&step).map(|(trained, _)| *trained)
+    }
+
     /// The worker of rank 0 makes the folder ready for a formation.
-    pub(super) fn tidy(&mut self, generation: u32, keep: usize) {
+    pub(super) fn tidy(&mut self, generation: u32, keep: usize, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
+        self.committed
+            .retain(|step, (_, of)| newest.is_none_or(|newest| *step <= newest) || *of >= generation);
         self.drop_oldest(keep);
     }
 
@@ -56,8 +64,8 @@ impl Folder {
         world: usize,
         keep: usize,
     ) -> Result<Trained, Result<String, String>> {
-        if let Some(stands) = self.committed.get(&step) {
-            return Ok(*stands);
+        if let Some(stands) = self.stands(step) {
+            return Ok(stands);
         }
         let shards = self.unfinished.remove(&(step, generation));
         let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
@@ -71,7 +79,7 @@ impl Folder {
         if shards.values().any(|shard| *shard != one) {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
-        self.committed.insert(step, one);
+        self.committed.insert(step, (one, generation));
         self.drop_oldest(keep);
         Ok(one)
     }

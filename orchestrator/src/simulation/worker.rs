@@ -8,11 +8,12 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 
+use super::memory::Kept;
 use super::network::{Down, Up};
 use super::ranks::Group;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
-use crate::core::{BEAT_MS, Introduction, Progress};
+use crate::core::{BEAT_MS, Introduction, Left, Progress};
 
 /// How often the loop looks at its clock. **Units**: ms.
 const CLOCK_MS: u64 = 250;
@@ -30,6 +31,8 @@ pub(super) struct Worker {
     pub(super) link: Option<(u64, bool)>,
     beat_ms: u64,
     pub(super) hosted: BTreeMap<u64, Hosted>,
+    /// By job, what it keeps of the state of ranks.
+    pub(super) memory: BTreeMap<u64, Kept>,
     pub(super) is_frozen: bool,
     /// What it has not noticed while it stood still.
     pub(super) held: Vec<Happening>,
@@ -112,6 +115,7 @@ impl World {
                 link: None,
                 beat_ms: 0,
                 hosted: BTreeMap::new(),
+                memory: BTreeMap::new(),
                 is_frozen: false,
                 held: Vec::new(),
             },
@@ -202,10 +206,13 @@ impl World {
                 self.assigned(id, (job, ranks), formed, is_reachable);
             }
             Down::Command { to, command } => self.commanded(id, to, command),
-            Down::Release { job, generation } => self.leave(id, job, generation),
+            Down::Release { job, generation, keep } => self.released(id, (job, generation), keep),
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
                     hosted.outbox.durable(step, hosted.group.ranks.len());
+                }
+                if let Some(kept) = worker.memory.get_mut(&job) {
+                    kept.durable(step);
                 }
             }
             Down::Commit { job, generation, step } => {
@@ -255,6 +262,7 @@ impl World {
             format!("worker {id} is assigned ranks {ranks:?} of job {job}, generation {generation}")
         });
         self.check_assigned(id, (job, &ranks), &formed);
+        self.enter_memory(id, job, &formed);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
         let group = Group::new(ranks);
@@ -274,6 +282,22 @@ impl World {
         let Some(hosted) = hosted.filter(|hosted| hosted.group.is_started()) else { return };
         if hosted.group.ranks.contains(&to.rank) && hosted.outbox.is_new(to.rank, &command) {
             self.rank_hears(id, to, command);
+        }
+    }
+
+    /// Leaves on an orchestrator's word, and says what it keeps or lets that go.
+    fn released(&mut self, id: u64, (job, generation): (u64, u32), keep: bool) {
+        self.leave(id, job, generation);
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| !worker.hosted.contains_key(&job))
+        else {
+            return;
+        };
+        if !keep {
+            worker.memory.retain(|of, kept| *of != job || kept.is_after(generation));
+        } else if let Some((link, true)) = worker.link {
+            let nothing = Left { job, generation, kept: Vec::new() };
+            let left = worker.memory.get(&job).map_or(nothing, |kept| kept.left(job));
+            self.send_up(link, Up::Released(Left { generation, ..left }));
         }
     }
 
@@ -314,9 +338,17 @@ impl World {
                 let (formed, is_reachable) = (hosted.formed.clone(), hosted.is_reachable);
                 self.prepared(id, of, &formed, is_reachable);
             }
-            (Inside::Built, Some(_)) => self.built(id, of),
-            (Inside::StepDone, Some(_)) => self.step_done(id, of),
+            (Inside::Built, Some(hosted)) => {
+                let formed = hosted.formed.clone();
+                self.built(id, of, &formed);
+            }
+            (Inside::StepDone, Some(hosted)) => {
+                let formed = hosted.formed.clone();
+                self.step_done(id, of, &formed);
+            }
             (Inside::PeerLost, Some(_)) => self.peer_lost(id, of),
+            (Inside::Keeps(what), Some(_)) => self.keeps(id, of, *what),
+            (Inside::Acknowledged(buddy), Some(_)) => self.acknowledged(id, of, buddy),
             (Inside::Validated(rank), Some(_)) => self.validated(id, of, rank),
             (Inside::Exported(rank), Some(_)) => self.exported(id, of, rank),
             (_, None) => {}
@@ -376,7 +408,9 @@ impl Worker {
         let hosted = self.hosted.iter();
         let hosted =
             hosted.map(|(&job, hosted)| (job, hosted.generation, hosted.group.ranks.clone())).collect();
-        Up::Hello { who, hosted, incarnation: self.incarnation }
+        let left = self.memory.iter().filter(|(job, _)| !self.hosted.contains_key(job));
+        let left = left.map(|(&job, kept)| kept.left(job)).collect();
+        Up::Hello { who, hosted, left, incarnation: self.incarnation }
     }
 }
 

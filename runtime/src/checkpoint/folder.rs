@@ -44,6 +44,11 @@ impl CheckpointFolder {
         CheckpointFolder { generation, ..self }
     }
 
+    /// Whose formation's ranks it is for.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.dir
@@ -82,11 +87,13 @@ impl CheckpointFolder {
         Ok(steps)
     }
 
-    /// Removes what an earlier process left behind: unfinished checkpoints, and committed ones beyond the newest `keep`.
-    /// Only the process that owns the run may call this.
+    /// Removes what an earlier process left behind: unfinished checkpoints, those after step `newest` that an earlier formation
+    /// has committed, and all beyond the newest `keep`. What is after `newest` is of a history that was left, and would pass for
+    /// the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
+    /// suffer by it. An earlier one cannot commit any more afterwards: its folders are gone.
     ///
     /// **Errors**: what the system says.
-    pub fn tidy(&self, keep: usize) -> io::Result<()> {
+    pub fn tidy(&self, keep: usize, newest: Option<u64>) -> io::Result<()> {
         if !self.dir.exists() {
             return Ok(());
         }
@@ -94,6 +101,12 @@ impl CheckpointFolder {
             let path = entry?.path();
             if is_unfinished(&path) && !self.is_of_later(&path) {
                 std::fs::remove_dir_all(path)?;
+            }
+        }
+        for step in self.list()?.into_iter().filter(|step| newest.is_some_and(|newest| *step > newest)) {
+            let manifest = Manifest::read(&self.committed(step));
+            if manifest.map_or(true, |manifest| manifest.generation < self.generation) {
+                self.drop(step)?;
             }
         }
         self.drop_oldest(keep)
@@ -153,14 +166,18 @@ impl CheckpointFolder {
     fn drop_oldest(&self, keep: usize) -> io::Result<()> {
         let steps = self.list()?;
         for &step in &steps[..steps.len().saturating_sub(keep.max(1))] {
-            let doomed = self.dir.join(format!("step-{step:08}.dropped{UNFINISHED_SUFFIX}"));
-            // A process that was killed here before may have left it.
-            remove(&doomed)?;
-            std::fs::rename(self.committed(step), &doomed)?;
-            failpoint("checkpoint.dropped");
-            std::fs::remove_dir_all(doomed)?;
+            self.drop(step)?;
         }
         Ok(())
+    }
+
+    fn drop(&self, step: u64) -> io::Result<()> {
+        let doomed = self.dir.join(format!("step-{step:08}.dropped{UNFINISHED_SUFFIX}"));
+        // A process that was killed here before may have left it.
+        remove(&doomed)?;
+        std::fs::rename(self.committed(step), &doomed)?;
+        failpoint("checkpoint.dropped");
+        std::fs::remove_dir_all(doomed)
     }
 }
 

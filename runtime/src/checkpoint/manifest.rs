@@ -88,6 +88,9 @@ pub struct ShardFile {
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the program that wrote it.
     pub format_version: u32,
+    /// Formation that made it; 0 where all ranks are in one process.
+    #[serde(default)]
+    pub generation: u32,
     /// Where the run stood.
     pub position: Position,
     /// What the watch remembered.

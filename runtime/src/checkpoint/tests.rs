@@ -15,6 +15,7 @@ fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
     Manifest {
         format_version: manifest::FORMAT_VERSION,
+        generation: 0,
         position: Position { step, cursor: 16 * step, tokens: 4096 * step },
         watch: Default::default(),
         recipe: recipe.resolved_toml(),
@@ -28,7 +29,8 @@ fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
 fn commit(folder: &CheckpointFolder, step: u64, keep: usize) -> Manifest {
     let part = folder.unfinished(step);
     std::fs::create_dir_all(&part).unwrap();
-    let manifest = manifest(step, vec![shard(&part, 0, b"first"), shard(&part, 1, b"second")]);
+    let shards = vec![shard(&part, 0, b"first"), shard(&part, 1, b"second")];
+    let manifest = Manifest { generation: folder.generation(), ..manifest(step, shards) };
     folder.commit(&manifest, &[("config.json", b"{}".to_vec())].into(), keep).unwrap();
     manifest
 }
@@ -48,7 +50,7 @@ fn what_is_committed_is_listed_read_back_and_the_oldest_dropped() {
     assert_eq!(folder.list().unwrap(), [10, 100], "an unfinished one does not count");
     let told = Manifest::read(&folder.unfinished(200)).unwrap_err()[0].to_string();
     assert!(told.contains("step-00000200.part: expected a committed checkpoint"), "{told}");
-    folder.tidy(1).unwrap();
+    folder.tidy(1, None).unwrap();
     assert!(!folder.unfinished(200).exists());
     assert_eq!(folder.list().unwrap(), [100]);
 }
@@ -114,4 +116,21 @@ fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() 
     commit(&after, 7, 2);
     assert_eq!(after.list().unwrap(), [6, 7]);
     assert!(!left.exists());
+}
+
+#[test]
+fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
+    let run = tempfile::tempdir().unwrap();
+    let before = CheckpointFolder::of_run(run.path()).in_generation(1);
+    [4, 8, 12].into_iter().for_each(|step| drop(commit(&before, step, 3)));
+    std::fs::create_dir(before.unfinished(16)).unwrap();
+    let after = before.clone().in_generation(2);
+    after.tidy(1, Some(8)).unwrap();
+    assert_eq!(after.list().unwrap(), [8]);
+    // A process that stood still meanwhile takes nothing of it away.
+    commit(&after, 12, 3);
+    before.tidy(3, Some(4)).unwrap();
+    assert_eq!(after.list().unwrap(), [8, 12]);
+    // Whoever was about to commit is too late.
+    assert!(!before.unfinished(16).exists());
 }

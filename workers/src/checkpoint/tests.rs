@@ -30,6 +30,7 @@ fn commit(dir: &Path, shards: Vec<ShardFile>) {
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
     let manifest = Manifest {
         format_version: 1,
+        generation: 0,
         position: Position::default(),
         watch: Default::default(),
         recipe: String::new(),

@@ -83,12 +83,15 @@ impl Prepared {
         std::fs::create_dir_all(&dir).map_err(words)?;
         let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation);
         let manifest = manifest(&submitted, &text.corpus.hash).map_err(|error| error.to_string())?;
+        let manifest = Manifest { generation: assign.generation, ..manifest };
         let companions = companions(&recipe, text.tokenizer.json());
         let resume = resume(assign, &folder, &manifest)?;
         let recipe = Arc::new(recipe);
         let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, dir };
         if assign.ranks.contains(&0) {
-            prepared.tidy(&assign.recipe).map_err(words)?;
+            // From memory it goes on in the history in which everything here was committed.
+            let newest = assign.memory.is_none().then_some(assign.resume_step);
+            prepared.tidy(&assign.recipe, newest).map_err(words)?;
         }
         Ok(prepared)
     }
@@ -99,9 +102,9 @@ impl Prepared {
     }
 
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
-    fn tidy(&self, recipe: &str) -> std::io::Result<()> {
+    fn tidy(&self, recipe: &str, newest: Option<u64>) -> std::io::Result<()> {
         std::fs::write(self.dir.join("recipe.toml"), recipe)?;
-        self.folder.tidy(self.recipe.checkpoint.keep.max(LEAST_KEPT))?;
+        self.folder.tidy(self.recipe.checkpoint.keep.max(LEAST_KEPT), newest)?;
         let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;

@@ -37,9 +37,11 @@ impl Memory {
         }
     }
 
-    /// Lets go of what is kept of a job.
-    pub(super) fn let_go(&mut self, job: u64) {
-        self.jobs.remove(&job);
+    /// Lets go of what is kept of a job, unless a formation after this one has been here.
+    pub(super) fn let_go(&mut self, job: u64, generation: u32) {
+        if self.jobs.get(&job).is_some_and(|(latest, _)| *latest <= generation) {
+            self.jobs.remove(&job);
+        }
     }
 
     /// What is kept of a job, as the orchestrator is told.

@@ -372,7 +372,7 @@ impl Host {
             let kept = self.memory.inventory(job);
             self.say(Up::Released(v1::Released { job, generation, kept }));
         } else {
-            self.memory.let_go(job);
+            self.memory.let_go(job, generation);
         }
     }
 

@@ -1,0 +1,205 @@
+//! What workers keep in memory of their ranks' state and of that of others, and how ranks go on from it. Follows the workers'
+//! `kept` and their host's `memory`.
+//!
+//! The ranks of one formation that have made a step hold the same digest, so one stands for the parts of all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use contraflow_proto::StepReport;
+use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::recipe::ErrorKind;
+
+use super::plan::BATCH;
+use super::storage::Trained;
+use super::{Inside, World};
+use crate::core::Left;
+use crate::core::facts::Formed;
+use crate::recovery::{InMemory, KeptShard};
+
+/// How long a part takes to a buddy or back, mostly, and one in so many. **Units**: ms.
+const TRAVEL_MS: u64 = 60;
+const LATE_MS: u64 = 2_000;
+const ONE_IN: u64 = 100;
+
+/// What a worker keeps of one job.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Kept {
+    /// The latest formation that was here.
+    generation: u32,
+    /// By generation and step: the state, and whose parts of it are here.
+    parts: BTreeMap<(u32, u64), (Trained, BTreeSet<usize>)>,
+    /// By step, ranks whose report of it may not be durable.
+    reports: BTreeMap<u64, BTreeSet<usize>>,
+}
+
+impl Kept {
+    fn put(&mut self, (generation, trained): (u32, Trained), ranks: &[usize]) {
+        self.put_parts((generation, trained), ranks);
+        self.reports.entry(trained.step).or_default().extend(ranks);
+    }
+
+    fn put_parts(&mut self, (generation, trained): (u32, Trained), ranks: &[usize]) {
+        let (_, all) =
+            self.parts.entry((generation, trained.step)).or_insert_with(|| (trained, BTreeSet::new()));
+        all.extend(ranks);
+    }
+
+    fn get(&self, (generation, step): (u32, u64), rank: usize) -> Option<Trained> {
+        let (trained, ranks) = self.parts.get(&(generation, step))?;
+        ranks.contains(&rank).then_some(*trained)
+    }
+
+    /// Whether a formation after this one has been here.
+    pub(super) fn is_after(&self, generation: u32) -> bool {
+        self.generation > generation
+    }
+
+    pub(super) fn durable(&mut self, step: u64) {
+        self.reports = self.reports.split_off(&(step + 1));
+    }
+
+    /// As it is told to an orchestrator.
+    pub(super) fn left(&self, job: u64) -> Left {
+        let shards = self.parts.iter().flat_map(|(&(generation, step), (_, ranks))| {
+            ranks.iter().map(move |&rank| KeptShard { generation, step, rank })
+        });
+        Left { job, generation: self.generation, kept: shards.collect() }
+    }
+}
+
+impl World {
+    fn kept(&mut self, id: u64, job: u64) -> Option<&mut Kept> {
+        Some(self.workers.get_mut(&id)?.memory.entry(job).or_default())
+    }
+
+    /// A formation begins in a worker: from what is kept, or with nothing.
+    pub(super) fn enter_memory(&mut self, id: u64, job: u64, formed: &Formed) {
+        let Some(kept) = self.kept(id, job) else { return };
+        match &formed.memory {
+            Some(memory) => drop(kept.reports.split_off(&(memory.step + 1))),
+            None => *kept = Kept::default(),
+        }
+        kept.generation = formed.generation;
+    }
+
+    fn travel(&mut self) -> u64 {
+        let most = if self.random.is_one_in(ONE_IN) { LATE_MS } else { TRAVEL_MS };
+        self.random.between(1, most + 1)
+    }
+
+    /// A worker's ranks have made a step: their parts are kept here and sent to their buddies.
+    pub(super) fn keep_step(&mut self, id: u64, of: (u64, u32), formed: &Rc<Formed>, ranks: &[usize]) {
+        let (job, generation) = of;
+        let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
+        let is_first = trained.step == formed.resume_step + 1;
+        let Some(kept) = self.kept(id, job) else { return };
+        if !is_first {
+            // Every buddy had the step before when this one was made.
+            kept.parts = kept.parts.split_off(&(generation, trained.step - 1));
+        }
+        kept.put((generation, trained), ranks);
+        let mut to: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        for &rank in ranks {
+            to.entry(formed.places[formed.buddies[rank]]).or_default().push(rank);
+        }
+        for (buddy, ranks) in to {
+            if let Some(group) = self.group(id, of) {
+                group.unacknowledged.insert(buddy);
+            }
+            let takes = self.travel();
+            self.plan_own(buddy, of, takes, Inside::Keeps(Box::new((id, trained, ranks))));
+        }
+    }
+
+    /// Parts of another worker's ranks arrive: taken in once the own ranks have made that step, then said to be here.
+    pub(super) fn keeps(
+        &mut self,
+        id: u64,
+        of: (u64, u32),
+        (from, trained, ranks): (u64, Trained, Vec<usize>),
+    ) {
+        let is_early = self.group(id, of).is_none_or(|group| group.trained.step < trained.step);
+        if is_early {
+            return self.plan_own(id, of, 5, Inside::Keeps(Box::new((from, trained, ranks))));
+        }
+        if let Some(kept) = self.kept(id, of.0) {
+            kept.put((of.1, trained), &ranks);
+        }
+        let takes = self.travel();
+        self.plan_own(from, of, takes, Inside::Acknowledged(id));
+    }
+
+    pub(super) fn acknowledged(&mut self, id: u64, of: (u64, u32), buddy: u64) {
+        if let Some(group) = self.group(id, of) {
+            group.unacknowledged.remove(&buddy);
+        }
+    }
+
+    /// Brings a worker's ranks the state they go on from, and says again what they had reported; false if whoever is to bring it
+    /// is gone.
+    pub(super) fn recover(&mut self, id: u64, of: (u64, u32), formed: &Formed, memory: &InMemory) -> bool {
+        let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
+        let mut reports: BTreeSet<(usize, u64)> = BTreeSet::new();
+        let mut recovered = None;
+        for &rank in &ranks {
+            let holder = formed.places[memory.holders[rank]];
+            let Some(worker) = self.workers.get(&holder) else {
+                self.lose_all(id, of, "whoever has the state is gone");
+                return false;
+            };
+            let kept = worker.memory.get(&of.0);
+            let Some(trained) = kept.and_then(|kept| kept.get((memory.generation, memory.step), rank)) else {
+                // Let go after another formation took this one's place, which this worker has not heard of.
+                if kept.is_none_or(|kept| kept.generation != of.1) {
+                    self.lose_all(id, of, "whoever has the state has left");
+                } else {
+                    self.violate(format!(
+                        "worker {holder} is to bring rank {rank} the state of {memory:?} and has none"
+                    ));
+                }
+                return false;
+            };
+            let told = kept.into_iter().flat_map(|kept| kept.reports.range(..=memory.step));
+            reports.extend(told.filter(|(_, ranks)| ranks.contains(&rank)).map(|(&step, _)| (rank, step)));
+            recovered = Some(trained);
+        }
+        let Some(trained) = recovered else { return true };
+        if let Some(kept) = self.kept(id, of.0) {
+            kept.put_parts((memory.generation, trained), &ranks);
+            for &(rank, step) in &reports {
+                kept.reports.entry(step).or_default().insert(rank);
+            }
+        }
+        if let Some(group) = self.group(id, of) {
+            group.trained = trained;
+            group.reports = reports;
+        }
+        true
+    }
+
+    /// Once the ranks are ready they say again what they had reported.
+    pub(super) fn repeat_reports(&mut self, id: u64, of: (u64, u32)) {
+        let reports = self.group(id, of).map(|group| std::mem::take(&mut group.reports)).unwrap_or_default();
+        for (rank, step) in reports {
+            self.say(id, of, step_done(of.1, rank, step));
+        }
+    }
+
+    fn lose_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
+        let Some(group) = self.group(id, of) else { return };
+        group.give_up();
+        for rank in group.ranks.clone() {
+            let (action, cause) = ("building the model".to_owned(), cause.to_owned());
+            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+        }
+    }
+}
+
+/// A rank's report of a step.
+pub(super) fn step_done(generation: u32, rank: usize, step: u64) -> RankEvent {
+    let rank = rank as u32;
+    RankEvent::StepDone {
+        report: StepReport { rank, generation, step, tokens: BATCH, ..StepReport::default() },
+    }
+}
