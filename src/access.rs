@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use contraflow_orchestrator::server::files;
+use contraflow_runtime::trace;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
@@ -22,7 +23,7 @@ pub struct Access {
     pub token: Option<String>,
 }
 
-/// Adds the token to every call.
+/// Adds the token to every call, and the span it is made in.
 #[derive(Clone)]
 pub struct Bearer(pub Option<MetadataValue<Ascii>>);
 
@@ -30,6 +31,11 @@ impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(token) = &self.0 {
             request.metadata_mut().insert("authorization", token.clone());
+        }
+        if let Ok(traceparent) = trace::current().to_string().parse::<MetadataValue<Ascii>>()
+            && !traceparent.is_empty()
+        {
+            request.metadata_mut().insert("traceparent", traceparent);
         }
         Ok(request)
     }

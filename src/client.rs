@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::words_of;
 use serde_json::{Value, json};
 use tonic::service::interceptor::InterceptedService;
@@ -15,6 +16,7 @@ use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::output::print;
+use crate::telemetry;
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -173,6 +175,8 @@ pub fn submit(args: &Submit) -> Result<(), Failure> {
         idempotency_key: args.key.clone().unwrap_or_default(),
         min_ranks: args.min_ranks.unwrap_or(0),
     };
+    let _spans = telemetry::init_client("contraflow-submit")?;
+    let _submit = tracing::info_span!(target: SPAN, "submit", otel.kind = "client").entered();
     interrupt::runtime()?.block_on(async {
         let mut jobs = jobs(&args.common).await?;
         let job = jobs.submit(request).await.map_err(|status| refused(&status))?.into_inner().job;

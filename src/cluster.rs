@@ -10,6 +10,7 @@ use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMe
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::recipe::{ErrorKind, Recipe};
+use contraflow_runtime::trace::{self, TraceContext};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::loader::Datasets;
 use contraflow_workers::membership::Assignment;
@@ -82,7 +83,8 @@ impl Cluster {
         let send = move |rank, command| {
             if let Some(worker) = to_worker.get() {
                 // A worker that is gone has told so as the supervisor of its ranks.
-                drop(worker.cast(WorkerMessage::Command { rank, command }));
+                let trace = TraceContext::default();
+                drop(worker.cast(WorkerMessage::Command { rank, command, trace }));
             }
         };
         let (tell_ended, ended) = oneshot::channel();
@@ -118,6 +120,7 @@ impl Cluster {
                 recovered: None,
                 keeper: None,
                 checkpoints: folder.clone(),
+                trace: trace::current(),
                 probe: probe.clone(),
             });
             worker_actor.cast(WorkerMessage::Host { rank, assignment }).map_err(|error| error.to_string())?;

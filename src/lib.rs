@@ -17,6 +17,7 @@ pub mod import;
 pub mod interrupt;
 pub mod machine;
 pub mod orchestrator;
+pub mod otlp;
 pub mod output;
 pub mod plan;
 pub mod progress;

@@ -32,7 +32,7 @@ pub struct Args {
 ///
 /// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state cannot be written any more.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    telemetry::init(LogLevel::Info);
+    let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
     interrupt::runtime()?.block_on(async {
         let keep_jobs = usize::try_from(args.keep_jobs).unwrap_or(usize::MAX);

@@ -1,5 +1,5 @@
 //! Where log lines go: to stderr, ours at the recipe's level, those of libraries only from warnings on. A worker's lines about
-//! a rank also go to the orchestrator.
+//! a rank also go to the orchestrator. Spans go to a collector, if one is named.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,8 +12,17 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, fmt};
 
-/// Sends log lines to stderr from now on; a second call in a process changes nothing.
-pub fn init(level: LogLevel) {
+use crate::failure::Failure;
+use crate::otlp::{self, Exporting};
+
+/// Spans on their way, if any are: to be kept as long as the command runs.
+pub type Spans = Option<Exporting>;
+
+/// Sends log lines to stderr from now on, and spans to the collector, if one is named, as those of `service`; a second call
+/// in a process changes nothing.
+///
+/// **Errors**: code 2; see [`otlp::open`].
+pub fn init(level: LogLevel, service: &'static str) -> Result<Spans, Failure> {
     let ours = match level {
         LogLevel::Error => "error",
         LogLevel::Warn => "warn",
@@ -21,16 +30,35 @@ pub fn init(level: LogLevel) {
         LogLevel::Debug => "debug",
         LogLevel::Trace => "trace",
     };
-    // Whoever came first, a test for instance, has set it up already.
-    let _ = tracing_subscriber::registry().with(to_stderr(ours)).try_init();
+    let (spans, layer) = otlp::open(service)?.unzip();
+    listen([to_stderr(ours).boxed()].into_iter().chain(layer));
+    Ok(spans)
+}
+
+/// As [`init`] for a command that asks others: it has no log unless a collector is named, which may be out of reach.
+///
+/// **Errors**: code 2; see [`otlp::open`].
+pub fn init_client(service: &'static str) -> Result<Spans, Failure> {
+    let Some((spans, layer)) = otlp::open(service)? else { return Ok(None) };
+    listen([to_stderr("warn").boxed(), layer]);
+    Ok(Some(spans))
 }
 
 /// As [`init`] with what an operator wants to see; lines that name a job and a rank also come out of the channel.
-pub fn init_worker() -> mpsc::UnboundedReceiver<LogLine> {
+///
+/// **Errors**: code 2; see [`otlp::open`].
+pub fn init_worker(service: &'static str) -> Result<(mpsc::UnboundedReceiver<LogLine>, Spans), Failure> {
+    let (spans, layer) = otlp::open(service)?.unzip();
     let (sender, lines) = mpsc::unbounded_channel();
     let of_ranks = RankLines { sender }.with_filter(EnvFilter::new("off,contraflow=info"));
-    let _ = tracing_subscriber::registry().with(to_stderr("info")).with(of_ranks).try_init();
-    lines
+    listen([to_stderr("info").boxed(), of_ranks.boxed()].into_iter().chain(layer));
+    Ok((lines, spans))
+}
+
+/// Hears all that is said in this process from now on. Every layer has a filter of its own.
+fn listen(layers: impl IntoIterator<Item = otlp::Listener>) {
+    // Whoever came first, a test for instance, has set it up already.
+    let _ = tracing_subscriber::registry().with(Vec::from_iter(layers)).try_init();
 }
 
 fn to_stderr<S>(ours: &str) -> impl Layer<S>

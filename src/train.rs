@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::of_recipe::load_text;
 use contraflow_workers::hf_check;
 use contraflow_workers::plans::{Plans, batch_sizes, train_shape};
@@ -72,7 +73,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if args.print_recipe {
         return print(&recipe.resolved_toml());
     }
-    telemetry::init(recipe.log.level);
+    let _spans = telemetry::init(recipe.log.level, "contraflow-train")?;
+    let _train = tracing::info_span!(target: SPAN, "train").entered();
     let began = Instant::now();
     let (text, datasets) =
         load_text(&recipe).map_err(|faults| Failure::faults(faults.key, &faults.faults))?;

@@ -40,13 +40,16 @@ pub struct Args {
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let lines = telemetry::init_worker();
+    let (lines, _spans) = telemetry::init_worker("contraflow-worker")?;
     let settings = settings(args)?;
     interrupt::runtime()?.block_on(async {
-        let stop = async {
+        // Without signals it can still be ended by force: its ranks go on from what is kept.
+        let stop = async { drop(interrupt::signal().await) };
+        let end = async {
+            drop(interrupt::signal().await);
             drop(interrupt::signal().await);
         };
-        host::run(settings, lines, stop).await.map_err(Failure::input)
+        host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
     })
 }
 

@@ -14,4 +14,5 @@ pub mod placed_weights;
 pub mod recipe;
 pub mod schedule;
 pub mod topology;
+pub mod trace;
 pub mod watch;

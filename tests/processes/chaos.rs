@@ -155,6 +155,39 @@ fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
 }
 
 #[test]
+fn a_worker_that_is_told_to_end_has_its_ranks_moved_and_is_no_loss() {
+    let mut cluster = Cluster::start(5);
+    let whole = cluster.submit(&[], &[]);
+    let whole = curve(&cluster.finish(&whole));
+    let job = cluster.submit(&[], &[]);
+    cluster.until_step(&job, 6);
+    let leaver = cluster.host_of(&job, 2);
+    let leaver = cluster.workers[leaver].as_mut().unwrap();
+    leaver.signal(rustix::process::Signal::TERM);
+    assert_eq!(leaver.wait(), Some(0), "{}", leaver.told());
+    let steps = cluster.finish(&job);
+    assert_eq!(curve(&steps), whole);
+    assert_eq!(steps.last().unwrap()["generation"], 2);
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    assert!(log.contains("is leaving; step ") && !log.contains("lost"), "{log}");
+}
+
+#[test]
+fn a_worker_that_is_told_twice_does_not_wait_for_an_orchestrator_that_does_not_answer() {
+    let mut cluster = Cluster::start(4);
+    let job = cluster.submit(&["training.steps=100000"], &[]);
+    cluster.until_step(&job, 2);
+    cluster.orchestrator.signal(rustix::process::Signal::STOP);
+    let leaver = cluster.workers[0].as_mut().unwrap();
+    leaver.signal(rustix::process::Signal::TERM);
+    until("a word on what it waits for", || leaver.told().contains("leaving: waits up to 25s").then_some(()));
+    let told = Instant::now();
+    leaver.signal(rustix::process::Signal::TERM);
+    assert_eq!(leaver.wait(), Some(0), "{}", leaver.told());
+    assert!(told.elapsed() < Duration::from_secs(20), "{:?}", told.elapsed());
+}
+
+#[test]
 fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     let cluster = Cluster::start(5);
     let whole = cluster.submit(&[], &[]);

@@ -24,7 +24,7 @@ pub const JOB: [&str; 9] = [
 ];
 
 /// The model of [`JOB`].
-const MODEL: &str = include_str!("../fixtures/small-model.json");
+pub const MODEL: &str = include_str!("../fixtures/small-model.json");
 
 /// A process that is killed when it is dropped.
 pub struct Process {
@@ -107,6 +107,9 @@ struct Parties {
     worker: Who,
 }
 
+/// Variables that every process of a cluster has, clients too.
+pub type Environment = Vec<(&'static str, String)>;
+
 /// An orchestrator, workers, and the folder they live in.
 pub struct Cluster {
     dir: tempfile::TempDir,
@@ -115,11 +118,16 @@ pub struct Cluster {
     /// None where one was killed and not replaced.
     pub workers: Vec<Option<Process>>,
     parties: Option<Parties>,
+    environment: Environment,
 }
 
 impl Cluster {
     pub fn start(workers: usize) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), workers, None)
+        Self::start_with(workers, Environment::new())
+    }
+
+    pub fn start_with(workers: usize, environment: Environment) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), workers, None, environment)
     }
 
     /// With TLS and tokens; its certificates are in the folder `certs`, its clients are an admin.
@@ -128,18 +136,23 @@ impl Cluster {
         assert_eq!(spawn(dir.path(), "init", &["certs", "init", "--dir", "certs"]).wait(), Some(0));
         let [client, worker] =
             ["admin", "worker"].map(|role| Who::issue(dir.path(), "certs", &format!("the-{role}"), role));
-        Self::start_in(dir, workers, Some(Parties { client, worker }))
+        Self::start_in(dir, workers, Some(Parties { client, worker }), Environment::new())
     }
 
-    fn start_in(dir: tempfile::TempDir, workers: usize, parties: Option<Parties>) -> Self {
+    fn start_in(
+        dir: tempfile::TempDir,
+        workers: usize,
+        parties: Option<Parties>,
+        environment: Environment,
+    ) -> Self {
         std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
         let mut arguments = vec!["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"];
         if parties.is_some() {
             arguments.extend(["--tls", "certs"]);
         }
-        let orchestrator = spawn(dir.path(), "orchestrator", &arguments);
+        let orchestrator = spawn_with(dir.path(), "orchestrator", &arguments, &environment);
         let address = until("the orchestrator's address", || address_of(&orchestrator));
-        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new(), parties };
+        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new(), parties, environment };
         for number in 0..workers {
             let worker = cluster.worker(number);
             cluster.workers.push(Some(worker));
@@ -156,13 +169,14 @@ impl Cluster {
         if let Some(Parties { worker, .. }) = &self.parties {
             arguments.extend(worker.arguments());
         }
-        spawn(self.path(), &format!("worker-{number}"), &arguments)
+        spawn_with(self.path(), &format!("worker-{number}"), &arguments, &self.environment)
     }
 
     /// The orchestrator once more, at the same address, with the same state.
     pub fn start_orchestrator(&mut self, options: &[&str]) {
         let arguments = ["orchestrator", "--state", "state", "--listen", &self.address];
-        self.orchestrator = spawn(self.dir.path(), "orchestrator", &[&arguments[..], options].concat());
+        let arguments = [&arguments[..], options].concat();
+        self.orchestrator = spawn_with(self.dir.path(), "orchestrator", &arguments, &self.environment);
         until("the orchestrator's address", || address_of(&self.orchestrator));
     }
 
@@ -173,7 +187,7 @@ impl Cluster {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
         command.args(arguments).current_dir(self.path()).env("CONTRAFLOW_ORCHESTRATOR", &self.address);
-        command.env("NO_COLOR", "1");
+        command.env("NO_COLOR", "1").envs(self.environment.clone());
         if let Some(Parties { client, .. }) = &self.parties {
             command.env("CONTRAFLOW_TLS", &client.tls).env("CONTRAFLOW_TOKEN", &client.token);
         }
@@ -269,10 +283,15 @@ fn address_of(orchestrator: &Process) -> Option<String> {
 }
 
 pub fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> Process {
+    spawn_with(dir, name, arguments, &Environment::new())
+}
+
+/// The same with variables.
+pub fn spawn_with(dir: &Path, name: &str, arguments: &[&str], environment: &Environment) -> Process {
     let log = dir.join(format!("{name}.log"));
     let stderr = std::fs::File::create(&log).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
-    command.args(arguments).current_dir(dir).env("NO_COLOR", "1");
+    command.args(arguments).current_dir(dir).env("NO_COLOR", "1").envs(environment.clone());
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
     Process { child, log }
 }

@@ -5,7 +5,9 @@
 
 mod chaos;
 mod cluster;
+mod collector;
 mod python;
 mod refusals;
 mod retention;
 mod security;
+mod telemetry;

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::{Endpoint, FrameKind};
 use contraflow_runtime::schedule::{Chunk, Component, Lane, Op, OpId, Pass, Program, TransferKind, Work};
+use contraflow_runtime::trace::SPAN;
+
+use tracing::Span;
 
 use crate::compute::{Compute, ComputeOp, stage_of};
 use crate::error::RankError;
@@ -89,6 +92,7 @@ pub struct Running {
     pub compute: Mutex<Compute>,
     /// What stays the same over all programs.
     pub site: Site,
+    span: Span,
     events: Events,
 }
 
@@ -102,6 +106,8 @@ pub struct RunningParts {
     pub batches: Vec<MicroBatch>,
     /// See [`Running::compute`].
     pub compute: Compute,
+    /// What its operations belong to.
+    pub span: Span,
 }
 
 /// What stays the same over all programs of a rank.
@@ -124,7 +130,7 @@ pub struct Site {
 impl Running {
     /// Begins a program.
     pub fn new(site: &Site, parts: RunningParts) -> Self {
-        let RunningParts { id, program, batches, compute } = parts;
+        let RunningParts { id, program, batches, compute, span } = parts;
         let state = Mutex::new(EventState { done: vec![false; program.ops.len()], aborted: None });
         Running {
             id,
@@ -132,6 +138,7 @@ impl Running {
             transit: Transit::default(),
             compute: Mutex::new(compute),
             site: site.clone(),
+            span,
             events: Events { state, changed: Condvar::new() },
             program,
         }
@@ -218,6 +225,21 @@ impl Running {
             }
         }
         Ok(())
+    }
+}
+
+/// A span for an operation, where anybody wants to know so much: the debug level shows what passes between stages.
+fn span_of(op: &Op) -> Span {
+    match op.work {
+        Work::Send { kind, chunk } => {
+            let Chunk { stage, micro_batch } = chunk;
+            tracing::debug_span!(target: SPAN, "send", ?kind, stage, micro_batch)
+        }
+        Work::Receive { kind, chunk } => {
+            let Chunk { stage, micro_batch } = chunk;
+            tracing::debug_span!(target: SPAN, "receive", ?kind, stage, micro_batch)
+        }
+        Work::Component { .. } => tracing::trace_span!(target: SPAN, "operation", work = %op.work),
     }
 }
 
@@ -331,6 +353,8 @@ impl LaneThread {
             let (rank, step) = (running.site.endpoint.rank(), running.id.step);
             self.probe.at(ProbePoint::Op { rank, step, op });
             let StepId { job, generation, step, .. } = running.id;
+            let _program = running.span.enter();
+            let _op = span_of(op).entered();
             let _span = tracing::trace_span!("op", job, generation, rank, step, action = op.action).entered();
             tracing::trace!("{:?} begins {}", self.lane, op.work);
             running.execute(op)

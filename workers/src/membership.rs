@@ -12,6 +12,7 @@ use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::fabric::Endpoint;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
 
 use crate::buckets::RankParams;
@@ -59,6 +60,8 @@ pub struct Assignment {
     pub keeper: Option<Keeper>,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<CheckpointFolder>,
+    /// The span below which the rank's belong.
+    pub trace: TraceContext,
     /// For tests.
     pub probe: Probe,
 }

@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use contraflow_runtime::trace::SPAN;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::buckets::RankParams;
@@ -25,6 +26,8 @@ pub enum OptimizerMessage {
         params: Box<RankParams>,
         /// The rank's sums over the step.
         totals: Box<Totals>,
+        /// What the update belongs to.
+        span: tracing::Span,
     },
     /// The update has ended: the optimizer's state comes back from the thread that made it.
     Finished(Box<OptimizerState>),
@@ -75,14 +78,16 @@ impl Actor for Optimizer {
         actor: &mut OptimizerActorState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            OptimizerMessage::Update { order, mut params, totals } => {
+            OptimizerMessage::Update { order, mut params, totals, span } => {
                 let mut state = actor.state.take().ok_or("an update is under way already")?;
                 let (rank_id, step) = (state.endpoint.rank(), order.id.step);
                 actor.probe.at(ProbePoint::Actor { rank: rank_id, step, name: "optimizer" });
                 let (rank, probe) = (actor.rank.clone(), actor.probe.clone());
+                let span = tracing::info_span!(target: SPAN, parent: &span, "update", rank = rank_id, step);
                 // Collectives wait for other ranks: not on the actor's own thread, which has to stay awake.
                 tokio::task::spawn_blocking(move || {
                     let update = AssertUnwindSafe(|| {
+                        let _update = span.entered();
                         probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &mut params });
                         let global = state.update(&order, &mut params, &totals)?;
                         let saves = match order.save {

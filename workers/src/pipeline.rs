@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::{Lane, OpId, Plan, Program};
+use contraflow_runtime::trace::SPAN;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use crate::buckets::RankParams;
@@ -50,6 +51,8 @@ pub struct PipelineOrder {
     pub scales: LossScales,
     /// The parameters, handed over for the program.
     pub params: RankParams,
+    /// What the program belongs to.
+    pub span: tracing::Span,
 }
 
 /// What a program that has ended leaves.
@@ -108,14 +111,15 @@ impl PipelineState {
     fn begin(&mut self, order: PipelineOrder) {
         let rank = self.setup.site.endpoint.rank();
         self.setup.probe.at(ProbePoint::Actor { rank, step: order.id.step, name: "pipeline" });
-        let PipelineOrder { id, plan, program, batches, scales, params } = order;
+        let PipelineOrder { id, plan, program, batches, scales, params, span } = order;
         let arch = &self.setup.arch;
         let batches =
             batches.into_iter().map(|sequences| MicroBatch::new(arch, sequences, &scales)).collect();
         let RankParams { dense, experts } = params;
         let train = id.phase == Phase::Train;
         let compute = Compute::new(arch.clone(), self.setup.site.stages.clone(), dense, experts, train);
-        let parts = RunningParts { id, program, batches, compute };
+        let span = tracing::info_span!(target: SPAN, parent: &span, "program", rank, step = id.step);
+        let parts = RunningParts { id, program, batches, compute, span };
         let running = Arc::new(Running::new(&self.setup.site, parts));
         let began = Instant::now();
         self.current = Some(Current { running, plan, next: 0, completed: 0, began, bubble: Duration::ZERO });

@@ -11,8 +11,10 @@ use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use contraflow_runtime::watch::{Divergence, Watch};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tracing::{Span, info_span};
 
 use crate::buckets::RankParams;
 use crate::checkpoint::Snapshot;
@@ -36,8 +38,8 @@ pub enum RankMessage {
     Assign(Box<Assignment>),
     /// The model has been made.
     Built(Box<Result<Built, RankError>>),
-    /// The orchestrator's word.
-    Command(RankCommand),
+    /// The orchestrator's word, and the span that says it.
+    Command(RankCommand, TraceContext),
     /// The loader's answer.
     BatchLoaded {
         /// For which step.
@@ -85,6 +87,8 @@ enum Task {
         shape: BatchShape,
         batch: Option<Batch>,
         experts: Option<Params>,
+        /// Lasts until both are there.
+        _load: Span,
     },
     /// The program runs, then perhaps the update.
     Run {
@@ -120,6 +124,11 @@ pub struct RankState {
     task: Task,
     /// The orchestrator wants the run to stop between two steps.
     stop: bool,
+    /// Spans of the rank's whole life and of what it is about. Never entered: they last until they are dropped.
+    life: Span,
+    doing: Span,
+    /// The span of the last command, until it has set something going.
+    commanded: TraceContext,
 }
 
 impl RankState {
@@ -127,7 +136,14 @@ impl RankState {
         self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
     }
 
-    fn command(&mut self, command: RankCommand) -> Result<(), RankError> {
+    /// What the rank is about from now on has a span of its own.
+    fn begin(&mut self, span: Span) {
+        trace::link(&span, std::mem::take(&mut self.commanded));
+        self.doing = span;
+    }
+
+    fn command(&mut self, command: RankCommand, trace: TraceContext) -> Result<(), RankError> {
+        self.commanded = trace;
         match command {
             RankCommand::BeginStep { step } => self.begin_step(step),
             RankCommand::Stop => {
@@ -136,6 +152,7 @@ impl RankState {
             }
             RankCommand::Validate => self.validate(),
             RankCommand::Export { dir } => {
+                self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id));
                 self.task = Task::Lend { dir };
                 self.member()?
                     .children
@@ -159,6 +176,7 @@ impl RankState {
 
     fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
         let rank = self.id;
+        self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
         let member = self.member()?;
         member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
         member.began = Instant::now();
@@ -170,6 +188,7 @@ impl RankState {
     }
 
     fn validate(&mut self) -> Result<(), RankError> {
+        self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id));
         let member = self.member()?;
         let available = member.assignment.datasets.validation.num_sequences();
         match validation_shape(&member.assignment.recipe, available) {
@@ -189,7 +208,8 @@ impl RankState {
         children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
         let id = StepId { job, generation, phase, step };
-        self.task = Task::Gather { id, shape, batch: None, experts: None };
+        let _load = info_span!(target: SPAN, parent: &self.doing, "load");
+        self.task = Task::Gather { id, shape, batch: None, experts: None, _load };
         Ok(())
     }
 
@@ -230,7 +250,7 @@ impl RankState {
         let (Some(batch), Some(experts)) = (batch.take(), experts.take()) else { return Ok(()) };
         let denominators = (batch.denominator, batch.mtp_denominator);
         self.task = Task::Run { shape, denominators, bubble_s: 0.0, peak_live_chunks: 0 };
-        let rank = self.id;
+        let (rank, span) = (self.id, self.doing.clone());
         let member = self.member()?;
         let recipe = member.assignment.recipe.clone();
         let mode = if id.phase == Phase::Train { Mode::Train } else { Mode::ForwardOnly };
@@ -249,6 +269,7 @@ impl RankState {
             batches: batch.micro_batches,
             scales,
             params: member.take_params(experts)?,
+            span,
         };
         member
             .children
@@ -263,7 +284,7 @@ impl RankState {
         *bubble_s = bubble.as_secs_f64();
         *peak_live_chunks = totals.peak_live_chunks;
         let shape = *shape;
-        let (rank, stop) = (self.id, self.stop);
+        let (rank, stop, span) = (self.id, self.stop, self.doing.clone());
         let member = self.member()?;
         if id.phase == Phase::Validate {
             let RankParams { dense, experts } = params;
@@ -271,6 +292,7 @@ impl RankState {
             member.give_back(experts)?;
             let tokens = (shape.global_batch * member.assignment.recipe.training.sequence_length) as u64;
             self.task = Task::Idle;
+            self.doing = Span::none();
             (self.tell)(RankEvent::Validated { rank, loss: totals.loss, tokens });
             return Ok(());
         }
@@ -284,7 +306,8 @@ impl RankState {
             keep: member.keeper.is_some() && !member.is_last(id.step),
             kept_by: member.kept_by(id.step),
         };
-        let update = OptimizerMessage::Update { order, params: Box::new(params), totals: Box::new(totals) };
+        let (params, totals) = (Box::new(params), Box::new(totals));
+        let update = OptimizerMessage::Update { order, params, totals, span };
         member.children.optimizer.cast(update).map_err(gone("the optimizer"))
     }
 
@@ -296,6 +319,7 @@ impl RankState {
         };
         let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
         self.task = Task::Idle;
+        self.doing = Span::none();
         let id = self.id;
         let member = self.member()?;
         let RankParams { dense, experts } = params;
@@ -406,6 +430,7 @@ impl RankState {
         let file = result?;
         let Task::Export = self.task else { return Ok(()) };
         self.task = Task::Idle;
+        self.doing = Span::none();
         let member = self.member()?;
         member.dense = Some(params.dense);
         member.give_back(params.experts)?;
@@ -457,7 +482,8 @@ impl Actor for Rank {
         _myself: ActorRef<RankMessage>,
         (id, tell): (usize, Tell),
     ) -> Result<RankState, ActorProcessingErr> {
-        Ok(RankState { id, tell, member: None, task: Task::Idle, stop: false })
+        let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
+        Ok(RankState { id, tell, member: None, task: Task::Idle, stop: false, life, doing, commanded })
     }
 
     async fn handle(
@@ -469,8 +495,13 @@ impl Actor for Rank {
         let done = match message {
             RankMessage::Assign(assignment) => {
                 let id = state.id;
+                let Assignment { job, generation, trace, .. } = *assignment;
+                let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
+                state.life = trace::below(trace, life);
+                let build = info_span!(target: SPAN, parent: &state.life, "build");
                 // Drawing the weights of a large model takes seconds, in which an abort must be heard.
                 tokio::task::spawn_blocking(move || {
+                    let _build = build.entered();
                     let build = AssertUnwindSafe(|| build_rank(id, *assignment));
                     let built =
                         catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
@@ -492,12 +523,12 @@ impl Actor for Rank {
                     Ok(())
                 }
             },
-            RankMessage::Command(RankCommand::Shutdown) => {
+            RankMessage::Command(RankCommand::Shutdown, _) => {
                 myself.stop_children(None);
                 myself.stop(None);
                 Ok(())
             }
-            RankMessage::Command(command) => state.command(command),
+            RankMessage::Command(command, trace) => state.command(command, trace),
             RankMessage::BatchLoaded { batch, .. } => state.batch_loaded(*batch),
             RankMessage::ExpertsLent(experts) => state.experts_lent(*experts),
             RankMessage::PlanDone(done) => state.plan_done(*done),

@@ -155,8 +155,8 @@ impl OptimizerState {
         params: &mut RankParams,
         totals: &Totals,
     ) -> Result<GlobalTotals, RankError> {
-        let threads = self.threads.clone();
-        threads.run(|| self.update_in_pool(order, params, totals))
+        let (threads, span) = (self.threads.clone(), tracing::Span::current());
+        threads.run(|| span.in_scope(|| self.update_in_pool(order, params, totals)))
     }
 
     fn update_in_pool(
@@ -206,6 +206,7 @@ impl OptimizerState {
     }
 
     /// The summed gradient of this rank's shard per bucket; `None` where the rank is alone and the gradient is in place.
+    #[tracing::instrument(target = "span", skip_all)]
     fn reduce_gradients(
         &self,
         collectives: &Collectives,
@@ -222,6 +223,7 @@ impl OptimizerState {
         self.buckets.iter().map(reduce).collect()
     }
 
+    #[tracing::instrument(target = "span", skip_all)]
     fn sum_totals(
         &self,
         collectives: &Collectives,
@@ -311,6 +313,7 @@ impl OptimizerState {
     }
 
     /// Gives every holder of a parameter the shards of the others.
+    #[tracing::instrument(target = "span", skip_all)]
     pub(crate) fn gather_weights(
         &self,
         collectives: &Collectives,

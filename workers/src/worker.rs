@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use crate::membership::{Assignment, Tell};
@@ -26,6 +27,8 @@ pub enum WorkerMessage {
         rank: usize,
         /// The word.
         command: RankCommand,
+        /// The span that says it.
+        trace: TraceContext,
     },
 }
 
@@ -72,9 +75,10 @@ impl Actor for Worker {
                 actor.cast(RankMessage::Assign(assignment))?;
                 state.ranks.insert(rank, actor);
             }
-            WorkerMessage::Command { rank, command } => {
+            WorkerMessage::Command { rank, command, trace } => {
                 let ended = command == RankCommand::Shutdown;
-                let sent = state.ranks.get(&rank).map(|actor| actor.cast(RankMessage::Command(command)));
+                let sent =
+                    state.ranks.get(&rank).map(|actor| actor.cast(RankMessage::Command(command, trace)));
                 if ended {
                     state.ranks.remove(&rank);
                 } else if !matches!(sent, Some(Ok(()))) {

@@ -33,6 +33,9 @@ pub struct JobSpec {
     pub save_model: bool,
     /// `watch.max_skips`: times that a run goes back to one checkpoint.
     pub max_returns: u64,
+    /// The span of its submission, as a W3C traceparent; empty if nobody traces.
+    #[serde(default)]
+    pub traceparent: String,
 }
 
 /// How a job ended.

@@ -28,6 +28,8 @@ pub struct Member {
     pub who: Introduction,
     /// Whether its stream stands.
     pub is_attached: bool,
+    /// Whether it wants to end.
+    pub is_leaving: bool,
     /// When it was last heard of.
     pub heard_ms: u64,
     /// When it stops being a member unless it is heard of.
@@ -51,14 +53,16 @@ impl Members {
     /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
     pub fn expect(&mut self, worker: u64, now: u64) {
         let who = Introduction { worker, ..Introduction::default() };
-        let member = Member { who, is_attached: false, heard_ms: now, until_ms: now + ADOPTION_MS };
+        let member =
+            Member { who, is_attached: false, is_leaving: false, heard_ms: now, until_ms: now + ADOPTION_MS };
         self.all.entry(worker).or_insert(member);
     }
 
     /// A worker has attached, for the first time or again.
     pub fn attach(&mut self, who: Introduction, now: u64) {
         let worker = who.worker;
-        let member = Member { who, is_attached: true, heard_ms: now, until_ms: now + LEASE_MS };
+        let member =
+            Member { who, is_attached: true, is_leaving: false, heard_ms: now, until_ms: now + LEASE_MS };
         self.all.insert(worker, member);
     }
 
@@ -68,6 +72,13 @@ impl Members {
             member.is_attached = false;
             member.until_ms = member.until_ms.min(now + RETURN_MS);
         }
+    }
+
+    /// A worker wants to end; returns its name, if it is a member.
+    pub fn leaving(&mut self, worker: u64) -> Option<String> {
+        let member = self.all.get_mut(&worker)?;
+        member.is_leaving = true;
+        Some(member.who.name.clone())
     }
 
     /// A sign of life.

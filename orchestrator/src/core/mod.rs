@@ -130,6 +130,11 @@ impl Core {
         self.members.get(worker)
     }
 
+    /// Whether a member takes no new ranks.
+    pub fn is_draining(&self, member: &Member) -> bool {
+        member.is_leaving || self.jobs.drained.contains(&member.who.node)
+    }
+
     /// Ranks a worker hosts.
     pub fn used(&self, worker: u64) -> usize {
         let running = self.jobs.all.values().filter_map(|job| job.running());
@@ -167,6 +172,7 @@ impl Core {
                 self.members.heard(worker, now);
                 self.left(worker, (left.job, left.generation), left.kept);
             }
+            Event::Leaving { worker } => self.leaving(worker, now),
             Event::Detached { worker } => self.members.detach(worker, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
@@ -252,14 +258,28 @@ impl Core {
             return;
         }
         self.keep(Fact::Drained { node: node.clone() });
-        let on_node = |worker: &u64| self.members.get(*worker).is_some_and(|member| member.who.node == node);
+        self.vacate(|member| member.who.node == node, &format!("node {node} is drained"), now);
+    }
+
+    /// A worker wants to end: it takes no new ranks, and its jobs go on elsewhere.
+    fn leaving(&mut self, worker: u64, now: u64) {
+        self.members.heard(worker, now);
+        if let Some(name) = self.members.leaving(worker) {
+            self.vacate(|member| member.who.worker == worker, &format!("worker {name} is leaving"), now);
+        }
+    }
+
+    /// Moves the jobs that have ranks on such members.
+    fn vacate(&mut self, is_left: impl Fn(&Member) -> bool, why: &str, now: u64) {
+        let is_there = |worker: &u64| self.members.get(*worker).is_some_and(&is_left);
+        let is_moving = |job| self.formations.get(&job).is_some_and(Formation::is_moving);
         let moved: Vec<u64> = self
             .running()
-            .filter(|(_, formed)| formed.places.iter().any(on_node))
+            .filter(|(job, formed)| formed.places.iter().any(is_there) && !is_moving(*job))
             .map(|(job, _)| job)
             .collect();
         for job in moved {
-            self.move_away(job, format!("node {node} is drained"), now);
+            self.move_away(job, why.to_owned(), now);
         }
     }
 

@@ -150,7 +150,7 @@ impl Core {
         let mut supply = Supply::default();
         for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
             let used = held.get(&worker).copied().unwrap_or_default();
-            if self.jobs.drained.contains(&member.who.node) {
+            if self.is_draining(member) {
                 supply.draining += member.who.slots;
                 continue;
             }

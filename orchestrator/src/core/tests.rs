@@ -33,6 +33,7 @@ fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
         steps: 9,
         save_model: false,
         max_returns: 2,
+        traceparent: String::new(),
     })
 }
 
@@ -395,6 +396,25 @@ fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later()
     drop(world.step(Event::Cancel { job: 2, reason: String::new() }));
     let formed = world.core.jobs().all[&1].running().unwrap();
     assert_eq!((formed.generation, formed.resume_step), (2, 5));
+}
+
+#[test]
+fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_rank() {
+    let mut world = training();
+    let effects = world.step(Event::Leaving { worker: 2 });
+    assert_eq!(words(&effects).len(), 2);
+    // It may say so again, after a break of its stream for instance.
+    assert_eq!(words(&world.step(Event::Leaving { worker: 2 })), []);
+    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    drop(save(&mut world, 5));
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(5), result: Ok(()) };
+    drop(world.step(done));
+    let mut places = world.places();
+    places.sort_unstable();
+    assert_eq!(places, [1, 3]);
+    assert_eq!(world.core.jobs().all[&1].losses, 0);
+    drop(world.step(Event::Detached { worker: 2 }));
+    assert_eq!(world.core.jobs().all[&1].generation(), 2);
 }
 
 #[test]

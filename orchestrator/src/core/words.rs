@@ -47,6 +47,11 @@ pub enum Event {
         /// What it has left, and what it keeps.
         left: Left,
     },
+    /// A worker wants to end.
+    Leaving {
+        /// Who.
+        worker: u64,
+    },
     /// A worker's stream has ended.
     Detached {
         /// Who.

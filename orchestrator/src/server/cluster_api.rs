@@ -47,7 +47,7 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
             block: member.who.block.clone(),
             slots: member.who.slots as u32,
             used: core.used(member.who.worker) as u32,
-            draining: core.jobs().drained.contains(&member.who.node),
+            draining: core.is_draining(member),
             silent_ms: now_ms().saturating_sub(member.heard_ms),
             address: member.who.fabric.clone(),
         })

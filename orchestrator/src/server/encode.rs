@@ -1,7 +1,9 @@
 //! Words of the core as messages of the worker link.
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{encode_command, json};
+use contraflow_runtime::control::wire::{RankAddress, encode_command, json};
+use contraflow_runtime::trace::{self, SPAN, TraceContext};
+use tracing::{Span, info_span};
 use v1::commit::What;
 use v1::to_worker::Message;
 
@@ -44,9 +46,13 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                     step: memory.step,
                     holders: memory.holders.iter().map(|&rank| rank as u32).collect(),
                 }),
+                traceparent: trace::current().to_string(),
             })
         }
-        Word::Command { to, command } => Message::Command(encode_command(to, &command)),
+        Word::Command { to, command } => {
+            let traceparent = trace::current().to_string();
+            Message::Command(v1::RankCommand { traceparent, ..encode_command(to, &command) })
+        }
         Word::Release { job, generation, reason, keep } => {
             Message::Release(v1::Release { job, generation, reason, keep })
         }
@@ -63,6 +69,22 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })
         }
     })
+}
+
+/// The span of a word that sets something going, below the submission of its job.
+pub(super) fn span_of(core: &Core, word: &Word) -> Span {
+    let (job, span) = match word {
+        Word::Assign { job, generation, .. } => {
+            (*job, info_span!(target: SPAN, parent: None, "assign", job, generation))
+        }
+        Word::Command { to, command } => {
+            let RankAddress { job, generation, rank } = *to;
+            (job, info_span!(target: SPAN, parent: None, "command", job, generation, rank, ?command))
+        }
+        _ => return Span::none(),
+    };
+    let submitted = core.jobs().all.get(&job).map(|record| TraceContext::parse(&record.spec.traceparent));
+    trace::below(submitted.unwrap_or_default(), span)
 }
 
 /// Changes of the recipe for a formation with other axes than the job asked for.

@@ -1,16 +1,19 @@
 //! The guard before all services: no call passes that its caller may not make, or makes too often. What it refuses it logs.
 //!
 //! What is decided stands in [`super::access`] and [`super::rate`]; here are clock, file and headers.
+//! A call that passes has a span.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, http};
 use tower::Service;
+use tracing::Instrument;
 
 use super::access::{self, SUBMIT};
 use super::door::Peer;
@@ -83,6 +86,16 @@ impl Guard {
     }
 }
 
+/// The span of a call, below that of its caller.
+fn span_of(head: &http::request::Parts) -> tracing::Span {
+    let method = head.uri.path().trim_start_matches('/');
+    let span = tracing::info_span!(
+        target: SPAN, parent: None, "call", otel.name = method, otel.kind = "server", rpc.system = "grpc"
+    );
+    let caller = head.headers.get("traceparent").and_then(|header| header.to_str().ok());
+    trace::below(caller.map(TraceContext::parse).unwrap_or_default(), span)
+}
+
 /// A service behind the guard.
 #[derive(Clone)]
 pub(super) struct Guarded<S> {
@@ -107,7 +120,10 @@ where
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let (head, body) = request.into_parts();
         match self.guard.check(&head) {
-            Ok(()) => Box::pin(self.inner.call(http::Request::from_parts(head, body))),
+            Ok(()) => {
+                let span = span_of(&head);
+                Box::pin(self.inner.call(http::Request::from_parts(head, body)).instrument(span))
+            }
             Err(refused) => Box::pin(std::future::ready(Ok(refused.into_http()))),
         }
     }

@@ -11,7 +11,7 @@ use contraflow_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
-use super::encode::encode;
+use super::encode::{encode, span_of};
 use super::folding::Folding;
 use super::steps::{StepRecord, Steps};
 use crate::core::facts::{Fact, JobSpec};
@@ -326,7 +326,8 @@ impl Hub {
                 continue;
             }
             let is_last = matches!(word, Word::Refused { .. });
-            let message = encode(&self.core, &self.key, word);
+            let span = span_of(&self.core, &word);
+            let message = span.in_scope(|| encode(&self.core, &self.key, word));
             self.tell(worker, message, is_last);
         }
         for (job, steps) in &batch.steps {

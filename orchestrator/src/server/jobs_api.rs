@@ -6,6 +6,7 @@ use std::sync::Arc;
 use contraflow_proto::v1;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Faults, Recipe};
+use contraflow_runtime::trace;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -228,6 +229,7 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
         steps: recipe.training.steps as u64,
         save_model: recipe.checkpoint.save_model,
         max_returns: recipe.watch.max_skips,
+        traceparent: trace::current().to_string(),
     })
 }
 

@@ -195,6 +195,7 @@ impl Job {
                 steps,
                 save_model: random.is_one_in(2),
                 max_returns: random.between(0, 4),
+                traceparent: String::new(),
             },
             at_ms: random.between(0, 20_000),
             step_ms,

@@ -23,7 +23,7 @@ pub struct RankAddress {
     pub rank: usize,
 }
 
-/// A command on its way to a worker. Where weights are exported to is the worker's to know.
+/// A command on its way to a worker, without the span that it belongs to. Where weights are exported to is the worker's to know.
 pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand {
     let command = match command {
         RankCommand::BeginStep { step } => Command::BeginStep(*step),
@@ -34,7 +34,8 @@ pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand
         RankCommand::Shutdown => Command::Shutdown(v1::Empty {}),
     };
     let RankAddress { job, generation, rank } = to;
-    v1::RankCommand { job, generation, rank: rank as u32, command: Some(command) }
+    let traceparent = String::new();
+    v1::RankCommand { job, generation, rank: rank as u32, command: Some(command), traceparent }
 }
 
 /// A command as it came; weights are exported to `export_dir`.
@@ -44,7 +45,7 @@ pub fn decode_command(
     message: v1::RankCommand,
     export_dir: &Path,
 ) -> Result<(RankAddress, RankCommand), String> {
-    let v1::RankCommand { job, generation, rank, command } = message;
+    let v1::RankCommand { job, generation, rank, command, .. } = message;
     let command = match command.ok_or("a command without a word")? {
         Command::BeginStep(step) => RankCommand::BeginStep { step },
         Command::Stop(_) => RankCommand::Stop,

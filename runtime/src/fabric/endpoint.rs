@@ -8,6 +8,7 @@ use super::inbox::Inbox;
 use super::local::LocalNetwork;
 use super::wired::WiredNetwork;
 use super::{FabricError, Region, Tag};
+use crate::trace::{self, Links};
 
 /// What carries the frames.
 #[derive(Clone)]
@@ -23,11 +24,12 @@ pub struct Endpoint {
     inbox: Arc<Inbox>,
     network: Network,
     sent_bytes: Arc<AtomicU64>,
+    links: Arc<Links>,
 }
 
 impl Endpoint {
     pub(super) fn new(rank: usize, inbox: Arc<Inbox>, network: Network) -> Self {
-        Endpoint { rank, inbox, network, sent_bytes: Arc::default() }
+        Endpoint { rank, inbox, network, sent_bytes: Arc::default(), links: Arc::default() }
     }
 
     /// The rank this end belongs to.
@@ -35,19 +37,19 @@ impl Endpoint {
         self.rank
     }
 
-    /// Hands a frame to another rank (or to this one). Never blocks.
+    /// Hands a frame to another rank (or to this one), in the name of the running span. Never blocks.
     ///
     /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`].
     pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
         let bytes: usize = parts.iter().map(Region::len).sum();
         self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         match &self.network {
-            Network::Local(network) => network.send(to, tag, parts),
-            Network::Wired(network) => network.send(to, tag, parts),
+            Network::Local(network) => network.send(to, tag, parts, trace::current()),
+            Network::Wired(network) => network.send(to, tag, parts, trace::current()),
         }
     }
 
-    /// Waits for the frame with this tag.
+    /// Waits for the frame with this tag, and links the running span to the one that sent it.
     ///
     /// **Errors**: [`FabricError::Timeout`] after the network's patience; at once [`FabricError::Aborted`] on an abort and
     /// [`FabricError::Lost`] if the sender is.
@@ -55,7 +57,9 @@ impl Endpoint {
         if let Network::Wired(network) = &self.network {
             network.watch(tag.source as usize);
         }
-        self.inbox.receive(tag, self.patience())
+        let (parts, sender) = self.inbox.receive(tag, self.patience())?;
+        self.links.took(tag.source, sender);
+        Ok(parts)
     }
 
     /// How long a wait on this network may last.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
+use crate::trace::TraceContext;
 
 #[derive(Default)]
 struct State {
@@ -24,6 +25,8 @@ struct State {
 pub struct Arrival {
     /// What it holds.
     pub parts: Vec<Region>,
+    /// The span that sent it.
+    pub trace: TraceContext,
     /// Given back when the frame is taken or dropped; frames of this process need none.
     pub receipt: Option<Receipt>,
 }
@@ -57,20 +60,20 @@ impl Inbox {
         before.map_or(Ok(()), |_| Err(FabricError::Duplicate { tag }))
     }
 
-    /// Takes the frame with this tag, waiting for it for at most `patience`.
+    /// Takes the frame with this tag, waiting for it for at most `patience`; the span that sent it is told along.
     ///
     /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason.
-    pub fn receive(&self, tag: Tag, patience: Duration) -> Result<Vec<Region>, FabricError> {
+    pub fn receive(&self, tag: Tag, patience: Duration) -> Result<(Vec<Region>, TraceContext), FabricError> {
         let deadline = Instant::now() + patience;
         let mut state = self.lock();
         loop {
             if let Some(reason) = &state.aborted {
                 return Err(FabricError::Aborted { reason: reason.clone() });
             }
-            if let Some(Arrival { parts, receipt }) = state.frames.remove(&tag) {
+            if let Some(Arrival { parts, trace, receipt }) = state.frames.remove(&tag) {
                 drop(state);
                 drop(receipt);
-                return Ok(parts);
+                return Ok((parts, trace));
             }
             if let Some(reason) = state.lost.get(&tag.source) {
                 return Err(FabricError::Lost { rank: tag.source as usize, reason: reason.clone() });

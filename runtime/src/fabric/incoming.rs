@@ -121,7 +121,7 @@ impl InLink {
         memory: Option<&Arc<SharedReader>>,
         network: &Arc<WiredNetwork>,
     ) -> Result<(), ReadError> {
-        let FrameHeader { to, tag, ref parts, .. } = header;
+        let FrameHeader { to, tag, trace, ref parts, .. } = header;
         let inbox = network.inbox_for(to, tag.source, self.site).map_err(ReadError::Bad)?;
         let lane = LaneKey { source: tag.source, to, kind: tag.kind };
         let cost = cost(header.payload_bytes());
@@ -145,7 +145,7 @@ impl InLink {
                 return Err(ReadError::Bad("a frame said to be in memory that is not shared".into()));
             }
         };
-        let arrival = Arrival { parts: regions(&backing, parts, &places), receipt: Some(receipt) };
+        let arrival = Arrival { parts: regions(&backing, parts, &places), trace, receipt: Some(receipt) };
         inbox.deliver(tag, arrival).map_err(|error| ReadError::Bad(error.to_string()))
     }
 }

@@ -13,6 +13,7 @@ use dashmap::DashMap;
 use super::endpoint::{Endpoint, Network};
 use super::inbox::{Arrival, Inbox};
 use super::{FabricError, Region, Tag};
+use crate::trace::TraceContext;
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +65,7 @@ struct Delayed {
     due: Instant,
     inbox: Arc<Inbox>,
     tag: Tag,
-    parts: Vec<Region>,
+    arrival: Arrival,
 }
 
 impl LocalNetwork {
@@ -102,19 +103,26 @@ impl LocalNetwork {
         self.options.patience
     }
 
-    pub(super) fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+    pub(super) fn send(
+        &self,
+        to: usize,
+        tag: Tag,
+        parts: Vec<Region>,
+        trace: TraceContext,
+    ) -> Result<(), FabricError> {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
         if self.options.keep_ledger {
             let bytes = parts.iter().map(Region::len).sum();
             self.ledger.lock().unwrap_or_else(PoisonError::into_inner).push(Sent { tag, to, bytes });
         }
+        let arrival = Arrival { parts, trace, receipt: None };
         match (&self.delayed, self.options.disturbance) {
             (Some(queue), Some(disturbance)) => {
                 let due = Instant::now() + delay_of(disturbance, &tag, to);
                 let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
-                queue.send(Delayed { due, inbox, tag, parts }).map_err(|_| FabricError::NoSuchRank { to })
+                queue.send(Delayed { due, inbox, tag, arrival }).map_err(|_| FabricError::NoSuchRank { to })
             }
-            _ => inbox.deliver(tag, Arrival { parts, receipt: None }),
+            _ => inbox.deliver(tag, arrival),
         }
     }
 }
@@ -155,8 +163,8 @@ fn hold_back(queue: &Receiver<Delayed>) {
                 break;
             }
             waiting.pop();
-            if let Some(Delayed { inbox, tag, parts, .. }) = frames.remove(&number)
-                && let Err(error) = inbox.deliver(tag, Arrival { parts, receipt: None })
+            if let Some(Delayed { inbox, tag, arrival, .. }) = frames.remove(&number)
+                && let Err(error) = inbox.deliver(tag, arrival)
             {
                 inbox.abort(&error.to_string());
             }

@@ -16,6 +16,7 @@ use super::window::{SendWindows, cost};
 use super::wire::{self, FrameHeader, LaneKey, Message, PartHeader, ReadError, Signal};
 use super::wired::WiredNetwork;
 use super::{Region, Tag};
+use crate::trace::TraceContext;
 
 /// Longest silence on a link that has nothing to send.
 const MAX_BEAT: Duration = Duration::from_secs(10);
@@ -27,6 +28,7 @@ pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
 pub struct Outgoing {
     to: u32,
     tag: Tag,
+    trace: TraceContext,
     parts: Vec<Region>,
 }
 
@@ -65,10 +67,10 @@ impl OutLink {
     }
 
     /// Queues a frame. Never blocks.
-    pub fn push(&self, to: u32, tag: Tag, parts: Vec<Region>) {
+    pub fn push(&self, to: u32, tag: Tag, parts: Vec<Region>, trace: TraceContext) {
         let bytes = parts.iter().map(|part| part.len() as u64).sum();
         let lane = LaneKey { source: tag.source, to, kind: tag.kind };
-        self.lock().windows.push(lane, Outgoing { to, tag, parts }, cost(bytes));
+        self.lock().windows.push(lane, Outgoing { to, tag, trace, parts }, cost(bytes));
         self.changed.notify_one();
     }
 
@@ -257,7 +259,8 @@ impl Outgoing {
         let part = |region: &Region| PartHeader { form: region.form(), len: region.len() as u64 };
         let parts: Vec<PartHeader> = self.parts.iter().map(part).collect();
         let block = memory.and_then(|memory| memory.put(&self.parts, &parts));
-        let header = wire::encode(&Message::Frame(FrameHeader { to: self.to, tag: self.tag, block, parts }));
+        let Outgoing { to, tag, trace, .. } = *self;
+        let header = wire::encode(&Message::Frame(FrameHeader { to, tag, trace, block, parts }));
         let payload = if block.is_some() { &[][..] } else { &self.parts };
         let mut slices = vec![IoSlice::new(&header)];
         slices.extend(payload.iter().map(|part| IoSlice::new(part.bytes())));

@@ -6,15 +6,16 @@
 use std::io::{self, Read};
 
 use super::{Form, FrameKind, Phase, Tag};
+use crate::trace::TraceContext;
 
 /// Version of everything that is said on a link, handshake included. Both ends have to have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most parts in a frame.
 pub const MAX_PARTS: usize = 16;
 /// **Units**: payload bytes of the largest frame.
 pub const MAX_FRAME_BYTES: u64 = 4 << 30;
 /// **Units**: bytes of what every message begins with.
-pub const PREFIX_BYTES: usize = 64;
+pub const PREFIX_BYTES: usize = 88;
 /// **Units**: bytes of a signal.
 pub const SIGNAL_BYTES: usize = 40;
 
@@ -42,6 +43,8 @@ pub struct FrameHeader {
     pub to: u32,
     /// The address.
     pub tag: Tag,
+    /// The span that sent it.
+    pub trace: TraceContext,
     /// Where in the link's shared memory the payload lies; `None` if it follows.
     pub block: Option<u64>,
     /// What the payload is made of.
@@ -156,12 +159,15 @@ pub fn encode(message: &Message) -> Vec<u8> {
     bytes.extend([VERSION as u8, what]);
     bytes.extend((num_parts as u16).to_le_bytes());
     let mut parts = Vec::with_capacity(num_parts * PART_BYTES);
-    if let Message::Frame(FrameHeader { to, tag, block, parts: list }) = message {
+    if let Message::Frame(FrameHeader { to, tag, trace, block, parts: list }) = message {
         let numbers = [*to, tag.job, tag.generation, tag.stage, tag.micro_batch, tag.layer, tag.source];
         bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
         bytes.extend(tag.step.to_le_bytes());
         bytes.extend(block.unwrap_or(INLINE).to_le_bytes());
         bytes.extend([tag.phase as u8, tag.kind as u8, tag.hop]);
+        bytes.extend(trace.trace_id);
+        bytes.extend(trace.span_id);
+        bytes.push(trace.flags);
         for PartHeader { form, len } in list {
             let fields = [*len, form.rows, form.cols, u64::from(form.kind)];
             parts.extend(fields.iter().flat_map(|field| field.to_le_bytes()));
@@ -212,6 +218,7 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
     let step = fields.u64();
     let block = fields.u64();
     let (phase, kind, hop) = (fields.u8(), fields.u8(), fields.u8());
+    let trace = TraceContext { trace_id: fields.take(), span_id: fields.take(), flags: fields.u8() };
     let Some(&phase) = PHASES.get(usize::from(phase)) else {
         return bad(format!("no phase has number {phase}"));
     };
@@ -229,7 +236,7 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
     if total > MAX_FRAME_BYTES {
         return bad(format!("expected at most {MAX_FRAME_BYTES} bytes in a frame, got {total}"));
     }
-    Ok(FrameHeader { to, tag, block: (block != INLINE).then_some(block), parts: list })
+    Ok(FrameHeader { to, tag, trace, block: (block != INLINE).then_some(block), parts: list })
 }
 
 /// Frames of one kind from one rank to another: what has a window of its own.
@@ -321,12 +328,15 @@ mod tests {
             0..=MAX_PARTS,
         );
         let numbers = (any::<[u32; 7]>(), any::<u64>(), 0..PHASES.len(), 0..KINDS.len(), any::<u8>());
-        (numbers, proptest::option::of(0..u64::MAX), parts).prop_map(|(numbers, block, parts)| {
+        let trace = any::<([u8; 16], [u8; 8], u8)>();
+        let trace = trace.prop_map(|(trace_id, span_id, flags)| TraceContext { trace_id, span_id, flags });
+        let all = (numbers, trace, proptest::option::of(0..u64::MAX), parts);
+        all.prop_map(|(numbers, trace, block, parts)| {
             let ([to, job, generation, stage, micro_batch, layer, source], step, phase, kind, hop) = numbers;
             let (phase, kind) = (PHASES[phase], KINDS[kind]);
             let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
             let part = |(kind, rows, cols, len)| PartHeader { form: Form { kind, rows, cols }, len };
-            FrameHeader { to, tag, block, parts: parts.into_iter().map(part).collect() }
+            FrameHeader { to, tag, trace, block, parts: parts.into_iter().map(part).collect() }
         })
     }
 
@@ -375,6 +385,14 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_of_another_version_is_refused_in_words() {
+        let mut bytes = encode(&Message::Beat);
+        bytes[4] = 1;
+        let error = read_message(&mut &bytes[..]).unwrap_err().to_string();
+        assert_eq!(error, "expected a frame of version 2, got version 1");
+    }
+
+    #[test]
     fn frames_larger_than_any_are_refused_whatever_their_parts_say() {
         for lens in [vec![MAX_FRAME_BYTES + 1], vec![u64::MAX, 2], vec![MAX_FRAME_BYTES, 1]] {
             let part = |len| PartHeader { form: Form::default(), len };
@@ -390,7 +408,8 @@ mod tests {
                 hop: 0,
                 source: 0,
             };
-            let header = FrameHeader { to: 0, tag, block: None, parts: lens.into_iter().map(part).collect() };
+            let (trace, parts) = (TraceContext::default(), lens.into_iter().map(part).collect());
+            let header = FrameHeader { to: 0, tag, trace, block: None, parts };
             let error = read_message(&mut &encode(&Message::Frame(header))[..]).unwrap_err().to_string();
             assert!(error.starts_with("expected at most 4294967296 bytes"), "{error}");
         }

@@ -20,6 +20,7 @@ use super::outgoing::OutLink;
 use super::stream::{Address, Stream};
 use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
 use super::{FabricError, Region, Tag};
+use crate::trace::TraceContext;
 
 /// How long a network that closes in peace waits until its last frames are taken.
 const LINGER: Duration = Duration::from_secs(5);
@@ -152,9 +153,15 @@ impl WiredNetwork {
     ///
     /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`]; [`FabricError::Content`] for
     /// a frame that is too large.
-    pub(super) fn send(self: &Arc<Self>, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
+    pub(super) fn send(
+        self: &Arc<Self>,
+        to: usize,
+        tag: Tag,
+        parts: Vec<Region>,
+        trace: TraceContext,
+    ) -> Result<(), FabricError> {
         if let Some(inbox) = self.inboxes.get(&to) {
-            return inbox.deliver(tag, Arrival { parts, receipt: None });
+            return inbox.deliver(tag, Arrival { parts, trace, receipt: None });
         }
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
         if parts.len() > MAX_PARTS || bytes > MAX_FRAME_BYTES {
@@ -167,7 +174,7 @@ impl WiredNetwork {
             rank: to,
             reason: "its process has left or is lost".into(),
         })?;
-        link.push(to as u32, tag, parts);
+        link.push(to as u32, tag, parts, trace);
         Ok(())
     }
 

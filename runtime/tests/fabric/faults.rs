@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use contraflow_runtime::fabric::handshake::{self, Hello, connect as shake};
 use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader, Signal};
 use contraflow_runtime::fabric::{Address, FabricError, Form, Formation, FrameKind, Region, Tag, Transport};
+use contraflow_runtime::trace::TraceContext;
 
 use crate::lab::{
     DEADLINE, SECRET, Site, close, connect, form, formation, hello, listener, noise, silent_listener,
@@ -41,7 +42,13 @@ fn lost(site: Site, act: impl FnOnce()) -> String {
 }
 
 fn header(tag: Tag, to: u32, len: u64) -> FrameHeader {
-    FrameHeader { to, tag, block: None, parts: vec![PartHeader { form: Form::default(), len }] }
+    FrameHeader {
+        to,
+        tag,
+        trace: TraceContext::default(),
+        block: None,
+        parts: vec![PartHeader { form: Form::default(), len }],
+    }
 }
 
 fn bytes_of(header: FrameHeader) -> Vec<u8> {

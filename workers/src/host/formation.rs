@@ -10,6 +10,7 @@ use contraflow_runtime::control::wire::{RankAddress, from_json};
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Transport, WiredNetwork};
 use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
 
@@ -127,6 +128,7 @@ impl Formation {
                 recovered: assign.memory.as_ref().map(|memory| recovered(memory, kept)),
                 keeper,
                 checkpoints: Some(prepared.folder.clone()),
+                trace: TraceContext::parse(&assign.traceparent),
                 probe: self.probe(),
             });
             // The receiver is in this function.
@@ -153,12 +155,12 @@ impl Formation {
     }
 
     /// Passes a command on, if it is of this formation and was not heard before.
-    pub(super) fn command(&mut self, to: RankAddress, command: RankCommand) {
+    pub(super) fn command(&mut self, to: RankAddress, command: RankCommand, trace: TraceContext) {
         let Some(running) = self.running.as_ref().filter(|_| to.generation == self.generation) else {
             return;
         };
         if self.ranks.contains(&to.rank) && self.outbox.is_new(to.rank, &command) {
-            drop(running.worker.send(WorkerMessage::Command { rank: to.rank, command }));
+            drop(running.worker.send(WorkerMessage::Command { rank: to.rank, command, trace }));
         }
     }
 
@@ -178,8 +180,10 @@ impl Formation {
         endpoints.iter().for_each(|endpoint| endpoint.abort(reason));
         for rank in self.ranks {
             let abort = RankCommand::Abort { reason: reason.to_owned() };
-            drop(worker.send(WorkerMessage::Command { rank, command: abort }));
-            drop(worker.send(WorkerMessage::Command { rank, command: RankCommand::Shutdown }));
+            for command in [abort, RankCommand::Shutdown] {
+                let trace = TraceContext::default();
+                drop(worker.send(WorkerMessage::Command { rank, command, trace }));
+            }
         }
         // Goodbyes take a moment.
         tokio::task::spawn_blocking(move || network.close());

@@ -12,12 +12,13 @@ mod outbox;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::{decode_command, encode_event, json};
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::trace::TraceContext;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
@@ -33,6 +34,9 @@ pub use self::link::words_of;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
 const JOIN_WAIT: Duration = Duration::from_secs(30);
+
+/// How long a worker that is told to end waits for its ranks to move: who tells it so often kills it after 30 s.
+const LEAVE: Duration = Duration::from_secs(25);
 
 /// Log lines that wait for an orchestrator, at most.
 const MAX_LINES: usize = 10_000;
@@ -95,15 +99,18 @@ struct Host {
     memory: Memory,
     /// Log lines that wait for the orchestrator; the oldest give way.
     lines: VecDeque<v1::LogLine>,
+    /// Set once it is told to end: it does when its ranks have moved, at the latest then.
+    leaves_by: Option<Instant>,
 }
 
-/// Hosts ranks until `stop` is over. `lines` are those of the log that name a rank.
+/// Hosts ranks until `stop` is over and they have moved, or until `end` is over. `lines` are those of the log that name a
+/// rank.
 ///
 /// **Errors**: in words; the storage or the address cannot be had, or the orchestrator refuses the worker.
 pub async fn run(
     settings: Settings,
     mut lines: mpsc::UnboundedReceiver<v1::LogLine>,
-    stop: impl Future<Output = ()>,
+    (stop, end): (impl Future<Output = ()>, impl Future<Output = ()>),
 ) -> Result<(), String> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
@@ -119,14 +126,16 @@ pub async fn run(
         loaded: BTreeMap::new(),
         memory: Memory::default(),
         lines: VecDeque::new(),
+        leaves_by: None,
         settings,
     };
-    let mut stop = std::pin::pin!(stop);
+    let (mut stop, mut end) = (std::pin::pin!(stop), std::pin::pin!(end));
     let mut clock = tokio::time::interval(Duration::from_millis(250));
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    while !host.may_end() {
         tokio::select! {
-            () = &mut stop => break,
+            () = &mut stop, if host.leaves_by.is_none() => host.begin_to_leave(),
+            () = &mut end => break,
             _ = clock.tick() => host.tick(),
             Some(line) = lines.recv() => host.note_line(line),
             input = inputs.recv() => match input {
@@ -172,6 +181,20 @@ impl Host {
                 self.link = Some(Link::open(self.num_links, way, hello, self.inputs.clone()));
             }
         }
+    }
+
+    /// Asks for its ranks to be moved.
+    fn begin_to_leave(&mut self) {
+        self.leaves_by = Some(Instant::now() + LEAVE);
+        if !self.formations.is_empty() {
+            tracing::info!("leaving: waits up to {LEAVE:?} for its ranks to move; once more to end at once");
+        }
+        self.say(Up::Leaving(v1::Empty {}));
+    }
+
+    /// Whether it has been told to end, and nothing holds it any more.
+    fn may_end(&self) -> bool {
+        self.leaves_by.is_some_and(|by| self.formations.is_empty() || by <= Instant::now())
     }
 
     fn note_line(&mut self, line: v1::LogLine) {
@@ -231,10 +254,11 @@ impl Host {
             Down::Assign(assign) => self.assign(assign),
             Down::Command(command) => {
                 let dir = export_dir(&self.settings.storage, command.job);
+                let trace = TraceContext::parse(&command.traceparent);
                 match decode_command(command, &dir) {
                     Ok((to, command)) => {
                         if let Some(formation) = self.formations.get_mut(&to.job) {
-                            formation.command(to, command);
+                            formation.command(to, command, trace);
                         }
                     }
                     Err(words) => tracing::warn!("a command that makes no sense: {words}"),
@@ -263,6 +287,9 @@ impl Host {
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
         let Some(link) = &mut self.link else { return Ok(()) };
         link.welcomed(welcome.beat_ms);
+        if self.leaves_by.is_some() {
+            link.say(Up::Leaving(v1::Empty {}));
+        }
         for (&job, formation) in &self.formations {
             for event in formation.outbox.repeat() {
                 link.say(Up::Event(encode_event(job, formation.generation, event)));

@@ -135,7 +135,8 @@ impl OneRank {
         let train = mode == Mode::Train;
         let compute = Compute::new(self.arch.clone(), self.stages.clone(), dense, experts, train);
         let id = self.step_id(if train { Phase::Train } else { Phase::Validate }, step);
-        let parts = RunningParts { id, program: program.clone(), batches, compute };
+        let span = tracing::Span::none();
+        let parts = RunningParts { id, program: program.clone(), batches, compute, span };
         let running = Arc::new(Running::new(&self.site(), parts));
 
         let (report, events) = channel();
