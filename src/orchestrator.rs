@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use contraflow_orchestrator::core::KEEP_JOBS;
 use contraflow_orchestrator::server::{Orchestrator, Security};
 use contraflow_runtime::recipe::LogLevel;
 
@@ -22,6 +23,9 @@ pub struct Args {
     /// Folder from `certs init`: TLS on, and tokens asked for; needed where others than this machine can connect
     #[arg(long, value_name = "DIR")]
     pub tls: Option<PathBuf>,
+    /// Jobs that are over and stay known, with their steps and logs: the latest to end
+    #[arg(long, value_name = "N", default_value_t = KEEP_JOBS as u64, value_parser = clap::value_parser!(u64).range(1..))]
+    pub keep_jobs: u64,
 }
 
 /// Runs the command.
@@ -31,7 +35,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
     interrupt::runtime()?.block_on(async {
-        let orchestrator = Orchestrator::open(&args.state, args.listen).await.map_err(Failure::input)?;
+        let keep_jobs = usize::try_from(args.keep_jobs).unwrap_or(usize::MAX);
+        let orchestrator =
+            Orchestrator::open(&args.state, args.listen, keep_jobs).await.map_err(Failure::input)?;
         let orchestrator = match security {
             Some(security) => orchestrator.secured(security),
             None => orchestrator,

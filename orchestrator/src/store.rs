@@ -26,6 +26,9 @@ pub const FILE_NAME: &str = "events.redb";
 /// Log lines kept of a job; with more of them the oldest go.
 pub const LINES_PER_JOB: u64 = 100_000;
 
+/// Step summaries kept of a job; with more of them the oldest go.
+pub const STEPS_PER_JOB: u64 = 1_000_000;
+
 /// The longest record, step summary or log line. **Units**: bytes.
 pub const MAX_RECORD: usize = 16 << 20;
 
@@ -62,6 +65,8 @@ pub struct Store {
     file: Arc<Path>,
     /// [`LINES_PER_JOB`], fewer in tests.
     lines_per_job: u64,
+    /// [`STEPS_PER_JOB`], fewer in tests.
+    steps_per_job: u64,
 }
 
 /// What a store held when it was opened.
@@ -93,7 +98,8 @@ impl Store {
     }
 
     fn with_database(database: Database, file: &Path) -> Result<(Store, Replay), StoreError> {
-        let store = Store { database, file: file.into(), lines_per_job: LINES_PER_JOB };
+        let store =
+            Store { database, file: file.into(), lines_per_job: LINES_PER_JOB, steps_per_job: STEPS_PER_JOB };
         match contain(file, || store.begin_incarnation())? {
             Ok(replay) => match gap(&replay) {
                 Some(words) => Err(StoreError::new(file, Fault::Damaged(words))),
@@ -147,12 +153,25 @@ impl Store {
     /// # Errors
     /// A record is too long; the disk fails.
     pub fn append(&self, records: &[Vec<u8>]) -> Result<u64, StoreError> {
+        self.append_and_forget(records, &[])
+    }
+
+    /// The same, of records by which jobs are forgotten: their step summaries and log lines go with it, or nothing does.
+    ///
+    /// # Errors
+    /// A record is too long; the disk fails.
+    pub fn append_and_forget(&self, records: &[Vec<u8>], jobs: &[u64]) -> Result<u64, StoreError> {
         self.check_lengths(records, MAX_RECORD)?;
         self.write(|write| {
             let first = next_number(write)?;
             let mut log = write.open_table(LOG)?;
             for (number, record) in (first..).zip(records) {
                 log.insert(number, record.as_slice())?;
+            }
+            for &job in jobs {
+                for table in [STEPS, LINES] {
+                    write.open_table(table)?.retain_in((job, 0)..=(job, u64::MAX), |_, _| false)?;
+                }
             }
             Ok(first)
         })
@@ -185,7 +204,8 @@ impl Store {
         }
     }
 
-    /// Keeps summaries of steps of a job; one of the same step takes the place of the one before. One wait for the disk.
+    /// Keeps summaries of steps of a job; one of the same step takes the place of the one before. Those more than
+    /// [`STEPS_PER_JOB`] before the latest go. One wait for the disk.
     ///
     /// # Errors
     /// A summary is too long; the disk fails.
@@ -198,6 +218,10 @@ impl Store {
             for (step, summary) in steps {
                 table.insert((job, *step), summary.as_slice())?;
             }
+            let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
+            let last = last.map_or(0, |(key, _)| key.value().1);
+            let oldest = last.saturating_add(1).saturating_sub(self.steps_per_job);
+            table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
             Ok(())
         })
     }
@@ -237,19 +261,6 @@ impl Store {
     /// The disk fails, now or later on.
     pub fn lines(&self, job: u64, from: u64) -> Result<Entries, StoreError> {
         self.entries(LINES, job, from)
-    }
-
-    /// Drops the step summaries and log lines of a job. Records of the event log go with the next snapshot.
-    ///
-    /// # Errors
-    /// The disk fails.
-    pub fn forget_job(&self, job: u64) -> Result<(), StoreError> {
-        self.write(|write| {
-            for table in [STEPS, LINES] {
-                write.open_table(table)?.retain_in((job, 0)..=(job, u64::MAX), |_, _| false)?;
-            }
-            Ok(())
-        })
     }
 
     /// One transaction: on the disk when this returns, or without a trace.
@@ -302,6 +313,13 @@ impl Iterator for Entries {
 
     fn next(&mut self) -> Option<Self::Item> {
         let entry = contain(&self.file, || Ok(self.range.next().transpose()?));
+        entry.map(|entry| entry.map(|(key, bytes)| (key.value().1, bytes.value().to_vec()))).transpose()
+    }
+}
+
+impl DoubleEndedIterator for Entries {
+    fn next_back(&mut self) -> Option<Self::Item> {
+        let entry = contain(&self.file, || Ok(self.range.next_back().transpose()?));
         entry.map(|entry| entry.map(|(key, bytes)| (key.value().1, bytes.value().to_vec()))).transpose()
     }
 }

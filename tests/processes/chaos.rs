@@ -66,7 +66,7 @@ fn an_orchestrator_that_is_killed_and_started_again_loses_no_step() {
         let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
         names.into_iter().any(|name| name.to_string_lossy().ends_with(".part")).then_some(())
     });
-    cluster.start_orchestrator();
+    cluster.start_orchestrator(&[]);
     let steps = cluster.finish(&job);
     assert_eq!(curve(&steps), whole);
     assert!(steps.iter().all(|step| step["generation"] == 1), "it was adopted, not formed anew");
@@ -148,7 +148,7 @@ fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
         names.into_iter().any(|name| name.to_string_lossy().starts_with("step-00000100")).then_some(())
     });
     cluster.workers[victim].as_mut().unwrap().kill();
-    cluster.start_orchestrator();
+    cluster.start_orchestrator(&[]);
     assert_eq!(curve(&cluster.finish(&job)), whole);
     let resumed = from_memory(&cluster, &job);
     assert!(resumed.len() == 1 && resumed[0] >= 99, "{resumed:?}");

@@ -173,8 +173,9 @@ impl Cluster {
     }
 
     /// The orchestrator once more, at the same address, with the same state.
-    pub fn start_orchestrator(&mut self) {
+    pub fn start_orchestrator(&mut self, options: &[&str]) {
         let arguments = ["orchestrator", "--state", "state", "--listen", &self.address];
+        let arguments = [&arguments[..], options].concat();
         self.orchestrator = spawn_with(self.dir.path(), "orchestrator", &arguments, &self.environment);
         until("the orchestrator's address", || address_of(&self.orchestrator));
     }

@@ -8,5 +8,6 @@ mod cluster;
 mod collector;
 mod python;
 mod refusals;
+mod retention;
 mod security;
 mod telemetry;

@@ -147,6 +147,11 @@ pub enum Fact {
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
     },
+    /// A job that was over is not known any more, nor what is kept of it.
+    Forgotten {
+        /// Its number.
+        job: u64,
+    },
     /// A node takes no ranks any more.
     Drained {
         /// Its label.
@@ -164,7 +169,8 @@ impl Fact {
             | Fact::Requeued { job, .. }
             | Fact::WentBack { job, .. }
             | Fact::Kept { job, .. }
-            | Fact::Ended { job, .. } => Some(*job),
+            | Fact::Ended { job, .. }
+            | Fact::Forgotten { job } => Some(*job),
             Fact::StorageMarked { .. } | Fact::Drained { .. } => None,
         }
     }

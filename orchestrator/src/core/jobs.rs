@@ -1,6 +1,6 @@
 //! The durable part of the state: a fold over facts. Knows no member and no clock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -84,6 +84,9 @@ pub struct Jobs {
     pub storage_mark: String,
     /// The number of the newest job.
     pub newest: u64,
+    /// Jobs that are over, in the order in which they ended.
+    #[serde(default)]
+    pub ended: VecDeque<u64>,
 }
 
 impl Jobs {
@@ -93,9 +96,18 @@ impl Jobs {
             Fact::StorageMarked { mark } => self.storage_mark.clone_from(mark),
             Fact::Drained { node } => drop(self.drained.insert(node.clone())),
             Fact::Submitted { job, spec, at_ms } => self.submitted(*job, spec, *at_ms),
+            Fact::Forgotten { job } => {
+                // Its key goes with it: whoever uses it again means another job.
+                let record = self.all.remove(job);
+                record.and_then(|record| self.by_key.remove(&record.spec.key));
+                self.ended.retain(|ended| ended != job);
+            }
             _ => {
                 if let Some(record) = fact.job().and_then(|job| self.all.get_mut(&job)) {
                     record.apply(fact);
+                }
+                if let Fact::Ended { job, .. } = fact {
+                    self.ended.push_back(*job);
                 }
             }
         }
@@ -168,7 +180,10 @@ impl JobRecord {
                 self.validation_loss = *validation_loss;
                 self.ended_ms = *at_ms;
             }
-            Fact::StorageMarked { .. } | Fact::Drained { .. } | Fact::Submitted { .. } => {}
+            Fact::StorageMarked { .. }
+            | Fact::Drained { .. }
+            | Fact::Submitted { .. }
+            | Fact::Forgotten { .. } => {}
         }
     }
 }

@@ -47,6 +47,8 @@ pub const ABORT_MS: u64 = 5_000;
 pub const SHRINK_MS: u64 = 5_000;
 /// Ranks none of which gets on for this long are told of.
 pub const STANDSTILL_MS: u64 = 10_000;
+/// Jobs that are over and still known, unless somebody wants more or fewer.
+pub const KEEP_JOBS: usize = 10_000;
 /// How often the machine wants to hear [`Event::Tick`].
 pub const TICK_MS: u64 = 100;
 
@@ -65,6 +67,8 @@ pub struct Core {
     awake_ms: u64,
     /// Why jobs in line wait.
     reasons: BTreeMap<u64, String>,
+    /// Jobs that are over and stay known.
+    keep_jobs: usize,
     /// Something has changed that may give a job its ranks.
     is_open: bool,
     effects: Vec<Effect>,
@@ -75,6 +79,7 @@ impl Core {
     pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
         let mut core = Core {
             incarnation,
+            keep_jobs: KEEP_JOBS,
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
@@ -97,6 +102,12 @@ impl Core {
         let all: Vec<u64> = core.jobs.all.keys().copied().collect();
         all.into_iter().for_each(|job| core.expect_kept(job, now));
         core
+    }
+
+    /// The same state, of which so many jobs that are over stay known: the latest to end.
+    pub fn keeping(mut self, jobs: usize) -> Self {
+        self.keep_jobs = jobs;
+        self
     }
 
     /// Raised durably at each start of the orchestrator.
@@ -177,12 +188,17 @@ impl Core {
         while std::mem::take(&mut self.is_open) {
             self.schedule(now);
         }
+        self.forget();
         std::mem::take(&mut self.effects)
     }
 
     fn keep(&mut self, fact: Fact) {
         self.jobs.apply(&fact);
-        self.is_open |= !matches!(fact, Fact::Kept { .. } | Fact::Formed { .. } | Fact::StorageMarked { .. });
+        let gives_no_room = matches!(
+            fact,
+            Fact::Kept { .. } | Fact::Formed { .. } | Fact::StorageMarked { .. } | Fact::Forgotten { .. }
+        );
+        self.is_open |= !gives_no_room;
         self.effects.push(Effect::Keep(fact));
     }
 
@@ -213,6 +229,13 @@ impl Core {
         self.release(job, &outcome, false);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         self.keep(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
+    }
+
+    /// However many jobs come and go, what is known of them stays bounded.
+    fn forget(&mut self) {
+        while let Some(&job) = self.jobs.ended.front().filter(|_| self.jobs.ended.len() > self.keep_jobs) {
+            self.keep(Fact::Forgotten { job });
+        }
     }
 
     /// Ends the latest formation of a job on every worker that is still there. Whether what they have in memory of its state is

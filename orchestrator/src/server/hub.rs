@@ -86,6 +86,8 @@ pub struct LogRecord {
 #[derive(Default)]
 struct Batch {
     facts: Vec<Vec<u8>>,
+    /// Jobs of which nothing stays.
+    forgotten: Vec<u64>,
     steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<u64, Vec<Vec<u8>>>,
     words: Vec<(u64, Word)>,
@@ -119,10 +121,10 @@ pub(super) fn now_ms() -> u64 {
 }
 
 impl Hub {
-    /// Goes on from what was kept.
+    /// Goes on from what was kept; so many jobs that are over stay known.
     ///
     /// **Errors**: in words; a record makes no sense to this version.
-    pub fn new(store: Store, replay: Replay, key: [u8; 32]) -> Result<Self, String> {
+    pub fn new(store: Store, replay: Replay, key: [u8; 32], keep_jobs: usize) -> Result<Self, String> {
         let mut jobs: Jobs = match &replay.snapshot {
             Some((_, bytes)) => {
                 serde_json::from_slice(bytes).map_err(|error| format!("snapshot: {error}"))?
@@ -135,7 +137,7 @@ impl Hub {
             jobs.apply(&fact);
         }
         let facts_since_snapshot = replay.records.len() as u64;
-        let core = Core::new(jobs, replay.incarnation, now_ms());
+        let core = Core::new(jobs, replay.incarnation, now_ms()).keeping(keep_jobs);
         let store = Arc::new(store);
         let mut hub = Hub {
             core,
@@ -156,10 +158,10 @@ impl Hub {
     fn restore_steps(&mut self, job: u64) -> Result<(), String> {
         let record = &self.core.jobs().all[&job];
         let words = |error: crate::store::StoreError| error.to_string();
-        let last = self.store.steps(job, 0).map_err(words)?.last().transpose().map_err(words)?;
+        let last = self.store.steps(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
         let loss = loss.map(|step| step.number("loss"));
-        let lines = self.store.lines(job, 0).map_err(words)?.last().transpose().map_err(words)?;
+        let lines = self.store.lines(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let lines = lines.map_or(0, |(number, _)| number);
         let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
         if let Some(formed) = record.running() {
@@ -230,7 +232,7 @@ impl Hub {
         for effect in self.core.step(event, now_ms()) {
             match effect {
                 Effect::Keep(fact) => {
-                    self.hear(&fact);
+                    self.hear(&fact, batch);
                     // A fact is numbers, texts and lists.
                     batch.facts.push(serde_json::to_vec(&fact).unwrap_or_default());
                 }
@@ -254,13 +256,20 @@ impl Hub {
         }
     }
 
-    fn hear(&mut self, fact: &Fact) {
+    fn hear(&mut self, fact: &Fact, batch: &mut Batch) {
         match fact {
             Fact::Submitted { job, .. } => drop(self.steps.insert(*job, Steps::new(0, None, 0, false))),
             Fact::Formed { job, formed } => {
                 if let Some(steps) = self.steps.get_mut(job) {
                     steps.formed(formed.generation, formed.places.len(), 0);
                 }
+            }
+            Fact::Forgotten { job } => {
+                // Whoever watches it has all there is, and is told no more.
+                self.steps.remove(job);
+                batch.steps.remove(job);
+                batch.lines.remove(job);
+                batch.forgotten.push(*job);
             }
             _ => {}
         }
@@ -285,10 +294,10 @@ impl Hub {
         }
         let store = self.store.clone();
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
-        let lines = batch.lines.clone();
+        let (lines, forgotten) = (batch.lines.clone(), std::mem::take(&mut batch.forgotten));
         let write = move || {
             if !facts.is_empty() {
-                let first = store.append(&facts)?;
+                let first = store.append_and_forget(&facts, &forgotten)?;
                 if let Some(snapshot) = snapshot {
                     store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
                 }

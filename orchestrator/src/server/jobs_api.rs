@@ -111,8 +111,17 @@ impl Jobs {
         let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));
         let number =
             name.strip_prefix("job-").and_then(|digits| digits.parse::<u64>().ok()).ok_or_else(unknown)?;
-        let is_known = self.hub.ask(move |hub| hub.core().jobs().all.contains_key(&number)).await?;
-        is_known.then_some(number).ok_or_else(unknown)
+        let is_in = move |hub: &Hub| {
+            let jobs = hub.core().jobs();
+            (jobs.all.contains_key(&number), (1..=jobs.newest).contains(&number))
+        };
+        match self.hub.ask(is_in).await? {
+            (true, _) => Ok(number),
+            (false, true) => Err(Status::not_found(format!(
+                "job: {name} is over and forgotten; the orchestrator's --keep-jobs says how many stay known"
+            ))),
+            (false, false) => Err(unknown()),
+        }
     }
 
     async fn follow(&self, name: &str) -> Result<Follow, Status> {

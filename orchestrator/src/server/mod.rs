@@ -84,15 +84,15 @@ impl Handle {
 }
 
 impl Orchestrator {
-    /// Opens the state in `dir` and binds `address`.
+    /// Opens the state in `dir` and binds `address`; the `keep_jobs` jobs that ended last stay known.
     ///
     /// **Errors**: in words; the state is in use, damaged or of another format, or the address cannot be had.
-    pub async fn open(dir: &Path, address: SocketAddr) -> Result<Self, String> {
+    pub async fn open(dir: &Path, address: SocketAddr, keep_jobs: usize) -> Result<Self, String> {
         let listener =
             TcpListener::bind(address).await.map_err(|error| format!("--listen {address}: {error}"))?;
         let (store, replay) = Store::open(dir).map_err(|error| error.to_string())?;
         let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-        let hub = Hub::new(store, replay, key)?;
+        let hub = Hub::new(store, replay, key, keep_jobs)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         let handle = Handle { messages: sender };
         Ok(Orchestrator { listener, security: None, hub, messages, handle })

@@ -8,14 +8,22 @@ use super::network::Down;
 use super::ranks::feed;
 use super::storage::Trained;
 use crate::core::facts::{End, Fact, Formed};
-use crate::core::{Core, Effect, Event};
+use crate::core::jobs::{JobRecord, Phase};
+use crate::core::{Core, Effect, Event, Member};
+
+/// How long a job on loan may take until it has given way: it finishes its step, and a checkpoint or two. **Units**: ms.
+const GIVES_WAY_MS: u64 = 30_000;
 
 /// What has been seen so far.
 #[derive(Default)]
 pub(super) struct Checks {
     /// Every formation that was kept.
     formed: BTreeMap<(u64, u32), Formed>,
-    ended: BTreeSet<u64>,
+    /// Jobs that are over, as they ended, and how many of them are forgotten.
+    ended: Vec<u64>,
+    forgotten: usize,
+    /// By job, its number in the plan.
+    planned: BTreeMap<u64, usize>,
     /// Who has been given a rank.
     owners: BTreeMap<(u64, u32, usize), u64>,
     lines: BTreeMap<(u64, u32), Line>,
@@ -30,6 +38,8 @@ pub(super) struct Checks {
     /// Jobs that somebody ends, and jobs that may fail.
     pub(super) cancelled: BTreeSet<u64>,
     pub(super) excused: BTreeSet<u64>,
+    /// Who is first in line and could have slots that are lent, and since when.
+    lent: Option<(u64, u64)>,
     /// All jobs of the plan are over.
     is_over: bool,
 }
@@ -47,6 +57,16 @@ struct Line {
 }
 
 impl Checks {
+    /// A job's number in the plan; known for ever.
+    pub(super) fn planned(&self, job: u64) -> Option<usize> {
+        self.planned.get(&job).copied()
+    }
+
+    /// Whether a job of the plan has been durable.
+    pub(super) fn is_submitted(&self, planned: usize) -> bool {
+        self.planned.values().any(|number| *number == planned)
+    }
+
     pub(super) fn world(&self, job: u64, generation: u32) -> Option<usize> {
         self.formed.get(&(job, generation)).map(|formed| formed.places.len())
     }
@@ -114,6 +134,62 @@ impl World {
         }
     }
 
+    /// Whoever is first in line gets what is free, and soon what is lent.
+    pub(super) fn check_line(&mut self, server: usize) {
+        let core = &self.servers[server].core;
+        let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
+        let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
+        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology.world()));
+        let Some((head, priority, ranks)) = head else { return self.checks.lent = None };
+        let (mut held, mut missing, mut lent): (BTreeMap<u64, usize>, _, _) = (BTreeMap::new(), 0, 0);
+        for (&job, record) in &core.jobs().all {
+            let Some(formed) =
+                record.formed.as_ref().filter(|_| matches!(record.phase, Phase::Formed | Phase::Broken))
+            else {
+                continue;
+            };
+            let is_lost = |rank: &usize| record.phase == Phase::Broken && record.lost.contains(rank);
+            let (lost, left): (Vec<usize>, Vec<usize>) = (0..formed.places.len()).partition(is_lost);
+            missing += lost.len();
+            let is_behind = (-record.spec.priority, job) > (-priority, head);
+            lent += if formed.on_loan && is_behind { left.len() } else { 0 };
+            left.iter().for_each(|&rank| *held.entry(formed.places[rank]).or_default() += 1);
+        }
+        let drained = &core.jobs().drained;
+        let takes = core.members().filter(|member| member.is_attached && !drained.contains(&member.who.node));
+        let free = |member: &Member| {
+            member.who.slots.saturating_sub(held.get(&member.who.worker).copied().unwrap_or(0))
+        };
+        let free = takes.map(free).sum::<usize>().saturating_sub(missing);
+        if free >= ranks {
+            return self
+                .violate(format!("job {head} is first in line, needs {ranks} slots, and {free} are free"));
+        }
+        if !self.is_calm || free + lent < ranks {
+            return self.checks.lent = None;
+        }
+        let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
+        self.checks.lent = Some((head, since));
+        if self.now > since + GIVES_WAY_MS {
+            self.violate(format!("job {head} is first in line and waits for {lent} slots that are lent"));
+        }
+    }
+
+    /// What is kept of jobs that are over stays bounded, and nothing stays of those that are forgotten.
+    pub(super) fn check_retention(&mut self) {
+        let ended = self.store.jobs.all.values().filter(|record| record.has_ended()).count();
+        if ended > self.plan.keep_jobs {
+            self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.keep_jobs));
+        }
+        let is_unknown = |job: &&u64| !self.store.jobs.all.contains_key(job);
+        if let Some(job) = self.store.steps.keys().find(is_unknown) {
+            return self.violate(format!("job {job} is forgotten, and its steps are not"));
+        }
+        if let Some(job) = self.store.jobs.by_key.values().find(is_unknown) {
+            self.violate(format!("job {job} is forgotten, and its key is not"));
+        }
+    }
+
     /// No worker has more ranks than slots.
     pub(super) fn check_slots(&mut self, server: usize) {
         let core = &self.servers[server].core;
@@ -131,16 +207,20 @@ impl World {
 
     /// A fact becomes durable.
     pub(super) fn check_fact(&mut self, fact: &Fact) {
-        if let Some(job) = fact.job().filter(|job| self.checks.ended.contains(job)) {
+        let is_over = fact.job().filter(|job| self.checks.ended.contains(job));
+        if let Some(job) = is_over.filter(|_| !matches!(fact, Fact::Forgotten { .. })) {
             return self.violate(format!("job {job} has ended, and then: {fact:?}"));
         }
         match fact {
             Fact::Submitted { job, spec, .. } => {
                 let records = &self.store.jobs.all;
-                let is_known = records.contains_key(job)
-                    || !spec.key.is_empty() && records.values().any(|record| record.spec.key == spec.key);
+                let planned = self.plan.jobs.iter().position(|planned| planned.spec.name == spec.name);
+                let planned = planned.unwrap_or_default();
+                let has_key = !self.plan.jobs[planned].spec.key.is_empty();
+                let is_known = self.checks.planned.insert(*job, planned).is_some()
+                    || has_key && records.values().any(|record| record.spec.name == spec.name);
                 if is_known {
-                    self.violate(format!("job {job} of key {:?} is submitted twice", spec.key));
+                    self.violate(format!("job {job}, {:?}, is submitted twice", spec.name));
                 }
             }
             Fact::Formed { job, formed } => self.check_formed(*job, formed),
@@ -163,6 +243,13 @@ impl World {
                     self.violate(format!("job {job} has no formation to lose: {fact:?}"));
                 }
             }
+            Fact::Forgotten { job } => {
+                let oldest = self.checks.ended.get(self.checks.forgotten);
+                if oldest != Some(job) {
+                    return self.violate(format!("job {job} is forgotten where {oldest:?} ended first"));
+                }
+                self.checks.forgotten += 1;
+            }
             Fact::StorageMarked { .. } | Fact::Drained { .. } => {}
         }
     }
@@ -180,6 +267,20 @@ impl World {
     fn check_formed(&mut self, job: u64, formed: &Formed) {
         self.report.formations += 1;
         let record = &self.store.jobs.all[&job];
+        let is_before = |(&other, waits): (&u64, &JobRecord)| {
+            waits.phase == Phase::Queued && (-waits.spec.priority, other) < (-record.spec.priority, job)
+        };
+        let overtakes = record.phase == Phase::Queued && self.store.jobs.all.iter().any(is_before);
+        if overtakes && !formed.on_loan {
+            return self.violate(format!("job {job} starts before its turn, and not on loan"));
+        }
+        let is_out = |worker: &&u64| {
+            let node = self.workers.get(worker).map(|worker| format!("n{}", worker.node));
+            node.is_some_and(|node| self.store.jobs.drained.contains(&node))
+        };
+        if let Some(worker) = formed.places.iter().find(is_out) {
+            return self.violate(format!("job {job} is formed on worker {worker}, whose node is drained"));
+        }
         let history = self.history_of(job, formed);
         let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
         if !is_next || formed.resume_step != history.len() as u64 {
@@ -289,12 +390,11 @@ impl World {
         if !is_right {
             return self.violate(format!("job {job} has ended without cause: {end:?}, {outcome}"));
         }
-        self.checks.ended.insert(job);
-        let mut all = self.store.jobs.all.values();
-        let names: BTreeSet<&str> = all.clone().map(|record| record.spec.name.as_str()).collect();
-        let are_known = self.plan.jobs.iter().all(|job| names.contains(job.spec.name.as_str()));
+        self.checks.ended.push(job);
+        let were_submitted = (0..self.plan.jobs.len()).all(|planned| self.checks.is_submitted(planned));
+        let mut all = self.store.jobs.all.iter();
         self.checks.is_over =
-            are_known && all.all(|record| record.has_ended() || record == &self.store.jobs.all[&job]);
+            were_submitted && all.all(|(&other, record)| record.has_ended() || other == job);
     }
 
     /// A word goes out: what it follows from is durable by then.
@@ -323,7 +423,9 @@ impl World {
             let owner = *self.checks.owners.entry((job, formed.generation, rank)).or_insert(id);
             if owner != id || formed.places.get(rank) != Some(&id) {
                 let of = format!("rank {rank} of job {job}, generation {}", formed.generation);
-                return self.violate(format!("{of}: worker {id} has it, and so has worker {owner}"));
+                let place = formed.places.get(rank);
+                return self
+                    .violate(format!("{of}: worker {id} takes it, {owner} has it, {place:?} was meant"));
             }
         }
     }

@@ -10,6 +10,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::recipe::ErrorKind;
 
+use super::mutation::Mutation;
 use super::plan::BATCH;
 use super::storage::Trained;
 use super::{Inside, World};
@@ -17,10 +18,10 @@ use crate::core::Left;
 use crate::core::facts::Formed;
 use crate::recovery::{InMemory, KeptShard};
 
-/// How long a part takes to a buddy or back, mostly, and one in so many. **Units**: ms.
+/// How long a part takes to a buddy or back, mostly, and one in so many while there are faults. **Units**: ms.
 const TRAVEL_MS: u64 = 60;
 const LATE_MS: u64 = 2_000;
-const ONE_IN: u64 = 100;
+const ONE_IN: u64 = 16;
 
 /// What a worker keeps of one job.
 #[derive(Clone, Debug, Default)]
@@ -84,7 +85,8 @@ impl World {
     }
 
     fn travel(&mut self) -> u64 {
-        let most = if self.random.is_one_in(ONE_IN) { LATE_MS } else { TRAVEL_MS };
+        let is_late = self.random.is_one_in(ONE_IN) && !self.is_calm;
+        let most = if is_late { LATE_MS } else { TRAVEL_MS };
         self.random.between(1, most + 1)
     }
 
@@ -93,10 +95,11 @@ impl World {
         let (job, generation) = of;
         let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
         let is_first = trained.step == formed.resume_step + 1;
+        let latest = if self.breaks(Mutation::LetsGoEarly) { trained.step } else { trained.step - 1 };
         let Some(kept) = self.kept(id, job) else { return };
         if !is_first {
             // Every buddy had the step before when this one was made.
-            kept.parts = kept.parts.split_off(&(generation, trained.step - 1));
+            kept.parts = kept.parts.split_off(&(generation, latest));
         }
         kept.put((generation, trained), ranks);
         let mut to: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
@@ -181,6 +184,9 @@ impl World {
     /// Once the ranks are ready they say again what they had reported.
     pub(super) fn repeat_reports(&mut self, id: u64, of: (u64, u32)) {
         let reports = self.group(id, of).map(|group| std::mem::take(&mut group.reports)).unwrap_or_default();
+        if self.breaks(Mutation::RecoversInSilence) {
+            return;
+        }
         for (rank, step) in reports {
             self.say(id, of, step_done(of.1, rank, step));
         }

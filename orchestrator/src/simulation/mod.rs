@@ -8,25 +8,29 @@
 mod checks;
 mod faults;
 mod memory;
+mod mutation;
 mod network;
 mod plan;
 mod random;
 mod ranks;
 mod server;
 mod storage;
+mod store;
 mod worker;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use self::checks::Checks;
+pub use self::mutation::Mutation;
 use self::network::{Down, Network, Up};
 pub use self::plan::Fault;
 use self::plan::Plan;
 use self::random::{Random, mix};
 use self::ranks::Gang;
-use self::server::{Server, Store};
+use self::server::Server;
 use self::storage::Folder;
+use self::store::Store;
 use self::worker::Worker;
 
 /// What came of a run.
@@ -56,6 +60,14 @@ pub fn run(seed: u64, is_told: bool) -> Report {
     let recipe = plan::recipe().unwrap_or_default();
     let plan = Plan::draw(&mut random, &recipe);
     World::new(plan, random, is_told).run()
+}
+
+/// Runs one seed with a rule broken.
+pub fn run_broken(seed: u64, rule: Mutation) -> Report {
+    let mut random = Random::new(seed);
+    let recipe = plan::recipe().unwrap_or_default();
+    let plan = Plan::draw(&mut random, &recipe);
+    World { mutation: Some(rule), ..World::new(plan, random, false) }.run()
 }
 
 /// Runs one job of so many ranks (eight a worker, rounded down) and steps, with faults all along.
@@ -151,6 +163,7 @@ struct World {
     gangs: BTreeMap<(u64, u32), Gang>,
     storage: BTreeMap<u64, Folder>,
     checks: Checks,
+    mutation: Option<Mutation>,
     report: Report,
     is_told: bool,
 }
@@ -182,6 +195,7 @@ impl World {
             gangs: BTreeMap::new(),
             storage: BTreeMap::new(),
             checks: Checks::default(),
+            mutation: None,
             report,
             is_told,
         }

@@ -94,6 +94,8 @@ pub(super) struct Plan {
     pub(super) sync_ms: u64,
     /// Checkpoints that a job keeps; the workers keep two at least.
     pub(super) keep: usize,
+    /// Jobs that are over and stay known.
+    pub(super) keep_jobs: usize,
 }
 
 /// A job of the plan.
@@ -138,6 +140,7 @@ impl Plan {
             late_ms: random.between(20, 900),
             sync_ms: random.between(1, 30),
             keep: random.between(2, 4) as usize,
+            keep_jobs: random.clone().between(1, 7) as usize,
         }
     }
 
@@ -165,6 +168,7 @@ impl Plan {
             late_ms: 100,
             sync_ms: 10,
             keep: 2,
+            keep_jobs: 1,
         }
     }
 }

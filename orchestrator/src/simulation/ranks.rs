@@ -11,6 +11,7 @@ use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;
+use super::mutation::Mutation;
 use super::plan::BATCH;
 use super::random::mix;
 use super::storage::Trained;
@@ -111,6 +112,9 @@ impl World {
         let mut trained = Trained::default();
         if formed.resume_step > 0 && formed.memory.is_none() {
             match stands {
+                Some(_) if self.mutation == Some(Mutation::ResumesEarlier) => {
+                    trained = self.storage.entry(job).or_default().oldest().unwrap_or_default();
+                }
                 Some(stands) => trained = stands,
                 // A worker that has not heard for long finds that others have gone on.
                 None if !self.is_running(of) => return self.fail_all(id, of, "no such checkpoint"),
@@ -120,7 +124,8 @@ impl World {
                 }
             }
         }
-        trained.cursor = if formed.cursor > 0 { formed.cursor } else { trained.cursor };
+        let goes_past = formed.cursor > 0 && self.mutation != Some(Mutation::ForgetsCursor);
+        trained.cursor = if goes_past { formed.cursor } else { trained.cursor };
         let Some(group) = self.group(id, of) else { return };
         group.trained = trained;
         let tidies = group.ranks.contains(&0);
@@ -228,8 +233,7 @@ impl World {
 
     /// What the plan says of a job, by its number.
     pub(super) fn job_plan(&self, job: u64) -> Option<&super::plan::Job> {
-        let record = self.store.jobs.all.get(&job)?;
-        self.plan.jobs.iter().find(|planned| planned.spec.name == record.spec.name)
+        self.plan.jobs.get(self.checks.planned(job)?)
     }
 
     /// All ranks have given what the step needs: it is made, or the watch stops it, on all of them alike.
@@ -241,11 +245,12 @@ impl World {
             // Everybody waits for it.
             return self.plan_in(50, Happening::StepMade(job, generation));
         }
+        let waits = !self.breaks(Mutation::OutrunsBuddies);
         let mut stops = false;
         for &id in &workers {
             match self.group(id, of) {
                 // What a rank gives to the step says that its buddy has the one before.
-                Some(group) if group.state == State::InStep && !group.unacknowledged.is_empty() => {
+                Some(group) if waits && group.state == State::InStep && !group.unacknowledged.is_empty() => {
                     return self.plan_in(5, Happening::StepMade(job, generation));
                 }
                 Some(group) if group.state == State::InStep => stops |= group.stop,

@@ -4,33 +4,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+use super::mutation::Mutation;
 use super::network::Down;
 use super::{Happening, World};
 use crate::core::facts::{Fact, Formed};
-use crate::core::jobs::Jobs;
 use crate::core::{Core, Effect, Event, TICK_MS, Word};
 use crate::server::steps::Steps;
 
 /// Messages that are taken at once.
 const BATCH: usize = 1024;
 
-/// Facts after which a snapshot takes their place.
-const SNAPSHOT_EVERY: usize = 40;
-
 /// The simulated time starts here. **Units**: milliseconds since 1970.
 const EPOCH: u64 = 1_700_000_000_000;
-
-/// What is durable.
-#[derive(Default)]
-pub(super) struct Store {
-    pub(super) incarnation: u64,
-    snapshot: Option<Vec<u8>>,
-    facts: Vec<Vec<u8>>,
-    /// By job, the steps that watchers are told.
-    pub(super) steps: BTreeMap<u64, Vec<u64>>,
-    /// The facts so far, folded as they came.
-    pub(super) jobs: Jobs,
-}
 
 /// Something for the hub.
 pub(super) enum Input {
@@ -63,31 +48,6 @@ pub(super) struct Server {
     ticks: u64,
 }
 
-impl Store {
-    fn append(&mut self, fact: &Fact) -> Result<(), String> {
-        self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
-        self.jobs.apply(fact);
-        if self.facts.len() > SNAPSHOT_EVERY {
-            self.snapshot = Some(serde_json::to_vec(&self.jobs).map_err(|error| error.to_string())?);
-            self.facts.clear();
-        }
-        Ok(())
-    }
-
-    /// What a start reads.
-    fn replay(&self) -> Result<Jobs, String> {
-        let words = |error: serde_json::Error| error.to_string();
-        let mut jobs = match &self.snapshot {
-            Some(snapshot) => serde_json::from_slice(snapshot).map_err(words)?,
-            None => Jobs::default(),
-        };
-        for fact in &self.facts {
-            jobs.apply(&serde_json::from_slice(fact).map_err(words)?);
-        }
-        Ok(jobs)
-    }
-}
-
 impl World {
     /// The orchestrator whose word counts.
     pub(super) fn newest_server(&self) -> usize {
@@ -95,7 +55,8 @@ impl World {
     }
 
     pub(super) fn start_server(&mut self) {
-        self.store.incarnation += 1;
+        self.store.incarnation +=
+            u64::from(!self.breaks(Mutation::KeepsIncarnation) || self.servers.is_empty());
         let incarnation = self.store.incarnation;
         let jobs = match self.store.replay() {
             Ok(jobs) if jobs == self.store.jobs => jobs,
@@ -104,10 +65,12 @@ impl World {
             }
             Err(words) => return self.violate(format!("what was kept cannot be read: {words}")),
         };
+        let keep_jobs = if self.breaks(Mutation::ForgetsNothing) { usize::MAX } else { self.plan.keep_jobs };
         let clock_ms = self.servers.last().map_or(0, |server| server.clock_ms);
         let mut steps = BTreeMap::new();
         for (&job, record) in &jobs.all {
             let last = self.store.steps.get(&job).and_then(|steps| steps.last()).copied().unwrap_or(0);
+            let last = if self.breaks(Mutation::ForgetsSteps) { 0 } else { last };
             let mut of_job = Steps::new(last, None, 0, record.has_ended());
             if let Some(formed) = record.running() {
                 of_job.formed(formed.generation, formed.places.len(), 0);
@@ -116,7 +79,7 @@ impl World {
         }
         let now = (EPOCH + self.now).saturating_add_signed(clock_ms);
         self.servers.push(Server {
-            core: Core::new(jobs, incarnation, now),
+            core: Core::new(jobs, incarnation, now).keeping(keep_jobs),
             is_alive: true,
             is_paused: false,
             held: Vec::new(),
@@ -150,6 +113,7 @@ impl World {
         self.servers[server].ticks += 1;
         if self.servers[server].ticks.is_multiple_of(8) {
             self.check_words(server);
+            self.check_line(server);
         }
     }
 
@@ -174,6 +138,9 @@ impl World {
         let kept = self.random.between(0, 3);
         if let Some(batch) = left {
             self.keep(server, &batch, kept);
+        }
+        if self.breaks(Mutation::LosesAFact) {
+            self.store.lose_last();
         }
         self.note([2, incarnation, kept], || {
             format!("orchestrator {incarnation} dies, {kept} writes of its last made")
@@ -213,6 +180,10 @@ impl World {
             } else {
                 let most = if self.servers[server].is_disk_slow { 1_200 } else { self.plan.sync_ms };
                 let takes = self.random.between(0, most + 1);
+                if self.breaks(Mutation::SpeaksFirst) {
+                    let words = std::mem::take(&mut batch.words);
+                    self.carry_out(server, Batch { words, ..Batch::default() });
+                }
                 self.servers[server].batch = Some(batch);
                 self.plan_in(takes, Happening::ServerSynced(server));
             }
@@ -223,7 +194,8 @@ impl World {
         if self.servers[server].is_paused {
             return self.servers[server].held.push(Happening::ServerSynced(server));
         }
-        if self.servers[server].core.incarnation() < self.store.incarnation {
+        let is_over = self.servers[server].core.incarnation() < self.store.incarnation;
+        if is_over && !self.breaks(Mutation::WritesOn) {
             // The store is another one's: it cannot write any more.
             return self.kill_server(server);
         }
@@ -231,23 +203,26 @@ impl World {
             self.keep(server, &batch, 2);
             self.carry_out(server, batch);
             self.check_fold(server);
+            self.check_retention();
             self.serve(server);
         }
     }
 
     fn step_core(&mut self, server: usize, event: Event, batch: &mut Batch) {
-        let acting = &mut self.servers[server];
+        let acting = &self.servers[server];
         let now = (EPOCH + self.now).saturating_add_signed(acting.clock_ms);
         let stale = super::checks::stale_job(&acting.core, &event);
-        self.note_told(server, &event);
-        let effects = self.servers[server].core.step(event, now);
+        let events = self.distort(&acting.core, event);
+        events.iter().for_each(|event| self.note_told(server, event));
+        let core = &mut self.servers[server].core;
+        let effects: Vec<Effect> = events.into_iter().flat_map(|event| core.step(event, now)).collect();
         if let Some(words) = stale.and_then(|job| super::checks::has_effect(job, &effects)) {
             return self.violate(words);
         }
         for effect in effects {
             match effect {
                 Effect::Keep(fact) => {
-                    self.hear_fact(server, &fact);
+                    self.hear_fact(server, &fact, batch);
                     batch.facts.push(fact);
                 }
                 Effect::Tell { worker, word } => batch.words.push((worker, word)),
@@ -262,7 +237,7 @@ impl World {
         }
     }
 
-    fn hear_fact(&mut self, server: usize, fact: &Fact) {
+    fn hear_fact(&mut self, server: usize, fact: &Fact, batch: &mut Batch) {
         match fact {
             Fact::Submitted { job, .. } => {
                 self.servers[server].steps.insert(*job, Steps::new(0, None, 0, false));
@@ -270,9 +245,16 @@ impl World {
             Fact::Formed { job, formed } => {
                 if let Some(steps) = self.servers[server].steps.get_mut(job) {
                     steps.formed(formed.generation, formed.places.len(), 0);
+                    if self.mutation == Some(Mutation::TellsStepsAgain) {
+                        steps.last = formed.resume_step;
+                    }
                 }
                 self.check_slots(server);
                 self.check_cost(server, *job, formed);
+            }
+            Fact::Forgotten { job } => {
+                self.servers[server].steps.remove(job);
+                batch.steps.remove(job);
             }
             _ => {}
         }
@@ -281,13 +263,14 @@ impl World {
     /// Makes so many of a batch's writes: its facts, then its steps.
     fn keep(&mut self, server: usize, batch: &Batch, writes: u64) {
         if writes > 0 {
+            let keeps_steps = self.breaks(Mutation::ForgetsHalf);
             for fact in &batch.facts {
                 self.note([4, fact.job().unwrap_or(0), 0], || {
                     let words = format!("{fact:?}");
                     format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
                 });
                 self.check_fact(fact);
-                if let Err(words) = self.store.append(fact) {
+                if let Err(words) = self.store.append(fact, keeps_steps) {
                     return self.violate(words);
                 }
             }
@@ -308,30 +291,17 @@ impl World {
     fn carry_out(&mut self, server: usize, batch: Batch) {
         let mut assigned: BTreeMap<u64, Option<(Rc<Formed>, bool)>> = BTreeMap::new();
         for (worker, word) in batch.words {
-            let core = &self.servers[server].core;
-            let down = match word {
-                Word::Welcome => Some(Down::Welcome { incarnation: core.incarnation() }),
-                Word::Refused { .. } => Some(Down::Refused),
-                Word::Cut => {
-                    if let Some(link) = self.servers[server].links.remove(&worker) {
-                        self.break_link(link, 50);
-                    }
-                    None
+            if word == Word::Cut {
+                if let Some(link) = self.servers[server].links.remove(&worker) {
+                    self.break_link(link, 50);
                 }
-                Word::Assign { job, generation, ranks } => {
-                    let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
-                    let formed = formed.filter(|(formed, _)| formed.generation == generation);
-                    formed.map(|(formed, is_reachable)| Down::Assign { job, ranks, formed, is_reachable })
-                }
-                Word::Command { to, command } => Some(Down::Command { to, command }),
-                Word::Release { job, generation, keep, .. } => Some(Down::Release { job, generation, keep }),
-                Word::CommitCheckpoint { job, generation, position, .. } => {
-                    Some(Down::Commit { job, generation, step: Some(position.step) })
-                }
-                Word::PlaceWeights { job, generation, .. } => {
-                    Some(Down::Commit { job, generation, step: None })
-                }
-            };
+                continue;
+            }
+            let down = encode(&self.servers[server].core, word, &mut assigned);
+            if self.breaks(Mutation::AssignsTwice) && matches!(down, Some(Down::Assign { .. })) {
+                let other = self.servers[server].links.keys().find(|other| **other != worker).copied();
+                other.into_iter().for_each(|other| self.tell(server, other, down.clone()));
+            }
             self.tell(server, worker, down);
         }
         for (&job, steps) in &batch.steps {
@@ -362,13 +332,33 @@ impl World {
     /// Whoever submits asks again until he sees his job.
     pub(super) fn submit(&mut self, job: usize) {
         let spec = Box::new(self.plan.jobs[job].spec.clone());
-        if self.store.jobs.all.values().any(|record| record.spec.name == spec.name) {
+        if self.checks.is_submitted(job) {
             return;
         }
         self.plan_in(5_000, Happening::Submit(job));
         self.note([5, job as u64, 0], || format!("{} is submitted", spec.name));
         self.hear_at(self.newest_server(), Input::Event(Event::Submit(spec)));
     }
+}
+
+/// A word as it goes to a worker; nothing if it has no sense any more. `assigned`: what is told of each job.
+fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Formed>, bool)>>) -> Option<Down> {
+    Some(match word {
+        Word::Welcome => Down::Welcome { incarnation: core.incarnation() },
+        Word::Refused { .. } => Down::Refused,
+        Word::Cut => return None,
+        Word::Assign { job, generation, ranks } => {
+            let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
+            let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
+            Down::Assign { job, ranks, formed, is_reachable }
+        }
+        Word::Command { to, command } => Down::Command { to, command },
+        Word::Release { job, generation, keep, .. } => Down::Release { job, generation, keep },
+        Word::CommitCheckpoint { job, generation, position, .. } => {
+            Down::Commit { job, generation, step: Some(position.step) }
+        }
+        Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None },
+    })
 }
 
 /// What every worker of a formation is told; nothing if it is over by now or a member is gone.

@@ -32,6 +32,11 @@ impl Folder {
         self.committed.get(&step).map(|(trained, _)| *trained)
     }
 
+    /// The oldest checkpoint.
+    pub(super) fn oldest(&self) -> Option<Trained> {
+        self.committed.first_key_value().map(|(_, (trained, _))| *trained)
+    }
+
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: u32, keep: usize, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);

@@ -9,7 +9,9 @@ use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::recipe::ErrorKind;
 
 use super::memory::Kept;
+use super::mutation::Mutation;
 use super::network::{Down, Up};
+use super::random::mix;
 use super::ranks::Group;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
@@ -206,6 +208,7 @@ impl World {
                 self.assigned(id, (job, ranks), formed, is_reachable);
             }
             Down::Command { to, command } => self.commanded(id, to, command),
+            Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
             Down::Release { job, generation, keep } => self.released(id, (job, generation), keep),
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
@@ -226,7 +229,7 @@ impl World {
 
     fn welcomed(&mut self, id: u64, link: u64, incarnation: u64) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if incarnation < worker.incarnation {
+        if incarnation < worker.incarnation && self.mutation != Some(Mutation::IgnoresIncarnations) {
             // Another orchestrator has taken over; this one has not noticed.
             worker.link = None;
             return self.break_link(link, 50);
@@ -242,6 +245,9 @@ impl World {
                 event,
             }));
             words.extend(hosted.committed.clone());
+        }
+        if self.breaks(Mutation::SaysOnce) {
+            words.clear();
         }
         self.note([13, id, incarnation], || {
             format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len())
@@ -360,6 +366,11 @@ impl World {
         let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
         let folder = self.storage.entry(job).or_default();
         let result = match step {
+            _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
+            Some(step) if is_full(job, step, generation) => {
+                self.checks.excused.insert(job);
+                Err("the storage is full".into())
+            }
             Some(step) => match folder.commit((step, generation), world, self.plan.keep) {
                 Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
                 Err(Ok(words)) => Err(words),
@@ -393,6 +404,11 @@ impl World {
         let hosted = self.workers.get_mut(&id)?.hosted.get_mut(&job)?;
         Some(&mut hosted.group).filter(|_| hosted.generation == generation)
     }
+}
+
+/// Whether a commit finds the storage full: one in some hundreds does.
+fn is_full(job: u64, step: u64, generation: u32) -> bool {
+    mix((job << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
 }
 
 impl Worker {

@@ -201,10 +201,16 @@ impl Model {
             Act::Steps(job, steps) => {
                 store.append_steps(job, &steps).unwrap();
                 self.steps.extend(steps.into_iter().map(|(step, bytes)| ((job, step), bytes)));
+                let of_job = |(key, _): &(&(u64, u64), &Vec<u8>)| key.0 == job;
+                let last = self.steps.iter().rfind(of_job).map_or(0, |(key, _)| key.1);
+                self.steps.retain(|key, _| key.0 != job || key.1 + store.steps_per_job > last);
             }
             Act::Lines(job, lines) => self.apply_lines(store, job, lines),
             Act::Forget(job) => {
-                store.forget_job(job).unwrap();
+                let record = format!("job {job} is forgotten").into_bytes();
+                let number = self.history.len() as u64 + 1;
+                assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &[job]).unwrap(), number);
+                self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job);
                 self.lines.retain(|key, _| key.0 != job);
             }
@@ -234,7 +240,7 @@ proptest! {
         let (mut store, replay) = disk.open().unwrap();
         model.check_replay(&replay);
         for act in acts {
-            store.lines_per_job = 5;
+            (store.lines_per_job, store.steps_per_job) = (5, 8);
             match act {
                 Act::Reopen => drop(store),
                 Act::PowerLoss(bits) => {
@@ -257,22 +263,28 @@ proptest! {
         }
     }
 
-    /// The power goes within an append, at each of its writes: the records before are there, of its own all or none.
+    /// The power goes within an append, at each of its writes: the records before are there, of its own all or none; and what
+    /// they forget is gone with them, or there.
     #[test]
     fn a_power_loss_within_an_append_leaves_all_or_nothing(before in 1_usize..40, batch in 1_usize..6, arrived: u64) {
         let disk = Disk::default();
         let (store, _) = disk.open().unwrap();
         let record = |number: usize| vec![number as u8; 1 + number * 97 % 3000];
         store.append(&(1..=before).map(record).collect::<Vec<_>>()).unwrap();
+        store.append_steps(7, &[(1, b"a step".to_vec())]).unwrap();
+        store.append_lines(7, &[b"a line".to_vec()]).unwrap();
         let room = disk.state().now.len();
         // Fails at a write of its own choice: what was written till then is what may have arrived.
         disk.state().room = Some(room * (arrived % 64) as usize / 63);
-        let outcome = store.append(&(before + 1..=before + batch).map(record).collect::<Vec<_>>());
+        let records: Vec<_> = (before + 1..=before + batch).map(record).collect();
+        let outcome = store.append_and_forget(&records, &[7]);
         let mut bits = arrived;
         let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
         drop(store);
-        let (_, replay) = lost.open().unwrap();
+        let (store, replay) = lost.open().unwrap();
         let held = replay.records.len();
+        let left = (all(store.steps(7, 0).unwrap()).len(), all(store.lines(7, 0).unwrap()).len());
+        prop_assert_eq!(left, if held == before { (1, 1) } else { (0, 0) });
         prop_assert!(held == before + batch || (held == before && outcome.is_err()), "{held} {outcome:?}");
         for (number, bytes) in &replay.records {
             prop_assert_eq!(bytes, &record(*number as usize));

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod mutations;
+
 use std::panic::catch_unwind;
 
 use contraflow_orchestrator::simulation::{Report, run, run_large};

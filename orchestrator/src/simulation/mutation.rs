@@ -1,0 +1,91 @@
+//! Rules that a run breaks on purpose, one at a time: a check that lets one of them pass is no check.
+//!
+//! Each is planted where the simulation stands for what is around the core: the hub, its store, the workers. What the core
+//! itself might do wrong is planted in what it hears, so that it acts as if it had not looked.
+
+use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::control::wire::RankAddress;
+
+use super::World;
+use crate::core::{Core, Event};
+
+/// A broken rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// Words go out before the facts that they follow from are kept.
+    SpeaksFirst,
+    /// The orchestrator's end takes a fact along that was acknowledged.
+    LosesAFact,
+    /// A start does not raise the incarnation.
+    KeepsIncarnation,
+    /// An orchestrator goes on writing where another one has taken over.
+    WritesOn,
+    /// Workers and orchestrators do not compare incarnations.
+    IgnoresIncarnations,
+    /// A started orchestrator does not know which steps have been told.
+    ForgetsSteps,
+    /// Steps that are made again are told again.
+    TellsStepsAgain,
+    /// What a rank of an earlier formation says counts.
+    HearsStaleRanks,
+    /// A checkpoint is to be committed as soon as one rank has written its shard.
+    CommitsEarly,
+    /// A worker says that a checkpoint stands, and has not committed it.
+    CommitsInWords,
+    /// A rank is assigned to a second worker, too.
+    AssignsTwice,
+    /// A worker that is told to leave a formation stays.
+    StaysOn,
+    /// A worker does not say again what its orchestrator may not have heard.
+    SaysOnce,
+    /// A formation goes on at the checkpoint's place in the order of the sequences, not past what led astray.
+    ForgetsCursor,
+    /// A second submission of a job is another job.
+    IgnoresKeys,
+    /// Jobs that are over stay known for ever.
+    ForgetsNothing,
+    /// Of a job that is forgotten the steps stay.
+    ForgetsHalf,
+    /// A rank's worker takes shards of an earlier checkpoint.
+    ResumesEarlier,
+    /// A step does not wait until the buddies have the one before.
+    OutrunsBuddies,
+    /// A worker lets go of the step before the latest one although not everybody has the latest.
+    LetsGoEarly,
+    /// Who goes on from memory does not say again what had been reported.
+    RecoversInSilence,
+}
+
+impl World {
+    pub(super) fn breaks(&self, rule: Mutation) -> bool {
+        self.mutation == Some(rule)
+    }
+
+    /// What the core hears instead of an event.
+    pub(super) fn distort(&self, core: &Core, mut event: Event) -> Vec<Event> {
+        match (self.mutation, &mut event) {
+            (Some(Mutation::HearsStaleRanks), Event::Rank { worker, from, .. }) => {
+                if let Some(formed) = core.jobs().all.get(&from.job).and_then(|record| record.running()) {
+                    from.generation = formed.generation;
+                    *worker = formed.places.get(from.rank).copied().unwrap_or(*worker);
+                }
+            }
+            (Some(Mutation::IgnoresIncarnations), Event::Attached { incarnation, .. }) => *incarnation = 0,
+            (Some(Mutation::IgnoresKeys), Event::Submit(spec)) => spec.key.clear(),
+            (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
+                let formed = core.jobs().all.get(&from.job).and_then(|record| record.running());
+                let places = formed.map_or(&[][..], |formed| &formed.places);
+                if let RankEvent::ShardSaved { position, watch, shard, .. } = &**said {
+                    let as_of = |(rank, &worker): (usize, &u64)| {
+                        let (watch, shard) = (watch.clone(), shard.clone());
+                        let event = RankEvent::ShardSaved { rank, position: *position, watch, shard };
+                        Event::Rank { worker, from: RankAddress { rank, ..*from }, event: Box::new(event) }
+                    };
+                    return places.iter().enumerate().map(as_of).collect();
+                }
+            }
+            _ => {}
+        }
+        vec![event]
+    }
+}

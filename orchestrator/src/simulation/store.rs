@@ -1,0 +1,58 @@
+//! What the simulated orchestrators keep, and what outlives them: facts as bytes, a snapshot now and then, told steps. Follows
+//! [`crate::store`]; knows no core.
+
+use std::collections::BTreeMap;
+
+use crate::core::facts::Fact;
+use crate::core::jobs::Jobs;
+
+/// Facts after which a snapshot takes their place.
+const SNAPSHOT_EVERY: usize = 40;
+
+/// What is durable.
+#[derive(Default)]
+pub(super) struct Store {
+    pub(super) incarnation: u64,
+    snapshot: Option<Vec<u8>>,
+    facts: Vec<Vec<u8>>,
+    /// By job, the steps that watchers are told.
+    pub(super) steps: BTreeMap<u64, Vec<u64>>,
+    /// The facts so far, folded as they came.
+    pub(super) jobs: Jobs,
+}
+
+impl Store {
+    /// Keeps a fact; the steps of a job that it forgets go with it, unless a rule is broken.
+    pub(super) fn append(&mut self, fact: &Fact, keeps_steps: bool) -> Result<(), String> {
+        if let Fact::Forgotten { job } = fact
+            && !keeps_steps
+        {
+            self.steps.remove(job);
+        }
+        self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
+        self.jobs.apply(fact);
+        if self.facts.len() > SNAPSHOT_EVERY {
+            self.snapshot = Some(serde_json::to_vec(&self.jobs).map_err(|error| error.to_string())?);
+            self.facts.clear();
+        }
+        Ok(())
+    }
+
+    /// What a start reads.
+    pub(super) fn replay(&self) -> Result<Jobs, String> {
+        let words = |error: serde_json::Error| error.to_string();
+        let mut jobs = match &self.snapshot {
+            Some(snapshot) => serde_json::from_slice(snapshot).map_err(words)?,
+            None => Jobs::default(),
+        };
+        for fact in &self.facts {
+            jobs.apply(&serde_json::from_slice(fact).map_err(words)?);
+        }
+        Ok(jobs)
+    }
+
+    /// Breaks the promise that what was acknowledged stays.
+    pub(super) fn lose_last(&mut self) {
+        self.facts.pop();
+    }
+}
