@@ -187,6 +187,12 @@ fn a_worker_that_is_told_twice_does_not_wait_for_an_orchestrator_that_does_not_a
     assert!(told.elapsed() < Duration::from_secs(20), "{:?}", told.elapsed());
 }
 
+/// Ranks that a line of a log is of: "rank 2" or "x3 ranks".
+fn num_ranks(line: &str) -> usize {
+    let folded = line.split(" x").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    folded.unwrap_or(1)
+}
+
 #[test]
 fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     let cluster = Cluster::start(5);
@@ -200,7 +206,9 @@ fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     until("another generation", || (cluster.status(&job)?["generation"] == 2).then_some(()));
     let (_, log, _) = cluster.run(&["logs", &job]);
     assert!(log.contains("rank 2 lost") && log.contains(&format!("node n{victim} is silent")), "{log}");
-    assert!(log.contains("x4 ranks") && log.contains("has its model and waits for the others"), "{log}");
+    // Folded or not: a rank that was late by more than the lines wait for each other has one of its own.
+    let ready = log.lines().filter(|line| line.contains("has its model and waits for the others"));
+    assert!(ready.map(num_ranks).sum::<usize>() >= 4, "{log}");
     let (_, of_rank, _) = cluster.run(&["logs", &job, "--rank", "1"]);
     assert!(of_rank.contains("the checkpoint of step 4") && !of_rank.contains("rank 2 lost"), "{of_rank}");
     cluster.until_step(&job, 20);

@@ -187,7 +187,7 @@ impl Records {
 
     /// Fills parameters with the weights of their names, and the biases and counts of their gates.
     ///
-    /// **Errors**: as [`Checkpoint::read`], for the first tensor that is wrong.
+    /// **Errors**: as [`Records::read`], for the first tensor that is wrong.
     pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
         for param in params.iter_mut() {
             let Param { parts, weight, .. } = param;
@@ -206,7 +206,7 @@ impl Records {
 
     /// Reads whole numbers.
     ///
-    /// **Errors**: as [`Checkpoint::read`].
+    /// **Errors**: as [`Records::read`].
     pub fn read_counts(&self, name: &str, len: usize) -> Result<Vec<u64>, RankError> {
         let mut counts = vec![0_u64; len];
         for place in &self.pieces(Kind::Count, name, &[len])?.places {
