@@ -31,6 +31,9 @@ pub struct JobSpec {
     pub steps: u64,
     /// Whether weights are exported at the end.
     pub save_model: bool,
+    /// Whether workers keep the state of each other's ranks in memory.
+    #[serde(default)]
+    pub in_memory: bool,
     /// `watch.max_skips`: times that a run goes back to one checkpoint.
     pub max_returns: u64,
     /// The span of its submission, as a W3C traceparent; empty if nobody traces.

@@ -71,7 +71,7 @@ impl Core {
         let formed = Formed {
             generation: record.generation() + 1,
             topology,
-            buddies: buddies(&self.supply(Some(job)), &places).unwrap_or_default(),
+            buddies: if record.spec.in_memory { self.buddies(job, &places) } else { Vec::new() },
             places,
             resume_step,
             memory,
@@ -92,6 +92,11 @@ impl Core {
         for (worker, ranks) in ranks_of {
             self.tell(worker, Word::Assign { job, generation, ranks });
         }
+    }
+
+    /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
+    fn buddies(&self, job: u64, places: &[u64]) -> Vec<usize> {
+        buddies(&self.supply(Some(job)), places).unwrap_or_default()
     }
 
     /// Workers of the formation before that are not in the next one need not keep anything of its state.

@@ -32,6 +32,7 @@ fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
         schedule: ScheduleKind::OneFOneB,
         steps: 9,
         save_model: false,
+        in_memory: true,
         max_returns: 2,
         traceparent: String::new(),
     })
@@ -635,4 +636,15 @@ fn a_start_that_keeps_fewer_forgets_the_others() {
     assert_eq!(forgotten(&again.facts), [3, 1]);
     assert_eq!(again.core.jobs().all.keys().copied().collect::<Vec<_>>(), [2, 4]);
     assert_eq!(again.core.jobs().newest, 4);
+}
+
+#[test]
+fn a_job_that_keeps_nothing_in_memory_waits_for_no_word_of_it() {
+    let mut world = World::new();
+    (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(Box::new(JobSpec { in_memory: false, ..*spec(2, 0) }))));
+    assert!(formed(&world).buddies.is_empty());
+    keep_everywhere(&mut world, 1, 6);
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
+    assert_eq!((formed(&world).generation, formed(&world).memory), (2, None));
 }

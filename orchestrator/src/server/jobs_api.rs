@@ -228,6 +228,7 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
         schedule: recipe.parallel.schedule,
         steps: recipe.training.steps as u64,
         save_model: recipe.checkpoint.save_model,
+        in_memory: recipe.checkpoint.in_memory,
         max_returns: recipe.watch.max_skips,
         traceparent: trace::current().to_string(),
     })

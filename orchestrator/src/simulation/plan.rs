@@ -194,6 +194,7 @@ impl Job {
                 schedule: ScheduleKind::OneFOneB,
                 steps,
                 save_model: random.is_one_in(2),
+                in_memory: true,
                 max_returns: random.between(0, 4),
                 traceparent: String::new(),
             },

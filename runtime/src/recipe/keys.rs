@@ -150,6 +150,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("checkpoint.keep", Count(1, 1 << 20), Fixed("2"), "How many of the newest checkpoints are kept."),
     key("checkpoint.save_model", Flag, Fixed("true"),
         "Whether the run ends by writing the weights as an HF directory."),
+    key("checkpoint.in_memory", Flag, Fixed("true"),
+        "In a cluster: whether a rank's worker and another one keep its latest two states, 48 bytes a parameter over all."),
     key("watch.on_nan", Choice(&["stop", "skip", "rollback"]), Fixed("\"stop\""),
         "What becomes of a step that is not finite: stop, skip the batch, or rollback to the last checkpoint."),
     key("watch.on_spike", Choice(&["off", "warn", "stop", "skip", "rollback"]), Fixed("\"warn\""),

@@ -168,6 +168,8 @@ pub struct CheckpointSection {
     pub keep: usize,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
+    /// In a cluster: whether a rank's worker and another one keep its latest two states, 48 bytes a parameter over all.
+    pub in_memory: bool,
 }
 
 /// `[watch]`: what becomes of steps whose numbers are out of bounds.
