@@ -50,6 +50,12 @@ figures:
     target/release/contraflow bench infer base --threads 1
     @echo "== MaxVio without and with loss-free balancing"
     target/release/contraflow bench balance
+    @echo "== the cluster: fabric, load, event log, placement, simulation"
+    target/release/contraflow bench fabric
+    target/release/contraflow bench load
+    target/release/contraflow bench store
+    target/release/contraflow bench placement
+    target/release/contraflow bench simulation
     @echo "== plans"
     target/release/contraflow plan
     target/release/contraflow plan --schedule dualpipe --pipeline 8 --micro-batches 20
