@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use contraflow_runtime::topology::Topology;
 
 use super::jobs::{JobRecord, Phase};
+use super::writing_down::WritingDown;
 use super::{ADOPTION_MS, Core, LEFT_MS, Word};
 use crate::recovery::{InMemory, KeptShard, newest_whole};
 
@@ -20,9 +21,17 @@ pub(super) struct Leaving {
     kept: BTreeMap<u64, Vec<KeptShard>>,
     /// They are waited for no longer.
     until_ms: u64,
+    /// What is written down from memory, for another layout.
+    pub(super) writing: Option<WritingDown>,
+    /// It could not be written down.
+    pub(super) is_read_only: bool,
 }
 
 impl Leaving {
+    fn new(waiting: BTreeSet<u64>, until_ms: u64) -> Self {
+        Leaving { waiting, kept: BTreeMap::new(), until_ms, writing: None, is_read_only: false }
+    }
+
     fn is_waiting(&self, now: u64) -> bool {
         !self.waiting.is_empty() && now < self.until_ms
     }
@@ -33,7 +42,7 @@ impl Core {
     pub(super) fn ask_for_kept(&mut self, job: u64, now: u64) {
         let Some(places) = self.kept_places(job) else { return };
         let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
-        self.leaving.insert(job, Leaving { waiting, kept: BTreeMap::new(), until_ms: now + LEFT_MS });
+        self.leaving.insert(job, Leaving::new(waiting, now + LEFT_MS));
     }
 
     /// An orchestrator that starts finds a job broken: whoever was in its formation may still keep something.
@@ -44,8 +53,7 @@ impl Core {
         let waiting: BTreeSet<u64> =
             places.iter().enumerate().filter(survives).map(|(_, &worker)| worker).collect();
         waiting.iter().for_each(|&worker| self.members.expect(worker, now));
-        let until_ms = now + ADOPTION_MS;
-        self.leaving.insert(job, Leaving { waiting, kept: BTreeMap::new(), until_ms });
+        self.leaving.insert(job, Leaving::new(waiting, now + ADOPTION_MS));
     }
 
     /// By rank, the workers of a broken formation that keeps its state in memory.
@@ -64,6 +72,8 @@ impl Core {
         if let Some(leaving) = self.leaving.get_mut(&job).filter(|_| is_current) {
             leaving.waiting.remove(&worker);
             leaving.kept.insert(worker, kept);
+            // Whatever it was about to write it may not have heard of.
+            leaving.writing = None;
             self.is_open = true;
         } else if !is_asked && !goes_on_here {
             let reason = "the job goes on without what is kept".to_owned();
@@ -75,13 +85,23 @@ impl Core {
     pub(super) fn forget_kept(&mut self, worker: u64) {
         for leaving in self.leaving.values_mut() {
             leaving.waiting.remove(&worker);
-            leaving.kept.remove(&worker);
+            if leaving.kept.remove(&worker).is_some() {
+                leaving.writing = None;
+            }
         }
     }
 
     /// Whether it is still to be heard what the workers of a broken formation keep.
     pub(super) fn awaits_kept(&self, job: u64, now: u64) -> bool {
         self.leaving.get(&job).is_some_and(|leaving| leaving.is_waiting(now))
+    }
+
+    /// The newest state that is whole in the memory of workers at these places.
+    pub(super) fn whole_of(&self, job: u64, places: &[u64]) -> Result<InMemory, Option<usize>> {
+        let record = &self.jobs.all[&job];
+        let nothing = BTreeMap::new();
+        let kept = self.leaving.get(&job).map_or(&nothing, |leaving| &leaving.kept);
+        newest_whole(kept, places, |generation, step| record.is_of_history(generation, step))
     }
 
     /// Where a formation of these axes at these places goes on from: its state in memory, if that is whole and not older than
@@ -95,12 +115,9 @@ impl Core {
         let record = &self.jobs.all[&job];
         let (Some(before), true) = (&record.formed, record.goes_on_from_memory()) else { return Err(None) };
         if before.topology != *topology {
-            return Err(Some("its state in memory is that of another layout".into()));
+            return Err(None);
         }
-        let nothing = BTreeMap::new();
-        let kept = self.leaving.get(&job).map_or(&nothing, |leaving| &leaving.kept);
-        let whole = newest_whole(kept, places, |generation, step| record.is_of_history(generation, step));
-        match whole {
+        match self.whole_of(job, places) {
             Ok(whole) if whole.step >= record.kept => Ok(whole),
             Ok(_) => Err(None),
             Err(None) => Err(None),

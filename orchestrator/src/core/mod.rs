@@ -13,6 +13,7 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 mod words;
+mod writing_down;
 
 use std::collections::BTreeMap;
 
@@ -41,6 +42,8 @@ pub const ADOPTION_MS: u64 = 10_000;
 pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
 /// How long workers may take to leave a broken formation and say what they keep of its state.
 pub const LEFT_MS: u64 = 3_000;
+/// How long workers may take to write down what they keep in memory.
+pub const WRITE_DOWN_MS: u64 = 60_000;
 /// How long ranks may take to answer an abort.
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it goes on with fewer, if it may.
@@ -405,7 +408,7 @@ impl Core {
 
     fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
         if !self.is_current(worker, &from) {
-            return;
+            return self.written_down(worker, &from, event);
         }
         let Some(formation) = self.formations.get_mut(&from.job) else { return };
         let effects = formation.event(event, now);
@@ -421,6 +424,9 @@ impl Core {
     ) {
         let is_current =
             self.running().any(|(running, formed)| running == job && formed.generation == generation);
+        if let Some(step) = step.filter(|_| !is_current) {
+            return self.down_committed((job, generation), step, result);
+        }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
         let effects = formation.committed(step, result);

@@ -21,7 +21,9 @@ impl Core {
             if self.awaits_kept(job, now) {
                 continue;
             }
-            if let Some((topology, places)) = self.place_again(job, now) {
+            if let Some((topology, places)) = self.place_again(job, now)
+                && !self.writes_down(job, &topology, now)
+            {
                 self.form(job, topology, places, false);
             }
         }

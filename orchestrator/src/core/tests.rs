@@ -648,3 +648,56 @@ fn a_job_that_keeps_nothing_in_memory_waits_for_no_word_of_it() {
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
     assert_eq!((formed(&world).generation, formed(&world).memory), (2, None));
 }
+
+#[test]
+fn for_another_layout_the_state_in_memory_is_written_down_first() {
+    let mut world = World::new();
+    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
+    keep_everywhere(&mut world, 1, 6);
+    let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
+    let expected = Word::WriteDown { job: 1, generation: 1, of: (1, 6), ranks: vec![0, 1] };
+    let orders: Vec<_> =
+        words(&effects).into_iter().filter(|(_, word)| matches!(word, Word::WriteDown { .. })).collect();
+    assert_eq!(orders, [(1, &expected)]);
+    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    let say = |world: &mut World, rank: usize, event: RankEvent| {
+        let from = RankAddress { job: 1, generation: 1, rank };
+        world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
+    };
+    let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
+    let effects = say(&mut world, 1, RankEvent::StepDone { report });
+    assert!(matches!(effects[..], [Effect::Record { job: 1, .. }]), "{effects:?}");
+    let saved = |rank| RankEvent::ShardSaved {
+        rank,
+        position: Position { step: 6, ..Position::default() },
+        watch: Default::default(),
+        shard: ShardFile::default(),
+    };
+    assert_eq!(say(&mut world, 0, saved(0)), []);
+    let effects = say(&mut world, 1, saved(1));
+    assert!(
+        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { generation: 1, .. })]),
+        "{effects:?}"
+    );
+    let done = Event::Committed { worker: 1, job: 1, generation: 1, step: Some(6), result: Ok(()) };
+    drop(world.step(done));
+    let again = formed(&world);
+    assert_eq!((again.places, again.resume_step, again.memory), (vec![1], 6, None));
+}
+
+#[test]
+fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
+    let mut world = World::new();
+    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
+    keep_everywhere(&mut world, 1, 6);
+    drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
+    let from = RankAddress { job: 1, generation: 1, rank: 1 };
+    let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
+    let event = Box::new(RankEvent::Failed { rank: 1, action, cause, kind: ErrorKind::Config });
+    let effects = world.step(Event::Rank { worker: 1, from, event });
+    let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));
+    assert!(effects.iter().any(said), "{effects:?}");
+    assert_eq!((formed(&world).places, formed(&world).resume_step), (vec![1], 0));
+}

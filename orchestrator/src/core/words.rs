@@ -192,6 +192,17 @@ pub enum Word {
         /// By rank.
         shards: Vec<ShardFile>,
     },
+    /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
+    WriteDown {
+        /// Which job.
+        job: u64,
+        /// Which formation was left.
+        generation: u32,
+        /// Generation and step of the state.
+        of: (u32, u64),
+        /// Whose parts.
+        ranks: Vec<usize>,
+    },
     /// Put exported weights in place.
     PlaceWeights {
         /// Which job.

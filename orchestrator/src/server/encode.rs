@@ -64,6 +64,10 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }
+        Word::WriteDown { job, generation, of: (of_generation, step), ranks } => {
+            let ranks = ranks.into_iter().map(|rank| rank as u32).collect();
+            Message::WriteDown(v1::WriteDown { job, generation, of_generation, step, ranks })
+        }
         Word::PlaceWeights { job, generation, files } => {
             let weights = v1::Weights { files: files.into_iter().map(Into::into).collect() };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })

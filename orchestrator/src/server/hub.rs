@@ -164,7 +164,8 @@ impl Hub {
         let lines = self.store.lines(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let lines = lines.map_or(0, |(number, _)| number);
         let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
-        if let Some(formed) = record.running() {
+        // Ranks of a formation that is broken may still have their reports told.
+        if let Some(formed) = &record.formed {
             steps.formed(formed.generation, formed.places.len(), 0);
         }
         self.steps.insert(job, steps);
@@ -296,17 +297,18 @@ impl Hub {
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
         let (lines, forgotten) = (batch.lines.clone(), std::mem::take(&mut batch.forgotten));
         let write = move || {
-            if !facts.is_empty() {
-                let first = store.append_and_forget(&facts, &forgotten)?;
-                if let Some(snapshot) = snapshot {
-                    store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
-                }
-            }
+            // A fact may say that steps need not be made again: they are kept before it.
             for (job, steps) in &steps {
                 store.append_steps(*job, steps)?;
             }
             for (job, lines) in &lines {
                 store.append_lines(*job, lines)?;
+            }
+            if !facts.is_empty() {
+                let first = store.append_and_forget(&facts, &forgotten)?;
+                if let Some(snapshot) = snapshot {
+                    store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
+                }
             }
             Ok(())
         };

@@ -84,7 +84,7 @@ pub(super) fn stale_job(core: &Core, event: &Event) -> Option<u64> {
         formed.generation == generation
             && place.is_none_or(|(rank, worker)| formed.places.get(rank) == Some(worker))
     });
-    (!is_current).then_some(job)
+    (!is_current && !core.is_writing_down(job, generation)).then_some(job)
 }
 
 /// What a word of an earlier formation has done to its job, which must be nothing.
@@ -352,7 +352,9 @@ impl World {
     }
 
     fn check_kept(&mut self, job: u64, step: u64) {
-        let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
+        // Of a broken formation it was written down from memory.
+        let of = (job, self.store.jobs.all[&job].generation());
+        let line = self.checks.lines.get(&of);
         let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
         let stands = self.storage.get(&job).and_then(|folder| folder.stands(step));
         match (made, stands) {

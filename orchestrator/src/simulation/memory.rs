@@ -7,10 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use contraflow_proto::StepReport;
+use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::recipe::ErrorKind;
 
 use super::mutation::Mutation;
+use super::network::Up;
 use super::plan::BATCH;
 use super::storage::Trained;
 use super::{Inside, World};
@@ -22,6 +24,17 @@ use crate::recovery::{InMemory, KeptShard};
 const TRAVEL_MS: u64 = 60;
 const LATE_MS: u64 = 2_000;
 const ONE_IN: u64 = 16;
+
+/// Parts on their way to a buddy.
+#[derive(Clone, Debug)]
+pub(super) struct Parts {
+    /// The worker that sends them.
+    from: u64,
+    trained: Trained,
+    ranks: Vec<usize>,
+    /// Rank and step of reports of earlier steps, for a buddy that is new.
+    reports: Vec<(usize, u64)>,
+}
 
 /// What a worker keeps of one job.
 #[derive(Clone, Debug, Default)]
@@ -51,9 +64,19 @@ impl Kept {
         ranks.contains(&rank).then_some(*trained)
     }
 
+    /// Whether this formation was the latest here.
+    pub(super) fn is_of(&self, generation: u32) -> bool {
+        self.generation == generation
+    }
+
     /// Whether a formation after this one has been here.
     pub(super) fn is_after(&self, generation: u32) -> bool {
         self.generation > generation
+    }
+
+    fn reports_of(&self, ranks: &[usize]) -> Vec<(usize, u64)> {
+        let all = self.reports.iter().flat_map(|(&step, told)| told.iter().map(move |&rank| (rank, step)));
+        all.filter(|(rank, _)| ranks.contains(rank)).collect()
     }
 
     pub(super) fn durable(&mut self, step: u64) {
@@ -110,24 +133,25 @@ impl World {
             if let Some(group) = self.group(id, of) {
                 group.unacknowledged.insert(buddy);
             }
+            let reports = self.kept(id, job).filter(|_| is_first).map(|kept| kept.reports_of(&ranks));
+            let parts = Parts { from: id, trained, ranks, reports: reports.unwrap_or_default() };
             let takes = self.travel();
-            self.plan_own(buddy, of, takes, Inside::Keeps(Box::new((id, trained, ranks))));
+            self.plan_own(buddy, of, takes, Inside::Keeps(Box::new(parts)));
         }
     }
 
     /// Parts of another worker's ranks arrive: taken in once the own ranks have made that step, then said to be here.
-    pub(super) fn keeps(
-        &mut self,
-        id: u64,
-        of: (u64, u32),
-        (from, trained, ranks): (u64, Trained, Vec<usize>),
-    ) {
-        let is_early = self.group(id, of).is_none_or(|group| group.trained.step < trained.step);
+    pub(super) fn keeps(&mut self, id: u64, of: (u64, u32), parts: Parts) {
+        let is_early = self.group(id, of).is_none_or(|group| group.trained.step < parts.trained.step);
         if is_early {
-            return self.plan_own(id, of, 5, Inside::Keeps(Box::new((from, trained, ranks))));
+            return self.plan_own(id, of, 5, Inside::Keeps(Box::new(parts)));
         }
+        let Parts { from, trained, ranks, reports } = parts;
         if let Some(kept) = self.kept(id, of.0) {
             kept.put((of.1, trained), &ranks);
+            for (rank, step) in reports {
+                kept.reports.entry(step).or_default().insert(rank);
+            }
         }
         let takes = self.travel();
         self.plan_own(from, of, takes, Inside::Acknowledged(id));
@@ -179,6 +203,41 @@ impl World {
             group.reports = reports;
         }
         true
+    }
+
+    /// Parts have been written down as a checkpoint's shards, under the number of the next formation.
+    pub(super) fn written_down(
+        &mut self,
+        id: u64,
+        of: (u64, u32),
+        (made_by, step, ranks): (u32, u64, Vec<usize>),
+    ) {
+        let (job, generation) = of;
+        for rank in ranks {
+            let Some(kept) = self.kept(id, job) else { return };
+            let Some(Trained { cursor, .. }) = kept.get((made_by, step), rank) else {
+                // Another formation has begun here meanwhile.
+                return;
+            };
+            let trained = kept.parts[&(made_by, step)].0;
+            let told = kept.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
+            let told: Vec<u64> = told.map(|(&step, _)| step).collect();
+            self.storage.entry(job).or_default().save(generation + 1, rank, trained);
+            let position = Position { step, cursor, tokens: cursor };
+            let (watch, shard) = (Default::default(), ShardFile::default());
+            let saved = RankEvent::ShardSaved { rank, position, watch, shard };
+            let reports = told.into_iter().map(|step| step_done(generation, rank, step));
+            for event in reports.chain([saved]).collect::<Vec<_>>() {
+                self.send_of_left(id, Up::Event { job, generation, event });
+            }
+        }
+    }
+
+    /// Says something of a formation that was left.
+    pub(super) fn send_of_left(&mut self, id: u64, up: Up) {
+        if let Some((link, true)) = self.workers.get(&id).and_then(|worker| worker.link) {
+            self.send_up(link, up);
+        }
     }
 
     /// Once the ranks are ready they say again what they had reported.

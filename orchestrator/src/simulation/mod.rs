@@ -114,14 +114,18 @@ enum Inside {
     StepDone,
     Saved(Box<(storage::Trained, Vec<usize>)>),
     PeerLost,
-    /// Parts of another worker's ranks arrive: from whom, after which step, whose.
-    Keeps(Box<(u64, storage::Trained, Vec<usize>)>),
+    /// Parts of another worker's ranks arrive.
+    Keeps(Box<memory::Parts>),
+    /// Parts of a formation that was left are on disk: of which generation, after which step, whose.
+    WrittenDown(Box<(u32, u64, Vec<usize>)>),
     /// A worker has taken in the parts that it was sent.
     Acknowledged(u64),
     Validated(usize),
     Exported(usize),
     /// A commit reaches the storage: the step, or the weights.
     Commits(Option<u64>),
+    /// The same for what was written down from memory.
+    CommitsWritten(u64),
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.

@@ -72,7 +72,7 @@ impl World {
             let last = self.store.steps.get(&job).and_then(|steps| steps.last()).copied().unwrap_or(0);
             let last = if self.breaks(Mutation::ForgetsSteps) { 0 } else { last };
             let mut of_job = Steps::new(last, None, 0, record.has_ended());
-            if let Some(formed) = record.running() {
+            if let Some(formed) = &record.formed {
                 of_job.formed(formed.generation, formed.places.len(), 0);
             }
             steps.insert(job, of_job);
@@ -260,22 +260,9 @@ impl World {
         }
     }
 
-    /// Makes so many of a batch's writes: its facts, then its steps.
+    /// Makes so many of a batch's writes: its steps, then its facts.
     fn keep(&mut self, server: usize, batch: &Batch, writes: u64) {
-        if writes > 0 {
-            let keeps_steps = self.breaks(Mutation::ForgetsHalf);
-            for fact in &batch.facts {
-                self.note([4, fact.job().unwrap_or(0), 0], || {
-                    let words = format!("{fact:?}");
-                    format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
-                });
-                self.check_fact(fact);
-                if let Err(words) = self.store.append(fact, keeps_steps) {
-                    return self.violate(words);
-                }
-            }
-        }
-        for (job, steps) in batch.steps.iter().filter(|_| writes > 1) {
+        for (job, steps) in batch.steps.iter().filter(|_| writes > 0) {
             for &step in steps {
                 let told = self.store.steps.entry(*job).or_default();
                 let expected = told.last().map_or(1, |last| last + 1);
@@ -284,6 +271,17 @@ impl World {
                     let by = self.servers[server].core.incarnation();
                     self.violate(format!("job {job}: step {step} is told by {by} where {expected} is next"));
                 }
+            }
+        }
+        let keeps_steps = self.breaks(Mutation::ForgetsHalf);
+        for fact in batch.facts.iter().filter(|_| writes > 1) {
+            self.note([4, fact.job().unwrap_or(0), 0], || {
+                let words = format!("{fact:?}");
+                format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
+            });
+            self.check_fact(fact);
+            if let Err(words) = self.store.append(fact, keeps_steps) {
+                return self.violate(words);
             }
         }
     }
@@ -357,6 +355,7 @@ fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Forme
         Word::CommitCheckpoint { job, generation, position, .. } => {
             Down::Commit { job, generation, step: Some(position.step) }
         }
+        Word::WriteDown { job, generation, of, ranks } => Down::WriteDown { job, generation, of, ranks },
         Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None },
     })
 }

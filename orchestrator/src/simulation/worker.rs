@@ -210,6 +210,10 @@ impl World {
             Down::Command { to, command } => self.commanded(id, to, command),
             Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
             Down::Release { job, generation, keep } => self.released(id, (job, generation), keep),
+            Down::WriteDown { job, generation, of: (of, step), ranks } => {
+                let takes = self.random.between(1, 900);
+                self.plan_own(id, (job, generation), takes, Inside::WrittenDown(Box::new((of, step, ranks))));
+            }
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
                     hosted.outbox.durable(step, hosted.group.ranks.len());
@@ -222,6 +226,9 @@ impl World {
                 if worker.hosted.get(&job).is_some_and(|hosted| hosted.generation == generation) {
                     let takes = self.random.between(1, 400);
                     self.plan_own(id, (job, generation), takes, Inside::Commits(step));
+                } else if let Some(step) = step.filter(|_| worker.has_left(job, generation)) {
+                    let takes = self.random.between(1, 400);
+                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(step));
                 }
             }
         }
@@ -339,7 +346,9 @@ impl World {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
                 self.commit(id, of, step, world);
             }
+            (Inside::CommitsWritten(step), _) => self.commit_written(id, of, step),
             (Inside::Saved(what), _) => self.saved(id, of, *what),
+            (Inside::WrittenDown(what), _) => self.written_down(id, of, *what),
             (Inside::Prepared, Some(hosted)) => {
                 let (formed, is_reachable) = (hosted.formed.clone(), hosted.is_reachable);
                 self.prepared(id, of, &formed, is_reachable);
@@ -391,6 +400,23 @@ impl World {
         }
     }
 
+    /// The commit of what was written down from memory, under the number of the next formation.
+    fn commit_written(&mut self, id: u64, (job, generation): (u64, u32), step: u64) {
+        let world = self.checks.world(job, generation).unwrap_or(0);
+        let folder = self.storage.entry(job).or_default();
+        let result = match folder.commit((step, generation + 1), world, usize::MAX) {
+            Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
+            Err(Ok(words)) => Err(words),
+            Ok(_) => Ok(()),
+        };
+        self.note([17, job, step], || {
+            format!(
+                "worker {id} commits {step}, written down, of job {job}, generation {generation}: {result:?}"
+            )
+        });
+        self.send_of_left(id, Up::Committed { job, generation, step: Some(step), result });
+    }
+
     /// Ranks that could not be started say so.
     pub(super) fn fail_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
@@ -412,6 +438,11 @@ fn is_full(job: u64, step: u64, generation: u32) -> bool {
 }
 
 impl Worker {
+    /// Whether it has left this formation and still knows what its ranks were made of.
+    fn has_left(&self, job: u64, generation: u32) -> bool {
+        self.memory.get(&job).is_some_and(|kept| kept.is_of(generation)) && !self.hosted.contains_key(&job)
+    }
+
     fn hello(&self, id: u64) -> Up {
         let who = Introduction {
             worker: id,

@@ -17,7 +17,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 pub use read::{Checkpoint, CheckpointFaults, Records, parse_header};
-pub use shard::{shard_bytes, shard_name, write_shard};
+pub use shard::{shard_bytes, shard_name, write_image, write_shard};
 pub use snapshot::{Snapshot, SnapshotPiece, Values};
 
 /// What a record's values are of their tensor.

@@ -48,6 +48,23 @@ pub fn shard_bytes(mut snapshot: Snapshot, mut buffer: Vec<u8>) -> io::Result<Ve
     Ok(buffer)
 }
 
+/// Writes the bytes of a rank's shard into a folder, which is made if it is not there; synced.
+///
+/// **Errors**: what the system says, with the path.
+pub fn write_image(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, RankError> {
+    let file = shard_name(rank);
+    let path = dir.join(&file);
+    let write = || {
+        std::fs::create_dir_all(dir)?;
+        let mut out = HashedFile::create(&path)?;
+        out.write(bytes)?;
+        out.finish()
+    };
+    let Sealed { bytes, blake3 } =
+        write().map_err(|source| RankError::File { path: path.display().to_string(), source })?;
+    Ok(ShardFile { file, bytes, blake3 })
+}
+
 fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<Sealed> {
     failpoint("checkpoint.shard-begins");
     let header = header(snapshot.pieces.iter().map(|piece| &piece.record))?;

@@ -46,6 +46,8 @@ pub struct Prepared {
     manifest: Manifest,
     companions: Companions,
     dir: PathBuf,
+    /// Checkpoints that stay.
+    keep: usize,
 }
 
 /// Data that a process has loaded, for the next formation of the same job.
@@ -87,13 +89,23 @@ impl Prepared {
         let companions = companions(&recipe, text.tokenizer.json());
         let resume = resume(assign, &folder, &manifest)?;
         let recipe = Arc::new(recipe);
-        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, dir };
+        let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
+        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, dir, keep };
         if assign.ranks.contains(&0) {
             // From memory it goes on in the history in which everything here was committed.
             let newest = assign.memory.is_none().then_some(assign.resume_step);
             prepared.tidy(&assign.recipe, newest).map_err(words)?;
         }
         Ok(prepared)
+    }
+
+    /// The same for what is written down from memory between two formations: it goes by the number of the next one, and drops no
+    /// earlier checkpoint, for what the orchestrator knows of may be older than what stands.
+    pub fn between_formations(&self) -> Self {
+        let generation = self.manifest.generation + 1;
+        let folder = self.folder.clone().in_generation(generation);
+        let manifest = Manifest { generation, ..self.manifest.clone() };
+        Prepared { folder, manifest, keep: usize::MAX, ..self.clone() }
     }
 
     /// What this process has loaded.
@@ -104,7 +116,7 @@ impl Prepared {
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
     fn tidy(&self, recipe: &str, newest: Option<u64>) -> std::io::Result<()> {
         std::fs::write(self.dir.join("recipe.toml"), recipe)?;
-        self.folder.tidy(self.recipe.checkpoint.keep.max(LEAST_KEPT), newest)?;
+        self.folder.tidy(self.keep, newest)?;
         let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
@@ -126,8 +138,7 @@ impl Prepared {
                 let watch = from_json(&watch)?;
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
-                let keep = self.recipe.checkpoint.keep.max(LEAST_KEPT);
-                self.folder.commit(&manifest, &self.companions, keep).map_err(|error| error.to_string())
+                self.folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
             }
             What::Weights(v1::Weights { files }) => {
                 let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));

@@ -1,16 +1,22 @@
-//! What this process keeps in memory of the state of jobs, by job, and how it is told to the orchestrator.
+//! What this process keeps in memory of the state of jobs, by job: how it is told to the orchestrator, and how it is written
+//! down for another layout.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use contraflow_proto::v1;
+use contraflow_runtime::control::RankEvent;
 
+use super::job::Prepared;
+use crate::error::RankError;
 use crate::kept::Kept;
 
 /// By job, the latest formation that was here, and what is kept.
 #[derive(Default)]
 pub(super) struct Memory {
     jobs: BTreeMap<u64, (u32, Arc<Kept>)>,
+    /// What ranks of formations that were left were made of.
+    left: BTreeMap<u64, (u32, Arc<Prepared>)>,
 }
 
 impl Memory {
@@ -41,7 +47,22 @@ impl Memory {
     pub(super) fn let_go(&mut self, job: u64, generation: u32) {
         if self.jobs.get(&job).is_some_and(|(latest, _)| *latest <= generation) {
             self.jobs.remove(&job);
+            self.left.remove(&job);
         }
+    }
+
+    /// A formation has been left.
+    pub(super) fn note_left(&mut self, job: u64, generation: u32, prepared: Option<Arc<Prepared>>) {
+        if let Some(prepared) = prepared {
+            self.left.insert(job, (generation, prepared));
+        }
+    }
+
+    /// For writing down, and committing, a state of a formation that was left: what its ranks were made of. What they were still
+    /// writing is not in the way.
+    pub(super) fn of_next(&self, job: u64, generation: u32) -> Option<Arc<Prepared>> {
+        let (_, prepared) = self.left.get(&job).filter(|(left, _)| *left == generation)?;
+        Some(Arc::new(prepared.between_formations()))
     }
 
     /// What is kept of a job, as the orchestrator is told.
@@ -59,6 +80,40 @@ impl Memory {
         });
         released.collect()
     }
+}
+
+/// Writes parts down, each as its rank's shard of a checkpoint; what is to be said of each rank, in order.
+pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &v1::WriteDown) -> Vec<RankEvent> {
+    let mut events = Vec::new();
+    for rank in order.ranks.iter().map(|&rank| rank as usize) {
+        for mut report in kept.reports(rank, order.step) {
+            report.generation = order.generation;
+            events.push(RankEvent::StepDone { report });
+        }
+        events.push(write_part(prepared, kept, order, rank).unwrap_or_else(|error| RankEvent::Failed {
+            rank,
+            action: format!("writing the state after step {} down", order.step),
+            cause: error.to_string(),
+            kind: error.kind(),
+        }));
+    }
+    events
+}
+
+fn write_part(
+    prepared: &Prepared,
+    kept: &Kept,
+    order: &v1::WriteDown,
+    rank: usize,
+) -> Result<RankEvent, RankError> {
+    let image = kept.get((order.of_generation, order.step, rank)).ok_or_else(|| RankError::Content {
+        path: "memory".into(),
+        message: format!("has no state of rank {rank} after step {}", order.step),
+    })?;
+    let dir = prepared.folder.unfinished(order.step);
+    let shard = crate::checkpoint::write_image(&dir, rank, &image.bytes)?;
+    let (position, watch) = (image.position, image.watch.clone());
+    Ok(RankEvent::ShardSaved { rank, position, watch, shard })
 }
 
 fn inventory(kept: &Kept) -> Vec<v1::KeptShard> {

@@ -73,6 +73,8 @@ enum Input {
     Rank { job: u64, generation: u32, event: RankEvent },
     /// What an assignment names has been read.
     Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, String> },
+    /// Parts of a formation that was left have been written down, or not: job, generation, what is to be said.
+    WrittenDown { job: u64, generation: u32, events: Vec<RankEvent> },
     /// Something has been put in place, or not.
     Committed(v1::Committed),
     /// From the orchestrator, by the stream of this number.
@@ -222,6 +224,11 @@ impl Host {
                 }
             }
             Input::Prepared { assign, result } => self.prepared(&assign, result),
+            Input::WrittenDown { job, generation, events } => {
+                for event in events {
+                    self.say(Up::Event(encode_event(job, generation, &event)));
+                }
+            }
             Input::Committed(committed) => {
                 let formation = self.formations.get_mut(&committed.job);
                 if let Some(formation) =
@@ -272,6 +279,7 @@ impl Host {
                 self.memory.durable(job, step);
             }
             Down::Commit(commit) => self.commit(commit),
+            Down::WriteDown(order) => self.write_down(order),
             Down::Refused(why) => return Err(why),
         }
         Ok(())
@@ -343,8 +351,11 @@ impl Host {
     fn commit(&self, commit: v1::Commit) {
         let v1::Commit { job, generation, what } = commit;
         let formation = self.formations.get(&job).filter(|formation| formation.generation == generation);
-        let (Some(prepared), Some(what)) = (formation.and_then(|formation| formation.prepared.clone()), what)
-        else {
+        let prepared = match formation {
+            Some(formation) => formation.prepared.clone(),
+            None => self.memory.of_next(job, generation),
+        };
+        let (Some(prepared), Some(what)) = (prepared, what) else {
             return;
         };
         let step = match &what {
@@ -357,6 +368,17 @@ impl Host {
         tokio::task::spawn_blocking(move || {
             let error = prepared.commit(what).err().unwrap_or_default();
             drop(inputs.send(Input::Committed(v1::Committed { job, generation, step, error })));
+        });
+    }
+
+    /// Writes down what is kept of a formation that was left.
+    fn write_down(&mut self, order: v1::WriteDown) {
+        let v1::WriteDown { job, generation, .. } = order;
+        let Some(prepared) = self.memory.of_next(job, generation) else { return };
+        let (kept, inputs) = (self.memory.of(job), self.inputs.clone());
+        tokio::task::spawn_blocking(move || {
+            let events = memory::write_down(&prepared, &kept, &order);
+            drop(inputs.send(Input::WrittenDown { job, generation, events }));
         });
     }
 
@@ -383,6 +405,7 @@ impl Host {
         }
         if let Some(formation) = self.formations.remove(&job) {
             tracing::info!(job, generation = formation.generation, "left: {reason}");
+            self.memory.note_left(job, formation.generation, formation.prepared.clone());
             formation.leave(reason);
         }
     }

@@ -79,7 +79,10 @@ impl Keeper {
         let bytes = Arc::new(bytes.map_err(|source| RankError::File { path: "memory".into(), source })?);
         let image = Arc::new(Image { position, watch, bytes });
         self.kept.put(generation, (generation, step, own), image.clone(), [report.clone()]);
-        courier::send((&self.endpoint, self.buddy), (id, FrameKind::State), &image, vec![report])?;
+        // A buddy that is new to it gets what was reported before, too.
+        let is_first = step == first_step + 1;
+        let reports = if is_first { self.kept.reports(own, step) } else { vec![report] };
+        courier::send((&self.endpoint, self.buddy), (id, FrameKind::State), &image, reports)?;
         drop(image);
         let from = (&self.endpoint, self.ward);
         let (image, reports) = courier::receive(from, (id, FrameKind::State), self.kept.buffer())?;
