@@ -33,7 +33,7 @@ pub(super) enum Down {
     Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool },
     Command { to: RankAddress, command: RankCommand },
     Release { job: u64, generation: u32, keep: bool },
-    WriteDown { job: u64, generation: u32, of: (u32, u64), ranks: Vec<usize> },
+    Write { job: u64, generation: u32, of: (u32, u64), ranks: Vec<usize> },
     Durable { job: u64, step: u64 },
     Commit { job: u64, generation: u32, step: Option<u64> },
 }

@@ -355,7 +355,7 @@ fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Forme
         Word::CommitCheckpoint { job, generation, position, .. } => {
             Down::Commit { job, generation, step: Some(position.step) }
         }
-        Word::WriteDown { job, generation, of, ranks } => Down::WriteDown { job, generation, of, ranks },
+        Word::WriteDown { job, generation, of, ranks } => Down::Write { job, generation, of, ranks },
         Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None },
     })
 }

@@ -210,7 +210,7 @@ impl World {
             Down::Command { to, command } => self.commanded(id, to, command),
             Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
             Down::Release { job, generation, keep } => self.released(id, (job, generation), keep),
-            Down::WriteDown { job, generation, of: (of, step), ranks } => {
+            Down::Write { job, generation, of: (of, step), ranks } => {
                 let takes = self.random.between(1, 900);
                 self.plan_own(id, (job, generation), takes, Inside::WrittenDown(Box::new((of, step, ranks))));
             }
