@@ -23,6 +23,9 @@ pub fn run(ranks: usize, steps: u64, seed: u64) -> Result<(), Failure> {
     let (wall, cpu) = (began.elapsed().as_secs_f64(), cpu_seconds() - before);
     print(&words((ranks, steps), &report, (wall, cpu)))?;
     match report.violation {
+        None if report.steps < steps => {
+            Err(Failure::run(format!("expected {steps} steps, got {}: the job ended early", report.steps)))
+        }
         None => Ok(()),
         Some(violation) => Err(Failure::run(format!("after {} ms: {violation}", report.ended_ms))),
     }

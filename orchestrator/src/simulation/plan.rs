@@ -92,6 +92,8 @@ pub(super) struct Plan {
     pub(super) late_ms: u64,
     /// Time that a write of the orchestrator takes at most. **Units**: ms.
     pub(super) sync_ms: u64,
+    /// Whether some commit finds the storage full, which ends its job.
+    pub(super) fills_up: bool,
     /// Checkpoints that a job keeps; the workers keep two at least.
     pub(super) keep: usize,
     /// Jobs that are over and stay known.
@@ -139,6 +141,7 @@ impl Plan {
             delay_ms: random.between(2, 40),
             late_ms: random.between(20, 900),
             sync_ms: random.between(1, 30),
+            fills_up: true,
             keep: random.between(2, 4) as usize,
             keep_jobs: random.clone().between(1, 7) as usize,
         }
@@ -167,6 +170,7 @@ impl Plan {
             delay_ms: 5,
             late_ms: 100,
             sync_ms: 10,
+            fills_up: false,
             keep: 2,
             keep_jobs: 1,
         }
