@@ -42,7 +42,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let (lines, _spans) = telemetry::init_worker("contraflow-worker")?;
     let settings = settings(args)?;
-    interrupt::runtime()?.block_on(async {
+    let runtime = interrupt::runtime()?;
+    let ended = runtime.block_on(async {
         // Without signals it can still be ended by force: its ranks go on from what is kept.
         let stop = async { drop(interrupt::signal().await) };
         let end = async {
@@ -50,7 +51,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             drop(interrupt::signal().await);
         };
         host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
-    })
+    });
+    // A rank may hang in what nobody can end: the process does not wait for it.
+    runtime.shutdown_background();
+    ended
 }
 
 fn settings(args: &Args) -> Result<Settings, Failure> {

@@ -1,9 +1,10 @@
-//! Named places at which a test kills the process: crash tests of the real binary.
+//! Named places at which a test kills the process or holds a thread: crash tests of the real binary.
 //!
 //! Without the feature `failpoints`, which only tests turn on, a failpoint is nothing. With it the environment says where
-//! to die: `FAILPOINTS="checkpoint.committed=return"`, or `2*off->return` for the third time. Knows no caller.
+//! to die: `FAILPOINTS="checkpoint.committed=return"`, or `2*off->return` for the third time; `pause` there hangs the thread.
+//! Knows no caller.
 
-/// Kills this process with SIGKILL if the environment names this place.
+/// Kills this process with SIGKILL if the environment names this place, or holds the thread.
 pub fn failpoint(name: &str) {
     #[cfg(feature = "failpoints")]
     if let Some(()) = fail::eval(name, |_| ()) {

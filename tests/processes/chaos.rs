@@ -220,6 +220,33 @@ fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
 }
 
 #[test]
+fn a_rank_that_hangs_while_its_process_lives_is_found_and_goes_on_elsewhere() {
+    let mut cluster = Cluster::start(3);
+    // Some steps, and then its compute lane is held for ever.
+    let hangs = [("FAILPOINTS", "compute.operation=400*off->pause".to_owned())];
+    cluster.workers.push(Some(cluster.worker_with(3, &hangs)));
+    until("all workers", || (cluster.nodes().len() == 4).then_some(()));
+    let job = cluster.submit(&["checkpoint.every=1000"], &[]);
+    let generation = |cluster: &Cluster| cluster.status(&job)?["generation"].as_u64();
+    until("a formation", || generation(&cluster).filter(|generation| *generation == 1));
+    let rank = (0..4).find(|&rank| cluster.host_of(&job, rank) == 3).unwrap();
+    let waits = until("a word on what it waits for", || {
+        let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
+        waits.contains("does not get on").then_some(waits)
+    });
+    assert!(waits.starts_with(&format!("rank {rank} ")), "{waits}");
+    // As whoever looks after processes would have it.
+    cluster.workers.push(Some(cluster.worker(4)));
+    let hung = cluster.workers[3].as_mut().unwrap();
+    assert_eq!(hung.wait(), Some(2), "{}", hung.told());
+    assert!(hung.told().contains("start it again"), "{}", hung.told());
+    let curve_of_hung = curve(&cluster.finish(&job));
+    let whole = cluster.submit(&["checkpoint.every=1000"], &[]);
+    assert_eq!(curve_of_hung, curve(&cluster.finish(&whole)));
+    assert_eq!(from_memory(&cluster, &job).len(), 1);
+}
+
+#[test]
 fn without_a_spare_the_job_goes_on_with_fewer_ranks() {
     let mut cluster = Cluster::start(4);
     // Nothing on the disk to go on from but what is written down from memory.

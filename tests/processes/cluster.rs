@@ -163,13 +163,19 @@ impl Cluster {
 
     /// Another worker; the number is that of its node.
     pub fn worker(&self, number: usize) -> Process {
+        self.worker_with(number, &[])
+    }
+
+    /// The same with variables of its own.
+    pub fn worker_with(&self, number: usize, environment: &[(&'static str, String)]) -> Process {
         let label = format!("node=n{number}");
         let mut arguments =
             vec!["worker", "--join", &self.address, "--storage", "storage", "--labels", &label];
         if let Some(Parties { worker, .. }) = &self.parties {
             arguments.extend(worker.arguments());
         }
-        spawn_with(self.path(), &format!("worker-{number}"), &arguments, &self.environment)
+        let environment = [&self.environment[..], environment].concat();
+        spawn_with(self.path(), &format!("worker-{number}"), &arguments, &environment)
     }
 
     /// The orchestrator once more, at the same address, with the same state.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::{Endpoint, FrameKind};
+use contraflow_runtime::failpoint::failpoint;
 use contraflow_runtime::schedule::{Chunk, Component, Lane, Op, OpId, Pass, Program, TransferKind, Work};
 use contraflow_runtime::trace::SPAN;
 
@@ -155,6 +156,7 @@ impl Running {
             (Work::Component { pass, chunk, layer, component }, _) => match component {
                 Component::Dispatch | Component::Combine => self.exchange(pass, chunk, layer, component),
                 _ => {
+                    failpoint("compute.operation");
                     let mut compute = self.compute.lock().unwrap_or_else(PoisonError::into_inner);
                     let op = ComputeOp { pass, chunk, layer, component };
                     compute.run(op, &self.transit, &self.batches[chunk.micro_batch])
@@ -351,6 +353,7 @@ impl LaneThread {
             )?;
         let run = AssertUnwindSafe(|| {
             let (rank, step) = (running.site.endpoint.rank(), running.id.step);
+            let _at_work = running.site.endpoint.work();
             self.probe.at(ProbePoint::Op { rank, step, op });
             let StepId { job, generation, step, .. } = running.id;
             let _program = running.span.enter();

@@ -88,6 +88,7 @@ impl Actor for Optimizer {
                 tokio::task::spawn_blocking(move || {
                     let update = AssertUnwindSafe(|| {
                         let _update = span.entered();
+                        let _at_work = state.endpoint.work();
                         probe.at(ProbePoint::Gradients { rank: rank_id, step, params: &mut params });
                         let global = state.update(&order, &mut params, &totals)?;
                         let saves = match order.save {

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::fabric::{FabricError, Phase};
+use contraflow_runtime::fabric::{AtWork, FabricError, Phase};
 use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use contraflow_runtime::watch::{Divergence, Watch};
@@ -87,8 +87,8 @@ enum Task {
         shape: BatchShape,
         batch: Option<Batch>,
         experts: Option<Params>,
-        /// Lasts until both are there.
-        _load: Span,
+        /// Last until both are there.
+        _load: (Span, AtWork),
     },
     /// The program runs, then perhaps the update.
     Run {
@@ -98,7 +98,10 @@ enum Task {
         peak_live_chunks: usize,
     },
     /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
-    AwaitSaved(Then),
+    AwaitSaved {
+        then: Then,
+        _at_work: AtWork,
+    },
     /// The checkpointer needs the experts before it writes.
     Lend {
         dir: std::path::PathBuf,
@@ -178,6 +181,7 @@ impl RankState {
         let rank = self.id;
         self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
         let member = self.member()?;
+        member.assignment.endpoint.activity().begin_step(step);
         member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
         member.began = Instant::now();
         member.sent_before = member.assignment.endpoint.sent_bytes();
@@ -208,7 +212,8 @@ impl RankState {
         children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
         let id = StepId { job, generation, phase, step };
-        let _load = info_span!(target: SPAN, parent: &self.doing, "load");
+        let at_work = member.assignment.endpoint.work();
+        let _load = (info_span!(target: SPAN, parent: &self.doing, "load"), at_work);
         self.task = Task::Gather { id, shape, batch: None, experts: None, _load };
         Ok(())
     }
@@ -365,7 +370,8 @@ impl RankState {
         let rank = self.id;
         let member = self.member()?;
         if member.is_saving {
-            self.task = Task::AwaitSaved(Then::Save { snapshot, goes_on });
+            let _at_work = member.assignment.endpoint.work();
+            self.task = Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, _at_work };
             return Ok(());
         }
         member.is_saving = true;
@@ -393,8 +399,8 @@ impl RankState {
         }
         self.member()?.is_saving = false;
         match std::mem::replace(&mut self.task, Task::Idle) {
-            Task::AwaitSaved(Then::Save { snapshot, goes_on }) => self.save(snapshot, goes_on),
-            Task::AwaitSaved(Then::Diverge { divergence, cursor }) => {
+            Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, .. } => self.save(snapshot, goes_on),
+            Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, .. } => {
                 (self.tell)(RankEvent::Diverged { rank, divergence, cursor });
                 Ok(())
             }
@@ -414,7 +420,8 @@ impl RankState {
         member.give_back(params.experts)?;
         let cursor = member.position.cursor + shape.global_batch as u64;
         if member.is_saving {
-            self.task = Task::AwaitSaved(Then::Diverge { divergence, cursor });
+            let _at_work = member.assignment.endpoint.work();
+            self.task = Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, _at_work };
         } else {
             (self.tell)(RankEvent::Diverged { rank: self.id, divergence, cursor });
         }
@@ -444,7 +451,7 @@ impl RankState {
             Task::Idle => "waiting for a command".into(),
             Task::Gather { id, .. } => format!("gathering step {}", id.step),
             Task::Run { .. } => "running a step".into(),
-            Task::AwaitSaved(_) => "waiting for a checkpoint to be written".into(),
+            Task::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
             Task::Lend { .. } | Task::Export => "writing the weights".into(),
             Task::Over => "ending".into(),
         }

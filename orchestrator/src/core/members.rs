@@ -96,6 +96,11 @@ impl Members {
         gone.iter().filter_map(|worker| self.all.remove(worker)).collect()
     }
 
+    /// Takes one out.
+    pub fn remove(&mut self, worker: u64) -> Option<Member> {
+        self.all.remove(&worker)
+    }
+
     /// One of them.
     pub fn get(&self, worker: u64) -> Option<&Member> {
         self.all.get(&worker)

@@ -22,7 +22,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::topology::Topology;
 
 use self::facts::{End, Fact, JobSpec};
-use self::formation::Formation;
+use self::formation::{Formation, Hang};
 use self::jobs::{Jobs, Phase};
 use self::leaving::Leaving;
 use self::members::Members;
@@ -50,6 +50,10 @@ pub const ABORT_MS: u64 = 5_000;
 pub const SHRINK_MS: u64 = 5_000;
 /// Ranks none of which gets on for this long are told of.
 pub const STANDSTILL_MS: u64 = 10_000;
+/// Ranks none of which gets on for this long hang, unless they have been nearly as slow before.
+pub const HANG_MS: u64 = 60_000;
+/// A formation hangs if it stands still for so many times its longest standstill before.
+pub const HANG_GAPS: u64 = 10;
 /// Jobs that are over and still known, unless somebody wants more or fewer.
 pub const KEEP_JOBS: usize = 10_000;
 /// How often the machine wants to hear [`Event::Tick`].
@@ -392,7 +396,8 @@ impl Core {
     fn beat(&mut self, worker: u64, progress: &[Progress], now: u64) {
         self.members.heard(worker, now);
         for progress in progress {
-            if let Some(formation) = self.formations.get_mut(&progress.rank.job) {
+            let is_current = self.is_current(worker, &progress.rank);
+            if let Some(formation) = self.formations.get_mut(&progress.rank.job).filter(|_| is_current) {
                 formation.progress(progress, now);
             }
         }
@@ -448,6 +453,8 @@ impl Core {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
                 self.break_formation(job, Vec::new(), why, now);
+            } else if let Some(hang) = formation.hangs(now) {
+                self.hung(job, hang, now);
             } else {
                 let effects = formation.tick(now);
                 self.carry_out(job, effects, now);
@@ -457,7 +464,17 @@ impl Core {
 
     /// A worker is not a member any more: every job that has ranks on it forms anew.
     fn lost(&mut self, member: &Member, now: u64) {
-        let worker = member.who.worker;
+        let silent = now.saturating_sub(member.heard_ms);
+        let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
+        let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
+        let Introduction { worker, name, node, .. } = &member.who;
+        let why =
+            |lost: &[usize]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
+        self.lose(*worker, why, now);
+    }
+
+    /// Breaks every formation that has ranks on a worker, which is not a member any more; why, each is told by its ranks.
+    fn lose(&mut self, worker: u64, why: impl Fn(&[usize]) -> String, now: u64) {
         self.forget_kept(worker);
         let hit: Vec<(u64, Vec<usize>)> = self
             .running()
@@ -468,18 +485,22 @@ impl Core {
             .filter(|(_, lost)| !lost.is_empty())
             .collect();
         for (job, lost) in hit {
-            let silent = now.saturating_sub(member.heard_ms);
-            let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
-            let ago =
-                if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
-            let why = format!(
-                "rank {} lost: worker {} on node {} {how} {ago}",
-                list(&lost),
-                member.who.name,
-                member.who.node
-            );
+            let why = why(&lost);
             self.break_formation(job, lost, why, now);
         }
+    }
+
+    /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
+    /// reaches, and would again in the next formation: its process has to end.
+    fn hung(&mut self, job: u64, Hang { rank, why }: Hang, now: u64) {
+        let place = |rank| self.jobs.all.get(&job)?.running()?.places.get(rank).copied();
+        let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
+            return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), now);
+        };
+        let Introduction { worker, name, node, .. } = &member.who;
+        let why = format!("{why}; worker {name} on node {node} is to end");
+        self.tell(*worker, Word::Refused { why: format!("{why}: start it again") });
+        self.lose(*worker, |_| why.clone(), now);
     }
 
     fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, now: u64) {

@@ -108,8 +108,10 @@ pub struct Progress {
     pub rank: RankAddress,
     /// The running step.
     pub step: u64,
-    /// Operations of it that are over.
+    /// Operations of it, and waits for other ranks, that are over.
     pub operations: u64,
+    /// Whether something is under way that needs no other rank.
+    pub is_at_work: bool,
 }
 
 /// Something is to be done.

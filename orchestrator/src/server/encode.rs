@@ -24,11 +24,15 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
         Word::Assign { job, generation, ranks } => {
             let record = core.jobs().all.get(&job)?;
             let formed = record.running().filter(|formed| formed.generation == generation)?;
-            let fabric = formed.places.iter().map(|&worker| {
+            let mut workers = formed.places.clone();
+            workers.sort_unstable();
+            workers.dedup();
+            let fabric = workers.iter().map(|&worker| {
                 // Of a worker that has not come back to this orchestrator nobody knows the address: it is told again.
                 let member = core.member(worker).filter(|member| member.is_known())?;
                 Some(member.who.fabric.clone())
             });
+            let place = |worker| workers.partition_point(|other| other < worker) as u32;
             Message::Assign(v1::Assign {
                 job,
                 generation: formed.generation,
@@ -36,6 +40,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 model_config: record.spec.model_config.clone(),
                 ranks: ranks.into_iter().map(|rank| rank as u32).collect(),
                 fabric: fabric.collect::<Option<Vec<String>>>()?,
+                workers: formed.places.iter().map(place).collect(),
                 secret: secret(key, job, formed.generation).to_vec(),
                 resume_step: formed.resume_step,
                 cursor: formed.cursor,

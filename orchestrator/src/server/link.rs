@@ -130,6 +130,7 @@ async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), 
                 },
                 step: progress.step,
                 operations: progress.operations,
+                is_at_work: progress.is_at_work,
             });
             Event::Beat { worker, progress: progress.collect() }
         }

@@ -165,7 +165,9 @@ impl World {
             return self
                 .violate(format!("job {head} is first in line, needs {ranks} slots, and {free} are free"));
         }
-        if !self.is_calm || free + lent < ranks {
+        // A job that hangs gives way once that has been found out.
+        let hangs = self.workers.values().any(|worker| worker.hangs);
+        if !self.is_calm || hangs || free + lent < ranks {
             return self.checks.lent = None;
         }
         let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
@@ -400,8 +402,11 @@ impl World {
     }
 
     /// A word goes out: what it follows from is durable by then.
-    pub(super) fn check_word(&mut self, server: usize, down: &Down) {
+    pub(super) fn check_word(&mut self, server: usize, worker: u64, down: &Down) {
         match down {
+            Down::Refused if self.is_well(server, worker) => {
+                self.violate(format!("worker {worker} is to end, and does not hang"));
+            }
             Down::Assign { job, formed, .. }
                 if self.checks.formed.get(&(*job, formed.generation)) != Some(&**formed) =>
             {
@@ -417,6 +422,12 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// Whether a worker gives no reason to be sent away: it does not hang, and has heard of no later orchestrator.
+    fn is_well(&self, server: usize, worker: u64) -> bool {
+        let own = self.servers[server].core.incarnation();
+        self.workers.get(&worker).is_some_and(|worker| !worker.hangs && worker.incarnation <= own)
     }
 
     /// A worker takes ranks.

@@ -51,6 +51,13 @@ impl World {
                 self.note([31, id, takes], || format!("worker {id} stands still for {takes} ms"));
                 self.plan_in(takes, Happening::WorkerThaws(id));
             }
+            // Until the process ends, when all is well too: somebody has to notice.
+            Fault::Hang => {
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.hangs = true;
+                }
+                self.note([34, id, 0], || format!("worker {id} hangs"));
+            }
             Fault::Break => {
                 let within = if self.random.is_one_in(3) { 8_000 } else { 100 };
                 self.links_of(|link| link.worker == id)

@@ -54,6 +54,8 @@ pub enum Mutation {
     LetsGoEarly,
     /// Who goes on from memory does not say again what had been reported.
     RecoversInSilence,
+    /// A rank that hangs is not told from those that wait for it.
+    BlamesNobody,
 }
 
 impl World {
@@ -72,6 +74,9 @@ impl World {
             }
             (Some(Mutation::IgnoresIncarnations), Event::Attached { incarnation, .. }) => *incarnation = 0,
             (Some(Mutation::IgnoresKeys), Event::Submit(spec)) => spec.key.clear(),
+            (Some(Mutation::BlamesNobody), Event::Beat { progress, .. }) => {
+                progress.iter_mut().for_each(|progress| progress.is_at_work = false);
+            }
             (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
                 let formed = core.jobs().all.get(&from.job).and_then(|record| record.running());
                 let places = formed.map_or(&[][..], |formed| &formed.places);

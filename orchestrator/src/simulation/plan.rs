@@ -6,6 +6,7 @@ use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
 
 use super::random::Random;
+use crate::core::HANG_MS;
 use crate::core::facts::JobSpec;
 
 /// Something that goes wrong, or that somebody wants.
@@ -17,6 +18,8 @@ pub enum Fault {
     PowerLoss,
     /// A worker stands still and goes on later, as if nothing had been.
     Freeze,
+    /// The ranks of a worker get on with no step any more, while the worker itself lives.
+    Hang,
     /// A stream between worker and orchestrator breaks.
     Break,
     /// A worker and the orchestrator cannot reach each other for a while.
@@ -46,6 +49,7 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// All that a plan draws from, but for [`Fault::Hang`], which came later.
     pub(super) const ALL: [Fault; 16] = [
         Fault::Kill,
         Fault::PowerLoss,
@@ -70,6 +74,7 @@ impl Fault {
         match self {
             Fault::Defect | Fault::Cancel | Fault::Drain => random.between(20_000, 90_000),
             Fault::Double | Fault::Clock => random.between(8_000, 40_000),
+            Fault::Hang => random.between(20_000, 60_000),
             _ => random.between(2_000, 30_000),
         }
     }
@@ -128,10 +133,18 @@ impl Plan {
             (0..random.between(1, 6)).map(|number| Job::draw(number, room, recipe, random)).collect();
         // At worst one job after the other, each with way to go back.
         let work: u64 = jobs.iter().map(|job| job.spec.steps * job.step_ms).sum();
-        let patience_ms = 120_000 + 2 * work;
         let strength = random.between(1, 5);
         let chosen: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
-        let faults = chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
+        let mut faults: Vec<(Fault, u64)> =
+            chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
+        // From here on draws of their own: seeds that showed something stay what they were.
+        let mut later = random.clone();
+        let keep_jobs = later.between(1, 7) as usize;
+        let hangs = later.is_one_in(3);
+        faults.extend(hangs.then(|| (Fault::Hang, Fault::Hang.mean_ms(&mut later))));
+        // Workers that hang are found one after the other.
+        let hanging = if hangs { nodes.len() as u64 * (HANG_MS + 20_000) } else { 0 };
+        let patience_ms = 120_000 + 2 * work + hanging;
         Plan {
             nodes,
             jobs,
@@ -143,7 +156,7 @@ impl Plan {
             sync_ms: random.between(1, 30),
             fills_up: true,
             keep: random.between(2, 4) as usize,
-            keep_jobs: random.clone().between(1, 7) as usize,
+            keep_jobs,
         }
     }
 

@@ -98,6 +98,10 @@ impl Group {
         self.state = State::Over;
     }
 
+    pub(super) fn is_in_step(&self) -> bool {
+        self.state == State::InStep
+    }
+
     /// Whether there are ranks that hear commands.
     pub(super) fn is_started(&self) -> bool {
         self.state != State::Preparing
@@ -241,7 +245,8 @@ impl World {
         let of = (job, generation);
         let Some(gang) = self.gangs.get(&of).filter(|gang| !gang.is_broken) else { return };
         let workers: Vec<u64> = gang.workers.keys().copied().collect();
-        if workers.iter().any(|id| self.workers.get(id).is_none_or(|worker| worker.is_frozen)) {
+        let stands = |worker: &super::worker::Worker| worker.is_frozen || worker.hangs;
+        if workers.iter().any(|id| self.workers.get(id).is_none_or(stands)) {
             // Everybody waits for it.
             return self.plan_in(50, Happening::StepMade(job, generation));
         }

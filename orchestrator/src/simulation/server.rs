@@ -320,7 +320,7 @@ impl World {
     fn tell(&mut self, server: usize, worker: u64, down: Option<Down>) {
         let (Some(down), Some(&link)) = (down, self.servers[server].links.get(&worker)) else { return };
         let is_last = matches!(down, Down::Refused);
-        self.check_word(server, &down);
+        self.check_word(server, worker, &down);
         self.send_down(link, down);
         if is_last {
             self.servers[server].links.remove(&worker);

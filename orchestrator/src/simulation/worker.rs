@@ -28,7 +28,7 @@ pub(super) struct Worker {
     pub(super) node: usize,
     slots: usize,
     /// The highest that it has heard of.
-    incarnation: u64,
+    pub(super) incarnation: u64,
     /// Its stream, and whether it has been welcomed on it.
     pub(super) link: Option<(u64, bool)>,
     beat_ms: u64,
@@ -36,6 +36,8 @@ pub(super) struct Worker {
     /// By job, what it keeps of the state of ranks.
     pub(super) memory: BTreeMap<u64, Kept>,
     pub(super) is_frozen: bool,
+    /// Its ranks get on with no step any more, whatever they are told, until the process ends.
+    pub(super) hangs: bool,
     /// What it has not noticed while it stood still.
     pub(super) held: Vec<Happening>,
 }
@@ -119,6 +121,7 @@ impl World {
                 hosted: BTreeMap::new(),
                 memory: BTreeMap::new(),
                 is_frozen: false,
+                hangs: false,
                 held: Vec::new(),
             },
         );
@@ -157,7 +160,11 @@ impl World {
         match worker.link {
             Some((link, true)) if worker.beat_ms <= self.now => {
                 worker.beat_ms = self.now + BEAT_MS * 9 / 10;
-                let progress = worker.hosted.iter().flat_map(|(&job, hosted)| hosted.progress(job)).collect();
+                let progress = worker
+                    .hosted
+                    .iter()
+                    .flat_map(|(&job, hosted)| hosted.progress(job, worker.hangs))
+                    .collect();
                 self.send_up(link, Up::Beat(progress));
             }
             Some(_) => {}
@@ -462,9 +469,16 @@ impl Worker {
 }
 
 impl Hosted {
-    fn progress(&self, job: u64) -> impl Iterator<Item = Progress> {
+    /// What its ranks tell of themselves: in a step all wait, but for those that hang.
+    fn progress(&self, job: u64, hangs: bool) -> impl Iterator<Item = Progress> {
         let (generation, step) = (self.generation, self.group.trained.step);
         let address = move |&rank: &usize| RankAddress { job, generation, rank };
-        self.group.ranks.iter().map(move |rank| Progress { rank: address(rank), step, operations: step })
+        let is_at_work = self.group.is_in_step() && hangs;
+        self.group.ranks.iter().map(move |rank| Progress {
+            rank: address(rank),
+            step,
+            operations: step,
+            is_at_work,
+        })
     }
 }

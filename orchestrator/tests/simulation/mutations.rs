@@ -7,7 +7,7 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 300;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 21] = [
+const CAUGHT: [(Mutation, &str); 22] = [
     (SpeaksFirst, "assigned by a formation that is not kept"),
     (LosesAFact, "fold into another state than that they came from"),
     (KeepsIncarnation, "fold into another state"),
@@ -29,6 +29,7 @@ const CAUGHT: [(Mutation, &str); 21] = [
     (OutrunsBuddies, "is in memory"),
     (LetsGoEarly, "is in memory"),
     (RecoversInSilence, "is next"),
+    (BlamesNobody, "after the last fault"),
 ];
 
 #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::activity::{Activity, AtWork, Wait};
 use super::inbox::Inbox;
 use super::local::LocalNetwork;
 use super::wired::WiredNetwork;
@@ -25,11 +26,13 @@ pub struct Endpoint {
     network: Network,
     sent_bytes: Arc<AtomicU64>,
     links: Arc<Links>,
+    activity: Arc<Activity>,
 }
 
 impl Endpoint {
     pub(super) fn new(rank: usize, inbox: Arc<Inbox>, network: Network) -> Self {
-        Endpoint { rank, inbox, network, sent_bytes: Arc::default(), links: Arc::default() }
+        let (sent_bytes, links, activity) = Default::default();
+        Endpoint { rank, inbox, network, sent_bytes, links, activity }
     }
 
     /// The rank this end belongs to.
@@ -57,9 +60,21 @@ impl Endpoint {
         if let Network::Wired(network) = &self.network {
             network.watch(tag.source as usize);
         }
+        let waits = Wait::begin(&self.activity);
         let (parts, sender) = self.inbox.receive(tag, self.patience())?;
+        drop(waits);
         self.links.took(tag.source, sender);
         Ok(parts)
+    }
+
+    /// What the rank is about.
+    pub fn activity(&self) -> &Activity {
+        &self.activity
+    }
+
+    /// The rank is at work, except while it waits for frames, until the end of what is returned.
+    pub fn work(&self) -> AtWork {
+        AtWork::begin(self.activity.clone())
     }
 
     /// How long a wait on this network may last.

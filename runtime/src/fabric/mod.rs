@@ -2,6 +2,7 @@
 //!
 //! Knows ranks and bytes, no tensors and no schedule.
 
+mod activity;
 mod arrived;
 mod blocks;
 mod endpoint;
@@ -21,6 +22,7 @@ mod window;
 pub mod wire;
 mod wired;
 
+pub use activity::{Activity, AtWork, Progress};
 pub use arrived::ArrivedPart;
 pub use endpoint::Endpoint;
 pub use formation::{Fault, Formation, Transport};

@@ -1,14 +1,12 @@
 //! One formation of a job in this process: its ranks, their network, and what they have said.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, from_json};
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Transport, WiredNetwork};
+use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
 use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
@@ -19,18 +17,11 @@ use super::job::Prepared;
 use super::outbox::Outbox;
 use crate::kept::{Keeper, Kept, Recovered};
 use crate::membership::Assignment;
-use crate::probe::{Probe, ProbePoint};
+use crate::probe::Probe;
 use crate::worker::{Worker, WorkerMessage};
 
 /// How long a wait between ranks may last: a lost peer is told at once, this is for what nobody noticed.
 const PATIENCE: Duration = Duration::from_secs(300);
-
-/// How far a rank is; counted by its lanes.
-#[derive(Default)]
-struct Watermark {
-    step: AtomicU64,
-    operations: AtomicU64,
-}
 
 /// A formation.
 pub(super) struct Formation {
@@ -40,7 +31,6 @@ pub(super) struct Formation {
     pub(super) committed: Option<v1::Committed>,
     pub(super) prepared: Option<Arc<Prepared>>,
     ranks: Vec<usize>,
-    watermarks: Arc<BTreeMap<usize, Watermark>>,
     running: Option<Running>,
 }
 
@@ -61,7 +51,6 @@ impl Formation {
             outbox: Outbox::default(),
             committed: None,
             prepared: None,
-            watermarks: Arc::new(ranks.iter().map(|&rank| (rank, Watermark::default())).collect()),
             ranks,
             running: None,
         }
@@ -76,12 +65,10 @@ impl Formation {
     /// How far its ranks are.
     pub(super) fn progress(&self, job: u64) -> impl Iterator<Item = v1::Progress> {
         let generation = self.generation;
-        self.watermarks.iter().map(move |(&rank, mark)| v1::Progress {
-            job,
-            rank: rank as u32,
-            generation,
-            step: mark.step.load(Ordering::Relaxed),
-            operations: mark.operations.load(Ordering::Relaxed),
+        let endpoints = self.running.iter().flat_map(|running| &running.endpoints);
+        endpoints.map(move |endpoint| {
+            let Progress { step, operations, is_at_work } = endpoint.activity().progress();
+            v1::Progress { job, rank: endpoint.rank() as u32, generation, step, operations, is_at_work }
         })
     }
 
@@ -96,13 +83,11 @@ impl Formation {
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Result<(), String> {
         let (job, generation) = (assign.job, assign.generation);
-        let addresses: Result<Vec<Address>, String> =
-            assign.fabric.iter().map(|address| from_json(address)).collect();
         let formation = fabric::Formation {
             job: job as u32,
             generation,
             secret: assign.secret.as_slice().try_into().map_err(|_| "a secret that is not 32 bytes")?,
-            ranks: addresses?,
+            ranks: addresses(assign)?,
             local: self.ranks.clone(),
             patience: PATIENCE,
             transport: Transport::Auto,
@@ -129,7 +114,7 @@ impl Formation {
                 keeper,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
-                probe: self.probe(),
+                probe: Probe::default(),
             });
             // The receiver is in this function.
             drop(worker.send(WorkerMessage::Host { rank, assignment }));
@@ -139,19 +124,6 @@ impl Formation {
         self.prepared = Some(Arc::new(prepared));
         self.running = Some(Running { network, endpoints, worker });
         Ok(())
-    }
-
-    /// Counts operations: a rank that hangs is the one whose count stands still while others wait for it.
-    fn probe(&self) -> Probe {
-        let watermarks = self.watermarks.clone();
-        Probe::new(move |point| {
-            if let ProbePoint::Op { rank, step, .. } = point
-                && let Some(mark) = watermarks.get(&rank)
-            {
-                mark.step.store(step, Ordering::Relaxed);
-                mark.operations.fetch_add(1, Ordering::Relaxed);
-            }
-        })
     }
 
     /// Passes a command on, if it is of this formation and was not heard before.
@@ -188,6 +160,21 @@ impl Formation {
         // Goodbyes take a moment.
         tokio::task::spawn_blocking(move || network.close());
     }
+}
+
+/// By rank, where its worker accepts data connections.
+///
+/// **Errors**: in words; an address that is none, or a rank that has none.
+fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
+    let of_worker: Vec<Address> =
+        assign.fabric.iter().map(|address| from_json(address)).collect::<Result<_, _>>()?;
+    let of_rank = |&worker: &u32| {
+        let address = of_worker.get(worker as usize).cloned();
+        address.ok_or_else(|| {
+            format!("workers: expected a place in fabric, which has {}, got {worker}", of_worker.len())
+        })
+    };
+    assign.workers.iter().map(of_rank).collect()
 }
 
 /// Who keeps a rank's state, and whose it keeps; nobody if all ranks are on one worker.

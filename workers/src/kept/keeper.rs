@@ -66,6 +66,7 @@ pub fn start(
 
 impl Keeper {
     fn keep(&self, keep: Keep, first_step: u64) -> Result<(), RankError> {
+        let _at_work = self.endpoint.work();
         let Keep { position, snapshot, report } = keep;
         let (_, generation) = self.formation;
         let (step, own) = (position.step, self.endpoint.rank());

@@ -1,0 +1,55 @@
+//! Of jobs that are over, so many stay known.
+
+use super::*;
+
+fn cancel(world: &mut World, job: u64) {
+    drop(world.step(Event::Cancel { job, reason: String::new() }));
+}
+
+fn forgotten(facts: &[Fact]) -> Vec<u64> {
+    facts
+        .iter()
+        .filter_map(|fact| match fact {
+            Fact::Forgotten { job } => Some(*job),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
+    let mut world = training();
+    world.core = std::mem::replace(&mut world.core, Core::new(Jobs::default(), 1, 0)).keeping(2);
+    for number in 2..=5 {
+        let key = format!("key {number}");
+        drop(world.step(Event::Submit(Box::new(JobSpec { key, ..*spec(9, 0) }))));
+    }
+    [4, 2].into_iter().for_each(|job| cancel(&mut world, job));
+    assert!(forgotten(&world.facts).is_empty());
+    [5, 3].into_iter().for_each(|job| cancel(&mut world, job));
+    assert_eq!(forgotten(&world.facts), [4, 2], "as they ended, not as they came");
+    let known: Vec<u64> = world.core.jobs().all.keys().copied().collect();
+    assert_eq!(known, [1, 3, 5], "the first one runs");
+    // The key of a job that is forgotten stands for a new one, with a number of its own; that of a known one does not.
+    for (key, newest) in [("key 5", 5), ("key 4", 6)] {
+        drop(world.step(Event::Submit(Box::new(JobSpec { key: key.into(), ..*spec(9, 0) }))));
+        assert_eq!(world.core.jobs().newest, newest);
+    }
+    assert_eq!(world.core.jobs().by_key.get("key 4"), Some(&6));
+    let mut jobs = Jobs::default();
+    world.facts.iter().for_each(|fact| jobs.apply(fact));
+    assert_eq!(&jobs, world.core.jobs());
+}
+
+#[test]
+fn a_start_that_keeps_fewer_forgets_the_others() {
+    let mut world = World::new();
+    (0..4).for_each(|_| drop(world.step(Event::Submit(spec(9, 0)))));
+    [3, 1, 2].into_iter().for_each(|job| cancel(&mut world, job));
+    let core = Core::new(world.core.jobs().clone(), 2, 0).keeping(1);
+    let mut again = World::of(core, 0);
+    drop(again.step(Event::Tick));
+    assert_eq!(forgotten(&again.facts), [3, 1]);
+    assert_eq!(again.core.jobs().all.keys().copied().collect::<Vec<_>>(), [2, 4]);
+    assert_eq!(again.core.jobs().newest, 4);
+}

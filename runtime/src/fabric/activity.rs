@@ -1,0 +1,80 @@
+//! What a rank is about, as others may see it: how far it is in its step, and whether any of its threads is at work or all of
+//! them wait for other ranks. That tells a rank that hangs from those that wait for it. Knows no operation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+/// How far a rank is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The running step.
+    pub step: u64,
+    /// Pieces of work and waits of it that are over.
+    pub operations: u64,
+    /// Whether something is under way that needs no other rank.
+    pub is_at_work: bool,
+}
+
+/// The counts of one rank.
+#[derive(Debug, Default)]
+pub struct Activity {
+    step: AtomicU64,
+    operations: AtomicU64,
+    /// Threads at work, without those among them that wait for a frame.
+    at_work: AtomicI64,
+}
+
+impl Activity {
+    /// A step begins.
+    pub fn begin_step(&self, step: u64) {
+        self.operations.store(0, Ordering::Relaxed);
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// As it is now.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            step: self.step.load(Ordering::Relaxed),
+            operations: self.operations.load(Ordering::Relaxed),
+            is_at_work: self.at_work.load(Ordering::Relaxed) > 0,
+        }
+    }
+
+    fn end(&self, change: i64) {
+        self.operations.fetch_add(1, Ordering::Relaxed);
+        self.at_work.fetch_add(change, Ordering::Relaxed);
+    }
+}
+
+/// A rank is at work for as long as this lives. Whoever may wait for a frame holds one meanwhile: its waits are taken off.
+#[derive(Debug)]
+pub struct AtWork(Arc<Activity>);
+
+impl AtWork {
+    pub(super) fn begin(activity: Arc<Activity>) -> Self {
+        activity.at_work.fetch_add(1, Ordering::Relaxed);
+        AtWork(activity)
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.end(-1);
+    }
+}
+
+/// A thread at work waits for a frame for as long as this lives.
+pub(super) struct Wait<'a>(&'a Activity);
+
+impl<'a> Wait<'a> {
+    pub(super) fn begin(activity: &'a Activity) -> Self {
+        activity.at_work.fetch_add(-1, Ordering::Relaxed);
+        Wait(activity)
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        self.0.end(1);
+    }
+}
