@@ -174,8 +174,9 @@ impl Core {
     /// Turns the effects of a job's machine into those of the cluster.
     pub(super) fn carry_out(&mut self, job: u64, effects: Vec<job::Effect>, now: u64) {
         for effect in effects {
-            let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.running()) else { return };
-            let (generation, places) = (formed.generation, &formed.places);
+            let Some(record) = self.jobs.all.get(&job) else { return };
+            let Some(formed) = record.running() else { return };
+            let (generation, places, kept) = (formed.generation, &formed.places, record.kept);
             match effect {
                 job::Effect::Command { rank, command } => {
                     let to = RankAddress { job, generation, rank };
@@ -186,7 +187,7 @@ impl Core {
                     self.effects.push(Effect::Record { job, report: Box::new(report) });
                 }
                 job::Effect::CommitCheckpoint { position, watch, shards } => {
-                    let word = Word::CommitCheckpoint { job, generation, position, watch, shards };
+                    let word = Word::CommitCheckpoint { job, generation, position, watch, shards, kept };
                     let worker = places[0];
                     self.tell(worker, word);
                 }

@@ -193,6 +193,8 @@ pub enum Word {
         watch: Watch,
         /// By rank.
         shards: Vec<ShardFile>,
+        /// Step of the newest checkpoint that is known to stand: it stays.
+        kept: u64,
     },
     /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
     WriteDown {

@@ -99,7 +99,8 @@ impl Core {
         writing.shards.insert(rank, shard);
         if writing.shards.len() == writing.world {
             let shards = writing.shards.values().cloned().collect();
-            self.tell(worker, Word::CommitCheckpoint { job, generation, position, watch, shards });
+            let kept = self.jobs.all.get(&job).map_or(0, |record| record.kept);
+            self.tell(worker, Word::CommitCheckpoint { job, generation, position, watch, shards, kept });
         }
     }
 

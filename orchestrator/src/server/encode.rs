@@ -43,6 +43,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 workers: formed.places.iter().map(place).collect(),
                 secret: secret(key, job, formed.generation).to_vec(),
                 resume_step: formed.resume_step,
+                kept: record.kept,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
                 buddies: formed.buddies.iter().map(|&rank| rank as u32).collect(),
@@ -61,11 +62,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
         Word::Release { job, generation, reason, keep } => {
             Message::Release(v1::Release { job, generation, reason, keep })
         }
-        Word::CommitCheckpoint { job, generation, position, watch, shards } => {
+        Word::CommitCheckpoint { job, generation, position, watch, shards, kept } => {
             let checkpoint = v1::Checkpoint {
                 position: Some(position.into()),
                 watch: json(&watch),
                 shards: shards.into_iter().map(Into::into).collect(),
+                kept,
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }

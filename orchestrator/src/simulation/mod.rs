@@ -122,10 +122,10 @@ enum Inside {
     Acknowledged(u64),
     Validated(usize),
     Exported(usize),
-    /// A commit reaches the storage: the step, or the weights.
-    Commits(Option<u64>),
+    /// A commit reaches the storage: the step, or the weights, and which checkpoint is known to stand.
+    Commits(Option<u64>, u64),
     /// The same for what was written down from memory.
-    CommitsWritten(u64),
+    CommitsWritten(u64, u64),
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.

@@ -54,6 +54,8 @@ pub enum Mutation {
     LetsGoEarly,
     /// Who goes on from memory does not say again what had been reported.
     RecoversInSilence,
+    /// A checkpoint that the orchestrator knows of goes, once there are newer ones.
+    PinsNothing,
     /// A rank that hangs is not told from those that wait for it.
     BlamesNobody,
 }

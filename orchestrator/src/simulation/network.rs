@@ -30,12 +30,12 @@ pub(super) enum Up {
 pub(super) enum Down {
     Welcome { incarnation: u64 },
     Refused,
-    Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool },
+    Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
     Command { to: RankAddress, command: RankCommand },
     Release { job: u64, generation: u32, keep: bool },
     Write { job: u64, generation: u32, of: (u32, u64), ranks: Vec<usize> },
     Durable { job: u64, step: u64 },
-    Commit { job: u64, generation: u32, step: Option<u64> },
+    Commit { job: u64, generation: u32, step: Option<u64>, kept: u64 },
 }
 
 /// A stream.

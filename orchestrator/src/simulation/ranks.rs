@@ -110,7 +110,13 @@ impl Group {
 
 impl World {
     /// Recipe, data and checkpoint have been read: the ranks can be started.
-    pub(super) fn prepared(&mut self, id: u64, of: (u64, u32), formed: &Formed, is_reachable: bool) {
+    pub(super) fn prepared(
+        &mut self,
+        id: u64,
+        of: (u64, u32),
+        formed: &Formed,
+        (kept, is_reachable): (u64, bool),
+    ) {
         let (job, _) = of;
         let stands = self.storage.entry(job).or_default().stands(formed.resume_step);
         let mut trained = Trained::default();
@@ -138,9 +144,9 @@ impl World {
         }
         group.state = State::Building;
         if tidies {
-            let keep = self.plan.keep;
+            let stays = self.stays(kept);
             let newest = formed.memory.is_none().then_some(formed.resume_step);
-            self.storage.entry(job).or_default().tidy(of.1, keep, newest);
+            self.storage.entry(job).or_default().tidy(of.1, stays, newest);
         }
         let gang = self.gangs.entry(of).or_default();
         if gang.workers.is_empty() {

@@ -348,15 +348,16 @@ fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Forme
         Word::Assign { job, generation, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
-            Down::Assign { job, ranks, formed, is_reachable }
+            let kept = core.jobs().all.get(&job)?.kept;
+            Down::Assign { job, ranks, formed, is_reachable, kept }
         }
         Word::Command { to, command } => Down::Command { to, command },
         Word::Release { job, generation, keep, .. } => Down::Release { job, generation, keep },
-        Word::CommitCheckpoint { job, generation, position, .. } => {
-            Down::Commit { job, generation, step: Some(position.step) }
+        Word::CommitCheckpoint { job, generation, position, kept, .. } => {
+            Down::Commit { job, generation, step: Some(position.step), kept }
         }
         Word::WriteDown { job, generation, of, ranks } => Down::Write { job, generation, of, ranks },
-        Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None },
+        Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None, kept: 0 },
     })
 }
 

@@ -1,7 +1,7 @@
 //! The shared storage as the simulated workers see it: shards that are written, checkpoints that are committed, weights.
 //! Follows `runtime::checkpoint::CheckpointFolder` call by call. Knows no orchestrator.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The state after a step, as far as it can be told apart: how it came about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,6 +11,13 @@ pub(super) struct Trained {
     pub(super) cursor: u64,
     /// A digest of every batch that led here.
     pub(super) digest: u64,
+}
+
+/// Which checkpoints stay: so many of the newest, and the one of this step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stays {
+    pub(super) keep: usize,
+    pub(super) pinned: u64,
 }
 
 /// One job's folder.
@@ -38,18 +45,18 @@ impl Folder {
     }
 
     /// The worker of rank 0 makes the folder ready for a formation.
-    pub(super) fn tidy(&mut self, generation: u32, keep: usize, newest: Option<u64>) {
+    pub(super) fn tidy(&mut self, generation: u32, stays: Stays, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
             .retain(|step, (_, of)| newest.is_none_or(|newest| *step <= newest) || *of >= generation);
-        self.drop_oldest(keep);
+        self.drop_oldest(stays);
     }
 
-    fn drop_oldest(&mut self, keep: usize) {
-        while self.committed.len() > keep {
-            self.committed.pop_first();
-        }
+    fn drop_oldest(&mut self, Stays { keep, pinned }: Stays) {
+        let old = self.committed.len().saturating_sub(keep);
+        let old: BTreeSet<u64> = self.committed.keys().copied().take(old).collect();
+        self.committed.retain(|step, _| *step == pinned || !old.contains(step));
     }
 
     pub(super) fn save(&mut self, generation: u32, rank: usize, trained: Trained) {
@@ -67,7 +74,7 @@ impl Folder {
         &mut self,
         (step, generation): (u64, u32),
         world: usize,
-        keep: usize,
+        stays: Stays,
     ) -> Result<Trained, Result<String, String>> {
         if let Some(stands) = self.stands(step) {
             return Ok(stands);
@@ -85,7 +92,7 @@ impl Folder {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
         self.committed.insert(step, (one, generation));
-        self.drop_oldest(keep);
+        self.drop_oldest(stays);
         Ok(one)
     }
 

@@ -13,6 +13,7 @@ use super::mutation::Mutation;
 use super::network::{Down, Up};
 use super::random::mix;
 use super::ranks::Group;
+use super::storage::Stays;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
 use crate::core::{BEAT_MS, Introduction, Left, Progress};
@@ -47,6 +48,8 @@ pub(super) struct Hosted {
     pub(super) generation: u32,
     pub(super) formed: Rc<Formed>,
     is_reachable: bool,
+    /// Step of the checkpoint that was known to stand when it was assigned.
+    kept: u64,
     pub(super) group: Group,
     outbox: Outbox,
     committed: Option<Up>,
@@ -211,8 +214,8 @@ impl World {
                 let after = self.random.between(500, 3_000);
                 self.plan_in(after, Happening::WorkerStarts(node));
             }
-            Down::Assign { job, ranks, formed, is_reachable } => {
-                self.assigned(id, (job, ranks), formed, is_reachable);
+            Down::Assign { job, ranks, formed, is_reachable, kept } => {
+                self.assigned(id, (job, ranks), formed, (kept, is_reachable));
             }
             Down::Command { to, command } => self.commanded(id, to, command),
             Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
@@ -229,13 +232,13 @@ impl World {
                     kept.durable(step);
                 }
             }
-            Down::Commit { job, generation, step } => {
+            Down::Commit { job, generation, step, kept } => {
                 if worker.hosted.get(&job).is_some_and(|hosted| hosted.generation == generation) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::Commits(step));
+                    self.plan_own(id, (job, generation), takes, Inside::Commits(step, kept));
                 } else if let Some(step) = step.filter(|_| worker.has_left(job, generation)) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(step));
+                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(step, kept));
                 }
             }
         }
@@ -269,7 +272,13 @@ impl World {
         words.into_iter().for_each(|up| self.send_up(link, up));
     }
 
-    fn assigned(&mut self, id: u64, (job, ranks): (u64, Vec<usize>), formed: Rc<Formed>, is_reachable: bool) {
+    fn assigned(
+        &mut self,
+        id: u64,
+        (job, ranks): (u64, Vec<usize>),
+        formed: Rc<Formed>,
+        (kept, is_reachable): (u64, bool),
+    ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let generation = formed.generation;
         if let Some(hosted) = worker.hosted.get(&job) {
@@ -286,7 +295,9 @@ impl World {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
         let group = Group::new(ranks);
-        worker.hosted.insert(job, Hosted { generation, formed, is_reachable, group, outbox, committed });
+        worker
+            .hosted
+            .insert(job, Hosted { generation, formed, is_reachable, kept, group, outbox, committed });
         let used: usize = worker.hosted.values().map(|hosted| hosted.group.ranks.len()).sum();
         if used > worker.slots {
             let words = format!("worker {id} hosts {used} ranks with {} slots", worker.slots);
@@ -349,16 +360,16 @@ impl World {
         let of = (job, generation);
         let hosted = worker.hosted.get(&job).filter(|hosted| hosted.generation == generation);
         match (what, hosted) {
-            (Inside::Commits(step), hosted) => {
+            (Inside::Commits(step, kept), hosted) => {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
-                self.commit(id, of, step, world);
+                self.commit(id, of, (step, kept), world);
             }
-            (Inside::CommitsWritten(step), _) => self.commit_written(id, of, step),
+            (Inside::CommitsWritten(step, kept), _) => self.commit_written(id, of, (step, kept)),
             (Inside::Saved(what), _) => self.saved(id, of, *what),
             (Inside::WrittenDown(what), _) => self.written_down(id, of, *what),
             (Inside::Prepared, Some(hosted)) => {
-                let (formed, is_reachable) = (hosted.formed.clone(), hosted.is_reachable);
-                self.prepared(id, of, &formed, is_reachable);
+                let (formed, known) = (hosted.formed.clone(), (hosted.kept, hosted.is_reachable));
+                self.prepared(id, of, &formed, known);
             }
             (Inside::Built, Some(hosted)) => {
                 let formed = hosted.formed.clone();
@@ -378,8 +389,15 @@ impl World {
     }
 
     /// The checkpoint's or the weights' last change in the storage.
-    fn commit(&mut self, id: u64, (job, generation): (u64, u32), step: Option<u64>, world: Option<usize>) {
+    fn commit(
+        &mut self,
+        id: u64,
+        (job, generation): (u64, u32),
+        (step, kept): (Option<u64>, u64),
+        world: Option<usize>,
+    ) {
         let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
+        let stays = self.stays(kept);
         let folder = self.storage.entry(job).or_default();
         let result = match step {
             _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
@@ -387,7 +405,7 @@ impl World {
                 self.checks.excused.insert(job);
                 Err("the storage is full".into())
             }
-            Some(step) => match folder.commit((step, generation), world, self.plan.keep) {
+            Some(step) => match folder.commit((step, generation), world, stays) {
                 Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
                 Err(Ok(words)) => Err(words),
                 Ok(_) => Ok(()),
@@ -407,11 +425,18 @@ impl World {
         }
     }
 
+    /// Which checkpoints stay where one is known to stand.
+    pub(super) fn stays(&self, kept: u64) -> Stays {
+        let pinned = if self.breaks(Mutation::PinsNothing) { 0 } else { kept };
+        Stays { keep: self.plan.keep, pinned }
+    }
+
     /// The commit of what was written down from memory, under the number of the next formation.
-    fn commit_written(&mut self, id: u64, (job, generation): (u64, u32), step: u64) {
+    fn commit_written(&mut self, id: u64, (job, generation): (u64, u32), (step, kept): (u64, u64)) {
         let world = self.checks.world(job, generation).unwrap_or(0);
+        let stays = self.stays(kept);
         let folder = self.storage.entry(job).or_default();
-        let result = match folder.commit((step, generation + 1), world, usize::MAX) {
+        let result = match folder.commit((step, generation + 1), world, stays) {
             Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
             Err(Ok(words)) => Err(words),
             Ok(_) => Ok(()),

@@ -31,17 +31,24 @@ pub struct CheckpointFolder {
     dir: PathBuf,
     /// Part of the names of what is not finished: what an earlier formation still writes is never in the way.
     generation: u32,
+    /// Step of a checkpoint that stays, however old it is.
+    pinned: u64,
 }
 
 impl CheckpointFolder {
     /// Of a run's folder; nothing is made yet.
     pub fn of_run(run: &Path) -> Self {
-        CheckpointFolder { dir: run.join(FOLDER), generation: 0 }
+        CheckpointFolder { dir: run.join(FOLDER), generation: 0, pinned: 0 }
     }
 
     /// The same folder, for the ranks of one formation.
     pub fn in_generation(self, generation: u32) -> Self {
         CheckpointFolder { generation, ..self }
+    }
+
+    /// The same folder, in which the checkpoint of this step stays: whoever decides where the job goes on knows of no later one.
+    pub fn pinning(self, step: u64) -> Self {
+        CheckpointFolder { pinned: step, ..self }
     }
 
     /// Whose formation's ranks it is for.
@@ -88,7 +95,7 @@ impl CheckpointFolder {
     }
 
     /// Removes what an earlier process left behind: unfinished checkpoints, those after step `newest` that an earlier formation
-    /// has committed, and all beyond the newest `keep`. What is after `newest` is of a history that was left, and would pass for
+    /// has committed, and all beyond the newest `keep` that are not pinned. What is after `newest` is of a history that was left, and would pass for
     /// the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
     /// suffer by it. An earlier one cannot commit any more afterwards: its folders are gone.
     ///
@@ -121,7 +128,8 @@ impl CheckpointFolder {
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and
-    /// renames the folder. Afterwards only the newest `keep` checkpoints remain.
+    /// renames the folder. Afterwards only the newest `keep` checkpoints remain, and the
+    /// pinned one.
     ///
     /// **Errors**: what the system says, with the path; the checkpoint is not committed then.
     pub fn commit(
@@ -165,10 +173,8 @@ impl CheckpointFolder {
 
     fn drop_oldest(&self, keep: usize) -> io::Result<()> {
         let steps = self.list()?;
-        for &step in &steps[..steps.len().saturating_sub(keep.max(1))] {
-            self.drop(step)?;
-        }
-        Ok(())
+        let old = &steps[..steps.len().saturating_sub(keep.max(1))];
+        old.iter().filter(|step| **step != self.pinned).try_for_each(|&step| self.drop(step))
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {

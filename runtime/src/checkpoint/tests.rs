@@ -134,3 +134,16 @@ fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
     // Whoever was about to commit is too late.
     assert!(!before.unfinished(16).exists());
 }
+
+#[test]
+fn the_checkpoint_that_a_job_would_go_back_to_stays_however_many_are_newer() {
+    let run = tempfile::tempdir().unwrap();
+    let folder = CheckpointFolder::of_run(run.path()).in_generation(1).pinning(4);
+    [4, 6, 8, 10].into_iter().for_each(|step| drop(commit(&folder, step, 2)));
+    assert_eq!(folder.list().unwrap(), [4, 8, 10]);
+    folder.clone().in_generation(2).tidy(2, None).unwrap();
+    assert_eq!(folder.list().unwrap(), [4, 8, 10]);
+    // By now it is known that a later one stands.
+    commit(&folder.clone().pinning(10), 12, 2);
+    assert_eq!(folder.list().unwrap(), [10, 12]);
+}

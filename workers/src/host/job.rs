@@ -83,7 +83,7 @@ impl Prepared {
         let shown = dir.display().to_string();
         let words = |error: std::io::Error| format!("{shown}: {error}");
         std::fs::create_dir_all(&dir).map_err(words)?;
-        let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation);
+        let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation).pinning(assign.kept);
         let manifest = manifest(&submitted, &text.corpus.hash).map_err(|error| error.to_string())?;
         let manifest = Manifest { generation: assign.generation, ..manifest };
         let companions = companions(&recipe, text.tokenizer.json());
@@ -99,13 +99,12 @@ impl Prepared {
         Ok(prepared)
     }
 
-    /// The same for what is written down from memory between two formations: it goes by the number of the next one, and drops no
-    /// earlier checkpoint, for what the orchestrator knows of may be older than what stands.
+    /// The same for what is written down from memory between two formations: it goes by the number of the next one.
     pub fn between_formations(&self) -> Self {
         let generation = self.manifest.generation + 1;
         let folder = self.folder.clone().in_generation(generation);
         let manifest = Manifest { generation, ..self.manifest.clone() };
-        Prepared { folder, manifest, keep: usize::MAX, ..self.clone() }
+        Prepared { folder, manifest, ..self.clone() }
     }
 
     /// What this process has loaded.
@@ -133,12 +132,13 @@ impl Prepared {
     /// **Errors**: in words.
     pub fn commit(&self, what: What) -> Result<(), String> {
         match what {
-            What::Checkpoint(v1::Checkpoint { position, watch, shards }) => {
+            What::Checkpoint(v1::Checkpoint { position, watch, shards, kept }) => {
                 let position: Position = position.ok_or("a checkpoint without a position")?.into();
                 let watch = from_json(&watch)?;
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
-                self.folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
+                let folder = self.folder.clone().pinning(kept);
+                folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
             }
             What::Weights(v1::Weights { files }) => {
                 let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
