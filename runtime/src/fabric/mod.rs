@@ -147,6 +147,33 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_whose_threads_all_wait_for_frames_is_not_at_work() {
+        let endpoint = LocalNetwork::new(LocalOptions::default()).join(0);
+        let progress = || endpoint.activity().progress();
+        let until = |is_at_work: bool| {
+            let began = Instant::now();
+            while progress().is_at_work != is_at_work {
+                assert!(began.elapsed() < Duration::from_secs(100), "{:?}", progress());
+                std::thread::yield_now();
+            }
+        };
+        endpoint.activity().begin_step(4);
+        let waiter = endpoint.clone();
+        let thread = std::thread::spawn(move || {
+            let _at_work = waiter.work();
+            waiter.receive(tag(4, 0)).map(drop)
+        });
+        let computes = endpoint.work();
+        assert!(progress().is_at_work, "one waits, one does not");
+        drop(computes);
+        until(false);
+        endpoint.send(0, tag(4, 0), bytes(1)).unwrap();
+        thread.join().unwrap().unwrap();
+        // The computation, the wait and the work around it.
+        assert_eq!(progress(), Progress { step: 4, operations: 3, is_at_work: false });
+    }
+
+    #[test]
     fn frames_of_an_earlier_generation_are_dropped() {
         let network = LocalNetwork::new(LocalOptions::default());
         let endpoint = network.join(0);
