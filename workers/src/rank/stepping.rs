@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::fabric::Phase;
@@ -180,21 +181,20 @@ impl RankState {
         if let Some(snapshot) = kept {
             member.keep(snapshot, &report);
         }
-        tracing::debug!(
-            rank = id,
-            step = report.step,
-            loss = report.loss,
-            seconds = report.seconds,
-            "step done"
-        );
-        (self.tell)(RankEvent::StepDone { report });
-        if stop {
-            (self.tell)(RankEvent::Stopped { rank: id, step });
-        }
+        self.report(report, stop);
         let goes_on = !is_last && !stop;
         match saved {
             Some(snapshot) => self.save(Box::new(snapshot), goes_on),
             None => self.go_on(goes_on),
+        }
+    }
+
+    fn report(&self, report: StepReport, stop: bool) {
+        let (rank, step) = (self.id, report.step);
+        tracing::debug!(rank, step, loss = report.loss, seconds = report.seconds, "step done");
+        (self.tell)(RankEvent::StepDone { report });
+        if stop {
+            (self.tell)(RankEvent::Stopped { rank, step });
         }
     }
 
