@@ -166,7 +166,7 @@ mod tests {
         let disturbance = Some(Disturbance { seed, max_delay: Duration::from_millis(3) });
         let network = LocalNetwork::new(LocalOptions { disturbance, ..LocalOptions::default() });
         let ends: Vec<Endpoint> = group.iter().map(|&rank| network.join(rank)).collect();
-        let id = StepId { job: 0, generation: 0, phase: Phase::Update, step: 1 };
+        let id = StepId::first(Phase::Update);
         let one = |endpoint: &Endpoint| {
             let sum = Collectives { endpoint, id }.all_reduce(group, 0, totals(endpoint.rank())).unwrap();
             (sum, endpoint.sent_bytes())

@@ -293,7 +293,9 @@ fn concatenate(parts: &[Tensor], width: usize) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::step::StepId;
     use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
+    use contraflow_runtime::schedule::Chunk;
 
     const TOKENS: usize = 5;
     const TOP_K: usize = 2;
@@ -315,18 +317,8 @@ mod tests {
                 let run = &run;
                 scope.spawn(move || {
                     let group = ExpertGroup { ranks: vec![0, 1], own, experts_per_rank: 2 };
-                    let tag = Tag {
-                        job: 0,
-                        generation: 0,
-                        phase: Phase::Train,
-                        step: 1,
-                        kind: FrameKind::Dispatch,
-                        stage: 0,
-                        micro_batch: 0,
-                        layer: 0,
-                        hop: 0,
-                        source: 0,
-                    };
+                    let chunk = Chunk { stage: 0, micro_batch: 0 };
+                    let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
                     run(Exchange { endpoint, group: &group, tag }, own);
                 });
             }

@@ -212,11 +212,12 @@ impl Member {
         Ok(RankParams { dense, experts })
     }
 
-    /// Returns the routed experts to their owner.
+    /// Takes the parameters back, and returns the routed experts to their owner.
     ///
     /// **Errors**: it is gone.
-    pub fn give_back(&self, experts: Params) -> Result<(), RankError> {
-        let message = ExpertShardMessage::Return(Box::new(experts));
+    pub fn give_back(&mut self, params: RankParams) -> Result<(), RankError> {
+        self.dense = Some(params.dense);
+        let message = ExpertShardMessage::Return(Box::new(params.experts));
         self.children.experts.cast(message).map_err(gone("the expert shard"))
     }
 

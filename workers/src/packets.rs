@@ -191,7 +191,9 @@ impl Unpack {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::step::StepId;
     use contraflow_runtime::fabric::{FrameKind, Phase};
+    use contraflow_runtime::schedule::Chunk;
     use proptest::prelude::*;
 
     /// Bytes with a form, as they come over a wire.
@@ -216,18 +218,8 @@ mod tests {
     }
 
     fn unpack(parts: Vec<Region>) -> Unpack {
-        let tag = Tag {
-            job: 0,
-            generation: 0,
-            phase: Phase::Train,
-            step: 1,
-            kind: FrameKind::Dispatch,
-            stage: 0,
-            micro_batch: 0,
-            layer: 0,
-            hop: 0,
-            source: 0,
-        };
+        let chunk = Chunk { stage: 0, micro_batch: 0 };
+        let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
         Unpack::new(tag, parts)
     }
 

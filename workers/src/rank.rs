@@ -1,36 +1,31 @@
-//! The rank actor: supervisor of one rank's actors, and the order of things within a step.
+//! The rank actor: supervisor of one rank's actors. Any failure of a child ends here, with the words for it.
 //!
-//! Load a batch, borrow the experts, run the plan, update, report, next step: the ranks commit steps among themselves, the
-//! orchestrator only hears of them. Any failure of a child ends here, with the words for it. Knows messages; tensors
-//! only pass through its hands.
+//! The ranks commit steps among themselves, the orchestrator only hears of them: the order of things within a step is in
+//! `stepping`, what goes to disk meanwhile and at the end in `saving`. Knows messages; tensors only pass through its hands.
+
+mod saving;
+mod stepping;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::path::PathBuf;
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::fabric::{AtWork, FabricError, Phase};
-use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::fabric::{AtWork, FabricError};
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
-use contraflow_runtime::watch::{Divergence, Watch};
+use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tracing::{Span, info_span};
 
+use self::saving::Then;
 use crate::buckets::RankParams;
-use crate::checkpoint::Snapshot;
-use crate::checkpointer::CheckpointerMessage;
 use crate::error::RankError;
-use crate::expert_shard::ExpertShardMessage;
-use crate::loader::{Batch, BatchShape, LoaderMessage, Part};
-use crate::membership::{Assignment, Built, Member, Tell, build_rank, gone, join};
-use crate::model::micro_batch::LossScales;
-use crate::optimizer::{OptimizerMessage, UpdateDone};
+use crate::loader::{Batch, BatchShape};
+use crate::membership::{Assignment, Built, Member, Tell, build_rank, join};
+use crate::optimizer::UpdateDone;
 use crate::params::Params;
-use crate::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
-use crate::plans::{train_shape, validation_shape};
-use crate::probe::ProbePoint;
+use crate::pipeline::{PipelineMessage, PlanDone};
 use crate::step::StepId;
-use crate::update::UpdateOrder;
 
 /// What the rank hears.
 pub enum RankMessage {
@@ -104,19 +99,11 @@ enum Task {
     },
     /// The checkpointer needs the experts before it writes.
     Lend {
-        dir: std::path::PathBuf,
+        dir: PathBuf,
     },
     Export,
     /// Nothing more will be done.
     Over,
-}
-
-/// What a rank does once a checkpoint is written.
-enum Then {
-    /// Save the next one, and go on with the run or not.
-    Save { snapshot: Box<Snapshot>, goes_on: bool },
-    /// Tell that the watch has stopped the step: whoever hears it may count on the checkpoint.
-    Diverge { divergence: Box<Divergence>, cursor: u64 },
 }
 
 /// The actor's state.
@@ -145,6 +132,44 @@ impl RankState {
         self.doing = span;
     }
 
+    /// Builds the model beside the actor: drawing the weights of a large one takes seconds, in which an abort must be heard.
+    fn assign(&mut self, myself: ActorRef<RankMessage>, assignment: Assignment) {
+        let id = self.id;
+        let Assignment { job, generation, trace, .. } = assignment;
+        let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
+        self.life = trace::below(trace, life);
+        let build = info_span!(target: SPAN, parent: &self.life, "build");
+        tokio::task::spawn_blocking(move || {
+            let _build = build.entered();
+            let build = AssertUnwindSafe(|| build_rank(id, assignment));
+            let built = catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+            drop(myself.cast(RankMessage::Built(Box::new(built))));
+        });
+    }
+
+    /// Starts the children around the model.
+    ///
+    /// **Errors**: one cannot be started.
+    async fn built(
+        &mut self,
+        myself: &ActorRef<RankMessage>,
+        built: Result<Built, RankError>,
+    ) -> Result<(), ActorProcessingErr> {
+        let built = match built {
+            Ok(built) => built,
+            Err(error) => {
+                self.fail("building the model".into(), &error);
+                return Ok(());
+            }
+        };
+        let (member, reports) = join(myself, self.id, built).await?;
+        self.member = Some(member);
+        tracing::debug!(rank = self.id, "has its model and waits for the others");
+        (self.tell)(RankEvent::Ready { rank: self.id });
+        reports.into_iter().for_each(|report| (self.tell)(RankEvent::StepDone { report }));
+        Ok(())
+    }
+
     fn command(&mut self, command: RankCommand, trace: TraceContext) -> Result<(), RankError> {
         self.commanded = trace;
         match command {
@@ -154,295 +179,34 @@ impl RankState {
                 Ok(())
             }
             RankCommand::Validate => self.validate(),
-            RankCommand::Export { dir } => {
-                self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id));
-                self.task = Task::Lend { dir };
-                self.member()?
-                    .children
-                    .experts
-                    .cast(ExpertShardMessage::Lend { step: 0 })
-                    .map_err(gone("the expert shard"))
-            }
+            RankCommand::Export { dir } => self.begin_export(dir),
             RankCommand::Abort { reason } => {
-                self.task = Task::Over;
-                let abort = PipelineMessage::Abort { reason };
-                let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
-                if !matches!(heard, Some(Ok(()))) {
-                    // Nothing runs: there is no pipeline yet, or none any more.
-                    (self.tell)(RankEvent::Aborted { rank: self.id });
-                }
+                self.abort(reason);
                 Ok(())
             }
             RankCommand::Shutdown => Ok(()),
         }
     }
 
-    fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
-        let rank = self.id;
-        self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
-        let member = self.member()?;
-        member.assignment.endpoint.activity().begin_step(step);
-        member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
-        member.began = Instant::now();
-        member.sent_before = member.assignment.endpoint.sent_bytes();
-        let recipe = &member.assignment.recipe;
-        let shape = train_shape(recipe, recipe.batch_size_at(member.position.tokens));
-        let part = Part::Train { cursor: member.position.cursor };
-        self.gather(Phase::Train, step, part, shape)
-    }
-
-    fn validate(&mut self) -> Result<(), RankError> {
-        self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id));
-        let member = self.member()?;
-        let available = member.assignment.datasets.validation.num_sequences();
-        match validation_shape(&member.assignment.recipe, available) {
-            Some(shape) => self.gather(Phase::Validate, 0, Part::Validation, shape),
-            None => {
-                (self.tell)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
-                Ok(())
-            }
+    fn abort(&mut self, reason: String) {
+        self.task = Task::Over;
+        let abort = PipelineMessage::Abort { reason };
+        let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
+        if !matches!(heard, Some(Ok(()))) {
+            // Nothing runs: there is no pipeline yet, or none any more.
+            (self.tell)(RankEvent::Aborted { rank: self.id });
         }
     }
 
-    /// Asks for what a program needs.
-    fn gather(&mut self, phase: Phase, step: u64, part: Part, shape: BatchShape) -> Result<(), RankError> {
-        let member = self.member()?;
-        let (job, generation) = (member.assignment.job, member.assignment.generation);
-        let children = &member.children;
-        children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
-        children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
-        let id = StepId { job, generation, phase, step };
-        let at_work = member.assignment.endpoint.work();
-        let _load = (info_span!(target: SPAN, parent: &self.doing, "load"), at_work);
-        self.task = Task::Gather { id, shape, batch: None, experts: None, _load };
-        Ok(())
-    }
-
-    fn batch_loaded(&mut self, loaded: Batch) -> Result<(), RankError> {
-        if let Task::Gather { batch, .. } = &mut self.task {
-            *batch = Some(loaded);
-        }
-        self.run_if_gathered()
-    }
-
+    /// The experts are here, for an export or for a program.
     fn experts_lent(&mut self, lent: Params) -> Result<(), RankError> {
         match &mut self.task {
             Task::Lend { dir } => {
                 let dir = std::mem::take(dir);
-                self.task = Task::Export;
-                let rank = self.id;
-                let member = self.member()?;
-                let params = Box::new(member.take_params(lent)?);
-                let world = member.assignment.recipe.topology().world();
-                let config = member.assignment.recipe.model_config.clone();
-                let export =
-                    CheckpointerMessage::Export { dir, rank, world, config: Box::new(config), params };
-                member.children.checkpointer.cast(export).map_err(gone("the checkpointer"))
+                self.export(dir, lent)
             }
-            Task::Gather { experts, .. } => {
-                *experts = Some(lent);
-                self.run_if_gathered()
-            }
-            _ => Ok(()),
+            _ => self.experts_gathered(lent),
         }
-    }
-
-    /// Starts the program once batch and experts are there.
-    fn run_if_gathered(&mut self) -> Result<(), RankError> {
-        let Task::Gather { id, shape, batch, experts, .. } = &mut self.task else { return Ok(()) };
-        let (id, shape) = (*id, *shape);
-        let (Some(_), Some(_)) = (&batch, &experts) else { return Ok(()) };
-        let (Some(batch), Some(experts)) = (batch.take(), experts.take()) else { return Ok(()) };
-        let denominators = (batch.denominator, batch.mtp_denominator);
-        self.task = Task::Run { shape, denominators, bubble_s: 0.0, peak_live_chunks: 0 };
-        let (rank, span) = (self.id, self.doing.clone());
-        let member = self.member()?;
-        let recipe = member.assignment.recipe.clone();
-        let mode = if id.phase == Phase::Train { Mode::Train } else { Mode::ForwardOnly };
-        let wrong = |message| RankError::Content { path: "plan".into(), message };
-        let planned = member.plans.get(shape.micro_batches, mode).map_err(wrong)?;
-        let scales = LossScales {
-            denominator: batch.denominator,
-            mtp_denominator: batch.mtp_denominator,
-            mtp_weight: recipe.mtp_weight_at(member.position.tokens),
-            balance: recipe.balance.sequence_alpha / shape.global_batch as f64,
-        };
-        let order = PipelineOrder {
-            id,
-            program: planned.programs[recipe.topology().coordinates(rank).pipeline].clone(),
-            plan: planned.plan.clone(),
-            batches: batch.micro_batches,
-            scales,
-            params: member.take_params(experts)?,
-            span,
-        };
-        member
-            .children
-            .pipeline
-            .cast(PipelineMessage::BeginStep(Box::new(order)))
-            .map_err(gone("the pipeline"))
-    }
-
-    fn plan_done(&mut self, done: PlanDone) -> Result<(), RankError> {
-        let PlanDone { id, params, totals, bubble, .. } = done;
-        let Task::Run { shape, bubble_s, peak_live_chunks, .. } = &mut self.task else { return Ok(()) };
-        *bubble_s = bubble.as_secs_f64();
-        *peak_live_chunks = totals.peak_live_chunks;
-        let shape = *shape;
-        let (rank, stop, span) = (self.id, self.stop, self.doing.clone());
-        let member = self.member()?;
-        if id.phase == Phase::Validate {
-            let RankParams { dense, experts } = params;
-            member.dense = Some(dense);
-            member.give_back(experts)?;
-            let tokens = (shape.global_batch * member.assignment.recipe.training.sequence_length) as u64;
-            self.task = Task::Idle;
-            self.doing = Span::none();
-            (self.tell)(RankEvent::Validated { rank, loss: totals.loss, tokens });
-            return Ok(());
-        }
-        let recipe = &member.assignment.recipe;
-        let order = UpdateOrder {
-            id: StepId { phase: Phase::Update, ..id },
-            learning_rate: recipe.lr_at(id.step as usize - 1, member.position.tokens),
-            bias_speed: recipe.bias_speed_at(member.position.tokens),
-            stop,
-            save: member.save_when(id.step),
-            keep: member.keeper.is_some() && !member.is_last(id.step),
-            kept_by: member.kept_by(id.step),
-        };
-        let (params, totals) = (Box::new(params), Box::new(totals));
-        let update = OptimizerMessage::Update { order, params, totals, span };
-        member.children.optimizer.cast(update).map_err(gone("the optimizer"))
-    }
-
-    fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
-        let UpdateDone { order, params, result, saved, kept } = done;
-        let global = match result {
-            Err(RankError::Diverged(divergence)) => return self.diverged(params, divergence),
-            result => result?,
-        };
-        let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
-        self.task = Task::Idle;
-        self.doing = Span::none();
-        let id = self.id;
-        let member = self.member()?;
-        let RankParams { dense, experts } = params;
-        member.dense = Some(dense);
-        member.give_back(experts)?;
-        let stop = global.stop;
-        let mut report = member.report(id, &order, global, denominators.0 as u64);
-        report.bubble_seconds = bubble_s;
-        report.peak_live_chunks = peak_live_chunks as u32;
-        let step = order.id.step;
-        member.position.step = step;
-        member.position.cursor += shape.global_batch as u64;
-        member.position.tokens += report.tokens;
-        let is_last = member.is_last(step);
-        if let Some(snapshot) = kept {
-            member.keep(snapshot, &report);
-        }
-        tracing::debug!(
-            rank = id,
-            step = report.step,
-            loss = report.loss,
-            seconds = report.seconds,
-            "step done"
-        );
-        (self.tell)(RankEvent::StepDone { report });
-        if stop {
-            (self.tell)(RankEvent::Stopped { rank: id, step });
-        }
-        let goes_on = !is_last && !stop;
-        match saved {
-            Some(snapshot) => self.save(Box::new(snapshot), goes_on),
-            None => self.go_on(goes_on),
-        }
-    }
-
-    fn go_on(&mut self, goes_on: bool) -> Result<(), RankError> {
-        let next = self.member()?.position.step + 1;
-        if goes_on { self.begin_step(next) } else { Ok(()) }
-    }
-
-    /// Hands a snapshot to the checkpointer and goes on while it writes.
-    fn save(&mut self, snapshot: Box<Snapshot>, goes_on: bool) -> Result<(), RankError> {
-        let rank = self.id;
-        let member = self.member()?;
-        if member.is_saving {
-            let _at_work = member.assignment.endpoint.work();
-            self.task = Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, _at_work };
-            return Ok(());
-        }
-        member.is_saving = true;
-        let position = member.position;
-        let folder =
-            member.assignment.checkpoints.as_ref().ok_or(RankError::ActorGone { actor: "the storage" })?;
-        let save =
-            CheckpointerMessage::Save { dir: folder.unfinished(position.step), rank, position, snapshot };
-        member.children.checkpointer.cast(save).map_err(gone("the checkpointer"))?;
-        self.go_on(goes_on)
-    }
-
-    fn saved(
-        &mut self,
-        position: Position,
-        result: Result<(Watch, ShardFile), RankError>,
-    ) -> Result<(), RankError> {
-        let rank = self.id;
-        match result {
-            Ok((watch, shard)) => (self.tell)(RankEvent::ShardSaved { rank, position, watch, shard }),
-            Err(error) => {
-                self.fail(format!("saving step {}", position.step), &error);
-                return Ok(());
-            }
-        }
-        self.member()?.is_saving = false;
-        match std::mem::replace(&mut self.task, Task::Idle) {
-            Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, .. } => self.save(snapshot, goes_on),
-            Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, .. } => {
-                (self.tell)(RankEvent::Diverged { rank, divergence, cursor });
-                Ok(())
-            }
-            task => {
-                self.task = task;
-                Ok(())
-            }
-        }
-    }
-
-    /// Takes the parameters back, unchanged, and waits for what the orchestrator makes of it.
-    fn diverged(&mut self, params: RankParams, divergence: Box<Divergence>) -> Result<(), RankError> {
-        let Task::Run { shape, .. } = self.task else { return Ok(()) };
-        self.task = Task::Idle;
-        let member = self.member()?;
-        member.dense = Some(params.dense);
-        member.give_back(params.experts)?;
-        let cursor = member.position.cursor + shape.global_batch as u64;
-        if member.is_saving {
-            let _at_work = member.assignment.endpoint.work();
-            self.task = Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, _at_work };
-        } else {
-            (self.tell)(RankEvent::Diverged { rank: self.id, divergence, cursor });
-        }
-        Ok(())
-    }
-
-    fn exported(
-        &mut self,
-        params: RankParams,
-        result: Result<ExportedFile, RankError>,
-    ) -> Result<(), RankError> {
-        let rank = self.id;
-        let file = result?;
-        let Task::Export = self.task else { return Ok(()) };
-        self.task = Task::Idle;
-        self.doing = Span::none();
-        let member = self.member()?;
-        member.dense = Some(params.dense);
-        member.give_back(params.experts)?;
-        (self.tell)(RankEvent::Exported { rank, file });
-        Ok(())
     }
 
     /// What the rank is about, in words.
@@ -501,35 +265,13 @@ impl Actor for Rank {
     ) -> Result<(), ActorProcessingErr> {
         let done = match message {
             RankMessage::Assign(assignment) => {
-                let id = state.id;
-                let Assignment { job, generation, trace, .. } = *assignment;
-                let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
-                state.life = trace::below(trace, life);
-                let build = info_span!(target: SPAN, parent: &state.life, "build");
-                // Drawing the weights of a large model takes seconds, in which an abort must be heard.
-                tokio::task::spawn_blocking(move || {
-                    let _build = build.entered();
-                    let build = AssertUnwindSafe(|| build_rank(id, *assignment));
-                    let built =
-                        catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
-                    drop(myself.cast(RankMessage::Built(Box::new(built))));
-                });
+                state.assign(myself, *assignment);
                 Ok(())
             }
-            RankMessage::Built(built) => match *built {
-                Ok(built) => {
-                    let (member, reports) = join(&myself, state.id, built).await?;
-                    state.member = Some(member);
-                    tracing::debug!(rank = state.id, "has its model and waits for the others");
-                    (state.tell)(RankEvent::Ready { rank: state.id });
-                    reports.into_iter().for_each(|report| (state.tell)(RankEvent::StepDone { report }));
-                    Ok(())
-                }
-                Err(error) => {
-                    state.fail("building the model".into(), &error);
-                    Ok(())
-                }
-            },
+            RankMessage::Built(built) => {
+                state.built(&myself, *built).await?;
+                Ok(())
+            }
             RankMessage::Command(RankCommand::Shutdown, _) => {
                 myself.stop_children(None);
                 myself.stop(None);

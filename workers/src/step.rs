@@ -44,6 +44,14 @@ impl StepId {
     }
 }
 
+#[cfg(test)]
+impl StepId {
+    /// The first step of the only job, for tests.
+    pub fn first(phase: Phase) -> Self {
+        Self { job: 0, generation: 0, phase, step: 1 }
+    }
+}
+
 /// What one layer of one chunk has under way between the compute lane and the expert lane.
 #[derive(Default)]
 pub struct LayerTransit {

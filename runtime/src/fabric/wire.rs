@@ -1,12 +1,16 @@
-//! The bytes between two sites: what stands before a frame's payload, and what comes back the other way.
+//! The bytes between two sites: what stands before a frame's payload; what comes back the other way is in `signal`.
 //!
 //! Pure: reads from anything that reads, trusts nothing, and allocates nothing whose size a peer has chosen. All numbers are
 //! little-endian. Knows no sockets and no credits.
+
+mod signal;
 
 use std::io::{self, Read};
 
 use super::{Form, FrameKind, Phase, Tag};
 use crate::trace::TraceContext;
+
+pub use self::signal::{LaneKey, SIGNAL_BYTES, Signal, encode_signal, read_signal};
 
 /// Version of everything that is said on a link, handshake included. Both ends have to have the same.
 pub const VERSION: u16 = 2;
@@ -16,13 +20,10 @@ pub const MAX_PARTS: usize = 16;
 pub const MAX_FRAME_BYTES: u64 = 4 << 30;
 /// **Units**: bytes of what every message begins with.
 pub const PREFIX_BYTES: usize = 88;
-/// **Units**: bytes of a signal.
-pub const SIGNAL_BYTES: usize = 40;
 
 const PART_BYTES: usize = 32;
 const CHECKSUM_BYTES: usize = 8;
 const MAGIC: [u8; 4] = *b"cfFr";
-const SIGNAL_MAGIC: [u8; 4] = *b"cfSi";
 const INLINE: u64 = u64::MAX;
 
 /// What comes from the sending side of a link.
@@ -239,84 +240,6 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
     Ok(FrameHeader { to, tag, trace, block: (block != INLINE).then_some(block), parts: list })
 }
 
-/// Frames of one kind from one rank to another: what has a window of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LaneKey {
-    /// Rank that sends.
-    pub source: u32,
-    /// Rank that receives.
-    pub to: u32,
-    /// What the frames carry.
-    pub kind: FrameKind,
-}
-
-/// What comes back from the receiving side of a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signal {
-    /// So much of a lane has been taken.
-    Credit {
-        /// The lane.
-        lane: LaneKey,
-        /// **Units**: bytes, as frames are counted against the window.
-        bytes: u64,
-    },
-    /// A block of shared memory is free again.
-    Free {
-        /// Where it begins.
-        block: u64,
-    },
-    /// Alive.
-    Beat,
-    /// No frame will be taken any more.
-    Bye,
-}
-
-/// The bytes of a signal.
-pub fn encode_signal(signal: &Signal) -> [u8; SIGNAL_BYTES] {
-    let nowhere = LaneKey { source: 0, to: 0, kind: FrameKind::Activation };
-    let (what, lane, value) = match *signal {
-        Signal::Credit { lane, bytes } => (1, lane, bytes),
-        Signal::Free { block } => (2, nowhere, block),
-        Signal::Beat => (3, nowhere, 0),
-        Signal::Bye => (4, nowhere, 0),
-    };
-    let mut bytes = [0; SIGNAL_BYTES];
-    bytes[..4].copy_from_slice(&SIGNAL_MAGIC);
-    bytes[4..8].copy_from_slice(&[VERSION as u8, what, lane.kind as u8, 0]);
-    bytes[8..12].copy_from_slice(&lane.source.to_le_bytes());
-    bytes[12..16].copy_from_slice(&lane.to.to_le_bytes());
-    bytes[16..24].copy_from_slice(&value.to_le_bytes());
-    let sum = checksum(&[&bytes[..SIGNAL_BYTES - CHECKSUM_BYTES]]);
-    bytes[SIGNAL_BYTES - CHECKSUM_BYTES..].copy_from_slice(&sum);
-    bytes
-}
-
-/// Reads a signal.
-///
-/// **Errors**: as [`read_message`].
-pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
-    let mut bytes = [0; SIGNAL_BYTES];
-    reader.read_exact(&mut bytes)?;
-    let (body, sum) = bytes.split_at(SIGNAL_BYTES - CHECKSUM_BYTES);
-    let mut fields = Fields(body);
-    if fields.take() != SIGNAL_MAGIC || fields.u8() != VERSION as u8 {
-        return bad("what came is no signal of this version");
-    }
-    if checksum(&[body]) != sum {
-        return bad("the checksum of a signal does not match");
-    }
-    let (what, kind, _) = (fields.u8(), kind_of(fields.u8())?, fields.u8());
-    let lane = LaneKey { source: fields.u32(), to: fields.u32(), kind };
-    let value = fields.u64();
-    match what {
-        1 => Ok(Signal::Credit { lane, bytes: value }),
-        2 => Ok(Signal::Free { block: value }),
-        3 => Ok(Signal::Beat),
-        4 => Ok(Signal::Bye),
-        other => bad(format!("no signal has number {other}")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -359,18 +282,6 @@ mod tests {
             let mut flipped = bytes;
             flipped[at] ^= 1_u8 << bit;
             prop_assert!(read_message(&mut &flipped[..]).is_err());
-        }
-
-        #[test]
-        fn what_is_signalled_is_heard(source in any::<u32>(), to in any::<u32>(), kind in 0..KINDS.len(), bytes in any::<u64>(),
-                                      at in 0..SIGNAL_BYTES, bit in 0..8) {
-            let lane = LaneKey { source, to, kind: KINDS[kind] };
-            for signal in [Signal::Credit { lane, bytes }, Signal::Free { block: bytes }, Signal::Beat, Signal::Bye] {
-                let mut encoded = encode_signal(&signal);
-                prop_assert_eq!(read_signal(&mut &encoded[..]).unwrap(), signal);
-                encoded[at] ^= 1_u8 << bit;
-                prop_assert!(read_signal(&mut &encoded[..]).is_err());
-            }
         }
     }
 

@@ -95,19 +95,48 @@ fn a_piece_that_is_not_what_was_announced_is_told() {
     assert!(error.to_string().ends_with("expected 3 bytes, got 2 bytes"), "{error}");
 }
 
-/// A keeper of rank `own` among three in a circle, with what it is told and what it fails with.
-fn keeper(endpoint: &Endpoint, kept: &Arc<Kept>) -> (mpsc::Sender<Keep>, mpsc::Receiver<RankError>) {
-    let own = endpoint.rank();
-    let (failed, errors) = mpsc::channel();
-    let keeper = Keeper {
-        endpoint: endpoint.clone(),
-        kept: kept.clone(),
-        formation: (1, 1),
-        buddy: (own + 1) % 3,
-        ward: (own + 2) % 3,
-    };
-    let keeps = start(keeper, 4, move |error| drop(failed.send(error))).unwrap();
-    (keeps, errors)
+/// Three ranks in a circle, each with the one that stands `distance` further for its buddy.
+#[derive(Clone, Copy)]
+struct Circle {
+    generation: u32,
+    first_step: u64,
+    distance: usize,
+}
+
+const FIRST: Circle = Circle { generation: 1, first_step: 4, distance: 1 };
+
+impl Circle {
+    /// A rank's keeper, with what it is told and what it fails with.
+    fn keeper(
+        self,
+        endpoint: &Endpoint,
+        kept: &Arc<Kept>,
+    ) -> (mpsc::Sender<Keep>, mpsc::Receiver<RankError>) {
+        let own = endpoint.rank();
+        let (failed, errors) = mpsc::channel();
+        let keeper = Keeper {
+            endpoint: endpoint.clone(),
+            kept: kept.clone(),
+            formation: (1, self.generation),
+            buddy: (own + self.distance) % 3,
+            ward: (own + 3 - self.distance) % 3,
+        };
+        let keeps = start(keeper, self.first_step, move |error| drop(failed.send(error))).unwrap();
+        (keeps, errors)
+    }
+
+    /// Makes the steps up to this one, each when every buddy has the state before.
+    fn make_steps(self, last: u64, ends: &[Endpoint], kept: &[Arc<Kept>]) {
+        let keepers: Vec<_> = ends.iter().zip(kept).map(|(end, kept)| self.keeper(end, kept)).collect();
+        for step in self.first_step + 1..=last {
+            for (rank, (keeps, _)) in keepers.iter().enumerate() {
+                keeps.send(keep(rank, step)).unwrap();
+            }
+            for (rank, end) in ends.iter().enumerate() {
+                acknowledged(end, (1, self.generation), (rank + self.distance) % 3, step).unwrap();
+            }
+        }
+    }
 }
 
 fn keep(rank: usize, step: u64) -> Keep {
@@ -121,15 +150,7 @@ fn keep(rank: usize, step: u64) -> Keep {
 fn every_rank_has_its_own_state_and_that_of_its_ward_once_its_buddy_has_said_so() {
     let ends = endpoints(3);
     let kept: Vec<Arc<Kept>> = ends.iter().map(|_| Arc::default()).collect();
-    let keepers: Vec<_> = ends.iter().zip(&kept).map(|(end, kept)| keeper(end, kept)).collect();
-    for step in [5, 6, 7] {
-        for (rank, (keeps, _)) in keepers.iter().enumerate() {
-            keeps.send(keep(rank, step)).unwrap();
-        }
-        for (rank, end) in ends.iter().enumerate() {
-            acknowledged(end, (1, 1), (rank + 1) % 3, step).unwrap();
-        }
-    }
+    FIRST.make_steps(7, &ends, &kept);
     // Of step 7 all have said that their buddies have it; what is older than step 6 nobody needs.
     for (rank, kept) in kept.iter().enumerate() {
         let ward = (rank + 2) % 3;
@@ -151,7 +172,7 @@ fn every_rank_has_its_own_state_and_that_of_its_ward_once_its_buddy_has_said_so(
 fn a_buddy_that_gives_up_is_the_end_of_a_keeper_and_is_told() {
     let ends = endpoints(3);
     let kept: Arc<Kept> = Arc::default();
-    let (keeps, errors) = keeper(&ends[0], &kept);
+    let (keeps, errors) = FIRST.keeper(&ends[0], &kept);
     keeps.send(keep(0, 5)).unwrap();
     ends[0].abort("rank 2 is lost");
     let error = errors.recv().unwrap();
@@ -180,4 +201,28 @@ fn a_rank_gets_its_part_from_whoever_has_it() {
     assert_eq!(kept[1].inventory(), [(1, 9, 1)]);
     let error = recover(&Recovered { step: 8, ..recovered(2) }, &ends[2], (1, 3)).err().unwrap();
     assert_eq!(error.kind(), crate::error::ErrorKind::Lost);
+}
+
+#[test]
+fn a_new_buddy_brings_a_lost_rank_also_the_reports_of_steps_that_were_made_before_it_was_one() {
+    let ends = endpoints(3);
+    let mut kept: Vec<Arc<Kept>> = ends.iter().map(|_| Arc::default()).collect();
+    FIRST.make_steps(7, &ends, &kept);
+    for kept in &kept {
+        kept.durable(5);
+        kept.go_on_from(2, 7);
+    }
+    assert!(kept[2].reports(0, 9).is_empty());
+    // The circle the other way round: rank 0 has rank 2 for its buddy, no longer rank 1.
+    let second = Circle { generation: 2, first_step: 7, distance: 2 };
+    second.make_steps(9, &ends, &kept);
+    // Rank 0 is lost with all that it had in memory, and made anew from what its new buddy has.
+    kept[0] = Arc::default();
+    kept.iter().for_each(|kept| kept.go_on_from(3, 9));
+    let recovered =
+        |rank: usize| Recovered { generation: 2, step: 9, holders: vec![2, 1, 2], kept: kept[rank].clone() };
+    let got = |rank: usize| recover(&recovered(rank), &ends[rank], (1, 3)).unwrap();
+    got(2);
+    let (image, reports) = got(0);
+    assert_eq!((image.position.step, steps(reports)), (9, vec![6, 7, 8, 9]));
 }

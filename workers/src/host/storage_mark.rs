@@ -1,0 +1,34 @@
+//! The mark of the storage: a file with a number drawn by chance, by which the orchestrator sees whether two workers share it.
+
+use std::path::Path;
+
+/// The file, in the storage.
+const STORAGE_MARK: &str = ".contraflow-storage";
+
+/// The mark of the storage; the first worker that sees it makes one.
+pub(super) fn storage_mark(storage: &Path) -> Result<String, String> {
+    let path = storage.join(STORAGE_MARK);
+    let words = |error: std::io::Error| format!("--storage: {}: {error}", path.display());
+    std::fs::create_dir_all(storage).map_err(words)?;
+    if !path.exists() {
+        // Under its name at once and whole: whoever is second finds that of the first.
+        let mark = format!("{:016x}", random_number().map_err(words)?);
+        let fresh = storage.join(format!("{STORAGE_MARK}.{mark}"));
+        std::fs::write(&fresh, &mark).map_err(words)?;
+        let linked = std::fs::hard_link(&fresh, &path);
+        std::fs::remove_file(&fresh).map_err(words)?;
+        match linked {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(words(error)),
+            _ => {}
+        }
+    }
+    std::fs::read_to_string(&path).map_err(words)
+}
+
+/// From the system.
+pub(super) fn random_number() -> std::io::Result<u64> {
+    use std::io::Read;
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}
