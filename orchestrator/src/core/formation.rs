@@ -2,36 +2,18 @@
 //!
 //! Volatile: after a start of the orchestrator it is made anew, and the ranks tell again what it has to know.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::recipe::ErrorKind;
 use contraflow_runtime::watch::Action;
 
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
-use super::{ABORT_MS, Core, Effect, HANG_GAPS, HANG_MS, Progress, STANDSTILL_MS, VERDICT_MS, Word};
+use super::watermarks::{Hang, Watermarks};
+use super::{ABORT_MS, Core, Effect, Progress, STANDSTILL_MS, VERDICT_MS, Word};
 use crate::job::{self, Job, JobSetup, Outcome};
-use contraflow_runtime::control::wire::RankAddress;
-
-/// How far a rank was when it last got on, and whether it is at work since or waits for others.
-#[derive(Clone, Copy, Debug)]
-struct Watermark {
-    step: u64,
-    operations: u64,
-    is_at_work: bool,
-    since_ms: u64,
-}
-
-/// Ranks that have not got on for so long that they will not any more.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Hang {
-    /// The rank that holds up the others; none where each waits for another.
-    pub(super) rank: Option<usize>,
-    /// In words.
-    pub(super) why: String,
-}
 
 /// A running formation.
 pub(super) struct Formation {
@@ -42,9 +24,7 @@ pub(super) struct Formation {
     aborting_ms: Option<u64>,
     /// Why the job is to give up its places after the running step.
     moves: Option<String>,
-    watermarks: BTreeMap<usize, Watermark>,
-    /// The longest that nobody got on so far, and then somebody did. **Units**: ms.
-    longest_gap: u64,
+    watermarks: Watermarks,
 }
 
 impl Formation {
@@ -60,49 +40,23 @@ impl Formation {
             export_dir: record.spec.save_model.then(PathBuf::new),
         });
         let machine = machine.with_committed(record.kept);
-        let watermarks = BTreeMap::new();
-        Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks, longest_gap: 0 }
+        let watermarks = Watermarks::default();
+        Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks }
     }
 
     pub(super) fn waiting_for(&self, now: u64) -> String {
         match &self.suspicion {
             Some((_, why)) => format!("a verdict on: {why}"),
             None if self.is_training() => {
-                self.stands_still(now, STANDSTILL_MS).map_or_else(String::new, |hang| hang.why)
+                self.watermarks.stands_still(now, STANDSTILL_MS).map_or_else(String::new, |hang| hang.why)
             }
             None => self.machine.describe(),
         }
     }
 
-    /// When some rank last got on, of those that are so far.
-    fn latest(&self, counts: impl Fn(&&Watermark) -> bool) -> Option<u64> {
-        self.watermarks.values().filter(counts).map(|mark| mark.since_ms).max()
-    }
-
-    /// Where nobody has got on for so long: of the ranks that are at work the one that stopped first. The others wait for it,
-    /// soon or at last.
-    fn stands_still(&self, now: u64, for_ms: u64) -> Option<Hang> {
-        let latest = self.latest(|_| true).filter(|latest| latest + for_ms <= now)?;
-        let at_work = self.watermarks.iter().filter(|(_, mark)| mark.is_at_work);
-        let first = at_work.min_by_key(|(_, mark)| (mark.since_ms, mark.step, mark.operations));
-        let Some((&rank, mark)) = first else {
-            let seconds = (now - latest) / 1000;
-            return Some(Hang {
-                rank: None,
-                why: format!("every rank waits for another one, for {seconds} s"),
-            });
-        };
-        let &Watermark { step, operations, since_ms, .. } = mark;
-        let seconds = now.saturating_sub(since_ms) / 1000;
-        let why = format!(
-            "rank {rank} does not get on for {seconds} s, in step {step} after {operations} operations"
-        );
-        Some(Hang { rank: Some(rank), why })
-    }
-
-    /// Where nobody has got on for much longer than ever before: which rank hangs.
+    /// Which rank hangs, where they train and none gets on.
     pub(super) fn hangs(&self, now: u64) -> Option<Hang> {
-        self.stands_still(now, HANG_MS.max(HANG_GAPS * self.longest_gap)).filter(|_| self.is_training())
+        self.watermarks.hangs(now).filter(|_| self.is_training())
     }
 
     pub(super) fn is_training(&self) -> bool {
@@ -142,17 +96,7 @@ impl Formation {
     }
 
     pub(super) fn progress(&mut self, progress: &Progress, now: u64) {
-        let &Progress { rank: RankAddress { rank, .. }, step, operations, is_at_work } = progress;
-        let before = self.watermarks.get(&rank).copied();
-        let gets_on = before.is_none_or(|mark| (mark.step, mark.operations) != (step, operations));
-        if gets_on && self.is_training() {
-            // Before the first step ranks wait for the slowest to be made.
-            let latest = self.latest(|mark| mark.step > 0);
-            let gap = latest.map_or(0, |latest| now.saturating_sub(latest));
-            self.longest_gap = self.longest_gap.max(gap);
-        }
-        let since_ms = before.filter(|_| !gets_on).map_or(now, |mark| mark.since_ms);
-        self.watermarks.insert(rank, Watermark { step, operations, is_at_work, since_ms });
+        self.watermarks.note(progress, now);
     }
 
     /// Why it cannot go on although nobody's lease has run out, if that has lasted long enough.

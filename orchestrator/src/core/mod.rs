@@ -12,6 +12,7 @@ mod members;
 mod schedule;
 #[cfg(test)]
 mod tests;
+mod watermarks;
 mod words;
 mod writing_down;
 
@@ -22,11 +23,12 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::topology::Topology;
 
 use self::facts::{End, Fact, JobSpec};
-use self::formation::{Formation, Hang};
+use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
 use self::leaving::Leaving;
 use self::members::Members;
 pub use self::members::{Introduction, Member};
+use self::watermarks::Hang;
 pub use self::words::{Effect, Event, Left, Progress, Word};
 
 /// How often a worker beats.
