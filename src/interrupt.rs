@@ -1,33 +1,45 @@
 //! What Ctrl-C and SIGTERM do to a run: the first lets it finish its step and keep it, the second ends the process.
 
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
 use crate::failure::Failure;
 
 /// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
 pub const INTERRUPTED: u8 = 130;
 
-/// Calls `stop` at the first signal and ends the process at the second. Runs until it is aborted.
-///
-/// **Errors**: the system gives no signals.
-pub async fn watch(stop: impl Fn()) -> Result<(), Failure> {
-    signal().await?;
-    eprintln!("interrupted: finishing the step and keeping it; once more to end at once");
-    stop();
-    signal().await?;
-    // The last committed checkpoint stands, whatever is cut off now.
-    std::process::exit(INTERRUPTED.into())
+/// Ctrl-C and SIGTERM, heard from the moment this is made: one that comes between two waits is kept for the next.
+#[derive(Debug)]
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
 }
 
-/// Waits for Ctrl-C or SIGTERM.
-///
-/// **Errors**: the system gives no signals.
-pub async fn signal() -> Result<(), Failure> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let failed = |error: std::io::Error| Failure::run(format!("signals: {error}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    tokio::select! {
-        heard = tokio::signal::ctrl_c() => heard.map_err(failed),
-        _ = terminate.recv() => Ok(()),
+impl Signals {
+    /// Begins to hear them, in place of what they do by themselves.
+    ///
+    /// **Errors**: the system gives no signals.
+    pub fn listen() -> Result<Self, Failure> {
+        let hear = |kind| signal(kind).map_err(|error| Failure::run(format!("signals: {error}")));
+        Ok(Signals { interrupt: hear(SignalKind::interrupt())?, terminate: hear(SignalKind::terminate())? })
     }
+
+    /// Waits for the next of either.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => (),
+            _ = self.terminate.recv() => (),
+        }
+    }
+}
+
+/// Calls `stop` at the first signal and ends the process at the second. Runs until it is aborted.
+pub async fn watch(mut signals: Signals, stop: impl Fn()) {
+    signals.next().await;
+    eprintln!("interrupted: finishing the step and keeping it; once more to end at once");
+    stop();
+    signals.next().await;
+    // The last committed checkpoint stands, whatever is cut off now.
+    std::process::exit(INTERRUPTED.into())
 }
 
 /// What commands that wait for the network run on.
@@ -36,4 +48,22 @@ pub async fn signal() -> Result<(), Failure> {
 pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.map_err(|error| Failure::run(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Signal, getpid, kill_process};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_signal_that_comes_between_two_waits_is_not_lost() {
+        let (mut signals, mut delivered) = (Signals::listen().unwrap(), Signals::listen().unwrap());
+        for signal in [Signal::INT, Signal::TERM, Signal::INT] {
+            kill_process(getpid(), signal).unwrap();
+            delivered.next().await;
+            let at_once = std::time::Duration::ZERO;
+            assert!(tokio::time::timeout(at_once, signals.next()).await.is_ok(), "{signal:?}");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use contraflow_orchestrator::server::{Orchestrator, Security};
 use contraflow_runtime::recipe::LogLevel;
 
 use crate::failure::Failure;
-use crate::interrupt;
+use crate::interrupt::{self, Signals};
 use crate::telemetry;
 
 /// Arguments of `contraflow orchestrator`.
@@ -42,13 +42,10 @@ pub fn run(args: &Args) -> Result<(), Failure> {
             Some(security) => orchestrator.secured(security),
             None => orchestrator,
         };
+        let mut signals = Signals::listen()?;
         let address = orchestrator.address().map_err(|error| Failure::run(error.to_string()))?;
         eprintln!("orchestrator at {address}, incarnation {}", orchestrator.incarnation());
-        let stop = async {
-            // Without signals it can still be ended by force: its state is on the disk.
-            drop(interrupt::signal().await);
-        };
-        orchestrator.serve(stop).await.map_err(Failure::run)
+        orchestrator.serve(async move { signals.next().await }).await.map_err(Failure::run)
     })
 }
 

@@ -25,7 +25,7 @@ use contraflow_workers::provenance::{companions, made_by, manifest};
 
 use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
-use crate::interrupt;
+use crate::interrupt::{self, Signals};
 use crate::machine::measure_peak;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
@@ -337,7 +337,7 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
 fn run_cluster(spec: ClusterSpec) -> Result<Outcome, Failure> {
     interrupt::runtime()?.block_on(async {
         let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
-        let interrupted = tokio::spawn(interrupt::watch(cluster.stopper()));
+        let interrupted = tokio::spawn(interrupt::watch(Signals::listen()?, cluster.stopper()));
         let outcome = cluster.wait().await;
         interrupted.abort();
         Ok(outcome)

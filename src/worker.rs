@@ -7,7 +7,7 @@ use contraflow_workers::host::{self, Settings};
 
 use crate::access::Access;
 use crate::failure::Failure;
-use crate::interrupt;
+use crate::interrupt::{self, Signals};
 use crate::telemetry;
 
 /// Arguments of `contraflow worker`.
@@ -44,11 +44,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let settings = settings(args)?;
     let runtime = interrupt::runtime()?;
     let ended = runtime.block_on(async {
-        // Without signals it can still be ended by force: its ranks go on from what is kept.
-        let stop = async { drop(interrupt::signal().await) };
+        let (mut once, mut twice) = (Signals::listen()?, Signals::listen()?);
+        let stop = once.next();
         let end = async {
-            drop(interrupt::signal().await);
-            drop(interrupt::signal().await);
+            twice.next().await;
+            twice.next().await;
         };
         host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
     });

@@ -2,22 +2,24 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::process::Command;
 
 use contraflow_runtime::recipe::builtin;
 
 #[test]
 fn commands_say_what_they_should() {
-    trycmd::TestCases::new().case("tests/cmd/*.trycmd");
+    trycmd::TestCases::new().timeout(deadline::DEADLINE).case("tests/cmd/*.trycmd");
 }
 
 #[test]
 fn every_built_in_recipe_has_a_sound_plan() {
     for name in builtin::recipe_names() {
-        let output = Command::new(env!("CARGO_BIN_EXE_contraflow"))
-            .args(["plan", name, "--format", "json"])
-            .output()
-            .unwrap();
+        let output = deadline::output(
+            Command::new(env!("CARGO_BIN_EXE_contraflow")).args(["plan", name, "--format", "json"]),
+        );
         assert!(output.status.success(), "{name}: {output:?}");
         let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         let ranks = plan["ranks"].as_array().unwrap().len();
@@ -38,11 +40,9 @@ fn a_refused_run_leaves_no_trace() {
         &["train", "missing.toml"],
     ];
     for arguments in refused {
-        let output = Command::new(env!("CARGO_BIN_EXE_contraflow"))
-            .args(arguments)
-            .current_dir(folder.path())
-            .output()
-            .unwrap();
+        let output = deadline::output(
+            Command::new(env!("CARGO_BIN_EXE_contraflow")).args(arguments).current_dir(folder.path()),
+        );
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(output.stdout.is_empty() && output.stderr.starts_with(b"error: "), "{arguments:?}");
         assert_eq!(folder.path().read_dir().unwrap().count(), 0, "{arguments:?}");
@@ -51,12 +51,12 @@ fn a_refused_run_leaves_no_trace() {
 
 #[test]
 fn a_reader_that_has_read_enough_is_no_failure() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_contraflow"))
-        .args(["plan", "--schedule", "dualpipe", "--pipeline", "32", "--micro-batches", "512"])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = deadline::spawn(
+        Command::new(env!("CARGO_BIN_EXE_contraflow"))
+            .args(["plan", "--schedule", "dualpipe", "--pipeline", "32", "--micro-batches", "512"])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped()),
+    );
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");

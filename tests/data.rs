@@ -1,6 +1,9 @@
 //! The way from files to a run with a tokenizer of its own, as a user goes it; `prepare` killed on the way.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -31,13 +34,13 @@ fn command(dir: &Path, args: &[&str]) -> Command {
 }
 
 fn succeed(dir: &Path, args: &[&str]) -> Output {
-    let output = command(dir, args).output().unwrap();
+    let output = deadline::output(&mut command(dir, args));
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     output
 }
 
 fn refused(dir: &Path, args: &[&str]) -> String {
-    let output = command(dir, args).output().unwrap();
+    let output = deadline::output(&mut command(dir, args));
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "{args:?}: {told}");
     told

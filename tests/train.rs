@@ -1,6 +1,9 @@
 //! The binary as a user meets it: a short run from recipe to folder, and text out of what it learnt.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/deadline.rs"]
+mod deadline;
+
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -15,7 +18,7 @@ const MODEL: &str = r#"{
 }"#;
 
 fn contraflow(dir: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_contraflow")).args(args).current_dir(dir).output().unwrap()
+    deadline::output(Command::new(env!("CARGO_BIN_EXE_contraflow")).args(args).current_dir(dir))
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::deadline;
 use crate::place::{Place, fixtures, text};
 
 /// A sharded export of a fixture, to be damaged.
@@ -181,7 +182,7 @@ fn on_a_full_disk(place: &Place, kilobytes: usize, args: &str) -> std::process::
         2 * kilobytes,
         env!("CARGO_BIN_EXE_contraflow")
     );
-    Command::new("sh").args(["-c", &limit]).current_dir(place.path("")).output().unwrap()
+    deadline::output(Command::new("sh").args(["-c", &limit]).current_dir(place.path("")))
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! To Hugging Face and back, by the binary: eval, export, import, and starting from what was imported.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../common/deadline.rs"]
+mod deadline;
 mod faults;
 mod place;
 mod transformers;

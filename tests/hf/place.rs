@@ -5,6 +5,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
+use crate::deadline;
+
 /// A user's own config.json.
 pub const MODEL: &str = r#"{
   "model_type": "deepseek_v3", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
@@ -66,11 +68,9 @@ impl Place {
     }
 
     pub fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_contraflow"))
-            .args(args)
-            .current_dir(self.dir.path())
-            .output()
-            .unwrap()
+        deadline::output(
+            Command::new(env!("CARGO_BIN_EXE_contraflow")).args(args).current_dir(self.dir.path()),
+        )
     }
 
     /// What a command that succeeds says.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::deadline;
 use crate::place::{MODEL, Place, TRAINING, fixtures, text};
 
 /// A Python with torch and transformers: `$CONTRAFLOW_PYTHON`, or the one on the path. `None` is said aloud.
@@ -21,7 +22,7 @@ fn python() -> Option<PathBuf> {
 fn compare(python: &PathBuf, place: &Place, export: &str, logits: &str) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hf_compare.py");
     let output =
-        Command::new(python).arg(script).args([export, logits]).current_dir(place.path("")).output().unwrap();
+        deadline::output(Command::new(python).arg(script).args([export, logits]).current_dir(place.path("")));
     assert!(output.status.success(), "{export}: {}{}", text(&output.stdout), text(&output.stderr));
     eprintln!("{export}: {}", text(&output.stdout).trim_end());
 }

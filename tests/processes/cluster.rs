@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::deadline;
+
 /// How long anything may take, on a machine that builds something else meanwhile.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -90,7 +92,7 @@ impl Who {
     pub fn issue(dir: &Path, certs: &str, name: &str, role: &str) -> Who {
         let arguments = ["certs", "issue", "--dir", certs, "--name", name, "--role", role];
         let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
-        let output = command.args(arguments).current_dir(dir).output().unwrap();
+        let output = deadline::output(command.args(arguments).current_dir(dir));
         assert!(output.status.success(), "{output:?}");
         let token = String::from_utf8(output.stdout).unwrap().trim().to_owned();
         Who { tls: format!("{certs}/{name}"), token }
@@ -213,7 +215,7 @@ impl Cluster {
     }
 
     fn end_of(mut command: Command) -> (i32, String, String) {
-        let output = command.output().unwrap();
+        let output = deadline::output(&mut command);
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
     }
@@ -254,8 +256,8 @@ impl Cluster {
 
     /// Waits for the end of a job: its steps as they are watched from the first on.
     pub fn finish(&self, job: &str) -> Vec<Value> {
-        let mut child =
-            self.command(&["watch", job, "--format", "json"]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut command = self.command(&["watch", job, "--format", "json"]);
+        let mut child = deadline::spawn(command.stdout(Stdio::piped()));
         let out = BufReader::new(child.stdout.take().unwrap());
         let steps = out.lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
         let code = until("the end of watch", || child.try_wait().unwrap());

@@ -6,6 +6,8 @@
 mod chaos;
 mod cluster;
 mod collector;
+#[path = "../common/deadline.rs"]
+mod deadline;
 mod python;
 mod refusals;
 mod retention;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::cluster::{Cluster, JOB};
+use crate::deadline;
 
 /// A Python with grpcio and grpcio-tools: `$CONTRAFLOW_GRPC_PYTHON`, or the one on the path. `None` is said aloud.
 fn python() -> Option<String> {
@@ -31,13 +32,13 @@ fn a_client_made_from_the_protocol_files_submits_and_follows_a_job() {
     let path = cluster.path().join("recipe.toml");
     std::fs::write(&path, recipe).unwrap();
     let proto = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");
-    let client = Command::new(python)
-        .arg(proto.join("client.py"))
-        .arg(&cluster.address)
-        .arg(&path)
-        .env("PYTHONPATH", &proto)
-        .output()
-        .unwrap();
+    let client = deadline::output(
+        Command::new(python)
+            .arg(proto.join("client.py"))
+            .arg(&cluster.address)
+            .arg(&path)
+            .env("PYTHONPATH", &proto),
+    );
     let out = String::from_utf8(client.stdout).unwrap();
     assert!(client.status.success(), "{}", String::from_utf8_lossy(&client.stderr));
     let lines: Vec<&str> = out.lines().collect();

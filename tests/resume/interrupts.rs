@@ -5,6 +5,7 @@ use std::process::Child;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::deadline;
 use crate::workplace::{Workplace, told};
 
 fn interrupt(child: &Child, signal: Signal) {
@@ -89,11 +90,9 @@ fn a_full_disk_ends_the_run_with_the_file_and_leaves_the_last_commit() {
     // Blocks of 512 bytes: room for all but a shard.
     let limit = largest / 2 / 512;
     let script = format!("ulimit -f {limit}; exec \"$0\" train --resume --set training.steps=16");
-    let output = std::process::Command::new("sh")
-        .args(["-c", &script, env!("CARGO_BIN_EXE_contraflow")])
-        .current_dir(place.path(""))
-        .output()
-        .unwrap();
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_contraflow")]).current_dir(place.path(""));
+    let output = deadline::output(&mut command);
     let told = told(&output);
     assert_eq!(output.status.code(), Some(2), "{told}");
     assert!(told.contains("saving step 16") && told.contains("rank-0000"), "{told}");

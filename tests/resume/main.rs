@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod crashes;
+#[path = "../common/deadline.rs"]
+mod deadline;
 mod interrupts;
 mod refusals;
 mod rollback;

@@ -6,6 +6,8 @@ use std::process::{Child, Command, Output, Stdio};
 
 use tempfile::TempDir;
 
+use crate::deadline;
+
 /// A model that makes a hundred steps a second.
 const MODEL: &str = include_str!("../fixtures/small-model.json");
 
@@ -49,7 +51,7 @@ impl Workplace {
     }
 
     pub fn run(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
+        deadline::output(&mut self.command(args))
     }
 
     /// Runs a command that has to go well.
@@ -60,12 +62,8 @@ impl Workplace {
 
     /// Starts a command with failpoints; its messages can be read from stderr.
     pub fn start(&self, args: &[&str], failpoints: &str) -> Child {
-        self.command(args)
-            .env("FAILPOINTS", failpoints)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+        let mut command = self.command(args);
+        deadline::spawn(command.env("FAILPOINTS", failpoints).stdout(Stdio::null()).stderr(Stdio::piped()))
     }
 
     /// The curve that a run has left in its metrics.
