@@ -6,10 +6,12 @@
 //! word: a change there belongs here too. Knows no file and no socket.
 
 mod checks;
+mod commits;
 mod faults;
 mod memory;
 mod mutation;
 mod network;
+mod outbox;
 mod plan;
 mod random;
 mod ranks;

@@ -1,7 +1,7 @@
 //! A worker's process: its stream, the formations that it hosts, and what it says again. Follows the workers' `host`.
 //! Its ranks are in [`super::ranks`].
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use contraflow_runtime::control::wire::RankAddress;
@@ -11,18 +11,14 @@ use contraflow_runtime::recipe::ErrorKind;
 use super::memory::Kept;
 use super::mutation::Mutation;
 use super::network::{Down, Up};
-use super::random::mix;
+use super::outbox::Outbox;
 use super::ranks::Group;
-use super::storage::Stays;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
 use crate::core::{BEAT_MS, Introduction, Left, Progress};
 
 /// How often the loop looks at its clock. **Units**: ms.
 const CLOCK_MS: u64 = 250;
-
-/// Checkpoints of which a shard is told again.
-const SHARDS: usize = 2;
 
 /// A process.
 pub(super) struct Worker {
@@ -52,57 +48,7 @@ pub(super) struct Hosted {
     kept: u64,
     pub(super) group: Group,
     outbox: Outbox,
-    committed: Option<Up>,
-}
-
-/// What ranks have said.
-#[derive(Default)]
-struct Outbox {
-    events: Vec<RankEvent>,
-    reports: VecDeque<RankEvent>,
-    heard: BTreeSet<(usize, u8)>,
-}
-
-impl Outbox {
-    fn note(&mut self, event: &RankEvent) {
-        if let RankEvent::StepDone { .. } = event {
-            return self.reports.push_back(event.clone());
-        }
-        self.events.push(event.clone());
-        if let RankEvent::ShardSaved { rank, .. } = event {
-            let of_rank = |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);
-            if self.events.iter().filter(|event| of_rank(event)).count() > SHARDS {
-                let oldest = self.events.iter().position(of_rank);
-                oldest.map(|oldest| self.events.remove(oldest));
-            }
-        }
-    }
-
-    /// The last report of each rank stays: a worker's ranks report together.
-    fn durable(&mut self, durable: u64, ranks: usize) {
-        let is_kept =
-            |event: &RankEvent| matches!(event, RankEvent::StepDone { report } if report.step <= durable);
-        while self.reports.len() > ranks && self.reports.front().is_some_and(is_kept) {
-            self.reports.pop_front();
-        }
-    }
-
-    fn repeat(&self) -> Vec<RankEvent> {
-        let is_ready = |event: &&RankEvent| matches!(event, RankEvent::Ready { .. });
-        let (ready, other): (Vec<&RankEvent>, Vec<&RankEvent>) = self.events.iter().partition(is_ready);
-        ready.into_iter().chain(&self.reports).chain(other).cloned().collect()
-    }
-
-    fn is_new(&mut self, rank: usize, command: &RankCommand) -> bool {
-        let kind = match command {
-            RankCommand::BeginStep { .. } => 0,
-            RankCommand::Stop => 1,
-            RankCommand::Validate => 2,
-            RankCommand::Export { .. } => 3,
-            RankCommand::Abort { .. } | RankCommand::Shutdown => return true,
-        };
-        self.heard.insert((rank, kind))
-    }
+    pub(super) committed: Option<Up>,
 }
 
 impl World {
@@ -388,67 +334,6 @@ impl World {
         }
     }
 
-    /// The checkpoint's or the weights' last change in the storage.
-    fn commit(
-        &mut self,
-        id: u64,
-        (job, generation): (u64, u32),
-        (step, kept): (Option<u64>, u64),
-        world: Option<usize>,
-    ) {
-        let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
-        let stays = self.stays(kept);
-        let folder = self.storage.entry(job).or_default();
-        let result = match step {
-            _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
-            Some(step) if self.plan.fills_up && is_full(job, step, generation) => {
-                self.checks.excused.insert(job);
-                Err("the storage is full".into())
-            }
-            Some(step) => match folder.commit((step, generation), world, stays) {
-                Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
-                Err(Ok(words)) => Err(words),
-                Ok(_) => Ok(()),
-            },
-            None => folder.place(generation, world),
-        };
-        self.note([16, job, step.unwrap_or(0)], || {
-            format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
-        });
-        let committed = Up::Committed { job, generation, step, result };
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        if let Some(hosted) = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation) {
-            hosted.committed = Some(committed.clone());
-        }
-        if let Some((link, true)) = worker.link {
-            self.send_up(link, committed);
-        }
-    }
-
-    /// Which checkpoints stay where one is known to stand.
-    pub(super) fn stays(&self, kept: u64) -> Stays {
-        let pinned = if self.breaks(Mutation::PinsNothing) { 0 } else { kept };
-        Stays { keep: self.plan.keep, pinned }
-    }
-
-    /// The commit of what was written down from memory, under the number of the next formation.
-    fn commit_written(&mut self, id: u64, (job, generation): (u64, u32), (step, kept): (u64, u64)) {
-        let world = self.checks.world(job, generation).unwrap_or(0);
-        let stays = self.stays(kept);
-        let folder = self.storage.entry(job).or_default();
-        let result = match folder.commit((step, generation + 1), world, stays) {
-            Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
-            Err(Ok(words)) => Err(words),
-            Ok(_) => Ok(()),
-        };
-        self.note([17, job, step], || {
-            format!(
-                "worker {id} commits {step}, written down, of job {job}, generation {generation}: {result:?}"
-            )
-        });
-        self.send_of_left(id, Up::Committed { job, generation, step: Some(step), result });
-    }
-
     /// Ranks that could not be started say so.
     pub(super) fn fail_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
@@ -462,11 +347,6 @@ impl World {
         let hosted = self.workers.get_mut(&id)?.hosted.get_mut(&job)?;
         Some(&mut hosted.group).filter(|_| hosted.generation == generation)
     }
-}
-
-/// Whether a commit finds the storage full: one in some hundreds does.
-fn is_full(job: u64, step: u64, generation: u32) -> bool {
-    mix((job << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
 }
 
 impl Worker {

@@ -1,0 +1,175 @@
+//! Who comes and who goes: workers that attach, leave, are drained, or are lost, and what that means for the formations that
+//! have ranks on them. How a formation breaks and who takes its places is not known here.
+
+use std::collections::BTreeMap;
+
+use super::facts::Fact;
+use super::formation::Formation;
+use super::members::{Introduction, Member};
+use super::watermarks::Hang;
+use super::words::{Left, Word};
+use super::{Core, list};
+
+impl Core {
+    pub(super) fn attached(
+        &mut self,
+        who: Introduction,
+        hosted: &[(u64, u32, Vec<usize>)],
+        (incarnation, storage_mark): (u64, String),
+        left: Vec<Left>,
+        now: u64,
+    ) {
+        let worker = who.worker;
+        if let Err(why) = self.admit(&who, incarnation, &storage_mark) {
+            return self.tell(worker, Word::Refused { why });
+        }
+        if self.jobs.storage_mark.is_empty() {
+            self.keep(Fact::StorageMarked { mark: storage_mark });
+        }
+        let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
+        self.members.attach(who, now);
+        self.is_open = true;
+        self.tell(worker, Word::Welcome);
+        let is_current = |(job, generation, _): &(u64, u32, Vec<usize>)| {
+            let formed = self.jobs.all.get(job).and_then(|record| record.running());
+            formed.is_some_and(|formed| formed.generation == *generation)
+        };
+        let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
+        for (job, generation, _) in stale {
+            let keep = self.jobs.all.get(&job).is_some_and(|record| record.in_memory);
+            let reason = "another formation has taken its place".to_owned();
+            self.tell(worker, Word::Release { job, generation, reason, keep });
+        }
+        left.into_iter().for_each(|left| self.left(worker, (left.job, left.generation), left.kept));
+        self.remind(worker, &current);
+        if is_expected {
+            self.assign_again(worker);
+        }
+    }
+
+    /// The last worker of a formation has come to an orchestrator that was started anew: only now the others can be told
+    /// where all of them are. Who hosts its ranks already ignores it.
+    fn assign_again(&mut self, last: u64) {
+        let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
+        let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
+        let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
+        let mut ranks_of: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+        for (job, formed) in whole {
+            for (rank, &worker) in formed.places.iter().enumerate() {
+                ranks_of.entry((job, worker)).or_default().push(rank);
+            }
+        }
+        for ((job, worker), ranks) in ranks_of {
+            let generation = self.jobs.all[&job].generation();
+            self.tell(worker, Word::Assign { job, generation, ranks });
+        }
+    }
+
+    fn admit(&self, who: &Introduction, incarnation: u64, storage_mark: &str) -> Result<(), String> {
+        if incarnation > self.incarnation {
+            return Err(format!(
+                "the worker has heard of incarnation {incarnation} of the orchestrator, this is {}: another one has taken over",
+                self.incarnation
+            ));
+        }
+        let expected = &self.jobs.storage_mark;
+        if !expected.is_empty() && expected != storage_mark {
+            return Err(format!(
+                "--storage of worker {}: expected the cluster's shared storage (mark {expected}), got one of mark {storage_mark}",
+                who.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// Says again what a worker that attaches may not have heard.
+    fn remind(&mut self, worker: u64, hosted: &[(u64, u32, Vec<usize>)]) {
+        let placed = self.running().map(|(job, formed)| {
+            let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+            (job, here.map(|(rank, _)| rank).collect())
+        });
+        let placed: Vec<(u64, Vec<usize>)> = placed.collect();
+        for (job, placed) in placed {
+            let is_hosted =
+                |rank: &usize| hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank));
+            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !is_hosted(rank)).collect();
+            if !ranks.is_empty() {
+                let generation = self.jobs.all[&job].generation();
+                self.tell(worker, Word::Assign { job, generation, ranks });
+            }
+            let repeated = self.formations.get(&job).map_or_else(Vec::new, |formed| formed.repeat(&placed));
+            self.carry_out(job, repeated, 0);
+        }
+    }
+
+    pub(super) fn drain(&mut self, node: String, now: u64) {
+        if self.jobs.drained.contains(&node) {
+            return;
+        }
+        self.keep(Fact::Drained { node: node.clone() });
+        self.vacate(|member| member.who.node == node, &format!("node {node} is drained"), now);
+    }
+
+    /// A worker wants to end: it takes no new ranks, and its jobs go on elsewhere.
+    pub(super) fn leaving(&mut self, worker: u64, now: u64) {
+        self.members.heard(worker, now);
+        if let Some(name) = self.members.leaving(worker) {
+            self.vacate(|member| member.who.worker == worker, &format!("worker {name} is leaving"), now);
+        }
+    }
+
+    /// Moves the jobs that have ranks on such members.
+    fn vacate(&mut self, is_left: impl Fn(&Member) -> bool, why: &str, now: u64) {
+        let is_there = |worker: &u64| self.members.get(*worker).is_some_and(&is_left);
+        let is_moving = |job| self.formations.get(&job).is_some_and(Formation::is_moving);
+        let moved: Vec<u64> = self
+            .running()
+            .filter(|(job, formed)| formed.places.iter().any(is_there) && !is_moving(*job))
+            .map(|(job, _)| job)
+            .collect();
+        for job in moved {
+            self.move_away(job, why.to_owned(), now);
+        }
+    }
+
+    /// A worker is not a member any more: every job that has ranks on it forms anew.
+    pub(super) fn lost(&mut self, member: &Member, now: u64) {
+        let silent = now.saturating_sub(member.heard_ms);
+        let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
+        let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
+        let Introduction { worker, name, node, .. } = &member.who;
+        let why =
+            |lost: &[usize]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
+        self.lose(*worker, why, now);
+    }
+
+    /// Breaks every formation that has ranks on a worker, which is not a member any more; why, each is told by its ranks.
+    fn lose(&mut self, worker: u64, why: impl Fn(&[usize]) -> String, now: u64) {
+        self.forget_kept(worker);
+        let hit: Vec<(u64, Vec<usize>)> = self
+            .running()
+            .map(|(job, formed)| {
+                let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+                (job, lost.map(|(rank, _)| rank).collect::<Vec<_>>())
+            })
+            .filter(|(_, lost)| !lost.is_empty())
+            .collect();
+        for (job, lost) in hit {
+            let why = why(&lost);
+            self.break_formation(job, lost, why, now);
+        }
+    }
+
+    /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
+    /// reaches, and would again in the next formation: its process has to end.
+    pub(super) fn hung(&mut self, job: u64, Hang { rank, why }: Hang, now: u64) {
+        let place = |rank| self.jobs.all.get(&job)?.running()?.places.get(rank).copied();
+        let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
+            return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), now);
+        };
+        let Introduction { worker, name, node, .. } = &member.who;
+        let why = format!("{why}; worker {name} on node {node} is to end");
+        self.tell(*worker, Word::Refused { why: format!("{why}: start it again") });
+        self.lose(*worker, |_| why.clone(), now);
+    }
+}
