@@ -16,12 +16,12 @@ use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Corpus, PackedDataset};
-use contraflow_workers::loader::Datasets;
-use contraflow_workers::probe::Probe;
+use contraflow_workers::engine::probe::Probe;
 
-use crate::cluster::{Cluster, ClusterSpec};
 use crate::failure::Failure;
+use crate::local::{Cluster, ClusterSpec};
 use crate::machine::measure_peak;
 use crate::output::print;
 

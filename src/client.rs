@@ -14,9 +14,8 @@ use v1::job_service_client::JobServiceClient;
 
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
-use crate::interrupt;
 use crate::output::print;
-use crate::telemetry;
+use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -9,12 +9,12 @@ use clap::ValueEnum;
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::max_vio;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
+use contraflow_workers::data::batches::{self, Predicted};
 use contraflow_workers::data::documents::DocumentEncoder;
 use contraflow_workers::data::load::load_whole;
 use contraflow_workers::data::{PackedDataset, Tokenizer};
-use contraflow_workers::evaluate::Evaluation;
-use contraflow_workers::generate::Generator;
-use contraflow_workers::loader::{self, Predicted};
+use contraflow_workers::infer::evaluate::Evaluation;
+use contraflow_workers::infer::generate::Generator;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -107,7 +107,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let threads = Threads::new(threads);
     if let Some(path) = &args.logits {
-        let first = loader::measured(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()), across);
+        let first = batches::measured(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()), across);
         let written = threads.run(|| model.write_logits(path, first));
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
@@ -150,7 +150,7 @@ fn measure(model: &Generator, tokenizer: &Tokenizer, dataset: &PackedDataset, ac
     let bar = ProgressBar::new(num_sequences as u64);
     for first in (0..num_sequences).step_by(rows) {
         let end = num_sequences.min(first + rows);
-        let sequences = loader::measured(dataset, first..end, across);
+        let sequences = batches::measured(dataset, first..end, across);
         measured.predicted.add(&sequences, tokenizer);
         model.measure(sequences, &mut measured.evaluation);
         bar.set_position(end as u64);

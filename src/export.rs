@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_workers::hf_check::check;
-use contraflow_workers::hf_export::{self, Export, part_of, staged};
+use contraflow_workers::hf::check::check;
+use contraflow_workers::hf::export::{self, Export, part_of, staged};
 
 use crate::failure::Failure;
 use crate::output::print;
@@ -71,8 +71,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let (model, dir) = model;
     let (format, name) = match args.dtype {
-        Dtype::F32 => (hf_export::Format::F32, "float32"),
-        Dtype::Bf16 => (hf_export::Format::Bf16, "bfloat16"),
+        Dtype::F32 => (export::Format::F32, "float32"),
+        Dtype::Bf16 => (export::Format::Bf16, "bfloat16"),
     };
     let export = Export {
         source: &model.weights,

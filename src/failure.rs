@@ -4,10 +4,11 @@
 
 use std::fmt;
 
-use contraflow_runtime::recipe::{ErrorKind, Faults};
+use contraflow_runtime::faults::{ErrorKind, Faults};
 use contraflow_workers::error::RankError;
 
-use crate::interrupt::INTERRUPTED;
+/// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
+pub const INTERRUPTED: u8 = 130;
 
 /// Lines that somebody still reads: a directory of another model has a fault for each of its thousands of tensors.
 const MAX_FAULTS: usize = 100;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use contraflow_workers::data::Tokenizer;
-use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
+use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
 
 use crate::failure::Failure;
 use crate::output::print_bytes as print;

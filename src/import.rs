@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use contraflow_runtime::checkpoint::folder::sync_dir;
 use contraflow_workers::error::RankError;
-use contraflow_workers::hf_check::{Checked, check};
-use contraflow_workers::hf_export::{Export, Format, Written, staged};
+use contraflow_workers::hf::check::{Checked, check};
+use contraflow_workers::hf::export::{Export, Format, Written, staged};
 
 use crate::failure::Failure;
 use crate::output::print;

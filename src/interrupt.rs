@@ -2,10 +2,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::failure::Failure;
-
-/// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
-pub const INTERRUPTED: u8 = 130;
+use crate::failure::{Failure, INTERRUPTED};
 
 /// Ctrl-C and SIGTERM, heard from the moment this is made: one that comes between two waits is kept for the next.
 #[derive(Debug)]

@@ -14,8 +14,8 @@ use contraflow_runtime::layout::{MemoryQuery, rank_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, lower, text};
 use contraflow_runtime::topology::Topology;
-use contraflow_workers::loader::BatchShape;
-use contraflow_workers::plans::{Planned, Plans, batch_sizes, train_shape, validation_shape};
+use contraflow_workers::data::batches::BatchShape;
+use contraflow_workers::engine::plans::{Planned, Plans, batch_sizes, train_shape, validation_shape};
 use serde::Serialize;
 
 use crate::failure::Failure;

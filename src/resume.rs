@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_runtime::checkpoint::{CheckpointFolder, MANIFEST_FILE, MadeBy, is_unfinished};
+use contraflow_runtime::faults::Faults;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::{Faults, Recipe};
+use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::Checkpoint;
 
 use crate::failure::Failure;

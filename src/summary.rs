@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use contraflow_runtime::cost;
 use contraflow_workers::data::Baselines;
-use contraflow_workers::loader::{Datasets, Predicted, validation_index};
-use contraflow_workers::plans::validation_shape;
+use contraflow_workers::data::batches::{Datasets, Predicted, validation_index};
+use contraflow_workers::engine::plans::validation_shape;
 use serde::Serialize;
 
 use crate::failure::Failure;

@@ -7,15 +7,14 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_over
 use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::of_recipe::load_text;
-use contraflow_workers::hf_check;
-use contraflow_workers::plans::{Plans, batch_sizes, train_shape};
+use contraflow_workers::engine::plans::{Plans, batch_sizes, train_shape};
+use contraflow_workers::hf::check;
 
 use crate::failure::Failure;
 use crate::output::print;
 use crate::resume::Resumed;
 use crate::run::Run;
-use crate::run_dir;
-use crate::telemetry;
+use crate::{run_dir, telemetry};
 
 /// Arguments of `contraflow train`.
 #[derive(clap::Args, Debug)]
@@ -67,7 +66,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         }
     };
     if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
-        hf_check::check_against(&recipe.model_config, dir)
+        check::check_against(&recipe.model_config, dir)
             .map_err(|faults| Failure::faults("model.init", &faults))?;
     }
     if args.print_recipe {

@@ -5,14 +5,14 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use contraflow::cluster::{Cluster, ClusterSpec};
+use contraflow::local::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Document, PackedDataset};
-use contraflow_workers::loader::Datasets;
-use contraflow_workers::probe::Probe;
+use contraflow_workers::engine::probe::Probe;
 
 /// Resident memory of this process.
 ///

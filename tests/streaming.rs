@@ -7,10 +7,10 @@ use std::io::Write;
 use std::path::Path;
 
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::builtin;
-use contraflow_workers::hf_check::check;
-use contraflow_workers::hf_export::{Export, Format, Written};
-use contraflow_workers::weights::{SINGLE_FILE, header_text};
+use contraflow_runtime::model_config::builtin;
+use contraflow_workers::hf::check::check;
+use contraflow_workers::hf::export::{Export, Format, Written};
+use contraflow_workers::hf::weights::{SINGLE_FILE, header_text};
 use safetensors::Dtype;
 
 /// Largest resident memory of this process so far.

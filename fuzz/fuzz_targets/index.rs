@@ -2,8 +2,8 @@
 #![no_main]
 
 use contraflow_fuzz as _;
-use contraflow_workers::hf_check::parse_seal;
-use contraflow_workers::weights::parse_index;
+use contraflow_workers::hf::check::parse_seal;
+use contraflow_workers::hf::weights::parse_index;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::watch::{Divergence, Watch};
 
 /// What a job is made with.

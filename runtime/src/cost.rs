@@ -166,7 +166,7 @@ fn join_matrix(config: &ModelConfig) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::builtin;
+    use crate::model_config::builtin;
 
     fn close(got: u64, expected: f64, last_digit: f64) {
         assert!((got as f64 - expected).abs() <= last_digit / 2.0, "expected {expected:e}, got {got}");

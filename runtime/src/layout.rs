@@ -106,7 +106,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::recipe::builtin;
+    use crate::model_config::builtin;
 
     /// Every cut of `costs` into `parts` runs, judged by (maximum, sum of squares).
     fn best_by_brute_force(costs: &[u64], parts: usize) -> (u64, u128) {

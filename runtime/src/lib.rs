@@ -8,6 +8,7 @@ pub mod control;
 pub mod cost;
 pub mod fabric;
 pub mod failpoint;
+pub mod faults;
 pub mod layout;
 pub mod model_config;
 pub mod placed_weights;

@@ -3,12 +3,13 @@
 //! First thing a recipe resolves and last thing a run writes. `hf` reads and writes the file, `weights` lists
 //! the tensors by their published names. Knows no ranks and no tensors.
 
+pub mod builtin;
 mod hf;
 mod weights;
 
 pub use weights::WeightShape;
 
-use crate::recipe::Faults;
+use crate::faults::Faults;
 use crate::schedule::program::LayerKind;
 
 /// Epsilon of the norms on the two compressed latents: a fixed 1e-6, whatever `rms_norm_eps` says.

@@ -10,7 +10,7 @@ use std::time::Instant;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::cost;
-use contraflow_workers::provenance::{companions, manifest};
+use contraflow_workers::checkpoint::provenance::{companions, manifest};
 
 use super::{benchmark, run_quietly};
 use crate::failure::Failure;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
+use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
 
 use super::{cpu_seconds, seeded_ids};
 use crate::failure::Failure;

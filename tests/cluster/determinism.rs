@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use contraflow_runtime::fabric::{Disturbance, LocalOptions};
 use contraflow_runtime::schedule::{Chunk, Mode, Pass, Work};
-use contraflow_workers::plans::Plans;
-use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::engine::plans::Plans;
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
 use crate::lab::{FOUR_RANKS, Lab, ONE_RANK, Setup, layout};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::schedule::{Component, Lane, Op, Work};
-use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
 use tokio::sync::Notify;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Setup, layout};

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use contraflow_runtime::fabric::{FrameKind, Phase, Sent};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, LayerKind, Mode, Plan, StageLayout, TransferKind, messages};
-use contraflow_workers::plans::Plans;
-use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::engine::plans::Plans;
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
 use crate::lab::{Finished, Lab, Layout, Setup, layout, parts};
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use contraflow::cluster::{Cluster, ClusterSpec};
+use contraflow::local::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
@@ -15,12 +15,11 @@ use contraflow_runtime::fabric::{
     Formation, Listener, LocalNetwork, LocalOptions, Sent, Transport, WiredNetwork,
 };
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_workers::buckets::RankParams;
 use contraflow_workers::checkpoint::Checkpoint;
+use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Document, PackedDataset};
-use contraflow_workers::loader::Datasets;
-use contraflow_workers::params::Param;
-use contraflow_workers::probe::Probe;
+use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::model::params::{Param, RankParams};
 use tempfile::TempDir;
 
 /// No run of these tests takes longer than a few seconds; one that hangs fails here.
@@ -302,7 +301,9 @@ pub fn add_gradients(sums: &mut Tensors, params: &RankParams) {
 }
 
 /// Every published tensor a rank holds.
-pub fn parts(params: &RankParams) -> impl Iterator<Item = (&Param, &contraflow_workers::params::Part)> {
+pub fn parts(
+    params: &RankParams,
+) -> impl Iterator<Item = (&Param, &contraflow_workers::model::params::Part)> {
     let all = params.dense.iter().chain(params.experts.iter());
     all.flat_map(|param| param.parts.iter().map(move |part| (param, part)))
 }

@@ -8,14 +8,15 @@ use contraflow_runtime::fabric::{FrameKind, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, Component, Mode, ScheduleKind, TransferKind, Work, lower};
-use contraflow_workers::buckets::RankParams;
-use contraflow_workers::compute::{Compute, ComputeOp};
-use contraflow_workers::exchange::{Exchange, ExpertGroup, Route};
+use contraflow_workers::comm::address::StepId;
+use contraflow_workers::comm::all_to_all::{Exchange, ExpertGroup, Route};
+use contraflow_workers::data::sequences::Sequences;
+use contraflow_workers::engine::compute::{Compute, ComputeOp};
+use contraflow_workers::engine::transit::Transit;
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
-use contraflow_workers::model::micro_batch::{LossScales, MicroBatch, Sequences};
-use contraflow_workers::params::Params;
-use contraflow_workers::step::{StepId, Transit};
+use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
+use contraflow_workers::model::params::{Params, RankParams};
 
 /// The smallest margin of any choice that the model makes with these weights on these sequences, over all layers.
 pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f64 {

@@ -10,8 +10,8 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::StepSummary;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest};
 use contraflow_runtime::recipe::Recipe;
+use contraflow_workers::checkpoint::provenance::{companions, manifest};
 use contraflow_workers::checkpoint::{Checkpoint, Kind};
-use contraflow_workers::provenance::{companions, manifest};
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 
@@ -147,7 +147,7 @@ fn a_checkpoint_holds_each_value_once_and_those_of_the_exported_model() {
     let finished = lab.run(Setup { checkpoints, export_dir: Some(export.clone()), ..setup });
     assert!(matches!(finished.outcome, Outcome::Done { .. }));
     let checkpoint = Checkpoint::open(&checkpoint(&dir, 2)).unwrap_or_else(|faults| panic!("{faults}"));
-    let published = contraflow_workers::weights::HfWeights::open(&export).unwrap();
+    let published = contraflow_workers::hf::weights::HfWeights::open(&export).unwrap();
     let mut num_values = 0;
     for (name, shape) in checkpoint.records.weights() {
         let len = shape.iter().product();

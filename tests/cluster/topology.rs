@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::data::Sampler;
-use contraflow_workers::loader::Datasets;
-use contraflow_workers::model::micro_batch::Sequences;
-use contraflow_workers::probe::{Probe, ProbePoint};
+use contraflow_workers::data::batches::Datasets;
+use contraflow_workers::data::sequences::Sequences;
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
 use crate::lab::{Finished, Lab, Layout, ONE_RANK, Setup, Tensors, add_gradients, layout};
 use crate::margins;

@@ -11,18 +11,19 @@ use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::watch::evidence::{NamedTensor, RankEvidence, layer_of};
 use contraflow_runtime::watch::{Action, Divergence};
-use contraflow_workers::buckets::RankParams;
-use contraflow_workers::compute::Totals;
+use contraflow_workers::comm::address::StepId;
+use contraflow_workers::engine::compute::Totals;
+use contraflow_workers::engine::plans::Plans;
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
 use contraflow_workers::error::RankError;
-use contraflow_workers::membership::published_names;
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, build};
 use contraflow_workers::model::init::initialise;
-use contraflow_workers::params::Params;
-use contraflow_workers::plans::Plans;
-use contraflow_workers::probe::{Probe, ProbePoint};
-use contraflow_workers::step::StepId;
-use contraflow_workers::update::{GlobalTotals, OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
+use contraflow_workers::model::params::{Params, RankParams};
+use contraflow_workers::optimizer::update::{
+    GlobalTotals, OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder,
+};
+use contraflow_workers::rank::build::published_names;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, ONE_RANK, Setup, Tensors, add_gradients, layout, parts};
 

@@ -25,9 +25,11 @@ const FAILPOINTS: [&str; 11] = [
 /// The failpoints that the sources name: the list above must hold all of them.
 fn failpoints_in_the_sources() -> Vec<String> {
     let mut names = Vec::new();
-    for file in
-        ["runtime/src/checkpoint/folder.rs", "workers/src/checkpoint/shard.rs", "workers/src/checkpointer.rs"]
-    {
+    for file in [
+        "runtime/src/checkpoint/folder.rs",
+        "workers/src/checkpoint/shard.rs",
+        "workers/src/rank/checkpointer.rs",
+    ] {
         let text = std::fs::read_to_string(format!("{}/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
         let calls = text.split("failpoint(\"").skip(1);
         names.extend(calls.map(|rest| rest.split('"').next().unwrap().to_owned()));

@@ -2,10 +2,21 @@
 
 use contraflow_runtime::checkpoint::CheckpointError;
 use contraflow_runtime::fabric::FabricError;
-pub use contraflow_runtime::recipe::ErrorKind;
+pub use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::schedule::Chunk;
 use contraflow_runtime::watch::Divergence;
 
-use crate::step::Missing;
+/// An operation found nothing where the one before it should have put something: the program's order is broken.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing was there for {what} of chunk {chunk} layer {layer}: the program runs it too early")]
+pub struct Missing {
+    /// The value.
+    pub what: &'static str,
+    /// Its chunk.
+    pub chunk: Chunk,
+    /// Its layer.
+    pub layer: usize,
+}
 
 /// An error on a rank.
 #[derive(Debug, thiserror::Error)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::watch::Action;
 
 use super::facts::{End, Fact};

@@ -4,8 +4,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use contraflow_proto::v1;
+use contraflow_runtime::faults::Faults;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::{Faults, Recipe};
+use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::trace;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 
 use super::mutation::Mutation;
 use super::network::Up;

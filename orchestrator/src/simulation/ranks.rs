@@ -7,7 +7,7 @@ use std::rc::Rc;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 
 use super::memory::Kept;
 use super::mutation::Mutation;

@@ -11,7 +11,7 @@ use contraflow_proto::StepReport;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Position, ShardFile};
-use crate::recipe::ErrorKind;
+use crate::faults::ErrorKind;
 use crate::watch::{Divergence, Watch};
 
 /// To a rank.

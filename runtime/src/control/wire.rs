@@ -10,7 +10,7 @@ use v1::rank_event::Event;
 
 use super::{ExportedFile, RankCommand, RankEvent};
 use crate::checkpoint::{Position, ShardFile};
-use crate::recipe::ErrorKind;
+use crate::faults::ErrorKind;
 
 /// Which rank of which formation a message is for or from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -178,7 +178,7 @@ fn words(stage: &StageLayout) -> String {
 mod tests {
     use super::*;
     use crate::layout::split_layers;
-    use crate::recipe::builtin;
+    use crate::model_config::builtin;
     use crate::schedule::ScheduleKind;
 
     fn memory(config: &ModelConfig, topology: Topology, schedule: ScheduleKind) -> Vec<RankFigures> {

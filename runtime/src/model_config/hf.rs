@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value, json};
 
 use super::{ModelConfig, Yarn};
-use crate::recipe::Faults;
+use crate::faults::Faults;
 
 /// Upper bounds far beyond any model, low enough that no product of sizes overflows 64 bits.
 const WIDTH: RangeInclusive<usize> = 1..=1 << 17;

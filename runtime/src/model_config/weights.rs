@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn copies_of_shared_tensors_are_marked() {
-        let config = crate::recipe::builtin::model("deepseek-v3").unwrap();
+        let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
         let weights = config.weights();
         let tied: Vec<_> = weights.iter().filter_map(|w| Some((w.name.as_str(), w.tied_to?))).collect();
         let expected = [
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn deepseek_v3_has_its_published_size() {
-        let config = crate::recipe::builtin::model("deepseek-v3").unwrap();
+        let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
         let main = |name: &str| !name.starts_with("model.layers.61.");
         let total: u64 =
             config.weights().iter().filter(|w| main(&w.name)).map(WeightShape::num_elements).sum();
@@ -175,7 +175,7 @@ mod tests {
     /// gates and joins, and f32 gate biases: 91,991 tensors of 688,574,839,360 bytes.
     #[test]
     fn deepseek_v3_fills_the_published_files() {
-        let config = crate::recipe::builtin::model("deepseek-v3").unwrap();
+        let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
         let (mut num_tensors, mut num_bytes) = (0, 0);
         for weight in config.weights() {
             let is = |name: &str| weight.name.ends_with(name);

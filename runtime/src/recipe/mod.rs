@@ -5,7 +5,6 @@
 //! at once. Knows no ranks at work, no data and no tensors.
 
 pub mod builtin;
-mod faults;
 mod keys;
 mod relations;
 mod sections;
@@ -21,7 +20,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
-pub use faults::{ErrorKind, Fault, Faults};
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
@@ -30,7 +28,8 @@ pub use sections::{
 };
 pub use step_table::{Step, StepTable};
 
-use crate::model_config::ModelConfig;
+use crate::faults::Faults;
+use crate::model_config::{ModelConfig, builtin as models};
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
 use table::RecipeTable;
@@ -89,7 +88,7 @@ pub fn path_override(key: &str, path: &Path) -> String {
 
 /// What relations that do not concern the model are checked with while the model is unknown.
 fn stand_in_model() -> ModelConfig {
-    builtin::model("tiny").expect("the model of the default recipe is built in")
+    models::model("tiny").expect("the model of the default recipe is built in")
 }
 
 impl RecipeSource {
@@ -194,7 +193,7 @@ impl Recipe {
         let text = source.text()?;
         let mut table = RecipeTable::read(&source.name(), &text, overrides)?;
         let config = table.text("model.config");
-        let model = if builtin::model_names().contains(&config.as_str()) {
+        let model = if models::model_names().contains(&config.as_str()) {
             None
         } else {
             table.resolve_paths(source.folder());
@@ -217,7 +216,7 @@ impl Recipe {
     ) -> Result<Self, Faults> {
         let mut table = RecipeTable::read(name, text, overrides)?;
         let config = table.text("model.config");
-        let names = builtin::model_names();
+        let names = models::model_names();
         if model.is_none() && table.faults.spare(&["model.config"]) && !names.contains(&config.as_str()) {
             let expected =
                 format!("a built-in model ({}) or its config.json with the recipe", names.join(", "));
@@ -232,7 +231,7 @@ impl Recipe {
                 faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
             }
         }
-        if !builtin::model_names().contains(&recipe.model.config.as_str()) {
+        if !models::model_names().contains(&recipe.model.config.as_str()) {
             // The model goes with the recipe; where its file was means nothing elsewhere.
             recipe.model.config = "config.json".into();
         }
@@ -346,13 +345,13 @@ fn read_model(table: &mut RecipeTable) -> ModelConfig {
     if !table.faults.spare(&[PATH]) {
         return stand_in_model();
     }
-    if let Some(model) = builtin::model(&name) {
+    if let Some(model) = models::model(&name) {
         return model;
     }
     let read = match std::fs::read_to_string(&name) {
         Ok(text) => ModelConfig::from_hf_json(&text),
         Err(error) => {
-            let names = builtin::model_names();
+            let names = models::model_names();
             let mut faults = Faults::default();
             let expected = format!("a built-in model ({}) or an HF config.json", names.join(", "));
             let stem = Path::new(&name).file_stem().map_or("".into(), |stem| stem.to_string_lossy());

@@ -1,7 +1,8 @@
 //! What the values of a recipe must be to one another and to the model.
 
+use super::Recipe;
 use super::sections::BYTE_TOKENS;
-use super::{Faults, Recipe};
+use crate::faults::Faults;
 
 /// **Errors** (into `faults`): every contradiction between values that are right by themselves.
 pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {

@@ -10,7 +10,9 @@ use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::keys::{KEYS, KeyDefault, KeyDoc};
-use super::{FRESH, Faults, builtin, suggest};
+use super::{FRESH, suggest};
+use crate::faults::Faults;
+use crate::model_config::builtin as models;
 
 /// A recipe on its way from text to types.
 pub(super) struct RecipeTable {
@@ -88,7 +90,7 @@ impl RecipeTable {
         };
         let mut resolved = Vec::new();
         if let Some(Value::String(name)) = self.get("model.config")
-            && !builtin::model_names().contains(&name.as_str())
+            && !models::model_names().contains(&name.as_str())
         {
             resolved.push(("model.config", Value::String(resolve("model.config", name))));
         }

@@ -268,7 +268,7 @@ got 3; use an even pipeline, or dualpipev or 1f1b
 training.sequence_length: expected at most the model's max_position_embeddings (1024), got 4096";
     let faults = read(text, &[]).unwrap_err();
     assert_eq!(faults.to_string(), expected);
-    assert_eq!(faults.kind(), ErrorKind::Config);
+    assert_eq!(faults.kind(), crate::faults::ErrorKind::Config);
 }
 
 #[test]
@@ -329,8 +329,8 @@ fn built_in_recipes_and_models_are_valid() {
         Recipe::load(&source, &[]).unwrap_or_else(|faults| panic!("{name}: {faults}"));
         assert!(builtin::recipe_summary(name).is_some_and(|summary| summary.len() > 20), "{name}");
     }
-    for name in builtin::model_names() {
-        assert!(builtin::model(name).is_some(), "{name}");
+    for name in models::model_names() {
+        assert!(models::model(name).is_some(), "{name}");
     }
     assert!(
         good(&["model.config=deepseek-v3", "training.sequence_length=4096"]).model_config.yarn().is_some()

@@ -5,10 +5,10 @@
 //! ranks hold is cut along its ZeRO-1 shards, and what first and last stage share stands once. So any layout can read
 //! what any other has written. Knows tensors and files; the manifest and the folder are the runtime's.
 
+pub mod provenance;
 mod read;
 mod shard;
 mod snapshot;
-mod state;
 #[cfg(test)]
 mod tests;
 

@@ -15,8 +15,7 @@ use safetensors::tensor::Metadata;
 use super::shard::RECORDS_KEY;
 use super::{Kind, Record, Storage};
 use crate::error::RankError;
-use crate::params::{Param, Params};
-use crate::weights::gate_bias_name;
+use crate::model::params::{Param, Params, gate_bias_name};
 
 /// A committed checkpoint, found whole.
 pub struct Checkpoint {

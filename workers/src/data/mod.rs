@@ -6,6 +6,7 @@
 //! or actors: ids are plain `u32`.
 
 pub mod baselines;
+pub mod batches;
 pub mod corpus;
 mod crates;
 pub mod documents;
@@ -20,6 +21,7 @@ pub mod packing;
 mod parquet_file;
 pub mod prepare;
 pub mod sampler;
+pub mod sequences;
 pub mod shards;
 pub mod tokenizer;
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use contraflow_runtime::recipe::Recipe;
 
 use super::Tokenizer;
+use super::batches::Datasets;
 use super::documents::DocumentEncoder;
 use super::load::{Loaded, Wanted, load};
-use crate::loader::Datasets;
 
 /// What a run reads, by name; the sequences themselves are with the ranks.
 #[derive(Clone)]

@@ -7,7 +7,7 @@ use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, from_json};
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
@@ -15,10 +15,10 @@ use tokio::sync::mpsc;
 use super::Input;
 use super::job::Prepared;
 use super::outbox::Outbox;
+use crate::engine::probe::Probe;
 use crate::kept::{Keeper, Kept, Recovered};
-use crate::membership::Assignment;
-use crate::probe::Probe;
-use crate::worker::{Worker, WorkerMessage};
+use crate::rank::build::Assignment;
+use crate::rank::worker::{Worker, WorkerMessage};
 
 /// How long a wait between ranks may last: a lost peer is told at once, this is for what nobody noticed.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -207,7 +207,7 @@ fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Recovered {
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.
-async fn pass_on(tell: crate::membership::Tell, mut messages: mpsc::UnboundedReceiver<WorkerMessage>) {
+async fn pass_on(tell: crate::rank::Tell, mut messages: mpsc::UnboundedReceiver<WorkerMessage>) {
     let worker: ActorRef<WorkerMessage> = match Actor::spawn(None, Worker, tell).await {
         Ok((worker, _)) => worker,
         Err(error) => return tracing::error!("a worker actor cannot be started: {error}"),

@@ -13,10 +13,10 @@ use contraflow_runtime::recipe::Recipe;
 use v1::commit::What;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::provenance::{companions, manifest};
+use crate::data::batches::Datasets;
 use crate::data::of_recipe::{Text, load_text};
 use crate::data::tokenizer;
-use crate::loader::Datasets;
-use crate::provenance::{companions, manifest};
 
 /// Checkpoints that stay at least: that of the newest commit, and the one before, which the orchestrator goes on from if it
 /// never hears of the commit.

@@ -10,7 +10,7 @@ use contraflow_runtime::schedule::Chunk;
 use prost::Message;
 
 use super::Image;
-use crate::step::StepId;
+use crate::comm::address::StepId;
 
 /// **Units**: bytes of a piece.
 const PIECE: usize = 4 << 20;

@@ -14,8 +14,8 @@ use contraflow_runtime::schedule::Chunk;
 
 use super::{Image, Kept, courier};
 use crate::checkpoint::{Snapshot, shard_bytes};
+use crate::comm::address::StepId;
 use crate::error::RankError;
-use crate::step::StepId;
 
 const NOWHERE: Chunk = Chunk { stage: 0, micro_batch: 0 };
 

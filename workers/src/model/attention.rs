@@ -16,9 +16,9 @@ use contraflow_kernels::{linear, norm};
 use contraflow_runtime::model_config;
 
 use super::micro_batch::MicroBatch;
+use super::params::Params;
 use super::weight_work::WeightWork;
 use super::{Architecture, AttentionWeights, Query};
-use crate::params::Params;
 
 /// Epsilon of the norms on the two latents, whatever that of the others is.
 const LATENT_NORM_EPS: f32 = model_config::LATENT_NORM_EPS as f32;

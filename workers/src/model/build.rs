@@ -5,8 +5,8 @@
 use contraflow_runtime::schedule::{LayerKind, StageLayout};
 use contraflow_runtime::topology::Topology;
 
+use super::params::{ParamId, Params, Part, Replicas};
 use super::{Architecture, AttentionWeights, FfnWeights, HeadWeights, Layer, MtpWeights, Query, Stage};
-use crate::params::{ParamId, Params, Part, Replicas};
 
 /// Where the stages are and which of them hold a given parameter.
 pub struct Placement<'a> {

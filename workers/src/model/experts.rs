@@ -8,8 +8,8 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{grouped, swiglu};
 
 use super::FfnWeights;
+use super::params::Params;
 use super::weight_work::{WeightTask, WeightWork};
-use crate::params::Params;
 
 /// What arrives at the experts of a rank: rows, and which experts each of them goes to.
 pub struct Arrivals {

@@ -6,8 +6,8 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, swiglu};
 
 use super::FfnWeights;
+use super::params::Params;
 use super::weight_work::WeightWork;
-use crate::params::Params;
 
 /// What the backward pass needs. The SwiGLU output is recomputed (report section 3.3.3).
 pub struct Saved {

@@ -8,7 +8,7 @@ use contraflow_kernels::math::add_into;
 use contraflow_kernels::norm;
 use contraflow_kernels::tensor::Tensor;
 
-use crate::params::{ParamId, Params};
+use super::params::{ParamId, Params};
 
 /// What the backward pass needs.
 pub struct Saved {

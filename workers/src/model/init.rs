@@ -4,7 +4,7 @@
 //! A sample is the sum of twelve uniform numbers less six: variance 1, tails to six deviations, and nothing but additions,
 //! so that it does not depend on a mathematical library.
 
-use crate::params::{Param, Params};
+use super::params::{Param, Params};
 
 /// Draws every weight: norms are one, gate biases stay zero, all else is normal.
 pub fn initialise(params: &mut Params, seed: u64, deviation: f64) {

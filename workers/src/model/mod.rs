@@ -12,6 +12,7 @@ pub mod head;
 pub mod init;
 pub mod micro_batch;
 pub mod mtp;
+pub mod params;
 pub mod weight_work;
 
 use contraflow_kernels::attention::Heads;
@@ -21,7 +22,7 @@ use contraflow_kernels::rope::{Rope, RopeSpec, Yarn, softmax_scale};
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::schedule::{Chunk, Component, StageLayout};
 
-use crate::params::ParamId;
+use self::params::ParamId;
 
 /// Everything the components need to know of the architecture, derived once.
 pub struct Architecture {

@@ -8,8 +8,8 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{embedding, linear, norm};
 
 use super::MtpWeights;
+use super::params::Params;
 use super::weight_work::WeightWork;
-use crate::params::Params;
 
 /// What the backward pass needs.
 pub struct Saved {

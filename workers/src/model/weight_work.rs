@@ -3,7 +3,7 @@
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{grouped, linear};
 
-use crate::params::{ParamId, Params};
+use super::params::{ParamId, Params};
 
 /// One deferred product `dw += dy^T x`.
 pub enum WeightTask {

@@ -11,14 +11,13 @@ use contraflow_runtime::trace::SPAN;
 use contraflow_runtime::watch::{Divergence, Watch};
 use tracing::{Span, info_span};
 
+use super::checkpointer::CheckpointerMessage;
+use super::expert_shard::ExpertShardMessage;
+use super::member::gone;
 use super::{RankState, Task};
-use crate::buckets::RankParams;
 use crate::checkpoint::Snapshot;
-use crate::checkpointer::CheckpointerMessage;
 use crate::error::RankError;
-use crate::expert_shard::ExpertShardMessage;
-use crate::membership::gone;
-use crate::params::Params;
+use crate::model::params::{Params, RankParams};
 
 /// What a rank does once a checkpoint is written.
 pub(super) enum Then {

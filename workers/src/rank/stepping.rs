@@ -1,7 +1,7 @@
 //! The order of things within a step, read from top to bottom: load a batch and borrow the experts, run the plan, update,
 //! report, begin the next one. A validation is the first half of it.
 //!
-//! Tensors only pass through: what the lanes share while a plan runs is in [`crate::step`].
+//! Tensors only pass through: what the lanes share while a plan runs is in [`crate::engine::transit`].
 
 use std::time::Instant;
 
@@ -13,20 +13,20 @@ use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::SPAN;
 use tracing::{Span, info_span};
 
+use super::expert_shard::ExpertShardMessage;
+use super::loader::LoaderMessage;
+use super::member::gone;
 use super::{RankState, Task};
-use crate::buckets::RankParams;
+use crate::comm::address::StepId;
+use crate::data::batches::{Batch, BatchShape, Part};
+use crate::engine::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
+use crate::engine::plans::{train_shape, validation_shape};
+use crate::engine::probe::ProbePoint;
 use crate::error::RankError;
-use crate::expert_shard::ExpertShardMessage;
-use crate::loader::{Batch, BatchShape, LoaderMessage, Part};
-use crate::membership::gone;
 use crate::model::micro_batch::LossScales;
-use crate::optimizer::{OptimizerMessage, UpdateDone};
-use crate::params::Params;
-use crate::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
-use crate::plans::{train_shape, validation_shape};
-use crate::probe::ProbePoint;
-use crate::step::StepId;
-use crate::update::UpdateOrder;
+use crate::model::params::{Params, RankParams};
+use crate::optimizer::actor::{OptimizerMessage, UpdateDone};
+use crate::optimizer::update::UpdateOrder;
 
 impl RankState {
     pub(super) fn begin_step(&mut self, step: u64) -> Result<(), RankError> {

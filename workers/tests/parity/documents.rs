@@ -1,7 +1,8 @@
 //! Documents packed into one sequence without attention across them: the same losses as of each document by itself.
 
 use contraflow_runtime::schedule::Mode;
-use contraflow_workers::model::micro_batch::{LossScales, Sequences};
+use contraflow_workers::data::sequences::Sequences;
+use contraflow_workers::model::micro_batch::LossScales;
 
 use crate::findings::{Findings, LOSS};
 use crate::fixture::Fixture;

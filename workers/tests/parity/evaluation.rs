@@ -1,7 +1,7 @@
 //! Measuring: the loss and the logits of `contraflow eval`'s forward pass.
 
-use contraflow_workers::evaluate::Evaluation;
-use contraflow_workers::generate::Generator;
+use contraflow_workers::infer::evaluate::Evaluation;
+use contraflow_workers::infer::generate::Generator;
 
 use crate::findings::{Findings, LOGITS, LOSS};
 use crate::fixture::Fixture;

@@ -8,11 +8,11 @@ use contraflow_kernels::gate::Routing;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
 use contraflow_runtime::schedule::{Component, Mode, Pass, TransferKind, Work};
-use contraflow_workers::compute::Totals;
+use contraflow_workers::engine::compute::Totals;
 use contraflow_workers::model::attention;
 use contraflow_workers::model::head::{self, LossHead};
 use contraflow_workers::model::micro_batch::MicroBatch;
-use contraflow_workers::params::ParamId;
+use contraflow_workers::model::params::ParamId;
 
 use crate::findings::{ACTIVATIONS, Findings, LOGITS, LOSS, Mark};
 use crate::fixture::{Fixture, Truth};

@@ -1,6 +1,6 @@
 //! Generation with the cache of latents: greedy tokens, their logits, what the cache holds.
 
-use contraflow_workers::generate::{Cache, Generator, Sampling, choose};
+use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
 
 use crate::findings::{ACTIVATIONS, Findings, LOGITS, Mark};
 use crate::fixture::Fixture;

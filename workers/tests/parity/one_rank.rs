@@ -12,17 +12,18 @@ use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::schedule::{Mode, Op, ScheduleKind, StageLayout, check, lower};
 use contraflow_runtime::topology::Topology;
-use contraflow_workers::buckets::RankParams;
-use contraflow_workers::compute::{Compute, Totals};
-use contraflow_workers::exchange::ExpertGroup;
-use contraflow_workers::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
+use contraflow_workers::comm::address::StepId;
+use contraflow_workers::comm::all_to_all::ExpertGroup;
+use contraflow_workers::data::sequences::Sequences;
+use contraflow_workers::engine::compute::{Compute, Totals};
+use contraflow_workers::engine::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
+use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::transit::Transit;
+use contraflow_workers::hf::weights::HfWeights;
 use contraflow_workers::model::build::{Placement, RankModel, build};
-use contraflow_workers::model::micro_batch::{LossScales, MicroBatch, Sequences};
+use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
+use contraflow_workers::model::params::{Param, Part, RankParams, gate_bias_name};
 use contraflow_workers::model::{Architecture, Stage};
-use contraflow_workers::params::{Param, Part};
-use contraflow_workers::probe::Probe;
-use contraflow_workers::step::{StepId, Transit};
-use contraflow_workers::weights::{HfWeights, gate_bias_name};
 
 /// A schedule, and the number of sequences of its micro-batches (`None`: all in one).
 #[derive(Clone, Copy, Debug)]

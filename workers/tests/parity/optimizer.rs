@@ -3,8 +3,8 @@
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
 use contraflow_runtime::schedule::Mode;
-use contraflow_workers::membership::published_names;
-use contraflow_workers::update::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
+use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
+use contraflow_workers::rank::build::published_names;
 
 use crate::findings::{Findings, LOSS, Mark};
 use crate::fixture::{Fixture, Truth};

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_workers::checkpointer::export;
-use contraflow_workers::weights::SINGLE_FILE;
+use contraflow_workers::hf::weights::SINGLE_FILE;
+use contraflow_workers::rank::checkpointer::export;
 
 use crate::findings::Findings;
 use crate::fixture::{Fixture, read_config, read_values};

@@ -7,7 +7,7 @@ mod retention;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::recipe::ErrorKind;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
 

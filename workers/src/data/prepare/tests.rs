@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::data::hf_tokenizer;
 use crate::data::load::{Loaded, Wanted, load};
-use crate::data::parquet_file;
 use crate::data::shards::Shards;
 use crate::data::tokenizer::Tokenizer;
+use crate::data::{hf_tokenizer, parquet_file};
 
 /// A folder with a text file, a JSONL file and a Parquet file; 90 documents.
 fn input() -> tempfile::TempDir {

@@ -1,0 +1,22 @@
+//! Models that are built into the binary; the files stand in `recipes/models/`.
+
+use super::ModelConfig;
+
+/// Names and `config.json` texts of the built-in models.
+const MODELS: [(&str, &str); 4] = [
+    ("tiny", include_str!("../../../recipes/models/tiny.json")),
+    ("small", include_str!("../../../recipes/models/small.json")),
+    ("base", include_str!("../../../recipes/models/base.json")),
+    ("deepseek-v3", include_str!("../../../recipes/models/deepseek-v3.json")),
+];
+
+/// Names of the built-in models.
+pub fn model_names() -> Vec<&'static str> {
+    MODELS.iter().map(|(name, _)| *name).collect()
+}
+
+/// A built-in model.
+pub fn model(name: &str) -> Option<ModelConfig> {
+    let text = MODELS.iter().find(|(known, _)| *known == name)?.1;
+    Some(ModelConfig::from_hf_json(text).expect("built-in models are valid: a test reads them all"))
+}

@@ -1,0 +1,150 @@
+//! A whole cluster in this process: a job, a worker that hosts every rank, and the local fabric between them.
+//!
+//! Composition only: who talks to whom is decided here, what they say is not.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use contraflow_orchestrator::job::{JobSetup, Outcome};
+use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
+use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
+use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::trace::{self, TraceContext};
+use contraflow_workers::checkpoint::Checkpoint;
+use contraflow_workers::data::batches::Datasets;
+use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::rank::build::Assignment;
+use contraflow_workers::rank::worker::{Worker, WorkerMessage};
+use ractor::{Actor, ActorRef};
+use tokio::sync::oneshot;
+
+/// What a cluster runs.
+pub struct ClusterSpec {
+    /// What to train and how.
+    pub recipe: Arc<Recipe>,
+    /// The sequences.
+    pub datasets: Arc<Datasets>,
+    /// How often the job has been formed before.
+    pub generation: u32,
+    /// What the run goes on from, if it is not fresh.
+    pub resume: Option<Arc<Checkpoint>>,
+    /// Where checkpoints are kept, if anywhere.
+    pub checkpoints: Option<Commits>,
+    /// Where the weights go at the end, if anywhere; the folder exists.
+    pub export_dir: Option<PathBuf>,
+    /// Patience, disturbance and ledger of the fabric.
+    pub network: LocalOptions,
+    /// For tests.
+    pub probe: Probe,
+    /// Who hears a summary of every step.
+    pub subscribers: Vec<Subscriber>,
+}
+
+/// A running cluster.
+pub struct Cluster {
+    job: ActorRef<JobMessage>,
+    ended: oneshot::Receiver<Outcome>,
+    /// The fabric between the ranks.
+    pub network: Arc<LocalNetwork>,
+}
+
+impl Cluster {
+    /// Starts the job and its ranks.
+    ///
+    /// **Errors**: in words, if an actor cannot be started.
+    pub async fn start(spec: ClusterSpec) -> Result<Self, String> {
+        Cluster::start_over(spec, |network, rank| network.join(rank)).await
+    }
+
+    /// Starts the job and its ranks, each with the end of a fabric that `join` gives it.
+    ///
+    /// **Errors**: in words, if an actor cannot be started.
+    pub async fn start_over(
+        spec: ClusterSpec,
+        join: impl Fn(&Arc<LocalNetwork>, usize) -> Endpoint,
+    ) -> Result<Self, String> {
+        let ClusterSpec {
+            recipe,
+            datasets,
+            generation,
+            resume,
+            checkpoints,
+            export_dir,
+            network,
+            probe,
+            subscribers,
+        } = spec;
+        let folder = checkpoints.as_ref().map(|commits| commits.folder.clone());
+        let network = LocalNetwork::new(network);
+        let world = recipe.topology().world();
+        let worker: Arc<OnceLock<ActorRef<WorkerMessage>>> = Arc::default();
+        let to_worker = worker.clone();
+        let send = move |rank, command| {
+            if let Some(worker) = to_worker.get() {
+                // A worker that is gone has told so as the supervisor of its ranks.
+                let trace = TraceContext::default();
+                drop(worker.cast(WorkerMessage::Command { rank, command, trace }));
+            }
+        };
+        let (tell_ended, ended) = oneshot::channel();
+        let setup = JobActorSetup {
+            job: JobSetup {
+                world,
+                steps_before: resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.step),
+                steps: recipe.training.steps as u64,
+                keeps_checkpoints: checkpoints.is_some(),
+                export_dir,
+            },
+            checkpoints,
+            model_config: recipe.model_config.to_hf_json(),
+            collapse_steps: recipe.watch.collapse_steps,
+            send: Arc::new(send),
+            subscribers,
+            ended: tell_ended,
+        };
+        let failed = |error: ractor::SpawnErr| error.to_string();
+        let (job, _) = Actor::spawn(None, JobActor, setup).await.map_err(failed)?;
+        let to_job = job.clone();
+        let tell = Arc::new(move |event| drop(to_job.cast(JobMessage::Event(event))));
+        let (worker_actor, _) = Actor::spawn(None, Worker, tell).await.map_err(failed)?;
+        let worker_actor = worker.get_or_init(|| worker_actor);
+        for rank in 0..world {
+            let assignment = Box::new(Assignment {
+                job: 0,
+                generation,
+                recipe: recipe.clone(),
+                endpoint: join(&network, rank),
+                datasets: datasets.clone(),
+                resume: resume.clone(),
+                recovered: None,
+                keeper: None,
+                checkpoints: folder.clone(),
+                trace: trace::current(),
+                probe: probe.clone(),
+            });
+            worker_actor.cast(WorkerMessage::Host { rank, assignment }).map_err(|error| error.to_string())?;
+        }
+        Ok(Cluster { job, ended, network })
+    }
+
+    /// A handle that stops the run after the running step, which is kept.
+    pub fn stopper(&self) -> impl Fn() + Send + Sync + 'static {
+        let job = self.job.clone();
+        move || drop(job.cast(JobMessage::Stop))
+    }
+
+    /// A handle that ends the job at once.
+    pub fn canceller(&self) -> impl Fn(&str) + Send + Sync + 'static {
+        let job = self.job.clone();
+        move |reason| drop(job.cast(JobMessage::Cancel { reason: reason.to_owned() }))
+    }
+
+    /// Waits for the end of the job.
+    pub async fn wait(self) -> Outcome {
+        let message = "the job actor ended without an outcome".into();
+        let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
+        self.ended.await.unwrap_or_else(|_| gone())
+    }
+}

@@ -1,0 +1,230 @@
+//! Collectives over replica groups: all-reduce of a few totals, and the two halves of ZeRO-1, reduce-scatter and all-gather.
+//!
+//! Sums run in an order that the group fixes, never in that of arrival, so that a run gives the same bits whatever the timing.
+//! Knows ranks and flat slices; no layers.
+
+use contraflow_kernels::math::add_into;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region};
+use contraflow_runtime::schedule::Chunk;
+
+use super::address::StepId;
+use super::packets::{self, Payload, Unpack};
+
+const NOWHERE: Chunk = Chunk { stage: 0, micro_batch: 0 };
+
+/// Collectives of one step; `bucket` tells those of one kind apart.
+pub struct Collectives<'a> {
+    /// This rank's end of the fabric.
+    pub endpoint: &'a Endpoint,
+    /// Which step.
+    pub id: StepId,
+}
+
+/// The share of `len` elements that member `index` of `members` owns.
+pub fn shard(len: usize, members: usize, index: usize) -> std::ops::Range<usize> {
+    len * index / members..len * (index + 1) / members
+}
+
+/// A group's tree is that of its positions written to this base: a parent is its child without the last digit that is not 0.
+/// So each member sums a run of positions, those of one host before those of many where a host has eight; a group of at most
+/// eight is summed in order, one after another.
+const RADIX: usize = 8;
+
+/// Where position `at` of a group, not the first, sends its sum.
+fn parent(at: usize) -> usize {
+    let mut span = RADIX;
+    while at.is_multiple_of(span) {
+        span *= RADIX;
+    }
+    at - at % span
+}
+
+/// The positions whose parent `at` is, ascending.
+fn children(at: usize, members: usize) -> Vec<usize> {
+    let mut children = Vec::new();
+    let mut span = 1;
+    while span < members && at.is_multiple_of(span * RADIX) {
+        children.extend((1..RADIX).map(|digit| at + digit * span).take_while(|&child| child < members));
+        span *= RADIX;
+    }
+    children
+}
+
+impl Collectives<'_> {
+    fn send(&self, to: usize, kind: FrameKind, bucket: usize, part: Region) -> Result<(), FabricError> {
+        self.endpoint.send(to, self.id.tag(kind, NOWHERE, bucket, self.endpoint.rank()), vec![part])
+    }
+
+    fn receive(&self, from: usize, kind: FrameKind, bucket: usize) -> Result<Unpack, FabricError> {
+        let tag = self.id.tag(kind, NOWHERE, bucket, from);
+        Ok(Unpack::new(tag, self.endpoint.receive(tag)?))
+    }
+
+    /// Sums `totals` over the group, up a tree and down again: no member talks to more than a few others, however large the
+    /// group. Each adds the sums of its children to its own in the order of the group.
+    ///
+    /// **Errors**: those of the fabric.
+    pub fn all_reduce(
+        &self,
+        group: &[usize],
+        bucket: usize,
+        mut totals: Vec<f64>,
+    ) -> Result<Vec<f64>, FabricError> {
+        let (kind, len) = (FrameKind::AllReduce, totals.len());
+        let at = group.iter().position(|&member| member == self.endpoint.rank()).unwrap_or_default();
+        let children = children(at, group.len());
+        for &child in &children {
+            let other = self.receive(group[child], kind, bucket)?.totals(len)?;
+            totals.iter_mut().zip(other).for_each(|(sum, value)| *sum += value);
+        }
+        if at > 0 {
+            let parent = group[parent(at)];
+            self.send(parent, kind, bucket, Region::new(Payload::Totals(totals)))?;
+            totals = self.receive(parent, kind, bucket)?.totals(len)?;
+        }
+        let sum = Region::new(Payload::Totals(totals.clone()));
+        children.iter().try_for_each(|&child| self.send(group[child], kind, bucket, sum.clone()))?;
+        Ok(totals)
+    }
+
+    /// Sums a flat bucket over the group and returns this rank's shard of the sum. `slice` copies a range of the bucket.
+    ///
+    /// **Errors**: those of the fabric.
+    pub fn reduce_scatter(
+        &self,
+        group: &[usize],
+        bucket: usize,
+        len: usize,
+        slice: impl Fn(std::ops::Range<usize>) -> Tensor,
+    ) -> Result<Tensor, FabricError> {
+        let own_rank = self.endpoint.rank();
+        for (index, &member) in group.iter().enumerate() {
+            if member != own_rank {
+                let part = slice(shard(len, group.len(), index));
+                self.send(member, FrameKind::ReduceScatter, bucket, packets::tensor(part))?;
+            }
+        }
+        let own = group.iter().position(|&member| member == own_rank).unwrap_or_default();
+        let range = shard(len, group.len(), own);
+        let mut sum: Option<Tensor> = None;
+        for &member in group {
+            let part = if member == own_rank {
+                slice(range.clone())
+            } else {
+                self.receive(member, FrameKind::ReduceScatter, bucket)?.flat(range.len())?
+            };
+            match &mut sum {
+                Some(sum) => add_into(sum.f32_mut(), part.f32()),
+                None => sum = Some(part),
+            }
+        }
+        Ok(sum.unwrap_or_else(|| slice(range)))
+    }
+
+    /// Gives this rank's shard to every member and hands each other member's shard to `store`.
+    ///
+    /// **Errors**: those of the fabric.
+    pub fn all_gather(
+        &self,
+        group: &[usize],
+        bucket: usize,
+        len: usize,
+        slice: impl Fn(std::ops::Range<usize>) -> Tensor,
+        mut store: impl FnMut(std::ops::Range<usize>, &Tensor),
+    ) -> Result<(), FabricError> {
+        let own_rank = self.endpoint.rank();
+        let own = group.iter().position(|&member| member == own_rank).unwrap_or_default();
+        for &member in group.iter().filter(|&&member| member != own_rank) {
+            let part = slice(shard(len, group.len(), own));
+            self.send(member, FrameKind::AllGather, bucket, packets::tensor(part))?;
+        }
+        for (index, &member) in group.iter().enumerate().filter(|&(_, &member)| member != own_rank) {
+            let range = shard(len, group.len(), index);
+            let part = self.receive(member, FrameKind::AllGather, bucket)?.flat(range.len())?;
+            store(range, &part);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use contraflow_runtime::fabric::{Disturbance, LocalNetwork, LocalOptions, Phase};
+
+    use super::*;
+
+    /// Numbers whose sum depends on the order.
+    fn totals(rank: usize) -> Vec<f64> {
+        [3.0, 7.0, 11.0].map(|part| (1.0 + rank as f64) / part * 10_f64.powi(rank as i32 % 5)).to_vec()
+    }
+
+    /// What each member got and the bytes that it sent, in the order of the group; frames come late and out of order.
+    fn reduce(group: &[usize], seed: u64) -> Vec<(Vec<f64>, u64)> {
+        let disturbance = Some(Disturbance { seed, max_delay: Duration::from_millis(3) });
+        let network = LocalNetwork::new(LocalOptions { disturbance, ..LocalOptions::default() });
+        let ends: Vec<Endpoint> = group.iter().map(|&rank| network.join(rank)).collect();
+        let id = StepId::first(Phase::Update);
+        let one = |endpoint: &Endpoint| {
+            let sum = Collectives { endpoint, id }.all_reduce(group, 0, totals(endpoint.rank())).unwrap();
+            (sum, endpoint.sent_bytes())
+        };
+        let results = std::thread::scope(|scope| {
+            let threads: Vec<_> = ends.iter().map(|endpoint| scope.spawn(move || one(endpoint))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(network.num_waiting(), 0);
+        results
+    }
+
+    /// The sum over a run of positions, of which there are `span` at most: that of its first eighth, then the others.
+    fn sum_of_run(group: &[usize], start: usize, span: usize) -> Vec<f64> {
+        if span == 1 {
+            return totals(group[start]);
+        }
+        let starts = (start..group.len().min(start + span)).step_by(span / 8);
+        let sums = starts.map(|start| sum_of_run(group, start, span / 8));
+        sums.reduce(|sum, other| sum.iter().zip(other).map(|(sum, value)| sum + value).collect()).unwrap()
+    }
+
+    fn bits(sum: &[f64]) -> Vec<u64> {
+        sum.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn everybody_gets_the_sum_in_the_order_of_the_group() {
+        for members in [1, 2, 7, 8, 9, 20, 64, 70] {
+            // Not the order of the ranks.
+            let group: Vec<usize> = (0..members).map(|at| at * 37 % 101).collect();
+            let expected = match members {
+                0..=8 => group.iter().map(|&rank| totals(rank)).fold(vec![0.0; 3], |sum, other| {
+                    sum.iter().zip(other).map(|(sum, value)| sum + value).collect()
+                }),
+                _ => sum_of_run(&group, 0, 512),
+            };
+            for seed in [1, 2] {
+                let results = reduce(&group, seed);
+                assert!(results.iter().all(|(sum, _)| bits(sum) == bits(&expected)), "{members} members");
+                let sent: u64 = results.iter().map(|(_, bytes)| bytes).sum();
+                assert_eq!(sent, 2 * (members as u64 - 1) * 24, "{members} members");
+            }
+        }
+    }
+
+    #[test]
+    fn a_tree_reaches_everybody_by_few_links() {
+        for members in (1..600).chain([2048, 4097]) {
+            let mut reached = vec![0; members];
+            for at in 0..members {
+                let below = children(at, members);
+                assert!(below.is_sorted() && below.iter().all(|&child| child > at && parent(child) == at));
+                below.iter().for_each(|&child| reached[child] += 1);
+                let levels = (1..).find(|&levels| 8_usize.pow(levels) >= members).unwrap() as usize;
+                assert!(below.len() < 7 * levels + 1, "{} links of {members} members", below.len());
+            }
+            assert!(reached[0] == 0 && reached[1..].iter().all(|&times| times == 1), "{members} members");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Which sequences a rank reads in a step, cut into micro-batches, in an order that no layout changes.
+//!
+//! A step takes the positions [cursor, cursor + global batch) of one seeded permutation. Position p of the batch belongs to
+//! column p / (micro-batches x micro-batch size), so every layout sees the same global batch. Pure; knows tokens, no model.
+
+use std::sync::Arc;
+
+use super::packing::PackedDataset;
+use super::sampler::Order;
+use super::sequences::Sequences;
+use super::tokenizer::Tokenizer;
+
+/// Training and validation sequences.
+pub struct Datasets {
+    /// What is learnt from.
+    pub train: PackedDataset,
+    /// What is only measured on.
+    pub validation: PackedDataset,
+}
+
+/// Which validation sequence stands at `place` when `taken` of `available` are read: every split is read evenly, so that
+/// a few sequences tell about all of it.
+pub fn validation_index(place: usize, taken: usize, available: usize) -> usize {
+    place * available / taken
+}
+
+/// How a batch is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchShape {
+    /// Sequences of the global batch.
+    pub global_batch: usize,
+    /// Micro-batches of this column.
+    pub micro_batches: usize,
+    /// Sequences per micro-batch.
+    pub micro_batch_size: usize,
+}
+
+/// Which sequences a batch takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Training sequences from this position of the permutation on.
+    Train {
+        /// Sequences taken in all steps before.
+        cursor: u64,
+    },
+    /// Validation sequences, evenly spread over the split.
+    Validation,
+}
+
+/// A rank's share of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// By micro-batch.
+    pub micro_batches: Vec<Sequences>,
+    /// Sum of the loss weights of the global batch.
+    pub denominator: f64,
+    /// The same of the MTP loss.
+    pub mtp_denominator: f64,
+}
+
+/// What every batch of a column is read from: pure, so that any rank and any resumed run reads the same.
+pub struct Batches {
+    datasets: Arc<Datasets>,
+    order: Order,
+    column: usize,
+    attend_across_documents: bool,
+}
+
+impl Batches {
+    /// Those of one column of ranks; `seed` is that of the order.
+    pub fn new(datasets: Arc<Datasets>, seed: u64, column: usize, attend_across_documents: bool) -> Self {
+        let order = Order::new(&datasets.train.sources(), seed);
+        Batches { datasets, order, column, attend_across_documents }
+    }
+
+    /// Reads a column's share of a batch.
+    pub fn load(&self, part: Part, shape: BatchShape) -> Batch {
+        let BatchShape { global_batch, micro_batches, micro_batch_size } = shape;
+        let datasets = &*self.datasets;
+        let first = self.column * micro_batches * micro_batch_size;
+        let across = self.attend_across_documents;
+        let rows = |places: std::ops::Range<usize>| match part {
+            Part::Train { cursor } => {
+                let ids = places.map(|place| self.order.index_at(cursor + place as u64));
+                read(&datasets.train, ids, across)
+            }
+            Part::Validation => validation(datasets, places, global_batch, across),
+        };
+        let micro_batch = |number: usize| {
+            let start = first + number * micro_batch_size;
+            rows(start..start + micro_batch_size)
+        };
+        let length = datasets.train.sequence_length();
+        let mut batch = Batch {
+            micro_batches: (0..micro_batches).map(micro_batch).collect(),
+            denominator: (global_batch * length) as f64,
+            mtp_denominator: (global_batch * (length - 1)) as f64,
+        };
+        // Where not every target counts, every rank counts those of the whole batch, a sequence at a time.
+        if part == Part::Validation || !across {
+            batch.denominator = (0..global_batch).map(|place| rows(place..place + 1).loss_weight()).sum();
+        }
+        if !across {
+            batch.mtp_denominator =
+                (0..global_batch).map(|place| rows(place..place + 1).mtp_loss_weight()).sum();
+        }
+        batch
+    }
+}
+
+/// Sequences with these numbers.
+fn read(dataset: &PackedDataset, ids: impl Iterator<Item = usize>, across: bool) -> Sequences {
+    let (mut tokens, mut targets) = (Vec::new(), Vec::new());
+    for id in ids {
+        let (more_tokens, more_targets) = dataset.sequence(id);
+        tokens.extend(more_tokens);
+        targets.extend(more_targets);
+    }
+    let sequences = Sequences::new(tokens, targets, dataset.sequence_length());
+    if across { sequences } else { sequences.cut_at(dataset.end_of_document()) }
+}
+
+/// The validation sequences at `places` of the `taken`.
+fn validation(datasets: &Datasets, places: std::ops::Range<usize>, taken: usize, across: bool) -> Sequences {
+    let dataset = &datasets.validation;
+    let ids = places.map(|place| validation_index(place, taken, dataset.num_sequences()));
+    measured(dataset, ids, across)
+}
+
+/// Sequences with these numbers to be measured on: only text is predicted, not the ends of documents, as the baselines do
+/// it. `across` says whether tokens see the documents before their own.
+pub fn measured(dataset: &PackedDataset, ids: impl Iterator<Item = usize>, across: bool) -> Sequences {
+    let mut sequences = read(dataset, ids, across);
+    for (weight, target) in sequences.loss_weights.iter_mut().zip(&sequences.targets) {
+        if *target == dataset.end_of_document() {
+            *weight = 0.0;
+        }
+    }
+    sequences
+}
+
+/// How much text `taken` validation sequences predict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Predicted {
+    /// Targets that count: the loss is their mean.
+    pub tokens: usize,
+    /// Bytes of text that they stand for.
+    pub bytes: usize,
+}
+
+impl Predicted {
+    /// Counts what the loader would give weight.
+    pub fn count(datasets: &Datasets, taken: usize, tokenizer: &Tokenizer, across: bool) -> Self {
+        let mut predicted = Self::default();
+        for place in 0..taken {
+            predicted.add(&validation(datasets, place..place + 1, taken, across), tokenizer);
+        }
+        predicted
+    }
+
+    /// Adds sequences.
+    pub fn add(&mut self, sequences: &Sequences, tokenizer: &Tokenizer) {
+        let targets = sequences.targets.iter().zip(&sequences.loss_weights);
+        for (&target, _) in targets.filter(|(_, weight)| **weight > 0.0) {
+            self.tokens += 1;
+            self.bytes += tokenizer.byte_length(target);
+        }
+    }
+
+    /// Bits per byte of a mean loss in nats per token. `None` where no byte is predicted.
+    pub fn bits_per_byte(&self, loss: f64) -> Option<f64> {
+        (self.bytes > 0).then(|| loss * self.tokens as f64 / self.bytes as f64 / std::f64::consts::LN_2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LENGTH: usize = 3;
+
+    /// Sequences that tell their number: sequence i begins with the token 3 i.
+    fn numbered(num_sequences: usize) -> PackedDataset {
+        PackedDataset::from_tokens((0..=(num_sequences * LENGTH) as u32).collect(), LENGTH)
+    }
+
+    fn batches(train: PackedDataset, column: usize, seed: u64, across: bool) -> Batches {
+        let datasets = Arc::new(Datasets { validation: train.clone(), train });
+        Batches::new(datasets, seed, column, across)
+    }
+
+    /// Numbers of the sequences that all columns together read in a step, in the order of the batch.
+    fn read_by_all(
+        num_sequences: usize,
+        seed: u64,
+        cursor: u64,
+        columns: usize,
+        cut: (usize, usize),
+    ) -> Vec<usize> {
+        let (micro_batches, micro_batch_size) = cut;
+        let global_batch = columns * micro_batches * micro_batch_size;
+        let shape = BatchShape { global_batch, micro_batches, micro_batch_size };
+        (0..columns)
+            .flat_map(|column| {
+                let own = batches(numbered(num_sequences), column, seed, true);
+                own.load(Part::Train { cursor }, shape).micro_batches
+            })
+            .flat_map(|sequences| {
+                sequences.ids.chunks(LENGTH).map(|ids| ids[0] as usize / LENGTH).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn any_resumes_and_layouts_use_each_index_once_an_epoch_in_the_order_of_the_permutation(
+            num_sequences in 1usize..60,
+            seed: u64,
+            // A run is a list of stretches, each in a layout of its own: columns, micro-batches, their size, steps.
+            stretches in prop::collection::vec((1usize..5, 1usize..4, 1usize..4, 1usize..4), 1..6),
+        ) {
+            let mut drawn: Vec<usize> = Vec::new();
+            for (columns, micro_batches, size, steps) in stretches {
+                for _ in 0..steps {
+                    // All that a resumed run knows is how many sequences the committed steps have used.
+                    let cursor = drawn.len() as u64;
+                    drawn.extend(read_by_all(num_sequences, seed, cursor, columns, (micro_batches, size)));
+                }
+            }
+            for epoch in drawn.chunks(num_sequences) {
+                let distinct: std::collections::BTreeSet<&usize> = epoch.iter().collect();
+                prop_assert_eq!(distinct.len(), epoch.len());
+            }
+            let order = crate::data::Sampler::new(num_sequences, seed);
+            prop_assert_eq!(&drawn, &order.batch(0, drawn.len()));
+        }
+    }
+
+    #[test]
+    fn every_column_divides_by_what_counts_in_the_whole_batch() {
+        const END: u32 = crate::data::tokenizer::END_OF_DOCUMENT;
+        // Two sequences of four: `1 2 END 3 | 4 5 6 7` with targets `2 END 3 4 | 5 6 7 8`.
+        let train = PackedDataset::from_tokens(vec![1, 2, END, 3, 4, 5, 6, 7, 8], 4);
+        let shape = BatchShape { global_batch: 2, micro_batches: 1, micro_batch_size: 1 };
+        for column in 0..2 {
+            let load = |across, part| {
+                let batch = batches(train.clone(), column, 1, across).load(part, shape);
+                (batch.denominator, batch.mtp_denominator)
+            };
+            assert_eq!(load(true, Part::Train { cursor: 0 }), (8.0, 6.0));
+            // The target of END does not count; of MTP those of 2, END and 3 do not, and the last.
+            assert_eq!(load(false, Part::Train { cursor: 0 }), (7.0, 4.0));
+            // Nor do ends of documents where it is measured.
+            assert_eq!(load(true, Part::Validation), (7.0, 6.0));
+            assert_eq!(load(false, Part::Validation), (6.0, 3.0));
+        }
+    }
+
+    #[test]
+    fn bits_per_byte_are_nats_per_token_over_bytes() {
+        let datasets = Datasets { train: numbered(1), validation: numbered(4) };
+        let predicted = Predicted::count(&datasets, 2, &Tokenizer::Bytes, true);
+        assert_eq!(predicted, Predicted { tokens: 6, bytes: 6 });
+        assert_eq!(
+            Predicted { tokens: 10, bytes: 40 }.bits_per_byte(4.0 * std::f64::consts::LN_2),
+            Some(1.0)
+        );
+        assert_eq!(Predicted::default().bits_per_byte(1.0), None);
+    }
+}

@@ -1,0 +1,411 @@
+//! The compute lane's own state: the rank's stages with their parameters, and the activations saved between passes.
+//!
+//! Runs one component of one layer of one chunk at a time. Knows no fabric: what other lanes bring and fetch goes through
+//! [`Transit`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use contraflow_kernels::cross_entropy::Targets;
+use contraflow_kernels::math::add_into;
+use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::{embedding, gate};
+use contraflow_runtime::schedule::{Chunk, Component, Pass, TransferKind};
+
+use super::transit::Transit;
+use crate::error::{Missing, RankError};
+use crate::model::attention::{self, AttentionGradient};
+use crate::model::head::{self, LossHead};
+use crate::model::micro_batch::MicroBatch;
+use crate::model::params::Params;
+use crate::model::weight_work::WeightWork;
+use crate::model::{Architecture, Layer, Stage, experts, ffn, mtp};
+
+/// What a layer keeps between its forward and its backward pass.
+#[derive(Default)]
+struct SavedLayer {
+    attention: Option<attention::Saved>,
+    /// Attention -> SharedExpert: normed rows and residual stream.
+    ffn_input: Option<(Tensor, Tensor)>,
+    ffn: Option<ffn::Saved>,
+    experts: Option<experts::Saved>,
+    /// SharedExpert's backward -> Attention's backward.
+    d_normed: Option<Tensor>,
+}
+
+/// What the last stage keeps.
+#[derive(Default)]
+struct SavedEnd {
+    head: Option<head::Saved>,
+    /// Head -> MtpJoin: the normed hidden state.
+    hidden: Option<Tensor>,
+    mtp_join: Option<mtp::Saved>,
+    mtp_head: Option<head::Saved>,
+    /// MtpJoin's backward -> Head's backward.
+    d_hidden: Option<Tensor>,
+}
+
+/// What a rank counts while a program runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Totals {
+    /// This rank's share of the mean loss, in nats per token.
+    pub loss: f64,
+    /// This rank's share of the mean MTP loss, times lambda.
+    pub mtp_loss: f64,
+    /// This rank's share of the balance loss, scaled.
+    pub balance_loss: f64,
+    /// First micro-batch whose loss is not finite.
+    pub bad_micro_batch: Option<usize>,
+    /// Tokens per expert, per layer, of this rank's tokens.
+    pub expert_counts: BTreeMap<usize, Vec<u64>>,
+    /// Largest number of chunks with live activations.
+    pub peak_live_chunks: usize,
+}
+
+impl Totals {
+    fn note_if_bad(&mut self, chunk: Chunk, loss: f64) {
+        if !loss.is_finite() {
+            self.bad_micro_batch.get_or_insert(chunk.micro_batch);
+        }
+    }
+}
+
+/// One operation of the compute lane.
+#[derive(Clone, Copy, Debug)]
+pub struct ComputeOp {
+    /// Which pass.
+    pub pass: Pass,
+    /// Stage and micro-batch.
+    pub chunk: Chunk,
+    /// Layer of the model.
+    pub layer: usize,
+    /// Which component.
+    pub component: Component,
+}
+
+/// Where an operation stands and what it may reach.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    op: ComputeOp,
+    stage: &'a Stage,
+    transit: &'a Transit,
+    batch: &'a MicroBatch,
+}
+
+/// The rank's model at work.
+pub struct Compute {
+    arch: Arc<Architecture>,
+    stages: Arc<Vec<Stage>>,
+    /// Everything but the routed experts.
+    pub dense: Params,
+    /// The routed experts, lent for one program.
+    pub experts: Params,
+    /// Sums of the running program.
+    pub totals: Totals,
+    /// Whether a backward pass will follow.
+    train: bool,
+    layers: HashMap<(Chunk, usize), SavedLayer>,
+    ends: HashMap<Chunk, SavedEnd>,
+    work: HashMap<(Chunk, usize, Component), WeightWork>,
+    live: BTreeSet<Chunk>,
+}
+
+impl Compute {
+    /// Puts the model together for one program.
+    pub fn new(
+        arch: Arc<Architecture>,
+        stages: Arc<Vec<Stage>>,
+        dense: Params,
+        experts: Params,
+        train: bool,
+    ) -> Self {
+        Compute {
+            arch,
+            stages,
+            dense,
+            experts,
+            totals: Totals::default(),
+            train,
+            layers: HashMap::new(),
+            ends: HashMap::new(),
+            work: HashMap::new(),
+            live: BTreeSet::new(),
+        }
+    }
+
+    /// Runs one component.
+    ///
+    /// **Errors**: [`RankError::Missing`] if its input is not there.
+    pub fn run(&mut self, op: ComputeOp, transit: &Transit, batch: &MicroBatch) -> Result<(), RankError> {
+        let stages = self.stages.clone();
+        let stage = stage_of(&stages, op.chunk.stage);
+        let at = At { op, stage, transit, batch };
+        match op.pass {
+            Pass::Forward => {
+                if self.train && self.live.insert(op.chunk) {
+                    self.totals.peak_live_chunks = self.totals.peak_live_chunks.max(self.live.len());
+                }
+                self.forward(at)
+            }
+            Pass::BackwardInput => {
+                self.backward_input(at)?;
+                if stage.is_last_of_backward(op.component, op.layer) {
+                    self.live.remove(&op.chunk);
+                }
+                Ok(())
+            }
+            Pass::BackwardWeight => self.backward_weight(op),
+        }
+    }
+
+    fn saved(&mut self, op: ComputeOp) -> &mut SavedLayer {
+        self.layers.entry((op.chunk, op.layer)).or_default()
+    }
+
+    fn end(&mut self, chunk: Chunk) -> &mut SavedEnd {
+        self.ends.entry(chunk).or_default()
+    }
+
+    fn forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let chunk = op.chunk;
+        match op.component {
+            Component::Embedding => {
+                let table = present(stage.embedding, "the embedding", op)?;
+                transit.put(
+                    TransferKind::Activation,
+                    chunk,
+                    embedding::forward(&batch.ids, self.dense.weight(table)),
+                );
+            }
+            Component::Attention => self.attention_forward(at)?,
+            Component::SharedExpert => {
+                let layer = stage.layer(op.layer);
+                let (normed, residual) = present(self.saved(op).ffn_input.take(), "the normed rows", op)?;
+                let (output, saved) = ffn::forward(&layer.ffn, &self.dense, normed, &residual);
+                if self.train {
+                    self.saved(op).ffn = Some(saved);
+                }
+                if layer.experts.is_some() {
+                    transit.layer(chunk, op.layer, |transit| transit.home = Some(output));
+                } else {
+                    transit.put(TransferKind::Activation, chunk, output);
+                }
+            }
+            Component::Experts => {
+                let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
+                let arrivals =
+                    transit.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
+                let (outputs, saved) = experts::forward(weights, &self.experts, arrivals);
+                if self.train {
+                    self.saved(op).experts = Some(saved);
+                }
+                transit.layer(chunk, op.layer, |transit| transit.outputs = Some(outputs));
+            }
+            Component::Head => self.head_forward(at)?,
+            Component::MtpJoin => {
+                let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
+                let hidden = present(self.end(chunk).hidden.take(), "the hidden state", op)?;
+                let (x, saved) = mtp::forward(weights, &self.dense, &batch.targets, hidden, self.arch.eps());
+                if self.train {
+                    self.end(chunk).mtp_join = Some(saved);
+                }
+                transit.put(TransferKind::Activation, chunk, x);
+            }
+            Component::MtpHead => self.mtp_head_forward(at)?,
+            Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
+        }
+        Ok(())
+    }
+
+    fn attention_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let layer = stage.layer(op.layer);
+        let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
+        let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.dense, x, batch);
+        if let Some(routing) = output.routing {
+            let counts = gate::counts(&routing, self.arch.config.n_routed_experts);
+            let sums = self.totals.expert_counts.entry(op.layer).or_insert_with(|| vec![0; counts.len()]);
+            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            let normed = output.normed.clone();
+            transit.layer(op.chunk, op.layer, |transit| transit.normed = Some((normed, routing)));
+        }
+        let train = self.train;
+        let kept = self.saved(op);
+        kept.ffn_input = Some((output.normed, output.residual));
+        if train {
+            kept.attention = Some(saved);
+        }
+        Ok(())
+    }
+
+    fn head_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let head = self.main_head(op, stage)?;
+        let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
+        let targets = Targets { ids: &batch.targets, weights: &batch.loss_weights };
+        let normed = if self.train {
+            let (loss, normed, saved) = head::forward(head, &mut self.dense, x, &targets);
+            self.totals.loss += loss.sum;
+            self.totals.note_if_bad(op.chunk, loss.sum);
+            self.end(op.chunk).head = Some(saved);
+            normed
+        } else {
+            let (loss, normed) = head::evaluate(head, &self.dense, &x, &targets);
+            self.totals.loss += loss.sum;
+            normed
+        };
+        if stage.mtp.is_some() {
+            self.end(op.chunk).hidden = Some(normed);
+        }
+        Ok(())
+    }
+
+    fn mtp_head_forward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let head = self.mtp_head(op, stage)?;
+        let x = transit.take(TransferKind::Activation, op.chunk)?;
+        let targets = Targets { ids: &batch.mtp_targets, weights: &batch.mtp_loss_weights };
+        if self.train {
+            let (loss, _, saved) = head::forward(head, &mut self.dense, x, &targets);
+            self.totals.mtp_loss += loss.sum;
+            self.totals.note_if_bad(op.chunk, loss.sum);
+            self.end(op.chunk).mtp_head = Some(saved);
+        } else {
+            self.totals.mtp_loss += head::evaluate(head, &self.dense, &x, &targets).0.sum;
+        }
+        Ok(())
+    }
+
+    fn main_head(&self, op: ComputeOp, stage: &Stage) -> Result<LossHead, RankError> {
+        let weights = present(stage.head.as_ref(), "the head", op)?;
+        Ok(LossHead { norm: weights.norm, head: weights.head, eps: self.arch.eps() })
+    }
+
+    fn mtp_head(&self, op: ComputeOp, stage: &Stage) -> Result<LossHead, RankError> {
+        let norm = present(stage.mtp.as_ref(), "the MTP block", op)?.norm;
+        Ok(LossHead { norm, ..self.main_head(op, stage)? })
+    }
+
+    fn backward_input(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let chunk = op.chunk;
+        match op.component {
+            Component::MtpHead => {
+                let head = self.mtp_head(op, stage)?;
+                let saved = present(self.end(chunk).mtp_head.take(), "the saved MTP head", op)?;
+                transit.put(
+                    TransferKind::Gradient,
+                    chunk,
+                    head::backward(head, &mut self.dense, saved, None),
+                );
+            }
+            Component::MtpJoin => {
+                let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
+                let saved = present(self.end(chunk).mtp_join.take(), "the saved MTP input", op)?;
+                let dy = transit.take(TransferKind::Gradient, chunk)?;
+                let (d_hidden, work) = mtp::backward_input(
+                    weights,
+                    &mut self.dense,
+                    dy,
+                    &saved,
+                    &batch.targets,
+                    self.arch.eps(),
+                );
+                self.end(chunk).d_hidden = Some(d_hidden);
+                self.work.insert((chunk, op.layer, op.component), work);
+            }
+            Component::Head => {
+                let head = self.main_head(op, stage)?;
+                let SavedEnd { head: saved, d_hidden, .. } = self.ends.remove(&chunk).unwrap_or_default();
+                let saved = present(saved, "the saved head", op)?;
+                let dx = head::backward(head, &mut self.dense, saved, d_hidden.as_ref());
+                transit.put(TransferKind::Gradient, chunk, dx);
+            }
+            Component::SharedExpert => {
+                let saved = present(self.saved(op).ffn.take(), "the saved shared expert", op)?;
+                let dy = transit.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
+                let (d_normed, work) =
+                    ffn::backward_input(&stage.layer(op.layer).ffn, &self.dense, dy, saved);
+                self.saved(op).d_normed = Some(d_normed);
+                self.work.insert((chunk, op.layer, op.component), work);
+            }
+            Component::Experts => {
+                let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
+                let saved = present(self.saved(op).experts.take(), "the saved experts", op)?;
+                let dy =
+                    transit.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
+                let (d_rows, d_weights, work) = experts::backward_input(weights, &self.experts, &dy, saved);
+                transit.layer(chunk, op.layer, |transit| transit.d_arrivals = Some((d_rows, d_weights)));
+                self.work.insert((chunk, op.layer, op.component), work);
+            }
+            Component::Attention => self.attention_backward(at)?,
+            Component::Embedding => {
+                let table = present(stage.embedding, "the embedding", op)?;
+                let dy = transit.take(TransferKind::Gradient, chunk)?;
+                embedding::backward(&dy, &batch.ids, self.dense.grad_mut(table));
+            }
+            Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
+        }
+        Ok(())
+    }
+
+    fn attention_backward(&mut self, at: At) -> Result<(), RankError> {
+        let At { op, stage, transit, batch } = at;
+        let layer: &Layer = stage.layer(op.layer);
+        let residual = transit.take(TransferKind::Gradient, stage.gradient_source(op.chunk, op.layer))?;
+        let SavedLayer { attention: saved, d_normed, .. } =
+            self.layers.remove(&(op.chunk, op.layer)).unwrap_or_default();
+        let saved = present(saved, "the saved attention", op)?;
+        let mut normed = present(d_normed, "the shared expert's gradient", op)?;
+        let mut routing_weights = Vec::new();
+        if layer.experts.is_some() {
+            let from = (op.chunk, op.layer);
+            let (routed, weights) = transit.take_from(from, "the experts' gradient", |t| &mut t.d_normed)?;
+            add_into(normed.f32_mut(), routed.f32());
+            routing_weights = weights;
+            transit.forget(op.chunk, op.layer);
+        }
+        let gradient =
+            AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
+        let done =
+            attention::backward_input(&self.arch, &layer.attention, &mut self.dense, gradient, saved, batch);
+        self.totals.balance_loss += done.balance_loss * f64::from(batch.balance_scale);
+        transit.put(TransferKind::Gradient, op.chunk, done.dx);
+        self.work.insert((op.chunk, op.layer, op.component), done.work);
+        Ok(())
+    }
+
+    fn backward_weight(&mut self, op: ComputeOp) -> Result<(), RankError> {
+        let work = self.work.remove(&(op.chunk, op.layer, op.component));
+        let params = if op.component == Component::Experts { &mut self.experts } else { &mut self.dense };
+        present(work, "the deferred weight gradients", op)?.run(params);
+        Ok(())
+    }
+
+    /// Activations and deferred work that nobody consumed: none, after a whole training step.
+    pub fn num_left(&self) -> usize {
+        self.layers.len() + self.ends.len() + self.work.len() + self.live.len()
+    }
+}
+
+/// The stage with this index.
+///
+/// # Panics
+/// If the rank does not hold it: the plan was made for another placement.
+pub fn stage_of(stages: &[Stage], index: usize) -> &Stage {
+    let found = stages.iter().find(|stage| stage.index == index);
+    found.unwrap_or_else(|| panic!("this rank does not hold stage {index}"))
+}
+
+fn present<T>(value: Option<T>, what: &'static str, op: ComputeOp) -> Result<T, RankError> {
+    value.ok_or(RankError::Missing(Missing { what, chunk: op.chunk, layer: op.layer }))
+}
+
+fn misplaced(op: ComputeOp) -> RankError {
+    RankError::Missing(Missing {
+        what: "a component that is not arithmetic",
+        chunk: op.chunk,
+        layer: op.layer,
+    })
+}

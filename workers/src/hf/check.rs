@@ -1,0 +1,182 @@
+//! Is an HF directory whole? Every tensor against `config.json`, every file against its checksum, all faults at once.
+//!
+//! Knows files, names and shapes; no layers and no ranks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
+
+use contraflow_runtime::model_config::{ModelConfig, WeightShape};
+use serde::{Deserialize, Serialize};
+
+use super::weights::HfWeights;
+
+/// Name of the file with the checksums of a directory that this program wrote.
+pub const SEAL_FILE: &str = "contraflow.json";
+
+/// The form of [`Seal`] that this program writes and reads.
+pub const SEAL_VERSION: u32 = 1;
+
+/// What the files of a directory must be, bit for bit.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Seal {
+    /// See [`SEAL_VERSION`].
+    pub format_version: u32,
+    /// By name.
+    pub files: BTreeMap<String, FileSeal>,
+}
+
+/// What one file must be.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct FileSeal {
+    /// Its size.
+    pub bytes: u64,
+    /// Its blake3, as 64 hex digits.
+    pub blake3: String,
+}
+
+/// A directory without faults.
+pub struct Checked {
+    /// What `config.json` says.
+    pub config: ModelConfig,
+    /// Where its tensors are.
+    pub weights: HfWeights,
+}
+
+/// Checks a directory: configuration, checksums where there are any, files, names and shapes of the tensors.
+///
+/// **Errors**: every fault, with the file.
+pub fn check(dir: &Path) -> Result<Checked, Vec<String>> {
+    let config = read_config(dir);
+    let mut faults = seal_faults(dir);
+    let (weights, broken) = HfWeights::survey(dir);
+    faults.extend(broken.iter().map(ToString::to_string));
+    match config {
+        Ok(config) => {
+            faults.extend(tensor_faults(&config, &weights, dir, broken.is_empty()));
+            if faults.is_empty() { Ok(Checked { config, weights }) } else { Err(faults) }
+        }
+        Err(of_config) => Err(of_config.into_iter().chain(faults).collect()),
+    }
+}
+
+/// Checks that the directory's tensors are those of a given model.
+///
+/// **Errors**: every fault, with the file.
+pub fn check_against(config: &ModelConfig, dir: &Path) -> Result<(), Vec<String>> {
+    let (weights, broken) = HfWeights::survey(dir);
+    let mut faults: Vec<String> = broken.iter().map(ToString::to_string).collect();
+    faults.extend(tensor_faults(config, &weights, dir, broken.is_empty()));
+    if faults.is_empty() { Ok(()) } else { Err(faults) }
+}
+
+fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
+    let path = dir.join("config.json");
+    let text =
+        std::fs::read_to_string(&path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
+    ModelConfig::from_hf_json(&text).map_err(|faults| {
+        faults.to_string().lines().map(|fault| format!("{}: {fault}", path.display())).collect()
+    })
+}
+
+/// The faults of the files that a [`Seal`] names; none where there is no seal.
+fn seal_faults(dir: &Path) -> Vec<String> {
+    let path = dir.join(SEAL_FILE);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => return vec![format!("{}: {error}", path.display())],
+    };
+    let seal = match parse_seal(&text) {
+        Ok(seal) => seal,
+        Err(message) => return vec![format!("{}: {message}", path.display())],
+    };
+    seal.files.iter().filter_map(|(name, file)| file_fault(&dir.join(name), file)).collect()
+}
+
+/// Reads a seal.
+///
+/// **Errors**: in words; a newer form is one.
+pub fn parse_seal(text: &str) -> Result<Seal, String> {
+    #[derive(Deserialize)]
+    struct Version {
+        format_version: u32,
+    }
+    let Version { format_version } = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    if format_version != SEAL_VERSION {
+        return Err(format!("format_version: expected {SEAL_VERSION}, got {format_version}"));
+    }
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
+fn file_fault(path: &Path, seal: &FileSeal) -> Option<String> {
+    let told = |message: String| Some(format!("{}: {message}", path.display()));
+    let size = match std::fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) => return told(format!("{error}, although {SEAL_FILE} names it")),
+    };
+    if size != seal.bytes {
+        let word = if size < seal.bytes { ": truncated" } else { "" };
+        return told(format!("expected {} bytes, got {size}{word}", seal.bytes));
+    }
+    let mut hasher = blake3::Hasher::new();
+    match File::open(path).and_then(|file| hasher.update_reader(file).map(|_| ())) {
+        Err(error) => told(error.to_string()),
+        Ok(()) => {
+            let got = hasher.finalize().to_hex();
+            let differs = got.as_str() != seal.blake3;
+            differs
+                .then(|| format!("{}: expected blake3 {}, got {got}: damaged", path.display(), seal.blake3))
+        }
+    }
+}
+
+/// What is missing, too much or of another shape. Where files are broken nobody can say what is missing.
+fn tensor_faults(
+    config: &ModelConfig,
+    weights: &HfWeights,
+    dir: &Path,
+    files_are_whole: bool,
+) -> Vec<String> {
+    let expected = config.weights();
+    let mut faults = Vec::new();
+    if files_are_whole {
+        faults.extend(missing(config, &expected, weights));
+    }
+    let known: BTreeSet<&str> = expected.iter().map(|weight| weight.name.as_str()).collect();
+    let extra = weights.names().filter(|name| !known.contains(name));
+    faults.extend(extra.map(|name| format!("{name}: expected no such tensor in this model, got one")));
+    for weight in &expected {
+        match weights.info(&weight.name) {
+            Some((shape, _)) if shape != weight.shape => {
+                faults.push(format!("{}: expected shape {:?}, got {shape:?}", weight.name, weight.shape));
+            }
+            _ => {}
+        }
+    }
+    faults.into_iter().map(|fault| format!("{}: {fault}", dir.display())).collect()
+}
+
+/// The tensors that are not there. A copy of a shared tensor may be left out; a whole block of multi-token prediction that
+/// is not there is one fault.
+fn missing(config: &ModelConfig, expected: &[WeightShape], weights: &HfWeights) -> Vec<String> {
+    let absent: Vec<&WeightShape> = expected
+        .iter()
+        .filter(|weight| weight.tied_to.is_none() && weights.info(&weight.name).is_none())
+        .collect();
+    let mtp = config.mtp_layer().map(|layer| format!("model.layers.{layer}."));
+    let of_mtp = |name: &str| mtp.as_ref().is_some_and(|prefix| name.starts_with(prefix.as_str()));
+    let has_mtp = weights.names().any(of_mtp);
+    let mut faults: Vec<String> = absent
+        .iter()
+        .filter(|weight| has_mtp || !of_mtp(&weight.name))
+        .map(|weight| format!("{}: expected a tensor of shape {:?}, got none", weight.name, weight.shape))
+        .collect();
+    if let Some(prefix) = mtp.filter(|_| !has_mtp) {
+        faults.push(format!(
+            "{prefix}*: expected the block of multi-token prediction, got none; \"num_nextn_predict_layers\": 0 in \
+             config.json does without it"
+        ));
+    }
+    faults
+}

@@ -1,0 +1,234 @@
+//! Writes a model as an HF directory: shards with an index, configuration, tokenizer files, checksums.
+//!
+//! One tensor is in memory at a time, beside a copy of a shared one the original. A directory is made under another name,
+//! brought to disk and renamed: under its own name it is whole or not there. Knows names and files, no layers.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use contraflow_runtime::checkpoint::folder::sync_dir;
+use contraflow_runtime::model_config::{ModelConfig, WeightShape};
+use safetensors::Dtype;
+
+use super::check::{FileSeal, SEAL_FILE, SEAL_VERSION, Seal};
+use super::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error, header_text};
+use crate::error::RankError;
+use crate::hashed_file::{HashedFile, Sealed};
+
+/// Files beside the weights that go along where they are.
+const COMPANIONS: [&str; 5] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// What a tensor becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// What it is.
+    AsIs,
+    /// Every tensor in f32.
+    F32,
+    /// Rounded to bf16; the gate biases stay in f32, as published.
+    Bf16,
+}
+
+/// A model on its way into a directory.
+pub struct Export<'a> {
+    /// Where its tensors come from.
+    pub source: &'a HfWeights,
+    /// What they are.
+    pub config: &'a ModelConfig,
+    /// What stands in `config.json`.
+    pub config_json: String,
+    /// Where tokenizer files are taken from, if there are any.
+    pub companions: &'a Path,
+    /// What the tensors become.
+    pub format: Format,
+    /// Largest shard; a tensor that is larger has one of its own.
+    ///
+    /// **Units**: bytes of data.
+    pub shard_bytes: u64,
+}
+
+/// What has been written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Number of tensors.
+    pub num_tensors: usize,
+    /// Number of weight files.
+    pub num_shards: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Where a folder is made before it has its name.
+pub fn part_of(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    target.with_file_name(name)
+}
+
+/// Lets `write` fill a new folder beside `target`, brings it to disk and gives it the name `target`, which must not exist or
+/// be an empty folder. What fails leaves nothing.
+///
+/// **Errors**: those of `write`, and what the system says.
+pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError>) -> Result<T, RankError> {
+    let part = part_of(target);
+    std::fs::create_dir(&part).map_err(file_error(&part))?;
+    let done = write(&part).and_then(|done| {
+        sync_dir(&part).map_err(file_error(&part))?;
+        std::fs::rename(&part, target).map_err(file_error(target))?;
+        Ok(done)
+    });
+    match done {
+        Ok(done) => {
+            let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let parent = parent.unwrap_or(Path::new("."));
+            sync_dir(parent).map_err(file_error(parent))?;
+            Ok(done)
+        }
+        Err(error) => {
+            // The first error is the one to tell.
+            drop(std::fs::remove_dir_all(&part));
+            Err(error)
+        }
+    }
+}
+
+impl Export<'_> {
+    /// Writes everything into an empty folder.
+    ///
+    /// **Errors**: a tensor that cannot be read or is not finite, by name; what the system says, with the path.
+    pub fn write(&self, dir: &Path) -> Result<Written, RankError> {
+        let shards = self.shards();
+        let mut seal = Seal { format_version: SEAL_VERSION, files: BTreeMap::new() };
+        let mut weight_map = serde_json::Map::new();
+        let mut written = Written { num_shards: shards.len(), ..Written::default() };
+        for (number, shard) in shards.iter().enumerate() {
+            let name = match shards.len() {
+                1 => SINGLE_FILE.to_owned(),
+                all => format!("model-{:05}-of-{all:05}.safetensors", number + 1),
+            };
+            let (file, bytes) = self.write_shard(&dir.join(&name), shard)?;
+            weight_map.extend(shard.iter().map(|weight| (weight.name.clone(), name.clone().into())));
+            written.num_tensors += shard.len();
+            written.bytes += bytes;
+            seal.files.insert(name, file);
+        }
+        let mut texts = vec![("config.json", self.config_json.clone().into_bytes())];
+        if shards.len() > 1 {
+            let index =
+                serde_json::json!({"metadata": {"total_size": written.bytes}, "weight_map": weight_map});
+            texts.push((INDEX_FILE, format!("{index:#}\n").into_bytes()));
+        }
+        for name in COMPANIONS {
+            let path = self.companions.join(name);
+            if path.is_file() {
+                texts.push((name, std::fs::read(&path).map_err(file_error(&path))?));
+            }
+        }
+        for (name, bytes) in texts {
+            write_whole(&dir.join(name), &bytes)?;
+            let blake3 = blake3::hash(&bytes).to_hex().to_string();
+            seal.files.insert(name.to_owned(), FileSeal { bytes: bytes.len() as u64, blake3 });
+        }
+        let seal = serde_json::to_string_pretty(&seal).expect("a seal is texts and numbers");
+        write_whole(&dir.join(SEAL_FILE), format!("{seal}\n").as_bytes())?;
+        Ok(written)
+    }
+
+    /// The tensors in the order of the layers, cut so that no file is larger than it may be.
+    fn shards(&self) -> Vec<Vec<WeightShape>> {
+        let mut shards: Vec<Vec<WeightShape>> = vec![Vec::new()];
+        let mut filled = 0;
+        for weight in self.config.weights() {
+            let bytes = weight.num_elements() * (self.dtype(&weight).bitsize() / 8) as u64;
+            if filled > 0 && filled + bytes > self.shard_bytes {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            filled += bytes;
+            shards.last_mut().expect("there is always one").push(weight);
+        }
+        shards
+    }
+
+    /// Under which name the source has a tensor: a copy of a shared one need not be there.
+    fn source_name<'w>(&self, weight: &'w WeightShape) -> &'w str {
+        match weight.tied_to {
+            Some(original) if self.source.info(&weight.name).is_none() => original,
+            _ => &weight.name,
+        }
+    }
+
+    fn dtype(&self, weight: &WeightShape) -> Dtype {
+        match self.format {
+            Format::AsIs => self.source.info(self.source_name(weight)).map_or(Dtype::F32, |(_, dtype)| dtype),
+            Format::Bf16 if !weight.name.ends_with("e_score_correction_bias") => Dtype::BF16,
+            Format::F32 | Format::Bf16 => Dtype::F32,
+        }
+    }
+
+    /// The values of a tensor.
+    ///
+    /// **Errors**: they cannot be read, are not finite, or are those of a copy that is none.
+    fn values(&self, weight: &WeightShape) -> Result<Vec<f32>, RankError> {
+        let wrong = |message: String| {
+            let path = self.source.dir().display().to_string();
+            Err(RankError::Content { path, message: format!("{}: {message}", weight.name) })
+        };
+        let values = self.source.read(self.source_name(weight), &weight.shape)?;
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            return wrong(format!("expected finite values, got {} at {at}", values[at]));
+        }
+        match weight.tied_to.filter(|_| self.source.info(&weight.name).is_some()) {
+            Some(original) if self.source.read(original, &weight.shape)? != values => {
+                wrong(format!("expected a copy of {original}, got other values"))
+            }
+            _ => Ok(values),
+        }
+    }
+
+    fn write_shard(&self, path: &Path, shard: &[WeightShape]) -> Result<(FileSeal, u64), RankError> {
+        let listed = shard.iter().map(|weight| (weight.name.as_str(), self.dtype(weight), &weight.shape[..]));
+        let (header, bytes) = header_text(listed);
+        let mut out = HashedFile::create(path).map_err(file_error(path))?;
+        let write = |out: &mut HashedFile, bytes: &[u8]| out.write(bytes).map_err(file_error(path));
+        write(&mut out, &(header.len() as u64).to_le_bytes())?;
+        write(&mut out, header.as_bytes())?;
+        for weight in shard {
+            let values = self.values(weight)?;
+            let dtype = self.dtype(weight);
+            for block in values.chunks(BLOCK) {
+                write(&mut out, &encode(block, dtype))?;
+            }
+        }
+        let Sealed { bytes: size, blake3 } = out.finish().map_err(file_error(path))?;
+        Ok((FileSeal { bytes: size, blake3 }, bytes))
+    }
+}
+
+/// Values that are encoded at once.
+const BLOCK: usize = 1 << 16;
+
+fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    }
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RankError> {
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create_new(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(file_error(path))
+}

@@ -1,0 +1,7 @@
+//! Directories of weights under the published names: read, checked as a whole, written.
+//!
+//! Knows names, shapes and files, no layers and no ranks.
+
+pub mod check;
+pub mod export;
+pub mod weights;

@@ -1,0 +1,206 @@
+//! The parameters a rank holds: weight, gradient, the published names inside, and the ranks that hold a copy.
+//!
+//! In f32 the master form and the compute form of a parameter are one tensor, `weight`. Knows nothing of layers and
+//! nothing of how gradients are reduced; it only says over whom (`group`).
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use contraflow_kernels::tensor::Tensor;
+
+/// Index of a parameter in its [`Params`].
+pub type ParamId = usize;
+
+/// One published tensor inside a parameter's buffer. Gate and up projection, and the experts of a rank, are stacked
+/// in one buffer so that one GEMM does them; in files they are separate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Name as in the published checkpoints.
+    pub name: String,
+    /// Shape as published, row-major.
+    pub shape: Vec<usize>,
+    /// **Units**: elements from the start of the buffer.
+    pub offset: usize,
+}
+
+impl Part {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One parameter.
+pub struct Param {
+    /// The published tensors inside, in buffer order, without gaps.
+    pub parts: Vec<Part>,
+    /// Master and compute form.
+    pub weight: Tensor,
+    /// Gradient of the running step; `None` is zero.
+    pub grad: Option<Tensor>,
+    /// All ranks that hold a copy, ascending: gradients are summed over them, the optimizer state is spread over them.
+    pub group: Vec<usize>,
+    /// Which flat bucket it is reduced in: parameters of one bucket have one group, and every member of the group gives
+    /// the bucket this number.
+    pub bucket: usize,
+}
+
+/// Over whom a parameter is replicated and in which bucket it is reduced.
+#[derive(Clone, Debug)]
+pub struct Replicas {
+    /// See [`Param::group`].
+    pub group: Vec<usize>,
+    /// See [`Param::bucket`].
+    pub bucket: usize,
+}
+
+impl Param {
+    /// The gradient, zero at first, to be added to.
+    pub fn grad_mut(&mut self) -> &mut Tensor {
+        self.grad.get_or_insert_with(|| Tensor::zeros(self.weight.shape()))
+    }
+
+    /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
+    /// given range that is.
+    pub fn parts_in(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, Range<usize>)> {
+        self.parts.iter().filter_map(move |part| {
+            let (from, to) = (range.start.max(part.offset), range.end.min(part.offset + part.len()));
+            let within = |start: usize| from - start..to - start;
+            (from < to).then(|| (part, within(part.offset), within(range.start)))
+        })
+    }
+
+    /// Whether it is a matrix: weight decay may spare the others.
+    pub fn is_matrix(&self) -> bool {
+        self.parts[0].shape.len() > 1
+    }
+}
+
+/// Parameters of one owner, and the gate biases of its layers.
+#[derive(Default)]
+pub struct Params {
+    list: Vec<Param>,
+    by_name: HashMap<String, ParamId>,
+    /// `e_score_correction_bias` per layer: moved by the balance rule, never by a gradient.
+    pub gate_biases: BTreeMap<usize, Vec<f32>>,
+    /// Tokens per routed expert and layer since the start of the run.
+    pub expert_counts: BTreeMap<usize, Vec<u64>>,
+}
+
+impl Params {
+    /// Adds a parameter, or finds the one that already has this name: that is how a rank which holds both the first and
+    /// the last stage shares embedding and head physically.
+    pub fn add(&mut self, shape: &[usize], parts: Vec<Part>, replicas: &Replicas) -> ParamId {
+        if let Some(&id) = self.by_name.get(&parts[0].name) {
+            return id;
+        }
+        let id = self.list.len();
+        self.by_name.insert(parts[0].name.clone(), id);
+        let Replicas { group, bucket } = replicas.clone();
+        self.list.push(Param { parts, weight: Tensor::zeros(shape), grad: None, group, bucket });
+        id
+    }
+
+    /// A parameter that is one published tensor.
+    pub fn add_single(&mut self, name: String, shape: &[usize], replicas: &Replicas) -> ParamId {
+        self.add(shape, vec![Part { name, shape: shape.to_vec(), offset: 0 }], replicas)
+    }
+
+    /// The weight.
+    pub fn weight(&self, id: ParamId) -> &Tensor {
+        &self.list[id].weight
+    }
+
+    /// The gradient, to be added to.
+    pub fn grad_mut(&mut self, id: ParamId) -> &mut Tensor {
+        self.list[id].grad_mut()
+    }
+
+    /// Weight and gradient of one parameter at once.
+    pub fn weight_and_grad(&mut self, id: ParamId) -> (&Tensor, &mut Tensor) {
+        let Param { weight, grad, .. } = &mut self.list[id];
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(weight.shape()));
+        (weight, grad)
+    }
+
+    /// All parameters in a fixed order.
+    pub fn iter(&self) -> impl Iterator<Item = &Param> {
+        self.list.iter()
+    }
+
+    /// All parameters in the same order, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        self.list.iter_mut()
+    }
+
+    /// One parameter, to be changed.
+    pub fn get_mut(&mut self, id: ParamId) -> &mut Param {
+        &mut self.list[id]
+    }
+
+    /// One parameter.
+    pub fn get(&self, id: ParamId) -> &Param {
+        &self.list[id]
+    }
+
+    /// The ranks that hold a layer's gate, and with it the layer's bias and counts.
+    pub fn gate_holders(&self, layer: usize) -> Option<&[usize]> {
+        let gate = self.by_name.get(&format!("model.layers.{layer}.mlp.gate.weight"))?;
+        Some(&self.list[*gate].group)
+    }
+
+    /// Number of parameters.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+}
+
+/// Where a parameter is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// [`RankParams::dense`].
+    Dense,
+    /// [`RankParams::experts`].
+    Experts,
+}
+
+/// Both stores of a rank.
+pub struct RankParams {
+    /// Everything but the routed experts.
+    pub dense: Params,
+    /// The routed experts.
+    pub experts: Params,
+}
+
+impl RankParams {
+    /// One parameter.
+    pub fn param(&self, store: Store, index: usize) -> &Param {
+        match store {
+            Store::Dense => self.dense.get(index),
+            Store::Experts => self.experts.get(index),
+        }
+    }
+
+    /// One parameter, to be changed.
+    pub fn param_mut(&mut self, store: Store, index: usize) -> &mut Param {
+        match store {
+            Store::Dense => self.dense.get_mut(index),
+            Store::Experts => self.experts.get_mut(index),
+        }
+    }
+}
+
+/// The published name of a layer's gate bias.
+pub fn gate_bias_name(layer: usize) -> String {
+    format!("model.layers.{layer}.mlp.gate.e_score_correction_bias")
+}

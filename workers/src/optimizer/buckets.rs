@@ -1,0 +1,89 @@
+//! How the parameters of a rank lie in flat buckets: one for all that is reduced together, cut into one shard per holder.
+//!
+//! Knows parameters and groups; nothing of gradients' way or of the update.
+
+use std::ops::Range;
+
+use contraflow_kernels::tensor::Tensor;
+
+use crate::comm::collectives::shard;
+use crate::model::params::{Param, RankParams, Store};
+
+/// The parameters of one replica group that are reduced together, as one flat run of elements.
+pub struct Bucket {
+    /// See [`Param::bucket`].
+    pub number: usize,
+    /// See [`Param::group`].
+    pub group: Vec<usize>,
+    /// Which parameters: store, index, first element in the bucket.
+    pub members: Vec<(Store, usize, usize)>,
+    /// Number of elements.
+    pub len: usize,
+    /// This rank's part of the bucket.
+    pub shard: Range<usize>,
+    /// First moment of the shard.
+    pub exp_avg: Tensor,
+    /// Second moment of the shard.
+    pub exp_avg_sq: Tensor,
+}
+
+/// A piece of a bucket that lies in one parameter.
+pub struct Piece {
+    /// Where the parameter is kept.
+    pub store: Store,
+    /// Its place there.
+    pub index: usize,
+    /// Which elements of the parameter.
+    pub in_param: Range<usize>,
+    /// Relative to the start of the range that was asked for.
+    pub in_range: Range<usize>,
+}
+
+impl Bucket {
+    /// The bucket of a parameter, before any is in it.
+    pub fn empty(param: &Param) -> Self {
+        let (exp_avg, exp_avg_sq) = (Tensor::zeros(&[0]), Tensor::zeros(&[0]));
+        let (number, group) = (param.bucket, param.group.clone());
+        Bucket { number, group, members: Vec::new(), len: 0, shard: 0..0, exp_avg, exp_avg_sq }
+    }
+
+    /// Gives the rank its part, with zero moments.
+    pub fn take_shard(&mut self, rank: usize) {
+        let own = self.group.iter().position(|&member| member == rank).unwrap_or_default();
+        self.shard = shard(self.len, self.group.len(), own);
+        self.exp_avg = Tensor::zeros(&[self.shard.len()]);
+        self.exp_avg_sq = self.exp_avg.clone();
+    }
+
+    /// What a range of the bucket is made of.
+    pub fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for &(store, index, start) in &self.members {
+            let end = start + params.param(store, index).weight.len();
+            let from = start.max(range.start);
+            let to = end.min(range.end);
+            if from < to {
+                let in_range = from - range.start..to - range.start;
+                pieces.push(Piece { store, index, in_param: from - start..to - start, in_range });
+            }
+        }
+        pieces
+    }
+
+    /// Copies a range of the bucket out of the parameters' weights or gradients.
+    pub fn slice(
+        &self,
+        params: &RankParams,
+        range: Range<usize>,
+        values: impl Fn(&Param) -> Option<&Tensor>,
+    ) -> Tensor {
+        let mut flat = Tensor::zeros(&[range.len()]);
+        let target = flat.f32_mut();
+        for Piece { store, index, in_param, in_range } in self.pieces(&range, params) {
+            if let Some(source) = values(params.param(store, index)) {
+                target[in_range].copy_from_slice(&source.f32()[in_param]);
+            }
+        }
+        flat
+    }
+}

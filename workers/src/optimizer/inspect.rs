@@ -1,0 +1,122 @@
+//! Looks at a rank's tensors for the watch: how long the gradient of each layer is, and what is not finite.
+//!
+//! The first is part of every step and adds up what the gradient norm needs anyway; the second reads every tensor, and
+//! is done only once the norm is known to be bad. Knows parameters by published name, no optimizer state.
+
+use std::collections::HashMap;
+
+use contraflow_kernels::math::sum_squares;
+use contraflow_proto::GradientNorms;
+use contraflow_runtime::fabric::FabricError;
+use contraflow_runtime::watch::Seen;
+use contraflow_runtime::watch::evidence::{BadTensor, Evidence, FOUND_LEN, Found, layer_of};
+
+use crate::comm::collectives::Collectives;
+use crate::engine::compute::Totals;
+use crate::model::params::{Param, Part, RankParams};
+
+/// The all-reduce of the evidence; the totals are number 0.
+const EVIDENCE_BUCKET: usize = 1;
+
+/// Sums of squares by where a parameter stands: the embedding, each layer, final norm and head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SquaresByPlace(Vec<f64>);
+
+impl SquaresByPlace {
+    /// Zeros for a model of so many layers, those of multi-token prediction included.
+    pub fn new(num_layers: usize) -> Self {
+        SquaresByPlace(vec![0.0; Self::len(num_layers)])
+    }
+
+    /// How many sums there are.
+    pub fn len(num_layers: usize) -> usize {
+        num_layers + 2
+    }
+
+    /// Adds (part of) the gradient of a parameter.
+    pub fn add(&mut self, param: &Param, gradient: &[f32]) {
+        let name = &param.parts[0].name;
+        let head = self.0.len() - 1;
+        let place = match layer_of(name) {
+            Some(layer) => 1 + layer,
+            None if name.starts_with("model.embed_tokens") => 0,
+            None => head,
+        };
+        self.0[place] += sum_squares(gradient);
+    }
+
+    /// The sums themselves.
+    pub fn into_sums(self) -> Vec<f64> {
+        self.0
+    }
+}
+
+/// The norms, out of sums of squares in the order of [`SquaresByPlace`].
+pub fn gradient_norms(squares: &[f64]) -> GradientNorms {
+    let norms: Vec<f64> = squares.iter().map(|squares| squares.sqrt()).collect();
+    match norms.as_slice() {
+        [embedding, layers @ .., head] => {
+            GradientNorms { embedding: *embedding, layers: layers.to_vec(), head: *head }
+        }
+        _ => GradientNorms::default(),
+    }
+}
+
+/// Everything that is known about a step that is not finite: each rank looks through its tensors and tells the others.
+///
+/// **Errors**: those of the fabric.
+pub fn evidence(
+    collectives: &Collectives,
+    world: &[usize],
+    seen: &Seen,
+    found: &Found,
+    names: &[String],
+) -> Result<Evidence, FabricError> {
+    let own = collectives.endpoint.rank();
+    let mut numbers = vec![0.0; FOUND_LEN * world.len()];
+    for (rank, numbers) in world.iter().zip(numbers.chunks_exact_mut(FOUND_LEN)) {
+        if *rank == own {
+            numbers.copy_from_slice(&found.to_numbers());
+        }
+    }
+    let numbers = collectives.all_reduce(world, EVIDENCE_BUCKET, numbers)?;
+    let (all, _) = numbers.as_chunks::<FOUND_LEN>();
+    let all: Vec<Found> = all.iter().map(|&numbers| Found::from_numbers(numbers)).collect();
+    Ok(Evidence::new(seen.step, (seen.loss, seen.grad_norm), &all, names))
+}
+
+/// What is not finite among a rank's own tensors; gradients before they are summed over ranks.
+pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
+    let places: HashMap<&str, usize> =
+        names.iter().enumerate().map(|(place, name)| (name.as_str(), place)).collect();
+    let mut found = Found { micro_batch: totals.bad_micro_batch, ..Found::default() };
+    for param in params.dense.iter().chain(params.experts.iter()) {
+        for part in &param.parts {
+            let Some(&place) = places.get(part.name.as_str()) else { continue };
+            if let Some(bad) = bad_tensor(place, part, param.weight.f32()) {
+                found.weight = Some(first(found.weight, bad));
+            }
+            let gradient = param.grad.as_ref();
+            if let Some(bad) = gradient.and_then(|gradient| bad_tensor(place, part, gradient.f32())) {
+                found.first_gradient = Some(first(found.first_gradient, bad));
+                found.last_gradient = Some(last(found.last_gradient, bad));
+                found.num_gradients += 1;
+            }
+        }
+    }
+    found
+}
+
+fn bad_tensor(place: usize, part: &Part, values: &[f32]) -> Option<BadTensor> {
+    let values = &values[part.offset..part.offset + part.len()];
+    let num_values = values.iter().filter(|value| !value.is_finite()).count() as u64;
+    (num_values > 0).then_some(BadTensor { place, num_values })
+}
+
+fn first(known: Option<BadTensor>, bad: BadTensor) -> BadTensor {
+    known.filter(|known| known.place < bad.place).unwrap_or(bad)
+}
+
+fn last(known: Option<BadTensor>, bad: BadTensor) -> BadTensor {
+    known.filter(|known| known.place > bad.place).unwrap_or(bad)
+}

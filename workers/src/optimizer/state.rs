@@ -1,0 +1,136 @@
+//! The state of a rank's optimizer into a snapshot, and out of a checkpoint or of its own part alone.
+
+use std::ops::Range;
+
+use contraflow_kernels::tensor::Tensor;
+
+use super::buckets::Piece;
+use super::update::OptimizerState;
+use crate::checkpoint::{Kind, Records, Snapshot};
+use crate::comm::collectives::Collectives;
+use crate::error::RankError;
+use crate::model::params::{RankParams, gate_bias_name};
+
+impl OptimizerState {
+    /// What this rank answers for in a checkpoint: its shard of weights and moments, and the gate biases and counts of the
+    /// gates whose first holder it is.
+    pub fn snapshot(&self, params: &RankParams) -> Snapshot {
+        let mut snapshot = Snapshot { watch: self.watch.clone(), ..Snapshot::default() };
+        for bucket in &self.buckets {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                let param = params.param(store, index);
+                let weight = shared_or_cut(&param.weight, in_param.clone());
+                for (part, in_part, within) in param.parts_in(in_param) {
+                    let place = || (part.name.as_str(), part.shape.as_slice(), in_part.clone());
+                    let of = |first: usize| first + within.start..first + within.end;
+                    snapshot.add(Kind::Weight, place(), (weight.clone(), of(0)));
+                    snapshot.add(Kind::ExpAvg, place(), (bucket.exp_avg.clone(), of(in_range.start)));
+                    snapshot.add(Kind::ExpAvgSq, place(), (bucket.exp_avg_sq.clone(), of(in_range.start)));
+                }
+            }
+        }
+        let rank = self.endpoint.rank();
+        for (&layer, bias) in &params.dense.gate_biases {
+            if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
+                let (name, len) = (gate_bias_name(layer), bias.len());
+                let values = Tensor::from_vec(&[len], bias.clone());
+                snapshot.add(Kind::Weight, (&name, &[len], 0..len), (values, 0..len));
+                let counts = params.dense.expert_counts.get(&layer).cloned();
+                snapshot.add_counts(name, counts.unwrap_or_else(|| vec![0; len]));
+            }
+        }
+        snapshot
+    }
+
+    /// Reads this rank's shard of the moments, written in whatever layout.
+    ///
+    /// **Errors**: those of [`Records::read`].
+    pub fn restore(&mut self, params: &RankParams, records: &Records) -> Result<(), RankError> {
+        for bucket in &mut self.buckets {
+            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+                for (part, in_part, within) in params.param(store, index).parts_in(in_param) {
+                    let target = in_range.start + within.start..in_range.start + within.end;
+                    let tensor = (part.name.as_str(), part.shape.as_slice());
+                    let exp_avg = &mut bucket.exp_avg.f32_mut()[target.clone()];
+                    records.read(Kind::ExpAvg, tensor, in_part.clone(), exp_avg)?;
+                    let exp_avg_sq = &mut bucket.exp_avg_sq.f32_mut()[target];
+                    records.read(Kind::ExpAvgSq, tensor, in_part, exp_avg_sq)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on from this rank's own part in the same layout: what others hold copies of, and what this rank holds of theirs,
+    /// the ranks tell each other.
+    ///
+    /// **Errors**: those of [`Records::read`] and of the fabric.
+    pub fn recover(
+        &mut self,
+        params: &mut RankParams,
+        records: &Records,
+        collectives: &Collectives,
+    ) -> Result<(), RankError> {
+        self.restore(params, records)?;
+        for bucket in &self.buckets {
+            for Piece { store, index, in_param, .. } in bucket.pieces(&bucket.shard, params) {
+                let param = params.param_mut(store, index);
+                let parts: Vec<_> = param
+                    .parts_in(in_param.clone())
+                    .map(|(part, in_part, within)| (part.name.clone(), part.shape.clone(), in_part, within))
+                    .collect();
+                let values = &mut param.weight.f32_mut()[in_param];
+                for (name, shape, in_part, within) in parts {
+                    records.read(Kind::Weight, (&name, &shape), in_part, &mut values[within])?;
+                }
+            }
+        }
+        self.gather_weights(collectives, params)?;
+        self.gather_gates(params, records, collectives)
+    }
+
+    /// Biases and counts of the gates: one rank's part has each, and a sum with nothing else in it is what it was.
+    fn gather_gates(
+        &self,
+        params: &mut RankParams,
+        records: &Records,
+        collectives: &Collectives,
+    ) -> Result<(), RankError> {
+        let (num_experts, num_layers) = self.counts_shape;
+        let (mut biases, mut counts) = (vec![0.0_f64; num_experts * num_layers], Vec::new());
+        counts.resize(biases.len(), 0.0_f64);
+        let of_layer = |layer: usize| layer * num_experts..(layer + 1) * num_experts;
+        for &layer in params.dense.gate_biases.keys() {
+            let name = gate_bias_name(layer);
+            if records.shape(&name).is_none() {
+                continue;
+            }
+            let mut own = vec![0.0_f32; num_experts];
+            records.read(Kind::Weight, (&name, &[num_experts]), 0..num_experts, &mut own)?;
+            let own_counts = records.read_counts(&name, num_experts)?;
+            biases[of_layer(layer)].iter_mut().zip(own).for_each(|(bias, own)| *bias = own.into());
+            // Tokens of a run are far fewer than 2^53.
+            counts[of_layer(layer)].iter_mut().zip(own_counts).for_each(|(count, own)| *count = own as f64);
+        }
+        let both = [biases, counts].concat();
+        let both = collectives.all_reduce(&self.world, 0, both)?;
+        let (biases, counts) = both.split_at(num_experts * num_layers);
+        for (&layer, own) in &mut params.dense.gate_biases {
+            own.iter_mut().zip(&biases[of_layer(layer)]).for_each(|(own, &bias)| *own = bias as f32);
+            let counts = counts[of_layer(layer)].iter().map(|&count| count as u64).collect();
+            params.dense.expert_counts.insert(layer, counts);
+        }
+        Ok(())
+    }
+}
+
+/// A range of a tensor, as a tensor: the whole is shared until somebody writes to it, of a part a copy is made, so that a
+/// rank never keeps more than its shard.
+fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
+    if range.len() == tensor.len() {
+        return tensor.clone();
+    }
+    let mut cut = Tensor::for_overwrite(&[range.len()]);
+    cut.f32_mut().copy_from_slice(&tensor.f32()[range]);
+    cut
+}

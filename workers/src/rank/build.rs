@@ -1,0 +1,137 @@
+//! From an assignment to a model with an optimizer: fresh, from given weights, from a checkpoint or from the workers' memory.
+//!
+//! Knows no actors; may take seconds, so it runs beside them.
+
+use std::sync::Arc;
+
+use contraflow_kernels::par::Threads;
+use contraflow_proto::StepReport;
+use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
+use contraflow_runtime::fabric::Endpoint;
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::trace::TraceContext;
+
+use crate::checkpoint::{Checkpoint, Records};
+use crate::comm::collectives::Collectives;
+use crate::data::batches::Datasets;
+use crate::engine::plans::Plans;
+use crate::engine::probe::Probe;
+use crate::error::RankError;
+use crate::hf::weights::HfWeights;
+use crate::kept::{self, Keeper, Recovered};
+use crate::model::Architecture;
+use crate::model::build::{Placement, RankModel, build};
+use crate::model::init::initialise;
+use crate::model::params::RankParams;
+use crate::optimizer::update::{OptimizerSetup, OptimizerState};
+
+/// Everything a rank is told when it joins a job.
+pub struct Assignment {
+    /// Job number.
+    pub job: u32,
+    /// Count of (re)formations.
+    pub generation: u32,
+    /// What to train and how.
+    pub recipe: Arc<Recipe>,
+    /// The rank's end of the fabric.
+    pub endpoint: Endpoint,
+    /// The sequences.
+    pub datasets: Arc<Datasets>,
+    /// The checkpoint that the run goes on from, if it is neither fresh nor recovered.
+    pub resume: Option<Arc<Checkpoint>>,
+    /// The state in the workers' memory that the run goes on from.
+    pub recovered: Option<Recovered>,
+    /// Who keeps this rank's state in memory, and whose it keeps; nobody where all ranks are in one process.
+    pub keeper: Option<Keeper>,
+    /// Where checkpoints are kept, if anywhere.
+    pub checkpoints: Option<CheckpointFolder>,
+    /// The span below which the rank's belong.
+    pub trace: TraceContext,
+    /// For tests.
+    pub probe: Probe,
+}
+
+/// A model with an optimizer.
+pub struct Built {
+    pub(super) assignment: Assignment,
+    pub(super) arch: Arc<Architecture>,
+    pub(super) plans: Plans,
+    pub(super) model: RankModel,
+    pub(super) optimizer: OptimizerState,
+    pub(super) threads: Arc<Threads>,
+    pub(super) position: Position,
+    /// What the rank had reported before, for an orchestrator that may not have kept it.
+    pub(super) reports: Vec<StepReport>,
+}
+
+/// Builds the model of a rank: weights drawn or read and moments zero, or both from the checkpoint.
+///
+/// **Errors**: in words, if the recipe's layers do not fit its stages; a weight or a checkpoint that cannot be read or is
+/// of another model.
+pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
+    let recipe = assignment.recipe.clone();
+    let wrong = |message| RankError::Content { path: "recipe".into(), message };
+    let plans = Plans::new(&recipe).map_err(wrong)?;
+    let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
+    let topology = recipe.topology();
+    let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
+    let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
+    let mut model = build(&arch, &placement, rank);
+    for params in [&mut model.dense, &mut model.experts] {
+        match (&assignment.resume, recipe.model.init_dir()) {
+            _ if assignment.recovered.is_some() => {}
+            (Some(checkpoint), _) => checkpoint.records.fill(params)?,
+            (None, Some(dir)) => HfWeights::open(dir)?.fill(params)?,
+            (None, None) => initialise(params, recipe.training.seed, recipe.training.init_std),
+        }
+    }
+    let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
+    let setup = OptimizerSetup {
+        recipe: recipe.optimizer.clone(),
+        watch: recipe.watch.clone(),
+        names: published_names(&recipe.model_config),
+        endpoint: assignment.endpoint.clone(),
+        world: topology.ranks().collect(),
+        num_experts: recipe.model_config.n_routed_experts,
+        num_layers: recipe.model_config.num_hidden_layers + recipe.model_config.num_nextn_predict_layers,
+        threads: threads.clone(),
+    };
+    let mut params = RankParams { dense: model.dense, experts: model.experts };
+    let mut optimizer = OptimizerState::new(setup, &params);
+    let (mut position, mut reports) = (Position::default(), Vec::new());
+    if let Some(checkpoint) = &assignment.resume {
+        optimizer.restore(&params, &checkpoint.records)?;
+        optimizer.watch = checkpoint.manifest.watch.clone();
+        position = checkpoint.manifest.position;
+    }
+    if let Some(recovered) = &assignment.recovered {
+        (position, reports) = recover(recovered, &assignment, &mut optimizer, &mut params)?;
+    }
+    let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
+    Ok(Built { assignment, arch, plans, model, optimizer, threads, position, reports })
+}
+
+/// Fills model and optimizer from the workers' memory: where the run stood, and what the rank had reported.
+fn recover(
+    recovered: &Recovered,
+    assignment: &Assignment,
+    optimizer: &mut OptimizerState,
+    params: &mut RankParams,
+) -> Result<(Position, Vec<StepReport>), RankError> {
+    let formation = (assignment.job, assignment.generation);
+    let (image, mut reports) = kept::recover(recovered, &assignment.endpoint, formation)?;
+    let of = format!("the state after step {} in memory", recovered.step);
+    let records = Records::in_memory(of, image.bytes.clone())?;
+    let id = kept::step_id(formation, recovered.step);
+    optimizer.recover(params, &records, &Collectives { endpoint: &assignment.endpoint, id })?;
+    optimizer.watch = image.watch.clone();
+    reports.iter_mut().for_each(|report| report.generation = assignment.generation);
+    Ok((image.position, reports))
+}
+
+/// The published list of a model's weights, without stored copies.
+pub fn published_names(config: &ModelConfig) -> Vec<String> {
+    let own = config.weights().into_iter().filter(|weight| weight.tied_to.is_none());
+    own.map(|weight| weight.name).collect()
+}

@@ -1,0 +1,177 @@
+//! The checkpointer actor: the rank's hand on storage. Writes the rank's part of a checkpoint, and at the end the weights
+//! that the rank answers for as published files.
+//!
+//! A published weight that several ranks hold is written by the first of its replica group. Knows
+//! files and parameters; when something is saved is the rank's business.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::failpoint::failpoint;
+use contraflow_runtime::model_config::ModelConfig;
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+
+use super::RankMessage;
+use crate::checkpoint::{Snapshot, shard_name, write_shard};
+use crate::engine::probe::{Probe, ProbePoint};
+use crate::error::RankError;
+use crate::hf::weights::{Entry, write_file};
+use crate::model::params::{Params, RankParams, gate_bias_name};
+
+/// What the checkpointer hears.
+pub enum CheckpointerMessage {
+    /// Write the rank's part of a checkpoint; the answer is [`RankMessage::Saved`].
+    Save {
+        /// The folder; it is made if it is not there.
+        dir: PathBuf,
+        /// This rank.
+        rank: usize,
+        /// Where the run stood.
+        position: Position,
+        /// What is written.
+        snapshot: Box<Snapshot>,
+    },
+    /// Write the weights; the answer is [`RankMessage::Exported`].
+    Export {
+        /// The folder; it exists.
+        dir: PathBuf,
+        /// This rank.
+        rank: usize,
+        /// All ranks of the job.
+        world: usize,
+        /// The model, for the names of shared tensors' copies.
+        config: Box<ModelConfig>,
+        /// The parameters, handed over for the time of writing.
+        params: Box<RankParams>,
+    },
+}
+
+/// The tensors this rank writes.
+fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec<Entry<'a>> {
+    let mut entries = Vec::new();
+    let mut add = |store: &'a Params| {
+        for param in store.iter().filter(|param| param.group[0] == rank) {
+            let values = param.weight.f32();
+            for part in &param.parts {
+                let values = &values[part.offset..part.offset + part.len()];
+                let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
+                entries.push(entry(part.name.clone()));
+                // The published files hold a copy of each tensor that the MTP layer shares with the main model.
+                if let Some(layer) = config.mtp_layer() {
+                    match part.name.as_str() {
+                        "model.embed_tokens.weight" => {
+                            entries.push(entry(format!("model.layers.{layer}.embed_tokens.weight")));
+                        }
+                        "lm_head.weight" => {
+                            entries.push(entry(format!("model.layers.{layer}.shared_head.head.weight")));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+    };
+    add(&params.dense);
+    add(&params.experts);
+    for (&layer, bias) in &params.dense.gate_biases {
+        if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
+            entries.push(Entry { name: gate_bias_name(layer), shape: vec![bias.len()], values: bias });
+        }
+    }
+    entries
+}
+
+/// Writes the rank's weights into its own file of the directory.
+///
+/// **Errors**: what the system says, with the path.
+pub fn export(
+    dir: &Path,
+    rank: usize,
+    world: usize,
+    config: &ModelConfig,
+    params: &RankParams,
+) -> Result<ExportedFile, RankError> {
+    let entries = entries(rank, config, params);
+    if entries.is_empty() {
+        return Ok(ExportedFile::default());
+    }
+    write_file(dir, &format!("model-{:05}-of-{world:05}.safetensors", rank + 1), entries)
+}
+
+/// In the system's count, in which 0 is what a process begins with.
+#[cfg(target_os = "linux")]
+const LOWEST_PRIORITY: i32 = 19;
+
+/// From now on this thread gets what the training leaves of the cores.
+fn yield_to_training() {
+    // On Linux the priority is the thread's; elsewhere it would be that of the whole process. Without it a checkpoint is
+    // only less polite.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
+}
+
+/// Writes a rank's part of a checkpoint into its folder.
+///
+/// **Errors**: what the system says, with the path.
+fn save(dir: &Path, rank: usize, snapshot: Snapshot) -> Result<ShardFile, RankError> {
+    let path = || dir.display().to_string();
+    std::fs::create_dir_all(dir).map_err(|source| RankError::File { path: path(), source })?;
+    failpoint("checkpoint.folder-made");
+    write_shard(dir, &shard_name(rank), snapshot)
+}
+
+/// The checkpointer actor.
+pub struct Checkpointer;
+
+impl Actor for Checkpointer {
+    type Msg = CheckpointerMessage;
+    type State = (ActorRef<RankMessage>, Probe);
+    type Arguments = (ActorRef<RankMessage>, Probe);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<CheckpointerMessage>,
+        arguments: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(arguments)
+    }
+
+    async fn handle(
+        &self,
+        _myself: ActorRef<CheckpointerMessage>,
+        message: CheckpointerMessage,
+        (rank_actor, probe): &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            CheckpointerMessage::Save { dir, rank, position, snapshot } => {
+                probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
+                let rank_actor = rank_actor.clone();
+                let write = move || {
+                    yield_to_training();
+                    let watch = snapshot.watch.clone();
+                    let write = AssertUnwindSafe(|| Ok((watch, save(&dir, rank, *snapshot)?)));
+                    let result =
+                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    // If the rank is gone the job has ended and nobody asks any more.
+                    drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
+                };
+                // A thread of its own: a priority that has been lowered cannot be raised again.
+                std::thread::Builder::new().name("checkpoint".into()).spawn(write)?;
+            }
+            CheckpointerMessage::Export { dir, rank, world, config, params } => {
+                probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
+                let rank_actor = rank_actor.clone();
+                tokio::task::spawn_blocking(move || {
+                    let write = AssertUnwindSafe(|| export(&dir, rank, world, &config, &params));
+                    let result =
+                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    // If the rank is gone the job has ended and nobody asks any more.
+                    drop(rank_actor.cast(RankMessage::Exported { params, result }));
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! A rank's membership in a job: the model it has built, the actors around it, and how far it has come in the data.
+//!
+//! Made once per assignment. Knows who the children are and what they are given, not the order of things within a step.
+
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use contraflow_proto::{LayerLoad, StepReport};
+use contraflow_runtime::checkpoint::Position;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef};
+
+use super::RankMessage;
+use super::build::{Assignment, Built};
+use super::checkpointer::{Checkpointer, CheckpointerMessage};
+use super::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
+use super::loader::{Loader, LoaderMessage, LoaderSetup};
+use crate::checkpoint::Snapshot;
+use crate::comm::all_to_all::ExpertGroup;
+use crate::engine::lanes::Site;
+use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
+use crate::engine::plans::Plans;
+use crate::error::RankError;
+use crate::kept::{self, Keep};
+use crate::model::params::{Params, RankParams};
+use crate::optimizer::actor::{Optimizer, OptimizerMessage, ReportUpdate};
+use crate::optimizer::update::{GlobalTotals, SaveWhen, UpdateOrder};
+
+/// The rank's actors.
+pub struct Children {
+    /// Runs programs.
+    pub pipeline: ActorRef<PipelineMessage>,
+    /// Owns the routed experts.
+    pub experts: ActorRef<ExpertShardMessage>,
+    /// Makes updates.
+    pub optimizer: ActorRef<OptimizerMessage>,
+    /// Brings sequences.
+    pub loader: ActorRef<LoaderMessage>,
+    /// Writes files.
+    pub checkpointer: ActorRef<CheckpointerMessage>,
+}
+
+impl Children {
+    /// A child in words.
+    pub fn name_of(&self, cell: &ActorCell) -> &'static str {
+        let named = [
+            (self.pipeline.get_id(), "the pipeline"),
+            (self.experts.get_id(), "the expert shard"),
+            (self.optimizer.get_id(), "the optimizer"),
+            (self.loader.get_id(), "the loader"),
+            (self.checkpointer.get_id(), "the checkpointer"),
+        ];
+        named.iter().find(|(id, _)| *id == cell.get_id()).map_or("an unknown actor", |(_, name)| name)
+    }
+}
+
+/// A rank that has joined a job.
+pub struct Member {
+    /// What the rank was told.
+    pub assignment: Assignment,
+    /// Its plans.
+    pub plans: Plans,
+    /// Its actors.
+    pub children: Children,
+    /// The dense parameters, between programs.
+    pub dense: Option<Params>,
+    /// How far the run has come.
+    pub position: Position,
+    /// The step after which the formation began.
+    pub first_step: u64,
+    /// Takes the state of each step to memory.
+    pub keeper: Option<mpsc::Sender<Keep>>,
+    /// A checkpoint is being written.
+    pub is_saving: bool,
+    /// When the running step began.
+    pub began: Instant,
+    /// **Units**: bytes sent before the running step.
+    pub sent_before: u64,
+}
+
+impl Member {
+    /// All parameters of the rank, for somebody to work on.
+    ///
+    /// **Errors**: the dense ones are with somebody else.
+    pub fn take_params(&mut self, experts: Params) -> Result<RankParams, RankError> {
+        let dense =
+            self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
+        Ok(RankParams { dense, experts })
+    }
+
+    /// Takes the parameters back, and returns the routed experts to their owner.
+    ///
+    /// **Errors**: it is gone.
+    pub fn give_back(&mut self, params: RankParams) -> Result<(), RankError> {
+        self.dense = Some(params.dense);
+        let message = ExpertShardMessage::Return(Box::new(params.experts));
+        self.children.experts.cast(message).map_err(gone("the expert shard"))
+    }
+
+    /// When the state after an update is to be kept.
+    pub fn save_when(&self, step: u64) -> SaveWhen {
+        match self.assignment.checkpoints {
+            None => SaveWhen::Never,
+            Some(_) if self.assignment.recipe.saves_after(step) => SaveWhen::Now,
+            Some(_) => SaveWhen::AtStop,
+        }
+    }
+
+    /// Whether a step is the recipe's last.
+    pub fn is_last(&self, step: u64) -> bool {
+        step >= self.assignment.recipe.training.steps as u64
+    }
+
+    /// Who must have the state of the step before this one in memory; nobody before the formation's second step.
+    pub fn kept_by(&self, step: u64) -> Option<usize> {
+        let keeper = self.assignment.keeper.as_ref().filter(|_| step > self.first_step + 1);
+        keeper.map(|keeper| keeper.buddy)
+    }
+
+    /// Has the state after the present step kept in memory.
+    pub fn keep(&self, snapshot: Snapshot, report: &StepReport) {
+        if let Some(keeper) = &self.keeper {
+            let keep = Keep { position: self.position, snapshot, report: report.clone() };
+            // A keeper that has ended has said why.
+            drop(keeper.send(keep));
+        }
+    }
+
+    /// What the rank tells of an update.
+    pub fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
+        let mtp_weight = self.assignment.recipe.mtp_weight_at(self.position.tokens);
+        let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
+        let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
+        StepReport {
+            rank: rank as u32,
+            generation: order.id.generation,
+            step: order.id.step,
+            tokens,
+            loss: global.loss,
+            mtp_loss: has_mtp.then(|| global.mtp_loss / mtp_weight),
+            balance_loss: global.balance_loss,
+            grad_norm: global.grad_norm,
+            learning_rate: order.learning_rate,
+            seconds: self.began.elapsed().as_secs_f64(),
+            bubble_seconds: 0.0,
+            peak_live_chunks: 0,
+            sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
+            loads: global.expert_counts.into_iter().map(load).collect(),
+            gradient_norms: Some(global.gradient_norms),
+            skipped: global.skipped,
+            warning: global.warning,
+        }
+    }
+}
+
+/// The error for a message that nobody took.
+pub fn gone<M>(actor: &'static str) -> impl Fn(ractor::MessagingErr<M>) -> RankError {
+    move |_| RankError::ActorGone { actor }
+}
+
+/// Starts the rank's actors around a model that has been built.
+///
+/// **Errors**: an actor that cannot be started.
+pub async fn join(
+    myself: &ActorRef<RankMessage>,
+    rank_id: usize,
+    built: Built,
+) -> Result<(Member, Vec<StepReport>), ActorProcessingErr> {
+    let Built { assignment, arch, plans, model, optimizer, threads, position, reports } = built;
+    let recipe = assignment.recipe.clone();
+    let topology = recipe.topology();
+    let at = topology.coordinates(rank_id);
+    let site = Site {
+        endpoint: assignment.endpoint.clone(),
+        group: ExpertGroup {
+            ranks: topology.expert_group(rank_id),
+            own: at.expert,
+            experts_per_rank: recipe.model_config.n_routed_experts / topology.expert,
+        },
+        stages: Arc::new(model.stages),
+        pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
+        top_k: recipe.model_config.num_experts_per_tok,
+        hidden_size: recipe.model_config.hidden_size,
+    };
+    let probe = assignment.probe.clone();
+    let cell = || myself.get_cell();
+    let rank = myself.clone();
+    // If the rank is gone the job has ended and nobody asks any more: here and below.
+    let report_pipeline = {
+        let rank = rank.clone();
+        move |event| drop(rank.cast(RankMessage::Pipeline(event)))
+    };
+    let setup = PipelineSetup {
+        report: Arc::new(report_pipeline),
+        pipeline: at.pipeline,
+        arch,
+        site,
+        threads,
+        probe: probe.clone(),
+    };
+    let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
+    let setup =
+        ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
+    let (experts, _) = Actor::spawn_linked(None, ExpertShard, setup, cell()).await?;
+    let report_update: ReportUpdate = {
+        let rank = rank.clone();
+        Arc::new(move |done| drop(rank.cast(RankMessage::UpdateDone(Box::new(done)))))
+    };
+    let setup = (report_update, optimizer, probe.clone());
+    let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
+    let setup = LoaderSetup {
+        rank: rank.clone(),
+        rank_id,
+        column: topology.column(rank_id),
+        datasets: assignment.datasets.clone(),
+        seed: recipe.training.seed,
+        attend_across_documents: recipe.data.attend_across_documents,
+        probe: probe.clone(),
+    };
+    let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;
+    let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank.clone(), probe), cell()).await?;
+    let fail = move |error| {
+        let action = "keeping the state in memory".to_owned();
+        // If the rank is gone the job has ended and nobody asks any more.
+        drop(rank.cast(RankMessage::ChildFailed { action, error }));
+    };
+    let start = |keeper| kept::start(keeper, position.step, fail);
+    let keeper = assignment.keeper.clone().map(start).transpose()?;
+    let member = Member {
+        assignment,
+        plans,
+        children: Children { pipeline, experts, optimizer, loader, checkpointer },
+        dense: Some(model.dense),
+        position,
+        first_step: position.step,
+        keeper,
+        is_saving: false,
+        began: Instant::now(),
+        sent_before: 0,
+    };
+    Ok((member, reports))
+}

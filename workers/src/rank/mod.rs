@@ -1,0 +1,335 @@
+//! The rank actor: supervisor of one rank's actors. Any failure of a child ends here, with the words for it.
+//!
+//! The ranks commit steps among themselves, the orchestrator only hears of them: the order of things within a step is in
+//! `stepping`, what goes to disk meanwhile and at the end in `saving`. Knows messages; tensors only pass through its hands.
+
+pub mod build;
+pub mod checkpointer;
+pub mod expert_shard;
+pub mod loader;
+pub mod member;
+mod saving;
+mod stepping;
+pub mod worker;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::fabric::{AtWork, FabricError};
+use contraflow_runtime::trace::{self, SPAN, TraceContext};
+use contraflow_runtime::watch::Watch;
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tracing::{Span, info_span};
+
+use self::build::{Assignment, Built, build_rank};
+use self::member::{Member, join};
+use self::saving::Then;
+use crate::comm::address::StepId;
+use crate::data::batches::{Batch, BatchShape};
+use crate::engine::pipeline::{PipelineEvent, PipelineMessage};
+use crate::error::RankError;
+use crate::model::params::{Params, RankParams};
+use crate::optimizer::actor::UpdateDone;
+
+/// Takes a rank's events to the orchestrator.
+pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
+
+/// What the rank hears.
+pub enum RankMessage {
+    /// Join a job; the answer is [`RankEvent::Ready`].
+    Assign(Box<Assignment>),
+    /// The model has been made.
+    Built(Box<Result<Built, RankError>>),
+    /// The orchestrator's word, and the span that says it.
+    Command(RankCommand, TraceContext),
+    /// The loader's answer.
+    BatchLoaded {
+        /// For which step.
+        step: u64,
+        /// This rank's share.
+        batch: Box<Batch>,
+    },
+    /// The expert shard's answer.
+    ExpertsLent(Box<Params>),
+    /// The pipeline's word on the running program.
+    Pipeline(PipelineEvent),
+    /// The optimizer has ended.
+    UpdateDone(Box<UpdateDone>),
+    /// The weights are on disk, or not.
+    Exported {
+        /// The parameters, back again.
+        params: Box<RankParams>,
+        /// What was written.
+        result: Result<ExportedFile, RankError>,
+    },
+    /// The rank's part of a checkpoint is on disk, or not.
+    Saved {
+        /// Of which checkpoint.
+        position: Position,
+        /// What the watch remembers, and what was written.
+        result: Box<Result<(Watch, ShardFile), RankError>>,
+    },
+    /// A part of the rank could not do its work.
+    ChildFailed {
+        /// What it was doing.
+        action: String,
+        /// The cause.
+        error: RankError,
+    },
+}
+
+/// What the rank is about, and what it still waits for.
+enum Task {
+    Idle,
+    /// A program needs its batch and the experts before it begins.
+    Gather {
+        id: StepId,
+        shape: BatchShape,
+        batch: Option<Batch>,
+        experts: Option<Params>,
+        /// Last until both are there.
+        _load: (Span, AtWork),
+    },
+    /// The program runs, then perhaps the update.
+    Run {
+        shape: BatchShape,
+        denominators: (f64, f64),
+        bubble_s: f64,
+        peak_live_chunks: usize,
+    },
+    /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
+    AwaitSaved {
+        then: Then,
+        _at_work: AtWork,
+    },
+    /// The checkpointer needs the experts before it writes.
+    Lend {
+        dir: PathBuf,
+    },
+    Export,
+    /// Nothing more will be done.
+    Over,
+}
+
+/// The actor's state.
+pub struct RankState {
+    id: usize,
+    tell: Tell,
+    member: Option<Member>,
+    task: Task,
+    /// The orchestrator wants the run to stop between two steps.
+    stop: bool,
+    /// Spans of the rank's whole life and of what it is about. Never entered: they last until they are dropped.
+    life: Span,
+    doing: Span,
+    /// The span of the last command, until it has set something going.
+    commanded: TraceContext,
+}
+
+impl RankState {
+    fn member(&mut self) -> Result<&mut Member, RankError> {
+        self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
+    }
+
+    /// What the rank is about from now on has a span of its own.
+    fn begin(&mut self, span: Span) {
+        trace::link(&span, std::mem::take(&mut self.commanded));
+        self.doing = span;
+    }
+
+    /// Builds the model beside the actor: drawing the weights of a large one takes seconds, in which an abort must be heard.
+    fn assign(&mut self, myself: ActorRef<RankMessage>, assignment: Assignment) {
+        let id = self.id;
+        let Assignment { job, generation, trace, .. } = assignment;
+        let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
+        self.life = trace::below(trace, life);
+        let build = info_span!(target: SPAN, parent: &self.life, "build");
+        tokio::task::spawn_blocking(move || {
+            let _build = build.entered();
+            let build = AssertUnwindSafe(|| build_rank(id, assignment));
+            let built = catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+            drop(myself.cast(RankMessage::Built(Box::new(built))));
+        });
+    }
+
+    /// Starts the children around the model.
+    ///
+    /// **Errors**: one cannot be started.
+    async fn built(
+        &mut self,
+        myself: &ActorRef<RankMessage>,
+        built: Result<Built, RankError>,
+    ) -> Result<(), ActorProcessingErr> {
+        let built = match built {
+            Ok(built) => built,
+            Err(error) => {
+                self.fail("building the model".into(), &error);
+                return Ok(());
+            }
+        };
+        let (member, reports) = join(myself, self.id, built).await?;
+        self.member = Some(member);
+        tracing::debug!(rank = self.id, "has its model and waits for the others");
+        (self.tell)(RankEvent::Ready { rank: self.id });
+        reports.into_iter().for_each(|report| (self.tell)(RankEvent::StepDone { report }));
+        Ok(())
+    }
+
+    fn command(&mut self, command: RankCommand, trace: TraceContext) -> Result<(), RankError> {
+        self.commanded = trace;
+        match command {
+            RankCommand::BeginStep { step } => self.begin_step(step),
+            RankCommand::Stop => {
+                self.stop = true;
+                Ok(())
+            }
+            RankCommand::Validate => self.validate(),
+            RankCommand::Export { dir } => self.begin_export(dir),
+            RankCommand::Abort { reason } => {
+                self.abort(reason);
+                Ok(())
+            }
+            RankCommand::Shutdown => Ok(()),
+        }
+    }
+
+    fn pipeline_event(&mut self, event: PipelineEvent) -> Result<(), RankError> {
+        match event {
+            PipelineEvent::Done(done) => return self.plan_done(*done),
+            PipelineEvent::Failed { action, error } => self.fail(action, &error),
+            PipelineEvent::Aborted => (self.tell)(RankEvent::Aborted { rank: self.id }),
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self, reason: String) {
+        self.task = Task::Over;
+        let abort = PipelineMessage::Abort { reason };
+        let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
+        if !matches!(heard, Some(Ok(()))) {
+            // Nothing runs: there is no pipeline yet, or none any more.
+            (self.tell)(RankEvent::Aborted { rank: self.id });
+        }
+    }
+
+    /// The experts are here, for an export or for a program.
+    fn experts_lent(&mut self, lent: Params) -> Result<(), RankError> {
+        match &mut self.task {
+            Task::Lend { dir } => {
+                let dir = std::mem::take(dir);
+                self.export(dir, lent)
+            }
+            _ => self.experts_gathered(lent),
+        }
+    }
+
+    /// What the rank is about, in words.
+    fn doing(&self) -> String {
+        match &self.task {
+            Task::Idle => "waiting for a command".into(),
+            Task::Gather { id, .. } => format!("gathering step {}", id.step),
+            Task::Run { .. } => "running a step".into(),
+            Task::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
+            Task::Lend { .. } | Task::Export => "writing the weights".into(),
+            Task::Over => "ending".into(),
+        }
+    }
+
+    /// Tells the first failure and ends every wait; later ones are its consequences.
+    fn fail(&mut self, action: String, error: &RankError) {
+        let by_command = matches!(error, RankError::Fabric(FabricError::Aborted { .. }));
+        if matches!(self.task, Task::Over) || by_command {
+            return;
+        }
+        self.task = Task::Over;
+        (self.tell)(RankEvent::Failed {
+            rank: self.id,
+            action,
+            cause: error.to_string(),
+            kind: error.kind(),
+        });
+        if let Some(member) = &self.member {
+            member.assignment.endpoint.abort(&format!("rank {} failed", self.id));
+        }
+    }
+}
+
+/// The rank actor.
+pub struct Rank;
+
+impl Actor for Rank {
+    type Msg = RankMessage;
+    type State = RankState;
+    type Arguments = (usize, Tell);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<RankMessage>,
+        (id, tell): (usize, Tell),
+    ) -> Result<RankState, ActorProcessingErr> {
+        let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
+        Ok(RankState { id, tell, member: None, task: Task::Idle, stop: false, life, doing, commanded })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<RankMessage>,
+        message: RankMessage,
+        state: &mut RankState,
+    ) -> Result<(), ActorProcessingErr> {
+        let done = match message {
+            RankMessage::Assign(assignment) => {
+                state.assign(myself, *assignment);
+                Ok(())
+            }
+            RankMessage::Built(built) => {
+                state.built(&myself, *built).await?;
+                Ok(())
+            }
+            RankMessage::Command(RankCommand::Shutdown, _) => {
+                myself.stop_children(None);
+                myself.stop(None);
+                Ok(())
+            }
+            RankMessage::Command(command, trace) => state.command(command, trace),
+            RankMessage::BatchLoaded { batch, .. } => state.batch_loaded(*batch),
+            RankMessage::ExpertsLent(experts) => state.experts_lent(*experts),
+            RankMessage::Pipeline(event) => state.pipeline_event(event),
+            RankMessage::UpdateDone(done) => state.update_done(*done),
+            RankMessage::Exported { params, result } => state.exported(*params, result),
+            RankMessage::Saved { position, result } => state.saved(position, *result),
+            RankMessage::ChildFailed { action, error } => {
+                state.fail(action, &error);
+                Ok(())
+            }
+        };
+        if let Err(error) = done {
+            let action = state.doing();
+            state.fail(action, &error);
+        }
+        Ok(())
+    }
+
+    /// The default would stop the rank when any child ends; here a child's end is told and the rank stays to answer.
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<RankMessage>,
+        event: SupervisionEvent,
+        state: &mut RankState,
+    ) -> Result<(), ActorProcessingErr> {
+        let (cell, cause) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => {
+                (cell, reason.unwrap_or_else(|| "it ended".into()))
+            }
+            _ => return Ok(()),
+        };
+        let name = state.member.as_ref().map_or("a starting actor", |member| member.children.name_of(&cell));
+        let action = format!("{} in {name}", state.doing());
+        state.fail(action, &RankError::Panic { message: cause });
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! The worker actor: hosts the ranks of this process, passes commands to them, and tells when one of them dies.
+//!
+//! Knows ranks by number, nothing of what they do.
+
+use std::collections::HashMap;
+
+use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::trace::TraceContext;
+use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+
+use super::build::Assignment;
+use super::{Rank, RankMessage, Tell};
+
+/// What the worker hears.
+pub enum WorkerMessage {
+    /// Host a rank of a job.
+    Host {
+        /// Which one.
+        rank: usize,
+        /// What it is told.
+        assignment: Box<Assignment>,
+    },
+    /// The orchestrator's word to a rank.
+    Command {
+        /// Which one.
+        rank: usize,
+        /// The word.
+        command: RankCommand,
+        /// The span that says it.
+        trace: TraceContext,
+    },
+}
+
+/// The actor's state.
+pub struct WorkerState {
+    tell: Tell,
+    ranks: HashMap<usize, ActorRef<RankMessage>>,
+    numbers: HashMap<ActorId, usize>,
+}
+
+impl WorkerState {
+    fn failed(&self, rank: usize, action: &str, cause: String) {
+        (self.tell)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
+    }
+}
+
+/// The worker actor.
+pub struct Worker;
+
+impl Actor for Worker {
+    type Msg = WorkerMessage;
+    type State = WorkerState;
+    type Arguments = Tell;
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<WorkerMessage>,
+        tell: Tell,
+    ) -> Result<WorkerState, ActorProcessingErr> {
+        Ok(WorkerState { tell, ranks: HashMap::new(), numbers: HashMap::new() })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<WorkerMessage>,
+        message: WorkerMessage,
+        state: &mut WorkerState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            WorkerMessage::Host { rank, assignment } => {
+                let arguments = (rank, state.tell.clone());
+                let (actor, _) = Actor::spawn_linked(None, Rank, arguments, myself.get_cell()).await?;
+                state.numbers.insert(actor.get_id(), rank);
+                actor.cast(RankMessage::Assign(assignment))?;
+                state.ranks.insert(rank, actor);
+            }
+            WorkerMessage::Command { rank, command, trace } => {
+                let ended = command == RankCommand::Shutdown;
+                let sent =
+                    state.ranks.get(&rank).map(|actor| actor.cast(RankMessage::Command(command, trace)));
+                if ended {
+                    state.ranks.remove(&rank);
+                } else if !matches!(sent, Some(Ok(()))) {
+                    state.failed(rank, "hearing a command", "the rank is gone".into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The default would stop the worker, and with it every other rank.
+    async fn handle_supervisor_evt(
+        &self,
+        _myself: ActorRef<WorkerMessage>,
+        event: SupervisionEvent,
+        state: &mut WorkerState,
+    ) -> Result<(), ActorProcessingErr> {
+        if let SupervisionEvent::ActorFailed(cell, cause) = event
+            && let Some(&rank) = state.numbers.get(&cell.get_id())
+        {
+            state.failed(rank, "in the rank actor itself", cause.to_string());
+        }
+        Ok(())
+    }
+}
