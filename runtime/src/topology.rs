@@ -63,6 +63,11 @@ impl Topology {
         (0..self.expert).map(|expert| self.rank(Coordinates { expert, ..at })).collect()
     }
 
+    /// One rank of each column, by column: those at pipeline position `pipeline`.
+    pub fn columns_at(&self, pipeline: usize) -> Vec<usize> {
+        (pipeline * self.columns()..(pipeline + 1) * self.columns()).collect()
+    }
+
     /// The rank at pipeline position `pipeline` in the column of `rank`.
     pub fn pipeline_peer(&self, rank: usize, pipeline: usize) -> usize {
         self.rank(Coordinates { pipeline, ..self.coordinates(rank) })

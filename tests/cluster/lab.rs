@@ -36,7 +36,7 @@ pub struct Layout {
     pub data: usize,
 }
 
-/// A layout, in the order in which the issue writes them.
+/// A layout, with the sizes in the order pipeline, expert, data.
 pub fn layout(schedule: &'static str, (pipeline, expert, data): (usize, usize, usize)) -> Layout {
     Layout { schedule, pipeline, expert, data }
 }

@@ -6,6 +6,7 @@ mod determinism;
 mod failures;
 mod frames;
 mod lab;
+mod loading;
 mod margins;
 mod resume;
 mod topology;

@@ -1,5 +1,7 @@
 //! What can go wrong on a rank, sorted by who has to act.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use contraflow_runtime::checkpoint::CheckpointError;
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
@@ -90,6 +92,13 @@ impl RankError {
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
         }
+    }
+
+    /// Runs `work`; a panic in it is an error like any other.
+    ///
+    /// **Errors**: those of `work`, and its panic.
+    pub fn catch<T>(work: impl FnOnce() -> Result<T, RankError>) -> Result<T, RankError> {
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)))
     }
 
     /// From what `catch_unwind` caught.

@@ -58,6 +58,14 @@ pub struct Batch {
     pub mtp_denominator: f64,
 }
 
+/// What one column reads of a batch.
+pub struct Share {
+    /// By micro-batch.
+    pub micro_batches: Vec<Sequences>,
+    /// Sums of the column's loss weights, main and MTP.
+    pub weights: [f64; 2],
+}
+
 /// What every batch of a column is read from: pure, so that any rank and any resumed run reads the same.
 pub struct Batches {
     datasets: Arc<Datasets>,
@@ -74,37 +82,34 @@ impl Batches {
     }
 
     /// Reads a column's share of a batch.
-    pub fn load(&self, part: Part, shape: BatchShape) -> Batch {
+    pub fn load(&self, part: Part, shape: BatchShape) -> Share {
         let BatchShape { global_batch, micro_batches, micro_batch_size } = shape;
         let datasets = &*self.datasets;
         let first = self.column * micro_batches * micro_batch_size;
         let across = self.attend_across_documents;
-        let rows = |places: std::ops::Range<usize>| match part {
-            Part::Train { cursor } => {
-                let ids = places.map(|place| self.order.index_at(cursor + place as u64));
-                read(&datasets.train, ids, across)
-            }
-            Part::Validation => validation(datasets, places, global_batch, across),
-        };
         let micro_batch = |number: usize| {
             let start = first + number * micro_batch_size;
-            rows(start..start + micro_batch_size)
+            let places = start..start + micro_batch_size;
+            match part {
+                Part::Train { cursor } => {
+                    let ids = places.map(|place| self.order.index_at(cursor + place as u64));
+                    read(&datasets.train, ids, across)
+                }
+                Part::Validation => validation(datasets, places, global_batch, across),
+            }
         };
-        let length = datasets.train.sequence_length();
-        let mut batch = Batch {
-            micro_batches: (0..micro_batches).map(micro_batch).collect(),
-            denominator: (global_batch * length) as f64,
-            mtp_denominator: (global_batch * (length - 1)) as f64,
-        };
-        // Where not every target counts, every rank counts those of the whole batch, a sequence at a time.
-        if part == Part::Validation || !across {
-            batch.denominator = (0..global_batch).map(|place| rows(place..place + 1).loss_weight()).sum();
-        }
-        if !across {
-            batch.mtp_denominator =
-                (0..global_batch).map(|place| rows(place..place + 1).mtp_loss_weight()).sum();
-        }
-        batch
+        let micro_batches: Vec<Sequences> = (0..micro_batches).map(micro_batch).collect();
+        let sum = |weight: fn(&Sequences) -> f64| micro_batches.iter().map(weight).sum();
+        let weights = [sum(Sequences::loss_weight), sum(Sequences::mtp_loss_weight)];
+        Share { micro_batches, weights }
+    }
+
+    /// The loss weights of the global batch, main and MTP, where every target counts and so nothing has to be read for them.
+    pub fn known_weights(&self, part: Part, shape: BatchShape) -> Option<[f64; 2]> {
+        let length = self.datasets.train.sequence_length();
+        let all = shape.global_batch * length;
+        let every_target_counts = part != Part::Validation && self.attend_across_documents;
+        every_target_counts.then(|| [all as f64, (all - shape.global_batch) as f64])
     }
 }
 
@@ -239,23 +244,27 @@ mod tests {
     }
 
     #[test]
-    fn every_column_divides_by_what_counts_in_the_whole_batch() {
+    fn the_columns_together_know_what_counts_in_the_whole_batch() {
         const END: u32 = crate::data::tokenizer::END_OF_DOCUMENT;
         // Two sequences of four: `1 2 END 3 | 4 5 6 7` with targets `2 END 3 4 | 5 6 7 8`.
         let train = PackedDataset::from_tokens(vec![1, 2, END, 3, 4, 5, 6, 7, 8], 4);
         let shape = BatchShape { global_batch: 2, micro_batches: 1, micro_batch_size: 1 };
-        for column in 0..2 {
-            let load = |across, part| {
-                let batch = batches(train.clone(), column, 1, across).load(part, shape);
-                (batch.denominator, batch.mtp_denominator)
-            };
-            assert_eq!(load(true, Part::Train { cursor: 0 }), (8.0, 6.0));
-            // The target of END does not count; of MTP those of 2, END and 3 do not, and the last.
-            assert_eq!(load(false, Part::Train { cursor: 0 }), (7.0, 4.0));
-            // Nor do ends of documents where it is measured.
-            assert_eq!(load(true, Part::Validation), (7.0, 6.0));
-            assert_eq!(load(false, Part::Validation), (6.0, 3.0));
-        }
+        let total = |across, part| {
+            let columns = [0, 1].map(|column| batches(train.clone(), column, 1, across));
+            let shares = columns.each_ref().map(|column| column.load(part, shape).weights);
+            let sum = [0, 1].map(|loss| shares[0][loss] + shares[1][loss]);
+            // What is known without reading is what reading would tell.
+            assert!(columns[0].known_weights(part, shape).is_none_or(|known| known == sum));
+            sum
+        };
+        assert_eq!(total(true, Part::Train { cursor: 0 }), [8.0, 6.0]);
+        // The target of END does not count; of MTP those of 2, END and 3 do not, and the last.
+        assert_eq!(total(false, Part::Train { cursor: 0 }), [7.0, 4.0]);
+        // Nor do ends of documents where it is measured.
+        assert_eq!(total(true, Part::Validation), [7.0, 5.0]);
+        assert_eq!(total(false, Part::Validation), [6.0, 3.0]);
+        let known = batches(train, 0, 1, true).known_weights(Part::Train { cursor: 0 }, shape);
+        assert_eq!(known, Some([8.0, 6.0]));
     }
 
     #[test]

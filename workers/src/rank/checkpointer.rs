@@ -4,7 +4,6 @@
 //! A published weight that several ranks hold is written by the first of its replica group. Knows
 //! files and parameters; when something is saved is the rank's business.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
@@ -151,9 +150,7 @@ impl Actor for Checkpointer {
                 let write = move || {
                     yield_to_training();
                     let watch = snapshot.watch.clone();
-                    let write = AssertUnwindSafe(|| Ok((watch, save(&dir, rank, *snapshot)?)));
-                    let result =
-                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    let result = RankError::catch(|| Ok((watch, save(&dir, rank, *snapshot)?)));
                     // If the rank is gone the job has ended and nobody asks any more.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
                 };
@@ -164,9 +161,7 @@ impl Actor for Checkpointer {
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
-                    let write = AssertUnwindSafe(|| export(&dir, rank, world, &config, &params));
-                    let result =
-                        catch_unwind(write).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+                    let result = RankError::catch(|| export(&dir, rank, world, &config, &params));
                     // If the rank is gone the job has ended and nobody asks any more.
                     drop(rank_actor.cast(RankMessage::Exported { params, result }));
                 });

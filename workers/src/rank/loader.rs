@@ -1,19 +1,27 @@
-//! The loader actor: reads the rank's sequences of each step.
+//! The loader actor: reads the rank's sequences of each step, beside the step before it.
 //!
-//! Which ones those are is [`crate::data::batches`]' business. Knows tokens, no model.
+//! Each rank reads its own column's share. Where not every target counts, the columns add up how many do, so that nobody reads
+//! the share of another. Which sequences those are is [`crate::data::batches`]' business. Knows tokens, no model.
 
 use std::sync::Arc;
 
+use contraflow_runtime::fabric::{Endpoint, FabricError, Phase};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
-use crate::data::batches::{BatchShape, Batches, Datasets, Part};
+use crate::comm::address::StepId;
+use crate::comm::collectives::Collectives;
+use crate::data::batches::{Batch, BatchShape, Batches, Datasets, Part};
 use crate::engine::probe::{Probe, ProbePoint};
+use crate::error::RankError;
 
-/// What the loader hears.
+/// The only all-reduce of a program's phase; those of the update have a phase of their own.
+const LOSS_WEIGHTS: usize = 0;
+
+/// What the loader does.
 pub enum LoaderMessage {
-    /// Load a batch; the answer is [`RankMessage::BatchLoaded`].
-    Next {
+    /// Load a batch; the answer is [`RankMessage::BatchLoaded`], or [`RankMessage::ChildFailed`].
+    Load {
         /// For which step.
         step: u64,
         /// Which sequences.
@@ -27,10 +35,14 @@ pub enum LoaderMessage {
 pub struct LoaderSetup {
     /// Whom to load for.
     pub rank: ActorRef<RankMessage>,
-    /// Number of the rank, for probes.
-    pub rank_id: usize,
+    /// The rank's end of the fabric.
+    pub endpoint: Endpoint,
+    /// Job number and generation.
+    pub formation: (u32, u32),
     /// The rank's column.
     pub column: usize,
+    /// One rank of each column: those at this rank's position of the pipeline.
+    pub columns: Vec<usize>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
     /// Seed of the order.
@@ -44,16 +56,42 @@ pub struct LoaderSetup {
 /// The actor's state.
 pub struct LoaderState {
     rank: ActorRef<RankMessage>,
-    rank_id: usize,
     probe: Probe,
+    source: Arc<Source>,
+}
+
+/// What loads a batch, on a thread of its own.
+struct Source {
+    endpoint: Endpoint,
+    formation: (u32, u32),
+    columns: Vec<usize>,
     batches: Batches,
 }
 
-impl LoaderState {
-    fn new(setup: LoaderSetup) -> Self {
-        let LoaderSetup { rank, rank_id, column, datasets, seed, attend_across_documents, probe } = setup;
-        let batches = Batches::new(datasets, seed, column, attend_across_documents);
-        LoaderState { rank, rank_id, probe, batches }
+impl Source {
+    /// Reads this column's share, and adds up the loss weights of all columns where the shapes do not tell them.
+    fn load(&self, step: u64, part: Part, shape: BatchShape) -> Result<Batch, FabricError> {
+        let _at_work = self.endpoint.work();
+        let share = self.batches.load(part, shape);
+        let weights = match self.batches.known_weights(part, shape) {
+            Some(weights) => weights,
+            None => self.sum(step, part, share.weights)?,
+        };
+        let [denominator, mtp_denominator] = weights;
+        Ok(Batch { micro_batches: share.micro_batches, denominator, mtp_denominator })
+    }
+
+    /// Counts of targets: whole numbers, so the order of the sum changes nothing.
+    fn sum(&self, step: u64, part: Part, own: [f64; 2]) -> Result<[f64; 2], FabricError> {
+        let (job, generation) = self.formation;
+        let phase = match part {
+            Part::Train { .. } => Phase::Train,
+            Part::Validation => Phase::Validate,
+        };
+        let id = StepId { job, generation, phase, step };
+        let collectives = Collectives { endpoint: &self.endpoint, id };
+        let sums = collectives.all_reduce(&self.columns, LOSS_WEIGHTS, own.to_vec())?;
+        Ok([sums[0], sums[1]])
     }
 }
 
@@ -70,7 +108,10 @@ impl Actor for Loader {
         _myself: ActorRef<LoaderMessage>,
         setup: LoaderSetup,
     ) -> Result<LoaderState, ActorProcessingErr> {
-        Ok(LoaderState::new(setup))
+        let LoaderSetup { rank, endpoint, formation, column, columns, datasets, seed, .. } = setup;
+        let batches = Batches::new(datasets, seed, column, setup.attend_across_documents);
+        let source = Arc::new(Source { endpoint, formation, columns, batches });
+        Ok(LoaderState { rank, probe: setup.probe, source })
     }
 
     async fn handle(
@@ -79,14 +120,17 @@ impl Actor for Loader {
         message: LoaderMessage,
         state: &mut LoaderState,
     ) -> Result<(), ActorProcessingErr> {
-        match message {
-            LoaderMessage::Next { step, part, shape } => {
-                let rank = state.rank_id;
-                state.probe.at(ProbePoint::Actor { rank, step, name: "loader" });
-                let batch = state.batches.load(part, shape);
-                state.rank.cast(RankMessage::BatchLoaded { step, batch: Box::new(batch) })?;
-            }
-        }
+        let LoaderMessage::Load { step, part, shape } = message;
+        state.probe.at(ProbePoint::Actor { rank: state.source.endpoint.rank(), step, name: "loader" });
+        let (rank, source) = (state.rank.clone(), state.source.clone());
+        tokio::task::spawn_blocking(move || {
+            let answer = match RankError::catch(|| Ok(source.load(step, part, shape)?)) {
+                Ok(batch) => RankMessage::BatchLoaded { step, batch: Box::new(batch) },
+                Err(error) => RankMessage::ChildFailed { action: format!("loading step {step}"), error },
+            };
+            // If the rank is gone the job has ended and nobody asks any more.
+            drop(rank.cast(answer));
+        });
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ use super::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
 use super::loader::{Loader, LoaderMessage, LoaderSetup};
 use crate::checkpoint::Snapshot;
 use crate::comm::all_to_all::ExpertGroup;
+use crate::data::batches::Batch;
 use crate::engine::lanes::Site;
 use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::engine::plans::Plans;
@@ -53,6 +54,15 @@ impl Children {
     }
 }
 
+/// A batch that is loaded beside the step before it.
+#[derive(Default)]
+pub struct Upcoming {
+    /// Of which step; 0 where none has been asked for.
+    pub step: u64,
+    /// The batch, once it is there.
+    pub batch: Option<Batch>,
+}
+
 /// A rank that has joined a job.
 pub struct Member {
     /// What the rank was told.
@@ -69,6 +79,8 @@ pub struct Member {
     pub first_step: u64,
     /// Takes the state of each step to memory.
     pub keeper: Option<mpsc::Sender<Keep>>,
+    /// The batch of the next step.
+    pub upcoming: Upcoming,
     /// A checkpoint is being written.
     pub is_saving: bool,
     /// When the running step began.
@@ -209,7 +221,9 @@ pub async fn join(
     let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
     let setup = LoaderSetup {
         rank: rank.clone(),
-        rank_id,
+        endpoint: assignment.endpoint.clone(),
+        formation: (assignment.job, assignment.generation),
+        columns: topology.columns_at(at.pipeline),
         column: topology.column(rank_id),
         datasets: assignment.datasets.clone(),
         seed: recipe.training.seed,
@@ -233,6 +247,7 @@ pub async fn join(
         position,
         first_step: position.step,
         keeper,
+        upcoming: Upcoming::default(),
         is_saving: false,
         began: Instant::now(),
         sent_before: 0,

@@ -12,7 +12,6 @@ mod saving;
 mod stepping;
 pub mod worker;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -90,8 +89,8 @@ enum Task {
         shape: BatchShape,
         batch: Option<Batch>,
         experts: Option<Params>,
-        /// Last until both are there.
-        _load: (Span, AtWork),
+        /// Lasts until both are there.
+        _load: Span,
     },
     /// The program runs, then perhaps the update.
     Run {
@@ -149,8 +148,7 @@ impl RankState {
         let build = info_span!(target: SPAN, parent: &self.life, "build");
         tokio::task::spawn_blocking(move || {
             let _build = build.entered();
-            let build = AssertUnwindSafe(|| build_rank(id, assignment));
-            let built = catch_unwind(build).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+            let built = RankError::catch(|| build_rank(id, assignment));
             drop(myself.cast(RankMessage::Built(Box::new(built))));
         });
     }
@@ -295,7 +293,7 @@ impl Actor for Rank {
                 Ok(())
             }
             RankMessage::Command(command, trace) => state.command(command, trace),
-            RankMessage::BatchLoaded { batch, .. } => state.batch_loaded(*batch),
+            RankMessage::BatchLoaded { step, batch } => state.batch_loaded(step, *batch),
             RankMessage::ExpertsLent(experts) => state.experts_lent(*experts),
             RankMessage::Pipeline(event) => state.pipeline_event(event),
             RankMessage::UpdateDone(done) => state.update_done(*done),

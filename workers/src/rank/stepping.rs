@@ -15,7 +15,7 @@ use tracing::{Span, info_span};
 
 use super::expert_shard::ExpertShardMessage;
 use super::loader::LoaderMessage;
-use super::member::gone;
+use super::member::{Upcoming, gone};
 use super::{RankState, Task};
 use crate::comm::address::StepId;
 use crate::data::batches::{Batch, BatchShape, Part};
@@ -61,18 +61,38 @@ impl RankState {
         let member = self.member()?;
         let (job, generation) = (member.assignment.job, member.assignment.generation);
         let children = &member.children;
-        children.loader.cast(LoaderMessage::Next { step, part, shape }).map_err(gone("the loader"))?;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
+        let batch = if phase == Phase::Train && member.upcoming.step == step {
+            member.upcoming.batch.take()
+        } else {
+            children.loader.cast(LoaderMessage::Load { step, part, shape }).map_err(gone("the loader"))?;
+            None
+        };
         let id = StepId { job, generation, phase, step };
-        let at_work = member.assignment.endpoint.work();
-        let _load = (info_span!(target: SPAN, parent: &self.doing, "load"), at_work);
-        self.task = Task::Gather { id, shape, batch: None, experts: None, _load };
+        let _load = info_span!(target: SPAN, parent: &self.doing, "load");
+        self.task = Task::Gather { id, shape, batch, experts: None, _load };
         Ok(())
     }
 
-    pub(super) fn batch_loaded(&mut self, loaded: Batch) -> Result<(), RankError> {
-        if let Task::Gather { batch, .. } = &mut self.task {
-            *batch = Some(loaded);
+    /// Asks for the batch of the step after `step`, to be read while that one runs. Nobody stops between two steps without
+    /// the others, so what is read too much is dropped on all ranks alike.
+    fn prefetch(&mut self, step: u64, shape: BatchShape, tokens: u64) -> Result<(), RankError> {
+        let member = self.member()?;
+        if member.is_last(step) {
+            return Ok(());
+        }
+        let recipe = &member.assignment.recipe;
+        let next = train_shape(recipe, recipe.batch_size_at(member.position.tokens + tokens));
+        let part = Part::Train { cursor: member.position.cursor + shape.global_batch as u64 };
+        member.upcoming = Upcoming { step: step + 1, batch: None };
+        let load = LoaderMessage::Load { step: step + 1, part, shape: next };
+        member.children.loader.cast(load).map_err(gone("the loader"))
+    }
+
+    pub(super) fn batch_loaded(&mut self, step: u64, loaded: Batch) -> Result<(), RankError> {
+        match &mut self.task {
+            Task::Gather { id, batch, .. } if id.step == step => *batch = Some(loaded),
+            _ => self.member()?.upcoming.batch = Some(loaded),
         }
         self.run_if_gathered()
     }
@@ -113,11 +133,12 @@ impl RankState {
             params: member.take_params(experts)?,
             span,
         };
-        member
-            .children
-            .pipeline
-            .cast(PipelineMessage::BeginStep(Box::new(order)))
-            .map_err(gone("the pipeline"))
+        let begin = PipelineMessage::BeginStep(Box::new(order));
+        member.children.pipeline.cast(begin).map_err(gone("the pipeline"))?;
+        match id.phase {
+            Phase::Train => self.prefetch(id.step, shape, denominators.0 as u64),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn plan_done(&mut self, done: PlanDone) -> Result<(), RankError> {
