@@ -2,9 +2,13 @@
 //!
 //! Convention of every FLOP figure: matrix products only, a multiply-add is 2, causal attention at its useful
 //! half (a token sees (T + 1) / 2 keys on average), backward is twice forward, nothing recomputed is counted
-//! twice. Knows no ranks and no machine.
+//! twice. Knows no machine; `op` alone knows ranks.
 //!
 //! Shape letters: T tokens of a sequence, D hidden, V vocabulary.
+
+mod op;
+
+pub use op::{OpCost, Shapes, bucket_elements, exchange_bytes, of};
 
 use crate::model_config::ModelConfig;
 use crate::schedule::program::LayerKind;
@@ -146,12 +150,20 @@ fn attention_matrices(config: &ModelConfig) -> u64 {
 
 /// The FFN every token passes, and the gate.
 fn common_ffn_matrices(config: &ModelConfig, kind: LayerKind) -> u64 {
+    gate_matrix(config, kind) + shared_ffn_matrices(config, kind)
+}
+
+fn gate_matrix(config: &ModelConfig, kind: LayerKind) -> u64 {
+    match kind {
+        LayerKind::Dense => 0,
+        LayerKind::Moe => (config.n_routed_experts * config.hidden_size) as u64,
+    }
+}
+
+fn shared_ffn_matrices(config: &ModelConfig, kind: LayerKind) -> u64 {
     match kind {
         LayerKind::Dense => ffn_matrices(config, config.intermediate_size),
-        LayerKind::Moe => {
-            let gate = (config.n_routed_experts * config.hidden_size) as u64;
-            gate + ffn_matrices(config, config.shared_intermediate_size())
-        }
+        LayerKind::Moe => ffn_matrices(config, config.shared_intermediate_size()),
     }
 }
 

@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod checkpoint;
+pub mod collective;
 pub mod control;
 pub mod cost;
 pub mod fabric;

@@ -239,13 +239,13 @@ proptest! {
         let mut programs = lower(&plan, Some(&layouts(plan.stages)), 2);
         let rank = rank.index(plan.ranks());
         let at = op.index(programs[rank].ops.len());
-        let Program { ops } = &mut programs[rank];
+        let Program { ops, .. } = &mut programs[rank];
         match how {
             0 => drop(ops.remove(at)),
             1 => ops.insert(at, ops[at].clone()),
             2 => ops[at].lane = if matches!(ops[at].lane, Lane::Send(_)) { Lane::Compute } else { Lane::Send(usize::MAX) },
             3 => ops[at].after.push(usize::MAX),
-            _ => ops[at].action = usize::MAX,
+            _ => ops[at].action = Some(usize::MAX),
         }
         // A transfer's action is only a label.
         let label = how == 4 && matches!(programs[rank].ops[at].lane, Lane::Send(_) | Lane::Receive(_));

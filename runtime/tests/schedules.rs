@@ -339,7 +339,7 @@ fn stage_inputs(work: Work, layouts: &[StageLayout]) -> Vec<Work> {
 fn exchanges(program: &Program) -> Vec<(usize, Pass, Work)> {
     let exchange = |op: &Op| match op.work {
         Work::Component { pass, component: Component::Dispatch | Component::Combine, .. } => {
-            Some((op.action, pass, op.work))
+            Some((op.action.unwrap(), pass, op.work))
         }
         _ => None,
     };
@@ -398,7 +398,7 @@ fn receives_are_posted_ahead_but_not_far_ahead() {
         for program in lower(&plan, Some(&layouts(plan.stages)), 2) {
             let is_receive = |op: &Op| matches!(op.lane, Lane::Receive(_));
             let receiving: BTreeSet<usize> =
-                program.ops.iter().filter(|op| is_receive(op)).map(|op| op.action).collect();
+                program.ops.iter().filter(|op| is_receive(op)).map(|op| op.action.unwrap()).collect();
             // Receives that are posted together, by lane. The last of a lane is why the others come along: the
             // sender sends them first.
             let mut posted: HashMap<Lane, &Op> = HashMap::new();
@@ -410,7 +410,8 @@ fn receives_are_posted_ahead_but_not_far_ahead() {
                     continue;
                 }
                 for (_, receive) in posted.drain() {
-                    let ahead = receiving.range(op.action..receive.action.max(op.action)).count();
+                    let (action, receiving_action) = (op.action.unwrap(), receive.action.unwrap());
+                    let ahead = receiving.range(action..receiving_action.max(action)).count();
                     assert!(ahead <= 1, "{}: {} comes {ahead} actions early", describe(&plan), receive.work);
                 }
             }

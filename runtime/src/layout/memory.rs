@@ -5,8 +5,8 @@
 
 use crate::cost;
 use crate::model_config::ModelConfig;
-use crate::schedule::RankFigures;
 use crate::schedule::program::{LayerKind, StageLayout};
+use crate::schedule::{RankFigures, buckets};
 use crate::topology::Topology;
 
 /// What the memory of the ranks follows from.
@@ -36,14 +36,12 @@ const MOMENTS: u64 = 2;
 /// two moments take 8, for the parameters that fall to the rank when every replica group shares its own out
 /// evenly (ZeRO-1). Activations are live chunks x tokens x the largest of the rank's stages.
 ///
-/// Replica groups: what is common to all experts has expert x data copies for each pipeline rank that holds
-/// its stage (two under DualPipe), the routed experts `data` for each, 1 / expert of them per rank. The
-/// embedding is held where the first stage is and where multi-token prediction is, once per rank.
+/// Replica groups are those of [`buckets`].
 pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
     (0..query.placement.len()).map(|rank| query.one_rank(rank)).collect()
 }
 
-/// One kind of parameter on a rank, and how many ranks hold the same.
+/// A bucket on a rank, and how many ranks hold the same.
 struct Holding {
     parameters: u64,
     copies: usize,
@@ -55,7 +53,7 @@ impl MemoryQuery<'_> {
         let num_trained: u64 = trained.iter().map(|holding| holding.parameters).sum();
         let shard: u64 = trained.iter().map(|held| held.parameters.div_ceil(held.copies as u64)).sum();
         let stages = || self.placement[rank].iter().map(|&stage| &self.stages[stage]);
-        let gate_biases: u64 = stages().map(|stage| self.stage_parameters(stage).gate_bias).sum();
+        let gate_biases: u64 = stages().map(|stage| self.gate_biases(stage)).sum();
         let largest_chunk = stages().map(|stage| self.chunk_bytes(stage)).max().unwrap_or(0);
         RankFigures {
             rank,
@@ -70,47 +68,19 @@ impl MemoryQuery<'_> {
     }
 
     fn holdings(&self, rank: usize) -> Vec<Holding> {
-        let columns = self.topology.columns();
-        let table = cost::table_parameters(self.config);
-        let mut holdings = Vec::new();
-        for &stage in &self.placement[rank] {
-            let holders = self.holders(|held| held == stage);
-            let parameters = self.stage_parameters(&self.stages[stage]);
-            let routed = parameters.routed / self.topology.expert as u64;
-            holdings.push(Holding { parameters: parameters.common, copies: holders * columns });
-            holdings.push(Holding { parameters: routed, copies: holders * self.topology.data });
-        }
-        let needs_embedding =
-            |stage: usize| self.stages[stage].embedding || self.stages[stage].mtp_layer.is_some();
-        let needs_head = |stage: usize| self.stages[stage].head;
-        if self.placement[rank].iter().any(|&stage| needs_embedding(stage)) {
-            holdings.push(Holding { parameters: table, copies: self.holders(needs_embedding) * columns });
-        }
-        if self.placement[rank].iter().any(|&stage| needs_head(stage)) {
-            holdings.push(Holding { parameters: table, copies: self.holders(needs_head) * columns });
-        }
-        holdings
+        let Self { config, topology, stages, placement, .. } = self;
+        let buckets = buckets(placement, stages, topology).into_iter();
+        let held = buckets.filter(|bucket| bucket.positions.contains(&rank));
+        held.map(|bucket| Holding {
+            parameters: cost::bucket_elements(&bucket, config, stages, topology),
+            copies: bucket.copies,
+        })
+        .collect()
     }
 
-    /// Pipeline ranks that hold a stage of some property.
-    fn holders(&self, has: impl Fn(usize) -> bool) -> usize {
-        self.placement.iter().filter(|stages| stages.iter().any(|&stage| has(stage))).count()
-    }
-
-    /// Layers, multi-token prediction and the final norm; embedding and head apart.
-    fn stage_parameters(&self, stage: &StageLayout) -> cost::LayerParameters {
-        let layers = stage.layers.iter().map(|&kind| cost::layer_parameters(self.config, kind));
-        let mtp = stage.mtp_layer.map(|_| cost::mtp_parameters(self.config));
-        let mut sum = cost::LayerParameters::default();
-        for part in layers.chain(mtp) {
-            sum.common += part.common;
-            sum.routed += part.routed;
-            sum.gate_bias += part.gate_bias;
-        }
-        if stage.head {
-            sum.common += self.config.hidden_size as u64;
-        }
-        sum
+    fn gate_biases(&self, stage: &StageLayout) -> u64 {
+        let layers = stage.layers.iter().copied().chain(stage.mtp_layer.map(|_| LayerKind::Moe));
+        layers.map(|kind| cost::layer_parameters(self.config, kind).gate_bias).sum()
     }
 
     /// What one chunk of a stage keeps for its backward pass.

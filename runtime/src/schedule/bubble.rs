@@ -6,9 +6,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::action::{Action, Plan};
+use super::deadlock::Deadlock;
 use super::lower::lower;
 use super::program::{Component, Op, Pass, Work};
-use super::walk::{Deadlock, walk};
+use super::walk::walk;
 
 /// Durations of the actions.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,9 +63,9 @@ pub struct Bubble {
 /// The plan deadlocks.
 pub fn simulate(plan: &Plan, costs: UnitCosts) -> Result<Bubble, Deadlock> {
     let programs = lower(plan, None, 1);
-    let cost = |rank: usize, op: &Op| match op.work {
-        Work::Component { pass, component: Component::Chunk, .. } => {
-            let action = &plan.actions[rank][op.action];
+    let cost = |rank: usize, op: &Op| match (op.work, op.action) {
+        (Work::Component { pass, component: Component::Chunk, .. }, Some(action)) => {
+            let action = &plan.actions[rank][action];
             if pass == leading_pass(action) { costs.of(action) } else { 0.0 }
         }
         _ => 0.0,

@@ -70,7 +70,6 @@ pub fn check(plan: &Plan, programs: &[Program]) -> Result<Report, Vec<Fault>> {
         if faults.0.is_empty() {
             program_faults(plan, programs, &mut faults);
         }
-        let unit_cost = |_: usize, op: &Op| if op.lane == Lane::Compute { 1.0 } else { 0.0 };
         if let Err(deadlock) = walk(programs, unit_cost) {
             deadlock_faults(&deadlock, programs, &mut faults);
         }
@@ -78,9 +77,14 @@ pub fn check(plan: &Plan, programs: &[Program]) -> Result<Report, Vec<Fault>> {
     if faults.0.is_empty() { Ok(report(plan)) } else { Err(faults.0) }
 }
 
+/// Arithmetic takes time, communication none: what a proof walks with.
+pub(super) fn unit_cost(_rank: usize, op: &Op) -> f64 {
+    if op.lane == Lane::Compute { 1.0 } else { 0.0 }
+}
+
 /// The faults found so far.
 #[derive(Default)]
-pub(super) struct Faults(Vec<Fault>);
+pub(super) struct Faults(pub Vec<Fault>);
 
 impl Faults {
     pub fn add(&mut self, rank: Option<usize>, action: Option<usize>, text: String) {
@@ -89,6 +93,11 @@ impl Faults {
 
     pub fn at(&mut self, place: Place, text: String) {
         self.add(Some(place.rank), Some(place.action), text);
+    }
+
+    /// Of an operation of a rank's program.
+    pub fn of(&mut self, rank: usize, op: &Op, text: String) {
+        self.add(Some(rank), op.action, text);
     }
 }
 

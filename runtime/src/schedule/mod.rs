@@ -2,12 +2,15 @@
 //!
 //! The path of a plan: a generator ([`ScheduleKind::plan`]) or the text form ([`text`]) makes a [`Plan`]; [`lower()`] turns
 //! it into one [`Program`] per pipeline rank; [`check()`] proves both on a virtual clock ([`walk()`]); then the ranks issue
-//! the program. [`report`] is what `contraflow plan` prints. Nothing here knows tensors, transports or threads.
+//! the program. The update of a training step is lowered by [`update`] and proved by [`check_step()`]. [`report`] is what
+//! `contraflow plan` prints. Nothing here knows tensors, transports or threads.
 
 pub mod action;
 pub mod bubble;
 pub mod check;
 mod check_programs;
+mod check_update;
+pub mod deadlock;
 pub mod dualpipe;
 mod flow;
 pub mod kind;
@@ -19,14 +22,20 @@ mod receives;
 pub mod report;
 pub mod sequential;
 pub mod text;
+pub mod timeline;
+pub mod update;
 pub mod walk;
 
 pub use action::{Action, Chunk, Plan};
 pub use bubble::{Bubble, UnitCosts, simulate};
 pub use check::{Fault, Report, check};
+pub use check_update::check_step;
+pub use deadlock::Deadlock;
 pub use kind::{Mode, ScheduleError, ScheduleKind};
 pub use lower::lower;
 pub use messages::{Message, messages};
 pub use program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, TransferKind, Work};
 pub use report::{PlanReport, RankFigures};
-pub use walk::{Deadlock, Timeline, walk};
+pub use timeline::{Span, Timeline};
+pub use update::{Bucket, Contents, Sharding, StepPrograms, buckets};
+pub use walk::walk;

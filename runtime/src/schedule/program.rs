@@ -7,6 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::action::Chunk;
+use super::update::Bucket;
 
 /// Index of an operation in its rank's program.
 pub type OpId = usize;
@@ -22,6 +23,8 @@ pub enum Lane {
     Send(usize),
     /// Activations and gradients from one pipeline rank.
     Receive(usize),
+    /// Collectives of replica groups and of the whole world.
+    Collective,
 }
 
 /// Which pass a component runs in.
@@ -98,6 +101,64 @@ pub enum Work {
         /// The chunk that made it.
         chunk: Chunk,
     },
+    /// Copies a bucket's gradients into flat parts, one for each rank that holds the bucket.
+    Pack {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+    /// Reduce-scatter: sums the flat parts over the ranks that hold the bucket; each keeps the sum of its own shard.
+    Reduce {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+    /// Sums the squares of this rank's shard of a bucket's summed gradient.
+    GradNorm {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+    /// Waits until the state after the step before is replicated in the memory of another worker.
+    AwaitReplica,
+    /// All-reduce over the world: the gradient norm, the losses, the tokens per expert.
+    Totals,
+    /// All-reduce over the world of what is not finite. Runs only in a step whose totals are not.
+    Evidence,
+    /// AdamW on this rank's shard of a bucket.
+    Apply {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+    /// Moves the gate biases by the step's tokens per expert.
+    Balance,
+    /// All-gather: each rank that holds the bucket gets the updated shards of the others.
+    Gather {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+    /// Copies what was gathered into a bucket's weights.
+    Unpack {
+        /// Number of the bucket.
+        bucket: usize,
+    },
+}
+
+impl Work {
+    /// Whether it runs together with the same operation of other ranks: it starts when all of them have come to it.
+    pub fn is_collective(&self) -> bool {
+        matches!(self, Work::Reduce { .. } | Work::Totals | Work::Evidence | Work::Gather { .. })
+    }
+
+    /// The bucket it belongs to, if it belongs to one.
+    pub fn bucket(&self) -> Option<usize> {
+        match *self {
+            Work::Pack { bucket }
+            | Work::Reduce { bucket }
+            | Work::GradNorm { bucket }
+            | Work::Apply { bucket }
+            | Work::Gather { bucket }
+            | Work::Unpack { bucket } => Some(bucket),
+            _ => None,
+        }
+    }
 }
 
 /// One operation.
@@ -109,15 +170,24 @@ pub struct Op {
     pub work: Work,
     /// Operations of this rank, on other lanes, that must have completed before it starts.
     pub after: Vec<OpId>,
-    /// Index of the action of the plan it belongs to.
-    pub action: usize,
+    /// Index of the action of the plan it belongs to; the update belongs to none.
+    pub action: Option<usize>,
 }
 
 /// One rank's operations in issue order. An operation waits only for earlier ones of its own rank, and for its peers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
     /// The operations; an [`OpId`] indexes this list.
     pub ops: Vec<Op>,
+    /// The buckets that its operations name, by number, with the pipeline ranks that take part in their collectives.
+    pub buckets: Vec<Bucket>,
+}
+
+impl Program {
+    /// Operations that name no bucket.
+    pub fn of(ops: Vec<Op>) -> Program {
+        Program { ops, buckets: Vec::new() }
+    }
 }
 
 /// What a layer consists of.
@@ -165,6 +235,16 @@ impl fmt::Display for Work {
             }
             Work::Send { kind, chunk } => ("send", kind, chunk),
             Work::Receive { kind, chunk } => ("receive", kind, chunk),
+            Work::Pack { bucket } => return write!(f, "packing of the gradients of bucket {bucket}"),
+            Work::Reduce { bucket } => return write!(f, "reduce-scatter of bucket {bucket}"),
+            Work::GradNorm { bucket } => return write!(f, "gradient norm of bucket {bucket}"),
+            Work::AwaitReplica => return f.write_str("wait for the replica of the step before"),
+            Work::Totals => return f.write_str("all-reduce of the step's totals"),
+            Work::Evidence => return f.write_str("all-reduce of what is not finite"),
+            Work::Apply { bucket } => return write!(f, "AdamW on bucket {bucket}"),
+            Work::Balance => return f.write_str("move of the gate biases"),
+            Work::Gather { bucket } => return write!(f, "all-gather of bucket {bucket}"),
+            Work::Unpack { bucket } => return write!(f, "unpacking of the weights of bucket {bucket}"),
         };
         write!(f, "{what} of the {kind} of stage {}, micro-batch {}", chunk.stage, chunk.micro_batch)
     }

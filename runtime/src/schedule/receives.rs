@@ -64,9 +64,9 @@ fn insert_receives(draft: Vec<DraftOp>, incoming: &Incoming) -> Program {
         after.extend(op.needs.iter().filter_map(|need| placer.received.get(need)).flatten());
         after.sort_unstable();
         numbers.push(placer.ops.len());
-        placer.ops.push(Op { lane: op.lane, work: op.work, after, action: op.action });
+        placer.ops.push(Op { lane: op.lane, work: op.work, after, action: Some(op.action) });
     }
-    Program { ops: placer.ops }
+    Program::of(placer.ops)
 }
 
 /// The actions that need something from a peer, in order, and what.
@@ -116,7 +116,7 @@ impl<'a> Placer<'a> {
                 let action = self.consumers.get(&product).copied().unwrap_or(*receiving);
                 self.received.entry(product).or_default().push(self.ops.len());
                 let (lane, work) = (Lane::Receive(peer), Work::Receive { kind, chunk });
-                self.ops.push(Op { lane, work, after: Vec::new(), action });
+                self.ops.push(Op { lane, work, after: Vec::new(), action: Some(action) });
             }
             *posted = (*posted).max(position + 1);
         }

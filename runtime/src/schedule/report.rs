@@ -93,7 +93,7 @@ impl PlanReport {
     pub fn new(plan: &Plan, note: Option<String>) -> Result<PlanReport, Vec<Fault>> {
         let checked = check(plan, &lower(plan, None, 1))?;
         let bubble = |costs| {
-            let deadlocked = |deadlock: super::walk::Deadlock| {
+            let deadlocked = |deadlock: super::deadlock::Deadlock| {
                 vec![Fault { rank: None, action: None, text: deadlock.to_string() }]
             };
             simulate(plan, costs).map(|bubble| BubbleFigures { costs, bubble }).map_err(deadlocked)

@@ -2,111 +2,42 @@
 //!
 //! The model is the strictest transport we run on. A lane starts its operations in order, one at a time. A send and
 //! its receive start together, when both are at the head of their lanes with all they wait for done, and end together;
-//! nothing is buffered. All members of an expert group run the same program, so an all-to-all is ready when one of
-//! them is. What passes here cannot deadlock on a transport that buffers.
+//! nothing is buffered. So do the members of a collective. Members that share a pipeline coordinate run the same program,
+//! so one of them stands for all: an all-to-all of the expert group is ready when one of them is, a collective of a replica
+//! group when each pipeline rank that takes part has come to it. What passes here cannot deadlock on a transport that
+//! buffers.
 
-use std::collections::HashMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use serde::Serialize;
-
+use super::deadlock::{Deadlock, Stuck, WaitsFor};
 use super::program::{Lane, Op, OpId, Program, Work};
+use super::timeline::{Span, Timeline};
 
-/// When an operation ran.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Span {
-    /// Start, in the unit of the costs.
-    pub start: f64,
-    /// End.
-    pub end: f64,
-}
-
-/// When everything ran.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Timeline {
-    /// `spans[rank][op]`.
-    pub spans: Vec<Vec<Span>>,
-    /// The end of the last operation.
-    pub makespan: f64,
-    /// Per rank, how long its compute lane was busy.
-    pub compute_busy: Vec<f64>,
-}
-
-/// What the head of a lane waits for in vain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum WaitsFor {
-    /// An operation of the same rank.
-    Own(OpId),
-    /// An operation of another rank: the other end of a transfer.
-    Peer {
-        /// The other rank.
-        rank: usize,
-        /// Its operation.
-        op: OpId,
-    },
-    /// The other end of a transfer that no program contains.
-    Nobody,
-}
-
-/// The head of a lane that never moved on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Stuck {
-    /// Pipeline rank.
-    pub rank: usize,
-    /// Which lane.
-    pub lane: Lane,
-    /// The operation at its head.
-    pub op: OpId,
-    /// What that operation does.
-    pub work: Work,
-    /// Index of the action it belongs to.
-    pub action: usize,
-    /// What it waits for.
-    pub waits_for: WaitsFor,
-}
-
-/// The programs come to a halt: every lane that has not reached its end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Deadlock {
-    /// By rank and lane.
-    pub stuck: Vec<Stuck>,
-}
-
-/// Runs the programs; `cost` is the duration of an operation of a rank. A transfer costs what its send costs.
+/// Runs the programs; `cost` is the duration of an operation of a rank. A transfer costs what its send costs, a collective
+/// what it costs the member that it costs most.
 ///
 /// # Errors
 /// A [`Deadlock`] if some operations can never start.
 pub fn walk(programs: &[Program], cost: impl Fn(usize, &Op) -> f64) -> Result<Timeline, Deadlock> {
     let mut walker = Walker::new(programs);
     let mut spans: Vec<Vec<Span>> = programs.iter().map(|p| vec![Span::default(); p.ops.len()]).collect();
-    let mut makespan = 0.0_f64;
-    let mut compute_busy = vec![0.0; programs.len()];
     while let Some(node) = walker.ready.pop() {
-        let (rank, id) = walker.place(node);
-        let op = &programs[rank].ops[id];
-        let partner = walker.partners[node];
-        let (sender, sender_op) = match (op.lane, partner) {
-            (Lane::Receive(_), Some(other)) => {
-                let (rank, id) = walker.place(other);
-                (rank, &programs[rank].ops[id])
-            }
-            _ => (rank, op),
-        };
-        let start =
-            partner.map_or(walker.earliest[node], |other| walker.earliest[node].max(walker.earliest[other]));
-        let span = Span { start, end: start + cost(sender, sender_op) };
-        makespan = makespan.max(span.end);
-        for node in [Some(node), partner].into_iter().flatten() {
+        let together = walker.together(node);
+        let start = together.iter().map(|&node| walker.earliest[node]).fold(0.0, f64::max);
+        let cost_of = |&node: &usize| {
             let (rank, id) = walker.place(node);
-            spans[rank][id] = span;
-            if programs[rank].ops[id].lane == Lane::Compute {
-                compute_busy[rank] += span.end - span.start;
-            }
-            walker.finish(node, span.end);
+            let op = &programs[rank].ops[id];
+            if matches!(op.lane, Lane::Receive(_)) { 0.0 } else { cost(rank, op) }
+        };
+        let end = start + together.iter().map(cost_of).fold(0.0, f64::max);
+        for node in together {
+            let (rank, id) = walker.place(node);
+            spans[rank][id] = Span { start, end };
+            walker.finish(node, end);
         }
     }
     let stuck = walker.stuck(programs);
-    if stuck.is_empty() { Ok(Timeline { spans, makespan, compute_busy }) } else { Err(Deadlock { stuck }) }
+    if stuck.is_empty() { Ok(Timeline::new(programs, spans)) } else { Err(Deadlock { stuck }) }
 }
 
 /// Where the two ends of each transfer stand: `result[rank][op]` is the rank and operation at the other end of a send or
@@ -136,18 +67,64 @@ fn by_lane(program: &Program) -> HashMap<Lane, Vec<OpId>> {
     lanes
 }
 
-/// All operations of all ranks as the nodes of one graph. An operation is ready when nothing it waits for is left;
-/// two ends of a transfer become ready as one.
+/// The pipeline ranks that take part in a collective, as one of their programs says.
+fn members(work: Work, program: &Program, ranks: usize) -> Vec<usize> {
+    match work.bucket() {
+        Some(number) => {
+            let bucket = program.buckets.iter().find(|bucket| bucket.number == number);
+            bucket.map(|bucket| bucket.positions.clone()).unwrap_or_default()
+        }
+        None => (0..ranks).collect(),
+    }
+}
+
+/// One collective.
+#[derive(Default)]
+struct Collective {
+    /// Who takes part, by any of the programs.
+    members: BTreeSet<usize>,
+    /// By pipeline rank, its operation.
+    ops: BTreeMap<usize, OpId>,
+}
+
+/// Every collective of the programs; the k-th one of a kind in one program belongs to the k-th one in another.
+fn collectives(programs: &[Program]) -> Vec<Collective> {
+    let mut found: HashMap<(Work, usize), Collective> = HashMap::new();
+    for (rank, program) in programs.iter().enumerate() {
+        let mut seen: HashMap<Work, usize> = HashMap::new();
+        for (id, op) in program.ops.iter().enumerate().filter(|(_, op)| op.work.is_collective()) {
+            let times = seen.entry(op.work).or_default();
+            let collective = found.entry((op.work, *times)).or_default();
+            collective.members.extend(members(op.work, program, programs.len()));
+            collective.members.insert(rank);
+            collective.ops.insert(rank, id);
+            *times += 1;
+        }
+    }
+    found.into_values().collect()
+}
+
+/// Operations of several ranks that run as one: the ends of a transfer, the members of a collective.
+struct Group {
+    nodes: Vec<usize>,
+    /// Ranks that take part but have no such operation.
+    missing: Vec<usize>,
+}
+
+/// All operations of all ranks as the nodes of one graph. An operation is ready when nothing it waits for is left; those of
+/// a group become ready as one.
 struct Walker {
     /// First node of each rank.
     offsets: Vec<usize>,
     /// Nodes that wait for this one.
     followers: Vec<Vec<usize>>,
-    /// How many things this node still waits for. The other end of a transfer is not among them.
+    /// How many things this node still waits for. The others of its group are not among them.
     waiting: Vec<usize>,
     /// The latest end of what it waited for.
     earliest: Vec<f64>,
-    partners: Vec<Option<usize>>,
+    groups: Vec<Group>,
+    /// The group of each node, if it has one.
+    group_of: Vec<Option<usize>>,
     done: Vec<bool>,
     ready: Vec<usize>,
 }
@@ -164,21 +141,39 @@ impl Walker {
             followers: vec![Vec::new(); nodes],
             waiting: vec![0; nodes],
             earliest: vec![0.0; nodes],
-            partners: partners(programs)
-                .into_iter()
-                .flatten()
-                .map(|partner| partner.map(|(rank, op)| offsets[rank] + op))
-                .collect(),
+            groups: Vec::new(),
+            group_of: vec![None; nodes],
             done: vec![false; nodes],
             ready: Vec::new(),
             offsets,
         };
+        walker.group(programs);
         for (rank, program) in programs.iter().enumerate() {
             walker.link(rank, program);
         }
-        walker.ready =
-            (0..nodes).filter(|&node| walker.is_ready(node) && walker.speaks_for_pair(node)).collect();
+        let starts = |&node: &usize| walker.is_ready(node) && walker.leader(node) == node;
+        walker.ready = (0..nodes).filter(starts).collect();
         walker
+    }
+
+    fn group(&mut self, programs: &[Program]) {
+        let mut add = |nodes: Vec<usize>, missing: Vec<usize>| {
+            nodes.iter().for_each(|&node| self.group_of[node] = Some(self.groups.len()));
+            self.groups.push(Group { nodes, missing });
+        };
+        for (rank, row) in partners(programs).into_iter().enumerate() {
+            for (id, partner) in row.into_iter().enumerate() {
+                let (own, other) =
+                    (self.offsets[rank] + id, partner.map(|(rank, id)| self.offsets[rank] + id));
+                if let Some(other) = other.filter(|&other| own < other) {
+                    add(vec![own, other], Vec::new());
+                }
+            }
+        }
+        for Collective { members, ops } in collectives(programs) {
+            let missing = members.into_iter().filter(|member| !ops.contains_key(member)).collect();
+            add(ops.into_iter().map(|(rank, id)| self.offsets[rank] + id).collect(), missing);
+        }
     }
 
     fn link(&mut self, rank: usize, program: &Program) {
@@ -197,7 +192,11 @@ impl Walker {
                 }
                 self.waiting[node] += 1;
             }
-            if matches!(op.lane, Lane::Send(_) | Lane::Receive(_)) && self.partners[node].is_none() {
+            let never_paired =
+                matches!(op.lane, Lane::Send(_) | Lane::Receive(_)) && self.group_of[node].is_none();
+            let never_complete =
+                self.group_of[node].is_some_and(|group| !self.groups[group].missing.is_empty());
+            if never_paired || never_complete {
                 self.waiting[node] += 1;
             }
         }
@@ -208,13 +207,21 @@ impl Walker {
         (rank, node - self.offsets[rank])
     }
 
-    fn is_ready(&self, node: usize) -> bool {
-        self.waiting[node] == 0 && self.partners[node].is_none_or(|other| self.waiting[other] == 0)
+    /// The nodes that run as one with this one, itself among them.
+    fn together(&self, node: usize) -> Vec<usize> {
+        self.group_of[node].map_or_else(|| vec![node], |group| self.groups[group].nodes.clone())
     }
 
-    /// One of the two ends of a transfer, so that it is started once.
-    fn speaks_for_pair(&self, node: usize) -> bool {
-        self.partners[node].is_none_or(|other| node < other)
+    /// One of those nodes, so that they are started once.
+    fn leader(&self, node: usize) -> usize {
+        self.group_of[node].map_or(node, |group| self.groups[group].nodes[0])
+    }
+
+    fn is_ready(&self, node: usize) -> bool {
+        match self.group_of[node] {
+            None => self.waiting[node] == 0,
+            Some(group) => self.groups[group].nodes.iter().all(|&node| self.waiting[node] == 0),
+        }
     }
 
     fn finish(&mut self, node: usize, end: f64) {
@@ -256,38 +263,30 @@ impl Walker {
         if let Some(&own) = op.after.iter().find(|&&earlier| !is_done(earlier)) {
             return WaitsFor::Own(own);
         }
-        match self.partners[offset + id] {
-            Some(other) => {
-                let (rank, op) = self.place(other);
-                WaitsFor::Peer { rank, op }
-            }
-            None => WaitsFor::Nobody,
+        let Some(group) = self.group_of[offset + id].map(|group| &self.groups[group]) else {
+            return WaitsFor::Nobody;
+        };
+        if op.work.is_collective() {
+            return WaitsFor::Members(self.absent(group));
         }
+        let other = group.nodes.iter().find(|&&node| node != offset + id);
+        other.map_or(WaitsFor::Nobody, |&other| {
+            let (rank, op) = self.place(other);
+            WaitsFor::Peer { rank, op }
+        })
+    }
+
+    /// The ranks of a group that have not come to its operation, or never do.
+    fn absent(&self, group: &Group) -> Vec<usize> {
+        // That one of them is missing is counted at every node.
+        let counted = usize::from(!group.missing.is_empty());
+        let late = group.nodes.iter().filter(|&&node| self.waiting[node] > counted);
+        let mut absent: Vec<usize> = late.map(|&node| self.place(node).0).collect();
+        absent.extend(&group.missing);
+        absent.sort_unstable();
+        absent
     }
 }
-
-impl fmt::Display for Stuck {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} waits for ", self.work)?;
-        match self.waits_for {
-            WaitsFor::Own(op) => write!(f, "its own operation {op}"),
-            WaitsFor::Peer { rank, op } => write!(f, "operation {op} of rank {rank}"),
-            WaitsFor::Nobody => f.write_str("a peer that never comes"),
-        }
-    }
-}
-
-impl fmt::Display for Deadlock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("deadlock")?;
-        for stuck in &self.stuck {
-            write!(f, "\n  rank {}, {:?} lane, action {}: {stuck}", stuck.rank, stuck.lane, stuck.action)?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for Deadlock {}
 
 #[cfg(test)]
 mod tests {
@@ -299,23 +298,23 @@ mod tests {
     fn compute(after: &[OpId]) -> Op {
         let work =
             Work::Component { pass: Pass::Forward, chunk: CHUNK, layer: 0, component: Component::Chunk };
-        Op { lane: Lane::Compute, work, after: after.to_vec(), action: 0 }
+        Op { lane: Lane::Compute, work, after: after.to_vec(), action: Some(0) }
     }
 
     fn send(to: usize, after: &[OpId]) -> Op {
         let work = Work::Send { kind: TransferKind::Activation, chunk: CHUNK };
-        Op { lane: Lane::Send(to), work, after: after.to_vec(), action: 0 }
+        Op { lane: Lane::Send(to), work, after: after.to_vec(), action: Some(0) }
     }
 
     fn receive(from: usize, after: &[OpId]) -> Op {
         let work = Work::Receive { kind: TransferKind::Activation, chunk: CHUNK };
-        Op { lane: Lane::Receive(from), work, after: after.to_vec(), action: 0 }
+        Op { lane: Lane::Receive(from), work, after: after.to_vec(), action: Some(0) }
     }
 
     fn walk_ops(ops: [Vec<Op>; 2]) -> Result<Timeline, Deadlock> {
         let cost =
             |rank: usize, op: &Op| if op.lane == Lane::Compute { 10.0 * (rank as f64 + 1.0) } else { 3.0 };
-        walk(&ops.map(|ops| Program { ops }), cost)
+        walk(&ops.map(Program::of), cost)
     }
 
     #[test]
@@ -338,7 +337,8 @@ mod tests {
         // Each rank receives before it computes what the other one waits for.
         let rank = |peer| vec![receive(peer, &[]), compute(&[0]), send(peer, &[1])];
         let Deadlock { stuck } = walk_ops([rank(1), rank(0)]).unwrap_err();
-        let waits: Vec<_> = stuck.iter().map(|stuck| (stuck.rank, stuck.lane, stuck.waits_for)).collect();
+        let waits: Vec<_> =
+            stuck.into_iter().map(|stuck| (stuck.rank, stuck.lane, stuck.waits_for)).collect();
         let expected = [
             (0, Lane::Compute, WaitsFor::Own(0)),
             (0, Lane::Send(1), WaitsFor::Own(1)),
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn a_missing_peer_is_a_deadlock_and_buffers_do_not_help() {
         let Deadlock { stuck } = walk_ops([vec![send(1, &[])], vec![]]).unwrap_err();
-        assert_eq!((stuck.len(), stuck[0].waits_for), (1, WaitsFor::Nobody));
+        assert_eq!((stuck.len(), &stuck[0].waits_for), (1, &WaitsFor::Nobody));
         // With a buffer rank 0's send would pass and let its compute go on.
         let rank_0 = vec![send(1, &[]), compute(&[0]), send(1, &[1])];
         let rank_1 = vec![compute(&[2]), receive(0, &[0]), receive(0, &[])];

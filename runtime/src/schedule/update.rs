@@ -1,0 +1,228 @@
+//! The update as part of a step: which parameters form a bucket, which ranks hold it, and the operations that reduce its
+//! gradients, update its weights and gather them (ZeRO-1, report section 3.2.3).
+//!
+//! A step has two halves, since a verdict stands between them: the first ends with the totals, from which every rank judges
+//! alike whether the second one runs. Follows from placement, layouts and topology alone; knows no tensors and no optimizer.
+
+use serde::{Deserialize, Serialize};
+
+use super::program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, Work};
+use crate::topology::Topology;
+
+/// What a bucket holds of its stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Contents {
+    /// Everything but the other two.
+    Dense,
+    /// The token embedding, which multi-token prediction shares with the first stage.
+    Embedding,
+    /// The routed experts.
+    Experts,
+}
+
+/// Parameters that are reduced, updated and gathered together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// The same number on every rank that holds it.
+    pub number: usize,
+    /// What it holds.
+    pub contents: Contents,
+    /// Of which stages; more than one only where they share a tensor.
+    pub stages: Vec<usize>,
+    /// The pipeline ranks that hold one of these stages, ascending.
+    pub positions: Vec<usize>,
+    /// How many ranks hold the same parameters.
+    pub copies: usize,
+}
+
+impl Bucket {
+    /// The ranks that hold the same parameters as the one with expert coordinate `expert`, ascending: its replica group.
+    pub fn ranks(&self, topology: &Topology, expert: usize) -> Vec<usize> {
+        let holds = |rank: &usize| {
+            let at = topology.coordinates(*rank);
+            self.positions.contains(&at.pipeline)
+                && (self.contents != Contents::Experts || at.expert == expert)
+        };
+        topology.ranks().filter(holds).collect()
+    }
+
+    /// Whether the operation reads weights of this bucket, or makes gradients of them.
+    fn is_used_by(&self, work: &Work) -> bool {
+        let Work::Component { chunk, component, .. } = work else { return false };
+        self.stages.contains(&chunk.stage)
+            && match self.contents {
+                Contents::Embedding => matches!(component, Component::Embedding | Component::MtpJoin),
+                Contents::Experts => *component == Component::Experts,
+                Contents::Dense => matches!(
+                    component,
+                    Component::Attention
+                        | Component::SharedExpert
+                        | Component::Head
+                        | Component::MtpJoin
+                        | Component::MtpHead
+                ),
+            }
+    }
+
+    /// Whether the operation adds to gradients of this bucket. The heads make theirs with the loss, in the forward pass.
+    pub(super) fn is_differentiated_by(&self, work: &Work) -> bool {
+        let Work::Component { pass, component, .. } = work else { return false };
+        let with_loss = matches!(component, Component::Head | Component::MtpHead);
+        self.is_used_by(work) && (*pass != Pass::Forward || with_loss)
+    }
+}
+
+/// The buckets of a model, ascending by number: of each stage its dense parameters and its routed experts, and the
+/// embedding. `placement[rank]` lists the stages of a pipeline rank, `stages[s]` says what stage `s` consists of.
+pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topology) -> Vec<Bucket> {
+    let mut buckets = Vec::new();
+    let mut add = |contents: Contents, of: Vec<usize>| {
+        let holds = |rank: &usize| placement[*rank].iter().any(|stage| of.contains(stage));
+        let positions: Vec<usize> = (0..placement.len()).filter(holds).collect();
+        let copies = positions.len()
+            * match contents {
+                Contents::Experts => topology.data,
+                Contents::Dense | Contents::Embedding => topology.columns(),
+            };
+        let Some(first) = of.first() else { return };
+        let number = 3 * first + contents as usize;
+        buckets.push(Bucket { number, contents, stages: of, positions, copies });
+    };
+    for (stage, layout) in stages.iter().enumerate() {
+        add(Contents::Dense, vec![stage]);
+        if layout.embedding {
+            let reads = |stage: &usize| stages[*stage].embedding || stages[*stage].mtp_layer.is_some();
+            add(Contents::Embedding, (0..stages.len()).filter(reads).collect());
+        }
+        if layout.layers.contains(&LayerKind::Moe) || layout.mtp_layer.is_some() {
+            add(Contents::Experts, vec![stage]);
+        }
+    }
+    buckets
+}
+
+/// How the state of a model is spread over the ranks: what the update of a step follows from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sharding {
+    /// Every bucket of the model.
+    pub buckets: Vec<Bucket>,
+    /// Whether each rank's state is replicated in the memory of another worker.
+    pub replicated: bool,
+}
+
+impl Sharding {
+    /// What a pipeline rank holds of it.
+    fn held_by(&self, position: usize) -> Vec<Bucket> {
+        self.buckets.iter().filter(|bucket| bucket.positions.contains(&position)).cloned().collect()
+    }
+}
+
+/// The programs of a training step, each by pipeline rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepPrograms {
+    /// The first half: the passes, the reduction of the gradients, the totals.
+    pub gradients: Vec<Program>,
+    /// What runs next if the totals are not finite: the ranks tell each other why.
+    pub evidence: Vec<Program>,
+    /// The second half, unless the verdict is against it.
+    pub update: Vec<Program>,
+}
+
+impl StepPrograms {
+    /// From the programs of the passes, as [`lower`](super::lower()) makes them.
+    pub fn new(passes: Vec<Program>, sharding: &Sharding) -> StepPrograms {
+        let ranks = 0..passes.len();
+        let evidence = Draft::default().with(Lane::Collective, Work::Evidence, &[]).program(Vec::new());
+        StepPrograms {
+            evidence: vec![evidence; passes.len()],
+            update: ranks.map(|position| update(sharding.held_by(position))).collect(),
+            gradients: passes
+                .into_iter()
+                .enumerate()
+                .map(|(position, passes)| gradients(passes, position, sharding))
+                .collect(),
+        }
+    }
+
+    /// Both halves of a step that is updated, as one program for each pipeline rank: what its timeline is about.
+    pub fn whole(&self) -> Vec<Program> {
+        self.gradients.iter().zip(&self.update).map(|(first, second)| joined(first, second)).collect()
+    }
+}
+
+/// The second half begins when the first one has ended.
+fn joined(first: &Program, second: &Program) -> Program {
+    let offset = first.ops.len();
+    let mut begun: Vec<Lane> = Vec::new();
+    let mut whole = first.clone();
+    for op in &second.ops {
+        let mut op = op.clone();
+        op.after.iter_mut().for_each(|earlier| *earlier += offset);
+        if !begun.contains(&op.lane) {
+            begun.push(op.lane);
+            let totals = first.ops.iter().rposition(|earlier| earlier.work == Work::Totals);
+            op.after.extend(totals.filter(|&totals| first.ops[totals].lane != op.lane));
+        }
+        whole.ops.push(op);
+    }
+    whole
+}
+
+/// Passes, then bucket by bucket the reduction, then the totals.
+fn gradients(passes: Program, position: usize, sharding: &Sharding) -> Program {
+    let mut draft = Draft { ops: passes.ops };
+    let held = sharding.held_by(position);
+    let mut last = None;
+    for &Bucket { number: bucket, copies, .. } in &held {
+        let mut after = Vec::new();
+        if copies > 1 {
+            let pack = draft.push(Lane::Compute, Work::Pack { bucket }, &[]);
+            after.push(draft.push(Lane::Collective, Work::Reduce { bucket }, &[pack]));
+        }
+        last = Some(draft.push(Lane::Compute, Work::GradNorm { bucket }, &after));
+    }
+    if sharding.replicated {
+        draft.push(Lane::Collective, Work::AwaitReplica, &[]);
+    }
+    draft.push(Lane::Collective, Work::Totals, last.as_slice());
+    draft.program(held)
+}
+
+/// Bucket by bucket AdamW and the gathering, which hides behind the next bucket.
+fn update(held: Vec<Bucket>) -> Program {
+    let mut draft = Draft::default();
+    let mut gathers = Vec::new();
+    for &Bucket { number: bucket, copies, .. } in &held {
+        let apply = draft.push(Lane::Compute, Work::Apply { bucket }, &[]);
+        if copies > 1 {
+            gathers.push((bucket, draft.push(Lane::Collective, Work::Gather { bucket }, &[apply])));
+        }
+    }
+    draft.push(Lane::Compute, Work::Balance, &[]);
+    for (bucket, gather) in gathers {
+        draft.push(Lane::Compute, Work::Unpack { bucket }, &[gather]);
+    }
+    draft.program(held)
+}
+
+/// A program in the making.
+#[derive(Default)]
+struct Draft {
+    ops: Vec<Op>,
+}
+
+impl Draft {
+    fn push(&mut self, lane: Lane, work: Work, after: &[OpId]) -> OpId {
+        self.ops.push(Op { lane, work, after: after.to_vec(), action: None });
+        self.ops.len() - 1
+    }
+
+    fn with(mut self, lane: Lane, work: Work, after: &[OpId]) -> Draft {
+        self.push(lane, work, after);
+        self
+    }
+
+    fn program(self, buckets: Vec<Bucket>) -> Program {
+        Program { ops: self.ops, buckets }
+    }
+}
