@@ -4,7 +4,6 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod checkpoint;
-pub mod collective;
 pub mod control;
 pub mod cost;
 pub mod fabric;

@@ -3,6 +3,8 @@
 //! World = pipeline x expert x data. Expert ranks are neighbours in number so that an expert group falls into one node
 //! or block; then data, then pipeline. Knows no hosts and no transport.
 
+pub mod collective;
+
 use serde::{Deserialize, Serialize};
 
 /// Sizes of the three axes.

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::schedule::{
-    Component, Contents, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind, Sharding, StageLayout,
-    StepPrograms, Work, buckets, check_step, lower, walk,
+    Bucket, Component, Contents, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind, Sharding,
+    StageLayout, StepPrograms, Work, buckets, check_step, lower, walk,
 };
 use contraflow_runtime::topology::Topology;
 use proptest::prelude::*;
@@ -25,8 +25,11 @@ fn layouts(stages: usize) -> Vec<StageLayout> {
     (0..stages).map(layout).collect()
 }
 
-/// The layouts in which `tests/cluster/topology.rs` trains: pipeline, expert and data ranks.
-const AXES: [(ScheduleKind, &[(usize, usize, usize)]); 3] = [
+/// Pipeline, expert and data ranks.
+type Axes = (usize, usize, usize);
+
+/// The layouts in which `tests/cluster/topology.rs` trains.
+const AXES: [(ScheduleKind, &[Axes]); 3] = [
     (ScheduleKind::Dualpipe, &[(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
     (ScheduleKind::Dualpipev, &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
     (ScheduleKind::OneFOneB, &[(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
@@ -41,7 +44,7 @@ struct Case {
 }
 
 impl Case {
-    fn new(kind: ScheduleKind, axes: (usize, usize, usize), micro_batches: usize) -> Case {
+    fn new(kind: ScheduleKind, axes: Axes, micro_batches: usize) -> Case {
         let (pipeline, expert, data) = axes;
         let topology = Topology { pipeline, expert, data };
         let (plan, _) = kind.plan(pipeline, micro_batches, Mode::Train).unwrap();
@@ -58,7 +61,7 @@ impl Case {
 
 /// Every layout, with enough micro-batches for its schedule and with too few.
 fn cases() -> Vec<Case> {
-    let with = |(kind, axes): (ScheduleKind, &[(usize, usize, usize)])| {
+    let with = |(kind, axes): (ScheduleKind, &[Axes])| {
         let sizes = axes.iter().flat_map(|&axes| [1, 8, 16].map(|micro_batches| (axes, micro_batches)));
         sizes.map(move |(axes, micro_batches)| Case::new(kind, axes, micro_batches)).collect::<Vec<_>>()
     };
@@ -154,11 +157,7 @@ fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_when_it_is_u
 fn the_ranks_of_a_bucket_are_those_whose_stages_it_is_of() {
     let case = mirrored();
     let of = |contents, stage: usize| {
-        let found = |bucket: &&_| match bucket {
-            contraflow_runtime::schedule::Bucket { contents: c, stages, .. } => {
-                *c == contents && stages[0] == stage
-            }
-        };
+        let found = |bucket: &&Bucket| bucket.contents == contents && bucket.stages[0] == stage;
         case.sharding.buckets.iter().find(found).unwrap()
     };
     // Rank 0 holds stages 0 and 3, rank 1 stages 1 and 2, and so back.

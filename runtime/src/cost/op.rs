@@ -9,10 +9,10 @@ use super::{
     attention_core_flops, attention_matrices, ffn_matrices, gate_matrix, join_matrix, layer_parameters,
     mtp_parameters, shared_ffn_matrices, table_parameters,
 };
-use crate::collective::{children, shard};
 use crate::model_config::ModelConfig;
 use crate::schedule::{Bucket, Component, Contents, LayerKind, Mode, Pass, StageLayout, Work};
 use crate::topology::Topology;
+use crate::topology::collective::{children, shard};
 use crate::watch::evidence::FOUND_LEN;
 
 const F32_BYTES: u64 = 4;
@@ -207,7 +207,7 @@ mod tests {
     use super::*;
     use crate::cost::{parameters, training_flops_per_token};
     use crate::layout::split_layers;
-    use crate::recipe::builtin;
+    use crate::model_config::builtin;
     use crate::schedule::{ScheduleKind, Sharding, StepPrograms, buckets, lower};
 
     const MICRO_BATCHES: usize = 8;

@@ -5,11 +5,12 @@
 use std::collections::HashMap;
 
 use super::action::Plan;
+use super::bucket::Bucket;
 use super::check::{Fault, Faults, Report, check, unit_cost};
 use super::check_programs::{deadlock_faults, op_faults};
 use super::deadlock::list_ranks;
 use super::program::{Lane, OpId, Program, Work};
-use super::update::{Bucket, StepPrograms};
+use super::update::{StepPrograms, differentiates};
 use super::walk::walk;
 
 /// Checks a plan and the programs of a whole training step made of it.
@@ -64,7 +65,7 @@ fn bucket_faults(rank: usize, program: &Program, faults: &mut Faults) {
     let places: HashMap<Work, OpId> = program.ops.iter().enumerate().map(|(id, op)| (op.work, id)).collect();
     let order = Order::of(program);
     for bucket in &program.buckets {
-        let last_gradient = program.ops.iter().rposition(|op| bucket.is_differentiated_by(&op.work));
+        let last_gradient = program.ops.iter().rposition(|op| differentiates(&op.work, bucket));
         let mut before = last_gradient;
         for work in life(bucket) {
             let Some(&id) = places.get(&work) else {

@@ -7,6 +7,7 @@
 
 pub mod action;
 pub mod bubble;
+pub mod bucket;
 pub mod check;
 mod check_programs;
 mod check_update;
@@ -28,6 +29,7 @@ pub mod walk;
 
 pub use action::{Action, Chunk, Plan};
 pub use bubble::{Bubble, UnitCosts, simulate};
+pub use bucket::{Bucket, Contents};
 pub use check::{Fault, Report, check};
 pub use check_update::check_step;
 pub use deadlock::Deadlock;
@@ -37,5 +39,5 @@ pub use messages::{Message, messages};
 pub use program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, TransferKind, Work};
 pub use report::{PlanReport, RankFigures};
 pub use timeline::{Span, Timeline};
-pub use update::{Bucket, Contents, Sharding, StepPrograms, buckets};
+pub use update::{Sharding, StepPrograms, buckets};
 pub use walk::walk;

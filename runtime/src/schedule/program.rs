@@ -7,7 +7,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::action::Chunk;
-use super::update::Bucket;
+use super::bucket::Bucket;
 
 /// Index of an operation in its rank's program.
 pub type OpId = usize;

@@ -4,73 +4,9 @@
 //! A step has two halves, since a verdict stands between them: the first ends with the totals, from which every rank judges
 //! alike whether the second one runs. Follows from placement, layouts and topology alone; knows no tensors and no optimizer.
 
-use serde::{Deserialize, Serialize};
-
+use super::bucket::{Bucket, Contents};
 use super::program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, Work};
 use crate::topology::Topology;
-
-/// What a bucket holds of its stages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Contents {
-    /// Everything but the other two.
-    Dense,
-    /// The token embedding, which multi-token prediction shares with the first stage.
-    Embedding,
-    /// The routed experts.
-    Experts,
-}
-
-/// Parameters that are reduced, updated and gathered together.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bucket {
-    /// The same number on every rank that holds it.
-    pub number: usize,
-    /// What it holds.
-    pub contents: Contents,
-    /// Of which stages; more than one only where they share a tensor.
-    pub stages: Vec<usize>,
-    /// The pipeline ranks that hold one of these stages, ascending.
-    pub positions: Vec<usize>,
-    /// How many ranks hold the same parameters.
-    pub copies: usize,
-}
-
-impl Bucket {
-    /// The ranks that hold the same parameters as the one with expert coordinate `expert`, ascending: its replica group.
-    pub fn ranks(&self, topology: &Topology, expert: usize) -> Vec<usize> {
-        let holds = |rank: &usize| {
-            let at = topology.coordinates(*rank);
-            self.positions.contains(&at.pipeline)
-                && (self.contents != Contents::Experts || at.expert == expert)
-        };
-        topology.ranks().filter(holds).collect()
-    }
-
-    /// Whether the operation reads weights of this bucket, or makes gradients of them.
-    fn is_used_by(&self, work: &Work) -> bool {
-        let Work::Component { chunk, component, .. } = work else { return false };
-        self.stages.contains(&chunk.stage)
-            && match self.contents {
-                Contents::Embedding => matches!(component, Component::Embedding | Component::MtpJoin),
-                Contents::Experts => *component == Component::Experts,
-                Contents::Dense => matches!(
-                    component,
-                    Component::Attention
-                        | Component::SharedExpert
-                        | Component::Head
-                        | Component::MtpJoin
-                        | Component::MtpHead
-                ),
-            }
-    }
-
-    /// Whether the operation adds to gradients of this bucket. The heads make theirs with the loss, in the forward pass.
-    pub(super) fn is_differentiated_by(&self, work: &Work) -> bool {
-        let Work::Component { pass, component, .. } = work else { return false };
-        let with_loss = matches!(component, Component::Head | Component::MtpHead);
-        self.is_used_by(work) && (*pass != Pass::Forward || with_loss)
-    }
-}
 
 /// The buckets of a model, ascending by number: of each stage its dense parameters and its routed experts, and the
 /// embedding. `placement[rank]` lists the stages of a pipeline rank, `stages[s]` says what stage `s` consists of.
@@ -99,6 +35,31 @@ pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topo
         }
     }
     buckets
+}
+
+/// Whether an operation reads weights of a bucket, or makes gradients of them.
+fn uses(work: &Work, bucket: &Bucket) -> bool {
+    let Work::Component { chunk, component, .. } = work else { return false };
+    bucket.stages.contains(&chunk.stage)
+        && match bucket.contents {
+            Contents::Embedding => matches!(component, Component::Embedding | Component::MtpJoin),
+            Contents::Experts => *component == Component::Experts,
+            Contents::Dense => matches!(
+                component,
+                Component::Attention
+                    | Component::SharedExpert
+                    | Component::Head
+                    | Component::MtpJoin
+                    | Component::MtpHead
+            ),
+        }
+}
+
+/// Whether an operation adds to gradients of a bucket. The heads make theirs with the loss, in the forward pass.
+pub(super) fn differentiates(work: &Work, bucket: &Bucket) -> bool {
+    let Work::Component { pass, component, .. } = work else { return false };
+    let with_loss = matches!(component, Component::Head | Component::MtpHead);
+    uses(work, bucket) && (*pass != Pass::Forward || with_loss)
 }
 
 /// How the state of a model is spread over the ranks: what the update of a step follows from.

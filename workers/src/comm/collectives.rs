@@ -7,6 +7,7 @@ use contraflow_kernels::math::add_into;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region};
 use contraflow_runtime::schedule::Chunk;
+use contraflow_runtime::topology::collective::{children, parent, shard};
 
 use super::address::StepId;
 use super::packets::{self, Payload, Unpack};
@@ -19,36 +20,6 @@ pub struct Collectives<'a> {
     pub endpoint: &'a Endpoint,
     /// Which step.
     pub id: StepId,
-}
-
-/// The share of `len` elements that member `index` of `members` owns.
-pub fn shard(len: usize, members: usize, index: usize) -> std::ops::Range<usize> {
-    len * index / members..len * (index + 1) / members
-}
-
-/// A group's tree is that of its positions written to this base: a parent is its child without the last digit that is not 0.
-/// So each member sums a run of positions, those of one host before those of many where a host has eight; a group of at most
-/// eight is summed in order, one after another.
-const RADIX: usize = 8;
-
-/// Where position `at` of a group, not the first, sends its sum.
-fn parent(at: usize) -> usize {
-    let mut span = RADIX;
-    while at.is_multiple_of(span) {
-        span *= RADIX;
-    }
-    at - at % span
-}
-
-/// The positions whose parent `at` is, ascending.
-fn children(at: usize, members: usize) -> Vec<usize> {
-    let mut children = Vec::new();
-    let mut span = 1;
-    while span < members && at.is_multiple_of(span * RADIX) {
-        children.extend((1..RADIX).map(|digit| at + digit * span).take_while(|&child| child < members));
-        span *= RADIX;
-    }
-    children
 }
 
 impl Collectives<'_> {
@@ -210,21 +181,6 @@ mod tests {
                 let sent: u64 = results.iter().map(|(_, bytes)| bytes).sum();
                 assert_eq!(sent, 2 * (members as u64 - 1) * 24, "{members} members");
             }
-        }
-    }
-
-    #[test]
-    fn a_tree_reaches_everybody_by_few_links() {
-        for members in (1..600).chain([2048, 4097]) {
-            let mut reached = vec![0; members];
-            for at in 0..members {
-                let below = children(at, members);
-                assert!(below.is_sorted() && below.iter().all(|&child| child > at && parent(child) == at));
-                below.iter().for_each(|&child| reached[child] += 1);
-                let levels = (1..).find(|&levels| 8_usize.pow(levels) >= members).unwrap() as usize;
-                assert!(below.len() < 7 * levels + 1, "{} links of {members} members", below.len());
-            }
-            assert!(reached[0] == 0 && reached[1..].iter().all(|&times| times == 1), "{members} members");
         }
     }
 }

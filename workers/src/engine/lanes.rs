@@ -242,7 +242,7 @@ fn span_of(op: &Op) -> Span {
             let Chunk { stage, micro_batch } = chunk;
             tracing::debug_span!(target: SPAN, "receive", ?kind, stage, micro_batch)
         }
-        Work::Component { .. } => tracing::trace_span!(target: SPAN, "operation", work = %op.work),
+        _ => tracing::trace_span!(target: SPAN, "operation", work = %op.work),
     }
 }
 
@@ -268,10 +268,10 @@ pub enum LaneEvent {
     Failed {
         /// Of which program.
         id: StepId,
-        /// Action of the plan it belongs to.
-        action: usize,
+        /// Action of the plan it belongs to, if it belongs to one.
+        action: Option<usize>,
         /// The cause.
-        error: RankError,
+        error: Box<RankError>,
     },
 }
 
@@ -329,7 +329,7 @@ impl LaneThread {
                 Ok(waited) => LaneEvent::Completed { id, lane: self.lane, waited },
                 Err(error) => {
                     running.events.abort(&error.to_string());
-                    LaneEvent::Failed { id, action, error }
+                    LaneEvent::Failed { id, action, error: Box::new(error) }
                 }
             };
             // The pipeline takes the program apart once the last operation is reported.

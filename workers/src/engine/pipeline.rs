@@ -178,9 +178,9 @@ impl PipelineState {
     }
 
     /// An action of the running plan in words.
-    fn describe(&self, action: usize) -> String {
+    fn describe(&self, action: Option<usize>) -> String {
         let list = self.current.as_ref().and_then(|current| current.plan.actions.get(self.setup.pipeline));
-        list.and_then(|list| list.get(action))
+        list.and_then(|list| list.get(action?))
             .map_or_else(|| "no action".into(), |action| format!("action {action}"))
     }
 
@@ -225,7 +225,7 @@ impl Actor for Pipeline {
             }
             PipelineMessage::Lane(LaneEvent::Failed { action, error, .. }) => {
                 let action = state.describe(action);
-                (state.setup.report)(PipelineEvent::Failed { action, error });
+                (state.setup.report)(PipelineEvent::Failed { action, error: *error });
             }
             PipelineMessage::Abort { reason } => {
                 state.abort(&reason);

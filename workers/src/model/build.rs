@@ -2,13 +2,13 @@
 //!
 //! Knows the topology and the placement of stages; no actor and no fabric.
 
-use contraflow_runtime::schedule::{LayerKind, StageLayout};
+use contraflow_runtime::schedule::{Bucket, Contents, LayerKind, StageLayout, buckets};
 use contraflow_runtime::topology::Topology;
 
 use super::params::{ParamId, Params, Part, Replicas};
 use super::{Architecture, AttentionWeights, FfnWeights, HeadWeights, Layer, MtpWeights, Query, Stage};
 
-/// Where the stages are and which of them hold a given parameter.
+/// Where the stages are.
 pub struct Placement<'a> {
     /// Sizes of the axes.
     pub topology: Topology,
@@ -16,20 +16,6 @@ pub struct Placement<'a> {
     pub stages_of: &'a [Vec<usize>],
     /// What each stage consists of.
     pub layouts: &'a [StageLayout],
-}
-
-impl Placement<'_> {
-    /// All ranks that hold a copy of a parameter of these stages: every rank of those pipeline positions, or of one expert
-    /// coordinate there. First and last stage are both named for a tensor that both use; DualPipe's mirror follows from
-    /// the placement.
-    pub fn replica_group(&self, stages: &[usize], expert: Option<usize>) -> Vec<usize> {
-        let holds = |rank: &usize| {
-            let at = self.topology.coordinates(*rank);
-            expert.is_none_or(|expert| expert == at.expert)
-                && self.stages_of[at.pipeline].iter().any(|stage| stages.contains(stage))
-        };
-        self.topology.ranks().filter(holds).collect()
-    }
 }
 
 /// The stages of a rank with their parameters, all zero: dense ones and those of its routed experts.
@@ -45,8 +31,9 @@ pub struct RankModel {
 /// Makes the model of one rank.
 pub fn build(arch: &Architecture, placement: &Placement, rank: usize) -> RankModel {
     let at = placement.topology.coordinates(rank);
-    let mut builder =
-        Builder { arch, placement, expert: at.expert, dense: Params::default(), experts: Params::default() };
+    let buckets = buckets(placement.stages_of, placement.layouts, &placement.topology);
+    let (dense, experts) = (Params::default(), Params::default());
+    let mut builder = Builder { arch, placement, buckets, expert: at.expert, dense, experts };
     let stages = placement.stages_of[at.pipeline].iter().map(|&stage| builder.stage(stage)).collect();
     RankModel { stages, dense: builder.dense, experts: builder.experts }
 }
@@ -54,23 +41,30 @@ pub fn build(arch: &Architecture, placement: &Placement, rank: usize) -> RankMod
 struct Builder<'a> {
     arch: &'a Architecture,
     placement: &'a Placement<'a>,
+    buckets: Vec<Bucket>,
     expert: usize,
     dense: Params,
     experts: Params,
 }
 
 impl Builder<'_> {
-    /// Three buckets a stage: its dense parameters, what it shares with other stages, its routed experts.
-    fn replicas(&self, stages: &[usize], expert: Option<usize>, kind: usize) -> Replicas {
-        Replicas { group: self.placement.replica_group(stages, expert), bucket: 3 * stages[0] + kind }
+    /// The bucket of some parameters of a stage, and the ranks that hold this rank's copy of it.
+    ///
+    /// # Panics
+    /// If the stage has none: layouts and model do not belong together.
+    fn replicas(&self, contents: Contents, stage: usize) -> Replicas {
+        let of_stage = |bucket: &&Bucket| bucket.contents == contents && bucket.stages.contains(&stage);
+        let bucket = self.buckets.iter().find(of_stage);
+        let bucket = bucket.unwrap_or_else(|| panic!("stage {stage} has no bucket of {contents:?}"));
+        Replicas { group: bucket.ranks(&self.placement.topology, self.expert), bucket: bucket.number }
     }
 
     fn stage(&mut self, index: usize) -> Stage {
         let layout = &self.placement.layouts[index];
         let config = &self.arch.config;
         let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-        let group = self.replicas(&[index], None, 0);
-        let embedding = layout.embedding.then(|| self.embedding());
+        let group = self.replicas(Contents::Dense, index);
+        let embedding = layout.embedding.then(|| self.embedding(index));
         let layers = layout.layers.iter().enumerate();
         let layers =
             layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
@@ -83,11 +77,8 @@ impl Builder<'_> {
     }
 
     /// Held by the first stage, and by the last one if MTP needs it there.
-    fn embedding(&mut self) -> ParamId {
-        let layouts = self.placement.layouts.iter().enumerate();
-        let users = layouts.filter(|(_, layout)| layout.embedding || layout.mtp_layer.is_some());
-        let stages: Vec<usize> = users.map(|(stage, _)| stage).collect();
-        let group = self.replicas(&stages, None, 1);
+    fn embedding(&mut self, stage: usize) -> ParamId {
+        let group = self.replicas(Contents::Embedding, stage);
         let shape = [self.arch.config.vocab_size, self.arch.config.hidden_size];
         self.dense.add_single("model.embed_tokens.weight".into(), &shape, &group)
     }
@@ -146,7 +137,7 @@ impl Builder<'_> {
         let config = &self.arch.config;
         let (hidden, width) = (config.hidden_size, config.moe_intermediate_size);
         let owned = config.n_routed_experts / self.placement.topology.expert;
-        let group = self.replicas(&[stage], Some(self.expert), 2);
+        let group = self.replicas(Contents::Experts, stage);
         let mut gate_up = Vec::new();
         let mut down = Vec::new();
         for local in 0..owned {
@@ -172,7 +163,7 @@ impl Builder<'_> {
         let hidden = self.arch.config.hidden_size;
         let name = |kind: &str| format!("model.layers.{layer}.{kind}.weight");
         MtpWeights {
-            embedding: self.embedding(),
+            embedding: self.embedding(stage),
             embedding_norm: self.dense.add_single(name("enorm"), &[hidden], group),
             hidden_norm: self.dense.add_single(name("hnorm"), &[hidden], group),
             projection: self.dense.add_single(name("eh_proj"), &[hidden, 2 * hidden], group),

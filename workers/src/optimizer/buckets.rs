@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::topology::collective::shard;
 
-use crate::comm::collectives::shard;
 use crate::model::params::{Param, RankParams, Store};
 
 /// The parameters of one replica group that are reduced together, as one flat run of elements.

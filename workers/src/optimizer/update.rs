@@ -14,13 +14,14 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_proto::GradientNorms;
 use contraflow_runtime::fabric::{Endpoint, FrameKind};
 use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_runtime::topology::collective::shard;
 use contraflow_runtime::watch::evidence::Evidence;
 use contraflow_runtime::watch::{Action, Divergence, Seen, Verdict, Watch};
 
 use super::buckets::{Bucket, Piece};
 use super::inspect::{self, SquaresByPlace, gradient_norms};
 use crate::comm::address::StepId;
-use crate::comm::collectives::{Collectives, shard};
+use crate::comm::collectives::Collectives;
 use crate::engine::compute::Totals;
 use crate::error::RankError;
 use crate::kept;
