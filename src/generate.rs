@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use contraflow_kernels::sampling::{Sampling, sample as sample_token};
+use contraflow_kernels::tensor::Tensor;
 use contraflow_workers::data::Tokenizer;
-use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
+use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::failure::Failure;
 use crate::output::print_bytes as print;
@@ -91,7 +93,7 @@ struct Continuation<'a> {
     generator: &'a Generator,
     cache: Cache,
     /// Logits of the latest token; none at the end.
-    logits: Option<Vec<f32>>,
+    logits: Option<Tensor>,
     /// Ids from here on are no token's.
     id_limit: usize,
     end_of_document: u32,
@@ -129,9 +131,9 @@ impl Iterator for Continuation<'_> {
     type Item = u32;
 
     fn next(&mut self) -> Option<u32> {
-        let mut logits = self.logits.take()?;
-        logits.truncate(self.id_limit);
-        let token = choose(&logits, self.sampling, self.uniform());
+        let logits = self.logits.take()?;
+        let known = logits.view(0..logits.len().min(self.id_limit));
+        let token = sample_token(known, self.sampling, self.uniform());
         if token == self.end_of_document {
             return None;
         }

@@ -1,11 +1,12 @@
-//! AdamW: one optimizer step on a flat run of parameters.
+//! AdamW: one optimizer step on a run of parameters.
 //!
-//! The optimizer calls it on the shard it owns. It knows neither names nor schedules; the learning rate of the step
+//! The optimizer calls it on the runs that make up its shard. It knows neither names nor schedules; the learning rate of the step
 //! and the factor of gradient clipping come with the call.
 
 use crate::{
-    math::{self, MIN_PARALLEL},
-    par,
+    math,
+    par::{self, MIN_PARALLEL},
+    tensor::{View, ViewMut},
 };
 
 /// The numbers of one step.
@@ -29,11 +30,26 @@ pub struct AdamW {
     pub grad_scale: f32,
 }
 
-/// Updates parameters `p` and the moments `m` and `v` by the gradient `g`.
+/// What a step changes, value by value.
+///
+/// **Shapes**: all of one length.
+pub struct State<'a> {
+    /// The parameters.
+    pub weight: ViewMut<'a>,
+    /// Running mean of their gradients.
+    pub exp_avg: ViewMut<'a>,
+    /// Running mean of their squared gradients.
+    pub exp_avg_sq: ViewMut<'a>,
+}
+
+/// Updates parameters and moments by the gradient.
 ///
 /// **Shapes**: all of one length.
 /// **Errors**: panics if the lengths differ or the step is 0.
-pub fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], spec: &AdamW) {
+pub fn update(state: State, gradient: View, spec: &AdamW) {
+    let State { mut weight, mut exp_avg, mut exp_avg_sq } = state;
+    let (p, m, v) = (weight.typed_mut(), exp_avg.typed_mut(), exp_avg_sq.typed_mut());
+    let g: &[f32] = gradient.typed();
     let lengths = [p.len(), m.len(), v.len()];
     assert_eq!(lengths, [g.len(); 3], "expected parameters and moments of the gradient's length");
     let factors = Factors::new(spec);

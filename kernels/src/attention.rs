@@ -12,17 +12,15 @@ mod online;
 
 use std::{ops::Range, sync::Mutex};
 
-use online::{Lanes, Running, differentiate};
+use online::{Lanes, QUERY_BLOCK, Running, differentiate};
 
 use crate::{
-    gemm::{Into, Mat, gemm_serial},
+    gemm::gemm_serial,
     math, par,
     tensor::Tensor,
+    view::{Mat, Output},
 };
 
-/// Queries per block: what lies above the diagonal inside a block is computed in vain, but smaller blocks starve
-/// the GEMM.
-const QUERY_BLOCK: usize = 64;
 /// Keys per block. Two blocks of scores (backward) take 256 KiB, inside a second-level cache, and sequences up to
 /// this length need no rescaling at all.
 const KEY_BLOCK: usize = 512;
@@ -43,6 +41,28 @@ pub struct Span {
     pub key_len: usize,
 }
 
+/// The spans of one call. Each query row is in one of them at most, and so is each key row that gets a gradient.
+#[derive(Clone, Debug, Default)]
+pub struct Spans(Vec<Span>);
+
+impl Spans {
+    /// These spans.
+    pub fn new(spans: Vec<Span>) -> Spans {
+        Spans(spans)
+    }
+
+    /// Runs of rows one after another, each its own queries and keys: sequences or documents in training.
+    pub fn of_runs(lengths: impl IntoIterator<Item = usize>) -> Spans {
+        let mut start = 0;
+        let span = |length: usize| {
+            let span = Span { query_start: start, query_len: length, key_start: start, key_len: length };
+            start += length;
+            span
+        };
+        Spans(lengths.into_iter().map(span).collect())
+    }
+}
+
 /// The head sizes of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
@@ -58,7 +78,7 @@ pub struct Heads {
 
 /// Result of the forward pass; the backward pass needs both parts.
 #[derive(Clone)]
-pub struct Output {
+pub struct Attended {
     /// Attention output.
     ///
     /// **Shapes**: `[Tq, H * v_dim]`.
@@ -83,9 +103,9 @@ pub struct Gradients {
 ///
 /// **Shapes**: `q` `[Tq, H * qk_dim]`, `k` `[Tk, H * qk_dim]`, `v` `[Tk, H * v_dim]`.
 /// **Errors**: panics if spans reach out of the tensors or if their query ranges overlap.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span], heads: &Heads) -> Output {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans, heads: &Heads) -> Attended {
     let inputs = Inputs::new(q, k, v, heads);
-    let output = Mutex::new(Output {
+    let output = Mutex::new(Attended {
         out: blank(q.rows(), heads.num_heads * heads.v_dim, spans, Span::queries),
         lse: blank(q.rows(), heads.num_heads, spans, Span::queries),
     });
@@ -112,8 +132,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span], heads: &Heads
 pub fn backward(
     dout: &Tensor,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
-    output: &Output,
-    spans: &[Span],
+    output: &Attended,
+    spans: &Spans,
     heads: &Heads,
 ) -> Gradients {
     let inputs = Inputs::new(q, k, v, heads);
@@ -162,8 +182,8 @@ impl Span {
 
 /// A result to be filled by the spans: each of its rows has at most one writer, else results would depend on the
 /// order of tasks, and rows without one are zero.
-fn blank(num_rows: usize, width: usize, spans: &[Span], rows: impl Fn(&Span) -> Range<usize>) -> Tensor {
-    let mut ranges: Vec<Range<usize>> = spans.iter().map(rows).filter(|range| !range.is_empty()).collect();
+fn blank(num_rows: usize, width: usize, spans: &Spans, rows: impl Fn(&Span) -> Range<usize>) -> Tensor {
+    let mut ranges: Vec<Range<usize>> = spans.0.iter().map(rows).filter(|range| !range.is_empty()).collect();
     ranges.sort_unstable_by_key(|range| range.start);
     for pair in ranges.windows(2) {
         let (first, second) = (&pair[0], &pair[1]);
@@ -213,9 +233,9 @@ impl<'a> Inputs<'a> {
 /// Works on every head of every span, on the pool if there is one.
 ///
 /// A task computes the same wherever it runs and sums nothing with another, so the schedule changes no bit.
-fn for_each_head(inputs: &Inputs, spans: &[Span], work: impl Fn(Head) + Send + Sync) {
+fn for_each_head(inputs: &Inputs, spans: &Spans, work: impl Fn(Head) + Send + Sync) {
     let heads_of = |&span| (0..inputs.heads.num_heads).map(move |id| inputs.head(span, id));
-    par::for_each(spans.iter().flat_map(heads_of).collect(), work);
+    par::for_each(spans.0.iter().flat_map(heads_of).collect(), work);
 }
 
 /// Copies rows of one head into that head's columns of a tensor of all heads.
@@ -283,13 +303,13 @@ impl Head<'_> {
         for keys in self.key_blocks(queries) {
             self.scores(&mut scratch.probs, queries, &keys);
             let decay = running.absorb(lanes(&mut scratch.probs, &keys));
-            let into = if keys.start == 0 { Into::Overwrite } else { Into::Accumulate };
-            if into == Into::Accumulate {
+            let mode = if keys.start == 0 { Output::Overwrite } else { Output::Accumulate };
+            if mode == Output::Accumulate {
                 scale_rows(&mut scratch.out, &decay);
             }
             let out = scratch.out.mat_mut().rows_range(0..queries.len());
             let probs = block(&scratch.probs, queries, &keys);
-            gemm_serial(out, into, 1.0, probs.t(), self.v.rows_range(keys));
+            gemm_serial(out, mode, 1.0, probs.t(), self.v.rows_range(keys));
         }
         scale_rows(&mut scratch.out, &running.sum.map(|sum| 1.0 / sum));
         std::array::from_fn(|lane| running.max[lane] + math::ln(running.sum[lane]))
@@ -309,15 +329,15 @@ impl Head<'_> {
             let (k, v) = (self.k.rows_range(keys.clone()), self.v.rows_range(keys.clone()));
             self.scores(probs, queries, &keys);
             let d_probs = d_scores.mat_mut().rows_range(0..keys.len()).columns(0..queries.len());
-            gemm_serial(d_probs, Into::Overwrite, 1.0, v, dout.t());
+            gemm_serial(d_probs, Output::Overwrite, 1.0, v, dout.t());
             differentiate(lanes(probs, &keys), lanes(d_scores, &keys), &lse, &delta, self.heads.scale);
 
             let (probs, d_scores) = (block(probs, queries, &keys), block(d_scores, queries, &keys));
             let dq = dq.mat_mut().rows_range(0..queries.len());
-            let into = if keys.start == 0 { Into::Overwrite } else { Into::Accumulate };
-            gemm_serial(dq, into, 1.0, d_scores.t(), k);
-            gemm_serial(dk.mat_mut().rows_range(keys.clone()), Into::Accumulate, 1.0, d_scores, q);
-            gemm_serial(dv.mat_mut().rows_range(keys), Into::Accumulate, 1.0, probs, dout);
+            let mode = if keys.start == 0 { Output::Overwrite } else { Output::Accumulate };
+            gemm_serial(dq, mode, 1.0, d_scores.t(), k);
+            gemm_serial(dk.mat_mut().rows_range(keys.clone()), Output::Accumulate, 1.0, d_scores, q);
+            gemm_serial(dv.mat_mut().rows_range(keys), Output::Accumulate, 1.0, probs, dout);
         }
     }
 
@@ -325,7 +345,7 @@ impl Head<'_> {
     fn scores(&self, scores: &mut Tensor, queries: &Range<usize>, keys: &Range<usize>) {
         let (q, k) = (self.q.rows_range(queries.clone()), self.k.rows_range(keys.clone()));
         let target = scores.mat_mut().rows_range(0..keys.len()).columns(0..queries.len());
-        gemm_serial(target, Into::Overwrite, self.heads.scale, k, q.t());
+        gemm_serial(target, Output::Overwrite, self.heads.scale, k, q.t());
         // All queries of the block see the keys up to this one; each later key hides itself from one more query.
         let last_common = self.span.key_len - self.span.query_len + queries.start;
         for (key, row) in keys.clone().zip(lanes(scores, keys)) {

@@ -9,9 +9,10 @@
 use std::ops::Range;
 
 use crate::{
-    gemm::{Into, Mat, gemm},
+    gemm::gemm,
     linear, math, par, softmax,
     tensor::Tensor,
+    view::{Mat, Output},
 };
 
 /// Logits held at once (16 MiB): enough to stay in a last-level cache, unless `MIN_ROWS` asks for more.
@@ -25,22 +26,23 @@ const MAX_ROWS: usize = 256;
 /// What each row should predict and how much its loss counts.
 ///
 /// **Shapes**: both `[T]`.
+#[derive(Clone, Copy)]
 pub struct Targets<'a> {
-    /// The next token of each row; in range also where the weight is 0.
-    pub ids: &'a [u32],
+    /// The next token of each row, in U32; in range also where the weight is 0.
+    pub ids: &'a Tensor,
     /// Factor on each row's loss, already divided by the global denominator; 0 keeps a row out of loss and gradient.
-    pub weights: &'a [f32],
+    pub weights: &'a Tensor,
 }
 
 /// The loss of a micro-batch.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Loss {
     /// Sum over rows of weight times minus log-probability of the target.
     pub sum: f64,
     /// Log-probability of each row's target, rows of weight 0 included.
     ///
     /// **Shapes**: `[T]`.
-    pub log_probs: Vec<f32>,
+    pub log_probs: Tensor,
 }
 
 /// Loss only, for validation.
@@ -59,11 +61,11 @@ pub fn forward_backward(h: &Tensor, head: &Tensor, targets: &Targets, d_head: &m
     assert_eq!(d_head.shape(), head.shape(), "expected the gradient of the head in the head's shape");
     let mut dh = Tensor::zeros(h.shape());
     let loss = over_blocks(h, head, targets, |rows, d_logits| {
-        if targets.weights[rows.clone()].iter().all(|&weight| weight == 0.0) {
+        if targets.weights.f32()[rows.clone()].iter().all(|&weight| weight == 0.0) {
             return;
         }
-        gemm(dh.mat_mut().rows_range(rows.clone()), Into::Overwrite, 1.0, d_logits, head.mat());
-        gemm(d_head.mat_mut(), Into::Accumulate, 1.0, d_logits.t(), h.mat().rows_range(rows));
+        gemm(dh.mat_mut().rows_range(rows.clone()), Output::Overwrite, 1.0, d_logits, head.mat());
+        gemm(d_head.mat_mut(), Output::Accumulate, 1.0, d_logits.t(), h.mat().rows_range(rows));
     });
     (loss, dh)
 }
@@ -83,34 +85,35 @@ fn over_blocks(
     mut then: impl FnMut(Range<usize>, Mat),
 ) -> Loss {
     let (num_rows, vocabulary) = (h.rows(), head.rows());
-    assert_eq!(targets.ids.len(), num_rows, "expected one target per row");
-    assert_eq!(targets.weights.len(), num_rows, "expected one weight per row");
+    let (ids, weights) = (targets.ids.u32(), targets.weights.f32());
+    assert_eq!(ids.len(), num_rows, "expected one target per row");
+    assert_eq!(weights.len(), num_rows, "expected one weight per row");
     let block_rows = (BLOCK_LOGITS / vocabulary).clamp(MIN_ROWS, MAX_ROWS).min(num_rows);
     let mut scratch = Tensor::for_overwrite(&[block_rows, vocabulary]);
-    let mut log_probs = vec![0.0; num_rows];
+    let mut log_probs = Tensor::for_overwrite(&[num_rows]);
     for start in (0..num_rows).step_by(block_rows.max(1)) {
         let rows = start..num_rows.min(start + block_rows);
         gemm(
             scratch.mat_mut().rows_range(0..rows.len()),
-            Into::Overwrite,
+            Output::Overwrite,
             1.0,
             h.mat().rows_range(rows.clone()),
             head.mat().t(),
         );
         let block = &mut scratch.f32_mut()[..rows.len() * vocabulary];
-        logits_to_gradients(block, targets, rows.clone(), &mut log_probs[rows.clone()]);
+        let targets = (&ids[rows.clone()], &weights[rows.clone()]);
+        logits_to_gradients(block, targets, &mut log_probs.f32_mut()[rows.clone()]);
         then(rows.clone(), scratch.mat().rows_range(0..rows.len()));
     }
-    let weighted = targets.weights.iter().zip(&log_probs).filter(|&(&weight, _)| weight != 0.0);
+    let weighted = weights.iter().zip(log_probs.f32()).filter(|&(&weight, _)| weight != 0.0);
     let sum = weighted.map(|(&weight, &log_prob)| -f64::from(weight) * f64::from(log_prob)).sum();
     Loss { sum, log_probs }
 }
 
 /// Rows are independent, so how they are shared among threads changes no bit.
-fn logits_to_gradients(block: &mut [f32], targets: &Targets, rows: Range<usize>, log_probs: &mut [f32]) {
-    let vocabulary = block.len() / rows.len();
-    let targets = targets.ids[rows.clone()].iter().zip(&targets.weights[rows]);
-    let work = block.chunks_exact_mut(vocabulary).zip(targets).zip(log_probs).collect();
+fn logits_to_gradients(block: &mut [f32], (ids, weights): (&[u32], &[f32]), log_probs: &mut [f32]) {
+    let vocabulary = block.len() / ids.len();
+    let work = block.chunks_exact_mut(vocabulary).zip(ids.iter().zip(weights)).zip(log_probs).collect();
     par::for_each(work, |((row, (&target, &weight)), log_prob)| {
         *log_prob = logits_to_gradient(row, target as usize, weight);
     });

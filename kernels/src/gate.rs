@@ -6,9 +6,9 @@
 //! Shape letters: T tokens, K top-k, E experts.
 
 use crate::{
-    math::{self, MIN_PARALLEL},
-    par,
-    tensor::Tensor,
+    math,
+    par::{self, MIN_PARALLEL},
+    tensor::{Format, Tensor},
 };
 
 /// Keeps the normalising division finite when all chosen scores underflow; far below any f32 rounding otherwise.
@@ -36,14 +36,14 @@ pub struct GateSpec {
 /// What the gate decided for each token.
 #[derive(Clone)]
 pub struct Routing {
-    /// Chosen experts, per token by descending biased score, ties to the lower id.
+    /// Chosen experts in U32, per token by descending biased score, ties to the lower id.
     ///
-    /// **Shapes**: `[T * K]`.
-    pub expert_ids: Vec<u32>,
+    /// **Shapes**: `[T, K]`.
+    pub expert_ids: Tensor,
     /// Their weights, from the scores without bias.
     ///
-    /// **Shapes**: `[T * K]`.
-    pub weights: Vec<f32>,
+    /// **Shapes**: `[T, K]`.
+    pub weights: Tensor,
     /// Sigmoid of the logits.
     ///
     /// **Shapes**: `[T, E]`.
@@ -57,25 +57,25 @@ pub struct Routing {
 ///
 /// **Shapes**: `logits` `[T, E]`, `bias` `[E]`.
 /// **Errors**: panics if the spec's numbers do not fit each other or the inputs; a recipe is checked long before.
-pub fn forward(logits: &Tensor, bias: &[f32], spec: &GateSpec) -> Routing {
+pub fn forward(logits: &Tensor, bias: &Tensor, spec: &GateSpec) -> Routing {
     spec.check();
     assert_eq!(logits.cols(), spec.num_experts, "expected one logit per expert");
     assert_eq!(bias.len(), spec.num_experts, "expected one bias per expert");
     let num_tokens = logits.rows();
     let mut scores = Tensor::for_overwrite(&[num_tokens, spec.num_experts]);
-    let mut expert_ids = vec![0; num_tokens * spec.top_k];
-    let mut weights = vec![0.0; num_tokens * spec.top_k];
+    let mut expert_ids = Tensor::for_overwrite_in(Format::U32, &[num_tokens, spec.top_k]);
+    let mut weights = Tensor::for_overwrite(&[num_tokens, spec.top_k]);
 
     let ranges = par::partition(num_tokens, MIN_PARALLEL / spec.num_experts);
     let scores_of = par::split(scores.f32_mut(), spec.num_experts, &ranges);
-    let ids_of = par::split(&mut expert_ids, spec.top_k, &ranges);
-    let weights_of = par::split(&mut weights, spec.top_k, &ranges);
+    let ids_of = par::split(expert_ids.u32_mut(), spec.top_k, &ranges);
+    let weights_of = par::split(weights.f32_mut(), spec.top_k, &ranges);
     let outputs = scores_of.into_iter().zip(ids_of).zip(weights_of);
     let tasks: Vec<_> = ranges.iter().zip(outputs).collect();
     par::for_each(tasks, |(tokens, ((scores, ids), weights))| {
         let logits = &logits.f32()[tokens.start * spec.num_experts..tokens.end * spec.num_experts];
         sigmoid_into(logits, scores);
-        route(scores, bias, spec, ids, weights);
+        route(scores, bias.f32(), spec, ids, weights);
     });
     Routing { expert_ids, weights, scores }
 }
@@ -98,13 +98,14 @@ fn route(scores: &[f32], bias: &[f32], spec: &GateSpec, expert_ids: &mut [u32], 
 
 /// Gradient of the scores, from the gradient of the weights, through the normalisation.
 ///
-/// **Shapes**: `d_weights` `[T * K]`, result `[T, E]`, zero for experts a token did not choose.
-pub fn backward(d_weights: &[f32], routing: &Routing, spec: &GateSpec) -> Tensor {
+/// **Shapes**: `d_weights` `[T, K]`, result `[T, E]`, zero for experts a token did not choose.
+pub fn backward(d_weights: &Tensor, routing: &Routing, spec: &GateSpec) -> Tensor {
     assert_eq!(d_weights.len(), routing.weights.len(), "expected one gradient per weight");
     let mut d_scores = Tensor::zeros(routing.scores.shape());
     let rows = d_scores.f32_mut().chunks_exact_mut(spec.num_experts);
     let scores = routing.scores.f32().chunks_exact(spec.num_experts);
-    let chosen = routing.expert_ids.chunks_exact(spec.top_k).zip(d_weights.chunks_exact(spec.top_k));
+    let chosen =
+        routing.expert_ids.u32().chunks_exact(spec.top_k).zip(d_weights.f32().chunks_exact(spec.top_k));
     for ((row, scores), (ids, d_weights)) in rows.zip(scores).zip(chosen) {
         let chosen = || ids.iter().map(|&id| scores[id as usize]);
         // w_k = c s_k / n with n = sum s: dL/ds_k = c (g_k - sum_j g_j s_j / n) / n; without normalisation, c g_k.
@@ -154,7 +155,7 @@ pub fn balance_loss(
         routing.scores.rows()
     );
     let sequences = routing.scores.f32().chunks_exact(sequence_len * num_experts);
-    let choices = routing.expert_ids.chunks_exact(sequence_len * spec.top_k);
+    let choices = routing.expert_ids.u32().chunks_exact(sequence_len * spec.top_k);
     let mut total = 0.0;
     for (sequence, (scores, expert_ids)) in sequences.zip(choices).enumerate() {
         let load = relative_load(expert_ids, sequence_len, spec);
@@ -183,13 +184,14 @@ pub fn balance_loss(
 
 /// How many routes each expert was given.
 ///
-/// **Shapes**: `[E]`; the counts sum to `T * K`.
-pub fn counts(routing: &Routing, num_experts: usize) -> Vec<u64> {
-    let mut counts = vec![0; num_experts];
-    for &id in &routing.expert_ids {
+/// **Shapes**: `[E]` in U32; the counts sum to `T * K`.
+pub fn counts(routing: &Routing) -> Tensor {
+    let num_experts = routing.scores.cols();
+    let mut counts = vec![0_u32; num_experts];
+    for &id in routing.expert_ids.u32() {
         counts[id as usize] += 1;
     }
-    counts
+    Tensor::from_vec(&[num_experts], counts)
 }
 
 impl GateSpec {

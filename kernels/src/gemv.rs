@@ -6,9 +6,8 @@
 use pulp::{Simd, WithSimd};
 
 use crate::{
-    gemm::{Into, Mat},
-    math::MIN_PARALLEL,
-    par,
+    par::{self, MIN_PARALLEL},
+    view::{Mat, Output},
 };
 
 /// Outputs computed together: so many sums in flight hide the latency of an addition, and each vector of the row is
@@ -20,9 +19,9 @@ const OUTPUTS: usize = 8;
 /// Each output is summed in an order that its length and the instruction set alone decide.
 ///
 /// **Shapes**: `w` `[n, k]`, rows lying together, `x` `[k]`, `out` `[n]`.
-pub(crate) fn gemv(out: &mut [f32], into: Into, alpha: f32, x: &[f32], w: Mat, serial: bool) {
+pub(crate) fn gemv(out: &mut [f32], output: Output, alpha: f32, x: &[f32], w: Mat, serial: bool) {
     let work = |rows: std::ops::Range<usize>, out: &mut [f32]| {
-        pulp::Arch::new().dispatch(Outputs { out, into, alpha, x, w: w.rows_range(rows) });
+        pulp::Arch::new().dispatch(Outputs { out, output, alpha, x, w: w.rows_range(rows) });
     };
     if serial {
         work(0..out.len(), out);
@@ -34,7 +33,7 @@ pub(crate) fn gemv(out: &mut [f32], into: Into, alpha: f32, x: &[f32], w: Mat, s
 /// A run of outputs, one per row of `w`.
 struct Outputs<'a> {
     out: &'a mut [f32],
-    into: Into,
+    output: Output,
     alpha: f32,
     x: &'a [f32],
     w: Mat<'a>,
@@ -45,7 +44,7 @@ impl WithSimd for Outputs<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Outputs { out, into, alpha, x, w } = self;
+        let Outputs { out, output, alpha, x, w } = self;
         let mut first = 0;
         while first < out.len() {
             // The last few are done one by one.
@@ -57,7 +56,7 @@ impl WithSimd for Outputs<'_> {
                 products[..1].copy_from_slice(&inner_products::<S, 1>(simd, w, first, x));
             }
             for (out, product) in out[first..first + num].iter_mut().zip(products) {
-                *out = alpha * product + if into == Into::Accumulate { *out } else { 0.0 };
+                *out = alpha * product + if output == Output::Accumulate { *out } else { 0.0 };
             }
             first += num;
         }

@@ -9,9 +9,10 @@
 use std::ops::Range;
 
 use crate::{
-    gemm::{Into, Mat, MatMut, gemm_serial},
+    gemm::gemm_serial,
     par,
     tensor::Tensor,
+    view::{Mat, MatMut, Output},
 };
 
 /// The least rows of a task. Each task packs its expert's weights anew, which this many rows are worth.
@@ -21,36 +22,36 @@ const BLOCKS_PER_THREAD: usize = 8;
 
 /// `x w_e^T` for the rows of each expert `e`.
 ///
-/// **Shapes**: `x` `[R, in]`, `offsets` `[E + 1]`, `w` `[E, out, in]`, result `[R, out]`.
+/// **Shapes**: `x` `[R, in]`, `offsets` `[E + 1]` in U32, `w` `[E, out, in]`, result `[R, out]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
-pub fn forward(x: &Tensor, offsets: &[usize], w: &Tensor) -> Tensor {
-    let [_, out, _] = expert_dims(w, offsets, x.rows());
+pub fn forward(x: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
+    let ([_, out, _], offsets) = checked(w, offsets, x.rows());
     let mut y = Tensor::for_overwrite(&[x.rows(), out]);
-    for_each_block(y.f32_mut(), offsets, |expert_id, rows, y| {
-        gemm_serial(y, Into::Overwrite, 1.0, x.mat().rows_range(rows), expert(w, expert_id).t());
+    for_each_block(y.f32_mut(), &offsets, |expert_id, rows, y| {
+        gemm_serial(y, Output::Overwrite, 1.0, x.mat().rows_range(rows), expert(w, expert_id).t());
     });
     y
 }
 
 /// The gradient of `x`: `dy w_e` for the rows of each expert `e`.
 ///
-/// **Shapes**: `dy` `[R, out]`, `offsets` `[E + 1]`, `w` `[E, out, in]`, result `[R, in]`.
+/// **Shapes**: `dy` `[R, out]`, `offsets` `[E + 1]` in U32, `w` `[E, out, in]`, result `[R, in]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
-pub fn backward_input(dy: &Tensor, offsets: &[usize], w: &Tensor) -> Tensor {
-    let [_, _, input] = expert_dims(w, offsets, dy.rows());
+pub fn backward_input(dy: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
+    let ([_, _, input], offsets) = checked(w, offsets, dy.rows());
     let mut dx = Tensor::for_overwrite(&[dy.rows(), input]);
-    for_each_block(dx.f32_mut(), offsets, |expert_id, rows, dx| {
-        gemm_serial(dx, Into::Overwrite, 1.0, dy.mat().rows_range(rows), expert(w, expert_id));
+    for_each_block(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
+        gemm_serial(dx, Output::Overwrite, 1.0, dy.mat().rows_range(rows), expert(w, expert_id));
     });
     dx
 }
 
 /// Adds the gradient of each `w_e` to `dw`: `dy^T x` over the rows of expert `e`.
 ///
-/// **Shapes**: `dy` `[R, out]`, `x` `[R, in]`, `offsets` `[E + 1]`, `dw` `[E, out, in]`.
+/// **Shapes**: `dy` `[R, out]`, `x` `[R, in]`, `offsets` `[E + 1]` in U32, `dw` `[E, out, in]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
-pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &[usize], dw: &mut Tensor) {
-    let [num_experts, out, _] = expert_dims(dw, offsets, x.rows());
+pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &Tensor, dw: &mut Tensor) {
+    let ([num_experts, out, _], offsets) = checked(dw, offsets, x.rows());
     assert_eq!(dy.shape(), [x.rows(), out], "expected one output gradient per row and output");
     // Stacked, the weights have out rows per expert whatever its load: cut them as if those were the routed rows.
     let out_offsets: Vec<usize> = (0..=num_experts).map(|expert_id| expert_id * out).collect();
@@ -61,21 +62,22 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &[usize], dw: &mut Tens
         }
         let first = expert_id * out;
         let dy = dy.mat().rows_range(rows.clone()).columns(outs.start - first..outs.end - first);
-        gemm_serial(dw, Into::Accumulate, 1.0, dy.t(), x.mat().rows_range(rows));
+        gemm_serial(dw, Output::Accumulate, 1.0, dy.t(), x.mat().rows_range(rows));
     });
 }
 
-/// The three dims of the weights, once they and the offsets are known to fit.
-fn expert_dims(w: &Tensor, offsets: &[usize], num_rows: usize) -> [usize; 3] {
+/// The three dims of the weights and the offsets, once they are known to fit.
+fn checked(w: &Tensor, offsets: &Tensor, num_rows: usize) -> ([usize; 3], Vec<usize>) {
     let &[num_experts, out, input] = w.shape() else {
         panic!("expected weights [E, out, in], got {:?}", w.shape());
     };
+    let offsets: Vec<usize> = offsets.u32().iter().map(|&offset| offset as usize).collect();
     assert_eq!(offsets.len(), num_experts + 1, "expected one offset per expert and one more");
     assert!(
         offsets[0] == 0 && offsets[num_experts] == num_rows && offsets.is_sorted(),
         "expected ascending offsets from 0 to {num_rows}, got {offsets:?}"
     );
-    [num_experts, out, input]
+    ([num_experts, out, input], offsets)
 }
 
 /// The weights of one expert.

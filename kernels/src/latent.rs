@@ -1,17 +1,17 @@
 //! Around attention's core: keys and values from MLA's latent and rotary parts, and the absorbed form of decoding.
 //!
-//! Called by the attention component (join, split) and by generation (decode). It knows neither how a latent is made
-//! nor where a cache lives.
+//! Called by the attention component (join, split) and by generation (cache, decode). It knows not how a latent is made.
 //!
 //! Shape letters: T tokens, H heads, C latent, L cached positions, n new positions.
 
 use std::ops::Range;
 
 use crate::{
-    gemm::{Into, Mat, MatMut, gemm},
-    math::MIN_PARALLEL,
-    par, softmax,
-    tensor::Tensor,
+    gemm::gemm,
+    par::{self, MIN_PARALLEL},
+    softmax,
+    tensor::{Tensor, View},
+    view::{Mat, MatMut, Output},
 };
 
 /// The head sizes of MLA. A head's query or key is its content part, then its rotary part.
@@ -38,7 +38,11 @@ impl LatentHeads {
 ///
 /// **Shapes**: `kv` `[T, H * (nope + v)]`, per head key then value, `k_rope` `[T, rope]`; result
 /// `([T, H * (nope + rope)], [T, H * v])`.
-pub fn join_keys(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tensor) {
+pub fn join_keys(kv: &Tensor, k_rope: &Tensor, heads: &LatentHeads) -> (Tensor, Tensor) {
+    join(kv, k_rope.mat(), heads)
+}
+
+fn join(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tensor) {
     let LatentHeads { num_heads, nope_dim, rope_dim, v_dim } = *heads;
     assert_eq!(
         kv.cols(),
@@ -108,17 +112,87 @@ fn for_each_row(
     });
 }
 
-/// The cached positions of one sequence in one layer, the new ones included.
-#[derive(Clone, Copy)]
-pub struct LatentCache<'a> {
-    /// Normalised latents.
+/// The positions of one sequence that one layer has seen, with room for more.
+pub struct LatentCache {
+    /// Normalised latents; rows from `len` on are free.
+    ///
+    /// **Shapes**: `[capacity, C]`.
+    latents: Tensor,
+    /// Rotated shared keys; rows from `len` on are free.
+    ///
+    /// **Shapes**: `[capacity, rope]`.
+    rope_keys: Tensor,
+    len: usize,
+}
+
+impl LatentCache {
+    /// No positions yet, for latents of C columns.
+    pub fn new(latent_dim: usize, heads: &LatentHeads) -> LatentCache {
+        let empty = |width| Tensor::for_overwrite(&[0, width]);
+        LatentCache { latents: empty(latent_dim), rope_keys: empty(heads.rope_dim), len: 0 }
+    }
+
+    /// Adds positions.
+    ///
+    /// **Shapes**: `latents` `[n, C]`, `rope_keys` `[n, rope]`.
+    /// **Errors**: panics if there are not as many of one as of the other, or one has another width.
+    pub fn append(&mut self, latents: &Tensor, rope_keys: &Tensor) {
+        assert_eq!(latents.rows(), rope_keys.rows(), "expected as many rotary keys as latents");
+        append_rows(&mut self.latents, self.len, latents);
+        append_rows(&mut self.rope_keys, self.len, rope_keys);
+        self.len += latents.rows();
+    }
+
+    /// L, the positions in it.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no position yet.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The normalised latents of all positions.
     ///
     /// **Shapes**: `[L * C]`.
-    pub latents: &'a [f32],
-    /// Rotated shared keys.
+    pub fn latents(&self) -> View<'_> {
+        self.latents.view(0..self.len * self.latents.cols())
+    }
+
+    /// The rotated shared keys of all positions.
     ///
     /// **Shapes**: `[L * rope]`.
-    pub rope_keys: &'a [f32],
+    pub fn rope_keys(&self) -> View<'_> {
+        self.rope_keys.view(0..self.len * self.rope_keys.cols())
+    }
+
+    /// Keys and values of all positions for the direct form, as [`join_keys`] gives them.
+    ///
+    /// **Shapes**: `kv_b` `[H * (nope + v), C]`; result `([L, H * (nope + rope)], [L, H * v])`.
+    pub fn keys_and_values(&self, kv_b: &Tensor, heads: &LatentHeads) -> (Tensor, Tensor) {
+        let mut kv = Tensor::for_overwrite(&[self.len, kv_b.rows()]);
+        let (latents, rope_keys) = self.views();
+        gemm(kv.mat_mut(), Output::Overwrite, 1.0, latents, kv_b.mat().t());
+        join(&kv, rope_keys, heads)
+    }
+
+    /// **Shapes**: `[L, C]` and `[L, rope]`.
+    fn views(&self) -> (Mat<'_>, Mat<'_>) {
+        (self.latents.mat().rows_range(0..self.len), self.rope_keys.mat().rows_range(0..self.len))
+    }
+}
+
+/// Writes `rows` behind the first `len` of `target`, in twice the room if there is none left.
+fn append_rows(target: &mut Tensor, len: usize, rows: &Tensor) {
+    let (capacity, needed, width) = (target.rows(), len + rows.rows(), target.cols());
+    assert_eq!(rows.cols(), width, "expected rows of the cache's width");
+    if needed > capacity {
+        let mut larger = Tensor::for_overwrite(&[needed.max(2 * capacity), width]);
+        larger.view_mut(0..len * width).copy_from(target.view(0..len * width));
+        *target = larger;
+    }
+    target.view_mut(len * width..needed * width).copy_from(rows.view(0..rows.len()));
 }
 
 /// Attention of the last few positions in the absorbed form: queries go down to the latents, not latents up to keys.
@@ -127,13 +201,14 @@ pub struct LatentCache<'a> {
 /// each, and a long prompt is cheaper in the direct form.
 ///
 /// **Shapes**: `q` `[n, H * (nope + rope)]`, rotary parts rotated; `kv_b` `[H * (nope + v), C]`; result `[n, H * v]`.
-pub fn decode(q: &Tensor, kv_b: &Tensor, cache: LatentCache, heads: &LatentHeads, scale: f32) -> Tensor {
+pub fn decode(q: &Tensor, kv_b: &Tensor, cache: &LatentCache, heads: &LatentHeads, scale: f32) -> Tensor {
     let LatentHeads { num_heads, nope_dim, rope_dim, v_dim } = *heads;
     let (num_new, latent_dim) = (q.rows(), kv_b.cols());
-    let len = cache.latents.len() / latent_dim;
+    let len = cache.len();
     assert_eq!(q.cols(), num_heads * heads.qk_dim(), "expected queries of every head side by side");
     assert_eq!(kv_b.rows(), num_heads * (nope_dim + v_dim), "expected key and value rows of every head");
-    assert_eq!(cache.rope_keys.len(), len * rope_dim, "expected as many rotary keys as latents");
+    assert_eq!(cache.latents.cols(), latent_dim, "expected latents of the width that the weights take");
+    assert_eq!(cache.rope_keys.cols(), rope_dim, "expected rotary keys of the heads' width");
     assert!(num_new <= len, "expected the {num_new} new positions in the cache, got {len} positions");
     let head_weights = |head: usize| {
         let first = head * (nope_dim + v_dim);
@@ -145,25 +220,25 @@ pub fn decode(q: &Tensor, kv_b: &Tensor, cache: LatentCache, heads: &LatentHeads
     for head in 0..num_heads {
         let first = head * heads.qk_dim();
         let target = absorbed.mat_mut().columns(head * latent_dim..(head + 1) * latent_dim);
-        gemm(target, Into::Overwrite, 1.0, q.mat().columns(first..first + nope_dim), head_weights(head).0);
+        gemm(target, Output::Overwrite, 1.0, q.mat().columns(first..first + nope_dim), head_weights(head).0);
     }
 
     let mut context = Tensor::for_overwrite(&[num_new, num_heads * latent_dim]);
     let mut scores = Tensor::for_overwrite(&[num_heads, len]);
     for position in 0..num_new {
         let seen = len - num_new + position + 1;
-        let latents = Mat::new(cache.latents, len, latent_dim).rows_range(0..seen);
-        let rope_keys = Mat::new(cache.rope_keys, len, rope_dim).rows_range(0..seen);
+        let (latents, rope_keys) =
+            (cache.latents.mat().rows_range(0..seen), cache.rope_keys.mat().rows_range(0..seen));
         let content = Mat::new(absorbed.row(position), num_heads, latent_dim);
         let rotary = Mat::new(q.row(position), num_heads, heads.qk_dim()).columns(nope_dim..heads.qk_dim());
-        gemm(scores.mat_mut().columns(0..seen), Into::Overwrite, scale, content, latents.t());
-        gemm(scores.mat_mut().columns(0..seen), Into::Accumulate, scale, rotary, rope_keys.t());
+        gemm(scores.mat_mut().columns(0..seen), Output::Overwrite, scale, content, latents.t());
+        gemm(scores.mat_mut().columns(0..seen), Output::Accumulate, scale, rotary, rope_keys.t());
         normalise_rows(scores.mat_mut().columns(0..seen));
         let width = num_heads * latent_dim;
         let target = &mut context.f32_mut()[position * width..(position + 1) * width];
         gemm(
             MatMut::new(target, num_heads, latent_dim),
-            Into::Overwrite,
+            Output::Overwrite,
             1.0,
             scores.mat().columns(0..seen),
             latents,
@@ -174,7 +249,7 @@ pub fn decode(q: &Tensor, kv_b: &Tensor, cache: LatentCache, heads: &LatentHeads
     for head in 0..num_heads {
         let source = context.mat().columns(head * latent_dim..(head + 1) * latent_dim);
         let target = out.mat_mut().columns(head * v_dim..(head + 1) * v_dim);
-        gemm(target, Into::Overwrite, 1.0, source, head_weights(head).1.t());
+        gemm(target, Output::Overwrite, 1.0, source, head_weights(head).1.t());
     }
     out
 }

@@ -5,17 +5,14 @@
 //!
 //! Shape letters: T rows; `in` and `out` are the layer's widths.
 
-use crate::{
-    gemm::{Into, Mat, MatMut, gemm},
-    tensor::Tensor,
-};
+use crate::{gemm::gemm, tensor::Tensor, view::Output};
 
 /// `x w^T`.
 ///
 /// **Shapes**: `x` `[T, in]`, `w` `[out, in]`, result `[T, out]`.
 pub fn forward(x: &Tensor, w: &Tensor) -> Tensor {
     let mut y = Tensor::for_overwrite(&[x.rows(), w.rows()]);
-    forward_into(y.mat_mut(), Into::Overwrite, x.mat(), w.mat());
+    gemm(y.mat_mut(), Output::Overwrite, 1.0, x.mat(), w.mat().t());
     y
 }
 
@@ -24,15 +21,8 @@ pub fn forward(x: &Tensor, w: &Tensor) -> Tensor {
 /// **Shapes**: `x` `[T, in]`, `w` `[out, in]`, `residual` and result `[T, out]`.
 pub fn forward_add(x: &Tensor, w: &Tensor, residual: &Tensor) -> Tensor {
     let mut y = residual.clone();
-    forward_into(y.mat_mut(), Into::Accumulate, x.mat(), w.mat());
+    gemm(y.mat_mut(), Output::Accumulate, 1.0, x.mat(), w.mat().t());
     y
-}
-
-/// [`forward`] between views, for a range of columns of something wider.
-///
-/// **Shapes**: `x` `[T, in]`, `w` `[out, in]`, `y` `[T, out]`.
-pub fn forward_into(y: MatMut, into: Into, x: Mat, w: Mat) {
-    gemm(y, into, 1.0, x, w.t());
 }
 
 /// The gradient of `x`: `dy w`.
@@ -40,27 +30,13 @@ pub fn forward_into(y: MatMut, into: Into, x: Mat, w: Mat) {
 /// **Shapes**: `dy` `[T, out]`, `w` `[out, in]`, result `[T, in]`.
 pub fn backward_input(dy: &Tensor, w: &Tensor) -> Tensor {
     let mut dx = Tensor::for_overwrite(&[dy.rows(), w.cols()]);
-    backward_input_into(dx.mat_mut(), Into::Overwrite, dy.mat(), w.mat());
+    gemm(dx.mat_mut(), Output::Overwrite, 1.0, dy.mat(), w.mat());
     dx
-}
-
-/// [`backward_input`] between views, for a range of columns of something wider.
-///
-/// **Shapes**: `dy` `[T, out]`, `w` `[out, in]`, `dx` `[T, in]`.
-pub fn backward_input_into(dx: MatMut, into: Into, dy: Mat, w: Mat) {
-    gemm(dx, into, 1.0, dy, w);
 }
 
 /// Adds the gradient of `w` to `dw`: `dy^T x`.
 ///
 /// **Shapes**: `dy` `[T, out]`, `x` `[T, in]`, `dw` `[out, in]`.
 pub fn backward_weight(dy: &Tensor, x: &Tensor, dw: &mut Tensor) {
-    backward_weight_into(dw.mat_mut(), Into::Accumulate, dy.mat(), x.mat());
-}
-
-/// [`backward_weight`] between views, for a range of columns of something wider.
-///
-/// **Shapes**: `dy` `[T, out]`, `x` `[T, in]`, `dw` `[out, in]`.
-pub fn backward_weight_into(dw: MatMut, into: Into, dy: Mat, x: Mat) {
-    gemm(dw, into, 1.0, dy.t(), x);
+    gemm(dw.mat_mut(), Output::Accumulate, 1.0, dy.mat().t(), x.mat());
 }

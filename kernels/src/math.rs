@@ -1,4 +1,4 @@
-//! Elementary functions and whole-slice arithmetic in f32.
+//! Elementary functions and reductions in f32.
 //!
 //! The functions are our own, so that results depend neither on the host's libm nor on the width of its registers:
 //! only IEEE additions, multiplications and divisions in a fixed order. Bodies are branch-free and forced inline;
@@ -11,14 +11,8 @@ use std::array;
 
 pub use double::{exp_f64, ln_f64, sin_cos};
 
-use crate::{par, tensor::Tensor};
-
 /// Partial sums of a reduction: two AVX-512 registers, to hide the latency of an addition.
 const LANES: usize = 32;
-/// Values that are summed in f32 before f64 takes over.
-const BLOCK: usize = 4096;
-/// Fewer values than this are not worth a second thread.
-pub(crate) const MIN_PARALLEL: usize = 1 << 14;
 
 /// e to the `x`, within 2 ulp; 0 where the result would be subnormal, infinity on overflow, NaN kept.
 #[inline(always)]
@@ -67,74 +61,12 @@ pub fn silu(x: f32) -> f32 {
 /// Inner product.
 ///
 /// **Errors**: panics if the lengths differ.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len(), "expected two vectors of one length");
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || dot_lanes(a, b),
     )
-}
-
-/// Sum of all values.
-pub fn sum(values: &[f32]) -> f64 {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || values.chunks(BLOCK).map(|block| f64::from(sum_lanes(block))).sum(),
-    )
-}
-
-/// Sum of all squares: of blocks first, then of those in their order, the same on any number of threads.
-pub fn sum_squares(values: &[f32]) -> f64 {
-    let mut sums = vec![0.0; values.len().div_ceil(BLOCK)];
-    par::for_each_chunk(&mut sums, 1, MIN_PARALLEL.div_ceil(BLOCK), |range, sums| {
-        let blocks = values.chunks(BLOCK).skip(range.start);
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || sums.iter_mut().zip(blocks).for_each(|(sum, block)| *sum = dot_lanes(block, block)),
-        );
-    });
-    sums.into_iter().map(f64::from).sum()
-}
-
-/// `target += source`.
-///
-/// **Errors**: panics if the lengths differ.
-pub fn add_into(target: &mut [f32], source: &[f32]) {
-    assert_eq!(target.len(), source.len(), "expected two vectors of one length");
-    par::for_each_chunk(target, 1, MIN_PARALLEL, |range, target| {
-        let source = &source[range];
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || target.iter_mut().zip(source).for_each(|(target, source)| *target += source),
-        );
-    });
-}
-
-/// `values *= factor`.
-pub fn scale(values: &mut [f32], factor: f32) {
-    par::for_each_chunk(values, 1, MIN_PARALLEL, |_, values| {
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || values.iter_mut().for_each(|value| *value *= factor),
-        );
-    });
-}
-
-/// `a + b`.
-///
-/// **Errors**: panics if the shapes differ.
-pub fn add(a: &Tensor, b: &Tensor) -> Tensor {
-    assert_eq!(a.shape(), b.shape(), "expected two tensors of one shape");
-    let mut out = Tensor::for_overwrite(a.shape());
-    let (a, b) = (a.f32(), b.f32());
-    par::for_each_chunk(out.f32_mut(), 1, MIN_PARALLEL, |range, out| {
-        let inputs = a[range.clone()].iter().zip(&b[range]);
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || out.iter_mut().zip(inputs).for_each(|(out, (a, b))| *out = a + b),
-        );
-    });
-    out
 }
 
 /// [`dot`] for a body that is already compiled for the instruction set at hand.
@@ -152,20 +84,6 @@ pub(crate) fn dot_lanes(a: &[f32], b: &[f32]) -> f32 {
     fold(sums)
 }
 
-/// [`sum`], in f32, for a body that is already compiled for the instruction set at hand.
-#[inline(always)]
-pub(crate) fn sum_lanes(values: &[f32]) -> f32 {
-    let (chunks, tail) = values.as_chunks::<LANES>();
-    let mut sums = [0.0; LANES];
-    for chunk in chunks {
-        sums = array::from_fn(|lane| sums[lane] + chunk[lane]);
-    }
-    for (sum, value) in sums.iter_mut().zip(tail) {
-        *sum += value;
-    }
-    fold(sums)
-}
-
 #[inline(always)]
 fn fold(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES;
@@ -176,4 +94,22 @@ fn fold(mut sums: [f32; LANES]) -> f32 {
         }
     }
     sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::noise;
+
+    #[test]
+    fn inner_products_of_every_length_agree_with_f64() {
+        for len in (0..130).chain([4095, 4096, 4097, 20_000]) {
+            let (a, b) = (noise(len, 1), noise(len, 2));
+            let products: Vec<f64> = a.iter().zip(&b).map(|(&a, &b)| f64::from(a) * f64::from(b)).collect();
+            let magnitude: f64 = products.iter().map(|product| product.abs()).sum();
+            // A lane adds up len / 32 products, then 5 folds.
+            let bound = (5 + len.div_ceil(32)) as f64 * 2.0_f64.powi(-24) * magnitude;
+            assert!((f64::from(dot(&a, &b)) - products.iter().sum::<f64>()).abs() <= bound, "dot of {len}");
+        }
+    }
 }

@@ -8,8 +8,9 @@
 use std::ops::Range;
 
 use crate::{
-    math::{self, MIN_PARALLEL},
-    par,
+    elementwise::add_values,
+    math,
+    par::{self, MIN_PARALLEL},
     tensor::Tensor,
 };
 
@@ -84,7 +85,7 @@ pub fn backward_cols(
         );
     });
     for part in 0..partial.rows() {
-        math::add_into(dw.f32_mut(), partial.row(part));
+        add_values(dw.f32_mut(), partial.row(part));
     }
 }
 

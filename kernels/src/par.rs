@@ -8,6 +8,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+/// Fewer values than this are not worth a second thread.
+pub(crate) const MIN_PARALLEL: usize = 1 << 14;
+
 /// The threads that one rank computes with.
 pub struct Threads {
     pool: Option<rayon::ThreadPool>,
@@ -39,12 +42,12 @@ impl Threads {
 }
 
 /// Threads that an operation called here may use: those of the pool, or 1 outside of one.
-pub fn num_threads() -> usize {
+pub(crate) fn num_threads() -> usize {
     if rayon::current_thread_index().is_some() { rayon::current_num_threads() } else { 1 }
 }
 
 /// Cuts `0..num_rows` into one range per thread, fewer if that would leave less than `min_rows` in each.
-pub fn partition(num_rows: usize, min_rows: usize) -> Vec<Range<usize>> {
+pub(crate) fn partition(num_rows: usize, min_rows: usize) -> Vec<Range<usize>> {
     let num_parts = (num_rows / min_rows.max(1)).clamp(1, num_threads());
     (0..num_parts).map(|part| part * num_rows / num_parts..(part + 1) * num_rows / num_parts).collect()
 }
@@ -52,14 +55,14 @@ pub fn partition(num_rows: usize, min_rows: usize) -> Vec<Range<usize>> {
 /// Cuts a matrix with rows of `width` values into the parts that adjoining ranges of rows, from row 0 on, stand for.
 ///
 /// **Errors**: panics if the ranges go beyond the matrix.
-pub fn split<'a, T>(mut data: &'a mut [T], width: usize, ranges: &[Range<usize>]) -> Vec<&'a mut [T]> {
+pub(crate) fn split<'a, T>(mut data: &'a mut [T], width: usize, ranges: &[Range<usize>]) -> Vec<&'a mut [T]> {
     let part =
         |rows: &Range<usize>| data.split_off_mut(..rows.len() * width).expect("the ranges lie in the matrix");
     ranges.iter().map(part).collect()
 }
 
 /// Does every task, on all threads. Tasks must not depend on each other.
-pub fn for_each<T: Send>(tasks: Vec<T>, work: impl Fn(T) + Send + Sync) {
+pub(crate) fn for_each<T: Send>(tasks: Vec<T>, work: impl Fn(T) + Send + Sync) {
     if tasks.len() == 1 || num_threads() == 1 {
         tasks.into_iter().for_each(work);
     } else {
@@ -68,13 +71,16 @@ pub fn for_each<T: Send>(tasks: Vec<T>, work: impl Fn(T) + Send + Sync) {
 }
 
 /// Works on each part of a matrix with rows of `width` values, cut by [`partition`], given the part's rows.
-pub fn for_each_chunk(
-    data: &mut [f32],
+pub(crate) fn for_each_chunk<T: Send>(
+    data: &mut [T],
     width: usize,
     min_rows: usize,
-    work: impl Fn(Range<usize>, &mut [f32]) + Send + Sync,
+    work: impl Fn(Range<usize>, &mut [T]) + Send + Sync,
 ) {
     let ranges = partition(data.len() / width.max(1), min_rows);
     let parts = split(data, width, &ranges);
     for_each(ranges.into_iter().zip(parts).collect(), |(rows, part)| work(rows, part));
 }
+
+#[cfg(test)]
+mod tests;

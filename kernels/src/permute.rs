@@ -5,23 +5,26 @@
 //!
 //! Shape letters: N source rows, R routed rows, E experts, D hidden.
 
-use crate::{math::MIN_PARALLEL, par, tensor::Tensor};
+use crate::{
+    par::{self, MIN_PARALLEL},
+    tensor::{Format, Tensor},
+};
 
 /// Routed rows in the order the grouped GEMMs want them: by expert, and by list position within an expert.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Permutation {
     /// Rows of expert `e` are `offsets[e]..offsets[e + 1]`.
     ///
-    /// **Shapes**: `[E + 1]`.
-    pub offsets: Vec<usize>,
+    /// **Shapes**: `[E + 1]` in U32.
+    pub offsets: Tensor,
     /// Source row of each routed row.
     ///
-    /// **Shapes**: `[R]`.
-    pub rows: Vec<u32>,
+    /// **Shapes**: `[R]` in U32.
+    pub rows: Tensor,
     /// Position of each routed row in the pair list the permutation was made from.
     ///
-    /// **Shapes**: `[R]`.
-    pub slots: Vec<u32>,
+    /// **Shapes**: `[R]` in U32.
+    pub slots: Tensor,
 }
 
 /// Sorts (source row, expert) pairs by expert, keeping the list's order within an expert.
@@ -29,10 +32,12 @@ pub struct Permutation {
 /// Pairs listed by ascending row, as the gate writes them, thus give ascending rows within each expert, and every
 /// sum over routed rows has one order, whatever the routing.
 ///
+/// **Shapes**: `pairs` `[R, 2]` in U32.
 /// **Errors**: panics if an expert is not below `num_experts`.
-pub fn by_expert(pairs: &[(u32, u32)], num_experts: usize) -> Permutation {
-    let mut offsets = vec![0; num_experts + 1];
-    for &(row, expert_id) in pairs {
+pub fn by_expert(pairs: &Tensor, num_experts: usize) -> Permutation {
+    let pairs = pairs_of(pairs);
+    let mut offsets = vec![0_u32; num_experts + 1];
+    for &[row, expert_id] in pairs {
         assert!(
             (expert_id as usize) < num_experts,
             "row {row}: expected an expert below {num_experts}, got {expert_id}"
@@ -44,23 +49,34 @@ pub fn by_expert(pairs: &[(u32, u32)], num_experts: usize) -> Permutation {
     }
 
     let mut next = offsets.clone();
-    let mut rows = vec![0; pairs.len()];
-    let mut slots = vec![0; pairs.len()];
-    for (slot, &(row, expert_id)) in pairs.iter().enumerate() {
+    let mut rows = Tensor::for_overwrite_in(Format::U32, &[pairs.len()]);
+    let mut slots = Tensor::for_overwrite_in(Format::U32, &[pairs.len()]);
+    let (row_of, slot_of) = (rows.u32_mut(), slots.u32_mut());
+    for (slot, &[row, expert_id]) in pairs.iter().enumerate() {
         let at = &mut next[expert_id as usize];
-        rows[*at] = row;
-        slots[*at] = u32::try_from(slot).expect("a micro-batch has fewer than 2^32 routed rows");
+        row_of[*at as usize] = row;
+        slot_of[*at as usize] = u32::try_from(slot).expect("a micro-batch has fewer than 2^32 routed rows");
         *at += 1;
     }
-    Permutation { offsets, rows, slots }
+    Permutation { offsets: Tensor::from_vec(&[num_experts + 1], offsets), rows, slots }
+}
+
+/// The pairs of a list.
+///
+/// **Errors**: panics unless `pairs` is `[R, 2]` in U32.
+pub(crate) fn pairs_of(pairs: &Tensor) -> &[[u32; 2]] {
+    assert_eq!(pairs.shape(), [pairs.rows(), 2], "expected pairs of a row and an expert");
+    pairs.u32().as_chunks().0
 }
 
 /// Copies the named rows of `x`, in the order named; a row may be named any number of times.
 ///
-/// **Shapes**: `x` `[N, D]`, `rows` `[R]`, result `[R, D]`.
-pub fn gather(x: &Tensor, rows: &[u32]) -> Tensor {
-    let mut out = Tensor::for_overwrite(&[rows.len(), x.cols()]);
-    let (source, width) = (x.f32(), x.cols());
+/// **Shapes**: `x` `[N, ..]`, `rows` `[R]` in U32, result `[R, ..]`.
+pub fn gather(x: &Tensor, rows: &Tensor) -> Tensor {
+    let mut shape = x.shape().to_vec();
+    shape[0] = rows.len();
+    let mut out = Tensor::for_overwrite(&shape);
+    let (source, rows, width) = (x.f32(), rows.u32(), row_width(x));
     par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |range, out| {
         for (target, &row) in out.chunks_exact_mut(width).zip(&rows[range]) {
             let start = row as usize * width;
@@ -70,18 +86,28 @@ pub fn gather(x: &Tensor, rows: &[u32]) -> Tensor {
     out
 }
 
+/// Copies row `i` of `y` to row `rows[i]` of `out`: takes back what [`gather`] did where no row is named twice.
+///
+/// **Shapes**: `y` `[R, ..]`, `rows` `[R]` in U32, `out` `[N, ..]`.
+/// **Errors**: panics if a row is not below N.
+pub fn scatter(y: &Tensor, rows: &Tensor, out: &mut Tensor) {
+    let width = check_rows(y, rows, out);
+    let (source, target) = (y.f32().chunks_exact(width), out.f32_mut());
+    for (values, &row) in source.zip(rows.u32()) {
+        let start = row as usize * width;
+        target[start..start + width].copy_from_slice(values);
+    }
+}
+
 /// Adds row `i` of `y` to row `rows[i]` of `out`, in ascending `i`: the transpose of [`gather`].
 ///
 /// Each thread owns some rows of `out` and looks for what goes there, so sums have one order on any number of threads.
 ///
-/// **Shapes**: `y` `[R, D]`, `rows` `[R]`, `out` `[N, D]`.
-pub fn scatter_add(y: &Tensor, rows: &[u32], out: &mut Tensor) {
-    let width = out.cols();
-    assert_eq!(y.shape(), [rows.len(), width], "expected one row of {width} columns for each target row");
-    let (source, num_targets) = (y.f32(), out.rows());
-    if let Some(row) = rows.iter().find(|&&row| row as usize >= num_targets) {
-        panic!("expected target rows below {num_targets}, got {row}");
-    }
+/// **Shapes**: `y` `[R, ..]`, `rows` `[R]` in U32, `out` `[N, ..]`.
+/// **Errors**: panics if a row is not below N.
+pub fn scatter_add(y: &Tensor, rows: &Tensor, out: &mut Tensor) {
+    let width = check_rows(y, rows, out);
+    let (source, rows) = (y.f32(), rows.u32());
     par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |owned, target| {
         for (values, &row) in source.chunks_exact(width).zip(rows) {
             let row = row as usize;
@@ -91,6 +117,22 @@ pub fn scatter_add(y: &Tensor, rows: &[u32], out: &mut Tensor) {
             }
         }
     });
+}
+
+/// Values in each row along the first dim.
+fn row_width(x: &Tensor) -> usize {
+    x.shape()[1..].iter().product()
+}
+
+/// The width of the rows, once they are known to fit.
+fn check_rows(y: &Tensor, rows: &Tensor, out: &Tensor) -> usize {
+    assert_eq!(y.shape()[0], rows.len(), "expected one row for each target row");
+    assert_eq!(y.shape()[1..], out.shape()[1..], "expected rows of the target's width");
+    let num_targets = out.shape()[0];
+    if let Some(row) = rows.u32().iter().find(|&&row| row as usize >= num_targets) {
+        panic!("expected target rows below {num_targets}, got {row}");
+    }
+    row_width(out)
 }
 
 #[cfg(test)]
@@ -104,19 +146,28 @@ mod tests {
         })
     }
 
+    fn ids(ids: &[u32]) -> Tensor {
+        Tensor::from_vec(&[ids.len()], ids.to_vec())
+    }
+
+    fn list(pairs: &[(u32, u32)]) -> Tensor {
+        Tensor::from_vec(&[pairs.len(), 2], pairs.iter().flat_map(|&(row, expert)| [row, expert]).collect())
+    }
+
     proptest! {
         #[test]
         fn sorting_is_stable_and_keeps_every_pair((num_experts, pairs) in pair_lists()) {
-            let sorted = by_expert(&pairs, num_experts);
+            let sorted = by_expert(&list(&pairs), num_experts);
 
             let mut expected: Vec<(u32, u32, u32)> =
                 pairs.iter().zip(0..).map(|(&(row, expert_id), slot)| (expert_id, slot, row)).collect();
             expected.sort_unstable();
-            let flat = |e: usize| (sorted.offsets[e]..sorted.offsets[e + 1]).map(move |i| (e as u32, i));
+            let (offsets, rows, slots) = (sorted.offsets.u32(), sorted.rows.u32(), sorted.slots.u32());
+            let flat = |e: usize| (offsets[e] as usize..offsets[e + 1] as usize).map(move |i| (e as u32, i));
             let found: Vec<(u32, u32, u32)> =
-                (0..num_experts).flat_map(flat).map(|(e, i)| (e, sorted.slots[i], sorted.rows[i])).collect();
+                (0..num_experts).flat_map(flat).map(|(e, i)| (e, slots[i], rows[i])).collect();
 
-            prop_assert_eq!(sorted.offsets.len(), num_experts + 1);
+            prop_assert_eq!(offsets.len(), num_experts + 1);
             prop_assert_eq!(found, expected);
         }
 
@@ -126,8 +177,8 @@ mod tests {
             let y = Tensor::from_vec(&[rows.len(), 3], (0..rows.len() * 3).map(|i| (i % 11) as f32).collect());
             let mut back = Tensor::zeros(&[7, 3]);
 
-            let gathered = gather(&x, &rows);
-            scatter_add(&y, &rows, &mut back);
+            let gathered = gather(&x, &ids(&rows));
+            scatter_add(&y, &ids(&rows), &mut back);
 
             // Small integers: both inner products are exact, so they are equal and not merely close.
             let inner = |a: &Tensor, b: &Tensor| a.f32().iter().zip(b.f32()).map(|(a, b)| a * b).sum::<f32>();
@@ -139,18 +190,18 @@ mod tests {
     fn one_expert_may_take_every_row_and_the_others_none() {
         let pairs: Vec<(u32, u32)> = (0..5).map(|row| (row, 2)).collect();
 
-        let sorted = by_expert(&pairs, 4);
+        let sorted = by_expert(&list(&pairs), 4);
 
-        assert_eq!(sorted.offsets, [0, 0, 0, 5, 5]);
-        assert_eq!(sorted.rows, [0, 1, 2, 3, 4]);
-        assert_eq!(sorted.slots, [0, 1, 2, 3, 4]);
+        assert_eq!(sorted.offsets.u32(), [0, 0, 0, 5, 5]);
+        assert_eq!(sorted.rows.u32(), [0, 1, 2, 3, 4]);
+        assert_eq!(sorted.slots.u32(), [0, 1, 2, 3, 4]);
     }
 
     #[test]
     fn no_rows_at_all_is_a_permutation() {
-        let sorted = by_expert(&[], 3);
+        let sorted = by_expert(&list(&[]), 3);
 
-        assert_eq!(sorted.offsets, [0; 4]);
+        assert_eq!(sorted.offsets.u32(), [0; 4]);
         assert_eq!(gather(&Tensor::zeros(&[2, 4]), &sorted.rows).shape(), [0, 4]);
     }
 
@@ -158,14 +209,33 @@ mod tests {
     fn scatter_add_keeps_what_the_target_held() {
         let mut out = Tensor::from_vec(&[2, 2], vec![1.0, 2.0, 3.0, 4.0]);
 
-        scatter_add(&Tensor::from_vec(&[2, 2], vec![10.0, 20.0, 30.0, 40.0]), &[1, 1], &mut out);
+        scatter_add(&Tensor::from_vec(&[2, 2], vec![10.0, 20.0, 30.0, 40.0]), &ids(&[1, 1]), &mut out);
 
         assert_eq!(out.f32(), [1.0, 2.0, 43.0, 64.0]);
     }
 
     #[test]
+    fn scatter_takes_back_what_gather_did_to_rows_and_to_single_values() {
+        let order = ids(&[2, 0, 1]);
+        for shape in [&[3, 2][..], &[3]] {
+            let x = Tensor::from_vec(shape, (0..shape.iter().product::<usize>()).map(|i| i as f32).collect());
+            let mut back = Tensor::zeros(shape);
+            let gathered = gather(&x, &order);
+            assert_eq!(gathered.f32()[..x.len() / 3], x.f32()[x.len() / 3 * 2..]);
+            scatter(&gathered, &order, &mut back);
+            assert_eq!(back.f32(), x.f32());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "expected target rows below 2, got 2")]
+    fn a_row_beyond_the_target_is_refused() {
+        scatter(&Tensor::zeros(&[1, 4]), &ids(&[2]), &mut Tensor::zeros(&[2, 4]));
+    }
+
+    #[test]
     #[should_panic(expected = "row 6: expected an expert below 3, got 3")]
     fn an_unknown_expert_is_refused() {
-        by_expert(&[(0, 1), (6, 3)], 3);
+        by_expert(&list(&[(0, 1), (6, 3)]), 3);
     }
 }

@@ -1,7 +1,7 @@
 //! Recycled memory: the buffers under every tensor, so that a training step in steady state neither asks the
 //! operating system for pages nor clears them.
 //!
-//! Buffers are kept by size class; a dropped buffer waits in its class for the next request. It knows sizes, not
+//! Buffers are kept by size class; a dropped buffer waits in its class for the next request. It knows bytes, not
 //! shapes or formats.
 
 #![allow(unsafe_code)]
@@ -11,10 +11,12 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{math::MIN_PARALLEL, par};
+use crate::par::{self, MIN_PARALLEL};
 
-/// Values in one line, the unit of size: 64 bytes, a cache line and an AVX-512 register.
-const LINE: usize = 16;
+/// Bytes in one line, the unit of size: a cache line and an AVX-512 register.
+const LINE: usize = 64;
+/// Fewer bytes than this are not worth a second thread.
+const MIN_PARALLEL_BYTES: usize = 4 * MIN_PARALLEL;
 /// Classes per doubling of the size: a buffer is at most an eighth larger than the lines asked for.
 const STEPS: usize = 8;
 /// Enough for every size that an address space can hold.
@@ -25,42 +27,51 @@ static IDLE: [Mutex<Vec<Box<[Line]>>>; NUM_CLASSES] = [const { Mutex::new(Vec::n
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([f32; LINE]);
+struct Line([u8; LINE]);
 
-/// A run of f32 values, aligned to 64 bytes, that goes back to the pool when dropped.
-pub struct Buffer {
+/// A run of bytes, aligned to 64, that goes back to the pool when dropped.
+pub(crate) struct Buffer {
     lines: Box<[Line]>,
     len: usize,
 }
 
 impl Buffer {
-    /// All values 0.
-    pub fn zeros(len: usize) -> Buffer {
+    /// All bytes 0.
+    pub(crate) fn zeros(len: usize) -> Buffer {
         let num_lines = class_lines(len.div_ceil(LINE));
         match recycled(num_lines) {
             Some(lines) => {
                 let mut buffer = Buffer { lines, len };
-                par::for_each_chunk(buffer.as_mut_slice(), 1, MIN_PARALLEL, |_, part| part.fill(0.0));
+                par::for_each_chunk(buffer.as_mut_slice(), 1, MIN_PARALLEL_BYTES, |_, part| part.fill(0));
                 buffer
             }
             None => Buffer { lines: fresh(num_lines), len },
         }
     }
 
-    /// Values unspecified, namely what the last owner left: for a buffer that is going to be written in full.
-    pub fn for_overwrite(len: usize) -> Buffer {
+    /// Bytes unspecified, namely what the last owner left: for a buffer that is going to be written in full.
+    pub(crate) fn for_overwrite(len: usize) -> Buffer {
         let num_lines = class_lines(len.div_ceil(LINE));
         Buffer { lines: recycled(num_lines).unwrap_or_else(|| fresh(num_lines)), len }
     }
 
-    /// The values.
-    pub fn as_slice(&self) -> &[f32] {
-        // SAFETY: a line is 16 f32 without padding, and `len` is at most 16 times the number of lines.
+    /// A copy of some bytes.
+    pub(crate) fn copy_of(bytes: &[u8]) -> Buffer {
+        let mut copy = Buffer::for_overwrite(bytes.len());
+        par::for_each_chunk(copy.as_mut_slice(), 1, MIN_PARALLEL_BYTES, |range, part| {
+            part.copy_from_slice(&bytes[range]);
+        });
+        copy
+    }
+
+    /// The bytes.
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        // SAFETY: a line is 64 bytes without padding, and `len` is at most 64 times the number of lines.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 
-    /// The values, to be written.
-    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+    /// The bytes, to be written.
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as in `as_slice`; the borrow of `self` is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
@@ -68,11 +79,7 @@ impl Buffer {
 
 impl Clone for Buffer {
     fn clone(&self) -> Buffer {
-        let mut copy = Buffer::for_overwrite(self.len);
-        par::for_each_chunk(copy.as_mut_slice(), 1, MIN_PARALLEL, |range, part| {
-            part.copy_from_slice(&self.as_slice()[range]);
-        });
-        copy
+        Buffer::copy_of(self.as_slice())
     }
 }
 
@@ -85,23 +92,6 @@ impl Drop for Buffer {
     }
 }
 
-/// Gives all idle buffers back to the allocator.
-pub fn trim() {
-    for class in 0..NUM_CLASSES {
-        // Two statements, so that the lock is free again while the memory is given back.
-        let buffers = mem::take(&mut *idle(class));
-        drop(buffers);
-    }
-}
-
-/// What waits in the pool for its next use.
-///
-/// **Units**: bytes.
-pub fn idle_bytes() -> usize {
-    let lines = |class: usize| idle(class).iter().map(|lines| lines.len()).sum::<usize>();
-    (0..NUM_CLASSES).map(lines).sum::<usize>() * size_of::<Line>()
-}
-
 fn recycled(num_lines: usize) -> Option<Box<[Line]>> {
     if num_lines == 0 {
         return Some(Box::default());
@@ -110,7 +100,7 @@ fn recycled(num_lines: usize) -> Option<Box<[Line]>> {
 }
 
 fn fresh(num_lines: usize) -> Box<[Line]> {
-    // SAFETY: the bit pattern of all zeros is the f32 value 0.
+    // SAFETY: a line of zero bytes is a line.
     unsafe { Box::new_zeroed_slice(num_lines).assume_init() }
 }
 
@@ -155,7 +145,7 @@ mod tests {
         // A size that no other test uses, so that the buffer that comes back is the one that went.
         const LEN: usize = 77_777;
         let mut used = Buffer::for_overwrite(LEN);
-        used.as_mut_slice().fill(3.0);
+        used.as_mut_slice().fill(3);
         let address = used.as_slice().as_ptr() as usize;
         drop(used);
 
@@ -163,18 +153,18 @@ mod tests {
 
         assert_eq!(recycled.as_slice().as_ptr() as usize, address);
         assert_eq!(address % 64, 0);
-        assert!(recycled.as_slice().iter().all(|&value| value == 0.0));
+        assert!(recycled.as_slice().iter().all(|&byte| byte == 0));
     }
 
     #[test]
     fn threads_never_share_a_buffer() {
         let work = |seed: usize| {
             for round in 0..200 {
-                let mark = (seed * 1000 + round) as f32;
+                let mark = (seed * 50 + round % 50) as u8;
                 let mut buffers = [Buffer::for_overwrite(3333), Buffer::for_overwrite(3333)];
                 buffers.iter_mut().for_each(|buffer| buffer.as_mut_slice().fill(mark));
                 thread::yield_now();
-                assert!(buffers.iter().all(|buffer| buffer.as_slice().iter().all(|&value| value == mark)));
+                assert!(buffers.iter().all(|buffer| buffer.as_slice().iter().all(|&byte| byte == mark)));
             }
         };
         thread::scope(|scope| (0..4).for_each(|seed| drop(scope.spawn(move || work(seed)))));

@@ -5,12 +5,12 @@
 //!
 //! Shape letters: T tokens, H heads.
 
-use std::{f64::consts::PI, ops::Range};
+use std::f64::consts::PI;
 
 use crate::{
-    gemm::MatMut,
-    math::{self, MIN_PARALLEL},
-    par,
+    math,
+    par::{self, MIN_PARALLEL},
+    tensor::Tensor,
 };
 
 /// What the rotation of a model is made from.
@@ -65,12 +65,12 @@ impl Yarn {
 }
 
 /// The frequencies of a model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Rope {
     /// Angle per position of each pair.
     ///
     /// **Shapes**: `[dim / 2]`. **Units**: radians per position.
-    pub inv_freq: Vec<f32>,
+    pub inv_freq: Tensor,
     /// Factor on every cosine and sine.
     pub cos_sin_scale: f32,
 }
@@ -95,30 +95,34 @@ impl Rope {
             }
             _ => yarn.correction(1.0),
         });
-        Rope { inv_freq: (0..dim / 2).map(frequency).collect(), cos_sin_scale: cos_sin_scale as f32 }
+        let inv_freq = Tensor::from_vec(&[dim / 2], (0..dim / 2).map(frequency).collect());
+        Rope { inv_freq, cos_sin_scale: cos_sin_scale as f32 }
     }
 
     /// Cosine and sine of every pair at every position.
-    pub fn table(&self, positions: &[u32]) -> RopeTable {
-        let scale = f64::from(self.cos_sin_scale);
+    ///
+    /// **Shapes**: `positions` `[T]` in U32.
+    pub fn table(&self, positions: &Tensor) -> RopeTable {
+        let (inv_freq, scale) = (self.inv_freq.f32(), f64::from(self.cos_sin_scale));
+        let mut turns = Tensor::for_overwrite(&[positions.len(), inv_freq.len(), 2]);
+        let (pairs, _) = turns.f32_mut().as_chunks_mut::<2>();
         let angles = positions
+            .u32()
             .iter()
-            .flat_map(|&position| self.inv_freq.iter().map(move |&f| f64::from(f) * f64::from(position)));
-        let turns = angles.map(|angle| {
+            .flat_map(|&position| inv_freq.iter().map(move |&f| f64::from(f) * f64::from(position)));
+        for (pair, angle) in pairs.iter_mut().zip(angles) {
             let (sin, cos) = math::sin_cos(angle);
-            [(cos * scale) as f32, (sin * scale) as f32]
-        });
-        RopeTable { num_rows: positions.len(), num_pairs: self.inv_freq.len(), turns: turns.collect() }
+            *pair = [(cos * scale) as f32, (sin * scale) as f32];
+        }
+        RopeTable { turns }
     }
 }
 
 /// Cosines and sines of some positions, made once per micro-batch.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct RopeTable {
-    num_rows: usize,
-    num_pairs: usize,
-    /// Cosine and sine, per row and pair.
-    turns: Vec<[f32; 2]>,
+    /// Cosine and sine. **Shapes**: `[T, dim / 2, 2]`.
+    turns: Tensor,
 }
 
 /// The factor on attention logits: qk_dim^-1/2, with YaRN's correction squared.
@@ -132,23 +136,27 @@ pub fn softmax_scale(qk_dim: usize, yarn: Option<&Yarn>) -> f32 {
 /// Turns each head's pairs (0, 1), (2, 3), .. in place, by the row's angles; backwards if `inverse`, which is the
 /// transpose and so takes gradients back.
 ///
-/// Of each row, head `h` owns `stride` columns from `h * stride` on, of which those from `offset` on are turned.
+/// The columns of a row are H heads of equal width side by side; of each head those from `offset` on are turned.
 ///
-/// **Shapes**: `x` `[T, H * stride]`, `table` of T rows.
+/// **Shapes**: `x` `[T, H * width]`, `table` of T rows.
 /// **Errors**: panics if the table has other rows, or the turned columns go beyond the head.
-pub fn rotate(table: &RopeTable, x: MatMut, num_heads: usize, stride: usize, offset: usize, inverse: bool) {
-    let width = 2 * table.num_pairs;
-    assert_eq!(x.num_rows(), table.num_rows, "expected one row per position of the table");
-    assert_eq!(x.num_cols(), num_heads * stride, "expected {num_heads} heads of {stride} columns");
-    assert!(offset + width <= stride, "expected {width} columns from {offset} on within heads of {stride}");
+pub fn rotate(table: &RopeTable, x: &mut Tensor, num_heads: usize, offset: usize, inverse: bool) {
+    let &[num_rows, num_pairs, _] = table.turns.shape() else { unreachable!("a table has three dims") };
+    let (num_cols, turned) = (x.cols(), 2 * num_pairs);
+    assert_eq!(x.rows(), num_rows, "expected one row per position of the table");
+    assert!(
+        num_cols.is_multiple_of(num_heads),
+        "expected {num_heads} heads of one width, got {num_cols} columns"
+    );
+    let width = num_cols / num_heads;
+    assert!(offset + turned <= width, "expected {turned} columns from {offset} on within heads of {width}");
     let sign = if inverse { -1.0 } else { 1.0 };
-    let ranges = par::partition(table.num_rows, MIN_PARALLEL / (num_heads * stride));
-    let tasks = ranges.iter().cloned().zip(x.split_rows(&ranges)).collect();
-    par::for_each(tasks, |(rows, mut part): (Range<usize>, MatMut)| {
-        for (index, row) in rows.enumerate() {
-            let turns = &table.turns[row * table.num_pairs..][..table.num_pairs];
-            for head in part.row_mut(index).chunks_exact_mut(stride) {
-                turn(&mut head[offset..offset + width], turns, sign);
+    let (turns, _) = table.turns.f32().as_chunks::<2>();
+    par::for_each_chunk(x.f32_mut(), num_cols, MIN_PARALLEL / num_cols, |rows, part| {
+        for (row, values) in rows.zip(part.chunks_exact_mut(num_cols)) {
+            let turns = &turns[row * num_pairs..][..num_pairs];
+            for head in values.chunks_exact_mut(width) {
+                turn(&mut head[offset..offset + turned], turns, sign);
             }
         }
     });

@@ -8,15 +8,16 @@
 use std::ops::Range;
 
 use crate::{
-    math::{self, MIN_PARALLEL},
-    par,
+    math,
+    par::{self, MIN_PARALLEL},
     tensor::Tensor,
 };
 
 /// `silu(gate) * up * weight`.
 ///
 /// **Shapes**: `gate_up` `[R, 2F]`, gate then up; `weights` `[R]`, 1 if none; result `[R, F]`.
-pub fn forward(gate_up: &Tensor, weights: Option<&[f32]>) -> Tensor {
+pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
+    let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
     let mut act = Tensor::for_overwrite(&[gate_up.rows(), hidden]);
     par::for_each_chunk(act.f32_mut(), hidden, MIN_PARALLEL / hidden, |rows, act| {
@@ -33,18 +34,19 @@ pub fn forward(gate_up: &Tensor, weights: Option<&[f32]>) -> Tensor {
     act
 }
 
-/// The gradients of `gate_up` and of the weights, the latter empty if there are none.
+/// The gradients of `gate_up` and of the weights, if there are any.
 ///
 /// **Shapes**: `d_act` `[R, F]`, `gate_up` `[R, 2F]`, `weights` `[R]`; result `([R, 2F], [R])`.
-pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&[f32]>) -> (Tensor, Vec<f32>) {
+pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
+    let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
     assert_eq!(d_act.shape(), [gate_up.rows(), hidden], "expected one gradient per pair of gate and up");
     let mut d_gate_up = Tensor::for_overwrite(gate_up.shape());
-    let mut d_weights = vec![0.0; gate_up.rows()];
+    let mut d_weights = Tensor::for_overwrite(&[gate_up.rows()]);
 
     let ranges = par::partition(gate_up.rows(), MIN_PARALLEL / hidden);
     let gradients = par::split(d_gate_up.f32_mut(), 2 * hidden, &ranges);
-    let outputs = gradients.into_iter().zip(par::split(&mut d_weights, 1, &ranges));
+    let outputs = gradients.into_iter().zip(par::split(d_weights.f32_mut(), 1, &ranges));
     let tasks = ranges.iter().cloned().zip(outputs).collect();
     par::for_each(tasks, |(rows, (gradients, d_weights)): (Range<usize>, (&mut [f32], &mut [f32]))| {
         pulp::Arch::new().dispatch(
@@ -60,10 +62,7 @@ pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&[f32]>) -> (T
             },
         );
     });
-    if weights.is_none() {
-        d_weights.clear();
-    }
-    (d_gate_up, d_weights)
+    (d_gate_up, weights.map(|_| d_weights))
 }
 
 /// F, once the shapes are known to fit.

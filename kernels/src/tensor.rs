@@ -1,84 +1,82 @@
-//! The tensor: a shape over a shared, recycled buffer, in one of several formats.
+//! The tensor: a shape over shared, recycled memory, in one of several formats.
 //!
-//! Every operation of this crate takes tensors, never a bare slice with a type tag, so that narrower formats and
-//! other devices can come behind the same signatures. It knows neither gradients nor names.
+//! Every operation of this crate takes and gives tensors, never a bare slice, so that narrower formats and other devices
+//! come behind the same signatures. Outside of this crate their numbers are seen through one door, [`crate::host`]. A
+//! tensor knows neither gradients nor names.
 
 use std::{fmt, ops::Range, sync::Arc};
 
-use half::bf16;
-
+pub use crate::{
+    format::{Element, Format},
+    view::{View, ViewMut},
+};
 use crate::{
-    gemm::{Mat, MatMut},
     pool::Buffer,
+    view::{Mat, MatMut},
 };
 
 #[cfg(target_endian = "big")]
-compile_error!("the raw payload of a tensor is little-endian");
+compile_error!("the bytes of a tensor are little-endian");
 
-/// How the values of a tensor are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// IEEE single precision.
-    F32,
-    /// The upper half of single precision.
-    Bf16,
+/// Memory of this process that no tensor allocated: where a frame has arrived, for one.
+pub trait HostMemory: Send + Sync {
+    /// Its bytes, the same as long as it lives.
+    fn bytes(&self) -> &[u8];
 }
 
-/// Memory that is not a tensor's own: where a frame has come to, for one.
-pub trait Values: Send + Sync {
-    /// The same as long as it lives.
-    fn values(&self) -> &[f32];
-}
-
-/// Values with a shape, row-major. Clones share the buffer until one of them is written.
+/// Values with a shape, row-major. Clones share the memory until one of them is written.
 #[derive(Clone)]
 pub struct Tensor {
     shape: Vec<usize>,
+    format: Format,
     storage: Storage,
 }
 
+/// Where the bytes of a tensor are: its values, then their scales if the format has any.
 #[derive(Clone)]
 enum Storage {
-    F32(Arc<Buffer>),
-    /// Two values in the room of each f32; the last half is unused if their number is odd.
-    Bf16(Arc<Buffer>),
-    /// In f32, not to be written.
-    Elsewhere(Arc<dyn Values>),
+    /// In this process, allocated here.
+    Host(Arc<Buffer>),
+    /// In this process, allocated elsewhere; not to be written.
+    Borrowed(Arc<dyn HostMemory>),
 }
 
 impl Tensor {
-    /// Zeros, in f32.
+    /// Zeros, in F32.
     pub fn zeros(shape: &[usize]) -> Tensor {
-        Tensor::over(shape, Buffer::zeros(shape.iter().product()))
+        let format = Format::F32;
+        Tensor::over(shape, format, Buffer::zeros(format.num_bytes(shape.iter().product())))
     }
 
-    /// Unspecified values, in f32: for an output that is going to be written in full.
+    /// Unspecified values, in F32: for an output that is going to be written in full.
     pub fn for_overwrite(shape: &[usize]) -> Tensor {
-        Tensor::over(shape, Buffer::for_overwrite(shape.iter().product()))
+        Tensor::for_overwrite_in(Format::F32, shape)
     }
 
-    /// The given values, in f32.
-    ///
-    /// **Errors**: panics if there are not as many as the shape holds.
-    pub fn from_vec(shape: &[usize], values: Vec<f32>) -> Tensor {
-        let len = shape.iter().product();
-        assert_eq!(values.len(), len, "expected as many values as the shape {shape:?} holds");
-        let mut buffer = Buffer::for_overwrite(len);
-        buffer.as_mut_slice().copy_from_slice(&values);
-        Tensor::over(shape, buffer)
+    pub(crate) fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
+        Tensor::over(shape, format, Buffer::for_overwrite(format.num_bytes(shape.iter().product())))
     }
 
-    /// Values that live elsewhere, in f32; copied when they are to be written.
+    /// The given values, in their own format.
     ///
     /// **Errors**: panics if there are not as many as the shape holds.
-    pub fn borrowing(shape: &[usize], values: Arc<dyn Values>) -> Tensor {
+    pub fn from_vec<T: Element>(shape: &[usize], values: Vec<T>) -> Tensor {
         let len: usize = shape.iter().product();
-        assert_eq!(values.values().len(), len, "expected as many values as the shape {shape:?} holds");
-        Tensor { shape: shape.to_vec(), storage: Storage::Elsewhere(values) }
+        assert_eq!(values.len(), len, "expected as many values as the shape {shape:?} holds");
+        Tensor::over(shape, T::FORMAT, Buffer::copy_of(bytemuck::cast_slice(&values)))
     }
 
-    fn over(shape: &[usize], buffer: Buffer) -> Tensor {
-        Tensor { shape: shape.to_vec(), storage: Storage::F32(Arc::new(buffer)) }
+    /// Values that already lie in `memory`; copied when they are to be written. `None` if it does not hold exactly as
+    /// many as the shape, or they are not aligned.
+    pub fn borrowing<T: Element>(shape: &[usize], memory: Arc<dyn HostMemory>) -> Option<Tensor> {
+        let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim))?;
+        let values: &[T] = bytemuck::try_cast_slice(memory.bytes()).ok()?;
+        let storage = Storage::Borrowed(memory.clone());
+        (values.len() == len).then(|| Tensor { shape: shape.to_vec(), format: T::FORMAT, storage })
+    }
+
+    fn over(shape: &[usize], format: Format, buffer: Buffer) -> Tensor {
+        Tensor { shape: shape.to_vec(), format, storage: Storage::Host(Arc::new(buffer)) }
     }
 
     /// The lengths of all dims.
@@ -108,88 +106,17 @@ impl Tensor {
 
     /// How the values are stored.
     pub fn format(&self) -> Format {
-        match self.storage {
-            Storage::F32(_) | Storage::Elsewhere(_) => Format::F32,
-            Storage::Bf16(_) => Format::Bf16,
-        }
+        self.format
     }
 
-    /// The same values in another format, rounded to nearest, ties to even. The same format shares the buffer.
-    pub fn to_format(&self, format: Format) -> Tensor {
-        match (&self.storage, format) {
-            (Storage::F32(_) | Storage::Elsewhere(_), Format::F32) | (Storage::Bf16(_), Format::Bf16) => {
-                self.clone()
-            }
-            (Storage::F32(_) | Storage::Elsewhere(_), Format::Bf16) => {
-                let values = self.f32();
-                let mut narrow = Buffer::for_overwrite(self.len().div_ceil(2));
-                let target = bytemuck::cast_slice_mut::<f32, bf16>(narrow.as_mut_slice());
-                pulp::Arch::new().dispatch(
-                    #[inline(always)]
-                    || {
-                        for (target, &value) in target.iter_mut().zip(values) {
-                            *target = bf16::from_f32(value);
-                        }
-                    },
-                );
-                Tensor { shape: self.shape.clone(), storage: Storage::Bf16(Arc::new(narrow)) }
-            }
-            (Storage::Bf16(values), Format::F32) => {
-                let mut wide = Buffer::for_overwrite(self.len());
-                let source = bytemuck::cast_slice::<f32, bf16>(values.as_slice());
-                pulp::Arch::new().dispatch(
-                    #[inline(always)]
-                    || {
-                        for (target, value) in wide.as_mut_slice().iter_mut().zip(source) {
-                            *target = value.to_f32();
-                        }
-                    },
-                );
-                Tensor::over(&self.shape, wide)
-            }
-        }
+    /// **Units**: bytes of all [`Tensor::parts`]. Reads nothing.
+    pub fn num_bytes(&self) -> usize {
+        self.format.num_bytes(self.len())
     }
 
-    /// The values.
-    ///
-    /// **Errors**: panics if the format is not F32.
-    pub fn f32(&self) -> &[f32] {
-        match &self.storage {
-            Storage::F32(buffer) => buffer.as_slice(),
-            Storage::Elsewhere(values) => values.values(),
-            Storage::Bf16(_) => panic!("expected a tensor in F32, got {self:?}"),
-        }
-    }
-
-    /// The values, to be written; copied first if another tensor shares them.
-    ///
-    /// **Errors**: panics if the format is not F32.
-    pub fn f32_mut(&mut self) -> &mut [f32] {
-        if let Storage::Elsewhere(values) = &self.storage {
-            let mut own = Buffer::for_overwrite(self.len());
-            own.as_mut_slice().copy_from_slice(values.values());
-            self.storage = Storage::F32(Arc::new(own));
-        }
-        match &mut self.storage {
-            Storage::F32(buffer) => Arc::make_mut(buffer).as_mut_slice(),
-            _ => panic!("expected a tensor in F32, got Bf16{:?}", self.shape),
-        }
-    }
-
-    /// Row `row` of the `[rows, cols]` view.
-    ///
-    /// **Errors**: panics if the format is not F32 or there is no such row.
-    pub fn row(&self, row: usize) -> &[f32] {
-        let cols = self.cols();
-        &self.f32()[row * cols..(row + 1) * cols]
-    }
-
-    /// The raw payload, little-endian: for the wire and for files.
-    pub fn bytes(&self) -> &[u8] {
-        match &self.storage {
-            Storage::F32(_) | Storage::Elsewhere(_) => bytemuck::cast_slice(self.f32()),
-            Storage::Bf16(buffer) => &bytemuck::cast_slice(buffer.as_slice())[..2 * self.len()],
-        }
+    /// The raw payload, little-endian, for the wire and for files: the values, then their scales if the format has any.
+    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(self.bytes())
     }
 
     /// The same values under another shape.
@@ -198,37 +125,108 @@ impl Tensor {
     pub fn reshape(self, shape: &[usize]) -> Tensor {
         let len: usize = shape.iter().product();
         assert_eq!(len, self.len(), "expected a shape of as many values as {:?}, got {shape:?}", self.shape);
-        Tensor { shape: shape.to_vec(), storage: self.storage }
+        Tensor { shape: shape.to_vec(), ..self }
+    }
+
+    /// A run of the values, row-major.
+    ///
+    /// **Errors**: panics if the range does not lie in the tensor.
+    pub fn view(&self, range: Range<usize>) -> View<'_> {
+        View::new(self.format, &self.bytes()[self.bytes_of(range)])
+    }
+
+    /// A run of the values, to be written; all of them are copied first if another tensor shares them.
+    ///
+    /// **Errors**: panics if the range does not lie in the tensor.
+    pub fn view_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
+        let bytes = self.bytes_of(range);
+        ViewMut::new(self.format, &mut self.bytes_mut()[bytes])
+    }
+
+    fn bytes_of(&self, range: Range<usize>) -> Range<usize> {
+        self.format.num_bytes(range.start)..self.format.num_bytes(range.end)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match &self.storage {
+            Storage::Host(buffer) => buffer.as_slice(),
+            Storage::Borrowed(memory) => memory.bytes(),
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        if let Storage::Borrowed(memory) = &self.storage {
+            self.storage = Storage::Host(Arc::new(Buffer::copy_of(memory.bytes())));
+        }
+        match &mut self.storage {
+            Storage::Host(buffer) => Arc::make_mut(buffer).as_mut_slice(),
+            Storage::Borrowed(_) => unreachable!("replaced in the lines above"),
+        }
+    }
+
+    fn expect(&self, format: Format) {
+        assert!(self.format == format, "expected a tensor in {format:?}, got {self:?}");
+    }
+
+    /// The values, row-major.
+    ///
+    /// **Errors**: panics if they have another format.
+    pub(crate) fn typed<T: Element>(&self) -> &[T] {
+        self.expect(T::FORMAT);
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    /// The values, to be written; copied first if another tensor shares them.
+    ///
+    /// **Errors**: panics if they have another format.
+    pub(crate) fn typed_mut<T: Element>(&mut self) -> &mut [T] {
+        self.expect(T::FORMAT);
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    pub(crate) fn f32(&self) -> &[f32] {
+        self.typed()
+    }
+
+    pub(crate) fn f32_mut(&mut self) -> &mut [f32] {
+        self.typed_mut()
+    }
+
+    pub(crate) fn u32(&self) -> &[u32] {
+        self.typed()
+    }
+
+    pub(crate) fn u32_mut(&mut self) -> &mut [u32] {
+        self.typed_mut()
+    }
+
+    /// Row `row` of the `[rows, cols]` view.
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        let cols = self.cols();
+        &self.f32()[row * cols..(row + 1) * cols]
     }
 
     /// The `[rows, cols]` view.
-    ///
-    /// **Errors**: panics if the format is not F32.
-    pub fn mat(&self) -> Mat<'_> {
+    pub(crate) fn mat(&self) -> Mat<'_> {
         Mat::new(self.f32(), self.rows(), self.cols())
     }
 
     /// The `[rows, cols]` view, to be written.
-    ///
-    /// **Errors**: panics if the format is not F32.
-    pub fn mat_mut(&mut self) -> MatMut<'_> {
+    pub(crate) fn mat_mut(&mut self) -> MatMut<'_> {
         let (rows, cols) = (self.rows(), self.cols());
         MatMut::new(self.f32_mut(), rows, cols)
     }
+}
 
-    /// A copy of some rows of the `[rows, cols]` view.
-    ///
-    /// **Errors**: panics if the format is not F32 or the range does not lie in the rows.
-    pub fn slice_rows(&self, rows: Range<usize>) -> Tensor {
-        let cols = self.cols();
-        let mut part = Tensor::for_overwrite(&[rows.len(), cols]);
-        part.f32_mut().copy_from_slice(&self.f32()[rows.start * cols..rows.end * cols]);
-        part
+impl From<View<'_>> for Tensor {
+    /// A copy of the run, with one dim.
+    fn from(view: View<'_>) -> Tensor {
+        Tensor::over(&[view.len()], view.format(), Buffer::copy_of(view.bytes()))
     }
 }
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}{:?}", self.format(), self.shape)
+        write!(f, "{:?}{:?}", self.format, self.shape)
     }
 }

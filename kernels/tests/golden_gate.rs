@@ -3,6 +3,7 @@
 
 use contraflow_kernels::{
     gate::{self, GateSpec},
+    host::HostValues,
     tensor::Tensor,
 };
 use serde_json::Value;
@@ -31,12 +32,15 @@ fn check(number: usize, case: &Value) {
     let num_tokens = logits.len();
     let logits = Tensor::from_vec(&[num_tokens, spec.num_experts], narrow(logits.concat()));
 
-    let routing = gate::forward(&logits, &narrow(numbers(&case["bias"])), &spec);
+    let bias = Tensor::from_vec(&[spec.num_experts], narrow(numbers(&case["bias"])));
+
+    let routing = gate::forward(&logits, &bias, &spec);
+
+    let (found_ids, found_weights) = (routing.expert_ids.values::<u32>(), routing.weights.values::<f32>());
 
     for token in 0..num_tokens {
         let chosen = token * spec.top_k..(token + 1) * spec.top_k;
-        let mut found: Vec<(u32, f32)> =
-            chosen.map(|at| (routing.expert_ids[at], routing.weights[at])).collect();
+        let mut found: Vec<(u32, f32)> = chosen.map(|at| (found_ids[at], found_weights[at])).collect();
         let mut expected: Vec<(u32, f64)> =
             ids[token].iter().map(|&id| id as u32).zip(weights[token].iter().copied()).collect();
         found.sort_unstable_by_key(|&(id, _)| id);

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use contraflow_kernels::{
-    attention::{self, Heads, Span},
+    attention::{self, Heads, Spans},
+    host::HostValues,
     latent::{self, LatentCache, LatentHeads},
     linear, norm,
     rope::{self, Rope, RopeSpec, RopeTable, Yarn},
@@ -20,7 +21,7 @@ fn vector(value: &Value) -> Tensor {
 
 fn matrix(value: &Value) -> Tensor {
     let rows: Vec<Tensor> = value.as_array().unwrap().iter().map(vector).collect();
-    let numbers = rows.iter().flat_map(|row| row.f32().to_vec()).collect();
+    let numbers = rows.iter().flat_map(|row| row.values::<f32>().to_vec()).collect();
     Tensor::from_vec(&[rows.len(), rows[0].len()], numbers)
 }
 
@@ -64,7 +65,7 @@ impl<'a> Layer<'a> {
     fn angles(&self, len: usize) -> RopeTable {
         let theta = self.case["rope_theta"].as_f64().unwrap();
         let rope = Rope::new(&RopeSpec { dim: self.heads.rope_dim, theta, yarn: yarn(self.case) });
-        rope.table(&(0..len as u32).collect::<Vec<_>>())
+        rope.table(&Tensor::from_vec(&[len], (0..len as u32).collect()))
     }
 
     fn project(&self, x: &Tensor) -> Projected {
@@ -77,24 +78,21 @@ impl<'a> Layer<'a> {
             let latent = norm::forward(&latent, &self.norm("q_norm.weight"), LATENT_EPS);
             linear::forward(&latent, &self.weight("wq_b.weight"))
         };
-        rope::rotate(&table, q.mat_mut(), num_heads, self.heads.qk_dim(), nope_dim, false);
+        rope::rotate(&table, &mut q, num_heads, nope_dim, false);
         let kv_a = linear::forward(x, &self.weight("wkv_a.weight"));
         let latents = norm::forward_cols(&kv_a, 0..self.latent_dim, &self.norm("kv_norm.weight"), LATENT_EPS);
-        let rope_keys = (0..x.rows()).flat_map(|row| kv_a.row(row)[self.latent_dim..].to_vec()).collect();
-        let mut rope_keys = Tensor::from_vec(&[x.rows(), rope_dim], rope_keys);
-        rope::rotate(&table, rope_keys.mat_mut(), 1, rope_dim, 0, false);
+        let mut rope_keys = kv_a.slice_cols(self.latent_dim..self.latent_dim + rope_dim);
+        rope::rotate(&table, &mut rope_keys, 1, 0, false);
         Projected { q, latents, rope_keys }
     }
 
     fn direct(&self, x: &Tensor) -> Tensor {
         let Projected { q, latents, rope_keys } = self.project(x);
         let kv = linear::forward(&latents, &self.weight("wkv_b.weight"));
-        let (k, v) = latent::join_keys(&kv, rope_keys.mat(), &self.heads);
+        let (k, v) = latent::join_keys(&kv, &rope_keys, &self.heads);
         let LatentHeads { num_heads, v_dim, .. } = self.heads;
         let heads = Heads { num_heads, qk_dim: self.heads.qk_dim(), v_dim, scale: self.scale };
-        let len = x.rows();
-        let span = Span { query_start: 0, query_len: len, key_start: 0, key_len: len };
-        let out = attention::forward(&q, &k, &v, &[span], &heads).out;
+        let out = attention::forward(&q, &k, &v, &Spans::of_runs([x.rows()]), &heads).out;
         linear::forward(&out, &self.weight("wo.weight"))
     }
 
@@ -102,8 +100,9 @@ impl<'a> Layer<'a> {
     fn absorbed(&self, x: &Tensor, num_new: usize) -> Tensor {
         let Projected { q, latents, rope_keys } = self.project(x);
         let q = q.slice_rows(x.rows() - num_new..x.rows());
-        let cache = LatentCache { latents: latents.f32(), rope_keys: rope_keys.f32() };
-        let out = latent::decode(&q, &self.weight("wkv_b.weight"), cache, &self.heads, self.scale);
+        let mut cache = LatentCache::new(self.latent_dim, &self.heads);
+        cache.append(&latents, &rope_keys);
+        let out = latent::decode(&q, &self.weight("wkv_b.weight"), &cache, &self.heads, self.scale);
         linear::forward(&out, &self.weight("wo.weight"))
     }
 }
@@ -138,11 +137,19 @@ fn golden_mla_direct_and_absorbed() {
         let sequences = case["x"].as_array().unwrap().iter().zip(case["y"].as_array().unwrap());
         for (x, y) in sequences.map(|(x, y)| (matrix(x), matrix(y))) {
             let (len, width) = (x.rows(), y.cols());
-            assert_close(&format!("case {number}, direct"), layer.direct(&x).f32(), y.f32());
+            assert_close(
+                &format!("case {number}, direct"),
+                layer.direct(&x).values::<f32>(),
+                y.values::<f32>(),
+            );
             for num_new in [1, 2, len] {
-                let expected = &y.f32()[(len - num_new) * width..];
+                let expected = &y.values::<f32>()[(len - num_new) * width..];
                 let found = layer.absorbed(&x, num_new);
-                assert_close(&format!("case {number}, absorbed, {num_new} new"), found.f32(), expected);
+                assert_close(
+                    &format!("case {number}, absorbed, {num_new} new"),
+                    found.values::<f32>(),
+                    expected,
+                );
             }
         }
     }

@@ -5,8 +5,9 @@
 use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
+use contraflow_kernels::sampling::{Sampling, sample};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
+use contraflow_workers::infer::generate::{Cache, Generator};
 
 use super::{cpu_seconds, seeded_ids};
 use crate::failure::Failure;
@@ -47,7 +48,7 @@ fn write(generator: &Generator, prompt: &[u32]) -> Spent {
     let mut logits = generator.read(&mut cache, prompt);
     let clock = Clock::start();
     for _ in 0..WRITTEN {
-        let token = choose(&logits, Sampling { temperature: 0.0, top_p: 1.0 }, 0.0);
+        let token = sample(logits.view(0..logits.len()), Sampling { temperature: 0.0, top_p: 1.0 }, 0.0);
         logits = generator.read(&mut cache, &[token]);
     }
     clock.stop()

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use contraflow::local::{Cluster, ClusterSpec};
+use contraflow_kernels::host::HostValues;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
@@ -294,7 +295,7 @@ pub fn add_gradients(sums: &mut Tensors, params: &RankParams) {
     for (param, part) in parts(params) {
         let sum = sums.entry(part.name.clone()).or_insert_with(|| vec![0.0; part.len()]);
         if let Some(gradient) = &param.grad {
-            let gradient = &gradient.f32()[part.offset..part.offset + part.len()];
+            let gradient = &gradient.values::<f32>()[part.range()];
             sum.iter_mut().zip(gradient).for_each(|(sum, &value)| *sum += f64::from(value));
         }
     }

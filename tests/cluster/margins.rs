@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use contraflow_kernels::gate::{GateSpec, Routing};
+use contraflow_kernels::host::HostValues;
 use contraflow_runtime::fabric::{FrameKind, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
@@ -47,7 +48,7 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
             let routing =
                 transit.layer(chunk, layer, |transit| transit.normed.as_ref().map(|(_, r)| r.clone()));
             if let Some(routing) = routing {
-                smallest = smallest.min(of_layer(&routing, &biases[&layer], &arch.gate));
+                smallest = smallest.min(of_layer(&routing, biases[&layer].values(), &arch.gate));
             }
         }
     }
@@ -67,7 +68,6 @@ fn with_weights(mut params: Params, source: &Params) -> Params {
 struct Alone {
     endpoint: contraflow_runtime::fabric::Endpoint,
     group: ExpertGroup,
-    top_k: usize,
     route: Option<Route>,
 }
 
@@ -77,7 +77,6 @@ impl Alone {
         Alone {
             endpoint: LocalNetwork::new(LocalOptions::default()).join(0),
             group: ExpertGroup { ranks: vec![0], own: 0, experts_per_rank: config.n_routed_experts },
-            top_k: config.num_experts_per_tok,
             route: None,
         }
     }
@@ -93,7 +92,7 @@ impl Alone {
 
     fn dispatch(&mut self, transit: &Transit, chunk: Chunk, layer: usize) {
         let (normed, routing) = transit.take_from((chunk, layer), "rows", |t| &mut t.normed).unwrap();
-        let (arrivals, route) = self.exchange(chunk, layer).dispatch(&normed, &routing, self.top_k).unwrap();
+        let (arrivals, route) = self.exchange(chunk, layer).dispatch(&normed, &routing).unwrap();
         transit.layer(chunk, layer, |transit| transit.arrivals = Some(arrivals));
         self.route = Some(route);
     }
@@ -128,5 +127,5 @@ fn of_layer(routing: &Routing, bias: &[f32], gate: &GateSpec) -> f64 {
         let among_groups = groups[gate.top_groups - 1].0 - groups[gate.top_groups].0;
         among_groups.min(allowed[gate.top_k - 1] - allowed[gate.top_k])
     };
-    routing.scores.f32().chunks(gate.num_experts).map(of_token).fold(f64::INFINITY, f64::min)
+    routing.scores.values::<f32>().chunks(gate.num_experts).map(of_token).fold(f64::INFINITY, f64::min)
 }

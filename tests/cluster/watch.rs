@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_orchestrator::job::Outcome;
@@ -46,14 +47,14 @@ fn set_gradient(params: &mut RankParams, name: &str, count: usize, value: f32) {
     for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
         let part = param.parts.iter().find(|part| part.name == name);
         if let Some(offset) = part.map(|part| part.offset) {
-            param.grad_mut().f32_mut()[offset..offset + count].fill(value);
+            param.grad_mut().values_mut()[offset..offset + count].fill(value);
         }
     }
 }
 
 fn multiply_gradients(params: &mut RankParams, factor: f32) {
     for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
-        param.grad_mut().f32_mut().iter_mut().for_each(|value| *value *= factor);
+        param.grad_mut().values_mut::<f32>().iter_mut().for_each(|value| *value *= factor);
     }
 }
 
@@ -166,9 +167,12 @@ type Bits = Vec<(String, Vec<u32>)>;
 
 fn bits(params: &RankParams) -> Bits {
     let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
-    let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.f32())));
-    let biases =
-        params.dense.gate_biases.iter().map(|(layer, biases)| (format!("bias {layer}"), as_bits(biases)));
+    let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.values())));
+    let biases = params
+        .dense
+        .gate_biases
+        .iter()
+        .map(|(layer, biases)| (format!("bias {layer}"), as_bits(biases.values())));
     weights.chain(biases).collect()
 }
 
@@ -250,7 +254,7 @@ fn a_collapsed_gate_is_told_once_and_a_healthy_one_never() {
         |_, step| step == 1,
         |params| {
             if let Some(biases) = params.dense.gate_biases.get_mut(&4) {
-                biases[..2].fill(100.0);
+                biases.values_mut()[..2].fill(100.0_f32);
             }
         },
     );
@@ -302,7 +306,7 @@ fn with_gradients(mut params: Params, seed: u64) -> Params {
 }
 
 fn set_all(tensor: &mut Tensor, value: f32) {
-    tensor.f32_mut().fill(value);
+    tensor.values_mut().fill(value);
 }
 
 /// What becomes of one update on one rank.
@@ -371,8 +375,8 @@ fn update_two_ranks(
 }
 
 const POISONS: [fn(&mut RankParams, f32); 2] = [
-    |params, value| params.experts.get_mut(0).grad_mut().f32_mut()[3] = value,
-    |params, value| params.dense.get_mut(5).grad_mut().f32_mut()[0] = value,
+    |params, value| params.experts.get_mut(0).grad_mut().values_mut()[3] = value,
+    |params, value| params.dense.get_mut(5).grad_mut().values_mut()[0] = value,
 ];
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod kernels;
 mod rooms;
 
 use std::collections::BTreeSet;

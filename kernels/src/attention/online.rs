@@ -2,8 +2,11 @@
 //!
 //! Part of `attention`; knows neither spans nor heads. Lanes without a query hold anything and harm nothing.
 
-use super::QUERY_BLOCK;
 use crate::math;
+
+/// Queries per block: what lies above the diagonal inside a block is computed in vain, but smaller blocks starve
+/// the GEMM.
+pub(super) const QUERY_BLOCK: usize = 64;
 
 /// One value for each query of a block.
 pub(super) type Lanes = [f32; QUERY_BLOCK];

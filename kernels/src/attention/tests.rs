@@ -48,10 +48,11 @@ impl Case {
         }
     }
 
-    fn run(&self) -> (Output, Gradients) {
-        let output = forward(&self.q, &self.k, &self.v, &self.spans, &self.heads);
+    fn run(&self) -> (Attended, Gradients) {
+        let spans = Spans::new(self.spans.clone());
+        let output = forward(&self.q, &self.k, &self.v, &spans, &self.heads);
         let inputs = (&self.q, &self.k, &self.v);
-        let gradients = backward(&self.dout, inputs, &output, &self.spans, &self.heads);
+        let gradients = backward(&self.dout, inputs, &output, &spans, &self.heads);
         (output, gradients)
     }
 
@@ -166,6 +167,13 @@ fn spans_see_only_their_own_keys() {
 }
 
 #[test]
+fn runs_stand_one_behind_the_other() {
+    let spans = Spans::of_runs([3, 3, 2]).0;
+    let ranges: Vec<_> = spans.iter().map(|span| (span.queries(), span.keys())).collect();
+    assert_eq!(ranges, [(0..3, 0..3), (3..6, 3..6), (6..8, 6..8)]);
+}
+
+#[test]
 fn a_cached_prefix_is_seen_by_every_query() {
     check(&[(1, 40), (5, 70), (64, 65), (65, 200)], heads(2, 4, 7));
 }
@@ -201,7 +209,7 @@ fn check_field(case: &Case, field: fn(&mut Twin) -> &mut Vec<f64>, gradient: &[f
 fn large_scores_do_not_overflow() {
     let rows =
         |scale: f32| Tensor::from_vec(&[3, 2], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0].map(|x| x * scale).to_vec());
-    let spans = [Span { query_start: 0, query_len: 3, key_start: 0, key_len: 3 }];
+    let spans = Spans::of_runs([3]);
     let one = Heads { num_heads: 1, qk_dim: 2, v_dim: 2, scale: 1.0 };
 
     let output = forward(&rows(1e3), &rows(1e3), &rows(1.0), &spans, &one);
@@ -229,5 +237,5 @@ fn threads_change_no_bit() {
 fn overlapping_spans_are_refused() {
     let span = |start| Span { query_start: start, query_len: 2, key_start: start, key_len: 2 };
     let x = Tensor::zeros(&[3, 4]);
-    forward(&x, &x, &x, &[span(1), span(0)], &heads(1, 4, 4));
+    forward(&x, &x, &x, &Spans::new(vec![span(1), span(0)]), &heads(1, 4, 4));
 }

@@ -1,19 +1,17 @@
 //! Loss and gradients against an f64 twin of the whole logits, over block edges and rows that do not count.
 
 use super::*;
-use crate::par::Threads;
+use crate::{par::Threads, tensor::Element, tests::noise};
 
-/// Numbers in [-1, 1), different for each seed.
-fn noise(len: usize, seed: u32) -> Vec<f32> {
-    let mix = |i: u32| (i ^ seed << 20).wrapping_mul(0x9E37_79B1).rotate_left(15).wrapping_mul(0x85EB_CA77);
-    (0..len as u32).map(|i| (mix(i) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+fn vector<T: Element>(values: Vec<T>) -> Tensor {
+    Tensor::from_vec(&[values.len()], values)
 }
 
 struct Case {
     h: Tensor,
     head: Tensor,
-    ids: Vec<u32>,
-    weights: Vec<f32>,
+    ids: Tensor,
+    weights: Tensor,
 }
 
 impl Case {
@@ -22,10 +20,12 @@ impl Case {
         Case {
             h: Tensor::from_vec(&[num_rows, width], large(noise(num_rows * width, 1))),
             head: Tensor::from_vec(&[vocabulary, width], noise(vocabulary * width, 2)),
-            ids: (0..num_rows).map(|row| (row * 37 % vocabulary) as u32).collect(),
-            weights: (0..num_rows)
-                .map(|row| if row % 3 == 1 { 0.0 } else { 0.01 * (1 + row % 4) as f32 })
-                .collect(),
+            ids: vector((0..num_rows).map(|row| (row * 37 % vocabulary) as u32).collect()),
+            weights: vector(
+                (0..num_rows)
+                    .map(|row| if row % 3 == 1 { 0.0 } else { 0.01 * (1 + row % 4) as f32 })
+                    .collect(),
+            ),
         }
     }
 
@@ -50,12 +50,12 @@ impl Case {
             let logit = |id: usize| (0..width).map(|c| h[c] * head[id * width + c]).sum::<f64>();
             let logits: Vec<f64> = (0..vocabulary).map(logit).collect();
             let lse = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
-            let target = self.ids[row] as usize;
+            let target = self.ids.u32()[row] as usize;
             log_probs.push(logits[target] - lse);
             let mut dh_row = vec![0.0; width];
             for id in 0..vocabulary {
                 let onehot = f64::from(u8::from(id == target));
-                let d_logit = f64::from(self.weights[row]) * ((logits[id] - lse).exp() - onehot);
+                let d_logit = f64::from(self.weights.f32()[row]) * ((logits[id] - lse).exp() - onehot);
                 for c in 0..width {
                     dh_row[c] += d_logit * head[id * width + c];
                     d_head[id * width + c] += d_logit * h[c];
@@ -84,14 +84,19 @@ fn loss_and_gradients_agree_with_f64_over_block_edges() {
         let (loss, dh, d_head) = case.run();
         let (log_probs, dh_twin, d_head_twin) = case.twin();
 
-        let weighted =
-            case.weights.iter().zip(&log_probs).map(|(&weight, log_prob)| -f64::from(weight) * log_prob);
+        let weighted = case
+            .weights
+            .f32()
+            .iter()
+            .zip(&log_probs)
+            .map(|(&weight, log_prob)| -f64::from(weight) * log_prob);
         let sum: f64 = weighted.sum();
         assert!((loss.sum - sum).abs() <= 1e-6 * sum, "{num_rows} rows: {} {sum}", loss.sum);
-        assert_close("log_probs", &loss.log_probs, &log_probs, 1e-6);
+        assert_close("log_probs", loss.log_probs.f32(), &log_probs, 1e-6);
         assert_close("dh", dh.f32(), &dh_twin, 2e-6);
         assert_close("d_head", d_head.f32(), &d_head_twin, 2e-6);
-        assert_eq!(forward(&case.h, &case.head, &case.targets()), loss);
+        let alone = forward(&case.h, &case.head, &case.targets());
+        assert_eq!((alone.sum, alone.log_probs.f32()), (loss.sum, loss.log_probs.f32()));
     }
 }
 
@@ -112,6 +117,7 @@ fn the_twin_gradient_agrees_with_finite_differences() {
             let log_probs = moved.twin().0;
             moved
                 .weights
+                .f32()
                 .iter()
                 .zip(log_probs)
                 .map(|(&weight, log_prob)| -f64::from(weight) * log_prob)
@@ -127,15 +133,15 @@ fn the_twin_gradient_agrees_with_finite_differences() {
 fn rows_of_weight_zero_have_a_log_probability_but_no_gradient() {
     let mut case = Case::new(MAX_ROWS + 40, 4, 9);
     // A whole block, and a row in the next one whose logits overflow.
-    case.weights[..MAX_ROWS + 1].fill(0.0);
+    case.weights.f32_mut()[..MAX_ROWS + 1].fill(0.0);
     case.h.f32_mut()[MAX_ROWS * 4..][..4].fill(f32::MAX);
     case.head.f32_mut()[..8].fill(2.0);
 
     let (loss, dh, d_head) = case.run();
 
     assert!(loss.sum.is_finite());
-    assert!(loss.log_probs[MAX_ROWS].is_nan());
-    assert!(loss.log_probs[..MAX_ROWS].iter().all(|log_prob| *log_prob < 0.0));
+    assert!(loss.log_probs.f32()[MAX_ROWS].is_nan());
+    assert!(loss.log_probs.f32()[..MAX_ROWS].iter().all(|log_prob| *log_prob < 0.0));
     assert!(dh.f32()[..(MAX_ROWS + 1) * 4].iter().all(|gradient| *gradient == 0.0));
     assert!(dh.f32()[(MAX_ROWS + 2) * 4..].iter().any(|gradient| *gradient != 0.0));
     assert!(dh.f32().iter().chain(d_head.f32()).all(|gradient| gradient.is_finite()));
@@ -157,7 +163,8 @@ fn the_gradient_of_the_head_is_added() {
 #[test]
 fn equal_logits_give_the_logarithm_of_the_vocabulary() {
     let head = Tensor::zeros(&[64, 2]);
-    let targets = Targets { ids: &[63, 0], weights: &[0.5, 0.5] };
+    let (ids, weights) = (vector(vec![63_u32, 0]), vector(vec![0.5, 0.5]));
+    let targets = Targets { ids: &ids, weights: &weights };
 
     let loss = forward(&Tensor::from_vec(&[2, 2], vec![1.0; 4]), &head, &targets);
 
@@ -167,18 +174,22 @@ fn equal_logits_give_the_logarithm_of_the_vocabulary() {
 #[test]
 fn the_same_threads_give_the_same_bits() {
     let case = Case::new(300, 16, 200);
-    let bits = |(loss, dh, d_head): (Loss, Tensor, Tensor)| (loss, dh.f32().to_vec(), d_head.f32().to_vec());
+    let bits = |(loss, dh, d_head): (Loss, Tensor, Tensor)| {
+        (loss.sum, [loss.log_probs, dh, d_head].map(|tensor| tensor.f32().to_vec()))
+    };
     let serial = bits(case.run());
     for num_threads in [2, 3] {
         let pool = Threads::new(num_threads);
         let first = bits(pool.run(|| case.run()));
         assert!(first == bits(pool.run(|| case.run())), "{num_threads} threads");
-        assert!((first.0.sum - serial.0.sum).abs() <= 1e-6 * serial.0.sum, "{num_threads} threads");
+        assert!((first.0 - serial.0).abs() <= 1e-6 * serial.0, "{num_threads} threads");
     }
 }
 
 #[test]
 #[should_panic(expected = "expected a target id below 4, got 4")]
 fn a_target_beyond_the_vocabulary_is_refused() {
-    forward(&Tensor::zeros(&[1, 2]), &Tensor::zeros(&[4, 2]), &Targets { ids: &[4], weights: &[1.0] });
+    let (ids, weights) = (vector(vec![4_u32]), vector(vec![1.0]));
+    let targets = Targets { ids: &ids, weights: &weights };
+    forward(&Tensor::zeros(&[1, 2]), &Tensor::zeros(&[4, 2]), &targets);
 }

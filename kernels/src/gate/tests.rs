@@ -28,6 +28,10 @@ fn weights_twin(scores: &[f64], ids: &[usize], spec: &GateSpec) -> Vec<f64> {
     ids.iter().map(|&id| scores[id] * unit).collect()
 }
 
+fn vector(values: &[f32]) -> Tensor {
+    Tensor::from_vec(&[values.len()], values.to_vec())
+}
+
 fn close(found: f32, expected: f64, relative: f64) -> bool {
     (f64::from(found) - expected).abs() <= relative * expected.abs() + 1e-30
 }
@@ -59,7 +63,7 @@ fn cases(num_tokens: usize) -> impl Strategy<Value = (GateSpec, Vec<f32>, Vec<f3
 proptest! {
     #[test]
     fn forward_agrees_with_sorting_in_f64((spec, bias, logits) in cases(5)) {
-        let routing = forward(&Tensor::from_vec(&[5, spec.num_experts], logits.clone()), &bias, &spec);
+        let routing = forward(&Tensor::from_vec(&[5, spec.num_experts], logits.clone()), &vector(&bias), &spec);
 
         for (token, logits) in logits.chunks(spec.num_experts).enumerate() {
             let wide: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
@@ -69,27 +73,28 @@ proptest! {
             }
             for k in 0..spec.top_k {
                 let at = token * spec.top_k + k;
-                prop_assert_eq!(routing.expert_ids[at] as usize, ids[k]);
-                prop_assert!(close(routing.weights[at], weights[k], 1e-6), "{} {}", routing.weights[at], weights[k]);
+                prop_assert_eq!(routing.expert_ids.u32()[at] as usize, ids[k]);
+                let found = routing.weights.f32()[at];
+                prop_assert!(close(found, weights[k], 1e-6), "{found} {}", weights[k]);
             }
         }
-        let total: u64 = counts(&routing, spec.num_experts).iter().sum();
+        let total: u32 = counts(&routing).u32().iter().sum();
         prop_assert_eq!(total as usize, 5 * spec.top_k);
     }
 
     #[test]
     fn logits_gradient_agrees_with_finite_differences((spec, bias, logits) in cases(2)) {
-        let routing = forward(&Tensor::from_vec(&[2, spec.num_experts], logits.clone()), &bias, &spec);
+        let routing = forward(&Tensor::from_vec(&[2, spec.num_experts], logits.clone()), &vector(&bias), &spec);
         let d_weights: Vec<f32> = (0..2 * spec.top_k).map(|i| (i * 7 % 5) as f32 - 1.7).collect();
 
-        let mut gradient = backward(&d_weights, &routing, &spec);
+        let mut gradient = backward(&vector(&d_weights).reshape(&[2, spec.top_k]), &routing, &spec);
         logits_gradient(&mut gradient, &routing);
 
         // The choice is held fixed: the loss is that of the weights alone, in f64.
         let loss = |token: usize, logits: &[f64]| -> f64 {
             let scores: Vec<f64> = logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect();
             let range = token * spec.top_k..(token + 1) * spec.top_k;
-            let ids: Vec<usize> = routing.expert_ids[range.clone()].iter().map(|&id| id as usize).collect();
+            let ids: Vec<usize> = routing.expert_ids.u32()[range.clone()].iter().map(|&id| id as usize).collect();
             let weights = weights_twin(&scores, &ids, &spec);
             weights.iter().zip(&d_weights[range]).map(|(weight, &d)| weight * f64::from(d)).sum()
         };
@@ -98,7 +103,7 @@ proptest! {
 
     #[test]
     fn balance_gradient_agrees_with_finite_differences((spec, bias, logits) in cases(6)) {
-        let routing = forward(&Tensor::from_vec(&[6, spec.num_experts], logits.clone()), &bias, &spec);
+        let routing = forward(&Tensor::from_vec(&[6, spec.num_experts], logits.clone()), &vector(&bias), &spec);
         let mut gradient = Tensor::from_vec(routing.scores.shape(), vec![0.25; logits.len()]);
 
         let value = balance_loss(&routing, 3, &spec, 0.5, Some(&mut gradient));
@@ -108,12 +113,12 @@ proptest! {
             *entry -= 0.25;
         }
         let wide: Vec<f64> = routing.scores.f32().iter().map(|&score| f64::from(score)).collect();
-        prop_assert!(close(value as f32, balance_twin(&wide, &routing.expert_ids, 3, &spec), 1e-6));
+        prop_assert!(close(value as f32, balance_twin(&wide, routing.expert_ids.u32(), 3, &spec), 1e-6));
         for (at, &found) in gradient.f32().iter().enumerate() {
             let moved = |step: f64| {
                 let mut scores = wide.clone();
                 scores[at] += step;
-                balance_twin(&scores, &routing.expert_ids, 3, &spec)
+                balance_twin(&scores, routing.expert_ids.u32(), 3, &spec)
             };
             // A step of 1e-4 of the score keeps the relative truncation error near 1e-8.
             let step = 1e-4 * wide[at];
@@ -168,10 +173,10 @@ fn balance_twin(scores: &[f64], expert_ids: &[u32], sequence_len: usize, spec: &
 fn ties_fall_to_the_lower_group_and_expert() {
     let logits = Tensor::zeros(&[3, 12]);
 
-    let routing = forward(&logits, &[0.0; 12], &spec(12, 4, 4, 2));
+    let routing = forward(&logits, &vector(&[0.0; 12]), &spec(12, 4, 4, 2));
 
-    assert_eq!(routing.expert_ids, [0, 1, 2, 3].repeat(3));
-    assert_eq!(routing.weights, [0.625; 12]);
+    assert_eq!(routing.expert_ids.u32(), [0, 1, 2, 3].repeat(3));
+    assert_eq!(routing.weights.f32(), [0.625; 12]);
 }
 
 #[test]
@@ -179,9 +184,9 @@ fn dropped_groups_stay_dropped_when_every_biased_score_is_negative() {
     // Group 1 wins by its two good experts; its third is the worst of all and must still beat the other group's.
     let logits = Tensor::from_vec(&[1, 6], vec![0.0, 0.0, 0.0, 1.0, 1.0, -3.0]);
 
-    let routing = forward(&logits, &[-5.0; 6], &spec(6, 3, 2, 1));
+    let routing = forward(&logits, &vector(&[-5.0; 6]), &spec(6, 3, 2, 1));
 
-    assert_eq!(routing.expert_ids, [3, 4, 5]);
+    assert_eq!(routing.expert_ids.u32(), [3, 4, 5]);
 }
 
 #[test]
@@ -189,10 +194,10 @@ fn bias_moves_the_choice_but_not_the_weights() {
     let logits = Tensor::from_vec(&[1, 4], vec![2.0, 1.0, 0.0, -1.0]);
     let gate = GateSpec { normalise: false, scale: 1.0, ..spec(4, 2, 1, 1) };
 
-    let routing = forward(&logits, &[0.0, -1.0, 0.0, 1.0], &gate);
+    let routing = forward(&logits, &vector(&[0.0, -1.0, 0.0, 1.0]), &gate);
 
-    assert_eq!(routing.expert_ids, [3, 0]);
-    assert_eq!(routing.weights, [routing.scores.row(0)[3], routing.scores.row(0)[0]]);
+    assert_eq!(routing.expert_ids.u32(), [3, 0]);
+    assert_eq!(routing.weights.f32(), [routing.scores.row(0)[3], routing.scores.row(0)[0]]);
 }
 
 #[test]
@@ -200,7 +205,7 @@ fn non_finite_logits_still_name_distinct_experts() {
     let logits =
         Tensor::from_vec(&[1, 6], vec![f32::NAN, 1.0, f32::NAN, f32::INFINITY, 0.0, f32::NEG_INFINITY]);
     for all in [logits, Tensor::from_vec(&[1, 6], vec![f32::NAN; 6])] {
-        let mut ids = forward(&all, &[0.0; 6], &spec(6, 3, 3, 2)).expert_ids;
+        let mut ids = forward(&all, &vector(&[0.0; 6]), &spec(6, 3, 3, 2)).expert_ids.u32().to_vec();
         ids.sort_unstable();
         ids.dedup();
         assert_eq!(ids.len(), 3);
@@ -210,17 +215,17 @@ fn non_finite_logits_still_name_distinct_experts() {
 #[test]
 fn balance_loss_is_one_per_sequence_when_the_load_is_even() {
     let logits = Tensor::zeros(&[8, 4]);
-    let mut routing = forward(&logits, &[0.0; 4], &spec(4, 1, 1, 1));
+    let mut routing = forward(&logits, &vector(&[0.0; 4]), &spec(4, 1, 1, 1));
     assert_eq!(balance_loss(&routing, 4, &spec(4, 1, 1, 1), 0.0, None), 2.0);
 
     // Equal scores make P flat, so the loss does not see who was chosen; the counts do.
-    assert_eq!(counts(&routing, 4), [8, 0, 0, 0]);
-    routing.expert_ids = vec![0, 1, 2, 3, 0, 1, 2, 3];
-    assert_eq!(counts(&routing, 4), [2; 4]);
+    assert_eq!(counts(&routing).u32(), [8, 0, 0, 0]);
+    routing.expert_ids = Tensor::from_vec(&[8, 1], vec![0_u32, 1, 2, 3, 0, 1, 2, 3]);
+    assert_eq!(counts(&routing).u32(), [2; 4]);
 }
 
 #[test]
 #[should_panic(expected = "top_k: expected 1 to 4, the experts of 2 groups, got 5")]
 fn more_choices_than_eligible_experts_are_refused() {
-    forward(&Tensor::zeros(&[1, 8]), &[0.0; 8], &spec(8, 5, 4, 2));
+    forward(&Tensor::zeros(&[1, 8]), &vector(&[0.0; 8]), &spec(8, 5, 4, 2));
 }

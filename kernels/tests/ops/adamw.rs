@@ -1,8 +1,10 @@
 //! AdamW against the textbook update in f64, term by term.
 
 use contraflow_kernels::{
-    adamw::{AdamW, update},
+    adamw::{self, AdamW, State},
+    host::HostValues,
     par::Threads,
+    tensor::Tensor,
 };
 
 use crate::twin::{Random, assert_close, wide};
@@ -25,30 +27,66 @@ fn twin([p, m, v]: [&mut [f64]; 3], g: &[f32], spec: &AdamW) {
     }
 }
 
+fn vector(values: Vec<f32>) -> Tensor {
+    Tensor::from_vec(&[values.len()], values)
+}
+
+/// One step on the whole of some tensors.
+fn update([weight, exp_avg, exp_avg_sq]: &mut [Tensor; 3], gradient: &Tensor, spec: &AdamW) {
+    let all = 0..gradient.len();
+    let state = State {
+        weight: weight.view_mut(all.clone()),
+        exp_avg: exp_avg.view_mut(all.clone()),
+        exp_avg_sq: exp_avg_sq.view_mut(all.clone()),
+    };
+    adamw::update(state, gradient.view(all), spec);
+}
+
 #[test]
 fn steps_agree_with_the_twin() {
     const LEN: usize = 77;
     let mut random = Random::new(3);
-    let mut p = random.values(LEN);
-    let (mut m, mut v) = (vec![0.0; LEN], vec![0.0; LEN]);
+    let p = random.values(LEN);
     let (mut wide_p, mut wide_m, mut wide_v) = (wide(&p), vec![0.0; LEN], vec![0.0; LEN]);
+    let mut state = [vector(p), Tensor::zeros(&[LEN]), Tensor::zeros(&[LEN])];
     for step in 1..=20 {
         let mut g = random.values(LEN);
         g[0] = 0.0;
         g[1] *= 1e-12;
-        update(&mut p, &g, &mut m, &mut v, &spec(step));
+        update(&mut state, &vector(g.clone()), &spec(step));
         twin([&mut wide_p, &mut wide_m, &mut wide_v], &g, &spec(step));
-        assert_close(&p, &wide_p, "p");
-        assert_close(&m, &wide_m, "m");
-        assert_close(&v, &wide_v, "v");
+        for (found, (expected, what)) in state.iter().zip([(&wide_p, "p"), (&wide_m, "m"), (&wide_v, "v")]) {
+            assert_close(found.values(), expected, what);
+        }
     }
 }
 
 #[test]
 fn the_first_step_is_lr_against_the_gradients_sign() {
-    let (mut p, mut m, mut v) = ([1.0_f32, 1.0], [0.0; 2], [0.0; 2]);
-    update(&mut p, &[3.0, -0.2], &mut m, &mut v, &AdamW { weight_decay: 0.0, ..spec(1) });
+    let mut state = [vector(vec![1.0, 1.0]), Tensor::zeros(&[2]), Tensor::zeros(&[2])];
+    update(&mut state, &vector(vec![3.0, -0.2]), &AdamW { weight_decay: 0.0, ..spec(1) });
+    let p: &[f32] = state[0].values();
     assert!((p[0] - 0.99).abs() < 1e-6 && (p[1] - 1.01).abs() < 1e-6, "{p:?}");
+}
+
+#[test]
+fn a_step_changes_its_own_run_alone() {
+    let mut random = Random::new(5);
+    let (p, gradient) = (random.values(10), vector(random.values(4)));
+    let mut weight = vector(p.clone());
+    let (mut exp_avg, mut exp_avg_sq) = (Tensor::zeros(&[4]), Tensor::zeros(&[4]));
+    let state = State {
+        weight: weight.view_mut(3..7),
+        exp_avg: exp_avg.view_mut(0..4),
+        exp_avg_sq: exp_avg_sq.view_mut(0..4),
+    };
+    adamw::update(state, gradient.view(0..4), &spec(1));
+
+    let mut alone = [vector(p[3..7].to_vec()), Tensor::zeros(&[4]), Tensor::zeros(&[4])];
+    update(&mut alone, &gradient, &spec(1));
+    let expected = [&p[..3], alone[0].values(), &p[7..]].concat();
+    assert_eq!(weight.values::<f32>(), expected);
+    assert_eq!(exp_avg.values::<f32>(), alone[1].values::<f32>());
 }
 
 #[test]
@@ -56,10 +94,11 @@ fn threads_change_no_bit() {
     let mut random = Random::new(4);
     let (p, g, m) = (random.values(50_001), random.values(50_001), random.values(50_001));
     let v: Vec<f32> = random.values(50_001).iter().map(|value| value.abs()).collect();
+    let (state, gradient) = ([p, m, v].map(vector), vector(g));
     let run = || {
-        let (mut p, mut m, mut v) = (p.clone(), m.clone(), v.clone());
-        update(&mut p, &g, &mut m, &mut v, &spec(7));
-        (p, m, v)
+        let mut state = state.clone();
+        update(&mut state, &gradient, &spec(7));
+        state.map(|tensor| tensor.values::<f32>().to_vec())
     };
     assert_eq!(run(), Threads::new(3).run(run));
 }

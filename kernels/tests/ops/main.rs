@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod adamw;
-mod gemm;
 mod linear;
 mod math;
 mod norm;
@@ -11,5 +10,4 @@ mod one_or_many;
 mod rope;
 mod swiglu;
 mod tensor;
-mod threads;
 mod twin;

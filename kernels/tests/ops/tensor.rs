@@ -1,84 +1,94 @@
-//! Tensors: sharing, formats, rounding.
+//! Tensors: sharing, formats, bytes, memory of others.
 
-use contraflow_kernels::tensor::{Format, Tensor};
+use std::sync::Arc;
 
-fn through_bf16(values: Vec<f32>) -> Vec<f32> {
-    let len = values.len();
-    Tensor::from_vec(&[len], values).to_format(Format::Bf16).to_format(Format::F32).f32().to_vec()
-}
-
-#[test]
-fn bf16_is_the_nearest_and_on_ties_the_even_one() {
-    let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
-    let bits: Vec<u32> = (0..=0xffff_u32).flat_map(|upper| lower.map(|lower| upper << 16 | lower)).collect();
-    let rounded = through_bf16(bits.iter().map(|&bits| f32::from_bits(bits)).collect());
-    for (&bits, &rounded) in bits.iter().zip(&rounded) {
-        let value = f32::from_bits(bits);
-        if value.is_nan() {
-            assert!(rounded.is_nan(), "{bits:08x}");
-            continue;
-        }
-        // The candidates are the neighbours in bf16; beyond the largest one 2^128 stands for infinity.
-        let down = bits & 0xffff_0000;
-        let up = down.wrapping_add(0x1_0000);
-        let real = |bits: u32| {
-            let value = f64::from(f32::from_bits(bits));
-            if value.is_infinite() { 2.0_f64.powi(128).copysign(value) } else { value }
-        };
-        let (to_down, to_up) = ((real(bits) - real(down)).abs(), (real(bits) - real(up)).abs());
-        let even = if down >> 16 & 1 == 0 { down } else { up };
-        let expected = match to_down.total_cmp(&to_up) {
-            _ if value.is_infinite() => bits,
-            std::cmp::Ordering::Less => down,
-            std::cmp::Ordering::Greater => up,
-            std::cmp::Ordering::Equal => even,
-        };
-        assert_eq!(rounded.to_bits(), expected, "{bits:08x}");
-    }
-}
+use contraflow_kernels::{
+    host::{HostValues, HostValuesMut},
+    tensor::{Format, HostMemory, Tensor},
+};
 
 #[test]
 fn formats_tell_themselves_and_their_bytes() {
-    let wide = Tensor::from_vec(&[3], vec![1.0, -2.0, 0.5]);
-    let narrow = wide.to_format(Format::Bf16);
-    assert_eq!((wide.format(), narrow.format()), (Format::F32, Format::Bf16));
-    assert_eq!(wide.bytes(), [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0, 0, 0, 0, 0x3f]);
-    assert_eq!(narrow.bytes(), [0x80, 0x3f, 0, 0xc0, 0, 0x3f]);
-    assert_eq!(narrow.to_format(Format::Bf16).bytes(), narrow.bytes());
-    assert_eq!(format!("{narrow:?}"), "Bf16[3]");
+    let values = Tensor::from_vec(&[3], vec![1.0_f32, -2.0, 0.5]);
+    let ids = Tensor::from_vec(&[1, 2], vec![7_u32, 0x0102_0304]);
+    assert_eq!((values.format(), ids.format()), (Format::F32, Format::U32));
+    assert_eq!(values.parts().collect::<Vec<_>>(), [[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0, 0, 0, 0, 0x3f]]);
+    assert_eq!(ids.parts().collect::<Vec<_>>(), [[7, 0, 0, 0, 4, 3, 2, 1]]);
+    assert_eq!((values.num_bytes(), ids.num_bytes()), (12, 8));
+    assert_eq!(format!("{values:?} {ids:?}"), "F32[3] U32[1, 2]");
 }
 
 #[test]
 fn clones_share_until_one_is_written() {
     let original = Tensor::from_vec(&[2, 2], vec![1.0, 2.0, 3.0, 4.0]);
     let mut copy = original.clone();
-    assert_eq!(copy.f32().as_ptr(), original.f32().as_ptr());
+    assert_eq!(copy.values::<f32>().as_ptr(), original.values::<f32>().as_ptr());
 
-    copy.f32_mut()[0] = 9.0;
+    copy.values_mut::<f32>()[0] = 9.0;
 
-    assert_eq!(original.f32(), [1.0, 2.0, 3.0, 4.0]);
-    assert_eq!(copy.f32(), [9.0, 2.0, 3.0, 4.0]);
-    let address = copy.f32().as_ptr();
-    copy.f32_mut()[1] = 8.0;
-    assert_eq!(copy.f32().as_ptr(), address, "an unshared buffer is written in place");
+    assert_eq!(original.values::<f32>(), [1.0, 2.0, 3.0, 4.0]);
+    assert_eq!(copy.values::<f32>(), [9.0, 2.0, 3.0, 4.0]);
+    let address = copy.values::<f32>().as_ptr();
+    copy.values_mut::<f32>()[1] = 8.0;
+    assert_eq!(copy.values::<f32>().as_ptr(), address, "an unshared buffer is written in place");
 }
 
 #[test]
 fn shapes_view_the_same_values() {
     let tensor = Tensor::from_vec(&[2, 3, 2], (0..12).map(|i| i as f32).collect());
     assert_eq!((tensor.rows(), tensor.cols(), tensor.len()), (6, 2, 12));
-    assert_eq!(tensor.row(4), [8.0, 9.0]);
-    assert_eq!(tensor.slice_rows(1..3).f32(), [2.0, 3.0, 4.0, 5.0]);
-    assert_eq!(tensor.mat().row(5), [10.0, 11.0]);
-    assert_eq!(tensor.reshape(&[3, 4]).row(2), [8.0, 9.0, 10.0, 11.0]);
+    let wide = tensor.clone().reshape(&[3, 4]);
+    assert_eq!((wide.rows(), wide.cols()), (3, 4));
+    assert_eq!(wide.values::<f32>().as_ptr(), tensor.values::<f32>().as_ptr());
     assert!(Tensor::zeros(&[0, 5]).is_empty());
-    assert_eq!(Tensor::zeros(&[0, 5]).slice_rows(0..0).shape(), [0, 5]);
 }
 
 #[test]
-#[should_panic(expected = "expected a tensor in F32, got Bf16[2]")]
-fn narrow_values_are_not_handed_out_as_f32() {
-    Tensor::zeros(&[2]).to_format(Format::Bf16).f32();
+fn runs_are_copied_from_tensor_to_tensor() {
+    let source = Tensor::from_vec(&[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let mut target = Tensor::zeros(&[4]);
+    let shared = target.clone();
+    target.view_mut(1..3).copy_from(source.view(2..4));
+    assert_eq!(target.values::<f32>(), [0.0, 3.0, 4.0, 0.0]);
+    assert_eq!(shared.values::<f32>(), [0.0; 4]);
+    let run = Tensor::from(source.view(4..6));
+    assert_eq!((run.shape(), run.values::<f32>()), (&[2][..], &[5.0, 6.0][..]));
+}
+
+/// Sixteen aligned bytes without the first few.
+struct Frame {
+    words: [f32; 4],
+    skip: usize,
+}
+
+impl HostMemory for Frame {
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[self.skip..]
+    }
+}
+
+#[test]
+fn memory_of_others_is_read_in_place_and_copied_when_it_is_written() {
+    let frame = |skip| Arc::new(Frame { words: [1.0, 2.0, 3.0, 4.0], skip });
+    let memory = frame(4);
+    let address = memory.bytes().as_ptr();
+    let mut tensor = Tensor::borrowing::<f32>(&[3, 1], memory.clone()).unwrap();
+    assert_eq!(tensor.values::<f32>(), [2.0, 3.0, 4.0]);
+    assert_eq!(tensor.parts().next().unwrap().as_ptr(), address);
+
+    tensor.values_mut::<f32>()[0] = 9.0;
+
+    assert_eq!(tensor.values::<f32>(), [9.0, 3.0, 4.0]);
+    assert_eq!(memory.words, [1.0, 2.0, 3.0, 4.0]);
+    for (shape, skip) in [(&[2][..], 4), (&[4], 4), (&[3], 5), (&[usize::MAX, 3], 4)] {
+        assert!(Tensor::borrowing::<f32>(shape, frame(skip)).is_none(), "{shape:?} without {skip} bytes");
+    }
+}
+
+#[test]
+#[should_panic(expected = "expected a tensor in F32, got U32[2]")]
+fn ids_are_not_handed_out_as_f32() {
+    Tensor::from_vec(&[2], vec![1_u32, 2]).values::<f32>();
 }
 
 #[test]

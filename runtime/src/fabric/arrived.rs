@@ -33,8 +33,12 @@ pub struct ArrivedPart {
 }
 
 impl Memory for ArrivedPart {
-    fn bytes(&self) -> &[u8] {
-        &self.backing.bytes()[self.range.clone()]
+    fn part(&self, index: usize) -> Option<&[u8]> {
+        (index == 0).then(|| &self.backing.bytes()[self.range.clone()])
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.range.len()
     }
 
     fn form(&self) -> Form {

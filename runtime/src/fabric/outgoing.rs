@@ -263,7 +263,7 @@ impl Outgoing {
         let header = wire::encode(&Message::Frame(FrameHeader { to, tag, trace, block, parts }));
         let payload = if block.is_some() { &[][..] } else { &self.parts };
         let mut slices = vec![IoSlice::new(&header)];
-        slices.extend(payload.iter().map(|part| IoSlice::new(part.bytes())));
+        slices.extend(payload.iter().flat_map(Region::parts).map(IoSlice::new));
         write_all_vectored(stream, &mut slices)
     }
 }

@@ -16,8 +16,12 @@ pub struct Form {
 
 /// Memory that can be put on the wire. In process it travels as the value that it is; a wire takes its bytes.
 pub trait Memory: Any + Send + Sync {
-    /// The payload in little-endian byte order.
-    fn bytes(&self) -> &[u8];
+    /// Part `index` of the payload, in little-endian byte order; `None` after the last. Most memory is one part; values with
+    /// scales of their own are two.
+    fn part(&self, index: usize) -> Option<&[u8]>;
+
+    /// **Units**: bytes of all parts. Reads none of them.
+    fn num_bytes(&self) -> usize;
 
     /// What the reader of the bytes on another host needs to know.
     fn form(&self) -> Form {
@@ -26,8 +30,12 @@ pub trait Memory: Any + Send + Sync {
 }
 
 impl Memory for Vec<u8> {
-    fn bytes(&self) -> &[u8] {
-        self
+    fn part(&self, index: usize) -> Option<&[u8]> {
+        (index == 0).then_some(self)
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.len()
     }
 }
 
@@ -43,9 +51,9 @@ impl Region {
         Region { memory: Arc::new(memory) }
     }
 
-    /// **Units**: bytes.
+    /// **Units**: bytes. Reads none of them.
     pub fn len(&self) -> usize {
-        self.memory.bytes().len()
+        self.memory.num_bytes()
     }
 
     /// Whether there is nothing in it.
@@ -53,9 +61,20 @@ impl Region {
         self.len() == 0
     }
 
-    /// The payload.
+    /// The payload, part by part; a wire carries them one behind the other.
+    pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        (0..).map_while(|index| self.memory.part(index))
+    }
+
+    /// The payload of memory in one part, as all is that has arrived.
+    ///
+    /// # Panics
+    /// If it has another number of parts.
     pub fn bytes(&self) -> &[u8] {
-        self.memory.bytes()
+        match (self.memory.part(0), self.memory.part(1)) {
+            (Some(bytes), None) => bytes,
+            _ => panic!("expected memory in one part, got {}", self.parts().count()),
+        }
     }
 
     /// What the bytes are.

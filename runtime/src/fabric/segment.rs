@@ -81,7 +81,11 @@ impl Sender {
         }
         let start = lock(&self.blocks).take(len)?;
         for (region, place) in regions.iter().zip(places) {
-            self.memory.write(start + place.start, region.bytes());
+            let mut at = start + place.start;
+            for part in region.parts() {
+                self.memory.write(at, part);
+                at += part.len();
+            }
         }
         Some(start as u64)
     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region, Transport};
+use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Memory, Region, Transport};
 
 use crate::lab::{WIRES, bytes_of, close, noise, sites, tag};
 
@@ -31,6 +31,36 @@ fn frames_arrive_as_they_were_sent() {
         }
         assert_eq!(ends[0].num_waiting() + ends[1].num_waiting(), 0);
         drop(ends);
+        assert_eq!(close(sites), []);
+    }
+}
+
+/// Memory in two parts, as values and their scales are.
+struct Halves([Vec<u8>; 2]);
+
+impl Memory for Halves {
+    fn part(&self, index: usize) -> Option<&[u8]> {
+        self.0.get(index).map(Vec::as_slice)
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.0.iter().map(Vec::len).sum()
+    }
+}
+
+#[test]
+fn memory_in_several_parts_arrives_in_one() {
+    for wire in WIRES {
+        let sites = sites(&[1, 1], wire);
+        let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());
+        for (step, lens) in [[3, 2], [0, 5], [(2 << 20) + 1, 70_001]].into_iter().enumerate() {
+            let halves = lens.map(|len| noise(len, len as u64));
+            let tag = tag(step as u64, 0, FrameKind::Dispatch);
+            a.send(1, tag, vec![Region::new(Halves(halves.clone())), Region::new(vec![9])]).unwrap();
+            let came = b.receive(tag).unwrap();
+            assert!(came[0].bytes() == halves.concat() && came[1].bytes() == [9], "{wire:?}, {lens:?}");
+        }
+        drop((a, b));
         assert_eq!(close(sites), []);
     }
 }

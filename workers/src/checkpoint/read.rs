@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use contraflow_kernels::host::HostValuesMut;
+use contraflow_kernels::tensor::ViewMut;
 use contraflow_runtime::checkpoint::{CheckpointError, Manifest};
 use safetensors::tensor::Metadata;
 
@@ -156,10 +158,29 @@ impl Records {
         self.tensors.get(&(Kind::Weight, name.to_owned())).map(|pieces| pieces.shape.as_slice())
     }
 
-    /// Reads a range of a tensor of this shape into `out`, which has the range's length.
+    /// Reads a range of a tensor of this shape into `out`, which has the range's length and is in F32.
     ///
     /// **Errors**: there is no such tensor, it has another shape, the range is not whole here, or a file cannot be read.
     pub fn read(
+        &self,
+        kind: Kind,
+        (name, shape): (&str, &[usize]),
+        range: Range<usize>,
+        mut out: ViewMut,
+    ) -> Result<(), RankError> {
+        self.read_into(kind, (name, shape), range, out.values_mut())
+    }
+
+    /// Reads a whole tensor of this shape as plain numbers.
+    ///
+    /// **Errors**: as [`Records::read`].
+    pub fn read_numbers(&self, kind: Kind, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
+        let mut numbers = vec![0.0; shape.iter().product()];
+        self.read_into(kind, (name, shape), 0..numbers.len(), &mut numbers)?;
+        Ok(numbers)
+    }
+
+    fn read_into(
         &self,
         kind: Kind,
         (name, shape): (&str, &[usize]),
@@ -191,13 +212,13 @@ impl Records {
         for param in params.iter_mut() {
             let Param { parts, weight, .. } = param;
             for part in parts {
-                let target = &mut weight.f32_mut()[part.offset..part.offset + part.len()];
+                let target = weight.view_mut(part.range());
                 self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)?;
             }
         }
         for (&layer, bias) in &mut params.gate_biases {
             let (name, len) = (gate_bias_name(layer), bias.len());
-            self.read(Kind::Weight, (&name, &[len]), 0..len, bias)?;
+            self.read(Kind::Weight, (&name, &[len]), 0..len, bias.view_mut(0..len))?;
             params.expert_counts.insert(layer, self.read_counts(&name, len)?);
         }
         Ok(())

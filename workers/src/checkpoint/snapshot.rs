@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::watch::Watch;
 
@@ -23,7 +24,7 @@ impl Values {
     /// As they stand in a file.
     pub fn bytes(&self) -> &[u8] {
         match self {
-            Values::Floats(tensor, range) => bytemuck::cast_slice(&tensor.f32()[range.clone()]),
+            Values::Floats(tensor, range) => bytemuck::cast_slice(&tensor.values::<f32>()[range.clone()]),
             Values::Counts(counts) => bytemuck::cast_slice(counts),
         }
     }

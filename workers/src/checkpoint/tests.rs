@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::checkpoint::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
@@ -57,16 +58,20 @@ fn any_range_is_read_across_the_shards() {
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(checkpoint.records.weights().collect::<Vec<_>>(), [("w", &[4, 3][..])]);
     for range in [0..12, 3..8, 5..6, 0..0, 11..12] {
-        let mut out = vec![-1.0; range.len()];
-        checkpoint.records.read(Kind::Weight, ("w", &[4, 3]), range.clone(), &mut out).unwrap();
-        assert_eq!(out, values(12).f32()[range]);
+        let mut out = Tensor::zeros(&[range.len()]);
+        let all = out.view_mut(0..range.len());
+        checkpoint.records.read(Kind::Weight, ("w", &[4, 3]), range.clone(), all).unwrap();
+        assert_eq!(out.values::<f32>(), &values(12).values::<f32>()[range]);
     }
     assert_eq!(checkpoint.records.read_counts("gate", 2).unwrap(), [7, u64::MAX]);
-    let other =
-        checkpoint.records.read(Kind::Weight, ("w", &[3, 4]), 0..1, &mut [0.0]).unwrap_err().to_string();
+    let mut one = Tensor::zeros(&[1]);
+    let mut refused = |kind, shape: &[usize]| {
+        let out = one.view_mut(0..1);
+        checkpoint.records.read(kind, ("w", shape), 0..1, out).unwrap_err().to_string()
+    };
+    let other = refused(Kind::Weight, &[3, 4]);
     assert!(other.contains("w: expected shape [3, 4], got [4, 3]"), "{other}");
-    let none =
-        checkpoint.records.read(Kind::ExpAvg, ("w", &[4, 3]), 0..1, &mut [0.0]).unwrap_err().to_string();
+    let none = refused(Kind::ExpAvg, &[4, 3]);
     assert!(none.contains("has no ExpAvg of w"), "{none}");
     // Other programs can read it.
     let bytes = std::fs::read(dir.path().join(shard_name(0))).unwrap();
@@ -107,11 +112,10 @@ fn a_snapshot_keeps_its_values_while_training_goes_on() {
     let mut weight = values(12);
     let mut snapshot = Snapshot::default();
     snapshot.add(Kind::Weight, ("w", &[12], 0..12), (weight.clone(), 0..12));
-    weight.f32_mut().fill(-1.0);
+    weight.values_mut().fill(-1.0_f32);
     let shard = write_shard(dir.path(), &shard_name(0), snapshot).unwrap();
     commit(dir.path(), vec![shard]);
-    let mut out = vec![0.0; 12];
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    checkpoint.records.read(Kind::Weight, ("w", &[12]), 0..12, &mut out).unwrap();
-    assert_eq!(out, values(12).f32());
+    let numbers = checkpoint.records.read_numbers(Kind::Weight, "w", &[12]).unwrap();
+    assert_eq!(numbers, values(12).values::<f32>());
 }

@@ -6,13 +6,14 @@
 //!
 //! Knows routing and rows, nothing of experts' arithmetic.
 
+use contraflow_kernels::dispatch::{self, Share};
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::gate::Routing;
-use contraflow_kernels::math::add_into;
 use contraflow_kernels::permute;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region, Tag};
 
-use super::packets::{self, Payload, Unpack};
+use super::packets::{self, Unpack};
 use crate::model::experts::Arrivals;
 
 /// The ranks that share the routed experts, and this rank's place among them.
@@ -31,10 +32,12 @@ pub struct ExpertGroup {
 pub struct Route {
     /// Tokens of this rank.
     num_tokens: usize,
+    /// Experts per token.
+    top_k: usize,
     /// Per destination, the token rows that went there, ascending.
-    sent_rows: Vec<Vec<u32>>,
+    sent_rows: Vec<Tensor>,
     /// Per destination, the flat (token, k) slot of each pair that went there.
-    sent_slots: Vec<Vec<u32>>,
+    sent_slots: Vec<Tensor>,
     /// Per source, the number of rows that came.
     received_rows: Vec<usize>,
     /// Per source, the number of pairs that came.
@@ -51,45 +54,6 @@ pub struct Exchange<'a> {
     pub group: &'a ExpertGroup,
     /// Address of the frames, but for kind and source.
     pub tag: Tag,
-}
-
-/// Pairs bound for one destination: row within the packet and expert within the destination.
-#[derive(Default)]
-struct Outgoing {
-    pairs: Vec<(u32, u32)>,
-    weights: Vec<f32>,
-}
-
-/// Sorts the gate's choice by destination.
-fn plan(routing: &Routing, top_k: usize, group: &ExpertGroup) -> (Route, Vec<Outgoing>) {
-    let num_ranks = group.ranks.len();
-    let num_tokens = routing.expert_ids.len() / top_k;
-    let mut sent_rows = vec![Vec::new(); num_ranks];
-    let mut sent_slots = vec![Vec::new(); num_ranks];
-    let mut outgoing: Vec<Outgoing> = (0..num_ranks).map(|_| Outgoing::default()).collect();
-    for token in 0..num_tokens {
-        for slot in token * top_k..(token + 1) * top_k {
-            let expert = routing.expert_ids[slot] as usize;
-            let destination = expert / group.experts_per_rank;
-            let rows: &mut Vec<u32> = &mut sent_rows[destination];
-            if rows.last() != Some(&(token as u32)) {
-                rows.push(token as u32);
-            }
-            let row = rows.len() as u32 - 1;
-            outgoing[destination].pairs.push((row, (expert % group.experts_per_rank) as u32));
-            outgoing[destination].weights.push(routing.weights[slot]);
-            sent_slots[destination].push(slot as u32);
-        }
-    }
-    let route = Route {
-        num_tokens,
-        received_rows: Vec::new(),
-        received_pairs: Vec::new(),
-        is_identity: num_ranks == 1 && sent_rows[0].len() == num_tokens,
-        sent_rows,
-        sent_slots,
-    };
-    (route, outgoing)
 }
 
 impl Exchange<'_> {
@@ -118,54 +82,54 @@ impl Exchange<'_> {
     /// **Shapes**: `normed` `[T, D]`; arrivals `[N, D]`.
     ///
     /// **Errors**: those of the fabric.
-    pub fn dispatch(
-        &self,
-        normed: &Tensor,
-        routing: &Routing,
-        top_k: usize,
-    ) -> Result<(Arrivals, Route), FabricError> {
-        let (mut route, mut outgoing) = plan(routing, top_k, self.group);
-        let own = std::mem::take(&mut outgoing[self.group.own]);
+    pub fn dispatch(&self, normed: &Tensor, routing: &Routing) -> Result<(Arrivals, Route), FabricError> {
+        let ExpertGroup { ref ranks, own, experts_per_rank } = *self.group;
+        let shares = dispatch::by_owner(routing, ranks.len(), experts_per_rank);
+        let (num_tokens, top_k) = (routing.expert_ids.rows(), routing.expert_ids.cols());
+        let mut route = Route {
+            num_tokens,
+            top_k,
+            received_rows: Vec::new(),
+            received_pairs: Vec::new(),
+            is_identity: ranks.len() == 1 && shares[0].rows.len() == num_tokens,
+            sent_rows: shares.iter().map(|share| share.rows.clone()).collect(),
+            sent_slots: shares.iter().map(|share| share.slots.clone()).collect(),
+        };
         if route.is_identity {
-            route.received_rows = vec![route.num_tokens];
-            route.received_pairs = vec![own.pairs.len()];
-            return Ok((Arrivals { rows: normed.clone(), pairs: own.pairs, weights: own.weights }, route));
+            let Share { pairs, weights, .. } = shares[0].clone();
+            route.received_rows = vec![num_tokens];
+            route.received_pairs = vec![pairs.rows()];
+            return Ok((Arrivals { rows: normed.clone(), pairs, weights }, route));
         }
         self.send(FrameKind::Dispatch, |index| {
-            let Outgoing { pairs, weights } = std::mem::take(&mut outgoing[index]);
-            let ids = pairs.into_iter().flat_map(|(row, expert)| [row, expert]).collect();
-            let rows = permute::gather(normed, &route.sent_rows[index]);
-            vec![
-                packets::tensor(rows),
-                Region::new(Payload::Ids(ids)),
-                Region::new(Payload::Weights(weights)),
-            ]
+            let Share { rows, pairs, weights, .. } = &shares[index];
+            let rows = permute::gather(normed, rows);
+            [rows, pairs.clone(), weights.clone()].map(packets::tensor).into()
         })?;
-        let mut own = Some((permute::gather(normed, &route.sent_rows[self.group.own]), own));
-        let mut parts = Vec::new();
-        let (mut pairs, mut weights, mut num_rows) = (Vec::new(), Vec::new(), 0);
-        for index in 0..self.group.ranks.len() {
-            let (rows, from) = match own.take_if(|_| index == self.group.own) {
-                Some(own) => own,
-                None => self.receive_rows(index, normed.cols())?,
+        let mut parts: [Vec<Tensor>; 3] = Default::default();
+        let mut num_rows = 0;
+        for (index, share) in shares.into_iter().enumerate() {
+            let Arrivals { rows, mut pairs, weights } = if index == own {
+                let rows = permute::gather(normed, &share.rows);
+                Arrivals { rows, pairs: share.pairs, weights: share.weights }
+            } else {
+                self.receive_rows(index, normed.cols())?
             };
-            pairs.extend(from.pairs.iter().map(|&(row, expert)| (row + num_rows as u32, expert)));
-            weights.extend(from.weights);
+            dispatch::shift_rows(&mut pairs, num_rows);
             route.received_rows.push(rows.rows());
-            route.received_pairs.push(from.pairs.len());
+            route.received_pairs.push(pairs.rows());
             num_rows += rows.rows();
-            parts.push(rows);
+            parts.iter_mut().zip([rows, pairs, weights]).for_each(|(list, part)| list.push(part));
         }
-        Ok((Arrivals { rows: concatenate(&parts, normed.cols()), pairs, weights }, route))
+        let [rows, pairs, weights] = parts.map(|parts| Tensor::concat_rows(&parts));
+        Ok((Arrivals { rows, pairs, weights }, route))
     }
 
-    fn receive_rows(&self, index: usize, width: usize) -> Result<(Tensor, Outgoing), FabricError> {
+    fn receive_rows(&self, index: usize, width: usize) -> Result<Arrivals, FabricError> {
         let mut frame = self.receive(FrameKind::Dispatch, index)?;
-        let rows = frame.rows(width)?;
-        let ids = frame.ids()?;
-        let pairs: Vec<(u32, u32)> = ids.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-        let weights = frame.weights(pairs.len())?;
-        Ok((rows, Outgoing { pairs, weights }))
+        let (rows, pairs) = (frame.rows(width)?, frame.pairs()?);
+        let weights = frame.flat(pairs.rows())?;
+        Ok(Arrivals { rows, pairs, weights })
     }
 
     /// Sends each row's sum back to its token and adds what comes to `home`.
@@ -205,42 +169,40 @@ impl Exchange<'_> {
                 self.receive(FrameKind::CombineGradient, index)?.rows(dy.cols())?
             });
         }
-        Ok(concatenate(&parts, dy.cols()))
+        Ok(Tensor::concat_rows(&parts))
     }
 
     /// The backward pass of [`Exchange::dispatch`]: the gradients of the tokens' rows and of their routing weights, at home.
     ///
-    /// **Shapes**: `d_rows` `[N, D]`, `d_pairs` one per arrived pair; output `[T, D]` and `[T * K]`.
+    /// **Shapes**: `d_rows` `[N, D]`, `d_pairs` `[P]`, one per arrived pair; output `[T, D]` and `[T, K]`.
     ///
     /// **Errors**: those of the fabric.
     pub fn dispatch_backward(
         &self,
         d_rows: &Tensor,
-        d_pairs: &[f32],
+        d_pairs: &Tensor,
         route: &Route,
-    ) -> Result<(Tensor, Vec<f32>), FabricError> {
+    ) -> Result<(Tensor, Tensor), FabricError> {
         let starts = starts_of(&route.received_pairs);
-        let pairs_of = |index: usize| &d_pairs[starts[index]..starts[index + 1]];
+        let pairs_of = |index: usize| Tensor::from(d_pairs.view(starts[index]..starts[index + 1]));
         self.send_home(FrameKind::DispatchGradient, d_rows, route, |index| {
-            vec![Region::new(Payload::Weights(pairs_of(index).to_vec()))]
+            vec![packets::tensor(pairs_of(index))]
         })?;
         let mut home = Tensor::zeros(&[route.num_tokens, d_rows.cols()]);
-        let mut d_weights = vec![0.0; route.sent_slots.iter().map(Vec::len).sum()];
+        let mut d_weights = Tensor::zeros(&[route.num_tokens * route.top_k]);
         for index in 0..self.group.ranks.len() {
             let slots = &route.sent_slots[index];
             let gradients = if index == self.group.own {
                 self.add_own(d_rows, route, &mut home);
-                pairs_of(index).to_vec()
+                pairs_of(index)
             } else {
                 let mut frame = self.receive(FrameKind::DispatchGradient, index)?;
                 permute::scatter_add(&frame.rows(d_rows.cols())?, &route.sent_rows[index], &mut home);
-                frame.weights(slots.len())?
+                frame.flat(slots.len())?
             };
-            for (&slot, gradient) in slots.iter().zip(gradients) {
-                d_weights[slot as usize] = gradient;
-            }
+            permute::scatter(&gradients, slots, &mut d_weights);
         }
-        Ok((home, d_weights))
+        Ok((home, d_weights.reshape(&[route.num_tokens, route.top_k])))
     }
 
     /// Splits rows by where they came from and sends each share back, followed by `more`.
@@ -261,7 +223,7 @@ impl Exchange<'_> {
 
     fn add_own(&self, rows: &Tensor, route: &Route, home: &mut Tensor) {
         if route.is_identity {
-            add_into(home.f32_mut(), rows.f32());
+            add_into(home, rows);
             return;
         }
         let starts = starts_of(&route.received_rows);
@@ -279,21 +241,11 @@ fn starts_of(counts: &[usize]) -> Vec<usize> {
     starts
 }
 
-fn concatenate(parts: &[Tensor], width: usize) -> Tensor {
-    let mut joined = Tensor::for_overwrite(&[parts.iter().map(Tensor::rows).sum(), width]);
-    let mut rest = joined.f32_mut();
-    for part in parts {
-        let (head, tail) = rest.split_at_mut(part.len());
-        head.copy_from_slice(part.f32());
-        rest = tail;
-    }
-    joined
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::comm::address::StepId;
+    use contraflow_kernels::host::HostValues;
     use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
     use contraflow_runtime::schedule::Chunk;
 
@@ -305,7 +257,11 @@ mod tests {
         let mut expert_ids = vec![0, 1, 0, 2, 3, 2, 1, 3, 2, 3];
         expert_ids.rotate_left(2 * rank);
         let weights = (0..TOKENS * TOP_K).map(|slot| slot as f32 + 10.0 * rank as f32).collect();
-        Routing { expert_ids, weights, scores: Tensor::zeros(&[TOKENS, 4]) }
+        Routing {
+            expert_ids: Tensor::from_vec::<u32>(&[TOKENS, TOP_K], expert_ids),
+            weights: Tensor::from_vec(&[TOKENS, TOP_K], weights),
+            scores: Tensor::zeros(&[TOKENS, 4]),
+        }
     }
 
     /// Runs one closure per rank on its own thread.
@@ -334,18 +290,19 @@ mod tests {
         on_both(|exchange, rank| {
             let x = tokens(rank);
             let choice = routing(rank);
-            let (arrivals, route) = exchange.dispatch(&x, &choice, TOP_K).unwrap();
-            let copies: usize = route.sent_rows.iter().map(Vec::len).sum();
+            let (arrivals, route) = exchange.dispatch(&x, &choice).unwrap();
+            let copies: usize = route.sent_rows.iter().map(Tensor::len).sum();
+            let ids: &[u32] = choice.expert_ids.values();
             let expected: usize =
-                choice.expert_ids.chunks(TOP_K).map(|ids| if ids[0] / 2 == ids[1] / 2 { 1 } else { 2 }).sum();
+                ids.chunks(TOP_K).map(|ids| if ids[0] / 2 == ids[1] / 2 { 1 } else { 2 }).sum();
             assert_eq!(copies, expected);
             assert_eq!(arrivals.rows.rows(), route.received_rows.iter().sum::<usize>());
             // Identity experts: every copy comes back, so each token's sum is its value times its number of copies.
             let mut home = Tensor::zeros(&[TOKENS, 1]);
             exchange.combine(&arrivals.rows, &route, &mut home).unwrap();
-            for (token, ids) in choice.expert_ids.chunks(TOP_K).enumerate() {
+            for (token, ids) in ids.chunks(TOP_K).enumerate() {
                 let copies = if ids[0] / 2 == ids[1] / 2 { 1.0 } else { 2.0 };
-                assert_eq!(home.f32()[token], x.f32()[token] * copies);
+                assert_eq!(home.values::<f32>()[token], x.values::<f32>()[token] * copies);
             }
         });
     }
@@ -355,17 +312,21 @@ mod tests {
         on_both(|exchange, rank| {
             let x = tokens(rank);
             let choice = routing(rank);
-            let (arrivals, route) = exchange.dispatch(&x, &choice, TOP_K).unwrap();
-            assert_eq!(exchange.combine_backward(&x, &route).unwrap().f32(), arrivals.rows.f32());
+            let (arrivals, route) = exchange.dispatch(&x, &choice).unwrap();
+            assert_eq!(
+                exchange.combine_backward(&x, &route).unwrap().values::<f32>(),
+                arrivals.rows.values::<f32>()
+            );
             // Each pair's routing weight sent back as its own gradient must come home to its slot.
             let (home, d_weights) =
                 exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).unwrap();
-            assert_eq!(d_weights, choice.weights);
+            assert_eq!(d_weights.shape(), [TOKENS, TOP_K]);
+            assert_eq!(d_weights.values::<f32>(), choice.weights.values::<f32>());
             let mut combined = Tensor::zeros(&[TOKENS, 1]);
             let tag = Tag { micro_batch: 1, ..exchange.tag };
             let again = Exchange { tag, ..exchange };
             again.combine(&arrivals.rows, &route, &mut combined).unwrap();
-            assert_eq!(home.f32(), combined.f32());
+            assert_eq!(home.values::<f32>(), combined.values::<f32>());
         });
     }
 }

@@ -3,7 +3,7 @@
 //! Sums run in an order that the group fixes, never in that of arrival, so that a run gives the same bits whatever the timing.
 //! Knows ranks and flat slices; no layers.
 
-use contraflow_kernels::math::add_into;
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region};
 use contraflow_runtime::schedule::Chunk;
@@ -86,7 +86,7 @@ impl Collectives<'_> {
                 self.receive(member, FrameKind::ReduceScatter, bucket)?.flat(range.len())?
             };
             match &mut sum {
-                Some(sum) => add_into(sum.f32_mut(), part.f32()),
+                Some(sum) => add_into(sum, &part),
                 None => sum = Some(part),
             }
         }

@@ -5,36 +5,34 @@
 
 use std::sync::Arc;
 
-use contraflow_kernels::tensor::{Format, Tensor, Values};
+use contraflow_kernels::tensor::{Element, Format, HostMemory, Tensor};
 use contraflow_runtime::fabric::{FabricError, Form, Memory, Region, Tag};
 
 /// [`Form::kind`] of each payload.
-const TENSOR: u8 = 1;
-/// Nothing computes with it yet, so nobody may send it.
-const NARROW_TENSOR: u8 = 2;
-const IDS: u8 = 3;
-const WEIGHTS: u8 = 4;
+const F32_TENSOR: u8 = 1;
+const U32_TENSOR: u8 = 3;
 const TOTALS: u8 = 5;
 
 /// One piece of a packet.
 pub enum Payload {
-    /// Rows of activations or gradients, or a slice of a flat bucket.
+    /// Rows of activations or gradients, a slice of a flat bucket, rows and experts, routing weights.
     Tensor(Tensor),
-    /// Row and expert numbers.
-    Ids(Vec<u32>),
-    /// Routing weights and their gradients.
-    Weights(Vec<f32>),
     /// Sums over the global batch.
     Totals(Vec<f64>),
 }
 
 impl Memory for Payload {
-    fn bytes(&self) -> &[u8] {
+    fn part(&self, index: usize) -> Option<&[u8]> {
         match self {
-            Payload::Tensor(tensor) => tensor.bytes(),
-            Payload::Ids(ids) => bytemuck::cast_slice(ids),
-            Payload::Weights(weights) => bytemuck::cast_slice(weights),
-            Payload::Totals(totals) => bytemuck::cast_slice(totals),
+            Payload::Tensor(tensor) => tensor.parts().nth(index),
+            Payload::Totals(totals) => (index == 0).then(|| bytemuck::cast_slice(totals)),
+        }
+    }
+
+    fn num_bytes(&self) -> usize {
+        match self {
+            Payload::Tensor(tensor) => tensor.num_bytes(),
+            Payload::Totals(totals) => size_of_val(totals.as_slice()),
         }
     }
 
@@ -42,13 +40,11 @@ impl Memory for Payload {
         let (kind, rows, cols) = match self {
             Payload::Tensor(tensor) => {
                 let kind = match tensor.format() {
-                    Format::F32 => TENSOR,
-                    Format::Bf16 => NARROW_TENSOR,
+                    Format::F32 => F32_TENSOR,
+                    Format::U32 => U32_TENSOR,
                 };
                 (kind, tensor.rows(), tensor.cols())
             }
-            Payload::Ids(ids) => (IDS, 1, ids.len()),
-            Payload::Weights(weights) => (WEIGHTS, 1, weights.len()),
             Payload::Totals(totals) => (TOTALS, 1, totals.len()),
         };
         Form { kind, rows: rows as u64, cols: cols as u64 }
@@ -58,29 +54,18 @@ impl Memory for Payload {
 impl Payload {
     /// What came over a wire, by its form; `None` if form and bytes do not fit. A tensor stays where it is.
     fn from_wire(region: &Region) -> Option<Payload> {
-        let (form, bytes) = (region.form(), region.bytes());
-        let payload = match form.kind {
-            TENSOR => {
-                let shape = [usize::try_from(form.rows).ok()?, usize::try_from(form.cols).ok()?];
-                let num_values = bytemuck::try_cast_slice::<u8, f32>(bytes).ok()?.len();
-                if shape[0].checked_mul(shape[1]) != Some(num_values) {
-                    return None;
-                }
-                Payload::Tensor(Tensor::borrowing(&shape, Arc::new(Arrived(region.clone()))))
-            }
-            IDS => Payload::Ids(numbers(bytes)?),
-            WEIGHTS => Payload::Weights(numbers(bytes)?),
-            TOTALS => Payload::Totals(numbers(bytes)?),
+        let payload = match region.form().kind {
+            F32_TENSOR => Payload::Tensor(arrived::<f32>(region)?),
+            U32_TENSOR => Payload::Tensor(arrived::<u32>(region)?),
+            TOTALS => Payload::Totals(numbers(region.bytes())?),
             _ => return None,
         };
-        (payload.form() == form).then_some(payload)
+        (payload.form() == region.form()).then_some(payload)
     }
 
     fn name(&self) -> String {
         match self {
-            Payload::Tensor(tensor) => format!("a tensor of shape {:?}", tensor.shape()),
-            Payload::Ids(ids) => format!("{} ids", ids.len()),
-            Payload::Weights(weights) => format!("{} weights", weights.len()),
+            Payload::Tensor(tensor) => format!("a tensor {tensor:?}"),
             Payload::Totals(totals) => format!("{} totals", totals.len()),
         }
     }
@@ -91,13 +76,19 @@ pub fn tensor(tensor: Tensor) -> Region {
     Region::new(Payload::Tensor(tensor))
 }
 
-/// A region that has been seen to hold f32 values where they can be read in place.
+/// A region that stays where the wire has put it.
 struct Arrived(Region);
 
-impl Values for Arrived {
-    fn values(&self) -> &[f32] {
-        bytemuck::cast_slice(self.0.bytes())
+impl HostMemory for Arrived {
+    fn bytes(&self) -> &[u8] {
+        self.0.bytes()
     }
+}
+
+fn arrived<T: Element>(region: &Region) -> Option<Tensor> {
+    let Form { rows, cols, .. } = region.form();
+    let shape = [usize::try_from(rows).ok()?, usize::try_from(cols).ok()?];
+    Tensor::borrowing::<T>(&shape, Arc::new(Arrived(region.clone())))
 }
 
 /// `None` unless the bytes are a whole number of values.
@@ -132,47 +123,51 @@ impl Unpack {
         FabricError::Content { tag: self.tag, expected: expected.to_owned(), got: got.to_owned() }
     }
 
-    /// The next part as rows of a known width.
+    /// The next part as rows of a known width, in F32.
+    ///
+    /// **Shapes**: output `[N, width]`.
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
     pub fn rows(&mut self, width: usize) -> Result<Tensor, FabricError> {
-        let part = self.next("rows")?;
+        self.matrix(Format::F32, width, || format!("rows of width {width}"))
+    }
+
+    /// The next part as pairs of a row and an expert, in U32.
+    ///
+    /// **Shapes**: output `[P, 2]`.
+    ///
+    /// **Errors**: [`FabricError::Content`] if it is something else.
+    pub fn pairs(&mut self) -> Result<Tensor, FabricError> {
+        self.matrix(Format::U32, 2, || "pairs".into())
+    }
+
+    fn matrix(
+        &mut self,
+        format: Format,
+        width: usize,
+        expected: impl Fn() -> String,
+    ) -> Result<Tensor, FabricError> {
+        let part = self.next(&expected())?;
         match &*part {
-            Payload::Tensor(tensor) if tensor.cols() == width => Ok(tensor.clone()),
-            other => Err(self.wrong(&format!("rows of width {width}"), &other.name())),
+            Payload::Tensor(tensor) if tensor.format() == format && tensor.cols() == width => {
+                Ok(tensor.clone())
+            }
+            other => Err(self.wrong(&expected(), &other.name())),
         }
     }
 
-    /// The next part as a flat tensor of a known length.
+    /// The next part as a flat tensor of a known length, in F32.
+    ///
+    /// **Shapes**: output `[len]`.
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
     pub fn flat(&mut self, len: usize) -> Result<Tensor, FabricError> {
         let part = self.next("a slice")?;
         match &*part {
-            Payload::Tensor(tensor) if tensor.len() == len => Ok(tensor.clone().reshape(&[len])),
+            Payload::Tensor(tensor) if tensor.format() == Format::F32 && tensor.len() == len => {
+                Ok(tensor.clone().reshape(&[len]))
+            }
             other => Err(self.wrong(&format!("a slice of {len} elements"), &other.name())),
-        }
-    }
-
-    /// The next part as numbers.
-    ///
-    /// **Errors**: [`FabricError::Content`] if it is something else.
-    pub fn ids(&mut self) -> Result<Vec<u32>, FabricError> {
-        let part = self.next("ids")?;
-        match &*part {
-            Payload::Ids(ids) => Ok(ids.clone()),
-            other => Err(self.wrong("ids", &other.name())),
-        }
-    }
-
-    /// The next part as a known number of weights.
-    ///
-    /// **Errors**: [`FabricError::Content`] if it is something else.
-    pub fn weights(&mut self, len: usize) -> Result<Vec<f32>, FabricError> {
-        let part = self.next("weights")?;
-        match &*part {
-            Payload::Weights(weights) if weights.len() == len => Ok(weights.clone()),
-            other => Err(self.wrong(&format!("{len} weights"), &other.name())),
         }
     }
 
@@ -192,6 +187,7 @@ impl Unpack {
 mod tests {
     use super::*;
     use crate::comm::address::StepId;
+    use contraflow_kernels::host::{HostValues, HostValuesMut};
     use contraflow_runtime::fabric::{FrameKind, Phase};
     use contraflow_runtime::schedule::Chunk;
     use proptest::prelude::*;
@@ -200,8 +196,12 @@ mod tests {
     struct Wire(Vec<u64>, usize, Form);
 
     impl Memory for Wire {
-        fn bytes(&self) -> &[u8] {
-            &bytemuck::cast_slice(&self.0)[..self.1]
+        fn part(&self, index: usize) -> Option<&[u8]> {
+            (index == 0).then(|| &bytemuck::cast_slice(&self.0)[..self.1])
+        }
+
+        fn num_bytes(&self) -> usize {
+            self.1
         }
 
         fn form(&self) -> Form {
@@ -223,40 +223,56 @@ mod tests {
         Unpack::new(tag, parts)
     }
 
+    fn bytes(tensor: &Tensor) -> &[u8] {
+        tensor.parts().next().unwrap()
+    }
+
     #[test]
     fn what_comes_over_a_wire_is_what_was_sent_and_a_tensor_is_not_copied() {
         let rows = Tensor::from_vec(&[2, 3], vec![1.0, -2.5, 3.0, f32::MIN_POSITIVE, 5.0, -0.0]);
         let parts = [
             tensor(rows.clone()),
-            Region::new(Payload::Ids(vec![7, u32::MAX])),
-            Region::new(Payload::Weights(vec![0.25])),
+            tensor(Tensor::from_vec(&[1, 2], vec![7, u32::MAX])),
+            tensor(Tensor::from_vec(&[1], vec![0.25])),
             Region::new(Payload::Totals(vec![1e300, -1.0])),
             tensor(Tensor::zeros(&[0, 3])),
             tensor(rows.clone()),
         ];
         let came: Vec<Region> = parts.iter().map(sent).collect();
+        assert!(parts.iter().zip(&came).all(|(sent, came)| sent.len() == came.bytes().len()));
         let address = came[0].bytes().as_ptr();
         let mut frame = unpack(came);
         let mut got = frame.rows(3).unwrap();
-        assert_eq!((got.shape(), got.bytes()), (rows.shape(), rows.bytes()));
-        assert_eq!(got.bytes().as_ptr(), address);
-        got.f32_mut()[0] = 9.0;
-        assert_ne!(got.bytes().as_ptr(), address, "written where others read");
-        assert_eq!(frame.ids().unwrap(), [7, u32::MAX]);
-        assert_eq!(frame.weights(1).unwrap(), [0.25]);
+        assert_eq!((got.shape(), bytes(&got)), (rows.shape(), bytes(&rows)));
+        assert_eq!(bytes(&got).as_ptr(), address);
+        got.values_mut::<f32>()[0] = 9.0;
+        assert_ne!(bytes(&got).as_ptr(), address, "written where others read");
+        assert_eq!(frame.pairs().unwrap().values::<u32>(), [7, u32::MAX]);
+        assert_eq!(frame.flat(1).unwrap().values::<f32>(), [0.25]);
         assert_eq!(frame.totals(2).unwrap(), [1e300, -1.0]);
         assert_eq!(frame.rows(3).unwrap().shape(), [0, 3]);
         assert_eq!(frame.flat(6).unwrap().shape(), [6]);
-        assert!(matches!(frame.ids(), Err(FabricError::Content { .. })));
+        assert!(matches!(frame.pairs(), Err(FabricError::Content { .. })));
     }
 
     #[test]
     fn content_that_does_not_fit_is_told_with_what_came() {
-        let narrow = tensor(Tensor::zeros(&[2, 4]).to_format(Format::Bf16));
-        let error = unpack(vec![sent(&narrow)]).rows(4).unwrap_err().to_string();
-        assert!(error.ends_with("expected rows, got 16 bytes said to be 2 x 4 of kind 2"), "{error}");
-        let error = unpack(vec![sent(&tensor(Tensor::zeros(&[2, 4])))]).rows(5).unwrap_err().to_string();
-        assert!(error.ends_with("expected rows of width 5, got a tensor of shape [2, 4]"), "{error}");
+        let message = |part: Region, width: usize| unpack(vec![part]).rows(width).unwrap_err().to_string();
+        let unknown = Region::new(Wire(vec![0; 2], 16, Form { kind: 2, rows: 2, cols: 4 }));
+        let error = message(unknown, 4);
+        assert!(
+            error.ends_with("expected rows of width 4, got 16 bytes said to be 2 x 4 of kind 2"),
+            "{error}"
+        );
+        let error = message(sent(&tensor(Tensor::zeros(&[2, 4]))), 5);
+        assert!(error.ends_with("expected rows of width 5, got a tensor F32[2, 4]"), "{error}");
+        let ids = || sent(&tensor(Tensor::from_vec(&[1, 4], vec![0_u32; 4])));
+        let error = message(ids(), 4);
+        assert!(error.ends_with("expected rows of width 4, got a tensor U32[1, 4]"), "{error}");
+        let error = unpack(vec![ids()]).flat(4).unwrap_err().to_string();
+        assert!(error.ends_with("expected a slice of 4 elements, got a tensor U32[1, 4]"), "{error}");
+        let error = unpack(vec![tensor(Tensor::zeros(&[1, 2]))]).pairs().unwrap_err().to_string();
+        assert!(error.ends_with("expected pairs, got a tensor F32[1, 2]"), "{error}");
     }
 
     proptest! {
@@ -267,9 +283,10 @@ mod tests {
             for rows in [rows, 0, 1, 2, 4] {
                 let part = || Region::new(Wire(words.clone(), len, Form { kind, rows, cols }));
                 if let Ok(tensor) = unpack(vec![part()]).rows(cols as usize) {
-                    prop_assert!(kind == TENSOR && tensor.rows() as u64 == rows && tensor.bytes().len() == len);
+                    let shape = (tensor.rows() as u64, tensor.num_bytes());
+                    prop_assert!(kind == F32_TENSOR && shape == (rows, len) && bytes(&tensor).len() == len);
                 }
-                let _ = (unpack(vec![part()]).ids(), unpack(vec![part()]).weights(2), unpack(vec![part()]).totals(2));
+                let _ = (unpack(vec![part()]).pairs(), unpack(vec![part()]).flat(2), unpack(vec![part()]).totals(2));
             }
         }
     }

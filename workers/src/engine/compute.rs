@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use contraflow_kernels::cross_entropy::Targets;
-use contraflow_kernels::math::add_into;
+use contraflow_kernels::elementwise::add_into;
+use contraflow_kernels::embedding;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_kernels::{embedding, gate};
 use contraflow_runtime::schedule::{Chunk, Component, Pass, TransferKind};
 
 use super::transit::Transit;
@@ -19,7 +19,7 @@ use crate::model::head::{self, LossHead};
 use crate::model::micro_batch::MicroBatch;
 use crate::model::params::Params;
 use crate::model::weight_work::WeightWork;
-use crate::model::{Architecture, Layer, Stage, experts, ffn, mtp};
+use crate::model::{Architecture, Layer, Stage, expert_counts, experts, ffn, mtp};
 
 /// What a layer keeps between its forward and its backward pass.
 #[derive(Default)]
@@ -224,9 +224,7 @@ impl Compute {
         let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.dense, x, batch);
         if let Some(routing) = output.routing {
-            let counts = gate::counts(&routing, self.arch.config.n_routed_experts);
-            let sums = self.totals.expert_counts.entry(op.layer).or_insert_with(|| vec![0; counts.len()]);
-            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            expert_counts::count(&mut self.totals.expert_counts, op.layer, &routing);
             let normed = output.normed.clone();
             transit.layer(op.chunk, op.layer, |transit| transit.normed = Some((normed, routing)));
         }
@@ -358,12 +356,12 @@ impl Compute {
             self.layers.remove(&(op.chunk, op.layer)).unwrap_or_default();
         let saved = present(saved, "the saved attention", op)?;
         let mut normed = present(d_normed, "the shared expert's gradient", op)?;
-        let mut routing_weights = Vec::new();
+        let mut routing_weights = None;
         if layer.experts.is_some() {
             let from = (op.chunk, op.layer);
             let (routed, weights) = transit.take_from(from, "the experts' gradient", |t| &mut t.d_normed)?;
-            add_into(normed.f32_mut(), routed.f32());
-            routing_weights = weights;
+            add_into(&mut normed, &routed);
+            routing_weights = Some(weights);
             transit.forget(op.chunk, op.layer);
         }
         let gradient =

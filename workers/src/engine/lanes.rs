@@ -123,8 +123,6 @@ pub struct Site {
     pub stages: Arc<Vec<Stage>>,
     /// World rank of each pipeline position in this rank's column.
     pub pipeline_peers: Vec<usize>,
-    /// Experts per token.
-    pub top_k: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
 }
@@ -201,7 +199,7 @@ impl Running {
         match (component, pass) {
             (Component::Dispatch, Pass::Forward) => {
                 let (normed, routing) = transit.take_from(here, "the routed rows", |t| &mut t.normed)?;
-                let (arrivals, route) = exchange.dispatch(&normed, &routing, self.site.top_k)?;
+                let (arrivals, route) = exchange.dispatch(&normed, &routing)?;
                 transit.layer(chunk, layer, |t| {
                     t.arrivals = Some(arrivals);
                     t.route = Some(Arc::new(route));

@@ -29,9 +29,9 @@ pub struct LayerTransit {
     /// Combine's backward -> Experts' backward.
     pub d_outputs: Option<Tensor>,
     /// Experts' backward -> Dispatch's backward: of the rows, of the pairs' routing weights.
-    pub d_arrivals: Option<(Tensor, Vec<f32>)>,
+    pub d_arrivals: Option<(Tensor, Tensor)>,
     /// Dispatch's backward -> Attention's backward: of the normed rows, of the routing weights.
-    pub d_normed: Option<(Tensor, Vec<f32>)>,
+    pub d_normed: Option<(Tensor, Tensor)>,
 }
 
 /// The tensors under way.

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use contraflow_kernels::host::{HostValues, HostValuesMut};
+use contraflow_kernels::tensor::{Tensor, View};
 use contraflow_runtime::checkpoint::MANIFEST_FILE;
 use contraflow_runtime::control::ExportedFile;
 use safetensors::Dtype;
@@ -124,9 +126,7 @@ impl HfWeights {
     /// **Errors**: it is missing, has another shape, or cannot be read.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
         if let Some(checkpoint) = &self.checkpoint {
-            let mut values = vec![0.0; shape.iter().product()];
-            checkpoint.records.read(Kind::Weight, (name, shape), 0..values.len(), &mut values)?;
-            return Ok(values);
+            return checkpoint.records.read_numbers(Kind::Weight, name, shape);
         }
         let place = self
             .tensors
@@ -151,11 +151,12 @@ impl HfWeights {
         for param in params.iter_mut() {
             for part in param.parts.clone() {
                 let values = self.read(&part.name, &part.shape)?;
-                param.weight.f32_mut()[part.offset..part.offset + values.len()].copy_from_slice(&values);
+                param.weight.view_mut(part.range()).values_mut().copy_from_slice(&values);
             }
         }
         for (layer, bias) in &mut params.gate_biases {
-            *bias = self.read(&gate_bias_name(*layer), &[bias.len()])?;
+            let values = self.read(&gate_bias_name(*layer), &[bias.len()])?;
+            *bias = Tensor::from_vec(&[values.len()], values);
         }
         Ok(())
     }
@@ -263,7 +264,7 @@ pub struct Entry<'a> {
     /// Published shape.
     pub shape: Vec<usize>,
     /// Its values.
-    pub values: &'a [f32],
+    pub values: View<'a>,
 }
 
 /// The header of a safetensors file with these tensors in this order, and how many bytes of data follow it.
@@ -297,7 +298,7 @@ pub fn write_file(dir: &Path, name: &str, mut entries: Vec<Entry>) -> Result<Exp
         file.write_all(&(text.len() as u64).to_le_bytes())?;
         file.write_all(text.as_bytes())?;
         for entry in &entries {
-            for value in entry.values {
+            for value in entry.values.values::<f32>() {
                 file.write_all(&value.to_le_bytes())?;
             }
         }
@@ -321,9 +322,10 @@ mod tests {
     fn what_is_written_is_read_back_and_readable_by_the_safetensors_crate() {
         let dir = folder();
         let values = [1.5, -2.0, 3.25, f32::MIN_POSITIVE, 0.0, 7.0];
+        let tensor = Tensor::from_vec(&[6], values.to_vec());
         let entries = vec![
-            Entry { name: "b".into(), shape: vec![2], values: &values[4..] },
-            Entry { name: "a".into(), shape: vec![2, 2], values: &values[..4] },
+            Entry { name: "b".into(), shape: vec![2], values: tensor.view(4..6) },
+            Entry { name: "a".into(), shape: vec![2, 2], values: tensor.view(0..4) },
         ];
         let written = write_file(dir.path(), SINGLE_FILE, entries).unwrap();
         assert_eq!((written.tensors, written.bytes), (vec!["a".to_owned(), "b".to_owned()], 24));

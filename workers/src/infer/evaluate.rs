@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use contraflow_kernels::cross_entropy::{Targets, logits};
-use contraflow_kernels::math::add_into;
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_kernels::{embedding, gate, norm};
+use contraflow_kernels::{embedding, norm};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::generate::{Generator, arrivals};
@@ -17,7 +17,7 @@ use crate::error::RankError;
 use crate::hf::weights::file_error;
 use crate::model::head::{self, LossHead};
 use crate::model::micro_batch::{LossScales, MicroBatch};
-use crate::model::{Layer, attention, experts, ffn};
+use crate::model::{Layer, attention, expert_counts, experts, ffn};
 
 /// Every sequence counts as it is: sums, not means.
 const SUMS: LossScales = LossScales { denominator: 1.0, mtp_denominator: 0.0, mtp_weight: 0.0, balance: 0.0 };
@@ -82,10 +82,11 @@ impl Generator {
         let shape = vec![sequences.ids.len() / length, length];
         let ids: Vec<i64> = sequences.ids.iter().map(|&id| i64::from(id)).collect();
         let logits = self.logits(sequences);
+        let values = logits.parts().next().expect("values in F32 are one part");
         let wide = [shape.as_slice(), &[self.vocab_size()]].concat();
         let views = [
             ("input_ids", TensorView::new(Dtype::I64, shape, bytemuck::cast_slice(&ids))),
-            ("logits", TensorView::new(Dtype::F32, wide, bytemuck::cast_slice(logits.f32()))),
+            ("logits", TensorView::new(Dtype::F32, wide, values)),
         ];
         let views = views.map(|(name, view)| (name, view.expect("the shapes are those of the data")));
         let bytes = serialize(views, None).expect("two tensors of known size");
@@ -120,12 +121,10 @@ impl Generator {
         let (attended, _) = attention::forward(arch, &layer.attention, dense, x, batch);
         let (mut output, _) = ffn::forward(&layer.ffn, dense, attended.normed.clone(), &attended.residual);
         if let (Some(routing), Some(weights)) = (attended.routing, &layer.experts) {
-            let more = gate::counts(&routing, arch.config.n_routed_experts);
-            let sums = counts.entry(layer.index).or_insert_with(|| vec![0; more.len()]);
-            sums.iter_mut().zip(more).for_each(|(sum, count)| *sum += count);
-            let rows = arrivals(attended.normed, &routing, arch.gate.top_k);
+            expert_counts::count(counts, layer.index, &routing);
+            let rows = arrivals(attended.normed, &routing);
             let (routed, _) = experts::forward(weights, &self.model.experts, rows);
-            add_into(output.f32_mut(), routed.f32());
+            add_into(&mut output, &routed);
         }
         output
     }

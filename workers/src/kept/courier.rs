@@ -22,8 +22,12 @@ struct Piece {
 }
 
 impl Memory for Piece {
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[self.range.clone()]
+    fn part(&self, index: usize) -> Option<&[u8]> {
+        (index == 0).then(|| &self.bytes[self.range.clone()])
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.range.len()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, mpsc};
 
+use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
@@ -159,10 +160,10 @@ fn every_rank_has_its_own_state_and_that_of_its_ward_once_its_buddy_has_said_so(
         assert_eq!(kept.inventory(), expected);
         let part = kept.get((1, 7, ward)).unwrap();
         let records = Records::in_memory("memory".into(), part.bytes.clone()).unwrap();
-        let mut values = [0.0; 2];
-        records.read(Kind::Weight, ("w", &[6]), 2 * ward..2 * ward + 2, &mut values).unwrap();
-        assert_eq!(values, [ward as f32, 7.0]);
-        let gap = records.read(Kind::Weight, ("w", &[6]), 0..6, &mut [0.0; 6]).unwrap_err().to_string();
+        let mut values = Tensor::zeros(&[2]);
+        records.read(Kind::Weight, ("w", &[6]), 2 * ward..2 * ward + 2, values.view_mut(0..2)).unwrap();
+        assert_eq!(values.values::<f32>(), [ward as f32, 7.0]);
+        let gap = records.read_numbers(Kind::Weight, "w", &[6]).unwrap_err().to_string();
         assert!(gap.contains("expected elements 0..6, got 2 of them"), "{gap}");
         assert_eq!(steps(kept.reports(ward, 9)), [5, 6, 7]);
     }

@@ -6,10 +6,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use contraflow_kernels::attention::{self, Output};
+use contraflow_kernels::attention::{self, Attended};
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::gate::{self, Routing};
 use contraflow_kernels::latent::{join_keys, split_key_gradients};
-use contraflow_kernels::math::add_into;
 use contraflow_kernels::rope::{RopeTable, rotate};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
@@ -42,7 +42,7 @@ pub struct Saved {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    core: Output,
+    core: Attended,
     residual: Tensor,
     normed: Tensor,
     routing: Option<Arc<Routing>>,
@@ -54,8 +54,8 @@ pub struct AttentionGradient {
     pub residual: Tensor,
     /// Of the normed residual stream, from shared and routed experts. **Shapes**: `[T, D]`.
     pub normed: Tensor,
-    /// Of the routing weights, token by token; empty in a dense layer.
-    pub routing_weights: Vec<f32>,
+    /// Of the routing weights, in layers with routed experts. **Shapes**: `[T, K]`.
+    pub routing_weights: Option<Tensor>,
     /// Factor of the sequence-wise balance loss: alpha over the number of sequences of the global batch.
     pub balance_scale: f32,
 }
@@ -75,15 +75,7 @@ fn latent_columns(arch: &Architecture) -> Range<usize> {
 
 /// Rotates the rope part of every head's query, in place.
 pub fn rotate_queries(arch: &Architecture, table: &RopeTable, q: &mut Tensor, inverse: bool) {
-    let config = &arch.config;
-    rotate(
-        table,
-        q.mat_mut(),
-        config.num_attention_heads,
-        config.qk_head_dim(),
-        config.qk_nope_head_dim,
-        inverse,
-    );
+    rotate(table, q, arch.config.num_attention_heads, arch.config.qk_nope_head_dim, inverse);
 }
 
 /// Queries of every head before rotation, and the query latent before its norm.
@@ -105,11 +97,8 @@ pub fn queries(weights: &AttentionWeights, params: &Params, x: &Tensor) -> (Tens
 /// **Shapes**: `kv_latent` `[T, C + rope]`, output `[T, rope]`.
 pub fn rope_keys(arch: &Architecture, table: &RopeTable, kv_latent: &Tensor) -> Tensor {
     let (rank, dim) = (arch.config.kv_lora_rank, arch.config.qk_rope_head_dim);
-    let mut keys = Tensor::for_overwrite(&[kv_latent.rows(), dim]);
-    for (key, row) in keys.f32_mut().chunks_exact_mut(dim).zip(kv_latent.f32().chunks_exact(rank + dim)) {
-        key.copy_from_slice(&row[rank..]);
-    }
-    rotate(table, keys.mat_mut(), 1, dim, 0, false);
+    let mut keys = kv_latent.slice_cols(rank..rank + dim);
+    rotate(table, &mut keys, 1, 0, false);
     keys
 }
 
@@ -137,7 +126,7 @@ fn project(
     let kv_latent = linear::forward(x, params.weight(weights.kv_down));
     let keys = rope_keys(arch, table, &kv_latent);
     let kv = linear::forward(&kv_latents(arch, weights, params, &kv_latent), params.weight(weights.kv_up));
-    let (k, v) = join_keys(&kv, keys.mat(), &arch.latent_heads);
+    let (k, v) = join_keys(&kv, &keys, &arch.latent_heads);
     Heads { query_latent, kv_latent, q, k, v }
 }
 
@@ -187,21 +176,22 @@ pub fn backward_input(
     let mut work = WeightWork::default();
     let mut balance_loss = 0.0;
     let mut d_normed = gradient.normed;
-    if let (Some(gate_weight), Some(routing)) = (weights.gate, &saved.routing) {
-        let mut d_scores = gate::backward(&gradient.routing_weights, routing, &arch.gate);
+    let routed = saved.routing.as_ref().zip(gradient.routing_weights);
+    if let (Some(gate_weight), Some((routing, d_weights))) = (weights.gate, routed) {
+        let mut d_scores = gate::backward(&d_weights, routing, &arch.gate);
         if gradient.balance_scale != 0.0 {
             let scale = gradient.balance_scale;
             balance_loss =
                 gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
         }
         gate::logits_gradient(&mut d_scores, routing);
-        add_into(d_normed.f32_mut(), linear::backward_input(&d_scores, params.weight(gate_weight)).f32());
+        add_into(&mut d_normed, &linear::backward_input(&d_scores, params.weight(gate_weight)));
         work.linear(gate_weight, d_scores, saved.normed);
     }
     let mut d_residual = gradient.residual;
     let (post_norm, d_post_norm) = params.weight_and_grad(weights.post_norm);
     let through_norm = norm::backward(&d_normed, &saved.residual, post_norm, arch.eps(), d_post_norm);
-    add_into(d_residual.f32_mut(), through_norm.f32());
+    add_into(&mut d_residual, &through_norm);
 
     let d_core = linear::backward_input(&d_residual, params.weight(weights.output));
     let core =
@@ -215,11 +205,11 @@ pub fn backward_input(
     let mut d_input = backward_queries(weights, params, d_q, saved.query_latent, &input, &mut work);
     let gradient = KvGradient { kv: d_kv, rope_keys: d_rope_keys };
     let d_latent = backward_kv(arch, weights, params, gradient, &saved.kv_latent, &batch.rope, &mut work);
-    add_into(d_input.f32_mut(), linear::backward_input(&d_latent, params.weight(weights.kv_down)).f32());
+    add_into(&mut d_input, &linear::backward_input(&d_latent, params.weight(weights.kv_down)));
     work.linear(weights.kv_down, d_latent, input);
     let (input_norm, d_input_norm) = params.weight_and_grad(weights.input_norm);
     let through_norm = norm::backward(&d_input, &saved.x, input_norm, arch.eps(), d_input_norm);
-    add_into(d_residual.f32_mut(), through_norm.f32());
+    add_into(&mut d_residual, &through_norm);
     AttentionBackward { dx: d_residual, balance_loss, work }
 }
 
@@ -271,7 +261,6 @@ fn backward_kv(
     work: &mut WeightWork,
 ) -> Tensor {
     let columns = latent_columns(arch);
-    let (rank, dim) = (arch.config.kv_lora_rank, arch.config.qk_rope_head_dim);
     let d_normed = linear::backward_input(&gradient.kv, params.weight(weights.kv_up));
     let normed = kv_latents(arch, weights, params, kv_latent);
     work.linear(weights.kv_up, gradient.kv, normed);
@@ -279,9 +268,7 @@ fn backward_kv(
     let (weight, grad) = params.weight_and_grad(weights.kv_norm);
     norm::backward_cols(&d_normed, kv_latent, columns, weight, LATENT_NORM_EPS, grad, &mut d_latent);
     let mut d_keys = gradient.rope_keys;
-    rotate(table, d_keys.mat_mut(), 1, dim, 0, true);
-    for (row, key) in d_latent.f32_mut().chunks_exact_mut(rank + dim).zip(d_keys.f32().chunks_exact(dim)) {
-        row[rank..].copy_from_slice(key);
-    }
+    rotate(table, &mut d_keys, 1, 0, true);
+    d_latent.set_cols(arch.config.kv_lora_rank, &d_keys);
     d_latent
 }

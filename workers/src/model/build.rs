@@ -2,6 +2,7 @@
 //!
 //! Knows the topology and the placement of stages; no actor and no fabric.
 
+use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{Bucket, Contents, LayerKind, StageLayout, buckets};
 use contraflow_runtime::topology::Topology;
 
@@ -97,7 +98,7 @@ impl Builder<'_> {
                 let prefix = format!("model.layers.{index}.mlp.shared_experts");
                 let width = config.moe_intermediate_size * config.n_shared_experts;
                 let ffn = ffn(&mut self.dense, arch, &prefix, width, group);
-                self.dense.gate_biases.insert(index, vec![0.0; config.n_routed_experts]);
+                self.dense.gate_biases.insert(index, Tensor::zeros(&[config.n_routed_experts]));
                 Layer { index, attention, ffn, experts: Some(self.routed_experts(stage, index)) }
             }
         }

@@ -15,18 +15,18 @@ use super::weight_work::{WeightTask, WeightWork};
 pub struct Arrivals {
     /// **Shapes**: `[N, D]`.
     pub rows: Tensor,
-    /// Row and local expert of each pair.
-    pub pairs: Vec<(u32, u32)>,
-    /// Routing weight of each pair.
-    pub weights: Vec<f32>,
+    /// Row and local expert of each pair. **Shapes**: `[P, 2]` in U32.
+    pub pairs: Tensor,
+    /// Routing weight of each pair. **Shapes**: `[P]`.
+    pub weights: Tensor,
 }
 
 /// What the backward pass needs. Rows are kept once, not once per expert; the SwiGLU output is recomputed.
 pub struct Saved {
     rows: Tensor,
     permutation: Permutation,
-    /// Routing weights in permuted order.
-    weights: Vec<f32>,
+    /// Routing weights in permuted order. **Shapes**: `[R]`.
+    weights: Tensor,
     /// **Shapes**: `[R, 2F]`.
     gate_up: Tensor,
 }
@@ -38,7 +38,7 @@ pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (T
     let Arrivals { rows, pairs, weights: pair_weights } = arrivals;
     let num_experts = experts.weight(weights.gate_up).shape()[0];
     let permutation = permute::by_expert(&pairs, num_experts);
-    let routing: Vec<f32> = permutation.slots.iter().map(|&slot| pair_weights[slot as usize]).collect();
+    let routing = permute::gather(&pair_weights, &permutation.slots);
     let gathered = permute::gather(&rows, &permutation.rows);
     let gate_up = grouped::forward(&gathered, &permutation.offsets, experts.weight(weights.gate_up));
     drop(gathered);
@@ -51,13 +51,13 @@ pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (T
 
 /// Gradients with respect to the rows and to the routing weight of each pair, in the order in which the pairs arrived.
 ///
-/// **Shapes**: `dy` `[N, D]`, output `[N, D]`.
+/// **Shapes**: `dy` `[N, D]`, output `[N, D]` and `[P]`.
 pub fn backward_input(
     weights: &FfnWeights,
     experts: &Params,
     dy: &Tensor,
     saved: Saved,
-) -> (Tensor, Vec<f32>, WeightWork) {
+) -> (Tensor, Tensor, WeightWork) {
     let Saved { rows, permutation, weights: routing, gate_up } = saved;
     let Permutation { offsets, rows: row_of, slots } = permutation;
     let d_outputs = permute::gather(dy, &row_of);
@@ -67,10 +67,9 @@ pub fn backward_input(
     let d_gathered = grouped::backward_input(&d_gate_up, &offsets, experts.weight(weights.gate_up));
     let mut d_rows = Tensor::zeros(&[rows.rows(), rows.cols()]);
     permute::scatter_add(&d_gathered, &row_of, &mut d_rows);
-    let mut d_weights = vec![0.0; slots.len()];
-    for (&slot, &gradient) in slots.iter().zip(&d_routing) {
-        d_weights[slot as usize] = gradient;
-    }
+    let d_routing = d_routing.expect("SwiGLU was weighted");
+    let mut d_weights = Tensor::for_overwrite(d_routing.shape());
+    permute::scatter(&d_routing, &slots, &mut d_weights);
     let gathered = permute::gather(&rows, &row_of);
     let work = WeightWork(vec![
         WeightTask::Grouped { param: weights.down, dy: d_outputs, x: inner, offsets: offsets.clone() },

@@ -4,7 +4,7 @@
 //! the backward pass has only the norm left. T tokens, D hidden, V vocabulary.
 
 use contraflow_kernels::cross_entropy::{self, Loss, Targets};
-use contraflow_kernels::math::add_into;
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::norm;
 use contraflow_kernels::tensor::Tensor;
 
@@ -57,7 +57,7 @@ pub fn backward(
 ) -> Tensor {
     let Saved { x, mut d_normed } = saved;
     if let Some(extra) = d_normed_by_mtp {
-        add_into(d_normed.f32_mut(), extra.f32());
+        add_into(&mut d_normed, extra);
     }
     let (weight, grad) = params.weight_and_grad(head.norm);
     norm::backward(&d_normed, &x, weight, head.eps, grad)

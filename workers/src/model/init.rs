@@ -16,11 +16,10 @@ pub fn initialise(params: &mut Params, seed: u64, deviation: f64) {
 fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
     let is_norm = !param.is_matrix();
     let Param { parts, weight, .. } = param;
-    let values = weight.f32_mut();
     for part in parts {
-        let values = &mut values[part.offset..part.offset + part.len()];
+        let mut values = weight.view_mut(part.range());
         if is_norm {
-            values.fill(1.0);
+            values.fill_with(|| 1.0);
         } else {
             let mut stream = Stream::new(seed, &part.name);
             values.fill_with(|| (stream.normal() * deviation) as f32);

@@ -4,8 +4,9 @@
 
 use std::sync::Arc;
 
-use contraflow_kernels::attention::Span;
+use contraflow_kernels::attention::Spans;
 use contraflow_kernels::rope::RopeTable;
+use contraflow_kernels::tensor::{Element, Tensor};
 
 use super::Architecture;
 use crate::data::sequences::Sequences;
@@ -25,18 +26,18 @@ pub struct LossScales {
 
 /// One micro-batch, ready for the components.
 pub struct MicroBatch {
-    /// Tokens. **Shapes**: `[T]`.
-    pub ids: Vec<u32>,
-    /// Next tokens. **Shapes**: `[T]`.
-    pub targets: Vec<u32>,
+    /// Tokens. **Shapes**: `[T]` in U32.
+    pub ids: Tensor,
+    /// Next tokens. **Shapes**: `[T]` in U32.
+    pub targets: Tensor,
     /// Loss weights over the global denominator. **Shapes**: `[T]`.
-    pub loss_weights: Vec<f32>,
-    /// Tokens after next, where there are any. **Shapes**: `[T]`.
-    pub mtp_targets: Vec<u32>,
+    pub loss_weights: Tensor,
+    /// Tokens after next, where there are any. **Shapes**: `[T]` in U32.
+    pub mtp_targets: Tensor,
     /// Their loss weights over the global denominator, times lambda. **Shapes**: `[T]`.
-    pub mtp_loss_weights: Vec<f32>,
+    pub mtp_loss_weights: Tensor,
     /// Which keys each query sees: one span per run.
-    pub spans: Vec<Span>,
+    pub spans: Spans,
     /// Rotations at the tokens' positions.
     pub rope: Arc<RopeTable>,
     /// Tokens per sequence.
@@ -48,41 +49,35 @@ pub struct MicroBatch {
 impl MicroBatch {
     /// Prepares sequences for the components.
     pub fn new(arch: &Architecture, sequences: Sequences, scales: &LossScales) -> Self {
-        let length = sequences.sequence_length;
+        let Sequences { sequence_length, ref runs, .. } = sequences;
         let num_tokens = sequences.ids.len();
         let mtp_scale =
             if scales.mtp_denominator > 0.0 { scales.mtp_weight / scales.mtp_denominator } else { 0.0 };
+        let mtp_loss_weights = sequences.mtp_weights();
         let mtp_loss_weights =
-            sequences.mtp_weights().map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
+            mtp_loss_weights.map(|weight| (f64::from(weight) * mtp_scale) as f32).collect();
+        let loss_weights = sequences.loss_weights.iter();
+        let loss_weights =
+            loss_weights.map(|&weight| (f64::from(weight) / scales.denominator) as f32).collect();
         let mut mtp_targets = sequences.targets.clone();
         mtp_targets.rotate_left(1.min(num_tokens));
-        let positions: Vec<u32> = sequences.runs.iter().flat_map(|&length| 0..length as u32).collect();
+        let positions: Vec<u32> = runs.iter().flat_map(|&length| 0..length as u32).collect();
         MicroBatch {
-            loss_weights: sequences
-                .loss_weights
-                .iter()
-                .map(|&w| (f64::from(w) / scales.denominator) as f32)
-                .collect(),
-            ids: sequences.ids,
-            targets: sequences.targets,
-            mtp_targets,
-            mtp_loss_weights,
-            spans: spans(&sequences.runs),
-            rope: Arc::new(arch.rope.table(&positions)),
-            sequence_length: length,
+            spans: Spans::of_runs(runs.iter().copied()),
+            rope: Arc::new(arch.rope.table(&vector(positions))),
+            ids: vector(sequences.ids),
+            targets: vector(sequences.targets),
+            loss_weights: vector(loss_weights),
+            mtp_targets: vector(mtp_targets),
+            mtp_loss_weights: vector(mtp_loss_weights),
+            sequence_length,
             balance_scale: scales.balance as f32,
         }
     }
 }
 
-fn spans(runs: &[usize]) -> Vec<Span> {
-    let mut start = 0;
-    let span = |&length: &usize| {
-        let span = Span { query_start: start, query_len: length, key_start: start, key_len: length };
-        start += length;
-        span
-    };
-    runs.iter().map(span).collect()
+fn vector<T: Element>(values: Vec<T>) -> Tensor {
+    Tensor::from_vec(&[values.len()], values)
 }
 
 #[cfg(test)]
@@ -105,7 +100,5 @@ mod tests {
         assert_eq!(cut.runs, [3, 3, 2, 1, 3]);
         assert_eq!(cut.loss_weights, [1., 1., 0., 1., 1., 1., 1., 0., 0., 1., 1., 0.]);
         assert_eq!(cut.mtp_weights().collect::<Vec<_>>(), [1., 0., 0., 1., 1., 0., 0., 0., 0., 1., 0., 0.]);
-        let starts: Vec<usize> = spans(&cut.runs).iter().map(|span| span.key_start).collect();
-        assert_eq!(starts, [0, 3, 6, 8, 9]);
     }
 }

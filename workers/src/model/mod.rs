@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod build;
+pub mod expert_counts;
 pub mod experts;
 pub mod ffn;
 pub mod head;

@@ -20,22 +20,16 @@ pub struct Saved {
 fn join(weights: &MtpWeights, params: &Params, saved: &Saved, eps: f32) -> Tensor {
     let left = norm::forward(&saved.embedded, params.weight(weights.embedding_norm), eps);
     let right = norm::forward(&saved.hidden, params.weight(weights.hidden_norm), eps);
-    let width = left.cols();
-    let mut joined = Tensor::for_overwrite(&[left.rows(), 2 * width]);
-    for (row, target) in joined.f32_mut().chunks_exact_mut(2 * width).enumerate() {
-        target[..width].copy_from_slice(left.row(row));
-        target[width..].copy_from_slice(right.row(row));
-    }
-    joined
+    Tensor::concat_cols(&left, &right)
 }
 
 /// The input of the block.
 ///
-/// **Shapes**: `next_ids` `[T]`, `hidden` `[T, D]`, output `[T, D]`.
+/// **Shapes**: `next_ids` `[T]` in U32, `hidden` `[T, D]`, output `[T, D]`.
 pub fn forward(
     weights: &MtpWeights,
     params: &Params,
-    next_ids: &[u32],
+    next_ids: &Tensor,
     hidden: Tensor,
     eps: f32,
 ) -> (Tensor, Saved) {
@@ -53,7 +47,7 @@ pub fn backward_input(
     params: &mut Params,
     dy: Tensor,
     saved: &Saved,
-    next_ids: &[u32],
+    next_ids: &Tensor,
     eps: f32,
 ) -> (Tensor, WeightWork) {
     let joined = join(weights, params, saved, eps);
@@ -61,18 +55,9 @@ pub fn backward_input(
     let mut work = WeightWork::default();
     work.linear(weights.projection, dy, joined);
     let width = saved.hidden.cols();
-    let half = |start: usize| {
-        let mut part = Tensor::for_overwrite(saved.hidden.shape());
-        for (target, row) in
-            part.f32_mut().chunks_exact_mut(width).zip(d_joined.f32().chunks_exact(2 * width))
-        {
-            target.copy_from_slice(&row[start..start + width]);
-        }
-        part
-    };
     let (weight, grad) = params.weight_and_grad(weights.embedding_norm);
-    let d_embedded = norm::backward(&half(0), &saved.embedded, weight, eps, grad);
+    let d_embedded = norm::backward(&d_joined.slice_cols(0..width), &saved.embedded, weight, eps, grad);
     embedding::backward(&d_embedded, next_ids, params.grad_mut(weights.embedding));
     let (weight, grad) = params.weight_and_grad(weights.hidden_norm);
-    (norm::backward(&half(width), &saved.hidden, weight, eps, grad), work)
+    (norm::backward(&d_joined.slice_cols(width..2 * width), &saved.hidden, weight, eps, grad), work)
 }

@@ -33,6 +33,11 @@ impl Part {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// **Units**: elements of the buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
 }
 
 /// One parameter.
@@ -87,7 +92,7 @@ pub struct Params {
     list: Vec<Param>,
     by_name: HashMap<String, ParamId>,
     /// `e_score_correction_bias` per layer: moved by the balance rule, never by a gradient.
-    pub gate_biases: BTreeMap<usize, Vec<f32>>,
+    pub gate_biases: BTreeMap<usize, Tensor>,
     /// Tokens per routed expert and layer since the start of the run.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
 }

@@ -24,8 +24,8 @@ pub enum WeightTask {
         dy: Tensor,
         /// **Shapes**: `[R, in]`.
         x: Tensor,
-        /// First row of each expert, and the end.
-        offsets: Vec<usize>,
+        /// First row of each expert, and the end. **Shapes**: `[E + 1]` in U32.
+        offsets: Tensor,
     },
 }
 

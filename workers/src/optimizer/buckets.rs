@@ -78,10 +78,9 @@ impl Bucket {
         values: impl Fn(&Param) -> Option<&Tensor>,
     ) -> Tensor {
         let mut flat = Tensor::zeros(&[range.len()]);
-        let target = flat.f32_mut();
         for Piece { store, index, in_param, in_range } in self.pieces(&range, params) {
             if let Some(source) = values(params.param(store, index)) {
-                target[in_range].copy_from_slice(&source.f32()[in_param]);
+                flat.view_mut(in_range).copy_from(source.view(in_param));
             }
         }
         flat

@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use contraflow_kernels::math::sum_squares;
+use contraflow_kernels::elementwise::{count_not_finite, sum_squares};
+use contraflow_kernels::tensor::{Tensor, View};
 use contraflow_proto::GradientNorms;
 use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::watch::Seen;
@@ -34,7 +35,7 @@ impl SquaresByPlace {
     }
 
     /// Adds (part of) the gradient of a parameter.
-    pub fn add(&mut self, param: &Param, gradient: &[f32]) {
+    pub fn add(&mut self, param: &Param, gradient: View) {
         let name = &param.parts[0].name;
         let head = self.0.len() - 1;
         let place = match layer_of(name) {
@@ -93,11 +94,11 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     for param in params.dense.iter().chain(params.experts.iter()) {
         for part in &param.parts {
             let Some(&place) = places.get(part.name.as_str()) else { continue };
-            if let Some(bad) = bad_tensor(place, part, param.weight.f32()) {
+            if let Some(bad) = bad_tensor(place, part, &param.weight) {
                 found.weight = Some(first(found.weight, bad));
             }
             let gradient = param.grad.as_ref();
-            if let Some(bad) = gradient.and_then(|gradient| bad_tensor(place, part, gradient.f32())) {
+            if let Some(bad) = gradient.and_then(|gradient| bad_tensor(place, part, gradient)) {
                 found.first_gradient = Some(first(found.first_gradient, bad));
                 found.last_gradient = Some(last(found.last_gradient, bad));
                 found.num_gradients += 1;
@@ -107,9 +108,8 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     found
 }
 
-fn bad_tensor(place: usize, part: &Part, values: &[f32]) -> Option<BadTensor> {
-    let values = &values[part.offset..part.offset + part.len()];
-    let num_values = values.iter().filter(|value| !value.is_finite()).count() as u64;
+fn bad_tensor(place: usize, part: &Part, values: &Tensor) -> Option<BadTensor> {
+    let num_values = count_not_finite(values.view(part.range()));
     (num_values > 0).then_some(BadTensor { place, num_values })
 }
 

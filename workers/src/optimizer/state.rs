@@ -33,8 +33,7 @@ impl OptimizerState {
         for (&layer, bias) in &params.dense.gate_biases {
             if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
                 let (name, len) = (gate_bias_name(layer), bias.len());
-                let values = Tensor::from_vec(&[len], bias.clone());
-                snapshot.add(Kind::Weight, (&name, &[len], 0..len), (values, 0..len));
+                snapshot.add(Kind::Weight, (&name, &[len], 0..len), (bias.clone(), 0..len));
                 let counts = params.dense.expert_counts.get(&layer).cloned();
                 snapshot.add_counts(name, counts.unwrap_or_else(|| vec![0; len]));
             }
@@ -51,9 +50,9 @@ impl OptimizerState {
                 for (part, in_part, within) in params.param(store, index).parts_in(in_param) {
                     let target = in_range.start + within.start..in_range.start + within.end;
                     let tensor = (part.name.as_str(), part.shape.as_slice());
-                    let exp_avg = &mut bucket.exp_avg.f32_mut()[target.clone()];
+                    let exp_avg = bucket.exp_avg.view_mut(target.clone());
                     records.read(Kind::ExpAvg, tensor, in_part.clone(), exp_avg)?;
-                    let exp_avg_sq = &mut bucket.exp_avg_sq.f32_mut()[target];
+                    let exp_avg_sq = bucket.exp_avg_sq.view_mut(target);
                     records.read(Kind::ExpAvgSq, tensor, in_part, exp_avg_sq)?;
                 }
             }
@@ -79,9 +78,10 @@ impl OptimizerState {
                     .parts_in(in_param.clone())
                     .map(|(part, in_part, within)| (part.name.clone(), part.shape.clone(), in_part, within))
                     .collect();
-                let values = &mut param.weight.f32_mut()[in_param];
                 for (name, shape, in_part, within) in parts {
-                    records.read(Kind::Weight, (&name, &shape), in_part, &mut values[within])?;
+                    let target = in_param.start + within.start..in_param.start + within.end;
+                    let values = param.weight.view_mut(target);
+                    records.read(Kind::Weight, (&name, &shape), in_part, values)?;
                 }
             }
         }
@@ -105,8 +105,7 @@ impl OptimizerState {
             if records.shape(&name).is_none() {
                 continue;
             }
-            let mut own = vec![0.0_f32; num_experts];
-            records.read(Kind::Weight, (&name, &[num_experts]), 0..num_experts, &mut own)?;
+            let own = records.read_numbers(Kind::Weight, &name, &[num_experts])?;
             let own_counts = records.read_counts(&name, num_experts)?;
             biases[of_layer(layer)].iter_mut().zip(own).for_each(|(bias, own)| *bias = own.into());
             // Tokens of a run are far fewer than 2^53.
@@ -116,7 +115,8 @@ impl OptimizerState {
         let both = collectives.all_reduce(&self.world, 0, both)?;
         let (biases, counts) = both.split_at(num_experts * num_layers);
         for (&layer, own) in &mut params.dense.gate_biases {
-            own.iter_mut().zip(&biases[of_layer(layer)]).for_each(|(own, &bias)| *own = bias as f32);
+            let biases = biases[of_layer(layer)].iter().map(|&bias| bias as f32).collect();
+            *own = Tensor::from_vec(&[num_experts], biases);
             let counts = counts[of_layer(layer)].iter().map(|&count| count as u64).collect();
             params.dense.expert_counts.insert(layer, counts);
         }
@@ -130,7 +130,5 @@ fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
     if range.len() == tensor.len() {
         return tensor.clone();
     }
-    let mut cut = Tensor::for_overwrite(&[range.len()]);
-    cut.f32_mut().copy_from_slice(&tensor.f32()[range]);
-    cut
+    Tensor::from(tensor.view(range))
 }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use contraflow_kernels::adamw::{self, AdamW};
+use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_proto::GradientNorms;
@@ -25,7 +26,8 @@ use crate::comm::collectives::Collectives;
 use crate::engine::compute::Totals;
 use crate::error::RankError;
 use crate::kept;
-use crate::model::params::{RankParams, Store};
+use crate::model::expert_counts;
+use crate::model::params::{Param, RankParams, Store};
 
 /// What one update is told.
 #[derive(Clone, Copy, Debug)]
@@ -188,7 +190,7 @@ impl OptimizerState {
             self.apply(order, params, &gradients, grad_scale);
             self.gather_weights(&collectives, params)?;
             move_gate_biases(&mut params.dense.gate_biases, &global.expert_counts, order.bias_speed);
-            add_counts(&mut params.dense.expert_counts, &global.expert_counts);
+            expert_counts::add(&mut params.dense.expert_counts, &global.expert_counts);
         }
         for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
             param.grad = None;
@@ -271,8 +273,8 @@ impl OptimizerState {
             for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
                 match (reduced, &param.grad) {
-                    (Some(reduced), _) => squares.add(param, &reduced.f32()[in_range]),
-                    (None, Some(gradient)) => squares.add(param, &gradient.f32()[in_param]),
+                    (Some(reduced), _) => squares.add(param, reduced.view(in_range)),
+                    (None, Some(gradient)) => squares.add(param, gradient.view(in_param)),
                     (None, None) => {}
                 }
             }
@@ -300,16 +302,20 @@ impl OptimizerState {
                     step: self.watch.updates_at(order.id.step),
                     grad_scale,
                 };
+                let Param { weight, grad, .. } = param;
                 let gradient = match reduced {
-                    Some(reduced) => &reduced.f32()[in_range.clone()],
+                    Some(reduced) => reduced.view(in_range.clone()),
                     None => {
-                        param.grad_mut();
-                        &param.grad.as_ref().expect("made in the line above").f32()[in_param.clone()]
+                        let gradient = grad.get_or_insert_with(|| Tensor::zeros(weight.shape()));
+                        gradient.view(in_param.clone())
                     }
                 };
-                let exp_avg = &mut bucket.exp_avg.f32_mut()[in_range.clone()];
-                let exp_avg_sq = &mut bucket.exp_avg_sq.f32_mut()[in_range];
-                adamw::update(&mut param.weight.f32_mut()[in_param], gradient, exp_avg, exp_avg_sq, &spec);
+                let state = adamw::State {
+                    weight: weight.view_mut(in_param),
+                    exp_avg: bucket.exp_avg.view_mut(in_range.clone()),
+                    exp_avg_sq: bucket.exp_avg_sq.view_mut(in_range),
+                };
+                adamw::update(state, gradient, &spec);
             }
         }
     }
@@ -328,8 +334,8 @@ impl OptimizerState {
             collectives.all_gather(&bucket.group, bucket.number, bucket.len, slice, store)?;
             for (range, part) in updated {
                 for Piece { store, index, in_param, in_range } in bucket.pieces(&range, params) {
-                    let weight = params.param_mut(store, index).weight.f32_mut();
-                    weight[in_param].copy_from_slice(&part.f32()[in_range]);
+                    let weight = &mut params.param_mut(store, index).weight;
+                    weight.view_mut(in_param).copy_from(part.view(in_range));
                 }
             }
         }
@@ -351,45 +357,39 @@ impl OptimizerState {
     }
 }
 
-fn add_counts(sums: &mut BTreeMap<usize, Vec<u64>>, counts: &BTreeMap<usize, Vec<u64>>) {
-    for (&layer, counts) in counts {
-        let sums = sums.entry(layer).or_insert_with(|| vec![0; counts.len()]);
-        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-    }
-}
-
 /// The balance rule without a loss: an expert that got more than the mean goes down by `speed`, one that got less goes up
 /// (report section 2.1.2).
 pub fn move_gate_biases(
-    biases: &mut BTreeMap<usize, Vec<f32>>,
+    biases: &mut BTreeMap<usize, Tensor>,
     counts: &BTreeMap<usize, Vec<u64>>,
     speed: f64,
 ) {
     for (layer, counts) in counts {
-        let Some(biases) = biases.get_mut(layer) else { continue };
+        let Some(bias) = biases.get_mut(layer) else { continue };
         let total: u64 = counts.iter().sum();
-        for (bias, &count) in biases.iter_mut().zip(counts) {
-            // mean - count, times the number of experts: exact in integers.
-            match total.cmp(&(count * counts.len() as u64)) {
-                std::cmp::Ordering::Greater => *bias += speed as f32,
-                std::cmp::Ordering::Less => *bias -= speed as f32,
-                std::cmp::Ordering::Equal => {}
-            }
-        }
+        // mean - count, times the number of experts: exact in integers.
+        let move_of = |&count: &u64| match total.cmp(&(count * counts.len() as u64)) {
+            std::cmp::Ordering::Greater => speed as f32,
+            std::cmp::Ordering::Less => -speed as f32,
+            // Added to any number, the negative zero leaves it as it is, zeros of both signs included.
+            std::cmp::Ordering::Equal => -0.0,
+        };
+        add_into(bias, &Tensor::from_vec(&[counts.len()], counts.iter().map(move_of).collect()));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use contraflow_kernels::host::HostValues;
 
     #[test]
     fn an_overloaded_expert_goes_down_by_exactly_the_speed() {
-        let mut biases = BTreeMap::from([(1, vec![0.0, 0.5, 0.0, -0.25])]);
+        let mut biases = BTreeMap::from([(1, Tensor::from_vec(&[4], vec![0.0, 0.5, 0.0, -0.25]))]);
         let counts = BTreeMap::from([(1, vec![9, 4, 5, 2])]);
         move_gate_biases(&mut biases, &counts, 0.125);
-        assert_eq!(biases[&1], [-0.125, 0.625, 0.0, -0.125]);
+        assert_eq!(biases[&1].values::<f32>(), [-0.125, 0.625, 0.0, -0.125]);
         move_gate_biases(&mut biases, &counts, 0.0);
-        assert_eq!(biases[&1], [-0.125, 0.625, 0.0, -0.125]);
+        assert_eq!(biases[&1].values::<f32>(), [-0.125, 0.625, 0.0, -0.125]);
     }
 }

@@ -52,9 +52,8 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
     let mut entries = Vec::new();
     let mut add = |store: &'a Params| {
         for param in store.iter().filter(|param| param.group[0] == rank) {
-            let values = param.weight.f32();
             for part in &param.parts {
-                let values = &values[part.offset..part.offset + part.len()];
+                let values = param.weight.view(part.range());
                 let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
                 entries.push(entry(part.name.clone()));
                 // The published files hold a copy of each tensor that the MTP layer shares with the main model.
@@ -76,7 +75,8 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
     add(&params.experts);
     for (&layer, bias) in &params.dense.gate_biases {
         if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
-            entries.push(Entry { name: gate_bias_name(layer), shape: vec![bias.len()], values: bias });
+            let values = bias.view(0..bias.len());
+            entries.push(Entry { name: gate_bias_name(layer), shape: vec![bias.len()], values });
         }
     }
     entries

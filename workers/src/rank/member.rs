@@ -190,7 +190,6 @@ pub async fn join(
         },
         stages: Arc::new(model.stages),
         pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
-        top_k: recipe.model_config.num_experts_per_tok,
         hidden_size: recipe.model_config.hidden_size,
     };
     let probe = assignment.probe.clone();

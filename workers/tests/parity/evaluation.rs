@@ -1,5 +1,6 @@
 //! Measuring: the loss and the logits of `contraflow eval`'s forward pass.
 
+use contraflow_kernels::host::HostValues;
 use contraflow_workers::infer::evaluate::Evaluation;
 use contraflow_workers::infer::generate::Generator;
 
@@ -34,6 +35,6 @@ pub fn check(fixture: &Fixture, findings: &mut Findings) {
     }
     if let Some(truth) = fixture.values.get("logits") {
         let logits = model.logits(batch.micro_batches[0].clone());
-        findings.compare("logits of eval", "logits", &truth.values, logits.f32(), LOGITS);
+        findings.compare("logits of eval", "logits", &truth.values, logits.values::<f32>(), LOGITS);
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use contraflow_kernels::cross_entropy::{Targets, logits};
 use contraflow_kernels::gate::Routing;
+use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
 use contraflow_runtime::schedule::{Component, Mode, Pass, TransferKind, Work};
@@ -85,8 +86,8 @@ impl Walk {
             head: self.rank.stages[0].head.as_ref().unwrap().head,
             eps: self.rank.arch.eps(),
         };
-        let sequences = &self.batch.micro_batches[0];
-        let targets = Targets { ids: &sequences.targets, weights: &sequences.loss_weights };
+        let batch = MicroBatch::new(&self.rank.arch, self.batch.micro_batches[0].clone(), &self.batch.scales);
+        let targets = Targets { ids: &batch.targets, weights: &batch.loss_weights };
         let (_, normed) = head::evaluate(head, dense, x, &targets);
         let logits = logits(&normed, dense.weight(head.head));
         (normed, logits)
@@ -103,7 +104,9 @@ impl Walk {
     ) {
         let top_k = self.rank.arch.gate.top_k;
         let routing = &self.routed[&layer].1;
-        let tokens = routing.expert_ids.chunks(top_k).zip(routing.weights.chunks(top_k)).enumerate();
+        let (chosen, chosen_weights): (&[u32], &[f32]) =
+            (routing.expert_ids.values(), routing.weights.values());
+        let tokens = chosen.chunks(top_k).zip(chosen_weights.chunks(top_k)).enumerate();
         let (mut ids, mut weights) = (Vec::new(), Vec::new());
         for (_, (token_ids, token_weights)) in tokens.filter(|(token, _)| keep(*token)) {
             let mut pairs: Vec<(u32, f32)> =
@@ -121,7 +124,7 @@ impl Walk {
 }
 
 pub fn subtract(a: &Tensor, b: &Tensor) -> Vec<f32> {
-    a.f32().iter().zip(b.f32()).map(|(a, b)| a - b).collect()
+    a.values::<f32>().iter().zip(b.values::<f32>()).map(|(a, b)| a - b).collect()
 }
 
 pub fn check(fixture: &Fixture, findings: &mut Findings) {
@@ -134,11 +137,15 @@ pub fn check(fixture: &Fixture, findings: &mut Findings) {
         let segments: Vec<&str> = key.split('.').collect();
         let values = &truth.values;
         match segments[..] {
-            ["logits"] => findings.compare("logits", key, values, logits.f32(), LOGITS),
+            ["logits"] => findings.compare("logits", key, values, logits.values::<f32>(), LOGITS),
             ["loss"] => findings.compare("loss", key, values, &[walk.totals.loss as f32], LOSS),
-            ["final_norm"] => findings.compare("final norm", key, values, normed.f32(), ACTIVATIONS),
+            ["final_norm"] => {
+                findings.compare("final norm", key, values, normed.values::<f32>(), ACTIVATIONS)
+            }
             ["hidden", layer] => match layer.parse().ok().and_then(|layer| walk.hidden(layer)) {
-                Some(hidden) => findings.compare("hidden states", key, values, hidden.f32(), ACTIVATIONS),
+                Some(hidden) => {
+                    findings.compare("hidden states", key, values, hidden.values::<f32>(), ACTIVATIONS)
+                }
                 None => findings.unknown(key),
             },
             ["mla", layer, what] => {
@@ -156,7 +163,7 @@ pub fn check(fixture: &Fixture, findings: &mut Findings) {
 fn constants(walk: &Walk, findings: &mut Findings, key: &str, truth: &Truth) {
     let arch = &walk.rank.arch;
     let found = match key {
-        "rope.inv_freq" => arch.rope.inv_freq.clone(),
+        "rope.inv_freq" => arch.rope.inv_freq.values().to_vec(),
         "rope.cos_sin_scale" => vec![arch.rope.cos_sin_scale],
         "softmax_scale" => vec![arch.heads.scale],
         _ => return findings.unknown(key),
@@ -176,7 +183,7 @@ fn attention_values(
         "input" => {
             let weights = &walk.rank.stages[0].layer(layer).attention;
             norm::forward(x, walk.rank.params.dense.weight(weights.input_norm), walk.rank.arch.eps())
-                .f32()
+                .values::<f32>()
                 .to_vec()
         }
         "output" => subtract(&walk.residual(layer), x),
@@ -194,7 +201,7 @@ fn expert_values(
 ) {
     let (normed, routing) = &walk.routed[&layer];
     match what {
-        "input" => findings.compare("moe input", key, &truth.values, normed.f32(), ACTIVATIONS),
+        "input" => findings.compare("moe input", key, &truth.values, normed.values::<f32>(), ACTIVATIONS),
         "output" => {
             let found = subtract(&walk.outputs[&layer], &walk.residual(layer));
             findings.compare("moe output", key, &truth.values, &found, ACTIVATIONS);
@@ -202,10 +209,16 @@ fn expert_values(
         "router_logits" => {
             let gate = walk.rank.stages[0].layer(layer).attention.gate.unwrap();
             let found = linear::forward(normed, walk.rank.params.dense.weight(gate));
-            findings.compare("router logits", key, &truth.values, found.f32(), ACTIVATIONS);
+            findings.compare("router logits", key, &truth.values, found.values::<f32>(), ACTIVATIONS);
             // What the gate really worked with. A sigmoid is nowhere steeper than a quarter.
             let scores: Vec<f64> = truth.values.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect();
-            findings.compare("router scores", key, &scores, routing.scores.f32(), Mark::Absolute(1.25e-5));
+            findings.compare(
+                "router scores",
+                key,
+                &scores,
+                routing.scores.values::<f32>(),
+                Mark::Absolute(1.25e-5),
+            );
         }
         "topk_indices" | "topk_weights" => walk.compare_choice(findings, key, truth, layer, |_| true),
         _ => findings.unknown(key),

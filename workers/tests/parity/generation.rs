@@ -1,6 +1,8 @@
 //! Generation with the cache of latents: greedy tokens, their logits, what the cache holds.
 
-use contraflow_workers::infer::generate::{Cache, Generator, Sampling, choose};
+use contraflow_kernels::host::HostValues;
+use contraflow_kernels::sampling::{Sampling, sample};
+use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::findings::{ACTIVATIONS, Findings, LOGITS, Mark};
 use crate::fixture::Fixture;
@@ -19,9 +21,9 @@ pub fn check(fixture: &Fixture, findings: &mut Findings) {
     let mut ids = prompt.sequences().concat();
     for _ in 0..tokens.values.len() {
         let logits = generator.read(&mut cache, &ids);
-        ids = vec![choose(&logits, GREEDY, 0.5)];
+        ids = vec![sample(logits.view(0..logits.len()), GREEDY, 0.5)];
         chosen.push(ids[0] as f32);
-        all_logits.extend(logits);
+        all_logits.extend_from_slice(logits.values::<f32>());
     }
     for (name, truth) in fixture.under("gen.") {
         let (key, values) = (format!("gen.{name}"), &truth.values);
@@ -30,12 +32,12 @@ pub fn check(fixture: &Fixture, findings: &mut Findings) {
             ["tokens"] => findings.compare("greedy tokens", &key, values, &chosen, Mark::Absolute(0.0)),
             ["logits"] => findings.compare("logits in generation", &key, values, &all_logits, LOGITS),
             ["cache", layer, "kv_latent"] => {
-                let found = &cache.layers[layer.parse::<usize>().unwrap()].0;
-                findings.compare("cached latents", &key, values, found, ACTIVATIONS);
+                let found = cache.layers[layer.parse::<usize>().unwrap()].latents();
+                findings.compare("cached latents", &key, values, found.values(), ACTIVATIONS);
             }
             ["cache", layer, "k_rope"] => {
-                let found = &cache.layers[layer.parse::<usize>().unwrap()].1;
-                let found = members_apart(found, fixture.config.qk_rope_head_dim);
+                let found = cache.layers[layer.parse::<usize>().unwrap()].rope_keys();
+                let found = members_apart(found.values(), fixture.config.qk_rope_head_dim);
                 findings.compare("cached rope keys", &key, values, &found, ACTIVATIONS);
             }
             _ => findings.unknown(&key),

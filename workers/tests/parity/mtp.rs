@@ -3,6 +3,7 @@
 //! The truth has one row less per sequence, as the last position has no next token to join; ours is there and weighs
 //! nothing, and no earlier row sees it.
 
+use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::Mode;
 
@@ -27,7 +28,8 @@ pub fn forward(fixture: &Fixture, findings: &mut Findings) {
     let (_, logits) = walk.through_head(walk.rank.stages[0].mtp.as_ref().unwrap().norm, block_output);
     let has_next = |token: usize| !(token + 1).is_multiple_of(rows[0].len());
     let kept = |tensor: &Tensor| -> Vec<f32> {
-        (0..tensor.rows()).filter(|&row| has_next(row)).flat_map(|row| tensor.row(row).to_vec()).collect()
+        let rows = tensor.values::<f32>().chunks(tensor.cols()).enumerate();
+        rows.filter(|&(row, _)| has_next(row)).flat_map(|(_, values)| values.to_vec()).collect()
     };
     let loss = walk.totals.mtp_loss / weight;
     for (name, truth) in fixture.under("mtp.").filter(|(name, _)| !name.starts_with("grad.")) {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
+use contraflow_kernels::host::HostValues;
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
@@ -167,7 +168,6 @@ impl OneRank {
             },
             stages: self.stages.clone(),
             pipeline_peers: vec![0],
-            top_k: self.arch.config.num_experts_per_tok,
             hidden_size: self.arch.config.hidden_size,
         }
     }
@@ -186,18 +186,19 @@ impl OneRank {
     /// A weight or a gate bias by its published name.
     pub fn weight(&self, name: &str) -> Option<Vec<f32>> {
         if let Some((param, part)) = self.find(name) {
-            return Some(param.weight.f32()[part.offset..part.offset + part.len()].to_vec());
+            return Some(param.weight.view(part.range()).values().to_vec());
         }
         let biases = &self.params.dense.gate_biases;
-        biases.iter().find(|(layer, _)| gate_bias_name(**layer) == name).map(|(_, bias)| bias.clone())
+        biases
+            .iter()
+            .find(|(layer, _)| gate_bias_name(**layer) == name)
+            .map(|(_, bias)| bias.values().to_vec())
     }
 
     /// The gradient of a weight by its published name.
     pub fn gradient(&self, name: &str) -> Option<Vec<f32>> {
         let (param, part) = self.find(name)?;
-        let gradient = |grad: &contraflow_kernels::tensor::Tensor| {
-            grad.f32()[part.offset..part.offset + part.len()].to_vec()
-        };
+        let gradient = |grad: &contraflow_kernels::tensor::Tensor| grad.view(part.range()).values().to_vec();
         Some(param.grad.as_ref().map_or_else(|| vec![0.0; part.len()], gradient))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use contraflow_kernels::par::{Threads, for_each, for_each_chunk, num_threads, partition, split};
+use super::*;
 
 #[test]
 fn a_pool_counts_inside_of_itself_only() {
