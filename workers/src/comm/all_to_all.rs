@@ -127,7 +127,8 @@ impl Exchange<'_> {
 
     fn receive_rows(&self, index: usize, width: usize) -> Result<Arrivals, FabricError> {
         let mut frame = self.receive(FrameKind::Dispatch, index)?;
-        let (rows, pairs) = (frame.rows(width)?, frame.pairs()?);
+        let rows = frame.rows(width)?;
+        let pairs = frame.pairs(rows.rows(), self.group.experts_per_rank)?;
         let weights = frame.flat(pairs.rows())?;
         Ok(Arrivals { rows, pairs, weights })
     }
@@ -143,8 +144,9 @@ impl Exchange<'_> {
             if index == self.group.own {
                 self.add_own(outputs, route, home);
             } else {
-                let rows = self.receive(FrameKind::Combine, index)?.rows(home.cols())?;
-                permute::scatter_add(&rows, &route.sent_rows[index], home);
+                let sent = &route.sent_rows[index];
+                let rows = self.receive(FrameKind::Combine, index)?.all_rows(sent.len(), home.cols())?;
+                permute::scatter_add(&rows, sent, home);
             }
         }
         Ok(())
@@ -166,7 +168,8 @@ impl Exchange<'_> {
             parts.push(if index == self.group.own {
                 gathered(index)
             } else {
-                self.receive(FrameKind::CombineGradient, index)?.rows(dy.cols())?
+                let num_rows = route.received_rows[index];
+                self.receive(FrameKind::CombineGradient, index)?.all_rows(num_rows, dy.cols())?
             });
         }
         Ok(Tensor::concat_rows(&parts))
@@ -197,7 +200,8 @@ impl Exchange<'_> {
                 pairs_of(index)
             } else {
                 let mut frame = self.receive(FrameKind::DispatchGradient, index)?;
-                permute::scatter_add(&frame.rows(d_rows.cols())?, &route.sent_rows[index], &mut home);
+                let sent = &route.sent_rows[index];
+                permute::scatter_add(&frame.all_rows(sent.len(), d_rows.cols())?, sent, &mut home);
                 frame.flat(slots.len())?
             };
             permute::scatter(&gradients, slots, &mut d_weights);
@@ -243,6 +247,8 @@ fn starts_of(counts: &[usize]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::comm::address::StepId;
     use contraflow_kernels::host::HostValues;
@@ -328,5 +334,51 @@ mod tests {
             again.combine(&arrivals.rows, &route, &mut combined).unwrap();
             assert_eq!(home.values::<f32>(), combined.values::<f32>());
         });
+    }
+
+    /// What rank 0 says to a frame of rank 1 that holds `parts`, where one of rank 0's tokens goes to rank 1 and back.
+    fn refused(kind: FrameKind, parts: Vec<Tensor>) -> String {
+        let patience = Duration::from_secs(5);
+        let network = LocalNetwork::new(LocalOptions { patience, ..LocalOptions::default() });
+        let [endpoint, peer] = [network.join(0), network.join(1)];
+        let group = ExpertGroup { ranks: vec![0, 1], own: 0, experts_per_rank: 2 };
+        let chunk = Chunk { stage: 0, micro_batch: 0 };
+        let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
+        let exchange = Exchange { endpoint: &endpoint, group: &group, tag };
+        if kind != FrameKind::Dispatch {
+            let empty =
+                [Tensor::zeros(&[0, 1]), Tensor::from_vec::<u32>(&[0, 2], vec![]), Tensor::zeros(&[0])];
+            peer.send(0, exchange.tag(FrameKind::Dispatch, 1), empty.map(packets::tensor).into()).unwrap();
+        }
+        peer.send(0, exchange.tag(kind, 1), parts.into_iter().map(packets::tensor).collect()).unwrap();
+        let run = || {
+            let (arrivals, route) = exchange.dispatch(&tokens(0), &routing(0))?;
+            match kind {
+                FrameKind::Combine => exchange.combine(&arrivals.rows, &route, &mut tokens(0)),
+                FrameKind::CombineGradient => exchange.combine_backward(&tokens(0), &route).map(drop),
+                _ => exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).map(drop),
+            }
+        };
+        match run() {
+            Err(error @ FabricError::Content { .. }) => error.to_string(),
+            other => panic!("{kind:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_frame_that_does_not_fit_what_was_sent_is_refused() {
+        let pairs = |pair: [u32; 2]| Tensor::from_vec(&[1, 2], pair.to_vec());
+        for pair in [[2, 0], [0, 2], [u32::MAX, 0]] {
+            let parts = vec![Tensor::zeros(&[2, 1]), pairs(pair), Tensor::zeros(&[1])];
+            let error = refused(FrameKind::Dispatch, parts);
+            assert!(error.ends_with("expected pairs of 2 rows and 2 experts, got others among 1"), "{error}");
+        }
+        let rows = |num_rows: usize| vec![Tensor::zeros(&[num_rows, 1])];
+        let error = refused(FrameKind::Combine, rows(3));
+        assert!(error.ends_with("expected 4 rows of width 1, got a tensor F32[3, 1]"), "{error}");
+        let error = refused(FrameKind::CombineGradient, rows(1));
+        assert!(error.ends_with("expected 0 rows of width 1, got a tensor F32[1, 1]"), "{error}");
+        let error = refused(FrameKind::DispatchGradient, rows(5));
+        assert!(error.ends_with("expected 4 rows of width 1, got a tensor F32[5, 1]"), "{error}");
     }
 }

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use contraflow_kernels::dispatch::pairs_are_within;
 use contraflow_kernels::tensor::{Element, Format, HostMemory, Tensor};
 use contraflow_runtime::fabric::{FabricError, Form, Memory, Region, Tag};
 
@@ -132,13 +133,32 @@ impl Unpack {
         self.matrix(Format::F32, width, || format!("rows of width {width}"))
     }
 
-    /// The next part as pairs of a row and an expert, in U32.
+    /// The next part as a known number of rows of a known width, in F32.
+    ///
+    /// **Shapes**: output `[num_rows, width]`.
+    ///
+    /// **Errors**: [`FabricError::Content`] if it is something else.
+    pub fn all_rows(&mut self, num_rows: usize, width: usize) -> Result<Tensor, FabricError> {
+        let rows = self.rows(width)?;
+        if rows.rows() != num_rows {
+            let expected = format!("{num_rows} rows of width {width}");
+            return Err(self.wrong(&expected, &format!("a tensor {rows:?}")));
+        }
+        Ok(rows)
+    }
+
+    /// The next part as pairs of a row and an expert, each below its number, in U32.
     ///
     /// **Shapes**: output `[P, 2]`.
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
-    pub fn pairs(&mut self) -> Result<Tensor, FabricError> {
-        self.matrix(Format::U32, 2, || "pairs".into())
+    pub fn pairs(&mut self, num_rows: usize, num_experts: usize) -> Result<Tensor, FabricError> {
+        let expected = || format!("pairs of {num_rows} rows and {num_experts} experts");
+        let pairs = self.matrix(Format::U32, 2, expected)?;
+        if !pairs_are_within(&pairs, num_rows, num_experts) {
+            return Err(self.wrong(&expected(), &format!("others among {}", pairs.rows())));
+        }
+        Ok(pairs)
     }
 
     fn matrix(
@@ -232,7 +252,7 @@ mod tests {
         let rows = Tensor::from_vec(&[2, 3], vec![1.0, -2.5, 3.0, f32::MIN_POSITIVE, 5.0, -0.0]);
         let parts = [
             tensor(rows.clone()),
-            tensor(Tensor::from_vec(&[1, 2], vec![7, u32::MAX])),
+            tensor(Tensor::from_vec(&[1, 2], vec![7_u32, 3])),
             tensor(Tensor::from_vec(&[1], vec![0.25])),
             Region::new(Payload::Totals(vec![1e300, -1.0])),
             tensor(Tensor::zeros(&[0, 3])),
@@ -247,12 +267,12 @@ mod tests {
         assert_eq!(bytes(&got).as_ptr(), address);
         got.values_mut::<f32>()[0] = 9.0;
         assert_ne!(bytes(&got).as_ptr(), address, "written where others read");
-        assert_eq!(frame.pairs().unwrap().values::<u32>(), [7, u32::MAX]);
+        assert_eq!(frame.pairs(8, 4).unwrap().values::<u32>(), [7, 3]);
         assert_eq!(frame.flat(1).unwrap().values::<f32>(), [0.25]);
         assert_eq!(frame.totals(2).unwrap(), [1e300, -1.0]);
         assert_eq!(frame.rows(3).unwrap().shape(), [0, 3]);
         assert_eq!(frame.flat(6).unwrap().shape(), [6]);
-        assert!(matches!(frame.pairs(), Err(FabricError::Content { .. })));
+        assert!(matches!(frame.pairs(8, 4), Err(FabricError::Content { .. })));
     }
 
     #[test]
@@ -271,8 +291,8 @@ mod tests {
         assert!(error.ends_with("expected rows of width 4, got a tensor U32[1, 4]"), "{error}");
         let error = unpack(vec![ids()]).flat(4).unwrap_err().to_string();
         assert!(error.ends_with("expected a slice of 4 elements, got a tensor U32[1, 4]"), "{error}");
-        let error = unpack(vec![tensor(Tensor::zeros(&[1, 2]))]).pairs().unwrap_err().to_string();
-        assert!(error.ends_with("expected pairs, got a tensor F32[1, 2]"), "{error}");
+        let error = unpack(vec![tensor(Tensor::zeros(&[1, 2]))]).pairs(1, 1).unwrap_err().to_string();
+        assert!(error.ends_with("expected pairs of 1 rows and 1 experts, got a tensor F32[1, 2]"), "{error}");
     }
 
     proptest! {
@@ -286,7 +306,7 @@ mod tests {
                     let shape = (tensor.rows() as u64, tensor.num_bytes());
                     prop_assert!(kind == F32_TENSOR && shape == (rows, len) && bytes(&tensor).len() == len);
                 }
-                let _ = (unpack(vec![part()]).pairs(), unpack(vec![part()]).flat(2), unpack(vec![part()]).totals(2));
+                let _ = (unpack(vec![part()]).pairs(2, 2), unpack(vec![part()]).flat(2), unpack(vec![part()]).totals(2));
             }
         }
     }
