@@ -8,7 +8,7 @@ mod hf;
 mod weights;
 
 pub use hf::token_ids;
-pub use weights::WeightShape;
+pub use weights::{WeightShape, is_derived_buffer};
 
 use crate::faults::Faults;
 use crate::schedule::program::LayerKind;
