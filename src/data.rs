@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use contraflow_workers::data::Tokenizer;
 use contraflow_workers::data::documents::DocumentEncoder;
-use contraflow_workers::data::hf_tokenizer::{self, MIN_VOCAB_SIZE};
+use contraflow_workers::data::hf_tokenizer::{self, EndOfDocument, MIN_VOCAB_SIZE};
 use contraflow_workers::data::prepare::{Preparation, Progress, prepare};
 use contraflow_workers::data::shards::{Index, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -88,7 +88,10 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
     let refused = |fault| Failure::faults("--tokenizer", &[fault]);
     let tokenizer = match args.tokenizer.as_str() {
         "bytes" => Tokenizer::Bytes,
-        path => Tokenizer::load(Path::new(path), &args.end_of_document).map_err(refused)?,
+        path => {
+            let end = EndOfDocument::named(&args.end_of_document, "--end-of-document");
+            Tokenizer::load(Path::new(path), &end).map_err(refused)?
+        }
     };
     let preparation = Preparation {
         paths: args.data.clone(),
@@ -144,7 +147,8 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
     std::fs::write(&fresh, json)
         .and_then(|()| std::fs::rename(&fresh, &args.to))
         .map_err(|error| Failure::input(format!("{}: {error}", args.to.display())))?;
-    let tokenizer = Tokenizer::load(&args.to, "").map_err(|fault| Failure::input(fault.to_string()))?;
+    let end = EndOfDocument::named("", "tokenizer.end_of_document");
+    let tokenizer = Tokenizer::load(&args.to, &end).map_err(|fault| Failure::input(fault.to_string()))?;
     let path = args.to.display();
     print(&format!(
         "{path}: {} tokens\nnext: contraflow train --set tokenizer.path={path}\n",

@@ -12,6 +12,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
 use contraflow_workers::data::batches::{self, Predicted};
 use contraflow_workers::data::documents::DocumentEncoder;
 use contraflow_workers::data::load::load_whole;
+use contraflow_workers::data::model_tokenizer::ModelTokenizer;
 use contraflow_workers::data::{PackedDataset, Tokenizer};
 use contraflow_workers::infer::evaluate::Evaluation;
 use contraflow_workers::infer::generate::Generator;
@@ -88,7 +89,7 @@ struct Report {
 /// **Errors**: code 2 with every fault of arguments, text or model.
 pub fn run(args: &Args) -> Result<(), Failure> {
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
-    let (model, tokenizer) = load(&dir)?;
+    let (model, ModelTokenizer { tokenizer, .. }) = load(&dir)?;
     let recipe = recipe_of(&dir)?;
     let length = sequence_length(args, recipe.as_ref(), &model)?;
     let across = recipe.is_none_or(|recipe| recipe.data.attend_across_documents);
@@ -131,9 +132,8 @@ fn sequence_length(args: &Args, recipe: Option<&Recipe>, model: &Generator) -> R
 
 /// The recipe of the run that a model's or a checkpoint's folder belongs to, if it belongs to one.
 fn recipe_of(dir: &Path) -> Result<Option<Recipe>, Failure> {
-    let whole = dir.canonicalize().map_err(|error| Failure::input(format!("{}: {error}", dir.display())))?;
-    let above = whole.ancestors().skip(1).take(2).map(|folder| folder.join("recipe.toml"));
-    let Some(recipe) = above.into_iter().find(|recipe| recipe.is_file()) else { return Ok(None) };
+    let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
+    let Some(recipe) = run_dir::recipe_of(dir).map_err(failed)? else { return Ok(None) };
     // The configuration beside the weights: the one that the recipe was made with may have gone.
     let config = path_override("model.config", &dir.join("config.json"));
     Ok(Some(Recipe::load(&RecipeSource::File(recipe), &[config])?))

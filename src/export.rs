@@ -10,6 +10,7 @@ use contraflow_workers::hf::check::check;
 use contraflow_workers::hf::export::{self, Export, part_of, staged};
 
 use crate::failure::Failure;
+use crate::import::buffers_note;
 use crate::output::print;
 use crate::run_dir;
 
@@ -83,6 +84,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         shard_bytes: args.shard_size,
     };
     let written = staged(&args.to, |part| export.write(part)).map_err(Failure::from)?;
+    buffers_note(&model.weights).iter().for_each(|note| eprintln!("note: {note}"));
     print(&format!(
         "{}: {} tensors, {:.1} MB in {} weight file{}, {}\n",
         args.to.display(),

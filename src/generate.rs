@@ -1,10 +1,12 @@
 //! `contraflow generate`: text from a run or from any HF directory of the architecture.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use contraflow_kernels::sampling::{Sampling, sample as sample_token};
 use contraflow_kernels::tensor::Tensor;
-use contraflow_workers::data::Tokenizer;
+use contraflow_workers::data::model_tokenizer::ModelTokenizer;
+use contraflow_workers::hf::check::{check_against, read_config};
 use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::failure::Failure;
@@ -55,11 +57,16 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         return Err(Failure::faults("arguments", &faults));
     }
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
-    let (generator, tokenizer) = load(&dir)?;
+    let (generator, text) = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
+    let tokens =
+        Continuation::new(&generator, &text, &args.prompt, sampling, args.seed).ok_or_else(|| {
+            let message =
+                "--prompt: expected text of at least one token, got some that the tokenizer leaves none of";
+            Failure::input(message)
+        })?;
     print(args.prompt.as_bytes())?;
-    let mut decode = tokenizer.stream();
-    let tokens = Continuation::new(&generator, &tokenizer, &args.prompt, sampling, args.seed);
+    let mut decode = text.tokenizer.stream();
     for token in tokens.take(args.tokens) {
         print(&decode(token))?;
     }
@@ -69,26 +76,30 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 /// The model of a directory with its tokenizer.
 ///
 /// **Errors**: code 2 with the file and what is wrong with it.
-pub fn load(dir: &Path) -> Result<(Generator, Tokenizer), Failure> {
-    let tokenizer = Tokenizer::of_model(dir).map_err(|fault| Failure::input(fault.to_string()))?;
-    let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
-    let fits = tokenizer.check_fits(generator.vocab_size());
+pub fn load(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
+    let config = read_config(dir).map_err(|faults| Failure::input(faults.join("\n  ")))?;
+    let text = ModelTokenizer::read(dir, &config, run_dir::tokenizer_of(dir).as_ref()).map_err(|fault| {
+        let of_weights = check_against(&config, dir).err().unwrap_or_default();
+        Failure::faults("model", &[vec![fault.to_string()], of_weights].concat())
+    })?;
+    let fits = text.tokenizer.check_fits(config.vocab_size);
     fits.map_err(|fault| Failure::input(format!("{}: {fault}", dir.display())))?;
-    Ok((generator, tokenizer))
+    let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
+    Ok((generator, text))
 }
 
 /// A few lines after [`SAMPLE_PROMPT`], lossily as text.
 ///
 /// **Errors**: as [`run`].
 pub fn sample(dir: &Path, seed: u64) -> Result<String, Failure> {
-    let (generator, tokenizer) = load(dir)?;
+    let (generator, text) = load(dir)?;
     let sampling = Sampling { temperature: 0.6, top_p: 0.95 };
-    let tokens = Continuation::new(&generator, &tokenizer, SAMPLE_PROMPT, sampling, seed);
-    let tokens: Vec<u32> = tokens.take(240).collect();
-    Ok(format!("{SAMPLE_PROMPT}{}", String::from_utf8_lossy(&tokenizer.decode(&tokens))))
+    let tokens = Continuation::new(&generator, &text, SAMPLE_PROMPT, sampling, seed);
+    let tokens: Vec<u32> = tokens.into_iter().flatten().take(240).collect();
+    Ok(format!("{SAMPLE_PROMPT}{}", String::from_utf8_lossy(&text.tokenizer.decode(&tokens))))
 }
 
-/// The tokens after a prompt, until the end of the document or of the model's context.
+/// The tokens after a prompt, until one that ends a text or the end of the model's context.
 struct Continuation<'a> {
     generator: &'a Generator,
     cache: Cache,
@@ -96,25 +107,29 @@ struct Continuation<'a> {
     logits: Option<Tensor>,
     /// Ids from here on are no token's.
     id_limit: usize,
-    end_of_document: u32,
+    ends: &'a BTreeSet<u32>,
     sampling: Sampling,
     random: u64,
 }
 
 impl<'a> Continuation<'a> {
+    /// `None` if the prompt is no token.
     fn new(
         generator: &'a Generator,
-        tokenizer: &Tokenizer,
+        text: &'a ModelTokenizer,
         prompt: &str,
         sampling: Sampling,
         seed: u64,
-    ) -> Self {
+    ) -> Option<Self> {
         let mut cache = Cache::default();
-        let mut ids = tokenizer.encode(prompt.as_bytes());
+        let mut ids = text.tokenizer.encode(prompt.as_bytes());
+        if ids.is_empty() {
+            return None;
+        }
         ids.truncate(generator.max_len());
         let logits = Some(generator.read(&mut cache, &ids));
-        let (id_limit, end_of_document) = (tokenizer.id_limit(), tokenizer.end_of_document());
-        Continuation { generator, cache, logits, id_limit, end_of_document, sampling, random: seed }
+        let (id_limit, ends) = (text.tokenizer.id_limit(), &text.ends);
+        Some(Continuation { generator, cache, logits, id_limit, ends, sampling, random: seed })
     }
 
     /// A number in [0, 1): SplitMix64 (Steele, Lea and Flood 2014).
@@ -134,7 +149,7 @@ impl Iterator for Continuation<'_> {
         let logits = self.logits.take()?;
         let known = logits.view(0..logits.len().min(self.id_limit));
         let token = sample_token(known, self.sampling, self.uniform());
-        if token == self.end_of_document {
+        if self.ends.contains(&token) {
             return None;
         }
         if self.cache.len < self.generator.max_len() {

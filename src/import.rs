@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use contraflow_runtime::checkpoint::folder::sync_dir;
+use contraflow_workers::data::model_tokenizer::tokenizer_files;
+use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;
 use contraflow_workers::hf::check::{Checked, check};
 use contraflow_workers::hf::export::{Export, Format, Written, staged};
+use contraflow_workers::hf::weights::HfWeights;
 
 use crate::failure::Failure;
 use crate::output::print;
@@ -31,11 +34,13 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<(), Failure> {
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
+    let notes = [buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let config = args.dir.join("config.json");
     let config_json = std::fs::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
     let make = |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(Told);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
+    notes.iter().flatten().for_each(|note| eprintln!("note: {note}"));
     let run = run.display();
     print(&format!(
         "{run}: {} tensors, {:.1} MB, every one checked\n\
@@ -43,6 +48,29 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         written.num_tensors,
         written.bytes as f64 / 1e6
     ))
+}
+
+/// What is said of tensors that are no weights.
+pub fn buffers_note(weights: &HfWeights) -> Option<String> {
+    let first = weights.buffers().first()?;
+    let more = match weights.buffers().len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Some(format!("{first}{more}: passed over, as config.json implies them"))
+}
+
+/// What is said of a tokenizer that is not read.
+fn tokenizer_note(dir: &Path) -> Option<String> {
+    let files = tokenizer_files(dir).ok().filter(|files| !files.is_empty())?;
+    let is_read = files.iter().any(|file| file == tokenizer::FILE);
+    (!is_read).then(|| {
+        format!(
+            "{} has {} and no tokenizer.json: eval and generate need one in the run's model folder",
+            dir.display(),
+            files.join(", ")
+        )
+    })
 }
 
 /// An error on the way into a run's folder.

@@ -161,12 +161,15 @@ fn earlier(run: &Path, damaged: &Path) -> String {
     earlier.map_or_else(String::new, |dir| format!("\nan earlier one is there: --resume {}", dir.display()))
 }
 
+/// The tokens that begin and end a text are the tokenizer's and no part of the model.
+const TOKEN_IDS: [&str; 2] = ["bos_token_id", "eos_token_id"];
+
 fn check_model(then: &ModelConfig, now: &ModelConfig, faults: &mut Faults) {
     let fields = |model: &ModelConfig| serde_json::from_str::<serde_json::Value>(&model.to_hf_json());
     let (Ok(then), Ok(now)) = (fields(then), fields(now)) else { return };
     for (key, expected) in then.as_object().into_iter().flatten() {
         let got = &now[key];
-        if got != expected {
+        if got != expected && !TOKEN_IDS.contains(&key.as_str()) {
             faults.expected(format!("model.config.{key}"), format!("{expected}, as in the checkpoint"), got);
         }
     }

@@ -20,7 +20,6 @@ use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::of_recipe::Text;
-use contraflow_workers::data::tokenizer;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::engine::probe::Probe;
 
@@ -241,7 +240,7 @@ impl Run {
                 folder: CheckpointFolder::of_run(&self.dir),
                 keep: self.recipe.checkpoint.keep,
                 manifest: self.manifest.clone(),
-                companions: companions(&self.recipe, self.text.tokenizer.json()),
+                companions: companions(&self.recipe, &self.text.tokenizer),
             }),
             export_dir: self.export_dir()?,
             network: LocalOptions::default(),
@@ -311,8 +310,8 @@ impl Run {
             std::fs::remove_dir_all(&dir).map_err(failed)?;
         }
         std::fs::create_dir(&dir).map_err(failed)?;
-        if let Some(json) = self.text.tokenizer.json() {
-            std::fs::write(dir.join(tokenizer::FILE), json).map_err(failed)?;
+        for (name, bytes) in self.text.tokenizer.files() {
+            std::fs::write(dir.join(name), bytes).map_err(failed)?;
         }
         Ok(Some(dir))
     }

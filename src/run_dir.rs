@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use contraflow_orchestrator::metrics::StepSummary;
 use contraflow_runtime::checkpoint::CheckpointFolder;
+use contraflow_runtime::recipe::TokenizerSection;
 
 use crate::failure::Failure;
 
@@ -141,6 +142,23 @@ pub fn find_model(name: &str) -> Result<PathBuf, String> {
             tried.join(", ")
         )
     })
+}
+
+/// The recipe of the run that a model's or a checkpoint's folder belongs to, if it belongs to one.
+///
+/// **Errors**: the folder is not there.
+pub fn recipe_of(dir: &Path) -> io::Result<Option<PathBuf>> {
+    let whole = dir.canonicalize()?;
+    let mut above = whole.ancestors().skip(1).take(2).map(|folder| folder.join("recipe.toml"));
+    Ok(above.find(|recipe| recipe.is_file()))
+}
+
+/// What the recipe of a model's run says about its tokenizer. `None` where there is no recipe that names one, be it bytes.
+pub fn tokenizer_of(dir: &Path) -> Option<TokenizerSection> {
+    let text = std::fs::read_to_string(recipe_of(dir).ok()??).ok()?;
+    let recipe: toml::Table = text.parse().ok()?;
+    let key = |name: &str| Some(recipe.get("tokenizer")?.get(name)?.as_str()?.to_owned());
+    Some(TokenizerSection { path: key("path")?, end_of_document: key("end_of_document").unwrap_or_default() })
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         overrides.splice(0..0, [config, path_override("model.init", &dir)]);
     }
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
-    let (name, recipe) = match (&args.recipe, &resumed) {
+    let (name, mut recipe) = match (&args.recipe, &resumed) {
         (None, Some(resumed)) => (resumed.name(), resumed.recipe(&overrides)?),
         (recipe, _) => {
             let source = RecipeSource::parse(recipe.as_deref().unwrap_or("tiny"));
@@ -77,6 +77,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let began = Instant::now();
     let (text, datasets) =
         load_text(&recipe).map_err(|faults| Failure::faults(faults.key, &faults.faults))?;
+    recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
     text.corpus.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     if let Some(resumed) = &resumed {
         resumed.check(&recipe, &text.corpus.hash)?;

@@ -3,7 +3,7 @@
 #![no_main]
 
 use contraflow_fuzz as _;
-use contraflow_workers::data::hf_tokenizer::HfTokenizer;
+use contraflow_workers::data::hf_tokenizer::{EndOfDocument, HfTokenizer};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(
@@ -12,6 +12,6 @@ fuzz_target!(
         std::panic::set_hook(Box::new(|_| {}));
     },
     |bytes: &[u8]| {
-        drop(HfTokenizer::from_json(bytes, ""));
+        drop(HfTokenizer::from_json(bytes, &EndOfDocument::named("", "the recipe")));
     }
 );

@@ -7,7 +7,8 @@ pub mod builtin;
 mod hf;
 mod weights;
 
-pub use weights::WeightShape;
+pub use hf::token_ids;
+pub use weights::{WeightShape, is_derived_buffer};
 
 use crate::faults::Faults;
 use crate::schedule::program::LayerKind;
@@ -75,8 +76,8 @@ pub struct ModelConfig {
     pub initializer_range: f64,
     /// Token that opens a text, if the tokenizer has one.
     pub bos_token_id: Option<u64>,
-    /// Token that ends a text, if the tokenizer has one.
-    pub eos_token_id: Option<u64>,
+    /// Tokens that end a text; none if the tokenizer has no such token.
+    pub eos_token_id: Vec<u64>,
 }
 
 /// Parameters of YaRN (`rope_scaling` with type `yarn`).
@@ -97,8 +98,8 @@ pub struct Yarn {
 }
 
 impl ModelConfig {
-    /// Reads a `config.json` as published, in either spelling of the rotary parameters (`rope_theta` beside
-    /// `rope_scaling`, or `rope_parameters`). Keys it has no use for are passed over.
+    /// Reads a `config.json` as published, in every spelling of the rotary parameters that transformers reads
+    /// (`rope_theta`, `rope_scaling`, `rope_parameters`). Keys it has no use for are passed over.
     ///
     /// **Errors**: every missing key, wrong type, unsupported value and contradiction of the file, all at
     /// once.

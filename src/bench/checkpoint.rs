@@ -11,6 +11,7 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::cost;
 use contraflow_workers::checkpoint::provenance::{companions, manifest};
+use contraflow_workers::data::Tokenizer;
 
 use super::{benchmark, run_quietly};
 use crate::failure::Failure;
@@ -36,7 +37,7 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
         folder: folder.clone(),
         keep: recipe.checkpoint.keep,
         manifest: manifest(&recipe, "").map_err(|error| Failure::run(error.to_string()))?,
-        companions: companions(&recipe, None),
+        companions: companions(&recipe, &Tokenizer::Bytes),
     };
     let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();
     let shared = marks.clone();

@@ -12,6 +12,7 @@ use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::provenance::{companions, manifest};
 use contraflow_workers::checkpoint::{Checkpoint, Kind};
+use contraflow_workers::data::Tokenizer;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 
@@ -21,7 +22,12 @@ const BEFORE: u64 = 3;
 /// Keeps checkpoints in a run's folder.
 fn commits(run: &Path, recipe: &Recipe) -> Commits {
     let manifest = manifest(recipe, "").unwrap();
-    Commits { folder: CheckpointFolder::of_run(run), keep: 3, manifest, companions: companions(recipe, None) }
+    Commits {
+        folder: CheckpointFolder::of_run(run),
+        keep: 3,
+        manifest,
+        companions: companions(recipe, &Tokenizer::Bytes),
+    }
 }
 
 /// Runs a layout to `steps`, from a checkpoint if one is given, keeping checkpoints in `run`.

@@ -5,6 +5,7 @@
 mod deadline;
 mod faults;
 mod place;
+mod published;
 mod transformers;
 
 use std::collections::BTreeMap;

@@ -13,3 +13,4 @@ mod refusals;
 mod retention;
 mod security;
 mod telemetry;
+mod tokenizer;

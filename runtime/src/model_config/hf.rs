@@ -1,9 +1,9 @@
 //! Reading and writing the HF `config.json` of a model.
 //!
-//! Published checkpoints write `rope_theta` beside `rope_scaling`; newer files put both into
-//! `rope_parameters`. Both are read, the former is written. Files carry many keys of no consequence here:
-//! those are passed over. What would change the model's arithmetic and is not built is refused by name.
+//! Files carry many keys of no consequence here: those are passed over. What would change the model's arithmetic and
+//! is not built is refused by name. The rotary settings, which have many spellings, are read in `rope`.
 
+mod rope;
 #[cfg(test)]
 mod tests;
 
@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value, json};
 
-use super::{ModelConfig, Yarn};
+use super::ModelConfig;
 use crate::faults::Faults;
 
 /// Upper bounds far beyond any model, low enough that no product of sizes overflows 64 bits.
@@ -91,6 +91,14 @@ impl<'a> Reader<'a> {
         given.as_u64()
     }
 
+    fn token_ids(&mut self, key: &str) -> Vec<u64> {
+        let given = self.object.get(key).unwrap_or(&Value::Null);
+        token_ids(given).unwrap_or_else(|| {
+            self.fault(key, "a token id or a list of them", Some(given));
+            Vec::new()
+        })
+    }
+
     fn number(&mut self, key: &str, default: Option<f64>) -> f64 {
         self.finite(key, default, "a number, 0 or more", |value| value >= 0.0)
     }
@@ -129,13 +137,16 @@ impl<'a> Reader<'a> {
             ("topk_method", json!("noaux_tc")),
             ("hidden_act", json!("silu")),
             ("attention_bias", json!(false)),
-            ("rope_interleave", json!(true)),
             ("tie_word_embeddings", json!(false)),
         ];
         for (key, supported) in only {
             if let Some(given) = self.given(key).filter(|&given| *given != supported) {
                 self.fault(key, &format!("{supported}, the only form that is supported"), Some(given));
             }
+        }
+        // Null does not stand for the default here: transformers takes it for false.
+        if let Some(given) = self.object.get("rope_interleave").filter(|&given| *given != json!(true)) {
+            self.fault("rope_interleave", "true, the only form that is supported", Some(given));
         }
         if let Some(dropout) = self.given("attention_dropout").filter(|value| value.as_f64() != Some(0.0)) {
             self.fault("attention_dropout", "0, as dropout is not supported", Some(dropout));
@@ -153,7 +164,8 @@ impl<'a> Reader<'a> {
     }
 
     fn config(&mut self) -> ModelConfig {
-        let (rope_theta, rope_scaling) = self.rope();
+        let max_position_embeddings = self.count("max_position_embeddings", POSITIONS, None);
+        let (rope_theta, rope_scaling) = rope::read(self, max_position_embeddings);
         ModelConfig {
             vocab_size: self.count("vocab_size", TABLE_ROWS, None),
             hidden_size: self.count("hidden_size", WIDTH, None),
@@ -178,66 +190,11 @@ impl<'a> Reader<'a> {
             rms_norm_eps: self.number("rms_norm_eps", Some(1e-6)),
             rope_theta,
             rope_scaling,
-            max_position_embeddings: self.count("max_position_embeddings", POSITIONS, None),
+            max_position_embeddings,
             num_nextn_predict_layers: self.count("num_nextn_predict_layers", 0..=1, Some(0)),
             initializer_range: self.number("initializer_range", Some(0.02)),
             bos_token_id: self.token_id("bos_token_id"),
-            eos_token_id: self.token_id("eos_token_id"),
-        }
-    }
-
-    /// Theta and scaling from whichever of the two spellings the file has.
-    fn rope(&mut self) -> (f64, Option<Yarn>) {
-        let newer = self.given("rope_parameters");
-        let older = self.given("rope_scaling");
-        let mut theta = None;
-        if newer.is_none() {
-            theta = Some(self.positive("rope_theta", Some(10_000.0)));
-        }
-        let (key, prefix) = match newer {
-            Some(_) => ("rope_parameters", "rope_parameters."),
-            None => ("rope_scaling", "rope_scaling."),
-        };
-        let Some(given) = newer.or(older) else { return (theta.unwrap_or(10_000.0), None) };
-        let Value::Object(object) = given else {
-            self.fault(key, "an object", Some(given));
-            return (theta.unwrap_or(10_000.0), None);
-        };
-        let mut section = Reader { object, prefix, faults: std::mem::take(&mut self.faults) };
-        let theta = theta.unwrap_or_else(|| section.positive("rope_theta", Some(10_000.0)));
-        let scaling = section.scaling();
-        self.faults = section.faults;
-        (theta, scaling)
-    }
-
-    fn scaling(&mut self) -> Option<Yarn> {
-        let key = if self.given("rope_type").is_some() { "rope_type" } else { "type" };
-        match self.given(key).map(|kind| (kind, kind.as_str())) {
-            None | Some((_, Some("default"))) => None,
-            Some((_, Some("yarn"))) => Some(self.yarn()),
-            Some((kind, _)) => {
-                self.fault(key, "\"yarn\" or \"default\"", Some(kind));
-                None
-            }
-        }
-    }
-
-    fn yarn(&mut self) -> Yarn {
-        let only = [("truncate", json!(true)), ("attention_factor", Value::Null)];
-        for (key, supported) in only {
-            if let Some(given) = self.given(key).filter(|&given| *given != supported) {
-                self.fault(key, &format!("{supported}, the only form that is supported"), Some(given));
-            }
-        }
-        let mscale = self.given("mscale").map(|_| self.number("mscale", None));
-        let mscale_all_dim = self.given("mscale_all_dim").map(|_| self.number("mscale_all_dim", None));
-        Yarn {
-            factor: self.positive("factor", None),
-            beta_fast: self.positive("beta_fast", Some(32.0)),
-            beta_slow: self.positive("beta_slow", Some(1.0)),
-            mscale,
-            mscale_all_dim,
-            original_max_position_embeddings: self.count("original_max_position_embeddings", POSITIONS, None),
+            eos_token_id: self.token_ids("eos_token_id"),
         }
     }
 }
@@ -278,6 +235,24 @@ fn check_groups(config: &ModelConfig, faults: &mut Faults) {
     }
 }
 
+/// The ids of an `eos_token_id` in HF's files: a number, a list or null. `None` if it is something else.
+pub fn token_ids(value: &Value) -> Option<Vec<u64>> {
+    match value {
+        Value::Null => Some(Vec::new()),
+        Value::Array(ids) => ids.iter().map(Value::as_u64).collect(),
+        id => Some(vec![id.as_u64()?]),
+    }
+}
+
+/// The shortest spelling of what [`token_ids`] reads.
+fn token_ids_json(ids: &[u64]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [id] => json!(id),
+        ids => json!(ids),
+    }
+}
+
 /// A value as a reader of the message would name it.
 fn words(value: &Value) -> String {
     match value {
@@ -288,20 +263,6 @@ fn words(value: &Value) -> String {
 }
 
 pub(super) fn write(config: &ModelConfig) -> String {
-    let scaling = config.rope_scaling.as_ref().map(|yarn| {
-        let mut scaling = json!({
-            "type": "yarn",
-            "factor": yarn.factor,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-        });
-        let temperature = [("mscale", yarn.mscale), ("mscale_all_dim", yarn.mscale_all_dim)];
-        for (key, value) in temperature.into_iter().filter_map(|(key, value)| Some((key, value?))) {
-            scaling[key] = json!(value);
-        }
-        scaling
-    });
     let file = json!({
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -330,7 +291,7 @@ pub(super) fn write(config: &ModelConfig) -> String {
         "routed_scaling_factor": config.routed_scaling_factor,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
+        "rope_scaling": config.rope_scaling.as_ref().map(rope::scaling_json),
         "max_position_embeddings": config.max_position_embeddings,
         "num_nextn_predict_layers": config.num_nextn_predict_layers,
         "initializer_range": config.initializer_range,
@@ -339,7 +300,7 @@ pub(super) fn write(config: &ModelConfig) -> String {
         "attention_dropout": 0.0,
         "tie_word_embeddings": false,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": token_ids_json(&config.eos_token_id),
         "torch_dtype": "float32",
         "use_cache": true,
     });

@@ -23,6 +23,20 @@ impl WeightShape {
     }
 }
 
+/// Buffers of the rotary embedding that published modelling code has registered at one time or another.
+const ROTARY_BUFFERS: [&str; 4] = ["inv_freq", "original_inv_freq", "cos_cached", "sin_cached"];
+
+/// Whether a tensor of this name is a buffer that follows from the configuration: files may hold it, and nobody needs it.
+///
+/// **Source**: published checkpoints of this architecture hold `model.layers.N.self_attn.rotary_emb.inv_freq`.
+pub fn is_derived_buffer(name: &str) -> bool {
+    let Some((owner, buffer)) = name.split_once("rotary_emb.") else { return false };
+    let layer = owner.strip_prefix("model.layers.").and_then(|rest| rest.strip_suffix(".self_attn."));
+    let is_layer =
+        layer.is_some_and(|layer| !layer.is_empty() && layer.bytes().all(|byte| byte.is_ascii_digit()));
+    ROTARY_BUFFERS.contains(&buffer) && (owner == "model." || is_layer)
+}
+
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -144,6 +158,34 @@ mod tests {
             assert_eq!(listed.len(), weights.len(), "{fixture}: a name is listed twice");
             assert_eq!(listed, header(&parity.join(fixture).join("model.safetensors")), "{fixture}");
         }
+    }
+
+    #[test]
+    fn derived_buffers_are_those_of_the_rotary_embedding_alone() {
+        for name in [
+            "model.layers.0.self_attn.rotary_emb.inv_freq",
+            "model.layers.61.self_attn.rotary_emb.inv_freq",
+            "model.layers.3.self_attn.rotary_emb.cos_cached",
+            "model.layers.3.self_attn.rotary_emb.sin_cached",
+            "model.rotary_emb.inv_freq",
+            "model.rotary_emb.original_inv_freq",
+        ] {
+            assert!(is_derived_buffer(name), "{name}");
+        }
+        for name in [
+            "model.layers.0.self_attn.rotary_emb.weight",
+            "model.layers.0.self_attn.rotary_emb.inv_freq.weight",
+            "model.layers.x.self_attn.rotary_emb.inv_freq",
+            "model.layers..self_attn.rotary_emb.inv_freq",
+            "model.layers.0.mlp.rotary_emb.inv_freq",
+            "vision.rotary_emb.inv_freq",
+            "rotary_emb.inv_freq",
+            "model.layers.0.self_attn.inv_freq",
+        ] {
+            assert!(!is_derived_buffer(name), "{name}");
+        }
+        let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
+        assert!(config.weights().iter().all(|weight| !is_derived_buffer(&weight.name)));
     }
 
     #[test]

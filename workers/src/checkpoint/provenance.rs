@@ -5,7 +5,7 @@ use contraflow_runtime::checkpoint::manifest::FORMAT_VERSION;
 use contraflow_runtime::checkpoint::{Companions, Layout, MadeBy, Manifest, Position};
 use contraflow_runtime::recipe::Recipe;
 
-use crate::data::tokenizer;
+use crate::data::Tokenizer;
 
 /// What a checkpoint of this process says about its origin.
 pub fn made_by(recipe: &Recipe) -> MadeBy {
@@ -24,10 +24,9 @@ pub fn made_by(recipe: &Recipe) -> MadeBy {
 }
 
 /// What stands in a checkpoint beside the manifest, so that it can be read like a model.
-pub fn companions(recipe: &Recipe, tokenizer: Option<&[u8]>) -> Companions {
+pub fn companions(recipe: &Recipe, tokenizer: &Tokenizer) -> Companions {
     let config = recipe.model_config.to_hf_json().into_bytes();
-    let tokenizer = tokenizer.map(|json| (tokenizer::FILE, json.to_vec()));
-    [("config.json", config)].into_iter().chain(tokenizer).collect()
+    [("config.json", config)].into_iter().chain(tokenizer.files()).collect()
 }
 
 /// What all manifests of a run have in common.

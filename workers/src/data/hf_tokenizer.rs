@@ -2,6 +2,7 @@
 //!
 //! Nothing outside of this file knows the library that reads the format.
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
@@ -36,6 +37,56 @@ const FIM_NAMES: [&str; 3] = [
 /// fails on one of them.
 const PROBE: &str = "Az09 _-.,;:!?'\"()[]{}<>|/\\@#$%^&*+=~`\t\r\n\u{0}\u{7f}\u{e9}\u{df}\u{3b1}\u{416}\u{5d0}\u{4e2d}\u{1f600}";
 
+/// A statement about the token that ends a document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndToken {
+    /// Its name.
+    Name(String),
+    /// Its id.
+    Id(u32),
+    /// It has one of the names that published tokenizers have for it.
+    Usual,
+}
+
+impl EndToken {
+    /// Its id, if the tokenizer has such a token.
+    fn id(&self, tokenizer: &Inner) -> Option<u32> {
+        match self {
+            Self::Name(name) => tokenizer.token_to_id(name),
+            Self::Id(id) => tokenizer.id_to_token(*id).map(|_| *id),
+            Self::Usual => END_NAMES.iter().find_map(|name| tokenizer.token_to_id(name)),
+        }
+    }
+}
+
+impl fmt::Display for EndToken {
+    /// As it stands after "none".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => write!(f, "called {name}"),
+            Self::Id(id) => write!(f, "of id {id}"),
+            Self::Usual => write!(f, "called {}", END_NAMES.join(" or ")),
+        }
+    }
+}
+
+/// How the token that ends a document is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndOfDocument {
+    /// The first that the tokenizer has is taken.
+    pub candidates: Vec<EndToken>,
+    /// Where the user can name it, for the message that none was found.
+    pub named_by: String,
+}
+
+impl EndOfDocument {
+    /// The token of this name; if that is empty, one of the usual names.
+    pub fn named(name: &str, named_by: &str) -> Self {
+        let token = if name.is_empty() { EndToken::Usual } else { EndToken::Name(name.to_owned()) };
+        Self { candidates: vec![token], named_by: named_by.to_owned() }
+    }
+}
+
 /// A tokenizer.json that was read.
 #[derive(Debug)]
 pub struct HfTokenizer {
@@ -59,11 +110,10 @@ fn read(json: &[u8]) -> Result<Inner, String> {
 }
 
 impl HfTokenizer {
-    /// Reads the text of a tokenizer.json. The end of a document is the token called `end_of_document`, or where that is
-    /// empty the first among the names that published tokenizers have for it.
+    /// Reads the text of a tokenizer.json.
     ///
-    /// **Errors**: no tokenizer, or no such token; the caller fills in the file.
-    pub fn from_json(json: &[u8], end_of_document: &str) -> Result<Self, TokenizerFault> {
+    /// **Errors**: no tokenizer, or none of the tokens that may end a document; the caller fills in the file.
+    pub fn from_json(json: &[u8], end_of_document: &EndOfDocument) -> Result<Self, TokenizerFault> {
         let fault = |expected: &str, got: String| TokenizerFault {
             file: super::tokenizer::FILE.into(),
             expected: expected.into(),
@@ -74,11 +124,13 @@ impl HfTokenizer {
         inner.set_encode_special_tokens(true);
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| fault("a tokenizer.json", error.to_string()))?;
-        let own = [end_of_document];
-        let names: &[&str] = if end_of_document.is_empty() { &END_NAMES } else { &own };
-        let end = names.iter().find_map(|name| inner.token_to_id(name));
-        let expected = "a token for the end of a document; tokenizer.end_of_document names it";
-        let end = end.ok_or_else(|| fault(expected, format!("none called {}", names.join(" or "))))?;
+        let candidates = &end_of_document.candidates;
+        let end = candidates.iter().find_map(|candidate| candidate.id(&inner)).ok_or_else(|| {
+            let expected =
+                format!("a token for the end of a document; {} names it", end_of_document.named_by);
+            let tried: Vec<String> = candidates.iter().map(ToString::to_string).collect();
+            fault(&expected, format!("none {}", tried.join(", ")))
+        })?;
         let largest = inner.get_vocab(true).into_values().max().unwrap_or(end);
         let probe = catch_unwind(AssertUnwindSafe(|| inner.encode_fast(PROBE, false).map(drop)));
         match probe {
@@ -112,6 +164,14 @@ impl HfTokenizer {
 
     pub(super) fn end_of_document(&self) -> u32 {
         self.end_of_document
+    }
+
+    /// `tokenizer_config.json` beside the tokenizer: transformers and [`super::model_tokenizer`] find the end of a document
+    /// there.
+    pub(super) fn config_json(&self) -> Vec<u8> {
+        let end = self.inner.id_to_token(self.end_of_document);
+        let config = serde_json::json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end});
+        format!("{config:#}\n").into_bytes()
     }
 
     pub(super) fn id_limit(&self) -> usize {
@@ -205,13 +265,17 @@ pub(super) mod tests {
     use super::*;
     use crate::data::tokenizer::Tokenizer;
 
+    fn usual() -> EndOfDocument {
+        EndOfDocument::named("", "tokenizer.end_of_document")
+    }
+
     /// A tokenizer of 400 tokens at most, trained on a file of this crate.
     pub(in crate::data) fn trained() -> Tokenizer {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("text.rs");
         std::fs::write(&path, include_str!("packing.rs")).unwrap();
         let json = train(&[path], 400).unwrap();
-        Tokenizer::Hf(Arc::new(HfTokenizer::from_json(&json, "").unwrap()))
+        Tokenizer::Hf(Arc::new(HfTokenizer::from_json(&json, &usual()).unwrap()))
     }
 
     #[test]
@@ -247,12 +311,33 @@ pub(super) mod tests {
         let Tokenizer::Hf(hf) = trained() else { unreachable!() };
         let json = String::from_utf8(hf.json().to_vec()).unwrap();
         let renamed = json.replace(END_NAMES[0], "<fin>");
-        let said = HfTokenizer::from_json(renamed.as_bytes(), "").unwrap_err().to_string();
+        let said = HfTokenizer::from_json(renamed.as_bytes(), &usual()).unwrap_err().to_string();
         assert!(said.contains("tokenizer.end_of_document names it, got none called"), "{said}");
-        assert_eq!(HfTokenizer::from_json(renamed.as_bytes(), "<fin>").unwrap().end_of_document, 0);
-        assert!(HfTokenizer::from_json(json.as_bytes(), "<fin>").is_err());
-        assert!(HfTokenizer::from_json(b"{}", "").is_err());
-        assert!(HfTokenizer::from_json(&json.as_bytes()[..json.len() / 2], "").is_err());
+        let named = EndOfDocument::named("<fin>", "tokenizer.end_of_document");
+        assert_eq!(HfTokenizer::from_json(renamed.as_bytes(), &named).unwrap().end_of_document, 0);
+        assert!(HfTokenizer::from_json(json.as_bytes(), &named).is_err());
+        assert!(HfTokenizer::from_json(b"{}", &usual()).is_err());
+        assert!(HfTokenizer::from_json(&json.as_bytes()[..json.len() / 2], &usual()).is_err());
+    }
+
+    #[test]
+    fn the_first_candidate_that_the_tokenizer_has_ends_documents() {
+        let Tokenizer::Hf(hf) = trained() else { unreachable!() };
+        let name = |name: &str| EndToken::Name(name.to_owned());
+        let end = |candidates: Vec<EndToken>| {
+            let named_by = "eos_token".to_owned();
+            HfTokenizer::from_json(hf.json(), &EndOfDocument { candidates, named_by })
+                .map(|tokenizer| tokenizer.end_of_document)
+                .map_err(|fault| fault.to_string())
+        };
+        assert_eq!(end(vec![name(FIM_NAMES[1]), EndToken::Usual]), Ok(2));
+        assert_eq!(end(vec![name("[SEP]"), EndToken::Id(400), EndToken::Id(3), EndToken::Usual]), Ok(3));
+        let said = end(vec![name("[SEP]"), EndToken::Id(400)]).unwrap_err();
+        assert_eq!(
+            said,
+            "tokenizer.json: expected a token for the end of a document; eos_token names it, got none called [SEP], of \
+             id 400"
+        );
     }
 
     proptest! {

@@ -16,6 +16,7 @@ pub mod hf_tokenizer;
 pub mod jsonl;
 pub mod load;
 mod mmap;
+pub mod model_tokenizer;
 pub mod of_recipe;
 pub mod packing;
 mod parquet_file;

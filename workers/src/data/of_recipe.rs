@@ -8,7 +8,9 @@ use contraflow_runtime::recipe::Recipe;
 use super::Tokenizer;
 use super::batches::Datasets;
 use super::documents::DocumentEncoder;
+use super::hf_tokenizer::EndOfDocument;
 use super::load::{Loaded, Wanted, load};
+use super::model_tokenizer::tokenizer_files;
 
 /// What a run reads, by name; the sequences themselves are with the ranks.
 #[derive(Clone)]
@@ -62,12 +64,27 @@ pub fn load_text(recipe: &Recipe) -> Result<(Text, Datasets), TextFaults> {
 fn load_tokenizer(recipe: &Recipe) -> Result<Tokenizer, TextFaults> {
     let section = &recipe.tokenizer;
     if section.path.is_empty() {
-        return Ok(Tokenizer::Bytes);
+        return check_bytes(recipe).map(|()| Tokenizer::Bytes);
     }
     let refused = |fault| faults("tokenizer.path", &[fault]);
-    let tokenizer = Tokenizer::load(Path::new(&section.path), &section.end_of_document).map_err(refused)?;
+    let end = EndOfDocument::named(&section.end_of_document, "tokenizer.end_of_document");
+    let tokenizer = Tokenizer::load(Path::new(&section.path), &end).map_err(refused)?;
     tokenizer.check_fits(recipe.model_config.vocab_size).map_err(refused)?;
     Ok(tokenizer)
+}
+
+/// Refuses bytes for a model that starts from weights of other tokens.
+fn check_bytes(recipe: &Recipe) -> Result<(), TextFaults> {
+    let Some(dir) = recipe.model.init_dir() else { return Ok(()) };
+    // A folder that cannot be listed is a fault of its weights.
+    let files = tokenizer_files(dir).unwrap_or_default();
+    if files.is_empty() {
+        return Ok(());
+    }
+    let dir = dir.display();
+    let fault =
+        format!("expected the tokenizer.json of {dir}, which has {}, got none: bytes", files.join(", "));
+    Err(faults("tokenizer.path", &[fault]))
 }
 
 fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), TextFaults> {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use contraflow_runtime::recipe;
 
-use super::hf_tokenizer::HfTokenizer;
+use super::hf_tokenizer::{EndOfDocument, HfTokenizer};
 
 /// What a run reads and writes text with. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -42,11 +42,10 @@ pub struct TokenizerFault {
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer.json. `end_of_document` names the token that closes a document; empty: see
-    /// [`HfTokenizer::from_json`].
+    /// Reads a tokenizer.json.
     ///
-    /// **Errors**: the file cannot be read or is no tokenizer, or has no token of that name.
-    pub fn load(path: &Path, end_of_document: &str) -> Result<Self, TokenizerFault> {
+    /// **Errors**: the file cannot be read or is no tokenizer, or has no token to end a document.
+    pub fn load(path: &Path, end_of_document: &EndOfDocument) -> Result<Self, TokenizerFault> {
         let fault = |got| TokenizerFault {
             file: path.display().to_string(),
             expected: "a tokenizer.json".into(),
@@ -56,14 +55,6 @@ impl Tokenizer {
         let tokenizer = HfTokenizer::from_json(&json, end_of_document)
             .map_err(|wrong| TokenizerFault { file: path.display().to_string(), ..wrong })?;
         Ok(Self::Hf(std::sync::Arc::new(tokenizer)))
-    }
-
-    /// The tokenizer in a model's folder: its tokenizer.json, or bytes where there is none.
-    ///
-    /// **Errors**: as [`Self::load`].
-    pub fn of_model(dir: &Path) -> Result<Self, TokenizerFault> {
-        let path = dir.join(FILE);
-        if path.is_file() { Self::load(&path, "") } else { Ok(Self::Bytes) }
     }
 
     /// The ids of a text, with no end of document added.
@@ -131,6 +122,32 @@ impl Tokenizer {
         }
     }
 
+    /// The files that stand beside a model of this tokenizer, so that it is read with it.
+    pub fn files(&self) -> Vec<(&'static str, Vec<u8>)> {
+        match self {
+            Self::Bytes => Vec::new(),
+            Self::Hf(tokenizer) => {
+                vec![(FILE, tokenizer.json().to_vec()), (CONFIG_FILE, tokenizer.config_json())]
+            }
+        }
+    }
+
+    /// The ids that end a text of a model trained with this tokenizer: the end of a document, then those of `configured`
+    /// that can be meant. If the end of a document is not among them, they were meant for another tokenizer, and only those
+    /// stay that stand for no text here.
+    pub fn end_ids(&self, configured: &[u64]) -> Vec<u64> {
+        let end = u64::from(self.end_of_document());
+        let is_special = |&id: &u64| {
+            u32::try_from(id).is_ok_and(|id| (id as usize) < self.id_limit() && self.byte_length(id) == 0)
+        };
+        let others = configured.iter().copied().filter(|&id| id != end);
+        let others: Vec<u64> = match configured.contains(&end) {
+            true => others.collect(),
+            false => others.filter(is_special).collect(),
+        };
+        [vec![end], others].concat()
+    }
+
     /// The tokenizer.json, where there is one.
     pub fn json(&self) -> Option<&[u8]> {
         match self {
@@ -154,6 +171,9 @@ impl Tokenizer {
 
 /// Name of a tokenizer in a model's folder.
 pub const FILE: &str = "tokenizer.json";
+
+/// Name of the file beside it that says which of its tokens is which.
+pub const CONFIG_FILE: &str = "tokenizer_config.json";
 
 /// The id that closes every document. Ids below it are the bytes themselves.
 pub const END_OF_DOCUMENT: u32 = recipe::END_OF_DOCUMENT as u32;
@@ -186,6 +206,17 @@ mod tests {
     #[test]
     fn ids_that_are_no_byte_are_left_out() {
         assert_eq!(decode(&[104, END_OF_DOCUMENT, 105, 5000]), b"hi");
+    }
+
+    #[test]
+    fn the_end_of_a_document_is_the_first_of_the_ids_that_end_a_text() {
+        assert_eq!(Tokenizer::Bytes.end_ids(&[]), [256]);
+        assert_eq!(Tokenizer::Bytes.end_ids(&[10, 256]), [256, 10]);
+        assert_eq!(Tokenizer::Bytes.end_ids(&[1, 10, 300]), [256]);
+        let trained = crate::data::hf_tokenizer::tests::trained();
+        // 0 to 3 are special, 256 is text.
+        assert_eq!(trained.end_ids(&[256, 2, 1 << 40]), [0, 2]);
+        assert_eq!(trained.end_ids(&[256, 0]), [0, 256]);
     }
 
     #[test]

@@ -70,7 +70,10 @@ pub fn check_against(config: &ModelConfig, dir: &Path) -> Result<(), Vec<String>
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
 
-fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
+/// Reads `config.json`.
+///
+/// **Errors**: every fault, with the file.
+pub fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
     let path = dir.join("config.json");
     let text =
         std::fs::read_to_string(&path).map_err(|error| vec![format!("{}: {error}", path.display())])?;

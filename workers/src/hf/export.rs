@@ -14,17 +14,12 @@ use safetensors::Dtype;
 
 use super::check::{FileSeal, SEAL_FILE, SEAL_VERSION, Seal};
 use super::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error, header_text};
+use crate::data::model_tokenizer::tokenizer_files;
 use crate::error::RankError;
 use crate::hashed_file::{HashedFile, Sealed};
 
-/// Files beside the weights that go along where they are.
-const COMPANIONS: [&str; 5] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-];
+/// Files beside the weights that go along where they are, with all that belongs to a tokenizer.
+const COMPANIONS: [&str; 2] = ["chat_template.jinja", "generation_config.json"];
 
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,26 +115,35 @@ impl Export<'_> {
             written.bytes += bytes;
             seal.files.insert(name, file);
         }
-        let mut texts = vec![("config.json", self.config_json.clone().into_bytes())];
+        let mut texts = vec![("config.json".to_owned(), self.config_json.clone().into_bytes())];
         if shards.len() > 1 {
             let index =
                 serde_json::json!({"metadata": {"total_size": written.bytes}, "weight_map": weight_map});
-            texts.push((INDEX_FILE, format!("{index:#}\n").into_bytes()));
+            texts.push((INDEX_FILE.to_owned(), format!("{index:#}\n").into_bytes()));
         }
-        for name in COMPANIONS {
-            let path = self.companions.join(name);
-            if path.is_file() {
-                texts.push((name, std::fs::read(&path).map_err(file_error(&path))?));
-            }
-        }
+        texts.extend(self.companions()?);
         for (name, bytes) in texts {
-            write_whole(&dir.join(name), &bytes)?;
+            write_whole(&dir.join(&name), &bytes)?;
             let blake3 = blake3::hash(&bytes).to_hex().to_string();
-            seal.files.insert(name.to_owned(), FileSeal { bytes: bytes.len() as u64, blake3 });
+            seal.files.insert(name, FileSeal { bytes: bytes.len() as u64, blake3 });
         }
         let seal = serde_json::to_string_pretty(&seal).expect("a seal is texts and numbers");
         write_whole(&dir.join(SEAL_FILE), format!("{seal}\n").as_bytes())?;
         Ok(written)
+    }
+
+    /// Names and contents of the files that go along.
+    fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, RankError> {
+        let of_tokenizer = tokenizer_files(self.companions)
+            .map_err(|fault| RankError::Content { path: fault.file.clone(), message: fault.to_string() })?;
+        let names = of_tokenizer.into_iter().chain(COMPANIONS.map(str::to_owned));
+        let files = names.filter(|name| self.companions.join(name).is_file());
+        files
+            .map(|name| {
+                let path = self.companions.join(&name);
+                Ok((name, std::fs::read(&path).map_err(file_error(&path))?))
+            })
+            .collect()
     }
 
     /// The tensors in the order of the layers, cut so that no file is larger than it may be.

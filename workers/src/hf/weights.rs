@@ -1,8 +1,9 @@
 //! Weights in files: HF directories of safetensors under the published names, read and written.
 //!
-//! Reads F32, BF16 and F16 from one file or from several with an index; converts to f32. Knows names and shapes, no layers.
+//! Reads F32, BF16 and F16 from one file or from several with an index; converts to f32. Buffers that follow from the
+//! configuration are passed over. Knows names and shapes, no layers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::tensor::{Tensor, View};
 use contraflow_runtime::checkpoint::MANIFEST_FILE;
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::model_config::is_derived_buffer;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
@@ -39,6 +41,8 @@ pub struct HfWeights {
     dir: PathBuf,
     /// Of an HF directory.
     tensors: BTreeMap<String, Place>,
+    /// Tensors of an HF directory that are no weights.
+    buffers: BTreeSet<String>,
     /// In the place of files under published names, if the folder is that of a checkpoint.
     checkpoint: Option<Box<Checkpoint>>,
 }
@@ -63,7 +67,12 @@ impl HfWeights {
 
     /// Reads the headers of all weight files that can be read, and says everything that is wrong with them.
     pub fn survey(dir: &Path) -> (Self, Vec<RankError>) {
-        let mut weights = HfWeights { dir: dir.to_owned(), tensors: BTreeMap::new(), checkpoint: None };
+        let mut weights = HfWeights {
+            dir: dir.to_owned(),
+            tensors: BTreeMap::new(),
+            buffers: BTreeSet::new(),
+            checkpoint: None,
+        };
         if dir.join(MANIFEST_FILE).exists() {
             let faults = match Checkpoint::open(dir) {
                 Ok(checkpoint) => {
@@ -84,6 +93,9 @@ impl HfWeights {
             let path = dir.join(&name);
             match open_header(&path) {
                 Ok(found) => {
+                    let (buffers, found): (Vec<_>, Vec<_>) =
+                        found.into_iter().partition(|(tensor, _)| is_derived_buffer(tensor));
+                    weights.buffers.extend(buffers.into_iter().map(|(tensor, _)| tensor));
                     faults.extend(
                         found.iter().filter_map(|(t, place)| supported(&path, t, place.info.dtype).err()),
                     );
@@ -111,6 +123,11 @@ impl HfWeights {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let kept = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.records.weights());
         self.tensors.keys().map(String::as_str).chain(kept.map(|(name, _)| name))
+    }
+
+    /// Names of the tensors that were passed over: buffers that follow from the configuration.
+    pub fn buffers(&self) -> &BTreeSet<String> {
+        &self.buffers
     }
 
     /// Shape and type of a tensor, if there is one of that name.
@@ -174,7 +191,8 @@ fn indexed_tensors(index: &Path) -> Result<Listed, RankError> {
     parse_index(&text).map_err(|message| content_error(index, message))
 }
 
-/// What an index says: the tensors of each file of its directory.
+/// What an index says: the weights of each file of its directory. Buffers that follow from the configuration need not be
+/// where the index has them.
 ///
 /// **Errors**: in words, if it is no index or names a file elsewhere.
 pub fn parse_index(text: &str) -> Result<Listed, String> {
@@ -188,7 +206,9 @@ pub fn parse_index(text: &str) -> Result<Listed, String> {
         if Path::new(&file).file_name() != Some(file.as_ref()) {
             return Err(format!("{tensor}: expected the name of a file beside the index, got {file:?}"));
         }
-        files.entry(file).or_default().push(tensor);
+        if !is_derived_buffer(&tensor) {
+            files.entry(file).or_default().push(tensor);
+        }
     }
     Ok(files)
 }

@@ -16,7 +16,6 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::provenance::{companions, manifest};
 use crate::data::batches::Datasets;
 use crate::data::of_recipe::{Text, load_text};
-use crate::data::tokenizer;
 
 /// Checkpoints that stay at least: that of the newest commit, and the one before, which the orchestrator goes on from if it
 /// never hears of the commit.
@@ -71,7 +70,7 @@ impl Prepared {
         let model = ModelConfig::from_hf_json(&assign.model_config).map_err(|faults| faults.to_string())?;
         let submitted = Recipe::submitted(&assign.recipe, "recipe", &assign.overrides, Some(model))
             .map_err(|faults| faults.to_string())?;
-        let recipe = place(submitted.clone(), roots)?;
+        let mut recipe = place(submitted.clone(), roots)?;
         let (text, datasets) = match loaded {
             Some(loaded) => loaded,
             None => {
@@ -79,6 +78,7 @@ impl Prepared {
                 (Arc::new(text), Arc::new(datasets))
             }
         };
+        recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
         let dir = dir_of(&roots.storage, assign.job);
         let shown = dir.display().to_string();
         let words = |error: std::io::Error| format!("{shown}: {error}");
@@ -86,7 +86,7 @@ impl Prepared {
         let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation).pinning(assign.kept);
         let manifest = manifest(&submitted, &text.corpus.hash).map_err(|error| error.to_string())?;
         let manifest = Manifest { generation: assign.generation, ..manifest };
-        let companions = companions(&recipe, text.tokenizer.json());
+        let companions = companions(&recipe, &text.tokenizer);
         let resume = resume(assign, &folder, &manifest)?;
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
@@ -121,10 +121,8 @@ impl Prepared {
             std::fs::remove_dir_all(&dir)?;
         }
         std::fs::create_dir(&dir)?;
-        match self.text.tokenizer.json() {
-            Some(json) => std::fs::write(dir.join(tokenizer::FILE), json),
-            None => Ok(()),
-        }
+        let mut files = self.text.tokenizer.files().into_iter();
+        files.try_for_each(|(name, bytes)| std::fs::write(dir.join(name), bytes))
     }
 
     /// Puts in place what the ranks have written.

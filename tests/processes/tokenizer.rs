@@ -1,0 +1,43 @@
+//! A job with a tokenizer of its own: what it leaves in the storage is read with that tokenizer.
+
+use std::path::Path;
+
+use crate::cluster::{Cluster, spawn, until};
+
+#[test]
+fn a_job_takes_its_tokenizer_and_its_end_of_a_document_along() {
+    let cluster = Cluster::start(0);
+    let data = cluster.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf");
+    for file in ["wordpiece.json", "text.jsonl"] {
+        std::fs::copy(fixtures.join(file), data.join(file)).unwrap();
+    }
+    let model =
+        crate::cluster::MODEL.replace("\"vocab_size\": 260", "\"vocab_size\": 701, \"eos_token_id\": 256");
+    std::fs::write(cluster.path().join("model.json"), model).unwrap();
+    let worker = ["worker", "--join", &cluster.address, "--storage", "storage", "--data-root", "data"];
+    let _worker = spawn(cluster.path(), "worker", &worker);
+    until("the worker", || (cluster.nodes().len() == 1).then_some(()));
+    let one_rank = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b", "training.steps=4"];
+    let changes =
+        ["data.paths=[\"text.jsonl\"]", "tokenizer.path=wordpiece.json", "checkpoint.save_model=true"];
+    let told = [
+        "tokenizer.end_of_document=\"[SEP]\"",
+        "training.global_batch_size=4",
+        "training.micro_batch_size=1",
+    ];
+    let job = cluster.submit(&[&one_rank[..], &changes, &told].concat(), &[]);
+    cluster.finish(&job);
+    let job = format!("storage/jobs/{job}");
+    for model in [format!("{job}/model"), format!("{job}/checkpoints/step-00000004")] {
+        let read = |file: &str| -> serde_json::Value {
+            let text = std::fs::read(cluster.path().join(&model).join(file)).unwrap();
+            serde_json::from_slice(&text).unwrap()
+        };
+        assert_eq!(read("config.json")["eos_token_id"], 3, "{model}");
+        assert_eq!(read("tokenizer_config.json")["eos_token"], "[SEP]", "{model}");
+        let (code, out, told) = cluster.run(&["generate", &model, "--prompt", "the ranks", "--tokens", "3"]);
+        assert!(code == 0 && out.starts_with("the ranks"), "{model}: {out}{told}");
+    }
+}
