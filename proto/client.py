@@ -13,5 +13,5 @@ address, recipe = sys.argv[1:]
 jobs = services.JobServiceStub(grpc.insecure_channel(address))
 job = jobs.Submit(messages.SubmitRequest(recipe=open(recipe).read(), name="from-python")).job
 for step in jobs.Watch(messages.WatchRequest(job=job)):
-    print(step.step, step.loss, flush=True)
+    print(step.record.step, step.record.loss, flush=True)
 print(jobs.Get(messages.GetRequest(job=job)).job.outcome)

@@ -15,7 +15,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, lower, text};
 use contraflow_runtime::topology::Topology;
 use contraflow_workers::data::batches::BatchShape;
-use contraflow_workers::engine::plans::{Planned, Plans, batch_sizes, train_shape, validation_shape};
+use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -154,7 +154,7 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     let mut checked = Vec::new();
     let shapes: Vec<BatchShape> =
-        batch_sizes(recipe).into_iter().map(|size| train_shape(recipe, size)).collect();
+        recipe.batch_sizes().map(|size| train_shape(recipe, size)).collect();
     for shape in &shapes {
         checked.push(Checked::of(prove(&mut plans, shape, Mode::Train)?.as_ref(), shape));
     }

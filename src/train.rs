@@ -7,7 +7,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_over
 use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::of_recipe::load_text;
-use contraflow_workers::engine::plans::{Plans, batch_sizes, train_shape};
+use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
 use crate::failure::Failure;
@@ -92,15 +92,13 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     run.finish(&datasets, tally, began)
 }
 
-/// Makes and checks every plan that the run will need, and says aloud where a fallback runs.
+/// Makes and checks every plan that the run will need, and notes where a fallback runs.
 fn say_plans(recipe: &Recipe) -> Result<(), Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
-    for size in batch_sizes(recipe) {
+    for size in recipe.batch_sizes() {
         let shape = train_shape(recipe, size);
-        let planned = plans.get(shape.micro_batches, Mode::Train).map_err(Failure::input)?;
-        if let Some(reason) = &planned.fallback {
-            eprintln!("note: batches of {size} sequences: {reason}");
-        }
+        plans.get(shape.micro_batches, Mode::Train).map_err(Failure::input)?;
     }
+    recipe.fallbacks().iter().for_each(|note| eprintln!("note: {note}"));
     Ok(())
 }

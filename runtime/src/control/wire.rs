@@ -10,6 +10,7 @@ use v1::rank_event::Event;
 
 use super::{ExportedFile, RankCommand, RankEvent};
 use crate::checkpoint::{Position, ShardFile};
+use crate::fabric::Address;
 use crate::faults::ErrorKind;
 
 /// Which rank of which formation a message is for or from.
@@ -66,7 +67,7 @@ pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEve
         RankEvent::Stopped { step, .. } => Event::Stopped(*step),
         RankEvent::ShardSaved { position, watch, shard, .. } => Event::ShardSaved(v1::ShardSaved {
             position: Some((*position).into()),
-            watch: json(watch),
+            watch: Some(watch.clone().into()),
             shard: Some(shard.clone().into()),
         }),
         RankEvent::Validated { loss, tokens, .. } => {
@@ -75,7 +76,8 @@ pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEve
         RankEvent::Exported { file, .. } => Event::Exported(file.clone().into()),
         RankEvent::Aborted { .. } => Event::Aborted(v1::Empty {}),
         RankEvent::Diverged { divergence, cursor, .. } => {
-            Event::Diverged(v1::Diverged { divergence: json(divergence), cursor: *cursor })
+            let divergence = Some((**divergence).clone().into());
+            Event::Diverged(v1::Diverged { divergence, cursor: *cursor })
         }
         RankEvent::Failed { action, cause, kind, .. } => Event::Failed(v1::Failed {
             action: action.clone(),
@@ -103,14 +105,15 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
         Event::ShardSaved(saved) => RankEvent::ShardSaved {
             rank,
             position: saved.position.ok_or("a shard without a position")?.into(),
-            watch: from_json(&saved.watch)?,
+            watch: saved.watch.ok_or("a shard without the watch's memory")?.into(),
             shard: saved.shard.ok_or("a saved shard without a file")?.into(),
         },
         Event::Validated(v1::Validated { loss, tokens }) => RankEvent::Validated { rank, loss, tokens },
         Event::Exported(file) => RankEvent::Exported { rank, file: file.into() },
         Event::Aborted(_) => RankEvent::Aborted { rank },
         Event::Diverged(v1::Diverged { divergence, cursor }) => {
-            RankEvent::Diverged { rank, divergence: from_json(&divergence)?, cursor }
+            let divergence = divergence.ok_or("a stopped step without a reason")?;
+            RankEvent::Diverged { rank, divergence: Box::new(divergence.try_into()?), cursor }
         }
         Event::Failed(v1::Failed { action, cause, kind }) => {
             let kind = ErrorKind::of_name(&kind).ok_or_else(|| format!("a failure of the kind {kind:?}"))?;
@@ -118,19 +121,6 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
         }
     };
     Ok((address, event))
-}
-
-/// As JSON.
-pub fn json(value: &impl serde::Serialize) -> String {
-    // Our own plain structs: numbers, texts and lists.
-    serde_json::to_string(value).unwrap_or_default()
-}
-
-/// From JSON.
-///
-/// **Errors**: in words.
-pub fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 impl From<Position> for v1::Position {
@@ -144,6 +134,23 @@ impl From<v1::Position> for Position {
     fn from(position: v1::Position) -> Self {
         let v1::Position { step, cursor, tokens } = position;
         Position { step, cursor, tokens }
+    }
+}
+
+impl From<Address> for v1::FabricAddress {
+    fn from(address: Address) -> Self {
+        let Address { host, tcp, unix } = address;
+        v1::FabricAddress { host, tcp: tcp.to_string(), unix }
+    }
+}
+
+impl TryFrom<v1::FabricAddress> for Address {
+    type Error = String;
+
+    fn try_from(address: v1::FabricAddress) -> Result<Self, String> {
+        let v1::FabricAddress { host, tcp, unix } = address;
+        let tcp = tcp.parse().map_err(|_| format!("tcp: expected IP:PORT, got {tcp:?}"))?;
+        Ok(Address { host, tcp, unix })
     }
 }
 
@@ -232,12 +239,23 @@ mod tests {
     }
 
     #[test]
+    fn an_address_comes_back_as_it_went_and_another_text_is_refused() {
+        for tcp in ["10.0.0.7:4096", "[::1]:1"] {
+            let address = Address { host: "boot net".into(), tcp: tcp.parse().unwrap(), unix: "name".into() };
+            assert_eq!(Address::try_from(v1::FabricAddress::from(address.clone())), Ok(address));
+        }
+        let wrong = v1::FabricAddress { tcp: "node0:7070".into(), ..Default::default() };
+        assert_eq!(Address::try_from(wrong), Err("tcp: expected IP:PORT, got \"node0:7070\"".into()));
+    }
+
+    #[test]
     fn a_message_without_its_parts_is_an_error_in_words() {
         assert!(decode_event(v1::RankEvent::default()).is_err());
         assert!(decode_command(v1::RankCommand::default(), Path::new("")).is_err());
         let event = |event| v1::RankEvent { rank: 1, event: Some(event), ..Default::default() };
         assert!(decode_event(event(Event::ShardSaved(v1::ShardSaved::default()))).is_err());
         assert!(decode_event(event(Event::StepDone(StepReport::default()))).is_err());
+        assert!(decode_event(event(Event::Diverged(v1::Diverged::default()))).is_err());
         let failed = v1::Failed { kind: "tired".into(), ..Default::default() };
         assert!(decode_event(event(Event::Failed(failed))).unwrap_err().contains("tired"));
     }

@@ -35,6 +35,42 @@ impl Recipe {
         (start + grown) / unit * unit
     }
 
+    /// The sizes of the global batch that the recipe's steps have, in the order in which they first occur. Their number is
+    /// bounded by the sizes that the layout divides, however long the recipe is.
+    pub fn batch_sizes(&self) -> impl Iterator<Item = usize> + '_ {
+        let mut next = Some((0, 0));
+        std::iter::from_fn(move || {
+            let (step, tokens) = next.take().filter(|&(step, _)| step < self.training.steps as u128)?;
+            let size = self.batch_size_at(u64::try_from(tokens).unwrap_or(u64::MAX));
+            next = self.tokens_of_larger_batch(size).map(|larger| {
+                let per_step = (size * self.training.sequence_length) as u128;
+                let steps = larger.saturating_sub(tokens).div_ceil(per_step).max(1);
+                (step + steps, tokens + steps * per_step)
+            });
+            Some(size)
+        })
+    }
+
+    /// Tokens from which on a batch is larger than `size`; `None` if that is the full one.
+    fn tokens_of_larger_batch(&self, size: usize) -> Option<u128> {
+        let training = &self.training;
+        if size >= training.global_batch_size {
+            return None;
+        }
+        let growth = (training.global_batch_size - training.ramp_start_batch_size) as u128;
+        let needed = (size + self.batch_unit()).saturating_sub(training.ramp_start_batch_size) as u128;
+        let full = u128::from(training.ramp_tokens);
+        Some((needed * full).div_ceil(growth.max(1)).min(full))
+    }
+
+    /// Notes on batches that the schedule cannot run and the sequential plan does, each with its reason.
+    pub fn fallbacks(&self) -> Vec<String> {
+        let reason = |size| self.parallel.schedule.fallback(self.parallel.pipeline, self.micro_batches(size));
+        // Batches only grow, and so do their chances to fill the pipeline.
+        let small = self.batch_sizes().map_while(|size| Some((size, reason(size)?)));
+        small.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
+    }
+
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
     pub fn saves_after(&self, step: u64) -> bool {
         let every = self.checkpoint.every;
@@ -139,6 +175,35 @@ mod tests {
     }
 
     #[test]
+    fn small_batches_of_a_ramp_fall_back_and_say_so_once_a_size() {
+        let entries = [
+            "parallel.pipeline=4",
+            "parallel.expert=1",
+            "training.micro_batch_size=1",
+            "training.global_batch_size=12",
+            "training.ramp_start_batch_size=4",
+            "training.ramp_tokens=40960",
+            "training.steps=8388608",
+        ];
+        let load = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|entry| entry.to_string()).collect();
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        let recipe = load(&entries);
+        assert_eq!(recipe.batch_sizes().collect::<Vec<_>>(), [4, 6, 8, 10, 12]);
+        let note = |size| {
+            format!(
+                "batches of {size} sequences: dualpipe on 4 pipeline ranks needs at least 8 micro-batches, got {size}; \
+                 the sequential plan runs instead"
+            )
+        };
+        assert_eq!(recipe.fallbacks(), [note(4), note(6)]);
+        let short = load(&[&entries[..], &["training.steps=3"]].concat());
+        assert_eq!(short.fallbacks(), [note(4)]);
+        assert_eq!(report().fallbacks(), [""; 0]);
+    }
+
+    #[test]
     fn balance_and_mtp_change_where_the_report_says() {
         let recipe = report();
         let edge = 14_300_000_000_000;
@@ -155,6 +220,22 @@ mod tests {
             let (early, late) = (recipe.batch_size_at(a.min(b)), recipe.batch_size_at(a.max(b)));
             prop_assert!(early <= late && (3072..=15360).contains(&early));
             prop_assert!(early.is_multiple_of(recipe.batch_unit()));
+        }
+
+        #[test]
+        fn batch_sizes_are_those_of_the_steps(start in 1..8_usize, ramp in 1..60_000_u64, steps in 1..300_usize) {
+            let mut recipe = report();
+            let training = &mut recipe.training;
+            (training.global_batch_size, training.ramp_start_batch_size) = (64, 8 * start);
+            (training.ramp_tokens, training.steps) = (ramp, steps);
+            let (mut expected, mut tokens) = (Vec::new(), 0);
+            for _ in 0..steps {
+                let size = recipe.batch_size_at(tokens);
+                expected.push(size);
+                tokens += (size * recipe.training.sequence_length) as u64;
+            }
+            expected.dedup();
+            prop_assert_eq!(recipe.batch_sizes().collect::<Vec<_>>(), expected);
         }
 
         #[test]

@@ -112,6 +112,17 @@ impl ScheduleKind {
         }
     }
 
+    /// Why a step of so many micro-batches (both directions together) runs by the plan of [`sequential`], if it does: the batch
+    /// is too small or too uneven for the schedule.
+    pub fn fallback(self, pipeline: usize, micro_batches: usize) -> Option<String> {
+        match self.validate_batch(pipeline, micro_batches) {
+            Err(why @ (ScheduleError::TooFewMicroBatches { .. } | ScheduleError::OddMicroBatches(_))) => {
+                Some(format!("{why}; the sequential plan runs instead"))
+            }
+            Ok(()) | Err(_) => None,
+        }
+    }
+
     /// The plan for a step of `micro_batches` (both directions together). Where the batch is too small or too uneven
     /// for the schedule, the plan of [`sequential`] on the same placement, and why.
     ///
@@ -123,19 +134,15 @@ impl ScheduleKind {
         micro_batches: usize,
         mode: Mode,
     ) -> Result<(Plan, Option<String>), ScheduleError> {
-        let made = match self {
+        if let Some(why) = self.fallback(pipeline, micro_batches) {
+            return Ok((sequential::sequential(self, pipeline, micro_batches, mode)?, Some(why)));
+        }
+        let plan = match self {
             ScheduleKind::Dualpipe => dualpipe::dualpipe(pipeline, micro_batches, mode),
             ScheduleKind::Dualpipev => dualpipe::dualpipev(pipeline, micro_batches, mode),
             ScheduleKind::OneFOneB => one_f_one_b::one_f_one_b(pipeline, micro_batches, mode),
         };
-        match made {
-            Ok(plan) => Ok((plan, None)),
-            Err(why @ (ScheduleError::TooFewMicroBatches { .. } | ScheduleError::OddMicroBatches(_))) => {
-                let plan = sequential::sequential(self, pipeline, micro_batches, mode)?;
-                Ok((plan, Some(format!("{why}; the sequential plan runs instead"))))
-            }
-            Err(other) => Err(other),
-        }
+        Ok((plan?, None))
     }
 
     /// Refuses what the generator cannot run.

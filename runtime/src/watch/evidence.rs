@@ -1,11 +1,20 @@
 //! Evidence: what was not finite in a step, by rank and published name, and the one sentence that says it.
 //!
 //! Every rank looks through its own tensors; the findings travel as numbers, with places in the published list of weights
-//! for names, so that each rank ends up with the evidence of all. Knows names and ranks, no tensors.
+//! for names, so that each rank ends up with the evidence of all. Knows names, ranks and the file that it is left in, no
+//! tensors.
 
 use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::UNFINISHED_SUFFIX;
+use crate::checkpoint::folder::{sync_dir, write_synced};
+
+/// The file in the folder of a run or job that holds the evidence of the step that ended its training.
+pub const EVIDENCE_FILE: &str = "evidence.json";
 
 /// A published tensor with values that are not finite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,6 +145,18 @@ impl Evidence {
             grad_norm: grad_norm.to_string(),
             ranks: in_order(ranks.collect(), names),
         }
+    }
+
+    /// Writes [`EVIDENCE_FILE`], synced, in place of one of an earlier step; returns its path.
+    ///
+    /// **Errors**: what the system says.
+    pub fn write(&self, dir: &Path) -> io::Result<PathBuf> {
+        let path = dir.join(EVIDENCE_FILE);
+        let part = dir.join(format!("{EVIDENCE_FILE}{UNFINISHED_SUFFIX}"));
+        write_synced(&part, format!("{}\n", serde_json::to_string_pretty(self)?).as_bytes())?;
+        std::fs::rename(part, &path)?;
+        sync_dir(dir)?;
+        Ok(path)
     }
 }
 

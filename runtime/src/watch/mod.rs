@@ -8,6 +8,7 @@ pub mod evidence;
 pub mod gate;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 use std::collections::VecDeque;
 

@@ -84,20 +84,3 @@ pub fn validation_shape(recipe: &Recipe, available: usize) -> Option<BatchShape>
     let shape = train_shape(recipe, micro_batches * unit);
     (micro_batches > 0).then_some(BatchShape { micro_batches, ..shape })
 }
-
-/// The sizes of the global batch that the recipe's steps have, in the order in which they first occur.
-pub fn batch_sizes(recipe: &Recipe) -> Vec<usize> {
-    let mut sizes = Vec::new();
-    let mut tokens = 0;
-    for _ in 0..recipe.training.steps {
-        let size = recipe.batch_size_at(tokens);
-        if sizes.last() != Some(&size) {
-            sizes.push(size);
-        }
-        if size == recipe.training.global_batch_size {
-            break;
-        }
-        tokens += (size * recipe.training.sequence_length) as u64;
-    }
-    sizes
-}
