@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
-use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
+use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
@@ -146,8 +147,8 @@ fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
     let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
     let peak = measure_peak(threads);
     let tokens = (recipe.training.global_batch_size * length) as f64;
-    let (summaries, cpu_seconds) = train_quietly(recipe, datasets)?;
-    let mut seconds: Vec<f64> = summaries.iter().skip(WARM_UP).map(|summary| summary.seconds).collect();
+    let (records, cpu_seconds) = train_quietly(recipe, datasets)?;
+    let mut seconds: Vec<f64> = records.iter().skip(WARM_UP).map(|record| record.seconds).collect();
     seconds.sort_by(f64::total_cmp);
     let (median, best) = (seconds[seconds.len() / 2], seconds[0]);
     // From the end of the warm-up on: making the model is no part of a step.
@@ -197,25 +198,23 @@ fn balance(steps: usize) -> Result<(), Failure> {
             train: PackedDataset::pack(&corpus.train, length),
             validation: PackedDataset::pack(&corpus.validation, length),
         };
-        let (summaries, _) = train_quietly(recipe, datasets)?;
-        let mean = |part: &[StepSummary]| {
-            part.iter().map(StepSummary::mean_max_vio).sum::<f64>() / part.len().max(1) as f64
-        };
-        let quarter = (summaries.len() / 4).max(1);
-        let (early, late) =
-            (mean(&summaries[quarter..2 * quarter]), mean(&summaries[summaries.len() - quarter..]));
+        let (records, _) = train_quietly(recipe, datasets)?;
+        let mean =
+            |part: &[StepRecord]| part.iter().map(mean_max_vio).sum::<f64>() / part.len().max(1) as f64;
+        let quarter = (records.len() / 4).max(1);
+        let (early, late) = (mean(&records[quarter..2 * quarter]), mean(&records[records.len() - quarter..]));
         lines +=
             &format!("balance {words}: MaxVio {early:.2} in the second quarter, {late:.2} in the last\n");
     }
     print(&lines)
 }
 
-/// Runs a recipe without a folder; returns its summaries, and the process's CPU seconds at the end of each step.
-fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepSummary>, Vec<f64>), Failure> {
-    let steps: Arc<Mutex<Vec<(StepSummary, f64)>>> = Arc::default();
+/// Runs a recipe without a folder; returns its step records, and the process's CPU seconds at the end of each step.
+fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepRecord>, Vec<f64>), Failure> {
+    let steps: Arc<Mutex<Vec<(StepRecord, f64)>>> = Arc::default();
     let shared = steps.clone();
-    let subscriber: Subscriber = Box::new(move |summary| {
-        shared.lock().unwrap_or_else(PoisonError::into_inner).push((summary.clone(), cpu_seconds()));
+    let subscriber: Subscriber = Box::new(move |record| {
+        shared.lock().unwrap_or_else(PoisonError::into_inner).push((record.clone(), cpu_seconds()));
     });
     run_quietly(recipe, datasets, None, subscriber)?;
     let steps = std::mem::take(&mut *steps.lock().unwrap_or_else(PoisonError::into_inner));
@@ -232,7 +231,8 @@ fn run_quietly(
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
-        generation: 0,
+        generation: 1,
+        peak_flops: None,
         resume: None,
         checkpoints,
         export_dir: None,

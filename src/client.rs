@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use contraflow_proto::v1;
+use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::words_of;
@@ -15,6 +15,7 @@ use v1::job_service_client::JobServiceClient;
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::output::print;
+use crate::progress::figures;
 use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
@@ -223,7 +224,7 @@ pub fn status(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
-/// Runs `contraflow watch`: a line a step, those before first, until the job ends. A break of the connection is waited out:
+/// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the connection is waited out:
 /// the orchestrator may be started again.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
@@ -249,17 +250,22 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
     let mut client = jobs(&args.common).await?;
     let request = v1::WatchRequest { job: args.job.clone(), from_step: *from_step };
     let mut steps = client.watch(request).await.map_err(|status| refused(&status))?.into_inner();
-    while let Some(step) = steps.message().await.map_err(|status| refused(&status))? {
-        *from_step = step.step + 1;
-        let json = json!({
-            "step": step.step, "loss": step.loss, "generation": step.generation, "tokens": step.tokens,
-            "grad_norm": step.grad_norm, "seconds": step.seconds,
-        });
-        let text = format!(
-            "step {:>6}  loss {:.4}  norm {:.3}  {:.2} s  generation {}\n",
-            step.step, step.loss, step.grad_norm, step.seconds, step.generation
-        );
-        show(&args.common, &json, &text)?;
+    while let Some(answer) = steps.message().await.map_err(|status| refused(&status))? {
+        let record = answer.record.unwrap_or_default();
+        *from_step = record.step + 1;
+        match args.common.format {
+            // The bytes of a line of metrics.jsonl: a JSON value would have its fields in another order.
+            Format::Json => {
+                let line = serde_json::to_string(&record).map_err(|error| Failure::run(error.to_string()))?;
+                print(&format!("{line}\n"))?;
+            }
+            Format::Text => {
+                record.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                let StepRecord { step, seconds, generation, .. } = record;
+                let figures = figures(&record, "");
+                print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))?;
+            }
+        }
     }
     let request = v1::GetRequest { job: args.job.clone() };
     let answer = client.get(request).await.map_err(|status| refused(&status))?;

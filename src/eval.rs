@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use contraflow_kernels::par::Threads;
-use contraflow_orchestrator::metrics::max_vio;
+use contraflow_orchestrator::metrics::record::max_vio;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
 use contraflow_workers::data::batches::{self, Predicted};
 use contraflow_workers::data::documents::DocumentEncoder;

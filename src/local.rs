@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use contraflow_orchestrator::job::{JobSetup, Outcome};
 use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
 use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
@@ -26,8 +27,10 @@ pub struct ClusterSpec {
     pub recipe: Arc<Recipe>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
-    /// How often the job has been formed before.
+    /// Count of (re)formations of the job, from 1.
     pub generation: u32,
+    /// Measured peak of the cores in use, if somebody has measured it. **Units**: FLOP/s.
+    pub peak_flops: Option<f64>,
     /// What the run goes on from, if it is not fresh.
     pub resume: Option<Arc<Checkpoint>>,
     /// Where checkpoints are kept, if anywhere.
@@ -38,7 +41,7 @@ pub struct ClusterSpec {
     pub network: LocalOptions,
     /// For tests.
     pub probe: Probe,
-    /// Who hears a summary of every step.
+    /// Who hears the record of every step.
     pub subscribers: Vec<Subscriber>,
 }
 
@@ -69,6 +72,7 @@ impl Cluster {
             recipe,
             datasets,
             generation,
+            peak_flops,
             resume,
             checkpoints,
             export_dir,
@@ -99,7 +103,7 @@ impl Cluster {
             },
             checkpoints,
             model_config: recipe.model_config.to_hf_json(),
-            collapse_steps: recipe.watch.collapse_steps,
+            constants: JobConstants::new(&recipe, world, peak_flops),
             send: Arc::new(send),
             subscribers,
             ended: tell_ended,

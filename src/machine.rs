@@ -6,6 +6,11 @@ use contraflow_kernels::linear;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 
+/// Cores that this process may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// FLOP/s of a large f32 product on `num_threads` threads: what MFU is measured against.
 pub fn measure_peak(num_threads: usize) -> f64 {
     const SIZE: usize = 1024;

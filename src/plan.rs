@@ -153,8 +153,7 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
 fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     let mut checked = Vec::new();
-    let shapes: Vec<BatchShape> =
-        recipe.batch_sizes().map(|size| train_shape(recipe, size)).collect();
+    let shapes: Vec<BatchShape> = recipe.batch_sizes().map(|size| train_shape(recipe, size)).collect();
     for shape in &shapes {
         checked.push(Checked::of(prove(&mut plans, shape, Mode::Train)?.as_ref(), shape));
     }

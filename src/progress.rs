@@ -1,13 +1,15 @@
-//! What the user sees while a run goes on: one live line on a terminal, plain lines elsewhere, and metrics.jsonl.
+//! What the user sees while a run goes on: one live line on a terminal, plain lines elsewhere, and metrics.jsonl. The figures
+//! of a step are those of its record, here and where a job is watched.
 //!
 //! Everything here goes to stderr or a file; results go to stdout elsewhere.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use contraflow_orchestrator::metrics::StepSummary;
+use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::run_dir::METRICS;
@@ -15,10 +17,10 @@ use crate::run_dir::METRICS;
 /// Without a terminal a line is written at most this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// How a rate is measured: over the latest steps.
+/// Steps over which the rate is averaged that tells how long the rest takes.
 const WINDOW_STEPS: usize = 20;
 
-/// Figures the line needs and the summaries do not hold.
+/// Figures the line needs and the records do not hold.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
     /// Steps of the whole run.
@@ -36,8 +38,8 @@ pub struct Progress {
     frame: Frame,
     bar: ProgressBar,
     file: File,
-    /// When the latest steps ended, and their tokens.
-    recent: std::collections::VecDeque<(Instant, u64)>,
+    /// Tokens and seconds of the latest steps.
+    recent: VecDeque<(u64, f64)>,
     last_line: Option<Instant>,
 }
 
@@ -53,69 +55,59 @@ impl Progress {
             bar.set_style(style);
         }
         let file = File::options().create(true).append(true).open(run_dir.join(METRICS))?;
-        let recent = [(Instant::now(), 0)].into();
-        Ok(Progress { frame, bar, file, recent, last_line: None })
+        Ok(Progress { frame, bar, file, recent: VecDeque::new(), last_line: None })
     }
 
     /// Takes note of a step.
-    pub fn step(&mut self, summary: &StepSummary) {
-        let now = Instant::now();
-        self.recent.push_back((now, summary.tokens));
-        if self.recent.len() > WINDOW_STEPS + 1 {
+    pub fn step(&mut self, record: &StepRecord) {
+        self.recent.push_back((record.tokens, record.seconds));
+        if self.recent.len() > WINDOW_STEPS {
             self.recent.pop_front();
         }
-        let rate = self.tokens_per_second();
-        if let Ok(mut line) = serde_json::to_value(summary) {
-            line["tokens_per_second"] = rate.into();
-            line["mfu"] = self.mfu(rate).into();
+        if let Ok(line) = serde_json::to_string(record) {
             // A full disk does not stop training; the summary at the end says what could not be written.
             let _ = writeln!(self.file, "{line}");
         }
-        for warning in &summary.warnings {
+        for warning in &record.warnings {
             self.bar.suspend(|| eprintln!("warning: {warning}"));
         }
-        let message = self.line(summary, rate);
+        let crowded = if self.frame.oversubscribed { " (oversubscribed)" } else { "" };
+        let message = format!("{}  {} left", figures(record, crowded), minutes(self.seconds_left(record)));
         self.bar.set_message(message.clone());
-        self.bar.set_position(summary.step);
+        self.bar.set_position(record.step);
+        let now = Instant::now();
         let is_due = self.last_line.is_none_or(|last| now.duration_since(last) >= LINE_EVERY);
-        if self.bar.is_hidden() && (is_due || summary.step == self.frame.steps) {
+        if self.bar.is_hidden() && (is_due || record.step == self.frame.steps) {
             self.last_line = Some(now);
-            eprintln!("step {}/{}  {message}", summary.step, self.frame.steps);
+            eprintln!("step {}/{}  {message}", record.step, self.frame.steps);
         }
-        if summary.step == self.frame.steps {
+        if record.step == self.frame.steps {
             self.bar.finish();
         }
     }
 
-    fn tokens_per_second(&self) -> f64 {
-        let (Some((first, _)), Some((last, _))) = (self.recent.front(), self.recent.back()) else {
-            return 0.0;
-        };
-        let tokens: u64 = self.recent.iter().skip(1).map(|(_, tokens)| tokens).sum();
-        tokens as f64 / last.duration_since(*first).as_secs_f64().max(1e-9)
+    fn seconds_left(&self, record: &StepRecord) -> f64 {
+        let tokens: u64 = self.recent.iter().map(|(tokens, _)| tokens).sum();
+        let seconds: f64 = self.recent.iter().map(|(_, seconds)| seconds).sum();
+        let left = self.frame.steps.saturating_sub(record.step) * record.tokens;
+        left as f64 * seconds / tokens.max(1) as f64
     }
+}
 
-    fn mfu(&self, rate: f64) -> f64 {
-        rate * self.frame.flops_per_token / self.frame.peak_flops
-    }
-
-    fn line(&self, summary: &StepSummary, rate: f64) -> String {
-        let mtp = summary.mtp_loss.map_or_else(String::new, |loss| format!("  mtp {loss:.3}"));
-        let skipped = if summary.skipped { "skipped  " } else { "" };
-        let crowded = if self.frame.oversubscribed { " (oversubscribed)" } else { "" };
-        let left = (self.frame.steps - summary.step) as f64 * summary.tokens as f64 / rate.max(1e-9);
-        format!(
-            "{skipped}loss {:.3}{mtp}  |g| {:.2}  lr {:.1e}  {:.1}k tok/s  MFU {:.0}%  bubble {:.0}%{crowded}  MaxVio {:.2}  {} left",
-            summary.loss,
-            summary.grad_norm,
-            summary.learning_rate,
-            rate / 1e3,
-            100.0 * self.mfu(rate),
-            100.0 * summary.bubble_share,
-            summary.mean_max_vio(),
-            minutes(left)
-        )
-    }
+/// What a step was like, in one line; `crowded` follows the bubble.
+pub fn figures(record: &StepRecord, crowded: &str) -> String {
+    let skipped = if record.skipped { "skipped  " } else { "" };
+    let mtp = record.mtp_loss.map_or_else(String::new, |loss| format!("  mtp {loss:.3}"));
+    let mfu = record.mfu.map_or_else(String::new, |mfu| format!("  MFU {:.0}%", 100.0 * mfu));
+    format!(
+        "{skipped}loss {:.3}{mtp}  |g| {:.2}  lr {:.1e}  {:.1}k tok/s{mfu}  bubble {:.0}%{crowded}  MaxVio {:.2}",
+        record.loss,
+        record.grad_norm,
+        record.learning_rate,
+        record.tokens_per_second / 1e3,
+        100.0 * record.bubble_share,
+        mean_max_vio(record),
+    )
 }
 
 /// Seconds as minutes and seconds.

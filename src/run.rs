@@ -8,7 +8,9 @@ use std::time::Instant;
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
-use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
+use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_orchestrator::metrics::record::StepRecord;
+use contraflow_orchestrator::rollback::{self, Returns, RollBack};
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position, UNFINISHED_SUFFIX};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
@@ -26,7 +28,7 @@ use contraflow_workers::engine::probe::Probe;
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::local::{Cluster, ClusterSpec};
-use crate::machine::measure_peak;
+use crate::machine;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
@@ -39,7 +41,7 @@ pub struct Tally {
     /// Sum of their bubble shares.
     pub bubble: f64,
     /// The latest step.
-    pub last: StepSummary,
+    pub last: StepRecord,
     /// Steps of this process.
     pub steps: u64,
     /// From the start of the cluster to the end of the last update, in seconds.
@@ -48,17 +50,11 @@ pub struct Tally {
     pub validation_loss: Option<f64>,
 }
 
-/// What was not finite in the step that ended a run.
-const EVIDENCE: &str = "evidence.json";
-
 /// One formation of the cluster: the first, or one after a roll-back.
-#[derive(Default)]
 struct Attempt {
     resume: Option<Arc<Checkpoint>>,
     generation: u32,
-    /// The step that the latest roll-back went to, and how often in a row it was that one.
-    back_to: Option<u64>,
-    returns: u64,
+    returns: Returns,
 }
 
 /// A run that has a folder.
@@ -115,7 +111,7 @@ impl Run {
         text: Text,
         resume: Option<Arc<Checkpoint>>,
     ) -> Result<Self, Failure> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = machine::cores();
         let threads = recipe.topology().world() * recipe.parallel.threads_per_rank;
         let frame = Frame {
             steps: recipe.training.steps as u64,
@@ -123,7 +119,7 @@ impl Run {
                 &recipe.model_config,
                 recipe.training.sequence_length,
             ) as f64,
-            peak_flops: measure_peak(threads.min(cores)),
+            peak_flops: machine::measure_peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
         let manifest =
@@ -172,9 +168,9 @@ impl Run {
                 step => format!(", {step} of them made before"),
             }
         );
-        let last = run_dir::last_summary(&self.dir).unwrap_or_default();
+        let last = run_dir::last_record(&self.dir).unwrap_or_default();
         let tally = Arc::new(Mutex::new(Tally { last, ..Tally::default() }));
-        let mut attempt = Attempt { resume: self.resume.clone(), ..Attempt::default() };
+        let mut attempt = Attempt { resume: self.resume.clone(), generation: 1, returns: Returns::default() };
         loop {
             let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
             let totals = || tally.lock().unwrap_or_else(PoisonError::into_inner);
@@ -195,7 +191,7 @@ impl Run {
                     )));
                 }
                 Outcome::Diverged { divergence, cursor } => {
-                    attempt = self.diverged(&divergence, cursor, attempt)?;
+                    attempt = self.diverged(&divergence, cursor, &attempt)?;
                     let kept =
                         attempt.resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.tokens);
                     totals().tokens = kept - self.position().tokens;
@@ -222,19 +218,20 @@ impl Run {
         let shared = tally.clone();
         let began = Instant::now();
         let before = shared.lock().unwrap_or_else(PoisonError::into_inner).seconds;
-        let subscriber: Subscriber = Box::new(move |summary| {
-            progress.step(summary);
+        let subscriber: Subscriber = Box::new(move |record| {
+            progress.step(record);
             let mut tally = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            tally.tokens += summary.tokens;
+            tally.tokens += record.tokens;
             tally.steps += 1;
-            tally.bubble += summary.bubble_share;
+            tally.bubble += record.bubble_share;
             tally.seconds = before + began.elapsed().as_secs_f64();
-            tally.last = summary.clone();
+            tally.last = record.clone();
         });
         Ok(ClusterSpec {
             recipe: self.recipe.clone(),
             datasets: datasets.clone(),
             generation: attempt.generation,
+            peak_flops: Some(self.frame.peak_flops),
             resume: attempt.resume.clone(),
             checkpoints: Some(Commits {
                 folder: CheckpointFolder::of_run(&self.dir),
@@ -253,44 +250,42 @@ impl Run {
     /// and past the sequences that led to the divergence: the same ones would lead there again.
     ///
     /// **Errors**: code 1 with the reason, where the run is to stop or there is no way back.
-    fn diverged(&self, divergence: &Divergence, cursor: u64, before: Attempt) -> Result<Attempt, Failure> {
-        let told = self.tell_divergence(divergence);
-        if divergence.action != Action::RollBack {
-            return Err(Failure::run(format!("{told}{}", self.way_on())));
-        }
+    fn diverged(&self, divergence: &Divergence, cursor: u64, before: &Attempt) -> Result<Attempt, Failure> {
         let folder = CheckpointFolder::of_run(&self.dir);
-        let Some(step) = folder.list().unwrap_or_default().last().copied() else {
-            return Err(Failure::run(format!("{told}; there is no checkpoint to go back to")));
-        };
-        let returns = if before.back_to == Some(step) { before.returns + 1 } else { 1 };
-        if returns > self.recipe.watch.max_skips {
-            let most = self.recipe.watch.max_skips;
-            return Err(Failure::run(format!(
-                "{told}; the run went back to step {step} {most} times (watch.max_skips)"
-            )));
-        }
-        let mut checkpoint =
-            Checkpoint::open(&folder.committed(step)).map_err(|faults| Failure::run(faults.to_string()))?;
-        let skipped = cursor - checkpoint.manifest.position.cursor;
-        eprintln!("{told}; going back to step {step}, past {skipped} sequences");
+        let newest = folder.list().unwrap_or_default().last().map(|&step| {
+            // One that cannot be read is refused where it is opened.
+            let manifest = Manifest::read(&folder.committed(step));
+            rollback::Checkpoint { step, cursor: manifest.map_or(0, |manifest| manifest.position.cursor) }
+        });
+        let (returns, max_returns) = (before.returns, self.recipe.watch.max_skips);
+        let decided =
+            RollBack { newest, returns, max_returns }.decide(&self.with_evidence(divergence), cursor);
+        let returned = decided.map_err(|why| {
+            let says_all = newest.is_none() && divergence.action == Action::RollBack;
+            Failure::run(if says_all { why } else { format!("{why}{}", self.way_on()) })
+        })?;
+        let checkpoint = Checkpoint::open(&folder.committed(returned.to));
+        let mut checkpoint = checkpoint.map_err(|faults| Failure::run(faults.to_string()))?;
         checkpoint.manifest.position.cursor = cursor;
-        run_dir::keep_metrics(&self.dir, &self.dir, step)
+        eprintln!("{}", returned.why);
+        run_dir::keep_metrics(&self.dir, &self.dir, returned.to)
             .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
         Ok(Attempt {
             resume: Some(Arc::new(checkpoint)),
             generation: before.generation + 1,
-            back_to: Some(step),
-            returns,
+            returns: returned.returns,
         })
     }
 
-    fn tell_divergence(&self, divergence: &Divergence) -> String {
-        let Some(evidence) = &divergence.evidence else { return divergence.why.clone() };
-        let text = serde_json::to_string_pretty(evidence).map_err(|error| Failure::run(error.to_string()));
-        match text.and_then(|text| self.write(EVIDENCE, &format!("{text}\n"))) {
-            Ok(()) => format!("{}; see {}", divergence.why, self.dir.join(EVIDENCE).display()),
-            Err(error) => format!("{}; {}", divergence.why, error.message),
+    /// The same divergence, which says where its evidence is, if there is some.
+    fn with_evidence(&self, divergence: &Divergence) -> Divergence {
+        let mut divergence = divergence.clone();
+        match divergence.evidence.as_ref().map(|evidence| evidence.write(&self.dir)) {
+            Some(Ok(path)) => divergence.why += &format!("; see {}", path.display()),
+            Some(Err(error)) => divergence.why += &format!("; {}: {error}", self.dir.display()),
+            None => {}
         }
+        divergence
     }
 
     /// Removes what the end of the run has cut off. What cannot be removed now is when the run goes on.

@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use contraflow_orchestrator::metrics::StepSummary;
+use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::recipe::TokenizerSection;
 
@@ -106,7 +106,7 @@ pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
     };
     let is_kept = |line: &&str| {
         // A line that a crash has cut off is none.
-        serde_json::from_str::<StepSummary>(line).is_ok_and(|summary| summary.step <= last_step)
+        serde_json::from_str::<StepRecord>(line).is_ok_and(|record| record.step <= last_step)
     };
     let kept: String = text.lines().filter(is_kept).flat_map(|line| [line, "\n"]).collect();
     let part = to.join(format!("{METRICS}.part"));
@@ -115,7 +115,7 @@ pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
 }
 
 /// The last line of a run's metrics.
-pub fn last_summary(run: &Path) -> Option<StepSummary> {
+pub fn last_record(run: &Path) -> Option<StepRecord> {
     let text = std::fs::read_to_string(run.join(METRICS)).ok()?;
     serde_json::from_str(text.lines().last()?).ok()
 }

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use contraflow_orchestrator::metrics::record::mean_max_vio;
 use contraflow_runtime::cost;
 use contraflow_workers::data::Baselines;
 use contraflow_workers::data::batches::{Datasets, Predicted, validation_index};
@@ -66,7 +67,7 @@ impl Run {
             bubble_share: tally.bubble / (tally.steps.max(1) as f64),
             oversubscribed: self.frame.oversubscribed,
             final_loss: tally.last.loss,
-            max_vio: tally.last.mean_max_vio(),
+            max_vio: mean_max_vio(&tally.last),
             validation_bits_per_byte: tally.validation_loss.and_then(|loss| predicted.bits_per_byte(loss)),
             validation_bytes: predicted.bytes,
             baseline_bigram_bits_per_byte: baselines.map(|b| b.bigram_bits_per_byte),

@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use contraflow_workers::host::{self, Settings};
+use contraflow_workers::host::{self, LogLevels, Settings};
 
 use crate::access::Access;
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
+use crate::machine;
 use crate::telemetry;
 
 /// Arguments of `contraflow worker`.
@@ -40,8 +41,9 @@ pub struct Args {
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &Args) -> Result<(), Failure> {
-    let (lines, _spans) = telemetry::init_worker("contraflow-worker")?;
-    let settings = settings(args)?;
+    let log_levels = LogLevels::default();
+    let (lines, _spans) = telemetry::init_worker("contraflow-worker", &log_levels)?;
+    let settings = settings(args, log_levels)?;
     let runtime = interrupt::runtime()?;
     let ended = runtime.block_on(async {
         let (mut once, mut twice) = (Signals::listen()?, Signals::listen()?);
@@ -57,7 +59,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     ended
 }
 
-fn settings(args: &Args) -> Result<Settings, Failure> {
+fn settings(args: &Args, log_levels: LogLevels) -> Result<Settings, Failure> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let (mut node, mut block) = (host.clone(), String::from("default"));
     let mut faults = Vec::new();
@@ -71,6 +73,7 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
     if !faults.is_empty() {
         return Err(Failure::faults("--labels", &faults));
     }
+    let cores = machine::cores();
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     Ok(Settings {
         orchestrator: args.access.endpoint("--join", &args.join)?,
@@ -82,5 +85,9 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
         node,
         block,
         listen: args.listen,
+        cores,
+        // Before there are ranks: they would share the cores with the measurement.
+        peak_flops: machine::measure_peak(cores) as u64,
+        log_levels,
     })
 }

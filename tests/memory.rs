@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use contraflow::local::{Cluster, ClusterSpec};
 use contraflow_orchestrator::job::Outcome;
-use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
+use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::data::batches::Datasets;
@@ -37,11 +38,12 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     let measured: Arc<Mutex<Vec<u64>>> = Arc::default();
     let after_step = measured.clone();
     let subscriber: Subscriber =
-        Box::new(move |_: &StepSummary| after_step.lock().unwrap().push(resident_bytes()));
+        Box::new(move |_: &StepRecord| after_step.lock().unwrap().push(resident_bytes()));
     let spec = ClusterSpec {
         recipe,
         datasets,
-        generation: 0,
+        generation: 1,
+        peak_flops: None,
         resume: None,
         checkpoints: None,
         export_dir: None,

@@ -1,16 +1,18 @@
 //! The job actor: carries events of the ranks to the job's state machine and its effects to where they belong.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, ShardFile};
-use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
 use crate::job::{Effect, Job, JobSetup, Outcome};
+use crate::metrics::record::JobConstants;
 use crate::metrics::{Metrics, MetricsMessage, Subscriber};
 
 /// How long a rank may take to answer an abort before the job ends without it.
@@ -30,6 +32,11 @@ pub enum JobMessage {
         /// Which one.
         step: u64,
         /// Whether it stands.
+        result: Result<(), String>,
+    },
+    /// The exported weights have been put in place, or not.
+    WeightsPlaced {
+        /// Why not, in words.
         result: Result<(), String>,
     },
     /// End at once.
@@ -62,11 +69,11 @@ pub struct JobActorSetup {
     pub model_config: String,
     /// Where checkpoints are committed, if anywhere.
     pub checkpoints: Option<Commits>,
-    /// `watch.collapse_steps`.
-    pub collapse_steps: u64,
+    /// What step records need beside the ranks' reports.
+    pub constants: JobConstants,
     /// The way to the ranks.
     pub send: SendCommand,
-    /// Who hears a summary of every step.
+    /// Who hears the record of every step.
     pub subscribers: Vec<Subscriber>,
     /// Told once, at the end.
     pub ended: oneshot::Sender<Outcome>,
@@ -97,12 +104,7 @@ impl JobActorState {
                 Effect::CommitCheckpoint { position, watch, shards } => {
                     self.commit_checkpoint(myself.clone(), position, (watch, shards));
                 }
-                Effect::PlaceWeights { dir, files } => {
-                    let result = place_weights(&dir, &files, &self.model_config)
-                        .map_err(|error| format!("{}: {error}", dir.display()));
-                    let effects = self.job.weights_placed(result);
-                    self.carry_out(myself, effects);
-                }
+                Effect::PlaceWeights { dir, files } => self.place_weights(myself.clone(), dir, files),
                 Effect::End(outcome) => {
                     if let Some(ended) = self.ended.take() {
                         // Whoever waited for the end may have left.
@@ -130,6 +132,16 @@ impl JobActorState {
             drop(myself.cast(JobMessage::Committed { step: position.step, result }));
         });
     }
+
+    /// As [`Self::commit_checkpoint`]: a slow disk must not keep an abort from being heard.
+    fn place_weights(&self, myself: ActorRef<JobMessage>, dir: PathBuf, files: Vec<ExportedFile>) {
+        let model_config = self.model_config.clone();
+        tokio::task::spawn_blocking(move || {
+            let placed = place_weights(&dir, &files, &model_config);
+            let result = placed.map_err(|error| format!("{}: {error}", dir.display()));
+            drop(myself.cast(JobMessage::WeightsPlaced { result }));
+        });
+    }
 }
 
 /// The job actor.
@@ -145,10 +157,8 @@ impl Actor for JobActor {
         myself: ActorRef<JobMessage>,
         setup: JobActorSetup,
     ) -> Result<JobActorState, ActorProcessingErr> {
-        let JobActorSetup { job, model_config, checkpoints, collapse_steps, send, subscribers, ended } =
-            setup;
-        let (metrics, _) =
-            Actor::spawn_linked(None, Metrics, (job.world, collapse_steps), myself.get_cell()).await?;
+        let JobActorSetup { job, model_config, checkpoints, constants, send, subscribers, ended } = setup;
+        let (metrics, _) = Actor::spawn_linked(None, Metrics, constants, myself.get_cell()).await?;
         for subscriber in subscribers {
             metrics.cast(MetricsMessage::Subscribe(subscriber))?;
         }
@@ -166,6 +176,7 @@ impl Actor for JobActor {
             JobMessage::Event(event) => state.job.step(event),
             JobMessage::Stop => state.job.stop(),
             JobMessage::Committed { step, result } => state.job.committed(step, result),
+            JobMessage::WeightsPlaced { result } => state.job.weights_placed(result),
             JobMessage::Cancel { reason } => state.job.cancel(&reason),
             JobMessage::Tick => state.job.give_up_waiting(),
         };

@@ -8,6 +8,7 @@ pub mod metrics;
 pub mod placement;
 pub mod queue;
 pub mod recovery;
+pub mod rollback;
 pub mod server;
 pub mod simulation;
 pub mod store;

@@ -69,6 +69,15 @@ pub struct Store {
     steps_per_job: u64,
 }
 
+/// What goes with the facts that say so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gone {
+    /// Jobs that are forgotten: their step records and log lines.
+    pub jobs: Vec<u64>,
+    /// Jobs that go back to a checkpoint, and its step: the records of later steps.
+    pub steps_after: Vec<(u64, u64)>,
+}
+
 /// What a store held when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replay {
@@ -153,14 +162,14 @@ impl Store {
     /// # Errors
     /// A record is too long; the disk fails.
     pub fn append(&self, records: &[Vec<u8>]) -> Result<u64, StoreError> {
-        self.append_and_forget(records, &[])
+        self.append_and_forget(records, &Gone::default())
     }
 
-    /// The same, of records by which jobs are forgotten: their step summaries and log lines go with it, or nothing does.
+    /// The same, of records by which jobs are forgotten or go back: what is `gone` of them goes with it, or nothing does.
     ///
     /// # Errors
     /// A record is too long; the disk fails.
-    pub fn append_and_forget(&self, records: &[Vec<u8>], jobs: &[u64]) -> Result<u64, StoreError> {
+    pub fn append_and_forget(&self, records: &[Vec<u8>], gone: &Gone) -> Result<u64, StoreError> {
         self.check_lengths(records, MAX_RECORD)?;
         self.write(|write| {
             let first = next_number(write)?;
@@ -168,10 +177,14 @@ impl Store {
             for (number, record) in (first..).zip(records) {
                 log.insert(number, record.as_slice())?;
             }
-            for &job in jobs {
+            for &job in &gone.jobs {
                 for table in [STEPS, LINES] {
                     write.open_table(table)?.retain_in((job, 0)..=(job, u64::MAX), |_, _| false)?;
                 }
+            }
+            for &(job, step) in &gone.steps_after {
+                let later = (job, step.saturating_add(1))..=(job, u64::MAX);
+                write.open_table(STEPS)?.retain_in(later, |_, _| false)?;
             }
             Ok(first)
         })

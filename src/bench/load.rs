@@ -208,7 +208,7 @@ async fn fake(channel: Channel, worker: u64) -> Result<(), tonic::Status> {
         slots: 1,
         node: format!("node-{worker}"),
         block: "block".into(),
-        fabric: "{}".into(),
+        fabric: Some(v1::FabricAddress { tcp: "127.0.0.1:1".into(), ..v1::FabricAddress::default() }),
         storage_mark: "bench".into(),
         ..v1::Hello::default()
     };

@@ -27,8 +27,8 @@ fn bits_of_a_run(lab: &Lab, name: &str, disturbance: Option<Disturbance>) -> Bit
     let finished = lab.run(Setup { network, export_dir: Some(dir.clone()), ..setup });
     assert_eq!(finished.losses().len(), 3);
     assert_eq!(finished.num_waiting, 0, "frames that nobody took");
-    let numbers = finished.summaries.iter().map(|summary| {
-        [summary.loss, summary.mtp_loss.unwrap(), summary.balance_loss, summary.grad_norm].map(f64::to_bits)
+    let numbers = finished.records.iter().map(|record| {
+        [record.loss, record.mtp_loss.unwrap(), record.balance_loss, record.grad_norm].map(f64::to_bits)
     });
     Bits { numbers: numbers.collect(), files: files_of(&dir) }
 }
@@ -106,10 +106,7 @@ fn the_peak_of_live_activations_is_the_plans() {
         let measured: Vec<usize> = traces.lock().unwrap().values().map(|trace| peak(trace)).collect();
         assert_eq!(measured, planned, "{schedule}, {pipeline} ranks, {micro_batches} micro-batches");
         let largest = *planned.iter().max().unwrap();
-        assert_eq!(
-            finished.summaries[0].peak_live_chunks as usize, largest,
-            "{schedule} on {pipeline} ranks"
-        );
+        assert_eq!(finished.records[0].peak_live_chunks as usize, largest, "{schedule} on {pipeline} ranks");
     }
 }
 
@@ -129,7 +126,7 @@ fn a_batch_too_small_for_the_schedule_trains_by_the_fallback_plan() {
     assert!(reason.is_some_and(|reason| reason.contains("at least 4 micro-batches, got 2")));
     let finished = lab.run(setup);
     let expected = lab.run(lab.setup(ONE_RANK, &changes));
-    let tokens: Vec<u64> = finished.summaries.iter().map(|summary| summary.tokens).collect();
+    let tokens: Vec<u64> = finished.records.iter().map(|record| record.tokens).collect();
     assert_eq!(tokens, [12, 24, 48, 48]);
     for (loss, expected) in finished.losses().iter().zip(expected.losses()) {
         assert!((loss - expected).abs() <= 1e-5 * expected, "loss {loss}, on one rank {expected}");

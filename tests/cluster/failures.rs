@@ -83,7 +83,7 @@ const CAUSE: &str = "the test pulls the plug";
 #[test]
 fn a_panic_in_the_metrics_actor_ends_the_run_with_one_message() {
     let lab = Lab::new();
-    let subscriber: Option<Subscriber> = Some(Box::new(|summary| assert!(summary.step < 2, "{CAUSE}")));
+    let subscriber: Option<Subscriber> = Some(Box::new(|record| assert!(record.step < 2, "{CAUSE}")));
     let finished = lab.run(Setup { subscriber, ..lab.setup(FOUR_RANKS, &["training.steps=1000"]) });
     assert_says(&finished, &["the metrics actor failed", CAUSE]);
 }

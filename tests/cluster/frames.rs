@@ -167,7 +167,7 @@ fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     assert_eq!(finished.losses().len(), recipe.training.steps);
     assert_eq!(finished.num_waiting, 0, "{layout:?}: frames that nobody took");
     let ledger = &finished.ledger;
-    let sent_bytes: u64 = finished.summaries.iter().map(|summary| summary.sent_bytes).sum();
+    let sent_bytes: u64 = finished.records.iter().map(|record| record.sent_bytes).sum();
     let in_training = ledger.iter().filter(|sent| sent.tag.phase != Phase::Validate);
     assert_eq!(in_training.map(|sent| sent.bytes as u64).sum::<u64>(), sent_bytes, "{layout:?}");
     let to_neighbours = |kind| matches!(kind, FrameKind::Activation | FrameKind::Gradient);

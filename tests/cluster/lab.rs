@@ -11,7 +11,8 @@ use contraflow::local::{Cluster, ClusterSpec};
 use contraflow_kernels::host::HostValues;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
-use contraflow_orchestrator::metrics::{StepSummary, Subscriber};
+use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::{
     Formation, Listener, LocalNetwork, LocalOptions, Sent, Transport, WiredNetwork,
 };
@@ -118,7 +119,7 @@ pub struct Setup {
 /// What a run leaves.
 pub struct Finished {
     pub outcome: Outcome,
-    pub summaries: Vec<StepSummary>,
+    pub records: Vec<StepRecord>,
     pub ledger: Vec<Sent>,
     /// Frames in any inbox that nobody took.
     pub num_waiting: usize,
@@ -131,7 +132,7 @@ impl Finished {
     /// The losses, of a run that went well.
     pub fn losses(&self) -> Vec<f64> {
         assert!(matches!(self.outcome, Outcome::Done { .. }), "{:?}", self.outcome);
-        self.summaries.iter().map(|summary| summary.loss).collect()
+        self.records.iter().map(|record| record.loss).collect()
     }
 
     /// What a run that went wrong says.
@@ -213,15 +214,16 @@ async fn run(setup: Setup) -> Finished {
         subscriber: another,
         cancel,
     } = setup;
-    let summaries: Arc<Mutex<Vec<StepSummary>>> = Arc::default();
-    let heard = summaries.clone();
-    let subscriber = move |summary: &StepSummary| heard.lock().unwrap().push(summary.clone());
+    let records: Arc<Mutex<Vec<StepRecord>>> = Arc::default();
+    let heard = records.clone();
+    let subscriber = move |record: &StepRecord| heard.lock().unwrap().push(record.clone());
     let mut subscribers: Vec<Subscriber> = vec![Box::new(subscriber)];
     subscribers.extend(another);
     let began = Instant::now();
     let wires = wire.map(|transport| wires(transport, recipe.topology().world())).unwrap_or_default();
     let spec = ClusterSpec {
-        generation: 0,
+        generation: 1,
+        peak_flops: None,
         recipe,
         datasets,
         resume,
@@ -247,7 +249,7 @@ async fn run(setup: Setup) -> Finished {
     std::thread::scope(|scope| wires.iter().for_each(|wire| drop(scope.spawn(|| wire.close()))));
     Finished {
         outcome,
-        summaries: std::mem::take(&mut summaries.lock().unwrap()),
+        records: std::mem::take(&mut records.lock().unwrap()),
         ledger: network.ledger(),
         num_waiting: network.num_waiting(),
         elapsed: began.elapsed(),
@@ -263,7 +265,7 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
     let part = |(rank, listener): (usize, &Listener)| {
         let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
         let formation =
-            Formation { job: 0, generation: 0, secret: [3; 32], ranks, local, patience, transport };
+            Formation { job: 0, generation: 1, secret: [3; 32], ranks, local, patience, transport };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };

@@ -5,6 +5,7 @@
 mod determinism;
 mod failures;
 mod frames;
+mod job_actor;
 mod lab;
 mod loading;
 mod margins;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
-use contraflow_orchestrator::metrics::StepSummary;
+use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::provenance::{companions, manifest};
@@ -44,8 +44,8 @@ fn checkpoint(run: &Path, step: u64) -> PathBuf {
 }
 
 /// Every number of a step.
-fn bits(summary: &StepSummary) -> [u64; 5] {
-    [summary.loss, summary.mtp_loss.unwrap(), summary.balance_loss, summary.grad_norm, summary.mean_max_vio()]
+fn bits(record: &StepRecord) -> [u64; 5] {
+    [record.loss, record.mtp_loss.unwrap(), record.balance_loss, record.grad_norm, mean_max_vio(record)]
         .map(f64::to_bits)
 }
 
@@ -75,10 +75,10 @@ fn half_a_run_and_the_rest_are_the_whole_run_bit_for_bit() {
         assert_eq!(expected.losses().len() as u64, 2 * BEFORE);
         let first = run(&lab, (&half, at), None, BEFORE);
         let rest = run(&lab, (&half, at), Some(&checkpoint(&half, BEFORE)), 2 * BEFORE);
-        let steps: Vec<u64> = rest.summaries.iter().map(|summary| summary.step).collect();
+        let steps: Vec<u64> = rest.records.iter().map(|record| record.step).collect();
         assert_eq!(steps, (BEFORE + 1..=2 * BEFORE).collect::<Vec<_>>());
-        let both = first.summaries.iter().chain(&rest.summaries).map(bits);
-        assert!(both.eq(expected.summaries.iter().map(bits)), "{at:?}");
+        let both = first.records.iter().chain(&rest.records).map(bits);
+        assert!(both.eq(expected.records.iter().map(bits)), "{at:?}");
         let last = |run: &Path| checkpoint(run, 2 * BEFORE);
         assert!(
             shards(&last(&whole)) == shards(&last(&half)),

@@ -91,7 +91,7 @@ fn assert_same_training(lab: &Lab, schedule: &'static str, axes: &[(usize, usize
                 step + 1
             );
         }
-        let (got, expected) = (&trained.finished.summaries, &one.finished.summaries);
+        let (got, expected) = (&trained.finished.records, &one.finished.records);
         for (got, expected) in got.iter().zip(expected) {
             assert_eq!(got.max_vio, expected.max_vio, "{layout:?}, step {}: expert loads", got.step);
             assert_eq!(got.tokens, expected.tokens);

@@ -104,7 +104,7 @@ fn the_first_bad_tensor_is_named_with_step_rank_and_layer() {
             num_gradients: 2,
         }]
     );
-    assert_eq!(finished.summaries.len(), 2);
+    assert_eq!(finished.records.len(), 2);
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn an_absurd_learning_rate_stops_the_run_before_the_second_update() {
     let message = finished.message();
     assert!(message.starts_with("step 2: gradient of model.embed_tokens.weight on rank 0 has "), "{message}");
     assert!(message.ends_with(" values that are not finite; no rank has updated its weights"), "{message}");
-    assert_eq!(finished.summaries.len(), 1);
+    assert_eq!(finished.records.len(), 1);
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
     let gradient = at("; gradient of model.embed_tokens.weight on rank 0 has ");
     assert!(weight < loss && loss < gradient, "{message}");
     assert_eq!(divergence(&finished).evidence.as_ref().unwrap().loss, "NaN");
-    assert_eq!(finished.summaries.len(), 1);
+    assert_eq!(finished.records.len(), 1);
 }
 
 #[test]
@@ -198,12 +198,12 @@ fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_goes_on() {
         assert!(at(2) != at(3) && at(4) != at(5), "rank {rank} does not learn");
     }
     let skipped: Vec<u64> =
-        finished.summaries.iter().filter(|summary| summary.skipped).map(|summary| summary.step).collect();
-    assert_eq!((skipped, finished.summaries.len()), (vec![3], 5));
+        finished.records.iter().filter(|record| record.skipped).map(|record| record.step).collect();
+    assert_eq!((skipped, finished.records.len()), (vec![3], 5));
     let words = format!(
         "step 3: gradient of {GATE} on rank 2 (layer 4) has 2 values that are not finite; no rank has updated its weights"
     );
-    assert_eq!(finished.summaries[2].warnings, [words]);
+    assert_eq!(finished.records[2].warnings, [words]);
 }
 
 #[test]
@@ -230,15 +230,15 @@ fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
     };
     let words = "step 4: the gradient norm has a spike: ";
     let warned = run("warn");
-    let told: Vec<usize> = warned.summaries.iter().map(|summary| summary.warnings.len()).collect();
+    let told: Vec<usize> = warned.records.iter().map(|record| record.warnings.len()).collect();
     assert_eq!(told, [0, 0, 0, 1, 0]);
-    assert!(warned.summaries[3].warnings[0].starts_with(words), "{:?}", warned.summaries[3].warnings);
+    assert!(warned.records[3].warnings[0].starts_with(words), "{:?}", warned.records[3].warnings);
     let stopped = run("stop");
     assert!(stopped.message().starts_with(words), "{}", stopped.message());
-    assert_eq!((stopped.summaries.len(), &divergence(&stopped).evidence), (3, &None));
+    assert_eq!((stopped.records.len(), &divergence(&stopped).evidence), (3, &None));
     let skipped = run("skip");
     assert_eq!(skipped.losses().len(), 5);
-    assert!(skipped.summaries[3].skipped && !skipped.summaries[4].skipped);
+    assert!(skipped.records[3].skipped && !skipped.records[4].skipped);
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn a_collapsed_gate_is_told_once_and_a_healthy_one_never() {
     let run = |probe| {
         let setup = lab.setup(FOUR_RANKS, &["balance.bias_speed=0", "watch.collapse_steps=2"]);
         let finished = lab.run(Setup { probe, ..setup });
-        finished.summaries.into_iter().map(|summary| summary.warnings).collect::<Vec<_>>()
+        finished.records.into_iter().map(|record| record.warnings).collect::<Vec<_>>()
     };
     // No score reaches the bias: from the second step on all tokens go to the first two experts.
     let collapse = spoil(
@@ -276,14 +276,14 @@ fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
             }
         });
         let finished = lab.run(Setup { probe, ..lab.setup(layout, &[]) });
-        for (summary, tensors) in finished.summaries.iter().zip(sums.lock().unwrap().values()) {
+        for (record, tensors) in finished.records.iter().zip(sums.lock().unwrap().values()) {
             let mut expected = [0.0; 11];
             for (name, values) in tensors {
                 let embedding_or_head = if name == "model.embed_tokens.weight" { 0 } else { 10 };
                 let place = layer_of(name).map_or(embedding_or_head, |layer| layer + 1);
                 expected[place] += values.iter().map(|value| value * value).sum::<f64>();
             }
-            let norms = &summary.gradient_norms;
+            let norms = record.gradient_norms.as_ref().unwrap();
             let told: Vec<f64> =
                 [norms.embedding].iter().chain(&norms.layers).chain([&norms.head]).copied().collect();
             assert_eq!(told.len(), expected.len());
@@ -292,7 +292,7 @@ fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
                 assert!((told - expected).abs() <= 1e-5 * expected, "{told} and {expected}");
             }
             let square: f64 = told.iter().map(|norm| norm * norm).sum();
-            assert!((square - summary.grad_norm.powi(2)).abs() <= 1e-14 * square, "{square}");
+            assert!((square - record.grad_norm.powi(2)).abs() <= 1e-14 * square, "{square}");
         }
         assert_eq!(finished.losses().len(), 5);
     }

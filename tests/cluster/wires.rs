@@ -7,8 +7,8 @@ use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, Setup, layout};
 /// Losses and norms by step, as bits.
 fn bits(finished: &Finished) -> Vec<[u64; 4]> {
     assert!(!finished.losses().is_empty());
-    let numbers = finished.summaries.iter().map(|summary| {
-        [summary.loss, summary.mtp_loss.unwrap(), summary.balance_loss, summary.grad_norm].map(f64::to_bits)
+    let numbers = finished.records.iter().map(|record| {
+        [record.loss, record.mtp_loss.unwrap(), record.balance_loss, record.grad_norm].map(f64::to_bits)
     });
     numbers.collect()
 }

@@ -9,6 +9,7 @@ mod collector;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod python;
+mod record;
 mod refusals;
 mod retention;
 mod security;

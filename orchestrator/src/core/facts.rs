@@ -2,14 +2,18 @@
 //!
 //! A fact says what is so, not why: the rules may change between two versions of the program, the past does not.
 
-use contraflow_runtime::schedule::ScheduleKind;
+use std::sync::Arc;
+
+use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::Topology;
 use serde::{Deserialize, Serialize};
 
 use crate::recovery::InMemory;
 
-/// A job as it was submitted.
+/// A job as it was submitted. What the orchestrator has to know of the training it reads from the recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "SpecText", into = "SpecText")]
 pub struct JobSpec {
     /// For people.
     pub name: String,
@@ -19,26 +23,67 @@ pub struct JobSpec {
     pub min_ranks: usize,
     /// A second submission with the same key is the same job; empty: no key.
     pub key: String,
-    /// The resolved recipe, TOML.
-    pub recipe: String,
-    /// The model's HF config.json.
-    pub model_config: String,
-    /// The axes that the recipe asks for.
-    pub topology: Topology,
-    /// Order of the work: who mirrors whom.
-    pub schedule: ScheduleKind,
-    /// Steps of the recipe.
-    pub steps: u64,
-    /// Whether weights are exported at the end.
-    pub save_model: bool,
-    /// Whether workers keep the state of each other's ranks in memory.
-    #[serde(default)]
-    pub in_memory: bool,
-    /// `watch.max_skips`: times that a run goes back to one checkpoint.
-    pub max_returns: u64,
+    /// What is trained, and how.
+    pub recipe: Arc<Recipe>,
     /// The span of its submission, as a W3C traceparent; empty if nobody traces.
-    #[serde(default)]
     pub traceparent: String,
+}
+
+impl JobSpec {
+    /// The axes that the recipe asks for.
+    pub fn topology(&self) -> Topology {
+        self.recipe.topology()
+    }
+
+    /// Steps of the recipe.
+    pub fn steps(&self) -> u64 {
+        self.recipe.training.steps as u64
+    }
+
+    /// The recipe on the axes of a formation, which may have fewer ranks than were asked for.
+    pub fn recipe_on(&self, axes: &Topology) -> Recipe {
+        let mut recipe = (*self.recipe).clone();
+        let Topology { pipeline, expert, data } = *axes;
+        (recipe.parallel.pipeline, recipe.parallel.expert, recipe.parallel.data) = (pipeline, expert, data);
+        recipe
+    }
+}
+
+/// A job as it is kept: the recipe as TOML, so that a later version reads it like any other recipe.
+#[derive(Serialize, Deserialize)]
+struct SpecText {
+    name: String,
+    priority: i32,
+    min_ranks: usize,
+    key: String,
+    /// Resolved.
+    recipe: String,
+    /// HF config.json.
+    model_config: String,
+    #[serde(default)]
+    traceparent: String,
+}
+
+impl From<JobSpec> for SpecText {
+    fn from(spec: JobSpec) -> Self {
+        let JobSpec { name, priority, min_ranks, key, recipe, traceparent } = spec;
+        let model_config = recipe.model_config.to_hf_json();
+        SpecText { name, priority, min_ranks, key, recipe: recipe.resolved_toml(), model_config, traceparent }
+    }
+}
+
+impl TryFrom<SpecText> for JobSpec {
+    type Error = String;
+
+    fn try_from(text: SpecText) -> Result<Self, String> {
+        let SpecText { name, priority, min_ranks, key, recipe, model_config, traceparent } = text;
+        let read = || {
+            let model = ModelConfig::from_hf_json(&model_config)?;
+            Recipe::submitted(&recipe, &name, &[], Some(model))
+        };
+        let recipe = read().map_err(|faults| format!("the recipe of the job {name:?}: {faults}"))?;
+        Ok(JobSpec { name, priority, min_ranks, key, recipe: Arc::new(recipe), traceparent })
+    }
 }
 
 /// How a job ended.
@@ -72,6 +117,9 @@ pub struct Formed {
     pub buddies: Vec<usize>,
     /// Sequences used, where that is more than the checkpoint says; else 0.
     pub cursor: u64,
+    /// Measured peak of the cores that its ranks compute on; 0 where nobody has measured it. **Units**: FLOP/s.
+    #[serde(default)]
+    pub peak_flops: u64,
     /// Whether it holds slots that a job before it in line waits for.
     pub on_loan: bool,
 }
@@ -136,6 +184,9 @@ pub enum Fact {
         job: u64,
         /// Of the checkpoint.
         step: u64,
+        /// Sequences used by then.
+        #[serde(default)]
+        cursor: u64,
     },
     /// A job is over.
     Ended {

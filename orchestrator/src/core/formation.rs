@@ -4,16 +4,19 @@
 
 use std::path::PathBuf;
 
+use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::watch::Action;
+use contraflow_runtime::watch::Divergence;
+use contraflow_runtime::watch::evidence::EVIDENCE_FILE;
 
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
 use super::watermarks::{Hang, Watermarks};
 use super::{ABORT_MS, Core, Effect, Progress, STANDSTILL_MS, VERDICT_MS, Word};
 use crate::job::{self, Job, JobSetup, Outcome};
+use crate::rollback::{Return, RollBack};
 
 /// A running formation.
 pub(super) struct Formation {
@@ -34,10 +37,10 @@ impl Formation {
         let machine = Job::new(JobSetup {
             world: formed.map_or(0, |formed| formed.places.len()),
             steps_before: formed.map_or(0, |formed| formed.resume_step),
-            steps: record.spec.steps,
+            steps: record.spec.steps(),
             keeps_checkpoints: true,
             // Where exactly is the workers' to know.
-            export_dir: record.spec.save_model.then(PathBuf::new),
+            export_dir: record.spec.recipe.checkpoint.save_model.then(PathBuf::new),
         });
         let machine = machine.with_committed(record.kept);
         let watermarks = Watermarks::default();
@@ -88,9 +91,13 @@ impl Formation {
         }
     }
 
-    pub(super) fn committed(&mut self, step: Option<u64>, result: Result<(), String>) -> Vec<job::Effect> {
-        match step {
-            Some(step) => self.machine.committed(step, result),
+    pub(super) fn committed(
+        &mut self,
+        position: Option<Position>,
+        result: Result<(), String>,
+    ) -> Vec<job::Effect> {
+        match position {
+            Some(position) => self.machine.committed(position.step, result),
             None => self.machine.weights_placed(result),
         }
     }
@@ -159,10 +166,7 @@ impl Core {
                 self.log(job, format!("{why}; step {step} is kept, back in the queue"));
                 self.keep(Fact::Requeued { job, why });
             }
-            Outcome::Diverged { divergence, cursor } if divergence.action == Action::RollBack => {
-                self.go_back(job, cursor, divergence.why, now);
-            }
-            Outcome::Diverged { divergence, .. } => self.end(job, End::Failed, (divergence.why, None), now),
+            Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor, now),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
                 self.break_formation(job, Vec::new(), message, now)
             }
@@ -170,28 +174,21 @@ impl Core {
         }
     }
 
-    /// Back to the newest checkpoint, past the sequences that led to the divergence.
-    fn go_back(&mut self, job: u64, cursor: u64, why: String, now: u64) {
+    /// Back to the newest checkpoint, past the sequences that led to the divergence, or to the end of the job.
+    fn diverged(&mut self, job: u64, mut divergence: Divergence, cursor: u64, now: u64) {
+        if divergence.evidence.is_some() {
+            divergence.why += &format!("; see {EVIDENCE_FILE} in the job's folder");
+        }
         let record = &self.jobs.all[&job];
-        let (to, times) = record.returns;
-        let returns = if to == record.kept { times + 1 } else { 1 };
-        if record.kept == 0 {
-            return self.end(
-                job,
-                End::Failed,
-                (format!("{why}; there is no checkpoint to go back to"), None),
-                now,
-            );
+        let (newest, returns) = (record.checkpoint(), record.returns);
+        let roll_back = RollBack { newest, returns, max_returns: record.spec.recipe.watch.max_skips };
+        match roll_back.decide(&divergence, cursor) {
+            Ok(Return { why, .. }) => {
+                self.release(job, &why, false);
+                self.log(job, why);
+                self.keep(Fact::WentBack { job, cursor, why: divergence.why });
+            }
+            Err(why) => self.end(job, End::Failed, (why, None), now),
         }
-        if returns > record.spec.max_returns {
-            let most = record.spec.max_returns;
-            let words =
-                format!("{why}; the run went back to step {} {most} times (watch.max_skips)", record.kept);
-            return self.end(job, End::Failed, (words, None), now);
-        }
-        let words = format!("{why}; going back to step {}", record.kept);
-        self.release(job, &words, false);
-        self.log(job, words);
-        self.keep(Fact::WentBack { job, cursor, why });
     }
 }

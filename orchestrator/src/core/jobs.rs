@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::facts::{End, Fact, Formed, JobSpec};
+use crate::rollback::{Checkpoint, Returns};
 
 /// Where a job stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,15 +36,18 @@ pub struct JobRecord {
     pub lost: Vec<usize>,
     /// When the latest formation broke. **Units**: milliseconds since 1970.
     pub broken_ms: u64,
-    /// Step of the newest checkpoint.
+    /// Step of the newest checkpoint; 0: there is none.
     pub kept: u64,
+    /// Sequences used when the newest checkpoint was made.
+    #[serde(default)]
+    pub kept_cursor: u64,
     /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
     /// Sequences used, where that is more than the newest checkpoint says; else 0.
     pub cursor: u64,
     /// The checkpoint that the watch last sent it back to, and how often in a row.
-    pub returns: (u64, u64),
+    pub returns: Returns,
     /// Formations that lost a rank.
     pub losses: u32,
     /// What happened last, in words.
@@ -68,6 +72,11 @@ impl JobRecord {
     /// Whether it is over.
     pub fn has_ended(&self) -> bool {
         matches!(self.phase, Phase::Ended(_))
+    }
+
+    /// The newest checkpoint, if there is one.
+    pub fn checkpoint(&self) -> Option<Checkpoint> {
+        (self.kept > 0).then_some(Checkpoint { step: self.kept, cursor: self.kept_cursor })
     }
 }
 
@@ -126,9 +135,10 @@ impl Jobs {
             lost: Vec::new(),
             broken_ms: 0,
             kept: 0,
+            kept_cursor: 0,
             in_memory: false,
             cursor: 0,
-            returns: (0, 0),
+            returns: Returns::default(),
             losses: 0,
             why: String::new(),
             validation_loss: None,
@@ -165,12 +175,11 @@ impl JobRecord {
                 self.cursor = *cursor;
                 self.in_memory = false;
                 self.lost.clear();
-                let (to, times) = self.returns;
-                self.returns = (self.kept, if to == self.kept { times + 1 } else { 1 });
+                self.returns = self.returns.and_to(self.kept);
                 self.why.clone_from(why);
             }
-            Fact::Kept { step, .. } => {
-                self.kept = *step;
+            Fact::Kept { step, cursor, .. } => {
+                (self.kept, self.kept_cursor) = (*step, *cursor);
                 // The checkpoint holds the cursor from here on.
                 self.cursor = 0;
             }

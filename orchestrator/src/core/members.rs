@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use contraflow_runtime::fabric::Address;
+
 use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
 
 /// How a worker introduces itself.
@@ -18,7 +20,11 @@ pub struct Introduction {
     /// Nodes that are near each other.
     pub block: String,
     /// Where its data connections are accepted, for other workers.
-    pub fabric: String,
+    pub fabric: Option<Address>,
+    /// Cores of its host that it may use; 0: not told.
+    pub cores: usize,
+    /// Measured peak of them all together. **Units**: FLOP/s.
+    pub peak_flops: u64,
 }
 
 /// A worker.

@@ -10,6 +10,7 @@ pub mod jobs;
 mod leaving;
 mod members;
 mod membership;
+mod peak;
 mod schedule;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ mod writing_down;
 
 use std::collections::BTreeMap;
 
+use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::topology::Topology;
@@ -175,7 +177,7 @@ impl Core {
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
             Event::Drain { node } => self.drain(node, now),
             Event::Attached { who, hosted, left, incarnation, storage_mark } => {
-                self.attached(who, &hosted, (incarnation, storage_mark), left, now);
+                self.attached(*who, &hosted, (incarnation, storage_mark), left, now);
             }
             Event::Left { worker, left } => {
                 self.members.heard(worker, now);
@@ -188,9 +190,9 @@ impl Core {
                 self.members.heard(worker, now);
                 self.rank_event(worker, from, *event, now);
             }
-            Event::Committed { worker, job, generation, step, result } => {
+            Event::Committed { worker, job, generation, position, result } => {
                 self.members.heard(worker, now);
-                self.committed((job, generation), step, result, now);
+                self.committed((job, generation), position, result, now);
             }
             Event::Tick => self.tick(now),
         }
@@ -304,20 +306,21 @@ impl Core {
     fn committed(
         &mut self,
         (job, generation): (u64, u32),
-        step: Option<u64>,
+        position: Option<Position>,
         result: Result<(), String>,
         now: u64,
     ) {
         let is_current =
             self.running().any(|(running, formed)| running == job && formed.generation == generation);
-        if let Some(step) = step.filter(|_| !is_current) {
-            return self.down_committed((job, generation), step, result);
+        if let Some(position) = position.filter(|_| !is_current) {
+            return self.down_committed((job, generation), position, result);
         }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
-        let effects = formation.committed(step, result);
-        if let Some(step) = step.filter(|&step| stands && step > self.jobs.all[&job].kept) {
-            self.keep(Fact::Kept { job, step });
+        let effects = formation.committed(position, result);
+        let kept = self.jobs.all[&job].kept;
+        if let Some(Position { step, cursor, .. }) = position.filter(|at| stands && at.step > kept) {
+            self.keep(Fact::Kept { job, step, cursor });
         }
         self.carry_out(job, effects, now);
     }

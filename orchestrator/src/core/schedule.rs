@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::Topology;
 
 use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
+use super::peak::peak_flops;
 use super::{Core, SHRINK_MS, Word};
 use crate::placement::{Slots, Supply, buddies, place, refill, shrink};
 use crate::queue::{self, Decision, Running, Waiting};
@@ -51,8 +51,8 @@ impl Core {
 
     fn start(&mut self, job: u64, on_loan: bool) {
         let spec = &self.jobs.all[&job].spec;
-        let topology = spec.topology;
-        match place(&self.supply(None), &topology, spec.schedule) {
+        let topology = spec.topology();
+        match place(&self.supply(None), &topology, spec.recipe.parallel.schedule) {
             Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
             Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
         }
@@ -70,19 +70,24 @@ impl Core {
             (None, 0) => String::new(),
             (None, step) => format!(" and go on from the checkpoint of step {step}"),
         };
+        let keeps_in_memory = record.spec.recipe.checkpoint.in_memory;
         let formed = Formed {
             generation: record.generation() + 1,
             topology,
-            buddies: if record.spec.in_memory { self.buddies(job, &places) } else { Vec::new() },
+            buddies: if keeps_in_memory { self.buddies(job, &places) } else { Vec::new() },
+            peak_flops: self.peak_flops(&places, record.spec.recipe.parallel.threads_per_rank),
             places,
             resume_step,
             memory,
             cursor: record.cursor,
             on_loan,
         };
+        let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
+        let notes = if is_same_layout { Vec::new() } else { record.spec.recipe_on(&topology).fallbacks() };
         let (generation, places) = (formed.generation, formed.places.clone());
         let why_not = why_not.map(|why_not| format!("; {why_not}")).unwrap_or_default();
         self.log(job, format!("generation {generation}: {} ranks formed{from}{why_not}", places.len()));
+        notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
         self.let_go(job, &places);
         self.keep(Fact::Formed { job, formed });
         self.reasons.remove(&job);
@@ -94,6 +99,12 @@ impl Core {
         for (worker, ranks) in ranks_of {
             self.tell(worker, Word::Assign { job, generation, ranks });
         }
+    }
+
+    /// Measured peak of the cores that ranks at these places compute on. **Units**: FLOP/s.
+    fn peak_flops(&self, places: &[u64], threads_per_rank: usize) -> u64 {
+        let members = places.iter().map(|&worker| self.members.get(worker).map(|member| &member.who));
+        members.collect::<Option<Vec<_>>>().map_or(0, |members| peak_flops(&members, threads_per_rank))
     }
 
     /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
@@ -137,7 +148,7 @@ impl Core {
                 None => drop(gone.insert(rank)),
             }
         }
-        let schedule = record.spec.schedule;
+        let schedule = record.spec.recipe.parallel.schedule;
         if let Ok(placement) = refill(&kept, &before.topology, schedule, &before.places, &gone) {
             return Some((before.topology, placement.of_rank));
         }
@@ -145,7 +156,8 @@ impl Core {
             return None;
         }
         let available = supply.slots.iter().map(|slots| slots.free).sum();
-        let fits = |topology: &Topology| fits(&record.spec, topology);
+        let text = record.spec.recipe.resolved_toml();
+        let fits = |topology: &Topology| fits(&record.spec, &text, topology);
         let smaller = shrink(&before.topology, available, record.spec.min_ranks, &fits)?;
         let placement = place(&supply, &smaller, schedule).ok()?;
         Some((smaller, placement.of_rank))
@@ -195,7 +207,7 @@ impl Core {
                 preemptible: true,
             };
             match (&record.phase, &record.formed) {
-                (Phase::Queued, _) => waiting.push(in_line(record.spec.topology.world())),
+                (Phase::Queued, _) => waiting.push(in_line(record.spec.topology().world())),
                 (Phase::Formed | Phase::Broken, Some(formed)) => {
                     let held = survivors(record).count();
                     missing += formed.places.len() - held;
@@ -217,7 +229,8 @@ impl Core {
         }
         let supply = self.supply(Some(job));
         let free: usize = supply.slots.iter().map(|slots| slots.free).sum();
-        let world = record.formed.as_ref().map_or(record.spec.topology, |formed| formed.topology).world();
+        let asked_for = record.spec.topology();
+        let world = record.formed.as_ref().map_or(asked_for, |formed| formed.topology).world();
         format!("needs {world} ranks, {free} healthy, {} draining; {}", supply.draining, record.why)
     }
 }
@@ -230,9 +243,8 @@ fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
 }
 
-/// Whether a recipe can be run on other axes.
-fn fits(spec: &JobSpec, axes: &Topology) -> bool {
-    let overrides = super::axes_overrides(axes);
-    let model = ModelConfig::from_hf_json(&spec.model_config).ok();
-    Recipe::submitted(&spec.recipe, &spec.name, &overrides, model).is_ok()
+/// Whether a recipe, whose text is at hand, can be run on other axes.
+fn fits(spec: &JobSpec, text: &str, axes: &Topology) -> bool {
+    let model = spec.recipe.model_config.clone();
+    Recipe::submitted(text, &spec.name, &super::axes_overrides(axes), Some(model)).is_ok()
 }

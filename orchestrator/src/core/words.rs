@@ -30,7 +30,7 @@ pub enum Event {
     /// A worker's stream stands.
     Attached {
         /// Who it is.
-        who: Introduction,
+        who: Box<Introduction>,
         /// Formations it hosts ranks of: job, generation, ranks.
         hosted: Vec<(u64, u32, Vec<usize>)>,
         /// Formations it has left and of whose state it keeps something.
@@ -81,8 +81,8 @@ pub enum Event {
         job: u64,
         /// In which formation.
         generation: u32,
-        /// Step of the checkpoint; `None`: the exported weights.
-        step: Option<u64>,
+        /// Of the checkpoint; `None`: the exported weights.
+        position: Option<Position>,
         /// Why not, in words.
         result: Result<(), String>,
     },

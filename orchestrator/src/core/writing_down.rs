@@ -108,7 +108,7 @@ impl Core {
     pub(super) fn down_committed(
         &mut self,
         (job, generation): (u64, u32),
-        step: u64,
+        Position { step, cursor, .. }: Position,
         result: Result<(), String>,
     ) {
         let writing = self.leaving.get(&job).and_then(|leaving| leaving.writing.as_ref());
@@ -120,7 +120,7 @@ impl Core {
                 if let Some(leaving) = self.leaving.get_mut(&job) {
                     leaving.writing = None;
                 }
-                self.keep(Fact::Kept { job, step });
+                self.keep(Fact::Kept { job, step, cursor });
                 self.is_open = true;
             }
             Err(cause) => self.give_up_writing(job, &cause),

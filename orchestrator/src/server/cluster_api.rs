@@ -49,7 +49,7 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
             used: core.used(member.who.worker) as u32,
             draining: core.is_draining(member),
             silent_ms: now_ms().saturating_sub(member.heard_ms),
-            address: member.who.fabric.clone(),
+            address: member.who.fabric.as_ref().map_or_else(String::new, |address| address.tcp.to_string()),
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));

@@ -1,7 +1,7 @@
 //! Words of the core as messages of the worker link.
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, encode_command, json};
+use contraflow_runtime::control::wire::{RankAddress, encode_command};
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tracing::{Span, info_span};
 use v1::commit::What;
@@ -30,16 +30,16 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             let fabric = workers.iter().map(|&worker| {
                 // Of a worker that has not come back to this orchestrator nobody knows the address: it is told again.
                 let member = core.member(worker).filter(|member| member.is_known())?;
-                Some(member.who.fabric.clone())
+                member.who.fabric.clone().map(Into::into)
             });
             let place = |worker| workers.partition_point(|other| other < worker) as u32;
             Message::Assign(v1::Assign {
                 job,
                 generation: formed.generation,
-                recipe: record.spec.recipe.clone(),
-                model_config: record.spec.model_config.clone(),
+                recipe: record.spec.recipe.resolved_toml(),
+                model_config: record.spec.recipe.model_config.to_hf_json(),
                 ranks: ranks.into_iter().map(|rank| rank as u32).collect(),
-                fabric: fabric.collect::<Option<Vec<String>>>()?,
+                fabric: fabric.collect::<Option<Vec<v1::FabricAddress>>>()?,
                 workers: formed.places.iter().map(place).collect(),
                 secret: secret(key, job, formed.generation).to_vec(),
                 resume_step: formed.resume_step,
@@ -65,7 +65,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
         Word::CommitCheckpoint { job, generation, position, watch, shards, kept } => {
             let checkpoint = v1::Checkpoint {
                 position: Some(position.into()),
-                watch: json(&watch),
+                watch: Some(watch.into()),
                 shards: shards.into_iter().map(Into::into).collect(),
                 kept,
             };
@@ -100,7 +100,7 @@ pub(super) fn span_of(core: &Core, word: &Word) -> Span {
 
 /// Changes of the recipe for a formation with other axes than the job asked for.
 fn overrides(record: &JobRecord, formed: &Formed) -> Vec<String> {
-    if record.spec.topology == formed.topology {
+    if record.spec.topology() == formed.topology {
         return Vec::new();
     }
     axes_overrides(&formed.topology)

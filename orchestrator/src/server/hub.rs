@@ -3,7 +3,7 @@
 //! One batch is one write to the disk, however many facts it holds: that is what makes a thousand submissions a second
 //! cheap. Streams to workers are bounded; a worker that does not read is cut off.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -13,11 +13,12 @@ use tonic::Status;
 
 use super::encode::{encode, span_of};
 use super::folding::Folding;
-use super::steps::{StepRecord, Steps};
+use super::steps::Steps;
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::jobs::Jobs;
 use crate::core::{Core, Effect, Event, Word};
-use crate::store::{Replay, Store};
+use crate::metrics::record::StepRecord;
+use crate::store::{Gone, Replay, Store};
 
 /// Messages that are taken at once.
 const BATCH: usize = 1024;
@@ -88,6 +89,8 @@ struct Batch {
     facts: Vec<Vec<u8>>,
     /// Jobs of which nothing stays.
     forgotten: Vec<u64>,
+    /// By job that goes back to a checkpoint, its step: later ones do not stay.
+    returned: BTreeMap<u64, u64>,
     steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<u64, Vec<Vec<u8>>>,
     words: Vec<(u64, Word)>,
@@ -160,13 +163,13 @@ impl Hub {
         let words = |error: crate::store::StoreError| error.to_string();
         let last = self.store.steps(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
-        let loss = loss.map(|step| step.number("loss"));
+        let loss = loss.map(|record| record.loss);
         let lines = self.store.lines(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let lines = lines.map_or(0, |(number, _)| number);
         let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
         // Ranks of a formation that is broken may still have their reports told.
         if let Some(formed) = &record.formed {
-            steps.formed(formed.generation, formed.places.len(), 0);
+            steps.formed(&record.spec, formed);
         }
         self.steps.insert(job, steps);
         Ok(())
@@ -239,9 +242,11 @@ impl Hub {
                 }
                 Effect::Tell { worker, word } => batch.words.push((worker, word)),
                 Effect::Record { job, report } => {
-                    let step = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
-                    if let Some(step) = step {
-                        batch.steps.entry(job).or_default().push(step);
+                    let record = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
+                    if let Some(record) = record {
+                        // A record is numbers and texts.
+                        let bytes = serde_json::to_vec(&record).unwrap_or_default();
+                        batch.steps.entry(job).or_default().push((record.step, bytes));
                     }
                 }
                 Effect::Log { job, line } => {
@@ -261,15 +266,27 @@ impl Hub {
         match fact {
             Fact::Submitted { job, .. } => drop(self.steps.insert(*job, Steps::new(0, None, 0, false))),
             Fact::Formed { job, formed } => {
-                if let Some(steps) = self.steps.get_mut(job) {
-                    steps.formed(formed.generation, formed.places.len(), 0);
+                let record = self.core.jobs().all.get(job);
+                if let (Some(steps), Some(record)) = (self.steps.get_mut(job), record) {
+                    steps.formed(&record.spec, formed);
                 }
+            }
+            Fact::WentBack { job, .. } => {
+                let to = self.core.jobs().all.get(job).map_or(0, |record| record.kept);
+                if let Some(steps) = self.steps.get_mut(job) {
+                    steps.went_back(to);
+                }
+                if let Some(steps) = batch.steps.get_mut(job) {
+                    steps.retain(|(step, _)| *step <= to);
+                }
+                batch.returned.insert(*job, to);
             }
             Fact::Forgotten { job } => {
                 // Whoever watches it has all there is, and is told no more.
                 self.steps.remove(job);
                 batch.steps.remove(job);
                 batch.lines.remove(job);
+                batch.returned.remove(job);
                 batch.forgotten.push(*job);
             }
             _ => {}
@@ -295,7 +312,11 @@ impl Hub {
         }
         let store = self.store.clone();
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
-        let (lines, forgotten) = (batch.lines.clone(), std::mem::take(&mut batch.forgotten));
+        let lines = batch.lines.clone();
+        let gone = Gone {
+            jobs: std::mem::take(&mut batch.forgotten),
+            steps_after: batch.returned.iter().map(|(&job, &to)| (job, to)).collect(),
+        };
         let write = move || {
             // A fact may say that steps need not be made again: they are kept before it.
             for (job, steps) in &steps {
@@ -305,7 +326,7 @@ impl Hub {
                 store.append_lines(*job, lines)?;
             }
             if !facts.is_empty() {
-                let first = store.append_and_forget(&facts, &forgotten)?;
+                let first = store.append_and_forget(&facts, &gone)?;
                 if let Some(snapshot) = snapshot {
                     store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
                 }
@@ -320,8 +341,8 @@ impl Hub {
         }
     }
 
-    fn carry_out(&mut self, batch: Batch) {
-        for (worker, word) in batch.words {
+    fn carry_out(&mut self, mut batch: Batch) {
+        for (worker, word) in std::mem::take(&mut batch.words) {
             if word == Word::Cut {
                 // A worker that stood still would beat on for ever on a stream that nobody listens to.
                 self.links.remove(&worker);
@@ -333,35 +354,35 @@ impl Hub {
             self.tell(worker, message, is_last);
         }
         for (job, steps) in &batch.steps {
-            let step = steps.last().map_or(0, |(step, _)| *step);
-            self.acknowledge(*job, step);
-        }
-        let changed = batch.steps.keys().chain(batch.lines.keys());
-        let ended: Vec<u64> = self
-            .steps
-            .iter()
-            .filter(|(job, steps)| {
-                !steps.kept.borrow().has_ended
-                    && self.core.jobs().all.get(job).is_none_or(|record| record.has_ended())
-            })
-            .map(|(&job, _)| job)
-            .collect();
-        for job in changed.copied().chain(ended) {
-            let has_ended = self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
-            let lines = batch.lines.get(&job).map_or(0, |lines| lines.len() as u64);
-            if let Some(steps) = self.steps.get(&job) {
-                steps.kept.send_modify(|kept| {
-                    kept.step = steps.last;
-                    kept.has_ended = has_ended;
-                    kept.lines += lines;
-                });
+            if let Some((step, _)) = steps.last() {
+                self.acknowledge(*job, *step);
             }
         }
+        self.wake_watchers(&batch);
         // Whoever asked may have left.
         for (reply, job) in batch.replies {
             let _ = reply.send(job);
         }
         batch.questions.into_iter().for_each(|question| question(self));
+    }
+
+    /// Whoever follows a job of which something more is durable, or nothing will come any more, hears of it.
+    fn wake_watchers(&self, batch: &Batch) {
+        let has_ended = |job| self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
+        let written = batch.steps.keys().chain(batch.lines.keys()).chain(batch.returned.keys());
+        let is_new = |(job, steps): &(&u64, &Steps)| !steps.kept.borrow().has_ended && has_ended(**job);
+        let ended = self.steps.iter().filter(is_new).map(|(job, _)| job);
+        let changed: BTreeSet<u64> = written.chain(ended).copied().collect();
+        for (job, steps) in changed.into_iter().filter_map(|job| Some((job, self.steps.get(&job)?))) {
+            steps.kept.send_modify(|kept| {
+                kept.step = steps.last;
+                if let Some(&to) = batch.returned.get(&job) {
+                    (kept.returns, kept.back_to) = (kept.returns + 1, to);
+                }
+                kept.has_ended = has_ended(job);
+                kept.lines += batch.lines.get(&job).map_or(0, |lines| lines.len() as u64);
+            });
+        }
     }
 
     /// Tells the workers of a job that its steps need not be told again.

@@ -16,10 +16,11 @@ use v1::job_service_server::JobService;
 
 use super::Handle;
 use super::hub::{Hub, HubMessage, LogRecord};
-use super::steps::{Kept, StepRecord};
+use super::steps::Kept;
 use crate::core::Event;
 use crate::core::facts::{End, JobSpec};
 use crate::core::jobs::{JobRecord, Phase};
+use crate::metrics::record::StepRecord;
 use crate::store::{Numbered, Store, StoreError};
 
 /// Jobs of a list that does not say how many it wants.
@@ -74,11 +75,16 @@ impl JobService for Jobs {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Reply<Self::WatchStream> {
         let v1::WatchRequest { job, from_step } = request.into_inner();
-        let follow = Follow { next: from_step.max(1), until_end: true, ..self.follow(&job).await? };
+        let first = from_step.max(1);
+        let follow = self.follow(&job).await?;
+        let follow = Follow { next: first, until_end: true, first_step: Some(first), ..follow };
         let read = |store: &Store, job: u64, next: u64| {
             store.steps(job, next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
         };
-        let decode = |bytes: &[u8]| serde_json::from_slice::<StepRecord>(bytes).ok().map(watched);
+        let decode = |bytes: &[u8]| {
+            let record = Some(serde_json::from_slice::<StepRecord>(bytes).ok()?);
+            Some(v1::WatchResponse { record })
+        };
         Ok(Response::new(stream(follow, read, decode)))
     }
 
@@ -129,7 +135,7 @@ impl Jobs {
         let job = self.number(name).await?;
         let found = self.hub.ask(move |hub| Some((hub.store(), hub.steps(job)?.kept.subscribe()))).await?;
         let (store, kept) = found.ok_or_else(|| Status::not_found(format!("job: {name} is forgotten")))?;
-        Ok(Follow { job, store, kept, next: 0, until_end: false })
+        Ok(Follow { job, store, kept, next: 0, first_step: None, until_end: false })
     }
 }
 
@@ -142,8 +148,22 @@ struct Follow {
     store: Arc<Store>,
     kept: watch::Receiver<Kept>,
     next: u64,
+    /// Of steps, the first that is wanted: where the job goes back, those after the checkpoint are sent again.
+    first_step: Option<u64>,
     /// Not only what is there: everything until the job ends.
     until_end: bool,
+}
+
+impl Follow {
+    /// Takes note of how much is kept by now.
+    fn look(&mut self, returns: &mut u64) -> Kept {
+        let kept = *self.kept.borrow_and_update();
+        let has_gone_back = std::mem::replace(returns, kept.returns) < kept.returns;
+        if let Some(first) = self.first_step.filter(|_| has_gone_back) {
+            self.next = self.next.min(kept.back_to + 1).max(first);
+        }
+        kept
+    }
 }
 
 /// Sends what is kept, and goes on with what comes.
@@ -154,8 +174,9 @@ fn stream<T: Send + 'static>(
 ) -> Answers<T> {
     let (sender, answers) = mpsc::channel(MAX_UNREAD);
     tokio::spawn(async move {
+        let mut returns = follow.kept.borrow().returns;
         loop {
-            let kept = *follow.kept.borrow_and_update();
+            let kept = follow.look(&mut returns);
             loop {
                 let (store, job, next) = (follow.store.clone(), follow.job, follow.next);
                 let entries = tokio::task::spawn_blocking(move || read(&store, job, next)).await;
@@ -178,18 +199,6 @@ fn stream<T: Send + 'static>(
         }
     });
     Box::pin(ReceiverStream::new(answers))
-}
-
-fn watched(record: StepRecord) -> v1::WatchResponse {
-    v1::WatchResponse {
-        step: record.number("step") as u64,
-        loss: record.number("loss"),
-        generation: record.generation,
-        tokens: record.number("tokens") as u64,
-        grad_norm: record.number("grad_norm"),
-        seconds: record.number("seconds"),
-        summary: record.summary.to_string(),
-    }
 }
 
 /// The id of a job.
@@ -223,14 +232,7 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
         priority,
         min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
         key: idempotency_key,
-        recipe: recipe.resolved_toml(),
-        model_config: recipe.model_config.to_hf_json(),
-        topology: recipe.topology(),
-        schedule: recipe.parallel.schedule,
-        steps: recipe.training.steps as u64,
-        save_model: recipe.checkpoint.save_model,
-        in_memory: recipe.checkpoint.in_memory,
-        max_returns: recipe.watch.max_skips,
+        recipe: Arc::new(recipe),
         traceparent: trace::current().to_string(),
     })
 }
@@ -251,7 +253,7 @@ fn describe(hub: &Hub, job: u64) -> v1::Job {
         priority: record.spec.priority,
         state: state(record, core.is_training(job)).into(),
         step: steps.map_or(0, |steps| steps.last),
-        steps: record.spec.steps,
+        steps: record.spec.steps(),
         generation: record.generation(),
         loss: steps.and_then(|steps| steps.loss),
         validation_loss: record.validation_loss,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, decode_event};
+use contraflow_runtime::fabric::Address;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
@@ -60,7 +61,7 @@ impl ControlService for Control {
             )));
         }
         sound(&hello)?;
-        let (worker, attached) = introduction(hello);
+        let (worker, attached) = introduction(hello)?;
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(MAX_UNREAD);
         self.hub.send(HubMessage::Linked { worker, link, down }).await?;
@@ -87,8 +88,18 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
     if !(1..=MAX_SLOTS).contains(&hello.slots) {
         return wrong("slots", format!("1 to {MAX_SLOTS}"), hello.slots as usize);
     }
-    let texts =
-        [("name", &hello.name), ("node", &hello.node), ("block", &hello.block), ("fabric", &hello.fabric)];
+    let address = hello
+        .fabric
+        .as_ref()
+        .ok_or_else(|| Status::invalid_argument("fabric: expected an address, got none"))?;
+    let texts = [
+        ("name", &hello.name),
+        ("node", &hello.node),
+        ("block", &hello.block),
+        ("fabric.host", &address.host),
+        ("fabric.tcp", &address.tcp),
+        ("fabric.unix", &address.unix),
+    ];
     for (field, text) in texts {
         if text.len() > MAX_TEXT {
             return wrong(field, format!("at most {MAX_TEXT} bytes"), text.len());
@@ -97,16 +108,25 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
     Ok(())
 }
 
-fn introduction(hello: v1::Hello) -> (u64, Event) {
-    let v1::Hello {
-        worker, name, slots, node, block, fabric, hosted, left, incarnation, storage_mark, ..
-    } = hello;
-    let who = Introduction { worker, name, slots: slots as usize, node, block, fabric };
+/// **Errors**: `INVALID_ARGUMENT`; the address is none.
+fn introduction(hello: v1::Hello) -> Result<(u64, Event), Status> {
+    let v1::Hello { worker, name, node, block, hosted, left, incarnation, storage_mark, .. } = hello;
+    let fabric = hello.fabric.map(Address::try_from).transpose();
+    let who = Introduction {
+        worker,
+        name,
+        slots: hello.slots as usize,
+        node,
+        block,
+        fabric: fabric.map_err(|words| Status::invalid_argument(format!("fabric.{words}")))?,
+        cores: hello.cores as usize,
+        peak_flops: hello.peak_flops,
+    };
     let hosted = hosted.into_iter().map(|hosted| {
         (hosted.job, hosted.generation, hosted.ranks.into_iter().map(|rank| rank as usize).collect())
     });
     let (hosted, left) = (hosted.collect(), left.into_iter().map(left_of).collect());
-    (worker, Event::Attached { who, hosted, left, incarnation, storage_mark })
+    Ok((worker, Event::Attached { who: Box::new(who), hosted, left, incarnation, storage_mark }))
 }
 
 fn left_of(released: v1::Released) -> Left {
@@ -145,7 +165,7 @@ async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), 
             worker,
             job: done.job,
             generation: done.generation,
-            step: (done.step > 0).then_some(done.step),
+            position: done.position.map(Into::into),
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
         Some(Message::Leaving(_)) => Event::Leaving { worker },

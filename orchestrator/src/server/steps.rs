@@ -1,33 +1,20 @@
 //! The steps of a job as they are watched: reports of all ranks put together, each step once.
 
 use contraflow_proto::StepReport;
-use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::metrics::{Collector, StepSummary};
-
-/// A step as it is kept.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct StepRecord {
-    /// Count of (re)formations at this step.
-    pub generation: u32,
-    /// What all ranks together say.
-    #[serde(flatten)]
-    pub summary: serde_json::Value,
-}
-
-impl StepRecord {
-    /// A number of the summary.
-    pub fn number(&self, key: &str) -> f64 {
-        self.summary.get(key).and_then(serde_json::Value::as_f64).unwrap_or_default()
-    }
-}
+use crate::core::facts::{Formed, JobSpec};
+use crate::metrics::record::{Collector, JobConstants, StepRecord};
 
 /// How far a job's kept steps go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
     /// The latest step that is durable.
     pub step: u64,
+    /// How often the job has gone back to a checkpoint, and to which step the last time: those after it come again.
+    pub returns: u64,
+    /// See `returns`.
+    pub back_to: u64,
     /// Log lines so far.
     pub lines: u64,
     /// Nothing more will come.
@@ -52,35 +39,125 @@ impl Steps {
     /// Of a job whose steps up to `last` are kept.
     pub fn new(last: u64, loss: Option<f64>, lines: u64, has_ended: bool) -> Self {
         Steps {
-            collector: Collector::new(0, 0),
+            collector: Collector::default(),
             generation: 0,
             last,
             loss,
             by_rank: Vec::new(),
-            kept: watch::Sender::new(Kept { step: last, lines, has_ended }),
+            kept: watch::Sender::new(Kept { step: last, lines, has_ended, ..Kept::default() }),
         }
     }
 
-    /// The job has been formed, with so many ranks.
-    pub fn formed(&mut self, generation: u32, world: usize, collapse_steps: u64) {
-        self.collector = Collector::new(world, collapse_steps);
-        self.generation = generation;
+    /// The job has been formed.
+    pub fn formed(&mut self, spec: &JobSpec, formed: &Formed) {
+        let world = formed.places.len();
+        let peak_flops = Some(formed.peak_flops as f64);
+        self.collector.reform(JobConstants::new(&spec.recipe, world, peak_flops));
+        self.generation = formed.generation;
         self.by_rank = vec![0; world];
     }
 
-    /// Takes a report in; the step, if that made it complete. One that was complete before is recomputed: it is told once.
-    pub fn record(&mut self, report: StepReport) -> Option<(u64, Vec<u8>)> {
+    /// The job goes back to the checkpoint of this step: those after it are of a history that was left, and will be made
+    /// again of other sequences.
+    pub fn went_back(&mut self, to: u64) {
+        self.collector.go_back();
+        if to < self.last {
+            (self.last, self.loss) = (to, None);
+        }
+    }
+
+    /// Takes a report in; the record of its step, if that made it complete. A step that was complete before is recomputed
+    /// after the loss of a rank: it is recorded once.
+    pub fn record(&mut self, report: StepReport) -> Option<StepRecord> {
         if let Some(latest) = self.by_rank.get_mut(report.rank as usize) {
             *latest = (*latest).max(report.step);
         }
         if report.generation != self.generation || report.step <= self.last {
             return None;
         }
-        let summary: StepSummary = self.collector.record(report)?;
-        self.last = summary.step;
-        self.loss = Some(summary.loss);
-        let summary_json = serde_json::to_value(&summary).ok()?;
-        let record = StepRecord { generation: self.generation, summary: summary_json };
-        Some((summary.step, serde_json::to_vec(&record).ok()?))
+        let record = self.collector.record(report)?;
+        (self.last, self.loss) = (record.step, Some(record.loss));
+        Some(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use contraflow_proto::LayerLoad;
+    use contraflow_runtime::recipe::{Recipe, RecipeSource};
+
+    use super::*;
+
+    fn spec() -> JobSpec {
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &["watch.collapse_steps=1".into()]);
+        JobSpec {
+            name: "job".into(),
+            priority: 0,
+            min_ranks: 1,
+            key: String::new(),
+            recipe: Arc::new(recipe.unwrap()),
+            traceparent: String::new(),
+        }
+    }
+
+    fn formed(generation: u32, world: u64) -> Formed {
+        let spec = spec();
+        Formed {
+            generation,
+            topology: spec.topology(),
+            places: (0..world).collect(),
+            resume_step: 0,
+            memory: None,
+            buddies: Vec::new(),
+            cursor: 0,
+            peak_flops: 1_000_000_000,
+            on_loan: false,
+        }
+    }
+
+    fn report(generation: u32, rank: u32, step: u64) -> StepReport {
+        StepReport { generation, rank, step, tokens: 100, seconds: 2.0, loss: 3.0, ..StepReport::default() }
+    }
+
+    #[test]
+    fn gates_are_watched_as_the_recipe_says() {
+        let mut steps = Steps::new(0, None, 0, false);
+        steps.formed(&spec(), &formed(1, 1));
+        let loads = vec![LayerLoad { layer: 4, counts: vec![400, 0] }];
+        let record = steps.record(StepReport { loads, ..report(1, 0, 1) }).unwrap();
+        assert!(record.warnings[0].starts_with("layer 4: its gate collapses"), "{:?}", record.warnings);
+    }
+
+    #[test]
+    fn a_record_has_its_rate_and_its_mfu() {
+        let mut steps = Steps::new(0, None, 0, false);
+        steps.formed(&spec(), &formed(1, 1));
+        let record = steps.record(report(1, 0, 1)).unwrap();
+        let flops_per_token = JobConstants::new(&spec().recipe, 1, None).flops_per_token;
+        assert_eq!(record.tokens_per_second, 50.0);
+        assert_eq!(record.mfu, Some(50.0 * flops_per_token / 1e9));
+        steps.formed(&spec(), &Formed { peak_flops: 0, ..formed(2, 1) });
+        assert_eq!(steps.record(report(2, 0, 2)).unwrap().mfu, None);
+    }
+
+    #[test]
+    fn a_step_is_recorded_once_and_again_only_where_the_job_has_gone_back() {
+        let mut steps = Steps::new(0, None, 0, false);
+        steps.formed(&spec(), &formed(1, 2));
+        let make = |steps: &mut Steps, generation, step| {
+            let first = steps.record(report(generation, 0, step));
+            assert_eq!(first, None);
+            steps.record(report(generation, 1, step)).map(|record| (record.generation, record.step))
+        };
+        assert_eq!([1, 2, 3].map(|step| make(&mut steps, 1, step)), [1, 2, 3].map(|step| Some((1, step))));
+        steps.formed(&spec(), &formed(2, 2));
+        assert_eq!(make(&mut steps, 1, 4), None, "of a formation that is over");
+        assert_eq!([2, 3, 4].map(|step| make(&mut steps, 2, step)), [None, None, Some((2, 4))]);
+        steps.went_back(2);
+        assert_eq!((steps.last, steps.loss), (2, None));
+        steps.formed(&spec(), &formed(3, 2));
+        assert_eq!([2, 3].map(|step| make(&mut steps, 3, step)), [None, Some((3, 3))]);
     }
 }

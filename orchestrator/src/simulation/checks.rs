@@ -139,7 +139,7 @@ impl World {
         let core = &self.servers[server].core;
         let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
         let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
-        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology.world()));
+        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology().world()));
         let Some((head, priority, ranks)) = head else { return self.checks.lent = None };
         let (mut held, mut missing, mut lent): (BTreeMap<u64, usize>, _, _) = (BTreeMap::new(), 0, 0);
         for (&job, record) in &core.jobs().all {
@@ -226,7 +226,7 @@ impl World {
                 }
             }
             Fact::Formed { job, formed } => self.check_formed(*job, formed),
-            Fact::Kept { job, step } => self.check_kept(*job, *step),
+            Fact::Kept { job, step, cursor } => self.check_kept(*job, *step, *cursor),
             Fact::WentBack { job, cursor, .. } => {
                 let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
                 if line.is_none_or(|line| line.diverged != Some(*cursor)) {
@@ -353,37 +353,39 @@ impl World {
         }
     }
 
-    fn check_kept(&mut self, job: u64, step: u64) {
+    fn check_kept(&mut self, job: u64, step: u64, cursor: u64) {
         // Of a broken formation it was written down from memory.
         let of = (job, self.store.jobs.all[&job].generation());
         let line = self.checks.lines.get(&of);
         let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
         let stands = self.storage.get(&job).and_then(|folder| folder.stands(step));
         match (made, stands) {
-            (Some(made), Some(stands)) if made.last() == Some(&stands) => {
+            (Some(made), Some(stands)) if made.last() == Some(&stands) && stands.cursor == cursor => {
                 self.checks.kept.insert(job, made);
                 self.checks.went_back.remove(&job);
             }
             (made, _) => {
                 let made = made.and_then(|made| made.last().copied());
-                self.violate(format!("job {job} keeps step {step}: {stands:?} stands, made was {made:?}"));
+                let words = format!("job {job} keeps step {step} of sequences up to {cursor}");
+                self.violate(format!("{words}: {stands:?} stands, made was {made:?}"));
             }
         }
     }
 
     fn check_ended(&mut self, job: u64, end: End, outcome: &str) {
         let record = &self.store.jobs.all[&job];
-        let (steps, world) = (record.spec.steps, record.running().map_or(0, |formed| formed.places.len()));
+        let (steps, world) = (record.spec.steps(), record.running().map_or(0, |formed| formed.places.len()));
         let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
         let is_right = match end {
             End::Done => line.is_some_and(|line| {
-                let exported = if record.spec.save_model { world } else { 0 };
+                let saves_model = record.spec.recipe.checkpoint.save_model;
+                let exported = if saves_model { world } else { 0 };
                 let is_placed = self.storage.get(&job).is_some_and(|folder| folder.placed.is_some());
                 line.history.len() as u64 == steps
                     && line.validated.len() == world
                     && line.exported.len() >= exported
                     && record.kept == steps
-                    && (is_placed || !record.spec.save_model)
+                    && (is_placed || !saves_model)
             }),
             End::Failed => {
                 let is_bad = self.job_plan(job).is_some_and(|planned| !planned.bad.is_empty());

@@ -1,6 +1,8 @@
 //! The last change in the storage of a checkpoint or of weights, made by one worker for all. What the storage then holds is
 //! in [`super::storage`].
 
+use contraflow_runtime::checkpoint::Position;
+
 use super::World;
 use super::mutation::Mutation;
 use super::network::Up;
@@ -13,9 +15,10 @@ impl World {
         &mut self,
         id: u64,
         (job, generation): (u64, u32),
-        (step, kept): (Option<u64>, u64),
+        (position, kept): (Option<Position>, u64),
         world: Option<usize>,
     ) {
+        let step = position.map(|position| position.step);
         let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
         let stays = self.stays(kept);
         let folder = self.storage.entry(job).or_default();
@@ -35,7 +38,7 @@ impl World {
         self.note([16, job, step.unwrap_or(0)], || {
             format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
         });
-        let committed = Up::Committed { job, generation, step, result };
+        let committed = Up::Committed { job, generation, position, result };
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if let Some(hosted) = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation) {
             hosted.committed = Some(committed.clone());
@@ -56,8 +59,9 @@ impl World {
         &mut self,
         id: u64,
         (job, generation): (u64, u32),
-        (step, kept): (u64, u64),
+        (position, kept): (Position, u64),
     ) {
+        let step = position.step;
         let world = self.checks.world(job, generation).unwrap_or(0);
         let stays = self.stays(kept);
         let folder = self.storage.entry(job).or_default();
@@ -71,7 +75,7 @@ impl World {
                 "worker {id} commits {step}, written down, of job {job}, generation {generation}: {result:?}"
             )
         });
-        self.send_of_left(id, Up::Committed { job, generation, step: Some(step), result });
+        self.send_of_left(id, Up::Committed { job, generation, position: Some(position), result });
     }
 }
 

@@ -23,6 +23,8 @@ mod worker;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
+use contraflow_runtime::checkpoint::Position;
+
 use self::checks::Checks;
 pub use self::mutation::Mutation;
 use self::network::{Down, Network, Up};
@@ -59,23 +61,20 @@ pub struct Report {
 /// Runs one seed; with `is_told`, [`Report::lines`] tells what happened.
 pub fn run(seed: u64, is_told: bool) -> Report {
     let mut random = Random::new(seed);
-    let recipe = plan::recipe().unwrap_or_default();
-    let plan = Plan::draw(&mut random, &recipe);
+    let plan = Plan::draw(&mut random);
     World::new(plan, random, is_told).run()
 }
 
 /// Runs one seed with a rule broken.
 pub fn run_broken(seed: u64, rule: Mutation) -> Report {
     let mut random = Random::new(seed);
-    let recipe = plan::recipe().unwrap_or_default();
-    let plan = Plan::draw(&mut random, &recipe);
+    let plan = Plan::draw(&mut random);
     World { mutation: Some(rule), ..World::new(plan, random, false) }.run()
 }
 
 /// Runs one job of so many ranks (eight a worker, rounded down) and steps, with faults all along.
 pub fn run_large(ranks: usize, steps: u64, seed: u64) -> Report {
-    let recipe = plan::recipe().unwrap_or_default();
-    World::new(Plan::large(ranks, steps, &recipe), Random::new(seed), false).run()
+    World::new(Plan::large(ranks, steps), Random::new(seed), false).run()
 }
 
 /// Something that is going to happen. Workers, servers and links by number.
@@ -124,10 +123,10 @@ enum Inside {
     Acknowledged(u64),
     Validated(usize),
     Exported(usize),
-    /// A commit reaches the storage: the step, or the weights, and which checkpoint is known to stand.
-    Commits(Option<u64>, u64),
+    /// A commit reaches the storage: of a checkpoint, or the weights, and which checkpoint is known to stand.
+    Commits(Option<Position>, u64),
     /// The same for what was written down from memory.
-    CommitsWritten(u64, u64),
+    CommitsWritten(Position, u64),
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.
@@ -234,9 +233,10 @@ impl World {
         }
         self.plan_in(self.plan.calm_ms, Happening::Calm);
         if self.is_told {
-            let words = format!("{:?}", self.plan);
-            let words = words.replace(&self.plan.jobs[0].spec.recipe.escape_debug().to_string(), "..");
-            let words = words.replace(&self.plan.jobs[0].spec.model_config.escape_debug().to_string(), "..");
+            let without_recipe = |words: String, job: &plan::Job| {
+                words.replace(&format!("{:?}", job.spec.recipe), &format!("{:?}", job.spec.topology()))
+            };
+            let words = self.plan.jobs.iter().fold(format!("{:?}", self.plan), without_recipe);
             self.report.lines.push(words);
         }
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
+use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 
@@ -22,7 +23,7 @@ pub(super) enum Up {
     Released(Left),
     Beat(Vec<Progress>),
     Event { job: u64, generation: u32, event: RankEvent },
-    Committed { job: u64, generation: u32, step: Option<u64>, result: Result<(), String> },
+    Committed { job: u64, generation: u32, position: Option<Position>, result: Result<(), String> },
 }
 
 /// To a worker.
@@ -35,7 +36,7 @@ pub(super) enum Down {
     Release { job: u64, generation: u32, keep: bool },
     Write { job: u64, generation: u32, of: (u32, u64), ranks: Vec<usize> },
     Durable { job: u64, step: u64 },
-    Commit { job: u64, generation: u32, step: Option<u64>, kept: u64 },
+    Commit { job: u64, generation: u32, position: Option<Position>, kept: u64 },
 }
 
 /// A stream.
@@ -152,7 +153,7 @@ impl World {
         let event = match up {
             Up::Hello { who, hosted, left, incarnation } => {
                 self.hear_at(server, Input::Linked { worker, link: id });
-                Event::Attached { who, hosted, left, incarnation, storage_mark: "mark".into() }
+                Event::Attached { who: Box::new(who), hosted, left, incarnation, storage_mark: "mark".into() }
             }
             Up::Released(left) => Event::Left { worker, left },
             Up::Beat(progress) => Event::Beat { worker, progress },
@@ -165,8 +166,8 @@ impl World {
                 }
                 Event::Rank { worker, from, event: Box::new(event) }
             }
-            Up::Committed { job, generation, step, result } => {
-                Event::Committed { worker, job, generation, step, result }
+            Up::Committed { job, generation, position, result } => {
+                Event::Committed { worker, job, generation, position, result }
             }
         };
         self.hear_at(server, Input::Event(event));

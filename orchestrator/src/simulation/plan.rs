@@ -1,13 +1,14 @@
 //! What a seed stands for: a cluster, jobs, and which faults happen how often. Every seed draws a subset of the faults, so
 //! that some runs see one alone and some see all of them at once.
 
+use std::sync::Arc;
+
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
 
 use super::random::Random;
-use crate::core::HANG_MS;
 use crate::core::facts::JobSpec;
+use crate::core::{HANG_MS, axes_overrides};
 
 /// Something that goes wrong, or that somebody wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,16 +124,16 @@ pub(super) const BATCH: u64 = 4;
 
 impl Plan {
     /// Of a seed.
-    pub(super) fn draw(random: &mut Random, recipe: &(String, String)) -> Self {
+    pub(super) fn draw(random: &mut Random) -> Self {
         let nodes: Vec<usize> = (0..random.between(3, 9)).map(|_| random.between(1, 4) as usize).collect();
         // Two nodes may be out of use, drained or spare, and still every job finds a place.
         let mut sizes = nodes.clone();
         sizes.sort_unstable();
         let room: usize = sizes[..sizes.len() - 2].iter().sum();
         let jobs: Vec<Job> =
-            (0..random.between(1, 6)).map(|number| Job::draw(number, room, recipe, random)).collect();
+            (0..random.between(1, 6)).map(|number| Job::draw(number, room, random)).collect();
         // At worst one job after the other, each with way to go back.
-        let work: u64 = jobs.iter().map(|job| job.spec.steps * job.step_ms).sum();
+        let work: u64 = jobs.iter().map(|job| job.spec.steps() * job.step_ms).sum();
         let strength = random.between(1, 5);
         let chosen: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
         let mut faults: Vec<(Fault, u64)> =
@@ -161,11 +162,12 @@ impl Plan {
     }
 
     /// One job of so many ranks, eight a worker; workers die, streams break, the orchestrator is started anew.
-    pub(super) fn large(ranks: usize, steps: u64, recipe: &(String, String)) -> Self {
+    pub(super) fn large(ranks: usize, steps: u64) -> Self {
         let mut random = Random::new(1);
-        let mut job = Job::draw(0, 1, recipe, &mut random);
-        job.spec.topology = Topology { pipeline: 1, expert: 8, data: ranks / 8 };
-        (job.spec.steps, job.spec.min_ranks, job.spec.priority) = (steps, ranks, 0);
+        let mut job = Job::draw(0, 1, &mut random);
+        let topology = Topology { pipeline: 1, expert: 8, data: ranks / 8 };
+        job.spec.recipe = recipe(topology, &[format!("training.steps={steps}")]);
+        (job.spec.min_ranks, job.spec.priority) = (ranks, 0);
         (job.step_ms, job.every, job.bad, job.at_ms) = (500, 50, Vec::new(), 1_000);
         let faults = [
             (Fault::Kill, 60_000),
@@ -191,7 +193,7 @@ impl Plan {
 }
 
 impl Job {
-    fn draw(number: u64, room: usize, (recipe, model): &(String, String), random: &mut Random) -> Self {
+    fn draw(number: u64, room: usize, random: &mut Random) -> Self {
         let steps = random.between(1, 120);
         let world = random.between(1, room as u64 + 1) as usize;
         let axes = random.pick(&[1, 2, 4]).filter(|axis| world.is_multiple_of(*axis)).unwrap_or(1);
@@ -199,22 +201,18 @@ impl Job {
         let has_bad = random.is_one_in(3);
         let count = if has_bad { random.between(1, 4) } else { 0 };
         let bad = (0..count).map(|_| random.between(0, steps * BATCH + 1)).collect();
+        let priority = random.between(0, 3) as i32 - 1;
+        let min_ranks = random.between(1, world as u64 + 1) as usize;
+        let key = if random.is_one_in(3) { String::new() } else { format!("key {number}") };
+        let changes = [
+            format!("training.steps={steps}"),
+            format!("checkpoint.save_model={}", random.is_one_in(2)),
+            format!("watch.max_skips={}", random.between(0, 4).max(1)),
+        ];
+        let recipe = recipe(Topology { pipeline: 1, expert: axes, data: world / axes }, &changes);
+        let name = format!("job {number}");
         Job {
-            spec: JobSpec {
-                name: format!("job {number}"),
-                priority: random.between(0, 3) as i32 - 1,
-                min_ranks: random.between(1, world as u64 + 1) as usize,
-                key: if random.is_one_in(3) { String::new() } else { format!("key {number}") },
-                recipe: recipe.clone(),
-                model_config: model.clone(),
-                topology: Topology { pipeline: 1, expert: axes, data: world / axes },
-                schedule: ScheduleKind::OneFOneB,
-                steps,
-                save_model: random.is_one_in(2),
-                in_memory: true,
-                max_returns: random.between(0, 4),
-                traceparent: String::new(),
-            },
+            spec: JobSpec { name, priority, min_ranks, key, recipe, traceparent: String::new() },
             at_ms: random.between(0, 20_000),
             step_ms,
             every: random.between(1, 20),
@@ -223,21 +221,11 @@ impl Job {
     }
 }
 
-/// Recipe and model that every simulated job is submitted with: they decide only how a job may shrink.
-///
-/// **Errors**: in words; there is no such recipe.
-pub(super) fn recipe() -> Result<(String, String), String> {
-    // One that can be cut along data and experts in many ways.
-    let changes = [
-        "parallel.schedule=1f1b",
-        "parallel.pipeline=1",
-        "parallel.expert=1",
-        "parallel.data=1",
-        "training.micro_batch_size=1",
-        "training.global_batch_size=840",
-    ];
-    let changes = changes.map(str::to_owned);
-    let recipe =
-        Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).map_err(|faults| faults.to_string())?;
-    Ok((recipe.resolved_toml(), recipe.model_config.to_hf_json()))
+/// A recipe that can be cut along data and experts in many ways, on these axes and with these changes.
+fn recipe(axes: Topology, changes: &[String]) -> Arc<Recipe> {
+    let batch = format!("training.global_batch_size={}", 840 * axes.world());
+    let fixed = ["parallel.schedule=1f1b", "training.micro_batch_size=1", &batch].map(str::to_owned);
+    let changes = [&fixed[..], &axes_overrides(&axes), changes].concat();
+    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes);
+    Arc::new(recipe.unwrap_or_else(|faults| panic!("the recipe of a simulated job: {faults}")))
 }

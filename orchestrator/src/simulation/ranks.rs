@@ -299,7 +299,7 @@ impl World {
     pub(super) fn step_done(&mut self, id: u64, of: (u64, u32), formed: &Rc<Formed>) {
         let Some(gang) = self.gangs.get(&of) else { return };
         let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
-        let (every, steps) = self.job_plan(of.0).map_or((1, 0), |job| (job.every, job.spec.steps));
+        let (every, steps) = self.job_plan(of.0).map_or((1, 0), |job| (job.every, job.spec.steps()));
         let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
         group.state = State::Idle;
         let (ranks, is_saving) = (group.ranks.clone(), group.is_saving);

@@ -73,7 +73,7 @@ impl World {
             let last = if self.breaks(Mutation::ForgetsSteps) { 0 } else { last };
             let mut of_job = Steps::new(last, None, 0, record.has_ended());
             if let Some(formed) = &record.formed {
-                of_job.formed(formed.generation, formed.places.len(), 0);
+                of_job.formed(&record.spec, formed);
             }
             steps.insert(job, of_job);
         }
@@ -228,8 +228,8 @@ impl World {
                 Effect::Tell { worker, word } => batch.words.push((worker, word)),
                 Effect::Record { job, report } => {
                     let steps = self.servers[server].steps.get_mut(&job);
-                    if let Some((step, _)) = steps.and_then(|steps| steps.record(*report)) {
-                        batch.steps.entry(job).or_default().push(step);
+                    if let Some(record) = steps.and_then(|steps| steps.record(*report)) {
+                        batch.steps.entry(job).or_default().push(record.step);
                     }
                 }
                 Effect::Log { job, line } => self.note([3, job, 0], || format!("job {job}: {line}")),
@@ -243,14 +243,26 @@ impl World {
                 self.servers[server].steps.insert(*job, Steps::new(0, None, 0, false));
             }
             Fact::Formed { job, formed } => {
-                if let Some(steps) = self.servers[server].steps.get_mut(job) {
-                    steps.formed(formed.generation, formed.places.len(), 0);
+                let acting = &mut self.servers[server];
+                let record = acting.core.jobs().all.get(job);
+                if let (Some(steps), Some(record)) = (acting.steps.get_mut(job), record) {
+                    steps.formed(&record.spec, formed);
                     if self.mutation == Some(Mutation::TellsStepsAgain) {
                         steps.last = formed.resume_step;
                     }
                 }
                 self.check_slots(server);
                 self.check_cost(server, *job, formed);
+            }
+            Fact::WentBack { job, .. } => {
+                let acting = &mut self.servers[server];
+                let to = acting.core.jobs().all.get(job).map_or(0, |record| record.kept);
+                if let Some(steps) = acting.steps.get_mut(job) {
+                    steps.went_back(to);
+                }
+                if let Some(steps) = batch.steps.get_mut(job) {
+                    steps.retain(|step| *step <= to);
+                }
             }
             Fact::Forgotten { job } => {
                 self.servers[server].steps.remove(job);
@@ -354,10 +366,12 @@ fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Forme
         Word::Command { to, command } => Down::Command { to, command },
         Word::Release { job, generation, keep, .. } => Down::Release { job, generation, keep },
         Word::CommitCheckpoint { job, generation, position, kept, .. } => {
-            Down::Commit { job, generation, step: Some(position.step), kept }
+            Down::Commit { job, generation, position: Some(position), kept }
         }
         Word::WriteDown { job, generation, of, ranks } => Down::Write { job, generation, of, ranks },
-        Word::PlaceWeights { job, generation, .. } => Down::Commit { job, generation, step: None, kept: 0 },
+        Word::PlaceWeights { job, generation, .. } => {
+            Down::Commit { job, generation, position: None, kept: 0 }
+        }
     })
 }
 
@@ -366,7 +380,7 @@ fn assignment(core: &Core, job: u64) -> Option<(Rc<Formed>, bool)> {
     let formed = core.jobs().all.get(&job)?.running()?;
     let mut is_reachable = true;
     for &worker in &formed.places {
-        is_reachable &= !core.member(worker).filter(|member| member.is_known())?.who.fabric.is_empty();
+        is_reachable &= core.member(worker).filter(|member| member.is_known())?.who.fabric.is_some();
     }
     Some((Rc::new(formed.clone()), is_reachable))
 }

@@ -22,12 +22,17 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Keeps a fact; the steps of a job that it forgets go with it, unless a rule is broken.
+    /// Keeps a fact; the steps of a job that it forgets go with it, unless a rule is broken, and so do those that a job leaves
+    /// behind where it goes back to a checkpoint.
     pub(super) fn append(&mut self, fact: &Fact, keeps_steps: bool) -> Result<(), String> {
         if let Fact::Forgotten { job } = fact
             && !keeps_steps
         {
             self.steps.remove(job);
+        }
+        if let Fact::WentBack { job, .. } = fact {
+            let to = self.jobs.all.get(job).map_or(0, |record| record.kept);
+            self.steps.entry(*job).or_default().retain(|step| *step <= to);
         }
         self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);
         self.jobs.apply(fact);

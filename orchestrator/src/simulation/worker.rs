@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::fabric::Address;
 use contraflow_runtime::faults::ErrorKind;
 
 use super::memory::Kept;
@@ -178,13 +179,13 @@ impl World {
                     kept.durable(step);
                 }
             }
-            Down::Commit { job, generation, step, kept } => {
+            Down::Commit { job, generation, position, kept } => {
                 if worker.hosted.get(&job).is_some_and(|hosted| hosted.generation == generation) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::Commits(step, kept));
-                } else if let Some(step) = step.filter(|_| worker.has_left(job, generation)) {
+                    self.plan_own(id, (job, generation), takes, Inside::Commits(position, kept));
+                } else if let Some(position) = position.filter(|_| worker.has_left(job, generation)) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(step, kept));
+                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(position, kept));
                 }
             }
         }
@@ -306,11 +307,11 @@ impl World {
         let of = (job, generation);
         let hosted = worker.hosted.get(&job).filter(|hosted| hosted.generation == generation);
         match (what, hosted) {
-            (Inside::Commits(step, kept), hosted) => {
+            (Inside::Commits(position, kept), hosted) => {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
-                self.commit(id, of, (step, kept), world);
+                self.commit(id, of, (position, kept), world);
             }
-            (Inside::CommitsWritten(step, kept), _) => self.commit_written(id, of, (step, kept)),
+            (Inside::CommitsWritten(position, kept), _) => self.commit_written(id, of, (position, kept)),
             (Inside::Saved(what), _) => self.saved(id, of, *what),
             (Inside::WrittenDown(what), _) => self.written_down(id, of, *what),
             (Inside::Prepared, Some(hosted)) => {
@@ -362,7 +363,13 @@ impl Worker {
             slots: self.slots,
             node: format!("n{}", self.node),
             block: format!("b{}", self.node / 3),
-            fabric: format!("f{id}"),
+            fabric: Some(Address {
+                host: format!("h{}", self.node),
+                tcp: ([127, 0, 0, 1], 1).into(),
+                unix: format!("f{id}"),
+            }),
+            cores: self.slots,
+            peak_flops: 1,
         };
         let hosted = self.hosted.iter();
         let hosted =

@@ -115,6 +115,8 @@ enum Act {
     Steps(u64, Vec<Numbered>),
     Lines(u64, Vec<Vec<u8>>),
     Forget(u64),
+    /// A job goes back to the checkpoint of a step.
+    GoBack(u64, u64),
     Reopen,
     /// The power goes; the bits say which unsynced writes arrived.
     PowerLoss(u64),
@@ -130,6 +132,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
         2 => (0_u64..3, steps).prop_map(|(job, steps)| Act::Steps(job, steps)),
         2 => (0_u64..3, many()).prop_map(|(job, lines)| Act::Lines(job, lines)),
         1 => (0_u64..3).prop_map(Act::Forget),
+        1 => (0_u64..3, 0_u64..12).prop_map(|(job, step)| Act::GoBack(job, step)),
         2 => Just(Act::Reopen),
         2 => any::<u64>().prop_map(Act::PowerLoss),
     ];
@@ -209,10 +212,18 @@ impl Model {
             Act::Forget(job) => {
                 let record = format!("job {job} is forgotten").into_bytes();
                 let number = self.history.len() as u64 + 1;
-                assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &[job]).unwrap(), number);
+                let gone = Gone { jobs: vec![job], ..Gone::default() };
+                assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap(), number);
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job);
                 self.lines.retain(|key, _| key.0 != job);
+            }
+            Act::GoBack(job, step) => {
+                let record = format!("job {job} goes back to step {step}").into_bytes();
+                let gone = Gone { steps_after: vec![(job, step)], ..Gone::default() };
+                store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap();
+                self.history.push(record);
+                self.steps.retain(|key, _| key.0 != job || key.1 <= step);
             }
             Act::Reopen | Act::PowerLoss(_) => unreachable!("done by the caller"),
         }
@@ -277,7 +288,7 @@ proptest! {
         // Fails at a write of its own choice: what was written till then is what may have arrived.
         disk.state().room = Some(room * (arrived % 64) as usize / 63);
         let records: Vec<_> = (before + 1..=before + batch).map(record).collect();
-        let outcome = store.append_and_forget(&records, &[7]);
+        let outcome = store.append_and_forget(&records, &Gone { jobs: vec![7], ..Gone::default() });
         let mut bits = arrived;
         let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
         drop(store);

@@ -8,7 +8,7 @@ use super::activity::{Activity, AtWork, Wait};
 use super::inbox::Inbox;
 use super::local::LocalNetwork;
 use super::wired::WiredNetwork;
-use super::{FabricError, Region, Tag};
+use super::{FabricError, Phase, Region, Tag};
 use crate::trace::{self, Links};
 
 /// What carries the frames.
@@ -44,8 +44,11 @@ impl Endpoint {
     ///
     /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`].
     pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
-        let bytes: usize = parts.iter().map(Region::len).sum();
-        self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        // Copies of the state go when there is time for them: they belong to no step.
+        if tag.phase != Phase::Keep {
+            let bytes: usize = parts.iter().map(Region::len).sum();
+            self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        }
         match &self.network {
             Network::Local(network) => network.send(to, tag, parts, trace::current()),
             Network::Wired(network) => network.send(to, tag, parts, trace::current()),
@@ -90,7 +93,9 @@ impl Endpoint {
         self.inbox.abort(reason);
     }
 
-    /// **Units**: payload bytes sent since the rank joined.
+    /// What the rank has sent since it joined, but for copies of its state that others keep.
+    ///
+    /// **Units**: payload bytes.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes.load(Ordering::Relaxed)
     }

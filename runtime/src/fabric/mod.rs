@@ -123,8 +123,9 @@ mod tests {
         let got = b.receive(tag(1, 0)).unwrap().remove(0).downcast::<Vec<u8>>().unwrap();
         assert_eq!(got.as_ptr(), address);
         assert_eq!(b.receive(tag(2, 0)).unwrap()[0].bytes(), [2]);
-        assert_eq!(a.sent_bytes(), 17);
-        assert_eq!(b.num_waiting(), 0);
+        a.send(1, Tag { phase: Phase::Keep, ..tag(1, 0) }, bytes(3)).unwrap();
+        assert_eq!(a.sent_bytes(), 17, "a copy of the state is not of the step");
+        assert_eq!(b.num_waiting(), 1);
     }
 
     #[test]

@@ -226,8 +226,8 @@ pub struct LogSection {
     pub level: LogLevel,
 }
 
-/// Severity of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Severity of a message: of the later ones there are more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// The run cannot go on.

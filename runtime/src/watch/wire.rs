@@ -111,8 +111,7 @@ mod tests {
 
     #[test]
     fn a_divergence_comes_back_with_all_its_evidence() {
-        let named =
-            |name: &str, layer| Some(NamedTensor { name: name.into(), layer, num_values: u64::MAX });
+        let named = |name: &str, layer| Some(NamedTensor { name: name.into(), layer, num_values: u64::MAX });
         let found = RankEvidence {
             rank: 3,
             weight: named("model.norm.weight", None),

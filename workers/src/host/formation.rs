@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, from_json};
+use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
 use contraflow_runtime::faults::ErrorKind;
@@ -166,8 +166,9 @@ impl Formation {
 ///
 /// **Errors**: in words; an address that is none, or a rank that has none.
 fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
+    let of_worker = assign.fabric.iter().cloned().map(Address::try_from);
     let of_worker: Vec<Address> =
-        assign.fabric.iter().map(|address| from_json(address)).collect::<Result<_, _>>()?;
+        of_worker.collect::<Result<_, _>>().map_err(|words| format!("fabric.{words}"))?;
     let of_rank = |&worker: &u32| {
         let address = of_worker.get(worker as usize).cloned();
         address.ok_or_else(|| {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use contraflow_proto::v1;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, UNFINISHED_SUFFIX};
 use contraflow_runtime::control::ExportedFile;
-use contraflow_runtime::control::wire::from_json;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::recipe::Recipe;
@@ -132,7 +131,7 @@ impl Prepared {
         match what {
             What::Checkpoint(v1::Checkpoint { position, watch, shards, kept }) => {
                 let position: Position = position.ok_or("a checkpoint without a position")?.into();
-                let watch = from_json(&watch)?;
+                let watch = watch.ok_or("a checkpoint without the watch's memory")?.into();
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
                 let folder = self.folder.clone().pinning(kept);

@@ -3,10 +3,12 @@
 //! One loop owns everything: it takes words of the orchestrator, events of the ranks and results of slow work, and never
 //! waits for any of them. The stream to the orchestrator may break and come back; the ranks do not notice.
 
+mod evidence;
 mod formation;
 mod job;
 mod link;
 mod log;
+mod log_levels;
 mod memory;
 mod orders;
 mod outbox;
@@ -19,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::control::wire::{encode_event, json};
+use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -27,12 +29,13 @@ use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 
 use self::formation::Formation;
-use self::job::{Loaded, Prepared};
+use self::job::{Loaded, Prepared, dir_of};
 use self::link::{Link, Way};
 use self::memory::Memory;
 use self::storage_mark::{random_number, storage_mark};
 
 pub use self::link::words_of;
+pub use self::log_levels::LogLevels;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
 const JOIN_WAIT: Duration = Duration::from_secs(30);
@@ -64,12 +67,20 @@ pub struct Settings {
     pub name: String,
     /// Where data connections are accepted.
     pub listen: SocketAddr,
+    /// Cores of this host that it may use.
+    pub cores: usize,
+    /// Measured peak of all of them together. **Units**: FLOP/s.
+    pub peak_flops: u64,
+    /// What is logged of each job, for whoever filters lines.
+    pub log_levels: LogLevels,
 }
 
 /// Something for the loop.
 enum Input {
     /// A rank has something to say.
     Rank { job: u64, generation: u32, event: RankEvent },
+    /// What a rank says of a step that is not finite, once the evidence is in the job's folder.
+    EvidenceWritten { job: u64, generation: u32, event: RankEvent },
     /// What an assignment names has been read.
     Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, String> },
     /// Parts of a formation that was left have been written down, or not: job, generation, what is to be said.
@@ -170,11 +181,13 @@ impl Host {
                     slots: self.settings.slots as u32,
                     node: self.settings.node.clone(),
                     block: self.settings.block.clone(),
-                    fabric: json(&self.listener.address()),
+                    fabric: Some(self.listener.address().into()),
                     hosted: self.formations.iter().map(|(&job, formation)| formation.hosted(job)).collect(),
                     incarnation: self.incarnation,
                     storage_mark: self.mark.clone(),
                     left: self.memory.of_left(|job| self.formations.contains_key(&job)),
+                    cores: self.settings.cores as u32,
+                    peak_flops: self.settings.peak_flops,
                 };
                 let Settings { orchestrator, token, .. } = &self.settings;
                 let way = Way { endpoint: orchestrator.clone(), token: token.clone() };
@@ -213,14 +226,17 @@ impl Host {
 
     fn take(&mut self, input: Input) -> Result<(), String> {
         match input {
-            Input::Rank { job, generation, event } => {
-                let current =
-                    self.formations.get_mut(&job).filter(|formation| formation.generation == generation);
-                if let Some(formation) = current {
-                    log::tell(job, &event);
-                    formation.outbox.note(&event);
-                    self.say(Up::Event(encode_event(job, generation, &event)));
-                }
+            Input::Rank { job, generation, event }
+                if self.is_here(job, generation) && evidence::is_in(&event) =>
+            {
+                let (dir, inputs) = (dir_of(&self.settings.storage, job), self.inputs.clone());
+                tokio::task::spawn_blocking(move || {
+                    let event = evidence::write(&dir, job, event);
+                    drop(inputs.send(Input::EvidenceWritten { job, generation, event }));
+                });
+            }
+            Input::Rank { job, generation, event } | Input::EvidenceWritten { job, generation, event } => {
+                self.rank_says(job, generation, &event);
             }
             Input::Prepared { assign, result } => self.prepared(&assign, result),
             Input::WrittenDown { job, generation, events } => {
@@ -248,6 +264,20 @@ impl Host {
             }
         }
         Ok(())
+    }
+
+    fn is_here(&self, job: u64, generation: u32) -> bool {
+        self.formations.get(&job).is_some_and(|formation| formation.generation == generation)
+    }
+
+    /// Passes on what a rank of a formation that is still here has to say.
+    fn rank_says(&mut self, job: u64, generation: u32, event: &RankEvent) {
+        let formation = self.formations.get_mut(&job);
+        if let Some(formation) = formation.filter(|formation| formation.generation == generation) {
+            log::tell(job, event);
+            formation.outbox.note(event);
+            self.say(Up::Event(encode_event(job, generation, event)));
+        }
     }
 
     fn is_current(&self, number: u64) -> bool {

@@ -97,6 +97,7 @@ impl Host {
         let Some(formation) = formation else { return };
         let started = result.and_then(|prepared| {
             self.loaded.insert(job, prepared.loaded());
+            self.settings.log_levels.set(job, prepared.recipe.log.level);
             let kept = self.memory.of(job);
             formation.start(assign, (*prepared, &kept), &self.listener, self.inputs.clone())
         });
@@ -115,16 +116,14 @@ impl Host {
         let (Some(prepared), Some(what)) = (prepared, what) else {
             return;
         };
-        let step = match &what {
-            v1::commit::What::Checkpoint(checkpoint) => {
-                checkpoint.position.map_or(0, |position| position.step)
-            }
-            v1::commit::What::Weights(_) => 0,
+        let position = match &what {
+            v1::commit::What::Checkpoint(checkpoint) => checkpoint.position,
+            v1::commit::What::Weights(_) => None,
         };
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let error = prepared.commit(what).err().unwrap_or_default();
-            drop(inputs.send(Input::Committed(v1::Committed { job, generation, step, error })));
+            drop(inputs.send(Input::Committed(v1::Committed { job, generation, position, error })));
         });
     }
 
@@ -162,6 +161,7 @@ impl Host {
         }
         if let Some(formation) = self.formations.remove(&job) {
             tracing::info!(job, generation = formation.generation, "left: {reason}");
+            self.settings.log_levels.forget(job);
             self.memory.note_left(job, formation.generation, formation.prepared.clone());
             formation.leave(reason);
         }

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use contraflow_proto::{StepReport, v1};
-use contraflow_runtime::control::wire::{from_json, json};
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Memory, Region};
 use contraflow_runtime::schedule::Chunk;
 use prost::Message;
@@ -46,7 +45,7 @@ pub fn send(
 ) -> Result<(), FabricError> {
     let header = v1::StateHeader {
         position: Some(image.position.into()),
-        watch: json(&image.watch),
+        watch: Some(image.watch.clone().into()),
         bytes: image.bytes.len() as u64,
         reports,
     };
@@ -78,10 +77,9 @@ pub fn receive(
     let Some(Ok(header)) = header else {
         return Err(wrong(0, "a header", format!("{} parts, or no message", parts.len())));
     };
-    let v1::StateHeader { position: Some(position), watch, bytes, reports } = header else {
-        return Err(wrong(0, "a position", "none".into()));
+    let v1::StateHeader { position: Some(position), watch: Some(watch), bytes, reports } = header else {
+        return Err(wrong(0, "a position and what the watch remembers", "less".into()));
     };
-    let watch = from_json(&watch).map_err(|words| wrong(0, "what the watch remembers", words))?;
     let len = usize::try_from(bytes).unwrap_or(usize::MAX);
     let num_pieces = len.div_ceil(PIECE);
     for piece in 1..=num_pieces {
@@ -96,6 +94,6 @@ pub fn receive(
             }
         }
     }
-    let image = Image { position: position.into(), watch, bytes: Arc::new(buffer) };
+    let image = Image { position: position.into(), watch: watch.into(), bytes: Arc::new(buffer) };
     Ok((image, reports))
 }

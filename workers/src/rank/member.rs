@@ -137,11 +137,14 @@ impl Member {
         }
     }
 
-    /// What the rank tells of an update.
+    /// What the rank reports of an update. Of what several ranks know alike one reports: counts by layer the ranks of the
+    /// first column, norms rank 0.
     pub fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
         let mtp_weight = self.assignment.recipe.mtp_weight_at(self.position.tokens);
         let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
+        let reports_loads = self.assignment.recipe.topology().column(rank) == 0;
         let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
+        let loads = global.expert_counts.into_iter().filter(|_| reports_loads).map(load).collect();
         StepReport {
             rank: rank as u32,
             generation: order.id.generation,
@@ -156,8 +159,8 @@ impl Member {
             bubble_seconds: 0.0,
             peak_live_chunks: 0,
             sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
-            loads: global.expert_counts.into_iter().map(load).collect(),
-            gradient_norms: Some(global.gradient_norms),
+            loads,
+            gradient_norms: (rank == 0).then_some(global.gradient_norms),
             skipped: global.skipped,
             warning: global.warning,
         }

@@ -133,6 +133,11 @@ impl RankState {
         self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
     }
 
+    /// Number of the job; 0 in one process, and until it has joined one.
+    fn job(&self) -> u64 {
+        self.member.as_ref().map_or(0, |member| member.assignment.job.into())
+    }
+
     /// What the rank is about from now on has a span of its own.
     fn begin(&mut self, span: Span) {
         trace::link(&span, std::mem::take(&mut self.commanded));
@@ -170,7 +175,7 @@ impl RankState {
         };
         let (member, reports) = join(myself, self.id, built).await?;
         self.member = Some(member);
-        tracing::debug!(rank = self.id, "has its model and waits for the others");
+        tracing::debug!(job = self.job(), rank = self.id, "has its model and waits for the others");
         (self.tell)(RankEvent::Ready { rank: self.id });
         reports.into_iter().for_each(|report| (self.tell)(RankEvent::StepDone { report }));
         Ok(())

@@ -213,8 +213,8 @@ impl RankState {
     }
 
     fn report(&self, report: StepReport, stop: bool) {
-        let (rank, step) = (self.id, report.step);
-        tracing::debug!(rank, step, loss = report.loss, seconds = report.seconds, "step done");
+        let (job, rank, step) = (self.job(), self.id, report.step);
+        tracing::debug!(job, rank, step, loss = report.loss, seconds = report.seconds, "step done");
         (self.tell)(RankEvent::StepDone { report });
         if stop {
             (self.tell)(RankEvent::Stopped { rank, step });

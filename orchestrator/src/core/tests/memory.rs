@@ -103,7 +103,13 @@ fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
     let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
-    drop(again.step(Event::Attached { who, hosted: Vec::new(), left, incarnation: 0, storage_mark }));
+    drop(again.step(Event::Attached {
+        who: Box::new(who),
+        hosted: Vec::new(),
+        left,
+        incarnation: 0,
+        storage_mark,
+    }));
     assert_eq!((formed(&again).generation, formed(&again).resume_step), (2, 6));
 }
 
@@ -145,7 +151,13 @@ fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
     let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
-    let effects = world.step(Event::Attached { who, hosted: Vec::new(), left, incarnation: 0, storage_mark });
+    let effects = world.step(Event::Attached {
+        who: Box::new(who),
+        hosted: Vec::new(),
+        left,
+        incarnation: 0,
+        storage_mark,
+    });
     let told = words(&effects);
     assert!(
         told.iter().any(|(worker, word)| *worker == 1 && matches!(word, Word::Assign { generation: 2, .. }))
@@ -157,7 +169,7 @@ fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring
 fn a_job_that_keeps_nothing_in_memory_waits_for_no_word_of_it() {
     let mut world = World::new();
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
-    drop(world.step(Event::Submit(Box::new(JobSpec { in_memory: false, ..*spec(2, 0) }))));
+    drop(world.step(Event::Submit(spec_with(2, 0, &["checkpoint.in_memory=false"]))));
     assert!(formed(&world).buddies.is_empty());
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));

@@ -3,13 +3,16 @@
 mod hangs;
 mod memory;
 mod retention;
+mod rollback;
+mod spec;
+
+use std::sync::Arc;
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::schedule::ScheduleKind;
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::recipe::Recipe;
 
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
@@ -19,24 +22,26 @@ use crate::recovery::KeptShard;
 const RECIPE: &str = "
     model.config = 'tiny'
     parallel.schedule = '1f1b'
-    training = { steps = 9, sequence_length = 32, global_batch_size = 8, micro_batch_size = 1 }
+    training = { steps = 9, sequence_length = 32, global_batch_size = 72, micro_batch_size = 1 }
     lr.peak = 1e-3
+    checkpoint.save_model = false
+    watch.max_skips = 2
 ";
 
 fn spec(ranks: usize, priority: i32) -> Box<JobSpec> {
+    spec_with(ranks, priority, &[])
+}
+
+/// The same with changes of the recipe.
+fn spec_with(ranks: usize, priority: i32, changes: &[&str]) -> Box<JobSpec> {
+    let axes = format!("parallel.data={ranks}");
+    let changes: Vec<String> = [&[axes.as_str()], changes].concat().into_iter().map(str::to_owned).collect();
     Box::new(JobSpec {
         name: "job".into(),
         priority,
         min_ranks: ranks,
         key: String::new(),
-        recipe: RECIPE.into(),
-        model_config: String::new(),
-        topology: Topology { pipeline: 1, expert: 1, data: ranks },
-        schedule: ScheduleKind::OneFOneB,
-        steps: 9,
-        save_model: false,
-        in_memory: true,
-        max_returns: 2,
+        recipe: Arc::new(Recipe::submitted(RECIPE, "job", &changes, None).unwrap()),
         traceparent: String::new(),
     })
 }
@@ -72,7 +77,7 @@ impl World {
     fn attach(&mut self, worker: u64, hosted: Vec<(u64, u32, Vec<usize>)>) -> Vec<Effect> {
         let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
         let (left, storage_mark) = (Vec::new(), "mark".into());
-        self.step(Event::Attached { who, hosted, left, incarnation: 0, storage_mark })
+        self.step(Event::Attached { who: Box::new(who), hosted, left, incarnation: 0, storage_mark })
     }
 
     fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
@@ -126,6 +131,17 @@ fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
         .collect()
 }
 
+/// Lines for the job's log.
+fn logged(effects: &[Effect]) -> Vec<&str> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Log { line, .. } => Some(line.as_str()),
+            _ => None,
+        })
+        .collect()
+}
+
 /// Two ranks that train, on workers 1 and 2; worker 3 is spare.
 fn training() -> World {
     let mut world = World::new();
@@ -141,10 +157,15 @@ fn training() -> World {
     world
 }
 
+/// Where a run stands after a step.
+fn position(step: u64) -> Position {
+    Position { step, cursor: 72 * step, tokens: 72 * 32 * step }
+}
+
 fn save(world: &mut World, step: u64) -> Vec<Effect> {
     let saved = |rank| RankEvent::ShardSaved {
         rank,
-        position: Position { step, ..Position::default() },
+        position: position(step),
         watch: Default::default(),
         shard: ShardFile::default(),
     };
@@ -154,8 +175,9 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
 
 /// The commit of a checkpoint is told.
 fn committed(world: &mut World, step: u64) {
-    let (job, generation, result) = (1, 1, Ok(()));
-    drop(world.step(Event::Committed { worker: 1, job, generation, step: Some(step), result }));
+    let (job, generation, result) = (1, world.core.jobs().all[&1].generation(), Ok(()));
+    let position = Some(position(step));
+    drop(world.step(Event::Committed { worker: 1, job, generation, position, result }));
 }
 
 fn checkpoint(world: &mut World, step: u64) {
@@ -326,7 +348,7 @@ fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
         [(5, "mark", "another one has taken over"), (0, "other", "--storage")]
     {
         let attached = Event::Attached {
-            who: who.clone(),
+            who: Box::new(who.clone()),
             hosted: Vec::new(),
             left: Vec::new(),
             incarnation,

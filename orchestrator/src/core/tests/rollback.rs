@@ -1,0 +1,94 @@
+//! Jobs that the watch stops: they go back to a checkpoint and say past how much, or end and say why.
+
+use contraflow_runtime::watch::evidence::{Evidence, NamedTensor, RankEvidence};
+use contraflow_runtime::watch::{Action, Divergence};
+
+use super::*;
+
+/// Every rank says that the watch has stopped a step.
+fn diverge(world: &mut World, divergence: &Divergence, cursor: u64) -> Vec<Effect> {
+    let diverged = |rank| RankEvent::Diverged { rank, divergence: Box::new(divergence.clone()), cursor };
+    drop(world.event(0, diverged(0)));
+    world.event(1, diverged(1))
+}
+
+fn spike(step: u64) -> Divergence {
+    Divergence { step, action: Action::RollBack, why: "a spike".into(), evidence: None }
+}
+
+/// The ranks of the running formation have their models.
+fn ready(world: &mut World) {
+    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Ready { rank })));
+    assert!(world.core.is_training(1));
+}
+
+#[test]
+fn a_job_that_goes_back_says_to_which_step_and_past_how_many_sequences() {
+    let mut world = training();
+    checkpoint(&mut world, 4);
+    let effects = diverge(&mut world, &spike(6), 6 * 72);
+    let told = logged(&effects);
+    assert_eq!(told[0], "a spike; going back to step 4, past 144 sequences");
+    assert!(told[1].starts_with("generation 2: "), "{told:?}");
+    // The second time the same checkpoint is further away, for the place where the run went on counts too.
+    ready(&mut world);
+    let effects = diverge(&mut world, &spike(5), 6 * 72 + 72);
+    assert_eq!(logged(&effects)[0], "a spike; going back to step 4, past 216 sequences");
+    ready(&mut world);
+    drop(diverge(&mut world, &spike(5), 6 * 72 + 144));
+    let record = &world.core.jobs().all[&1];
+    assert_eq!(record.phase, Phase::Ended(End::Failed));
+    assert_eq!(record.why, "a spike; the run went back to step 4 2 times (watch.max_skips)");
+}
+
+#[test]
+fn an_orchestrator_that_was_started_anew_counts_on() {
+    let mut world = training();
+    checkpoint(&mut world, 4);
+    drop(diverge(&mut world, &spike(6), 6 * 72));
+    let facts: Vec<String> = world.facts.iter().map(|fact| serde_json::to_string(fact).unwrap()).collect();
+    let mut jobs = Jobs::default();
+    facts.iter().for_each(|fact| jobs.apply(&serde_json::from_str(fact).unwrap()));
+    assert_eq!(&jobs, world.core.jobs());
+    let mut again = World::of(Core::new(jobs, 2, world.now), world.now);
+    for worker in again.places() {
+        let rank = again.places().iter().position(|place| *place == worker).unwrap();
+        drop(again.attach(worker, vec![(1, 2, vec![rank])]));
+    }
+    ready(&mut again);
+    let effects = diverge(&mut again, &spike(5), 7 * 72);
+    assert_eq!(logged(&effects)[0], "a spike; going back to step 4, past 216 sequences");
+}
+
+#[test]
+fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
+    let name = "model.norm.weight".to_owned();
+    let weight = Some(NamedTensor { name, layer: None, num_values: 1 });
+    let found = RankEvidence {
+        rank: 0,
+        weight,
+        micro_batch: None,
+        first_gradient: None,
+        last_gradient: None,
+        num_gradients: 0,
+    };
+    let evidence = Evidence { step: 3, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: vec![found] };
+    for (evidence, outcome) in
+        [(Some(evidence), "not finite; see evidence.json in the job's folder"), (None, "not finite")]
+    {
+        let mut world = training();
+        checkpoint(&mut world, 2);
+        let divergence = Divergence { step: 3, action: Action::Stop, why: "not finite".into(), evidence };
+        drop(diverge(&mut world, &divergence, 3 * 72));
+        let record = &world.core.jobs().all[&1];
+        assert_eq!((&record.phase, record.why.as_str()), (&Phase::Ended(End::Failed), outcome));
+    }
+}
+
+#[test]
+fn without_a_checkpoint_there_is_nothing_to_go_back_to() {
+    let mut world = training();
+    drop(diverge(&mut world, &spike(3), 3 * 72));
+    let record = &world.core.jobs().all[&1];
+    assert_eq!(record.why, "a spike; there is no checkpoint to go back to");
+}

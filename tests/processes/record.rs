@@ -1,0 +1,184 @@
+//! What is on record of a job does not depend on where it ran: one recipe trains in one process and in a cluster, and both
+//! leave the same step records, the same evidence and the same notes.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::cluster::{Cluster, JOB, until};
+
+/// Fields that hold a time, or follow from one.
+const TIMES: [&str; 4] = ["seconds", "bubble_share", "tokens_per_second", "mfu"];
+
+/// Runs [`JOB`] with changes in one process, in the folder of the cluster: exit code and stderr.
+fn train(cluster: &Cluster, name: &str, changes: &[&str]) -> (i32, String) {
+    let mut arguments = vec!["train", "tiny", "--name", name];
+    for change in JOB.iter().chain(changes) {
+        arguments.extend(["--set", change]);
+    }
+    let (code, _, told) = cluster.run(&arguments);
+    (code, told)
+}
+
+/// The lines of metrics.jsonl that a run in one process has left.
+fn metrics(cluster: &Cluster, run: &str) -> Vec<Value> {
+    let path = cluster.path().join("runs").join(run).join("metrics.jsonl");
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A record without its times, which are positive numbers, and the names of all fields.
+fn split(record: &Value) -> (Value, BTreeSet<String>) {
+    let mut record = record.clone();
+    let fields = record.as_object().unwrap().keys().cloned().collect();
+    for name in TIMES {
+        let time = record.as_object_mut().unwrap().remove(name);
+        let time = time.unwrap_or_else(|| panic!("expected the field {name} in {record}"));
+        let is_positive = time.as_f64().is_some_and(|time| time > 0.0 || name == "bubble_share");
+        assert!(is_positive, "{name}: expected a positive number, got {time}");
+    }
+    (record, fields)
+}
+
+fn assert_same_records(in_cluster: &[Value], in_process: &[Value]) {
+    assert_eq!(in_cluster.len(), in_process.len());
+    for (here, there) in in_cluster.iter().zip(in_process) {
+        assert_eq!(split(here), split(there));
+    }
+}
+
+/// The end of a job that does not end well, as its status tells it.
+fn failed(cluster: &Cluster, job: &str) -> String {
+    until("the end of the job", || {
+        let status = cluster.status(job)?;
+        assert_ne!(status["state"], "done", "{status}");
+        (status["state"] == "failed").then(|| status["outcome"].as_str().unwrap().to_owned())
+    })
+}
+
+fn log(cluster: &Cluster, job: &str) -> String {
+    let (code, log, told) = cluster.run(&["logs", job]);
+    assert_eq!(code, 0, "{told}");
+    log
+}
+
+#[test]
+fn one_recipe_gives_the_same_step_records_in_one_process_and_in_a_cluster() {
+    let cluster = Cluster::start(4);
+    // Gate biases that move further than any score: experts starve, and the second step already warns.
+    let changes = ["training.steps=8", "balance.bias_speed=100", "watch.collapse_steps=1"];
+    let (code, told) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{told}");
+    let alone = metrics(&cluster, "alone");
+    let job = cluster.submit(&changes, &[]);
+    let steps = cluster.finish(&job);
+    assert_same_records(&steps, &alone);
+    let warnings: Vec<&str> = steps
+        .iter()
+        .flat_map(|step| step["warnings"].as_array().unwrap())
+        .filter_map(Value::as_str)
+        .collect();
+    assert!(warnings.iter().any(|warning| warning.contains("its gate collapses")), "{warnings:?}");
+    assert!(steps[0]["gradient_norms"]["layers"].as_array().unwrap().len() > 1, "{}", steps[0]);
+    assert!(!steps[0]["max_vio"].as_object().unwrap().is_empty(), "{}", steps[0]);
+}
+
+#[test]
+fn evidence_of_a_step_that_is_not_finite_is_left_in_the_jobs_folder() {
+    let cluster = Cluster::start(4);
+    let changes = ["lr.peak=1e30", "lr.warmup_steps=0", "watch.on_nan=skip", "watch.max_skips=2"];
+    let (code, told) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 1, "{told}");
+    let job = cluster.submit(&changes, &[]);
+    let outcome = failed(&cluster, &job);
+    let read = |path: &str| -> Value {
+        let path = cluster.path().join(path);
+        let text =
+            std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        serde_json::from_str(&text).unwrap()
+    };
+    let evidence = read(&format!("storage/jobs/{job}/evidence.json"));
+    assert_eq!(evidence, read("runs/alone/evidence.json"));
+    let first = &evidence["ranks"][0];
+    assert!(evidence["step"].as_u64().is_some() && first["rank"].as_u64().is_some(), "{evidence}");
+    let name = first["first_gradient"]["name"].as_str().or(first["weight"]["name"].as_str()).unwrap();
+    assert!(outcome.contains(name) && outcome.contains("evidence.json"), "{outcome}");
+    // The batches that were skipped on the way there are on record, though their losses are no numbers.
+    let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
+    let steps: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_same_records(&steps, &metrics(&cluster, "alone"));
+    assert_eq!(steps.iter().filter(|step| step["skipped"] == true).count(), 2);
+    assert!(steps.last().unwrap()["loss"].is_null());
+}
+
+/// What a run says of each return: the step that it goes back to, and the sequences that it leaves out.
+fn returns(told: &str) -> Vec<(u64, u64)> {
+    let told_of = |line: &str| {
+        let (_, rest) = line.split_once("; going back to step ")?;
+        let (step, rest) = rest.split_once(", past ")?;
+        Some((step.parse().unwrap(), rest.strip_suffix(" sequences")?.parse().unwrap()))
+    };
+    told.lines().filter_map(told_of).collect()
+}
+
+#[test]
+fn a_job_that_goes_back_tells_how_many_sequences_it_leaves_out_and_has_the_records_of_what_came_of_it() {
+    let cluster = Cluster::start(4);
+    let changes = [
+        "training.steps=40",
+        "lr.peak=5e-2",
+        "lr.warmup_steps=0",
+        "watch.on_spike=rollback",
+        "watch.spike_window=4",
+        "watch.spike_factor=5",
+        "watch.max_skips=100",
+    ];
+    let (code, told) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{told}");
+    assert!(!returns(&told).is_empty(), "no step has a spike: {told}");
+    let job = cluster.submit(&changes, &[]);
+    cluster.finish(&job);
+    assert_eq!(returns(&log(&cluster, &job)), returns(&told));
+    let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
+    let steps: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_same_records(&steps, &metrics(&cluster, "alone"));
+}
+
+#[test]
+fn a_fallback_plan_is_noted_in_the_jobs_log() {
+    let cluster = Cluster::start(4);
+    let changes = ["training.steps=2", "training.global_batch_size=4", "training.micro_batch_size=1"];
+    let (code, told) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{told}");
+    let note = told.lines().find_map(|line| line.strip_prefix("note: ")).unwrap_or_else(|| panic!("{told}"));
+    assert!(note.contains("the sequential plan runs instead"), "{note}");
+    let job = cluster.submit(&changes, &[]);
+    cluster.finish(&job);
+    let log = log(&cluster, &job);
+    assert_eq!(log.lines().filter(|line| line.contains(note)).count(), 1, "{log}");
+}
+
+#[test]
+fn workers_log_of_a_job_what_its_recipe_asks_for() {
+    let cluster = Cluster::start(4);
+    for (level, has_info, has_debug) in
+        [("error", false, false), ("info", true, false), ("debug", true, true)]
+    {
+        let job = cluster.submit(&["training.steps=3", &format!("log.level={level}")], &[]);
+        cluster.finish(&job);
+        // Lines of ranks wait a moment for their like; the job does not wait for them.
+        if has_info {
+            until("a line of a rank", || {
+                log(&cluster, &job).contains("has run the validation sequences").then_some(())
+            });
+        }
+        let (_, of_rank, _) = cluster.run(&["logs", &job, "--rank", "1"]);
+        assert_eq!(of_rank.contains(" INFO "), has_info, "{level}: {of_rank}");
+        assert_eq!(of_rank.contains("step done"), has_debug, "{level}: {of_rank}");
+        let told: String = cluster.workers.iter().flatten().map(|worker| worker.told()).collect();
+        let lines = told.lines().filter(|line| line.contains(&format!("job={}", &job["job-".len()..])));
+        let lines: Vec<&str> = lines.collect();
+        assert_eq!(lines.iter().any(|line| line.contains("INFO")), has_info, "{level}: {lines:#?}");
+        assert_eq!(lines.iter().any(|line| line.contains("DEBUG")), has_debug, "{level}: {lines:#?}");
+    }
+}

@@ -1,0 +1,65 @@
+//! The evidence of a step that was not finite, left in the job's folder before the orchestrator hears of the step. All ranks
+//! have the same evidence; the worker of rank 0 writes it.
+
+use std::path::Path;
+
+use contraflow_runtime::control::RankEvent;
+
+/// Whether an event comes with evidence that this worker has to write.
+pub(super) fn is_in(event: &RankEvent) -> bool {
+    matches!(event, RankEvent::Diverged { rank: 0, divergence, .. } if divergence.evidence.is_some())
+}
+
+/// Writes the evidence of an event into a job's folder, and returns the event: without evidence where that failed, so that
+/// nobody is sent to a file that is not there.
+pub(super) fn write(dir: &Path, job: u64, mut event: RankEvent) -> RankEvent {
+    let RankEvent::Diverged { rank, divergence, .. } = &mut event else { return event };
+    let rank = *rank as u64;
+    match divergence.evidence.as_ref().map(|evidence| evidence.write(dir)) {
+        Some(Ok(path)) => tracing::warn!(job, rank, "the evidence is in {}", path.display()),
+        Some(Err(error)) => {
+            divergence.evidence = None;
+            tracing::warn!(job, rank, "the evidence cannot be written to {}: {error}", dir.display());
+        }
+        None => {}
+    }
+    event
+}
+
+#[cfg(test)]
+mod tests {
+    use contraflow_runtime::watch::evidence::{EVIDENCE_FILE, Evidence};
+    use contraflow_runtime::watch::{Action, Divergence};
+
+    use super::*;
+
+    fn diverged(rank: usize, step: u64) -> RankEvent {
+        let evidence = Evidence { step, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: Vec::new() };
+        let (action, why, evidence) = (Action::Stop, "not finite".to_owned(), Some(evidence));
+        RankEvent::Diverged {
+            rank,
+            divergence: Box::new(Divergence { step, action, why, evidence }),
+            cursor: 8,
+        }
+    }
+
+    #[test]
+    fn the_latest_evidence_is_in_the_folder_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        for step in [3, 5] {
+            assert!(is_in(&diverged(0, step)) && !is_in(&diverged(1, step)));
+            assert_eq!(write(dir.path(), 1, diverged(0, step)), diverged(0, step));
+            let text = std::fs::read_to_string(dir.path().join(EVIDENCE_FILE)).unwrap();
+            assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["step"], step);
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn where_it_cannot_be_written_nobody_is_sent_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let event = write(&dir.path().join("missing"), 1, diverged(0, 3));
+        let RankEvent::Diverged { divergence, cursor: 8, .. } = event else { panic!("{event:?}") };
+        assert_eq!((divergence.why.as_str(), divergence.evidence), ("not finite", None));
+    }
+}
