@@ -1,4 +1,4 @@
-//! What the orchestrator remembers on disk: the event log with its snapshot, step summaries and log lines of the jobs.
+//! What the orchestrator remembers on disk: the event log with its snapshot, step records and log lines of the jobs.
 //!
 //! One file in the state folder, kept by `redb`: a call that returns has reached the disk, all of it or nothing. Knows
 //! bytes, sequence numbers and jobs' numbers; what a record says is the core's business. Calls block on the disk, so an
@@ -26,10 +26,10 @@ pub const FILE_NAME: &str = "events.redb";
 /// Log lines kept of a job; with more of them the oldest go.
 pub const LINES_PER_JOB: u64 = 100_000;
 
-/// Step summaries kept of a job; with more of them the oldest go.
+/// Step records kept of a job; with more of them the oldest go.
 pub const STEPS_PER_JOB: u64 = 1_000_000;
 
-/// The longest record, step summary or log line. **Units**: bytes.
+/// The longest record of a fact or a step, or log line. **Units**: bytes.
 pub const MAX_RECORD: usize = 16 << 20;
 
 /// The longest snapshot. **Units**: bytes.
@@ -44,7 +44,7 @@ const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 /// At most one entry: the state after the record of that sequence number.
 const SNAPSHOT: TableDefinition<u64, &[u8]> = TableDefinition::new("snapshot");
-/// The summary of (job, step).
+/// The record of (job, step).
 const STEPS: JobTable = TableDefinition::new("steps");
 /// The log line of (job, number).
 const LINES: JobTable = TableDefinition::new("lines");
@@ -217,19 +217,19 @@ impl Store {
         }
     }
 
-    /// Keeps summaries of steps of a job; one of the same step takes the place of the one before. Those more than
+    /// Keeps records of steps of a job; one of the same step takes the place of the one before. Those more than
     /// [`STEPS_PER_JOB`] before the latest go. One wait for the disk.
     ///
     /// # Errors
-    /// A summary is too long; the disk fails.
+    /// A record is too long; the disk fails.
     pub fn append_steps(&self, job: u64, steps: &[Numbered]) -> Result<(), StoreError> {
-        for (_, summary) in steps {
-            self.check_length(summary.len(), MAX_RECORD)?;
+        for (_, record) in steps {
+            self.check_length(record.len(), MAX_RECORD)?;
         }
         self.write(|write| {
             let mut table = write.open_table(STEPS)?;
-            for (step, summary) in steps {
-                table.insert((job, *step), summary.as_slice())?;
+            for (step, record) in steps {
+                table.insert((job, *step), record.as_slice())?;
             }
             let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
             let last = last.map_or(0, |(key, _)| key.value().1);
@@ -239,7 +239,7 @@ impl Store {
         })
     }
 
-    /// The summaries of a job from a step on, in order, as they stand now.
+    /// The records of a job from a step on, in order, as they stand now.
     ///
     /// # Errors
     /// The disk fails, now or later on.

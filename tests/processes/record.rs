@@ -103,12 +103,12 @@ fn evidence_of_a_step_that_is_not_finite_is_left_in_the_jobs_folder() {
     assert!(evidence["step"].as_u64().is_some() && first["rank"].as_u64().is_some(), "{evidence}");
     let name = first["first_gradient"]["name"].as_str().or(first["weight"]["name"].as_str()).unwrap();
     assert!(outcome.contains(name) && outcome.contains("evidence.json"), "{outcome}");
-    // The batches that were skipped on the way there are on record, though their losses are no numbers.
+    // The batches that were skipped on the way there are on record, though not all of their numbers are finite.
     let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
     let steps: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_same_records(&steps, &metrics(&cluster, "alone"));
     assert_eq!(steps.iter().filter(|step| step["skipped"] == true).count(), 2);
-    assert!(steps.last().unwrap()["loss"].is_null());
+    assert!(steps.iter().any(|step| step["skipped"] == true && step["grad_norm"].is_null()), "{steps:?}");
 }
 
 /// What a run says of each return: the step that it goes back to, and the sequences that it leaves out.
