@@ -31,7 +31,7 @@ fn documents_apart_cost_the_same_loss_in_every_layout() {
             Outcome::Done { validation, .. } => validation.map(|(loss, _)| loss),
             ref outcome => panic!("{outcome:?}"),
         };
-        let tokens: Vec<u64> = finished.summaries.iter().map(|summary| summary.tokens).collect();
+        let tokens: Vec<u64> = finished.records.iter().map(|record| record.tokens).collect();
         (finished.losses(), tokens, validation.unwrap())
     };
     let (one, four) = (run(ONE_RANK), run(FOUR_RANKS));
