@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id};
+use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, Filter, Layer};
 use tracing_subscriber::registry::LookupSpan;
@@ -24,6 +25,15 @@ pub(super) struct ByJob {
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Filter<S> for ByJob {
     fn enabled(&self, metadata: &Metadata<'_>, _: &Context<'_, S>) -> bool {
         *metadata.level() <= if is_ours(metadata) { filter_of(self.levels.most()) } else { LevelFilter::WARN }
+    }
+
+    /// What is asked for of our lines changes with the jobs; of others' it never does.
+    fn callsite_enabled(&self, metadata: &'static Metadata<'static>) -> Interest {
+        match (is_ours(metadata), *metadata.level() <= LevelFilter::WARN) {
+            (true, _) => Interest::sometimes(),
+            (false, true) => Interest::always(),
+            (false, false) => Interest::never(),
+        }
     }
 
     fn event_enabled(&self, event: &Event<'_>, context: &Context<'_, S>) -> bool {
