@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::checkpoint::folder::sync_dir;
+use contraflow_runtime::files::sync_dir;
 use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;

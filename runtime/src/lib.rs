@@ -9,6 +9,7 @@ pub mod cost;
 pub mod fabric;
 pub mod failpoint;
 pub mod faults;
+pub mod files;
 pub mod layout;
 pub mod model_config;
 pub mod placed_weights;

@@ -5,8 +5,8 @@
 use std::io;
 use std::path::Path;
 
-use crate::checkpoint::UNFINISHED_SUFFIX;
 use crate::control::ExportedFile;
+use crate::files::UNFINISHED_SUFFIX;
 
 /// Writes index and configuration beside the weights, and gives the folder its name: its own without
 /// [`UNFINISHED_SUFFIX`]. A folder without that ending keeps its name.

@@ -199,13 +199,11 @@ fn garbage_on_every_port_does_not_disturb_a_job() {
     for bytes in [noise(), b"GET / HTTP/1.1\r\n\r\n".to_vec(), broken, vec![22, 3, 1, 0, 9]] {
         babble(&cluster.address, &bytes);
         for worker in &workers {
-            let address: serde_json::Value = serde_json::from_str(&worker.address).unwrap();
-            babble(address["tcp"].as_str().unwrap(), &bytes);
+            babble(&worker.address, &bytes);
         }
     }
     for worker in &workers {
-        let address: serde_json::Value = serde_json::from_str(&worker.address).unwrap();
-        replay(&cluster, &job, address["tcp"].as_str().unwrap());
+        replay(&cluster, &job, &worker.address);
     }
     until_logged(&cluster.orchestrator, "refused a connection: expected HTTP/2, got something else");
     until_logged(&cluster.orchestrator, "refused a connection: expected plain HTTP/2, got TLS");
@@ -239,7 +237,8 @@ fn a_refused_call_names_the_field_and_the_reason() {
     let cluster = Cluster::start(0);
     let long = "x".repeat(2_000);
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let hello = v1::Hello { version, worker: 7, slots: 1, ..v1::Hello::default() };
+    let fabric = Some(v1::FabricAddress { tcp: "127.0.0.1:1".into(), ..v1::FabricAddress::default() });
+    let hello = v1::Hello { version, worker: 7, slots: 1, fabric, ..v1::Hello::default() };
     let request = v1::SubmitRequest::default();
     let refused = runtime().block_on(async {
         let mut jobs = JobServiceClient::new(plain(&cluster).await);

@@ -3,16 +3,13 @@
 //! Every change is ordered for a crash at any point: files and folders are synced before the rename that commits, and a
 //! checkpoint that is dropped loses its name before its first file. Knows no job and no rank.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{MANIFEST_FILE, Manifest};
 use super::{CheckpointError, Position};
 use crate::failpoint::failpoint;
-
-/// Ending of a folder that is being written or removed.
-pub const UNFINISHED_SUFFIX: &str = ".part";
+use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
 
 /// Name of the folder in a run's folder.
 const FOLDER: &str = "checkpoints";
@@ -193,17 +190,4 @@ fn remove(dir: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
-}
-
-pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-/// Makes the names in a folder durable.
-///
-/// **Errors**: what the system says.
-pub fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
 }

@@ -9,7 +9,7 @@ pub mod manifest;
 #[cfg(test)]
 mod tests;
 
-pub use folder::{CheckpointFolder, Companions, UNFINISHED_SUFFIX, is_unfinished};
+pub use folder::{CheckpointFolder, Companions, is_unfinished};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 
 /// A checkpoint that cannot be used, or not be written.

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::UNFINISHED_SUFFIX;
-use crate::checkpoint::folder::{sync_dir, write_synced};
+use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
 
 /// The file in the folder of a run or job that holds the evidence of the step that ended its training.
 pub const EVIDENCE_FILE: &str = "evidence.json";

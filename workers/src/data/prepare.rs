@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::checkpoint::folder::sync_dir;
+use contraflow_runtime::files::sync_dir;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::checkpoint::folder::sync_dir;
+use contraflow_runtime::files::sync_dir;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use safetensors::Dtype;
 

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_proto::v1;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, UNFINISHED_SUFFIX};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position};
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::recipe::Recipe;
