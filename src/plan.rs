@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
-use contraflow_runtime::cost;
+use contraflow_runtime::cost::{self, OpCost, Shapes};
 use contraflow_runtime::layout::{MemoryQuery, rank_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, lower, text};
-use contraflow_runtime::topology::Topology;
-use contraflow_workers::data::batches::BatchShape;
+use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, StepCost, lower, text};
+use contraflow_runtime::topology::{Coordinates, Topology};
+use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
@@ -155,15 +155,15 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     let mut checked = Vec::new();
     let shapes: Vec<BatchShape> = recipe.batch_sizes().map(|size| train_shape(recipe, size)).collect();
     for shape in &shapes {
-        checked.push(Checked::of(prove(&mut plans, shape, Mode::Train)?.as_ref(), shape));
+        checked.push(Checked::of(prove(&mut plans, shape, TaskKind::Train)?.as_ref(), shape));
     }
     // As many sequences as the recipe asks for: a small corpus may have fewer.
     if let Some(shape) = validation_shape(recipe, usize::MAX) {
-        checked.push(Checked::of(prove(&mut plans, &shape, Mode::ForwardOnly)?.as_ref(), &shape));
+        checked.push(Checked::of(prove(&mut plans, &shape, TaskKind::Evaluate)?.as_ref(), &shape));
     }
     // A batch never shrinks: the last one is the largest.
     let largest = shapes.last().ok_or_else(|| Failure::input("training.steps: expected 1 or more, got 0"))?;
-    let planned = prove(&mut plans, largest, Mode::Train)?;
+    let planned = prove(&mut plans, largest, TaskKind::Train)?;
     let mut report = PlanReport::new(&planned.plan, planned.fallback.clone())
         .map_err(|faults| unsound("the plan", &faults))?;
     report.per_rank = Some(rank_figures(&MemoryQuery {
@@ -174,12 +174,34 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         peak_live_chunks: &planned.report.peak_activations,
     }));
+    report.per_step = Some(step_costs(recipe, &plans, &planned));
     Ok(Overview { layout: Some(Layout::of(recipe)), report, checked })
 }
 
+/// What a training step costs the first rank of each pipeline coordinate; the others there differ by the rounding of shards.
+fn step_costs(recipe: &Recipe, plans: &Plans, planned: &Planned) -> Vec<StepCost> {
+    let topology = recipe.topology();
+    let shapes = Shapes {
+        config: &recipe.model_config,
+        topology,
+        stages: &plans.layouts,
+        buckets: &plans.sharding.buckets,
+        micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
+        sequence_length: recipe.training.sequence_length,
+        mode: Mode::Train,
+    };
+    let mut costs = vec![OpCost::default(); topology.pipeline];
+    for (pipeline, op) in planned.ops() {
+        let rank = topology.rank(Coordinates { pipeline, data: 0, expert: 0 });
+        costs[pipeline] = costs[pipeline] + cost::of(&op.work, rank, &shapes);
+    }
+    let of_rank = |(rank, OpCost { flops, sent_bytes })| StepCost { rank, flops, sent_bytes };
+    costs.into_iter().enumerate().map(of_rank).collect()
+}
+
 /// The plan and the programs that the ranks would run, checked.
-fn prove(plans: &mut Plans, shape: &BatchShape, mode: Mode) -> Result<Arc<Planned>, Failure> {
-    plans.get(shape.micro_batches, mode).map_err(Failure::input)
+fn prove(plans: &mut Plans, shape: &BatchShape, kind: TaskKind) -> Result<Arc<Planned>, Failure> {
+    plans.get(shape.micro_batches, kind).map_err(Failure::input)
 }
 
 impl Checked {
@@ -189,7 +211,7 @@ impl Checked {
             sequences: Some(shape.global_batch),
             micro_batches: shape.micro_batches,
             schedule: planned.plan.schedule.clone(),
-            operations: planned.programs.iter().map(|program| program.ops.len()).sum(),
+            operations: planned.ops().count(),
             note: planned.fallback.clone(),
         }
     }

@@ -17,11 +17,10 @@ use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
-use contraflow_workers::data::batches::Datasets;
+use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::of_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::engine::probe::Probe;
@@ -140,7 +139,7 @@ impl Run {
     fn plan_text(&self) -> Result<String, Failure> {
         let mut plans = Plans::new(&self.recipe).map_err(Failure::input)?;
         let shape = train_shape(&self.recipe, self.recipe.training.global_batch_size);
-        let planned = plans.get(shape.micro_batches, Mode::Train).map_err(Failure::input)?;
+        let planned = plans.get(shape.micro_batches, TaskKind::Train).map_err(Failure::input)?;
         Ok(contraflow_runtime::schedule::text::write(&planned.plan))
     }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
-use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::SPAN;
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::of_recipe::load_text;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
@@ -97,7 +97,7 @@ fn say_plans(recipe: &Recipe) -> Result<(), Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     for size in recipe.batch_sizes() {
         let shape = train_shape(recipe, size);
-        plans.get(shape.micro_batches, Mode::Train).map_err(Failure::input)?;
+        plans.get(shape.micro_batches, TaskKind::Train).map_err(Failure::input)?;
     }
     recipe.fallbacks().iter().for_each(|note| eprintln!("note: {note}"));
     Ok(())

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contraflow_runtime::fabric::{Disturbance, LocalOptions};
-use contraflow_runtime::schedule::{Chunk, Mode, Pass, Work};
+use contraflow_runtime::schedule::{Chunk, Pass, Work};
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
@@ -102,7 +103,7 @@ fn the_peak_of_live_activations_is_the_plans() {
         let mut plans = Plans::new(&setup.recipe).unwrap();
         let finished = lab.run(Setup { probe, ..setup });
         assert_eq!(finished.losses().len(), 1);
-        let planned = plans.get(micro_batches, Mode::Train).unwrap().report.peak_activations.clone();
+        let planned = plans.get(micro_batches, TaskKind::Train).unwrap().report.peak_activations.clone();
         let measured: Vec<usize> = traces.lock().unwrap().values().map(|trace| peak(trace)).collect();
         assert_eq!(measured, planned, "{schedule}, {pipeline} ranks, {micro_batches} micro-batches");
         let largest = *planned.iter().max().unwrap();
@@ -122,7 +123,7 @@ fn a_batch_too_small_for_the_schedule_trains_by_the_fallback_plan() {
     ];
     let setup = lab.setup(layout("dualpipe", (2, 1, 1)), &changes);
     let mut plans = Plans::new(&setup.recipe).unwrap();
-    let reason = plans.get(2, Mode::Train).unwrap().fallback.clone();
+    let reason = plans.get(2, TaskKind::Train).unwrap().fallback.clone();
     assert!(reason.is_some_and(|reason| reason.contains("at least 4 micro-batches, got 2")));
     let finished = lab.run(setup);
     let expected = lab.run(lab.setup(ONE_RANK, &changes));

@@ -128,7 +128,6 @@ fn a_panic_in_each_actor_ends_the_run_with_one_message() {
         ("pipeline", 2, "in the pipeline"),
         ("expert shard", 2, "in the expert shard"),
         ("loader", 2, "in the loader"),
-        ("optimizer", 2, "in the optimizer"),
         ("checkpointer", 0, "in the checkpointer"),
     ] {
         let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Actor { rank: 1, step, name } if *name == actor && *step == when);
@@ -143,11 +142,11 @@ fn a_panic_in_each_actor_ends_the_run_with_one_message() {
 }
 
 #[test]
-fn a_panic_beside_the_optimizer_actor_is_told_too() {
+fn a_panic_in_the_update_names_the_operation() {
     let lab = Lab::new();
     let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Gradients { rank: 3, step: 2, .. });
     let finished = lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
-    assert_says(&finished, &["rank 3, running a step", "panicked", CAUSE]);
+    assert_says(&finished, &["rank 3, packing of the gradients of bucket 0", "panicked", CAUSE]);
 }
 
 #[test]

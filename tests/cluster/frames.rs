@@ -1,12 +1,16 @@
-//! What passes between the ranks is what plan, routing and replica groups say, frame by frame and byte by byte.
+//! What passes between the ranks is what the programs' operations cost, routing and replica groups say, byte by byte.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
+use contraflow_runtime::cost::{self, Shapes};
 use contraflow_runtime::fabric::{FrameKind, Phase, Sent};
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::{Chunk, LayerKind, Mode, Plan, StageLayout, TransferKind, messages};
-use contraflow_workers::engine::plans::Plans;
+use contraflow_runtime::schedule::{
+    Chunk, Component, LayerKind, Mode, Pass, Plan, StageLayout, TransferKind, Work,
+};
+use contraflow_workers::data::batches::TaskKind;
+use contraflow_workers::engine::plans::{Planned, Plans};
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
 use crate::lab::{Finished, Lab, Layout, Setup, layout, parts};
@@ -32,31 +36,68 @@ fn frames(ledger: &[Sent], phase: Phase, wanted: impl Fn(FrameKind) -> bool) -> 
     frames
 }
 
-/// The activations and gradients that the plan's messages promise, in every column of ranks.
-fn planned_messages(recipe: &Recipe, plan: &Plan) -> Frames {
-    let topology = recipe.topology();
-    let tokens = recipe.training.micro_batch_size * recipe.training.sequence_length;
-    let bytes = tokens * recipe.model_config.hidden_size * F32;
-    let mut frames = Frames::new();
+/// What the costs of a run's operations follow from.
+fn shapes<'a>(recipe: &'a Recipe, plans: &'a Plans) -> Shapes<'a> {
+    Shapes {
+        config: &recipe.model_config,
+        topology: recipe.topology(),
+        stages: &plans.layouts,
+        buckets: &plans.sharding.buckets,
+        micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
+        sequence_length: recipe.training.sequence_length,
+        mode: Mode::Train,
+    }
+}
+
+/// Which frames an operation sends: phase, kind, stage, micro-batch, layer; none for those that send nothing, and for
+/// exchanges, whose size routing decides.
+fn address_of(work: Work) -> Option<(Phase, FrameKind, u32, u32, u32)> {
+    let of_chunk = |kind, chunk: Chunk| (Phase::Train, kind, chunk.stage as u32, chunk.micro_batch as u32, 0);
+    match work {
+        Work::Send { kind: TransferKind::Activation, chunk } => Some(of_chunk(FrameKind::Activation, chunk)),
+        Work::Send { kind: TransferKind::Gradient, chunk } => Some(of_chunk(FrameKind::Gradient, chunk)),
+        Work::Reduce { bucket } => Some((Phase::Update, FrameKind::ReduceScatter, 0, 0, bucket as u32)),
+        Work::Gather { bucket } => Some((Phase::Update, FrameKind::AllGather, 0, 0, bucket as u32)),
+        Work::Totals => Some((Phase::Update, FrameKind::AllReduce, 0, 0, 0)),
+        _ => None,
+    }
+}
+
+/// Every operation sends the bytes that its cost says, and nobody sends anything else but exchanges.
+fn assert_costs(recipe: &Recipe, plans: &Plans, planned: &Planned, ledger: &[Sent]) {
+    let (topology, shapes) = (recipe.topology(), shapes(recipe, plans));
+    let mut sent: BTreeMap<_, u64> = BTreeMap::new();
+    for Sent { tag, bytes, .. } in ledger.iter().filter(|sent| !EXCHANGES.contains(&sent.tag.kind)) {
+        let address = (tag.phase, tag.kind, tag.stage, tag.micro_batch, tag.layer);
+        if tag.phase != Phase::Validate {
+            *sent.entry((tag.step, tag.source as usize, address)).or_default() += *bytes as u64;
+        }
+    }
+    let mut expected = BTreeMap::new();
     for step in 1..=recipe.training.steps as u64 {
-        for column in 0..topology.columns() {
-            for message in messages(plan) {
-                let kind = match message.kind {
-                    TransferKind::Activation => FrameKind::Activation,
-                    TransferKind::Gradient => FrameKind::Gradient,
-                };
-                let (stage, micro_batch) = (message.stage as u32, message.micro_batch as u32);
-                let peer = |pipeline| topology.pipeline_peer(column, pipeline);
-                let address = (step, kind, stage, micro_batch, 0, peer(message.from), peer(message.to));
-                frames.insert(address, bytes);
+        for rank in topology.ranks() {
+            for (_, op) in planned.ops().filter(|(at, _)| *at == topology.coordinates(rank).pipeline) {
+                let bytes = cost::of(&op.work, rank, &shapes).sent_bytes;
+                if let Some(address) = address_of(op.work).filter(|_| bytes > 0) {
+                    expected.insert((step, rank, address), bytes);
+                }
             }
         }
     }
-    frames
+    sent.retain(|_, bytes| *bytes > 0);
+    assert_eq!(sent, expected);
 }
 
 const EXCHANGES: [FrameKind; 4] =
     [FrameKind::Dispatch, FrameKind::Combine, FrameKind::CombineGradient, FrameKind::DispatchGradient];
+
+/// What makes the frames of each kind.
+const OF_EXCHANGE: [(FrameKind, Component, Pass); 4] = [
+    (FrameKind::Dispatch, Component::Dispatch, Pass::Forward),
+    (FrameKind::Combine, Component::Combine, Pass::Forward),
+    (FrameKind::CombineGradient, Component::Combine, Pass::BackwardInput),
+    (FrameKind::DispatchGradient, Component::Dispatch, Pass::BackwardInput),
+];
 
 /// Layers with routed experts, the MTP block included.
 fn moe_layers(layout: &StageLayout) -> impl Iterator<Item = usize> {
@@ -94,11 +135,17 @@ fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]
                         assert_eq!(pair_bytes % (3 * F32), 0);
                         let pairs = pair_bytes / (3 * F32);
                         assert!(rows <= pairs && pairs <= rows * recipe.model_config.num_experts_per_tok);
-                        assert_eq!(bytes(FrameKind::Combine, to, from), rows * hidden * F32);
-                        assert_eq!(
-                            bytes(FrameKind::DispatchGradient, to, from),
-                            rows * hidden * F32 + pairs * F32
-                        );
+                        for (kind, component, pass) in OF_EXCHANGE {
+                            let (source, target) =
+                                if kind == FrameKind::Combine || kind == FrameKind::DispatchGradient {
+                                    (to, from)
+                                } else {
+                                    (from, to)
+                                };
+                            let expected =
+                                cost::exchange_bytes(component, pass, rows as u64, pairs as u64, hidden);
+                            assert_eq!(bytes(kind, source, target) as u64, expected, "{kind:?}");
+                        }
                         num_expected += EXCHANGES.len();
                     }
                 }
@@ -150,7 +197,7 @@ fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     let holders: Arc<Mutex<Holders>> = Arc::default();
     let seen = holders.clone();
     let probe = Probe::new(move |point| {
-        if let ProbePoint::Gradients { rank, step: 1, params } = point {
+        if let ProbePoint::Gradients { rank, step: 1, params, .. } = point {
             let mut holders = seen.lock().unwrap();
             for (_, part) in parts(params) {
                 let holder =
@@ -162,7 +209,8 @@ fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     let setup = lab.setup(layout, changes);
     let recipe = setup.recipe.clone();
     let mut plans = Plans::new(&recipe).unwrap();
-    let planned = plans.get(recipe.micro_batches(recipe.training.global_batch_size), Mode::Train).unwrap();
+    let planned =
+        plans.get(recipe.micro_batches(recipe.training.global_batch_size), TaskKind::Train).unwrap();
     let finished: Finished = lab.run(Setup { probe, ..setup });
     assert_eq!(finished.losses().len(), recipe.training.steps);
     assert_eq!(finished.num_waiting, 0, "{layout:?}: frames that nobody took");
@@ -170,12 +218,7 @@ fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     let sent_bytes: u64 = finished.records.iter().map(|record| record.sent_bytes).sum();
     let in_training = ledger.iter().filter(|sent| sent.tag.phase != Phase::Validate);
     assert_eq!(in_training.map(|sent| sent.bytes as u64).sum::<u64>(), sent_bytes, "{layout:?}");
-    let to_neighbours = |kind| matches!(kind, FrameKind::Activation | FrameKind::Gradient);
-    assert_eq!(
-        frames(ledger, Phase::Train, to_neighbours),
-        planned_messages(&recipe, &planned.plan),
-        "{layout:?}"
-    );
+    assert_costs(&recipe, &plans, &planned, ledger);
     assert_exchanges(&recipe, &plans, &planned.plan, ledger);
     assert_collectives(&recipe, &holders.lock().unwrap(), ledger);
     assert_totals(&recipe, ledger);

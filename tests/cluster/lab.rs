@@ -292,9 +292,9 @@ fn datasets() -> Arc<Datasets> {
 /// Tensors by published name.
 pub type Tensors = BTreeMap<String, Vec<f64>>;
 
-/// Adds a rank's gradients to those of the others; what several ranks hold is summed.
-pub fn add_gradients(sums: &mut Tensors, params: &RankParams) {
-    for (param, part) in parts(params) {
+/// Adds a rank's gradients of a bucket to those of the others; what several ranks hold is summed.
+pub fn add_gradients(sums: &mut Tensors, params: &RankParams, bucket: usize) {
+    for (param, part) in parts(params).filter(|(param, _)| param.bucket == bucket) {
         let sum = sums.entry(part.name.clone()).or_insert_with(|| vec![0.0; part.len()]);
         if let Some(gradient) = &param.grad {
             let gradient = &gradient.values::<f32>()[part.range()];

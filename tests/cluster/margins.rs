@@ -11,6 +11,7 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, Component, Mode, ScheduleKind, TransferKind, Work, lower};
 use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::{Exchange, ExpertGroup, Route};
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::sequences::Sequences;
 use contraflow_workers::engine::compute::{Compute, ComputeOp};
 use contraflow_workers::engine::transit::Transit;
@@ -26,8 +27,11 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
     let placement = Placement { topology: recipe.topology(), stages_of: &[vec![0]], layouts: &layouts };
     let RankModel { stages, dense, experts } = build(&arch, &placement, 0);
     let biases = params.dense.gate_biases.clone();
-    let (dense, experts) = (with_weights(dense, &params.dense), with_weights(experts, &params.experts));
-    let mut compute = Compute::new(arch.clone(), Arc::new(stages), dense, experts, false);
+    let params = RankParams {
+        dense: with_weights(dense, &params.dense),
+        experts: with_weights(experts, &params.experts),
+    };
+    let mut compute = Compute::new(arch.clone(), Arc::new(stages), params, TaskKind::Evaluate);
     let scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight: 1.0, balance: 0.0 };
     let batch = MicroBatch::new(&arch, sequences, &scales);
     let transit = Transit::default();

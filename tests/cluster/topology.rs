@@ -22,8 +22,8 @@ fn train(lab: &Lab, layout: Layout) -> Trained {
     let gradients: Arc<Mutex<Tensors>> = Arc::default();
     let sums = gradients.clone();
     let probe = Probe::new(move |point| {
-        if let ProbePoint::Gradients { step: 1, params, .. } = point {
-            add_gradients(&mut sums.lock().unwrap(), params);
+        if let ProbePoint::Gradients { step: 1, bucket, params, .. } = point {
+            add_gradients(&mut sums.lock().unwrap(), params, bucket);
         }
     });
     let finished = lab.run(Setup { probe, ..lab.setup(layout, &[]) });
@@ -51,7 +51,7 @@ fn margins_of_one_rank(lab: &Lab, changes: &[&str]) -> Vec<f64> {
     let margins: Arc<Mutex<Vec<f64>>> = Arc::default();
     let found = margins.clone();
     let probe = Probe::new(move |point| {
-        if let ProbePoint::Gradients { step, params, .. } = point {
+        if let ProbePoint::Gradients { step, bucket: 0, params, .. } = point {
             let sequences = global_batch(&recipe, &datasets, step);
             found.lock().unwrap().push(margins::smallest(&recipe, params, sequences));
         }

@@ -5,46 +5,32 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use contraflow_kernels::host::{HostValues, HostValuesMut};
-use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_orchestrator::job::Outcome;
-use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
-use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::watch::evidence::{NamedTensor, RankEvidence, layer_of};
 use contraflow_runtime::watch::{Action, Divergence};
-use contraflow_workers::comm::address::StepId;
-use contraflow_workers::engine::compute::Totals;
-use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
-use contraflow_workers::error::RankError;
-use contraflow_workers::model::Architecture;
-use contraflow_workers::model::build::{Placement, build};
-use contraflow_workers::model::init::initialise;
-use contraflow_workers::model::params::{Params, RankParams};
-use contraflow_workers::optimizer::update::{
-    GlobalTotals, OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder,
-};
-use contraflow_workers::rank::build::published_names;
+use contraflow_workers::model::params::RankParams;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, ONE_RANK, Setup, Tensors, add_gradients, layout, parts};
 
-/// Spoils the gradients of the ranks and steps that `when` names.
+/// Spoils the gradients of the ranks and steps that `when` names, bucket by bucket.
 fn spoil(
     when: impl Fn(usize, u64) -> bool + Send + Sync + 'static,
-    how: impl Fn(&mut RankParams) + Send + Sync + 'static,
+    how: impl Fn(&mut RankParams, usize) + Send + Sync + 'static,
 ) -> Probe {
     Probe::new(move |point| {
-        if let ProbePoint::Gradients { rank, step, params } = point
+        if let ProbePoint::Gradients { rank, step, bucket, params } = point
             && when(rank, step)
         {
-            how(params);
+            how(params, bucket);
         }
     })
 }
 
-/// Sets the first values of a tensor's gradient, if the rank holds it.
-fn set_gradient(params: &mut RankParams, name: &str, count: usize, value: f32) {
-    for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
+/// Sets the first values of a tensor's gradient, if it is in the bucket.
+fn set_gradient((params, bucket): (&mut RankParams, usize), name: &str, count: usize, value: f32) {
+    for param in params.in_bucket(bucket) {
         let part = param.parts.iter().find(|part| part.name == name);
         if let Some(offset) = part.map(|part| part.offset) {
             param.grad_mut().values_mut()[offset..offset + count].fill(value);
@@ -52,8 +38,8 @@ fn set_gradient(params: &mut RankParams, name: &str, count: usize, value: f32) {
     }
 }
 
-fn multiply_gradients(params: &mut RankParams, factor: f32) {
-    for param in params.dense.iter_mut().chain(params.experts.iter_mut()) {
+fn multiply_gradients((params, bucket): (&mut RankParams, usize), factor: f32) {
+    for param in params.in_bucket(bucket) {
         param.grad_mut().values_mut::<f32>().iter_mut().for_each(|value| *value *= factor);
     }
 }
@@ -75,9 +61,9 @@ fn the_first_bad_tensor_is_named_with_step_rank_and_layer() {
     let lab = Lab::new();
     let probe = spoil(
         |rank, step| rank == 3 && step == 3,
-        |params| {
-            set_gradient(params, EXPERT, 17, f32::NAN);
-            set_gradient(params, "model.layers.5.self_attn.o_proj.weight", 1, f32::INFINITY);
+        |params, bucket| {
+            set_gradient((params, bucket), EXPERT, 17, f32::NAN);
+            set_gradient((params, bucket), "model.layers.5.self_attn.o_proj.weight", 1, f32::INFINITY);
         },
     );
     let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
@@ -110,8 +96,10 @@ fn the_first_bad_tensor_is_named_with_step_rank_and_layer() {
 #[test]
 fn of_two_ranks_with_one_tensor_the_lower_one_is_told() {
     let lab = Lab::new();
-    let probe =
-        spoil(|rank, step| rank >= 2 && step == 1, |params| set_gradient(params, GATE, 1, f32::NEG_INFINITY));
+    let probe = spoil(
+        |rank, step| rank >= 2 && step == 1,
+        |params, bucket| set_gradient((params, bucket), GATE, 1, f32::NEG_INFINITY),
+    );
     let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
     let words = format!("step 1: gradient of {GATE} on rank 2 (layer 4) has 1 value that is not finite");
     assert!(finished.message().starts_with(&words), "{}", finished.message());
@@ -132,7 +120,7 @@ fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
     let lab = Lab::new();
     let probe = spoil(
         |rank, step| rank == 2 && step == 1,
-        |params| {
+        |params, _| {
             let head = params.dense.iter_mut().find(|param| param.parts[0].name == "lm_head.weight");
             set_all(&mut head.unwrap().weight, f32::NAN);
         },
@@ -152,7 +140,10 @@ fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
 #[test]
 fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
     let lab = Lab::new();
-    let probe = spoil(|rank, step| rank == 2 && step == 2, |params| set_gradient(params, GATE, 1, f32::NAN));
+    let probe = spoil(
+        |rank, step| rank == 2 && step == 2,
+        |params, bucket| set_gradient((params, bucket), GATE, 1, f32::NAN),
+    );
     let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=rollback"]);
     let finished = lab.run(Setup { probe, ..setup });
     assert_eq!(divergence(&finished).action, Action::RollBack);
@@ -163,9 +154,9 @@ fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
 type History = BTreeMap<(u64, usize), Bits>;
 
 /// Of one rank.
-type Bits = Vec<(String, Vec<u32>)>;
+pub type Bits = Vec<(String, Vec<u32>)>;
 
-fn bits(params: &RankParams) -> Bits {
+pub fn bits(params: &RankParams) -> Bits {
     let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
     let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.values())));
     let biases = params
@@ -182,10 +173,10 @@ fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_goes_on() {
     let history: Arc<Mutex<History>> = Arc::default();
     let shared = history.clone();
     let probe = Probe::new(move |point| {
-        if let ProbePoint::Gradients { rank, step, params } = point {
+        if let ProbePoint::Gradients { rank, step, bucket, params } = point {
             shared.lock().unwrap().insert((step, rank), bits(params));
             if (rank, step) == (2, 3) {
-                set_gradient(params, GATE, 2, f32::NAN);
+                set_gradient((params, bucket), GATE, 2, f32::NAN);
             }
         }
     });
@@ -209,7 +200,10 @@ fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_goes_on() {
 #[test]
 fn too_many_skips_in_a_row_stop_the_run() {
     let lab = Lab::new();
-    let probe = spoil(|rank, step| rank == 1 && step >= 2, |params| multiply_gradients(params, f32::NAN));
+    let probe = spoil(
+        |rank, step| rank == 1 && step >= 2,
+        |params, bucket| multiply_gradients((params, bucket), f32::NAN),
+    );
     let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=skip", "watch.max_skips=2"]);
     let finished = lab.run(Setup { probe, ..setup });
     assert_eq!(divergence(&finished).step, 4);
@@ -221,7 +215,7 @@ fn too_many_skips_in_a_row_stop_the_run() {
 fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
     let lab = Lab::new();
     let run = |policy: &str| {
-        let probe = spoil(|_, step| step == 4, |params| multiply_gradients(params, 1e4));
+        let probe = spoil(|_, step| step == 4, |params, bucket| multiply_gradients((params, bucket), 1e4));
         let policy = format!("watch.on_spike={policy}");
         lab.run(Setup {
             probe,
@@ -252,7 +246,7 @@ fn a_collapsed_gate_is_told_once_and_a_healthy_one_never() {
     // No score reaches the bias: from the second step on all tokens go to the first two experts.
     let collapse = spoil(
         |_, step| step == 1,
-        |params| {
+        |params, _| {
             if let Some(biases) = params.dense.gate_biases.get_mut(&4) {
                 biases.values_mut()[..2].fill(100.0_f32);
             }
@@ -271,8 +265,8 @@ fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
         let sums: Arc<Mutex<BTreeMap<u64, Tensors>>> = Arc::default();
         let shared = sums.clone();
         let probe = Probe::new(move |point| {
-            if let ProbePoint::Gradients { step, params, .. } = point {
-                add_gradients(shared.lock().unwrap().entry(step).or_default(), params);
+            if let ProbePoint::Gradients { step, bucket, params, .. } = point {
+                add_gradients(shared.lock().unwrap().entry(step).or_default(), params, bucket);
             }
         });
         let finished = lab.run(Setup { probe, ..lab.setup(layout, &[]) });
@@ -298,114 +292,6 @@ fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
     }
 }
 
-/// Parameters with gradients that are all 1.
-fn with_gradients(mut params: Params, seed: u64) -> Params {
-    initialise(&mut params, seed, 0.1);
-    params.iter_mut().for_each(|param| set_all(param.grad_mut(), 1.0));
-    params
-}
-
-fn set_all(tensor: &mut Tensor, value: f32) {
+pub fn set_all(tensor: &mut Tensor, value: f32) {
     tensor.values_mut().fill(value);
-}
-
-/// What becomes of one update on one rank.
-type Updated = Result<GlobalTotals, RankError>;
-
-/// Each of two expert ranks makes an update for every gradient: a number that all values have. `poison` may spoil those of the
-/// second rank where the number is not finite. Returns, by rank, the results and the weights and biases in the end.
-fn update_two_ranks(
-    recipe: &Recipe,
-    gradients: &[f32],
-    poison: fn(&mut RankParams, f32),
-) -> Vec<(Vec<Updated>, Bits)> {
-    let layouts = Plans::new(recipe).unwrap().layouts;
-    let arch = Architecture::new(recipe.model_config.clone());
-    let topology = recipe.topology();
-    let network = LocalNetwork::new(LocalOptions::default());
-    let endpoints = [network.join(0), network.join(1)];
-    let update = |rank: usize| {
-        let placement = Placement { topology, stages_of: &[vec![0]], layouts: &layouts };
-        let model = build(&arch, &placement, rank);
-        let seed = recipe.training.seed;
-        let mut params = RankParams {
-            dense: with_gradients(model.dense, seed),
-            experts: with_gradients(model.experts, seed),
-        };
-        let setup = OptimizerSetup {
-            recipe: recipe.optimizer.clone(),
-            watch: recipe.watch.clone(),
-            names: published_names(&recipe.model_config),
-            endpoint: endpoints[rank].clone(),
-            world: topology.ranks().collect(),
-            num_experts: recipe.model_config.n_routed_experts,
-            num_layers: recipe.model_config.num_hidden_layers + 1,
-            threads: Arc::new(Threads::new(1)),
-        };
-        let mut optimizer = OptimizerState::new(setup, &params);
-        let counts = BTreeMap::from([(4, vec![9, 4, 5, 2, 5, 5, 5, 5])]);
-        let totals = Totals { expert_counts: counts, ..Totals::default() };
-        let mut results = Vec::new();
-        for (step, &gradient) in (1..).zip(gradients) {
-            if gradient.is_finite() {
-                params.dense.iter_mut().for_each(|param| set_all(param.grad_mut(), gradient));
-                params.experts.iter_mut().for_each(|param| set_all(param.grad_mut(), gradient));
-            } else if rank == 1 {
-                poison(&mut params, gradient);
-            }
-            let id = StepId { job: 0, generation: 0, phase: Phase::Update, step };
-            let order = UpdateOrder {
-                id,
-                learning_rate: 0.1,
-                bias_speed: 0.1,
-                stop: false,
-                save: SaveWhen::Never,
-                keep: false,
-                kept_by: None,
-            };
-            results.push(optimizer.update(&order, &mut params, &totals));
-            assert!(params.dense.iter().chain(params.experts.iter()).all(|param| param.grad.is_none()));
-        }
-        (results, bits(&params))
-    };
-    std::thread::scope(|scope| {
-        let ranks = [0, 1].map(|rank| scope.spawn(move || update(rank)));
-        ranks.map(|rank| rank.join().unwrap()).into_iter().collect()
-    })
-}
-
-const POISONS: [fn(&mut RankParams, f32); 2] = [
-    |params, value| params.experts.get_mut(0).grad_mut().values_mut()[3] = value,
-    |params, value| params.dense.get_mut(5).grad_mut().values_mut()[0] = value,
-];
-
-#[test]
-fn a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_on_any() {
-    let lab = Lab::new();
-    let recipe = lab.recipe(layout("1f1b", (1, 2, 1)), &[]);
-    let before = update_two_ranks(&recipe, &[], POISONS[0]);
-    for (poison, value) in POISONS.into_iter().zip([f32::NAN, f32::INFINITY]) {
-        let after = update_two_ranks(&recipe, &[value], poison);
-        for (rank, (after, before)) in after.iter().zip(&before).enumerate() {
-            let result = &after.0[0];
-            assert!(matches!(result, Err(RankError::Diverged(_))), "rank {rank}: {result:?}");
-            assert!(after.1 == before.1, "rank {rank} has changed a weight");
-        }
-    }
-}
-
-/// Moments, the optimizer's count of updates and the gate biases are those of a run that never saw the batch.
-#[test]
-fn after_a_skipped_batch_the_next_update_is_the_one_it_would_have_been() {
-    let lab = Lab::new();
-    let recipe = lab.recipe(layout("1f1b", (1, 2, 1)), &["watch.on_nan=skip"]);
-    for poison in POISONS {
-        let skipped = update_two_ranks(&recipe, &[1.0, f32::NAN, 0.5], poison);
-        let plain = update_two_ranks(&recipe, &[1.0, 0.5], poison);
-        for ((skipped, after), (_, expected)) in skipped.iter().zip(&plain) {
-            let told: Vec<bool> = skipped.iter().map(|result| result.as_ref().unwrap().skipped).collect();
-            assert_eq!(told, [false, true, false]);
-            assert!(after == expected);
-        }
-    }
 }

@@ -11,9 +11,9 @@ use crate::{assert_none, root, sources};
 const WORKERS: [&str; 13] = [
     "host",
     "rank",
-    "optimizer",
     "infer",
     "engine",
+    "optimizer",
     "kept",
     "hf",
     "comm",

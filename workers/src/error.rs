@@ -10,14 +10,31 @@ use contraflow_runtime::watch::Divergence;
 
 /// An operation found nothing where the one before it should have put something: the program's order is broken.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing was there for {what} of chunk {chunk} layer {layer}: the program runs it too early")]
-pub struct Missing {
-    /// The value.
-    pub what: &'static str,
-    /// Its chunk.
-    pub chunk: Chunk,
-    /// Its layer.
-    pub layer: usize,
+pub enum Missing {
+    /// Something of a chunk.
+    #[error("nothing was there for {what} of chunk {chunk} layer {layer}: the program runs it too early")]
+    OfChunk {
+        /// The value.
+        what: &'static str,
+        /// Its chunk.
+        chunk: Chunk,
+        /// Its layer.
+        layer: usize,
+    },
+    /// Something of the update.
+    #[error("nothing was there for {what} of bucket {bucket}: the program runs it too early")]
+    OfBucket {
+        /// The value.
+        what: &'static str,
+        /// Its bucket.
+        bucket: usize,
+    },
+    /// The program has an update, and no optimizer came with it.
+    #[error("nothing was there for {what} of the step: the program runs it too early")]
+    OfStep {
+        /// The value.
+        what: &'static str,
+    },
 }
 
 /// An error on a rank.

@@ -76,9 +76,11 @@ pub fn of(work: &Work, rank: usize, shapes: &Shapes) -> OpCost {
         | Work::Pack { .. }
         | Work::GradNorm { .. }
         | Work::AwaitReplica
+        | Work::Inspect
         | Work::Apply { .. }
         | Work::Balance
-        | Work::Unpack { .. } => OpCost::default(),
+        | Work::Unpack { .. }
+        | Work::Snapshot => OpCost::default(),
     }
 }
 

@@ -47,9 +47,11 @@ fn is_on_its_lane(op: &Op) -> bool {
         }
         Work::Pack { .. }
         | Work::GradNorm { .. }
+        | Work::Inspect
         | Work::Apply { .. }
         | Work::Balance
-        | Work::Unpack { .. } => op.lane == Lane::Compute,
+        | Work::Unpack { .. }
+        | Work::Snapshot => op.lane == Lane::Compute,
     }
 }
 

@@ -22,7 +22,7 @@ pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<Fault>
     let mut faults = Faults::default();
     let checked = check(plan, &step.gradients);
     let report = checked.map_err(|found| faults.0 = found).ok();
-    for programs in [&step.evidence, &step.update] {
+    for programs in [&step.evidence, &step.update, &step.skip] {
         if programs.len() != plan.ranks() {
             let (expected, got) = (plan.ranks(), programs.len());
             faults.add(None, None, format!("expected {expected} programs, one per rank, got {got}"));
@@ -79,10 +79,16 @@ fn bucket_faults(rank: usize, program: &Program, faults: &mut Faults) {
             before = Some(id);
         }
     }
-    for work in [Work::Totals, Work::Balance] {
-        if !places.contains_key(&work) {
-            faults.add(Some(rank), None, format!("the program has no {work}"));
+    if !places.contains_key(&Work::Totals) {
+        faults.add(Some(rank), None, format!("the program has no {}", Work::Totals));
+    }
+    let mut before = program.ops.iter().rposition(|op| matches!(op.work, Work::Apply { .. }));
+    for work in [Work::Balance, Work::Snapshot] {
+        let place = places.get(&work).copied();
+        if !place.is_some_and(|id| before.is_none_or(|before| order.is_before(before, id))) {
+            faults.add(Some(rank), None, format!("the program has no {work} where all is updated"));
         }
+        before = place.or(before);
     }
 }
 

@@ -120,7 +120,9 @@ pub enum Work {
     AwaitReplica,
     /// All-reduce over the world: the gradient norm, the losses, the tokens per expert.
     Totals,
-    /// All-reduce over the world of what is not finite. Runs only in a step whose totals are not.
+    /// Looks through this rank's tensors for what is not finite. Runs only in a step whose totals are not.
+    Inspect,
+    /// All-reduce over the world of what each rank has found.
     Evidence,
     /// AdamW on this rank's shard of a bucket.
     Apply {
@@ -139,6 +141,8 @@ pub enum Work {
         /// Number of the bucket.
         bucket: usize,
     },
+    /// Takes a snapshot of this rank's shards, if the state after the step is to be saved or replicated.
+    Snapshot,
 }
 
 impl Work {
@@ -240,11 +244,13 @@ impl fmt::Display for Work {
             Work::GradNorm { bucket } => return write!(f, "gradient norm of bucket {bucket}"),
             Work::AwaitReplica => return f.write_str("wait for the replica of the step before"),
             Work::Totals => return f.write_str("all-reduce of the step's totals"),
+            Work::Inspect => return f.write_str("search for what is not finite"),
             Work::Evidence => return f.write_str("all-reduce of what is not finite"),
             Work::Apply { bucket } => return write!(f, "AdamW on bucket {bucket}"),
             Work::Balance => return f.write_str("move of the gate biases"),
             Work::Gather { bucket } => return write!(f, "all-gather of bucket {bucket}"),
             Work::Unpack { bucket } => return write!(f, "unpacking of the weights of bucket {bucket}"),
+            Work::Snapshot => return f.write_str("snapshot of the state"),
         };
         write!(f, "{what} of the {kind} of stage {}, micro-batch {}", chunk.stage, chunk.micro_batch)
     }

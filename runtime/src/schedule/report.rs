@@ -34,6 +34,8 @@ pub struct PlanReport {
     pub bubbles: Vec<BubbleFigures>,
     /// What a model weighs under this plan; a bare schedule has none.
     pub per_rank: Option<Vec<RankFigures>>,
+    /// What a training step costs under this plan; a bare schedule has no costs.
+    pub per_step: Option<Vec<StepCost>>,
 }
 
 /// One pipeline rank's share of a plan.
@@ -85,6 +87,17 @@ pub struct RankFigures {
     pub activation_bytes: u64,
 }
 
+/// What one pipeline rank does and sends in a training step, its update included; routing is taken to be balanced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StepCost {
+    /// Pipeline rank.
+    pub rank: usize,
+    /// Matrix products. **Units**: FLOP.
+    pub flops: u64,
+    /// **Units**: bytes to other ranks.
+    pub sent_bytes: u64,
+}
+
 impl PlanReport {
     /// Checks the plan as a bare schedule and reports on it. `note` says why it is not the plan that was asked for.
     ///
@@ -115,6 +128,7 @@ impl PlanReport {
             messages: messages(plan),
             bubbles: vec![bubble(UnitCosts::SUM)?, bubble(UnitCosts::HIDDEN)?],
             per_rank: None,
+            per_step: None,
         })
     }
 
@@ -211,11 +225,23 @@ impl PlanReport {
     }
 }
 
+impl PlanReport {
+    fn write_step_costs(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(costs) = &self.per_step else { return Ok(()) };
+        writeln!(f, "\nrank  FLOP a step  sent a step")?;
+        for StepCost { rank, flops, sent_bytes } in costs {
+            writeln!(f, "{rank:>4}  {:>11.3e}  {:>11}", *flops as f64, size(*sent_bytes))?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for PlanReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.write_layout(f)?;
         self.write_bubbles(f)?;
         self.write_figures(f)?;
+        self.write_step_costs(f)?;
         self.write_messages(f)?;
         self.write_actions(f)
     }
@@ -277,6 +303,8 @@ rank  1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
             optimizer_bytes: 3 << 30,
             activation_bytes: 12,
         }]);
+        report.per_step = Some(vec![StepCost { rank: 0, flops: 12_345_678, sent_bytes: 3 << 20 }]);
+        assert!(report.to_string().contains("   0      1.235e7      3.0 MiB\n"), "{report}");
         let figures = "   0        1234     4.8 KiB     4.8 KiB     3.0 GiB       12.0 B  2 moe\n";
         assert!(report.to_string().contains(figures), "{report}");
         let json = serde_json::to_value(&report).unwrap();

@@ -85,23 +85,22 @@ pub struct StepPrograms {
     pub gradients: Vec<Program>,
     /// What runs next if the totals are not finite: the ranks tell each other why.
     pub evidence: Vec<Program>,
-    /// The second half, unless the verdict is against it.
+    /// The second half, if the verdict is for it.
     pub update: Vec<Program>,
+    /// The second half, if the verdict is to go on without an update.
+    pub skip: Vec<Program>,
 }
 
 impl StepPrograms {
     /// From the programs of the passes, as [`lower`](super::lower()) makes them.
     pub fn new(passes: Vec<Program>, sharding: &Sharding) -> StepPrograms {
-        let ranks = 0..passes.len();
-        let evidence = Draft::default().with(Lane::Collective, Work::Evidence, &[]).program(Vec::new());
+        let ranks = passes.len();
+        let passes = passes.into_iter().enumerate();
         StepPrograms {
-            evidence: vec![evidence; passes.len()],
-            update: ranks.map(|position| update(sharding.held_by(position))).collect(),
-            gradients: passes
-                .into_iter()
-                .enumerate()
-                .map(|(position, passes)| gradients(passes, position, sharding))
-                .collect(),
+            gradients: passes.map(|(position, passes)| gradients(passes, position, sharding)).collect(),
+            evidence: vec![evidence(); ranks],
+            update: (0..ranks).map(|position| update(sharding.held_by(position))).collect(),
+            skip: vec![skip(); ranks],
         }
     }
 
@@ -160,10 +159,26 @@ fn update(held: Vec<Bucket>) -> Program {
         }
     }
     draft.push(Lane::Compute, Work::Balance, &[]);
+    draft.push(Lane::Compute, Work::Snapshot, &[]);
     for (bucket, gather) in gathers {
         draft.push(Lane::Compute, Work::Unpack { bucket }, &[gather]);
     }
     draft.program(held)
+}
+
+/// What is not finite, told to all.
+fn evidence() -> Program {
+    let mut draft = Draft::default();
+    let inspect = draft.push(Lane::Compute, Work::Inspect, &[]);
+    draft.push(Lane::Collective, Work::Evidence, &[inspect]);
+    draft.program(Vec::new())
+}
+
+/// A step without an update leaves the state as it was, and may have to save it.
+fn skip() -> Program {
+    let mut draft = Draft::default();
+    draft.push(Lane::Compute, Work::Snapshot, &[]);
+    draft.program(Vec::new())
 }
 
 /// A program in the making.
@@ -176,11 +191,6 @@ impl Draft {
     fn push(&mut self, lane: Lane, work: Work, after: &[OpId]) -> OpId {
         self.ops.push(Op { lane, work, after: after.to_vec(), action: None });
         self.ops.len() - 1
-    }
-
-    fn with(mut self, lane: Lane, work: Work, after: &[OpId]) -> Draft {
-        self.push(lane, work, after);
-        self
     }
 
     fn program(self, buckets: Vec<Bucket>) -> Program {

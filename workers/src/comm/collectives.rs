@@ -3,6 +3,8 @@
 //! Sums run in an order that the group fixes, never in that of arrival, so that a run gives the same bits whatever the timing.
 //! Knows ranks and flat slices; no layers.
 
+use std::ops::Range;
+
 use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region};
@@ -59,41 +61,42 @@ impl Collectives<'_> {
         Ok(totals)
     }
 
-    /// Sums a flat bucket over the group and returns this rank's shard of the sum. `slice` copies a range of the bucket.
+    /// Sums a flat bucket over the group and returns this rank's shard of the sum. `parts` are this rank's values: by member,
+    /// what falls into the member's shard.
     ///
     /// **Errors**: those of the fabric.
     pub fn reduce_scatter(
         &self,
         group: &[usize],
         bucket: usize,
-        len: usize,
-        slice: impl Fn(std::ops::Range<usize>) -> Tensor,
+        parts: Vec<Tensor>,
     ) -> Result<Tensor, FabricError> {
         let own_rank = self.endpoint.rank();
-        for (index, &member) in group.iter().enumerate() {
-            if member != own_rank {
-                let part = slice(shard(len, group.len(), index));
+        let mut own = None;
+        for (&member, part) in group.iter().zip(parts) {
+            if member == own_rank {
+                own = Some(part);
+            } else {
                 self.send(member, FrameKind::ReduceScatter, bucket, packets::tensor(part))?;
             }
         }
-        let own = group.iter().position(|&member| member == own_rank).unwrap_or_default();
-        let range = shard(len, group.len(), own);
+        let len = own.as_ref().map_or(0, Tensor::len);
         let mut sum: Option<Tensor> = None;
         for &member in group {
             let part = if member == own_rank {
-                slice(range.clone())
+                own.take()
             } else {
-                self.receive(member, FrameKind::ReduceScatter, bucket)?.flat(range.len())?
+                Some(self.receive(member, FrameKind::ReduceScatter, bucket)?.flat(len)?)
             };
-            match &mut sum {
-                Some(sum) => add_into(sum, &part),
-                None => sum = Some(part),
+            match (&mut sum, part) {
+                (Some(sum), Some(part)) => add_into(sum, &part),
+                (_, part) => sum = part,
             }
         }
-        Ok(sum.unwrap_or_else(|| slice(range)))
+        Ok(sum.unwrap_or_else(|| Tensor::zeros(&[0])))
     }
 
-    /// Gives this rank's shard to every member and hands each other member's shard to `store`.
+    /// Gives this rank's shard of a flat bucket of `len` elements to every member; returns theirs, each with its range.
     ///
     /// **Errors**: those of the fabric.
     pub fn all_gather(
@@ -101,21 +104,19 @@ impl Collectives<'_> {
         group: &[usize],
         bucket: usize,
         len: usize,
-        slice: impl Fn(std::ops::Range<usize>) -> Tensor,
-        mut store: impl FnMut(std::ops::Range<usize>, &Tensor),
-    ) -> Result<(), FabricError> {
+        own: &Tensor,
+    ) -> Result<Vec<(Range<usize>, Tensor)>, FabricError> {
         let own_rank = self.endpoint.rank();
-        let own = group.iter().position(|&member| member == own_rank).unwrap_or_default();
-        for &member in group.iter().filter(|&&member| member != own_rank) {
-            let part = slice(shard(len, group.len(), own));
-            self.send(member, FrameKind::AllGather, bucket, packets::tensor(part))?;
+        let others = || group.iter().copied().enumerate().filter(|&(_, member)| member != own_rank);
+        for (_, member) in others() {
+            self.send(member, FrameKind::AllGather, bucket, packets::tensor(own.clone()))?;
         }
-        for (index, &member) in group.iter().enumerate().filter(|&(_, &member)| member != own_rank) {
+        let part_of = |(index, member): (usize, usize)| {
             let range = shard(len, group.len(), index);
             let part = self.receive(member, FrameKind::AllGather, bucket)?.flat(range.len())?;
-            store(range, &part);
-        }
-        Ok(())
+            Ok((range, part))
+        };
+        others().map(part_of).collect()
     }
 }
 

@@ -5,6 +5,9 @@
 
 use std::sync::Arc;
 
+use contraflow_runtime::fabric::Phase;
+use contraflow_runtime::schedule::Mode;
+
 use super::packing::PackedDataset;
 use super::sampler::Order;
 use super::sequences::Sequences;
@@ -35,16 +38,47 @@ pub struct BatchShape {
     pub micro_batch_size: usize,
 }
 
-/// Which sequences a batch takes.
+/// What ranks do with a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TaskKind {
+    /// Forward, backward, update: on training sequences, from a position of the permutation on.
+    Train,
+    /// Forward only: on validation sequences, evenly spread over the split.
+    Evaluate,
+}
+
+impl TaskKind {
+    /// Whether a backward pass follows the forward pass of a chunk.
+    pub fn has_backward(self) -> bool {
+        self.mode() == Mode::Train
+    }
+
+    /// Which passes its plan has.
+    pub fn mode(self) -> Mode {
+        match self {
+            TaskKind::Train => Mode::Train,
+            TaskKind::Evaluate => Mode::ForwardOnly,
+        }
+    }
+
+    /// What the frames of its passes are tagged with.
+    pub fn phase(self) -> Phase {
+        match self {
+            TaskKind::Train => Phase::Train,
+            TaskKind::Evaluate => Phase::Validate,
+        }
+    }
+}
+
+/// One batch and what is done with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// Training sequences from this position of the permutation on.
-    Train {
-        /// Sequences taken in all steps before.
-        cursor: u64,
-    },
-    /// Validation sequences, evenly spread over the split.
-    Validation,
+pub struct Task {
+    /// What is done.
+    pub kind: TaskKind,
+    /// How the batch is cut.
+    pub shape: BatchShape,
+    /// Position of its first sequence: in training those taken in all steps before.
+    pub start: u64,
 }
 
 /// A rank's share of a batch.
@@ -82,20 +116,20 @@ impl Batches {
     }
 
     /// Reads a column's share of a batch.
-    pub fn load(&self, part: Part, shape: BatchShape) -> Share {
-        let BatchShape { global_batch, micro_batches, micro_batch_size } = shape;
+    pub fn load(&self, task: Task) -> Share {
+        let BatchShape { global_batch, micro_batches, micro_batch_size } = task.shape;
         let datasets = &*self.datasets;
         let first = self.column * micro_batches * micro_batch_size;
         let across = self.attend_across_documents;
         let micro_batch = |number: usize| {
             let start = first + number * micro_batch_size;
             let places = start..start + micro_batch_size;
-            match part {
-                Part::Train { cursor } => {
-                    let ids = places.map(|place| self.order.index_at(cursor + place as u64));
+            match task.kind {
+                TaskKind::Train => {
+                    let ids = places.map(|place| self.order.index_at(task.start + place as u64));
                     read(&datasets.train, ids, across)
                 }
-                Part::Validation => validation(datasets, places, global_batch, across),
+                TaskKind::Evaluate => validation(datasets, places, global_batch, across),
             }
         };
         let micro_batches: Vec<Sequences> = (0..micro_batches).map(micro_batch).collect();
@@ -105,11 +139,11 @@ impl Batches {
     }
 
     /// The loss weights of the global batch, main and MTP, where every target counts and so nothing has to be read for them.
-    pub fn known_weights(&self, part: Part, shape: BatchShape) -> Option<[f64; 2]> {
+    pub fn known_weights(&self, task: Task) -> Option<[f64; 2]> {
         let length = self.datasets.train.sequence_length();
-        let all = shape.global_batch * length;
-        let every_target_counts = part != Part::Validation && self.attend_across_documents;
-        every_target_counts.then(|| [all as f64, (all - shape.global_batch) as f64])
+        let all = task.shape.global_batch * length;
+        let every_target_counts = task.kind == TaskKind::Train && self.attend_across_documents;
+        every_target_counts.then(|| [all as f64, (all - task.shape.global_batch) as f64])
     }
 }
 
@@ -210,7 +244,7 @@ mod tests {
         (0..columns)
             .flat_map(|column| {
                 let own = batches(numbered(num_sequences), column, seed, true);
-                own.load(Part::Train { cursor }, shape).micro_batches
+                own.load(Task { kind: TaskKind::Train, shape, start: cursor }).micro_batches
             })
             .flat_map(|sequences| {
                 sequences.ids.chunks(LENGTH).map(|ids| ids[0] as usize / LENGTH).collect::<Vec<_>>()
@@ -249,21 +283,22 @@ mod tests {
         // Two sequences of four: `1 2 END 3 | 4 5 6 7` with targets `2 END 3 4 | 5 6 7 8`.
         let train = PackedDataset::from_tokens(vec![1, 2, END, 3, 4, 5, 6, 7, 8], 4);
         let shape = BatchShape { global_batch: 2, micro_batches: 1, micro_batch_size: 1 };
-        let total = |across, part| {
+        let task = |kind| Task { kind, shape, start: 0 };
+        let total = |across, kind| {
             let columns = [0, 1].map(|column| batches(train.clone(), column, 1, across));
-            let shares = columns.each_ref().map(|column| column.load(part, shape).weights);
+            let shares = columns.each_ref().map(|column| column.load(task(kind)).weights);
             let sum = [0, 1].map(|loss| shares[0][loss] + shares[1][loss]);
             // What is known without reading is what reading would tell.
-            assert!(columns[0].known_weights(part, shape).is_none_or(|known| known == sum));
+            assert!(columns[0].known_weights(task(kind)).is_none_or(|known| known == sum));
             sum
         };
-        assert_eq!(total(true, Part::Train { cursor: 0 }), [8.0, 6.0]);
+        assert_eq!(total(true, TaskKind::Train), [8.0, 6.0]);
         // The target of END does not count; of MTP those of 2, END and 3 do not, and the last.
-        assert_eq!(total(false, Part::Train { cursor: 0 }), [7.0, 4.0]);
+        assert_eq!(total(false, TaskKind::Train), [7.0, 4.0]);
         // Nor do ends of documents where it is measured.
-        assert_eq!(total(true, Part::Validation), [7.0, 5.0]);
-        assert_eq!(total(false, Part::Validation), [6.0, 3.0]);
-        let known = batches(train, 0, 1, true).known_weights(Part::Train { cursor: 0 }, shape);
+        assert_eq!(total(true, TaskKind::Evaluate), [7.0, 5.0]);
+        assert_eq!(total(false, TaskKind::Evaluate), [6.0, 3.0]);
+        let known = batches(train, 0, 1, true).known_weights(task(TaskKind::Train));
         assert_eq!(known, Some([8.0, 6.0]));
     }
 

@@ -3,7 +3,7 @@
 //! Runs one component of one layer of one chunk at a time. Knows no fabric: what other lanes bring and fetch goes through
 //! [`Transit`].
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use contraflow_kernels::cross_entropy::Targets;
@@ -13,13 +13,15 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{Chunk, Component, Pass, TransferKind};
 
 use super::transit::Transit;
+use crate::data::batches::TaskKind;
 use crate::error::{Missing, RankError};
 use crate::model::attention::{self, AttentionGradient};
 use crate::model::head::{self, LossHead};
 use crate::model::micro_batch::MicroBatch;
-use crate::model::params::Params;
+use crate::model::params::RankParams;
 use crate::model::weight_work::WeightWork;
 use crate::model::{Architecture, Layer, Stage, expert_counts, experts, ffn, mtp};
+use crate::optimizer::totals::Totals;
 
 /// What a layer keeps between its forward and its backward pass.
 #[derive(Default)]
@@ -43,31 +45,6 @@ struct SavedEnd {
     mtp_head: Option<head::Saved>,
     /// MtpJoin's backward -> Head's backward.
     d_hidden: Option<Tensor>,
-}
-
-/// What a rank counts while a program runs.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Totals {
-    /// This rank's share of the mean loss, in nats per token.
-    pub loss: f64,
-    /// This rank's share of the mean MTP loss, times lambda.
-    pub mtp_loss: f64,
-    /// This rank's share of the balance loss, scaled.
-    pub balance_loss: f64,
-    /// First micro-batch whose loss is not finite.
-    pub bad_micro_batch: Option<usize>,
-    /// Tokens per expert, per layer, of this rank's tokens.
-    pub expert_counts: BTreeMap<usize, Vec<u64>>,
-    /// Largest number of chunks with live activations.
-    pub peak_live_chunks: usize,
-}
-
-impl Totals {
-    fn note_if_bad(&mut self, chunk: Chunk, loss: f64) {
-        if !loss.is_finite() {
-            self.bad_micro_batch.get_or_insert(chunk.micro_batch);
-        }
-    }
 }
 
 /// One operation of the compute lane.
@@ -96,14 +73,11 @@ struct At<'a> {
 pub struct Compute {
     arch: Arc<Architecture>,
     stages: Arc<Vec<Stage>>,
-    /// Everything but the routed experts.
-    pub dense: Params,
-    /// The routed experts, lent for one program.
-    pub experts: Params,
+    /// Handed over for one task.
+    pub params: RankParams,
     /// Sums of the running program.
     pub totals: Totals,
-    /// Whether a backward pass will follow.
-    train: bool,
+    kind: TaskKind,
     layers: HashMap<(Chunk, usize), SavedLayer>,
     ends: HashMap<Chunk, SavedEnd>,
     work: HashMap<(Chunk, usize, Component), WeightWork>,
@@ -111,21 +85,14 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Puts the model together for one program.
-    pub fn new(
-        arch: Arc<Architecture>,
-        stages: Arc<Vec<Stage>>,
-        dense: Params,
-        experts: Params,
-        train: bool,
-    ) -> Self {
+    /// Puts the model together for one task.
+    pub fn new(arch: Arc<Architecture>, stages: Arc<Vec<Stage>>, params: RankParams, kind: TaskKind) -> Self {
         Compute {
             arch,
             stages,
-            dense,
-            experts,
+            params,
             totals: Totals::default(),
-            train,
+            kind,
             layers: HashMap::new(),
             ends: HashMap::new(),
             work: HashMap::new(),
@@ -142,7 +109,7 @@ impl Compute {
         let at = At { op, stage, transit, batch };
         match op.pass {
             Pass::Forward => {
-                if self.train && self.live.insert(op.chunk) {
+                if self.kind.has_backward() && self.live.insert(op.chunk) {
                     self.totals.peak_live_chunks = self.totals.peak_live_chunks.max(self.live.len());
                 }
                 self.forward(at)
@@ -175,15 +142,15 @@ impl Compute {
                 transit.put(
                     TransferKind::Activation,
                     chunk,
-                    embedding::forward(&batch.ids, self.dense.weight(table)),
+                    embedding::forward(&batch.ids, self.params.dense.weight(table)),
                 );
             }
             Component::Attention => self.attention_forward(at)?,
             Component::SharedExpert => {
                 let layer = stage.layer(op.layer);
                 let (normed, residual) = present(self.saved(op).ffn_input.take(), "the normed rows", op)?;
-                let (output, saved) = ffn::forward(&layer.ffn, &self.dense, normed, &residual);
-                if self.train {
+                let (output, saved) = ffn::forward(&layer.ffn, &self.params.dense, normed, &residual);
+                if self.kind.has_backward() {
                     self.saved(op).ffn = Some(saved);
                 }
                 if layer.experts.is_some() {
@@ -196,8 +163,8 @@ impl Compute {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
                 let arrivals =
                     transit.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
-                let (outputs, saved) = experts::forward(weights, &self.experts, arrivals);
-                if self.train {
+                let (outputs, saved) = experts::forward(weights, &self.params.experts, arrivals);
+                if self.kind.has_backward() {
                     self.saved(op).experts = Some(saved);
                 }
                 transit.layer(chunk, op.layer, |transit| transit.outputs = Some(outputs));
@@ -206,8 +173,9 @@ impl Compute {
             Component::MtpJoin => {
                 let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
                 let hidden = present(self.end(chunk).hidden.take(), "the hidden state", op)?;
-                let (x, saved) = mtp::forward(weights, &self.dense, &batch.targets, hidden, self.arch.eps());
-                if self.train {
+                let (x, saved) =
+                    mtp::forward(weights, &self.params.dense, &batch.targets, hidden, self.arch.eps());
+                if self.kind.has_backward() {
                     self.end(chunk).mtp_join = Some(saved);
                 }
                 transit.put(TransferKind::Activation, chunk, x);
@@ -222,13 +190,13 @@ impl Compute {
         let At { op, stage, transit, batch } = at;
         let layer = stage.layer(op.layer);
         let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
-        let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.dense, x, batch);
+        let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.params.dense, x, batch);
         if let Some(routing) = output.routing {
             expert_counts::count(&mut self.totals.expert_counts, op.layer, &routing);
             let normed = output.normed.clone();
             transit.layer(op.chunk, op.layer, |transit| transit.normed = Some((normed, routing)));
         }
-        let train = self.train;
+        let train = self.kind.has_backward();
         let kept = self.saved(op);
         kept.ffn_input = Some((output.normed, output.residual));
         if train {
@@ -242,14 +210,14 @@ impl Compute {
         let head = self.main_head(op, stage)?;
         let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let targets = Targets { ids: &batch.targets, weights: &batch.loss_weights };
-        let normed = if self.train {
-            let (loss, normed, saved) = head::forward(head, &mut self.dense, x, &targets);
+        let normed = if self.kind.has_backward() {
+            let (loss, normed, saved) = head::forward(head, &mut self.params.dense, x, &targets);
             self.totals.loss += loss.sum;
-            self.totals.note_if_bad(op.chunk, loss.sum);
+            self.totals.note_if_bad(op.chunk.micro_batch, loss.sum);
             self.end(op.chunk).head = Some(saved);
             normed
         } else {
-            let (loss, normed) = head::evaluate(head, &self.dense, &x, &targets);
+            let (loss, normed) = head::evaluate(head, &self.params.dense, &x, &targets);
             self.totals.loss += loss.sum;
             normed
         };
@@ -264,13 +232,13 @@ impl Compute {
         let head = self.mtp_head(op, stage)?;
         let x = transit.take(TransferKind::Activation, op.chunk)?;
         let targets = Targets { ids: &batch.mtp_targets, weights: &batch.mtp_loss_weights };
-        if self.train {
-            let (loss, _, saved) = head::forward(head, &mut self.dense, x, &targets);
+        if self.kind.has_backward() {
+            let (loss, _, saved) = head::forward(head, &mut self.params.dense, x, &targets);
             self.totals.mtp_loss += loss.sum;
-            self.totals.note_if_bad(op.chunk, loss.sum);
+            self.totals.note_if_bad(op.chunk.micro_batch, loss.sum);
             self.end(op.chunk).mtp_head = Some(saved);
         } else {
-            self.totals.mtp_loss += head::evaluate(head, &self.dense, &x, &targets).0.sum;
+            self.totals.mtp_loss += head::evaluate(head, &self.params.dense, &x, &targets).0.sum;
         }
         Ok(())
     }
@@ -295,7 +263,7 @@ impl Compute {
                 transit.put(
                     TransferKind::Gradient,
                     chunk,
-                    head::backward(head, &mut self.dense, saved, None),
+                    head::backward(head, &mut self.params.dense, saved, None),
                 );
             }
             Component::MtpJoin => {
@@ -304,7 +272,7 @@ impl Compute {
                 let dy = transit.take(TransferKind::Gradient, chunk)?;
                 let (d_hidden, work) = mtp::backward_input(
                     weights,
-                    &mut self.dense,
+                    &mut self.params.dense,
                     dy,
                     &saved,
                     &batch.targets,
@@ -317,14 +285,14 @@ impl Compute {
                 let head = self.main_head(op, stage)?;
                 let SavedEnd { head: saved, d_hidden, .. } = self.ends.remove(&chunk).unwrap_or_default();
                 let saved = present(saved, "the saved head", op)?;
-                let dx = head::backward(head, &mut self.dense, saved, d_hidden.as_ref());
+                let dx = head::backward(head, &mut self.params.dense, saved, d_hidden.as_ref());
                 transit.put(TransferKind::Gradient, chunk, dx);
             }
             Component::SharedExpert => {
                 let saved = present(self.saved(op).ffn.take(), "the saved shared expert", op)?;
                 let dy = transit.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
                 let (d_normed, work) =
-                    ffn::backward_input(&stage.layer(op.layer).ffn, &self.dense, dy, saved);
+                    ffn::backward_input(&stage.layer(op.layer).ffn, &self.params.dense, dy, saved);
                 self.saved(op).d_normed = Some(d_normed);
                 self.work.insert((chunk, op.layer, op.component), work);
             }
@@ -333,7 +301,8 @@ impl Compute {
                 let saved = present(self.saved(op).experts.take(), "the saved experts", op)?;
                 let dy =
                     transit.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
-                let (d_rows, d_weights, work) = experts::backward_input(weights, &self.experts, &dy, saved);
+                let (d_rows, d_weights, work) =
+                    experts::backward_input(weights, &self.params.experts, &dy, saved);
                 transit.layer(chunk, op.layer, |transit| transit.d_arrivals = Some((d_rows, d_weights)));
                 self.work.insert((chunk, op.layer, op.component), work);
             }
@@ -341,7 +310,7 @@ impl Compute {
             Component::Embedding => {
                 let table = present(stage.embedding, "the embedding", op)?;
                 let dy = transit.take(TransferKind::Gradient, chunk)?;
-                embedding::backward(&dy, &batch.ids, self.dense.grad_mut(table));
+                embedding::backward(&dy, &batch.ids, self.params.dense.grad_mut(table));
             }
             Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
         }
@@ -366,8 +335,14 @@ impl Compute {
         }
         let gradient =
             AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
-        let done =
-            attention::backward_input(&self.arch, &layer.attention, &mut self.dense, gradient, saved, batch);
+        let done = attention::backward_input(
+            &self.arch,
+            &layer.attention,
+            &mut self.params.dense,
+            gradient,
+            saved,
+            batch,
+        );
         self.totals.balance_loss += done.balance_loss * f64::from(batch.balance_scale);
         transit.put(TransferKind::Gradient, op.chunk, done.dx);
         self.work.insert((op.chunk, op.layer, op.component), done.work);
@@ -376,7 +351,11 @@ impl Compute {
 
     fn backward_weight(&mut self, op: ComputeOp) -> Result<(), RankError> {
         let work = self.work.remove(&(op.chunk, op.layer, op.component));
-        let params = if op.component == Component::Experts { &mut self.experts } else { &mut self.dense };
+        let params = if op.component == Component::Experts {
+            &mut self.params.experts
+        } else {
+            &mut self.params.dense
+        };
         present(work, "the deferred weight gradients", op)?.run(params);
         Ok(())
     }
@@ -397,11 +376,11 @@ pub fn stage_of(stages: &[Stage], index: usize) -> &Stage {
 }
 
 fn present<T>(value: Option<T>, what: &'static str, op: ComputeOp) -> Result<T, RankError> {
-    value.ok_or(RankError::Missing(Missing { what, chunk: op.chunk, layer: op.layer }))
+    value.ok_or(RankError::Missing(Missing::OfChunk { what, chunk: op.chunk, layer: op.layer }))
 }
 
 fn misplaced(op: ComputeOp) -> RankError {
-    RankError::Missing(Missing {
+    RankError::Missing(Missing::OfChunk {
         what: "a component that is not arithmetic",
         chunk: op.chunk,
         layer: op.layer,

@@ -1,34 +1,45 @@
-//! The pipeline actor, the DualPipe scheduler of a rank: it issues the rank's program to the lanes, in order, ahead of
-//! completion within a bound, and gives the model back when the program has ended.
+//! The pipeline actor, the DualPipe scheduler of a rank: it issues the programs of a task to the lanes, in order, ahead of
+//! completion within a bound, and gives the model back when the task has ended.
 //!
-//! Completion events serve progress and abort; what runs next is in the program. Knows no schedule by name.
+//! Completion events serve progress, abort and the timeline; what runs next is in the program, and which program is next in
+//! [`super::step`]. Knows no schedule by name.
 
-use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
-use contraflow_runtime::fabric::Phase;
-use contraflow_runtime::schedule::{Lane, OpId, Plan, Program};
+use contraflow_runtime::schedule::{OpId, Program};
 use contraflow_runtime::trace::SPAN;
+use contraflow_runtime::watch::Divergence;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
-use super::compute::{Compute, Totals};
-use super::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
-use super::probe::{Probe, ProbePoint};
+use super::compute::Compute;
+use super::lanes::{LaneEvent, Lanes, ReportLane};
+use super::plans::Planned;
+use super::probe::ProbePoint;
+use super::recording::{Recorder, Recording};
+use super::running::{Running, Site, Workload};
+use super::step::{Next, Part, next};
+use super::transit::Transit;
+use super::update::{Update, UpdateOrder};
+use crate::checkpoint::Snapshot;
 use crate::comm::address::StepId;
+use crate::data::batches::TaskKind;
 use crate::data::sequences::Sequences;
-use crate::error::RankError;
+use crate::error::{Missing, RankError};
 use crate::model::Architecture;
 use crate::model::micro_batch::{LossScales, MicroBatch};
 use crate::model::params::RankParams;
+use crate::optimizer::totals::{GlobalTotals, Totals};
+use crate::optimizer::update::OptimizerState;
 
 /// Operations issued and not yet completed; it bounds what an abort has to wait for and what lies in the lanes' queues.
 const IN_FLIGHT: usize = 64;
 
 /// What the pipeline hears.
 pub enum PipelineMessage {
-    /// Run a program.
-    BeginStep(Box<PipelineOrder>),
+    /// Run the programs of a task.
+    Begin(Box<PipelineOrder>),
     /// A lane has something to say.
     Lane(LaneEvent),
     /// End every wait of the running program at once.
@@ -38,45 +49,61 @@ pub enum PipelineMessage {
     },
 }
 
-/// A program and what it works on.
+/// A task and what it works on.
 pub struct PipelineOrder {
     /// Which step.
     pub id: StepId,
-    /// The plan it was made from, for words about an action.
-    pub plan: Arc<Plan>,
-    /// What to run.
-    pub program: Arc<Program>,
+    /// What is done.
+    pub kind: TaskKind,
+    /// The plan and its programs.
+    pub planned: Arc<Planned>,
     /// The micro-batches, by number.
     pub batches: Vec<Sequences>,
     /// Divisors and factors of the losses.
     pub scales: LossScales,
-    /// The parameters, handed over for the program.
+    /// The parameters, handed over for the task.
     pub params: RankParams,
-    /// What the program belongs to.
+    /// What the update is told, in training.
+    pub update: Option<UpdateOrder>,
+    /// When the rank began the task: the zero of the timeline.
+    pub began: Instant,
+    /// What the task belongs to.
     pub span: tracing::Span,
 }
 
-/// What a program that has ended leaves.
-pub struct PlanDone {
+/// What a task that has ended leaves.
+pub struct TaskDone {
     /// Which step.
     pub id: StepId,
-    /// The parameters, with gradients after training.
+    /// The parameters.
     pub params: RankParams,
-    /// Sums over the program.
+    /// Sums of this rank over the passes.
     pub totals: Totals,
-    /// Wall time of the program.
-    pub elapsed: Duration,
-    /// How much of it the compute lane was blocked.
-    pub bubble: Duration,
+    /// What it ran, and when.
+    pub recording: Recording,
+    /// What has become of the update, in training.
+    pub update: Option<Updated>,
+}
+
+/// What has become of an update.
+pub struct Updated {
+    /// What was asked for.
+    pub order: UpdateOrder,
+    /// What every rank knows now, or why nothing was updated.
+    pub result: Result<GlobalTotals, Box<Divergence>>,
+    /// The state after the update, where it is to be written to storage.
+    pub saved: Option<Snapshot>,
+    /// The state after the update, where it is to be replicated in memory.
+    pub replicated: Option<Snapshot>,
 }
 
 /// What the pipeline tells its owner.
 pub enum PipelineEvent {
-    /// A program has ended.
-    Done(Box<PlanDone>),
+    /// A task has ended.
+    Done(Box<TaskDone>),
     /// An operation could not do its part.
     Failed {
-        /// Action of the plan it belongs to.
+        /// What it was, or the action of the plan it belongs to.
         action: String,
         /// The cause.
         error: RankError,
@@ -93,52 +120,91 @@ pub struct PipelineSetup {
     pub pipeline: usize,
     /// The architecture of the model.
     pub arch: Arc<Architecture>,
+    /// The moments, with this actor while no step runs.
+    pub optimizer: OptimizerState,
     /// What the lanes need.
     pub site: Site,
     /// What the compute lane may use.
     pub threads: Arc<Threads>,
-    /// For tests.
-    pub probe: Probe,
 }
 
-/// The program under way.
+/// The task under way.
 struct Current {
     running: Arc<Running>,
-    plan: Arc<Plan>,
+    part: Part,
     next: OpId,
     completed: usize,
-    began: Instant,
-    bubble: Duration,
+    planned: Arc<Planned>,
+    span: tracing::Span,
+    recorder: Recorder,
 }
 
 /// The actor's state.
 pub struct PipelineState {
-    setup: PipelineSetup,
+    report: Arc<dyn Fn(PipelineEvent) + Send + Sync>,
+    pipeline: usize,
+    arch: Arc<Architecture>,
+    /// With the update while a step runs.
+    optimizer: Option<OptimizerState>,
+    site: Site,
     lanes: Lanes,
     current: Option<Current>,
 }
 
 impl PipelineState {
-    fn new(setup: PipelineSetup, report: Arc<dyn Fn(LaneEvent) + Send + Sync>) -> Self {
-        let lanes = Lanes::new(setup.threads.clone(), setup.probe.clone(), report);
-        PipelineState { setup, lanes, current: None }
+    fn new(setup: PipelineSetup, report_lane: ReportLane) -> Self {
+        let PipelineSetup { report, pipeline, arch, optimizer, site, threads } = setup;
+        let lanes = Lanes::new(threads, report_lane);
+        PipelineState { report, pipeline, arch, optimizer: Some(optimizer), site, lanes, current: None }
     }
 
-    fn begin(&mut self, order: PipelineOrder) {
-        let rank = self.setup.site.endpoint.rank();
-        self.setup.probe.at(ProbePoint::Actor { rank, step: order.id.step, name: "pipeline" });
-        let PipelineOrder { id, plan, program, batches, scales, params, span } = order;
-        let arch = &self.setup.arch;
+    fn begin(&mut self, order: PipelineOrder) -> Result<(), RankError> {
+        let PipelineOrder { id, kind, planned, batches, scales, params, update, began, span } = order;
+        let rank = self.site.endpoint.rank();
+        self.site.probe.at(ProbePoint::Actor { rank, step: id.step, name: "pipeline" });
         let batches =
-            batches.into_iter().map(|sequences| MicroBatch::new(arch, sequences, &scales)).collect();
-        let RankParams { dense, experts } = params;
-        let train = id.phase == Phase::Train;
-        let compute = Compute::new(arch.clone(), self.setup.site.stages.clone(), dense, experts, train);
-        let span = tracing::info_span!(target: SPAN, parent: &span, "program", rank, step = id.step);
-        let parts = RunningParts { id, program, batches, compute, span };
-        let running = Arc::new(Running::new(&self.setup.site, parts));
-        let began = Instant::now();
-        self.current = Some(Current { running, plan, next: 0, completed: 0, began, bubble: Duration::ZERO });
+            batches.into_iter().map(|sequences| MicroBatch::new(&self.arch, sequences, &scales)).collect();
+        let compute = Compute::new(self.arch.clone(), self.site.stages.clone(), params, kind);
+        let update = match update {
+            Some(order) => {
+                let optimizer = self.optimizer.take();
+                Some(Update::new(order, optimizer.ok_or(Missing::OfStep { what: "the optimizer" })?))
+            }
+            None => None,
+        };
+        let workload = Workload { batches, transit: Transit::default(), compute, update };
+        let recorder = Recorder::new(began);
+        let program = planned.program(self.pipeline, Part::Passes);
+        let running = self.running(Part::Passes, id, program, workload, &span);
+        self.current =
+            Some(Current { running, part: Part::Passes, next: 0, completed: 0, planned, span, recorder });
+        self.start();
+        Ok(())
+    }
+
+    /// A program about to run, under a span of its own.
+    fn running(
+        &self,
+        part: Part,
+        id: StepId,
+        program: Arc<Program>,
+        workload: Workload,
+        span: &tracing::Span,
+    ) -> Arc<Running> {
+        let (rank, step) = (self.site.endpoint.rank(), id.step);
+        let span = match part {
+            Part::Passes => tracing::info_span!(target: SPAN, parent: span, "program", rank, step),
+            Part::Evidence | Part::Update | Part::Skip => {
+                tracing::info_span!(target: SPAN, parent: span, "update", rank, step)
+            }
+        };
+        Arc::new(Running::new(&self.site, (id, program), workload, span))
+    }
+
+    /// Begins the program that is current.
+    fn start(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        current.recorder.begin(current.running.program.clone());
         self.issue();
     }
 
@@ -152,42 +218,95 @@ impl PipelineState {
         }
     }
 
-    /// Takes note of a completed operation; returns what is left once it was the last.
-    fn completed(&mut self, id: StepId, lane: Lane, waited: Duration) -> Option<PlanDone> {
-        let current = self.current.as_mut().filter(|current| current.running.id == id)?;
+    /// Takes note of a completed operation; returns what is left once it was the last of the task.
+    fn completed(
+        &mut self,
+        id: StepId,
+        op: OpId,
+        (began, ended): (Instant, Instant),
+    ) -> Result<Option<TaskDone>, RankError> {
+        let Some(current) = self.current.as_mut().filter(|current| current.running.id == id) else {
+            return Ok(None);
+        };
+        current.recorder.note(op, began, ended);
         current.completed += 1;
-        if lane == Lane::Compute {
-            current.bubble += waited;
-        }
         if current.completed < current.running.program.ops.len() {
             self.issue();
-            return None;
+            return Ok(None);
         }
-        let Current { running, began, bubble, .. } = self.current.take()?;
-        let running = Arc::into_inner(running).expect("every lane lets go of a program before it reports");
-        let compute = running.compute.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let left = compute.num_left() + running.transit.num_left();
-        debug_assert!(
-            id.phase != Phase::Train || left == 0,
-            "{left} tensors are left over after step {}",
-            id.step
-        );
-        let Compute { dense, experts, totals, .. } = compute;
-        let params = RankParams { dense, experts };
-        Some(PlanDone { id, params, totals, elapsed: began.elapsed(), bubble })
+        self.advance()
     }
 
-    /// An action of the running plan in words.
-    fn describe(&self, action: Option<usize>) -> String {
-        let list = self.current.as_ref().and_then(|current| current.plan.actions.get(self.setup.pipeline));
-        list.and_then(|list| list.get(action?))
-            .map_or_else(|| "no action".into(), |action| format!("action {action}"))
+    /// The program has ended: the next one of the task, or its end.
+    fn advance(&mut self) -> Result<Option<TaskDone>, RankError> {
+        let Some(mut current) = self.current.take() else { return Ok(None) };
+        let id = current.running.id;
+        let running =
+            Arc::into_inner(current.running).expect("every lane lets go of a program before it reports");
+        let mut workload = running.into_workload();
+        match next(current.part, workload.update.as_mut())? {
+            Next::Run(part) => {
+                if part == Part::Skip {
+                    workload.transit.forget_buckets();
+                }
+                let program = current.planned.program(self.pipeline, part);
+                current.running = self.running(part, id, program, workload, &current.span);
+                (current.part, current.next, current.completed) = (part, 0, 0);
+                self.current = Some(current);
+                self.start();
+                Ok(None)
+            }
+            next => {
+                let diverged = match next {
+                    Next::Diverged(divergence) => {
+                        workload.transit.forget_buckets();
+                        Some(divergence)
+                    }
+                    _ => None,
+                };
+                Ok(Some(self.end(id, current.recorder.finish(), workload, diverged)))
+            }
+        }
+    }
+
+    /// Takes the task apart.
+    fn end(
+        &mut self,
+        id: StepId,
+        recording: Recording,
+        workload: Workload,
+        diverged: Option<Box<Divergence>>,
+    ) -> TaskDone {
+        let Workload { transit, compute, update, .. } = workload;
+        let left = compute.num_left() + transit.num_left();
+        debug_assert!(update.is_none() || left == 0, "{left} tensors are left over after step {}", id.step);
+        let Compute { mut params, totals, .. } = compute;
+        params.clear_gradients();
+        let update = update.map(|mut update| {
+            let snapshot = update.snapshot.take();
+            let saved = snapshot.clone().filter(|_| update.saves());
+            let replicated = snapshot.filter(|_| update.replicates());
+            let Update { order, optimizer, global, .. } = update;
+            self.optimizer = Some(optimizer);
+            let result = diverged.map_or_else(|| Ok(global.unwrap_or_default()), Err);
+            Updated { order, result, saved, replicated }
+        });
+        TaskDone { id, params, totals, recording, update }
+    }
+
+    /// What an operation of the running program belongs to, in words.
+    fn describe(&self, op: OpId) -> String {
+        let Some(current) = &self.current else { return "no operation".into() };
+        let Some(op) = current.running.program.ops.get(op) else { return "no operation".into() };
+        let actions = current.planned.plan.actions.get(self.pipeline);
+        let action = op.action.and_then(|action| actions?.get(action));
+        action.map_or_else(|| op.work.to_string(), |action| format!("action {action}"))
     }
 
     fn abort(&mut self, reason: &str) {
         match self.current.take() {
             Some(current) => current.running.abort(reason),
-            None => self.setup.site.endpoint.abort(reason),
+            None => self.site.endpoint.abort(reason),
         }
     }
 }
@@ -216,21 +335,26 @@ impl Actor for Pipeline {
         message: PipelineMessage,
         state: &mut PipelineState,
     ) -> Result<(), ActorProcessingErr> {
-        match message {
-            PipelineMessage::BeginStep(order) => state.begin(*order),
-            PipelineMessage::Lane(LaneEvent::Completed { id, lane, waited }) => {
-                if let Some(done) = state.completed(id, lane, waited) {
-                    (state.setup.report)(PipelineEvent::Done(Box::new(done)));
-                }
+        let done = match message {
+            PipelineMessage::Begin(order) => state.begin(*order).map(|()| None),
+            PipelineMessage::Lane(LaneEvent::Completed { id, op, began, ended }) => {
+                state.completed(id, op, (began, ended))
             }
-            PipelineMessage::Lane(LaneEvent::Failed { action, error, .. }) => {
-                let action = state.describe(action);
-                (state.setup.report)(PipelineEvent::Failed { action, error: *error });
+            PipelineMessage::Lane(LaneEvent::Failed { op, error, .. }) => {
+                let action = state.describe(op);
+                (state.report)(PipelineEvent::Failed { action, error: *error });
+                Ok(None)
             }
             PipelineMessage::Abort { reason } => {
                 state.abort(&reason);
-                (state.setup.report)(PipelineEvent::Aborted);
+                (state.report)(PipelineEvent::Aborted);
+                Ok(None)
             }
+        };
+        match done {
+            Ok(None) => {}
+            Ok(Some(done)) => (state.report)(PipelineEvent::Done(Box::new(done))),
+            Err(error) => (state.report)(PipelineEvent::Failed { action: "the step".into(), error }),
         }
         Ok(())
     }

@@ -7,66 +7,115 @@ use std::sync::Arc;
 
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::{Mode, Plan, Program, Report, ScheduleKind, StageLayout, check, lower};
+use contraflow_runtime::schedule::{
+    Fault, Plan, Program, Report, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check,
+    check_step, lower,
+};
+use contraflow_runtime::topology::Topology;
 
-use crate::data::batches::BatchShape;
+use super::step::Part;
+use crate::data::batches::{BatchShape, TaskKind};
 
 /// A plan and what it becomes on every pipeline rank.
 pub struct Planned {
     /// The plan.
     pub plan: Arc<Plan>,
-    /// By pipeline rank.
-    pub programs: Vec<Arc<Program>>,
+    /// By part of a task and pipeline rank; an evaluation has passes alone.
+    programs: HashMap<Part, Vec<Arc<Program>>>,
     /// What the check found: peak activations and the like.
     pub report: Report,
     /// Why another schedule runs than the recipe's, in words.
     pub fallback: Option<String>,
 }
 
+impl Planned {
+    /// What a pipeline rank runs in a part of the task; nothing, if the task has no such part.
+    pub fn program(&self, pipeline: usize, part: Part) -> Arc<Program> {
+        let programs = self.programs.get(&part).and_then(|programs| programs.get(pipeline));
+        programs.cloned().unwrap_or_default()
+    }
+
+    /// Every operation of a task that goes well, with its pipeline rank.
+    pub fn ops(&self) -> impl Iterator<Item = (usize, &contraflow_runtime::schedule::Op)> {
+        let parts = [Part::Passes, Part::Update].into_iter().filter_map(|part| self.programs.get(&part));
+        let programs = parts.flat_map(|programs| programs.iter().enumerate());
+        programs.flat_map(|(pipeline, program)| program.ops.iter().map(move |op| (pipeline, op)))
+    }
+}
+
 /// Makes plans for one layout.
 pub struct Plans {
-    kind: ScheduleKind,
-    pipeline: usize,
-    expert: usize,
+    schedule: ScheduleKind,
+    topology: Topology,
     /// What each stage consists of.
     pub layouts: Vec<StageLayout>,
-    made: HashMap<(usize, bool), Arc<Planned>>,
+    /// How the state is spread over the ranks.
+    pub sharding: Sharding,
+    made: HashMap<(usize, TaskKind), Arc<Planned>>,
 }
 
 impl Plans {
-    /// For a recipe.
+    /// For a recipe, in a formation whose workers do not replicate state in memory.
     ///
     /// **Errors**: in words, if the layers cannot be spread over the stages.
     pub fn new(recipe: &Recipe) -> Result<Self, String> {
         let layouts = split_layers(&recipe.model_config, recipe.stages(), recipe.training.sequence_length)?;
-        let parallel = &recipe.parallel;
-        let (kind, pipeline, expert) = (parallel.schedule, parallel.pipeline, parallel.expert);
-        Ok(Plans { kind, pipeline, expert, layouts, made: HashMap::new() })
+        let (schedule, topology) = (recipe.parallel.schedule, recipe.topology());
+        let buckets = buckets(&schedule.placement(topology.pipeline), &layouts, &topology);
+        let sharding = Sharding { buckets, replicated: false };
+        Ok(Plans { schedule, topology, layouts, sharding, made: HashMap::new() })
+    }
+
+    /// The same, where each rank's state may be replicated: then a step waits for the replicas of the one before.
+    pub fn replicated(mut self, replicated: bool) -> Self {
+        self.sharding.replicated = replicated;
+        self
     }
 
     /// The plan for so many micro-batches, checked.
     ///
     /// **Errors**: in words, if the schedule has none, or if what it has is not sound.
-    pub fn get(&mut self, micro_batches: usize, mode: Mode) -> Result<Arc<Planned>, String> {
-        let key = (micro_batches, mode == Mode::Train);
-        if let Some(planned) = self.made.get(&key) {
+    pub fn get(&mut self, micro_batches: usize, kind: TaskKind) -> Result<Arc<Planned>, String> {
+        if let Some(planned) = self.made.get(&(micro_batches, kind)) {
             return Ok(planned.clone());
         }
-        let (plan, fallback) =
-            self.kind.plan(self.pipeline, micro_batches, mode).map_err(|error| error.to_string())?;
-        let programs = lower(&plan, Some(&self.layouts), self.expert);
-        let report = check(&plan, &programs).map_err(|faults| {
-            let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
-            format!(
-                "the {} plan of {micro_batches} micro-batches is wrong: {}",
-                plan.schedule,
-                faults.join("; ")
-            )
-        })?;
-        let programs = programs.into_iter().map(Arc::new).collect();
-        let planned = Arc::new(Planned { plan: Arc::new(plan), programs, report, fallback });
-        self.made.insert(key, planned.clone());
+        let planned = Arc::new(self.make(micro_batches, kind)?);
+        self.made.insert((micro_batches, kind), planned.clone());
         Ok(planned)
+    }
+
+    fn make(&self, micro_batches: usize, kind: TaskKind) -> Result<Planned, String> {
+        let plan = self.schedule.plan(self.topology.pipeline, micro_batches, kind.mode());
+        let (plan, fallback) = plan.map_err(|error| error.to_string())?;
+        let wrong = |faults: Vec<Fault>| {
+            let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
+            let faults = faults.join("; ");
+            format!("the {} plan of {micro_batches} micro-batches is wrong: {faults}", plan.schedule)
+        };
+        let passes = lower(&plan, Some(&self.layouts), self.topology.expert);
+        let (report, parts) = match kind {
+            TaskKind::Evaluate => {
+                let report = check(&plan, &passes).map_err(wrong)?;
+                (report, vec![(Part::Passes, passes)])
+            }
+            TaskKind::Train => {
+                let step = StepPrograms::new(passes, &self.sharding);
+                let report = check_step(&plan, &step).map_err(wrong)?;
+                let StepPrograms { gradients, evidence, update, skip } = step;
+                let parts = [
+                    (Part::Passes, gradients),
+                    (Part::Evidence, evidence),
+                    (Part::Update, update),
+                    (Part::Skip, skip),
+                ];
+                (report, Vec::from(parts))
+            }
+        };
+        let shared = |(part, programs): (Part, Vec<Program>)| {
+            (part, programs.into_iter().map(Arc::new).collect::<Vec<_>>())
+        };
+        let programs = parts.into_iter().map(shared).collect();
+        Ok(Planned { plan: Arc::new(plan), programs, report, fallback })
     }
 }
 

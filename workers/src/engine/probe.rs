@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use contraflow_runtime::schedule::Op;
 
+use super::recording::Recording;
 use crate::model::params::RankParams;
 
 /// A point a probe is called at.
@@ -19,14 +20,27 @@ pub enum ProbePoint<'a> {
         /// The operation.
         op: &'a Op,
     },
-    /// The optimizer is about to reduce this rank's gradients.
+    /// The gradients of a bucket are about to be reduced.
     Gradients {
         /// Whose gradients.
         rank: usize,
         /// Which step.
         step: u64,
-        /// Parameters with the gradients of this rank's own tokens, to be spoilt if need be.
+        /// Which bucket; those of others may not be complete yet, or on their way already.
+        bucket: usize,
+        /// All parameters; those of the bucket with the gradients of this rank's own tokens, to be spoilt if need be.
         params: &'a mut RankParams,
+    },
+    /// A task has ended.
+    Recorded {
+        /// Whose task.
+        rank: usize,
+        /// Which step; 0 outside of training.
+        step: u64,
+        /// What was run, and when.
+        recording: &'a Recording,
+        /// **Units**: seconds that the rank reports.
+        seconds: f64,
     },
     /// An actor is about to do its part of a step.
     Actor {

@@ -3,6 +3,7 @@
 //! Ownership moves through here: an operation takes what the one before it put. Knows tensors and chunks, no arithmetic.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use contraflow_kernels::gate::Routing;
@@ -34,12 +35,36 @@ pub struct LayerTransit {
     pub d_normed: Option<(Tensor, Tensor)>,
 }
 
+/// What one bucket has under way between the compute lane and the collective lane.
+#[derive(Default)]
+pub struct BucketTransit {
+    /// Pack -> Reduce: the rank's gradients, by member of the group.
+    pub packed: Option<Vec<Tensor>>,
+    /// Reduce -> GradNorm and Apply: this rank's shard of the summed gradient.
+    pub reduced: Option<Tensor>,
+    /// GradNorm -> Totals: sums of squares with the places of the parameters.
+    pub squares: Option<Vec<(usize, f64)>>,
+    /// Apply -> Gather: this rank's shard of the weights.
+    pub updated: Option<Tensor>,
+    /// Gather -> Unpack: the other shards, with their ranges.
+    pub gathered: Option<Vec<(Range<usize>, Tensor)>>,
+}
+
+impl BucketTransit {
+    fn is_empty(&self) -> bool {
+        let BucketTransit { packed, reduced, squares, updated, gathered } = self;
+        let is_none = [packed.is_none(), reduced.is_none(), squares.is_none(), updated.is_none()];
+        is_none.into_iter().all(|is_none| is_none) && gathered.is_none()
+    }
+}
+
 /// The tensors under way.
 #[derive(Default)]
 pub struct Transit {
     /// The activation or gradient at the present end of a chunk; at a stage's edge, what the neighbour stage takes.
     streams: Mutex<HashMap<(TransferKind, Chunk), Tensor>>,
     layers: Mutex<HashMap<(Chunk, usize), LayerTransit>>,
+    buckets: Mutex<HashMap<usize, BucketTransit>>,
 }
 
 impl Transit {
@@ -56,14 +81,18 @@ impl Transit {
     ///
     /// **Errors**: [`Missing`].
     pub fn take(&self, kind: TransferKind, chunk: Chunk) -> Result<Tensor, Missing> {
-        self.streams().remove(&(kind, chunk)).ok_or(Missing { what: name(kind), chunk, layer: 0 })
+        self.streams().remove(&(kind, chunk)).ok_or(Missing::OfChunk { what: name(kind), chunk, layer: 0 })
     }
 
     /// Shares the present end of a chunk with an operation that is not its last user.
     ///
     /// **Errors**: [`Missing`].
     pub fn share(&self, kind: TransferKind, chunk: Chunk) -> Result<Tensor, Missing> {
-        self.streams().get(&(kind, chunk)).cloned().ok_or(Missing { what: name(kind), chunk, layer: 0 })
+        self.streams().get(&(kind, chunk)).cloned().ok_or(Missing::OfChunk {
+            what: name(kind),
+            chunk,
+            layer: 0,
+        })
     }
 
     /// Works on what a layer has under way; nothing slow may happen inside.
@@ -80,7 +109,11 @@ impl Transit {
         what: &'static str,
         field: impl FnOnce(&mut LayerTransit) -> &mut Option<T>,
     ) -> Result<T, Missing> {
-        self.layer(chunk, layer, |transit| field(transit).take()).ok_or(Missing { what, chunk, layer })
+        self.layer(chunk, layer, |transit| field(transit).take()).ok_or(Missing::OfChunk {
+            what,
+            chunk,
+            layer,
+        })
     }
 
     /// Forgets a layer whose backward pass has ended.
@@ -88,9 +121,33 @@ impl Transit {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner).remove(&(chunk, layer));
     }
 
+    /// Works on what a bucket has under way; nothing slow may happen inside.
+    pub fn bucket<T>(&self, bucket: usize, work: impl FnOnce(&mut BucketTransit) -> T) -> T {
+        work(self.buckets.lock().unwrap_or_else(PoisonError::into_inner).entry(bucket).or_default())
+    }
+
+    /// Takes one value out of a bucket's transit.
+    ///
+    /// **Errors**: [`Missing`].
+    pub fn take_from_bucket<T>(
+        &self,
+        bucket: usize,
+        what: &'static str,
+        field: impl FnOnce(&mut BucketTransit) -> &mut Option<T>,
+    ) -> Result<T, Missing> {
+        self.bucket(bucket, |transit| field(transit).take()).ok_or(Missing::OfBucket { what, bucket })
+    }
+
+    /// Forgets the gradients of a step that is not updated.
+    pub fn forget_buckets(&self) {
+        self.buckets.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Number of tensors still under way: none, after a whole training step.
     pub fn num_left(&self) -> usize {
-        self.streams().len() + self.layers.lock().unwrap_or_else(PoisonError::into_inner).len()
+        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        self.streams().len() + layers + buckets.values().filter(|bucket| !bucket.is_empty()).count()
     }
 }
 

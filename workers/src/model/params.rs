@@ -70,6 +70,13 @@ impl Param {
         self.grad.get_or_insert_with(|| Tensor::zeros(self.weight.shape()))
     }
 
+    /// Weight and gradient at once, the gradient zero at first.
+    pub fn weight_and_grad(&mut self) -> (&mut Tensor, &mut Tensor) {
+        let Param { weight, grad, .. } = self;
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(weight.shape()));
+        (weight, grad)
+    }
+
     /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
     /// given range that is.
     pub fn parts_in(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, Range<usize>)> {
@@ -128,8 +135,7 @@ impl Params {
 
     /// Weight and gradient of one parameter at once.
     pub fn weight_and_grad(&mut self, id: ParamId) -> (&Tensor, &mut Tensor) {
-        let Param { weight, grad, .. } = &mut self.list[id];
-        let grad = grad.get_or_insert_with(|| Tensor::zeros(weight.shape()));
+        let (weight, grad) = self.list[id].weight_and_grad();
         (weight, grad)
     }
 
@@ -202,6 +208,21 @@ impl RankParams {
             Store::Dense => self.dense.get_mut(index),
             Store::Experts => self.experts.get_mut(index),
         }
+    }
+
+    /// All parameters, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Param> {
+        self.dense.iter_mut().chain(self.experts.iter_mut())
+    }
+
+    /// The parameters of a bucket, to be changed.
+    pub fn in_bucket(&mut self, bucket: usize) -> impl Iterator<Item = &mut Param> {
+        self.iter_mut().filter(move |param| param.bucket == bucket)
+    }
+
+    /// Forgets all gradients.
+    pub fn clear_gradients(&mut self) {
+        self.iter_mut().for_each(|param| param.grad = None);
     }
 }
 

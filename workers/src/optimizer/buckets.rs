@@ -27,6 +27,15 @@ pub struct Bucket {
     pub exp_avg_sq: Tensor,
 }
 
+/// The replica group of a bucket.
+#[derive(Clone, Debug)]
+pub struct BucketGroup {
+    /// The ranks that hold it, ascending.
+    pub ranks: Vec<usize>,
+    /// Number of elements.
+    pub len: usize,
+}
+
 /// A piece of a bucket that lies in one parameter.
 pub struct Piece {
     /// Where the parameter is kept.

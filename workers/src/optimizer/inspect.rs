@@ -1,67 +1,22 @@
-//! Looks at a rank's tensors for the watch: how long the gradient of each layer is, and what is not finite.
+//! Looks through a rank's tensors for what is not finite, and tells the other ranks.
 //!
-//! The first is part of every step and adds up what the gradient norm needs anyway; the second reads every tensor, and
-//! is done only once the norm is known to be bad. Knows parameters by published name, no optimizer state.
+//! Reads every tensor, so it is done only once the totals are known to be bad. Knows parameters by published name, no
+//! optimizer state.
 
 use std::collections::HashMap;
 
-use contraflow_kernels::elementwise::{count_not_finite, sum_squares};
-use contraflow_kernels::tensor::{Tensor, View};
-use contraflow_proto::GradientNorms;
+use contraflow_kernels::elementwise::count_not_finite;
+use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::watch::Seen;
-use contraflow_runtime::watch::evidence::{BadTensor, Evidence, FOUND_LEN, Found, layer_of};
+use contraflow_runtime::watch::evidence::{BadTensor, Evidence, FOUND_LEN, Found};
 
+use super::totals::Totals;
 use crate::comm::collectives::Collectives;
-use crate::engine::compute::Totals;
-use crate::model::params::{Param, Part, RankParams};
+use crate::model::params::{Part, RankParams};
 
 /// The all-reduce of the evidence; the totals are number 0.
 const EVIDENCE_BUCKET: usize = 1;
-
-/// Sums of squares by where a parameter stands: the embedding, each layer, final norm and head.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SquaresByPlace(Vec<f64>);
-
-impl SquaresByPlace {
-    /// Zeros for a model of so many layers, those of multi-token prediction included.
-    pub fn new(num_layers: usize) -> Self {
-        SquaresByPlace(vec![0.0; Self::len(num_layers)])
-    }
-
-    /// How many sums there are.
-    pub fn len(num_layers: usize) -> usize {
-        num_layers + 2
-    }
-
-    /// Adds (part of) the gradient of a parameter.
-    pub fn add(&mut self, param: &Param, gradient: View) {
-        let name = &param.parts[0].name;
-        let head = self.0.len() - 1;
-        let place = match layer_of(name) {
-            Some(layer) => 1 + layer,
-            None if name.starts_with("model.embed_tokens") => 0,
-            None => head,
-        };
-        self.0[place] += sum_squares(gradient);
-    }
-
-    /// The sums themselves.
-    pub fn into_sums(self) -> Vec<f64> {
-        self.0
-    }
-}
-
-/// The norms, out of sums of squares in the order of [`SquaresByPlace`].
-pub fn gradient_norms(squares: &[f64]) -> GradientNorms {
-    let norms: Vec<f64> = squares.iter().map(|squares| squares.sqrt()).collect();
-    match norms.as_slice() {
-        [embedding, layers @ .., head] => {
-            GradientNorms { embedding: *embedding, layers: layers.to_vec(), head: *head }
-        }
-        _ => GradientNorms::default(),
-    }
-}
 
 /// Everything that is known about a step that is not finite: each rank looks through its tensors and tells the others.
 ///

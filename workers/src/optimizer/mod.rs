@@ -1,9 +1,10 @@
-//! The update of a rank: gradients reduced, the global norm, AdamW on the rank's shard, weights gathered.
+//! The optimizer of a rank: its shard of the moments, and what the operations of an update do to gradients and weights.
 //!
-//! Knows parameters and replica groups, no layers and no files.
+//! Knows parameters and replica groups, no layers and no lanes.
 
-pub mod actor;
 pub mod buckets;
 pub mod inspect;
+pub mod squares;
 mod state;
+pub mod totals;
 pub mod update;

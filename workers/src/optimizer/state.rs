@@ -5,6 +5,7 @@ use std::ops::Range;
 use contraflow_kernels::tensor::Tensor;
 
 use super::buckets::Piece;
+use super::totals::TotalsLayout;
 use super::update::OptimizerState;
 use crate::checkpoint::{Kind, Records, Snapshot};
 use crate::comm::collectives::Collectives;
@@ -29,7 +30,7 @@ impl OptimizerState {
                 }
             }
         }
-        let rank = self.endpoint.rank();
+        let rank = self.rank;
         for (&layer, bias) in &params.dense.gate_biases {
             if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
                 let (name, len) = (gate_bias_name(layer), bias.len());
@@ -68,7 +69,7 @@ impl OptimizerState {
         &mut self,
         params: &mut RankParams,
         records: &Records,
-        collectives: &Collectives,
+        (collectives, world): (&Collectives, &[usize]),
     ) -> Result<(), RankError> {
         self.restore(params, records)?;
         for bucket in &self.buckets {
@@ -85,8 +86,12 @@ impl OptimizerState {
                 }
             }
         }
-        self.gather_weights(collectives, params)?;
-        self.gather_gates(params, records, collectives)
+        for bucket in self.buckets.iter().filter(|bucket| bucket.group.len() > 1) {
+            let own = self.own_weights(params, bucket.number);
+            let gathered = collectives.all_gather(&bucket.group, bucket.number, bucket.len, &own)?;
+            self.unpack(params, bucket.number, &gathered);
+        }
+        self.gather_gates(params, records, (collectives, world))
     }
 
     /// Biases and counts of the gates: one rank's part has each, and a sum with nothing else in it is what it was.
@@ -94,9 +99,9 @@ impl OptimizerState {
         &self,
         params: &mut RankParams,
         records: &Records,
-        collectives: &Collectives,
+        (collectives, world): (&Collectives, &[usize]),
     ) -> Result<(), RankError> {
-        let (num_experts, num_layers) = self.counts_shape;
+        let TotalsLayout { num_experts, num_layers } = self.layout;
         let (mut biases, mut counts) = (vec![0.0_f64; num_experts * num_layers], Vec::new());
         counts.resize(biases.len(), 0.0_f64);
         let of_layer = |layer: usize| layer * num_experts..(layer + 1) * num_experts;
@@ -112,7 +117,7 @@ impl OptimizerState {
             counts[of_layer(layer)].iter_mut().zip(own_counts).for_each(|(count, own)| *count = own as f64);
         }
         let both = [biases, counts].concat();
-        let both = collectives.all_reduce(&self.world, 0, both)?;
+        let both = collectives.all_reduce(world, 0, both)?;
         let (biases, counts) = both.split_at(num_experts * num_layers);
         for (&layer, own) in &mut params.dense.gate_biases {
             let biases = biases[of_layer(layer)].iter().map(|&bias| bias as f32).collect();

@@ -24,6 +24,7 @@ use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::params::RankParams;
+use crate::optimizer::totals::TotalsLayout;
 use crate::optimizer::update::{OptimizerSetup, OptimizerState};
 
 /// Everything a rank is told when it joins a job.
@@ -72,7 +73,7 @@ pub struct Built {
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
-    let plans = Plans::new(&recipe).map_err(wrong)?;
+    let plans = Plans::new(&recipe).map_err(wrong)?.replicated(assignment.keeper.is_some());
     let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
@@ -91,11 +92,8 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         recipe: recipe.optimizer.clone(),
         watch: recipe.watch.clone(),
         names: published_names(&recipe.model_config),
-        endpoint: assignment.endpoint.clone(),
-        world: topology.ranks().collect(),
-        num_experts: recipe.model_config.n_routed_experts,
-        num_layers: recipe.model_config.num_hidden_layers + recipe.model_config.num_nextn_predict_layers,
-        threads: threads.clone(),
+        rank,
+        layout: TotalsLayout::of(&recipe.model_config),
     };
     let mut params = RankParams { dense: model.dense, experts: model.experts };
     let mut optimizer = OptimizerState::new(setup, &params);
@@ -124,7 +122,9 @@ fn recover(
     let of = format!("the state after step {} in memory", recovered.step);
     let records = Records::in_memory(of, image.bytes.clone())?;
     let id = kept::step_id(formation, recovered.step);
-    optimizer.recover(params, &records, &Collectives { endpoint: &assignment.endpoint, id })?;
+    let world: Vec<usize> = assignment.recipe.topology().ranks().collect();
+    let collectives = Collectives { endpoint: &assignment.endpoint, id };
+    optimizer.recover(params, &records, (&collectives, &world))?;
     optimizer.watch = image.watch.clone();
     reports.iter_mut().for_each(|report| report.generation = assignment.generation);
     Ok((image.position, reports))

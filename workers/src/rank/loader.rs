@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use contraflow_runtime::fabric::{Endpoint, FabricError, Phase};
+use contraflow_runtime::fabric::{Endpoint, FabricError};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
 use crate::comm::address::StepId;
 use crate::comm::collectives::Collectives;
-use crate::data::batches::{Batch, BatchShape, Batches, Datasets, Part};
+use crate::data::batches::{Batch, Batches, Datasets, Task};
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::error::RankError;
 
@@ -24,10 +24,8 @@ pub enum LoaderMessage {
     Load {
         /// For which step.
         step: u64,
-        /// Which sequences.
-        part: Part,
-        /// How they are cut.
-        shape: BatchShape,
+        /// Which sequences, and how they are cut.
+        task: Task,
     },
 }
 
@@ -70,25 +68,21 @@ struct Source {
 
 impl Source {
     /// Reads this column's share, and adds up the loss weights of all columns where the shapes do not tell them.
-    fn load(&self, step: u64, part: Part, shape: BatchShape) -> Result<Batch, FabricError> {
+    fn load(&self, step: u64, task: Task) -> Result<Batch, FabricError> {
         let _at_work = self.endpoint.work();
-        let share = self.batches.load(part, shape);
-        let weights = match self.batches.known_weights(part, shape) {
+        let share = self.batches.load(task);
+        let weights = match self.batches.known_weights(task) {
             Some(weights) => weights,
-            None => self.sum(step, part, share.weights)?,
+            None => self.sum(step, task, share.weights)?,
         };
         let [denominator, mtp_denominator] = weights;
         Ok(Batch { micro_batches: share.micro_batches, denominator, mtp_denominator })
     }
 
     /// Counts of targets: whole numbers, so the order of the sum changes nothing.
-    fn sum(&self, step: u64, part: Part, own: [f64; 2]) -> Result<[f64; 2], FabricError> {
+    fn sum(&self, step: u64, task: Task, own: [f64; 2]) -> Result<[f64; 2], FabricError> {
         let (job, generation) = self.formation;
-        let phase = match part {
-            Part::Train { .. } => Phase::Train,
-            Part::Validation => Phase::Validate,
-        };
-        let id = StepId { job, generation, phase, step };
+        let id = StepId { job, generation, phase: task.kind.phase(), step };
         let collectives = Collectives { endpoint: &self.endpoint, id };
         let sums = collectives.all_reduce(&self.columns, LOSS_WEIGHTS, own.to_vec())?;
         Ok([sums[0], sums[1]])
@@ -120,11 +114,11 @@ impl Actor for Loader {
         message: LoaderMessage,
         state: &mut LoaderState,
     ) -> Result<(), ActorProcessingErr> {
-        let LoaderMessage::Load { step, part, shape } = message;
+        let LoaderMessage::Load { step, task } = message;
         state.probe.at(ProbePoint::Actor { rank: state.source.endpoint.rank(), step, name: "loader" });
         let (rank, source) = (state.rank.clone(), state.source.clone());
         tokio::task::spawn_blocking(move || {
-            let answer = match RankError::catch(|| Ok(source.load(step, part, shape)?)) {
+            let answer = match RankError::catch(|| Ok(source.load(step, task)?)) {
                 Ok(batch) => RankMessage::BatchLoaded { step, batch: Box::new(batch) },
                 Err(error) => RankMessage::ChildFailed { action: format!("loading step {step}"), error },
             };

@@ -2,6 +2,7 @@
 //!
 //! Made once per assignment. Knows who the children are and what they are given, not the order of things within a step.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -15,16 +16,19 @@ use super::checkpointer::{Checkpointer, CheckpointerMessage};
 use super::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
 use super::loader::{Loader, LoaderMessage, LoaderSetup};
 use crate::checkpoint::Snapshot;
+use crate::comm::address::StepId;
 use crate::comm::all_to_all::ExpertGroup;
-use crate::data::batches::Batch;
-use crate::engine::lanes::Site;
+use crate::data::batches::{Batch, Task};
 use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::engine::plans::Plans;
+use crate::engine::running::Site;
+use crate::engine::update::{SaveWhen, UpdateOrder};
 use crate::error::RankError;
 use crate::kept::{self, Keep};
+use crate::model::micro_batch::LossScales;
 use crate::model::params::{Params, RankParams};
-use crate::optimizer::actor::{Optimizer, OptimizerMessage, ReportUpdate};
-use crate::optimizer::update::{GlobalTotals, SaveWhen, UpdateOrder};
+use crate::optimizer::totals::GlobalTotals;
+use crate::optimizer::update::UpdateRates;
 
 /// The rank's actors.
 pub struct Children {
@@ -32,8 +36,6 @@ pub struct Children {
     pub pipeline: ActorRef<PipelineMessage>,
     /// Owns the routed experts.
     pub experts: ActorRef<ExpertShardMessage>,
-    /// Makes updates.
-    pub optimizer: ActorRef<OptimizerMessage>,
     /// Brings sequences.
     pub loader: ActorRef<LoaderMessage>,
     /// Writes files.
@@ -46,7 +48,6 @@ impl Children {
         let named = [
             (self.pipeline.get_id(), "the pipeline"),
             (self.experts.get_id(), "the expert shard"),
-            (self.optimizer.get_id(), "the optimizer"),
             (self.loader.get_id(), "the loader"),
             (self.checkpointer.get_id(), "the checkpointer"),
         ];
@@ -60,7 +61,7 @@ pub struct Upcoming {
     /// Of which step; 0 where none has been asked for.
     pub step: u64,
     /// The batch, once it is there.
-    pub batch: Option<Batch>,
+    pub batch: Option<Box<Batch>>,
 }
 
 /// A rank that has joined a job.
@@ -122,10 +123,34 @@ impl Member {
         step >= self.assignment.recipe.training.steps as u64
     }
 
-    /// Who must have the state of the step before this one in memory; nobody before the formation's second step.
-    pub fn kept_by(&self, step: u64) -> Option<usize> {
+    /// What the update of a step is told.
+    pub fn update_order(&self, step: u64, stop: Arc<AtomicBool>) -> UpdateOrder {
+        let (recipe, tokens) = (&self.assignment.recipe, self.position.tokens);
+        let rates = UpdateRates {
+            step,
+            learning_rate: recipe.lr_at(step as usize - 1, tokens),
+            bias_speed: recipe.bias_speed_at(tokens),
+        };
+        // Before the formation's second step nobody has a state of its own to replicate.
         let keeper = self.assignment.keeper.as_ref().filter(|_| step > self.first_step + 1);
-        keeper.map(|keeper| keeper.buddy)
+        UpdateOrder {
+            rates,
+            stop,
+            save: self.save_when(step),
+            replicate: self.keeper.is_some() && !self.is_last(step),
+            buddy: keeper.map(|keeper| keeper.buddy),
+        }
+    }
+
+    /// Divisors and factors of a batch's losses.
+    pub fn scales(&self, task: Task, batch: &Batch) -> LossScales {
+        let recipe = &self.assignment.recipe;
+        LossScales {
+            denominator: batch.denominator,
+            mtp_denominator: batch.mtp_denominator,
+            mtp_weight: recipe.mtp_weight_at(self.position.tokens),
+            balance: recipe.balance.sequence_alpha / task.shape.global_batch as f64,
+        }
     }
 
     /// Has the state after the present step kept in memory.
@@ -137,9 +162,9 @@ impl Member {
         }
     }
 
-    /// What the rank reports of an update. Of what several ranks know alike one reports: counts by layer the ranks of the
-    /// first column, norms rank 0.
-    pub fn report(&self, rank: usize, order: &UpdateOrder, global: GlobalTotals, tokens: u64) -> StepReport {
+    /// What all ranks know of a step, and what this one has sent in it. Of what several ranks know alike one reports: counts
+    /// by layer the ranks of the first column, norms rank 0.
+    pub fn report(&self, (rank, id): (usize, StepId), global: GlobalTotals) -> StepReport {
         let mtp_weight = self.assignment.recipe.mtp_weight_at(self.position.tokens);
         let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
         let reports_loads = self.assignment.recipe.topology().column(rank) == 0;
@@ -147,22 +172,18 @@ impl Member {
         let loads = global.expert_counts.into_iter().filter(|_| reports_loads).map(load).collect();
         StepReport {
             rank: rank as u32,
-            generation: order.id.generation,
-            step: order.id.step,
-            tokens,
+            generation: id.generation,
+            step: id.step,
             loss: global.loss,
             mtp_loss: has_mtp.then(|| global.mtp_loss / mtp_weight),
             balance_loss: global.balance_loss,
             grad_norm: global.grad_norm,
-            learning_rate: order.learning_rate,
-            seconds: self.began.elapsed().as_secs_f64(),
-            bubble_seconds: 0.0,
-            peak_live_chunks: 0,
             sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
             loads,
             gradient_norms: (rank == 0).then_some(global.gradient_norms),
             skipped: global.skipped,
             warning: global.warning,
+            ..StepReport::default()
         }
     }
 }
@@ -184,18 +205,21 @@ pub async fn join(
     let recipe = assignment.recipe.clone();
     let topology = recipe.topology();
     let at = topology.coordinates(rank_id);
+    let probe = assignment.probe.clone();
     let site = Site {
         endpoint: assignment.endpoint.clone(),
+        world: Arc::new(topology.ranks().collect()),
         group: ExpertGroup {
             ranks: topology.expert_group(rank_id),
             own: at.expert,
             experts_per_rank: recipe.model_config.n_routed_experts / topology.expert,
         },
+        buckets: Arc::new(optimizer.groups()),
         stages: Arc::new(model.stages),
         pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
         hidden_size: recipe.model_config.hidden_size,
+        probe: probe.clone(),
     };
-    let probe = assignment.probe.clone();
     let cell = || myself.get_cell();
     let rank = myself.clone();
     // If the rank is gone the job has ended and nobody asks any more: here and below.
@@ -207,20 +231,14 @@ pub async fn join(
         report: Arc::new(report_pipeline),
         pipeline: at.pipeline,
         arch,
+        optimizer,
         site,
         threads,
-        probe: probe.clone(),
     };
     let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
     let setup =
         ExpertShardSetup { rank: rank.clone(), rank_id, experts: model.experts, probe: probe.clone() };
     let (experts, _) = Actor::spawn_linked(None, ExpertShard, setup, cell()).await?;
-    let report_update: ReportUpdate = {
-        let rank = rank.clone();
-        Arc::new(move |done| drop(rank.cast(RankMessage::UpdateDone(Box::new(done)))))
-    };
-    let setup = (report_update, optimizer, probe.clone());
-    let (optimizer, _) = Actor::spawn_linked(None, Optimizer, setup, cell()).await?;
     let setup = LoaderSetup {
         rank: rank.clone(),
         endpoint: assignment.endpoint.clone(),
@@ -244,7 +262,7 @@ pub async fn join(
     let member = Member {
         assignment,
         plans,
-        children: Children { pipeline, experts, optimizer, loader, checkpointer },
+        children: Children { pipeline, experts, loader, checkpointer },
         dense: Some(model.dense),
         position,
         first_step: position.step,

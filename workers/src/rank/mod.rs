@@ -14,6 +14,7 @@ pub mod worker;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
@@ -27,11 +28,10 @@ use self::build::{Assignment, Built, build_rank};
 use self::member::{Member, join};
 use self::saving::Then;
 use crate::comm::address::StepId;
-use crate::data::batches::{Batch, BatchShape};
+use crate::data::batches::{Batch, Task};
 use crate::engine::pipeline::{PipelineEvent, PipelineMessage};
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
-use crate::optimizer::actor::UpdateDone;
 
 /// Takes a rank's events to the orchestrator.
 pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
@@ -55,8 +55,6 @@ pub enum RankMessage {
     ExpertsLent(Box<Params>),
     /// The pipeline's word on the running program.
     Pipeline(PipelineEvent),
-    /// The optimizer has ended.
-    UpdateDone(Box<UpdateDone>),
     /// The weights are on disk, or not.
     Exported {
         /// The parameters, back again.
@@ -80,24 +78,23 @@ pub enum RankMessage {
     },
 }
 
-/// What the rank is about, and what it still waits for.
-enum Task {
+/// What the rank does, and what it still waits for.
+enum Status {
     Idle,
-    /// A program needs its batch and the experts before it begins.
+    /// A task needs its batch and the experts before it begins.
     Gather {
         id: StepId,
-        shape: BatchShape,
-        batch: Option<Batch>,
-        experts: Option<Params>,
+        task: Task,
+        batch: Option<Box<Batch>>,
+        experts: Option<Box<Params>>,
         /// Lasts until both are there.
         _load: Span,
     },
-    /// The program runs, then perhaps the update.
+    /// The programs of a task run.
     Run {
-        shape: BatchShape,
-        denominators: (f64, f64),
-        bubble_s: f64,
-        peak_live_chunks: usize,
+        task: Task,
+        /// Targets of the global batch that count.
+        tokens: u64,
     },
     /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
     AwaitSaved {
@@ -118,9 +115,9 @@ pub struct RankState {
     id: usize,
     tell: Tell,
     member: Option<Member>,
-    task: Task,
-    /// The orchestrator wants the run to stop between two steps.
-    stop: bool,
+    status: Status,
+    /// The orchestrator wants the run to stop between two steps; heard until the totals of the running one.
+    stop: Arc<AtomicBool>,
     /// Spans of the rank's whole life and of what it is about. Never entered: they last until they are dropped.
     life: Span,
     doing: Span,
@@ -186,7 +183,7 @@ impl RankState {
         match command {
             RankCommand::BeginStep { step } => self.begin_step(step),
             RankCommand::Stop => {
-                self.stop = true;
+                self.stop.store(true, Ordering::Relaxed);
                 Ok(())
             }
             RankCommand::Validate => self.validate(),
@@ -201,7 +198,7 @@ impl RankState {
 
     fn pipeline_event(&mut self, event: PipelineEvent) -> Result<(), RankError> {
         match event {
-            PipelineEvent::Done(done) => return self.plan_done(*done),
+            PipelineEvent::Done(done) => return self.task_done(*done),
             PipelineEvent::Failed { action, error } => self.fail(action, &error),
             PipelineEvent::Aborted => (self.tell)(RankEvent::Aborted { rank: self.id }),
         }
@@ -209,7 +206,7 @@ impl RankState {
     }
 
     fn abort(&mut self, reason: String) {
-        self.task = Task::Over;
+        self.status = Status::Over;
         let abort = PipelineMessage::Abort { reason };
         let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
         if !matches!(heard, Some(Ok(()))) {
@@ -219,11 +216,11 @@ impl RankState {
     }
 
     /// The experts are here, for an export or for a program.
-    fn experts_lent(&mut self, lent: Params) -> Result<(), RankError> {
-        match &mut self.task {
-            Task::Lend { dir } => {
+    fn experts_lent(&mut self, lent: Box<Params>) -> Result<(), RankError> {
+        match &mut self.status {
+            Status::Lend { dir } => {
                 let dir = std::mem::take(dir);
-                self.export(dir, lent)
+                self.export(dir, *lent)
             }
             _ => self.experts_gathered(lent),
         }
@@ -231,23 +228,23 @@ impl RankState {
 
     /// What the rank is about, in words.
     fn doing(&self) -> String {
-        match &self.task {
-            Task::Idle => "waiting for a command".into(),
-            Task::Gather { id, .. } => format!("gathering step {}", id.step),
-            Task::Run { .. } => "running a step".into(),
-            Task::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
-            Task::Lend { .. } | Task::Export => "writing the weights".into(),
-            Task::Over => "ending".into(),
+        match &self.status {
+            Status::Idle => "waiting for a command".into(),
+            Status::Gather { id, .. } => format!("gathering step {}", id.step),
+            Status::Run { .. } => "running a step".into(),
+            Status::AwaitSaved { .. } => "waiting for a checkpoint to be written".into(),
+            Status::Lend { .. } | Status::Export => "writing the weights".into(),
+            Status::Over => "ending".into(),
         }
     }
 
     /// Tells the first failure and ends every wait; later ones are its consequences.
     fn fail(&mut self, action: String, error: &RankError) {
         let by_command = matches!(error, RankError::Fabric(FabricError::Aborted { .. }));
-        if matches!(self.task, Task::Over) || by_command {
+        if matches!(self.status, Status::Over) || by_command {
             return;
         }
-        self.task = Task::Over;
+        self.status = Status::Over;
         (self.tell)(RankEvent::Failed {
             rank: self.id,
             action,
@@ -274,7 +271,16 @@ impl Actor for Rank {
         (id, tell): (usize, Tell),
     ) -> Result<RankState, ActorProcessingErr> {
         let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
-        Ok(RankState { id, tell, member: None, task: Task::Idle, stop: false, life, doing, commanded })
+        Ok(RankState {
+            id,
+            tell,
+            member: None,
+            status: Status::Idle,
+            stop: Arc::default(),
+            life,
+            doing,
+            commanded,
+        })
     }
 
     async fn handle(
@@ -298,10 +304,9 @@ impl Actor for Rank {
                 Ok(())
             }
             RankMessage::Command(command, trace) => state.command(command, trace),
-            RankMessage::BatchLoaded { step, batch } => state.batch_loaded(step, *batch),
-            RankMessage::ExpertsLent(experts) => state.experts_lent(*experts),
+            RankMessage::BatchLoaded { step, batch } => state.batch_loaded(step, batch),
+            RankMessage::ExpertsLent(experts) => state.experts_lent(experts),
             RankMessage::Pipeline(event) => state.pipeline_event(event),
-            RankMessage::UpdateDone(done) => state.update_done(*done),
             RankMessage::Exported { params, result } => state.exported(*params, result),
             RankMessage::Saved { position, result } => state.saved(position, *result),
             RankMessage::ChildFailed { action, error } => {

@@ -14,7 +14,7 @@ use tracing::{Span, info_span};
 use super::checkpointer::CheckpointerMessage;
 use super::expert_shard::ExpertShardMessage;
 use super::member::gone;
-use super::{RankState, Task};
+use super::{RankState, Status};
 use crate::checkpoint::Snapshot;
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
@@ -34,7 +34,7 @@ impl RankState {
         let member = self.member()?;
         if member.is_saving {
             let _at_work = member.assignment.endpoint.work();
-            self.task = Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, _at_work };
+            self.status = Status::AwaitSaved { then: Then::Save { snapshot, goes_on }, _at_work };
             return Ok(());
         }
         member.is_saving = true;
@@ -61,35 +61,28 @@ impl RankState {
             }
         }
         self.member()?.is_saving = false;
-        match std::mem::replace(&mut self.task, Task::Idle) {
-            Task::AwaitSaved { then: Then::Save { snapshot, goes_on }, .. } => self.save(snapshot, goes_on),
-            Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, .. } => {
+        match std::mem::replace(&mut self.status, Status::Idle) {
+            Status::AwaitSaved { then: Then::Save { snapshot, goes_on }, .. } => self.save(snapshot, goes_on),
+            Status::AwaitSaved { then: Then::Diverge { divergence, cursor }, .. } => {
                 (self.tell)(RankEvent::Diverged { rank, divergence, cursor });
                 Ok(())
             }
-            task => {
-                self.task = task;
+            status => {
+                self.status = status;
                 Ok(())
             }
         }
     }
 
-    /// Takes the parameters back, unchanged, and waits for what the orchestrator makes of it.
-    pub(super) fn diverged(
-        &mut self,
-        params: RankParams,
-        divergence: Box<Divergence>,
-    ) -> Result<(), RankError> {
-        let Task::Run { shape, .. } = self.task else { return Ok(()) };
-        self.task = Task::Idle;
+    /// Nothing was updated: the rank waits for what the orchestrator makes of it.
+    pub(super) fn diverged(&mut self, divergence: Box<Divergence>, cursor: u64) -> Result<(), RankError> {
+        let rank = self.id;
         let member = self.member()?;
-        member.give_back(params)?;
-        let cursor = member.position.cursor + shape.global_batch as u64;
         if member.is_saving {
             let _at_work = member.assignment.endpoint.work();
-            self.task = Task::AwaitSaved { then: Then::Diverge { divergence, cursor }, _at_work };
+            self.status = Status::AwaitSaved { then: Then::Diverge { divergence, cursor }, _at_work };
         } else {
-            (self.tell)(RankEvent::Diverged { rank: self.id, divergence, cursor });
+            (self.tell)(RankEvent::Diverged { rank, divergence, cursor });
         }
         Ok(())
     }
@@ -97,13 +90,13 @@ impl RankState {
     /// Borrows the experts first.
     pub(super) fn begin_export(&mut self, dir: PathBuf) -> Result<(), RankError> {
         self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id));
-        self.task = Task::Lend { dir };
+        self.status = Status::Lend { dir };
         let experts = &self.member()?.children.experts;
         experts.cast(ExpertShardMessage::Lend { step: 0 }).map_err(gone("the expert shard"))
     }
 
     pub(super) fn export(&mut self, dir: PathBuf, experts: Params) -> Result<(), RankError> {
-        self.task = Task::Export;
+        self.status = Status::Export;
         let rank = self.id;
         let member = self.member()?;
         let params = Box::new(member.take_params(experts)?);
@@ -120,8 +113,8 @@ impl RankState {
     ) -> Result<(), RankError> {
         let rank = self.id;
         let file = result?;
-        let Task::Export = self.task else { return Ok(()) };
-        self.task = Task::Idle;
+        let Status::Export = self.status else { return Ok(()) };
+        self.status = Status::Idle;
         self.doing = Span::none();
         let member = self.member()?;
         member.give_back(params)?;

@@ -1,32 +1,27 @@
-//! The order of things within a step, read from top to bottom: load a batch and borrow the experts, run the plan, update,
-//! report, begin the next one. A validation is the first half of it.
+//! The order of things around a task, read from top to bottom: load a batch and borrow the experts, run the programs, report,
+//! begin the next step.
 //!
-//! Tensors only pass through: what the lanes share while a plan runs is in [`crate::engine::transit`].
+//! Tensors only pass through: what a task does is in its programs, which [`crate::engine`] runs.
 
 use std::time::Instant;
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::fabric::Phase;
-use contraflow_runtime::schedule::Mode;
 use contraflow_runtime::trace::SPAN;
 use tracing::{Span, info_span};
 
 use super::expert_shard::ExpertShardMessage;
 use super::loader::LoaderMessage;
 use super::member::{Upcoming, gone};
-use super::{RankState, Task};
+use super::{RankState, Status};
 use crate::comm::address::StepId;
-use crate::data::batches::{Batch, BatchShape, Part};
-use crate::engine::pipeline::{PipelineMessage, PipelineOrder, PlanDone};
+use crate::data::batches::{Batch, BatchShape, Task, TaskKind};
+use crate::engine::pipeline::{PipelineMessage, PipelineOrder, TaskDone, Updated};
 use crate::engine::plans::{train_shape, validation_shape};
 use crate::engine::probe::ProbePoint;
 use crate::error::RankError;
-use crate::model::micro_batch::LossScales;
-use crate::model::params::{Params, RankParams};
-use crate::optimizer::actor::{OptimizerMessage, UpdateDone};
-use crate::optimizer::update::UpdateOrder;
+use crate::model::params::Params;
 
 impl RankState {
     pub(super) fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
@@ -35,12 +30,11 @@ impl RankState {
         let member = self.member()?;
         member.assignment.endpoint.activity().begin_step(step);
         member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
-        member.began = Instant::now();
         member.sent_before = member.assignment.endpoint.sent_bytes();
         let recipe = &member.assignment.recipe;
         let shape = train_shape(recipe, recipe.batch_size_at(member.position.tokens));
-        let part = Part::Train { cursor: member.position.cursor };
-        self.gather(Phase::Train, step, part, shape)
+        let start = member.position.cursor;
+        self.gather(step, Task { kind: TaskKind::Train, shape, start })
     }
 
     pub(super) fn validate(&mut self) -> Result<(), RankError> {
@@ -48,7 +42,7 @@ impl RankState {
         let member = self.member()?;
         let available = member.assignment.datasets.validation.num_sequences();
         match validation_shape(&member.assignment.recipe, available) {
-            Some(shape) => self.gather(Phase::Validate, 0, Part::Validation, shape),
+            Some(shape) => self.gather(0, Task { kind: TaskKind::Evaluate, shape, start: 0 }),
             None => {
                 (self.tell)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
                 Ok(())
@@ -56,21 +50,22 @@ impl RankState {
         }
     }
 
-    /// Asks for what a program needs.
-    fn gather(&mut self, phase: Phase, step: u64, part: Part, shape: BatchShape) -> Result<(), RankError> {
+    /// Asks for what a task needs.
+    fn gather(&mut self, step: u64, task: Task) -> Result<(), RankError> {
         let member = self.member()?;
+        member.began = Instant::now();
         let (job, generation) = (member.assignment.job, member.assignment.generation);
         let children = &member.children;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
-        let batch = if phase == Phase::Train && member.upcoming.step == step {
+        let batch = if task.kind == TaskKind::Train && member.upcoming.step == step {
             member.upcoming.batch.take()
         } else {
-            children.loader.cast(LoaderMessage::Load { step, part, shape }).map_err(gone("the loader"))?;
+            children.loader.cast(LoaderMessage::Load { step, task }).map_err(gone("the loader"))?;
             None
         };
-        let id = StepId { job, generation, phase, step };
+        let id = StepId { job, generation, phase: task.kind.phase(), step };
         let _load = info_span!(target: SPAN, parent: &self.doing, "load");
-        self.task = Task::Gather { id, shape, batch, experts: None, _load };
+        self.status = Status::Gather { id, task, batch, experts: None, _load };
         Ok(())
     }
 
@@ -83,133 +78,107 @@ impl RankState {
         }
         let recipe = &member.assignment.recipe;
         let next = train_shape(recipe, recipe.batch_size_at(member.position.tokens + tokens));
-        let part = Part::Train { cursor: member.position.cursor + shape.global_batch as u64 };
+        let start = member.position.cursor + shape.global_batch as u64;
         member.upcoming = Upcoming { step: step + 1, batch: None };
-        let load = LoaderMessage::Load { step: step + 1, part, shape: next };
+        let task = Task { kind: TaskKind::Train, shape: next, start };
+        let load = LoaderMessage::Load { step: step + 1, task };
         member.children.loader.cast(load).map_err(gone("the loader"))
     }
 
-    pub(super) fn batch_loaded(&mut self, step: u64, loaded: Batch) -> Result<(), RankError> {
-        match &mut self.task {
-            Task::Gather { id, batch, .. } if id.step == step => *batch = Some(loaded),
+    pub(super) fn batch_loaded(&mut self, step: u64, loaded: Box<Batch>) -> Result<(), RankError> {
+        match &mut self.status {
+            Status::Gather { id, batch, .. } if id.step == step => *batch = Some(loaded),
             _ => self.member()?.upcoming.batch = Some(loaded),
         }
         self.run_if_gathered()
     }
 
-    pub(super) fn experts_gathered(&mut self, lent: Params) -> Result<(), RankError> {
-        if let Task::Gather { experts, .. } = &mut self.task {
+    pub(super) fn experts_gathered(&mut self, lent: Box<Params>) -> Result<(), RankError> {
+        if let Status::Gather { experts, .. } = &mut self.status {
             *experts = Some(lent);
         }
         self.run_if_gathered()
     }
 
-    /// Starts the program once batch and experts are there.
+    /// Starts the task once batch and experts are there.
     fn run_if_gathered(&mut self) -> Result<(), RankError> {
-        let Task::Gather { id, shape, batch, experts, .. } = &mut self.task else { return Ok(()) };
-        let (id, shape) = (*id, *shape);
+        let Status::Gather { id, task, batch, experts, .. } = &mut self.status else { return Ok(()) };
+        let (id, task) = (*id, *task);
         let (Some(_), Some(_)) = (&batch, &experts) else { return Ok(()) };
         let (Some(batch), Some(experts)) = (batch.take(), experts.take()) else { return Ok(()) };
-        let denominators = (batch.denominator, batch.mtp_denominator);
-        self.task = Task::Run { shape, denominators, bubble_s: 0.0, peak_live_chunks: 0 };
-        let (rank, span) = (self.id, self.doing.clone());
+        let tokens = batch.denominator as u64;
+        self.status = Status::Run { task, tokens };
+        let (span, stop) = (self.doing.clone(), self.stop.clone());
         let member = self.member()?;
-        let recipe = member.assignment.recipe.clone();
-        let mode = if id.phase == Phase::Train { Mode::Train } else { Mode::ForwardOnly };
         let wrong = |message| RankError::Content { path: "plan".into(), message };
-        let planned = member.plans.get(shape.micro_batches, mode).map_err(wrong)?;
-        let scales = LossScales {
-            denominator: batch.denominator,
-            mtp_denominator: batch.mtp_denominator,
-            mtp_weight: recipe.mtp_weight_at(member.position.tokens),
-            balance: recipe.balance.sequence_alpha / shape.global_batch as f64,
-        };
+        let planned = member.plans.get(task.shape.micro_batches, task.kind).map_err(wrong)?;
+        let update = task.kind.has_backward().then(|| member.update_order(id.step, stop));
         let order = PipelineOrder {
             id,
-            program: planned.programs[recipe.topology().coordinates(rank).pipeline].clone(),
-            plan: planned.plan.clone(),
+            kind: task.kind,
+            planned,
+            scales: member.scales(task, &batch),
             batches: batch.micro_batches,
-            scales,
-            params: member.take_params(experts)?,
+            params: member.take_params(*experts)?,
+            update,
+            began: member.began,
             span,
         };
-        let begin = PipelineMessage::BeginStep(Box::new(order));
+        let begin = PipelineMessage::Begin(Box::new(order));
         member.children.pipeline.cast(begin).map_err(gone("the pipeline"))?;
-        match id.phase {
-            Phase::Train => self.prefetch(id.step, shape, denominators.0 as u64),
-            _ => Ok(()),
+        match task.kind {
+            TaskKind::Train => self.prefetch(id.step, task.shape, tokens),
+            TaskKind::Evaluate => Ok(()),
         }
     }
 
-    pub(super) fn plan_done(&mut self, done: PlanDone) -> Result<(), RankError> {
-        let PlanDone { id, params, totals, bubble, .. } = done;
-        let Task::Run { shape, bubble_s, peak_live_chunks, .. } = &mut self.task else { return Ok(()) };
-        *bubble_s = bubble.as_secs_f64();
-        *peak_live_chunks = totals.peak_live_chunks;
-        let shape = *shape;
-        if id.phase == Phase::Validate {
-            return self.validated(params, totals.loss, shape);
-        }
-        let (stop, span) = (self.stop, self.doing.clone());
-        let member = self.member()?;
-        let recipe = &member.assignment.recipe;
-        let order = UpdateOrder {
-            id: StepId { phase: Phase::Update, ..id },
-            learning_rate: recipe.lr_at(id.step as usize - 1, member.position.tokens),
-            bias_speed: recipe.bias_speed_at(member.position.tokens),
-            stop,
-            save: member.save_when(id.step),
-            keep: member.keeper.is_some() && !member.is_last(id.step),
-            kept_by: member.kept_by(id.step),
-        };
-        let (params, totals) = (Box::new(params), Box::new(totals));
-        let update = OptimizerMessage::Update { order, params, totals, span };
-        member.children.optimizer.cast(update).map_err(gone("the optimizer"))
-    }
-
-    fn validated(&mut self, params: RankParams, loss: f64, shape: BatchShape) -> Result<(), RankError> {
+    pub(super) fn task_done(&mut self, done: TaskDone) -> Result<(), RankError> {
+        let TaskDone { id, params, totals, recording, update } = done;
+        let Status::Run { task, tokens } = self.status else { return Ok(()) };
+        self.status = Status::Idle;
+        self.doing = Span::none();
         let rank = self.id;
         let member = self.member()?;
         member.give_back(params)?;
-        let tokens = (shape.global_batch * member.assignment.recipe.training.sequence_length) as u64;
-        self.task = Task::Idle;
-        self.doing = Span::none();
-        (self.tell)(RankEvent::Validated { rank, loss, tokens });
-        Ok(())
-    }
-
-    pub(super) fn update_done(&mut self, done: UpdateDone) -> Result<(), RankError> {
-        let UpdateDone { order, params, result, saved, kept } = done;
+        let (seconds, step) = (member.began.elapsed().as_secs_f64(), id.step);
+        let recorded = ProbePoint::Recorded { rank, step, recording: &recording, seconds };
+        member.assignment.probe.at(recorded);
+        let Some(Updated { order, result, saved, replicated }) = update else {
+            return self.evaluated(totals.loss, task.shape);
+        };
+        let cursor = member.position.cursor + task.shape.global_batch as u64;
         let global = match result {
-            Err(RankError::Diverged(divergence)) => return self.diverged(params, divergence),
-            result => result?,
+            Ok(global) => global,
+            Err(divergence) => return self.diverged(divergence, cursor),
         };
-        let Task::Run { shape, bubble_s, peak_live_chunks, denominators } = self.task else { return Ok(()) };
-        self.task = Task::Idle;
-        self.doing = Span::none();
-        let id = self.id;
-        let member = self.member()?;
-        member.give_back(params)?;
         let stop = global.stop;
-        let mut report = member.report(id, &order, global, denominators.0 as u64);
-        report.bubble_seconds = bubble_s;
-        report.peak_live_chunks = peak_live_chunks as u32;
-        let step = order.id.step;
-        member.position = Position {
-            step,
-            cursor: member.position.cursor + shape.global_batch as u64,
-            tokens: member.position.tokens + report.tokens,
+        let report = StepReport {
+            tokens,
+            learning_rate: order.rates.learning_rate,
+            seconds,
+            bubble_seconds: recording.bubble_s,
+            peak_live_chunks: totals.peak_live_chunks as u32,
+            ..member.report((rank, id), global)
         };
-        let is_last = member.is_last(step);
-        if let Some(snapshot) = kept {
+        let tokens = member.position.tokens + tokens;
+        member.position = Position { step, cursor, tokens };
+        let goes_on = !member.is_last(step) && !stop;
+        if let Some(snapshot) = replicated {
             member.keep(snapshot, &report);
         }
         self.report(report, stop);
-        let goes_on = !is_last && !stop;
         match saved {
             Some(snapshot) => self.save(Box::new(snapshot), goes_on),
             None => self.go_on(goes_on),
         }
+    }
+
+    fn evaluated(&mut self, loss: f64, shape: BatchShape) -> Result<(), RankError> {
+        let rank = self.id;
+        let length = self.member()?.assignment.recipe.training.sequence_length;
+        let tokens = (shape.global_batch * length) as u64;
+        (self.tell)(RankEvent::Validated { rank, loss, tokens });
+        Ok(())
     }
 
     fn report(&self, report: StepReport, stop: bool) {

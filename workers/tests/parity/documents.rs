@@ -1,6 +1,6 @@
 //! Documents packed into one sequence without attention across them: the same losses as of each document by itself.
 
-use contraflow_runtime::schedule::Mode;
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::sequences::Sequences;
 use contraflow_workers::model::micro_batch::LossScales;
 
@@ -22,7 +22,8 @@ fn losses(fixture: &Fixture, ids: &[u32], end: u32, step: u64, rank: &mut OneRan
     let sequences = Sequences::new(ids.to_vec(), targets, ids.len()).cut_at(end);
     let mtp_weight = if fixture.config.mtp_layer().is_some() { 1.0 } else { 0.0 };
     let scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight, balance: 0.0 };
-    let totals = rank.run(Mode::Train, step, &Batch { micro_batches: vec![sequences], scales }, |_, _| {});
+    let totals =
+        rank.run(TaskKind::Train, step, &Batch { micro_batches: vec![sequences], scales }, |_, _| {});
     (totals.loss, totals.mtp_loss)
 }
 

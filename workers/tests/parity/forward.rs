@@ -8,12 +8,13 @@ use contraflow_kernels::gate::Routing;
 use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
-use contraflow_runtime::schedule::{Component, Mode, Pass, TransferKind, Work};
-use contraflow_workers::engine::compute::Totals;
+use contraflow_runtime::schedule::{Component, Pass, TransferKind, Work};
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::model::attention;
 use contraflow_workers::model::head::{self, LossHead};
 use contraflow_workers::model::micro_batch::MicroBatch;
 use contraflow_workers::model::params::ParamId;
+use contraflow_workers::optimizer::totals::Totals;
 
 use crate::findings::{ACTIVATIONS, Findings, LOGITS, LOSS, Mark};
 use crate::fixture::{Fixture, Truth};
@@ -46,7 +47,7 @@ impl Walk {
         };
         let Walk { rank, batch, outputs, routed, joined, embedded, .. } = &mut walk;
         let config = rank.arch.config.clone();
-        walk.totals = rank.run(Mode::ForwardOnly, 0, batch, |op, transit| {
+        walk.totals = rank.run(TaskKind::Evaluate, 0, batch, |op, transit| {
             let Work::Component { pass: Pass::Forward, chunk, layer, component } = op.work else { return };
             let end = || transit.share(TransferKind::Activation, chunk).unwrap();
             match component {

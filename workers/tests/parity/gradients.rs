@@ -1,7 +1,7 @@
 //! Gradients out of whole training programs: with one micro-batch, with one per sequence, with two stages on the rank.
 
 use contraflow_kernels::gate;
-use contraflow_runtime::schedule::Mode;
+use contraflow_workers::data::batches::TaskKind;
 
 use crate::findings::{Findings, LOSS, Mark};
 use crate::fixture::Fixture;
@@ -25,7 +25,7 @@ pub fn of_the_main_loss(fixture: &Fixture, findings: &mut Findings) {
     let Some(rows) = fixture.sequences() else { return };
     for way in ways(&fixture.config) {
         let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, way.schedule);
-        let totals = rank.run(Mode::Train, 1, &Batch::new(&rows, way, 0.0), |_, _| {});
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, 0.0), |_, _| {});
         if let Some(truth) = fixture.values.get("loss") {
             findings.compare("loss in training", "loss", &truth.values, &[totals.loss as f32], LOSS);
         }
@@ -48,7 +48,7 @@ pub fn of_the_balance_loss(fixture: &Fixture, findings: &mut Findings) {
     findings.compare("balance loss", "balance.per_layer", &per_layer.values, &found, LOSS);
     for way in ways(&fixture.config) {
         let mut rank = load(way);
-        let totals = rank.run(Mode::Train, 1, &Batch::new(&rows, way, 0.0).balance_only(), |_, _| {});
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, 0.0).balance_only(), |_, _| {});
         findings.check(totals.loss == 0.0, || format!("expected no loss but balance, got {}", totals.loss));
         let sum = per_layer.values.iter().sum();
         findings.compare(

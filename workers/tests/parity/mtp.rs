@@ -5,7 +5,7 @@
 
 use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::schedule::Mode;
+use contraflow_workers::data::batches::TaskKind;
 
 use crate::findings::{ACTIVATIONS, Findings, LOGITS, LOSS};
 use crate::fixture::Fixture;
@@ -70,7 +70,7 @@ pub fn gradients(fixture: &Fixture, findings: &mut Findings) {
     let Some((rows, weight)) = task(fixture) else { return };
     for way in ways(&fixture.config) {
         let mut rank = OneRank::load(fixture.config.clone(), &fixture.dir, way.schedule);
-        let totals = rank.run(Mode::Train, 1, &Batch::new(&rows, way, weight), |_, _| {});
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, weight), |_, _| {});
         if let Some(truth) = fixture.values.get("mtp.loss") {
             let found = (totals.mtp_loss / weight) as f32;
             findings.compare("mtp loss in training", "mtp.loss", &truth.values, &[found], LOSS);

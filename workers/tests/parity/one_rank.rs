@@ -11,20 +11,28 @@ use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::schedule::{Mode, Op, ScheduleKind, StageLayout, check, lower};
+use contraflow_runtime::schedule::{
+    Op, Program, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check, lower,
+};
 use contraflow_runtime::topology::Topology;
 use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::ExpertGroup;
+use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::sequences::Sequences;
-use contraflow_workers::engine::compute::{Compute, Totals};
-use contraflow_workers::engine::lanes::{LaneEvent, Lanes, Running, RunningParts, Site};
+use contraflow_workers::engine::compute::Compute;
+use contraflow_workers::engine::lanes::{LaneEvent, Lanes};
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::running::{Running, Site, Workload};
+use contraflow_workers::engine::step::{Next, Part, next};
 use contraflow_workers::engine::transit::Transit;
+use contraflow_workers::engine::update::{SaveWhen, Update, UpdateOrder};
 use contraflow_workers::hf::weights::HfWeights;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
-use contraflow_workers::model::params::{Param, Part, RankParams, gate_bias_name};
+use contraflow_workers::model::params::{self, Param, RankParams, gate_bias_name};
 use contraflow_workers::model::{Architecture, Stage};
+use contraflow_workers::optimizer::totals::{GlobalTotals, Totals};
+use contraflow_workers::optimizer::update::{OptimizerState, UpdateRates};
 
 /// A schedule, and the number of sequences of its micro-batches (`None`: all in one).
 #[derive(Clone, Copy, Debug)]
@@ -118,32 +126,78 @@ impl OneRank {
         }
     }
 
-    /// Runs one step's program, its operations in issue order; `look` is called after each of them.
+    /// Runs the passes of one step, their operations in issue order; `look` is called after each of them.
     pub fn run(
         &mut self,
-        mode: Mode,
+        kind: TaskKind,
         step: u64,
         batch: &Batch,
         mut look: impl FnMut(&Op, &Transit),
     ) -> Totals {
-        let (plan, _) = self.schedule.plan(1, batch.micro_batches.len(), mode).unwrap();
+        let (plan, _) = self.schedule.plan(1, batch.micro_batches.len(), kind.mode()).unwrap();
         let mut programs = lower(&plan, Some(&self.layouts), 1);
         check(&plan, &programs).unwrap_or_else(|faults| panic!("{faults:?}"));
-        let program = Arc::new(programs.remove(0));
         let prepare = |sequences: &Sequences| MicroBatch::new(&self.arch, sequences.clone(), &batch.scales);
         let batches = batch.micro_batches.iter().map(prepare).collect();
-        let RankParams { dense, experts } = &mut self.params;
-        let (dense, experts) = (std::mem::take(dense), std::mem::take(experts));
-        let train = mode == Mode::Train;
-        let compute = Compute::new(self.arch.clone(), self.stages.clone(), dense, experts, train);
-        let id = self.step_id(if train { Phase::Train } else { Phase::Validate }, step);
-        let span = tracing::Span::none();
-        let parts = RunningParts { id, program: program.clone(), batches, compute, span };
-        let running = Arc::new(Running::new(&self.site(), parts));
+        let compute = Compute::new(self.arch.clone(), self.stages.clone(), self.take_params(), kind);
+        let workload = Workload { batches, transit: Transit::default(), compute, update: None };
+        let Workload { compute, transit, .. } =
+            self.run_program(step, programs.remove(0), workload, &mut look);
+        assert!(!kind.has_backward() || compute.num_left() + transit.num_left() == 0);
+        let Compute { params, totals, .. } = compute;
+        self.params = params;
+        totals
+    }
 
+    /// Updates the weights by the gradients that are there: both halves of a step without its passes.
+    pub fn update(
+        &mut self,
+        optimizer: &mut Option<OptimizerState>,
+        rates: UpdateRates,
+        totals: Totals,
+    ) -> GlobalTotals {
+        let topology = Topology { pipeline: 1, expert: 1, data: 1 };
+        let buckets = buckets(&self.schedule.placement(1), &self.layouts, &topology);
+        let sharding = Sharding { buckets, replicated: false };
+        let step = StepPrograms::new(vec![Program::default()], &sharding);
+        let kind = TaskKind::Train;
+        let mut compute = Compute::new(self.arch.clone(), self.stages.clone(), self.take_params(), kind);
+        compute.totals = totals;
+        let save = SaveWhen::Never;
+        let order = UpdateOrder { rates, stop: Arc::default(), save, replicate: false, buddy: None };
+        let update = Some(Update::new(order, optimizer.take().unwrap()));
+        let workload = Workload { batches: Vec::new(), transit: Transit::default(), compute, update };
+        let look = &mut |_: &Op, _: &Transit| {};
+        let mut workload = self.run_program(rates.step, step.gradients[0].clone(), workload, look);
+        let comes = next(Part::Passes, workload.update.as_mut()).unwrap();
+        assert!(matches!(comes, Next::Run(Part::Update)), "{comes:?}");
+        let workload = self.run_program(rates.step, step.update[0].clone(), workload, look);
+        self.params = workload.compute.params;
+        self.params.clear_gradients();
+        let update = workload.update.unwrap();
+        *optimizer = Some(update.optimizer);
+        update.global.unwrap()
+    }
+
+    fn take_params(&mut self) -> RankParams {
+        let RankParams { dense, experts } = &mut self.params;
+        RankParams { dense: std::mem::take(dense), experts: std::mem::take(experts) }
+    }
+
+    fn run_program(
+        &self,
+        step: u64,
+        program: Program,
+        workload: Workload,
+        look: &mut impl FnMut(&Op, &Transit),
+    ) -> Workload {
+        let (program, phase) = (Arc::new(program), Phase::Train);
+        let id = StepId { job: 0, generation: 0, phase, step };
+        let running =
+            Arc::new(Running::new(&self.site(), (id, program.clone()), workload, tracing::Span::none()));
         let (report, events) = channel();
         let report = Arc::new(move |event| report.send(event).unwrap());
-        let mut lanes = Lanes::new(self.threads.clone(), Probe::default(), report);
+        let mut lanes = Lanes::new(self.threads.clone(), report);
         for (op_id, op) in program.ops.iter().enumerate() {
             lanes.issue(&running, op_id);
             if let LaneEvent::Failed { error, .. } = events.recv().unwrap() {
@@ -151,16 +205,14 @@ impl OneRank {
             }
             look(op, &running.transit);
         }
-        let running = Arc::into_inner(running).unwrap();
-        let compute = running.compute.into_inner().unwrap();
-        assert!(!train || compute.num_left() + running.transit.num_left() == 0);
-        self.params = RankParams { dense: compute.dense, experts: compute.experts };
-        compute.totals
+        Arc::into_inner(running).unwrap().into_workload()
     }
 
     fn site(&self) -> Site {
         Site {
             endpoint: self.endpoint.clone(),
+            world: Arc::new(vec![0]),
+            buckets: Arc::default(),
             group: ExpertGroup {
                 ranks: vec![0],
                 own: 0,
@@ -169,14 +221,11 @@ impl OneRank {
             stages: self.stages.clone(),
             pipeline_peers: vec![0],
             hidden_size: self.arch.config.hidden_size,
+            probe: Probe::default(),
         }
     }
 
-    pub fn step_id(&self, phase: Phase, step: u64) -> StepId {
-        StepId { job: 0, generation: 0, phase, step }
-    }
-
-    fn find(&self, name: &str) -> Option<(&Param, &Part)> {
+    fn find(&self, name: &str) -> Option<(&Param, &params::Part)> {
         let params = self.params.dense.iter().chain(self.params.experts.iter());
         params
             .flat_map(|param| param.parts.iter().map(move |part| (param, part)))

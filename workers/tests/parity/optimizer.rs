@@ -1,9 +1,9 @@
 //! Twenty updates: the losses, the experts' loads and the weights of a whole trace through the rank's optimizer.
 
-use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
-use contraflow_runtime::schedule::Mode;
-use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, SaveWhen, UpdateOrder};
+use contraflow_workers::data::batches::TaskKind;
+use contraflow_workers::optimizer::totals::TotalsLayout;
+use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
 
 use crate::findings::{Findings, LOSS, Mark};
@@ -52,11 +52,8 @@ fn setup(rank: &OneRank, decay: Decay) -> OptimizerSetup {
             collapse_steps: 50,
         },
         names: published_names(&rank.arch.config),
-        endpoint: rank.endpoint.clone(),
-        world: vec![0],
-        num_experts: rank.arch.config.n_routed_experts,
-        num_layers: rank.arch.config.num_hidden_layers,
-        threads: rank.threads.clone(),
+        rank: 0,
+        layout: TotalsLayout::of(&rank.arch.config),
     }
 }
 
@@ -66,7 +63,7 @@ fn norm(values: &[f32]) -> f64 {
 
 fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, decay): (&str, Decay)) {
     let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, PLAIN.schedule);
-    let mut optimizer = OptimizerState::new(setup(&rank, decay), &rank.params);
+    let mut optimizer = Some(OptimizerState::new(setup(&rank, decay), &rank.params));
     let prefix = format!("{variant}.");
     let values: Vec<(&str, &Truth)> =
         fixture.optim.iter().filter_map(|(key, truth)| Some((key.strip_prefix(&prefix)?, truth))).collect();
@@ -76,23 +73,14 @@ fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, 
     let mut last_gradients = Vec::new();
     for (index, (rows, &learning_rate)) in rows.chunks(rows.len() / rates.len()).zip(rates).enumerate() {
         let step = index as u64 + 1;
-        let totals = rank.run(Mode::Train, step, &Batch::new(rows, PLAIN, 0.0), |_, _| {});
+        let totals = rank.run(TaskKind::Train, step, &Batch::new(rows, PLAIN, 0.0), |_, _| {});
         if index + 1 == rates.len() {
             let names = values.iter().filter_map(|(key, _)| key.strip_prefix("last_clipped_grad_norm."));
             last_gradients =
                 names.map(|name| (name, rank.gradient(name).map(|gradient| norm(&gradient)))).collect();
         }
-        let id = rank.step_id(Phase::Update, step);
-        let order = UpdateOrder {
-            id,
-            learning_rate,
-            bias_speed: BIAS_SPEED,
-            stop: false,
-            save: SaveWhen::Never,
-            keep: false,
-            kept_by: None,
-        };
-        let global = optimizer.update(&order, &mut rank.params, &totals).unwrap();
+        let rates = UpdateRates { step, learning_rate, bias_speed: BIAS_SPEED };
+        let global = rank.update(&mut optimizer, rates, totals);
         losses.push(global.loss as f32);
         norms.push(global.grad_norm as f32);
         counts.extend(global.expert_counts.values().flatten().map(|&count| count as f32));

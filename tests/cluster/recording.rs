@@ -1,0 +1,110 @@
+//! What a rank records of a task is its program, operation by operation, and takes the time that the rank reports.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use contraflow_runtime::schedule::{Lane, Program, Span, Timeline, Work};
+use contraflow_workers::data::batches::TaskKind;
+use contraflow_workers::engine::plans::Plans;
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
+use contraflow_workers::engine::step::Part;
+
+use crate::lab::{FOUR_RANKS, Lab, Layout, Setup, layout};
+
+/// A recorded task.
+struct Record {
+    programs: Vec<Arc<Program>>,
+    timeline: Timeline,
+    bubble_s: f64,
+    seconds: f64,
+}
+
+/// By rank and step; the validation is step 0.
+type Records = BTreeMap<(usize, u64), Record>;
+
+/// Runs a layout in which every first operation of a compute lane takes a while.
+fn record(lab: &Lab, layout: Layout, pause: Duration) -> Records {
+    let records: Arc<Mutex<Records>> = Arc::default();
+    let noted = records.clone();
+    let probe = Probe::new(move |point| match point {
+        ProbePoint::Recorded { rank, step, recording, seconds } => {
+            let record = Record {
+                programs: recording.programs.clone(),
+                timeline: recording.timeline.clone(),
+                bubble_s: recording.bubble_s,
+                seconds,
+            };
+            noted.lock().unwrap().insert((rank, step), record);
+        }
+        ProbePoint::Op { op, .. } if op.lane == Lane::Compute && op.action == Some(0) => {
+            std::thread::sleep(pause);
+        }
+        _ => {}
+    });
+    let finished = lab.run(Setup { probe, ..lab.setup(layout, &["training.steps=3"]) });
+    assert_eq!(finished.losses().len(), 3);
+    std::mem::take(&mut records.lock().unwrap())
+}
+
+/// Every operation began when what it waits for had ended, and no lane did two at once.
+fn assert_in_order(program: &Program, spans: &[Span]) {
+    assert_eq!(program.ops.len(), spans.len());
+    let mut tails: BTreeMap<Lane, f64> = BTreeMap::new();
+    for (op, span) in program.ops.iter().zip(spans) {
+        assert!(0.0 < span.start && span.start <= span.end, "{}: {span:?}", op.work);
+        assert!(op.after.iter().all(|&earlier| spans[earlier].end <= span.start), "{}", op.work);
+        let before = tails.insert(op.lane, span.end).unwrap_or_default();
+        assert!(before <= span.start, "{} begins before its lane is free", op.work);
+    }
+}
+
+#[test]
+fn a_recorded_task_has_exactly_the_operations_of_its_programs() {
+    let lab = Lab::new();
+    for layout in [FOUR_RANKS, layout("1f1b", (2, 1, 2)), layout("dualpipev", (1, 1, 1))] {
+        let recipe = lab.recipe(layout, &["training.steps=3"]);
+        let topology = recipe.topology();
+        let mut plans = Plans::new(&recipe).unwrap();
+        let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
+        let training = plans.get(micro_batches, TaskKind::Train).unwrap();
+        let records = record(&lab, layout, Duration::ZERO);
+        assert!(records.keys().filter(|(_, step)| *step > 0).count() == 3 * topology.world(), "{layout:?}");
+        for ((rank, step), Record { programs, timeline, bubble_s, seconds }) in records {
+            let pipeline = topology.coordinates(rank).pipeline;
+            if step > 0 {
+                let parts = [Part::Passes, Part::Update].map(|part| training.program(pipeline, part));
+                assert_eq!(programs, parts, "{layout:?}, rank {rank}, step {step}");
+            } else {
+                assert_eq!(programs.len(), 1, "an evaluation has no update");
+                assert!(
+                    programs[0].ops.iter().all(|op| op.work.bucket().is_none() && op.work != Work::Totals)
+                );
+            }
+            assert_eq!(timeline.spans.len(), programs.len());
+            programs.iter().zip(&timeline.spans).for_each(|(program, spans)| assert_in_order(program, spans));
+            // One program after the other.
+            let end = |spans: &[Span]| spans.iter().map(|span| span.end).fold(0.0, f64::max);
+            let start = |spans: &[Span]| spans.iter().map(|span| span.start).fold(f64::MAX, f64::min);
+            assert!(timeline.spans.windows(2).all(|pair| end(&pair[0]) <= start(&pair[1])));
+            assert!(
+                timeline.makespan <= seconds && (0.0..seconds).contains(&bubble_s),
+                "{bubble_s} of {seconds}"
+            );
+        }
+    }
+}
+
+/// What lies between the end of the last operation and the report: the word of the lane to the pipeline, and that of the
+/// pipeline to the rank.
+#[test]
+fn the_makespan_of_a_recorded_step_is_the_time_that_the_rank_reports() {
+    let lab = Lab::new();
+    let records = record(&lab, FOUR_RANKS, Duration::from_millis(20));
+    let steps = || records.iter().filter(|((_, step), _)| *step > 0).map(|(_, record)| record);
+    let (makespan, seconds) = steps().fold((0.0, 0.0), |(makespan, seconds), record| {
+        (makespan + record.timeline.makespan, seconds + record.seconds)
+    });
+    assert!(seconds > 12.0 * 0.1, "the pauses are not in it: {seconds} s in 12 steps");
+    assert!(makespan <= seconds && makespan >= 0.99 * seconds, "{makespan} of {seconds} s");
+}

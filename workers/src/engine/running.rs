@@ -1,0 +1,120 @@
+//! A program under way: what its lanes share, and what the pipeline takes back when it has ended.
+//!
+//! Knows what operations work on; what they do is in [`super::operations`].
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use contraflow_runtime::fabric::Endpoint;
+use contraflow_runtime::schedule::Program;
+use tracing::Span;
+
+use super::compute::Compute;
+use super::events::Events;
+use super::probe::Probe;
+use super::transit::Transit;
+use super::update::Update;
+use crate::comm::address::StepId;
+use crate::comm::all_to_all::ExpertGroup;
+use crate::model::Stage;
+use crate::model::micro_batch::MicroBatch;
+use crate::optimizer::buckets::BucketGroup;
+
+/// A program under way, shared by the lanes.
+pub struct Running {
+    /// Which step this is.
+    pub id: StepId,
+    /// What runs.
+    pub program: Arc<Program>,
+    /// The micro-batches, by number.
+    pub batches: Vec<MicroBatch>,
+    /// Tensors between operations.
+    pub transit: Transit,
+    /// What stays the same over all programs.
+    pub site: Site,
+    compute: Mutex<Compute>,
+    pub(super) update: Mutex<Option<Update>>,
+    pub(super) span: Span,
+    pub(super) events: Events,
+}
+
+/// What a task works on, handed from program to program.
+pub struct Workload {
+    /// The micro-batches, by number.
+    pub batches: Vec<MicroBatch>,
+    /// Tensors between operations.
+    pub transit: Transit,
+    /// The rank's model: the compute lane works on it.
+    pub compute: Compute,
+    /// The update, in training.
+    pub update: Option<Update>,
+}
+
+/// What stays the same over all programs of a rank.
+#[derive(Clone)]
+pub struct Site {
+    /// The rank's end of the fabric.
+    pub endpoint: Endpoint,
+    /// All ranks of the job.
+    pub world: Arc<Vec<usize>>,
+    /// The ranks that share the routed experts.
+    pub group: ExpertGroup,
+    /// By bucket, the ranks that hold it.
+    pub buckets: Arc<BTreeMap<usize, BucketGroup>>,
+    /// The rank's stages.
+    pub stages: Arc<Vec<Stage>>,
+    /// World rank of each pipeline position in this rank's column.
+    pub pipeline_peers: Vec<usize>,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// For tests.
+    pub probe: Probe,
+}
+
+impl Running {
+    /// Begins a program.
+    pub fn new(site: &Site, (id, program): (StepId, Arc<Program>), workload: Workload, span: Span) -> Self {
+        let Workload { batches, transit, compute, update } = workload;
+        Running {
+            id,
+            batches,
+            transit,
+            site: site.clone(),
+            compute: Mutex::new(compute),
+            update: Mutex::new(update),
+            span,
+            events: Events::new(program.ops.len()),
+            program,
+        }
+    }
+
+    /// Takes a program apart that has ended.
+    pub fn into_workload(self) -> Workload {
+        Workload {
+            batches: self.batches,
+            transit: self.transit,
+            compute: self.compute.into_inner().unwrap_or_else(PoisonError::into_inner),
+            update: self.update.into_inner().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    /// Ends every present and future wait of the lanes.
+    pub fn abort(&self, reason: &str) {
+        self.events.abort(reason);
+        self.site.endpoint.abort(reason);
+    }
+
+    /// The rank's model. Only one lane works on it at a time: the compute lane, but for the sums of a step at its end.
+    pub(super) fn compute(&self) -> MutexGuard<'_, Compute> {
+        self.compute.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The replica group of a bucket.
+    ///
+    /// # Panics
+    /// If the rank does not hold it: the program was made for another placement.
+    pub(super) fn group(&self, bucket: usize) -> &BucketGroup {
+        let group = self.site.buckets.get(&bucket);
+        group.unwrap_or_else(|| panic!("this rank does not hold bucket {bucket}"))
+    }
+}

@@ -1,0 +1,104 @@
+//! The update of a training step under way: what it is told, what it works on, and what every rank comes to know.
+//!
+//! Knows no lanes; what is done with it stands in [`super::update_ops`].
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use contraflow_runtime::watch::Seen;
+use contraflow_runtime::watch::evidence::{Evidence, Found};
+
+use crate::checkpoint::Snapshot;
+use crate::error::Missing;
+use crate::optimizer::totals::GlobalTotals;
+use crate::optimizer::update::{OptimizerState, UpdateRates};
+
+/// What the update of a step is told.
+#[derive(Clone, Debug)]
+pub struct UpdateOrder {
+    /// Which step, with which rates.
+    pub rates: UpdateRates,
+    /// Whether this rank has been told to stop: if any has by the time of the totals, all stop after this step.
+    pub stop: Arc<AtomicBool>,
+    /// When the state after the update is written to storage.
+    pub save: SaveWhen,
+    /// Whether the state after the update is replicated in memory, unless the ranks stop after it.
+    pub replicate: bool,
+    /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so nobody makes
+    /// this update before every buddy has that state.
+    pub buddy: Option<usize>,
+}
+
+/// When the state after an update is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveWhen {
+    /// Not at all: there is nowhere to keep it.
+    Never,
+    /// If the ranks stop after this step.
+    AtStop,
+    /// After this step.
+    Now,
+}
+
+/// The update of a step under way.
+pub struct Update {
+    /// What was asked for.
+    pub order: UpdateOrder,
+    /// The moments, handed over for the step.
+    pub optimizer: OptimizerState,
+    /// What every rank knows, once the totals are there.
+    pub global: Option<GlobalTotals>,
+    /// What is not finite here, where it was searched for.
+    pub found: Option<Found>,
+    /// What is not finite anywhere.
+    pub evidence: Option<Evidence>,
+    /// The state after the step, if it is wanted.
+    pub snapshot: Option<Snapshot>,
+}
+
+impl Update {
+    /// The update of a step, before its first operation.
+    pub fn new(order: UpdateOrder, optimizer: OptimizerState) -> Self {
+        Update { order, optimizer, global: None, found: None, evidence: None, snapshot: None }
+    }
+
+    /// What the watch judges.
+    ///
+    /// **Errors**: there are no totals yet.
+    pub fn seen(&self) -> Result<Seen, Missing> {
+        let global = self.global()?;
+        Ok(Seen { step: self.order.rates.step, loss: global.loss, grad_norm: global.grad_norm })
+    }
+
+    /// Whether the state after the step is written to storage.
+    pub fn saves(&self) -> bool {
+        match self.order.save {
+            SaveWhen::Never => false,
+            SaveWhen::AtStop => self.stops(),
+            SaveWhen::Now => true,
+        }
+    }
+
+    /// Whether the state after the step is replicated in memory.
+    pub fn replicates(&self) -> bool {
+        self.order.replicate && !self.stops()
+    }
+
+    fn stops(&self) -> bool {
+        self.global.as_ref().is_some_and(|global| global.stop)
+    }
+
+    /// The totals.
+    ///
+    /// **Errors**: there are none yet.
+    pub fn global(&self) -> Result<&GlobalTotals, Missing> {
+        self.global.as_ref().ok_or(Missing::OfStep { what: "the totals" })
+    }
+
+    /// The totals, for the verdict to be noted.
+    ///
+    /// **Errors**: there are none yet.
+    pub fn global_mut(&mut self) -> Result<&mut GlobalTotals, Missing> {
+        self.global.as_mut().ok_or(Missing::OfStep { what: "the totals" })
+    }
+}

@@ -1,0 +1,187 @@
+//! What the operations of an update do: the compute lane works on the rank's parameters and moments, the collective lane on
+//! what lies between, and each takes what the one before it has put there.
+//!
+//! The arithmetic is [`crate::optimizer`]'s, the frames are [`crate::comm`]'s; what comes after what is in the program.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use contraflow_runtime::fabric::Phase;
+use contraflow_runtime::schedule::Work;
+
+use super::probe::ProbePoint;
+use super::running::Running;
+use super::update::Update;
+use crate::comm::address::StepId;
+use crate::comm::collectives::Collectives;
+use crate::error::{Missing, RankError};
+use crate::kept;
+use crate::model::params::RankParams;
+use crate::optimizer::inspect;
+use crate::optimizer::update::balance;
+
+/// The all-reduce of the totals has this number, that of the evidence the next one.
+const TOTALS: usize = 0;
+
+impl Running {
+    /// Works on the update; nothing here waits for another rank.
+    ///
+    /// **Errors**: those of `work`; the program has an update, and none was handed over.
+    fn with_update<T>(&self, work: impl FnOnce(&mut Update) -> Result<T, RankError>) -> Result<T, RankError> {
+        let mut update = self.update.lock().unwrap_or_else(PoisonError::into_inner);
+        work(update.as_mut().ok_or(Missing::OfStep { what: "the optimizer" })?)
+    }
+
+    fn collectives(&self) -> Collectives<'_> {
+        let id = StepId { phase: Phase::Update, ..self.id };
+        Collectives { endpoint: &self.site.endpoint, id }
+    }
+
+    /// Runs an operation of the update.
+    ///
+    /// **Errors**: those of the fabric; an operation without its input.
+    pub(super) fn run_update(&self, work: Work) -> Result<(), RankError> {
+        match work {
+            Work::Pack { bucket } => self.pack(bucket),
+            Work::Reduce { bucket } => self.reduce(bucket),
+            Work::GradNorm { bucket } => self.grad_norm(bucket),
+            Work::AwaitReplica => self.await_replica(),
+            Work::Totals => self.totals(),
+            Work::Inspect => self.inspect(),
+            Work::Evidence => self.evidence(),
+            Work::Apply { bucket } => self.apply(bucket),
+            Work::Balance => self.balance(),
+            Work::Gather { bucket } => self.gather(bucket),
+            Work::Unpack { bucket } => self.unpack(bucket),
+            Work::Snapshot => self.snapshot(),
+            Work::Component { .. } | Work::Send { .. } | Work::Receive { .. } => {
+                Err(RankError::Panic { message: format!("{work} is no part of an update") })
+            }
+        }
+    }
+
+    fn pack(&self, bucket: usize) -> Result<(), RankError> {
+        let mut compute = self.compute();
+        self.show_gradients(bucket, &mut compute.params);
+        let packed = self.with_update(|update| Ok(update.optimizer.pack(&compute.params, bucket)))?;
+        self.transit.bucket(bucket, |transit| transit.packed = Some(packed));
+        Ok(())
+    }
+
+    fn reduce(&self, bucket: usize) -> Result<(), RankError> {
+        let packed = self.transit.take_from_bucket(bucket, "the gradients", |t| &mut t.packed)?;
+        let sum = self.collectives().reduce_scatter(&self.group(bucket).ranks, bucket, packed)?;
+        self.transit.bucket(bucket, |transit| transit.reduced = Some(sum));
+        Ok(())
+    }
+
+    fn grad_norm(&self, bucket: usize) -> Result<(), RankError> {
+        let mut compute = self.compute();
+        let reduced = self.transit.bucket(bucket, |transit| transit.reduced.clone());
+        if reduced.is_none() {
+            self.show_gradients(bucket, &mut compute.params);
+        }
+        let squares = self
+            .with_update(|update| Ok(update.optimizer.squares(&compute.params, bucket, reduced.as_ref())))?;
+        self.transit.bucket(bucket, |transit| transit.squares = Some(squares));
+        Ok(())
+    }
+
+    /// The first operation of a bucket's reduction is about to read the rank's own gradients.
+    fn show_gradients(&self, bucket: usize, params: &mut RankParams) {
+        let (rank, step) = (self.site.endpoint.rank(), self.id.step);
+        self.site.probe.at(ProbePoint::Gradients { rank, step, bucket, params });
+    }
+
+    fn await_replica(&self) -> Result<(), RankError> {
+        let Some(buddy) = self.with_update(|update| Ok(update.order.buddy))? else { return Ok(()) };
+        let formation = (self.id.job, self.id.generation);
+        Ok(kept::acknowledged(&self.site.endpoint, formation, buddy, self.id.step - 1)?)
+    }
+
+    fn totals(&self) -> Result<(), RankError> {
+        let own = self.compute().totals.clone();
+        let numbers = self.with_update(|update| {
+            let squares = update.optimizer.sum_squares(|bucket| {
+                self.transit.bucket(bucket, |transit| transit.squares.take().unwrap_or_default())
+            });
+            let stop = update.order.stop.load(Ordering::Relaxed);
+            Ok(update.optimizer.layout.encode(squares, &own, stop))
+        })?;
+        let sums = self.collectives().all_reduce(&self.site.world, TOTALS, numbers)?;
+        self.with_update(|update| {
+            let layers = own.expert_counts.keys().copied();
+            update.global = Some(update.optimizer.layout.decode(&sums, layers));
+            Ok(())
+        })
+    }
+
+    fn inspect(&self) -> Result<(), RankError> {
+        let compute = self.compute();
+        self.with_update(|update| {
+            let found = inspect::find(&compute.params, &compute.totals, &update.optimizer.names);
+            update.found = Some(found);
+            Ok(())
+        })
+    }
+
+    fn evidence(&self) -> Result<(), RankError> {
+        let (seen, found, names) = self.with_update(|update| {
+            let found = update.found.take().ok_or(Missing::OfStep { what: "what is not finite" })?;
+            Ok((update.seen()?, found, update.optimizer.names.clone()))
+        })?;
+        let evidence = inspect::evidence(&self.collectives(), &self.site.world, &seen, &found, &names)?;
+        self.with_update(|update| {
+            update.evidence = Some(evidence);
+            Ok(())
+        })
+    }
+
+    fn apply(&self, bucket: usize) -> Result<(), RankError> {
+        let mut compute = self.compute();
+        let reduced = self.transit.bucket(bucket, |transit| transit.reduced.take());
+        let updated = self.with_update(|update| {
+            let with = (update.order.rates, update.global()?.grad_norm);
+            update.optimizer.apply(&mut compute.params, bucket, reduced.as_ref(), with);
+            let is_shared = reduced.is_some();
+            Ok(is_shared.then(|| update.optimizer.own_weights(&compute.params, bucket)))
+        })?;
+        self.transit.bucket(bucket, |transit| transit.updated = updated);
+        Ok(())
+    }
+
+    fn balance(&self) -> Result<(), RankError> {
+        let mut compute = self.compute();
+        self.with_update(|update| {
+            let speed = update.order.rates.bias_speed;
+            balance(&mut compute.params, &update.global()?.expert_counts, speed);
+            Ok(())
+        })
+    }
+
+    fn gather(&self, bucket: usize) -> Result<(), RankError> {
+        let own = self.transit.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
+        let group = self.group(bucket);
+        let gathered = self.collectives().all_gather(&group.ranks, bucket, group.len, &own)?;
+        self.transit.bucket(bucket, |transit| transit.gathered = Some(gathered));
+        Ok(())
+    }
+
+    fn unpack(&self, bucket: usize) -> Result<(), RankError> {
+        let gathered = self.transit.take_from_bucket(bucket, "the other shards", |t| &mut t.gathered)?;
+        let mut compute = self.compute();
+        self.with_update(|update| {
+            update.optimizer.unpack(&mut compute.params, bucket, &gathered);
+            Ok(())
+        })
+    }
+
+    fn snapshot(&self) -> Result<(), RankError> {
+        let compute = self.compute();
+        self.with_update(|update| {
+            let is_wanted = update.saves() || update.replicates();
+            update.snapshot = is_wanted.then(|| update.optimizer.snapshot(&compute.params));
+            Ok(())
+        })
+    }
+}
