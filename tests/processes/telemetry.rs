@@ -83,8 +83,8 @@ fn a_job_is_one_trace_from_its_submission_to_the_frames_between_its_ranks() {
         let job = spans.parent(step);
         assert_eq!((job.name.as_str(), job.number("rank")), ("job", step.number("rank")));
         spans.child(step, "load");
-        spans.child(step, "program");
-        spans.child(spans.child(step, "update"), "sum_totals");
+        spans.child(spans.child(step, "program"), "totals");
+        spans.child(step, "update");
         if step.number("step") == 1 {
             let command = linked(&spans, step);
             assert_eq!((command.name.as_str(), &command.parent), ("command", &call.id));
@@ -123,7 +123,8 @@ fn unless_more_is_asked_for_a_step_of_a_rank_is_a_handful_of_spans_and_links() {
         let of_parts = parts.iter().map(|part| spans.children(part).len()).sum::<usize>();
         assert!(parts.len() + of_parts <= 10, "{parts:?}");
         // However many frames there were, a program is linked once to that of the other rank; so is the sum of the totals.
-        for part in [spans.child(step, "program"), spans.child(spans.child(step, "update"), "sum_totals")] {
+        let program = spans.child(step, "program");
+        for part in [program, spans.child(program, "totals")] {
             let other = linked(&spans, part);
             assert_eq!(other.name, part.name);
             assert_ne!(other.instance, part.instance);

@@ -6,7 +6,6 @@ use contraflow_runtime::checkpoint::CheckpointError;
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::schedule::Chunk;
-use contraflow_runtime::watch::Divergence;
 
 /// An operation found nothing where the one before it should have put something: the program's order is broken.
 #[derive(Debug, thiserror::Error)]
@@ -60,9 +59,6 @@ pub enum RankError {
         /// **Units**: seconds.
         waited_s: u64,
     },
-    /// The watch has stopped the step on every rank; nothing was updated.
-    #[error("{}", .0.why)]
-    Diverged(Box<Divergence>),
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     File {
@@ -104,7 +100,6 @@ impl RankError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             RankError::Fabric(_) => ErrorKind::Lost,
-            RankError::Diverged(_) => ErrorKind::Numeric,
             RankError::File { .. } | RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
