@@ -1,6 +1,6 @@
 //! A program under way: what its lanes share, and what the pipeline takes back when it has ended.
 //!
-//! Knows what operations work on; what they do is in [`super::operations`].
+//! Knows what operations work on; what they do is in `operations`.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,6 +1,6 @@
 //! The update of a training step under way: what it is told, what it works on, and what every rank comes to know.
 //!
-//! Knows no lanes; what is done with it stands in [`super::update_ops`].
+//! Knows no lanes; what is done with it stands in `update_ops`.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
