@@ -339,6 +339,7 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
             json.push(json!({
                 "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
                 "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
+                "memory_bytes": worker.memory_bytes,
             }));
         }
         show(common, &json!({"incarnation": incarnation, "workers": json}), &text)

@@ -196,7 +196,7 @@ impl Run {
                         attempt.resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.tokens);
                     totals().tokens = kept - self.position().tokens;
                 }
-                Outcome::Failed { message, kind: ErrorKind::Config } => {
+                Outcome::Failed { message, kind: ErrorKind::Config | ErrorKind::Node } => {
                     return Err(Failure::input(format!("{message}{}", self.way_on())));
                 }
                 Outcome::Failed { message, .. } => {

@@ -9,6 +9,7 @@ use contraflow_runtime::recipe::LogLevel;
 use contraflow_workers::host::LogLevels;
 use tokio::sync::mpsc;
 use tracing::Subscriber;
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -70,7 +71,11 @@ fn listen(layers: impl IntoIterator<Item = otlp::Listener>) {
 }
 
 fn to_stderr<S: Subscriber + for<'a> LookupSpan<'a>>() -> impl Layer<S> {
-    fmt::layer().with_writer(std::io::stderr).with_ansi(std::env::var_os("NO_COLOR").is_none())
+    let fields = fmt::format::debug_fn(by_job::write_field).delimited(" ");
+    fmt::layer()
+        .fmt_fields(fields)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::env::var_os("NO_COLOR").is_none())
 }
 
 /// Our lines from this level on. Targets are matched by prefix: all crates of this workspace begin alike.

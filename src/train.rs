@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
+use contraflow_runtime::schedule::{RankFigures, size};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::of_recipe::load_text;
@@ -83,6 +85,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         resumed.check(&recipe, &text.corpus.hash)?;
     }
     say_plans(&recipe)?;
+    check_memory(&recipe, MemoryLimit::of_process())?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
         None => Run::create(&args.name.clone().unwrap_or(name), recipe, text)?,
@@ -101,4 +104,44 @@ fn say_plans(recipe: &Recipe) -> Result<(), Failure> {
     }
     recipe.fallbacks().iter().for_each(|note| eprintln!("note: {note}"));
     Ok(())
+}
+
+/// Refuses a run whose ranks, all in this process, need more memory than it may use.
+fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failure> {
+    let figures = recipe_figures(recipe).map_err(Failure::input)?;
+    let topology = recipe.topology();
+    // All ranks at one pipeline coordinate need the same.
+    let needed = topology.columns() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>();
+    match limit {
+        Some(MemoryLimit { bytes, by }) if bytes < needed => {
+            let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
+            let ranks = if ranks == 1 { "rank".to_owned() } else { format!("{ranks} ranks") };
+            Err(Failure::input(format!(
+                "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
+                 contraflow plan shows what each needs"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contraflow_runtime::layout::LimitedBy;
+
+    use super::*;
+
+    #[test]
+    fn a_run_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is() {
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+        let told = |bytes| {
+            let limit = Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
+            check_memory(&recipe, limit).err().map(|failure| failure.to_string())
+        };
+        let words = told(1 << 20).unwrap();
+        assert!(words.starts_with("error: memory: expected at least "), "{words}");
+        assert!(words.contains(" MiB for the 4 ranks of this run, got 1.0 MiB (its cgroup)"), "{words}");
+        assert_eq!(told(1 << 40), None);
+        assert!(check_memory(&recipe, None).is_ok());
+    }
 }

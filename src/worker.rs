@@ -80,7 +80,7 @@ fn settings(args: &Args, log_levels: LogLevels) -> Result<Settings, Failure> {
         token: args.access.bearer()?.0,
         storage: absolute(&args.storage),
         data_root: args.data_root.as_ref().map(absolute),
-        slots: args.slots as usize,
+        slots: args.slots,
         name: format!("{host}-{}", std::process::id()),
         node,
         block,

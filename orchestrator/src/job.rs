@@ -410,7 +410,7 @@ impl Job {
             Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
             Err(error) => {
                 let message = format!("committing the checkpoint of step {step}: {error}");
-                self.abort_all(Outcome::Failed { message, kind: ErrorKind::Config })
+                self.abort_all(Outcome::Failed { message, kind: ErrorKind::Node })
             }
         }
     }
@@ -420,7 +420,7 @@ impl Job {
         let State::Placing { validation, .. } = &self.state else { return Vec::new() };
         let outcome = match result {
             Ok(()) => Outcome::Done { validation: *validation },
-            Err(message) => Outcome::Failed { message, kind: ErrorKind::Config },
+            Err(message) => Outcome::Failed { message, kind: ErrorKind::Node },
         };
         self.end(outcome)
     }

@@ -4,6 +4,7 @@
 //! one block; on one node; DualPipe's mirrors on different nodes; pipeline neighbours near. The last two pull against each
 //! other in one link of each column only, the middle one, so the mirrors go first. Data replicas go anywhere. No goal makes
 //! a job unplaceable: only too few slots do. Knows no leases and no clock; the same input gives the same answer.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod score;
 mod search;
@@ -13,8 +14,9 @@ mod sites;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
-use contraflow_runtime::schedule::ScheduleKind;
+use contraflow_runtime::schedule::{ScheduleKind, size};
 use contraflow_runtime::topology::Topology;
 use thiserror::Error;
 
@@ -46,6 +48,40 @@ pub struct Supply {
     pub taken: usize,
     /// Slots of nodes that are being drained; for the words of a refusal.
     pub draining: usize,
+    /// Slots that nobody holds and into which a rank of the job does not fit; for the words of a refusal.
+    pub too_small: TooSmall,
+}
+
+/// Slots of workers that have too little memory for a rank.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TooSmall {
+    /// How many.
+    pub slots: usize,
+    /// What a rank needs at least.
+    ///
+    /// **Units**: bytes.
+    pub rank_bytes: u64,
+    /// The most that one of the workers has, and the same in words. **Units**: bytes.
+    most: Option<(u64, String)>,
+}
+
+impl TooSmall {
+    /// So many slots of a worker that has `bytes` are too small for ranks that need `rank_bytes`; `words` say the same of it.
+    pub fn note(&mut self, slots: usize, rank_bytes: u64, bytes: u64, words: impl FnOnce() -> String) {
+        (self.slots, self.rank_bytes) = (self.slots + slots, rank_bytes);
+        if self.most.as_ref().is_none_or(|(most, _)| *most < bytes) {
+            self.most = Some((bytes, words()));
+        }
+    }
+}
+
+impl fmt::Display for TooSmall {
+    /// For the end of a sentence; nothing if there are none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((_, most)) = &self.most else { return Ok(()) };
+        let (slots, bytes) = (self.slots, size(self.rank_bytes));
+        write!(f, ", {slots} with too little memory: a rank needs at least {bytes}, {most}")
+    }
 }
 
 /// A worker for every rank, and how good that is.
@@ -188,8 +224,10 @@ impl Ground {
             if supply.taken > 0 { format!(" ({} of them taken)", supply.taken) } else { String::new() };
         let draining =
             if supply.draining > 0 { format!(", {} draining", supply.draining) } else { String::new() };
-        let (ranks, healthy) = (if needed == 1 { "rank" } else { "ranks" }, free + supply.taken);
-        Err(Refusal(format!("needs {needed} {ranks}, {healthy} healthy{taken}{draining}")))
+        let small = &supply.too_small;
+        let healthy = free + supply.taken + small.slots;
+        let ranks = if needed == 1 { "rank" } else { "ranks" };
+        Err(Refusal(format!("needs {needed} {ranks}, {healthy} healthy{taken}{draining}{small}")))
     }
 
     /// Gives `ranks` the workers of their nodes, in the order of ranks and of workers.

@@ -12,6 +12,7 @@
 //!
 //! **Preemption**: a job sends away those of strictly lower priority, and those on loan behind it in line. Among jobs of one
 //! priority none that started in its turn is ever sent away.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,7 @@ pub struct Waiting {
     pub job: u64,
     /// Higher goes first.
     pub priority: i64,
-    /// Place among jobs of one priority: lower goes first, also after a preemption.
+    /// Its number, which people know: its place among jobs of one priority. Lower goes first, also after a preemption.
     pub submitted: u64,
     /// Slots it needs at once.
     pub ranks: usize,
@@ -117,10 +118,10 @@ impl<'a> Round<'a> {
                     "needs {}, {} to spare behind job {}",
                     ranks(job.ranks),
                     self.spare,
-                    head.job
+                    head.submitted
                 ));
             } else if !job.preemptible {
-                return wait(format!("cannot be preempted and so does not overtake job {}", head.job));
+                return wait(format!("cannot be preempted and so does not overtake job {}", head.submitted));
             }
         } else if job.ranks > self.free {
             return self.become_head(job);

@@ -1,5 +1,6 @@
 //! What the survivors of a broken formation still have in memory, and what of it a job can go on from: a pure function of
 //! their inventories. Knows no clock and no word; who asks for inventories is the core.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 use std::collections::BTreeMap;
 

@@ -3,6 +3,7 @@
 //! One file in the state folder, kept by `redb`: a call that returns has reached the disk, all of it or nothing. Knows
 //! bytes, sequence numbers and jobs' numbers; what a record says is the core's business. Calls block on the disk, so an
 //! actor makes them on a blocking thread.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod error;
 #[cfg(test)]
@@ -17,8 +18,10 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHand
 use error::contain;
 pub use error::{Fault, StoreError};
 
-/// Version of what the tables hold; a file of another one is refused.
-pub const FORMAT: u64 = 1;
+/// Version of what the tables hold; a file of another one is refused. Since 2 jobs go by [`JobId`]s.
+///
+/// [`JobId`]: contraflow_runtime::topology::JobId
+pub const FORMAT: u64 = 2;
 
 /// The file within the state folder.
 pub const FILE_NAME: &str = "events.redb";

@@ -16,6 +16,8 @@ pub enum ErrorKind {
     Transient,
     /// A rank is gone: form anew.
     Lost,
+    /// The node of a rank does not do its part (its disk, a mount): whoever runs it acts, and the job goes on elsewhere.
+    Node,
     /// A number is not finite: stop or roll back, keep the evidence.
     Numeric,
     /// A broken invariant: a defect of this program.
@@ -23,10 +25,11 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    const NAMES: [(ErrorKind, &str); 5] = [
+    const NAMES: [(ErrorKind, &str); 6] = [
         (ErrorKind::Config, "config"),
         (ErrorKind::Transient, "transient"),
         (ErrorKind::Lost, "lost"),
+        (ErrorKind::Node, "node"),
         (ErrorKind::Numeric, "numeric"),
         (ErrorKind::Bug, "bug"),
     ];

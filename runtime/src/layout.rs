@@ -1,14 +1,18 @@
-//! Which layers stand in which pipeline stage, and (`memory`) what that asks of a rank's memory.
+//! Which layers stand in which pipeline stage, what that asks of a rank's memory (`memory`, for a recipe `need`), and what a
+//! process has (`limit`).
 //!
 //! Pure arithmetic on a model's shapes, used by `contraflow plan` before anything starts and by the ranks
-//! when they build their stages. Knows no schedule: who holds which stages, and how many chunks are alive at
-//! once, the caller says.
+//! when they build their stages. Who holds which stages, and how many chunks are alive at once, the caller says.
 
+mod limit;
 mod memory;
+mod need;
 
 use std::cmp::Reverse;
 
+pub use limit::{LimitedBy, MemoryLimit};
 pub use memory::{MemoryQuery, rank_figures};
+pub use need::recipe_figures;
 
 use crate::cost;
 use crate::model_config::ModelConfig;

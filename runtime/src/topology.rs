@@ -1,7 +1,11 @@
 //! Where a rank stands: coordinates along the three axes, and the groups along each of them.
 //!
 //! World = pipeline x expert x data. Expert ranks are neighbours in number so that an expert group falls into one node
-//! or block; then data, then pipeline. Knows no hosts and no transport.
+//! or block; then data, then pipeline. Which job it is a rank of says its id (`job_id`). Knows no hosts and no transport.
+
+mod job_id;
+
+pub use job_id::JobId;
 
 pub mod collective;
 

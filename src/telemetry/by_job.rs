@@ -3,10 +3,12 @@
 //!
 //! A line is of the job that it names, or else of the job of the innermost span around it that names one.
 
+use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1::LogLine;
 use contraflow_runtime::recipe::LogLevel;
+use contraflow_runtime::topology::JobId;
 use contraflow_workers::host::LogLevels;
 use tokio::sync::mpsc;
 use tracing::field::{Field, Visit};
@@ -14,6 +16,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id};
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::layer::{Context, Filter, Layer};
 use tracing_subscriber::registry::LookupSpan;
 
@@ -90,6 +93,21 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for RankLines {
     }
 }
 
+/// Writes a field of a line: an id of a job as people write it.
+pub(super) fn write_field(to: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    match field.name() {
+        "message" => write!(to, "{value:?}"),
+        "job" => {
+            let value = format!("{value:?}");
+            match value.parse() {
+                Ok(bits) => write!(to, "job={}", JobId::of(bits)),
+                Err(_) => write!(to, "job={value}"),
+            }
+        }
+        name => write!(to, "{name}={value:?}"),
+    }
+}
+
 /// The fields of a line or a span that matter here.
 #[derive(Clone, Default)]
 struct Named {
@@ -121,7 +139,7 @@ impl Visit for Named {
         }
     }
 
-    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == "message" {
             self.message = format!("{value:?}");
         }

@@ -25,6 +25,9 @@ pub const JOB: [&str; 9] = [
     "model.config=model.json",
 ];
 
+/// Change of [`JOB`] for tests that act on a job while it trains: however slow the machine is, it has not ended by then.
+pub const ENDLESS: &str = "training.steps=100000";
+
 /// The model of [`JOB`].
 pub const MODEL: &str = include_str!("../fixtures/small-model.json");
 
@@ -132,6 +135,13 @@ impl Cluster {
         Self::start_in(tempfile::tempdir().unwrap(), workers, None, environment)
     }
 
+    /// Another cluster with the storage of one.
+    pub fn start_beside(one: &Cluster, workers: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(one.path().join("storage"), dir.path().join("storage")).unwrap();
+        Self::start_in(dir, workers, None, Environment::new())
+    }
+
     /// With TLS and tokens; its certificates are in the folder `certs`, its clients are an admin.
     pub fn secured(workers: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -178,6 +188,13 @@ impl Cluster {
         }
         let environment = [&self.environment[..], environment].concat();
         spawn_with(self.path(), &format!("worker-{number}"), &arguments, &environment)
+    }
+
+    /// The orchestrator once more, at the same address, with another state.
+    pub fn start_orchestrator_with(&mut self, state: &str) {
+        let arguments = ["orchestrator", "--state", state, "--listen", &self.address];
+        self.orchestrator = spawn_with(self.dir.path(), "orchestrator", &arguments, &self.environment);
+        until("the orchestrator's address", || address_of(&self.orchestrator));
     }
 
     /// The orchestrator once more, at the same address, with the same state.
@@ -265,6 +282,32 @@ impl Cluster {
         steps
     }
 
+    /// The first steps of a job that goes on for longer, as they are watched; it is cancelled then.
+    pub fn first_steps(&self, job: &str, count: usize) -> Vec<Value> {
+        let mut command = self.command(&["watch", job, "--format", "json"]);
+        let mut child = deadline::spawn(command.stdout(Stdio::piped()));
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let steps: Vec<Value> =
+            out.lines().take(count).map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(steps.len(), count, "{}", self.run(&["status", job]).1);
+        let (code, out, errors) = self.run(&["cancel", job]);
+        assert_eq!(code, 0, "{out}{errors}");
+        steps
+    }
+
+    /// Lets a job make ten more steps and cancels it: all its steps.
+    pub fn ten_more_steps(&self, job: &str) -> Vec<Value> {
+        let reached = until("the steps of the job", || self.status(job)?["step"].as_u64());
+        self.first_steps(job, usize::try_from(reached).unwrap() + 10)
+    }
+
+    /// So many steps of a job with these changes to which nothing happens.
+    pub fn undisturbed(&self, changes: &[&str], count: usize) -> Vec<Value> {
+        self.first_steps(&self.submit(changes, &[]), count)
+    }
+
     /// The worker that hosts a rank, as its place in [`Cluster::workers`].
     pub fn host_of(&self, job: &str, rank: usize) -> usize {
         let node = until("a place of the rank", || {
@@ -273,6 +316,15 @@ impl Cluster {
         });
         node.trim_start_matches('n').parse().unwrap()
     }
+}
+
+/// Steps of the checkpoints in a job's folder; the orchestrator removes old ones meanwhile.
+pub fn committed(folder: &Path) -> Vec<u64> {
+    let entries = std::fs::read_dir(folder.join("checkpoints")).into_iter().flatten().flatten();
+    let step = |entry: std::fs::DirEntry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok();
+    let mut steps: Vec<u64> = entries.filter_map(step).collect();
+    steps.sort_unstable();
+    steps
 }
 
 /// What is compared between runs, bit for bit.
@@ -290,16 +342,31 @@ fn address_of(orchestrator: &Process) -> Option<String> {
     Some(rest.split(',').next()?.to_owned())
 }
 
+/// A worker that may use so much address space. **Units**: KiB.
+pub fn spawn_in_memory(cluster: &Cluster, number: usize, kibibytes: u64) -> Process {
+    let limited = format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\"");
+    let label = format!("node=n{number}");
+    let arguments = ["worker", "--join", &cluster.address, "--storage", "storage", "--labels", &label];
+    let mut command = Command::new("sh");
+    command.args(["-c", &limited, env!("CARGO_BIN_EXE_contraflow")]).args(arguments);
+    start(command, cluster.path(), &format!("worker-{number}"), &cluster.environment)
+}
+
 pub fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> Process {
     spawn_with(dir, name, arguments, &Environment::new())
 }
 
 /// The same with variables.
 pub fn spawn_with(dir: &Path, name: &str, arguments: &[&str], environment: &Environment) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+    command.args(arguments);
+    start(command, dir, name, environment)
+}
+
+fn start(mut command: Command, dir: &Path, name: &str, environment: &Environment) -> Process {
     let log = dir.join(format!("{name}.log"));
     let stderr = std::fs::File::create(&log).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
-    command.args(arguments).current_dir(dir).env("NO_COLOR", "1").envs(environment.clone());
+    command.current_dir(dir).env("NO_COLOR", "1").envs(environment.clone());
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
     Process { child, log }
 }

@@ -6,6 +6,7 @@
 mod chaos;
 mod cluster;
 mod collector;
+mod crash_loop;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod python;
@@ -13,5 +14,6 @@ mod record;
 mod refusals;
 mod retention;
 mod security;
+mod states;
 mod telemetry;
 mod tokenizer;

@@ -180,7 +180,7 @@ fn workers_log_of_a_job_what_its_recipe_asks_for() {
         assert_eq!(of_rank.contains(" INFO "), has_info, "{level}: {of_rank}");
         assert_eq!(of_rank.contains("step done"), has_debug, "{level}: {of_rank}");
         let told: String = cluster.workers.iter().flatten().map(|worker| worker.told()).collect();
-        let lines = told.lines().filter(|line| line.contains(&format!("job={}", &job["job-".len()..])));
+        let lines = told.lines().filter(|line| line.contains(&format!("job={job}")));
         let lines: Vec<&str> = lines.collect();
         assert_eq!(lines.iter().any(|line| line.contains("INFO")), has_info, "{level}: {lines:#?}");
         assert_eq!(lines.iter().any(|line| line.contains("DEBUG")), has_debug, "{level}: {lines:#?}");

@@ -2,10 +2,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use contraflow_runtime::checkpoint::CheckpointError;
+use contraflow_runtime::checkpoint::{CheckpointError, FolderError};
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::schedule::Chunk;
+
+use crate::data::of_recipe::TextFaults;
 
 /// An operation found nothing where the one before it should have put something: the program's order is broken.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +77,12 @@ pub enum RankError {
         /// What was expected and what came.
         message: String,
     },
+    /// What this process is asked to do only another one can.
+    #[error("{message}")]
+    Node {
+        /// What was expected of it and what it has.
+        message: String,
+    },
     /// A directory of weights does not hold its model.
     #[error("{}", faults.join("\n  "))]
     Model {
@@ -90,8 +98,31 @@ pub enum RankError {
 }
 
 impl From<CheckpointError> for RankError {
-    fn from(CheckpointError { path, message }: CheckpointError) -> Self {
-        RankError::Content { path, message }
+    fn from(error: CheckpointError) -> Self {
+        match error.is_of_node {
+            true => RankError::Node { message: error.to_string() },
+            false => RankError::Content { path: error.path, message: error.message },
+        }
+    }
+}
+
+impl From<FolderError> for RankError {
+    fn from(error: FolderError) -> Self {
+        match error {
+            FolderError::File { path, source } => RankError::file(&path)(source),
+            FolderError::Foreign { path, message } => {
+                RankError::Content { path: path.display().to_string(), message }
+            }
+        }
+    }
+}
+
+impl From<TextFaults> for RankError {
+    fn from(faults: TextFaults) -> Self {
+        match faults.is_of_node {
+            true => RankError::Node { message: faults.to_string() },
+            false => RankError::Content { path: faults.key.into(), message: faults.faults.join("; ") },
+        }
     }
 }
 
@@ -99,8 +130,9 @@ impl RankError {
     /// Who has to act.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            RankError::Fabric(_) => ErrorKind::Lost,
-            RankError::File { .. } | RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
+            RankError::Fabric(error) => kind_of(error),
+            RankError::File { .. } | RankError::Node { .. } => ErrorKind::Node,
+            RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
         }
@@ -113,10 +145,65 @@ impl RankError {
         catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)))
     }
 
+    /// An error of the file system, with the path it is about.
+    pub fn file(path: &std::path::Path) -> impl Fn(std::io::Error) -> RankError + use<> {
+        let path = path.display().to_string();
+        move |source| RankError::File { path: path.clone(), source }
+    }
+
     /// From what `catch_unwind` caught.
     pub fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
         let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
         RankError::Panic { message: text.unwrap_or_else(|| "no message".into()) }
+    }
+}
+
+/// A frame that is not what its tag promises comes again in the next formation: only what a lost peer explains is worth one.
+fn kind_of(error: &FabricError) -> ErrorKind {
+    match error {
+        FabricError::Timeout { .. }
+        | FabricError::Aborted { .. }
+        | FabricError::Lost { .. }
+        | FabricError::Formation { .. } => ErrorKind::Lost,
+        FabricError::Duplicate { .. } | FabricError::NoSuchRank { .. } | FabricError::Content { .. } => {
+            ErrorKind::Bug
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use contraflow_runtime::fabric::{FrameKind, Phase};
+    use contraflow_runtime::schedule::Chunk;
+
+    use super::*;
+    use crate::comm::address::StepId;
+
+    #[test]
+    fn only_what_a_lost_peer_explains_is_worth_another_formation() {
+        let chunk = Chunk { stage: 0, micro_batch: 0 };
+        let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
+        let (expected, got) = ("rows".into(), "ids".into());
+        let bugs = [
+            FabricError::Content { tag, expected, got },
+            FabricError::Duplicate { tag },
+            FabricError::NoSuchRank { to: 7 },
+        ];
+        assert!(bugs.into_iter().all(|error| RankError::from(error).kind() == ErrorKind::Bug));
+        let lost = [
+            FabricError::Timeout { tag, waited_s: 1.0 },
+            FabricError::Aborted { reason: "why".into() },
+            FabricError::Lost { rank: 1, reason: "why".into() },
+        ];
+        assert!(lost.into_iter().all(|error| RankError::from(error).kind() == ErrorKind::Lost));
+    }
+
+    #[test]
+    fn a_disk_that_fails_is_its_nodes_fault_and_a_damaged_file_is_not() {
+        let source = std::io::ErrorKind::StorageFull.into();
+        let disk = RankError::File { path: "checkpoints".into(), source };
+        let damaged = RankError::Content { path: "manifest.json".into(), message: "damaged".into() };
+        assert_eq!([disk.kind(), damaged.kind()], [ErrorKind::Node, ErrorKind::Config]);
     }
 }

@@ -25,6 +25,8 @@ pub struct JobSpec {
     pub key: String,
     /// What is trained, and how.
     pub recipe: Arc<Recipe>,
+    /// What the rank that needs most of it needs of memory at least, in bytes; 0: not known.
+    pub rank_bytes: u64,
     /// The span of its submission, as a W3C traceparent; empty if nobody traces.
     pub traceparent: String,
 }
@@ -60,15 +62,16 @@ struct SpecText {
     recipe: String,
     /// HF config.json.
     model_config: String,
+    rank_bytes: u64,
     #[serde(default)]
     traceparent: String,
 }
 
 impl From<JobSpec> for SpecText {
     fn from(spec: JobSpec) -> Self {
-        let JobSpec { name, priority, min_ranks, key, recipe, traceparent } = spec;
-        let model_config = recipe.model_config.to_hf_json();
-        SpecText { name, priority, min_ranks, key, recipe: recipe.resolved_toml(), model_config, traceparent }
+        let JobSpec { name, priority, min_ranks, key, recipe, rank_bytes, traceparent } = spec;
+        let (recipe, model_config) = (recipe.resolved_toml(), recipe.model_config.to_hf_json());
+        SpecText { name, priority, min_ranks, key, recipe, model_config, rank_bytes, traceparent }
     }
 }
 
@@ -76,13 +79,13 @@ impl TryFrom<SpecText> for JobSpec {
     type Error = String;
 
     fn try_from(text: SpecText) -> Result<Self, String> {
-        let SpecText { name, priority, min_ranks, key, recipe, model_config, traceparent } = text;
+        let SpecText { name, priority, min_ranks, key, recipe, model_config, rank_bytes, traceparent } = text;
         let read = || {
             let model = ModelConfig::from_hf_json(&model_config)?;
             Recipe::submitted(&recipe, &name, &[], Some(model))
         };
         let recipe = read().map_err(|faults| format!("the recipe of the job {name:?}: {faults}"))?;
-        Ok(JobSpec { name, priority, min_ranks, key, recipe: Arc::new(recipe), traceparent })
+        Ok(JobSpec { name, priority, min_ranks, key, recipe: Arc::new(recipe), rank_bytes, traceparent })
     }
 }
 
@@ -120,6 +123,8 @@ pub struct Formed {
     /// Measured peak of the cores that its ranks compute on; 0 where nobody has measured it. **Units**: FLOP/s.
     #[serde(default)]
     pub peak_flops: u64,
+    /// [`JobSpec::rank_bytes`] with these axes.
+    pub rank_bytes: u64,
     /// Whether it holds slots that a job before it in line waits for.
     pub on_loan: bool,
 }
@@ -135,7 +140,7 @@ pub enum Fact {
     },
     /// A job is in the queue.
     Submitted {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// The job.
         spec: Box<JobSpec>,
@@ -144,19 +149,23 @@ pub enum Fact {
     },
     /// A job has its ranks.
     Formed {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// Where.
         formed: Formed,
     },
     /// A formation is over and the job is not.
     Broken {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// Of the formation.
         generation: u32,
-        /// Ranks that were lost; none where the job was only moved or went back.
+        /// Ranks that were lost; none where the same workers form anew.
         lost: Vec<usize>,
+        /// The furthest step that it is known to have made; that which it went on from if none.
+        reached: u64,
+        /// Whether it counts as one that came to nothing: it made no step, and nobody else is to blame for its end.
+        idle: bool,
         /// In words.
         why: String,
         /// **Units**: milliseconds since 1970.
@@ -164,23 +173,30 @@ pub enum Fact {
     },
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// In words.
         why: String,
     },
     /// The watch sent a job back to its newest checkpoint.
     WentBack {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// Sequences used when it went.
         cursor: u64,
         /// In words.
         why: String,
     },
+    /// A formation has made its first step.
+    Stepped {
+        /// Its job's id.
+        job: u64,
+        /// The step.
+        step: u64,
+    },
     /// A checkpoint stands.
     Kept {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// Of the checkpoint.
         step: u64,
@@ -190,7 +206,7 @@ pub enum Fact {
     },
     /// A job is over.
     Ended {
-        /// Its number.
+        /// Its id.
         job: u64,
         /// How.
         end: End,
@@ -203,7 +219,7 @@ pub enum Fact {
     },
     /// A job that was over is not known any more, nor what is kept of it.
     Forgotten {
-        /// Its number.
+        /// Its id.
         job: u64,
     },
     /// A node takes no ranks any more.
@@ -220,6 +236,7 @@ impl Fact {
             Fact::Submitted { job, .. }
             | Fact::Formed { job, .. }
             | Fact::Broken { job, .. }
+            | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
             | Fact::WentBack { job, .. }
             | Fact::Kept { job, .. }

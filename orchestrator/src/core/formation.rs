@@ -28,23 +28,61 @@ pub(super) struct Formation {
     /// Why the job is to give up its places after the running step.
     moves: Option<String>,
     watermarks: Watermarks,
+    /// The step that it went on from, and the furthest that a rank has reported since.
+    resumed: u64,
+    reached: u64,
 }
 
 impl Formation {
     /// Of a job that has just been formed, or was running when the orchestrator started.
     pub(super) fn of(record: &JobRecord) -> Self {
         let formed = record.formed.as_ref();
-        let machine = Job::new(JobSetup {
+        let setup = JobSetup {
             world: formed.map_or(0, |formed| formed.places.len()),
             steps_before: formed.map_or(0, |formed| formed.resume_step),
             steps: record.spec.steps(),
             keeps_checkpoints: true,
             // Where exactly is the workers' to know.
             export_dir: record.spec.recipe.checkpoint.save_model.then(PathBuf::new),
-        });
-        let machine = machine.with_committed(record.kept);
-        let watermarks = Watermarks::default();
-        Formation { machine, suspicion: None, aborting_ms: None, moves: None, watermarks }
+        };
+        Formation::with(setup, record.kept)
+    }
+
+    /// Of a job of which nothing is known but how many ranks it has, and its steps, if these are.
+    pub(super) fn unknown(world: usize, steps: u64) -> Self {
+        let steps = if steps == 0 { u64::MAX } else { steps };
+        let setup = JobSetup { world, steps_before: 0, steps, keeps_checkpoints: true, export_dir: None };
+        Formation::with(setup, 0)
+    }
+
+    fn with(setup: JobSetup, committed: u64) -> Self {
+        let resumed = setup.steps_before;
+        Formation {
+            machine: Job::new(setup).with_committed(committed),
+            suspicion: None,
+            aborting_ms: None,
+            moves: None,
+            watermarks: Watermarks::default(),
+            resumed,
+            reached: resumed,
+        }
+    }
+
+    /// The step of a report, if it is one that this formation has made.
+    pub(super) fn own_step(&self, event: &RankEvent) -> Option<u64> {
+        match event {
+            RankEvent::StepDone { report } => Some(report.step).filter(|step| *step > self.resumed),
+            _ => None,
+        }
+    }
+
+    /// The furthest step that it is known to have made; that which it went on from if none.
+    pub(super) fn reached(&self) -> u64 {
+        self.reached
+    }
+
+    pub(super) fn is_aborting(&self) -> bool {
+        self.machine.is_aborting()
     }
 
     pub(super) fn waiting_for(&self, now: u64) -> String {
@@ -81,6 +119,7 @@ impl Formation {
     }
 
     pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<job::Effect> {
+        self.reached = self.own_step(&event).unwrap_or_default().max(self.reached);
         match event {
             // Whoever lost a peer is a victim: who is to blame shows in the leases.
             RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost } => {
@@ -168,7 +207,7 @@ impl Core {
             }
             Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor, now),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
-                self.break_formation(job, Vec::new(), message, now)
+                self.break_formation(job, Vec::new(), message, true, now)
             }
             Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None), now),
         }

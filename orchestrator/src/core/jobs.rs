@@ -2,8 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use contraflow_runtime::topology::JobId;
 use serde::{Deserialize, Serialize};
 
+use super::attempts::Attempts;
 use super::facts::{End, Fact, Formed, JobSpec};
 use crate::rollback::{Checkpoint, Returns};
 
@@ -50,6 +52,8 @@ pub struct JobRecord {
     pub returns: Returns,
     /// Formations that lost a rank.
     pub losses: u32,
+    /// What its formations have come to.
+    pub attempts: Attempts,
     /// What happened last, in words.
     pub why: String,
     /// Mean loss of the validation sequences, in nats per token.
@@ -83,7 +87,7 @@ impl JobRecord {
 /// All that outlives the process.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Jobs {
-    /// By number. Numbers are given in order of submission, from 1.
+    /// By id, which sort by their numbers. These are given in order of submission, from 1.
     pub all: BTreeMap<u64, JobRecord>,
     /// By idempotency key.
     pub by_key: BTreeMap<String, u64>,
@@ -91,7 +95,7 @@ pub struct Jobs {
     pub drained: BTreeSet<String>,
     /// The mark of the storage.
     pub storage_mark: String,
-    /// The number of the newest job.
+    /// The id of the newest job.
     pub newest: u64,
     /// Jobs that are over, in the order in which they ended.
     #[serde(default)]
@@ -99,6 +103,14 @@ pub struct Jobs {
 }
 
 impl Jobs {
+    /// The job of a number, if it is known; else whether there has been one.
+    ///
+    /// **Errors**: there has been one, or never.
+    pub fn of_number(&self, number: u64) -> Result<u64, bool> {
+        let known = JobId::all_of(number).and_then(|ids| Some(*self.all.range(ids).next()?.0));
+        known.ok_or_else(|| (1..=JobId::of(self.newest).number()).contains(&number))
+    }
+
     /// Takes a fact in.
     pub fn apply(&mut self, fact: &Fact) {
         match fact {
@@ -140,6 +152,7 @@ impl Jobs {
             cursor: 0,
             returns: Returns::default(),
             losses: 0,
+            attempts: Attempts::default(),
             why: String::new(),
             validation_loss: None,
             ended_ms: 0,
@@ -157,8 +170,10 @@ impl JobRecord {
                 self.in_memory = !formed.buddies.is_empty() || formed.memory.is_some();
                 self.lost.clear();
                 self.why.clear();
+                self.attempts.formed();
             }
-            Fact::Broken { lost, why, at_ms, .. } => {
+            Fact::Broken { generation, lost, why, at_ms, reached, idle, .. } => {
+                self.attempts.ended(*reached, *idle, &format!("generation {generation}: {why}"));
                 self.phase = Phase::Broken;
                 self.losses += u32::from(!lost.is_empty());
                 self.lost.clone_from(lost);
@@ -178,7 +193,9 @@ impl JobRecord {
                 self.returns = self.returns.and_to(self.kept);
                 self.why.clone_from(why);
             }
+            Fact::Stepped { step, .. } => self.attempts.stepped(*step),
             Fact::Kept { step, cursor, .. } => {
+                self.attempts.advanced(*step);
                 (self.kept, self.kept_cursor) = (*step, *cursor);
                 // The checkpoint holds the cursor from here on.
                 self.cursor = 0;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use contraflow_runtime::fabric::Address;
+use contraflow_runtime::schedule::size;
 
 use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
 
@@ -25,6 +26,18 @@ pub struct Introduction {
     pub cores: usize,
     /// Measured peak of them all together. **Units**: FLOP/s.
     pub peak_flops: u64,
+    /// Memory that it may use at most, in bytes; 0: not known.
+    pub memory_bytes: u64,
+    /// What limits it, for people.
+    pub memory_limit: String,
+}
+
+impl Introduction {
+    /// What memory it has, in words.
+    pub fn memory(&self) -> String {
+        let Introduction { name, node, memory_bytes, memory_limit, .. } = self;
+        format!("worker {name} on node {node} has {} ({memory_limit})", size(*memory_bytes))
+    }
 }
 
 /// A worker.
@@ -46,6 +59,16 @@ impl Member {
     /// Whether it has introduced itself to this orchestrator: where it is to be reached is known.
     pub fn is_known(&self) -> bool {
         self.who.slots > 0
+    }
+
+    /// How many ranks that need so much memory it has room for, beside those that need `used_bytes`; no limit where either is
+    /// not known.
+    pub fn room_for(&self, rank_bytes: u64, used_bytes: u64) -> usize {
+        let room = match self.who.memory_bytes {
+            0 => None,
+            bytes => bytes.saturating_sub(used_bytes).checked_div(rank_bytes),
+        };
+        room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX))
     }
 }
 

@@ -3,24 +3,27 @@
 
 use std::collections::BTreeMap;
 
+use contraflow_runtime::schedule::size;
+
 use super::facts::Fact;
 use super::formation::Formation;
+use super::jobs::JobRecord;
 use super::members::{Introduction, Member};
 use super::watermarks::Hang;
-use super::words::{Left, Word};
+use super::words::{Hosted, Left, Word};
 use super::{Core, list};
 
 impl Core {
     pub(super) fn attached(
         &mut self,
         who: Introduction,
-        hosted: &[(u64, u32, Vec<usize>)],
-        (incarnation, storage_mark): (u64, String),
+        hosted: &[Hosted],
+        (state, incarnation, storage_mark): (u64, u64, String),
         left: Vec<Left>,
         now: u64,
     ) {
         let worker = who.worker;
-        if let Err(why) = self.admit(&who, incarnation, &storage_mark) {
+        if let Err(why) = self.admit(&who, (state, incarnation), &storage_mark) {
             return self.tell(worker, Word::Refused { why });
         }
         if self.jobs.storage_mark.is_empty() {
@@ -30,16 +33,20 @@ impl Core {
         self.members.attach(who, now);
         self.is_open = true;
         self.tell(worker, Word::Welcome);
-        let is_current = |(job, generation, _): &(u64, u32, Vec<usize>)| {
-            let formed = self.jobs.all.get(job).and_then(|record| record.running());
-            formed.is_some_and(|formed| formed.generation == *generation)
+        let generation = |hosted: &Hosted| self.jobs.all.get(&hosted.job).map(JobRecord::generation);
+        let is_current = |hosted: &Hosted| {
+            let formed = self.jobs.all.get(&hosted.job).and_then(|record| record.running());
+            formed.is_some_and(|formed| formed.generation == hosted.generation)
         };
         let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
-        for (job, generation, _) in stale {
+        let is_known = |hosted: &Hosted| generation(hosted).is_some_and(|newest| hosted.generation <= newest);
+        let (stale, foreign): (Vec<_>, Vec<_>) = stale.into_iter().partition(is_known);
+        for Hosted { job, generation, .. } in stale {
             let keep = self.jobs.all.get(&job).is_some_and(|record| record.in_memory);
             let reason = "another formation has taken its place".to_owned();
             self.tell(worker, Word::Release { job, generation, reason, keep });
         }
+        foreign.iter().for_each(|hosted| self.foreign_attached(worker, hosted, now));
         left.into_iter().for_each(|left| self.left(worker, (left.job, left.generation), left.kept));
         self.remind(worker, &current);
         if is_expected {
@@ -65,8 +72,14 @@ impl Core {
         }
     }
 
-    fn admit(&self, who: &Introduction, incarnation: u64, storage_mark: &str) -> Result<(), String> {
-        if incarnation > self.incarnation {
+    fn admit(
+        &self,
+        who: &Introduction,
+        (state, incarnation): (u64, u64),
+        storage_mark: &str,
+    ) -> Result<(), String> {
+        // Starts of another state say nothing of this one.
+        if state == self.state && incarnation > self.incarnation {
             return Err(format!(
                 "the worker has heard of incarnation {incarnation} of the orchestrator, this is {}: another one has taken over",
                 self.incarnation
@@ -83,7 +96,7 @@ impl Core {
     }
 
     /// Says again what a worker that attaches may not have heard.
-    fn remind(&mut self, worker: u64, hosted: &[(u64, u32, Vec<usize>)]) {
+    fn remind(&mut self, worker: u64, hosted: &[Hosted]) {
         let placed = self.running().map(|(job, formed)| {
             let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
             (job, here.map(|(rank, _)| rank).collect())
@@ -91,7 +104,7 @@ impl Core {
         let placed: Vec<(u64, Vec<usize>)> = placed.collect();
         for (job, placed) in placed {
             let is_hosted =
-                |rank: &usize| hosted.iter().any(|(hosted, _, ranks)| *hosted == job && ranks.contains(rank));
+                |rank: &usize| hosted.iter().any(|hosted| hosted.job == job && hosted.ranks.contains(rank));
             let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !is_hosted(rank)).collect();
             if !ranks.is_empty() {
                 let generation = self.jobs.all[&job].generation();
@@ -137,27 +150,54 @@ impl Core {
         let silent = now.saturating_sub(member.heard_ms);
         let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
         let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
-        let Introduction { worker, name, node, .. } = &member.who;
+        let Introduction { name, node, .. } = &member.who;
         let why =
             |lost: &[usize]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
-        self.lose(*worker, why, now);
+        self.lose(&member.who, why, now);
     }
 
     /// Breaks every formation that has ranks on a worker, which is not a member any more; why, each is told by its ranks.
-    fn lose(&mut self, worker: u64, why: impl Fn(&[usize]) -> String, now: u64) {
-        self.forget_kept(worker);
+    fn lose(&mut self, who: &Introduction, why: impl Fn(&[usize]) -> String, now: u64) {
+        self.forget_kept(who.worker);
+        self.lose_foreign(who.worker);
         let hit: Vec<(u64, Vec<usize>)> = self
             .running()
             .map(|(job, formed)| {
-                let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+                let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == who.worker);
                 (job, lost.map(|(rank, _)| rank).collect::<Vec<_>>())
             })
             .filter(|(_, lost)| !lost.is_empty())
             .collect();
+        let suspect = self.suspect(&hit);
         for (job, lost) in hit {
-            let why = why(&lost);
-            self.break_formation(job, lost, why, now);
+            let is_suspect = suspect == Some(job);
+            let mut why = why(&lost);
+            if is_suspect {
+                why += &self.short_of_memory(job, lost.len(), who).unwrap_or_default();
+                self.avoided.entry(job).or_default().insert(who.node.clone());
+            }
+            self.break_formation(job, lost, why, is_suspect, now);
         }
+    }
+
+    /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
+    /// one with the largest ranks. The others are its victims.
+    fn suspect(&self, hit: &[(u64, Vec<usize>)]) -> Option<u64> {
+        let idle = hit.iter().filter(|(job, _)| !self.jobs.all[job].attempts.has_stepped);
+        let bytes = |job: &u64| self.jobs.all[job].running().map_or(0, |formed| formed.rank_bytes);
+        idle.map(|(job, _)| *job).max_by_key(|job| (bytes(job), std::cmp::Reverse(*job)))
+    }
+
+    /// What ranks need and what their worker had, where that may be why it has ended: at least half of it.
+    fn short_of_memory(&self, job: u64, ranks: usize, who: &Introduction) -> Option<String> {
+        let needed = self.jobs.all[&job].running()?.rank_bytes;
+        let is_short = who.memory_bytes > 0 && needed.saturating_mul(2 * ranks as u64) >= who.memory_bytes;
+        is_short.then(|| {
+            let (needed, has) = (size(needed), who.memory());
+            format!(
+                "; it may have run out of memory: a rank needs at least {needed}, {has} and hosted {ranks}"
+            )
+        })
     }
 
     /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
@@ -165,11 +205,11 @@ impl Core {
     pub(super) fn hung(&mut self, job: u64, Hang { rank, why }: Hang, now: u64) {
         let place = |rank| self.jobs.all.get(&job)?.running()?.places.get(rank).copied();
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
-            return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), now);
+            return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), true, now);
         };
         let Introduction { worker, name, node, .. } = &member.who;
         let why = format!("{why}; worker {name} on node {node} is to end");
         self.tell(*worker, Word::Refused { why: format!("{why}: start it again") });
-        self.lose(*worker, |_| why.clone(), now);
+        self.lose(&member.who, |_| why.clone(), now);
     }
 }

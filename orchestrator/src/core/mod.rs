@@ -3,8 +3,11 @@
 //! No clock, no I/O, no tokio: whoever owns it keeps each fact before anything that follows it in the list is done. What
 //! outlives the process is a fold over facts ([`jobs`]); members, leases and the machines of running formations
 //! (`formation`) are made anew from what the workers tell when they attach again.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+pub mod attempts;
 pub mod facts;
+mod foreign;
 mod formation;
 pub mod jobs;
 mod leaving;
@@ -18,20 +21,22 @@ mod watermarks;
 mod words;
 mod writing_down;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::{JobId, Topology};
 
 use self::facts::{End, Fact, JobSpec};
+use self::foreign::Foreign;
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
 use self::leaving::Leaving;
 use self::members::Members;
 pub use self::members::{Introduction, Member};
-pub use self::words::{Effect, Event, Left, Progress, Word};
+pub use self::words::{Effect, Event, Hosted, Left, Progress, Word};
 
 /// How often a worker beats.
 pub const BEAT_MS: u64 = 500;
@@ -67,6 +72,10 @@ pub const TICK_MS: u64 = 100;
 pub struct Core {
     /// Raised durably at each start of the orchestrator.
     incarnation: u64,
+    /// Drawn when the state was made.
+    state: u64,
+    /// Drawn at each start of the orchestrator: part of the ids of the jobs that it takes in.
+    nonce: u32,
     jobs: Jobs,
     members: Members,
     formations: BTreeMap<u64, Formation>,
@@ -76,6 +85,12 @@ pub struct Core {
     wall_ms: u64,
     /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
     awake_ms: u64,
+    /// Formations of which this state knows nothing.
+    foreign: BTreeMap<(u64, u32), Foreign>,
+    /// Until when jobs wait whose formations came to nothing.
+    paused_until: BTreeMap<u64, u64>,
+    /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
+    avoided: BTreeMap<u64, BTreeSet<String>>,
     /// Why jobs in line wait.
     reasons: BTreeMap<u64, String>,
     /// Jobs that are over and stay known.
@@ -90,11 +105,16 @@ impl Core {
     pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
         let mut core = Core {
             incarnation,
+            state: 0,
+            nonce: 0,
             keep_jobs: KEEP_JOBS,
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            foreign: BTreeMap::new(),
+            paused_until: BTreeMap::new(),
+            avoided: BTreeMap::new(),
             wall_ms: now,
             awake_ms: now,
             reasons: BTreeMap::new(),
@@ -119,6 +139,16 @@ impl Core {
     pub fn keeping(mut self, jobs: usize) -> Self {
         self.keep_jobs = jobs;
         self
+    }
+
+    /// The same state by what was drawn when it was made, and what was drawn now for the ids of jobs that it takes in.
+    pub fn identified(self, state: u64, nonce: u32) -> Self {
+        Core { state, nonce, ..self }
+    }
+
+    /// Which state it is.
+    pub fn state(&self) -> u64 {
+        self.state
     }
 
     /// Raised durably at each start of the orchestrator.
@@ -149,7 +179,8 @@ impl Core {
     /// Ranks a worker hosts.
     pub fn used(&self, worker: u64) -> usize {
         let running = self.jobs.all.values().filter_map(|job| job.running());
-        running.flat_map(|formed| &formed.places).filter(|&&place| place == worker).count()
+        let known = running.flat_map(|formed| formed.places.iter().copied());
+        known.chain(self.held_by_foreign()).filter(|place| *place == worker).count()
     }
 
     /// What a job waits for, in words; nothing if it does not.
@@ -176,8 +207,8 @@ impl Core {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
             Event::Drain { node } => self.drain(node, now),
-            Event::Attached { who, hosted, left, incarnation, storage_mark } => {
-                self.attached(*who, &hosted, (incarnation, storage_mark), left, now);
+            Event::Attached { who, hosted, left, state, incarnation, storage_mark } => {
+                self.attached(*who, &hosted, (state, incarnation, storage_mark), left, now);
             }
             Event::Left { worker, left } => {
                 self.members.heard(worker, now);
@@ -207,7 +238,11 @@ impl Core {
         self.jobs.apply(&fact);
         let gives_no_room = matches!(
             fact,
-            Fact::Kept { .. } | Fact::Formed { .. } | Fact::StorageMarked { .. } | Fact::Forgotten { .. }
+            Fact::Kept { .. }
+                | Fact::Stepped { .. }
+                | Fact::Formed { .. }
+                | Fact::StorageMarked { .. }
+                | Fact::Forgotten { .. }
         );
         self.is_open |= !gives_no_room;
         self.effects.push(Effect::Keep(fact));
@@ -223,7 +258,8 @@ impl Core {
 
     fn submit(&mut self, spec: Box<JobSpec>, now: u64) {
         if !self.jobs.by_key.contains_key(&spec.key) {
-            let job = self.jobs.newest + 1;
+            let number = JobId::of(self.jobs.newest).number() + 1;
+            let job = JobId::new(number, self.nonce).bits();
             self.keep(Fact::Submitted { job, spec, at_ms: now });
         }
     }
@@ -238,6 +274,7 @@ impl Core {
 
     fn end(&mut self, job: u64, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
         self.release(job, &outcome, false);
+        self.avoided.remove(&job);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         self.keep(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
     }
@@ -254,6 +291,7 @@ impl Core {
     fn release(&mut self, job: u64, reason: &str, keep: bool) {
         self.formations.remove(&job);
         self.leaving.remove(&job);
+        self.paused_until.remove(&job);
         let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
         let generation = formed.generation;
         let mut workers = formed.places.clone();
@@ -280,8 +318,9 @@ impl Core {
         self.members.heard(worker, now);
         for progress in progress {
             let is_current = self.is_current(worker, &progress.rank);
-            if let Some(formation) = self.formations.get_mut(&progress.rank.job).filter(|_| is_current) {
-                formation.progress(progress, now);
+            match self.formations.get_mut(&progress.rank.job).filter(|_| is_current) {
+                Some(formation) => formation.progress(progress, now),
+                None => self.foreign_progress(worker, progress, now),
             }
         }
     }
@@ -296,10 +335,20 @@ impl Core {
 
     fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
         if !self.is_current(worker, &from) {
-            return self.written_down(worker, &from, event);
+            if !self.foreign_event(worker, &from, &event, now) {
+                self.written_down(worker, &from, event);
+            }
+            return;
+        }
+        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node } = &event {
+            return self.node_failed(from.job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
         }
         let Some(formation) = self.formations.get_mut(&from.job) else { return };
+        let step = formation.own_step(&event);
         let effects = formation.event(event, now);
+        if let Some(step) = step.filter(|_| !self.jobs.all[&from.job].attempts.has_stepped) {
+            self.keep(Fact::Stepped { job: from.job, step });
+        }
         self.carry_out(from.job, effects, now);
     }
 
@@ -312,11 +361,24 @@ impl Core {
     ) {
         let is_current =
             self.running().any(|(running, formed)| running == job && formed.generation == generation);
+        if self.foreign.contains_key(&(job, generation)) {
+            return self.foreign_committed((job, generation), position, result);
+        }
         if let Some(position) = position.filter(|_| !is_current) {
             return self.down_committed((job, generation), position, result);
         }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
+        if let Err(cause) = &result
+            && !formation.is_aborting()
+        {
+            let what = position.map_or_else(
+                || "the weights".into(),
+                |position| format!("the checkpoint of step {}", position.step),
+            );
+            let words = format!("putting {what} in place: {cause}");
+            return self.node_failed(job, 0, &words, now);
+        }
         let effects = formation.committed(position, result);
         let kept = self.jobs.all[&job].kept;
         if let Some(Position { step, cursor, .. }) = position.filter(|at| stands && at.step > kept) {
@@ -336,7 +398,7 @@ impl Core {
         for job in jobs {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
-                self.break_formation(job, Vec::new(), why, now);
+                self.break_formation(job, Vec::new(), why, true, now);
             } else if let Some(hang) = formation.hangs(now) {
                 self.hung(job, hang, now);
             } else {
@@ -344,14 +406,36 @@ impl Core {
                 self.carry_out(job, effects, now);
             }
         }
+        self.tick_foreign(now);
     }
 
-    fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, now: u64) {
+    /// A formation is over: the job is formed anew, unless it has come to nothing too often. `counts`: nobody else is to blame.
+    fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, counts: bool, now: u64) {
+        let record = &self.jobs.all[&job];
+        let generation = record.generation();
+        let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
+        let reached = self.formations.get(&job).map_or(0, Formation::reached).max(resumed);
+        let idle = counts && !record.attempts.has_stepped && reached <= resumed;
+        let mut attempts = record.attempts.clone();
+        attempts.ended(reached, idle, &format!("generation {generation}: {why}"));
+        if let Some(words) = attempts.given_up() {
+            return self.end(job, End::Failed, (words, None), now);
+        }
         self.release(job, &why, true);
-        let generation = self.jobs.all[&job].generation();
         self.log(job, why.clone());
-        self.keep(Fact::Broken { job, generation, lost, why, at_ms: now });
+        self.paused_until.insert(job, now + attempts.pause_ms());
+        self.keep(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
         self.ask_for_kept(job, now);
+    }
+
+    /// A rank's node cannot do its part: the rank goes to another one, if there is room.
+    fn node_failed(&mut self, job: u64, rank: usize, what: &str, now: u64) {
+        let place = self.jobs.all[&job].running().and_then(|formed| formed.places.get(rank));
+        let who = place.and_then(|&worker| self.members.get(worker)).map(|member| member.who.clone());
+        let Introduction { name, node, .. } = who.unwrap_or_default();
+        let why = format!("{what}; on worker {name}, node {node}");
+        self.avoided.entry(job).or_default().insert(node);
+        self.break_formation(job, vec![rank], why, true, now);
     }
 }
 

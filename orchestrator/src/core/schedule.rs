@@ -3,22 +3,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::schedule::RankFigures;
+use contraflow_runtime::topology::{JobId, Topology};
 
 use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
 use super::{Core, SHRINK_MS, Word};
-use crate::placement::{Slots, Supply, buddies, place, refill, shrink};
+use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill, shrink};
 use crate::queue::{self, Decision, Running, Waiting};
 
 impl Core {
     /// Forms every job that can be formed, and makes room for those that may ask for it.
     pub(super) fn schedule(&mut self, now: u64) {
         for job in self.recovering() {
-            if self.awaits_kept(job, now) {
+            if self.awaits_kept(job, now) || self.pauses(job, now).is_some() {
                 continue;
             }
             if let Some((topology, places)) = self.place_again(job, now)
@@ -28,20 +30,22 @@ impl Core {
             }
         }
         let (waiting, running, missing) = self.line();
+        self.reasons.clear();
+        let waiting = self.without_unfit(waiting);
         if waiting.is_empty() {
             return;
         }
-        self.reasons.clear();
-        let free: usize = self.supply(None).slots.iter().map(|slots| slots.free).sum();
+        let free = free_slots(&self.supply(None, 0));
         // Slots that a job which has lost ranks waits for are not for others.
         for decision in queue::decide(&waiting, &running, free.saturating_sub(missing)) {
             match decision {
                 Decision::Start { job, on_loan } => self.start(job, on_loan),
                 Decision::Preempt { victims, for_job } => {
                     for victim in &victims {
-                        self.move_away(*victim, format!("gives way to job-{for_job}"), now);
+                        self.move_away(*victim, format!("gives way to {}", JobId::of(for_job)), now);
                     }
-                    let victims: Vec<String> = victims.iter().map(|job| format!("job-{job}")).collect();
+                    let victims: Vec<String> =
+                        victims.iter().map(|&job| JobId::of(job).to_string()).collect();
                     self.reasons.insert(for_job, format!("{} to give way", victims.join(", ")));
                 }
                 Decision::Wait { job, reason } => drop(self.reasons.insert(job, reason)),
@@ -52,7 +56,8 @@ impl Core {
     fn start(&mut self, job: u64, on_loan: bool) {
         let spec = &self.jobs.all[&job].spec;
         let topology = spec.topology();
-        match place(&self.supply(None), &topology, spec.recipe.parallel.schedule) {
+        let schedule = spec.recipe.parallel.schedule;
+        match place(&self.supply(None, spec.rank_bytes), &topology, schedule) {
             Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
             Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
         }
@@ -80,6 +85,7 @@ impl Core {
             resume_step,
             memory,
             cursor: record.cursor,
+            rank_bytes: rank_bytes(&record.spec, &record.spec.recipe_on(&topology)),
             on_loan,
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
@@ -91,6 +97,7 @@ impl Core {
         self.let_go(job, &places);
         self.keep(Fact::Formed { job, formed });
         self.reasons.remove(&job);
+        self.paused_until.remove(&job);
         self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
         let mut ranks_of: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
         for (rank, worker) in places.into_iter().enumerate() {
@@ -109,7 +116,7 @@ impl Core {
 
     /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
     fn buddies(&self, job: u64, places: &[u64]) -> Vec<usize> {
-        buddies(&self.supply(Some(job)), places).unwrap_or_default()
+        buddies(&self.supply(Some(job), 0), places).unwrap_or_default()
     }
 
     /// Workers of the formation before that are not in the next one need not keep anything of its state.
@@ -133,66 +140,112 @@ impl Core {
         broken.into_iter().map(|(_, job)| job).collect()
     }
 
-    /// Places for a job that has lost ranks: the others stay where they are. With fewer ranks if nothing has come free for long
-    /// enough and it may.
+    /// How much longer a job that has lost its ranks waits until it is formed again: what ended its formations may pass.
+    pub(super) fn pauses(&self, job: u64, now: u64) -> Option<u64> {
+        self.paused_until.get(&job)?.checked_sub(now).filter(|left| *left > 0)
+    }
+
+    /// Places for a job that has lost ranks: the others stay where they are, and nothing goes where it came to nothing before,
+    /// while there is room elsewhere. With fewer ranks if nothing has come free for long enough and it may.
     fn place_again(&self, job: u64, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
-        let supply = self.supply(Some(job));
-        let index: BTreeMap<u64, usize> =
-            supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
-        let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
-        for (rank, worker) in before.places.iter().enumerate() {
-            match index.get(worker).filter(|_| !record.lost.contains(&rank)) {
-                Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
-                None => drop(gone.insert(rank)),
-            }
+        let supply = self.supply(Some(job), before.rank_bytes);
+        if let Some(avoided) = self.avoided.get(&job)
+            && let Some(places) = refill_lost(&without(supply.clone(), avoided), record, before)
+        {
+            return Some((before.topology, places));
         }
-        let schedule = record.spec.recipe.parallel.schedule;
-        if let Ok(placement) = refill(&kept, &before.topology, schedule, &before.places, &gone) {
-            return Some((before.topology, placement.of_rank));
+        if let Some(places) = refill_lost(&supply, record, before) {
+            return Some((before.topology, places));
         }
         if now < record.broken_ms + SHRINK_MS {
             return None;
         }
-        let available = supply.slots.iter().map(|slots| slots.free).sum();
         let text = record.spec.recipe.resolved_toml();
-        let fits = |topology: &Topology| fits(&record.spec, &text, topology);
-        let smaller = shrink(&before.topology, available, record.spec.min_ranks, &fits)?;
-        let placement = place(&supply, &smaller, schedule).ok()?;
+        let fits = |topology: &Topology| on_axes(&record.spec, &text, topology).is_some();
+        let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &fits)?;
+        let rank_bytes = rank_bytes(&record.spec, &record.spec.recipe_on(&smaller));
+        let supply = self.supply(Some(job), rank_bytes);
+        let placement = place(&supply, &smaller, record.spec.recipe.parallel.schedule).ok()?;
         Some((smaller, placement.of_rank))
     }
 
-    /// The slots that a job may take: those that nobody holds, and its own where it has lost its formation.
-    fn supply(&self, own: Option<u64>) -> Supply {
+    /// The slots that a job may take for ranks that need so much memory: those that nobody holds, and its own where it has lost
+    /// its formation.
+    fn supply(&self, own: Option<u64>, rank_bytes: u64) -> Supply {
         let held = self.held(own);
         let mut supply = Supply::default();
         for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
-            let used = held.get(&worker).copied().unwrap_or_default();
+            let (used, used_bytes) = held.get(&worker).copied().unwrap_or_default();
             if self.is_draining(member) {
                 supply.draining += member.who.slots;
                 continue;
             }
             supply.taken += used;
-            supply.slots.push(Slots {
-                worker,
-                node: member.who.node.clone(),
-                block: member.who.block.clone(),
-                free: member.who.slots.saturating_sub(used),
-            });
+            let free = member.who.slots.saturating_sub(used);
+            let room = free.min(member.room_for(rank_bytes, used_bytes));
+            if room < free {
+                supply
+                    .too_small
+                    .note(free - room, rank_bytes, member.who.memory_bytes, || member.who.memory());
+            }
+            let (node, block) = (member.who.node.clone(), member.who.block.clone());
+            supply.slots.push(Slots { worker, node, block, free: room });
         }
         supply
     }
 
-    /// Slots by worker that formations hold, and those that survivors of a broken one keep; but for those of `own`.
-    fn held(&self, own: Option<u64>) -> BTreeMap<u64, usize> {
-        let mut held = BTreeMap::new();
+    /// Slots by worker that formations hold, and those that survivors of a broken one keep, and what memory their ranks need;
+    /// but for those of `own`.
+    pub(super) fn held(&self, own: Option<u64>) -> BTreeMap<u64, (usize, u64)> {
+        let mut held: BTreeMap<u64, (usize, u64)> = BTreeMap::new();
+        let mut hold = |worker: u64, bytes: u64| {
+            let (slots, held) = held.entry(worker).or_default();
+            (*slots, *held) = (*slots + 1, held.saturating_add(bytes));
+        };
         for (&job, record) in &self.jobs.all {
             if own != Some(job) {
-                survivors(record).for_each(|worker| *held.entry(worker).or_default() += 1);
+                let bytes = record.formed.as_ref().map_or(0, |formed| formed.rank_bytes);
+                survivors(record).for_each(|worker| hold(worker, bytes));
             }
         }
+        self.held_by_foreign().for_each(|worker| hold(worker, 0));
         held
+    }
+
+    /// Takes those out of the line that would not fit into the memory of all workers together if they did nothing else, though
+    /// they have slots enough: they hold nobody up.
+    fn without_unfit(&mut self, waiting: Vec<Waiting>) -> Vec<Waiting> {
+        let mut rooms: BTreeMap<u64, (usize, TooSmall)> = BTreeMap::new();
+        let mut fit = Vec::with_capacity(waiting.len());
+        for job in waiting {
+            let bytes = self.jobs.all[&job.job].spec.rank_bytes;
+            let (room, too_small) = rooms.entry(bytes).or_insert_with(|| self.room_for(bytes));
+            if *room < job.ranks && job.ranks <= *room + too_small.slots {
+                let words = format!("needs {} ranks, room for {room}{too_small}", job.ranks);
+                self.reasons.insert(job.job, words);
+            } else {
+                fit.push(job);
+            }
+        }
+        fit
+    }
+
+    /// How many ranks that need so much memory all workers together have room for if they do nothing else, and the slots into
+    /// which none fits.
+    fn room_for(&self, rank_bytes: u64) -> (usize, TooSmall) {
+        let (mut room, mut too_small) = (0, TooSmall::default());
+        let members = self.members.iter().map(|(_, member)| member);
+        for member in members.filter(|member| member.is_attached && !self.is_draining(member)) {
+            let slots = member.who.slots;
+            let fit = slots.min(member.room_for(rank_bytes, 0));
+            room += fit;
+            if fit < slots {
+                too_small.note(slots - fit, rank_bytes, member.who.memory_bytes, || member.who.memory());
+            }
+        }
+        (room, too_small)
     }
 
     /// What the queue is asked: who waits, who runs, and how many slots jobs that run have lost.
@@ -202,7 +255,7 @@ impl Core {
             let in_line = |ranks| Waiting {
                 job,
                 priority: record.spec.priority.into(),
-                submitted: job,
+                submitted: JobId::of(job).number(),
                 ranks,
                 preemptible: true,
             };
@@ -227,12 +280,50 @@ impl Core {
         if let Some(reason) = self.reasons.get(&job).filter(|_| record.phase == Phase::Queued) {
             return reason.clone();
         }
-        let supply = self.supply(Some(job));
-        let free: usize = supply.slots.iter().map(|slots| slots.free).sum();
-        let asked_for = record.spec.topology();
-        let world = record.formed.as_ref().map_or(asked_for, |formed| formed.topology).world();
-        format!("needs {world} ranks, {free} healthy, {} draining; {}", supply.draining, record.why)
+        if let Some(left) = self.pauses(job, self.awake_ms) {
+            let (idle, seconds) = (record.attempts.idle, left.div_ceil(1000));
+            return format!(
+                "formed {idle} times in a row without making a step, again in {seconds} s; {}",
+                record.why
+            );
+        }
+        let (topology, bytes) = match &record.formed {
+            Some(formed) => (formed.topology, formed.rank_bytes),
+            None => (record.spec.topology(), record.spec.rank_bytes),
+        };
+        let supply = self.supply(Some(job), bytes);
+        let (world, free, draining) = (topology.world(), free_slots(&supply), supply.draining);
+        format!(
+            "needs {world} ranks, {free} healthy, {draining} draining{}; {}",
+            supply.too_small, record.why
+        )
     }
+}
+
+fn free_slots(supply: &Supply) -> usize {
+    supply.slots.iter().map(|slots| slots.free).sum()
+}
+
+/// What is left of a supply where nothing is to go to these nodes.
+fn without(mut supply: Supply, nodes: &BTreeSet<String>) -> Supply {
+    supply.slots.iter_mut().filter(|slots| nodes.contains(&slots.node)).for_each(|slots| slots.free = 0);
+    supply
+}
+
+/// Places for a formation's lost ranks; the others stay where they are.
+fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) -> Option<Vec<u64>> {
+    let index: BTreeMap<u64, usize> =
+        supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
+    let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
+    for (rank, worker) in before.places.iter().enumerate() {
+        match index.get(worker).filter(|_| !record.lost.contains(&rank)) {
+            Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
+            None => drop(gone.insert(rank)),
+        }
+    }
+    let schedule = record.spec.recipe.parallel.schedule;
+    let placement = refill(&kept, &before.topology, schedule, &before.places, &gone).ok()?;
+    Some(placement.of_rank)
 }
 
 /// The workers on which a job holds slots.
@@ -243,8 +334,17 @@ fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
 }
 
-/// Whether a recipe, whose text is at hand, can be run on other axes.
-fn fits(spec: &JobSpec, text: &str, axes: &Topology) -> bool {
+/// The recipe of a job, whose text is at hand, on other axes; nothing if it cannot be run on them.
+fn on_axes(spec: &JobSpec, text: &str, axes: &Topology) -> Option<Recipe> {
     let model = spec.recipe.model_config.clone();
-    Recipe::submitted(text, &spec.name, &super::axes_overrides(axes), Some(model)).is_ok()
+    Recipe::submitted(text, &spec.name, &super::axes_overrides(axes), Some(model)).ok()
+}
+
+/// What the largest rank of a job's recipe needs of memory at the least, on whatever axes; 0: not known.
+fn rank_bytes(spec: &JobSpec, recipe: &Recipe) -> u64 {
+    if recipe.topology() == spec.topology() {
+        return spec.rank_bytes;
+    }
+    let figures = recipe_figures(recipe).unwrap_or_default();
+    figures.iter().map(RankFigures::bytes).max().unwrap_or_default()
 }

@@ -31,11 +31,13 @@ pub enum Event {
     Attached {
         /// Who it is.
         who: Box<Introduction>,
-        /// Formations it hosts ranks of: job, generation, ranks.
-        hosted: Vec<(u64, u32, Vec<usize>)>,
+        /// Formations it hosts ranks of.
+        hosted: Vec<Hosted>,
         /// Formations it has left and of whose state it keeps something.
         left: Vec<Left>,
-        /// The highest incarnation of an orchestrator that it has heard of.
+        /// The state of the orchestrator whose member it was last; 0: none so far.
+        state: u64,
+        /// The highest incarnation that it has heard of, of that state.
         incarnation: u64,
         /// The mark in its storage.
         storage_mark: String,
@@ -88,6 +90,21 @@ pub enum Event {
     },
     /// Time has passed.
     Tick,
+}
+
+/// A formation of which a worker hosts ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hosted {
+    /// Which job.
+    pub job: u64,
+    /// Which formation.
+    pub generation: u32,
+    /// Which ranks.
+    pub ranks: Vec<usize>,
+    /// How many ranks the formation has.
+    pub world: usize,
+    /// Steps of the recipe; 0: not known.
+    pub steps: u64,
 }
 
 /// A formation that a worker has left.

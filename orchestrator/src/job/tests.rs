@@ -193,7 +193,7 @@ fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
     assert!(matches!(commands(&job.committed(15, full))[..], [(0, RankCommand::Abort { .. })]));
     let effects = job.step(RankEvent::Aborted { rank: 0 });
     let message = "committing the checkpoint of step 15: manifest.json: no space".into();
-    let told = Outcome::Failed { message, kind: ErrorKind::Config };
+    let told = Outcome::Failed { message, kind: ErrorKind::Node };
     assert_eq!(effects.last().unwrap(), &Effect::End(told));
 }
 

@@ -144,7 +144,7 @@ impl<'a> Shape<'a> {
         let links = (columns..self.topology.world())
             .map(|rank| self.distance(node_of_rank[rank - columns], node_of_rank[rank]));
         let mut at = [0_u64; 3];
-        links.for_each(|distance| at[distance as usize] += 1);
+        links.filter_map(|distance| usize::try_from(distance).ok()).for_each(|distance| at[distance] += 1);
         let words = format!(
             "of {} pipeline links {} on one node, {} within a block",
             at.iter().sum::<u64>(),

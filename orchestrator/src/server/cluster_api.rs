@@ -24,7 +24,7 @@ impl ClusterService for Cluster {
         let label = node.clone();
         let on_node = move |hub: &Hub| {
             let workers = hub.core().members().filter(|member| member.who.node == label);
-            let used = workers.map(|member| hub.core().used(member.who.worker) as u32);
+            let used = workers.map(|member| hub.core().used(member.who.worker) as u64);
             used.fold((0, 0), |(workers, ranks), used| (workers + 1, ranks + used))
         };
         let (workers, ranks) = self.hub.ask(on_node).await?;
@@ -45,11 +45,12 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
             worker: member.who.name.clone(),
             node: member.who.node.clone(),
             block: member.who.block.clone(),
-            slots: member.who.slots as u32,
-            used: core.used(member.who.worker) as u32,
+            slots: member.who.slots as u64,
+            used: core.used(member.who.worker) as u64,
             draining: core.is_draining(member),
             silent_ms: now_ms().saturating_sub(member.heard_ms),
             address: member.who.fabric.as_ref().map_or_else(String::new, |address| address.tcp.to_string()),
+            memory_bytes: member.who.memory_bytes,
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));

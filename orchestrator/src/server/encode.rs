@@ -1,7 +1,8 @@
 //! Words of the core as messages of the worker link.
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, encode_command};
+use contraflow_runtime::control::wire::{RankAddress, encode_command, rank_numbers};
+use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tracing::{Span, info_span};
 use v1::commit::What;
@@ -16,8 +17,8 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
     Some(match word {
         Word::Welcome => Message::Welcome(v1::Welcome {
             incarnation: core.incarnation(),
-            beat_ms: BEAT_MS as u32,
-            storage_mark: core.jobs().storage_mark.clone(),
+            beat_ms: BEAT_MS,
+            state: core.state(),
         }),
         Word::Refused { why } => Message::Refused(why),
         Word::Cut => return None,
@@ -32,13 +33,13 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 let member = core.member(worker).filter(|member| member.is_known())?;
                 member.who.fabric.clone().map(Into::into)
             });
-            let place = |worker| workers.partition_point(|other| other < worker) as u32;
+            let place = |worker| workers.partition_point(|other| other < worker) as u64;
             Message::Assign(v1::Assign {
                 job,
                 generation: formed.generation,
                 recipe: record.spec.recipe.resolved_toml(),
                 model_config: record.spec.recipe.model_config.to_hf_json(),
-                ranks: ranks.into_iter().map(|rank| rank as u32).collect(),
+                ranks: rank_numbers(&ranks),
                 fabric: fabric.collect::<Option<Vec<v1::FabricAddress>>>()?,
                 workers: formed.places.iter().map(place).collect(),
                 secret: secret(key, job, formed.generation).to_vec(),
@@ -46,13 +47,14 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 kept: record.kept,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
-                buddies: formed.buddies.iter().map(|&rank| rank as u32).collect(),
+                buddies: rank_numbers(&formed.buddies),
                 memory: formed.memory.as_ref().map(|memory| v1::InMemory {
                     generation: memory.generation,
                     step: memory.step,
-                    holders: memory.holders.iter().map(|&rank| rank as u32).collect(),
+                    holders: rank_numbers(&memory.holders),
                 }),
                 traceparent: trace::current().to_string(),
+                state: core.state(),
             })
         }
         Word::Command { to, command } => {
@@ -72,7 +74,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }
         Word::WriteDown { job, generation, of: (of_generation, step), ranks } => {
-            let ranks = ranks.into_iter().map(|rank| rank as u32).collect();
+            let ranks = rank_numbers(&ranks);
             Message::WriteDown(v1::WriteDown { job, generation, of_generation, step, ranks })
         }
         Word::PlaceWeights { job, generation, files } => {
@@ -86,11 +88,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
 pub(super) fn span_of(core: &Core, word: &Word) -> Span {
     let (job, span) = match word {
         Word::Assign { job, generation, .. } => {
-            (*job, info_span!(target: SPAN, parent: None, "assign", job, generation))
+            (*job, info_span!(target: SPAN, parent: None, "assign", job = %JobId::of(*job), generation))
         }
         Word::Command { to, command } => {
             let RankAddress { job, generation, rank } = *to;
-            (job, info_span!(target: SPAN, parent: None, "command", job, generation, rank, ?command))
+            let name = JobId::of(job);
+            (job, info_span!(target: SPAN, parent: None, "command", job = %name, generation, rank, ?command))
         }
         _ => return Span::none(),
     };

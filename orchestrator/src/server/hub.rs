@@ -5,9 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1;
+use contraflow_runtime::fabric::handshake::fresh_nonce;
+use contraflow_runtime::topology::JobId;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
@@ -117,10 +119,22 @@ pub struct Hub {
 /// **Units**: milliseconds since 1970.
 pub(super) fn now_ms() -> u64 {
     static BEGAN: OnceLock<(u64, Instant)> = OnceLock::new();
-    let since_1970 =
-        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let since_1970 = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, millis);
     let (wall, clock) = BEGAN.get_or_init(|| (since_1970(), Instant::now()));
-    wall + clock.elapsed().as_millis() as u64
+    wall + millis(clock.elapsed())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Which state it is, to be told to whoever may know another one: the key was drawn with it and stays here.
+fn state_of(key: &[u8; 32]) -> u64 {
+    let hash = blake3::Hasher::new_keyed(key).update(b"contraflow: which state").finalize();
+    let mut state = [0; 8];
+    state.copy_from_slice(&hash.as_bytes()[..8]);
+    // Nothing stands for none.
+    u64::from_le_bytes(state).max(1)
 }
 
 impl Hub {
@@ -140,7 +154,10 @@ impl Hub {
             jobs.apply(&fact);
         }
         let facts_since_snapshot = replay.records.len() as u64;
+        let nonce = fresh_nonce().map_err(|error| error.to_string())?;
+        let nonce = u32::from_le_bytes([nonce[0], nonce[1], nonce[2], nonce[3]]);
         let core = Core::new(jobs, replay.incarnation, now_ms()).keeping(keep_jobs);
+        let core = core.identified(state_of(&key), nonce);
         let store = Arc::new(store);
         let mut hub = Hub {
             core,
@@ -250,7 +267,7 @@ impl Hub {
                     }
                 }
                 Effect::Log { job, line } => {
-                    tracing::info!(job, "{line}");
+                    tracing::info!(job = %JobId::of(job), "{line}");
                     let (unix_ms, level) = (now_ms(), "INFO".to_owned());
                     self.log(
                         job,

@@ -5,8 +5,11 @@ use std::sync::Arc;
 
 use contraflow_proto::v1;
 use contraflow_runtime::faults::Faults;
+use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::RankFigures;
+use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::Stream;
@@ -50,14 +53,14 @@ impl JobService for Jobs {
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Reply<v1::SubmitResponse> {
         let spec = Box::new(spec(request.into_inner()).map_err(|faults| refused(&faults))?);
-        let (reply, number) = oneshot::channel();
+        let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         let ending = |_| Status::unavailable("the orchestrator is ending");
-        Ok(Response::new(v1::SubmitResponse { job: name_of(number.await.map_err(ending)?) }))
+        Ok(Response::new(v1::SubmitResponse { job: JobId::of(id.await.map_err(ending)?).to_string() }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Reply<v1::GetResponse> {
-        let job = self.number(&request.into_inner().job).await?;
+        let job = self.id(&request.into_inner().job).await?;
         let job = self.hub.ask(move |hub| describe(hub, job)).await?;
         Ok(Response::new(v1::GetResponse { job: Some(job) }))
     }
@@ -65,7 +68,7 @@ impl JobService for Jobs {
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
         let v1::ListRequest { limit, before } = request.into_inner();
         let limit = if limit == 0 { PAGE } else { (limit as usize).min(MAX_PAGE) };
-        let before = if before.is_empty() { u64::MAX } else { self.number(&before).await? };
+        let before = if before.is_empty() { u64::MAX } else { self.id(&before).await? };
         let page = move |hub: &Hub| -> Vec<v1::Job> {
             let numbers = hub.core().jobs().all.range(..before).rev().take(limit);
             numbers.map(|(&job, _)| describe(hub, job)).collect()
@@ -90,7 +93,7 @@ impl JobService for Jobs {
 
     async fn cancel(&self, request: Request<v1::CancelRequest>) -> Reply<v1::CancelResponse> {
         let v1::CancelRequest { job, reason } = request.into_inner();
-        let job = self.number(&job).await?;
+        let job = self.id(&job).await?;
         self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
         let job = self.hub.ask(move |hub| describe(hub, job)).await?;
         Ok(Response::new(v1::CancelResponse { job: Some(job) }))
@@ -114,25 +117,20 @@ impl JobService for Jobs {
 
 impl Jobs {
     /// **Errors**: `NOT_FOUND`.
-    async fn number(&self, name: &str) -> Result<u64, Status> {
+    async fn id(&self, name: &str) -> Result<u64, Status> {
         let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));
-        let number =
-            name.strip_prefix("job-").and_then(|digits| digits.parse::<u64>().ok()).ok_or_else(unknown)?;
-        let is_in = move |hub: &Hub| {
-            let jobs = hub.core().jobs();
-            (jobs.all.contains_key(&number), (1..=jobs.newest).contains(&number))
-        };
-        match self.hub.ask(is_in).await? {
-            (true, _) => Ok(number),
-            (false, true) => Err(Status::not_found(format!(
+        let number = JobId::parse_number(name).ok_or_else(unknown)?;
+        match self.hub.ask(move |hub| hub.core().jobs().of_number(number)).await? {
+            Ok(id) => Ok(id),
+            Err(true) => Err(Status::not_found(format!(
                 "job: {name} is over and forgotten; the orchestrator's --keep-jobs says how many stay known"
             ))),
-            (false, false) => Err(unknown()),
+            Err(false) => Err(unknown()),
         }
     }
 
     async fn follow(&self, name: &str) -> Result<Follow, Status> {
-        let job = self.number(name).await?;
+        let job = self.id(name).await?;
         let found = self.hub.ask(move |hub| Some((hub.store(), hub.steps(job)?.kept.subscribe()))).await?;
         let (store, kept) = found.ok_or_else(|| Status::not_found(format!("job: {name} is forgotten")))?;
         Ok(Follow { job, store, kept, next: 0, first_step: None, until_end: false })
@@ -201,11 +199,6 @@ fn stream<T: Send + 'static>(
     Box::pin(ReceiverStream::new(answers))
 }
 
-/// The id of a job.
-fn name_of(number: u64) -> String {
-    format!("job-{number}")
-}
-
 fn refused(faults: &Faults) -> Status {
     Status::invalid_argument(faults.to_string())
 }
@@ -219,6 +212,8 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
     let recipe = Recipe::submitted(&recipe, &name, &overrides, model)?;
     let world = recipe.topology().world();
     let mut faults = Faults::default();
+    let figures = recipe_figures(&recipe).map_err(|words| faults.push("parallel", words)).unwrap_or_default();
+    let rank_bytes = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
     for (field, text) in [("name", &name), ("idempotency_key", &idempotency_key)] {
         if text.len() > MAX_TEXT {
             faults.expected(field, format!("at most {MAX_TEXT} bytes"), text.len());
@@ -233,6 +228,7 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
         min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
         key: idempotency_key,
         recipe: Arc::new(recipe),
+        rank_bytes,
         traceparent: trace::current().to_string(),
     })
 }
@@ -245,10 +241,10 @@ fn describe(hub: &Hub, job: u64) -> v1::Job {
     let rank = |(rank, &worker): (usize, &u64)| {
         let who = core.member(worker).map(|member| member.who.clone()).unwrap_or_default();
         let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
-        v1::RankPlace { rank: rank as u32, worker: who.name, node: who.node, step }
+        v1::RankPlace { rank: rank as u64, worker: who.name, node: who.node, step }
     };
     v1::Job {
-        job: name_of(job),
+        job: JobId::of(job).to_string(),
         name: record.spec.name.clone(),
         priority: record.spec.priority,
         state: state(record, core.is_training(job)).into(),

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, decode_event};
+use contraflow_runtime::control::wire::{RankAddress, decode_event, rank_of, ranks_of};
 use contraflow_runtime::fabric::Address;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,7 +16,7 @@ use v1::from_worker::Message;
 
 use super::Handle;
 use super::hub::{HubMessage, LogRecord};
-use crate::core::{Event, Introduction, Left, Progress};
+use crate::core::{Event, Hosted, Introduction, Left, Progress};
 use crate::recovery::KeptShard;
 
 /// Words that a worker may leave unread before it is cut off.
@@ -61,7 +61,7 @@ impl ControlService for Control {
             )));
         }
         sound(&hello)?;
-        let (worker, attached) = introduction(hello)?;
+        let (worker, attached) = introduction(hello).map_err(Status::invalid_argument)?;
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(MAX_UNREAD);
         self.hub.send(HubMessage::Linked { worker, link, down }).await?;
@@ -82,11 +82,11 @@ impl ControlService for Control {
 
 /// **Errors**: `INVALID_ARGUMENT`; a field is empty or too large.
 fn sound(hello: &v1::Hello) -> Result<(), Status> {
-    let wrong = |field: &str, expected: String, got: usize| {
+    let wrong = |field: &str, expected: String, got: String| {
         Err(Status::invalid_argument(format!("{field}: expected {expected}, got {got}")))
     };
     if !(1..=MAX_SLOTS).contains(&hello.slots) {
-        return wrong("slots", format!("1 to {MAX_SLOTS}"), hello.slots as usize);
+        return wrong("slots", format!("1 to {MAX_SLOTS}"), hello.slots.to_string());
     }
     let address = hello
         .fabric
@@ -99,81 +99,95 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
         ("fabric.host", &address.host),
         ("fabric.tcp", &address.tcp),
         ("fabric.unix", &address.unix),
+        ("memory_limit", &hello.memory_limit),
     ];
     for (field, text) in texts {
         if text.len() > MAX_TEXT {
-            return wrong(field, format!("at most {MAX_TEXT} bytes"), text.len());
+            return wrong(field, format!("at most {MAX_TEXT} bytes"), text.len().to_string());
         }
     }
     Ok(())
 }
 
-/// **Errors**: `INVALID_ARGUMENT`; the address is none.
-fn introduction(hello: v1::Hello) -> Result<(u64, Event), Status> {
-    let v1::Hello { worker, name, node, block, hosted, left, incarnation, storage_mark, .. } = hello;
+/// **Errors**: in words; the address is none, or this machine has no number for a rank.
+fn introduction(hello: v1::Hello) -> Result<(u64, Event), String> {
+    let v1::Hello { worker, name, node, block, peak_flops, memory_bytes, memory_limit, .. } = hello;
     let fabric = hello.fabric.map(Address::try_from).transpose();
     let who = Introduction {
         worker,
         name,
-        slots: hello.slots as usize,
+        slots: rank_of(hello.slots.into())?,
         node,
         block,
-        fabric: fabric.map_err(|words| Status::invalid_argument(format!("fabric.{words}")))?,
-        cores: hello.cores as usize,
-        peak_flops: hello.peak_flops,
+        fabric: fabric.map_err(|words| format!("fabric.{words}"))?,
+        cores: rank_of(hello.cores)?,
+        peak_flops,
+        memory_bytes,
+        memory_limit,
     };
-    let hosted = hosted.into_iter().map(|hosted| {
-        (hosted.job, hosted.generation, hosted.ranks.into_iter().map(|rank| rank as usize).collect())
-    });
-    let (hosted, left) = (hosted.collect(), left.into_iter().map(left_of).collect());
-    Ok((worker, Event::Attached { who: Box::new(who), hosted, left, incarnation, storage_mark }))
+    let v1::Hello { hosted, left, state, incarnation, storage_mark, .. } = hello;
+    let hosted = hosted.into_iter().map(hosted_of).collect::<Result<_, _>>()?;
+    let left = left.into_iter().map(left_of).collect::<Result<_, _>>()?;
+    Ok((worker, Event::Attached { who: Box::new(who), hosted, left, state, incarnation, storage_mark }))
 }
 
-fn left_of(released: v1::Released) -> Left {
+fn hosted_of(hosted: v1::Hosted) -> Result<Hosted, String> {
+    let v1::Hosted { job, generation, ranks, world, steps } = hosted;
+    Ok(Hosted { job, generation, ranks: ranks_of(&ranks)?, world: rank_of(world)?, steps })
+}
+
+fn left_of(released: v1::Released) -> Result<Left, String> {
     let v1::Released { job, generation, kept } = released;
-    let shard = |shard: v1::KeptShard| KeptShard {
-        generation: shard.generation,
-        step: shard.step,
-        rank: shard.rank as usize,
-    };
-    Left { job, generation, kept: kept.into_iter().map(shard).collect() }
+    let shard =
+        |v1::KeptShard { generation, step, rank }| Ok(KeptShard { generation, step, rank: rank_of(rank)? });
+    Ok(Left { job, generation, kept: kept.into_iter().map(shard).collect::<Result<_, String>>()? })
 }
 
-async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
-    let event = match message.message {
-        Some(Message::Beat(beat)) => {
-            let progress = beat.progress.into_iter().map(|progress| Progress {
-                rank: RankAddress {
-                    job: progress.job,
-                    generation: progress.generation,
-                    rank: progress.rank as usize,
-                },
-                step: progress.step,
-                operations: progress.operations,
-                is_at_work: progress.is_at_work,
-            });
-            Event::Beat { worker, progress: progress.collect() }
+fn progress_of(progress: v1::Progress) -> Result<Progress, String> {
+    let v1::Progress { job, rank, generation, step, operations, is_at_work } = progress;
+    let rank = RankAddress { job, generation, rank: rank_of(rank)? };
+    Ok(Progress { rank, step, operations, is_at_work })
+}
+
+/// A message as the core hears it; nothing if it says nothing.
+///
+/// **Errors**: in words; a message that makes no sense.
+fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
+    Ok(Some(match message {
+        Message::Beat(beat) => {
+            let progress = beat.progress.into_iter().map(progress_of).collect::<Result<_, _>>()?;
+            Event::Beat { worker, progress }
         }
-        Some(Message::Event(event)) => match decode_event(event) {
-            Ok((from, event)) => Event::Rank { worker, from, event: Box::new(event) },
-            Err(words) => {
-                tracing::warn!(worker, "an event that makes no sense: {words}");
-                return Ok(());
-            }
-        },
-        Some(Message::Committed(done)) => Event::Committed {
+        Message::Event(event) => {
+            let (from, event) = decode_event(event)?;
+            Event::Rank { worker, from, event: Box::new(event) }
+        }
+        Message::Committed(done) => Event::Committed {
             worker,
             job: done.job,
             generation: done.generation,
             position: done.position.map(Into::into),
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
-        Some(Message::Leaving(_)) => Event::Leaving { worker },
-        Some(Message::Logs(logs)) => return keep_lines(hub, logs).await,
-        Some(Message::Released(released)) => Event::Left { worker, left: left_of(released) },
-        Some(Message::Hello(_)) | None => return Ok(()),
-    };
-    hub.send(HubMessage::Event(event)).await
+        Message::Leaving(_) => Event::Leaving { worker },
+        Message::Released(released) => Event::Left { worker, left: left_of(released)? },
+        Message::Hello(_) | Message::Logs(_) => return Ok(None),
+    }))
+}
+
+async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
+    match message.message {
+        None => Ok(()),
+        Some(Message::Logs(logs)) => keep_lines(hub, logs).await,
+        Some(message) => match event_of(worker, message) {
+            Ok(Some(event)) => hub.send(HubMessage::Event(event)).await,
+            Ok(None) => Ok(()),
+            Err(words) => {
+                tracing::warn!(worker, "a message that makes no sense: {words}");
+                Ok(())
+            }
+        },
+    }
 }
 
 async fn keep_lines(hub: &Handle, logs: v1::LogLines) -> Result<(), Status> {

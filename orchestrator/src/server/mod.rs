@@ -1,6 +1,7 @@
 //! The orchestrator as a process: the hub around the core, and the gRPC services in front of it.
 //!
 //! Knows how things are said and kept; what is decided stands in [`crate::core`].
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod access;
 mod cluster_api;

@@ -98,6 +98,7 @@ mod tests {
             min_ranks: 1,
             key: String::new(),
             recipe: Arc::new(recipe.unwrap()),
+            rank_bytes: 0,
             traceparent: String::new(),
         }
     }
@@ -113,6 +114,7 @@ mod tests {
             buddies: Vec::new(),
             cursor: 0,
             peak_flops: 1_000_000_000,
+            rank_bytes: 0,
             on_loan: false,
         }
     }

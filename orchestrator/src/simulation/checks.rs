@@ -7,8 +7,9 @@ use super::World;
 use super::network::Down;
 use super::ranks::feed;
 use super::storage::Trained;
-use crate::core::facts::{End, Fact, Formed};
-use crate::core::jobs::{JobRecord, Phase};
+use super::worker::Worker;
+use crate::core::facts::{Fact, Formed};
+use crate::core::jobs::{JobRecord, Jobs, Phase};
 use crate::core::{Core, Effect, Event, Member};
 
 /// How long a job on loan may take until it has given way: it finishes its step, and a checkpoint or two. **Units**: ms.
@@ -26,7 +27,7 @@ pub(super) struct Checks {
     planned: BTreeMap<u64, usize>,
     /// Who has been given a rank.
     owners: BTreeMap<(u64, u32, usize), u64>,
-    lines: BTreeMap<(u64, u32), Line>,
+    pub(super) lines: BTreeMap<(u64, u32), Line>,
     /// By job, every step up to the newest kept checkpoint.
     kept: BTreeMap<u64, Vec<Trained>>,
     /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
@@ -35,25 +36,33 @@ pub(super) struct Checks {
     left_behind: BTreeMap<u64, u32>,
     /// By job and generation, workers that have said what they keep, and to which orchestrator.
     told: BTreeMap<(u64, u32), BTreeSet<(u64, usize)>>,
+    /// Formations of which an orchestrator has kept, or the newest one has heard, that they have made a step.
+    pub(super) stepped: BTreeSet<(u64, u32)>,
+    pub(super) heard: BTreeSet<(u64, u32)>,
     /// Jobs that somebody ends, and jobs that may fail.
     pub(super) cancelled: BTreeSet<u64>,
     pub(super) excused: BTreeSet<u64>,
     /// Who is first in line and could have slots that are lent, and since when.
     lent: Option<(u64, u64)>,
     /// All jobs of the plan are over.
-    is_over: bool,
+    pub(super) is_over: bool,
+    /// Jobs whose state is lost, and those of the plan that have ended in any state.
+    lost: BTreeSet<u64>,
+    over: BTreeSet<usize>,
 }
 
 /// What the ranks of one formation have done.
 #[derive(Default)]
-struct Line {
+pub(super) struct Line {
     /// By step from 1.
-    history: Vec<Trained>,
+    pub(super) history: Vec<Trained>,
+    /// How many of them it went on from.
+    pub(super) resumed: usize,
     /// Where the next step begins in the order of the sequences.
     cursor: u64,
     diverged: Option<u64>,
-    validated: BTreeSet<usize>,
-    exported: BTreeSet<usize>,
+    pub(super) validated: BTreeSet<usize>,
+    pub(super) exported: BTreeSet<usize>,
 }
 
 impl Checks {
@@ -64,7 +73,21 @@ impl Checks {
 
     /// Whether a job of the plan has been durable.
     pub(super) fn is_submitted(&self, planned: usize) -> bool {
-        self.planned.values().any(|number| *number == planned)
+        let is_known = |(job, number): (&u64, &usize)| *number == planned && !self.lost.contains(job);
+        self.over.contains(&planned) || self.planned.iter().any(is_known)
+    }
+
+    /// A job is over.
+    pub(super) fn end(&mut self, job: u64) {
+        self.ended.push(job);
+        self.over.extend(self.planned.get(&job));
+    }
+
+    /// Nobody knows of these jobs any more.
+    pub(super) fn lose_state(&mut self, jobs: &Jobs) {
+        self.lost.extend(jobs.all.keys());
+        self.ended.clear();
+        (self.forgotten, self.lent) = (0, None);
     }
 
     pub(super) fn world(&self, job: u64, generation: u32) -> Option<usize> {
@@ -156,6 +179,8 @@ impl World {
             left.iter().for_each(|&rank| *held.entry(formed.places[rank]).or_default() += 1);
         }
         let drained = &core.jobs().drained;
+        // Ranks of a state that is lost hold their slots until they are let go.
+        core.held_by_foreign().for_each(|worker| *held.entry(worker).or_default() += 1);
         let takes = core.members().filter(|member| member.is_attached && !drained.contains(&member.who.node));
         let free = |member: &Member| {
             member.who.slots.saturating_sub(held.get(&member.who.worker).copied().unwrap_or(0))
@@ -252,12 +277,13 @@ impl World {
                 }
                 self.checks.forgotten += 1;
             }
+            Fact::Stepped { job, step } => self.check_stepped(*job, *step),
             Fact::StorageMarked { .. } | Fact::Drained { .. } => {}
         }
     }
 
     /// The running formation of a job, as far as it is kept.
-    fn running(&self, job: u64) -> Option<(u64, u32)> {
+    pub(super) fn running(&self, job: u64) -> Option<(u64, u32)> {
         Some((job, self.store.jobs.all.get(&job)?.running()?.generation))
     }
 
@@ -294,7 +320,9 @@ impl World {
             cursor = cursor.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
             self.checks.left_behind.insert(job, formed.generation - 1);
         }
-        self.checks.lines.insert((job, formed.generation), Line { history, cursor, ..Line::default() });
+        let resumed = history.len();
+        let line = Line { history, resumed, cursor, ..Line::default() };
+        self.checks.lines.insert((job, formed.generation), line);
         self.checks.formed.insert((job, formed.generation), formed.clone());
     }
 
@@ -309,8 +337,11 @@ impl World {
         made.map(<[Trained]>::to_vec).unwrap_or_default()
     }
 
-    /// An orchestrator hears what a worker keeps of a formation.
+    /// An orchestrator hears what a worker keeps of a formation, or that a rank has made a step.
     pub(super) fn note_told(&mut self, server: usize, event: &Event) {
+        if let Event::Rank { from, event, .. } = event {
+            return self.note_stepped(server, (from.job, from.generation), event);
+        }
         let (worker, all) = match event {
             Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
             Event::Attached { who, left, .. } => (who.worker, &left[..]),
@@ -358,7 +389,7 @@ impl World {
         let of = (job, self.store.jobs.all[&job].generation());
         let line = self.checks.lines.get(&of);
         let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
-        let stands = self.storage.get(&job).and_then(|folder| folder.stands(step));
+        let stands = self.storage.of(job).and_then(|folder| folder.stands(step));
         match (made, stands) {
             (Some(made), Some(stands)) if made.last() == Some(&stands) && stands.cursor == cursor => {
                 self.checks.kept.insert(job, made);
@@ -370,37 +401,6 @@ impl World {
                 self.violate(format!("{words}: {stands:?} stands, made was {made:?}"));
             }
         }
-    }
-
-    fn check_ended(&mut self, job: u64, end: End, outcome: &str) {
-        let record = &self.store.jobs.all[&job];
-        let (steps, world) = (record.spec.steps(), record.running().map_or(0, |formed| formed.places.len()));
-        let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
-        let is_right = match end {
-            End::Done => line.is_some_and(|line| {
-                let saves_model = record.spec.recipe.checkpoint.save_model;
-                let exported = if saves_model { world } else { 0 };
-                let is_placed = self.storage.get(&job).is_some_and(|folder| folder.placed.is_some());
-                line.history.len() as u64 == steps
-                    && line.validated.len() == world
-                    && line.exported.len() >= exported
-                    && record.kept == steps
-                    && (is_placed || !saves_model)
-            }),
-            End::Failed => {
-                let is_bad = self.job_plan(job).is_some_and(|planned| !planned.bad.is_empty());
-                self.checks.excused.contains(&job) || is_bad && outcome.contains("spike")
-            }
-            End::Cancelled => self.checks.cancelled.contains(&job),
-        };
-        if !is_right {
-            return self.violate(format!("job {job} has ended without cause: {end:?}, {outcome}"));
-        }
-        self.checks.ended.push(job);
-        let were_submitted = (0..self.plan.jobs.len()).all(|planned| self.checks.is_submitted(planned));
-        let mut all = self.store.jobs.all.iter();
-        self.checks.is_over =
-            were_submitted && all.all(|(&other, record)| record.has_ended() || other == job);
     }
 
     /// A word goes out: what it follows from is durable by then.
@@ -428,8 +428,10 @@ impl World {
 
     /// Whether a worker gives no reason to be sent away: it does not hang, and has heard of no later orchestrator.
     fn is_well(&self, server: usize, worker: u64) -> bool {
-        let own = self.servers[server].core.incarnation();
-        self.workers.get(&worker).is_some_and(|worker| !worker.hangs && worker.incarnation <= own)
+        let core = &self.servers[server].core;
+        let is_earlier =
+            |worker: &Worker| worker.state == core.state() && worker.incarnation > core.incarnation();
+        self.workers.get(&worker).is_some_and(|worker| !worker.hangs && !is_earlier(worker))
     }
 
     /// A worker takes ranks.

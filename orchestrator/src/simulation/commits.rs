@@ -2,12 +2,13 @@
 //! in [`super::storage`].
 
 use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::topology::JobId;
 
 use super::World;
 use super::mutation::Mutation;
 use super::network::Up;
 use super::random::mix;
-use super::storage::Stays;
+use super::storage::{Folder, Stays};
 
 impl World {
     /// The checkpoint's or the weights' last change in the storage.
@@ -21,11 +22,11 @@ impl World {
         let step = position.map(|position| position.step);
         let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
         let stays = self.stays(kept);
-        let folder = self.storage.entry(job).or_default();
+        let (is_full, is_said) = (self.plan.fills_up, self.breaks(Mutation::CommitsInWords));
+        let Some(folder) = self.folder(job) else { return };
         let result = match step {
-            _ if self.mutation == Some(Mutation::CommitsInWords) => Ok(()),
-            Some(step) if self.plan.fills_up && is_full(job, step, generation) => {
-                self.checks.excused.insert(job);
+            _ if is_said => Ok(()),
+            Some(step) if is_full && finds_it_full(job, step, generation) => {
                 Err("the storage is full".into())
             }
             Some(step) => match folder.commit((step, generation), world, stays) {
@@ -35,6 +36,7 @@ impl World {
             },
             None => folder.place(generation, world),
         };
+        self.check_known(job);
         self.note([16, job, step.unwrap_or(0)], || {
             format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
         });
@@ -45,6 +47,26 @@ impl World {
         }
         if let Some((link, true)) = worker.link {
             self.send_up(link, committed);
+        }
+    }
+
+    /// The folder that a job's worker takes for the job's.
+    pub(super) fn folder(&mut self, job: u64) -> Option<&mut Folder> {
+        let takes_any = self.breaks(Mutation::TakesAnyFolder);
+        let owner = self.storage.claim(job, takes_any).owner;
+        if owner != job {
+            self.violate(format!("job {job} takes the folder of job {owner} for its own"));
+            return None;
+        }
+        Some(self.storage.claim(job, takes_any))
+    }
+
+    /// The checkpoint that a job's log knows of stands, whatever has changed in its folder.
+    pub(super) fn check_known(&mut self, job: u64) {
+        let kept = self.store.jobs.all.get(&job).map_or(0, |record| record.kept);
+        let stands = self.storage.of(job).is_some_and(|folder| folder.stands(kept).is_some());
+        if kept > 0 && !stands {
+            self.violate(format!("job {job}: the checkpoint of step {kept}, which is kept, is gone"));
         }
     }
 
@@ -64,12 +86,13 @@ impl World {
         let step = position.step;
         let world = self.checks.world(job, generation).unwrap_or(0);
         let stays = self.stays(kept);
-        let folder = self.storage.entry(job).or_default();
+        let Some(folder) = self.folder(job) else { return };
         let result = match folder.commit((step, generation + 1), world, stays) {
             Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
             Err(Ok(words)) => Err(words),
             Ok(_) => Ok(()),
         };
+        self.check_known(job);
         self.note([17, job, step], || {
             format!(
                 "worker {id} commits {step}, written down, of job {job}, generation {generation}: {result:?}"
@@ -80,6 +103,6 @@ impl World {
 }
 
 /// Whether a commit finds the storage full: one in some hundreds does.
-fn is_full(job: u64, step: u64, generation: u32) -> bool {
-    mix((job << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
+fn finds_it_full(job: u64, step: u64, generation: u32) -> bool {
+    mix((JobId::of(job).number() << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
 }

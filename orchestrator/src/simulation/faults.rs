@@ -2,7 +2,6 @@
 
 use super::network::ORCHESTRATOR;
 use super::plan::Fault;
-use super::server::Input;
 use super::{Happening, World};
 use crate::core::Event;
 
@@ -26,6 +25,7 @@ impl World {
                 self.fault_of_server(fault)
             }
             Fault::Defect | Fault::Cancel | Fault::Drain | Fault::SubmitAgain => self.wish(fault),
+            Fault::Loss => self.lose_state(),
             _ => self.fault_of_worker(fault),
         }
     }
@@ -136,7 +136,7 @@ impl World {
             (Fault::Cancel, Some(job)) => {
                 self.checks.cancelled.insert(job);
                 let reason = "enough".to_owned();
-                self.hear_at(server, Input::Event(Event::Cancel { job, reason }));
+                self.hear_event(server, Event::Cancel { job, reason });
             }
             (Fault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {
@@ -151,13 +151,13 @@ impl World {
             }
             (Fault::Drain, _) if self.store.jobs.drained.is_empty() => {
                 let node = self.random.between(0, self.plan.nodes.len() as u64);
-                self.hear_at(server, Input::Event(Event::Drain { node: format!("n{node}") }));
+                self.hear_event(server, Event::Drain { node: format!("n{node}") });
             }
             (Fault::SubmitAgain, _) => {
                 let jobs: Vec<usize> = (0..self.plan.jobs.len()).collect();
                 let spec = self.random.pick(&jobs).map(|job| self.plan.jobs[job].spec.clone());
                 if let Some(spec) = spec.filter(|spec| !spec.key.is_empty()) {
-                    self.hear_at(server, Input::Event(Event::Submit(Box::new(spec))));
+                    self.hear_event(server, Event::Submit(Box::new(spec)));
                 }
             }
             _ => {}

@@ -222,7 +222,8 @@ impl World {
             let trained = kept.parts[&(made_by, step)].0;
             let told = kept.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
             let told: Vec<u64> = told.map(|(&step, _)| step).collect();
-            self.storage.entry(job).or_default().save(generation + 1, rank, trained);
+            let Some(folder) = self.folder(job) else { return };
+            folder.save(generation + 1, rank, trained);
             let position = Position { step, cursor, tokens: cursor };
             let (watch, shard) = (Default::default(), ShardFile::default());
             let saved = RankEvent::ShardSaved { rank, position, watch, shard };

@@ -7,11 +7,12 @@
 
 mod checks;
 mod commits;
+mod endings;
 mod faults;
+mod lost_state;
 mod memory;
 mod mutation;
 mod network;
-mod outbox;
 mod plan;
 mod random;
 mod ranks;
@@ -33,7 +34,7 @@ use self::plan::Plan;
 use self::random::{Random, mix};
 use self::ranks::Gang;
 use self::server::Server;
-use self::storage::Folder;
+use self::storage::Storage;
 use self::store::Store;
 use self::worker::Worker;
 
@@ -166,7 +167,7 @@ struct World {
     newest_worker: u64,
     network: Network,
     gangs: BTreeMap<(u64, u32), Gang>,
-    storage: BTreeMap<u64, Folder>,
+    storage: Storage,
     checks: Checks,
     mutation: Option<Mutation>,
     report: Report,
@@ -192,13 +193,13 @@ impl World {
             random,
             plan,
             is_calm: false,
-            store: Store::default(),
+            store: Store::of(1),
             servers: Vec::new(),
             workers: BTreeMap::new(),
             newest_worker: 0,
             network: Network::default(),
             gangs: BTreeMap::new(),
-            storage: BTreeMap::new(),
+            storage: Storage::default(),
             checks: Checks::default(),
             mutation: None,
             report,

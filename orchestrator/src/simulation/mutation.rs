@@ -3,6 +3,7 @@
 //! Each is planted where the simulation stands for what is around the core: the hub, its store, the workers. What the core
 //! itself might do wrong is planted in what it hears, so that it acts as if it had not looked.
 
+use contraflow_proto::StepReport;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 
@@ -58,6 +59,10 @@ pub enum Mutation {
     PinsNothing,
     /// A rank that hangs is not told from those that wait for it.
     BlamesNobody,
+    /// A job takes the folder of its number for its own, whoever's it is.
+    TakesAnyFolder,
+    /// Formations that come to nothing are taken for such as make steps.
+    CountsNothing,
 }
 
 impl World {
@@ -79,6 +84,7 @@ impl World {
             (Some(Mutation::BlamesNobody), Event::Beat { progress, .. }) => {
                 progress.iter_mut().for_each(|progress| progress.is_at_work = false);
             }
+            (Some(Mutation::CountsNothing), Event::Tick) => return self.with_steps(core),
             (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
                 let formed = core.jobs().all.get(&from.job).and_then(|record| record.running());
                 let places = formed.map_or(&[][..], |formed| &formed.places);
@@ -94,5 +100,19 @@ impl World {
             _ => {}
         }
         vec![event]
+    }
+
+    /// Time passes, and jobs whose ranks end their workers are said to have made a step.
+    fn with_steps(&self, core: &Core) -> Vec<Event> {
+        let running = core.jobs().all.iter().filter_map(|(&job, record)| Some((job, record.running()?)));
+        let crashing = running.filter(|(job, _)| self.job_plan(*job).is_some_and(|planned| planned.crashes));
+        let stepped = crashing.map(|(job, formed)| {
+            let (generation, step) = (formed.generation, formed.resume_step + 1);
+            let report = StepReport { generation, step, ..StepReport::default() };
+            let event = Box::new(RankEvent::StepDone { report });
+            let from = RankAddress { job, generation, rank: 0 };
+            Event::Rank { worker: formed.places[0], from, event }
+        });
+        [Event::Tick].into_iter().chain(stepped).collect()
     }
 }

@@ -11,7 +11,7 @@ use contraflow_runtime::control::{RankCommand, RankEvent};
 use super::server::Input;
 use super::{Happening, World};
 use crate::core::facts::Formed;
-use crate::core::{Event, Introduction, Left, Progress};
+use crate::core::{Event, Hosted, Introduction, Left, Progress};
 
 /// Stands for the orchestrator where nodes are paired.
 pub(super) const ORCHESTRATOR: usize = usize::MAX;
@@ -19,7 +19,7 @@ pub(super) const ORCHESTRATOR: usize = usize::MAX;
 /// From a worker.
 #[derive(Clone, Debug)]
 pub(super) enum Up {
-    Hello { who: Introduction, hosted: Vec<(u64, u32, Vec<usize>)>, left: Vec<Left>, incarnation: u64 },
+    Hello { who: Introduction, hosted: Vec<Hosted>, left: Vec<Left>, state: u64, incarnation: u64 },
     Released(Left),
     Beat(Vec<Progress>),
     Event { job: u64, generation: u32, event: RankEvent },
@@ -29,7 +29,7 @@ pub(super) enum Up {
 /// To a worker.
 #[derive(Clone, Debug)]
 pub(super) enum Down {
-    Welcome { incarnation: u64 },
+    Welcome { state: u64, incarnation: u64 },
     Refused,
     Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
     Command { to: RankAddress, command: RankCommand },
@@ -151,9 +151,10 @@ impl World {
             return self.servers[server].held.push(Happening::Up(id, Box::new(up)));
         }
         let event = match up {
-            Up::Hello { who, hosted, left, incarnation } => {
+            Up::Hello { who, hosted, left, state, incarnation } => {
                 self.hear_at(server, Input::Linked { worker, link: id });
-                Event::Attached { who: Box::new(who), hosted, left, incarnation, storage_mark: "mark".into() }
+                let (who, storage_mark) = (Box::new(who), "mark".into());
+                Event::Attached { who, hosted, left, state, incarnation, storage_mark }
             }
             Up::Released(left) => Event::Left { worker, left },
             Up::Beat(progress) => Event::Beat { worker, progress },
@@ -162,7 +163,7 @@ impl World {
                 if self.sequence.is_multiple_of(16) {
                     // The same in the name of a worker that does not host this rank: it must not count.
                     let event = Box::new(event.clone());
-                    self.hear_at(server, Input::Event(Event::Rank { worker: worker + 1, from, event }));
+                    self.hear_event(server, Event::Rank { worker: worker + 1, from, event });
                 }
                 Event::Rank { worker, from, event: Box::new(event) }
             }
@@ -170,7 +171,7 @@ impl World {
                 Event::Committed { worker, job, generation, position, result }
             }
         };
-        self.hear_at(server, Input::Event(event));
+        self.hear_event(server, event);
     }
 
     pub(super) fn deliver_down(&mut self, id: u64, down: Box<Down>) {

@@ -47,10 +47,12 @@ pub enum Fault {
     Drain,
     /// Somebody submits a job a second time.
     SubmitAgain,
+    /// The orchestrator's state is lost, and it begins with another one.
+    Loss,
 }
 
 impl Fault {
-    /// All that a plan draws from, but for [`Fault::Hang`], which came later.
+    /// All that a plan draws from, but for [`Fault::Hang`] and [`Fault::Loss`], which came later.
     pub(super) const ALL: [Fault; 16] = [
         Fault::Kill,
         Fault::PowerLoss,
@@ -76,6 +78,7 @@ impl Fault {
             Fault::Defect | Fault::Cancel | Fault::Drain => random.between(20_000, 90_000),
             Fault::Double | Fault::Clock => random.between(8_000, 40_000),
             Fault::Hang => random.between(20_000, 60_000),
+            Fault::Loss => random.between(25_000, 90_000),
             _ => random.between(2_000, 30_000),
         }
     }
@@ -98,7 +101,7 @@ pub(super) struct Plan {
     pub(super) late_ms: u64,
     /// Time that a write of the orchestrator takes at most. **Units**: ms.
     pub(super) sync_ms: u64,
-    /// Whether some commit finds the storage full, which ends its job.
+    /// Whether some commit finds the storage full.
     pub(super) fills_up: bool,
     /// Checkpoints that a job keeps; the workers keep two at least.
     pub(super) keep: usize,
@@ -117,6 +120,8 @@ pub(super) struct Job {
     pub(super) every: u64,
     /// Sequences at which the watch sends the run back.
     pub(super) bad: Vec<u64>,
+    /// Its ranks end their worker's process when they are made.
+    pub(super) crashes: bool,
 }
 
 /// Sequences of a step.
@@ -143,6 +148,13 @@ impl Plan {
         let keep_jobs = later.between(1, 7) as usize;
         let hangs = later.is_one_in(3);
         faults.extend(hangs.then(|| (Fault::Hang, Fault::Hang.mean_ms(&mut later))));
+        let loses = later.is_one_in(4);
+        faults.extend(loses.then(|| (Fault::Loss, Fault::Loss.mean_ms(&mut later))));
+        let mut jobs = jobs;
+        if later.is_one_in(6) {
+            let crashes = later.between(0, jobs.len() as u64) as usize;
+            jobs[crashes].crashes = true;
+        }
         // Workers that hang are found one after the other.
         let hanging = if hangs { nodes.len() as u64 * (HANG_MS + 20_000) } else { 0 };
         let patience_ms = 120_000 + 2 * work + hanging;
@@ -212,11 +224,20 @@ impl Job {
         let recipe = recipe(Topology { pipeline: 1, expert: axes, data: world / axes }, &changes);
         let name = format!("job {number}");
         Job {
-            spec: JobSpec { name, priority, min_ranks, key, recipe, traceparent: String::new() },
+            spec: JobSpec {
+                name,
+                priority,
+                min_ranks,
+                key,
+                recipe,
+                rank_bytes: 0,
+                traceparent: String::new(),
+            },
             at_ms: random.between(0, 20_000),
             step_ms,
             every: random.between(1, 20),
             bad,
+            crashes: false,
         }
     }
 }

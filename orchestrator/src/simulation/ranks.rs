@@ -118,12 +118,13 @@ impl World {
         (kept, is_reachable): (u64, bool),
     ) {
         let (job, _) = of;
-        let stands = self.storage.entry(job).or_default().stands(formed.resume_step);
+        let Some(folder) = self.folder(job) else { return };
+        let (stands, oldest) = (folder.stands(formed.resume_step), folder.oldest());
         let mut trained = Trained::default();
         if formed.resume_step > 0 && formed.memory.is_none() {
             match stands {
                 Some(_) if self.mutation == Some(Mutation::ResumesEarlier) => {
-                    trained = self.storage.entry(job).or_default().oldest().unwrap_or_default();
+                    trained = oldest.unwrap_or_default();
                 }
                 Some(stands) => trained = stands,
                 // A worker that has not heard for long finds that others have gone on.
@@ -146,7 +147,12 @@ impl World {
         if tidies {
             let stays = self.stays(kept);
             let newest = formed.memory.is_none().then_some(formed.resume_step);
-            self.storage.entry(job).or_default().tidy(of.1, stays, newest);
+            let Some(folder) = self.folder(job) else { return };
+            if !folder.begin(of.1) {
+                return self.refused_folder(id, of);
+            }
+            folder.tidy(of.1, stays, newest);
+            self.check_known(job);
         }
         let gang = self.gangs.entry(of).or_default();
         if gang.workers.is_empty() {
@@ -160,9 +166,21 @@ impl World {
         }
     }
 
+    /// A later formation has begun in the job's folder: right only for one that is over.
+    fn refused_folder(&mut self, id: u64, of: (u64, u32)) {
+        if self.is_running(of) {
+            return self.violate(format!("job {}, generation {}: its folder is a later one's", of.0, of.1));
+        }
+        self.fail_all(id, of, "its folder is a later formation's");
+    }
+
     pub(super) fn built(&mut self, id: u64, of: (u64, u32), formed: &Formed) {
         let Some(group) = self.group(id, of).filter(|group| group.state == State::Building) else { return };
         group.state = State::Idle;
+        if self.job_plan(of.0).is_some_and(|planned| planned.crashes) {
+            return self.crash_worker(id);
+        }
+        let Some(group) = self.group(id, of) else { return };
         let ranks = group.ranks.clone();
         if let Some(memory) = &formed.memory
             && !self.recover(id, of, formed, memory)
@@ -357,7 +375,8 @@ impl World {
     pub(super) fn saved(&mut self, id: u64, of: (u64, u32), (trained, ranks): (Trained, Vec<usize>)) {
         let (job, generation) = of;
         for &rank in &ranks {
-            self.storage.entry(job).or_default().save(generation, rank, trained);
+            let Some(folder) = self.folder(job) else { return };
+            folder.save(generation, rank, trained);
         }
         let Some(group) = self.group(id, of) else { return };
         let is_over = group.state == State::Over;
@@ -385,7 +404,8 @@ impl World {
 
     pub(super) fn exported(&mut self, id: u64, of: (u64, u32), rank: usize) {
         if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
-            self.storage.entry(of.0).or_default().export(of.1, rank);
+            let Some(folder) = self.folder(of.0) else { return };
+            folder.export(of.1, rank);
             self.check_part(of, rank, true);
             let file = ExportedFile { file: format!("rank-{rank}"), ..ExportedFile::default() };
             self.say(id, of, RankEvent::Exported { rank, file });

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use super::mutation::Mutation;
 use super::network::Down;
+use super::random::mix;
 use super::{Happening, World};
 use crate::core::facts::{Fact, Formed};
 use crate::core::{Core, Effect, Event, TICK_MS, Word};
@@ -19,7 +20,7 @@ const EPOCH: u64 = 1_700_000_000_000;
 
 /// Something for the hub.
 pub(super) enum Input {
-    Event(Event),
+    Event(Box<Event>),
     Linked { worker: u64, link: u64 },
     Unlinked { worker: u64, link: u64 },
 }
@@ -78,8 +79,9 @@ impl World {
             steps.insert(job, of_job);
         }
         let now = (EPOCH + self.now).saturating_add_signed(clock_ms);
+        let nonce = mix(self.store.state << 32 | incarnation) as u32;
         self.servers.push(Server {
-            core: Core::new(jobs, incarnation, now).keeping(keep_jobs),
+            core: Core::new(jobs, incarnation, now).keeping(keep_jobs).identified(self.store.state, nonce),
             is_alive: true,
             is_paused: false,
             held: Vec::new(),
@@ -91,6 +93,7 @@ impl World {
             steps,
             ticks: 0,
         });
+        self.checks.forget_heard();
         self.note([1, incarnation, 0], || format!("orchestrator {incarnation} starts"));
         self.plan_in(TICK_MS, Happening::ServerTick(self.newest_server()));
     }
@@ -109,7 +112,7 @@ impl World {
             return self.servers[server].held.push(Happening::ServerTick(server));
         }
         self.plan_in(TICK_MS, Happening::ServerTick(server));
-        self.hear_at(server, Input::Event(Event::Tick));
+        self.hear_event(server, Event::Tick);
         self.servers[server].ticks += 1;
         if self.servers[server].ticks.is_multiple_of(8) {
             self.check_words(server);
@@ -150,6 +153,10 @@ impl World {
         }
     }
 
+    pub(super) fn hear_event(&mut self, server: usize, event: Event) {
+        self.hear_at(server, Input::Event(Box::new(event)));
+    }
+
     pub(super) fn hear_at(&mut self, server: usize, input: Input) {
         if self.servers[server].is_alive {
             self.servers[server].inbox.push_back(input);
@@ -165,7 +172,7 @@ impl World {
             let mut batch = Batch::default();
             for input in inputs {
                 match input {
-                    Input::Event(event) => self.step_core(server, event, &mut batch),
+                    Input::Event(event) => self.step_core(server, *event, &mut batch),
                     Input::Linked { worker, link } => drop(self.servers[server].links.insert(worker, link)),
                     Input::Unlinked { worker, link } => {
                         if self.servers[server].links.get(&worker) == Some(&link) {
@@ -347,14 +354,14 @@ impl World {
         }
         self.plan_in(5_000, Happening::Submit(job));
         self.note([5, job as u64, 0], || format!("{} is submitted", spec.name));
-        self.hear_at(self.newest_server(), Input::Event(Event::Submit(spec)));
+        self.hear_event(self.newest_server(), Event::Submit(spec));
     }
 }
 
 /// A word as it goes to a worker; nothing if it has no sense any more. `assigned`: what is told of each job.
 fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Formed>, bool)>>) -> Option<Down> {
     Some(match word {
-        Word::Welcome => Down::Welcome { incarnation: core.incarnation() },
+        Word::Welcome => Down::Welcome { state: core.state(), incarnation: core.incarnation() },
         Word::Refused { .. } => Down::Refused,
         Word::Cut => return None,
         Word::Assign { job, generation, ranks } => {

@@ -1,7 +1,9 @@
 //! The shared storage as the simulated workers see it: shards that are written, checkpoints that are committed, weights.
-//! Follows `runtime::checkpoint::CheckpointFolder` call by call. Knows no orchestrator.
+//! Follows `runtime::checkpoint`'s `CheckpointFolder` and `JobFolder` call by call. Knows no orchestrator.
 
 use std::collections::{BTreeMap, BTreeSet};
+
+use contraflow_runtime::topology::JobId;
 
 /// The state after a step, as far as it can be told apart: how it came about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,9 +22,39 @@ pub(super) struct Stays {
     pub(super) pinned: u64,
 }
 
+/// All folders, by name.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Storage {
+    folders: BTreeMap<String, Folder>,
+}
+
+impl Storage {
+    /// The folder that a job claims: its own, or a fresh one. With `takes_any` it does not look whose it is.
+    pub(super) fn claim(&mut self, job: u64, takes_any: bool) -> &mut Folder {
+        let usual = JobId::of(job).to_string();
+        let own = format!("{usual}-{job:016x}");
+        let is_own = |name: &String| self.folders.get(name).is_some_and(|folder| folder.owner == job);
+        let is_free = |name: &String| !self.folders.contains_key(name);
+        let name = match (is_own(&own), is_own(&usual) || is_free(&usual) || takes_any) {
+            (false, true) => usual,
+            _ => own,
+        };
+        self.folders.entry(name).or_insert_with(|| Folder { owner: job, ..Folder::default() })
+    }
+
+    /// The folder that is a job's.
+    pub(super) fn of(&self, job: u64) -> Option<&Folder> {
+        self.folders.values().find(|folder| folder.owner == job)
+    }
+}
+
 /// One job's folder.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Folder {
+    /// Whose it is.
+    pub(super) owner: u64,
+    /// The latest formation that has begun in it.
+    begun: u32,
     /// By step: the state, and the generation that made it.
     committed: BTreeMap<u64, (Trained, u32)>,
     /// By step and generation: shards by rank.
@@ -44,19 +76,26 @@ impl Folder {
         self.committed.first_key_value().map(|(_, (trained, _))| *trained)
     }
 
+    /// A formation begins in it; whether none after it has.
+    pub(super) fn begin(&mut self, generation: u32) -> bool {
+        let is_next = generation > self.begun;
+        self.begun = self.begun.max(generation);
+        is_next
+    }
+
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: u32, stays: Stays, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
             .retain(|step, (_, of)| newest.is_none_or(|newest| *step <= newest) || *of >= generation);
-        self.drop_oldest(stays);
+        self.drop_oldest(stays, None);
     }
 
-    fn drop_oldest(&mut self, Stays { keep, pinned }: Stays) {
+    fn drop_oldest(&mut self, Stays { keep, pinned }: Stays, fresh: Option<u64>) {
         let old = self.committed.len().saturating_sub(keep);
         let old: BTreeSet<u64> = self.committed.keys().copied().take(old).collect();
-        self.committed.retain(|step, _| *step == pinned || !old.contains(step));
+        self.committed.retain(|step, _| *step == pinned || Some(*step) == fresh || !old.contains(step));
     }
 
     pub(super) fn save(&mut self, generation: u32, rank: usize, trained: Trained) {
@@ -92,7 +131,7 @@ impl Folder {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
         self.committed.insert(step, (one, generation));
-        self.drop_oldest(stays);
+        self.drop_oldest(stays, Some(step));
         Ok(one)
     }
 

@@ -12,6 +12,8 @@ const SNAPSHOT_EVERY: usize = 40;
 /// What is durable.
 #[derive(Default)]
 pub(super) struct Store {
+    /// Which state it is.
+    pub(super) state: u64,
     pub(super) incarnation: u64,
     snapshot: Option<Vec<u8>>,
     facts: Vec<Vec<u8>>,
@@ -22,6 +24,11 @@ pub(super) struct Store {
 }
 
 impl Store {
+    /// A state from nothing.
+    pub(super) fn of(state: u64) -> Self {
+        Store { state, ..Store::default() }
+    }
+
     /// Keeps a fact; the steps of a job that it forgets go with it, unless a rule is broken, and so do those that a job leaves
     /// behind where it goes back to a checkpoint.
     pub(super) fn append(&mut self, fact: &Fact, keeps_steps: bool) -> Result<(), String> {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use contraflow_runtime::control::outbox::Outbox;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::Address;
@@ -12,11 +13,10 @@ use contraflow_runtime::faults::ErrorKind;
 use super::memory::Kept;
 use super::mutation::Mutation;
 use super::network::{Down, Up};
-use super::outbox::Outbox;
 use super::ranks::Group;
 use super::{Happening, Inside, Own, World};
 use crate::core::facts::Formed;
-use crate::core::{BEAT_MS, Introduction, Left, Progress};
+use crate::core::{self, BEAT_MS, Introduction, Left, Progress};
 
 /// How often the loop looks at its clock. **Units**: ms.
 const CLOCK_MS: u64 = 250;
@@ -25,7 +25,9 @@ const CLOCK_MS: u64 = 250;
 pub(super) struct Worker {
     pub(super) node: usize,
     slots: usize,
-    /// The highest that it has heard of.
+    /// The state of the orchestrator whose member it was last.
+    pub(super) state: u64,
+    /// The highest incarnation that it has heard of, of that state.
     pub(super) incarnation: u64,
     /// Its stream, and whether it has been welcomed on it.
     pub(super) link: Option<(u64, bool)>,
@@ -45,6 +47,8 @@ pub(super) struct Hosted {
     pub(super) generation: u32,
     pub(super) formed: Rc<Formed>,
     is_reachable: bool,
+    /// Steps of the recipe.
+    steps: u64,
     /// Step of the checkpoint that was known to stand when it was assigned.
     kept: u64,
     pub(super) group: Group,
@@ -65,6 +69,7 @@ impl World {
             Worker {
                 node,
                 slots: self.plan.nodes[node],
+                state: 0,
                 incarnation: 0,
                 link: None,
                 beat_ms: 0,
@@ -88,6 +93,15 @@ impl World {
         for (job, hosted) in worker.hosted {
             self.break_gang((job, hosted.generation), id, within_ms);
         }
+    }
+
+    /// Its ranks end the process; whoever looks after it starts another one.
+    pub(super) fn crash_worker(&mut self, id: u64) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let node = worker.node;
+        self.kill_worker(id, 50);
+        let after = self.random.between(500, 3_000);
+        self.plan_in(after, Happening::WorkerStarts(node));
     }
 
     pub(super) fn thaw(&mut self, id: u64) {
@@ -153,7 +167,7 @@ impl World {
             return;
         }
         match down {
-            Down::Welcome { incarnation } => self.welcomed(id, link, incarnation),
+            Down::Welcome { state, incarnation } => self.welcomed(id, link, (state, incarnation)),
             Down::Refused => {
                 // The process ends; whoever looks after it starts another one.
                 let node = worker.node;
@@ -173,7 +187,7 @@ impl World {
             }
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
-                    hosted.outbox.durable(step, hosted.group.ranks.len());
+                    hosted.outbox.durable(step);
                 }
                 if let Some(kept) = worker.memory.get_mut(&job) {
                     kept.durable(step);
@@ -191,23 +205,20 @@ impl World {
         }
     }
 
-    fn welcomed(&mut self, id: u64, link: u64, incarnation: u64) {
+    fn welcomed(&mut self, id: u64, link: u64, (state, incarnation): (u64, u64)) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if incarnation < worker.incarnation && self.mutation != Some(Mutation::IgnoresIncarnations) {
+        let is_earlier = worker.state == state && incarnation < worker.incarnation;
+        if is_earlier && self.mutation != Some(Mutation::IgnoresIncarnations) {
             // Another orchestrator has taken over; this one has not noticed.
             worker.link = None;
             return self.break_link(link, 50);
         }
-        worker.incarnation = incarnation;
+        (worker.state, worker.incarnation) = (state, incarnation);
         worker.link = Some((link, true));
         let mut words = Vec::new();
         for (&job, hosted) in &worker.hosted {
             let generation = hosted.generation;
-            words.extend(hosted.outbox.repeat().into_iter().map(|event| Up::Event {
-                job,
-                generation,
-                event,
-            }));
+            words.extend(hosted.outbox.repeat().cloned().map(|event| Up::Event { job, generation, event }));
             words.extend(hosted.committed.clone());
         }
         if self.breaks(Mutation::SaysOnce) {
@@ -239,12 +250,12 @@ impl World {
         });
         self.check_assigned(id, (job, &ranks), &formed);
         self.enter_memory(id, job, &formed);
+        let steps = self.job_plan(job).map_or(0, |planned| planned.spec.steps());
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
         let group = Group::new(ranks);
-        worker
-            .hosted
-            .insert(job, Hosted { generation, formed, is_reachable, kept, group, outbox, committed });
+        let hosted = Hosted { generation, formed, is_reachable, steps, kept, group, outbox, committed };
+        worker.hosted.insert(job, hosted);
         let used: usize = worker.hosted.values().map(|hosted| hosted.group.ranks.len()).sum();
         if used > worker.slots {
             let words = format!("worker {id} hosts {used} ranks with {} slots", worker.slots);
@@ -370,13 +381,20 @@ impl Worker {
             }),
             cores: self.slots,
             peak_flops: 1,
+            ..Introduction::default()
         };
-        let hosted = self.hosted.iter();
-        let hosted =
-            hosted.map(|(&job, hosted)| (job, hosted.generation, hosted.group.ranks.clone())).collect();
+        let hosted = self.hosted.iter().map(|(&job, hosted)| core::Hosted {
+            job,
+            generation: hosted.generation,
+            ranks: hosted.group.ranks.clone(),
+            world: hosted.formed.places.len(),
+            steps: hosted.steps,
+        });
+        let hosted = hosted.collect();
         let left = self.memory.iter().filter(|(job, _)| !self.hosted.contains_key(job));
         let left = left.map(|(&job, kept)| kept.left(job)).collect();
-        Up::Hello { who, hosted, left, incarnation: self.incarnation }
+        let (state, incarnation) = (self.state, self.incarnation);
+        Up::Hello { who, hosted, left, state, incarnation }
     }
 }
 

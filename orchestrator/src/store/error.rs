@@ -24,7 +24,11 @@ pub enum Fault {
     #[error("in use by another orchestrator; stop that one or choose another state folder")]
     InUse,
     /// Written by another version.
-    #[error("expected format {expected}, got {got}", expected = super::FORMAT)]
+    #[error(
+        "expected format {expected}, got {got}: written by another version of contraflow; choose a new state folder, \
+         checkpoints in the storage stay as they are",
+        expected = super::FORMAT
+    )]
     Format {
         /// What stands in the file.
         got: u64,

@@ -386,9 +386,13 @@ fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
     };
     let disk = Disk::default();
     drop(disk.open().unwrap());
-    set_format(&disk, META, 9);
-    let error = disk.open().unwrap_err();
-    assert_eq!(error.to_string(), "state/events.redb: expected format 1, got 9");
+    for format in [FORMAT - 1, FORMAT + 7] {
+        set_format(&disk, META, format);
+        let told = disk.open().unwrap_err().to_string();
+        let words =
+            format!("state/events.redb: expected format {FORMAT}, got {format}: written by another version");
+        assert!(told.starts_with(&words) && told.contains("choose a new state folder"), "{told}");
+    }
     set_format(&disk, META, FORMAT);
     assert_eq!(disk.open().unwrap().1.incarnation, 2, "a refused opening must not count");
 

@@ -7,7 +7,9 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 1_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 23] = [
+const CAUGHT: [(Mutation, &str); 25] = [
+    (TakesAnyFolder, "for its own"),
+    (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
     (LosesAFact, "fold into another state than that they came from"),
     (KeepsIncarnation, "fold into another state"),
@@ -29,7 +31,7 @@ const CAUGHT: [(Mutation, &str); 23] = [
     (OutrunsBuddies, "is in memory"),
     (LetsGoEarly, "is in memory"),
     (RecoversInSilence, "is next"),
-    (PinsNothing, "to go on from"),
+    (PinsNothing, "which is kept, is gone"),
     (BlamesNobody, "after the last fault"),
 ];
 

@@ -7,7 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{MANIFEST_FILE, Manifest};
-use super::{CheckpointError, Position};
+use super::{CheckpointError, JobFolder, Position};
 use crate::failpoint::failpoint;
 use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
 
@@ -30,12 +30,19 @@ pub struct CheckpointFolder {
     generation: u32,
     /// Step of a checkpoint that stays, however old it is.
     pinned: u64,
+    /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
+    job: Option<JobFolder>,
 }
 
 impl CheckpointFolder {
     /// Of a run's folder; nothing is made yet.
     pub fn of_run(run: &Path) -> Self {
-        CheckpointFolder { dir: run.join(FOLDER), generation: 0, pinned: 0 }
+        CheckpointFolder { dir: run.join(FOLDER), generation: 0, pinned: 0, job: None }
+    }
+
+    /// Of the folder of a cluster's job.
+    pub fn of_job(job: &JobFolder) -> Self {
+        CheckpointFolder { job: Some(job.clone()), ..CheckpointFolder::of_run(job.path()) }
     }
 
     /// The same folder, for the ranks of one formation.
@@ -43,9 +50,10 @@ impl CheckpointFolder {
         CheckpointFolder { generation, ..self }
     }
 
-    /// The same folder, in which the checkpoint of this step stays: whoever decides where the job goes on knows of no later one.
+    /// The same folder, in which the checkpoint of this step stays, unless that of a later one does: whoever decides where
+    /// the job goes on knows of no later one.
     pub fn pinning(self, step: u64) -> Self {
-        CheckpointFolder { pinned: step, ..self }
+        CheckpointFolder { pinned: self.pinned.max(step), ..self }
     }
 
     /// Whose formation's ranks it is for.
@@ -96,8 +104,9 @@ impl CheckpointFolder {
     /// the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
     /// suffer by it. An earlier one cannot commit any more afterwards: its folders are gone.
     ///
-    /// **Errors**: what the system says.
+    /// **Errors**: what the system says; the folder is another job's.
     pub fn tidy(&self, keep: usize, newest: Option<u64>) -> io::Result<()> {
+        self.verify().map_err(io::Error::other)?;
         if !self.dir.exists() {
             return Ok(());
         }
@@ -113,7 +122,7 @@ impl CheckpointFolder {
                 self.drop(step)?;
             }
         }
-        self.drop_oldest(keep)
+        self.drop_oldest(keep, None)
     }
 
     /// Whether a later formation writes it: a process that stood still may be the one that is late.
@@ -128,7 +137,7 @@ impl CheckpointFolder {
     /// renames the folder. Afterwards only the newest `keep` checkpoints remain, and the
     /// pinned one.
     ///
-    /// **Errors**: what the system says, with the path; the checkpoint is not committed then.
+    /// **Errors**: what the system says, with the path; the folder is another job's; the checkpoint is not committed then.
     pub fn commit(
         &self,
         manifest: &Manifest,
@@ -137,13 +146,19 @@ impl CheckpointFolder {
     ) -> Result<(), CheckpointError> {
         let Position { step, .. } = manifest.position;
         let (from, to) = (self.unfinished(step), self.committed(step));
+        self.verify().map_err(|error| CheckpointError::new(&self.dir, error))?;
         if to.exists() {
             // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
-            return remove(&from).map_err(|error| CheckpointError::new(&from, error));
+            return remove(&from).map_err(|error| CheckpointError::of_system(&from, error));
         }
         self.rename_finished((manifest, companions), &from, &to)
-            .map_err(|error| CheckpointError::new(&to, error))?;
-        self.drop_oldest(keep).map_err(|error| CheckpointError::new(&self.dir, error))
+            .map_err(|error| CheckpointError::of_system(&to, error))?;
+        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_system(&self.dir, error))
+    }
+
+    /// Checks that it is in the folder of its job, if it is to be in one.
+    fn verify(&self) -> Result<(), super::FolderError> {
+        self.job.as_ref().map_or(Ok(()), JobFolder::verify)
     }
 
     fn rename_finished(
@@ -168,10 +183,12 @@ impl CheckpointFolder {
         Ok(())
     }
 
-    fn drop_oldest(&self, keep: usize) -> io::Result<()> {
+    /// All but the newest, the pinned one, and the one that has just been committed: those of later steps may be older.
+    fn drop_oldest(&self, keep: usize, fresh: Option<u64>) -> io::Result<()> {
         let steps = self.list()?;
         let old = &steps[..steps.len().saturating_sub(keep.max(1))];
-        old.iter().filter(|step| **step != self.pinned).try_for_each(|&step| self.drop(step))
+        let stays = |step: &u64| *step == self.pinned || Some(*step) == fresh;
+        old.iter().filter(|step| !stays(step)).try_for_each(|&step| self.drop(step))
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {

@@ -158,7 +158,7 @@ impl Manifest {
 }
 
 fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    let failed = |error: std::io::Error| CheckpointError::new(path, error);
+    let failed = |error: std::io::Error| CheckpointError::of_system(path, error);
     let mut text = Vec::new();
     let file = File::open(path).map_err(failed)?;
     file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
@@ -174,7 +174,7 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
 impl ShardFile {
     fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
-        let got = std::fs::metadata(&path).map_err(|error| CheckpointError::new(&path, error))?.len();
+        let got = std::fs::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
         if got != self.bytes {
             let message = format!("expected {} bytes, got {got}: the shard is damaged", self.bytes);
             return Err(CheckpointError::new(&path, message));
@@ -187,7 +187,7 @@ impl ShardFile {
     /// **Errors**: it cannot be read, or has other bytes than were written.
     pub fn verify(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
-        let failed = |error: std::io::Error| CheckpointError::new(&path, error);
+        let failed = |error: std::io::Error| CheckpointError::of_system(&path, error);
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(File::open(&path).map_err(failed)?).map_err(failed)?;
         let got = hasher.finalize().to_hex();

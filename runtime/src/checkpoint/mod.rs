@@ -5,11 +5,13 @@
 //! has the name is whole. Knows bytes and checksums; what is inside a shard is the workers'.
 
 pub mod folder;
+pub mod job_folder;
 pub mod manifest;
 #[cfg(test)]
 mod tests;
 
 pub use folder::{CheckpointFolder, Companions, is_unfinished};
+pub use job_folder::{FolderError, JobFolder, Owner};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 
 /// A checkpoint that cannot be used, or not be written.
@@ -20,11 +22,21 @@ pub struct CheckpointError {
     pub path: String,
     /// What was expected and what came.
     pub message: String,
+    /// Whether the system cannot read or write it here, which says nothing of what it holds.
+    pub is_of_node: bool,
 }
 
 impl CheckpointError {
     /// About a path, in words.
     pub fn new(path: &std::path::Path, message: impl std::fmt::Display) -> Self {
-        CheckpointError { path: path.display().to_string(), message: message.to_string() }
+        CheckpointError { path: path.display().to_string(), message: message.to_string(), is_of_node: false }
+    }
+
+    /// What the system says about a path. One that is not there, or too short, is not what it should be; all else is the
+    /// node's.
+    pub fn of_system(path: &std::path::Path, error: std::io::Error) -> Self {
+        use std::io::ErrorKind::{NotFound, UnexpectedEof};
+        let is_of_node = !matches!(error.kind(), NotFound | UnexpectedEof);
+        CheckpointError { is_of_node, ..CheckpointError::new(path, error) }
     }
 }

@@ -2,7 +2,9 @@
 //! over a network they go by the worker link.
 //!
 //! Commands are imperative, events past tense.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+pub mod outbox;
 pub mod wire;
 
 use std::path::PathBuf;

@@ -16,7 +16,7 @@ use crate::faults::ErrorKind;
 /// Which rank of which formation a message is for or from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RankAddress {
-    /// The job's number.
+    /// The job's id.
     pub job: u64,
     /// Count of (re)formations.
     pub generation: u32,
@@ -36,7 +36,7 @@ pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand
     };
     let RankAddress { job, generation, rank } = to;
     let traceparent = String::new();
-    v1::RankCommand { job, generation, rank: rank as u32, command: Some(command), traceparent }
+    v1::RankCommand { job, generation, rank: rank as u64, command: Some(command), traceparent }
 }
 
 /// A command as it came; weights are exported to `export_dir`.
@@ -55,12 +55,12 @@ pub fn decode_command(
         Command::Abort(reason) => RankCommand::Abort { reason },
         Command::Shutdown(_) => RankCommand::Shutdown,
     };
-    Ok((RankAddress { job, generation, rank: rank as usize }, command))
+    Ok((RankAddress { job, generation, rank: rank_of(rank)? }, command))
 }
 
 /// An event on its way to the orchestrator.
 pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEvent {
-    let rank = event.rank() as u32;
+    let rank = event.rank() as u64;
     let event = match event {
         RankEvent::Ready { .. } => Event::Ready(v1::Empty {}),
         RankEvent::StepDone { report } => Event::StepDone(report.clone()),
@@ -93,11 +93,11 @@ pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEve
 /// **Errors**: in words, if a part is missing or makes no sense.
 pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), String> {
     let v1::RankEvent { job, generation, rank, event } = message;
-    let address = RankAddress { job, generation, rank: rank as usize };
-    let rank = address.rank;
+    let rank = rank_of(rank)?;
+    let address = RankAddress { job, generation, rank };
     let event = match event.ok_or("an event without a word")? {
         Event::Ready(_) => RankEvent::Ready { rank },
-        Event::StepDone(report) if report.rank as usize != rank => {
+        Event::StepDone(report) if rank_of(report.rank.into()) != Ok(rank) => {
             return Err(format!("a report of rank {} from rank {rank}", report.rank));
         }
         Event::StepDone(report) => RankEvent::StepDone { report },
@@ -121,6 +121,25 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
         }
     };
     Ok((address, event))
+}
+
+/// A rank as it came.
+///
+/// **Errors**: in words; this machine has no such number.
+pub fn rank_of(number: u64) -> Result<usize, String> {
+    usize::try_from(number).map_err(|error| format!("rank {number}: {error}"))
+}
+
+/// Ranks as they came.
+///
+/// **Errors**: as [`rank_of`].
+pub fn ranks_of(numbers: &[u64]) -> Result<Vec<usize>, String> {
+    numbers.iter().copied().map(rank_of).collect()
+}
+
+/// Ranks as they are sent.
+pub fn rank_numbers(ranks: &[usize]) -> Vec<u64> {
+    ranks.iter().map(|&rank| rank as u64).collect()
 }
 
 impl From<Position> for v1::Position {

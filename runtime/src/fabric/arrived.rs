@@ -52,7 +52,8 @@ pub fn places(parts: &[PartHeader]) -> (Vec<Range<usize>>, usize) {
     let mut ranges = Vec::with_capacity(parts.len());
     for part in parts {
         let start = end.next_multiple_of(ALIGNMENT);
-        end = start + part.len as usize;
+        // No machine has memory for what it cannot count: whoever takes it fails in words.
+        end = start.saturating_add(usize::try_from(part.len).unwrap_or(usize::MAX));
         ranges.push(start..end);
     }
     (ranges, end)

@@ -58,7 +58,7 @@ impl Endpoint {
     /// Waits for the frame with this tag, and links the running span to the one that sent it.
     ///
     /// **Errors**: [`FabricError::Timeout`] after the network's patience; at once [`FabricError::Aborted`] on an abort and
-    /// [`FabricError::Lost`] if the sender is.
+    /// [`FabricError::Lost`] if the sender is, [`FabricError::Duplicate`] once two frames have come under one tag.
     pub fn receive(&self, tag: Tag) -> Result<Vec<Region>, FabricError> {
         if let Network::Wired(network) = &self.network {
             network.watch(tag.source as usize);

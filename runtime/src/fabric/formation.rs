@@ -21,8 +21,8 @@ pub enum Transport {
 
 /// A job's ranks and where they are, until one of them is lost.
 pub struct Formation {
-    /// Job number.
-    pub job: u32,
+    /// The job's id.
+    pub job: u64,
     /// Count of its formations.
     pub generation: u32,
     /// Known to the processes of this formation and to nobody else.
@@ -60,6 +60,9 @@ impl Formation {
     pub(super) fn sites(&self) -> Result<(Vec<Site>, Vec<usize>), FabricError> {
         let refuse = |message: String| Err(FabricError::Formation { message });
         let (world, local) = (self.ranks.len(), &self.local);
+        if u32::try_from(world).is_err() {
+            return refuse(format!("expected at most {} ranks, got {world}", u32::MAX));
+        }
         if local.is_empty() || local.iter().any(|&rank| rank >= world) {
             return refuse(format!("expected ranks below {world} in this process, got {local:?}"));
         }

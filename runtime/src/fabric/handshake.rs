@@ -20,7 +20,9 @@ pub enum Carrier {
 /// **Units**: bytes of a nonce, and of a proof.
 pub const HASH_BYTES: usize = 32;
 /// **Units**: bytes of a hello.
-pub const HELLO_BYTES: usize = 56;
+pub const HELLO_BYTES: usize = 60;
+/// Where the nonce begins in it.
+const NONCE_AT: usize = HELLO_BYTES - HASH_BYTES;
 /// **Units**: bytes of the longest refusal.
 const MAX_REASON: usize = 512;
 
@@ -33,11 +35,11 @@ const REFUSAL: u8 = 3;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// Of the fabric.
-    pub version: u16,
+    pub version: u8,
     /// How payloads are to travel.
     pub carrier: Carrier,
-    /// Which job.
-    pub job: u32,
+    /// The job's id.
+    pub job: u64,
     /// Which of its formations.
     pub generation: u32,
     /// Lowest rank of the process that connects.
@@ -53,12 +55,13 @@ impl Hello {
     pub fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut bytes = [0; HELLO_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
-        bytes[4..6].copy_from_slice(&self.version.to_le_bytes());
+        bytes[4] = self.version;
         bytes[6] = self.carrier as u8;
-        for (field, at) in [self.job, self.generation, self.from, self.to].iter().zip([8, 12, 16, 20]) {
+        bytes[8..16].copy_from_slice(&self.job.to_le_bytes());
+        for (field, at) in [self.generation, self.from, self.to].iter().zip([16, 20, 24]) {
             bytes[at..at + 4].copy_from_slice(&field.to_le_bytes());
         }
-        bytes[24..].copy_from_slice(&self.nonce);
+        bytes[NONCE_AT..].copy_from_slice(&self.nonce);
         bytes
     }
 
@@ -69,8 +72,8 @@ impl Hello {
         if bytes[..4] != MAGIC {
             return Err("what came is no hello of a rank".into());
         }
-        let version = u16::from_le_bytes([bytes[4], bytes[5]]);
-        if version != VERSION {
+        let version = bytes[4];
+        if version != VERSION || bytes[5] != 0 {
             return Err(format!("expected version {VERSION} of the fabric, got version {version}"));
         }
         let carrier = match bytes[6..8] {
@@ -78,10 +81,13 @@ impl Hello {
             [1, 0] => Carrier::SharedMemory,
             _ => return Err(format!("no carrier has number {}", bytes[6])),
         };
+        let mut job = [0; 8];
+        job.copy_from_slice(&bytes[8..16]);
+        let job = u64::from_le_bytes(job);
         let field = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let mut nonce = [0; HASH_BYTES];
-        nonce.copy_from_slice(&bytes[24..]);
-        let (job, generation, from, to) = (field(8), field(12), field(16), field(20));
+        nonce.copy_from_slice(&bytes[NONCE_AT..]);
+        let (generation, from, to) = (field(16), field(20), field(24));
         Ok(Hello { version, carrier, job, generation, from, to, nonce })
     }
 }
@@ -157,7 +163,7 @@ pub fn read_hello(stream: &mut impl Read) -> Result<Hello, HandshakeError> {
     let mut bytes = [0; HELLO_BYTES];
     // Magic and version first: another version may say less, and is told so rather than waited for.
     stream.read_exact(&mut bytes[..8])?;
-    let known = bytes[..4] == MAGIC && bytes[4..6] == VERSION.to_le_bytes();
+    let known = bytes[..4] == MAGIC && bytes[4..6] == [VERSION, 0];
     if known {
         stream.read_exact(&mut bytes[8..])?;
     }
@@ -202,7 +208,8 @@ pub fn refuse(stream: &mut impl Write, reason: &str) -> io::Result<()> {
         end -= 1;
     }
     let mut reply = vec![REFUSAL];
-    reply.extend((end as u16).to_le_bytes());
+    // At most MAX_REASON.
+    reply.extend(u16::try_from(end).unwrap_or(u16::MAX).to_le_bytes());
     reply.extend(&reason.as_bytes()[..end]);
     stream.write_all(&reply)
 }

@@ -18,7 +18,9 @@ struct State {
     /// Set once the rank gives up; every present and future wait ends with this reason.
     aborted: Option<String>,
     /// Ranks from which nothing more will come, and why.
-    lost: HashMap<u32, String>,
+    lost: HashMap<usize, String>,
+    /// A tag that came twice: whoever waits cannot know which frame he gets.
+    duplicate: Option<Tag>,
 }
 
 /// A frame that has come.
@@ -55,6 +57,9 @@ impl Inbox {
             return Ok(());
         }
         let before = state.frames.insert(tag, arrival);
+        if before.is_some() {
+            state.duplicate.get_or_insert(tag);
+        }
         drop(state);
         self.arrived.notify_all();
         before.map_or(Ok(()), |_| Err(FabricError::Duplicate { tag }))
@@ -62,7 +67,8 @@ impl Inbox {
 
     /// Takes the frame with this tag, waiting for it for at most `patience`; the span that sent it is told along.
     ///
-    /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason.
+    /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason;
+    /// [`FabricError::Duplicate`] names the tag under which two frames have come, whatever is waited for.
     pub fn receive(&self, tag: Tag, patience: Duration) -> Result<(Vec<Region>, TraceContext), FabricError> {
         let deadline = Instant::now() + patience;
         let mut state = self.lock();
@@ -70,13 +76,17 @@ impl Inbox {
             if let Some(reason) = &state.aborted {
                 return Err(FabricError::Aborted { reason: reason.clone() });
             }
+            if let Some(tag) = state.duplicate {
+                return Err(FabricError::Duplicate { tag });
+            }
             if let Some(Arrival { parts, trace, receipt }) = state.frames.remove(&tag) {
                 drop(state);
                 drop(receipt);
                 return Ok((parts, trace));
             }
-            if let Some(reason) = state.lost.get(&tag.source) {
-                return Err(FabricError::Lost { rank: tag.source as usize, reason: reason.clone() });
+            let rank = tag.source as usize;
+            if let Some(reason) = state.lost.get(&rank) {
+                return Err(FabricError::Lost { rank, reason: reason.clone() });
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -99,7 +109,7 @@ impl Inbox {
     }
 
     /// Ends every present and future wait for one rank, once what has come from it is taken.
-    pub fn lose(&self, rank: u32, reason: &str) {
+    pub fn lose(&self, rank: usize, reason: &str) {
         self.lock().lost.entry(rank).or_insert_with(|| reason.to_owned());
         self.arrived.notify_all();
     }
@@ -108,7 +118,7 @@ impl Inbox {
     pub fn enter_generation(&self, generation: u32) {
         let mut state = self.lock();
         state.generation = generation;
-        state.aborted = None;
+        (state.aborted, state.duplicate) = (None, None);
         let old = state.frames.extract_if(|tag, _| tag.generation < generation).collect::<Vec<_>>();
         drop(state);
         drop(old);

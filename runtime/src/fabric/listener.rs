@@ -25,9 +25,9 @@ const MAX_UNPROVEN: usize = 1024;
 #[derive(Default)]
 struct State {
     /// By job and generation.
-    formations: HashMap<(u32, u32), Arc<WiredNetwork>>,
+    formations: HashMap<(u64, u32), Arc<WiredNetwork>>,
     /// The newest generation that each job has had here.
-    newest: HashMap<u32, u32>,
+    newest: HashMap<u64, u32>,
 }
 
 struct Shared {
@@ -113,7 +113,7 @@ impl Listener {
     }
 
     /// Lets no further connection of a formation in.
-    pub(super) fn dismiss(&self, job: u32, generation: u32) {
+    pub(super) fn dismiss(&self, job: u64, generation: u32) {
         let network = self.shared.lock().formations.remove(&(job, generation));
         drop(network);
     }

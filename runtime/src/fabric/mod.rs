@@ -1,6 +1,7 @@
 //! The data plane: tagged frames of memory regions between ranks. Control never goes this way, tensors never any other.
 //!
 //! Knows ranks and bytes, no tensors and no schedule.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod activity;
 mod arrived;
@@ -193,6 +194,12 @@ mod tests {
         let endpoint = network.join(0);
         endpoint.send(0, tag(1, 0), bytes(1)).unwrap();
         assert!(matches!(endpoint.send(0, tag(1, 0), bytes(1)), Err(FabricError::Duplicate { .. })));
+        // Nobody can tell which of the two was meant: the receiver gets neither, and waits for no other frame either.
+        for step in [1, 2] {
+            assert!(
+                matches!(endpoint.receive(tag(step, 0)), Err(FabricError::Duplicate { tag }) if tag.step == 1)
+            );
+        }
     }
 
     #[test]

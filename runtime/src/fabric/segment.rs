@@ -104,9 +104,9 @@ pub fn receive(stream: &Stream) -> io::Result<SharedReader> {
         RecvAncillaryMessage::ScmRights(mut files) => files.next(),
         _ => None,
     });
-    let len = u64::from_le_bytes(len);
-    match file {
-        Some(file) if came == 8 && len <= MAX_SEGMENT => SharedReader::new(&file, len as usize),
+    let len = Some(u64::from_le_bytes(len)).filter(|len| came == 8 && *len <= MAX_SEGMENT);
+    match (file, len.and_then(|len| usize::try_from(len).ok())) {
+        (Some(file), Some(len)) => SharedReader::new(&file, len),
         _ => Err(io::Error::other(format!("expected shared memory, got {came} bytes"))),
     }
 }

@@ -49,8 +49,8 @@ pub enum FrameKind {
 /// The address of a frame. Two frames of a job never have the same tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Tag {
-    /// Job number within the process or cluster.
-    pub job: u32,
+    /// The job's id.
+    pub job: u64,
     /// Count of (re)formations of the job.
     pub generation: u32,
     /// Part of the step.

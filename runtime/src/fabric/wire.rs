@@ -13,13 +13,13 @@ use crate::trace::TraceContext;
 pub use self::signal::{LaneKey, SIGNAL_BYTES, Signal, encode_signal, read_signal};
 
 /// Version of everything that is said on a link, handshake included. Both ends have to have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u8 = 3;
 /// Most parts in a frame.
 pub const MAX_PARTS: usize = 16;
 /// **Units**: payload bytes of the largest frame.
 pub const MAX_FRAME_BYTES: u64 = 4 << 30;
 /// **Units**: bytes of what every message begins with.
-pub const PREFIX_BYTES: usize = 88;
+pub const PREFIX_BYTES: usize = 96;
 
 const PART_BYTES: usize = 32;
 const CHECKSUM_BYTES: usize = 8;
@@ -157,14 +157,15 @@ pub fn encode(message: &Message) -> Vec<u8> {
     };
     let mut bytes = Vec::with_capacity(PREFIX_BYTES + num_parts * PART_BYTES);
     bytes.extend(MAGIC);
-    bytes.extend([VERSION as u8, what]);
-    bytes.extend((num_parts as u16).to_le_bytes());
+    bytes.extend([VERSION, what]);
+    // More than any frame has is refused by whoever reads it.
+    bytes.extend(u16::try_from(num_parts).unwrap_or(u16::MAX).to_le_bytes());
     let mut parts = Vec::with_capacity(num_parts * PART_BYTES);
     if let Message::Frame(FrameHeader { to, tag, trace, block, parts: list }) = message {
-        let numbers = [*to, tag.job, tag.generation, tag.stage, tag.micro_batch, tag.layer, tag.source];
+        let numbers = [*to, tag.generation, tag.stage, tag.micro_batch, tag.layer, tag.source];
         bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-        bytes.extend(tag.step.to_le_bytes());
-        bytes.extend(block.unwrap_or(INLINE).to_le_bytes());
+        let long = [tag.job, tag.step, block.unwrap_or(INLINE)];
+        bytes.extend(long.iter().flat_map(|number| number.to_le_bytes()));
         bytes.extend([tag.phase as u8, tag.kind as u8, tag.hop]);
         bytes.extend(trace.trace_id);
         bytes.extend(trace.span_id);
@@ -193,7 +194,7 @@ pub fn read_message(reader: &mut impl Read) -> Result<Message, ReadError> {
         return bad("what came is no frame");
     }
     let (version, what) = (fields.u8(), fields.u8());
-    if u16::from(version) != VERSION {
+    if version != VERSION {
         return bad(format!("expected a frame of version {VERSION}, got version {version}"));
     }
     let num_parts = usize::from(fields.u16());
@@ -215,9 +216,8 @@ pub fn read_message(reader: &mut impl Read) -> Result<Message, ReadError> {
 }
 
 fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError> {
-    let [to, job, generation, stage, micro_batch, layer, source] = std::array::from_fn(|_| fields.u32());
-    let step = fields.u64();
-    let block = fields.u64();
+    let [to, generation, stage, micro_batch, layer, source] = std::array::from_fn(|_| fields.u32());
+    let [job, step, block] = std::array::from_fn(|_| fields.u64());
     let (phase, kind, hop) = (fields.u8(), fields.u8(), fields.u8());
     let trace = TraceContext { trace_id: fields.take(), span_id: fields.take(), flags: fields.u8() };
     let Some(&phase) = PHASES.get(usize::from(phase)) else {
@@ -250,12 +250,13 @@ mod tests {
             (any::<u8>(), any::<u64>(), any::<u64>(), 0..1_u64 << 28),
             0..=MAX_PARTS,
         );
-        let numbers = (any::<[u32; 7]>(), any::<u64>(), 0..PHASES.len(), 0..KINDS.len(), any::<u8>());
+        let numbers = (any::<[u32; 6]>(), any::<[u64; 2]>(), 0..PHASES.len(), 0..KINDS.len(), any::<u8>());
         let trace = any::<([u8; 16], [u8; 8], u8)>();
         let trace = trace.prop_map(|(trace_id, span_id, flags)| TraceContext { trace_id, span_id, flags });
         let all = (numbers, trace, proptest::option::of(0..u64::MAX), parts);
         all.prop_map(|(numbers, trace, block, parts)| {
-            let ([to, job, generation, stage, micro_batch, layer, source], step, phase, kind, hop) = numbers;
+            let ([to, generation, stage, micro_batch, layer, source], [job, step], phase, kind, hop) =
+                numbers;
             let (phase, kind) = (PHASES[phase], KINDS[kind]);
             let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
             let part = |(kind, rows, cols, len)| PartHeader { form: Form { kind, rows, cols }, len };
@@ -300,7 +301,7 @@ mod tests {
         let mut bytes = encode(&Message::Beat);
         bytes[4] = 1;
         let error = read_message(&mut &bytes[..]).unwrap_err().to_string();
-        assert_eq!(error, "expected a frame of version 2, got version 1");
+        assert_eq!(error, "expected a frame of version 3, got version 1");
     }
 
     #[test]

@@ -169,12 +169,13 @@ impl WiredNetwork {
             let got = format!("{} parts and {bytes} bytes", parts.len());
             return Err(FabricError::Content { tag, expected, got });
         }
-        let site = *self.site_of.get(to).ok_or(FabricError::NoSuchRank { to })?;
+        let nobody = FabricError::NoSuchRank { to };
+        let (Some(&site), Ok(number)) = (self.site_of.get(to), u32::try_from(to)) else { return Err(nobody) };
         let link = self.link_to(site).ok_or_else(|| FabricError::Lost {
             rank: to,
             reason: "its process has left or is lost".into(),
         })?;
-        link.push(to as u32, tag, parts, trace);
+        link.push(number, tag, parts, trace);
         Ok(())
     }
 
@@ -296,19 +297,20 @@ impl WiredNetwork {
     ///
     /// **Errors**: in words, if there is no randomness.
     pub(super) fn hello(&self, site: usize, carrier: Carrier) -> Result<Hello, String> {
+        let number = |rank: usize| u32::try_from(rank).map_err(|error| format!("rank {rank}: {error}"));
         Ok(Hello {
             version: VERSION,
             carrier,
             job: self.formation.job,
             generation: self.formation.generation,
-            from: self.formation.local[0] as u32,
-            to: self.sites[site].ranks[0] as u32,
+            from: number(self.formation.local[0])?,
+            to: number(self.sites[site].ranks[0])?,
             nonce: fresh_nonce().map_err(|error| error.to_string())?,
         })
     }
 
     /// Which formation this is: job and generation.
-    pub(super) fn number(&self) -> (u32, u32) {
+    pub(super) fn number(&self) -> (u64, u32) {
         (self.formation.job, self.formation.generation)
     }
 
@@ -346,7 +348,7 @@ impl WiredNetwork {
         let (outgoing, incoming) = (peer.outgoing.take(), peer.incoming.take());
         drop(peers);
         for inbox in self.inboxes.values() {
-            self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank as u32, reason));
+            self.sites[site].ranks.iter().for_each(|&rank| inbox.lose(rank, reason));
         }
         outgoing.inspect(|link| link.cut());
         incoming.inspect(|link| link.cut());

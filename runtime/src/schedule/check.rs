@@ -266,6 +266,11 @@ fn order_fault(
     Some((place, text))
 }
 
+/// By rank, chunks that are alive at the same time at most, until their input gradient is done.
+pub fn peak_activations(plan: &Plan) -> Vec<usize> {
+    plan.actions.iter().map(|list| Load::of(list).peak_until_input).collect()
+}
+
 fn report(plan: &Plan) -> Report {
     let loads: Vec<Load> = plan.actions.iter().map(|list| Load::of(list)).collect();
     Report {

@@ -87,6 +87,15 @@ pub struct RankFigures {
     pub activation_bytes: u64,
 }
 
+impl RankFigures {
+    /// All of it.
+    ///
+    /// **Units**: bytes.
+    pub fn bytes(&self) -> u64 {
+        self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+    }
+}
+
 /// What one pipeline rank does and sends in a training step, its update included; routing is taken to be balanced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StepCost {
@@ -252,7 +261,7 @@ fn join(stages: &[usize]) -> String {
 }
 
 /// Bytes in the unit that leaves three digits or fewer before the point.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB"] {
         if value < 1000.0 {

@@ -57,7 +57,7 @@ fn a_hello_of_another_version_or_formation() {
     disturbed(|site| {
         let said = |hello: Hello| answer_to(site, &hello.encode());
         for version in [1, 9] {
-            let words = format!("expected version 2 of the fabric, got version {version}");
+            let words = format!("expected version 3 of the fabric, got version {version}");
             assert!(said(Hello { version, ..hello() }).contains(&words));
         }
         assert!(said(Hello { generation: 2, ..hello() }).contains("generation 2 of job 1 is over"));

@@ -84,6 +84,15 @@ impl fmt::Display for CheckpointFaults {
     }
 }
 
+impl From<CheckpointFaults> for RankError {
+    fn from(faults: CheckpointFaults) -> Self {
+        match faults.0.iter().all(|fault| fault.is_of_node) {
+            true => RankError::Node { message: faults.to_string() },
+            false => RankError::Model { faults: faults.0.iter().map(ToString::to_string).collect() },
+        }
+    }
+}
+
 impl Checkpoint {
     /// Opens a checkpoint's folder and checks everything in it: manifest, sizes, checksums, and that the records of each
     /// tensor make it up without gap or overlap.

@@ -8,8 +8,8 @@ use contraflow_runtime::schedule::Chunk;
 /// Which step of which job this is: the part of every tag that does not change within a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepId {
-    /// Job number.
-    pub job: u32,
+    /// The job's id.
+    pub job: u64,
     /// Count of (re)formations.
     pub generation: u32,
     /// Training, validation or update.

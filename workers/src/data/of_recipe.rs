@@ -8,6 +8,7 @@ use contraflow_runtime::recipe::Recipe;
 use super::Tokenizer;
 use super::batches::Datasets;
 use super::documents::DocumentEncoder;
+use super::files::DataFault;
 use super::hf_tokenizer::EndOfDocument;
 use super::load::{Loaded, Wanted, load};
 use super::model_tokenizer::tokenizer_files;
@@ -39,6 +40,8 @@ pub struct TextFaults {
     pub key: &'static str,
     /// What was expected and what came.
     pub faults: Vec<String>,
+    /// Whether the system cannot read what is there: that says nothing of the recipe.
+    pub is_of_node: bool,
 }
 
 impl fmt::Display for TextFaults {
@@ -48,7 +51,7 @@ impl fmt::Display for TextFaults {
 }
 
 fn faults<T: fmt::Display>(key: &'static str, faults: &[T]) -> TextFaults {
-    TextFaults { key, faults: faults.iter().map(T::to_string).collect() }
+    TextFaults { key, faults: faults.iter().map(T::to_string).collect(), is_of_node: false }
 }
 
 /// Loads the tokenizer and the sequences of a recipe.
@@ -96,7 +99,10 @@ fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Data
     let length = recipe.training.sequence_length;
     let wanted =
         Wanted { paths: &paths, weights: &recipe.data.weights, encoder: &encoder, sequence_length: length };
-    let loaded = load(wanted).map_err(|found| faults("data.paths", &found))?;
+    let loaded = load(wanted).map_err(|found| {
+        let is_of_node = found.iter().all(|fault| matches!(fault, DataFault::Unreadable { .. }));
+        TextFaults { is_of_node, ..faults("data.paths", &found) }
+    })?;
     let Loaded { name, hash, train, validation, warnings } = loaded;
     if let Some(number) = train.sources().iter().position(|(sequences, _)| *sequences == 0) {
         let source = if recipe.data.weights.is_empty() { "" } else { recipe.data.paths[number].as_str() };

@@ -4,18 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::outbox::Outbox;
+use contraflow_runtime::control::wire::{RankAddress, rank_numbers, ranks_of};
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
-use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
 
 use super::Input;
 use super::job::Prepared;
-use super::outbox::Outbox;
 use crate::engine::probe::Probe;
+use crate::error::RankError;
 use crate::kept::{Keeper, Kept, Recovered};
 use crate::rank::build::Assignment;
 use crate::rank::worker::{Worker, WorkerMessage};
@@ -31,6 +31,8 @@ pub(super) struct Formation {
     pub(super) committed: Option<v1::Committed>,
     pub(super) prepared: Option<Arc<Prepared>>,
     ranks: Vec<usize>,
+    /// Of the whole formation.
+    world: usize,
     running: Option<Running>,
 }
 
@@ -44,22 +46,25 @@ struct Running {
 
 impl Formation {
     /// One that has been assigned.
-    pub(super) fn new(assign: &v1::Assign) -> Self {
-        let ranks: Vec<usize> = assign.ranks.iter().map(|&rank| rank as usize).collect();
-        Formation {
+    ///
+    /// **Errors**: in words; this machine has no such rank.
+    pub(super) fn new(assign: &v1::Assign) -> Result<Self, String> {
+        Ok(Formation {
             generation: assign.generation,
             outbox: Outbox::default(),
             committed: None,
             prepared: None,
-            ranks,
+            ranks: ranks_of(&assign.ranks)?,
+            world: assign.workers.len(),
             running: None,
-        }
+        })
     }
 
     /// As it is told to an orchestrator.
     pub(super) fn hosted(&self, job: u64) -> v1::Hosted {
-        let ranks = self.ranks.iter().map(|&rank| rank as u32).collect();
-        v1::Hosted { job, generation: self.generation, ranks }
+        let (ranks, world) = (rank_numbers(&self.ranks), self.world as u64);
+        let steps = self.prepared.as_ref().map_or(0, |prepared| prepared.recipe.training.steps as u64);
+        v1::Hosted { job, generation: self.generation, ranks, world, steps }
     }
 
     /// How far its ranks are.
@@ -68,26 +73,28 @@ impl Formation {
         let endpoints = self.running.iter().flat_map(|running| &running.endpoints);
         endpoints.map(move |endpoint| {
             let Progress { step, operations, is_at_work } = endpoint.activity().progress();
-            v1::Progress { job, rank: endpoint.rank() as u32, generation, step, operations, is_at_work }
+            v1::Progress { job, rank: endpoint.rank() as u64, generation, step, operations, is_at_work }
         })
     }
 
     /// Starts its ranks.
     ///
-    /// **Errors**: in words; the network cannot be formed.
+    /// **Errors**: the network cannot be formed; the assignment makes no sense.
     pub(super) fn start(
         &mut self,
         assign: &v1::Assign,
         (prepared, kept): (Prepared, &Arc<Kept>),
         listener: &Listener,
         inputs: mpsc::UnboundedSender<Input>,
-    ) -> Result<(), String> {
+    ) -> Result<(), RankError> {
         let (job, generation) = (assign.job, assign.generation);
+        let wrong = |message| RankError::Content { path: "the assignment".into(), message };
+        let secret = assign.secret.as_slice().try_into();
         let formation = fabric::Formation {
-            job: job as u32,
+            job,
             generation,
-            secret: assign.secret.as_slice().try_into().map_err(|_| "a secret that is not 32 bytes")?,
-            ranks: addresses(assign)?,
+            secret: secret.map_err(|_| wrong("expected a secret of 32 bytes".into()))?,
+            ranks: addresses(assign).map_err(wrong)?,
             local: self.ranks.clone(),
             patience: PATIENCE,
             transport: Transport::Auto,
@@ -95,22 +102,23 @@ impl Formation {
         let on_fault = move |fault: fabric::Fault| {
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
         };
-        let network =
-            WiredNetwork::form(listener, formation, Arc::new(on_fault)).map_err(|error| error.to_string())?;
+        let network = WiredNetwork::form(listener, formation, Arc::new(on_fault))?;
+        let memory = assign.memory.as_ref().map(|memory| recovered(memory, kept));
+        let memory = memory.transpose().map_err(wrong)?;
         let mut endpoints = Vec::new();
         let (worker, commands) = mpsc::unbounded_channel();
         for &rank in &self.ranks {
-            let endpoint = network.join(rank).map_err(|error| error.to_string())?;
+            let endpoint = network.join(rank)?;
             endpoints.push(endpoint.clone());
-            let keeper = keeper(assign, &endpoint, kept)?;
+            let keeper = keeper(assign, &endpoint, kept).map_err(wrong)?;
             let assignment = Box::new(Assignment {
-                job: job as u32,
+                job,
                 generation,
                 recipe: prepared.recipe.clone(),
                 endpoint,
                 datasets: prepared.datasets.clone(),
                 resume: prepared.resume.clone(),
-                recovered: assign.memory.as_ref().map(|memory| recovered(memory, kept)),
+                recovered: memory.clone(),
                 keeper,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
@@ -137,11 +145,11 @@ impl Formation {
     }
 
     /// Tells that its ranks could not be started.
-    pub(super) fn fail(&self, cause: String, inputs: &mpsc::UnboundedSender<Input>, job: u64) {
+    pub(super) fn fail(&self, error: &RankError, inputs: &mpsc::UnboundedSender<Input>, job: u64) {
         let generation = self.generation;
         for &rank in &self.ranks {
-            let (action, cause) = ("joining the formation".to_owned(), cause.clone());
-            let event = RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config };
+            let (action, cause) = ("joining the formation".to_owned(), error.to_string());
+            let event = RankEvent::Failed { rank, action, cause, kind: error.kind() };
             drop(inputs.send(Input::Rank { job, generation, event }));
         }
     }
@@ -169,8 +177,8 @@ fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
     let of_worker = assign.fabric.iter().cloned().map(Address::try_from);
     let of_worker: Vec<Address> =
         of_worker.collect::<Result<_, _>>().map_err(|words| format!("fabric.{words}"))?;
-    let of_rank = |&worker: &u32| {
-        let address = of_worker.get(worker as usize).cloned();
+    let of_rank = |&worker: &u64| {
+        let address = usize::try_from(worker).ok().and_then(|worker| of_worker.get(worker)).cloned();
         address.ok_or_else(|| {
             format!("workers: expected a place in fabric, which has {}, got {worker}", of_worker.len())
         })
@@ -186,25 +194,21 @@ fn keeper(assign: &v1::Assign, endpoint: &Endpoint, kept: &Arc<Kept>) -> Result<
         return Ok(None);
     }
     let rank = endpoint.rank();
-    let buddy = assign.buddies.get(rank).map(|&buddy| buddy as usize);
-    let ward = assign.buddies.iter().position(|&buddy| buddy as usize == rank);
-    let (Some(buddy), Some(ward)) = (buddy, ward) else {
+    let buddies = ranks_of(&assign.buddies)?;
+    let ward = buddies.iter().position(|&buddy| buddy == rank);
+    let (Some(&buddy), Some(ward)) = (buddies.get(rank), ward) else {
         return Err(format!(
             "buddies: expected one for rank {rank} and one that it is, got {:?}",
             assign.buddies
         ));
     };
-    let formation = (assign.job as u32, assign.generation);
+    let formation = (assign.job, assign.generation);
     Ok(Some(Keeper { endpoint: endpoint.clone(), kept: kept.clone(), formation, buddy, ward }))
 }
 
-fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Recovered {
-    Recovered {
-        generation: memory.generation,
-        step: memory.step,
-        holders: memory.holders.iter().map(|&rank| rank as usize).collect(),
-        kept: kept.clone(),
-    }
+fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Result<Recovered, String> {
+    let &v1::InMemory { generation, step, .. } = memory;
+    Ok(Recovered { generation, step, holders: ranks_of(&memory.holders)?, kept: kept.clone() })
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.

@@ -4,18 +4,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_proto::v1;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, JobFolder, Manifest, Owner, Position};
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::JobId;
 use v1::commit::What;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::provenance::{companions, manifest};
 use crate::data::batches::Datasets;
 use crate::data::of_recipe::{Text, load_text};
+use crate::error::RankError;
 
 /// Checkpoints that stay at least: that of the newest commit, and the one before, which the orchestrator goes on from if it
 /// never hears of the commit.
@@ -44,7 +46,8 @@ pub struct Prepared {
     text: Arc<Text>,
     manifest: Manifest,
     companions: Companions,
-    dir: PathBuf,
+    /// The job's, in the shared storage.
+    job: JobFolder,
     /// Checkpoints that stay.
     keep: usize,
 }
@@ -52,49 +55,42 @@ pub struct Prepared {
 /// Data that a process has loaded, for the next formation of the same job.
 pub type Loaded = (Arc<Text>, Arc<Datasets>);
 
-/// The folder of a job.
-pub fn dir_of(storage: &Path, job: u64) -> PathBuf {
-    storage.join("jobs").join(format!("job-{job}"))
-}
-
-/// The folder into which the ranks of a job write their weights.
-pub fn export_dir(storage: &Path, job: u64) -> PathBuf {
-    dir_of(storage, job).join(format!("model{UNFINISHED_SUFFIX}"))
-}
-
 impl Prepared {
     /// Reads what an assignment names: recipe, data (unless they are `loaded`), the checkpoint it goes on from.
     ///
-    /// **Errors**: in words.
-    pub fn new(assign: &v1::Assign, roots: &Roots, loaded: Option<Loaded>) -> Result<Self, String> {
-        let model = ModelConfig::from_hf_json(&assign.model_config).map_err(|faults| faults.to_string())?;
+    /// **Errors**: recipe, data or checkpoint are not what they should be; a file of this node cannot be read or written; the
+    /// job's folder is not free for this formation.
+    pub fn new(assign: &v1::Assign, roots: &Roots, loaded: Option<Loaded>) -> Result<Self, RankError> {
+        let content = |path: &str| {
+            let path = path.to_owned();
+            move |message: String| RankError::Content { path, message }
+        };
+        let model = ModelConfig::from_hf_json(&assign.model_config)
+            .map_err(|faults| content("model.config")(faults.to_string()))?;
         let submitted = Recipe::submitted(&assign.recipe, "recipe", &assign.overrides, Some(model))
-            .map_err(|faults| faults.to_string())?;
+            .map_err(|faults| content("recipe")(faults.to_string()))?;
         let mut recipe = place(submitted.clone(), roots)?;
         let (text, datasets) = match loaded {
             Some(loaded) => loaded,
             None => {
-                let (text, datasets) = load_text(&recipe).map_err(|faults| faults.to_string())?;
+                let (text, datasets) = load_text(&recipe)?;
                 (Arc::new(text), Arc::new(datasets))
             }
         };
         recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
-        let dir = dir_of(&roots.storage, assign.job);
-        let shown = dir.display().to_string();
-        let words = |error: std::io::Error| format!("{shown}: {error}");
-        std::fs::create_dir_all(&dir).map_err(words)?;
-        let folder = CheckpointFolder::of_run(&dir).in_generation(assign.generation).pinning(assign.kept);
-        let manifest = manifest(&submitted, &text.corpus.hash).map_err(|error| error.to_string())?;
+        let owner = Owner { state: assign.state, job: JobId::of(assign.job) };
+        let job = JobFolder::claim(&roots.storage, owner)?;
+        let folder = CheckpointFolder::of_job(&job).in_generation(assign.generation).pinning(assign.kept);
+        let manifest = manifest(&submitted, &text.corpus.hash)
+            .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation: assign.generation, ..manifest };
         let companions = companions(&recipe, &text.tokenizer);
         let resume = resume(assign, &folder, &manifest)?;
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
-        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, dir, keep };
+        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, job, keep };
         if assign.ranks.contains(&0) {
-            // From memory it goes on in the history in which everything here was committed.
-            let newest = assign.memory.is_none().then_some(assign.resume_step);
-            prepared.tidy(&assign.recipe, newest).map_err(words)?;
+            prepared.begin(assign)?;
         }
         Ok(prepared)
     }
@@ -112,11 +108,29 @@ impl Prepared {
         (self.text.clone(), self.datasets.clone())
     }
 
+    /// The job's folder.
+    pub fn dir(&self) -> &Path {
+        self.job.path()
+    }
+
+    /// Where the ranks write their weights.
+    pub fn export_dir(&self) -> PathBuf {
+        self.job.path().join(format!("model{UNFINISHED_SUFFIX}"))
+    }
+
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
+    fn begin(&self, assign: &v1::Assign) -> Result<(), RankError> {
+        self.job.begin(assign.generation)?;
+        // From memory it goes on in the history in which everything here was committed.
+        let newest = assign.memory.is_none().then_some(assign.resume_step);
+        let dir = self.job.path();
+        self.tidy(&assign.recipe, newest).map_err(RankError::file(dir))
+    }
+
     fn tidy(&self, recipe: &str, newest: Option<u64>) -> std::io::Result<()> {
-        std::fs::write(self.dir.join("recipe.toml"), recipe)?;
+        std::fs::write(self.job.path().join("recipe.toml"), recipe)?;
         self.folder.tidy(self.keep, newest)?;
-        let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
+        let dir = self.export_dir();
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
         }
@@ -139,8 +153,9 @@ impl Prepared {
                 folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
             }
             What::Weights(v1::Weights { files }) => {
-                let dir = self.dir.join(format!("model{UNFINISHED_SUFFIX}"));
-                if !dir.exists() && self.dir.join("model").exists() {
+                self.job.verify().map_err(|error| error.to_string())?;
+                let dir = self.export_dir();
+                if !dir.exists() && self.job.path().join("model").exists() {
                     // Done before, with an answer that was lost.
                     return Ok(());
                 }
@@ -153,12 +168,12 @@ impl Prepared {
 }
 
 /// Puts a recipe's paths below the data root.
-fn place(recipe: Recipe, roots: &Roots) -> Result<Recipe, String> {
+fn place(recipe: Recipe, roots: &Roots) -> Result<Recipe, RankError> {
     match &roots.data {
         Some(root) => Ok(recipe.under(root)),
-        None if recipe.names_paths() => {
-            Err("the recipe names files: expected a worker with --data-root, got one without".into())
-        }
+        None if recipe.names_paths() => Err(RankError::Node {
+            message: "the recipe names files: expected a worker with --data-root, got one without".into(),
+        }),
         None => Ok(recipe),
     }
 }
@@ -167,17 +182,18 @@ fn resume(
     assign: &v1::Assign,
     folder: &CheckpointFolder,
     own: &Manifest,
-) -> Result<Option<Arc<Checkpoint>>, String> {
+) -> Result<Option<Arc<Checkpoint>>, RankError> {
     if assign.resume_step == 0 || assign.memory.is_some() {
         return Ok(None);
     }
     let dir = folder.committed(assign.resume_step);
-    let mut checkpoint = Checkpoint::open(&dir).map_err(|faults| faults.to_string())?;
+    let mut checkpoint = Checkpoint::open(&dir)?;
     if checkpoint.manifest.corpus_hash != own.corpus_hash {
-        return Err(format!(
-            "data.paths: expected data of blake3 {}, as in the run so far, got {}",
+        let message = format!(
+            "expected data of blake3 {}, as in the run so far, got {}",
             checkpoint.manifest.corpus_hash, own.corpus_hash
-        ));
+        );
+        return Err(RankError::Content { path: "data.paths".into(), message });
     }
     if assign.cursor > 0 {
         checkpoint.manifest.position.cursor = assign.cursor;

@@ -64,9 +64,9 @@ impl Link {
     }
 
     /// The orchestrator has taken the worker in.
-    pub(super) fn welcomed(&mut self, beat_ms: u32) {
+    pub(super) fn welcomed(&mut self, beat_ms: u64) {
         self.is_member = true;
-        self.beats = Duration::from_millis(beat_ms.into());
+        self.beats = Duration::from_millis(beat_ms);
     }
 
     /// Whether the orchestrator has taken the worker in.

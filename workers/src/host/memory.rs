@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::control::wire::rank_of;
 
 use super::job::Prepared;
 use crate::error::RankError;
@@ -85,7 +86,8 @@ impl Memory {
 /// Writes parts down, each as its rank's shard of a checkpoint; what is to be said of each rank, in order.
 pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &v1::WriteDown) -> Vec<RankEvent> {
     let mut events = Vec::new();
-    for rank in order.ranks.iter().map(|&rank| rank as usize) {
+    // A rank that this machine has no number for has nothing here.
+    for rank in order.ranks.iter().filter_map(|&rank| rank_of(rank).ok()) {
         for mut report in kept.reports(rank, order.step) {
             report.generation = order.generation;
             events.push(RankEvent::StepDone { report });
@@ -117,6 +119,6 @@ fn write_part(
 }
 
 fn inventory(kept: &Kept) -> Vec<v1::KeptShard> {
-    let shard = |(generation, step, rank)| v1::KeptShard { generation, step, rank: rank as u32 };
+    let shard = |(generation, step, rank)| v1::KeptShard { generation, step, rank: rank as u64 };
     kept.inventory().into_iter().map(shard).collect()
 }

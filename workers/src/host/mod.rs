@@ -2,6 +2,7 @@
 //!
 //! One loop owns everything: it takes words of the orchestrator, events of the ranks and results of slow work, and never
 //! waits for any of them. The stream to the orchestrator may break and come back; the ranks do not notice.
+#![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod evidence;
 mod formation;
@@ -11,7 +12,6 @@ mod log;
 mod log_levels;
 mod memory;
 mod orders;
-mod outbox;
 mod storage_mark;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -23,16 +23,18 @@ use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::layout::MemoryLimit;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 
 use self::formation::Formation;
-use self::job::{Loaded, Prepared, dir_of};
+use self::job::{Loaded, Prepared};
 use self::link::{Link, Way};
 use self::memory::Memory;
 use self::storage_mark::{random_number, storage_mark};
+use crate::error::RankError;
 
 pub use self::link::words_of;
 pub use self::log_levels::LogLevels;
@@ -58,7 +60,7 @@ pub struct Settings {
     /// What paths of recipes are relative to.
     pub data_root: Option<PathBuf>,
     /// Ranks it can host.
-    pub slots: usize,
+    pub slots: u32,
     /// Its node.
     pub node: String,
     /// Nodes that are near each other.
@@ -82,7 +84,7 @@ enum Input {
     /// What a rank says of a step that is not finite, once the evidence is in the job's folder.
     EvidenceWritten { job: u64, generation: u32, event: RankEvent },
     /// What an assignment names has been read.
-    Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, String> },
+    Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
     /// Parts of a formation that was left have been written down, or not: job, generation, what is to be said.
     WrittenDown { job: u64, generation: u32, events: Vec<RankEvent> },
     /// Something has been put in place, or not.
@@ -103,8 +105,12 @@ struct Host {
     link: Option<Link>,
     /// Streams that have been opened.
     num_links: u64,
-    /// The highest that has been heard of.
+    /// The state of the orchestrator whose member it was last; 0: none so far.
+    state: u64,
+    /// The highest incarnation that has been heard of, of that state.
     incarnation: u64,
+    /// What the process may use.
+    limit: Option<MemoryLimit>,
     formations: BTreeMap<u64, Formation>,
     loaded: BTreeMap<u64, Loaded>,
     /// What is kept in memory of the state of jobs.
@@ -133,7 +139,9 @@ pub async fn run(
         inputs: sender,
         link: None,
         num_links: 0,
+        state: 0,
         incarnation: 0,
+        limit: MemoryLimit::of_process(),
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
         memory: Memory::default(),
@@ -178,15 +186,18 @@ impl Host {
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     worker: self.id,
                     name: self.settings.name.clone(),
-                    slots: self.settings.slots as u32,
+                    slots: self.settings.slots,
                     node: self.settings.node.clone(),
                     block: self.settings.block.clone(),
                     fabric: Some(self.listener.address().into()),
                     hosted: self.formations.iter().map(|(&job, formation)| formation.hosted(job)).collect(),
+                    state: self.state,
                     incarnation: self.incarnation,
+                    memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
+                    memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
                     storage_mark: self.mark.clone(),
                     left: self.memory.of_left(|job| self.formations.contains_key(&job)),
-                    cores: self.settings.cores as u32,
+                    cores: self.settings.cores as u64,
                     peak_flops: self.settings.peak_flops,
                 };
                 let Settings { orchestrator, token, .. } = &self.settings;
@@ -224,20 +235,26 @@ impl Host {
         }
     }
 
+    /// Where the evidence of an event goes, if this worker has to write it.
+    fn evidence_dir(&self, job: u64, generation: u32, event: &RankEvent) -> Option<PathBuf> {
+        let formation = self.formations.get(&job).filter(|formation| formation.generation == generation)?;
+        let prepared = formation.prepared.as_ref().filter(|_| evidence::is_in(event))?;
+        Some(prepared.dir().to_owned())
+    }
+
     fn take(&mut self, input: Input) -> Result<(), String> {
         match input {
-            Input::Rank { job, generation, event }
-                if self.is_here(job, generation) && evidence::is_in(&event) =>
-            {
-                let (dir, inputs) = (dir_of(&self.settings.storage, job), self.inputs.clone());
-                tokio::task::spawn_blocking(move || {
-                    let event = evidence::write(&dir, job, event);
-                    drop(inputs.send(Input::EvidenceWritten { job, generation, event }));
-                });
-            }
-            Input::Rank { job, generation, event } | Input::EvidenceWritten { job, generation, event } => {
-                self.rank_says(job, generation, &event);
-            }
+            Input::Rank { job, generation, event } => match self.evidence_dir(job, generation, &event) {
+                Some(dir) => {
+                    let inputs = self.inputs.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let event = evidence::write(&dir, job, event);
+                        drop(inputs.send(Input::EvidenceWritten { job, generation, event }));
+                    });
+                }
+                None => self.rank_says(job, generation, &event),
+            },
+            Input::EvidenceWritten { job, generation, event } => self.rank_says(job, generation, &event),
             Input::Prepared { assign, result } => self.prepared(&assign, result),
             Input::WrittenDown { job, generation, events } => {
                 for event in events {
@@ -264,10 +281,6 @@ impl Host {
             }
         }
         Ok(())
-    }
-
-    fn is_here(&self, job: u64, generation: u32) -> bool {
-        self.formations.get(&job).is_some_and(|formation| formation.generation == generation)
     }
 
     /// Passes on what a rank of a formation that is still here has to say.

@@ -3,13 +3,15 @@
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{decode_command, encode_event};
+use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace::TraceContext;
 use v1::from_worker::Message as Up;
 use v1::to_worker::Message as Down;
 
 use super::formation::Formation;
-use super::job::{Prepared, Roots, export_dir};
+use super::job::{Prepared, Roots};
 use super::{Host, Input, memory};
+use crate::error::RankError;
 
 impl Host {
     pub(super) fn hear(&mut self, message: Down) -> Result<(), String> {
@@ -17,7 +19,9 @@ impl Host {
             Down::Welcome(welcome) => self.welcome(&welcome)?,
             Down::Assign(assign) => self.assign(assign),
             Down::Command(command) => {
-                let dir = export_dir(&self.settings.storage, command.job);
+                let prepared =
+                    self.formations.get(&command.job).and_then(|formation| formation.prepared.as_ref());
+                let dir = prepared.map(|prepared| prepared.export_dir()).unwrap_or_default();
                 let trace = TraceContext::parse(&command.traceparent);
                 match decode_command(command, &dir) {
                     Ok((to, command)) => {
@@ -43,12 +47,12 @@ impl Host {
     }
 
     fn welcome(&mut self, welcome: &v1::Welcome) -> Result<(), String> {
-        if welcome.incarnation < self.incarnation {
+        if welcome.state == self.state && welcome.incarnation < self.incarnation {
             // Another orchestrator has taken over; this one has not noticed.
             self.link = None;
             return Ok(());
         }
-        self.incarnation = welcome.incarnation;
+        (self.state, self.incarnation) = (welcome.state, welcome.incarnation);
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
         let Some(link) = &mut self.link else { return Ok(()) };
         link.welcomed(welcome.beat_ms);
@@ -75,8 +79,12 @@ impl Host {
             }
             self.leave(job, assign.generation - 1, "another formation takes its place");
         }
+        let formation = match Formation::new(&assign) {
+            Ok(formation) => formation,
+            Err(words) => return tracing::warn!("an assignment that makes no sense: {words}"),
+        };
         self.memory.enter(&assign);
-        self.formations.insert(job, Formation::new(&assign));
+        self.formations.insert(job, formation);
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
         let roots = Roots { storage: self.settings.storage.clone(), data: self.settings.data_root.clone() };
@@ -84,13 +92,13 @@ impl Host {
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let prepare = std::panic::AssertUnwindSafe(|| Prepared::new(&assign, &roots, loaded));
-            let result = std::panic::catch_unwind(prepare)
-                .unwrap_or_else(|panic| Err(crate::error::RankError::from_panic(&*panic).to_string()));
+            let result =
+                std::panic::catch_unwind(prepare).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
             drop(inputs.send(Input::Prepared { assign: Box::new(assign), result: result.map(Box::new) }));
         });
     }
 
-    pub(super) fn prepared(&mut self, assign: &v1::Assign, result: Result<Box<Prepared>, String>) {
+    pub(super) fn prepared(&mut self, assign: &v1::Assign, result: Result<Box<Prepared>, RankError>) {
         let job = assign.job;
         let formation =
             self.formations.get_mut(&job).filter(|formation| formation.generation == assign.generation);
@@ -98,11 +106,14 @@ impl Host {
         let started = result.and_then(|prepared| {
             self.loaded.insert(job, prepared.loaded());
             self.settings.log_levels.set(job, prepared.recipe.log.level);
+            if assign.ranks.contains(&0) {
+                tracing::info!(job, rank = 0_u64, "the files of the job are in {}", prepared.dir().display());
+            }
             let kept = self.memory.of(job);
             formation.start(assign, (*prepared, &kept), &self.listener, self.inputs.clone())
         });
         if let Err(cause) = started {
-            formation.fail(cause, &self.inputs, job);
+            formation.fail(&cause, &self.inputs, job);
         }
     }
 
@@ -160,7 +171,7 @@ impl Host {
             return;
         }
         if let Some(formation) = self.formations.remove(&job) {
-            tracing::info!(job, generation = formation.generation, "left: {reason}");
+            tracing::info!(job, generation = formation.generation, "left {}: {reason}", JobId::of(job));
             self.settings.log_levels.forget(job);
             self.memory.note_left(job, formation.generation, formation.prepared.clone());
             formation.leave(reason);

@@ -37,7 +37,7 @@ pub struct Keeper {
     /// Where parts are put.
     pub kept: Arc<Kept>,
     /// Job number and count of (re)formations.
-    pub formation: (u32, u32),
+    pub formation: (u64, u32),
     /// The rank that keeps this one's state.
     pub buddy: usize,
     /// The rank whose state this one keeps.
@@ -98,7 +98,7 @@ impl Keeper {
 /// **Errors**: those of the fabric.
 pub fn acknowledged(
     endpoint: &Endpoint,
-    formation: (u32, u32),
+    formation: (u64, u32),
     buddy: usize,
     step: u64,
 ) -> Result<(), FabricError> {
@@ -107,6 +107,6 @@ pub fn acknowledged(
 }
 
 /// The part of the tags of frames about the state after a step.
-pub fn step_id((job, generation): (u32, u32), step: u64) -> StepId {
+pub fn step_id((job, generation): (u64, u32), step: u64) -> StepId {
     StepId { job, generation, phase: Phase::Keep, step }
 }

@@ -30,7 +30,7 @@ pub struct Recovered {
 pub fn recover(
     recovered: &Recovered,
     endpoint: &Endpoint,
-    formation: (u32, u32),
+    formation: (u64, u32),
 ) -> Result<(Arc<Image>, Vec<StepReport>), RankError> {
     let Recovered { generation, step, holders, kept } = recovered;
     let own = endpoint.rank();

@@ -29,8 +29,8 @@ use crate::optimizer::update::{OptimizerSetup, OptimizerState};
 
 /// Everything a rank is told when it joins a job.
 pub struct Assignment {
-    /// Job number.
-    pub job: u32,
+    /// The job's id.
+    pub job: u64,
     /// Count of (re)formations.
     pub generation: u32,
     /// What to train and how.

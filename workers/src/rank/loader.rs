@@ -36,7 +36,7 @@ pub struct LoaderSetup {
     /// The rank's end of the fabric.
     pub endpoint: Endpoint,
     /// Job number and generation.
-    pub formation: (u32, u32),
+    pub formation: (u64, u32),
     /// The rank's column.
     pub column: usize,
     /// One rank of each column: those at this rank's position of the pipeline.
@@ -61,7 +61,7 @@ pub struct LoaderState {
 /// What loads a batch, on a thread of its own.
 struct Source {
     endpoint: Endpoint,
-    formation: (u32, u32),
+    formation: (u64, u32),
     columns: Vec<usize>,
     batches: Batches,
 }

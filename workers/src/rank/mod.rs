@@ -132,7 +132,7 @@ impl RankState {
 
     /// Number of the job; 0 in one process, and until it has joined one.
     fn job(&self) -> u64 {
-        self.member.as_ref().map_or(0, |member| member.assignment.job.into())
+        self.member.as_ref().map_or(0, |member| member.assignment.job)
     }
 
     /// What the rank is about from now on has a span of its own.

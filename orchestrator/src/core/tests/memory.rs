@@ -13,7 +13,7 @@ fn keep_everywhere(world: &mut World, generation: u32, step: u64) {
 }
 
 fn formed(world: &World) -> facts::Formed {
-    world.core.jobs().all[&1].formed.clone().unwrap()
+    world.core.jobs().all[&JOB].formed.clone().unwrap()
 }
 
 #[test]
@@ -35,14 +35,15 @@ fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memor
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
     drop(world.attach(4, Vec::new()));
-    drop(world.pass(LEASE_MS + TICK_MS, &[1, 4]));
+    // Nor is it formed again at once.
+    drop(world.pass(LEASE_MS + 1_000 + TICK_MS, &[1, 4]));
     let again = formed(&world);
     assert_eq!((again.generation, again.places, again.resume_step), (3, vec![1, 4], 6));
     // What generation 1 made beyond that step is of no history any more.
     let shard = |step, rank| KeptShard { generation: 1, step, rank };
     world.kept.insert(1, vec![shard(7, 0), shard(7, 1)]);
     drop(world.attach(5, Vec::new()));
-    drop(world.pass(LEASE_MS + TICK_MS, &[1, 5]));
+    drop(world.pass(LEASE_MS + 2_000 + TICK_MS, &[1, 5]));
     assert_eq!((formed(&world).generation, formed(&world).resume_step), (4, 0));
 }
 
@@ -82,7 +83,7 @@ fn who_does_not_say_what_it_keeps_is_not_waited_for_for_ever() {
         });
         drop(world.step(Event::Tick));
     }
-    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
     drop(world.pass(LEFT_MS, &[1, 3]));
     assert_eq!(formed(&world).generation, 2);
 }
@@ -96,17 +97,18 @@ fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
         drop(world.step(Event::Beat { worker: 1, progress: Vec::new() }));
         drop(world.step(Event::Tick));
     }
-    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
     drop(again.attach(3, Vec::new()));
-    assert_eq!(again.core.jobs().all[&1].phase, Phase::Broken);
+    assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
+    let left = vec![Left { job: JOB, generation: 1, kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
     drop(again.step(Event::Attached {
         who: Box::new(who),
         hosted: Vec::new(),
         left,
+        state: 0,
         incarnation: 0,
         storage_mark,
     }));
@@ -136,7 +138,7 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
     assert_eq!((formed(&world).resume_step, formed(&world).cursor, formed(&world).memory), (4, 56, None));
     // Somebody who has missed it is told when it says what it keeps.
     let shard = KeptShard { generation: 1, step: 6, rank: 1 };
-    let left = Left { job: 1, generation: 1, kept: vec![shard] };
+    let left = Left { job: JOB, generation: 1, kept: vec![shard] };
     let effects = world.step(Event::Left { worker: 3, left });
     assert!(words(&effects).iter().any(lets_go));
 }
@@ -149,12 +151,13 @@ fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring
     // Its stream breaks before it has heard of the new formation, and it tells once more what it keeps.
     drop(world.step(Event::Detached { worker: 1 }));
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { job: 1, generation: 1, kept: world.kept[&1].clone() }];
+    let left = vec![Left { job: JOB, generation: 1, kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
     let effects = world.step(Event::Attached {
         who: Box::new(who),
         hosted: Vec::new(),
         left,
+        state: 0,
         incarnation: 0,
         storage_mark,
     });
@@ -183,18 +186,18 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
-    let expected = Word::WriteDown { job: 1, generation: 1, of: (1, 6), ranks: vec![0, 1] };
+    let expected = Word::WriteDown { job: JOB, generation: 1, of: (1, 6), ranks: vec![0, 1] };
     let orders: Vec<_> =
         words(&effects).into_iter().filter(|(_, word)| matches!(word, Word::WriteDown { .. })).collect();
     assert_eq!(orders, [(1, &expected)]);
-    assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
+    assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
     let say = |world: &mut World, rank: usize, event: RankEvent| {
-        let from = RankAddress { job: 1, generation: 1, rank };
+        let from = RankAddress { job: JOB, generation: 1, rank };
         world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
     };
     let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
     let effects = say(&mut world, 1, RankEvent::StepDone { report });
-    assert!(matches!(effects[..], [Effect::Record { job: 1, .. }]), "{effects:?}");
+    assert!(matches!(effects[..], [Effect::Record { job: JOB, .. }]), "{effects:?}");
     let saved = |rank| RankEvent::ShardSaved {
         rank,
         position: Position { step: 6, ..Position::default() },
@@ -219,7 +222,7 @@ fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
-    let from = RankAddress { job: 1, generation: 1, rank: 1 };
+    let from = RankAddress { job: JOB, generation: 1, rank: 1 };
     let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
     let event = Box::new(RankEvent::Failed { rank: 1, action, cause, kind: ErrorKind::Config });
     let effects = world.step(Event::Rank { worker: 1, from, event });

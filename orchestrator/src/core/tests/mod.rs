@@ -1,7 +1,10 @@
 //! The cluster's decisions, event by event.
 
+mod attempts;
+mod foreign;
 mod hangs;
 mod memory;
+mod placing;
 mod retention;
 mod rollback;
 mod spec;
@@ -13,11 +16,20 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::JobId;
 
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
 use super::*;
 use crate::recovery::KeptShard;
+
+/// The first job, and the second one.
+const JOB: u64 = JobId::new(1, 0).bits();
+const SECOND: u64 = JobId::new(2, 0).bits();
+
+fn id(number: u64) -> u64 {
+    JobId::new(number, 0).bits()
+}
 
 const RECIPE: &str = "
     model.config = 'tiny'
@@ -42,6 +54,7 @@ fn spec_with(ranks: usize, priority: i32, changes: &[&str]) -> Box<JobSpec> {
         min_ranks: ranks,
         key: String::new(),
         recipe: Arc::new(Recipe::submitted(RECIPE, "job", &changes, None).unwrap()),
+        rank_bytes: 0,
         traceparent: String::new(),
     })
 }
@@ -74,15 +87,22 @@ impl World {
         effects
     }
 
-    fn attach(&mut self, worker: u64, hosted: Vec<(u64, u32, Vec<usize>)>) -> Vec<Effect> {
+    fn attach(&mut self, worker: u64, hosted: Vec<Hosted>) -> Vec<Effect> {
         let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
         let (left, storage_mark) = (Vec::new(), "mark".into());
-        self.step(Event::Attached { who: Box::new(who), hosted, left, incarnation: 0, storage_mark })
+        self.step(Event::Attached {
+            who: Box::new(who),
+            hosted,
+            left,
+            state: 0,
+            incarnation: 0,
+            storage_mark,
+        })
     }
 
     fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
-        let formed = self.core.jobs().all[&1].formed.clone().unwrap();
-        let from = RankAddress { job: 1, generation: formed.generation, rank };
+        let formed = self.core.jobs().all[&JOB].formed.clone().unwrap();
+        let from = RankAddress { job: JOB, generation: formed.generation, rank };
         self.step(Event::Rank { worker: formed.places[rank], from, event: Box::new(event) })
     }
 
@@ -117,8 +137,13 @@ impl World {
     }
 
     fn places(&self) -> Vec<u64> {
-        self.core.jobs().all[&1].running().map_or_else(Vec::new, |formed| formed.places.clone())
+        self.core.jobs().all[&JOB].running().map_or_else(Vec::new, |formed| formed.places.clone())
     }
+}
+
+/// Ranks of a generation of the first job, of two ranks.
+fn hosted(generation: u32, ranks: &[usize]) -> Vec<Hosted> {
+    vec![Hosted { job: JOB, generation, ranks: ranks.to_vec(), world: 2, steps: 9 }]
 }
 
 fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
@@ -175,7 +200,7 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
 
 /// The commit of a checkpoint is told.
 fn committed(world: &mut World, step: u64) {
-    let (job, generation, result) = (1, world.core.jobs().all[&1].generation(), Ok(()));
+    let (job, generation, result) = (JOB, world.core.jobs().all[&JOB].generation(), Ok(()));
     let position = Some(position(step));
     drop(world.step(Event::Committed { worker: 1, job, generation, position, result }));
 }
@@ -191,7 +216,7 @@ fn a_job_waits_for_all_its_ranks_and_says_so() {
     drop(world.attach(1, Vec::new()));
     drop(world.step(Event::Submit(spec(2, 0))));
     assert!(world.places().is_empty());
-    assert_eq!(world.core.waiting_for(1), "needs 2 ranks, 1 healthy");
+    assert_eq!(world.core.waiting_for(JOB), "needs 2 ranks, 1 healthy");
     let effects = world.attach(2, Vec::new());
     assert_eq!(world.places(), [1, 2]);
     let assigned: Vec<u64> = words(&effects)
@@ -212,7 +237,7 @@ fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one
     assert_eq!(world.places(), [1, 2]);
     let effects = world.pass(TICK_MS, &[1, 3]);
     assert_eq!(world.places(), [1, 3]);
-    let record = &world.core.jobs().all[&1];
+    let record = &world.core.jobs().all[&JOB];
     let formed = record.formed.as_ref().unwrap();
     assert_eq!((formed.generation, formed.resume_step, record.losses), (2, 4, 1));
     let told = words(&effects);
@@ -234,10 +259,10 @@ fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
     let mut world = training();
     drop(world.step(Event::Detached { worker: 2 }));
     drop(world.pass(RETURN_MS - TICK_MS, &[1, 3]));
-    let effects = world.attach(2, vec![(1, 1, vec![1])]);
+    let effects = world.attach(2, hosted(1, &[1]));
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
     drop(world.pass(2 * LEASE_MS, &[1, 2, 3]));
-    assert_eq!((world.places(), world.core.jobs().all[&1].generation()), (vec![1, 2], 1));
+    assert_eq!((world.places(), world.core.jobs().all[&JOB].generation()), (vec![1, 2], 1));
 }
 
 #[test]
@@ -266,7 +291,7 @@ fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
     };
     drop(world.event(0, lost));
     drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
-    let record = &world.core.jobs().all[&1];
+    let record = &world.core.jobs().all[&JOB];
     assert_eq!((world.places(), record.generation(), record.losses), (vec![1, 2], 2, 0));
 }
 
@@ -274,13 +299,13 @@ fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
 fn what_an_earlier_generation_says_is_dropped() {
     let mut world = training();
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
-    let stale = RankAddress { job: 1, generation: 1, rank: 1 };
+    let stale = RankAddress { job: JOB, generation: 1, rank: 1 };
     let ready = Box::new(RankEvent::Ready { rank: 1 });
     drop(world.step(Event::Rank { worker: 2, from: stale, event: ready }));
     drop(world.event(0, RankEvent::Ready { rank: 0 }));
-    assert!(!world.core.is_training(1));
+    assert!(!world.core.is_training(JOB));
     drop(world.event(1, RankEvent::Ready { rank: 1 }));
-    assert!(world.core.is_training(1));
+    assert!(world.core.is_training(JOB));
 }
 
 #[test]
@@ -291,17 +316,17 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     assert_eq!(&jobs, world.core.jobs());
     let mut again = World::of(Core::new(jobs, 2, 50_000), 50_000);
     drop(again.pass(2_000, &[]));
-    let effects = again.attach(1, vec![(1, 1, vec![0])]);
+    let effects = again.attach(1, hosted(1, &[0]));
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
     drop(again.event(0, RankEvent::Ready { rank: 0 }));
     drop(again.pass(1_000, &[1]));
     // The other worker never got its assignment: it is said again.
     let effects = again.attach(2, Vec::new());
-    let expected = Word::Assign { job: 1, generation: 1, ranks: vec![1] };
+    let expected = Word::Assign { job: JOB, generation: 1, ranks: vec![1] };
     assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
     drop(again.event(1, RankEvent::Ready { rank: 1 }));
-    assert!(again.core.is_training(1));
-    assert_eq!(again.core.jobs().all[&1].generation(), 1);
+    assert!(again.core.is_training(JOB));
+    assert_eq!(again.core.jobs().all[&JOB].generation(), 1);
 }
 
 #[test]
@@ -309,7 +334,7 @@ fn workers_that_do_not_come_back_to_a_started_orchestrator_are_lost() {
     let world = training();
     let core = Core::new(world.core.jobs().clone(), 2, 0);
     let mut again = World::of(core, 0);
-    drop(again.attach(1, vec![(1, 1, vec![0])]));
+    drop(again.attach(1, hosted(1, &[0])));
     drop(again.attach(3, Vec::new()));
     drop(again.pass(ADOPTION_MS, &[1, 3]));
     assert_eq!(again.places(), [1, 2]);
@@ -332,8 +357,8 @@ fn without_a_spare_a_job_shrinks_if_it_may_and_waits_if_not() {
         (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
         drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks, ..*spec(2, 0) }))));
         drop(world.pass(LEASE_MS + TICK_MS, &[1]));
-        assert_eq!(world.core.jobs().all[&1].phase, Phase::Broken);
-        let waits = world.core.waiting_for(1);
+        assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
+        let waits = world.core.waiting_for(JOB);
         assert!(waits.starts_with("needs 2 ranks, 1 healthy") && waits.contains("rank 1 lost"), "{waits}");
         drop(world.pass(SHRINK_MS + TICK_MS, &[1]));
         assert_eq!(world.places(), places);
@@ -351,6 +376,7 @@ fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
             who: Box::new(who.clone()),
             hosted: Vec::new(),
             left: Vec::new(),
+            state: 0,
             incarnation,
             storage_mark: mark.into(),
         };
@@ -365,14 +391,14 @@ fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
 fn a_cancelled_job_leaves_its_places_to_the_next() {
     let mut world = training();
     drop(world.step(Event::Submit(spec(3, 0))));
-    assert!(world.core.jobs().all[&2].running().is_none());
-    let effects = world.step(Event::Cancel { job: 1, reason: "enough".into() });
+    assert!(world.core.jobs().all[&SECOND].running().is_none());
+    let effects = world.step(Event::Cancel { job: JOB, reason: "enough".into() });
     assert!(
         words(&effects).iter().any(|(worker, word)| *worker == 2 && matches!(word, Word::Release { .. }))
     );
-    assert_eq!(world.core.jobs().all[&1].phase, Phase::Ended(End::Cancelled));
-    assert!(world.core.jobs().all[&2].running().is_some());
-    assert_eq!(world.step(Event::Cancel { job: 1, reason: "again".into() }), []);
+    assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Ended(End::Cancelled));
+    assert!(world.core.jobs().all[&SECOND].running().is_some());
+    assert_eq!(world.step(Event::Cancel { job: JOB, reason: "again".into() }), []);
 }
 
 #[test]
@@ -394,15 +420,15 @@ fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later()
         .into_iter()
         .filter(|(_, word)| matches!(word, Word::Command { command: RankCommand::Stop, .. }));
     assert_eq!(stops.count(), 2);
-    let waits = world.core.waiting_for(2);
+    let waits = world.core.waiting_for(SECOND);
     assert_eq!(waits, "job-1 to give way");
     // The ranks agree on the step after which they stop, and keep it.
     (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let jobs = &world.core.jobs().all;
-    assert_eq!((jobs[&1].phase.clone(), jobs[&2].phase.clone()), (Phase::Queued, Phase::Formed));
-    drop(world.step(Event::Cancel { job: 2, reason: String::new() }));
-    let formed = world.core.jobs().all[&1].running().unwrap();
+    assert_eq!((jobs[&JOB].phase.clone(), jobs[&SECOND].phase.clone()), (Phase::Queued, Phase::Formed));
+    drop(world.step(Event::Cancel { job: SECOND, reason: String::new() }));
+    let formed = world.core.jobs().all[&JOB].running().unwrap();
     assert_eq!((formed.generation, formed.resume_step), (2, 5));
 }
 
@@ -418,9 +444,9 @@ fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_r
     let mut places = world.places();
     places.sort_unstable();
     assert_eq!(places, [1, 3]);
-    assert_eq!(world.core.jobs().all[&1].losses, 0);
+    assert_eq!(world.core.jobs().all[&JOB].losses, 0);
     drop(world.step(Event::Detached { worker: 2 }));
-    assert_eq!(world.core.jobs().all[&1].generation(), 2);
+    assert_eq!(world.core.jobs().all[&JOB].generation(), 2);
 }
 
 #[test]

@@ -24,18 +24,18 @@ fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
         let key = format!("key {number}");
         drop(world.step(Event::Submit(Box::new(JobSpec { key, ..*spec(9, 0) }))));
     }
-    [4, 2].into_iter().for_each(|job| cancel(&mut world, job));
+    [4, 2].into_iter().for_each(|number| cancel(&mut world, id(number)));
     assert!(forgotten(&world.facts).is_empty());
-    [5, 3].into_iter().for_each(|job| cancel(&mut world, job));
-    assert_eq!(forgotten(&world.facts), [4, 2], "as they ended, not as they came");
+    [5, 3].into_iter().for_each(|number| cancel(&mut world, id(number)));
+    assert_eq!(forgotten(&world.facts), [4, 2].map(id), "as they ended, not as they came");
     let known: Vec<u64> = world.core.jobs().all.keys().copied().collect();
-    assert_eq!(known, [1, 3, 5], "the first one runs");
+    assert_eq!(known, [1, 3, 5].map(id), "the first one runs");
     // The key of a job that is forgotten stands for a new one, with a number of its own; that of a known one does not.
     for (key, newest) in [("key 5", 5), ("key 4", 6)] {
         drop(world.step(Event::Submit(Box::new(JobSpec { key: key.into(), ..*spec(9, 0) }))));
-        assert_eq!(world.core.jobs().newest, newest);
+        assert_eq!(world.core.jobs().newest, id(newest));
     }
-    assert_eq!(world.core.jobs().by_key.get("key 4"), Some(&6));
+    assert_eq!(world.core.jobs().by_key.get("key 4"), Some(&id(6)));
     let mut jobs = Jobs::default();
     world.facts.iter().for_each(|fact| jobs.apply(fact));
     assert_eq!(&jobs, world.core.jobs());
@@ -45,11 +45,11 @@ fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
 fn a_start_that_keeps_fewer_forgets_the_others() {
     let mut world = World::new();
     (0..4).for_each(|_| drop(world.step(Event::Submit(spec(9, 0)))));
-    [3, 1, 2].into_iter().for_each(|job| cancel(&mut world, job));
+    [3, 1, 2].into_iter().for_each(|number| cancel(&mut world, id(number)));
     let core = Core::new(world.core.jobs().clone(), 2, 0).keeping(1);
     let mut again = World::of(core, 0);
     drop(again.step(Event::Tick));
-    assert_eq!(forgotten(&again.facts), [3, 1]);
-    assert_eq!(again.core.jobs().all.keys().copied().collect::<Vec<_>>(), [2, 4]);
-    assert_eq!(again.core.jobs().newest, 4);
+    assert_eq!(forgotten(&again.facts), [3, 1].map(id));
+    assert_eq!(again.core.jobs().all.keys().copied().collect::<Vec<_>>(), [2, 4].map(id));
+    assert_eq!(again.core.jobs().newest, id(4));
 }

@@ -19,7 +19,7 @@ fn spike(step: u64) -> Divergence {
 /// The ranks of the running formation have their models.
 fn ready(world: &mut World) {
     (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Ready { rank })));
-    assert!(world.core.is_training(1));
+    assert!(world.core.is_training(JOB));
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn a_job_that_goes_back_says_to_which_step_and_past_how_many_sequences() {
     assert_eq!(logged(&effects)[0], "a spike; going back to step 4, past 216 sequences");
     ready(&mut world);
     drop(diverge(&mut world, &spike(5), 6 * 72 + 144));
-    let record = &world.core.jobs().all[&1];
+    let record = &world.core.jobs().all[&JOB];
     assert_eq!(record.phase, Phase::Ended(End::Failed));
     assert_eq!(record.why, "a spike; the run went back to step 4 2 times (watch.max_skips)");
 }
@@ -53,7 +53,7 @@ fn an_orchestrator_that_was_started_anew_counts_on() {
     let mut again = World::of(Core::new(jobs, 2, world.now), world.now);
     for worker in again.places() {
         let rank = again.places().iter().position(|place| *place == worker).unwrap();
-        drop(again.attach(worker, vec![(1, 2, vec![rank])]));
+        drop(again.attach(worker, hosted(2, &[rank])));
     }
     ready(&mut again);
     let effects = diverge(&mut again, &spike(5), 7 * 72);
@@ -80,7 +80,7 @@ fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
         checkpoint(&mut world, 2);
         let divergence = Divergence { step: 3, action: Action::Stop, why: "not finite".into(), evidence };
         drop(diverge(&mut world, &divergence, 3 * 72));
-        let record = &world.core.jobs().all[&1];
+        let record = &world.core.jobs().all[&JOB];
         assert_eq!((&record.phase, record.why.as_str()), (&Phase::Ended(End::Failed), outcome));
     }
 }
@@ -89,6 +89,6 @@ fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
 fn without_a_checkpoint_there_is_nothing_to_go_back_to() {
     let mut world = training();
     drop(diverge(&mut world, &spike(3), 3 * 72));
-    let record = &world.core.jobs().all[&1];
+    let record = &world.core.jobs().all[&JOB];
     assert_eq!(record.why, "a spike; there is no checkpoint to go back to");
 }

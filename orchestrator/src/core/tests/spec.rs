@@ -64,11 +64,12 @@ fn a_formation_knows_the_peak_of_its_hosts() {
             who: Box::new(who),
             hosted: Vec::new(),
             left,
+            state: 0,
             incarnation: 0,
             storage_mark,
         }));
     }
     drop(world.step(Event::Submit(spec(2, 0))));
     // Two of the host's four cores.
-    assert_eq!(world.core.jobs().all[&1].formed.as_ref().unwrap().peak_flops, 2_000);
+    assert_eq!(world.core.jobs().all[&JOB].formed.as_ref().unwrap().peak_flops, 2_000);
 }

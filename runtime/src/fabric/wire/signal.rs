@@ -53,7 +53,7 @@ pub fn encode_signal(signal: &Signal) -> [u8; SIGNAL_BYTES] {
     };
     let mut bytes = [0; SIGNAL_BYTES];
     bytes[..4].copy_from_slice(&SIGNAL_MAGIC);
-    bytes[4..8].copy_from_slice(&[VERSION as u8, what, lane.kind as u8, 0]);
+    bytes[4..8].copy_from_slice(&[VERSION, what, lane.kind as u8, 0]);
     bytes[8..12].copy_from_slice(&lane.source.to_le_bytes());
     bytes[12..16].copy_from_slice(&lane.to.to_le_bytes());
     bytes[16..24].copy_from_slice(&value.to_le_bytes());
@@ -70,7 +70,7 @@ pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
     reader.read_exact(&mut bytes)?;
     let (body, sum) = bytes.split_at(SIGNAL_BYTES - CHECKSUM_BYTES);
     let mut fields = Fields(body);
-    if fields.take() != SIGNAL_MAGIC || fields.u8() != VERSION as u8 {
+    if fields.take() != SIGNAL_MAGIC || fields.u8() != VERSION {
         return bad("what came is no signal of this version");
     }
     if checksum(&[body]) != sum {

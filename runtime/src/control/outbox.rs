@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use contraflow_runtime::control::{RankCommand, RankEvent};
+use super::{RankCommand, RankEvent};
 
 /// Checkpoints of which a shard is told again: a rank writes one while the one before is being committed.
 const SHARDS: usize = 2;
@@ -82,8 +82,8 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
+    use crate::checkpoint::Position;
     use contraflow_proto::StepReport;
-    use contraflow_runtime::checkpoint::Position;
 
     use super::*;
 

@@ -1,0 +1,138 @@
+//! What a job's formations have come to: how far, how many in a row to nothing, and what happened to those. Pure.
+//!
+//! A job that gets further is never given up for what it loses on the way. One that does not is, before it has worn out the
+//! cluster: what ends its formations ends those of others too.
+
+use serde::{Deserialize, Serialize};
+
+/// Formations in a row that end without a step, after which a job is given up.
+pub const MAX_IDLE: u32 = 6;
+
+/// Formations in a row that make steps and get no further than one before, after which a job is given up.
+pub const MAX_STUCK: u32 = 50;
+
+/// The second formation in a row that ended without a step waits this long until the next, and each one after it twice as
+/// long: what was in its way may pass. **Units**: ms.
+const PAUSE_MS: u64 = 1_000;
+
+/// What has become of a job's formations.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Attempts {
+    /// The furthest step that any of them has made.
+    pub furthest: u64,
+    /// Whether the latest has made a step.
+    pub has_stepped: bool,
+    /// Whether the latest has got further than all before it.
+    has_advanced: bool,
+    /// So many in a row, the latest included, have ended without a step.
+    pub idle: u32,
+    /// So many in a row, the latest included, have ended without getting further than one before.
+    pub stuck: u32,
+    /// What has happened to the latest that got no further, in words.
+    losses: Vec<String>,
+}
+
+impl Attempts {
+    /// Another formation begins.
+    pub fn formed(&mut self) {
+        (self.has_stepped, self.has_advanced) = (false, false);
+    }
+
+    /// The formation has made a step, the first of its own.
+    pub fn stepped(&mut self, step: u64) {
+        self.has_stepped = true;
+        self.idle = 0;
+        self.advanced(step);
+    }
+
+    /// The job has got to a step.
+    pub fn advanced(&mut self, step: u64) {
+        if step > self.furthest {
+            (self.furthest, self.has_advanced, self.stuck) = (step, true, 0);
+            self.losses.clear();
+        }
+    }
+
+    /// The formation has ended after this step; `idle`: as one that came to nothing.
+    pub fn ended(&mut self, reached: u64, idle: bool, why: &str) {
+        self.advanced(reached);
+        self.stuck += u32::from(!self.has_advanced);
+        self.idle += u32::from(idle);
+        if self.losses.len() == MAX_IDLE as usize {
+            self.losses.remove(0);
+        }
+        self.losses.push(why.to_owned());
+    }
+
+    /// Why the job is not to be formed again, if it is not.
+    pub fn given_up(&self) -> Option<String> {
+        if self.idle >= MAX_IDLE {
+            let losses = self.losses.join("; ");
+            return Some(format!("formed {} times in a row without making a step: {losses}", self.idle));
+        }
+        let last = self.losses.last().map_or("", String::as_str);
+        let (stuck, furthest) = (self.stuck, self.furthest);
+        let words =
+            || format!("formed {stuck} times in a row without getting further than step {furthest}: {last}");
+        (stuck >= MAX_STUCK).then(words)
+    }
+
+    /// How long the next formation waits. **Units**: ms.
+    pub fn pause_ms(&self) -> u64 {
+        match self.idle {
+            0 | 1 => 0,
+            idle => PAUSE_MS << (idle - 2).min(MAX_IDLE),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A formation that goes on from one step, makes those up to another, and is lost.
+    fn lose(attempts: &mut Attempts, from: u64, to: u64) {
+        attempts.formed();
+        if to > from {
+            attempts.stepped(from + 1);
+        }
+        attempts.ended(to, to == from, "lost");
+    }
+
+    #[test]
+    fn formations_without_a_step_are_counted_and_wait_longer_and_longer() {
+        let mut attempts = Attempts::default();
+        let mut pauses = Vec::new();
+        while attempts.given_up().is_none() {
+            lose(&mut attempts, 4, 4);
+            pauses.push(attempts.pause_ms());
+        }
+        assert_eq!(pauses[..5], [0, 1_000, 2_000, 4_000, 8_000]);
+        assert_eq!(attempts.idle, MAX_IDLE);
+        let words = attempts.given_up().unwrap();
+        assert!(words.starts_with("formed 6 times in a row without making a step: lost; lost"), "{words}");
+    }
+
+    #[test]
+    fn a_job_that_gets_further_is_never_given_up() {
+        let mut attempts = Attempts::default();
+        for step in 0..10 * u64::from(MAX_STUCK) {
+            (1..MAX_IDLE).for_each(|_| lose(&mut attempts, step, step));
+            lose(&mut attempts, step, step + 1);
+            assert_eq!((attempts.given_up(), attempts.pause_ms()), (None, 0));
+        }
+    }
+
+    #[test]
+    fn a_job_that_makes_the_same_steps_again_and_again_is_given_up_in_the_end() {
+        let mut attempts = Attempts::default();
+        lose(&mut attempts, 0, 40);
+        for _ in 1..MAX_STUCK {
+            lose(&mut attempts, 0, 40);
+            assert_eq!(attempts.given_up(), None);
+        }
+        lose(&mut attempts, 0, 39);
+        let words = "formed 50 times in a row without getting further than step 40: lost";
+        assert_eq!(attempts.given_up().as_deref(), Some(words));
+    }
+}

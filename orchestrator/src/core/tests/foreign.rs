@@ -1,0 +1,193 @@
+//! Workers that come from an orchestrator with another state.
+
+use super::*;
+
+/// A core of state 7 that has had no job; its nonce is that of no id below.
+fn fresh() -> World {
+    World::of(Core::new(Jobs::default(), 1, 0).identified(7, 99), 0)
+}
+
+/// A worker that hosts a rank of a job of another state, in a formation of two.
+fn attach(world: &mut World, rank: usize) -> Vec<Effect> {
+    let worker = rank as u64 + 1;
+    let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
+    let (hosted, left, storage_mark) = (hosted(3, &[rank]), Vec::new(), "mark".into());
+    world.step(Event::Attached { who: Box::new(who), hosted, left, state: 6, incarnation: 5, storage_mark })
+}
+
+fn say(world: &mut World, event: RankEvent) -> Vec<Effect> {
+    let rank = event.rank();
+    let from = RankAddress { job: JOB, generation: 3, rank };
+    world.step(Event::Rank { worker: rank as u64 + 1, from, event: Box::new(event) })
+}
+
+fn step_done(rank: usize, step: u64) -> RankEvent {
+    let rank = rank as u32;
+    RankEvent::StepDone { report: contraflow_proto::StepReport { rank, step, ..Default::default() } }
+}
+
+fn released(effects: &[Effect]) -> Vec<u64> {
+    let told = words(effects).into_iter();
+    told.filter(|(_, word)| matches!(word, Word::Release { job: JOB, generation: 3, .. }))
+        .map(|(to, _)| to)
+        .collect()
+}
+
+/// Both ranks have attached and said again that they train.
+fn both() -> World {
+    let mut world = fresh();
+    assert!(released(&attach(&mut world, 0)).is_empty());
+    assert!(released(&attach(&mut world, 1)).is_empty());
+    drop(say(&mut world, RankEvent::Ready { rank: 0 }));
+    let effects = say(&mut world, RankEvent::Ready { rank: 1 });
+    let stopped = |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::Stop, .. });
+    assert_eq!(words(&effects).iter().filter(|to| stopped(to)).count(), 2, "{effects:?}");
+    let begun =
+        |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::BeginStep { .. }, .. });
+    assert!(!words(&effects).iter().any(begun), "nobody here knows where they would begin");
+    (0..2).for_each(|rank| drop(say(&mut world, step_done(rank, 11))));
+    world
+}
+
+#[test]
+fn a_worker_that_has_heard_of_more_starts_of_another_state_is_taken_in() {
+    let mut world = fresh();
+    let effects = attach(&mut world, 0);
+    assert_eq!(words(&effects)[0], (1, &Word::Welcome));
+    assert_eq!(world.core.used(1), 1, "its slot is not free");
+}
+
+#[test]
+fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
+    let mut world = both();
+    let saved = |rank| RankEvent::ShardSaved {
+        rank,
+        position: Position { step: 12, ..Position::default() },
+        watch: Default::default(),
+        shard: ShardFile::default(),
+    };
+    for rank in 0..2 {
+        drop(say(&mut world, step_done(rank, 12)));
+        drop(say(&mut world, RankEvent::Stopped { rank, step: 12 }));
+    }
+    drop(say(&mut world, saved(0)));
+    let effects = say(&mut world, saved(1));
+    assert!(matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { job: JOB, generation: 3, .. })]));
+    drop(world.pass(120_000, &[1, 2]));
+    assert!(released(&world.step(Event::Tick)).is_empty(), "the commit takes its time");
+    // A job of this state waits for the slots.
+    drop(world.step(Event::Submit(spec(2, 0))));
+    let own = JobId::new(1, 99).bits();
+    assert!(world.core.jobs().all[&own].running().is_none());
+    let (job, generation, result) = (JOB, 3, Ok(()));
+    let effects =
+        world.step(Event::Committed { worker: 1, job, generation, position: Some(position(12)), result });
+    assert_eq!(released(&effects), [1, 2]);
+    assert!(world.core.jobs().all[&own].running().is_some());
+    // Nothing of it has become a fact but that the slots were used.
+    assert!(!world.facts.iter().any(|fact| fact.job() == Some(JOB)), "{:?}", world.facts);
+}
+
+#[test]
+fn what_cannot_be_kept_is_let_go_in_time() {
+    // A rank of two, whose peer does not come.
+    let mut world = fresh();
+    drop(attach(&mut world, 0));
+    let effects = world.pass(ADOPTION_MS + TICK_MS, &[1]);
+    assert_eq!(released(&effects), [1]);
+    // Two that have made no step.
+    let mut world = fresh();
+    (0..2).for_each(|rank| drop(attach(&mut world, rank)));
+    (0..2).for_each(|rank| drop(say(&mut world, RankEvent::Ready { rank })));
+    let effects = world.pass(WRITE_DOWN_MS + TICK_MS, &[1, 2]);
+    assert_eq!(released(&effects), [1, 2]);
+    // One of two that train is lost.
+    let mut world = both();
+    drop(world.step(Event::Detached { worker: 2 }));
+    assert_eq!(released(&world.pass(RETURN_MS + 2 * TICK_MS, &[1])), [1, 2]);
+    // One cannot go on.
+    let mut world = both();
+    let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
+    drop(say(&mut world, RankEvent::Failed { rank: 0, action, cause, kind: ErrorKind::Bug }));
+    let effects = say(&mut world, RankEvent::Aborted { rank: 1 });
+    assert_eq!(released(&effects), [1, 2]);
+}
+
+#[test]
+fn a_formation_with_ranks_it_cannot_have_is_let_go_at_once() {
+    for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
+        let mut world = fresh();
+        let who = Introduction { worker: 1, slots: 1, ..Introduction::default() };
+        let hosted = vec![Hosted { job: JOB, generation: 3, ranks: vec![rank], world: world_size, steps: 9 }];
+        let (left, storage_mark) = (Vec::new(), "mark".into());
+        let effects = world.step(Event::Attached {
+            who: Box::new(who),
+            hosted,
+            left,
+            state: 6,
+            incarnation: 5,
+            storage_mark,
+        });
+        assert_eq!(released(&effects), [1]);
+    }
+}
+
+#[test]
+fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends() {
+    // A copy of the state in which generation 1 runs is put back while generation 3 does.
+    let mut world = training();
+    for rank in 0..2 {
+        drop(world.attach(rank as u64 + 1, hosted(3, &[rank])));
+        drop(say(&mut world, RankEvent::Ready { rank }));
+    }
+    for rank in 0..2 {
+        drop(say(&mut world, step_done(rank, 9)));
+    }
+    let saved = |rank| RankEvent::ShardSaved {
+        rank,
+        position: Position { step: 9, ..Position::default() },
+        watch: Default::default(),
+        shard: ShardFile::default(),
+    };
+    (0..2).for_each(|rank| drop(say(&mut world, saved(rank))));
+    let (job, generation, result) = (JOB, 3, Ok(()));
+    let effects =
+        world.step(Event::Committed { worker: 1, job, generation, position: Some(position(9)), result });
+    assert_eq!(released(&effects), [1, 2]);
+    let record = &world.core.jobs().all[&JOB];
+    assert_eq!(record.phase, Phase::Ended(End::Failed));
+    let words = "job-1 has gone on to generation 3, of which this state knows nothing: it is older than the storage; \
+                 step 9 is kept in its folder";
+    assert_eq!(record.why, words);
+}
+
+#[test]
+fn what_ranks_of_another_state_say_counts_for_no_job_of_the_same_number() {
+    let mut world = fresh();
+    (5..=6).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    let own = JobId::new(1, 99).bits();
+    assert_eq!(world.core.jobs().of_number(1), Ok(own));
+    drop(attach(&mut world, 0));
+    for rank in 0..2 {
+        drop(say(&mut world, RankEvent::Ready { rank }));
+    }
+    assert!(!world.core.is_training(own));
+    assert_eq!(world.core.waiting_for(own), "starting, waiting for rank 0, 1");
+}
+
+#[test]
+fn a_formation_whose_slot_this_state_has_given_away_is_let_go_at_once() {
+    let mut world = fresh();
+    drop(world.attach(1, Vec::new()));
+    drop(world.step(Event::Submit(spec(1, 0))));
+    // The word that released it, and the one that assigned the next, were lost with the orchestrator.
+    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0).identified(7, 100), 0);
+    let effects = attach(&mut again, 0);
+    assert_eq!(released(&effects), [1]);
+    let own = JobId::new(1, 99).bits();
+    let place = |wanted: &dyn Fn(&Word) -> bool| words(&effects).iter().position(|(_, word)| wanted(word));
+    let released = place(&|word| matches!(word, Word::Release { .. }));
+    let assigned = place(&|word| matches!(word, Word::Assign { job, .. } if *job == own));
+    assert!(released.is_some() && released < assigned, "the slot is free before it is used: {effects:?}");
+}

@@ -1,0 +1,86 @@
+//! Where ranks fit, by the memory of workers.
+
+use super::*;
+
+const GIB: u64 = 1 << 30;
+
+fn attach(world: &mut World, worker: u64, (slots, memory_bytes): (usize, u64)) {
+    let who = Introduction {
+        worker,
+        name: format!("w{worker}"),
+        slots,
+        node: format!("n{worker}"),
+        memory_bytes,
+        memory_limit: "RLIMIT_AS".into(),
+        ..Introduction::default()
+    };
+    let (hosted, left, storage_mark) = (Vec::new(), Vec::new(), "mark".into());
+    drop(world.step(Event::Attached {
+        who: Box::new(who),
+        hosted,
+        left,
+        state: 0,
+        incarnation: 0,
+        storage_mark,
+    }));
+}
+
+fn submit(world: &mut World, ranks: usize, rank_bytes: u64) {
+    drop(world.step(Event::Submit(Box::new(JobSpec { rank_bytes, ..*spec(ranks, 0) }))));
+}
+
+fn places(world: &World, job: u64) -> Vec<u64> {
+    world.core.jobs().all[&job].running().map_or_else(Vec::new, |formed| formed.places.clone())
+}
+
+#[test]
+fn a_rank_goes_only_where_it_fits_and_what_fits_nowhere_waits_with_the_numbers() {
+    let mut world = World::new();
+    attach(&mut world, 1, (2, 2 * GIB));
+    attach(&mut world, 2, (1, 8 * GIB));
+    submit(&mut world, 1, 3 * GIB);
+    assert_eq!(places(&world, JOB), [2]);
+    submit(&mut world, 2, 3 * GIB);
+    assert_eq!(places(&world, SECOND), [0_u64; 0]);
+    let waits = world.core.waiting_for(SECOND);
+    let words = "needs 2 ranks, room for 1, 2 with too little memory: a rank needs at least 3.0 GiB, \
+                 worker w1 on node n1 has 2.0 GiB (RLIMIT_AS)";
+    assert_eq!(waits, words);
+    // It holds up nobody behind it.
+    submit(&mut world, 2, GIB);
+    assert_eq!(places(&world, id(3)), [1, 1]);
+    attach(&mut world, 3, (2, 6 * GIB));
+    assert_eq!(places(&world, SECOND), [3, 3]);
+}
+
+#[test]
+fn ranks_of_several_jobs_share_a_workers_memory_and_an_unknown_one_has_no_limit() {
+    let mut world = World::new();
+    attach(&mut world, 1, (4, 5 * GIB));
+    submit(&mut world, 1, 3 * GIB);
+    submit(&mut world, 1, 3 * GIB);
+    assert_eq!((places(&world, JOB), places(&world, SECOND)), (vec![1], vec![]));
+    let waits = world.core.waiting_for(SECOND);
+    assert!(
+        waits.starts_with("needs 1 rank, 4 healthy (1 of them taken), 3 with too little memory"),
+        "{waits}"
+    );
+    attach(&mut world, 2, (1, 0));
+    assert_eq!(places(&world, SECOND), [2]);
+}
+
+#[test]
+fn a_lost_rank_goes_only_where_it_fits() {
+    let mut world = World::new();
+    (1..=2).for_each(|worker| attach(&mut world, worker, (1, 4 * GIB)));
+    attach(&mut world, 3, (1, 2 * GIB));
+    submit(&mut world, 2, 3 * GIB);
+    assert_eq!(places(&world, JOB), [1, 2]);
+    drop(world.step(Event::Detached { worker: 2 }));
+    drop(world.pass(RETURN_MS + 2 * TICK_MS, &[1, 3]));
+    assert_eq!(places(&world, JOB), [0_u64; 0]);
+    let waits = world.core.waiting_for(JOB);
+    assert!(waits.contains("1 with too little memory: a rank needs at least 3.0 GiB, worker w3"), "{waits}");
+    attach(&mut world, 4, (1, 4 * GIB));
+    assert_eq!(places(&world, JOB), [1, 4]);
+}

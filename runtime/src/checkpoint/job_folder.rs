@@ -1,0 +1,299 @@
+//! The folder of a cluster's job in the shared storage, and whose it is.
+//!
+//! Several orchestrators' states may use one storage, at once or one after the other, and each counts its jobs from 1. A folder
+//! belongs to the job that has claimed it: its owner file says which one, and whoever is about to change the folder or to go
+//! on from it looks there first. The file also holds the latest formation that has begun in the folder: an earlier one, of a
+//! state that was put back from a copy or of a process that stood still, does not begin after it. Knows no rank.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::files::{sync_dir, write_synced};
+use crate::topology::JobId;
+
+/// The file, in the job's folder.
+pub const OWNER_FILE: &str = "owner.json";
+
+/// Where jobs have their folders, in the storage.
+const JOBS: &str = "jobs";
+
+/// Who may change a job's folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// The orchestrator's state.
+    pub state: u64,
+    /// The job.
+    pub job: JobId,
+}
+
+/// The folder of a job that has claimed it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobFolder {
+    dir: PathBuf,
+    owner: Owner,
+}
+
+/// Why a job cannot have a folder.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// The storage.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Which file or folder.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// It is not this job's, or not this formation's.
+    #[error("{}: {message}", path.display())]
+    Foreign {
+        /// The folder.
+        path: PathBuf,
+        /// What was expected and what is there.
+        message: String,
+    },
+}
+
+/// What the owner file says; ids in hex, as not every reader of JSON holds 64 bits.
+#[derive(Serialize, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct OwnerFile {
+    state: String,
+    job: String,
+    /// Latest formation that has begun here.
+    generation: u32,
+}
+
+impl Owner {
+    /// Names of its folder, the usual one first: that may be another state's.
+    fn names(self) -> [String; 2] {
+        let Owner { state, job } = self;
+        [job.to_string(), format!("{job}-{state:016x}-{:06x}", job.nonce())]
+    }
+
+    fn file(self, generation: u32) -> OwnerFile {
+        let hex = |number: u64| format!("{number:016x}");
+        OwnerFile { state: hex(self.state), job: hex(self.job.bits()), generation }
+    }
+}
+
+impl JobFolder {
+    /// The job's folder in a storage: the one that it has, or a fresh one that nobody else has.
+    ///
+    /// # Errors
+    /// The storage cannot be read or written; what has the last name that is left is not the job's.
+    pub fn claim(storage: &Path, owner: Owner) -> Result<JobFolder, FolderError> {
+        let jobs = storage.join(JOBS);
+        std::fs::create_dir_all(&jobs).map_err(file(&jobs))?;
+        let [usual, own] = owner.names().map(|name| JobFolder { dir: jobs.join(name), owner });
+        // The own name first: the usual one may have come free since.
+        for folder in [&own, &usual] {
+            if folder.read()?.is_some_and(|found| folder.is_own(&found)) {
+                return Ok(folder.clone());
+            }
+        }
+        for folder in [usual, own.clone()] {
+            if folder.make(&jobs)? {
+                return Ok(folder);
+            }
+        }
+        Err(own.foreign("expected a free name for the folder of this job, got one that is taken".into()))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Checks that it is still the job's.
+    ///
+    /// # Errors
+    /// It cannot be read; it is another job's, or has no owner file any more.
+    pub fn verify(&self) -> Result<(), FolderError> {
+        self.latest().map(drop)
+    }
+
+    /// A formation begins in it.
+    ///
+    /// # Errors
+    /// As for [`JobFolder::verify`]; this formation or a later one has begun before; the file cannot be written.
+    pub fn begin(&self, generation: u32) -> Result<(), FolderError> {
+        let latest = self.latest()?;
+        if latest >= generation {
+            return Err(self.foreign(format!(
+                "expected no formation of the job after generation {}, got generation {latest}: the state of the \
+                 orchestrator is older than the storage",
+                generation.saturating_sub(1)
+            )));
+        }
+        let part = self.dir.join(format!("{OWNER_FILE}.g{generation}"));
+        self.write(&part, generation)?;
+        std::fs::rename(&part, self.dir.join(OWNER_FILE)).map_err(file(&part))?;
+        sync_dir(&self.dir).map_err(file(&self.dir))
+    }
+
+    /// Latest formation that has begun in it, if it is the job's.
+    fn latest(&self) -> Result<u32, FolderError> {
+        match self.read()? {
+            Some(found) if self.is_own(&found) => Ok(found.generation),
+            found => {
+                let of = |found: OwnerFile| format!("that of job {} of state {}", found.job, found.state);
+                let got = found.map_or_else(|| "one without an owner".into(), of);
+                let Owner { state, job } = self.owner;
+                let expected = format!("the folder of job {:016x} of state {state:016x}", job.bits());
+                Err(self.foreign(format!("expected {expected}, got {got}")))
+            }
+        }
+    }
+
+    fn is_own(&self, found: &OwnerFile) -> bool {
+        *found == self.owner.file(found.generation)
+    }
+
+    fn foreign(&self, message: String) -> FolderError {
+        FolderError::Foreign { path: self.dir.clone(), message }
+    }
+
+    /// What its owner file says; nothing where there is none that can be read.
+    fn read(&self) -> Result<Option<OwnerFile>, FolderError> {
+        let path = self.dir.join(OWNER_FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(file(&path)(error)),
+        }
+    }
+
+    /// Makes it unless there is one of its name; whether it is the job's now. At once and whole: whoever is second finds that
+    /// of the first.
+    fn make(&self, jobs: &Path) -> Result<bool, FolderError> {
+        if self.dir.exists() {
+            return Ok(false);
+        }
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| file(jobs)(error.into()))?;
+        let fresh = jobs.join(format!(".claim-{:016x}", u64::from_le_bytes(random)));
+        std::fs::create_dir(&fresh).map_err(file(&fresh))?;
+        self.write(&fresh.join(OWNER_FILE), 0)?;
+        sync_dir(&fresh).map_err(file(&fresh))?;
+        match std::fs::rename(&fresh, &self.dir) {
+            Ok(()) => {
+                sync_dir(jobs).map_err(file(jobs))?;
+                Ok(true)
+            }
+            Err(error) => {
+                std::fs::remove_dir_all(&fresh).map_err(file(&fresh))?;
+                match error.kind() {
+                    ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory => {
+                        Ok(self.read()?.is_some_and(|found| self.is_own(&found)))
+                    }
+                    _ => Err(file(&self.dir)(error)),
+                }
+            }
+        }
+    }
+
+    fn write(&self, path: &Path, generation: u32) -> Result<(), FolderError> {
+        let text = serde_json::to_vec_pretty(&self.owner.file(generation)).map_err(io::Error::other);
+        text.and_then(|text| write_synced(path, &text)).map_err(file(path))
+    }
+}
+
+fn file(path: &Path) -> impl Fn(io::Error) -> FolderError + use<> {
+    let path = path.to_owned();
+    move |source| FolderError::File { path: path.clone(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(state: u64, number: u64, nonce: u32) -> Owner {
+        Owner { state, job: JobId::new(number, nonce) }
+    }
+
+    fn claim(storage: &Path, owner: Owner) -> JobFolder {
+        JobFolder::claim(storage, owner).unwrap()
+    }
+
+    fn name(folder: &JobFolder) -> String {
+        folder.path().file_name().unwrap().to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn jobs_of_one_number_have_a_folder_each_and_find_it_again() {
+        let storage = tempfile::tempdir().unwrap();
+        // Another state, and the same state put back from a copy.
+        let owners = [owner(1, 1, 5), owner(2, 1, 5), owner(1, 1, 6)];
+        let names = ["job-1", "job-1-0000000000000002-000005", "job-1-0000000000000001-000006"];
+        for _ in 0..2 {
+            assert_eq!(owners.map(|owner| name(&claim(storage.path(), owner))), names);
+        }
+        assert_eq!(name(&claim(storage.path(), owner(1, 2, 5))), "job-2");
+        // The usual name comes free: whoever has another one keeps it.
+        std::fs::remove_dir_all(storage.path().join("jobs/job-1")).unwrap();
+        assert_eq!(name(&claim(storage.path(), owners[1])), names[1]);
+        let left = std::fs::read_dir(storage.path().join("jobs")).unwrap().count();
+        assert_eq!(left, 3, "nothing is left of claims that failed");
+    }
+
+    #[test]
+    fn a_folder_without_an_owner_is_somebodys_and_stays_as_it_is() {
+        let storage = tempfile::tempdir().unwrap();
+        let old = storage.path().join("jobs/job-1/checkpoints");
+        std::fs::create_dir_all(&old).unwrap();
+        assert_ne!(claim(storage.path(), owner(1, 1, 5)).path(), old.parent().unwrap());
+        let entries: Vec<_> = std::fs::read_dir(old.parent().unwrap()).unwrap().collect();
+        assert_eq!(entries.len(), 1);
+    }
+
+    #[test]
+    fn of_claims_at_the_same_time_each_ends_with_its_own() {
+        let storage = tempfile::tempdir().unwrap();
+        let owners: Vec<Owner> = (0..16).map(|number| owner(number / 4, 1, 5)).collect();
+        let claimed: Vec<JobFolder> = std::thread::scope(|scope| {
+            let storage = storage.path();
+            let claims: Vec<_> =
+                owners.iter().map(|&owner| scope.spawn(move || claim(storage, owner))).collect();
+            claims.into_iter().map(|claim| claim.join().unwrap()).collect()
+        });
+        for (one, owner) in claimed.iter().zip(&owners) {
+            one.verify().unwrap();
+            let same =
+                claimed.iter().zip(&owners).filter(|(other, of)| other.path() == one.path() && of != &owner);
+            assert_eq!(same.count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_has_become_anothers_is_told_from_the_own() {
+        let storage = tempfile::tempdir().unwrap();
+        let folder = claim(storage.path(), owner(1, 1, 5));
+        folder.verify().unwrap();
+        let file = folder.path().join(OWNER_FILE);
+        std::fs::write(&file, serde_json::to_vec(&owner(2, 1, 5).file(3)).unwrap()).unwrap();
+        let told = folder.verify().unwrap_err().to_string();
+        assert!(
+            told.contains("of state 0000000000000001, got that of job 0000000001000005 of state"),
+            "{told}"
+        );
+        std::fs::remove_file(file).unwrap();
+        assert!(folder.begin(4).unwrap_err().to_string().contains("got one without an owner"));
+    }
+
+    #[test]
+    fn no_formation_begins_after_a_later_one() {
+        let storage = tempfile::tempdir().unwrap();
+        let folder = claim(storage.path(), owner(1, 1, 5));
+        folder.begin(1).unwrap();
+        folder.begin(3).unwrap();
+        for late in [2, 3] {
+            let told = folder.begin(late).unwrap_err().to_string();
+            assert!(told.contains("got generation 3: the state of the orchestrator is older"), "{told}");
+        }
+        claim(storage.path(), owner(1, 1, 5)).begin(4).unwrap();
+    }
+}

@@ -1,0 +1,55 @@
+//! What the ranks of a recipe need in memory at the least: what they hold between two steps, and the activations of the first.
+//!
+//! Data, frames, copies of the state and the process itself come on top.
+
+use super::{MemoryQuery, rank_figures, split_layers};
+use crate::recipe::Recipe;
+use crate::schedule::{Mode, RankFigures, peak_activations};
+
+/// By pipeline rank; all ranks at one pipeline coordinate need the same.
+///
+/// # Errors
+/// In words: the layers cannot be spread over the stages; the schedule has no plan for the batch.
+pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
+    let (training, parallel) = (&recipe.training, &recipe.parallel);
+    let stages = split_layers(&recipe.model_config, recipe.stages(), training.sequence_length)?;
+    let micro_batches = recipe.micro_batches(recipe.batch_size_at(0));
+    let (plan, _) = parallel
+        .schedule
+        .plan(parallel.pipeline, micro_batches, Mode::Train)
+        .map_err(|error| error.to_string())?;
+    Ok(rank_figures(&MemoryQuery {
+        config: &recipe.model_config,
+        topology: recipe.topology(),
+        stages: &stages,
+        placement: &plan.placement,
+        micro_batch_tokens: training.micro_batch_size * training.sequence_length,
+        peak_live_chunks: &peak_activations(&plan),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::RecipeSource;
+
+    fn bytes(changes: &[&str]) -> Vec<u64> {
+        let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
+        recipe_figures(&recipe).unwrap().iter().map(RankFigures::bytes).collect()
+    }
+
+    #[test]
+    fn every_pipeline_rank_has_its_figures_and_more_tokens_need_more() {
+        let [one, other] = bytes(&["parallel.pipeline=2"])[..] else { panic!("expected two ranks") };
+        assert_eq!(one, other, "under DualPipe mirrors hold the same stages");
+        let longer = bytes(&["parallel.pipeline=2", "training.sequence_length=512"]);
+        assert!(longer[0] > one);
+        // The weights of the ranks together, in the layout that shares nothing: 16 bytes a parameter, and some activations.
+        let alone = bytes(&["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"]);
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+        let parameters = crate::cost::parameters(&recipe.model_config);
+        let parameters = parameters.total + parameters.mtp;
+        assert!(alone[0] > 16 * parameters && alone[0] < 32 * parameters, "{alone:?} {parameters}");
+    }
+}
