@@ -8,7 +8,7 @@ mod placement;
 mod simulation;
 mod store;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
@@ -20,6 +20,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
+use parking_lot::Mutex;
 
 use crate::failure::Failure;
 use crate::local::{Cluster, ClusterSpec};
@@ -214,10 +215,10 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepRecord>,
     let steps: Arc<Mutex<Vec<(StepRecord, f64)>>> = Arc::default();
     let shared = steps.clone();
     let subscriber: Subscriber = Box::new(move |record| {
-        shared.lock().unwrap_or_else(PoisonError::into_inner).push((record.clone(), cpu_seconds()));
+        shared.lock().push((record.clone(), cpu_seconds()));
     });
     run_quietly(recipe, datasets, None, subscriber)?;
-    let steps = std::mem::take(&mut *steps.lock().unwrap_or_else(PoisonError::into_inner));
+    let steps = std::mem::take(&mut *steps.lock());
     Ok(steps.into_iter().unzip())
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contraflow_orchestrator::server::access::{Role, Token, parse_tokens};
 use contraflow_orchestrator::server::files;
+use contraflow_runtime::random::from_system;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
@@ -195,10 +196,7 @@ fn named(mut params: CertificateParams, name: &str, until: SystemTime) -> Certif
 
 /// 256 random bits as a token's text.
 fn secret() -> io::Result<String> {
-    let mut bytes = [0; 32];
-    // The system gives this much at once or an error.
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(from_system::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Makes a folder with these files, each with its mode; under its name only once it is whole.

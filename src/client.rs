@@ -1,12 +1,15 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, nodes, drain.
 
+use std::ops::Range;
 use std::time::Duration;
 
+use comfy_table::{CellAlignment, Table};
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::words_of;
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use v1::cluster_service_client::ClusterServiceClient;
@@ -193,21 +196,12 @@ pub fn list(common: &Common) -> Result<(), Failure> {
         let answer = jobs(common).await?.list(request).await.map_err(|status| refused(&status))?;
         let all = answer.into_inner().jobs;
         let json: Vec<Value> = all.iter().map(job_json).collect();
-        let mut text = format!(
-            "{:<10} {:<20} {:<10} {:>13} {:>4} {:>8}\n",
-            "JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"
-        );
-        for job in &all {
-            let steps = format!("{}/{}", job.step, job.steps);
+        let rows = all.iter().map(|job| {
             let loss = job.loss.map_or_else(String::new, |loss| format!("{loss:.4}"));
-            text += &format!(
-                "{:<10} {:<20} {:<10} {steps:>13} {:>4} {loss:>8}\n",
-                job.job,
-                job.name,
-                state_of(job),
-                job.generation
-            );
-        }
+            let (step, generation) = (format!("{}/{}", job.step, job.steps), job.generation.to_string());
+            [job.job.clone(), job.name.clone(), state_of(job), step, generation, loss]
+        });
+        let text = table(["JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"], 3..6, rows);
         show(common, &json!({"jobs": json}), &text)
     })
 }
@@ -327,21 +321,22 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
         let answer =
             cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| refused(&status))?;
         let v1::NodesResponse { workers, incarnation } = answer.into_inner();
-        let mut text =
-            format!("{:<16} {:<10} {:<24} {:>5} {:>5}  \n", "NODE", "BLOCK", "WORKER", "SLOTS", "USED");
-        let mut json = Vec::new();
-        for worker in workers {
+        let json: Vec<Value> = workers
+            .iter()
+            .map(|worker| {
+                json!({
+                    "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
+                    "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
+                    "memory_bytes": worker.memory_bytes,
+                })
+            })
+            .collect();
+        let rows = workers.into_iter().map(|worker| {
+            let (slots, used) = (worker.slots.to_string(), worker.used.to_string());
             let draining = if worker.draining { "draining" } else { "" };
-            text += &format!(
-                "{:<16} {:<10} {:<24} {:>5} {:>5}  {draining}\n",
-                worker.node, worker.block, worker.worker, worker.slots, worker.used
-            );
-            json.push(json!({
-                "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
-                "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
-                "memory_bytes": worker.memory_bytes,
-            }));
-        }
+            [worker.node, worker.block, worker.worker, slots, used, draining.into()]
+        });
+        let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
         show(common, &json!({"incarnation": incarnation, "workers": json}), &text)
     })
 }
@@ -403,8 +398,21 @@ fn job_text(job: &v1::Job) -> String {
     text
 }
 
-/// Time of day, UTC.
+/// Columns as wide as what they hold; those of `numbers` end where they end.
+fn table<const N: usize>(
+    header: [&str; N],
+    numbers: Range<usize>,
+    rows: impl Iterator<Item = [String; N]>,
+) -> String {
+    let mut table = Table::new();
+    table.load_preset(comfy_table::presets::NOTHING).set_header(header).add_rows(rows);
+    let of_numbers = table.column_iter_mut().enumerate().filter(|(index, _)| numbers.contains(index));
+    of_numbers.for_each(|(_, column)| column.set_cell_alignment(CellAlignment::Right));
+    format!("{}\n", table.trim_fmt())
+}
+
+/// Date and time of day, UTC.
 fn clock(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1000 % 86_400;
-    format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+    let time = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(unix_ms);
+    format!("{} {:02}:{:02}:{:02}", time.date(), time.hour(), time.minute(), time.second())
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use contraflow_kernels::sampling::{Sampling, sample as sample_token};
 use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::random::SplitMix64;
 use contraflow_workers::data::model_tokenizer::ModelTokenizer;
 use contraflow_workers::hf::check::{check_against, read_config};
 use contraflow_workers::infer::generate::{Cache, Generator};
@@ -109,7 +110,7 @@ struct Continuation<'a> {
     id_limit: usize,
     ends: &'a BTreeSet<u32>,
     sampling: Sampling,
-    random: u64,
+    random: SplitMix64,
 }
 
 impl<'a> Continuation<'a> {
@@ -129,16 +130,15 @@ impl<'a> Continuation<'a> {
         ids.truncate(generator.max_len());
         let logits = Some(generator.read(&mut cache, &ids));
         let (id_limit, ends) = (text.tokenizer.id_limit(), &text.ends);
-        Some(Continuation { generator, cache, logits, id_limit, ends, sampling, random: seed })
-    }
-
-    /// A number in [0, 1): SplitMix64 (Steele, Lea and Flood 2014).
-    fn uniform(&mut self) -> f64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / 2.0_f64.powi(53)
+        Some(Continuation {
+            generator,
+            cache,
+            logits,
+            id_limit,
+            ends,
+            sampling,
+            random: SplitMix64::new(seed),
+        })
     }
 }
 
@@ -148,7 +148,7 @@ impl Iterator for Continuation<'_> {
     fn next(&mut self) -> Option<u32> {
         let logits = self.logits.take()?;
         let known = logits.view(0..logits.len().min(self.id_limit));
-        let token = sample_token(known, self.sampling, self.uniform());
+        let token = sample_token(known, self.sampling, self.random.next_f64());
         if self.ends.contains(&token) {
             return None;
         }

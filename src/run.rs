@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_orchestrator::job::Outcome;
@@ -24,6 +24,7 @@ use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::of_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::engine::probe::Probe;
+use parking_lot::Mutex;
 
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
@@ -173,7 +174,7 @@ impl Run {
         let mut attempt = Attempt { resume: self.resume.clone(), generation: 1, returns: Returns::default() };
         loop {
             let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
-            let totals = || tally.lock().unwrap_or_else(PoisonError::into_inner);
+            let totals = || tally.lock();
             if !matches!(outcome, Outcome::Done { .. }) {
                 self.clear_unfinished();
             }
@@ -217,10 +218,10 @@ impl Run {
             .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
         let shared = tally.clone();
         let began = Instant::now();
-        let before = shared.lock().unwrap_or_else(PoisonError::into_inner).seconds;
+        let before = shared.lock().seconds;
         let subscriber: Subscriber = Box::new(move |record| {
             progress.step(record);
-            let mut tally = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut tally = shared.lock();
             tally.tokens += record.tokens;
             tally.steps += 1;
             tally.bubble += record.bubble_share;

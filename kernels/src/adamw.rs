@@ -4,7 +4,6 @@
 //! and the factor of gradient clipping come with the call.
 
 use crate::{
-    math,
     par::{self, MIN_PARALLEL},
     tensor::{View, ViewMut},
 };
@@ -92,7 +91,7 @@ impl Factors {
     fn new(spec: &AdamW) -> Factors {
         assert!(spec.step > 0, "expected a step from 1 on, got 0");
         let (lr, beta1, beta2) = (f64::from(spec.lr), f64::from(spec.beta1), f64::from(spec.beta2));
-        let correction = |beta: f64| 1.0 - math::exp_f64(spec.step as f64 * math::ln_f64(beta));
+        let correction = |beta: f64| 1.0 - libm::exp(spec.step as f64 * libm::log(beta));
         Factors {
             grad_scale: spec.grad_scale,
             keep: (1.0 - lr * f64::from(spec.weight_decay)) as f32,

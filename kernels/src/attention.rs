@@ -10,9 +10,10 @@
 
 mod online;
 
-use std::{ops::Range, sync::Mutex};
+use std::ops::Range;
 
 use online::{Lanes, QUERY_BLOCK, Running, differentiate};
+use parking_lot::Mutex;
 
 use crate::{
     gemm::gemm_serial,
@@ -117,12 +118,12 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans, heads: &Heads)
         for queries in blocks(head.span.query_len, QUERY_BLOCK) {
             let lse = head.forward(&queries, &mut scratch);
             let first_row = head.span.query_start + queries.start;
-            let mut output = output.lock().expect("no task panics while it stores a block");
+            let mut output = output.lock();
             store(&mut output.out, first_row, head.id, scratch.out.mat().rows_range(0..queries.len()));
             store(&mut output.lse, first_row, head.id, Mat::new(&lse, queries.len(), 1));
         }
     });
-    output.into_inner().expect("no task panics while it stores a block")
+    output.into_inner()
 }
 
 /// Gradients from that of the output. Rows that no span names have gradient zero.
@@ -160,14 +161,14 @@ pub fn backward(
         for queries in blocks(query_len, QUERY_BLOCK) {
             head.backward(&queries, &saved, &mut scratch);
             let dq = scratch.dq.mat().rows_range(0..queries.len());
-            let mut gradients = gradients.lock().expect("no task panics while it stores a block");
+            let mut gradients = gradients.lock();
             store(&mut gradients.dq, query_start + queries.start, head.id, dq);
         }
-        let mut gradients = gradients.lock().expect("no task panics while it stores a block");
+        let mut gradients = gradients.lock();
         store(&mut gradients.dk, key_start, head.id, scratch.dk.mat());
         store(&mut gradients.dv, key_start, head.id, scratch.dv.mat());
     });
-    gradients.into_inner().expect("no task panics while it stores a block")
+    gradients.into_inner()
 }
 
 impl Span {

@@ -1,15 +1,12 @@
 //! Elementary functions and reductions in f32.
 //!
-//! The functions are our own, so that results depend neither on the host's libm nor on the width of its registers:
-//! only IEEE additions, multiplications and divisions in a fixed order. Bodies are branch-free and forced inline;
+//! The functions are our own, so that results depend neither on the host's C library nor on the width of its registers:
+//! only IEEE additions, multiplications and divisions in a fixed order; those in f64, for tables and single values, are the
+//! crate libm's, for the same reason. Bodies are branch-free and forced inline;
 //! `pulp` compiles them once per instruction set and picks at run time. Reductions keep a fixed number of partial
 //! sums and fold them in a fixed order.
 
-mod double;
-
 use std::array;
-
-pub use double::{exp_f64, ln_f64, sin_cos};
 
 /// Partial sums of a reduction: two AVX-512 registers, to hide the latency of an addition.
 const LANES: usize = 32;
@@ -43,7 +40,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// Natural logarithm, rounded from f64; minus infinity at 0, NaN below.
 pub fn ln(x: f32) -> f32 {
-    ln_f64(f64::from(x)) as f32
+    libm::log(f64::from(x)) as f32
 }
 
 /// 1 / (1 + e^-x).

@@ -6,12 +6,10 @@
 
 #![allow(unsafe_code)]
 
-use std::{
-    mem,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::mem;
 
 use crate::par::{self, MIN_PARALLEL};
+use parking_lot::{Mutex, MutexGuard};
 
 /// Bytes in one line, the unit of size: a cache line and an AVX-512 register.
 const LINE: usize = 64;
@@ -104,9 +102,8 @@ fn fresh(num_lines: usize) -> Box<[Line]> {
     unsafe { Box::new_zeroed_slice(num_lines).assume_init() }
 }
 
-/// Nothing that runs under the lock leaves a list half changed, so a poisoned one is still good.
 fn idle(class: usize) -> MutexGuard<'static, Vec<Box<[Line]>>> {
-    IDLE[class].lock().unwrap_or_else(PoisonError::into_inner)
+    IDLE[class].lock()
 }
 
 /// How many low bits of a size its class does without.

@@ -8,7 +8,6 @@
 use std::f64::consts::PI;
 
 use crate::{
-    math,
     par::{self, MIN_PARALLEL},
     tensor::Tensor,
 };
@@ -47,15 +46,14 @@ pub struct Yarn {
 
 impl Yarn {
     fn correction(&self, weight: f64) -> f64 {
-        if self.factor <= 1.0 { 1.0 } else { 0.1 * weight * math::ln_f64(self.factor) + 1.0 }
+        if self.factor <= 1.0 { 1.0 } else { 0.1 * weight * libm::log(self.factor) + 1.0 }
     }
 
     /// How much of each frequency is divided: 0 for the highest, 1 for the lowest.
     fn ramp(&self, dim: usize, theta: f64) -> impl Fn(usize) -> f64 {
         let context = self.original_max_position_embeddings as f64;
-        let pair = |turns: f64| {
-            dim as f64 * math::ln_f64(context / (turns * 2.0 * PI)) / (2.0 * math::ln_f64(theta))
-        };
+        let pair =
+            |turns: f64| dim as f64 * libm::log(context / (turns * 2.0 * PI)) / (2.0 * libm::log(theta));
         let low = pair(self.beta_fast).floor().max(0.0);
         let high = pair(self.beta_slow).ceil().min(dim as f64 - 1.0);
         // A ramp of no length is a step.
@@ -82,7 +80,7 @@ impl Rope {
         assert!(dim.is_multiple_of(2), "expected an even number of rotated columns, got {dim}");
         let ramp = yarn.as_ref().map(|yarn| (yarn.ramp(dim, theta), yarn.factor));
         let frequency = |pair: usize| {
-            let plain = math::exp_f64(-(2.0 * pair as f64 / dim as f64) * math::ln_f64(theta));
+            let plain = libm::exp(-(2.0 * pair as f64 / dim as f64) * libm::log(theta));
             let frequency = match &ramp {
                 Some((ramp, factor)) => plain * (1.0 - ramp(pair)) + plain / factor * ramp(pair),
                 None => plain,
@@ -111,7 +109,7 @@ impl Rope {
             .iter()
             .flat_map(|&position| inv_freq.iter().map(move |&f| f64::from(f) * f64::from(position)));
         for (pair, angle) in pairs.iter_mut().zip(angles) {
-            let (sin, cos) = math::sin_cos(angle);
+            let (sin, cos) = libm::sincos(angle);
             *pair = [(cos * scale) as f32, (sin * scale) as f32];
         }
         RopeTable { turns }

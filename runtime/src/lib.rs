@@ -13,6 +13,7 @@ pub mod files;
 pub mod layout;
 pub mod model_config;
 pub mod placed_weights;
+pub mod random;
 pub mod recipe;
 pub mod schedule;
 pub mod topology;

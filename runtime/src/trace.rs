@@ -6,8 +6,9 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
+use parking_lot::Mutex;
 use tracing::Span;
 
 /// Target of the spans that are exported; log lines have others, so that the one is filtered without the other.
@@ -134,7 +135,7 @@ impl Links {
             return;
         }
         let pair = (current(), sender);
-        let before = self.linked.lock().unwrap_or_else(PoisonError::into_inner).insert(source, pair);
+        let before = self.linked.lock().insert(source, pair);
         if before != Some(pair) {
             link(&Span::current(), sender);
         }

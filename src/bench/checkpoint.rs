@@ -4,7 +4,7 @@
 //! Every other step is followed by a checkpoint, so that steps with and without one alternate in one run.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_orchestrator::job_actor::Commits;
@@ -12,6 +12,7 @@ use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::cost;
 use contraflow_workers::checkpoint::provenance::{companions, manifest};
 use contraflow_workers::data::Tokenizer;
+use parking_lot::Mutex;
 
 use super::{benchmark, run_quietly};
 use crate::failure::Failure;
@@ -41,16 +42,14 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     };
     let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();
     let shared = marks.clone();
-    let note = move |_: &_| {
-        shared.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), peak_memory()))
-    };
+    let note = move |_: &_| shared.lock().push((Instant::now(), peak_memory()));
     let outcome = run_quietly(recipe, datasets, Some(commits), Box::new(note));
     let written =
         folder.list().ok().and_then(|steps| steps.last().map(|&step| size(&folder.committed(step))));
     // Nobody needs it any more; what cannot be removed is named for what it is.
     drop(std::fs::remove_dir_all(&dir));
     outcome?;
-    let marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
+    let marks = marks.lock();
     let seconds: Vec<f64> = marks.windows(2).map(|pair| (pair[1].0 - pair[0].0).as_secs_f64()).collect();
     // Step WARM_UP is followed by the first save, so the first measured step has one beside it, the second has none.
     let measured = &seconds[WARM_UP - 1..];

@@ -151,8 +151,7 @@ impl RankError {
         move |source| RankError::File { path: path.clone(), source }
     }
 
-    /// From what `catch_unwind` caught.
-    pub fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
+    fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {
         let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
         RankError::Panic { message: text.unwrap_or_else(|| "no message".into()) }

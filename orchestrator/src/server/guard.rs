@@ -4,11 +4,12 @@
 //! A call that passes has a span.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
+use parking_lot::{Mutex, MutexGuard};
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, http};
@@ -40,7 +41,7 @@ pub(super) struct Guard {
 }
 
 fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
-    buckets.lock().unwrap_or_else(PoisonError::into_inner)
+    buckets.lock()
 }
 
 impl Guard {

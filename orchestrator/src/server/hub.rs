@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1;
-use contraflow_runtime::fabric::handshake::fresh_nonce;
+use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::JobId;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -154,8 +154,7 @@ impl Hub {
             jobs.apply(&fact);
         }
         let facts_since_snapshot = replay.records.len() as u64;
-        let nonce = fresh_nonce().map_err(|error| error.to_string())?;
-        let nonce = u32::from_le_bytes([nonce[0], nonce[1], nonce[2], nonce[3]]);
+        let nonce = u32::from_le_bytes(from_system().map_err(|error| error.to_string())?);
         let core = Core::new(jobs, replay.incarnation, now_ms()).keeping(keep_jobs);
         let core = core.identified(state_of(&key), nonce);
         let store = Arc::new(store);

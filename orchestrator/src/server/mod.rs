@@ -25,6 +25,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use contraflow_proto::v1;
+use contraflow_runtime::random::from_system;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tonic::transport::Server;
@@ -187,7 +188,7 @@ fn cluster_key(dir: &Path) -> io::Result<[u8; 32]> {
     match std::fs::File::open(&path) {
         Ok(mut file) => file.read_exact(&mut key)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            std::fs::File::open("/dev/urandom")?.read_exact(&mut key)?;
+            key = from_system()?;
             let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&path)?;
             file.write_all(&key)?;
             file.sync_all()?;

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
@@ -114,7 +115,7 @@ impl TokenFile {
 
     /// The tokens as the file has them now; as it had them last if it makes no sense any more, which is logged.
     pub(super) fn current(&self) -> Arc<Vec<Token>> {
-        let mut known = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.read.lock();
         let stamp = stamp(&self.path).unwrap_or_default();
         if stamp != known.0 {
             known.0 = stamp;

@@ -2,12 +2,12 @@
 //! in [`super::storage`].
 
 use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::random::mix;
 use contraflow_runtime::topology::JobId;
 
 use super::World;
 use super::mutation::Mutation;
 use super::network::Up;
-use super::random::mix;
 use super::storage::{Folder, Stays};
 
 impl World {

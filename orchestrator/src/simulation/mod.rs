@@ -25,13 +25,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::random::mix;
 
 use self::checks::Checks;
 pub use self::mutation::Mutation;
 use self::network::{Down, Network, Up};
 pub use self::plan::Fault;
 use self::plan::Plan;
-use self::random::{Random, mix};
+use self::random::Random;
 use self::ranks::Gang;
 use self::server::Server;
 use self::storage::Storage;

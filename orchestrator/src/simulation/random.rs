@@ -1,19 +1,20 @@
-//! Chance that is the same for the same seed: SplitMix64. Knows nothing of what is drawn.
+//! Draws for the simulation, the same for the same seed. Knows nothing of what is drawn.
+
+use contraflow_runtime::random::SplitMix64;
 
 /// A stream of numbers.
 #[derive(Clone, Debug)]
-pub(super) struct Random(u64);
+pub(super) struct Random(SplitMix64);
 
 impl Random {
     pub(super) fn new(seed: u64) -> Self {
-        let mut random = Random(seed);
-        random.next();
-        random
+        let mut numbers = SplitMix64::new(seed);
+        numbers.next_u64();
+        Random(numbers)
     }
 
     pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        mix(self.0)
+        self.0.next_u64()
     }
 
     /// At least `from`, less than `to`; `from` where that is nothing.
@@ -30,11 +31,4 @@ impl Random {
         let index = self.between(0, from.len() as u64) as usize;
         from.get(index).copied()
     }
-}
-
-/// A number that depends on every bit of another one.
-pub(super) fn mix(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    value ^ (value >> 31)
 }

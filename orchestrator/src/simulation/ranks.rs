@@ -8,12 +8,12 @@ use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::random::mix;
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;
 use super::mutation::Mutation;
 use super::plan::BATCH;
-use super::random::mix;
 use super::storage::Trained;
 use super::{Happening, Inside, World};
 use crate::core::facts::Formed;

@@ -1,12 +1,12 @@
 //! An orchestrator's process: the real core, what it keeps, and in which order. Follows `server::hub`: batches, facts kept
 //! before words go out, steps put together. Its store outlives it.
 
+use contraflow_runtime::random::mix;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use super::mutation::Mutation;
 use super::network::Down;
-use super::random::mix;
 use super::{Happening, World};
 use crate::core::facts::{Fact, Formed};
 use crate::core::{Core, Effect, Event, TICK_MS, Word};

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::files::{sync_dir, write_synced};
+use crate::random::from_system;
 use crate::topology::JobId;
 
 /// The file, in the job's folder.
@@ -172,10 +173,8 @@ impl JobFolder {
         if self.dir.exists() {
             return Ok(false);
         }
-        let mut random = [0; 8];
-        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| file(jobs)(error.into()))?;
-        let fresh = jobs.join(format!(".claim-{:016x}", u64::from_le_bytes(random)));
+        let random = u64::from_le_bytes(from_system().map_err(file(jobs))?);
+        let fresh = jobs.join(format!(".claim-{random:016x}"));
         std::fs::create_dir(&fresh).map_err(file(&fresh))?;
         self.write(&fresh.join(OWNER_FILE), 0)?;
         sync_dir(&fresh).map_err(file(&fresh))?;

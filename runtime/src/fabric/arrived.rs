@@ -4,10 +4,11 @@
 //! what the bytes mean.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use super::wire::PartHeader;
 use super::{Form, Memory, Region};
+use parking_lot::Mutex;
 
 /// Where the parts of a frame begin, so that any kind of number can be read in place.
 ///
@@ -77,7 +78,7 @@ impl BufferPool {
     /// A buffer of at least so many bytes, with whatever was in it.
     pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let words = len.div_ceil(8).next_multiple_of(ALIGNMENT / 8);
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         // The smallest that fits without wasting as much as it serves.
         let fits = |words_of: usize| words_of >= words && words_of / 2 <= words;
         let best = (0..idle.len()).filter(|&at| fits(idle[at].len())).min_by_key(|&at| idle[at].len());
@@ -88,7 +89,7 @@ impl BufferPool {
     }
 
     fn give_back(&self, memory: Box<[u64]>) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         idle.push(memory);
         while idle.iter().map(|buffer| 8 * buffer.len()).sum::<usize>() > MAX_IDLE {
             idle.remove(0);

@@ -7,6 +7,7 @@
 use std::io::{self, Read, Write};
 
 use super::wire::VERSION;
+use crate::random::from_system;
 
 /// What connects the two processes of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,16 +110,6 @@ fn proof(secret: &[u8; 32], role: Role, hello: &Hello, nonce: &[u8; HASH_BYTES])
     hasher.finalize()
 }
 
-/// A nonce that nobody can foresee.
-///
-/// **Errors**: the system's, if it has no randomness to give.
-pub fn fresh_nonce() -> io::Result<[u8; HASH_BYTES]> {
-    let mut nonce = [0; HASH_BYTES];
-    // The system gives this much at once or an error.
-    rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty())?;
-    Ok(nonce)
-}
-
 /// Why a handshake came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
@@ -178,7 +169,7 @@ pub fn challenge(
     hello: &Hello,
     secret: &[u8; 32],
 ) -> Result<(), HandshakeError> {
-    let nonce = fresh_nonce()?;
+    let nonce = from_system()?;
     let mut reply = vec![CHALLENGE];
     reply.extend(nonce);
     reply.extend(proof(secret, Role::Accepts, hello, &nonce).as_bytes());

@@ -2,12 +2,12 @@
 //! the peer that it waits for is lost.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
 use crate::trace::TraceContext;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 #[derive(Default)]
 struct State {
@@ -43,7 +43,7 @@ pub struct Inbox {
 impl Inbox {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere cannot leave the map half changed: every change is a single insert or remove.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Puts a frame in. The one place where a message from before the last re-formation is dropped.
@@ -92,8 +92,7 @@ impl Inbox {
             if left.is_zero() {
                 return Err(FabricError::Timeout { tag, waited_s: patience.as_secs_f64() });
             }
-            let waited = self.arrived.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.arrived.wait_for(&mut state, left);
         }
     }
 

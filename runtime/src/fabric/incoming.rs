@@ -5,7 +5,7 @@
 
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::arrived::{Backing, places, regions};
 use super::handshake::Carrier;
@@ -16,6 +16,7 @@ use super::stream::Stream;
 use super::window::{ReceiveWindows, cost};
 use super::wire::{self, FrameHeader, LaneKey, Message, ReadError, Signal};
 use super::wired::WiredNetwork;
+use parking_lot::Mutex;
 
 /// Room for a header and small payloads; large ones go past it.
 const READ_AHEAD: usize = 8 << 10;
@@ -38,7 +39,7 @@ pub struct Receipt {
 
 impl Drop for Receipt {
     fn drop(&mut self) {
-        let mut windows = self.link.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.link.windows.lock();
         let credit = windows.taken(self.lane, self.cost);
         drop(windows);
         if let Some(bytes) = credit {
@@ -55,7 +56,7 @@ impl InLink {
 
     /// Tells the sender something. One that cannot be told is gone: the reading thread notices.
     pub fn signal(&self, signal: &Signal) {
-        let alone = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = self.signals.lock();
         drop((&self.stream).write_all(&wire::encode_signal(signal)));
         drop(alone);
     }
@@ -125,7 +126,7 @@ impl InLink {
         let inbox = network.inbox_for(to, tag.source, self.site).map_err(ReadError::Bad)?;
         let lane = LaneKey { source: tag.source, to, kind: tag.kind };
         let cost = cost(header.payload_bytes());
-        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock();
         windows.arrived(lane, cost).map_err(ReadError::Bad)?;
         drop(windows);
         let receipt = Receipt { link: self.clone(), lane, cost };

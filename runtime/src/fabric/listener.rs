@@ -7,14 +7,16 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::FabricError;
 use super::handshake::{self, HandshakeError, Hello};
 use super::stream::{self, Address, Stream, Until};
 use super::wired::WiredNetwork;
+use crate::random::from_system;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How long a handshake may take, however slowly its bytes come.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -53,8 +55,7 @@ impl Listener {
     ///
     /// **Errors**: the system's.
     pub fn bind(tcp: SocketAddr, join_wait: Duration) -> io::Result<Listener> {
-        let nonce = handshake::fresh_nonce()?;
-        let name: String = nonce[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+        let name: String = from_system::<8>()?.iter().map(|byte| format!("{byte:02x}")).collect();
         let name = format!("contraflow-{}-{name}", std::process::id());
         let unix = UnixListener::bind_addr(&stream::unix_address(&name)?)?;
         let tcp = TcpListener::bind(tcp)?;
@@ -148,7 +149,7 @@ fn accept<S>(
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Finds out who is there and hands a proven connection to its formation, which reads it to its end.
@@ -192,7 +193,7 @@ impl Shared {
             if left.is_zero() {
                 return Err(format!("generation {generation} of job {job} has not been joined here"));
             }
-            state = self.joined.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.joined.wait_for(&mut state, left);
         }
     }
 

@@ -4,15 +4,17 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
+use parking_lot::Mutex;
 
 use super::endpoint::{Endpoint, Network};
 use super::inbox::{Arrival, Inbox};
 use super::{FabricError, Region, Tag};
+use crate::random::mix;
 use crate::trace::TraceContext;
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
@@ -88,7 +90,7 @@ impl LocalNetwork {
 
     /// Every frame sent so far, in order of address; empty unless the network keeps a ledger.
     pub fn ledger(&self) -> Vec<Sent> {
-        let mut lines = self.ledger.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut lines = self.ledger.lock().clone();
         lines.sort();
         lines
     }
@@ -113,13 +115,13 @@ impl LocalNetwork {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
         if self.options.keep_ledger {
             let bytes = parts.iter().map(Region::len).sum();
-            self.ledger.lock().unwrap_or_else(PoisonError::into_inner).push(Sent { tag, to, bytes });
+            self.ledger.lock().push(Sent { tag, to, bytes });
         }
         let arrival = Arrival { parts, trace, receipt: None };
         match (&self.delayed, self.options.disturbance) {
             (Some(queue), Some(disturbance)) => {
                 let due = Instant::now() + delay_of(disturbance, &tag, to);
-                let queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+                let queue = queue.lock();
                 queue.send(Delayed { due, inbox, tag, arrival }).map_err(|_| FabricError::NoSuchRank { to })
             }
             _ => inbox.deliver(tag, arrival),
@@ -136,11 +138,8 @@ fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
         tag.kind as u64,
         to as u64,
     ];
-    let mut mixed = disturbance.seed ^ u64::from(tag.source);
-    for word in words {
-        mixed = (mixed ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed ^= mixed >> 29;
-    }
+    let seed = disturbance.seed ^ u64::from(tag.source);
+    let mixed = words.into_iter().fold(seed, |mixed, word| mix(mixed ^ word));
     disturbance.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
 }
 

@@ -5,7 +5,7 @@
 
 use std::io::{BufReader, IoSlice};
 use std::net::Shutdown;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::handshake::{self, Carrier, Hello};
@@ -17,6 +17,7 @@ use super::wire::{self, FrameHeader, LaneKey, Message, PartHeader, ReadError, Si
 use super::wired::WiredNetwork;
 use super::{Region, Tag};
 use crate::trace::TraceContext;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// Longest silence on a link that has nothing to send.
 const MAX_BEAT: Duration = Duration::from_secs(10);
@@ -63,7 +64,7 @@ impl OutLink {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Queues a frame. Never blocks.
@@ -115,8 +116,7 @@ impl OutLink {
             if state.closing && state.windows.num_waiting() == 0 {
                 return Next::Bye;
             }
-            let waited = self.changed.wait_timeout(state, interval - silent);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, interval - silent);
         }
     }
 

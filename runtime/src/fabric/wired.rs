@@ -5,14 +5,14 @@
 //! [`Fault`] of the peer; knows nothing of what is done about it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arrived::BufferPool;
 use super::endpoint::{Endpoint, Network};
 use super::formation::{Fault, Formation, Site, Transport};
-use super::handshake::{Carrier, Hello, fresh_nonce, welcome};
+use super::handshake::{Carrier, Hello, welcome};
 use super::inbox::{Arrival, Inbox};
 use super::incoming::InLink;
 use super::listener::Listener;
@@ -20,7 +20,9 @@ use super::outgoing::OutLink;
 use super::stream::{Address, Stream};
 use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
 use super::{FabricError, Region, Tag};
+use crate::random::from_system;
 use crate::trace::TraceContext;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How long a network that closes in peace waits until its last frames are taken.
 const LINGER: Duration = Duration::from_secs(5);
@@ -129,19 +131,19 @@ impl WiredNetwork {
     }
 
     fn wait_until(&self, deadline: Instant, is_over: impl Fn(&Running) -> bool) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running.lock();
         while !is_over(&running) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
-            running = self.ended.wait_timeout(running, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.ended.wait_for(&mut running, left);
         }
     }
 
     fn lock_peers(&self) -> MutexGuard<'_, Vec<Peer>> {
         // Every change is the setting of one field.
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.peers.lock()
     }
 
     /// See [`Formation::patience`].
@@ -215,7 +217,7 @@ impl WiredNetwork {
 
     /// Counts a thread that works for the network until the guard is dropped.
     fn count(self: &Arc<Self>, is_writer: bool) -> Counted {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.running.lock();
         running.all += 1;
         running.writers += usize::from(is_writer);
         Counted { network: self.clone(), is_writer }
@@ -305,7 +307,7 @@ impl WiredNetwork {
             generation: self.formation.generation,
             from: number(self.formation.local[0])?,
             to: number(self.sites[site].ranks[0])?,
-            nonce: fresh_nonce().map_err(|error| error.to_string())?,
+            nonce: from_system().map_err(|error| error.to_string())?,
         })
     }
 
@@ -364,7 +366,7 @@ struct Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let mut running = self.network.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.network.running.lock();
         running.all -= 1;
         running.writers -= usize::from(self.is_writer);
         drop(running);

@@ -6,11 +6,12 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::handshake::{Carrier, Hello, fresh_nonce};
+use contraflow_runtime::fabric::handshake::{Carrier, Hello};
 use contraflow_runtime::fabric::wire::VERSION;
 use contraflow_runtime::fabric::{
     Address, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
 };
+use contraflow_runtime::random::from_system;
 
 /// Nothing here takes longer unless it hangs.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -117,7 +118,7 @@ pub fn connect(address: &Address) -> TcpStream {
 
 /// What the process of rank 1 says to that of rank 0.
 pub fn hello() -> Hello {
-    let nonce = fresh_nonce().unwrap();
+    let nonce = from_system().unwrap();
     Hello { version: VERSION, carrier: Carrier::Socket, job: 1, generation: 3, from: 1, to: 0, nonce }
 }
 

@@ -1,9 +1,9 @@
 //! Which operations of a program have completed, and the waiting for them.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use contraflow_runtime::schedule::OpId;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// One event per operation of a program.
 #[derive(Default)]
@@ -34,7 +34,7 @@ impl Events {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// An operation has completed.
@@ -62,7 +62,7 @@ impl Events {
             if left.is_zero() {
                 return Err(WaitError::Late { op: missing, waited: timeout });
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 }

@@ -3,10 +3,11 @@
 //! Knows what operations work on; what they do is in `operations`.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use contraflow_runtime::fabric::Endpoint;
 use contraflow_runtime::schedule::Program;
+use parking_lot::{Mutex, MutexGuard};
 use tracing::Span;
 
 use super::compute::Compute;
@@ -93,8 +94,8 @@ impl Running {
         Workload {
             batches: self.batches,
             transit: self.transit,
-            compute: self.compute.into_inner().unwrap_or_else(PoisonError::into_inner),
-            update: self.update.into_inner().unwrap_or_else(PoisonError::into_inner),
+            compute: self.compute.into_inner(),
+            update: self.update.into_inner(),
         }
     }
 
@@ -106,7 +107,7 @@ impl Running {
 
     /// The rank's model. Only one lane works on it at a time: the compute lane, but for the sums of a step at its end.
     pub(super) fn compute(&self) -> MutexGuard<'_, Compute> {
-        self.compute.lock().unwrap_or_else(PoisonError::into_inner)
+        self.compute.lock()
     }
 
     /// The replica group of a bucket.

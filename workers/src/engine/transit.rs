@@ -4,11 +4,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use contraflow_kernels::gate::Routing;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{Chunk, TransferKind};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::comm::all_to_all::Route;
 use crate::error::Missing;
@@ -69,7 +70,7 @@ pub struct Transit {
 
 impl Transit {
     fn streams(&self) -> MutexGuard<'_, HashMap<(TransferKind, Chunk), Tensor>> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock()
     }
 
     /// Puts the present end of a chunk.
@@ -97,7 +98,7 @@ impl Transit {
 
     /// Works on what a layer has under way; nothing slow may happen inside.
     pub fn layer<T>(&self, chunk: Chunk, layer: usize, work: impl FnOnce(&mut LayerTransit) -> T) -> T {
-        work(self.layers.lock().unwrap_or_else(PoisonError::into_inner).entry((chunk, layer)).or_default())
+        work(self.layers.lock().entry((chunk, layer)).or_default())
     }
 
     /// Takes one value out of a layer's transit.
@@ -118,12 +119,12 @@ impl Transit {
 
     /// Forgets a layer whose backward pass has ended.
     pub fn forget(&self, chunk: Chunk, layer: usize) {
-        self.layers.lock().unwrap_or_else(PoisonError::into_inner).remove(&(chunk, layer));
+        self.layers.lock().remove(&(chunk, layer));
     }
 
     /// Works on what a bucket has under way; nothing slow may happen inside.
     pub fn bucket<T>(&self, bucket: usize, work: impl FnOnce(&mut BucketTransit) -> T) -> T {
-        work(self.buckets.lock().unwrap_or_else(PoisonError::into_inner).entry(bucket).or_default())
+        work(self.buckets.lock().entry(bucket).or_default())
     }
 
     /// Takes one value out of a bucket's transit.
@@ -140,13 +141,13 @@ impl Transit {
 
     /// Forgets the gradients of a step that is not updated.
     pub fn forget_buckets(&self) {
-        self.buckets.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.buckets.lock().clear();
     }
 
     /// Number of tensors still under way: none, after a whole training step.
     pub fn num_left(&self) -> usize {
-        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner).len();
-        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let layers = self.layers.lock().len();
+        let buckets = self.buckets.lock();
         self.streams().len() + layers + buckets.values().filter(|bucket| !bucket.is_empty()).count()
     }
 }

@@ -3,7 +3,6 @@
 //!
 //! The arithmetic is [`crate::optimizer`]'s, the frames are [`crate::comm`]'s; what comes after what is in the program.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use contraflow_runtime::fabric::Phase;
@@ -28,7 +27,7 @@ impl Running {
     ///
     /// **Errors**: those of `work`; the program has an update, and none was handed over.
     fn with_update<T>(&self, work: impl FnOnce(&mut Update) -> Result<T, RankError>) -> Result<T, RankError> {
-        let mut update = self.update.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut update = self.update.lock();
         work(update.as_mut().ok_or(Missing::OfStep { what: "the optimizer" })?)
     }
 

@@ -2,9 +2,10 @@
 //! one level is right for all of it. Knows no logger: whoever filters lines asks.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use contraflow_runtime::recipe::LogLevel;
+use parking_lot::RwLock;
 
 /// The level of what is of no job, or of one whose recipe has not been read yet.
 const DEFAULT: LogLevel = LogLevel::Info;
@@ -28,19 +29,19 @@ impl LogLevels {
 
     /// What is logged of a job, or of what belongs to none.
     pub fn of(&self, job: Option<u64>) -> LogLevel {
-        let by_job = self.by_job.read().unwrap_or_else(PoisonError::into_inner);
+        let by_job = self.by_job.read();
         job.and_then(|job| by_job.get(&job).copied()).unwrap_or(DEFAULT)
     }
 
     /// The most that is logged of anything.
     pub fn most(&self) -> LogLevel {
-        let by_job = self.by_job.read().unwrap_or_else(PoisonError::into_inner);
+        let by_job = self.by_job.read();
         by_job.values().copied().fold(DEFAULT, LogLevel::max)
     }
 
     fn change(&self, change: impl FnOnce(&mut BTreeMap<u64, LogLevel>) -> Option<LogLevel>) {
         let before = self.most();
-        change(&mut self.by_job.write().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.by_job.write());
         if self.most() != before {
             // Lines that no filter wanted are not even offered to it until filters are asked again.
             tracing::callsite::rebuild_interest_cache();

@@ -24,6 +24,7 @@ use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
 use contraflow_runtime::layout::MemoryLimit;
+use contraflow_runtime::random::from_system;
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
@@ -33,7 +34,7 @@ use self::formation::Formation;
 use self::job::{Loaded, Prepared};
 use self::link::{Link, Way};
 use self::memory::Memory;
-use self::storage_mark::{random_number, storage_mark};
+use self::storage_mark::storage_mark;
 use crate::error::RankError;
 
 pub use self::link::words_of;
@@ -133,7 +134,7 @@ pub async fn run(
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
     let mut host = Host {
-        id: random_number().map_err(|error| error.to_string())?,
+        id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),
         mark: storage_mark(&settings.storage)?,
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,

@@ -91,9 +91,7 @@ impl Host {
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
-            let prepare = std::panic::AssertUnwindSafe(|| Prepared::new(&assign, &roots, loaded));
-            let result =
-                std::panic::catch_unwind(prepare).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
+            let result = RankError::catch(|| Prepared::new(&assign, &roots, loaded));
             drop(inputs.send(Input::Prepared { assign: Box::new(assign), result: result.map(Box::new) }));
         });
     }

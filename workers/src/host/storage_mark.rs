@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use contraflow_runtime::random::from_system;
+
 /// The file, in the storage.
 const STORAGE_MARK: &str = ".contraflow-storage";
 
@@ -12,7 +14,7 @@ pub(super) fn storage_mark(storage: &Path) -> Result<String, String> {
     std::fs::create_dir_all(storage).map_err(words)?;
     if !path.exists() {
         // Under its name at once and whole: whoever is second finds that of the first.
-        let mark = format!("{:016x}", random_number().map_err(words)?);
+        let mark = format!("{:016x}", u64::from_le_bytes(from_system().map_err(words)?));
         let fresh = storage.join(format!("{STORAGE_MARK}.{mark}"));
         std::fs::write(&fresh, &mark).map_err(words)?;
         let linked = std::fs::hard_link(&fresh, &path);
@@ -23,12 +25,4 @@ pub(super) fn storage_mark(storage: &Path) -> Result<String, String> {
         }
     }
     std::fs::read_to_string(&path).map_err(words)
-}
-
-/// From the system.
-pub(super) fn random_number() -> std::io::Result<u64> {
-    use std::io::Read;
-    let mut bytes = [0; 8];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_le_bytes(bytes))
 }

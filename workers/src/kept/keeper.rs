@@ -4,7 +4,6 @@
 //! A thread and no actor: it waits for frames. What it is told comes in the order of the steps, and so does what it does; the
 //! state of a step is asked for before that of the next one, so no circle of buddies can wait for itself.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 
 use contraflow_proto::StepReport;
@@ -54,9 +53,8 @@ pub fn start(
 ) -> std::io::Result<mpsc::Sender<Keep>> {
     let (sender, keeps) = mpsc::channel::<Keep>();
     let work = move || {
-        let all = AssertUnwindSafe(|| keeps.iter().try_for_each(|keep| keeper.keep(keep, first_step)));
-        let result = catch_unwind(all).unwrap_or_else(|panic| Err(RankError::from_panic(&*panic)));
-        if let Err(error) = result {
+        let all = || keeps.iter().try_for_each(|keep| keeper.keep(keep, first_step));
+        if let Err(error) = RankError::catch(all) {
             fail(error);
         }
     };

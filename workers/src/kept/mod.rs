@@ -11,11 +11,12 @@ mod restore;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::watch::Watch;
+use parking_lot::{Mutex, MutexGuard};
 
 pub use keeper::{Keep, Keeper, acknowledged, start, step_id};
 pub use restore::{Recovered, recover};
@@ -58,7 +59,7 @@ struct State {
 impl Kept {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change is whole before the lock is let go.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// A formation begins that goes on from a state in memory: what comes late from those before is not taken any more, and

@@ -4,6 +4,8 @@
 //! A sample is the sum of twelve uniform numbers less six: variance 1, tails to six deviations, and nothing but additions,
 //! so that it does not depend on a mathematical library.
 
+use contraflow_runtime::random::SplitMix64;
+
 use super::params::{Param, Params};
 
 /// Draws every weight: norms are one, gate biases stay zero, all else is normal.
@@ -28,30 +30,21 @@ fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
 }
 
 /// A stream of random numbers that belongs to a name.
-struct Stream(u64);
+struct Stream(SplitMix64);
 
 impl Stream {
     fn new(seed: u64, name: &str) -> Self {
         let digest = blake3::hash(name.as_bytes());
         let (head, _) = digest.as_bytes().split_at(8);
         let name_bits = head.iter().fold(0_u64, |bits, &byte| bits << 8 | u64::from(byte));
-        Stream(name_bits ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    /// SplitMix64 (Steele, Lea and Flood 2014).
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        Stream(SplitMix64::new(name_bits ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
     }
 
     fn normal(&mut self) -> f64 {
         // Three 21-bit uniforms from one draw, four draws.
         let mask = (1_u64 << 21) - 1;
         let sum: u64 = (0..4)
-            .map(|_| self.next())
+            .map(|_| self.0.next_u64())
             .map(|bits| (bits & mask) + (bits >> 21 & mask) + (bits >> 42 & mask))
             .sum();
         sum as f64 / (1_u64 << 21) as f64 - 6.0
@@ -70,7 +63,7 @@ mod tests {
         let variance = samples.iter().map(|x| x * x).sum::<f64>() / 1e5;
         // Standard errors: 0.0032 of the mean, 0.0042 of the variance (kurtosis 2.9): five of each.
         assert!(mean.abs() < 0.016 && (variance - 1.0).abs() < 0.021, "{mean} {variance}");
-        assert_ne!(Stream::new(1, "a").next(), Stream::new(1, "b").next());
-        assert_ne!(Stream::new(1, "a").next(), Stream::new(2, "a").next());
+        assert_ne!(Stream::new(1, "a").0.next_u64(), Stream::new(1, "b").0.next_u64());
+        assert_ne!(Stream::new(1, "a").0.next_u64(), Stream::new(2, "a").0.next_u64());
     }
 }
