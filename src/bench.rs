@@ -238,6 +238,7 @@ fn run_quietly(
         checkpoints,
         export_dir: None,
         network: LocalOptions::default(),
+        overlap: true,
         probe: Probe::default(),
         subscribers: vec![subscriber],
     };

@@ -107,6 +107,7 @@ pub struct Setup {
     pub checkpoints: Option<Commits>,
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
+    pub overlap: bool,
     /// What carries the frames if every rank is as if in a process of its own.
     pub wire: Option<Transport>,
     pub probe: Probe,
@@ -183,6 +184,7 @@ impl Lab {
             checkpoints: None,
             export_dir: None,
             network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
+            overlap: true,
             wire: None,
             probe: Probe::default(),
             subscriber: None,
@@ -209,6 +211,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        overlap,
         wire,
         probe,
         subscriber: another,
@@ -230,6 +233,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        overlap,
         probe,
         subscribers,
     };

@@ -120,6 +120,7 @@ impl Formation {
                 resume: prepared.resume.clone(),
                 recovered: memory.clone(),
                 keeper,
+                overlap: true,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
                 probe: Probe::default(),
