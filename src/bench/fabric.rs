@@ -121,6 +121,7 @@ fn be(part: &Part) -> Result<(), Box<dyn std::error::Error>> {
         local: vec![part.rank],
         patience: Duration::from_secs(60),
         transport: WIRES[part.wire].1,
+        disturbance: None,
     };
     let network = WiredNetwork::form(&listener, formation, Arc::new(|_| {}))?;
     let end = network.join(part.rank)?;

@@ -268,8 +268,8 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
     let ranks: Vec<_> = listeners.iter().map(Listener::address).collect();
     let part = |(rank, listener): (usize, &Listener)| {
         let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
-        let formation =
-            Formation { job: 0, generation: 1, secret: [3; 32], ranks, local, patience, transport };
+        let (job, generation, secret, disturbance) = (0, 1, [3; 32], None);
+        let formation = Formation { job, generation, secret, ranks, local, patience, transport, disturbance };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };

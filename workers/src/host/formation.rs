@@ -98,6 +98,7 @@ impl Formation {
             local: self.ranks.clone(),
             patience: PATIENCE,
             transport: Transport::Auto,
+            disturbance: None,
         };
         let on_fault = move |fault: fabric::Fault| {
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
