@@ -5,12 +5,12 @@
 use std::borrow::Borrow;
 use std::ops::Range;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::program::{Lane, Program, Work};
 
 /// When an operation ran.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Span {
     /// Start: in the unit of the costs on a virtual clock, in seconds of a run.
     pub start: f64,
