@@ -5,8 +5,10 @@ mod fabric;
 mod infer;
 mod load;
 mod placement;
+mod processes;
 mod simulation;
 mod store;
+mod update;
 
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
 
+use crate::client::Format;
 use crate::failure::Failure;
 use crate::local::{Cluster, ClusterSpec};
 use crate::machine::measure_peak;
@@ -105,6 +108,21 @@ enum What {
         #[arg(long, hide = true)]
         part: Option<String>,
     },
+    /// Communication of the update that nothing hides, with and without overlap, between processes with delayed frames
+    Update {
+        /// Runs of either kind, which alternate
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+        /// Steps of a run that are measured, after two that are not
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
+        /// What is printed
+        #[arg(long, value_enum, default_value_t = Format::Text)]
+        format: Format,
+        /// What a process that this command starts is told
+        #[arg(long, hide = true)]
+        part: Option<String>,
+    },
 }
 
 /// Runs the command; figures go to stdout.
@@ -121,6 +139,9 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         What::Store => store::run(),
         What::Simulation { ranks, steps, seed } => simulation::run(*ranks, *steps, *seed),
         What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
+        What::Update { rounds, steps, format, part } => {
+            update::run(*rounds, *steps, *format, part.as_deref())
+        }
     }
 }
 
@@ -136,10 +157,16 @@ fn benchmark(model: &str, threads: usize, steps: usize) -> Result<(Recipe, Datas
         "checkpoint.save_model=false".to_owned(),
     ];
     let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &overrides)?;
+    let datasets = seeded_datasets(&recipe);
+    Ok((recipe, datasets))
+}
+
+/// A global batch of seeded token ids.
+fn seeded_datasets(recipe: &Recipe) -> Datasets {
     let length = recipe.training.sequence_length;
     let needed = recipe.training.global_batch_size * length;
     let train = PackedDataset::from_tokens(seeded_ids(needed + 1, recipe.model_config.vocab_size), length);
-    Ok((recipe, Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) }))
+    Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) }
 }
 
 fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
@@ -238,6 +265,7 @@ fn run_quietly(
         checkpoints,
         export_dir: None,
         network: LocalOptions::default(),
+        overlap: true,
         probe: Probe::default(),
         subscribers: vec![subscriber],
     };

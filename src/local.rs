@@ -39,6 +39,8 @@ pub struct ClusterSpec {
     pub export_dir: Option<PathBuf>,
     /// Patience, disturbance and ledger of the fabric.
     pub network: LocalOptions,
+    /// Whether the update's communication runs beside the passes; without it only to compare.
+    pub overlap: bool,
     /// For tests.
     pub probe: Probe,
     /// Who hears the record of every step.
@@ -77,6 +79,7 @@ impl Cluster {
             checkpoints,
             export_dir,
             network,
+            overlap,
             probe,
             subscribers,
         } = spec;
@@ -124,6 +127,7 @@ impl Cluster {
                 resume: resume.clone(),
                 recovered: None,
                 keeper: None,
+                overlap,
                 checkpoints: folder.clone(),
                 trace: trace::current(),
                 probe: probe.clone(),

@@ -61,3 +61,33 @@ fn a_reader_that_has_read_enough_is_no_failure() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
 }
+
+/// Small, so that its figures say little; that both ways come to the same bits is said by any run.
+#[test]
+fn the_update_is_measured_with_and_without_overlap() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = deadline::output(
+        Command::new(env!("CARGO_BIN_EXE_contraflow"))
+            .args(["bench", "update", "--rounds", "1", "--steps", "1", "--format", "json"])
+            .current_dir(folder.path()),
+    );
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["measured_steps"], 1);
+    for (world, axes) in [("two_processes", [2, 1]), ("four_processes", [2, 2])] {
+        let of_world = &report[world];
+        assert_eq!(["pipeline", "expert"].map(|axis| &of_world["axes"][axis]), axes, "{report}");
+        let equal = ["losses_and_norms_equal", "weights_equal"].map(|what| &of_world[what]);
+        assert_eq!(equal, [true, true], "{report}");
+    }
+    for way in ["with_overlap", "without_overlap"] {
+        let figure = |name: &str| report["two_processes"][way][name].as_f64().unwrap();
+        for (exposed, step) in
+            [("exposed_communication_ms", "step_ms"), ("walk_exposed_communication_ms", "walk_step_ms")]
+        {
+            let (exposed, step) = (figure(exposed), figure(step));
+            assert!(0.0 < exposed && exposed < step, "{way}: {report}");
+        }
+    }
+    assert_eq!(folder.path().join("runs").read_dir().unwrap().count(), 0, "something was left behind");
+}

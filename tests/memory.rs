@@ -48,6 +48,7 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
         checkpoints: None,
         export_dir: None,
         network: LocalOptions::default(),
+        overlap: true,
         probe: Probe::default(),
         subscribers: vec![subscriber],
     };

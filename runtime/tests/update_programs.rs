@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::schedule::{
-    Bucket, Component, Contents, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind, Sharding,
-    StageLayout, StepPrograms, Work, buckets, check_step, lower, walk,
+    Bucket, Chunk, Component, Contents, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind,
+    Sharding, Span, StageLayout, StepPrograms, Timeline, TransferKind, Work, buckets, check_step, lower,
+    walk,
 };
 use contraflow_runtime::topology::Topology;
 use proptest::prelude::*;
@@ -44,33 +45,47 @@ struct Case {
 }
 
 impl Case {
-    fn new(kind: ScheduleKind, axes: Axes, micro_batches: usize) -> Case {
+    fn new(kind: ScheduleKind, axes: Axes, micro_batches: usize, overlap: bool) -> Case {
         let (pipeline, expert, data) = axes;
         let topology = Topology { pipeline, expert, data };
         let (plan, _) = kind.plan(pipeline, micro_batches, Mode::Train).unwrap();
         let layouts = layouts(plan.stages);
         let buckets = buckets(&plan.placement, &layouts, &topology);
-        let what = format!("{kind}, {axes:?}, {micro_batches} micro-batches");
-        Case { what, plan, layouts, topology, sharding: Sharding { buckets, replicated: true } }
+        let what = format!("{kind}, {axes:?}, {micro_batches} micro-batches, overlap {overlap}");
+        Case { what, plan, layouts, topology, sharding: Sharding { buckets, replicated: true, overlap } }
     }
 
     fn step(&self) -> StepPrograms {
-        StepPrograms::new(lower(&self.plan, Some(&self.layouts), self.topology.expert), &self.sharding)
+        StepPrograms::new(&lower(&self.plan, Some(&self.layouts), self.topology.expert), &self.sharding)
     }
 }
 
 /// Every layout, with enough micro-batches for its schedule and with too few.
-fn cases() -> Vec<Case> {
+fn cases_with(overlap: bool) -> Vec<Case> {
     let with = |(kind, axes): (ScheduleKind, &[Axes])| {
         let sizes = axes.iter().flat_map(|&axes| [1, 8, 16].map(|micro_batches| (axes, micro_batches)));
-        sizes.map(move |(axes, micro_batches)| Case::new(kind, axes, micro_batches)).collect::<Vec<_>>()
+        let case = |(axes, micro_batches)| Case::new(kind, axes, micro_batches, overlap);
+        sizes.map(case).collect::<Vec<_>>()
     };
     AXES.into_iter().flat_map(with).collect()
 }
 
+/// The same, with and without overlap.
+fn cases() -> Vec<Case> {
+    [true, false].into_iter().flat_map(cases_with).collect()
+}
+
 /// Dualpipe on four pipeline ranks: every stage on two of them, the embedding on two.
 fn mirrored() -> Case {
-    Case::new(ScheduleKind::Dualpipe, (4, 2, 1), 8)
+    Case::new(ScheduleKind::Dualpipe, (4, 2, 1), 8, true)
+}
+
+/// The programs of a step's first half, by rank, where there is an update of the step before to be gathered.
+fn first_half(step: &mut StepPrograms) -> &mut Vec<Program> {
+    match step.overlap {
+        true => &mut step.gathering,
+        false => &mut step.gradients,
+    }
 }
 
 fn said(case: &Case, step: &StepPrograms) -> Vec<String> {
@@ -116,41 +131,114 @@ fn gradients_of(work: Work, embedding_stage: usize) -> Vec<(Contents, usize)> {
     }
 }
 
+/// When each operation of a rank ran, by what it does.
+fn spans(program: &Program, timeline: &Timeline, rank: usize) -> BTreeMap<String, Span> {
+    let spans = program.ops.iter().zip(&timeline.spans[rank]);
+    spans.map(|(op, span)| (op.work.to_string(), *span)).collect()
+}
+
 #[test]
-fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_when_it_is_updated() {
+fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_before_it_is_read() {
     for case in cases() {
         let step = case.step();
-        let timeline = walk(&step.whole(), |rank, op| 1.0 + (rank + op.after.len()) as f64 * 0.25).unwrap();
-        for (rank, (program, spans)) in step.whole().iter().zip(&timeline.spans).enumerate() {
-            let span = |work: Work| {
-                let found = program.ops.iter().position(|op| op.work == work);
-                found.map(|id| spans[id])
+        let whole = step.whole();
+        let timeline = walk(&whole, |rank, op| 1.0 + (rank + op.after.len()) as f64 * 0.25).unwrap();
+        for (rank, program) in whole.iter().enumerate() {
+            let ran = spans(program, &timeline, rank);
+            let found = |works: Vec<Work>| {
+                works.iter().filter_map(|work| ran.get(&work.to_string()).copied()).collect::<Vec<_>>()
             };
             for bucket in &program.buckets {
                 let number = bucket.number;
-                let ends = program.ops.iter().zip(spans).filter(|(op, _)| {
-                    gradients_of(op.work, 0).contains(&(bucket.contents, bucket.stages[0]))
-                });
-                let last = ends.map(|(_, span)| span.end).fold(0.0, f64::max);
                 let what = format!("{}: bucket {number} on rank {rank}", case.what);
-                let order = [
-                    span(Work::Pack { bucket: number }),
-                    span(Work::Reduce { bucket: number }),
-                    span(Work::GradNorm { bucket: number }),
-                    span(Work::Totals),
-                    span(Work::Apply { bucket: number }),
-                    span(Work::Gather { bucket: number }),
-                    span(Work::Unpack { bucket: number }),
-                ];
-                let present: Vec<_> = order.into_iter().flatten().collect();
-                assert_eq!(present.len(), if bucket.copies > 1 { 7 } else { 3 }, "{what}");
+                let of_bucket =
+                    |op: &&Op| gradients_of(op.work, 0).contains(&(bucket.contents, bucket.stages[0]));
+                let gradients: Vec<Span> =
+                    found(program.ops.iter().filter(of_bucket).map(|op| op.work).collect());
                 // With few micro-batches a mirror may have none of its stage.
-                assert!(last > 0.0 || case.plan.micro_batches == 1, "{what} has no gradient");
-                assert!(last <= present[0].start, "{what} goes before its last gradient");
-                assert!(present.windows(2).all(|pair| pair[0].end <= pair[1].start), "{what}: {present:?}");
+                assert!(!gradients.is_empty() || case.plan.micro_batches == 1, "{what} has no gradient");
+                let last = gradients.iter().map(|span| span.end).fold(0.0, f64::max);
+                let reduced = found(vec![
+                    Work::Pack { bucket: number },
+                    Work::Reduce { bucket: number },
+                    Work::GradNorm { bucket: number },
+                    Work::Totals,
+                    Work::Apply { bucket: number },
+                ]);
+                let gathered = found(vec![Work::Gather { bucket: number }, Work::Unpack { bucket: number }]);
+                let is_shared = bucket.copies > 1;
+                assert_eq!(
+                    (reduced.len(), gathered.len()),
+                    if is_shared { (5, 2) } else { (3, 0) },
+                    "{what}"
+                );
+                assert!(last <= reduced[0].start, "{what} goes before its last gradient");
+                let in_order = |spans: &[Span]| spans.windows(2).all(|pair| pair[0].end <= pair[1].start);
+                assert!(in_order(&reduced) && in_order(&gathered), "{what}: {reduced:?} {gathered:?}");
+                if is_shared && case.sharding.overlap {
+                    // Whatever reads or differentiates it comes after what was gathered of the step before.
+                    let reads =
+                        program.ops.iter().filter(|op| reads(op.work, bucket.contents, &bucket.stages));
+                    let reads = found(reads.map(|op| op.work).collect());
+                    assert!(
+                        reads.iter().all(|read| gathered[1].end <= read.start),
+                        "{what} is read too early"
+                    );
+                } else if is_shared {
+                    assert!(reduced[4].end <= gathered[0].start, "{what} is gathered before its update");
+                }
             }
         }
     }
+}
+
+/// Whether an operation reads weights, told by the arithmetic of the model.
+fn reads(work: Work, contents: Contents, stages: &[usize]) -> bool {
+    let Work::Component { chunk, component, .. } = work else { return false };
+    let of_contents = match component {
+        Component::Embedding => contents == Contents::Embedding,
+        Component::MtpJoin => contents != Contents::Experts,
+        Component::Experts => contents == Contents::Experts,
+        Component::Attention | Component::SharedExpert | Component::Head | Component::MtpHead => {
+            contents == Contents::Dense
+        }
+        Component::Dispatch | Component::Combine | Component::Chunk => false,
+    };
+    of_contents && stages.contains(&chunk.stage)
+}
+
+/// On a clock on which arithmetic takes 1, a collective 3 and all other communication nothing: how long a step takes, and how
+/// long each rank waits for its update.
+fn simulate(case: &Case) -> (f64, Vec<f64>) {
+    let cost = |_: usize, op: &Op| match op.lane {
+        Lane::Compute if op.action.is_some() => 1.0,
+        Lane::Collective if op.work != Work::AwaitReplica => 3.0,
+        _ => 0.0,
+    };
+    let whole = case.step().whole();
+    let timeline = walk(&whole, cost).unwrap();
+    let idle = (0..whole.len()).map(|rank| timeline.idle(&whole, rank..rank + 1, 0.0).update);
+    (timeline.makespan, idle.collect())
+}
+
+#[test]
+fn overlap_never_makes_a_step_longer() {
+    for (overlapped, sequential) in cases_with(true).iter().zip(&cases_with(false)) {
+        let ((short, _), (long, _)) = (simulate(overlapped), simulate(sequential));
+        assert!(short <= long, "{}: {short}, without overlap {long}", overlapped.what);
+    }
+}
+
+/// The first rank waits for the two buckets that its first stage needs at once, for the reduction of those two, which are
+/// finished last, and for the totals; without overlap for four buckets each way.
+#[test]
+fn overlap_hides_what_is_not_needed_at_once_and_not_finished_last() {
+    let exposed = |overlap| simulate(&Case::new(ScheduleKind::Dualpipe, (4, 2, 1), 16, overlap)).1;
+    let (overlapped, sequential) = (exposed(true), exposed(false));
+    let first_rank = 2.0 * 3.0 + 2.0 * 3.0 + 3.0;
+    assert!((first_rank..first_rank + 2.0).contains(&overlapped[0]), "{overlapped:?}");
+    assert!(sequential[0] >= first_rank + 4.0 * 3.0, "{sequential:?}");
+    assert!(overlapped.iter().zip(&sequential).all(|(short, long)| *short < 0.6 * long));
 }
 
 #[test]
@@ -173,7 +261,7 @@ fn the_ranks_of_a_bucket_are_those_whose_stages_it_is_of() {
     let numbers: Vec<usize> = case.sharding.buckets.iter().map(|bucket| bucket.number).collect();
     // Stage 0 has dense layers only.
     assert_eq!(numbers, [0, 1, 3, 5, 6, 8, 9, 11]);
-    let one_way = Case::new(ScheduleKind::OneFOneB, (2, 1, 2), 4);
+    let one_way = Case::new(ScheduleKind::OneFOneB, (2, 1, 2), 4, true);
     let groups: Vec<_> =
         one_way.sharding.buckets.iter().map(|bucket| bucket.ranks(&one_way.topology, 0)).collect();
     // Dense of either stage, the embedding that both use, experts.
@@ -185,55 +273,59 @@ fn place(program: &Program, work: Work) -> usize {
     program.ops.iter().position(|op| op.work == work).unwrap()
 }
 
+/// Two collectives of a rank change places; each waits for what both waited for, so that only their order differs.
+fn change_places(program: &mut Program, one: Work, other: Work) {
+    let (first, second) = (place(program, one), place(program, other));
+    let ops = &mut program.ops;
+    let after = [ops[first].after.clone(), ops[second].after.clone()].concat();
+    (ops[first].work, ops[second].work) = (other, one);
+    ops[first].after = after.iter().copied().filter(|&earlier| earlier < first).collect();
+    ops[second].after = after;
+}
+
 #[test]
 fn two_ranks_that_reduce_two_buckets_in_different_orders_never_meet() {
-    let case = mirrored();
-    let (one, other) = (Work::Reduce { bucket: 0 }, Work::Reduce { bucket: 9 });
-    for rank in [0, 3] {
-        let mut step = case.step();
-        let ops = &mut step.gradients[rank].ops;
-        let (first, second) = (
-            ops.iter().position(|op| op.work == one).unwrap(),
-            ops.iter().position(|op| op.work == other).unwrap(),
-        );
-        // Both wait for what both waited for, so that only the order differs.
-        let packs = [ops[first].after.clone(), ops[second].after.clone()].concat();
-        (ops[first].work, ops[second].work) = (other, one);
-        ops[second].after = packs.clone();
-        ops[first].after = packs.into_iter().filter(|&earlier| earlier < first).collect();
-        let deadlock = walk(&step.gradients, |_, _| 1.0).unwrap_err();
-        let text = deadlock.to_string();
-        let (own, peer) = if rank == 0 { (other, one) } else { (one, other) };
-        assert!(text.contains(&format!("rank 0, Collective lane, update: {own} waits for rank 3")), "{text}");
-        assert!(
-            text.contains(&format!("rank 3, Collective lane, update: {peer} waits for rank 0")),
-            "{text}"
-        );
-        let faults = said(&case, &step);
-        assert_says(&faults, &["deadlock: reduce-scatter of bucket 9 waits for rank"]);
+    for overlap in [true, false] {
+        let case = Case { sharding: Sharding { overlap, ..mirrored().sharding }, ..mirrored() };
+        let (one, other) = (Work::Reduce { bucket: 0 }, Work::Reduce { bucket: 9 });
+        for rank in [0, 3] {
+            let mut step = case.step();
+            let programs = first_half(&mut step);
+            let in_order = place(&programs[rank], one) < place(&programs[rank], other);
+            let (first, second) = if in_order { (one, other) } else { (other, one) };
+            change_places(&mut programs[rank], first, second);
+            let text = walk(programs, |_, _| 1.0).unwrap_err().to_string();
+            let (own, peer) = if rank == 0 { (second, first) } else { (first, second) };
+            let waits = |rank: usize, work: Work, peer: usize| {
+                format!("rank {rank}, Collective lane, update: {work} waits for rank {peer}")
+            };
+            assert!(text.contains(&waits(0, own, 3)) && text.contains(&waits(3, peer, 0)), "{text}");
+            assert_says(&said(&case, &step), &["deadlock: reduce-scatter of bucket 9 waits for rank"]);
+        }
     }
 }
 
 #[test]
 fn gathers_in_different_orders_are_refused_too() {
     let case = mirrored();
-    let mut step = case.step();
-    let ops = &mut step.update[2].ops;
-    let places: Vec<usize> =
-        (0..ops.len()).filter(|&id| matches!(ops[id].work, Work::Gather { .. })).collect();
-    let (first, second) = (ops[places[0]].work, ops[places[1]].work);
-    (ops[places[0]].work, ops[places[1]].work) = (second, first);
-    assert!(walk(&step.update, |_, _| 1.0).is_err());
-    assert_says(&said(&case, &step), &["deadlock: all-gather of bucket 3 waits for rank"]);
+    let (one, other) = (Work::Gather { bucket: 3 }, Work::Gather { bucket: 6 });
+    for alone in [true, false] {
+        let mut step = case.step();
+        let programs = if alone { &mut step.gather } else { &mut step.gathering };
+        change_places(&mut programs[2], one, other);
+        assert!(walk(programs, |_, _| 1.0).is_err());
+        assert_says(&said(&case, &step), &["deadlock: all-gather of bucket 3 waits for rank"]);
+    }
 }
 
 #[test]
 fn a_deadlock_names_the_collective_and_who_is_missing() {
     let case = mirrored();
     let mut step = case.step();
-    let totals = place(&step.gradients[2], Work::Totals);
-    step.gradients[2].ops.remove(totals);
-    let deadlock = walk(&step.gradients, |_, _| 1.0).unwrap_err();
+    let programs = first_half(&mut step);
+    let totals = place(&programs[2], Work::Totals);
+    programs[2].ops.remove(totals);
+    let deadlock = walk(programs, |_, _| 1.0).unwrap_err();
     let text = deadlock.to_string();
     for rank in [0, 1, 3] {
         let expected =
@@ -244,61 +336,73 @@ fn a_deadlock_names_the_collective_and_who_is_missing() {
     // Two that are late because they wait for each other, and one that has come.
     let mut step = case.step();
     for rank in [1, 2] {
-        let ops = &mut step.gradients[rank].ops;
+        let ops = &mut first_half(&mut step)[rank].ops;
         let totals = place(&Program::of(ops.clone()), Work::Totals);
         let op = ops[totals].clone();
         let peer = 3 - rank;
-        let wait = Op { lane: Lane::Receive(peer), work: ops[0].work, after: Vec::new(), action: None };
+        let work = Work::Receive { kind: TransferKind::Gradient, chunk: Chunk { stage: 0, micro_batch: 99 } };
+        let wait = Op { lane: Lane::Receive(peer), work, after: Vec::new(), action: None };
         ops[totals] = wait;
         ops.push(Op { after: vec![totals], ..op });
     }
-    let text = walk(&step.gradients, |_, _| 1.0).unwrap_err().to_string();
+    let text = walk(first_half(&mut step), |_, _| 1.0).unwrap_err().to_string();
     assert!(text.contains("all-reduce of the step's totals waits for ranks 1, 2"), "{text}");
 }
 
 #[test]
-fn a_bucket_that_is_reduced_too_early_is_a_fault() {
+fn what_comes_too_early_is_a_fault() {
     let case = mirrored();
-    let mut step = case.step();
-    let ops = &mut step.gradients[1].ops;
-    let pack = ops.iter().position(|op| matches!(op.work, Work::Pack { .. })).unwrap();
-    // It changes places with the last weight gradient.
-    let work = ops[pack].work;
-    ops.swap(pack - 1, pack);
-    let number = work.bucket().unwrap();
-    let faults = said(&case, &step);
-    assert_says(&faults, &[&format!("packing of the gradients of bucket {number} does not wait for")]);
-
-    let mut step = case.step();
-    let ops = &mut step.gradients[1].ops;
-    let reduce = ops.iter().position(|op| matches!(op.work, Work::Reduce { .. })).unwrap();
-    ops[reduce].after.clear();
-    let text = format!("{} does not wait for packing of the gradients", ops[reduce].work);
-    assert_says(&said(&case, &step), &[&text]);
-
-    let mut step = case.step();
-    let ops = &mut step.update[1].ops;
-    let gather = ops.iter().position(|op| matches!(op.work, Work::Gather { .. })).unwrap();
-    ops[gather].after.clear();
-    let text = format!("{} does not wait for AdamW on bucket", ops[gather].work);
-    assert_says(&said(&case, &step), &[&text]);
+    let is = |wanted: fn(&Work) -> bool| move |op: &Op| wanted(&op.work);
+    let tampered = |half: fn(&mut StepPrograms) -> &mut Vec<Program>,
+                    tamper: &dyn Fn(&mut Vec<Op>) -> String| {
+        let mut step = case.step();
+        let expected = tamper(&mut half(&mut step)[1].ops);
+        assert_says(&said(&case, &step), &[&expected]);
+    };
+    // A bucket that is packed before its last weight gradient.
+    tampered(first_half, &|ops| {
+        let pack = ops.iter().position(is(|work| matches!(work, Work::Pack { .. }))).unwrap();
+        let text = format!("{} does not wait for {}", ops[pack].work, ops[pack - 1].work);
+        ops.swap(pack - 1, pack);
+        text
+    });
+    tampered(first_half, &|ops| {
+        let reduce = ops.iter().position(is(|work| matches!(work, Work::Reduce { .. }))).unwrap();
+        ops[reduce].after.clear();
+        format!("{} does not wait for packing of the gradients", ops[reduce].work)
+    });
+    // Weights that are read before they are gathered.
+    tampered(first_half, &|ops| {
+        let unpack = ops.iter().position(is(|work| matches!(work, Work::Unpack { .. }))).unwrap();
+        ops[unpack].after.clear();
+        format!("{} does not wait for all-gather of bucket", ops[unpack].work)
+    });
+    tampered(first_half, &|ops| {
+        let unpack = ops.iter().position(is(|work| matches!(work, Work::Unpack { .. }))).unwrap();
+        let read = (unpack + 1..ops.len()).find(|&id| ops[id].lane == Lane::Compute).unwrap();
+        let text = format!("{} does not wait for {}", ops[read].work, ops[unpack].work);
+        ops.swap(unpack, read);
+        text
+    });
 }
 
 #[test]
 fn ranks_that_do_not_agree_on_who_holds_a_bucket_are_refused() {
     let case = mirrored();
     let mut step = case.step();
-    step.gradients[0].buckets[0].positions = vec![0];
+    first_half(&mut step)[0].buckets[0].positions = vec![0];
     assert_says(&said(&case, &step), &["ranks 0, 3 do not agree on who holds bucket 0"]);
     let mut step = case.step();
-    step.gradients[0].buckets.remove(0);
+    first_half(&mut step)[0].buckets.remove(0);
     let faults = said(&case, &step);
     assert_says(&faults, &["reduce-scatter of bucket 0: the rank does not hold that bucket"]);
 }
 
 fn any_case() -> impl Strategy<Value = Case> {
-    (0..3usize, prop::sample::select(vec![(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]), 1..12usize)
-        .prop_map(|(kind, axes, micro_batches)| Case::new(ScheduleKind::ALL[kind], axes, micro_batches))
+    let axes = prop::sample::select(vec![(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]);
+    (0..3usize, axes, 1..12usize, any::<bool>()).prop_map(|(kind, axes, micro_batches, overlap)| {
+        Case::new(ScheduleKind::ALL[kind], axes, micro_batches, overlap)
+    })
 }
 
 impl std::fmt::Debug for Case {
@@ -314,19 +418,25 @@ proptest! {
     #[test]
     fn a_tampered_update_is_a_fault(
         case in any_case(),
-        half: bool,
+        part in 0..4,
         rank: prop::sample::Index,
         op: prop::sample::Index,
         how in 0..4,
     ) {
         let mut step = case.step();
-        let programs = if half { &mut step.gradients } else { &mut step.update };
+        let programs = match part {
+            0 => first_half(&mut step),
+            1 => &mut step.gradients,
+            2 => &mut step.update,
+            _ => &mut step.gather,
+        };
         let rank = rank.index(programs.len());
         let ops = &mut programs[rank].ops;
         let of_update = |id: &usize| {
             !matches!(ops[*id].work, Work::Component { .. } | Work::Send { .. } | Work::Receive { .. })
         };
         let places: Vec<usize> = (0..ops.len()).filter(of_update).collect();
+        prop_assume!(!places.is_empty());
         let at = places[op.index(places.len())];
         match how {
             0 => {
@@ -349,7 +459,7 @@ fn members_with_one_coordinate_run_one_program() {
     // What is proved of pipeline ranks holds for all: neither expert nor data coordinate is in a program.
     let mut programs: BTreeMap<(usize, usize), BTreeSet<String>> = BTreeMap::new();
     for data in [2, 3] {
-        let case = Case::new(ScheduleKind::Dualpipe, (2, 2, data), 8);
+        let case = Case::new(ScheduleKind::Dualpipe, (2, 2, data), 8, true);
         for (rank, program) in case.step().whole().iter().enumerate() {
             let ops: Vec<String> = program.ops.iter().map(|op| op.work.to_string()).collect();
             programs.entry((2, rank)).or_default().insert(ops.join("\n"));

@@ -4,17 +4,12 @@
 //! them together, per payload byte, in units of one copy of 64 MiB in the same run. Frames are received where they arrive and
 //! are not read.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use contraflow_runtime::fabric::{
-    Address, Endpoint, FabricError, Formation, FrameKind, Listener, Phase, Region, Tag, Transport,
-    WiredNetwork,
-};
+use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Phase, Region, Tag, Transport};
 
 use super::cpu_seconds;
+use super::processes::{self, Processes};
 use crate::failure::Failure;
 use crate::output::print;
 
@@ -56,37 +51,15 @@ pub fn run(repeats: usize, part: Option<&str>) -> Result<(), Failure> {
 
 /// Runs one process for each part; the first one's lines go to stdout.
 fn together(parts: &[Part]) -> Result<(), Box<dyn std::error::Error>> {
-    let mut children: Vec<(Child, ChildStdin, BufReader<_>)> = Vec::new();
-    let mut addresses = Vec::new();
-    for part in parts {
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(["bench", "fabric", "--part", &serde_json::to_string(part)?])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let (input, output) = (child.stdin.take(), child.stdout.take());
-        let (input, output) = input.zip(output).ok_or("a child without pipes")?;
-        let mut output = BufReader::new(output);
-        let mut line = String::new();
-        output.read_line(&mut line)?;
-        addresses.push(serde_json::from_str::<Address>(&line)?);
-        children.push((child, input, output));
-    }
-    let addresses = serde_json::to_string(&addresses)? + "\n";
-    for (_, input, _) in &mut children {
-        input.write_all(addresses.as_bytes())?;
-    }
-    for line in (&mut children[0].2).lines() {
-        print(&format!("{}\n", line?)).map_err(|_| "stdout is closed")?;
-    }
-    for (mut child, input, _) in children {
-        drop(input);
-        let status = child.wait()?;
-        if !status.success() {
-            return Err(format!("a rank ended with {status}").into());
+    let mut processes = Processes::start("fabric", parts)?;
+    loop {
+        let line = processes.line(0)?;
+        if line.is_empty() {
+            break;
         }
+        print(&line).map_err(|_| "stdout is closed")?;
     }
-    Ok(())
+    processes.end()
 }
 
 /// One rank of a measurement.
@@ -109,20 +82,7 @@ struct Taken {
 }
 
 fn be(part: &Part) -> Result<(), Box<dyn std::error::Error>> {
-    let listener = Listener::bind("127.0.0.1:0".parse()?, Duration::from_secs(10))?;
-    println!("{}", serde_json::to_string(&listener.address())?);
-    let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line)?;
-    let formation = Formation {
-        job: 0,
-        generation: 0,
-        secret: *blake3::hash(line.as_bytes()).as_bytes(),
-        ranks: serde_json::from_str(&line)?,
-        local: vec![part.rank],
-        patience: Duration::from_secs(60),
-        transport: WIRES[part.wire].1,
-    };
-    let network = WiredNetwork::form(&listener, formation, Arc::new(|_| {}))?;
+    let network = processes::join(part.rank, WIRES[part.wire].1, None)?;
     let end = network.join(part.rank)?;
     let mut rank = Rank { end, world: part.world, repeats: part.repeats, step: 0, copy: copy_cost() };
     if part.rank == 0 {

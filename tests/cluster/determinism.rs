@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use contraflow_orchestrator::job::Outcome;
 use contraflow_runtime::fabric::{Disturbance, LocalOptions};
 use contraflow_runtime::schedule::{Chunk, Pass, Work};
 use contraflow_workers::data::batches::TaskKind;
@@ -13,25 +14,36 @@ use contraflow_workers::engine::probe::{Probe, ProbePoint};
 
 use crate::lab::{FOUR_RANKS, Lab, ONE_RANK, Setup, layout};
 
-/// Every number a run leaves, as bits: losses and norms by step, and the exported weights file by file.
+/// Every number a run leaves, as bits: losses and norms by step, the loss of the validation, the exported weights by file.
 #[derive(PartialEq)]
-struct Bits {
+pub struct Bits {
     numbers: Vec<[u64; 4]>,
+    validation: u64,
     files: BTreeMap<String, Vec<u8>>,
 }
 
 fn bits_of_a_run(lab: &Lab, name: &str, disturbance: Option<Disturbance>) -> Bits {
-    let dir = lab.path().join(name);
-    std::fs::create_dir(&dir).unwrap();
     let setup = lab.setup(FOUR_RANKS, &["training.steps=3"]);
     let network = LocalOptions { disturbance, ..setup.network };
-    let finished = lab.run(Setup { network, export_dir: Some(dir.clone()), ..setup });
-    assert_eq!(finished.losses().len(), 3);
+    bits_of(lab, name, Setup { network, ..setup })
+}
+
+/// Of a run with enough sequences for a validation.
+pub fn bits_of(lab: &Lab, name: &str, setup: Setup) -> Bits {
+    let dir = lab.path().join(name);
+    std::fs::create_dir(&dir).unwrap();
+    let steps = setup.recipe.training.steps;
+    let finished = lab.run(Setup { export_dir: Some(dir.clone()), ..setup });
+    assert_eq!(finished.losses().len(), steps);
     assert_eq!(finished.num_waiting, 0, "frames that nobody took");
     let numbers = finished.records.iter().map(|record| {
         [record.loss, record.mtp_loss.unwrap(), record.balance_loss, record.grad_norm].map(f64::to_bits)
     });
-    Bits { numbers: numbers.collect(), files: files_of(&dir) }
+    let Outcome::Done { validation: Some((validation, _)) } = finished.outcome else {
+        panic!("expected a validation, got {:?}", finished.outcome);
+    };
+    let (numbers, validation) = (numbers.collect(), validation.to_bits());
+    Bits { numbers, validation, files: files_of(&dir) }
 }
 
 fn files_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -88,20 +88,24 @@ fn a_panic_in_the_metrics_actor_ends_the_run_with_one_message() {
     assert_says(&finished, &["the metrics actor failed", CAUSE]);
 }
 
+/// Whether a probe is to act on an operation.
+type IsWanted = fn(&Op) -> bool;
+
 #[test]
 fn a_panic_on_any_lane_ends_the_run_with_one_message() {
     let lab = Lab::new();
-    let lanes: [fn(Lane) -> bool; 4] = [
-        |lane| lane == Lane::Compute,
-        |lane| lane == Lane::Expert,
-        |lane| matches!(lane, Lane::Send(_)),
-        |lane| matches!(lane, Lane::Receive(_)),
+    let ops: [(IsWanted, &str); 5] = [
+        (|op| op.lane == Lane::Compute && op.action.is_some(), "action "),
+        (|op| op.lane == Lane::Expert, "action "),
+        (|op| matches!(op.lane, Lane::Send(_)), "action "),
+        (|op| matches!(op.lane, Lane::Receive(_)), "action "),
+        (|op| op.lane == Lane::Collective, "all-gather of bucket "),
     ];
-    for is_lane in lanes {
-        let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 2, step: 2, op } if is_lane(op.lane));
+    for (is_wanted, said) in ops {
+        let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 2, step: 2, op } if is_wanted(op));
         let finished =
             lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
-        assert_says(&finished, &["rank 2, action ", "panicked", CAUSE]);
+        assert_says(&finished, &[&format!("rank 2, {said}"), "panicked", CAUSE]);
     }
 }
 
@@ -146,7 +150,7 @@ fn a_panic_in_the_update_names_the_operation() {
     let lab = Lab::new();
     let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Gradients { rank: 3, step: 2, .. });
     let finished = lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
-    assert_says(&finished, &["rank 3, packing of the gradients of bucket 0", "panicked", CAUSE]);
+    assert_says(&finished, &["rank 3, packing of the gradients of bucket 5", "panicked", CAUSE]);
 }
 
 #[test]

@@ -107,6 +107,7 @@ pub struct Setup {
     pub checkpoints: Option<Commits>,
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
+    pub overlap: bool,
     /// What carries the frames if every rank is as if in a process of its own.
     pub wire: Option<Transport>,
     pub probe: Probe,
@@ -183,6 +184,7 @@ impl Lab {
             checkpoints: None,
             export_dir: None,
             network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
+            overlap: true,
             wire: None,
             probe: Probe::default(),
             subscriber: None,
@@ -209,6 +211,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        overlap,
         wire,
         probe,
         subscriber: another,
@@ -230,6 +233,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        overlap,
         probe,
         subscribers,
     };
@@ -264,8 +268,8 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
     let ranks: Vec<_> = listeners.iter().map(Listener::address).collect();
     let part = |(rank, listener): (usize, &Listener)| {
         let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
-        let formation =
-            Formation { job: 0, generation: 1, secret: [3; 32], ranks, local, patience, transport };
+        let (job, generation, secret, disturbance) = (0, 1, [3; 32], None);
+        let formation = Formation { job, generation, secret, ranks, local, patience, transport, disturbance };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };

@@ -20,7 +20,7 @@ use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 const BEFORE: u64 = 3;
 
 /// Keeps checkpoints in a run's folder.
-fn commits(run: &Path, recipe: &Recipe) -> Commits {
+pub fn commits(run: &Path, recipe: &Recipe) -> Commits {
     let manifest = manifest(recipe, "").unwrap();
     Commits {
         folder: CheckpointFolder::of_run(run),
@@ -39,7 +39,8 @@ fn run(lab: &Lab, (run, layout): (&Path, Layout), from: Option<&Path>, steps: u6
     lab.run(Setup { resume, checkpoints, ..setup })
 }
 
-fn checkpoint(run: &Path, step: u64) -> PathBuf {
+/// The folder of a step's checkpoint.
+pub fn checkpoint(run: &Path, step: u64) -> PathBuf {
     CheckpointFolder::of_run(run).committed(step)
 }
 
@@ -50,7 +51,7 @@ fn bits(record: &StepRecord) -> [u64; 5] {
 }
 
 /// Files of a checkpoint, without the manifest: it also holds the number of steps that the recipe asks for.
-fn shards(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn shards(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let shards = files.filter(|path| path.extension().is_some_and(|ending| ending == "safetensors"));
     shards

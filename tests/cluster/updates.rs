@@ -86,16 +86,18 @@ impl Rank {
             hidden_size: recipe.model_config.hidden_size,
             probe: Probe::default(),
         };
-        let programs = StepPrograms::new(vec![Program::default()], &plans.sharding);
+        let programs = StepPrograms::new(&[Program::default()], &plans.sharding);
         Rank { site, arch, programs, params, optimizer: Some(optimizer) }
     }
 
     fn run(&self, step: u64, part: Part, workload: Workload) -> Workload {
         let programs = match part {
             Part::Passes => &self.programs.gradients,
+            Part::Gathering => &self.programs.gathering,
             Part::Evidence => &self.programs.evidence,
             Part::Update => &self.programs.update,
             Part::Skip => &self.programs.skip,
+            Part::Gather => &self.programs.gather,
         };
         let id = StepId { job: 0, generation: 0, phase: Phase::Train, step };
         let program = Arc::new(programs[0].clone());
@@ -123,7 +125,8 @@ impl Rank {
         compute.totals = Totals { expert_counts, ..Totals::default() };
         let rates = UpdateRates { step, learning_rate: 0.1, bias_speed: 0.1 };
         let save = SaveWhen::Never;
-        let order = UpdateOrder { rates, stop: Arc::default(), save, replicate: false, buddy: None };
+        let order =
+            UpdateOrder { rates, stop: Arc::default(), save, replicate: false, gather: true, buddy: None };
         let update = Some(Update::new(order, self.optimizer.take().unwrap()));
         let transit = Transit::default();
         let mut workload = Workload { batches: Vec::new(), transit, compute, update };

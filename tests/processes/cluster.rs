@@ -339,7 +339,8 @@ pub fn curve(steps: &[Value]) -> Vec<(u64, u64, u64)> {
 fn address_of(orchestrator: &Process) -> Option<String> {
     let told = orchestrator.told();
     let rest = told.split("orchestrator at ").nth(1)?;
-    Some(rest.split(',').next()?.to_owned())
+    // It may be written only in part by now.
+    Some(rest.split_once(',')?.0.to_owned())
 }
 
 /// A worker that may use so much address space. **Units**: KiB.

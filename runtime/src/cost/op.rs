@@ -238,8 +238,8 @@ mod tests {
             sequence_length: 64,
             mode: Mode::Train,
         };
-        let sharding = Sharding { buckets: buckets.clone(), replicated: false };
-        let programs = StepPrograms::new(lower(&plan, Some(&stages), topology.expert), &sharding).whole();
+        let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: true };
+        let programs = StepPrograms::new(&lower(&plan, Some(&stages), topology.expert), &sharding).whole();
         let of_rank = |rank: usize| {
             let ops = &programs[topology.coordinates(rank).pipeline].ops;
             let shapes = &shapes;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::FabricError;
+use super::delays::Disturbance;
 use super::stream::Address;
 
 /// What carries the frames between two processes.
@@ -35,6 +36,8 @@ pub struct Formation {
     pub patience: Duration,
     /// What carries the frames.
     pub transport: Transport,
+    /// Delays of frames from other processes, for measurements. A peer that leaves takes along what is still held back.
+    pub disturbance: Option<Disturbance>,
 }
 
 /// A peer is lost: told once for each process, whatever ends on its links.
@@ -109,8 +112,9 @@ mod tests {
         let ranks = vec![address(1, "a"), address(2, "b"), address(1, "a")];
         let refusal = |local: &[usize], transport| {
             let (ranks, local, patience) = (ranks.clone(), local.to_vec(), Duration::from_secs(1));
+            let (job, generation, secret, disturbance) = (0, 0, [0; 32], None);
             let formation =
-                Formation { job: 0, generation: 0, secret: [0; 32], ranks, local, patience, transport };
+                Formation { job, generation, secret, ranks, local, patience, transport, disturbance };
             formation.sites().err().map(|error| error.to_string())
         };
         assert_eq!(refusal(&[0, 2], Transport::Auto), None);

@@ -2,8 +2,10 @@
 //! the peer that it waits for is lost.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::delays::Delays;
 use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
 use crate::trace::TraceContext;
@@ -63,6 +65,26 @@ impl Inbox {
         drop(state);
         self.arrived.notify_all();
         before.map_or(Ok(()), |_| Err(FabricError::Duplicate { tag }))
+    }
+
+    /// The same for a frame to rank `to` once its delay is over, if there are delays: then one that is refused ends all waits.
+    ///
+    /// **Errors**: without delays as above.
+    pub fn deliver_late(
+        self: &Arc<Self>,
+        delays: Option<&Delays>,
+        to: usize,
+        tag: Tag,
+        arrival: Arrival,
+    ) -> Result<(), FabricError> {
+        let Some(delays) = delays else { return self.deliver(tag, arrival) };
+        let inbox = self.clone();
+        delays.hold(to, &tag, move || {
+            if let Err(error) = inbox.deliver(tag, arrival) {
+                inbox.abort(&error.to_string());
+            }
+        });
+        Ok(())
     }
 
     /// Takes the frame with this tag, waiting for it for at most `patience`; the span that sent it is told along.

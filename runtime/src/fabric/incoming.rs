@@ -147,7 +147,8 @@ impl InLink {
             }
         };
         let arrival = Arrival { parts: regions(&backing, parts, &places), trace, receipt: Some(receipt) };
-        inbox.deliver(tag, arrival).map_err(|error| ReadError::Bad(error.to_string()))
+        let delivered = inbox.deliver_late(network.delays(), to as usize, tag, arrival);
+        delivered.map_err(|error| ReadError::Bad(error.to_string()))
     }
 }
 

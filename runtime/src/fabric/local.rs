@@ -1,30 +1,18 @@
 //! The fabric inside one process: a frame is handed over as it is, nothing is copied.
 //!
-//! For tests it can hold frames back for a seeded random time, which also reorders them, and keep a ledger of what was sent.
+//! For tests it can hold frames back and keep a ledger of what was sent.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
+use super::delays::{Delays, Disturbance};
 use super::endpoint::{Endpoint, Network};
 use super::inbox::{Arrival, Inbox};
 use super::{FabricError, Region, Tag};
-use crate::random::mix;
 use crate::trace::TraceContext;
-
-/// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
-#[derive(Clone, Copy, Debug)]
-pub struct Disturbance {
-    /// Seed of the delays.
-    pub seed: u64,
-    /// Longest delay of a frame.
-    pub max_delay: Duration,
-}
 
 /// What a network is made with.
 #[derive(Clone, Copy, Debug)]
@@ -59,26 +47,15 @@ pub struct Sent {
 pub struct LocalNetwork {
     inboxes: DashMap<usize, Arc<Inbox>>,
     options: LocalOptions,
-    delayed: Option<Mutex<Sender<Delayed>>>,
+    delays: Option<Delays>,
     ledger: Mutex<Vec<Sent>>,
-}
-
-struct Delayed {
-    due: Instant,
-    inbox: Arc<Inbox>,
-    tag: Tag,
-    arrival: Arrival,
 }
 
 impl LocalNetwork {
     /// A network without ranks.
     pub fn new(options: LocalOptions) -> Arc<Self> {
-        let delayed = options.disturbance.map(|_| {
-            let (sender, receiver) = channel();
-            std::thread::spawn(move || hold_back(&receiver));
-            Mutex::new(sender)
-        });
-        Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delayed, ledger: Mutex::new(Vec::new()) })
+        let delays = options.disturbance.map(Delays::new);
+        Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delays, ledger: Mutex::new(Vec::new()) })
     }
 
     /// Adds a rank and returns its end of the network.
@@ -112,61 +89,12 @@ impl LocalNetwork {
         parts: Vec<Region>,
         trace: TraceContext,
     ) -> Result<(), FabricError> {
-        let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?.clone();
+        let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?;
         if self.options.keep_ledger {
             let bytes = parts.iter().map(Region::len).sum();
             self.ledger.lock().push(Sent { tag, to, bytes });
         }
         let arrival = Arrival { parts, trace, receipt: None };
-        match (&self.delayed, self.options.disturbance) {
-            (Some(queue), Some(disturbance)) => {
-                let due = Instant::now() + delay_of(disturbance, &tag, to);
-                let queue = queue.lock();
-                queue.send(Delayed { due, inbox, tag, arrival }).map_err(|_| FabricError::NoSuchRank { to })
-            }
-            _ => inbox.deliver(tag, arrival),
-        }
-    }
-}
-
-fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
-    let words = [
-        tag.step,
-        u64::from(tag.stage),
-        u64::from(tag.micro_batch),
-        u64::from(tag.layer),
-        tag.kind as u64,
-        to as u64,
-    ];
-    let seed = disturbance.seed ^ u64::from(tag.source);
-    let mixed = words.into_iter().fold(seed, |mixed, word| mix(mixed ^ word));
-    disturbance.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
-}
-
-/// Delivers each frame when it is due; ends when the network is gone.
-fn hold_back(queue: &Receiver<Delayed>) {
-    let mut waiting: BinaryHeap<Reverse<(Instant, u64)>> = BinaryHeap::new();
-    let mut frames = std::collections::HashMap::new();
-    for number in 0.. {
-        let next_due = waiting.peek().map(|Reverse((due, _))| due.saturating_duration_since(Instant::now()));
-        match queue.recv_timeout(next_due.unwrap_or(Duration::from_secs(3600))) {
-            Ok(frame) => {
-                waiting.push(Reverse((frame.due, number)));
-                frames.insert(number, frame);
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-        while let Some(&Reverse((due, number))) = waiting.peek() {
-            if due > Instant::now() {
-                break;
-            }
-            waiting.pop();
-            if let Some(Delayed { inbox, tag, arrival, .. }) = frames.remove(&number)
-                && let Err(error) = inbox.deliver(tag, arrival)
-            {
-                inbox.abort(&error.to_string());
-            }
-        }
+        inbox.deliver_late(self.delays.as_ref(), to, tag, arrival)
     }
 }

@@ -6,6 +6,7 @@
 mod activity;
 mod arrived;
 mod blocks;
+mod delays;
 mod endpoint;
 mod formation;
 pub mod handshake;
@@ -25,10 +26,11 @@ mod wired;
 
 pub use activity::{Activity, AtWork, Progress};
 pub use arrived::ArrivedPart;
+pub use delays::Disturbance;
 pub use endpoint::Endpoint;
 pub use formation::{Fault, Formation, Transport};
 pub use listener::Listener;
-pub use local::{Disturbance, LocalNetwork, LocalOptions, Sent};
+pub use local::{LocalNetwork, LocalOptions, Sent};
 pub use region::{Form, Memory, Region};
 pub use stream::Address;
 pub use tag::{FrameKind, Phase, Tag};

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::arrived::BufferPool;
+use super::delays::Delays;
 use super::endpoint::{Endpoint, Network};
 use super::formation::{Fault, Formation, Site, Transport};
 use super::handshake::{Carrier, Hello, welcome};
@@ -58,6 +59,7 @@ pub struct WiredNetwork {
     /// By rank.
     site_of: Vec<usize>,
     inboxes: HashMap<usize, Arc<Inbox>>,
+    delays: Option<Delays>,
     /// By site.
     peers: Mutex<Vec<Peer>>,
     buffers: Arc<BufferPool>,
@@ -83,6 +85,7 @@ impl WiredNetwork {
         let network = Arc::new(WiredNetwork {
             peers: Mutex::new(sites.iter().map(peer).collect()),
             inboxes: formation.local.iter().map(|&rank| (rank, Arc::default())).collect(),
+            delays: formation.disturbance.map(Delays::new),
             formation,
             sites,
             site_of,
@@ -271,6 +274,11 @@ impl WiredNetwork {
             return Err(format!("a frame of rank {source} came from the process of ranks {ranks:?}"));
         }
         self.inboxes.get(&(to as usize)).ok_or_else(|| format!("a frame for rank {to} came here"))
+    }
+
+    /// Delays of what comes by links, if there are any.
+    pub(super) fn delays(&self) -> Option<&Delays> {
+        self.delays.as_ref()
     }
 
     /// Receive buffers.

@@ -1,6 +1,6 @@
 //! The part of `check` that looks at the update of a training step: is every bucket reduced once after its last weight
-//! gradient, updated once after the verdict, gathered once after that, and does every pair of ranks come to their
-//! collectives in one order.
+//! gradient, updated once after the verdict, gathered once after that and before it is read again, and does every pair of
+//! ranks come to their collectives in one order.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use super::check::{Fault, Faults, Report, check, unit_cost};
 use super::check_programs::{deadlock_faults, op_faults};
 use super::deadlock::list_ranks;
 use super::program::{Lane, OpId, Program, Work};
-use super::update::{StepPrograms, differentiates};
+use super::update::{StepPrograms, differentiates, uses};
 use super::walk::walk;
 
 /// Checks a plan and the programs of a whole training step made of it.
@@ -22,7 +22,10 @@ pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<Fault>
     let mut faults = Faults::default();
     let checked = check(plan, &step.gradients);
     let report = checked.map_err(|found| faults.0 = found).ok();
-    for programs in [&step.evidence, &step.update, &step.skip] {
+    if step.overlap {
+        faults.0.extend(check(plan, &step.gathering).err().unwrap_or_default());
+    }
+    for programs in [&step.evidence, &step.update, &step.skip, &step.gather] {
         if programs.len() != plan.ranks() {
             let (expected, got) = (plan.ranks(), programs.len());
             faults.add(None, None, format!("expected {expected} programs, one per rank, got {got}"));
@@ -35,40 +38,52 @@ pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<Fault>
         }
     }
     if faults.0.is_empty() {
-        let whole = step.whole();
-        whole.iter().enumerate().for_each(|(rank, program)| bucket_faults(rank, program, &mut faults));
-        membership_faults(&whole, &mut faults);
-        order_faults(&whole, &mut faults);
-        replica_faults(&whole, &mut faults);
+        whole_faults(&step.alone(), false, &mut faults);
+        if step.overlap {
+            whole_faults(&step.whole(), true, &mut faults);
+        }
     }
     report.filter(|_| faults.0.is_empty()).ok_or(faults.0)
 }
 
-/// What becomes of a bucket, in order; a bucket that one rank holds alone needs no other rank.
-fn life(bucket: &Bucket) -> Vec<Work> {
-    let number = bucket.number;
-    let all = [
-        Work::Pack { bucket: number },
-        Work::Reduce { bucket: number },
-        Work::GradNorm { bucket: number },
-        Work::Totals,
-        Work::Apply { bucket: number },
-        Work::Gather { bucket: number },
-        Work::Unpack { bucket: number },
-    ];
-    let is_lone = |work: &Work| matches!(work, Work::GradNorm { .. } | Work::Totals | Work::Apply { .. });
-    all.into_iter().filter(|work| bucket.copies > 1 || is_lone(work)).collect()
+/// Whether a step does all that it should, with its ranks in agreement. Where it is `behind` another one it begins with the
+/// gathering of that one's update, and leaves its own to the next.
+fn whole_faults(programs: &[Program], behind: bool, faults: &mut Faults) {
+    for (rank, program) in programs.iter().enumerate() {
+        bucket_faults(rank, program, behind, faults);
+    }
+    membership_faults(programs, faults);
+    order_faults(programs, faults);
+    replica_faults(programs, faults);
 }
 
-/// Whether every bucket of a rank goes through its whole life, each part of it after the one before.
-fn bucket_faults(rank: usize, program: &Program, faults: &mut Faults) {
+/// What becomes of a bucket's gradients, in order; a bucket that one rank holds alone needs no other rank.
+fn reduction(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
+    let alone = [Work::GradNorm { bucket }, Work::Totals, Work::Apply { bucket }];
+    match copies {
+        0 | 1 => Vec::from(alone),
+        _ => [Work::Pack { bucket }, Work::Reduce { bucket }].into_iter().chain(alone).collect(),
+    }
+}
+
+/// What becomes of a bucket's updated weights, in order.
+fn gathering(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
+    match copies {
+        0 | 1 => Vec::new(),
+        _ => vec![Work::Gather { bucket }, Work::Unpack { bucket }],
+    }
+}
+
+/// Whether every bucket of a rank is reduced after its last gradient, updated after that, gathered after its update, and read
+/// only when it is gathered.
+fn bucket_faults(rank: usize, program: &Program, behind: bool, faults: &mut Faults) {
     let places: HashMap<Work, OpId> = program.ops.iter().enumerate().map(|(id, op)| (op.work, id)).collect();
     let order = Order::of(program);
-    for bucket in &program.buckets {
-        let last_gradient = program.ops.iter().rposition(|op| differentiates(&op.work, bucket));
-        let mut before = last_gradient;
-        for work in life(bucket) {
-            let Some(&id) = places.get(&work) else {
+    let mut chain = |first: Option<OpId>, works: Vec<Work>, last: Option<OpId>| {
+        let mut before = first;
+        let places = works.into_iter().map(|work| (work, places.get(&work).copied()));
+        for (work, place) in places.chain(last.map(|id| (program.ops[id].work, Some(id)))) {
+            let Some(id) = place else {
                 faults.add(Some(rank), None, format!("the program has no {work}"));
                 continue;
             };
@@ -77,6 +92,19 @@ fn bucket_faults(rank: usize, program: &Program, faults: &mut Faults) {
                 faults.of(rank, &program.ops[id], format!("{work} does not wait for {earlier}"));
             }
             before = Some(id);
+        }
+    };
+    for bucket in &program.buckets {
+        let last_gradient = program.ops.iter().rposition(|op| differentiates(&op.work, bucket));
+        let first_read = program.ops.iter().position(|op| uses(&op.work, bucket));
+        match behind {
+            false => {
+                chain(last_gradient, [reduction(bucket), gathering(bucket)].concat(), None);
+            }
+            true => {
+                chain(last_gradient, reduction(bucket), None);
+                chain(None, gathering(bucket), first_read);
+            }
         }
     }
     if !places.contains_key(&Work::Totals) {

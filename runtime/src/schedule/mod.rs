@@ -38,6 +38,6 @@ pub use lower::lower;
 pub use messages::{Message, messages};
 pub use program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, TransferKind, Work};
 pub use report::{PlanReport, RankFigures, StepCost, size};
-pub use timeline::{Span, Timeline};
+pub use timeline::{Idle, Span, Timeline};
 pub use update::{Sharding, StepPrograms, buckets};
 pub use walk::walk;

@@ -3,13 +3,14 @@
 //! One type for both, so that a plan, its simulation and a run of it can be laid side by side. Knows no clock.
 
 use std::borrow::Borrow;
+use std::ops::Range;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::program::{Lane, Program};
+use super::program::{Lane, Program, Work};
 
 /// When an operation ran.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Span {
     /// Start: in the unit of the costs on a virtual clock, in seconds of a run.
     pub start: f64,
@@ -22,6 +23,15 @@ impl Span {
     pub fn duration(&self) -> f64 {
         self.end - self.start
     }
+}
+
+/// Time in which a compute lane had nothing to do, by what it waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Idle {
+    /// Before operations of the passes: the bubble.
+    pub passes: f64,
+    /// Before operations of the update, and behind the last one: communication that nothing hides.
+    pub update: f64,
 }
 
 /// When everything ran.
@@ -50,5 +60,31 @@ impl Timeline {
         let programs = programs.iter().map(Borrow::borrow);
         let compute_busy = programs.enumerate().map(busy).collect();
         Timeline { spans, makespan, compute_busy }
+    }
+
+    /// How long the compute lane stood idle in the programs `which`, one after the other, from `begin` until the end of their
+    /// last operation.
+    ///
+    /// # Panics
+    /// If there are no such programs.
+    pub fn idle(&self, programs: &[impl Borrow<Program>], which: Range<usize>, begin: f64) -> Idle {
+        let mut idle = Idle::default();
+        let (mut free, mut end) = (begin, begin);
+        for index in which {
+            let ops = &programs[index].borrow().ops;
+            for (op, span) in ops.iter().zip(&self.spans[index]) {
+                end = f64::max(end, span.end);
+                if op.lane == Lane::Compute {
+                    let waited = f64::max(span.start - free, 0.0);
+                    match op.work {
+                        Work::Component { .. } => idle.passes += waited,
+                        _ => idle.update += waited,
+                    }
+                    free = f64::max(free, span.end);
+                }
+            }
+        }
+        idle.update += end - free;
+        idle
     }
 }

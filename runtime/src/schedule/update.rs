@@ -2,7 +2,10 @@
 //! gradients, update its weights and gather them (ZeRO-1, report section 3.2.3).
 //!
 //! A step has two halves, since a verdict stands between them: the first ends with the totals, from which every rank judges
-//! alike whether the second one runs. Follows from placement, layouts and topology alone; knows no tensors and no optimizer.
+//! alike whether the second one runs. What the second half has updated is gathered behind it, or at the front of the next
+//! step. Follows from placement, layouts and topology alone; knows no tensors and no optimizer.
+
+use std::collections::{BTreeMap, VecDeque};
 
 use super::bucket::{Bucket, Contents};
 use super::program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, Work};
@@ -38,7 +41,7 @@ pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topo
 }
 
 /// Whether an operation reads weights of a bucket, or makes gradients of them.
-fn uses(work: &Work, bucket: &Bucket) -> bool {
+pub(super) fn uses(work: &Work, bucket: &Bucket) -> bool {
     let Work::Component { chunk, component, .. } = work else { return false };
     bucket.stages.contains(&chunk.stage)
         && match bucket.contents {
@@ -69,6 +72,9 @@ pub struct Sharding {
     pub buckets: Vec<Bucket>,
     /// Whether each rank's state is replicated in the memory of another worker.
     pub replicated: bool,
+    /// Whether a bucket is reduced as soon as its last gradient is there, and gathered beside the next step's first
+    /// operations. Sums and weights are the same either way, bit for bit.
+    pub overlap: bool,
 }
 
 impl Sharding {
@@ -83,86 +89,130 @@ impl Sharding {
 pub struct StepPrograms {
     /// The first half: the passes, the reduction of the gradients, the totals.
     pub gradients: Vec<Program>,
+    /// The same behind a step whose update has not been gathered yet.
+    pub gathering: Vec<Program>,
     /// What runs next if the totals are not finite: the ranks tell each other why.
     pub evidence: Vec<Program>,
     /// The second half, if the verdict is for it.
     pub update: Vec<Program>,
     /// The second half, if the verdict is to go on without an update.
     pub skip: Vec<Program>,
+    /// Gathers an update at once: where the next step does not, or where none follows.
+    pub gather: Vec<Program>,
+    /// See [`Sharding::overlap`].
+    pub overlap: bool,
 }
 
 impl StepPrograms {
     /// From the programs of the passes, as [`lower`](super::lower()) makes them.
-    pub fn new(passes: Vec<Program>, sharding: &Sharding) -> StepPrograms {
-        let ranks = passes.len();
-        let passes = passes.into_iter().enumerate();
+    pub fn new(passes: &[Program], sharding: &Sharding) -> StepPrograms {
+        let for_each = |make: &dyn Fn(&Program, Vec<Bucket>) -> Program| {
+            let programs = passes.iter().enumerate();
+            programs.map(|(position, passes)| make(passes, sharding.held_by(position))).collect()
+        };
         StepPrograms {
-            gradients: passes.map(|(position, passes)| gradients(passes, position, sharding)).collect(),
-            evidence: vec![evidence(); ranks],
-            update: (0..ranks).map(|position| update(sharding.held_by(position))).collect(),
-            skip: vec![skip(); ranks],
+            gradients: for_each(&|passes, held| gradients(passes, held, sharding, false)),
+            gathering: for_each(&|passes, held| gradients(passes, held, sharding, true)),
+            evidence: for_each(&|_, _| evidence()),
+            update: for_each(&|_, held| update(held)),
+            skip: for_each(&|_, _| skip()),
+            gather: for_each(&|_, held| gather(held)),
+            overlap: sharding.overlap,
         }
     }
 
-    /// Both halves of a step that is updated, as one program for each pipeline rank: what its timeline is about.
+    /// A step that is updated, as one program for each pipeline rank: what its timeline is about. With overlap it begins with
+    /// the gathering of the step before it.
     pub fn whole(&self) -> Vec<Program> {
-        self.gradients.iter().zip(&self.update).map(|(first, second)| joined(first, second)).collect()
+        match self.overlap {
+            true => joined(&self.gathering, &self.update),
+            false => self.alone(),
+        }
+    }
+
+    /// A step that is updated and gathered, with none before it and none behind it.
+    pub(super) fn alone(&self) -> Vec<Program> {
+        joined(&joined(&self.gradients, &self.update), &self.gather)
     }
 }
 
-/// The second half begins when the first one has ended.
-fn joined(first: &Program, second: &Program) -> Program {
-    let offset = first.ops.len();
-    let mut begun: Vec<Lane> = Vec::new();
-    let mut whole = first.clone();
-    for op in &second.ops {
-        let mut op = op.clone();
-        op.after.iter_mut().for_each(|earlier| *earlier += offset);
-        if !begun.contains(&op.lane) {
-            begun.push(op.lane);
-            let totals = first.ops.iter().rposition(|earlier| earlier.work == Work::Totals);
-            op.after.extend(totals.filter(|&totals| first.ops[totals].lane != op.lane));
+/// Each program of `second` begins when that of `first` has ended.
+fn joined(first: &[Program], second: &[Program]) -> Vec<Program> {
+    let join = |(first, second): (&Program, &Program)| {
+        let offset = first.ops.len();
+        let mut whole = first.clone();
+        let mut begun: Vec<Lane> = Vec::new();
+        for op in &second.ops {
+            let mut op = op.clone();
+            op.after.iter_mut().for_each(|earlier| *earlier += offset);
+            if !begun.contains(&op.lane) {
+                begun.push(op.lane);
+                op.after.extend(tails(&first.ops, op.lane));
+            }
+            whole.ops.push(op);
         }
-        whole.ops.push(op);
-    }
-    whole
+        whole
+    };
+    first.iter().zip(second).map(join).collect()
 }
 
-/// Passes, then bucket by bucket the reduction, then the totals.
-fn gradients(passes: Program, position: usize, sharding: &Sharding) -> Program {
-    let mut draft = Draft { ops: passes.ops };
-    let held = sharding.held_by(position);
-    let mut last = None;
-    for &Bucket { number: bucket, copies, .. } in &held {
-        let mut after = Vec::new();
-        if copies > 1 {
-            let pack = draft.push(Lane::Compute, Work::Pack { bucket }, &[]);
-            after.push(draft.push(Lane::Collective, Work::Reduce { bucket }, &[pack]));
-        }
-        last = Some(draft.push(Lane::Compute, Work::GradNorm { bucket }, &after));
+/// The last operation of every lane but one.
+fn tails(ops: &[Op], but: Lane) -> Vec<OpId> {
+    let mut tails: BTreeMap<Lane, OpId> = ops.iter().enumerate().map(|(id, op)| (op.lane, id)).collect();
+    tails.remove(&but);
+    tails.into_values().collect()
+}
+
+/// The passes with the reduction behind them or among them, and the totals at the end. With `gathers` the update of the step
+/// before is gathered first, each bucket in time for the first operation that reads it.
+fn gradients(passes: &Program, held: Vec<Bucket>, sharding: &Sharding, gathers: bool) -> Program {
+    let mut draft = Draft::default();
+    let shared: Vec<&Bucket> = held.iter().filter(|bucket| bucket.copies > 1).collect();
+    if gathers {
+        draft.gather(&shared);
+    }
+    // A backward pass comes to the last stage first: what it finishes first is reduced first.
+    let mut order: Vec<&Bucket> = held.iter().collect();
+    if sharding.overlap {
+        order.reverse();
+    }
+    draft.reducing = order.iter().filter(|bucket| bucket.copies > 1).map(|bucket| bucket.number).collect();
+    let last = |bucket: &Bucket| passes.ops.iter().rposition(|op| differentiates(&op.work, bucket));
+    let ready: Vec<(usize, Option<OpId>)> = match sharding.overlap {
+        true => shared.iter().map(|bucket| (bucket.number, last(bucket))).collect(),
+        false => Vec::new(),
+    };
+    let offset_of = |numbers: &[OpId], earlier: OpId| numbers.get(earlier).copied();
+    let mut numbers: Vec<OpId> = Vec::with_capacity(passes.ops.len());
+    for (id, op) in passes.ops.iter().enumerate() {
+        let read = shared.iter().filter(|bucket| uses(&op.work, bucket));
+        read.for_each(|bucket| draft.unpack(bucket.number));
+        let after = op.after.iter().filter_map(|&earlier| offset_of(&numbers, earlier)).collect();
+        numbers.push(draft.ops.len());
+        draft.ops.push(Op { after, ..op.clone() });
+        let complete = ready.iter().filter(|(_, last)| *last == Some(id));
+        complete.for_each(|&(bucket, _)| draft.pack(bucket));
+    }
+    shared.iter().for_each(|bucket| draft.unpack(bucket.number));
+    let mut last_norm = None;
+    for bucket in order {
+        last_norm = Some(draft.norm(bucket));
     }
     if sharding.replicated {
         draft.push(Lane::Collective, Work::AwaitReplica, &[]);
     }
-    draft.push(Lane::Collective, Work::Totals, last.as_slice());
+    draft.push(Lane::Collective, Work::Totals, last_norm.as_slice());
     draft.program(held)
 }
 
-/// Bucket by bucket AdamW and the gathering, which hides behind the next bucket.
+/// AdamW on every bucket.
 fn update(held: Vec<Bucket>) -> Program {
     let mut draft = Draft::default();
-    let mut gathers = Vec::new();
-    for &Bucket { number: bucket, copies, .. } in &held {
-        let apply = draft.push(Lane::Compute, Work::Apply { bucket }, &[]);
-        if copies > 1 {
-            gathers.push((bucket, draft.push(Lane::Collective, Work::Gather { bucket }, &[apply])));
-        }
+    for bucket in &held {
+        draft.push(Lane::Compute, Work::Apply { bucket: bucket.number }, &[]);
     }
     draft.push(Lane::Compute, Work::Balance, &[]);
     draft.push(Lane::Compute, Work::Snapshot, &[]);
-    for (bucket, gather) in gathers {
-        draft.push(Lane::Compute, Work::Unpack { bucket }, &[gather]);
-    }
     draft.program(held)
 }
 
@@ -181,16 +231,73 @@ fn skip() -> Program {
     draft.program(Vec::new())
 }
 
+/// The gathering of an update, with nothing beside it.
+fn gather(held: Vec<Bucket>) -> Program {
+    let mut draft = Draft::default();
+    let shared: Vec<&Bucket> = held.iter().filter(|bucket| bucket.copies > 1).collect();
+    draft.gather(&shared);
+    shared.iter().for_each(|bucket| draft.unpack(bucket.number));
+    draft.program(held)
+}
+
 /// A program in the making.
 #[derive(Default)]
 struct Draft {
     ops: Vec<Op>,
+    /// Gathers that nothing has waited for yet, by bucket.
+    gathers: BTreeMap<usize, OpId>,
+    /// Packs whose reduction is not issued yet, by bucket.
+    packs: BTreeMap<usize, OpId>,
+    /// Buckets in the order in which they are reduced: the same on every rank.
+    reducing: VecDeque<usize>,
+    /// By bucket.
+    reduces: BTreeMap<usize, OpId>,
 }
 
 impl Draft {
     fn push(&mut self, lane: Lane, work: Work, after: &[OpId]) -> OpId {
         self.ops.push(Op { lane, work, after: after.to_vec(), action: None });
         self.ops.len() - 1
+    }
+
+    /// In the order in which a forward pass reads them: the embedding comes before the rest of its stage.
+    fn gather(&mut self, buckets: &[&Bucket]) {
+        let mut order = buckets.to_vec();
+        order.sort_by_key(|bucket| (bucket.stages[0], bucket.contents != Contents::Embedding));
+        for &Bucket { number: bucket, .. } in order {
+            let gather = self.push(Lane::Collective, Work::Gather { bucket }, &[]);
+            self.gathers.insert(bucket, gather);
+        }
+    }
+
+    /// Unless the bucket is unpacked, or not gathered at all.
+    fn unpack(&mut self, bucket: usize) {
+        if let Some(gather) = self.gathers.remove(&bucket) {
+            self.push(Lane::Compute, Work::Unpack { bucket }, &[gather]);
+        }
+    }
+
+    /// A bucket's gradients are complete: it is reduced as soon as all those before it are.
+    fn pack(&mut self, bucket: usize) {
+        let pack = self.push(Lane::Compute, Work::Pack { bucket }, &[]);
+        self.packs.insert(bucket, pack);
+        while let Some(&bucket) = self.reducing.front()
+            && let Some(pack) = self.packs.remove(&bucket)
+        {
+            self.reducing.pop_front();
+            let reduce = self.push(Lane::Collective, Work::Reduce { bucket }, &[pack]);
+            self.reduces.insert(bucket, reduce);
+        }
+    }
+
+    /// Behind the passes: what is not packed yet is packed now.
+    fn norm(&mut self, &Bucket { number: bucket, copies, .. }: &Bucket) -> OpId {
+        let is_packed = self.reduces.contains_key(&bucket) || self.packs.contains_key(&bucket);
+        if copies > 1 && !is_packed {
+            self.pack(bucket);
+        }
+        let after: Vec<OpId> = self.reduces.get(&bucket).copied().into_iter().collect();
+        self.push(Lane::Compute, Work::GradNorm { bucket }, &after)
     }
 
     fn program(self, buckets: Vec<Bucket>) -> Program {

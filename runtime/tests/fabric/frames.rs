@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Memory, Region, Transport};
+use contraflow_runtime::fabric::{Disturbance, Endpoint, FabricError, FrameKind, Memory, Region, Transport};
 
-use crate::lab::{WIRES, bytes_of, close, noise, sites, tag};
+use crate::lab::{WIRES, bytes_of, close, noise, sites, sites_with, tag};
 
 #[test]
 fn frames_arrive_as_they_were_sent() {
@@ -76,6 +76,26 @@ fn ranks_of_one_process_hand_the_value_itself_over() {
     assert_eq!(got.bytes().as_ptr(), address);
     assert!(matches!(sites[0].network.join(2), Err(FabricError::NoSuchRank { to: 2 })));
     assert_eq!(close(sites), []);
+}
+
+#[test]
+fn frames_between_processes_can_be_held_back() {
+    let disturbance = Some(Disturbance { seed: 5, max_delay: Duration::from_millis(100) });
+    for wire in WIRES {
+        let sites = sites_with(&[1, 1], wire, disturbance);
+        let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());
+        let began = Instant::now();
+        for step in 0..20 {
+            a.send(1, tag(step, 0, FrameKind::Combine), vec![Region::new(noise(9000, step))]).unwrap();
+        }
+        for step in 0..20 {
+            let parts = b.receive(tag(step, 0, FrameKind::Combine)).unwrap();
+            assert!(parts[0].bytes() == noise(9000, step), "{wire:?}, frame {step}");
+        }
+        // The latest of twenty that are drawn from 0 to 100 ms.
+        assert!(began.elapsed() > Duration::from_millis(60), "{wire:?}: {:?}", began.elapsed());
+        assert_eq!(close(sites), []);
+    }
 }
 
 #[test]

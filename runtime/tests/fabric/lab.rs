@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use contraflow_runtime::fabric::handshake::{Carrier, Hello};
 use contraflow_runtime::fabric::wire::VERSION;
 use contraflow_runtime::fabric::{
-    Address, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
+    Address, Disturbance, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
 };
 use contraflow_runtime::random::from_system;
 
@@ -50,8 +50,9 @@ pub fn silent_listener() -> Listener {
 }
 
 pub fn formation(ranks: Vec<Address>, local: &[usize], transport: Transport) -> Formation {
-    let local = local.to_vec();
-    Formation { job: 1, generation: 3, secret: SECRET, ranks, local, patience: DEADLINE, transport }
+    let (job, generation, local) = (1, 3, local.to_vec());
+    let (secret, patience, disturbance) = (SECRET, DEADLINE, None);
+    Formation { job, generation, secret, ranks, local, patience, transport, disturbance }
 }
 
 pub fn form(listener: &Listener, formation: Formation) -> Site {
@@ -64,6 +65,11 @@ pub fn form(listener: &Listener, formation: Formation) -> Site {
 
 /// Processes that host so many ranks each.
 pub fn sites(num_ranks: &[usize], transport: Transport) -> Vec<Site> {
+    sites_with(num_ranks, transport, None)
+}
+
+/// The same, with delays of what goes between them.
+pub fn sites_with(num_ranks: &[usize], transport: Transport, disturbance: Option<Disturbance>) -> Vec<Site> {
     let listeners: Vec<Listener> = num_ranks.iter().map(|_| listener()).collect();
     let repeated = |(listener, &num): (&Listener, &usize)| vec![listener.address(); num];
     let ranks: Vec<Address> = listeners.iter().zip(num_ranks).flat_map(repeated).collect();
@@ -71,7 +77,7 @@ pub fn sites(num_ranks: &[usize], transport: Transport) -> Vec<Site> {
     let site = |(listener, &num): (&Listener, &usize)| {
         let local: Vec<usize> = (first..first + num).collect();
         first += num;
-        form(listener, formation(ranks.clone(), &local, transport))
+        form(listener, Formation { disturbance, ..formation(ranks.clone(), &local, transport) })
     };
     listeners.iter().zip(num_ranks).map(site).collect()
 }

@@ -4,10 +4,12 @@
 //! Completion events serve progress, abort and the timeline; what runs next is in the program, and which program is next in
 //! [`super::step`]. Knows no schedule by name.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
+use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{OpId, Program};
 use contraflow_runtime::trace::SPAN;
 use contraflow_runtime::watch::Divergence;
@@ -83,6 +85,8 @@ pub struct TaskDone {
     pub recording: Recording,
     /// What has become of the update, in training.
     pub update: Option<Updated>,
+    /// Whether all weights are as the update has left them; otherwise the next step gathers those of other ranks' shards.
+    pub is_gathered: bool,
 }
 
 /// What has become of an update.
@@ -146,6 +150,8 @@ pub struct PipelineState {
     arch: Arc<Architecture>,
     /// With the update while a step runs.
     optimizer: Option<OptimizerState>,
+    /// What the step before has updated and the next one gathers, by bucket.
+    updated: BTreeMap<usize, (u64, Tensor)>,
     site: Site,
     lanes: Lanes,
     current: Option<Current>,
@@ -155,7 +161,8 @@ impl PipelineState {
     fn new(setup: PipelineSetup, report_lane: ReportLane) -> Self {
         let PipelineSetup { report, pipeline, arch, optimizer, site, threads } = setup;
         let lanes = Lanes::new(threads, report_lane);
-        PipelineState { report, pipeline, arch, optimizer: Some(optimizer), site, lanes, current: None }
+        let (optimizer, updated) = (Some(optimizer), BTreeMap::new());
+        PipelineState { report, pipeline, arch, optimizer, updated, site, lanes, current: None }
     }
 
     fn begin(&mut self, order: PipelineOrder) -> Result<(), RankError> {
@@ -172,12 +179,16 @@ impl PipelineState {
             }
             None => None,
         };
-        let workload = Workload { batches, transit: Transit::default(), compute, update };
+        let transit = Transit::default();
+        let part = if self.updated.is_empty() { Part::Passes } else { Part::Gathering };
+        for (bucket, updated) in std::mem::take(&mut self.updated) {
+            transit.bucket(bucket, |transit| transit.updated = Some(updated));
+        }
+        let workload = Workload { batches, transit, compute, update };
         let recorder = Recorder::new(began);
-        let program = planned.program(self.pipeline, Part::Passes);
-        let running = self.running(Part::Passes, id, program, workload, &span);
-        self.current =
-            Some(Current { running, part: Part::Passes, next: 0, completed: 0, planned, span, recorder });
+        let program = planned.program(self.pipeline, part);
+        let running = self.running(part, id, program, workload, &span);
+        self.current = Some(Current { running, part, next: 0, completed: 0, planned, span, recorder });
         self.start();
         Ok(())
     }
@@ -193,8 +204,10 @@ impl PipelineState {
     ) -> Arc<Running> {
         let (rank, step) = (self.site.endpoint.rank(), id.step);
         let span = match part {
-            Part::Passes => tracing::info_span!(target: SPAN, parent: span, "program", rank, step),
-            Part::Evidence | Part::Update | Part::Skip => {
+            Part::Passes | Part::Gathering => {
+                tracing::info_span!(target: SPAN, parent: span, "program", rank, step)
+            }
+            Part::Evidence | Part::Update | Part::Skip | Part::Gather => {
                 tracing::info_span!(target: SPAN, parent: span, "update", rank, step)
             }
         };
@@ -244,29 +257,27 @@ impl PipelineState {
         let running =
             Arc::into_inner(current.running).expect("every lane lets go of a program before it reports");
         let mut workload = running.into_workload();
-        match next(current.part, workload.update.as_mut())? {
-            Next::Run(part) => {
-                if part == Part::Skip {
-                    workload.transit.forget_buckets();
-                }
-                let program = current.planned.program(self.pipeline, part);
-                current.running = self.running(part, id, program, workload, &current.span);
-                (current.part, current.next, current.completed) = (part, 0, 0);
-                self.current = Some(current);
-                self.start();
-                Ok(None)
+        let diverged = loop {
+            match next(current.part, workload.update.as_mut())? {
+                Next::End => break None,
+                Next::Diverged(divergence) => break Some(divergence),
+                Next::Run(part) => current.part = part,
             }
-            next => {
-                let diverged = match next {
-                    Next::Diverged(divergence) => {
-                        workload.transit.forget_buckets();
-                        Some(divergence)
-                    }
-                    _ => None,
-                };
-                Ok(Some(self.end(id, current.recorder.finish(), workload, diverged)))
+            let program = current.planned.program(self.pipeline, current.part);
+            // A rank that holds every bucket alone has nothing to gather.
+            if program.ops.is_empty() {
+                continue;
             }
-        }
+            if current.part == Part::Skip {
+                workload.transit.forget_buckets();
+            }
+            current.running = self.running(current.part, id, program, workload, &current.span);
+            (current.next, current.completed) = (0, 0);
+            self.current = Some(current);
+            self.start();
+            return Ok(None);
+        };
+        Ok(Some(self.end(id, current.recorder.finish(), workload, diverged)))
     }
 
     /// Takes the task apart.
@@ -278,6 +289,10 @@ impl PipelineState {
         diverged: Option<Box<Divergence>>,
     ) -> TaskDone {
         let Workload { transit, compute, update, .. } = workload;
+        if diverged.is_some() {
+            transit.forget_buckets();
+        }
+        self.updated = transit.take_updated();
         let left = compute.num_left() + transit.num_left();
         debug_assert!(update.is_none() || left == 0, "{left} tensors are left over after step {}", id.step);
         let Compute { mut params, totals, .. } = compute;
@@ -291,7 +306,7 @@ impl PipelineState {
             let result = diverged.map_or_else(|| Ok(global.unwrap_or_default()), Err);
             Updated { order, result, saved, replicated }
         });
-        TaskDone { id, params, totals, recording, update }
+        TaskDone { id, params, totals, recording, update, is_gathered: self.updated.is_empty() }
     }
 
     /// What an operation of the running program belongs to, in words.

@@ -35,9 +35,12 @@ impl Planned {
         programs.cloned().unwrap_or_default()
     }
 
-    /// Every operation of a task that goes well, with its pipeline rank.
+    /// Every operation of a task that goes well, with its pipeline rank; that of the gathering stands in the task itself,
+    /// though it may run in the next one.
     pub fn ops(&self) -> impl Iterator<Item = (usize, &contraflow_runtime::schedule::Op)> {
-        let parts = [Part::Passes, Part::Update].into_iter().filter_map(|part| self.programs.get(&part));
+        let parts = [Part::Passes, Part::Update, Part::Gather]
+            .into_iter()
+            .filter_map(|part| self.programs.get(&part));
         let programs = parts.flat_map(|programs| programs.iter().enumerate());
         programs.flat_map(|(pipeline, program)| program.ops.iter().map(move |op| (pipeline, op)))
     }
@@ -62,13 +65,19 @@ impl Plans {
         let layouts = split_layers(&recipe.model_config, recipe.stages(), recipe.training.sequence_length)?;
         let (schedule, topology) = (recipe.parallel.schedule, recipe.topology());
         let buckets = buckets(&schedule.placement(topology.pipeline), &layouts, &topology);
-        let sharding = Sharding { buckets, replicated: false };
+        let sharding = Sharding { buckets, replicated: false, overlap: true };
         Ok(Plans { schedule, topology, layouts, sharding, made: HashMap::new() })
     }
 
     /// The same, where each rank's state may be replicated: then a step waits for the replicas of the one before.
     pub fn replicated(mut self, replicated: bool) -> Self {
         self.sharding.replicated = replicated;
+        self
+    }
+
+    /// The same, with the update's communication beside the passes or not.
+    pub fn overlapped(mut self, overlap: bool) -> Self {
+        self.sharding.overlap = overlap;
         self
     }
 
@@ -99,14 +108,15 @@ impl Plans {
                 (report, vec![(Part::Passes, passes)])
             }
             TaskKind::Train => {
-                let step = StepPrograms::new(passes, &self.sharding);
+                let step = StepPrograms::new(&passes, &self.sharding);
                 let report = check_step(&plan, &step).map_err(wrong)?;
-                let StepPrograms { gradients, evidence, update, skip } = step;
                 let parts = [
-                    (Part::Passes, gradients),
-                    (Part::Evidence, evidence),
-                    (Part::Update, update),
-                    (Part::Skip, skip),
+                    (Part::Passes, step.gradients),
+                    (Part::Gathering, step.gathering),
+                    (Part::Evidence, step.evidence),
+                    (Part::Update, step.update),
+                    (Part::Skip, step.skip),
+                    (Part::Gather, step.gather),
                 ];
                 (report, Vec::from(parts))
             }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use contraflow_runtime::schedule::{Lane, OpId, Program, Span, Timeline, Work};
+use contraflow_runtime::schedule::{Idle, OpId, Program, Span, Timeline};
 
 /// A task that has ended.
 pub struct Recording {
@@ -14,24 +14,24 @@ pub struct Recording {
     pub programs: Vec<Arc<Program>>,
     /// When. **Units**: seconds since the rank began the task.
     pub timeline: Timeline,
-    /// How long the compute lane was blocked in the passes: from their beginning to the end of the last of its operations,
-    /// what it did not work. **Units**: seconds.
-    pub bubble_s: f64,
+    /// How long the compute lane stood idle since the first program began. **Units**: seconds.
+    pub idle: Idle,
 }
 
 /// Records a task under way.
 pub(super) struct Recorder {
     zero: Instant,
-    passes_began: f64,
+    /// When the first program began.
+    began: f64,
     programs: Vec<Arc<Program>>,
     spans: Vec<Vec<Span>>,
 }
 
 impl Recorder {
-    /// Of a task that the rank began at `zero` and whose passes begin now.
+    /// Of a task that the rank began at `zero` and whose first program begins now.
     pub fn new(zero: Instant) -> Self {
-        let passes_began = zero.elapsed().as_secs_f64();
-        Recorder { zero, passes_began, programs: Vec::new(), spans: Vec::new() }
+        let began = zero.elapsed().as_secs_f64();
+        Recorder { zero, began, programs: Vec::new(), spans: Vec::new() }
     }
 
     /// A program begins.
@@ -51,20 +51,9 @@ impl Recorder {
 
     /// The task has ended.
     pub fn finish(self) -> Recording {
-        let bubble_s = self.bubble();
         let timeline = Timeline::new(&self.programs, self.spans);
-        Recording { programs: self.programs, timeline, bubble_s }
-    }
-
-    fn bubble(&self) -> f64 {
-        let passes = self.programs.first().zip(self.spans.first());
-        let ops = passes.into_iter().flat_map(|(program, spans)| program.ops.iter().zip(spans));
-        let computed =
-            ops.filter(|(op, _)| op.lane == Lane::Compute && matches!(op.work, Work::Component { .. }));
-        let (busy, end) = computed.fold((0.0, self.passes_began), |(busy, end), (_, span)| {
-            (busy + span.duration(), f64::max(end, span.end))
-        });
-        end - self.passes_began - busy
+        let idle = timeline.idle(&self.programs, 0..self.programs.len(), self.began);
+        Recording { programs: self.programs, timeline, idle }
     }
 }
 
@@ -72,7 +61,7 @@ impl Recorder {
 mod tests {
     use std::time::Duration;
 
-    use contraflow_runtime::schedule::{Chunk, Component, Op, Pass};
+    use contraflow_runtime::schedule::{Chunk, Component, Lane, Op, Pass, Work};
 
     use super::*;
 
@@ -81,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bubble_is_what_the_compute_lane_did_not_work_until_its_last_pass() {
+    fn idle_time_belongs_to_the_operation_that_it_precedes() {
         let chunk = Chunk { stage: 0, micro_batch: 0 };
         let pass =
             |layer| Work::Component { pass: Pass::Forward, chunk, layer, component: Component::Attention };
@@ -91,22 +80,27 @@ mod tests {
             op(Lane::Compute, pass(2)),
             op(Lane::Compute, Work::GradNorm { bucket: 0 }),
         ]);
-        let update = Program::of(vec![op(Lane::Compute, Work::Balance)]);
+        let update = Program::of(vec![
+            op(Lane::Compute, Work::Balance),
+            op(Lane::Collective, Work::Gather { bucket: 0 }),
+        ]);
         let zero = Instant::now();
         let at = |ms| zero + Duration::from_millis(ms);
-        let mut recorder = Recorder { passes_began: 0.010, ..Recorder::new(zero) };
+        let mut recorder = Recorder { began: 0.010, ..Recorder::new(zero) };
         recorder.begin(Arc::new(passes));
         for (op, (began, ended)) in [(12, 20), (20, 30), (31, 41), (50, 60)].into_iter().enumerate() {
             recorder.note(op, at(began), at(ended));
         }
         recorder.begin(Arc::new(update));
         recorder.note(0, at(70), at(75));
-        let Recording { timeline, bubble_s, programs } = recorder.finish();
-        assert!((bubble_s - 0.013).abs() < 1e-12, "2 ms until it begins and 11 ms between: {bubble_s}");
+        recorder.note(1, at(75), at(90));
+        let Recording { timeline, idle, programs } = recorder.finish();
+        let ms = |seconds: f64| (seconds * 1e3).round();
+        // 2 before the first pass, 11 between the two; 9 before the norm, 10 before the biases, 15 behind them.
+        assert_eq!([idle.passes, idle.update].map(ms), [13.0, 34.0]);
         assert_eq!(programs.len(), 2);
         let lengths: Vec<usize> = timeline.spans.iter().map(Vec::len).collect();
-        assert_eq!((lengths, timeline.makespan), (vec![4, 1], 0.075));
-        let busy: Vec<f64> = timeline.compute_busy.iter().map(|busy| (busy * 1e3).round()).collect();
-        assert_eq!(busy, [28.0, 5.0]);
+        assert_eq!((lengths, ms(timeline.makespan)), (vec![4, 2], 90.0));
+        assert_eq!(timeline.compute_busy.iter().copied().map(ms).collect::<Vec<_>>(), [28.0, 5.0]);
     }
 }

@@ -12,12 +12,16 @@ use crate::error::RankError;
 pub enum Part {
     /// The passes; in training also the reduction and the totals.
     Passes,
+    /// The same, and the gathering of the update before.
+    Gathering,
     /// The ranks tell each other what is not finite.
     Evidence,
-    /// AdamW and the gathering.
+    /// AdamW.
     Update,
     /// No update.
     Skip,
+    /// The gathering of the update, where the next step does not gather it.
+    Gather,
 }
 
 /// What comes after a program.
@@ -37,10 +41,11 @@ pub enum Next {
 pub fn next(part: Part, update: Option<&mut Update>) -> Result<Next, RankError> {
     let Some(update) = update else { return Ok(Next::End) };
     match part {
-        Part::Passes if update.global()?.is_finite() => judge(update),
-        Part::Passes => Ok(Next::Run(Part::Evidence)),
+        Part::Passes | Part::Gathering if update.global()?.is_finite() => judge(update),
+        Part::Passes | Part::Gathering => Ok(Next::Run(Part::Evidence)),
         Part::Evidence => judge(update),
-        Part::Update | Part::Skip => Ok(Next::End),
+        Part::Update if update.gathers() => Ok(Next::Run(Part::Gather)),
+        Part::Update | Part::Skip | Part::Gather => Ok(Next::End),
     }
 }
 

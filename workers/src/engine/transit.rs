@@ -2,7 +2,7 @@
 //!
 //! Ownership moves through here: an operation takes what the one before it put. Knows tensors and chunks, no arithmetic.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -45,8 +45,8 @@ pub struct BucketTransit {
     pub reduced: Option<Tensor>,
     /// GradNorm -> Totals: sums of squares with the places of the parameters.
     pub squares: Option<Vec<(usize, f64)>>,
-    /// Apply -> Gather: this rank's shard of the weights.
-    pub updated: Option<Tensor>,
+    /// Apply -> Gather, perhaps of the next step: the step, and this rank's shard of the weights.
+    pub updated: Option<(u64, Tensor)>,
     /// Gather -> Unpack: the other shards, with their ranges.
     pub gathered: Option<Vec<(Range<usize>, Tensor)>>,
 }
@@ -137,6 +137,13 @@ impl Transit {
         field: impl FnOnce(&mut BucketTransit) -> &mut Option<T>,
     ) -> Result<T, Missing> {
         self.bucket(bucket, |transit| field(transit).take()).ok_or(Missing::OfBucket { what, bucket })
+    }
+
+    /// Takes out what was updated and is not gathered yet, by bucket: the next step's transit begins with it.
+    pub fn take_updated(&self) -> BTreeMap<usize, (u64, Tensor)> {
+        let mut buckets = self.buckets.lock();
+        let updated = buckets.iter_mut().map(|(&bucket, transit)| Some((bucket, transit.updated.take()?)));
+        updated.flatten().collect()
     }
 
     /// Forgets the gradients of a step that is not updated.

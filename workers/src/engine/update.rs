@@ -24,6 +24,8 @@ pub struct UpdateOrder {
     pub save: SaveWhen,
     /// Whether the state after the update is replicated in memory, unless the ranks stop after it.
     pub replicate: bool,
+    /// Whether the update is gathered at once; otherwise the next step does it, unless the ranks stop after this one.
+    pub gather: bool,
     /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so nobody makes
     /// this update before every buddy has that state.
     pub buddy: Option<usize>,
@@ -82,6 +84,11 @@ impl Update {
     /// Whether the state after the step is replicated in memory.
     pub fn replicates(&self) -> bool {
         self.order.replicate && !self.stops()
+    }
+
+    /// Whether the update is gathered at once.
+    pub fn gathers(&self) -> bool {
+        self.order.gather || self.stops()
     }
 
     fn stops(&self) -> bool {

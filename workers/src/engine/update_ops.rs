@@ -31,8 +31,9 @@ impl Running {
         work(update.as_mut().ok_or(Missing::OfStep { what: "the optimizer" })?)
     }
 
-    fn collectives(&self) -> Collectives<'_> {
-        let id = StepId { phase: Phase::Update, ..self.id };
+    /// Those of the update of a step.
+    fn collectives(&self, step: u64) -> Collectives<'_> {
+        let id = StepId { phase: Phase::Update, step, ..self.id };
         Collectives { endpoint: &self.site.endpoint, id }
     }
 
@@ -69,7 +70,7 @@ impl Running {
 
     fn reduce(&self, bucket: usize) -> Result<(), RankError> {
         let packed = self.transit.take_from_bucket(bucket, "the gradients", |t| &mut t.packed)?;
-        let sum = self.collectives().reduce_scatter(&self.group(bucket).ranks, bucket, packed)?;
+        let sum = self.collectives(self.id.step).reduce_scatter(&self.group(bucket).ranks, bucket, packed)?;
         self.transit.bucket(bucket, |transit| transit.reduced = Some(sum));
         Ok(())
     }
@@ -107,7 +108,7 @@ impl Running {
             let stop = update.order.stop.load(Ordering::Relaxed);
             Ok(update.optimizer.layout.encode(squares, &own, stop))
         })?;
-        let sums = self.collectives().all_reduce(&self.site.world, TOTALS, numbers)?;
+        let sums = self.collectives(self.id.step).all_reduce(&self.site.world, TOTALS, numbers)?;
         self.with_update(|update| {
             let layers = own.expert_counts.keys().copied();
             update.global = Some(update.optimizer.layout.decode(&sums, layers));
@@ -129,7 +130,8 @@ impl Running {
             let found = update.found.take().ok_or(Missing::OfStep { what: "what is not finite" })?;
             Ok((update.seen()?, found, update.optimizer.names.clone()))
         })?;
-        let evidence = inspect::evidence(&self.collectives(), &self.site.world, &seen, &found, &names)?;
+        let evidence =
+            inspect::evidence(&self.collectives(self.id.step), &self.site.world, &seen, &found, &names)?;
         self.with_update(|update| {
             update.evidence = Some(evidence);
             Ok(())
@@ -145,6 +147,7 @@ impl Running {
             let is_shared = reduced.is_some();
             Ok(is_shared.then(|| update.optimizer.own_weights(&compute.params, bucket)))
         })?;
+        let updated = updated.map(|shard| (self.id.step, shard));
         self.transit.bucket(bucket, |transit| transit.updated = updated);
         Ok(())
     }
@@ -159,9 +162,9 @@ impl Running {
     }
 
     fn gather(&self, bucket: usize) -> Result<(), RankError> {
-        let own = self.transit.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
+        let (step, own) = self.transit.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
         let group = self.group(bucket);
-        let gathered = self.collectives().all_gather(&group.ranks, bucket, group.len, &own)?;
+        let gathered = self.collectives(step).all_gather(&group.ranks, bucket, group.len, &own)?;
         self.transit.bucket(bucket, |transit| transit.gathered = Some(gathered));
         Ok(())
     }

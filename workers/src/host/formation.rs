@@ -98,6 +98,7 @@ impl Formation {
             local: self.ranks.clone(),
             patience: PATIENCE,
             transport: Transport::Auto,
+            disturbance: None,
         };
         let on_fault = move |fault: fabric::Fault| {
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
@@ -120,6 +121,7 @@ impl Formation {
                 resume: prepared.resume.clone(),
                 recovered: memory.clone(),
                 keeper,
+                overlap: true,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
                 probe: Probe::default(),

@@ -45,6 +45,8 @@ pub struct Assignment {
     pub recovered: Option<Recovered>,
     /// Who keeps this rank's state in memory, and whose it keeps; nobody where all ranks are in one process.
     pub keeper: Option<Keeper>,
+    /// Whether the update's communication runs beside the passes: the numbers are the same, without it a step takes longer.
+    pub overlap: bool,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<CheckpointFolder>,
     /// The span below which the rank's belong.
@@ -73,7 +75,8 @@ pub struct Built {
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
-    let plans = Plans::new(&recipe).map_err(wrong)?.replicated(assignment.keeper.is_some());
+    let plans = Plans::new(&recipe).map_err(wrong)?;
+    let plans = plans.replicated(assignment.keeper.is_some()).overlapped(assignment.overlap);
     let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);

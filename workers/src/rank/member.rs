@@ -23,7 +23,7 @@ use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::engine::plans::Plans;
 use crate::engine::running::Site;
 use crate::engine::update::{SaveWhen, UpdateOrder};
-use crate::error::RankError;
+use crate::error::{Missing, RankError};
 use crate::kept::{self, Keep};
 use crate::model::micro_batch::LossScales;
 use crate::model::params::{Params, RankParams};
@@ -82,6 +82,8 @@ pub struct Member {
     pub keeper: Option<mpsc::Sender<Keep>>,
     /// The batch of the next step.
     pub upcoming: Upcoming,
+    /// Whether the weights are whole, and not left to the next step to be gathered.
+    pub is_gathered: bool,
     /// A checkpoint is being written.
     pub is_saving: bool,
     /// When the running step began.
@@ -91,6 +93,15 @@ pub struct Member {
 }
 
 impl Member {
+    /// Whether the weights can be measured or written.
+    ///
+    /// **Errors**: they have not been gathered since the last update.
+    pub fn weights_are_whole(&self) -> Result<(), RankError> {
+        self.is_gathered
+            .then_some(())
+            .ok_or(Missing::OfStep { what: "the weights of other ranks' shards" }.into())
+    }
+
     /// All parameters of the rank, for somebody to work on.
     ///
     /// **Errors**: the dense ones are with somebody else.
@@ -138,6 +149,7 @@ impl Member {
             stop,
             save: self.save_when(step),
             replicate: self.keeper.is_some() && !self.is_last(step),
+            gather: !self.plans.sharding.overlap || self.is_last(step),
             buddy: keeper.map(|keeper| keeper.buddy),
         }
     }
@@ -268,6 +280,7 @@ pub async fn join(
         first_step: position.step,
         keeper,
         upcoming: Upcoming::default(),
+        is_gathered: true,
         is_saving: false,
         began: Instant::now(),
         sent_before: 0,

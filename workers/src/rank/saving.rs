@@ -90,6 +90,7 @@ impl RankState {
     /// Borrows the experts first.
     pub(super) fn begin_export(&mut self, dir: PathBuf) -> Result<(), RankError> {
         self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id));
+        self.member()?.weights_are_whole()?;
         self.status = Status::Lend { dir };
         let experts = &self.member()?.children.experts;
         experts.cast(ExpertShardMessage::Lend { step: 0 }).map_err(gone("the expert shard"))

@@ -40,6 +40,7 @@ impl RankState {
     pub(super) fn validate(&mut self) -> Result<(), RankError> {
         self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id));
         let member = self.member()?;
+        member.weights_are_whole()?;
         let available = member.assignment.datasets.validation.num_sequences();
         match validation_shape(&member.assignment.recipe, available) {
             Some(shape) => self.gather(0, Task { kind: TaskKind::Evaluate, shape, start: 0 }),
@@ -133,13 +134,14 @@ impl RankState {
     }
 
     pub(super) fn task_done(&mut self, done: TaskDone) -> Result<(), RankError> {
-        let TaskDone { id, params, totals, recording, update } = done;
+        let TaskDone { id, params, totals, recording, update, is_gathered } = done;
         let Status::Run { task, tokens } = self.status else { return Ok(()) };
         self.status = Status::Idle;
         self.doing = Span::none();
         let rank = self.id;
         let member = self.member()?;
         member.give_back(params)?;
+        member.is_gathered = is_gathered;
         let (seconds, step) = (member.began.elapsed().as_secs_f64(), id.step);
         let recorded = ProbePoint::Recorded { rank, step, recording: &recording, seconds };
         member.assignment.probe.at(recorded);
@@ -156,7 +158,7 @@ impl RankState {
             tokens,
             learning_rate: order.rates.learning_rate,
             seconds,
-            bubble_seconds: recording.bubble_s,
+            bubble_seconds: recording.idle.passes,
             peak_live_chunks: totals.peak_live_chunks as u32,
             ..member.report((rank, id), global)
         };

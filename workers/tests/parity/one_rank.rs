@@ -158,13 +158,14 @@ impl OneRank {
     ) -> GlobalTotals {
         let topology = Topology { pipeline: 1, expert: 1, data: 1 };
         let buckets = buckets(&self.schedule.placement(1), &self.layouts, &topology);
-        let sharding = Sharding { buckets, replicated: false };
-        let step = StepPrograms::new(vec![Program::default()], &sharding);
+        let sharding = Sharding { buckets, replicated: false, overlap: false };
+        let step = StepPrograms::new(&[Program::default()], &sharding);
         let kind = TaskKind::Train;
         let mut compute = Compute::new(self.arch.clone(), self.stages.clone(), self.take_params(), kind);
         compute.totals = totals;
         let save = SaveWhen::Never;
-        let order = UpdateOrder { rates, stop: Arc::default(), save, replicate: false, buddy: None };
+        let order =
+            UpdateOrder { rates, stop: Arc::default(), save, replicate: false, gather: true, buddy: None };
         let update = Some(Update::new(order, optimizer.take().unwrap()));
         let workload = Workload { batches: Vec::new(), transit: Transit::default(), compute, update };
         let look = &mut |_: &Op, _: &Transit| {};
