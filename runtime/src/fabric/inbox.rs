@@ -44,7 +44,6 @@ pub struct Inbox {
 
 impl Inbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere cannot leave the map half changed: every change is a single insert or remove.
         self.state.lock()
     }
 

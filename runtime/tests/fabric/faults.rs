@@ -23,13 +23,20 @@ fn proven(site: &Site) -> TcpStream {
 
 /// Waits for a frame of rank 1 while `act` happens to it: returns why the wait ended, which is told once, within a second.
 fn lost(site: Site, act: impl FnOnce()) -> String {
+    let (error, fault) = ended(site, act);
+    let FabricError::Lost { rank: 1, reason } = error else { panic!("{error}") };
+    assert_eq!(reason, fault);
+    reason
+}
+
+/// What a wait of rank 0 for rank 1 ends with, and the one fault of the link, once something has been done to it.
+fn ended(site: Site, act: impl FnOnce()) -> (FabricError, String) {
     let end = site.network.join(0).unwrap();
     let waiter = std::thread::spawn(move || end.receive(tag(1, 1, FrameKind::Combine)));
     let began = Instant::now();
     act();
     let error = waiter.join().unwrap().err().unwrap();
     assert!(began.elapsed() < Duration::from_secs(1), "it took {:?}", began.elapsed());
-    let FabricError::Lost { rank: 1, reason } = error else { panic!("{error}") };
     let faults = {
         let first = site.faults.recv_timeout(DEADLINE).unwrap();
         let mut faults = vec![first];
@@ -37,8 +44,8 @@ fn lost(site: Site, act: impl FnOnce()) -> String {
         faults
     };
     assert_eq!(faults.len(), 1, "{faults:?}");
-    assert_eq!((&faults[0].ranks, &faults[0].reason), (&vec![1], &reason));
-    reason
+    assert_eq!(faults[0].ranks, [1]);
+    (error, faults[0].reason.clone())
 }
 
 fn header(tag: Tag, to: u32, len: u64) -> FrameHeader {
@@ -57,15 +64,19 @@ fn bytes_of(header: FrameHeader) -> Vec<u8> {
 
 /// Whatever rank 1 says, then the end of what it says.
 fn lost_after(bytes: &[u8]) -> String {
+    after(bytes, |site, act| lost(site, act))
+}
+
+fn after<T>(bytes: &[u8], outcome: impl FnOnce(Site, &mut dyn FnMut()) -> T) -> T {
     let (own, other) = (listener(), silent_listener());
     let site = form(&own, formation(vec![own.address(), other.address()], &[0], Transport::Tcp));
     let mut stream = proven(&site);
-    let reason = lost(site, || {
+    let outcome = outcome(site, &mut || {
         stream.write_all(bytes).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
     });
     other.stop();
-    reason
+    outcome
 }
 
 #[test]
@@ -119,7 +130,10 @@ fn frames_that_come_without_credit() {
 #[test]
 fn two_frames_under_one_tag() {
     let frame = bytes_of(header(tag(9, 1, FrameKind::Combine), 0, 0));
-    let reason = lost_after(&[frame.clone(), frame].concat());
+    let twice = [frame.clone(), frame].concat();
+    // The peer is not lost but wrong: whoever waits cannot know which frame is meant.
+    let (error, reason) = after(&twice, |site, act| ended(site, act));
+    assert!(matches!(error, FabricError::Duplicate { tag } if tag.kind == FrameKind::Combine), "{error}");
     assert!(reason.starts_with("a second frame came for Combine"), "{reason}");
 }
 
