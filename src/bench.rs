@@ -19,6 +19,7 @@ use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
@@ -259,7 +260,7 @@ fn run_quietly(
     let spec = ClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
-        generation: 1,
+        generation: Generation::FIRST,
         peak_flops: None,
         resume: None,
         checkpoints,

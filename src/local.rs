@@ -12,6 +12,7 @@ use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use contraflow_runtime::trace::{self, TraceContext};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::batches::Datasets;
@@ -28,7 +29,7 @@ pub struct ClusterSpec {
     /// The sequences.
     pub datasets: Arc<Datasets>,
     /// Count of (re)formations of the job, from 1.
-    pub generation: u32,
+    pub generation: Generation,
     /// Measured peak of the cores in use, if somebody has measured it. **Units**: FLOP/s.
     pub peak_flops: Option<f64>,
     /// What the run goes on from, if it is not fresh.
@@ -119,8 +120,7 @@ impl Cluster {
         let worker_actor = worker.get_or_init(|| worker_actor);
         for rank in 0..world {
             let assignment = Box::new(Assignment {
-                job: 0,
-                generation,
+                formation: FormationId::new(JobId::default(), generation),
                 recipe: recipe.clone(),
                 endpoint: join(&network, rank),
                 datasets: datasets.clone(),

@@ -17,6 +17,7 @@ use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::Generation;
 use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
@@ -54,7 +55,7 @@ pub struct Tally {
 /// One formation of the cluster: the first, or one after a roll-back.
 struct Attempt {
     resume: Option<Arc<Checkpoint>>,
-    generation: u32,
+    generation: Generation,
     returns: Returns,
 }
 
@@ -171,7 +172,11 @@ impl Run {
         );
         let last = run_dir::last_record(&self.dir).unwrap_or_default();
         let tally = Arc::new(Mutex::new(Tally { last, ..Tally::default() }));
-        let mut attempt = Attempt { resume: self.resume.clone(), generation: 1, returns: Returns::default() };
+        let mut attempt = Attempt {
+            resume: self.resume.clone(),
+            generation: Generation::FIRST,
+            returns: Returns::default(),
+        };
         loop {
             let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
             let totals = || tally.lock();
@@ -274,7 +279,7 @@ impl Run {
             .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
         Ok(Attempt {
             resume: Some(Arc::new(checkpoint)),
-            generation: before.generation + 1,
+            generation: before.generation.next(),
             returns: returned.returns,
         })
     }

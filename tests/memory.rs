@@ -11,6 +11,7 @@ use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Document, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
@@ -42,7 +43,7 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     let spec = ClusterSpec {
         recipe,
         datasets,
-        generation: 1,
+        generation: Generation::FIRST,
         peak_flops: None,
         resume: None,
         checkpoints: None,

@@ -6,6 +6,7 @@ use std::io::{Read, Result, Write};
 use contraflow_fuzz as _;
 use contraflow_runtime::fabric::handshake::{self, Carrier, Hello};
 use contraflow_runtime::fabric::wire;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use libfuzzer_sys::fuzz_target;
 
 /// Says what the fuzzer wants and hears nothing.
@@ -55,8 +56,7 @@ fuzz_target!(|bytes: &[u8]| {
     let own = Hello {
         version: wire::VERSION,
         carrier: Carrier::Socket,
-        job: 1,
-        generation: 2,
+        formation: FormationId::new(JobId::new(1, 0), Generation::new(2)),
         from: 3,
         to: 4,
         nonce: [5; handshake::HASH_BYTES],

@@ -19,11 +19,13 @@ mod tests;
 
 use std::cmp::Reverse;
 
+use contraflow_runtime::topology::JobId;
+
 /// A job in line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// The job's id.
-    pub job: u64,
+    /// Unique in the line.
+    pub job: JobId,
     /// Higher goes first.
     pub priority: i64,
     /// Its number, which people know: its place among jobs of one priority. Lower goes first, also after a preemption.
@@ -51,21 +53,21 @@ pub enum Decision {
     /// The job takes free slots now.
     Start {
         /// Which job.
-        job: u64,
+        job: JobId,
         /// Whether ahead of its turn; to be kept with the running job.
         on_loan: bool,
     },
     /// These jobs stop and go back to their places in line; `for_job` starts when their slots are free.
     Preempt {
         /// Lowest priority first, the latest submitted first; none of them could be spared.
-        victims: Vec<u64>,
-        /// Which job they make room for.
-        for_job: u64,
+        victims: Vec<JobId>,
+        /// Further ahead in line.
+        for_job: JobId,
     },
     /// The job stays in line.
     Wait {
         /// Which job.
-        job: u64,
+        job: JobId,
         /// For the user.
         reason: String,
     },
@@ -73,7 +75,7 @@ pub enum Decision {
 
 impl Waiting {
     /// Sorts into the order of the line.
-    fn place(&self) -> (Reverse<i64>, u64, u64) {
+    fn place(&self) -> (Reverse<i64>, u64, JobId) {
         (Reverse(self.priority), self.submitted, self.job)
     }
 }

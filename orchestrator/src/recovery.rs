@@ -2,6 +2,7 @@
 //! their inventories. Knows no clock and no word; who asks for inventories is the core.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+use contraflow_runtime::topology::Generation;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KeptShard {
     /// Of the formation that made the step.
-    pub generation: u32,
+    pub generation: Generation,
     /// The step.
     pub step: u64,
     /// Whose part.
@@ -21,7 +22,7 @@ pub struct KeptShard {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InMemory {
     /// Of the formation that made the step.
-    pub generation: u32,
+    pub generation: Generation,
     /// The step.
     pub step: u64,
     /// By rank of the state: the rank of the new formation whose worker has that part. The rank itself wherever it can be.
@@ -35,14 +36,14 @@ pub struct InMemory {
 pub fn newest_whole(
     kept: &BTreeMap<u64, Vec<KeptShard>>,
     places: &[u64],
-    counts: impl Fn(u32, u64) -> bool,
+    counts: impl Fn(Generation, u64) -> bool,
 ) -> Result<InMemory, Option<usize>> {
     // Only whoever is in the new formation can bring a part to it.
     let mut rank_at: BTreeMap<u64, usize> = BTreeMap::new();
     for (rank, &worker) in places.iter().enumerate() {
         rank_at.entry(worker).or_insert(rank);
     }
-    let mut versions: BTreeMap<(u64, u32), Vec<Option<usize>>> = BTreeMap::new();
+    let mut versions: BTreeMap<(u64, Generation), Vec<Option<usize>>> = BTreeMap::new();
     for (worker, shards) in kept {
         let Some(&bringer) = rank_at.get(worker) else { continue };
         for shard in shards.iter().filter(|shard| counts(shard.generation, shard.step)) {
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     fn shard(generation: u32, step: u64, rank: usize) -> KeptShard {
-        KeptShard { generation, step, rank }
+        KeptShard { generation: Generation::new(generation), step, rank }
     }
 
     /// Three ranks on workers 1, 2, 3, each kept by the next worker too; step 7 is acknowledged, step 8 only half.
@@ -88,7 +89,7 @@ mod tests {
     #[test]
     fn all_survive_and_the_newest_step_is_everybodys_own() {
         let whole = newest_whole(&inventories(), &[1, 2, 3], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: 1, step: 8, holders: vec![0, 1, 2] });
+        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 8, holders: vec![0, 1, 2] });
     }
 
     #[test]
@@ -97,11 +98,11 @@ mod tests {
         kept.remove(&1);
         // Worker 4 is fresh. Of step 8 rank 0 is with its buddy already.
         let whole = newest_whole(&kept, &[4, 2, 3], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: 1, step: 8, holders: vec![1, 1, 2] });
+        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 8, holders: vec![1, 1, 2] });
         let mut kept = inventories();
         kept.remove(&3);
         let whole = newest_whole(&kept, &[1, 2, 4], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: 1, step: 7, holders: vec![0, 1, 0] });
+        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 7, holders: vec![0, 1, 0] });
     }
 
     #[test]
@@ -118,7 +119,10 @@ mod tests {
         let kept = inventories();
         let whole = newest_whole(&kept, &[1, 2, 3], |_, step| step < 8).unwrap();
         assert_eq!(whole.step, 7);
-        assert_eq!(newest_whole(&kept, &[1, 2, 3], |generation, _| generation > 1), Err(None));
+        assert_eq!(
+            newest_whole(&kept, &[1, 2, 3], |generation, _| generation > Generation::FIRST),
+            Err(None)
+        );
     }
 
     proptest! {
@@ -141,9 +145,10 @@ mod tests {
             let newest = versions.filter(|&(step, generation)| is_whole(generation, step)).max();
             match newest_whole(&kept, &places, |_, _| true) {
                 Ok(found) => {
-                    prop_assert_eq!(Some((found.step, found.generation)), newest);
+                    let generation = found.generation.number();
+                    prop_assert_eq!(Some((found.step, generation)), newest);
                     for (rank, &holder) in found.holders.iter().enumerate() {
-                        let wanted = shard(found.generation, found.step, rank);
+                        let wanted = shard(generation, found.step, rank);
                         prop_assert!(has(places[holder], wanted));
                         prop_assert!(holder == rank || !has(places[rank], wanted));
                     }

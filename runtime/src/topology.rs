@@ -1,10 +1,13 @@
 //! Where a rank stands: coordinates along the three axes, and the groups along each of them.
 //!
 //! World = pipeline x expert x data. Expert ranks are neighbours in number so that an expert group falls into one node
-//! or block; then data, then pipeline. Which job it is a rank of says its id (`job_id`). Knows no hosts and no transport.
+//! or block; then data, then pipeline. Ranks are numbers here, in loops and sums; who is meant says
+//! an id (`ids`). Knows no hosts and no transport.
 
+mod ids;
 mod job_id;
 
+pub use ids::{FormationId, Generation};
 pub use job_id::JobId;
 
 pub mod collective;

@@ -7,6 +7,7 @@
 use std::time::Instant;
 
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Phase, Region, Tag, Transport};
+use contraflow_runtime::topology::FormationId;
 
 use super::cpu_seconds;
 use super::processes::{self, Processes};
@@ -114,8 +115,7 @@ fn copy_cost() -> f64 {
 impl Rank {
     fn tag(&self, source: usize) -> Tag {
         Tag {
-            job: 0,
-            generation: 0,
+            formation: FormationId::default(),
             phase: Phase::Train,
             step: self.step,
             kind: FrameKind::Dispatch,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_runtime::fabric::{Address, Disturbance, Formation, Listener, Transport, WiredNetwork};
+use contraflow_runtime::topology::FormationId;
 use serde::Serialize;
 
 /// How long a rank waits for another one.
@@ -86,8 +87,7 @@ pub fn join(
     let mut line = String::new();
     stdin().lock().read_line(&mut line)?;
     let formation = Formation {
-        job: 0,
-        generation: 0,
+        id: FormationId::default(),
         secret: *blake3::hash(line.as_bytes()).as_bytes(),
         ranks: serde_json::from_str(&line)?,
         local: vec![rank],

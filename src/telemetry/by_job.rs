@@ -87,7 +87,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for RankLines {
         let unix_ms =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let level = event.metadata().level().to_string();
-        let line = LogLine { job, rank: rank as u32, unix_ms, level, message };
+        let line = LogLine { job: job.bits(), rank: rank as u32, unix_ms, level, message };
         // If nobody listens any more the worker is ending.
         drop(self.sender.send(line));
     }
@@ -111,7 +111,7 @@ pub(super) fn write_field(to: &mut Writer<'_>, field: &Field, value: &dyn fmt::D
 /// The fields of a line or a span that matter here.
 #[derive(Clone, Default)]
 struct Named {
-    job: Option<u64>,
+    job: Option<JobId>,
     rank: Option<u64>,
     message: String,
 }
@@ -133,7 +133,7 @@ impl Named {
 impl Visit for Named {
     fn record_u64(&mut self, field: &Field, value: u64) {
         match field.name() {
-            "job" => self.job = Some(value),
+            "job" => self.job = Some(JobId::of(value)),
             "rank" => self.rank = Some(value),
             _ => {}
         }

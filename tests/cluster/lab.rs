@@ -17,6 +17,7 @@ use contraflow_runtime::fabric::{
     Formation, Listener, LocalNetwork, LocalOptions, Sent, Transport, WiredNetwork,
 };
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Document, PackedDataset};
@@ -225,7 +226,7 @@ async fn run(setup: Setup) -> Finished {
     let began = Instant::now();
     let wires = wire.map(|transport| wires(transport, recipe.topology().world())).unwrap_or_default();
     let spec = ClusterSpec {
-        generation: 1,
+        generation: Generation::FIRST,
         peak_flops: None,
         recipe,
         datasets,
@@ -268,8 +269,9 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
     let ranks: Vec<_> = listeners.iter().map(Listener::address).collect();
     let part = |(rank, listener): (usize, &Listener)| {
         let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
-        let (job, generation, secret, disturbance) = (0, 1, [3; 32], None);
-        let formation = Formation { job, generation, secret, ranks, local, patience, transport, disturbance };
+        let id = FormationId::new(JobId::default(), Generation::FIRST);
+        let (secret, disturbance) = ([3; 32], None);
+        let formation = Formation { id, secret, ranks, local, patience, transport, disturbance };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };

@@ -9,6 +9,7 @@ use contraflow_runtime::fabric::{FrameKind, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, Component, Mode, ScheduleKind, TransferKind, Work, lower};
+use contraflow_runtime::topology::FormationId;
 use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::{Exchange, ExpertGroup, Route};
 use contraflow_workers::data::batches::TaskKind;
@@ -86,7 +87,7 @@ impl Alone {
     }
 
     fn exchange(&self, chunk: Chunk, layer: usize) -> Exchange<'_> {
-        let id = StepId { job: 0, generation: 0, phase: Phase::Validate, step: 0 };
+        let id = StepId { formation: FormationId::default(), phase: Phase::Validate, step: 0 };
         Exchange {
             endpoint: &self.endpoint,
             group: &self.group,

@@ -10,6 +10,7 @@ use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions, Phase};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Program, StepPrograms};
+use contraflow_runtime::topology::FormationId;
 use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::ExpertGroup;
 use contraflow_workers::data::batches::TaskKind;
@@ -99,7 +100,7 @@ impl Rank {
             Part::Skip => &self.programs.skip,
             Part::Gather => &self.programs.gather,
         };
-        let id = StepId { job: 0, generation: 0, phase: Phase::Train, step };
+        let id = StepId { formation: FormationId::default(), phase: Phase::Train, step };
         let program = Arc::new(programs[0].clone());
         let running = Running::new(&self.site, (id, program), workload, tracing::Span::none());
         let running = Arc::new(running);

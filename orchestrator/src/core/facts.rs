@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Topology};
 use serde::{Deserialize, Serialize};
 
 use crate::recovery::InMemory;
@@ -105,7 +105,7 @@ pub enum End {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Formed {
     /// Count of (re)formations, from 1.
-    pub generation: u32,
+    pub generation: Generation,
     /// Axes of this formation.
     pub topology: Topology,
     /// By rank, the worker.
@@ -129,6 +129,13 @@ pub struct Formed {
     pub on_loan: bool,
 }
 
+impl Formed {
+    /// As one of this job's.
+    pub fn id(&self, job: JobId) -> FormationId {
+        FormationId::new(job, self.generation)
+    }
+}
+
 /// Something that is so from now on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "fact", rename_all = "snake_case")]
@@ -140,9 +147,9 @@ pub enum Fact {
     },
     /// A job is in the queue.
     Submitted {
-        /// Its id.
-        job: u64,
-        /// The job.
+        /// Drawn and counted by the orchestrator.
+        job: JobId,
+        /// As it was submitted.
         spec: Box<JobSpec>,
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
@@ -150,16 +157,16 @@ pub enum Fact {
     /// A job has its ranks.
     Formed {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// Where.
         formed: Formed,
     },
     /// A formation is over and the job is not.
     Broken {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// Of the formation.
-        generation: u32,
+        generation: Generation,
         /// Ranks that were lost; none where the same workers form anew.
         lost: Vec<usize>,
         /// The furthest step that it is known to have made; that which it went on from if none.
@@ -174,14 +181,14 @@ pub enum Fact {
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// In words.
         why: String,
     },
     /// The watch sent a job back to its newest checkpoint.
     WentBack {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// Sequences used when it went.
         cursor: u64,
         /// In words.
@@ -190,14 +197,14 @@ pub enum Fact {
     /// A formation has made its first step.
     Stepped {
         /// Its job's id.
-        job: u64,
+        job: JobId,
         /// The step.
         step: u64,
     },
     /// A checkpoint stands.
     Kept {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// Of the checkpoint.
         step: u64,
         /// Sequences used by then.
@@ -207,7 +214,7 @@ pub enum Fact {
     /// A job is over.
     Ended {
         /// Its id.
-        job: u64,
+        job: JobId,
         /// How.
         end: End,
         /// In words.
@@ -220,7 +227,7 @@ pub enum Fact {
     /// A job that was over is not known any more, nor what is kept of it.
     Forgotten {
         /// Its id.
-        job: u64,
+        job: JobId,
     },
     /// A node takes no ranks any more.
     Drained {
@@ -231,7 +238,7 @@ pub enum Fact {
 
 impl Fact {
     /// The job it is about, if it is about one.
-    pub fn job(&self) -> Option<u64> {
+    pub fn job(&self) -> Option<JobId> {
         match self {
             Fact::Submitted { job, .. }
             | Fact::Formed { job, .. }

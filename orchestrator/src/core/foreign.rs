@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::FormationId;
 
 use super::facts::End;
 use super::formation::Formation;
@@ -47,20 +47,19 @@ impl Foreign {
 impl Core {
     /// A worker hosts ranks of a formation that this state does not know.
     pub(super) fn foreign_attached(&mut self, worker: u64, hosted: &Hosted, now: u64) {
-        let &Hosted { job, generation, world, steps, .. } = hosted;
-        let of = (job, generation);
+        let &Hosted { formation: of, world, steps, .. } = hosted;
         let fits = (1..=MAX_WORLD).contains(&world) && hosted.ranks.iter().all(|rank| *rank < world);
         if !fits
             || !self.has_slots_for(worker, hosted)
             || self.foreign.get(&of).is_some_and(|foreign| foreign.world != world)
         {
             let reason = "nobody knows of this formation".to_owned();
-            return self.tell(worker, Word::Release { job, generation, reason, keep: false });
+            return self.tell(worker, Word::Release { formation: of, reason, keep: false });
         }
         if !self.foreign.contains_key(&of) {
             self.log(
-                job,
-                format!("generation {generation} is of another state: its running step is to be kept"),
+                of.job,
+                format!("generation {} is of another state: its running step is to be kept", of.generation),
             );
         }
         let foreign = self.foreign.entry(of).or_insert_with(|| Foreign {
@@ -82,15 +81,15 @@ impl Core {
     fn has_slots_for(&self, worker: u64, hosted: &Hosted) -> bool {
         let slots = self.members.get(worker).map_or(0, |member| member.who.slots);
         // An older generation of the same job has given its slots up to this one.
-        let (held, _) = self.held(Some(hosted.job)).get(&worker).copied().unwrap_or_default();
-        let known = self.foreign.get(&(hosted.job, hosted.generation));
+        let (held, _) = self.held(Some(hosted.formation.job)).get(&worker).copied().unwrap_or_default();
+        let known = self.foreign.get(&hosted.formation);
         let known =
             known.map_or(0, |foreign| foreign.places.values().filter(|place| **place == worker).count());
         held - known + hosted.ranks.len() <= slots
     }
 
     fn foreign_of(&mut self, worker: u64, from: &RankAddress) -> Option<&mut Foreign> {
-        let foreign = self.foreign.get_mut(&(from.job, from.generation))?;
+        let foreign = self.foreign.get_mut(&from.formation)?;
         (foreign.places.get(&from.rank) == Some(&worker)).then_some(foreign)
     }
 
@@ -107,7 +106,7 @@ impl Core {
         if foreign.formation.is_training() && !foreign.formation.is_moving() {
             effects.extend(foreign.formation.move_away("its orchestrator has another state".into()));
         }
-        self.carry_out_foreign((from.job, from.generation), effects);
+        self.carry_out_foreign(from.formation, effects);
         true
     }
 
@@ -119,7 +118,7 @@ impl Core {
 
     pub(super) fn foreign_committed(
         &mut self,
-        of: (u64, u32),
+        of: FormationId,
         position: Option<Position>,
         result: Result<(), String>,
     ) {
@@ -128,8 +127,7 @@ impl Core {
         self.carry_out_foreign(of, effects);
     }
 
-    fn carry_out_foreign(&mut self, of: (u64, u32), effects: Vec<job::Effect>) {
-        let (job, generation) = of;
+    fn carry_out_foreign(&mut self, of: FormationId, effects: Vec<job::Effect>) {
         for effect in effects {
             let Some(foreign) = self.foreign.get(&of) else { return };
             match effect {
@@ -137,17 +135,15 @@ impl Core {
                 job::Effect::Command { command: RankCommand::BeginStep { .. }, .. } => {}
                 job::Effect::Command { rank, command } => {
                     if let Some(&worker) = foreign.places.get(&rank) {
-                        self.tell(
-                            worker,
-                            Word::Command { to: RankAddress { job, generation, rank }, command },
-                        );
+                        let to = RankAddress { formation: of, rank };
+                        self.tell(worker, Word::Command { to, command });
                     }
                 }
                 job::Effect::CommitCheckpoint { position, watch, shards } => {
                     if let Some(&worker) = foreign.places.get(&0) {
                         // What its own orchestrator has pinned its workers know.
-                        let (job, kept) = (job, 0);
-                        let word = Word::CommitCheckpoint { job, generation, position, watch, shards, kept };
+                        let (formation, kept) = (of, 0);
+                        let word = Word::CommitCheckpoint { formation, position, watch, shards, kept };
                         self.tell(worker, word);
                     }
                 }
@@ -165,9 +161,9 @@ impl Core {
     /// Time has passed.
     pub(super) fn tick_foreign(&mut self, now: u64) {
         let over = self.foreign.iter().filter_map(|(&of, foreign)| Some((of, foreign.is_over(now)?)));
-        let over: Vec<((u64, u32), String)> = over.collect();
+        let over: Vec<(FormationId, String)> = over.collect();
         over.into_iter().for_each(|(of, why)| self.let_foreign_go(of, &why));
-        let all: Vec<(u64, u32)> = self.foreign.keys().copied().collect();
+        let all: Vec<FormationId> = self.foreign.keys().copied().collect();
         for of in all {
             let effects = self.foreign.get_mut(&of).map(|foreign| foreign.formation.tick(now));
             self.carry_out_foreign(of, effects.unwrap_or_default());
@@ -177,7 +173,7 @@ impl Core {
     /// A worker is not a member any more.
     pub(super) fn lose_foreign(&mut self, worker: u64) {
         let is_hit = |foreign: &Foreign| foreign.places.values().any(|place| *place == worker);
-        let hit: Vec<(u64, u32)> =
+        let hit: Vec<FormationId> =
             self.foreign.iter().filter(|(_, foreign)| is_hit(foreign)).map(|(&of, _)| of).collect();
         hit.into_iter().for_each(|of| self.let_foreign_go(of, "a worker of it is lost"));
     }
@@ -187,22 +183,22 @@ impl Core {
         self.foreign.values().flat_map(|foreign| foreign.places.values().copied())
     }
 
-    fn let_foreign_go(&mut self, (job, generation): (u64, u32), why: &str) {
-        let Some(foreign) = self.foreign.remove(&(job, generation)) else { return };
+    fn let_foreign_go(&mut self, formation: FormationId, why: &str) {
+        let FormationId { job, generation } = formation;
+        let Some(foreign) = self.foreign.remove(&formation) else { return };
         self.log(job, format!("generation {generation}, of another state, is let go: {why}"));
         let mut workers: Vec<u64> = foreign.places.into_values().collect();
         workers.sort_unstable();
         workers.dedup();
         for worker in workers {
             let reason = format!("the orchestrator does not know this formation; {why}");
-            self.tell(worker, Word::Release { job, generation, reason, keep: false });
+            self.tell(worker, Word::Release { formation, reason, keep: false });
         }
         self.is_open = true;
         if self.jobs.all.get(&job).is_some_and(|record| !record.has_ended()) {
             let outcome = format!(
-                "{} has gone on to generation {generation}, of which this state knows nothing: it is older than \
-                 the storage; {why}",
-                JobId::of(job)
+                "{job} has gone on to generation {generation}, of which this state knows nothing: it is older than \
+                 the storage; {why}"
             );
             self.end(job, End::Failed, (outcome, None), self.awake_ms);
         }

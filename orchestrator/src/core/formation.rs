@@ -8,6 +8,7 @@ use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::JobId;
 use contraflow_runtime::watch::Divergence;
 use contraflow_runtime::watch::evidence::EVIDENCE_FILE;
 
@@ -162,14 +163,14 @@ impl Formation {
 
 impl Core {
     /// Turns the effects of a job's machine into those of the cluster.
-    pub(super) fn carry_out(&mut self, job: u64, effects: Vec<job::Effect>, now: u64) {
+    pub(super) fn carry_out(&mut self, job: JobId, effects: Vec<job::Effect>, now: u64) {
         for effect in effects {
             let Some(record) = self.jobs.all.get(&job) else { return };
             let Some(formed) = record.running() else { return };
-            let (generation, places, kept) = (formed.generation, &formed.places, record.kept);
+            let (formation, places, kept) = (formed.id(job), &formed.places, record.kept);
             match effect {
                 job::Effect::Command { rank, command } => {
-                    let to = RankAddress { job, generation, rank };
+                    let to = RankAddress { formation, rank };
                     let worker = places[rank];
                     self.tell(worker, Word::Command { to, command });
                 }
@@ -177,20 +178,20 @@ impl Core {
                     self.effects.push(Effect::Record { job, report: Box::new(report) });
                 }
                 job::Effect::CommitCheckpoint { position, watch, shards } => {
-                    let word = Word::CommitCheckpoint { job, generation, position, watch, shards, kept };
+                    let word = Word::CommitCheckpoint { formation, position, watch, shards, kept };
                     let worker = places[0];
                     self.tell(worker, word);
                 }
                 job::Effect::PlaceWeights { files, .. } => {
                     let worker = places[0];
-                    self.tell(worker, Word::PlaceWeights { job, generation, files });
+                    self.tell(worker, Word::PlaceWeights { formation, files });
                 }
                 job::Effect::End(outcome) => self.conclude(job, outcome, now),
             }
         }
     }
 
-    fn conclude(&mut self, job: u64, outcome: Outcome, now: u64) {
+    fn conclude(&mut self, job: JobId, outcome: Outcome, now: u64) {
         let moves = self.formations.get_mut(&job).and_then(|formation| formation.moves.take());
         match outcome {
             Outcome::Done { validation } => {
@@ -214,7 +215,7 @@ impl Core {
     }
 
     /// Back to the newest checkpoint, past the sequences that led to the divergence, or to the end of the job.
-    fn diverged(&mut self, job: u64, mut divergence: Divergence, cursor: u64, now: u64) {
+    fn diverged(&mut self, job: JobId, mut divergence: Divergence, cursor: u64, now: u64) {
         if divergence.evidence.is_some() {
             divergence.why += &format!("; see {EVIDENCE_FILE} in the job's folder");
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{Generation, JobId};
 use serde::{Deserialize, Serialize};
 
 use super::attempts::Attempts;
@@ -69,8 +69,8 @@ impl JobRecord {
     }
 
     /// Count of formations so far.
-    pub fn generation(&self) -> u32 {
-        self.formed.as_ref().map_or(0, |formed| formed.generation)
+    pub fn generation(&self) -> Generation {
+        self.formed.as_ref().map_or_else(Generation::default, |formed| formed.generation)
     }
 
     /// Whether it is over.
@@ -88,27 +88,27 @@ impl JobRecord {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Jobs {
     /// By id, which sort by their numbers. These are given in order of submission, from 1.
-    pub all: BTreeMap<u64, JobRecord>,
+    pub all: BTreeMap<JobId, JobRecord>,
     /// By idempotency key.
-    pub by_key: BTreeMap<String, u64>,
+    pub by_key: BTreeMap<String, JobId>,
     /// Nodes that take no ranks.
     pub drained: BTreeSet<String>,
     /// The mark of the storage.
     pub storage_mark: String,
-    /// The id of the newest job.
-    pub newest: u64,
+    /// The newest job.
+    pub newest: JobId,
     /// Jobs that are over, in the order in which they ended.
     #[serde(default)]
-    pub ended: VecDeque<u64>,
+    pub ended: VecDeque<JobId>,
 }
 
 impl Jobs {
     /// The job of a number, if it is known; else whether there has been one.
     ///
     /// **Errors**: there has been one, or never.
-    pub fn of_number(&self, number: u64) -> Result<u64, bool> {
+    pub fn of_number(&self, number: u64) -> Result<JobId, bool> {
         let known = JobId::all_of(number).and_then(|ids| Some(*self.all.range(ids).next()?.0));
-        known.ok_or_else(|| (1..=JobId::of(self.newest).number()).contains(&number))
+        known.ok_or_else(|| (1..=self.newest.number()).contains(&number))
     }
 
     /// Takes a fact in.
@@ -134,7 +134,7 @@ impl Jobs {
         }
     }
 
-    fn submitted(&mut self, job: u64, spec: &JobSpec, at_ms: u64) {
+    fn submitted(&mut self, job: JobId, spec: &JobSpec, at_ms: u64) {
         if !spec.key.is_empty() {
             self.by_key.insert(spec.key.clone(), job);
         }

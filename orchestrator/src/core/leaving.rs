@@ -5,11 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Topology};
 
 use super::jobs::{JobRecord, Phase};
 use super::writing_down::WritingDown;
-use super::{ADOPTION_MS, Core, LEFT_MS, Word};
+use super::{ADOPTION_MS, Core, LEFT_MS, Left, Word};
 use crate::recovery::{InMemory, KeptShard, newest_whole};
 
 /// What is known of the workers of a broken formation.
@@ -39,14 +39,14 @@ impl Leaving {
 
 impl Core {
     /// The formation of a job has broken: its workers are asked by their release.
-    pub(super) fn ask_for_kept(&mut self, job: u64, now: u64) {
+    pub(super) fn ask_for_kept(&mut self, job: JobId, now: u64) {
         let Some(places) = self.kept_places(job) else { return };
         let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
         self.leaving.insert(job, Leaving::new(waiting, now + LEFT_MS));
     }
 
     /// An orchestrator that starts finds a job broken: whoever was in its formation may still keep something.
-    pub(super) fn expect_kept(&mut self, job: u64, now: u64) {
+    pub(super) fn expect_kept(&mut self, job: JobId, now: u64) {
         let Some(places) = self.kept_places(job) else { return };
         let record = &self.jobs.all[&job];
         let survives = |(rank, _): &(usize, &u64)| !record.lost.contains(rank);
@@ -57,13 +57,14 @@ impl Core {
     }
 
     /// By rank, the workers of a broken formation that keeps its state in memory.
-    fn kept_places(&self, job: u64) -> Option<Vec<u64>> {
+    fn kept_places(&self, job: JobId) -> Option<Vec<u64>> {
         let record = self.jobs.all.get(&job).filter(|record| record.goes_on_from_memory())?;
         Some(record.formed.as_ref()?.places.clone())
     }
 
     /// A worker has left a formation, and says what it keeps.
-    pub(super) fn left(&mut self, worker: u64, (job, generation): (u64, u32), kept: Vec<KeptShard>) {
+    pub(super) fn left(&mut self, worker: u64, Left { formation, kept }: Left) {
+        let FormationId { job, generation } = formation;
         let record = self.jobs.all.get(&job);
         let is_asked = record.is_some_and(JobRecord::goes_on_from_memory);
         let is_current = is_asked && record.is_some_and(|record| record.generation() == generation);
@@ -77,7 +78,7 @@ impl Core {
             self.is_open = true;
         } else if !is_asked && !goes_on_here {
             let reason = "the job goes on without what is kept".to_owned();
-            self.tell(worker, Word::Release { job, generation, reason, keep: false });
+            self.tell(worker, Word::Release { formation, reason, keep: false });
         }
     }
 
@@ -92,12 +93,12 @@ impl Core {
     }
 
     /// Whether it is still to be heard what the workers of a broken formation keep.
-    pub(super) fn awaits_kept(&self, job: u64, now: u64) -> bool {
+    pub(super) fn awaits_kept(&self, job: JobId, now: u64) -> bool {
         self.leaving.get(&job).is_some_and(|leaving| leaving.is_waiting(now))
     }
 
     /// The newest state that is whole in the memory of workers at these places.
-    pub(super) fn whole_of(&self, job: u64, places: &[u64]) -> Result<InMemory, Option<usize>> {
+    pub(super) fn whole_of(&self, job: JobId, places: &[u64]) -> Result<InMemory, Option<usize>> {
         let record = &self.jobs.all[&job];
         let nothing = BTreeMap::new();
         let kept = self.leaving.get(&job).map_or(&nothing, |leaving| &leaving.kept);
@@ -108,7 +109,7 @@ impl Core {
     /// the newest checkpoint. Else why not, in words; nothing if there is nothing to say.
     pub(super) fn in_memory(
         &self,
-        job: u64,
+        job: JobId,
         topology: &Topology,
         places: &[u64],
     ) -> Result<InMemory, Option<String>> {
@@ -135,7 +136,7 @@ impl JobRecord {
     }
 
     /// Whether a state that somebody keeps is of the latest formation, or the one that it went on from.
-    fn is_of_history(&self, generation: u32, step: u64) -> bool {
+    fn is_of_history(&self, generation: Generation, step: u64) -> bool {
         self.formed.as_ref().is_some_and(|formed| {
             let base = formed.memory.as_ref().map(|memory| (memory.generation, memory.step));
             formed.generation == generation || base == Some((generation, step))

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use contraflow_runtime::schedule::size;
+use contraflow_runtime::topology::{FormationId, JobId};
 
 use super::facts::Fact;
 use super::formation::Formation;
@@ -33,21 +34,20 @@ impl Core {
         self.members.attach(who, now);
         self.is_open = true;
         self.tell(worker, Word::Welcome);
-        let generation = |hosted: &Hosted| self.jobs.all.get(&hosted.job).map(JobRecord::generation);
-        let is_current = |hosted: &Hosted| {
-            let formed = self.jobs.all.get(&hosted.job).and_then(|record| record.running());
-            formed.is_some_and(|formed| formed.generation == hosted.generation)
-        };
+        let is_current = |hosted: &Hosted| self.formed(hosted.formation).is_some();
         let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
-        let is_known = |hosted: &Hosted| generation(hosted).is_some_and(|newest| hosted.generation <= newest);
+        let is_known = |hosted: &Hosted| {
+            let newest = self.jobs.all.get(&hosted.formation.job).map(JobRecord::generation);
+            newest.is_some_and(|newest| hosted.formation.generation <= newest)
+        };
         let (stale, foreign): (Vec<_>, Vec<_>) = stale.into_iter().partition(is_known);
-        for Hosted { job, generation, .. } in stale {
-            let keep = self.jobs.all.get(&job).is_some_and(|record| record.in_memory);
+        for Hosted { formation, .. } in stale {
+            let keep = self.jobs.all.get(&formation.job).is_some_and(|record| record.in_memory);
             let reason = "another formation has taken its place".to_owned();
-            self.tell(worker, Word::Release { job, generation, reason, keep });
+            self.tell(worker, Word::Release { formation, reason, keep });
         }
         foreign.iter().for_each(|hosted| self.foreign_attached(worker, hosted, now));
-        left.into_iter().for_each(|left| self.left(worker, (left.job, left.generation), left.kept));
+        left.into_iter().for_each(|left| self.left(worker, left));
         self.remind(worker, &current);
         if is_expected {
             self.assign_again(worker);
@@ -60,15 +60,14 @@ impl Core {
         let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
         let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
         let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
-        let mut ranks_of: BTreeMap<(u64, u64), Vec<usize>> = BTreeMap::new();
+        let mut ranks_of: BTreeMap<(FormationId, u64), Vec<usize>> = BTreeMap::new();
         for (job, formed) in whole {
             for (rank, &worker) in formed.places.iter().enumerate() {
-                ranks_of.entry((job, worker)).or_default().push(rank);
+                ranks_of.entry((formed.id(job), worker)).or_default().push(rank);
             }
         }
-        for ((job, worker), ranks) in ranks_of {
-            let generation = self.jobs.all[&job].generation();
-            self.tell(worker, Word::Assign { job, generation, ranks });
+        for ((formation, worker), ranks) in ranks_of {
+            self.tell(worker, Word::Assign { formation, ranks });
         }
     }
 
@@ -99,17 +98,17 @@ impl Core {
     fn remind(&mut self, worker: u64, hosted: &[Hosted]) {
         let placed = self.running().map(|(job, formed)| {
             let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
-            (job, here.map(|(rank, _)| rank).collect())
+            (formed.id(job), here.map(|(rank, _)| rank).collect())
         });
-        let placed: Vec<(u64, Vec<usize>)> = placed.collect();
-        for (job, placed) in placed {
-            let is_hosted =
-                |rank: &usize| hosted.iter().any(|hosted| hosted.job == job && hosted.ranks.contains(rank));
-            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !is_hosted(rank)).collect();
+        let placed: Vec<(FormationId, Vec<usize>)> = placed.collect();
+        for (formation, placed) in placed {
+            let here = hosted.iter().filter(|hosted| hosted.formation == formation);
+            let here: Vec<usize> = here.flat_map(|hosted| hosted.ranks.iter().copied()).collect();
+            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !here.contains(rank)).collect();
             if !ranks.is_empty() {
-                let generation = self.jobs.all[&job].generation();
-                self.tell(worker, Word::Assign { job, generation, ranks });
+                self.tell(worker, Word::Assign { formation, ranks });
             }
+            let job = formation.job;
             let repeated = self.formations.get(&job).map_or_else(Vec::new, |formed| formed.repeat(&placed));
             self.carry_out(job, repeated, 0);
         }
@@ -135,7 +134,7 @@ impl Core {
     fn vacate(&mut self, is_left: impl Fn(&Member) -> bool, why: &str, now: u64) {
         let is_there = |worker: &u64| self.members.get(*worker).is_some_and(&is_left);
         let is_moving = |job| self.formations.get(&job).is_some_and(Formation::is_moving);
-        let moved: Vec<u64> = self
+        let moved: Vec<JobId> = self
             .running()
             .filter(|(job, formed)| formed.places.iter().any(is_there) && !is_moving(*job))
             .map(|(job, _)| job)
@@ -160,7 +159,7 @@ impl Core {
     fn lose(&mut self, who: &Introduction, why: impl Fn(&[usize]) -> String, now: u64) {
         self.forget_kept(who.worker);
         self.lose_foreign(who.worker);
-        let hit: Vec<(u64, Vec<usize>)> = self
+        let hit: Vec<(JobId, Vec<usize>)> = self
             .running()
             .map(|(job, formed)| {
                 let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == who.worker);
@@ -182,14 +181,14 @@ impl Core {
 
     /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
     /// one with the largest ranks. The others are its victims.
-    fn suspect(&self, hit: &[(u64, Vec<usize>)]) -> Option<u64> {
+    fn suspect(&self, hit: &[(JobId, Vec<usize>)]) -> Option<JobId> {
         let idle = hit.iter().filter(|(job, _)| !self.jobs.all[job].attempts.has_stepped);
-        let bytes = |job: &u64| self.jobs.all[job].running().map_or(0, |formed| formed.rank_bytes);
+        let bytes = |job: &JobId| self.jobs.all[job].running().map_or(0, |formed| formed.rank_bytes);
         idle.map(|(job, _)| *job).max_by_key(|job| (bytes(job), std::cmp::Reverse(*job)))
     }
 
     /// What ranks need and what their worker had, where that may be why it has ended: at least half of it.
-    fn short_of_memory(&self, job: u64, ranks: usize, who: &Introduction) -> Option<String> {
+    fn short_of_memory(&self, job: JobId, ranks: usize, who: &Introduction) -> Option<String> {
         let needed = self.jobs.all[&job].running()?.rank_bytes;
         let is_short = who.memory_bytes > 0 && needed.saturating_mul(2 * ranks as u64) >= who.memory_bytes;
         is_short.then(|| {
@@ -202,7 +201,7 @@ impl Core {
 
     /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
     /// reaches, and would again in the next formation: its process has to end.
-    pub(super) fn hung(&mut self, job: u64, Hang { rank, why }: Hang, now: u64) {
+    pub(super) fn hung(&mut self, job: JobId, Hang { rank, why }: Hang, now: u64) {
         let place = |rank| self.jobs.all.get(&job)?.running()?.places.get(rank).copied();
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
             return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), true, now);

@@ -27,7 +27,7 @@ use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::topology::{JobId, Topology};
+use contraflow_runtime::topology::{FormationId, JobId, Topology};
 
 use self::facts::{End, Fact, JobSpec};
 use self::foreign::Foreign;
@@ -78,21 +78,21 @@ pub struct Core {
     nonce: u32,
     jobs: Jobs,
     members: Members,
-    formations: BTreeMap<u64, Formation>,
+    formations: BTreeMap<JobId, Formation>,
     /// Broken formations whose workers are asked what they keep.
-    leaving: BTreeMap<u64, Leaving>,
+    leaving: BTreeMap<JobId, Leaving>,
     /// What the clock showed last.
     wall_ms: u64,
     /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
     awake_ms: u64,
     /// Formations of which this state knows nothing.
-    foreign: BTreeMap<(u64, u32), Foreign>,
+    foreign: BTreeMap<FormationId, Foreign>,
     /// Until when jobs wait whose formations came to nothing.
-    paused_until: BTreeMap<u64, u64>,
+    paused_until: BTreeMap<JobId, u64>,
     /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
-    avoided: BTreeMap<u64, BTreeSet<String>>,
+    avoided: BTreeMap<JobId, BTreeSet<String>>,
     /// Why jobs in line wait.
-    reasons: BTreeMap<u64, String>,
+    reasons: BTreeMap<JobId, String>,
     /// Jobs that are over and stay known.
     keep_jobs: usize,
     /// Something has changed that may give a job its ranks.
@@ -121,7 +121,7 @@ impl Core {
             is_open: true,
             effects: Vec::new(),
         };
-        let running: Vec<u64> =
+        let running: Vec<JobId> =
             core.jobs.all.iter().filter(|(_, job)| job.running().is_some()).map(|(&job, _)| job).collect();
         for job in running {
             let record = &core.jobs.all[&job];
@@ -130,7 +130,7 @@ impl Core {
             });
             core.formations.insert(job, Formation::of(record));
         }
-        let all: Vec<u64> = core.jobs.all.keys().copied().collect();
+        let all: Vec<JobId> = core.jobs.all.keys().copied().collect();
         all.into_iter().for_each(|job| core.expect_kept(job, now));
         core
     }
@@ -184,7 +184,7 @@ impl Core {
     }
 
     /// What a job waits for, in words; nothing if it does not.
-    pub fn waiting_for(&self, job: u64) -> String {
+    pub fn waiting_for(&self, job: JobId) -> String {
         let Some(record) = self.jobs.all.get(&job) else { return String::new() };
         match (&record.phase, self.formations.get(&job)) {
             (Phase::Ended(_), _) => String::new(),
@@ -194,7 +194,7 @@ impl Core {
     }
 
     /// Whether the ranks of a job train.
-    pub fn is_training(&self, job: u64) -> bool {
+    pub fn is_training(&self, job: JobId) -> bool {
         self.formations.get(&job).is_some_and(Formation::is_training)
     }
 
@@ -212,7 +212,7 @@ impl Core {
             }
             Event::Left { worker, left } => {
                 self.members.heard(worker, now);
-                self.left(worker, (left.job, left.generation), left.kept);
+                self.left(worker, left);
             }
             Event::Leaving { worker } => self.leaving(worker, now),
             Event::Detached { worker } => self.members.detach(worker, now),
@@ -221,9 +221,9 @@ impl Core {
                 self.members.heard(worker, now);
                 self.rank_event(worker, from, *event, now);
             }
-            Event::Committed { worker, job, generation, position, result } => {
+            Event::Committed { worker, formation, position, result } => {
                 self.members.heard(worker, now);
-                self.committed((job, generation), position, result, now);
+                self.committed(formation, position, result, now);
             }
             Event::Tick => self.tick(now),
         }
@@ -252,19 +252,18 @@ impl Core {
         self.effects.push(Effect::Tell { worker, word });
     }
 
-    fn log(&mut self, job: u64, line: String) {
+    fn log(&mut self, job: JobId, line: String) {
         self.effects.push(Effect::Log { job, line });
     }
 
     fn submit(&mut self, spec: Box<JobSpec>, now: u64) {
         if !self.jobs.by_key.contains_key(&spec.key) {
-            let number = JobId::of(self.jobs.newest).number() + 1;
-            let job = JobId::new(number, self.nonce).bits();
+            let job = JobId::new(self.jobs.newest.number() + 1, self.nonce);
             self.keep(Fact::Submitted { job, spec, at_ms: now });
         }
     }
 
-    fn cancel(&mut self, job: u64, reason: &str, now: u64) {
+    fn cancel(&mut self, job: JobId, reason: &str, now: u64) {
         let is_open = self.jobs.all.get(&job).is_some_and(|record| !record.has_ended());
         if is_open {
             let outcome = if reason.is_empty() { "cancelled" } else { reason };
@@ -272,7 +271,7 @@ impl Core {
         }
     }
 
-    fn end(&mut self, job: u64, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
+    fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
         self.release(job, &outcome, false);
         self.avoided.remove(&job);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
@@ -288,29 +287,29 @@ impl Core {
 
     /// Ends the latest formation of a job on every worker that is still there. Whether what they have in memory of its state is
     /// to be kept stands in `keep`.
-    fn release(&mut self, job: u64, reason: &str, keep: bool) {
+    fn release(&mut self, job: JobId, reason: &str, keep: bool) {
         self.formations.remove(&job);
         self.leaving.remove(&job);
         self.paused_until.remove(&job);
         let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
-        let generation = formed.generation;
+        let formation = formed.id(job);
         let mut workers = formed.places.clone();
         workers.sort_unstable();
         workers.dedup();
         for worker in workers {
-            self.tell(worker, Word::Release { job, generation, reason: reason.to_owned(), keep });
+            self.tell(worker, Word::Release { formation, reason: reason.to_owned(), keep });
         }
     }
 
     /// Stops a job after the running step, keeps it, and puts it into the queue again.
-    fn move_away(&mut self, job: u64, why: String, now: u64) {
+    fn move_away(&mut self, job: JobId, why: String, now: u64) {
         if let Some(formation) = self.formations.get_mut(&job) {
             let effects = formation.move_away(why);
             self.carry_out(job, effects, now);
         }
     }
 
-    fn running(&self) -> impl Iterator<Item = (u64, &facts::Formed)> {
+    fn running(&self) -> impl Iterator<Item = (JobId, &facts::Formed)> {
         self.jobs.all.iter().filter_map(|(&job, record)| Some((job, record.running()?)))
     }
 
@@ -318,7 +317,7 @@ impl Core {
         self.members.heard(worker, now);
         for progress in progress {
             let is_current = self.is_current(worker, &progress.rank);
-            match self.formations.get_mut(&progress.rank.job).filter(|_| is_current) {
+            match self.formations.get_mut(&progress.rank.formation.job).filter(|_| is_current) {
                 Some(formation) => formation.progress(progress, now),
                 None => self.foreign_progress(worker, progress, now),
             }
@@ -327,10 +326,13 @@ impl Core {
 
     /// Whether a rank speaks for the running formation: the one place where what is from before is dropped.
     fn is_current(&self, worker: u64, from: &RankAddress) -> bool {
-        let formed = self.jobs.all.get(&from.job).and_then(|record| record.running());
-        formed.is_some_and(|formed| {
-            formed.generation == from.generation && formed.places.get(from.rank) == Some(&worker)
-        })
+        self.formed(from.formation).is_some_and(|formed| formed.places.get(from.rank) == Some(&worker))
+    }
+
+    /// A formation that runs.
+    fn formed(&self, formation: FormationId) -> Option<&facts::Formed> {
+        let formed = self.jobs.all.get(&formation.job)?.running()?;
+        (formed.generation == formation.generation).then_some(formed)
     }
 
     fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
@@ -340,32 +342,32 @@ impl Core {
             }
             return;
         }
+        let job = from.formation.job;
         if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node } = &event {
-            return self.node_failed(from.job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
+            return self.node_failed(job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
         }
-        let Some(formation) = self.formations.get_mut(&from.job) else { return };
+        let Some(formation) = self.formations.get_mut(&job) else { return };
         let step = formation.own_step(&event);
         let effects = formation.event(event, now);
-        if let Some(step) = step.filter(|_| !self.jobs.all[&from.job].attempts.has_stepped) {
-            self.keep(Fact::Stepped { job: from.job, step });
+        if let Some(step) = step.filter(|_| !self.jobs.all[&job].attempts.has_stepped) {
+            self.keep(Fact::Stepped { job, step });
         }
-        self.carry_out(from.job, effects, now);
+        self.carry_out(job, effects, now);
     }
 
     fn committed(
         &mut self,
-        (job, generation): (u64, u32),
+        of: FormationId,
         position: Option<Position>,
         result: Result<(), String>,
         now: u64,
     ) {
-        let is_current =
-            self.running().any(|(running, formed)| running == job && formed.generation == generation);
-        if self.foreign.contains_key(&(job, generation)) {
-            return self.foreign_committed((job, generation), position, result);
+        let (job, is_current) = (of.job, self.formed(of).is_some());
+        if self.foreign.contains_key(&of) {
+            return self.foreign_committed(of, position, result);
         }
         if let Some(position) = position.filter(|_| !is_current) {
-            return self.down_committed((job, generation), position, result);
+            return self.down_committed(of, position, result);
         }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
@@ -394,7 +396,7 @@ impl Core {
         }
         // Time alone may let a job go on with fewer ranks.
         self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
-        let jobs: Vec<u64> = self.formations.keys().copied().collect();
+        let jobs: Vec<JobId> = self.formations.keys().copied().collect();
         for job in jobs {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
@@ -410,7 +412,7 @@ impl Core {
     }
 
     /// A formation is over: the job is formed anew, unless it has come to nothing too often. `counts`: nobody else is to blame.
-    fn break_formation(&mut self, job: u64, lost: Vec<usize>, why: String, counts: bool, now: u64) {
+    fn break_formation(&mut self, job: JobId, lost: Vec<usize>, why: String, counts: bool, now: u64) {
         let record = &self.jobs.all[&job];
         let generation = record.generation();
         let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
@@ -429,7 +431,7 @@ impl Core {
     }
 
     /// A rank's node cannot do its part: the rank goes to another one, if there is room.
-    fn node_failed(&mut self, job: u64, rank: usize, what: &str, now: u64) {
+    fn node_failed(&mut self, job: JobId, rank: usize, what: &str, now: u64) {
         let place = self.jobs.all[&job].running().and_then(|formed| formed.places.get(rank));
         let who = place.and_then(|&worker| self.members.get(worker)).map(|member| member.who.clone());
         let Introduction { name, node, .. } = who.unwrap_or_default();

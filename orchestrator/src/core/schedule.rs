@@ -42,10 +42,9 @@ impl Core {
                 Decision::Start { job, on_loan } => self.start(job, on_loan),
                 Decision::Preempt { victims, for_job } => {
                     for victim in &victims {
-                        self.move_away(*victim, format!("gives way to {}", JobId::of(for_job)), now);
+                        self.move_away(*victim, format!("gives way to {}", for_job), now);
                     }
-                    let victims: Vec<String> =
-                        victims.iter().map(|&job| JobId::of(job).to_string()).collect();
+                    let victims: Vec<String> = victims.iter().map(JobId::to_string).collect();
                     self.reasons.insert(for_job, format!("{} to give way", victims.join(", ")));
                 }
                 Decision::Wait { job, reason } => drop(self.reasons.insert(job, reason)),
@@ -53,7 +52,7 @@ impl Core {
         }
     }
 
-    fn start(&mut self, job: u64, on_loan: bool) {
+    fn start(&mut self, job: JobId, on_loan: bool) {
         let spec = &self.jobs.all[&job].spec;
         let topology = spec.topology();
         let schedule = spec.recipe.parallel.schedule;
@@ -63,7 +62,7 @@ impl Core {
         }
     }
 
-    fn form(&mut self, job: u64, topology: Topology, places: Vec<u64>, on_loan: bool) {
+    fn form(&mut self, job: JobId, topology: Topology, places: Vec<u64>, on_loan: bool) {
         let (memory, why_not) = match self.in_memory(job, &topology, &places) {
             Ok(memory) => (Some(memory), None),
             Err(why_not) => (None, why_not),
@@ -77,7 +76,7 @@ impl Core {
         };
         let keeps_in_memory = record.spec.recipe.checkpoint.in_memory;
         let formed = Formed {
-            generation: record.generation() + 1,
+            generation: record.generation().next(),
             topology,
             buddies: if keeps_in_memory { self.buddies(job, &places) } else { Vec::new() },
             peak_flops: self.peak_flops(&places, record.spec.recipe.parallel.threads_per_rank),
@@ -90,9 +89,12 @@ impl Core {
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
         let notes = if is_same_layout { Vec::new() } else { record.spec.recipe_on(&topology).fallbacks() };
-        let (generation, places) = (formed.generation, formed.places.clone());
+        let (formation, places) = (formed.id(job), formed.places.clone());
         let why_not = why_not.map(|why_not| format!("; {why_not}")).unwrap_or_default();
-        self.log(job, format!("generation {generation}: {} ranks formed{from}{why_not}", places.len()));
+        self.log(
+            job,
+            format!("generation {}: {} ranks formed{from}{why_not}", formed.generation, places.len()),
+        );
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
         self.let_go(job, &places);
         self.keep(Fact::Formed { job, formed });
@@ -104,7 +106,7 @@ impl Core {
             ranks_of.entry(worker).or_default().push(rank);
         }
         for (worker, ranks) in ranks_of {
-            self.tell(worker, Word::Assign { job, generation, ranks });
+            self.tell(worker, Word::Assign { formation, ranks });
         }
     }
 
@@ -115,39 +117,40 @@ impl Core {
     }
 
     /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
-    fn buddies(&self, job: u64, places: &[u64]) -> Vec<usize> {
+    fn buddies(&self, job: JobId, places: &[u64]) -> Vec<usize> {
         buddies(&self.supply(Some(job), 0), places).unwrap_or_default()
     }
 
     /// Workers of the formation before that are not in the next one need not keep anything of its state.
-    fn let_go(&mut self, job: u64, places: &[u64]) {
+    fn let_go(&mut self, job: JobId, places: &[u64]) {
         let Some(before) = self.jobs.all[&job].formed.as_ref() else { return };
-        let generation = before.generation;
+        let formation = before.id(job);
         let left: BTreeSet<u64> =
             before.places.iter().copied().filter(|worker| !places.contains(worker)).collect();
         for worker in left {
             let reason = "the job goes on without this worker".to_owned();
-            self.tell(worker, Word::Release { job, generation, reason, keep: false });
+            self.tell(worker, Word::Release { formation, reason, keep: false });
         }
         self.leaving.remove(&job);
     }
 
     /// Jobs that have lost ranks, the most important first.
-    fn recovering(&self) -> Vec<u64> {
+    fn recovering(&self) -> Vec<JobId> {
         let broken = self.jobs.all.iter().filter(|(_, record)| record.phase == Phase::Broken);
-        let mut broken: Vec<(i32, u64)> = broken.map(|(&job, record)| (-record.spec.priority, job)).collect();
+        let mut broken: Vec<(i32, JobId)> =
+            broken.map(|(&job, record)| (-record.spec.priority, job)).collect();
         broken.sort_unstable();
         broken.into_iter().map(|(_, job)| job).collect()
     }
 
     /// How much longer a job that has lost its ranks waits until it is formed again: what ended its formations may pass.
-    pub(super) fn pauses(&self, job: u64, now: u64) -> Option<u64> {
+    pub(super) fn pauses(&self, job: JobId, now: u64) -> Option<u64> {
         self.paused_until.get(&job)?.checked_sub(now).filter(|left| *left > 0)
     }
 
     /// Places for a job that has lost ranks: the others stay where they are, and nothing goes where it came to nothing before,
     /// while there is room elsewhere. With fewer ranks if nothing has come free for long enough and it may.
-    fn place_again(&self, job: u64, now: u64) -> Option<(Topology, Vec<u64>)> {
+    fn place_again(&self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let supply = self.supply(Some(job), before.rank_bytes);
@@ -173,7 +176,7 @@ impl Core {
 
     /// The slots that a job may take for ranks that need so much memory: those that nobody holds, and its own where it has lost
     /// its formation.
-    fn supply(&self, own: Option<u64>, rank_bytes: u64) -> Supply {
+    fn supply(&self, own: Option<JobId>, rank_bytes: u64) -> Supply {
         let held = self.held(own);
         let mut supply = Supply::default();
         for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
@@ -198,7 +201,7 @@ impl Core {
 
     /// Slots by worker that formations hold, and those that survivors of a broken one keep, and what memory their ranks need;
     /// but for those of `own`.
-    pub(super) fn held(&self, own: Option<u64>) -> BTreeMap<u64, (usize, u64)> {
+    pub(super) fn held(&self, own: Option<JobId>) -> BTreeMap<u64, (usize, u64)> {
         let mut held: BTreeMap<u64, (usize, u64)> = BTreeMap::new();
         let mut hold = |worker: u64, bytes: u64| {
             let (slots, held) = held.entry(worker).or_default();
@@ -255,7 +258,7 @@ impl Core {
             let in_line = |ranks| Waiting {
                 job,
                 priority: record.spec.priority.into(),
-                submitted: JobId::of(job).number(),
+                submitted: job.number(),
                 ranks,
                 preemptible: true,
             };
@@ -275,7 +278,7 @@ impl Core {
     }
 
     /// Why a job has no ranks, in words.
-    pub(super) fn why_without_place(&self, job: u64) -> String {
+    pub(super) fn why_without_place(&self, job: JobId) -> String {
         let record = &self.jobs.all[&job];
         if let Some(reason) = self.reasons.get(&job).filter(|_| record.phase == Phase::Queued) {
             return reason.clone();

@@ -4,6 +4,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use contraflow_runtime::watch::Watch;
 
 use super::facts::{Fact, JobSpec};
@@ -18,7 +19,7 @@ pub enum Event {
     /// Somebody ends a job.
     Cancel {
         /// Which one.
-        job: u64,
+        job: JobId,
         /// Why.
         reason: String,
     },
@@ -79,10 +80,8 @@ pub enum Event {
     Committed {
         /// Who did it.
         worker: u64,
-        /// Of which job.
-        job: u64,
         /// In which formation.
-        generation: u32,
+        formation: FormationId,
         /// Of the checkpoint; `None`: the exported weights.
         position: Option<Position>,
         /// Why not, in words.
@@ -95,10 +94,8 @@ pub enum Event {
 /// A formation of which a worker hosts ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hosted {
-    /// Which job.
-    pub job: u64,
-    /// Which formation.
-    pub generation: u32,
+    /// May be one that this state knows nothing of.
+    pub formation: FormationId,
     /// Which ranks.
     pub ranks: Vec<usize>,
     /// How many ranks the formation has.
@@ -110,10 +107,8 @@ pub struct Hosted {
 /// A formation that a worker has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Left {
-    /// Which job.
-    pub job: u64,
-    /// Which formation.
-    pub generation: u32,
+    /// The latest of its job that was there.
+    pub formation: FormationId,
     /// Of the state of its ranks, what the worker keeps in memory.
     pub kept: Vec<KeptShard>,
 }
@@ -146,14 +141,14 @@ pub enum Effect {
     /// Put a rank's report with those of the other ranks.
     Record {
         /// Of which job.
-        job: u64,
+        job: JobId,
         /// The report.
         report: Box<StepReport>,
     },
     /// Write a line into a job's log.
     Log {
         /// Of which job.
-        job: u64,
+        job: JobId,
         /// What.
         line: String,
     },
@@ -173,10 +168,8 @@ pub enum Word {
     Cut,
     /// Host these ranks of a job's running formation.
     Assign {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
+        /// The running one.
+        formation: FormationId,
         /// Which ranks.
         ranks: Vec<usize>,
     },
@@ -189,10 +182,8 @@ pub enum Word {
     },
     /// Leave a formation, and all earlier ones of the job.
     Release {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
+        /// Earlier ones of its job end with it.
+        formation: FormationId,
         /// Why.
         reason: String,
         /// Whether what the worker has in memory of the ranks' state is to be kept, and told.
@@ -200,10 +191,8 @@ pub enum Word {
     },
     /// Commit a checkpoint.
     CommitCheckpoint {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
+        /// Whose ranks wrote it, or which was left before it was written down.
+        formation: FormationId,
         /// Where the run stood.
         position: Position,
         /// What the watch remembers.
@@ -215,21 +204,17 @@ pub enum Word {
     },
     /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
     WriteDown {
-        /// Which job.
-        job: u64,
-        /// Which formation was left.
-        generation: u32,
-        /// Generation and step of the state.
-        of: (u32, u64),
+        /// Which was left.
+        formation: FormationId,
+        /// Who made the state, and after which step it is.
+        of: (Generation, u64),
         /// Whose parts.
         ranks: Vec<usize>,
     },
     /// Put exported weights in place.
     PlaceWeights {
-        /// Which job.
-        job: u64,
-        /// Which formation.
-        generation: u32,
+        /// Whose ranks wrote them.
+        formation: FormationId,
         /// By rank.
         files: Vec<ExportedFile>,
     },

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::topology::{FormationId, JobId, Topology};
 use contraflow_runtime::watch::Watch;
 
 use super::facts::Fact;
@@ -25,12 +25,12 @@ pub(super) struct WritingDown {
 impl Core {
     /// Whether a job has to wait until its state is written down before it is formed with these axes; begins that where it has
     /// not begun.
-    pub(super) fn writes_down(&mut self, job: u64, topology: &Topology, now: u64) -> bool {
+    pub(super) fn writes_down(&mut self, job: JobId, topology: &Topology, now: u64) -> bool {
         let record = &self.jobs.all[&job];
         let Some(before) = record.formed.as_ref().filter(|before| before.topology != *topology) else {
             return false;
         };
-        let (generation, places, kept) = (before.generation, before.places.clone(), record.kept);
+        let (formation, places, kept) = (before.id(job), before.places.clone(), record.kept);
         let Some(leaving) = self.leaving.get_mut(&job).filter(|leaving| !leaving.is_read_only) else {
             return false;
         };
@@ -58,21 +58,21 @@ impl Core {
         );
         for (worker, ranks) in ranks_of {
             let of = (whole.generation, whole.step);
-            self.tell(worker, Word::WriteDown { job, generation, of, ranks });
+            self.tell(worker, Word::WriteDown { formation, of, ranks });
         }
         true
     }
 
     /// Whether a state of this formation is being written down.
-    pub fn is_writing_down(&self, job: u64, generation: u32) -> bool {
+    pub fn is_writing_down(&self, FormationId { job, generation }: FormationId) -> bool {
         let is_latest = self.jobs.all.get(&job).is_some_and(|record| record.generation() == generation);
         is_latest && self.leaving.get(&job).is_some_and(|leaving| leaving.writing.is_some())
     }
 
     /// What a worker says of a rank whose part it writes down.
     pub(super) fn written_down(&mut self, worker: u64, from: &RankAddress, event: RankEvent) {
-        let RankAddress { job, generation, .. } = *from;
-        if !self.is_writing_down(job, generation) {
+        let job = from.formation.job;
+        if !self.is_writing_down(from.formation) {
             return;
         }
         match event {
@@ -80,7 +80,7 @@ impl Core {
                 self.effects.push(Effect::Record { job, report: Box::new(report) });
             }
             RankEvent::ShardSaved { rank, position, watch, shard } => {
-                self.part_written((worker, job, generation), rank, (position, watch), shard);
+                self.part_written(worker, RankAddress { rank, ..*from }, (position, watch), shard);
             }
             RankEvent::Failed { cause, .. } => self.give_up_writing(job, &cause),
             _ => {}
@@ -89,30 +89,32 @@ impl Core {
 
     fn part_written(
         &mut self,
-        (worker, job, generation): (u64, u64, u32),
-        rank: usize,
+        worker: u64,
+        RankAddress { formation, rank }: RankAddress,
         (position, watch): (Position, Watch),
         shard: ShardFile,
     ) {
+        let job = formation.job;
         let writing = self.leaving.get_mut(&job).and_then(|leaving| leaving.writing.as_mut());
         let Some(writing) = writing.filter(|writing| writing.step == position.step) else { return };
         writing.shards.insert(rank, shard);
         if writing.shards.len() == writing.world {
             let shards = writing.shards.values().cloned().collect();
             let kept = self.jobs.all.get(&job).map_or(0, |record| record.kept);
-            self.tell(worker, Word::CommitCheckpoint { job, generation, position, watch, shards, kept });
+            self.tell(worker, Word::CommitCheckpoint { formation, position, watch, shards, kept });
         }
     }
 
     /// What was written down stands, or not.
     pub(super) fn down_committed(
         &mut self,
-        (job, generation): (u64, u32),
+        of: FormationId,
         Position { step, cursor, .. }: Position,
         result: Result<(), String>,
     ) {
+        let job = of.job;
         let writing = self.leaving.get(&job).and_then(|leaving| leaving.writing.as_ref());
-        if !self.is_writing_down(job, generation) || writing.is_none_or(|writing| writing.step != step) {
+        if !self.is_writing_down(of) || writing.is_none_or(|writing| writing.step != step) {
             return;
         }
         match result {
@@ -127,7 +129,7 @@ impl Core {
         }
     }
 
-    fn give_up_writing(&mut self, job: u64, cause: &str) {
+    fn give_up_writing(&mut self, job: JobId, cause: &str) {
         if let Some(leaving) = self.leaving.get_mut(&job) {
             (leaving.writing, leaving.is_read_only) = (None, true);
         }

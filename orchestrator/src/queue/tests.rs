@@ -4,8 +4,12 @@ use proptest::prelude::*;
 
 use super::*;
 
+fn id(number: u64) -> JobId {
+    JobId::new(number, 0)
+}
+
 fn waiting(job: u64, priority: i64, ranks: usize) -> Waiting {
-    Waiting { job, priority, submitted: job, ranks, preemptible: true }
+    Waiting { job: id(job), priority, submitted: job, ranks, preemptible: true }
 }
 
 fn running(job: u64, priority: i64, ranks: usize) -> Running {
@@ -13,11 +17,11 @@ fn running(job: u64, priority: i64, ranks: usize) -> Running {
 }
 
 fn start(job: u64, on_loan: bool) -> Decision {
-    Decision::Start { job, on_loan }
+    Decision::Start { job: id(job), on_loan }
 }
 
 fn wait(job: u64, reason: &str) -> Decision {
-    Decision::Wait { job, reason: reason.to_owned() }
+    Decision::Wait { job: id(job), reason: reason.to_owned() }
 }
 
 #[test]
@@ -50,7 +54,7 @@ fn idle_slots_are_lent_and_given_back() {
     let loan = Running { on_loan: true, ..running(3, 0, 2) };
     // The holder ended: the head has its slots back, and meanwhile nobody takes the free ones.
     let decided = decide(&line[..1], std::slice::from_ref(&loan), 6);
-    assert_eq!(decided, [Decision::Preempt { victims: vec![3], for_job: 2 }]);
+    assert_eq!(decided, [Decision::Preempt { victims: [3].map(id).into(), for_job: id(2) }]);
     let leaving = Running { stopping: true, ..loan.clone() };
     let decided = decide(&[line[0].clone(), line[3].clone()], &[leaving], 6);
     assert_eq!(
@@ -66,7 +70,10 @@ fn idle_slots_are_lent_and_given_back() {
 #[test]
 fn only_strictly_lower_jobs_give_way_the_newest_lowest_first_and_none_too_many() {
     let jobs = [running(1, 1, 4), running(2, 0, 4), running(3, 0, 1), running(4, 2, 4)];
-    let preempt = |victims: &[u64]| [Decision::Preempt { victims: victims.to_vec(), for_job: 9 }];
+    let preempt = |victims: &[u64]| {
+        let victims = victims.iter().copied().map(id).collect();
+        [Decision::Preempt { victims, for_job: id(9) }]
+    };
     assert_eq!(decide(&[waiting(9, 2, 1)], &jobs, 0), preempt(&[3]));
     assert_eq!(decide(&[waiting(9, 2, 4)], &jobs, 0), preempt(&[2]));
     assert_eq!(decide(&[waiting(9, 2, 8)], &jobs, 0), preempt(&[2, 1]));
@@ -140,10 +147,10 @@ impl World {
     fn advance(&mut self, lives: &[Life]) {
         self.now += 1;
         for running in &self.running {
-            self.work_left[running.job.job as usize] -= 1;
+            self.work_left[running.job.job.number() as usize] -= 1;
         }
         let before = self.running.len();
-        self.running.retain(|running| self.work_left[running.job.job as usize] > 0);
+        self.running.retain(|running| self.work_left[running.job.job.number() as usize] > 0);
         self.ended += before - self.running.len();
         self.line.extend(lives.iter().filter(|life| life.arrives == self.now).map(|life| life.job.clone()));
     }
@@ -179,17 +186,17 @@ impl World {
         panic!("the decisions do not come to rest");
     }
 
-    fn start(&mut self, job: u64, on_loan: bool) {
+    fn start(&mut self, job: JobId, on_loan: bool) {
         let index = self.line.iter().position(|waiting| waiting.job == job).unwrap();
         let job = self.line.remove(index);
         assert!(job.ranks <= self.free(), "overcommitted");
         let overtaken = self.line.iter().filter(|other| other.place() < job.place());
         assert!(on_loan || !job.preemptible || overtaken.count() == 0, "out of turn, but not on loan");
-        self.started[job.job as usize].get_or_insert(self.now);
+        self.started[job.job.number() as usize].get_or_insert(self.now);
         self.running.push(Running { job, on_loan, stopping: false });
     }
 
-    fn send_away(&mut self, victims: &[u64], for_job: u64) {
+    fn send_away(&mut self, victims: &[JobId], for_job: JobId) {
         let head = self.line.iter().find(|waiting| waiting.job == for_job).unwrap().clone();
         let mut freed = Vec::new();
         for victim in victims {
@@ -218,7 +225,7 @@ fn lives() -> impl Strategy<Value = (usize, Vec<Life>)> {
             let job: usize = job;
             // Nothing larger than the cluster, so that everything ends.
             let ranks = usize::min(ranks, slots);
-            let job = Waiting { job: job as u64, priority, submitted: arrives, ranks, preemptible };
+            let job = Waiting { job: id(job as u64), priority, submitted: arrives, ranks, preemptible };
             Life { arrives, work, job }
         };
         (slots, lives.into_iter().enumerate().map(life).collect())
@@ -232,7 +239,7 @@ proptest! {
     fn every_job_has_its_turn_and_no_head_waits_for_a_loan((slots, lives) in lives()) {
         let mut world = World::new(slots, &lives);
         // For the job that is head: the world in which nothing was lent since it became that.
-        let mut twin: Option<(u64, World)> = None;
+        let mut twin: Option<(JobId, World)> = None;
         for _ in 0..400 {
             world.advance(&lives);
             if let Some((_, twin)) = &mut twin { twin.advance(&lives) }
@@ -244,8 +251,8 @@ proptest! {
             world.settle();
             if let Some((head, other)) = &mut twin {
                 other.settle();
-                let (ours, theirs) = (world.started[*head as usize], other.started[*head as usize]);
-                prop_assert!(theirs.is_none() || ours.is_some(), "job {head} is delayed by a loan at {}", world.now);
+                let (ours, theirs) = (world.started[head.number() as usize], other.started[head.number() as usize]);
+                prop_assert!(theirs.is_none() || ours.is_some(), "{head} is delayed by a loan at {}", world.now);
                 if ours.is_some() { twin = None }
             }
         }
@@ -263,7 +270,7 @@ proptest! {
             world.advance(&lives);
             world.settle();
         }
-        let mut order: Vec<_> = lives.iter().map(|life| (life.job.place(), world.started[life.job.job as usize].unwrap())).collect();
+        let mut order: Vec<_> = lives.iter().map(|life| (life.job.place(), world.started[life.job.job.number() as usize].unwrap())).collect();
         order.sort();
         prop_assert!(order.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{order:?}");
     }

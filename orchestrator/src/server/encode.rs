@@ -1,8 +1,8 @@
 //! Words of the core as messages of the worker link.
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, encode_command, rank_numbers};
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::control::wire::{RankAddress, encode_command, formation_numbers, rank_numbers};
+use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tracing::{Span, info_span};
 use v1::commit::What;
@@ -22,9 +22,9 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
         }),
         Word::Refused { why } => Message::Refused(why),
         Word::Cut => return None,
-        Word::Assign { job, generation, ranks } => {
-            let record = core.jobs().all.get(&job)?;
-            let formed = record.running().filter(|formed| formed.generation == generation)?;
+        Word::Assign { formation, ranks } => {
+            let record = core.jobs().all.get(&formation.job)?;
+            let formed = record.running().filter(|formed| formed.generation == formation.generation)?;
             let mut workers = formed.places.clone();
             workers.sort_unstable();
             workers.dedup();
@@ -34,22 +34,23 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 member.who.fabric.clone().map(Into::into)
             });
             let place = |worker| workers.partition_point(|other| other < worker) as u64;
+            let (job, generation) = formation_numbers(formation);
             Message::Assign(v1::Assign {
                 job,
-                generation: formed.generation,
+                generation,
                 recipe: record.spec.recipe.resolved_toml(),
                 model_config: record.spec.recipe.model_config.to_hf_json(),
                 ranks: rank_numbers(&ranks),
                 fabric: fabric.collect::<Option<Vec<v1::FabricAddress>>>()?,
                 workers: formed.places.iter().map(place).collect(),
-                secret: secret(key, job, formed.generation).to_vec(),
+                secret: secret(key, formation).to_vec(),
                 resume_step: formed.resume_step,
                 kept: record.kept,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
                 buddies: rank_numbers(&formed.buddies),
                 memory: formed.memory.as_ref().map(|memory| v1::InMemory {
-                    generation: memory.generation,
+                    generation: memory.generation.number(),
                     step: memory.step,
                     holders: rank_numbers(&memory.holders),
                 }),
@@ -61,10 +62,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             let traceparent = trace::current().to_string();
             Message::Command(v1::RankCommand { traceparent, ..encode_command(to, &command) })
         }
-        Word::Release { job, generation, reason, keep } => {
+        Word::Release { formation, reason, keep } => {
+            let (job, generation) = formation_numbers(formation);
             Message::Release(v1::Release { job, generation, reason, keep })
         }
-        Word::CommitCheckpoint { job, generation, position, watch, shards, kept } => {
+        Word::CommitCheckpoint { formation, position, watch, shards, kept } => {
+            let (job, generation) = formation_numbers(formation);
             let checkpoint = v1::Checkpoint {
                 position: Some(position.into()),
                 watch: Some(watch.into()),
@@ -73,11 +76,14 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }
-        Word::WriteDown { job, generation, of: (of_generation, step), ranks } => {
+        Word::WriteDown { formation, of: (of_generation, step), ranks } => {
+            let (job, generation) = formation_numbers(formation);
+            let of_generation = of_generation.number();
             let ranks = rank_numbers(&ranks);
             Message::WriteDown(v1::WriteDown { job, generation, of_generation, step, ranks })
         }
-        Word::PlaceWeights { job, generation, files } => {
+        Word::PlaceWeights { formation, files } => {
+            let (job, generation) = formation_numbers(formation);
             let weights = v1::Weights { files: files.into_iter().map(Into::into).collect() };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })
         }
@@ -87,13 +93,14 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
 /// The span of a word that sets something going, below the submission of its job.
 pub(super) fn span_of(core: &Core, word: &Word) -> Span {
     let (job, span) = match word {
-        Word::Assign { job, generation, .. } => {
-            (*job, info_span!(target: SPAN, parent: None, "assign", job = %JobId::of(*job), generation))
+        Word::Assign { formation: FormationId { job, generation }, .. } => {
+            let generation = generation.number();
+            (*job, info_span!(target: SPAN, parent: None, "assign", %job, generation))
         }
         Word::Command { to, command } => {
-            let RankAddress { job, generation, rank } = *to;
-            let name = JobId::of(job);
-            (job, info_span!(target: SPAN, parent: None, "command", job = %name, generation, rank, ?command))
+            let RankAddress { formation: FormationId { job, generation }, rank } = *to;
+            let generation = generation.number();
+            (job, info_span!(target: SPAN, parent: None, "command", %job, generation, rank, ?command))
         }
         _ => return Span::none(),
     };
@@ -110,7 +117,8 @@ fn overrides(record: &JobRecord, formed: &Formed) -> Vec<String> {
 }
 
 /// What the members of one formation know and nobody else does.
-fn secret(key: &[u8; 32], job: u64, generation: u32) -> [u8; 32] {
+fn secret(key: &[u8; 32], formation: FormationId) -> [u8; 32] {
+    let (job, generation) = formation_numbers(formation);
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(&job.to_le_bytes());
     hasher.update(&generation.to_le_bytes());

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use contraflow_runtime::topology::JobId;
+
 use super::hub::LogRecord;
 
 /// How long a line waits for its like.
@@ -11,12 +13,12 @@ const FOLD_MS: u64 = 500;
 #[derive(Debug, Default)]
 pub struct Folding {
     /// By job, level and words: when the first came.
-    waiting: BTreeMap<(u64, String, String), (u64, LogRecord)>,
+    waiting: BTreeMap<(JobId, String, String), (u64, LogRecord)>,
 }
 
 impl Folding {
     /// Takes a rank's line in.
-    pub fn take(&mut self, job: u64, line: LogRecord, now_ms: u64) {
+    pub fn take(&mut self, job: JobId, line: LogRecord, now_ms: u64) {
         let key = (job, line.level.clone(), line.message.clone());
         let (_, folded) = self
             .waiting
@@ -29,7 +31,7 @@ impl Folding {
     }
 
     /// Lines that have waited long enough, in order of time.
-    pub fn due(&mut self, now_ms: u64) -> Vec<(u64, LogRecord)> {
+    pub fn due(&mut self, now_ms: u64) -> Vec<(JobId, LogRecord)> {
         let due: Vec<_> = self
             .waiting
             .iter()
@@ -53,14 +55,14 @@ mod tests {
 
     #[test]
     fn the_same_words_of_many_ranks_are_one_line() {
-        let mut folding = Folding::default();
-        (0..8).rev().for_each(|rank| folding.take(1, line(rank, 100 + u64::from(rank), "ready"), 100));
-        folding.take(1, line(3, 90, "another"), 100);
-        folding.take(2, line(0, 95, "ready"), 100);
+        let (mut folding, job) = (Folding::default(), |number| JobId::new(number, 0));
+        (0..8).rev().for_each(|rank| folding.take(job(1), line(rank, 100 + u64::from(rank), "ready"), 100));
+        folding.take(job(1), line(3, 90, "another"), 100);
+        folding.take(job(2), line(0, 95, "ready"), 100);
         assert!(folding.due(100 + FOLD_MS - 1).is_empty());
         let lines = folding.due(100 + FOLD_MS);
-        let told: Vec<_> = lines.iter().map(|(job, line)| (*job, line.unix_ms, line.ranks.len())).collect();
-        assert_eq!(told, [(1, 90, 1), (2, 95, 1), (1, 100, 8)]);
+        let told: Vec<_> = lines.iter().map(|(of, line)| (*of, line.unix_ms, line.ranks.len())).collect();
+        assert_eq!(told, [(job(1), 90, 1), (job(2), 95, 1), (job(1), 100, 8)]);
         assert_eq!(lines[2].1.ranks, [0, 1, 2, 3, 4, 5, 6, 7]);
         assert!(folding.due(u64::MAX).is_empty());
     }

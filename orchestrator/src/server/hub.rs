@@ -54,17 +54,17 @@ pub enum HubMessage {
         /// Which of its streams.
         link: u64,
     },
-    /// A job for the queue; answered with its number once that is durable.
+    /// A job for the queue; answered with its id once that is durable.
     Submit {
         /// The job.
         spec: Box<JobSpec>,
-        /// Where the number goes.
-        reply: oneshot::Sender<u64>,
+        /// Where the id goes.
+        reply: oneshot::Sender<JobId>,
     },
     /// Lines of a job's ranks.
     Lines {
-        /// The job's number.
-        job: u64,
+        /// Of one that may be forgotten by now.
+        job: JobId,
         /// The lines.
         lines: Vec<LogRecord>,
     },
@@ -90,13 +90,13 @@ pub struct LogRecord {
 struct Batch {
     facts: Vec<Vec<u8>>,
     /// Jobs of which nothing stays.
-    forgotten: Vec<u64>,
+    forgotten: Vec<JobId>,
     /// By job that goes back to a checkpoint, its step: later ones do not stay.
-    returned: BTreeMap<u64, u64>,
-    steps: BTreeMap<u64, Vec<(u64, Vec<u8>)>>,
-    lines: BTreeMap<u64, Vec<Vec<u8>>>,
+    returned: BTreeMap<JobId, u64>,
+    steps: BTreeMap<JobId, Vec<(u64, Vec<u8>)>>,
+    lines: BTreeMap<JobId, Vec<Vec<u8>>>,
     words: Vec<(u64, Word)>,
-    replies: Vec<(oneshot::Sender<u64>, u64)>,
+    replies: Vec<(oneshot::Sender<JobId>, JobId)>,
     questions: Vec<Question>,
 }
 
@@ -107,7 +107,7 @@ pub struct Hub {
     /// From which the secrets of formations follow.
     key: [u8; 32],
     links: BTreeMap<u64, (u64, Down)>,
-    steps: BTreeMap<u64, Steps>,
+    steps: BTreeMap<JobId, Steps>,
     /// Lines of ranks that wait for their like.
     folding: Folding,
     facts_since_snapshot: u64,
@@ -167,20 +167,20 @@ impl Hub {
             folding: Folding::default(),
             facts_since_snapshot,
         };
-        let all: Vec<u64> = hub.core.jobs().all.keys().copied().collect();
+        let all: Vec<JobId> = hub.core.jobs().all.keys().copied().collect();
         for job in all {
             hub.restore_steps(job)?;
         }
         Ok(hub)
     }
 
-    fn restore_steps(&mut self, job: u64) -> Result<(), String> {
+    fn restore_steps(&mut self, job: JobId) -> Result<(), String> {
         let record = &self.core.jobs().all[&job];
         let words = |error: crate::store::StoreError| error.to_string();
-        let last = self.store.steps(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
+        let last = self.store.steps(job.bits(), 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
         let loss = loss.map(|record| record.loss);
-        let lines = self.store.lines(job, 0).map_err(words)?.next_back().transpose().map_err(words)?;
+        let lines = self.store.lines(job.bits(), 0).map_err(words)?.next_back().transpose().map_err(words)?;
         let lines = lines.map_or(0, |(number, _)| number);
         let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
         // Ranks of a formation that is broken may still have their reports told.
@@ -202,7 +202,7 @@ impl Hub {
     }
 
     /// The steps of a job.
-    pub fn steps(&self, job: u64) -> Option<&Steps> {
+    pub fn steps(&self, job: JobId) -> Option<&Steps> {
         self.steps.get(&job)
     }
 
@@ -266,7 +266,7 @@ impl Hub {
                     }
                 }
                 Effect::Log { job, line } => {
-                    tracing::info!(job = %JobId::of(job), "{line}");
+                    tracing::info!(%job, "{line}");
                     let (unix_ms, level) = (now_ms(), "INFO".to_owned());
                     self.log(
                         job,
@@ -309,7 +309,7 @@ impl Hub {
         }
     }
 
-    fn log(&mut self, job: u64, lines: Vec<LogRecord>, batch: &mut Batch) {
+    fn log(&mut self, job: JobId, lines: Vec<LogRecord>, batch: &mut Batch) {
         if self.steps.contains_key(&job) {
             let lines = lines.iter().filter_map(|line| serde_json::to_vec(line).ok());
             batch.lines.entry(job).or_default().extend(lines);
@@ -330,16 +330,16 @@ impl Hub {
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
         let lines = batch.lines.clone();
         let gone = Gone {
-            jobs: std::mem::take(&mut batch.forgotten),
-            steps_after: batch.returned.iter().map(|(&job, &to)| (job, to)).collect(),
+            jobs: std::mem::take(&mut batch.forgotten).into_iter().map(JobId::bits).collect(),
+            steps_after: batch.returned.iter().map(|(job, &to)| (job.bits(), to)).collect(),
         };
         let write = move || {
             // A fact may say that steps need not be made again: they are kept before it.
             for (job, steps) in &steps {
-                store.append_steps(*job, steps)?;
+                store.append_steps(job.bits(), steps)?;
             }
             for (job, lines) in &lines {
-                store.append_lines(*job, lines)?;
+                store.append_lines(job.bits(), lines)?;
             }
             if !facts.is_empty() {
                 let first = store.append_and_forget(&facts, &gone)?;
@@ -384,11 +384,11 @@ impl Hub {
 
     /// Whoever follows a job of which something more is durable, or nothing will come any more, hears of it.
     fn wake_watchers(&self, batch: &Batch) {
-        let has_ended = |job| self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
+        let has_ended = |job: JobId| self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
         let written = batch.steps.keys().chain(batch.lines.keys()).chain(batch.returned.keys());
-        let is_new = |(job, steps): &(&u64, &Steps)| !steps.kept.borrow().has_ended && has_ended(**job);
+        let is_new = |(job, steps): &(&JobId, &Steps)| !steps.kept.borrow().has_ended && has_ended(**job);
         let ended = self.steps.iter().filter(is_new).map(|(job, _)| job);
-        let changed: BTreeSet<u64> = written.chain(ended).copied().collect();
+        let changed: BTreeSet<JobId> = written.chain(ended).copied().collect();
         for (job, steps) in changed.into_iter().filter_map(|job| Some((job, self.steps.get(&job)?))) {
             steps.kept.send_modify(|kept| {
                 kept.step = steps.last;
@@ -402,13 +402,13 @@ impl Hub {
     }
 
     /// Tells the workers of a job that its steps need not be told again.
-    fn acknowledge(&mut self, job: u64, step: u64) {
+    fn acknowledge(&mut self, job: JobId, step: u64) {
         let Some(formed) = self.core.jobs().all.get(&job).and_then(|record| record.running()) else { return };
         let mut workers = formed.places.clone();
         workers.sort_unstable();
         workers.dedup();
         for worker in workers {
-            let durable = v1::to_worker::Message::Durable(v1::Durable { job, step });
+            let durable = v1::to_worker::Message::Durable(v1::Durable { job: job.bits(), step });
             self.tell(worker, Some(durable), false);
         }
     }

@@ -1,5 +1,6 @@
 //! JobService: submitting, asking, following.
 
+use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -56,7 +57,7 @@ impl JobService for Jobs {
         let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         let ending = |_| Status::unavailable("the orchestrator is ending");
-        Ok(Response::new(v1::SubmitResponse { job: JobId::of(id.await.map_err(ending)?).to_string() }))
+        Ok(Response::new(v1::SubmitResponse { job: id.await.map_err(ending)?.to_string() }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Reply<v1::GetResponse> {
@@ -68,9 +69,10 @@ impl JobService for Jobs {
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
         let v1::ListRequest { limit, before } = request.into_inner();
         let limit = if limit == 0 { PAGE } else { (limit as usize).min(MAX_PAGE) };
-        let before = if before.is_empty() { u64::MAX } else { self.id(&before).await? };
+        let before =
+            if before.is_empty() { Bound::Unbounded } else { Bound::Excluded(self.id(&before).await?) };
         let page = move |hub: &Hub| -> Vec<v1::Job> {
-            let numbers = hub.core().jobs().all.range(..before).rev().take(limit);
+            let numbers = hub.core().jobs().all.range((Bound::Unbounded, before)).rev().take(limit);
             numbers.map(|(&job, _)| describe(hub, job)).collect()
         };
         Ok(Response::new(v1::ListResponse { jobs: self.hub.ask(page).await? }))
@@ -81,8 +83,8 @@ impl JobService for Jobs {
         let first = from_step.max(1);
         let follow = self.follow(&job).await?;
         let follow = Follow { next: first, until_end: true, first_step: Some(first), ..follow };
-        let read = |store: &Store, job: u64, next: u64| {
-            store.steps(job, next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+        let read = |store: &Store, job: JobId, next: u64| {
+            store.steps(job.bits(), next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
         };
         let decode = |bytes: &[u8]| {
             let record = Some(serde_json::from_slice::<StepRecord>(bytes).ok()?);
@@ -102,8 +104,8 @@ impl JobService for Jobs {
     async fn logs(&self, request: Request<v1::LogsRequest>) -> Reply<Self::LogsStream> {
         let v1::LogsRequest { job, rank, follow: until_end } = request.into_inner();
         let follow = Follow { next: 0, until_end, ..self.follow(&job).await? };
-        let read = |store: &Store, job: u64, next: u64| {
-            store.lines(job, next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+        let read = |store: &Store, job: JobId, next: u64| {
+            store.lines(job.bits(), next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
         };
         let decode = move |bytes: &[u8]| {
             let line = serde_json::from_slice::<LogRecord>(bytes).ok()?;
@@ -117,7 +119,7 @@ impl JobService for Jobs {
 
 impl Jobs {
     /// **Errors**: `NOT_FOUND`.
-    async fn id(&self, name: &str) -> Result<u64, Status> {
+    async fn id(&self, name: &str) -> Result<JobId, Status> {
         let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));
         let number = JobId::parse_number(name).ok_or_else(unknown)?;
         match self.hub.ask(move |hub| hub.core().jobs().of_number(number)).await? {
@@ -138,11 +140,11 @@ impl Jobs {
 }
 
 /// Reads some entries of a job from a number on.
-type Read = fn(&Store, u64, u64) -> Result<Vec<Numbered>, StoreError>;
+type Read = fn(&Store, JobId, u64) -> Result<Vec<Numbered>, StoreError>;
 
 /// Something kept that is read from `next` on.
 struct Follow {
-    job: u64,
+    job: JobId,
     store: Arc<Store>,
     kept: watch::Receiver<Kept>,
     next: u64,
@@ -233,7 +235,7 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
     })
 }
 
-fn describe(hub: &Hub, job: u64) -> v1::Job {
+fn describe(hub: &Hub, job: JobId) -> v1::Job {
     let core = hub.core();
     let Some(record) = core.jobs().all.get(&job) else { return v1::Job::default() };
     let steps = hub.steps(job);
@@ -244,13 +246,13 @@ fn describe(hub: &Hub, job: u64) -> v1::Job {
         v1::RankPlace { rank: rank as u64, worker: who.name, node: who.node, step }
     };
     v1::Job {
-        job: JobId::of(job).to_string(),
+        job: job.to_string(),
         name: record.spec.name.clone(),
         priority: record.spec.priority,
         state: state(record, core.is_training(job)).into(),
         step: steps.map_or(0, |steps| steps.last),
         steps: record.spec.steps(),
-        generation: record.generation(),
+        generation: record.generation().number(),
         loss: steps.and_then(|steps| steps.loss),
         validation_loss: record.validation_loss,
         ranks: places.iter().enumerate().map(rank).collect(),

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{RankAddress, decode_event, rank_of, ranks_of};
+use contraflow_runtime::control::wire::{
+    RankAddress, decode_event, formation_of, generation_of, job_of, rank_of, ranks_of,
+};
 use contraflow_runtime::fabric::Address;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -133,19 +135,22 @@ fn introduction(hello: v1::Hello) -> Result<(u64, Event), String> {
 
 fn hosted_of(hosted: v1::Hosted) -> Result<Hosted, String> {
     let v1::Hosted { job, generation, ranks, world, steps } = hosted;
-    Ok(Hosted { job, generation, ranks: ranks_of(&ranks)?, world: rank_of(world)?, steps })
+    let formation = formation_of(job, generation)?;
+    Ok(Hosted { formation, ranks: ranks_of(&ranks)?, world: rank_of(world)?, steps })
 }
 
 fn left_of(released: v1::Released) -> Result<Left, String> {
     let v1::Released { job, generation, kept } = released;
-    let shard =
-        |v1::KeptShard { generation, step, rank }| Ok(KeptShard { generation, step, rank: rank_of(rank)? });
-    Ok(Left { job, generation, kept: kept.into_iter().map(shard).collect::<Result<_, String>>()? })
+    let shard = |v1::KeptShard { generation, step, rank }| {
+        Ok(KeptShard { generation: generation_of(generation)?, step, rank: rank_of(rank)? })
+    };
+    let formation = formation_of(job, generation)?;
+    Ok(Left { formation, kept: kept.into_iter().map(shard).collect::<Result<_, String>>()? })
 }
 
 fn progress_of(progress: v1::Progress) -> Result<Progress, String> {
     let v1::Progress { job, rank, generation, step, operations, is_at_work } = progress;
-    let rank = RankAddress { job, generation, rank: rank_of(rank)? };
+    let rank = RankAddress { formation: formation_of(job, generation)?, rank: rank_of(rank)? };
     Ok(Progress { rank, step, operations, is_at_work })
 }
 
@@ -164,8 +169,7 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
         }
         Message::Committed(done) => Event::Committed {
             worker,
-            job: done.job,
-            generation: done.generation,
+            formation: formation_of(done.job, done.generation)?,
             position: done.position.map(Into::into),
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
@@ -178,7 +182,7 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
 async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
     match message.message {
         None => Ok(()),
-        Some(Message::Logs(logs)) => keep_lines(hub, logs).await,
+        Some(Message::Logs(logs)) => keep_lines(hub, worker, logs).await,
         Some(message) => match event_of(worker, message) {
             Ok(Some(event)) => hub.send(HubMessage::Event(event)).await,
             Ok(None) => Ok(()),
@@ -190,9 +194,16 @@ async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), 
     }
 }
 
-async fn keep_lines(hub: &Handle, logs: v1::LogLines) -> Result<(), Status> {
+async fn keep_lines(hub: &Handle, worker: u64, logs: v1::LogLines) -> Result<(), Status> {
     for line in logs.lines {
         let v1::LogLine { job, rank, unix_ms, level, message } = line;
+        let job = match job_of(job) {
+            Ok(job) => job,
+            Err(words) => {
+                tracing::warn!(worker, "a log line that makes no sense: {words}");
+                continue;
+            }
+        };
         let lines = vec![LogRecord { unix_ms, level, ranks: vec![rank], message }];
         hub.send(HubMessage::Lines { job, lines }).await?;
     }

@@ -1,6 +1,7 @@
 //! The steps of a job as they are watched: reports of all ranks put together, each step once.
 
 use contraflow_proto::StepReport;
+use contraflow_runtime::topology::Generation;
 use tokio::sync::watch;
 
 use crate::core::facts::{Formed, JobSpec};
@@ -24,7 +25,7 @@ pub struct Kept {
 /// The steps of one job.
 pub struct Steps {
     collector: Collector,
-    generation: u32,
+    generation: Generation,
     /// The latest step that is complete.
     pub last: u64,
     /// Its loss.
@@ -40,7 +41,7 @@ impl Steps {
     pub fn new(last: u64, loss: Option<f64>, lines: u64, has_ended: bool) -> Self {
         Steps {
             collector: Collector::default(),
-            generation: 0,
+            generation: Generation::default(),
             last,
             loss,
             by_rank: Vec::new(),
@@ -72,7 +73,7 @@ impl Steps {
         if let Some(latest) = self.by_rank.get_mut(report.rank as usize) {
             *latest = (*latest).max(report.step);
         }
-        if report.generation != self.generation || report.step <= self.last {
+        if report.generation != self.generation.number() || report.step <= self.last {
             return None;
         }
         let record = self.collector.record(report)?;
@@ -106,7 +107,7 @@ mod tests {
     fn formed(generation: u32, world: u64) -> Formed {
         let spec = spec();
         Formed {
-            generation,
+            generation: Generation::new(generation),
             topology: spec.topology(),
             places: (0..world).collect(),
             resume_step: 0,

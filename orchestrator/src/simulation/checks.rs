@@ -1,6 +1,7 @@
 //! What must never be, and what has to come at last. Judges by what the simulated ranks have really done and what is really
 //! durable, never by what the core believes of it.
 
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::World;
@@ -19,35 +20,35 @@ const GIVES_WAY_MS: u64 = 30_000;
 #[derive(Default)]
 pub(super) struct Checks {
     /// Every formation that was kept.
-    formed: BTreeMap<(u64, u32), Formed>,
+    formed: BTreeMap<FormationId, Formed>,
     /// Jobs that are over, as they ended, and how many of them are forgotten.
-    ended: Vec<u64>,
+    ended: Vec<JobId>,
     forgotten: usize,
     /// By job, its number in the plan.
-    planned: BTreeMap<u64, usize>,
+    planned: BTreeMap<JobId, usize>,
     /// Who has been given a rank.
-    owners: BTreeMap<(u64, u32, usize), u64>,
-    pub(super) lines: BTreeMap<(u64, u32), Line>,
+    owners: BTreeMap<(FormationId, usize), u64>,
+    pub(super) lines: BTreeMap<FormationId, Line>,
     /// By job, every step up to the newest kept checkpoint.
-    kept: BTreeMap<u64, Vec<Trained>>,
+    kept: BTreeMap<JobId, Vec<Trained>>,
     /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
-    went_back: BTreeMap<u64, u64>,
+    went_back: BTreeMap<JobId, u64>,
     /// By job, the latest generation whose state in memory is of no history any more.
-    left_behind: BTreeMap<u64, u32>,
-    /// By job and generation, workers that have said what they keep, and to which orchestrator.
-    told: BTreeMap<(u64, u32), BTreeSet<(u64, usize)>>,
+    left_behind: BTreeMap<JobId, Generation>,
+    /// By formation, workers that have said what they keep, and to which orchestrator.
+    told: BTreeMap<FormationId, BTreeSet<(u64, usize)>>,
     /// Formations of which an orchestrator has kept, or the newest one has heard, that they have made a step.
-    pub(super) stepped: BTreeSet<(u64, u32)>,
-    pub(super) heard: BTreeSet<(u64, u32)>,
+    pub(super) stepped: BTreeSet<FormationId>,
+    pub(super) heard: BTreeSet<FormationId>,
     /// Jobs that somebody ends, and jobs that may fail.
-    pub(super) cancelled: BTreeSet<u64>,
-    pub(super) excused: BTreeSet<u64>,
+    pub(super) cancelled: BTreeSet<JobId>,
+    pub(super) excused: BTreeSet<JobId>,
     /// Who is first in line and could have slots that are lent, and since when.
-    lent: Option<(u64, u64)>,
+    lent: Option<(JobId, u64)>,
     /// All jobs of the plan are over.
     pub(super) is_over: bool,
     /// Jobs whose state is lost, and those of the plan that have ended in any state.
-    lost: BTreeSet<u64>,
+    lost: BTreeSet<JobId>,
     over: BTreeSet<usize>,
 }
 
@@ -67,18 +68,18 @@ pub(super) struct Line {
 
 impl Checks {
     /// A job's number in the plan; known for ever.
-    pub(super) fn planned(&self, job: u64) -> Option<usize> {
+    pub(super) fn planned(&self, job: JobId) -> Option<usize> {
         self.planned.get(&job).copied()
     }
 
     /// Whether a job of the plan has been durable.
     pub(super) fn is_submitted(&self, planned: usize) -> bool {
-        let is_known = |(job, number): (&u64, &usize)| *number == planned && !self.lost.contains(job);
+        let is_known = |(job, number): (&JobId, &usize)| *number == planned && !self.lost.contains(job);
         self.over.contains(&planned) || self.planned.iter().any(is_known)
     }
 
     /// A job is over.
-    pub(super) fn end(&mut self, job: u64) {
+    pub(super) fn end(&mut self, job: JobId) {
         self.ended.push(job);
         self.over.extend(self.planned.get(&job));
     }
@@ -90,28 +91,28 @@ impl Checks {
         (self.forgotten, self.lent) = (0, None);
     }
 
-    pub(super) fn world(&self, job: u64, generation: u32) -> Option<usize> {
-        self.formed.get(&(job, generation)).map(|formed| formed.places.len())
+    pub(super) fn world(&self, formation: FormationId) -> Option<usize> {
+        self.formed.get(&formation).map(|formed| formed.places.len())
     }
 }
 
 /// The job that a rank speaks of, if it does not speak for the running formation.
-pub(super) fn stale_job(core: &Core, event: &Event) -> Option<u64> {
-    let (job, generation, place) = match event {
-        Event::Rank { worker, from, .. } => (from.job, from.generation, Some((from.rank, worker))),
-        Event::Committed { job, generation, .. } => (*job, *generation, None),
+pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
+    let (of, place) = match event {
+        Event::Rank { worker, from, .. } => (from.formation, Some((from.rank, worker))),
+        Event::Committed { formation, .. } => (*formation, None),
         _ => return None,
     };
-    let formed = core.jobs().all.get(&job).and_then(|record| record.running());
+    let formed = core.jobs().all.get(&of.job).and_then(|record| record.running());
     let is_current = formed.is_some_and(|formed| {
-        formed.generation == generation
+        formed.generation == of.generation
             && place.is_none_or(|(rank, worker)| formed.places.get(rank) == Some(worker))
     });
-    (!is_current && !core.is_writing_down(job, generation)).then_some(job)
+    (!is_current && !core.is_writing_down(of)).then_some(of.job)
 }
 
 /// What a word of an earlier formation has done to its job, which must be nothing.
-pub(super) fn has_effect(job: u64, effects: &[Effect]) -> Option<String> {
+pub(super) fn has_effect(job: JobId, effects: &[Effect]) -> Option<String> {
     let effect = effects.iter().find(|effect| match effect {
         Effect::Keep(
             Fact::Kept { job: of, .. } | Fact::Ended { job: of, .. } | Fact::WentBack { job: of, .. },
@@ -133,7 +134,7 @@ impl World {
             let core = &self.servers[self.newest_server()].core;
             let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
             let open: Vec<String> = open
-                .map(|(job, record)| format!("job {job} ({:?}): {:?}", record.phase, core.waiting_for(*job)))
+                .map(|(job, record)| format!("{job} ({:?}): {:?}", record.phase, core.waiting_for(*job)))
                 .collect();
             self.violate(format!("not over {} ms after the last fault: {open:?}", self.plan.patience_ms));
         }
@@ -146,7 +147,7 @@ impl World {
         let silent =
             open.map(|(&job, _)| job).find(|&job| !core.is_training(job) && core.waiting_for(job).is_empty());
         if let Some(job) = silent {
-            self.violate(format!("job {job} waits and does not say for what"));
+            self.violate(format!("{job} waits and does not say for what"));
         }
     }
 
@@ -188,7 +189,7 @@ impl World {
         let free = takes.map(free).sum::<usize>().saturating_sub(missing);
         if free >= ranks {
             return self
-                .violate(format!("job {head} is first in line, needs {ranks} slots, and {free} are free"));
+                .violate(format!("{head} is first in line, needs {ranks} slots, and {free} are free"));
         }
         // A job that hangs gives way once that has been found out.
         let hangs = self.workers.values().any(|worker| worker.hangs);
@@ -198,7 +199,7 @@ impl World {
         let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
         self.checks.lent = Some((head, since));
         if self.now > since + GIVES_WAY_MS {
-            self.violate(format!("job {head} is first in line and waits for {lent} slots that are lent"));
+            self.violate(format!("{head} is first in line and waits for {lent} slots that are lent"));
         }
     }
 
@@ -208,12 +209,12 @@ impl World {
         if ended > self.plan.keep_jobs {
             self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.keep_jobs));
         }
-        let is_unknown = |job: &&u64| !self.store.jobs.all.contains_key(job);
+        let is_unknown = |job: &&JobId| !self.store.jobs.all.contains_key(job);
         if let Some(job) = self.store.steps.keys().find(is_unknown) {
-            return self.violate(format!("job {job} is forgotten, and its steps are not"));
+            return self.violate(format!("{job} is forgotten, and its steps are not"));
         }
         if let Some(job) = self.store.jobs.by_key.values().find(is_unknown) {
-            self.violate(format!("job {job} is forgotten, and its key is not"));
+            self.violate(format!("{job} is forgotten, and its key is not"));
         }
     }
 
@@ -236,7 +237,7 @@ impl World {
     pub(super) fn check_fact(&mut self, fact: &Fact) {
         let is_over = fact.job().filter(|job| self.checks.ended.contains(job));
         if let Some(job) = is_over.filter(|_| !matches!(fact, Fact::Forgotten { .. })) {
-            return self.violate(format!("job {job} has ended, and then: {fact:?}"));
+            return self.violate(format!("{job} has ended, and then: {fact:?}"));
         }
         match fact {
             Fact::Submitted { job, spec, .. } => {
@@ -247,7 +248,7 @@ impl World {
                 let is_known = self.checks.planned.insert(*job, planned).is_some()
                     || has_key && records.values().any(|record| record.spec.name == spec.name);
                 if is_known {
-                    self.violate(format!("job {job}, {:?}, is submitted twice", spec.name));
+                    self.violate(format!("{job}, {:?}, is submitted twice", spec.name));
                 }
             }
             Fact::Formed { job, formed } => self.check_formed(*job, formed),
@@ -255,8 +256,7 @@ impl World {
             Fact::WentBack { job, cursor, .. } => {
                 let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
                 if line.is_none_or(|line| line.diverged != Some(*cursor)) {
-                    return self
-                        .violate(format!("job {job} goes back past {cursor}, where no rank diverged"));
+                    return self.violate(format!("{job} goes back past {cursor}, where no rank diverged"));
                 }
                 self.checks.went_back.insert(*job, *cursor);
                 self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
@@ -267,13 +267,13 @@ impl World {
                     self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
                 }
                 if self.running(*job).is_none() {
-                    self.violate(format!("job {job} has no formation to lose: {fact:?}"));
+                    self.violate(format!("{job} has no formation to lose: {fact:?}"));
                 }
             }
             Fact::Forgotten { job } => {
                 let oldest = self.checks.ended.get(self.checks.forgotten);
                 if oldest != Some(job) {
-                    return self.violate(format!("job {job} is forgotten where {oldest:?} ended first"));
+                    return self.violate(format!("{job} is forgotten where {oldest:?} ended first"));
                 }
                 self.checks.forgotten += 1;
             }
@@ -283,56 +283,56 @@ impl World {
     }
 
     /// The running formation of a job, as far as it is kept.
-    pub(super) fn running(&self, job: u64) -> Option<(u64, u32)> {
-        Some((job, self.store.jobs.all.get(&job)?.running()?.generation))
+    pub(super) fn running(&self, job: JobId) -> Option<FormationId> {
+        Some(self.store.jobs.all.get(&job)?.running()?.id(job))
     }
 
     /// Whether a formation is the one that runs, as far as it is kept.
-    pub(super) fn is_running(&self, of: (u64, u32)) -> bool {
-        self.running(of.0) == Some(of)
+    pub(super) fn is_running(&self, of: FormationId) -> bool {
+        self.running(of.job) == Some(of)
     }
 
-    fn check_formed(&mut self, job: u64, formed: &Formed) {
+    fn check_formed(&mut self, job: JobId, formed: &Formed) {
         self.report.formations += 1;
         let record = &self.store.jobs.all[&job];
-        let is_before = |(&other, waits): (&u64, &JobRecord)| {
+        let is_before = |(&other, waits): (&JobId, &JobRecord)| {
             waits.phase == Phase::Queued && (-waits.spec.priority, other) < (-record.spec.priority, job)
         };
         let overtakes = record.phase == Phase::Queued && self.store.jobs.all.iter().any(is_before);
         if overtakes && !formed.on_loan {
-            return self.violate(format!("job {job} starts before its turn, and not on loan"));
+            return self.violate(format!("{job} starts before its turn, and not on loan"));
         }
         let is_out = |worker: &&u64| {
             let node = self.workers.get(worker).map(|worker| format!("n{}", worker.node));
             node.is_some_and(|node| self.store.jobs.drained.contains(&node))
         };
         if let Some(worker) = formed.places.iter().find(is_out) {
-            return self.violate(format!("job {job} is formed on worker {worker}, whose node is drained"));
+            return self.violate(format!("{job} is formed on worker {worker}, whose node is drained"));
         }
         let history = self.history_of(job, formed);
-        let is_next = formed.generation == record.generation() + 1 && record.running().is_none();
+        let is_next = formed.generation == record.generation().next() && record.running().is_none();
         if !is_next || formed.resume_step != history.len() as u64 {
             let words = format!("generation {} from step {}", formed.generation, formed.resume_step);
-            return self.violate(format!("job {job} forms {words}; there is step {}", history.len()));
+            return self.violate(format!("{job} forms {words}; there is step {}", history.len()));
         }
         let mut cursor = history.last().map_or(0, |trained| trained.cursor);
         if formed.memory.is_none() {
             cursor = cursor.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
-            self.checks.left_behind.insert(job, formed.generation - 1);
+            self.checks.left_behind.insert(job, formed.generation.previous());
         }
         let resumed = history.len();
         let line = Line { history, resumed, cursor, ..Line::default() };
-        self.checks.lines.insert((job, formed.generation), line);
-        self.checks.formed.insert((job, formed.generation), formed.clone());
+        self.checks.lines.insert(formed.id(job), line);
+        self.checks.formed.insert(formed.id(job), formed.clone());
     }
 
     /// The steps that lead to what a formation goes on from, as they were really made or kept.
-    fn history_of(&self, job: u64, formed: &Formed) -> Vec<Trained> {
+    fn history_of(&self, job: JobId, formed: &Formed) -> Vec<Trained> {
         let Some(memory) = &formed.memory else {
             return self.checks.kept.get(&job).cloned().unwrap_or_default();
         };
         let is_present = self.checks.left_behind.get(&job).is_none_or(|left| memory.generation > *left);
-        let line = self.checks.lines.get(&(job, memory.generation)).filter(|_| is_present);
+        let line = self.checks.lines.get(&FormationId::new(job, memory.generation)).filter(|_| is_present);
         let made = line.and_then(|line| line.history.get(..memory.step as usize));
         made.map(<[Trained]>::to_vec).unwrap_or_default()
     }
@@ -340,7 +340,7 @@ impl World {
     /// An orchestrator hears what a worker keeps of a formation, or that a rank has made a step.
     pub(super) fn note_told(&mut self, server: usize, event: &Event) {
         if let Event::Rank { from, event, .. } = event {
-            return self.note_stepped(server, (from.job, from.generation), event);
+            return self.note_stepped(server, from.formation, event);
         }
         let (worker, all) = match event {
             Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
@@ -348,14 +348,14 @@ impl World {
             _ => return,
         };
         for left in all {
-            self.checks.told.entry((left.job, left.generation)).or_default().insert((worker, server));
+            self.checks.told.entry(left.formation).or_default().insert((worker, server));
         }
     }
 
     /// A job forms anew in the same layout: where every rank or its buddy is still there and has said what it keeps, that costs
     /// the running step and at most one that was not acknowledged.
-    pub(super) fn check_cost(&mut self, server: usize, job: u64, formed: &Formed) {
-        let of = (job, formed.generation - 1);
+    pub(super) fn check_cost(&mut self, server: usize, job: JobId, formed: &Formed) {
+        let of = FormationId::new(job, formed.generation.previous());
         let (Some(before), Some(line)) = (self.checks.formed.get(&of), self.checks.lines.get(&of)) else {
             return;
         };
@@ -377,16 +377,16 @@ impl World {
             if formed.resume_step < least {
                 let from = formed.resume_step;
                 self.violate(format!(
-                    "job {job}, generation {}: goes on after step {from}, although {made} were made and every part of step {least} is in memory",
-                    formed.generation
+                    "{}: goes on after step {from}, although {made} were made and every part of step {least} is in memory",
+                    formed.id(job)
                 ));
             }
         }
     }
 
-    fn check_kept(&mut self, job: u64, step: u64, cursor: u64) {
+    fn check_kept(&mut self, job: JobId, step: u64, cursor: u64) {
         // Of a broken formation it was written down from memory.
-        let of = (job, self.store.jobs.all[&job].generation());
+        let of = FormationId::new(job, self.store.jobs.all[&job].generation());
         let line = self.checks.lines.get(&of);
         let made = line.and_then(|line| line.history.get(..step as usize)).map(<[Trained]>::to_vec);
         let stands = self.storage.of(job).and_then(|folder| folder.stands(step));
@@ -397,7 +397,7 @@ impl World {
             }
             (made, _) => {
                 let made = made.and_then(|made| made.last().copied());
-                let words = format!("job {job} keeps step {step} of sequences up to {cursor}");
+                let words = format!("{job} keeps step {step} of sequences up to {cursor}");
                 self.violate(format!("{words}: {stands:?} stands, made was {made:?}"));
             }
         }
@@ -410,16 +410,14 @@ impl World {
                 self.violate(format!("worker {worker} is to end, and does not hang"));
             }
             Down::Assign { job, formed, .. }
-                if self.checks.formed.get(&(*job, formed.generation)) != Some(&**formed) =>
+                if self.checks.formed.get(&formed.id(*job)) != Some(&**formed) =>
             {
-                self.violate(format!("job {job}: ranks are assigned by a formation that is not kept"));
+                self.violate(format!("{job}: ranks are assigned by a formation that is not kept"));
             }
-            Down::Release { job, generation, .. } => {
+            Down::Release { formation, .. } => {
                 let incarnation = self.servers[server].core.incarnation();
-                if self.running(*job) == Some((*job, *generation)) {
-                    self.violate(format!(
-                        "{incarnation} releases job {job}, generation {generation}, which runs"
-                    ));
+                if self.is_running(*formation) {
+                    self.violate(format!("{incarnation} releases {formation}, which runs"));
                 }
             }
             _ => {}
@@ -435,11 +433,11 @@ impl World {
     }
 
     /// A worker takes ranks.
-    pub(super) fn check_assigned(&mut self, id: u64, (job, ranks): (u64, &[usize]), formed: &Formed) {
+    pub(super) fn check_assigned(&mut self, id: u64, (job, ranks): (JobId, &[usize]), formed: &Formed) {
         for &rank in ranks {
-            let owner = *self.checks.owners.entry((job, formed.generation, rank)).or_insert(id);
+            let owner = *self.checks.owners.entry((formed.id(job), rank)).or_insert(id);
             if owner != id || formed.places.get(rank) != Some(&id) {
-                let of = format!("rank {rank} of job {job}, generation {}", formed.generation);
+                let of = format!("rank {rank} of {}", formed.id(job));
                 let place = formed.places.get(rank);
                 return self
                     .violate(format!("{of}: worker {id} takes it, {owner} has it, {place:?} was meant"));
@@ -448,17 +446,16 @@ impl World {
     }
 
     /// All ranks of a formation make a step, from this place in the order of the sequences on.
-    pub(super) fn check_step(&mut self, of: (u64, u32), cursor: u64, made: Trained, diverges: bool) {
+    pub(super) fn check_step(&mut self, of: FormationId, cursor: u64, made: Trained, diverges: bool) {
         let Some(line) = self.checks.lines.get_mut(&of) else {
-            return self
-                .violate(format!("job {}, generation {}: a formation nobody kept trains", of.0, of.1));
+            return self.violate(format!("{of}: a formation nobody kept trains"));
         };
         let before = line.history.last().copied().unwrap_or_default();
         let expected = feed(before.digest, before.step + 1, line.cursor);
         if (made.step, cursor, made.digest) != (before.step + 1, line.cursor, expected) {
             let words = format!("step {} begins at sequence {cursor}", made.step);
             let next = format!("step {} at {}", before.step + 1, line.cursor);
-            return self.violate(format!("job {}, generation {}: {words}, next is {next}", of.0, of.1));
+            return self.violate(format!("{of}: {words}, next is {next}"));
         }
         line.cursor = made.cursor;
         if diverges {
@@ -469,7 +466,7 @@ impl World {
     }
 
     /// A rank has run the validation, or written its weights.
-    pub(super) fn check_part(&mut self, of: (u64, u32), rank: usize, is_export: bool) {
+    pub(super) fn check_part(&mut self, of: FormationId, rank: usize, is_export: bool) {
         let Some(line) = self.checks.lines.get_mut(&of) else { return };
         let parts = if is_export { &mut line.exported } else { &mut line.validated };
         parts.insert(rank);

@@ -3,7 +3,7 @@
 
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::random::mix;
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::World;
 use super::mutation::Mutation;
@@ -15,12 +15,13 @@ impl World {
     pub(super) fn commit(
         &mut self,
         id: u64,
-        (job, generation): (u64, u32),
+        of: FormationId,
         (position, kept): (Option<Position>, u64),
         world: Option<usize>,
     ) {
+        let FormationId { job, generation } = of;
         let step = position.map(|position| position.step);
-        let world = world.or_else(|| self.checks.world(job, generation)).unwrap_or(0);
+        let world = world.or_else(|| self.checks.world(of)).unwrap_or(0);
         let stays = self.stays(kept);
         let (is_full, is_said) = (self.plan.fills_up, self.breaks(Mutation::CommitsInWords));
         let Some(folder) = self.folder(job) else { return };
@@ -30,19 +31,19 @@ impl World {
                 Err("the storage is full".into())
             }
             Some(step) => match folder.commit((step, generation), world, stays) {
-                Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
+                Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
                 Err(Ok(words)) => Err(words),
                 Ok(_) => Ok(()),
             },
             None => folder.place(generation, world),
         };
         self.check_known(job);
-        self.note([16, job, step.unwrap_or(0)], || {
-            format!("worker {id} commits {step:?} of job {job}, generation {generation}: {result:?}")
+        self.note([16, job.bits(), step.unwrap_or(0)], || {
+            format!("worker {id} commits {step:?} of {of}: {result:?}")
         });
-        let committed = Up::Committed { job, generation, position, result };
+        let committed = Up::Committed { formation: of, position, result };
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if let Some(hosted) = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation) {
+        if let Some(hosted) = worker.hosted_mut(of) {
             hosted.committed = Some(committed.clone());
         }
         if let Some((link, true)) = worker.link {
@@ -51,22 +52,22 @@ impl World {
     }
 
     /// The folder that a job's worker takes for the job's.
-    pub(super) fn folder(&mut self, job: u64) -> Option<&mut Folder> {
+    pub(super) fn folder(&mut self, job: JobId) -> Option<&mut Folder> {
         let takes_any = self.breaks(Mutation::TakesAnyFolder);
         let owner = self.storage.claim(job, takes_any).owner;
         if owner != job {
-            self.violate(format!("job {job} takes the folder of job {owner} for its own"));
+            self.violate(format!("{job} takes the folder of {owner} for its own"));
             return None;
         }
         Some(self.storage.claim(job, takes_any))
     }
 
     /// The checkpoint that a job's log knows of stands, whatever has changed in its folder.
-    pub(super) fn check_known(&mut self, job: u64) {
+    pub(super) fn check_known(&mut self, job: JobId) {
         let kept = self.store.jobs.all.get(&job).map_or(0, |record| record.kept);
         let stands = self.storage.of(job).is_some_and(|folder| folder.stands(kept).is_some());
         if kept > 0 && !stands {
-            self.violate(format!("job {job}: the checkpoint of step {kept}, which is kept, is gone"));
+            self.violate(format!("{job}: the checkpoint of step {kept}, which is kept, is gone"));
         }
     }
 
@@ -77,32 +78,26 @@ impl World {
     }
 
     /// The commit of what was written down from memory, under the number of the next formation.
-    pub(super) fn commit_written(
-        &mut self,
-        id: u64,
-        (job, generation): (u64, u32),
-        (position, kept): (Position, u64),
-    ) {
+    pub(super) fn commit_written(&mut self, id: u64, of: FormationId, (position, kept): (Position, u64)) {
+        let FormationId { job, generation } = of;
         let step = position.step;
-        let world = self.checks.world(job, generation).unwrap_or(0);
+        let world = self.checks.world(of).unwrap_or(0);
         let stays = self.stays(kept);
         let Some(folder) = self.folder(job) else { return };
-        let result = match folder.commit((step, generation + 1), world, stays) {
-            Err(Err(defect)) => return self.violate(format!("job {job}: {defect}")),
+        let result = match folder.commit((step, generation.next()), world, stays) {
+            Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
             Err(Ok(words)) => Err(words),
             Ok(_) => Ok(()),
         };
         self.check_known(job);
-        self.note([17, job, step], || {
-            format!(
-                "worker {id} commits {step}, written down, of job {job}, generation {generation}: {result:?}"
-            )
+        self.note([17, job.bits(), step], || {
+            format!("worker {id} commits {step}, written down, of {of}: {result:?}")
         });
-        self.send_of_left(id, Up::Committed { job, generation, position: Some(position), result });
+        self.send_of_left(id, Up::Committed { formation: of, position: Some(position), result });
     }
 }
 
 /// Whether a commit finds the storage full: one in some hundreds does.
-fn finds_it_full(job: u64, step: u64, generation: u32) -> bool {
-    mix((JobId::of(job).number() << 40) ^ (step << 16) ^ u64::from(generation)).is_multiple_of(300)
+fn finds_it_full(job: JobId, step: u64, generation: Generation) -> bool {
+    mix((job.number() << 40) ^ (step << 16) ^ u64::from(generation.number())).is_multiple_of(300)
 }

@@ -1,6 +1,7 @@
 //! Whether a job had a reason to end as it did, by what its ranks have really done, and of which steps somebody could know.
 
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::World;
 use super::checks::Checks;
@@ -14,13 +15,13 @@ impl Checks {
     }
 
     /// Whether somebody who counts formations knows that one has made a step.
-    pub(super) fn has_stepped(&self, of: (u64, u32)) -> bool {
+    pub(super) fn has_stepped(&self, of: FormationId) -> bool {
         self.stepped.contains(&of) || self.heard.contains(&of)
     }
 }
 
 impl World {
-    pub(super) fn check_ended(&mut self, job: u64, end: End, outcome: &str) {
+    pub(super) fn check_ended(&mut self, job: JobId, end: End, outcome: &str) {
         let record = &self.store.jobs.all[&job];
         let (steps, world) = (record.spec.steps(), record.running().map_or(0, |formed| formed.places.len()));
         let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
@@ -43,7 +44,7 @@ impl World {
             End::Cancelled => self.checks.cancelled.contains(&job),
         };
         if !is_right {
-            return self.violate(format!("job {job} has ended without cause: {end:?}, {outcome}"));
+            return self.violate(format!("{job} has ended without cause: {end:?}, {outcome}"));
         }
         self.checks.end(job);
         let were_submitted = (0..self.plan.jobs.len()).all(|planned| self.checks.is_submitted(planned));
@@ -54,8 +55,9 @@ impl World {
 
     /// Whether the latest formations of a job have made no step that an orchestrator could know of, or got no further than one
     /// before, for long enough.
-    fn came_to_nothing(&self, job: u64) -> bool {
-        let of_job = || self.checks.lines.range((job, 0)..=(job, u32::MAX)).rev();
+    fn came_to_nothing(&self, job: JobId) -> bool {
+        let all = [0, u32::MAX].map(|number| FormationId::new(job, Generation::new(number)));
+        let of_job = || self.checks.lines.range(all[0]..=all[1]).rev();
         let idle = of_job().take_while(|(of, _)| !self.checks.has_stepped(**of)).count();
         let furthest = of_job().map(|(_, line)| line.history.len()).max();
         // The first to get so far is not stuck; all after it are.
@@ -65,9 +67,9 @@ impl World {
     }
 
     /// An orchestrator hears of a step that a formation has made.
-    pub(super) fn note_stepped(&mut self, server: usize, of: (u64, u32), event: &RankEvent) {
-        let running = self.servers[server].core.jobs().all.get(&of.0).and_then(|record| record.running());
-        if running.is_none_or(|formed| formed.generation != of.1) {
+    pub(super) fn note_stepped(&mut self, server: usize, of: FormationId, event: &RankEvent) {
+        let running = self.servers[server].core.jobs().all.get(&of.job).and_then(|record| record.running());
+        if running.is_none_or(|formed| formed.generation != of.generation) {
             return;
         }
         let resumed = self.checks.lines.get(&of).map_or(0, |line| line.resumed as u64);
@@ -78,16 +80,14 @@ impl World {
     }
 
     /// An orchestrator keeps that a formation has made a step.
-    pub(super) fn check_stepped(&mut self, job: u64, step: u64) {
+    pub(super) fn check_stepped(&mut self, job: JobId, step: u64) {
         let line = self.running(job).and_then(|of| self.checks.lines.get(&of));
         let made = line.map_or(0..0, |line| line.resumed as u64..line.history.len() as u64);
         if let Some(of) = self.running(job) {
             self.checks.stepped.insert(of);
         }
         if !made.contains(&(step - 1)) {
-            self.violate(format!(
-                "job {job} is said to have made step {step}; its formation has made {made:?}"
-            ));
+            self.violate(format!("{job} is said to have made step {step}; its formation has made {made:?}"));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What goes wrong, and when all is well again.
 
+use contraflow_runtime::topology::{FormationId, JobId};
+
 use super::network::ORCHESTRATOR;
 use super::plan::Fault;
 use super::{Happening, World};
@@ -71,7 +73,7 @@ impl World {
                     workers.contains_key(&id) && other.is_some_and(|other| workers.contains_key(&other))
                 };
                 let gangs = self.gangs.iter().filter(|(_, gang)| has_both(&gang.workers));
-                let gangs: Vec<(u64, u32)> = gangs.map(|(&of, _)| of).collect();
+                let gangs: Vec<FormationId> = gangs.map(|(&of, _)| of).collect();
                 gangs.into_iter().for_each(|of| self.break_gang(of, 0, 9_000));
             }
             Fault::Slow => {
@@ -130,7 +132,7 @@ impl World {
     fn wish(&mut self, fault: Fault) {
         let server = self.newest_server();
         let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
-        let open: Vec<u64> = open.map(|(&job, _)| job).collect();
+        let open: Vec<JobId> = open.map(|(&job, _)| job).collect();
         let job = self.random.pick(&open);
         match (fault, job) {
             (Fault::Cancel, Some(job)) => {
@@ -141,12 +143,12 @@ impl World {
             (Fault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {
                     let hosted = worker.hosted.get(&job).filter(|_| !worker.is_frozen)?;
-                    Some((id, hosted.generation))
+                    Some((id, FormationId::new(job, hosted.generation)))
                 });
-                let hosts: Vec<(u64, u32)> = hosts.collect();
-                if let Some((id, generation)) = self.random.pick(&hosts) {
+                let hosts: Vec<(u64, FormationId)> = hosts.collect();
+                if let Some((id, of)) = self.random.pick(&hosts) {
                     self.checks.excused.insert(job);
-                    self.find_defect(id, (job, generation));
+                    self.find_defect(id, of);
                 }
             }
             (Fault::Drain, _) if self.store.jobs.drained.is_empty() => {

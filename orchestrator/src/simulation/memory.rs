@@ -10,6 +10,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::mutation::Mutation;
 use super::network::Up;
@@ -40,37 +41,37 @@ pub(super) struct Parts {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Kept {
     /// The latest formation that was here.
-    generation: u32,
+    generation: Generation,
     /// By generation and step: the state, and whose parts of it are here.
-    parts: BTreeMap<(u32, u64), (Trained, BTreeSet<usize>)>,
+    parts: BTreeMap<(Generation, u64), (Trained, BTreeSet<usize>)>,
     /// By step, ranks whose report of it may not be durable.
     reports: BTreeMap<u64, BTreeSet<usize>>,
 }
 
 impl Kept {
-    fn put(&mut self, (generation, trained): (u32, Trained), ranks: &[usize]) {
+    fn put(&mut self, (generation, trained): (Generation, Trained), ranks: &[usize]) {
         self.put_parts((generation, trained), ranks);
         self.reports.entry(trained.step).or_default().extend(ranks);
     }
 
-    fn put_parts(&mut self, (generation, trained): (u32, Trained), ranks: &[usize]) {
+    fn put_parts(&mut self, (generation, trained): (Generation, Trained), ranks: &[usize]) {
         let (_, all) =
             self.parts.entry((generation, trained.step)).or_insert_with(|| (trained, BTreeSet::new()));
         all.extend(ranks);
     }
 
-    fn get(&self, (generation, step): (u32, u64), rank: usize) -> Option<Trained> {
+    fn get(&self, (generation, step): (Generation, u64), rank: usize) -> Option<Trained> {
         let (trained, ranks) = self.parts.get(&(generation, step))?;
         ranks.contains(&rank).then_some(*trained)
     }
 
     /// Whether this formation was the latest here.
-    pub(super) fn is_of(&self, generation: u32) -> bool {
+    pub(super) fn is_of(&self, generation: Generation) -> bool {
         self.generation == generation
     }
 
     /// Whether a formation after this one has been here.
-    pub(super) fn is_after(&self, generation: u32) -> bool {
+    pub(super) fn is_after(&self, generation: Generation) -> bool {
         self.generation > generation
     }
 
@@ -84,21 +85,21 @@ impl Kept {
     }
 
     /// As it is told to an orchestrator.
-    pub(super) fn left(&self, job: u64) -> Left {
+    pub(super) fn left(&self, job: JobId) -> Left {
         let shards = self.parts.iter().flat_map(|(&(generation, step), (_, ranks))| {
             ranks.iter().map(move |&rank| KeptShard { generation, step, rank })
         });
-        Left { job, generation: self.generation, kept: shards.collect() }
+        Left { formation: FormationId::new(job, self.generation), kept: shards.collect() }
     }
 }
 
 impl World {
-    fn kept(&mut self, id: u64, job: u64) -> Option<&mut Kept> {
+    fn kept(&mut self, id: u64, job: JobId) -> Option<&mut Kept> {
         Some(self.workers.get_mut(&id)?.memory.entry(job).or_default())
     }
 
     /// A formation begins in a worker: from what is kept, or with nothing.
-    pub(super) fn enter_memory(&mut self, id: u64, job: u64, formed: &Formed) {
+    pub(super) fn enter_memory(&mut self, id: u64, job: JobId, formed: &Formed) {
         let Some(kept) = self.kept(id, job) else { return };
         match &formed.memory {
             Some(memory) => drop(kept.reports.split_off(&(memory.step + 1))),
@@ -114,8 +115,8 @@ impl World {
     }
 
     /// A worker's ranks have made a step: their parts are kept here and sent to their buddies.
-    pub(super) fn keep_step(&mut self, id: u64, of: (u64, u32), formed: &Rc<Formed>, ranks: &[usize]) {
-        let (job, generation) = of;
+    pub(super) fn keep_step(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>, ranks: &[usize]) {
+        let FormationId { job, generation } = of;
         let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
         let is_first = trained.step == formed.resume_step + 1;
         let latest = if self.breaks(Mutation::LetsGoEarly) { trained.step } else { trained.step - 1 };
@@ -141,14 +142,14 @@ impl World {
     }
 
     /// Parts of another worker's ranks arrive: taken in once the own ranks have made that step, then said to be here.
-    pub(super) fn keeps(&mut self, id: u64, of: (u64, u32), parts: Parts) {
+    pub(super) fn keeps(&mut self, id: u64, of: FormationId, parts: Parts) {
         let is_early = self.group(id, of).is_none_or(|group| group.trained.step < parts.trained.step);
         if is_early {
             return self.plan_own(id, of, 5, Inside::Keeps(Box::new(parts)));
         }
         let Parts { from, trained, ranks, reports } = parts;
-        if let Some(kept) = self.kept(id, of.0) {
-            kept.put((of.1, trained), &ranks);
+        if let Some(kept) = self.kept(id, of.job) {
+            kept.put((of.generation, trained), &ranks);
             for (rank, step) in reports {
                 kept.reports.entry(step).or_default().insert(rank);
             }
@@ -157,7 +158,7 @@ impl World {
         self.plan_own(from, of, takes, Inside::Acknowledged(id));
     }
 
-    pub(super) fn acknowledged(&mut self, id: u64, of: (u64, u32), buddy: u64) {
+    pub(super) fn acknowledged(&mut self, id: u64, of: FormationId, buddy: u64) {
         if let Some(group) = self.group(id, of) {
             group.unacknowledged.remove(&buddy);
         }
@@ -165,7 +166,7 @@ impl World {
 
     /// Brings a worker's ranks the state they go on from, and says again what they had reported; false if whoever is to bring it
     /// is gone.
-    pub(super) fn recover(&mut self, id: u64, of: (u64, u32), formed: &Formed, memory: &InMemory) -> bool {
+    pub(super) fn recover(&mut self, id: u64, of: FormationId, formed: &Formed, memory: &InMemory) -> bool {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
         let mut reports: BTreeSet<(usize, u64)> = BTreeSet::new();
         let mut recovered = None;
@@ -175,10 +176,10 @@ impl World {
                 self.lose_all(id, of, "whoever has the state is gone");
                 return false;
             };
-            let kept = worker.memory.get(&of.0);
+            let kept = worker.memory.get(&of.job);
             let Some(trained) = kept.and_then(|kept| kept.get((memory.generation, memory.step), rank)) else {
                 // Let go after another formation took this one's place, which this worker has not heard of.
-                if kept.is_none_or(|kept| kept.generation != of.1) {
+                if kept.is_none_or(|kept| kept.generation != of.generation) {
                     self.lose_all(id, of, "whoever has the state has left");
                 } else {
                     self.violate(format!(
@@ -192,7 +193,7 @@ impl World {
             recovered = Some(trained);
         }
         let Some(trained) = recovered else { return true };
-        if let Some(kept) = self.kept(id, of.0) {
+        if let Some(kept) = self.kept(id, of.job) {
             kept.put_parts((memory.generation, trained), &ranks);
             for &(rank, step) in &reports {
                 kept.reports.entry(step).or_default().insert(rank);
@@ -209,10 +210,10 @@ impl World {
     pub(super) fn written_down(
         &mut self,
         id: u64,
-        of: (u64, u32),
-        (made_by, step, ranks): (u32, u64, Vec<usize>),
+        of: FormationId,
+        (made_by, step, ranks): (Generation, u64, Vec<usize>),
     ) {
-        let (job, generation) = of;
+        let FormationId { job, generation } = of;
         for rank in ranks {
             let Some(kept) = self.kept(id, job) else { return };
             let Some(Trained { cursor, .. }) = kept.get((made_by, step), rank) else {
@@ -223,13 +224,13 @@ impl World {
             let told = kept.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
             let told: Vec<u64> = told.map(|(&step, _)| step).collect();
             let Some(folder) = self.folder(job) else { return };
-            folder.save(generation + 1, rank, trained);
+            folder.save(generation.next(), rank, trained);
             let position = Position { step, cursor, tokens: cursor };
             let (watch, shard) = (Default::default(), ShardFile::default());
             let saved = RankEvent::ShardSaved { rank, position, watch, shard };
             let reports = told.into_iter().map(|step| step_done(generation, rank, step));
             for event in reports.chain([saved]).collect::<Vec<_>>() {
-                self.send_of_left(id, Up::Event { job, generation, event });
+                self.send_of_left(id, Up::Event { formation: of, event });
             }
         }
     }
@@ -242,17 +243,17 @@ impl World {
     }
 
     /// Once the ranks are ready they say again what they had reported.
-    pub(super) fn repeat_reports(&mut self, id: u64, of: (u64, u32)) {
+    pub(super) fn repeat_reports(&mut self, id: u64, of: FormationId) {
         let reports = self.group(id, of).map(|group| std::mem::take(&mut group.reports)).unwrap_or_default();
         if self.breaks(Mutation::RecoversInSilence) {
             return;
         }
         for (rank, step) in reports {
-            self.say(id, of, step_done(of.1, rank, step));
+            self.say(id, of, step_done(of.generation, rank, step));
         }
     }
 
-    fn lose_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
+    fn lose_all(&mut self, id: u64, of: FormationId, cause: &str) {
         let Some(group) = self.group(id, of) else { return };
         group.give_up();
         for rank in group.ranks.clone() {
@@ -263,9 +264,15 @@ impl World {
 }
 
 /// A rank's report of a step.
-pub(super) fn step_done(generation: u32, rank: usize, step: u64) -> RankEvent {
+pub(super) fn step_done(generation: Generation, rank: usize, step: u64) -> RankEvent {
     let rank = rank as u32;
     RankEvent::StepDone {
-        report: StepReport { rank, generation, step, tokens: BATCH, ..StepReport::default() },
+        report: StepReport {
+            rank,
+            generation: generation.number(),
+            step,
+            tokens: BATCH,
+            ..StepReport::default()
+        },
     }
 }

@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::random::mix;
+use contraflow_runtime::topology::{FormationId, Generation};
 
 use self::checks::Checks;
 pub use self::mutation::Mutation;
@@ -94,7 +95,7 @@ enum Happening {
     WorkerThaws(u64),
     WorkerStarts(usize),
     Own(u64, Own),
-    StepMade(u64, u32),
+    StepMade(FormationId),
     Submit(usize),
     Heals(usize, usize),
     Quickens(usize),
@@ -102,11 +103,10 @@ enum Happening {
     Calm,
 }
 
-/// Something that happens inside a worker, in a formation: job, generation, what.
+/// Something that happens inside a worker, in a formation.
 #[derive(Clone, Debug)]
 struct Own {
-    job: u64,
-    generation: u32,
+    formation: FormationId,
     what: Inside,
 }
 
@@ -120,7 +120,7 @@ enum Inside {
     /// Parts of another worker's ranks arrive.
     Keeps(Box<memory::Parts>),
     /// Parts of a formation that was left are on disk: of which generation, after which step, whose.
-    WrittenDown(Box<(u32, u64, Vec<usize>)>),
+    WrittenDown(Box<(Generation, u64, Vec<usize>)>),
     /// A worker has taken in the parts that it was sent.
     Acknowledged(u64),
     Validated(usize),
@@ -167,7 +167,7 @@ struct World {
     workers: BTreeMap<u64, Worker>,
     newest_worker: u64,
     network: Network,
-    gangs: BTreeMap<(u64, u32), Gang>,
+    gangs: BTreeMap<FormationId, Gang>,
     storage: Storage,
     checks: Checks,
     mutation: Option<Mutation>,
@@ -282,7 +282,7 @@ impl World {
             Happening::WorkerThaws(worker) => self.thaw(worker),
             Happening::WorkerStarts(node) => self.start_worker(node),
             Happening::Own(worker, own) => self.inside(worker, own),
-            Happening::StepMade(job, generation) => self.step_made(job, generation),
+            Happening::StepMade(formation) => self.step_made(formation),
             Happening::Submit(job) => self.submit(job),
             Happening::Heals(one, other) => drop(self.network.cuts.remove(&(one, other))),
             Happening::Quickens(node) => drop(self.network.slow.remove(&node)),

@@ -74,8 +74,10 @@ impl World {
     pub(super) fn distort(&self, core: &Core, mut event: Event) -> Vec<Event> {
         match (self.mutation, &mut event) {
             (Some(Mutation::HearsStaleRanks), Event::Rank { worker, from, .. }) => {
-                if let Some(formed) = core.jobs().all.get(&from.job).and_then(|record| record.running()) {
-                    from.generation = formed.generation;
+                if let Some(formed) =
+                    core.jobs().all.get(&from.formation.job).and_then(|record| record.running())
+                {
+                    from.formation.generation = formed.generation;
                     *worker = formed.places.get(from.rank).copied().unwrap_or(*worker);
                 }
             }
@@ -86,7 +88,7 @@ impl World {
             }
             (Some(Mutation::CountsNothing), Event::Tick) => return self.with_steps(core),
             (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
-                let formed = core.jobs().all.get(&from.job).and_then(|record| record.running());
+                let formed = core.jobs().all.get(&from.formation.job).and_then(|record| record.running());
                 let places = formed.map_or(&[][..], |formed| &formed.places);
                 if let RankEvent::ShardSaved { position, watch, shard, .. } = &**said {
                     let as_of = |(rank, &worker): (usize, &u64)| {
@@ -107,10 +109,10 @@ impl World {
         let running = core.jobs().all.iter().filter_map(|(&job, record)| Some((job, record.running()?)));
         let crashing = running.filter(|(job, _)| self.job_plan(*job).is_some_and(|planned| planned.crashes));
         let stepped = crashing.map(|(job, formed)| {
-            let (generation, step) = (formed.generation, formed.resume_step + 1);
+            let (generation, step) = (formed.generation.number(), formed.resume_step + 1);
             let report = StepReport { generation, step, ..StepReport::default() };
             let event = Box::new(RankEvent::StepDone { report });
-            let from = RankAddress { job, generation, rank: 0 };
+            let from = RankAddress { formation: formed.id(job), rank: 0 };
             Event::Rank { worker: formed.places[0], from, event }
         });
         [Event::Tick].into_iter().chain(stepped).collect()

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::server::Input;
 use super::{Happening, World};
@@ -22,8 +23,8 @@ pub(super) enum Up {
     Hello { who: Introduction, hosted: Vec<Hosted>, left: Vec<Left>, state: u64, incarnation: u64 },
     Released(Left),
     Beat(Vec<Progress>),
-    Event { job: u64, generation: u32, event: RankEvent },
-    Committed { job: u64, generation: u32, position: Option<Position>, result: Result<(), String> },
+    Event { formation: FormationId, event: RankEvent },
+    Committed { formation: FormationId, position: Option<Position>, result: Result<(), String> },
 }
 
 /// To a worker.
@@ -31,12 +32,12 @@ pub(super) enum Up {
 pub(super) enum Down {
     Welcome { state: u64, incarnation: u64 },
     Refused,
-    Assign { job: u64, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
+    Assign { job: JobId, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
     Command { to: RankAddress, command: RankCommand },
-    Release { job: u64, generation: u32, keep: bool },
-    Write { job: u64, generation: u32, of: (u32, u64), ranks: Vec<usize> },
-    Durable { job: u64, step: u64 },
-    Commit { job: u64, generation: u32, position: Option<Position>, kept: u64 },
+    Release { formation: FormationId, keep: bool },
+    Write { formation: FormationId, of: (Generation, u64), ranks: Vec<usize> },
+    Durable { job: JobId, step: u64 },
+    Commit { formation: FormationId, position: Option<Position>, kept: u64 },
 }
 
 /// A stream.
@@ -158,8 +159,8 @@ impl World {
             }
             Up::Released(left) => Event::Left { worker, left },
             Up::Beat(progress) => Event::Beat { worker, progress },
-            Up::Event { job, generation, event } => {
-                let from = RankAddress { job, generation, rank: event.rank() };
+            Up::Event { formation, event } => {
+                let from = RankAddress { formation, rank: event.rank() };
                 if self.sequence.is_multiple_of(16) {
                     // The same in the name of a worker that does not host this rank: it must not count.
                     let event = Box::new(event.clone());
@@ -167,8 +168,8 @@ impl World {
                 }
                 Event::Rank { worker, from, event: Box::new(event) }
             }
-            Up::Committed { job, generation, position, result } => {
-                Event::Committed { worker, job, generation, position, result }
+            Up::Committed { formation, position, result } => {
+                Event::Committed { worker, formation, position, result }
             }
         };
         self.hear_event(server, event);

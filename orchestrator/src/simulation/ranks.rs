@@ -9,6 +9,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::random::mix;
+use contraflow_runtime::topology::{FormationId, JobId};
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;
@@ -113,11 +114,11 @@ impl World {
     pub(super) fn prepared(
         &mut self,
         id: u64,
-        of: (u64, u32),
+        of: FormationId,
         formed: &Formed,
         (kept, is_reachable): (u64, bool),
     ) {
-        let (job, _) = of;
+        let job = of.job;
         let Some(folder) = self.folder(job) else { return };
         let (stands, oldest) = (folder.stands(formed.resume_step), folder.oldest());
         let mut trained = Trained::default();
@@ -131,7 +132,7 @@ impl World {
                 None if !self.is_running(of) => return self.fail_all(id, of, "no such checkpoint"),
                 None => {
                     let words = format!("no checkpoint of step {} to go on from", formed.resume_step);
-                    return self.violate(format!("job {job}, generation {}: {words}", formed.generation));
+                    return self.violate(format!("{of}: {words}"));
                 }
             }
         }
@@ -148,10 +149,10 @@ impl World {
             let stays = self.stays(kept);
             let newest = formed.memory.is_none().then_some(formed.resume_step);
             let Some(folder) = self.folder(job) else { return };
-            if !folder.begin(of.1) {
+            if !folder.begin(of.generation) {
                 return self.refused_folder(id, of);
             }
-            folder.tidy(of.1, stays, newest);
+            folder.tidy(of.generation, stays, newest);
             self.check_known(job);
         }
         let gang = self.gangs.entry(of).or_default();
@@ -167,17 +168,17 @@ impl World {
     }
 
     /// A later formation has begun in the job's folder: right only for one that is over.
-    fn refused_folder(&mut self, id: u64, of: (u64, u32)) {
+    fn refused_folder(&mut self, id: u64, of: FormationId) {
         if self.is_running(of) {
-            return self.violate(format!("job {}, generation {}: its folder is a later one's", of.0, of.1));
+            return self.violate(format!("{of}: its folder is a later one's"));
         }
         self.fail_all(id, of, "its folder is a later formation's");
     }
 
-    pub(super) fn built(&mut self, id: u64, of: (u64, u32), formed: &Formed) {
+    pub(super) fn built(&mut self, id: u64, of: FormationId, formed: &Formed) {
         let Some(group) = self.group(id, of).filter(|group| group.state == State::Building) else { return };
         group.state = State::Idle;
-        if self.job_plan(of.0).is_some_and(|planned| planned.crashes) {
+        if self.job_plan(of.job).is_some_and(|planned| planned.crashes) {
             return self.crash_worker(id);
         }
         let Some(group) = self.group(id, of) else { return };
@@ -194,15 +195,14 @@ impl World {
     }
 
     pub(super) fn rank_hears(&mut self, id: u64, to: RankAddress, command: RankCommand) {
-        let RankAddress { job, generation, rank } = to;
-        let of = (job, generation);
+        let RankAddress { formation: of, rank } = to;
         let Some(group) = self.group(id, of) else { return };
         let state = group.state;
         match command {
             RankCommand::BeginStep { step } if state == State::Idle => {
                 group.begun += 1;
                 if step != group.trained.step + 1 {
-                    let words = format!("rank {rank} of job {job} is to begin step {step}");
+                    let words = format!("rank {rank} of {} is to begin step {step}", of.job);
                     return self.violate(words);
                 }
                 if group.begun == group.ranks.len() {
@@ -227,7 +227,7 @@ impl World {
     }
 
     /// The ranks of a worker begin the next step; the last to do so lets it happen.
-    fn arrive(&mut self, id: u64, of: (u64, u32)) {
+    fn arrive(&mut self, id: u64, of: FormationId) {
         let Some(group) = self.group(id, of) else { return };
         group.state = State::InStep;
         let trained = group.trained;
@@ -236,18 +236,18 @@ impl World {
             gang.waiting += 1;
         }
         if gang.waiting > 1 && gang.made != trained {
-            let words = format!("ranks of job {}, generation {} hold different states", of.0, of.1);
+            let words = format!("ranks of {of} hold different states");
             return self.violate(words);
         }
         gang.made = trained;
         if gang.waiting == gang.workers.len() {
             let takes = self.step_ms(of);
-            self.plan_in(takes, Happening::StepMade(of.0, of.1));
+            self.plan_in(takes, Happening::StepMade(of));
         }
     }
 
-    fn step_ms(&mut self, of: (u64, u32)) -> u64 {
-        let step_ms = self.job_plan(of.0).map_or(100, |job| job.step_ms);
+    fn step_ms(&mut self, of: FormationId) -> u64 {
+        let step_ms = self.job_plan(of.job).map_or(100, |job| job.step_ms);
         let Some(gang) = self.gangs.get(&of) else { return step_ms };
         let is_slow =
             |id: &u64| self.workers.get(id).is_some_and(|worker| self.network.slow.contains(&worker.node));
@@ -260,19 +260,18 @@ impl World {
     }
 
     /// What the plan says of a job, by its number.
-    pub(super) fn job_plan(&self, job: u64) -> Option<&super::plan::Job> {
+    pub(super) fn job_plan(&self, job: JobId) -> Option<&super::plan::Job> {
         self.plan.jobs.get(self.checks.planned(job)?)
     }
 
     /// All ranks have given what the step needs: it is made, or the watch stops it, on all of them alike.
-    pub(super) fn step_made(&mut self, job: u64, generation: u32) {
-        let of = (job, generation);
+    pub(super) fn step_made(&mut self, of: FormationId) {
         let Some(gang) = self.gangs.get(&of).filter(|gang| !gang.is_broken) else { return };
         let workers: Vec<u64> = gang.workers.keys().copied().collect();
         let stands = |worker: &super::worker::Worker| worker.is_frozen || worker.hangs;
         if workers.iter().any(|id| self.workers.get(id).is_none_or(stands)) {
             // Everybody waits for it.
-            return self.plan_in(50, Happening::StepMade(job, generation));
+            return self.plan_in(50, Happening::StepMade(of));
         }
         let waits = !self.breaks(Mutation::OutrunsBuddies);
         let mut stops = false;
@@ -280,14 +279,14 @@ impl World {
             match self.group(id, of) {
                 // What a rank gives to the step says that its buddy has the one before.
                 Some(group) if waits && group.state == State::InStep && !group.unacknowledged.is_empty() => {
-                    return self.plan_in(5, Happening::StepMade(job, generation));
+                    return self.plan_in(5, Happening::StepMade(of));
                 }
                 Some(group) if group.state == State::InStep => stops |= group.stop,
                 // Told to give up: the others wait until they are, too.
                 _ => return,
             }
         }
-        let bad = self.job_plan(job).map(|planned| planned.bad.clone()).unwrap_or_default();
+        let bad = self.job_plan(of.job).map(|planned| planned.bad.clone()).unwrap_or_default();
         let Some(gang) = self.gangs.get_mut(&of) else { return };
         let Trained { step, cursor, digest } = gang.made;
         let batch = cursor..cursor + BATCH;
@@ -299,9 +298,9 @@ impl World {
         gang.workers.values_mut().for_each(|waits| *waits = false);
         let (made, diverges) = (gang.made, gang.diverges);
         self.report.steps += 1;
-        self.note([20, job, made.step], || {
+        self.note([20, of.job.bits(), made.step], || {
             format!(
-                "job {job}, generation {generation}: step {} of sequences from {cursor} on{}",
+                "{of}: step {} of sequences from {cursor} on{}",
                 made.step,
                 if diverges { " diverges" } else { "" }
             )
@@ -314,10 +313,10 @@ impl World {
     }
 
     /// A worker's ranks have the result of the step.
-    pub(super) fn step_done(&mut self, id: u64, of: (u64, u32), formed: &Rc<Formed>) {
+    pub(super) fn step_done(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>) {
         let Some(gang) = self.gangs.get(&of) else { return };
         let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
-        let (every, steps) = self.job_plan(of.0).map_or((1, 0), |job| (job.every, job.spec.steps()));
+        let (every, steps) = self.job_plan(of.job).map_or((1, 0), |job| (job.every, job.spec.steps()));
         let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
         group.state = State::Idle;
         let (ranks, is_saving) = (group.ranks.clone(), group.is_saving);
@@ -330,7 +329,7 @@ impl World {
         }
         group.trained = made;
         for &rank in &ranks {
-            self.say(id, of, step_done(of.1, rank, made.step));
+            self.say(id, of, step_done(of.generation, rank, made.step));
             if stops {
                 self.say(id, of, RankEvent::Stopped { rank, step: made.step });
             }
@@ -346,7 +345,7 @@ impl World {
         }
     }
 
-    fn diverge(&mut self, id: u64, of: (u64, u32), cursor: u64) {
+    fn diverge(&mut self, id: u64, of: FormationId, cursor: u64) {
         let Some(group) = self.group(id, of) else { return };
         let step = group.trained.step + 1;
         for rank in group.ranks.clone() {
@@ -356,7 +355,7 @@ impl World {
         }
     }
 
-    fn save(&mut self, id: u64, of: (u64, u32), goes_on: bool) {
+    fn save(&mut self, id: u64, of: FormationId, goes_on: bool) {
         let Some(group) = self.group(id, of) else { return };
         if group.is_saving {
             group.parked = Some(Parked::Save { goes_on });
@@ -372,8 +371,8 @@ impl World {
     }
 
     /// Shards are on disk; whoever wrote them may have left the formation meanwhile.
-    pub(super) fn saved(&mut self, id: u64, of: (u64, u32), (trained, ranks): (Trained, Vec<usize>)) {
-        let (job, generation) = of;
+    pub(super) fn saved(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<usize>)) {
+        let FormationId { job, generation } = of;
         for &rank in &ranks {
             let Some(folder) = self.folder(job) else { return };
             folder.save(generation, rank, trained);
@@ -395,17 +394,17 @@ impl World {
         }
     }
 
-    pub(super) fn validated(&mut self, id: u64, of: (u64, u32), rank: usize) {
+    pub(super) fn validated(&mut self, id: u64, of: FormationId, rank: usize) {
         if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
             self.check_part(of, rank, false);
             self.say(id, of, RankEvent::Validated { rank, loss: 0.5, tokens: 8 });
         }
     }
 
-    pub(super) fn exported(&mut self, id: u64, of: (u64, u32), rank: usize) {
+    pub(super) fn exported(&mut self, id: u64, of: FormationId, rank: usize) {
         if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
-            let Some(folder) = self.folder(of.0) else { return };
-            folder.export(of.1, rank);
+            let Some(folder) = self.folder(of.job) else { return };
+            folder.export(of.generation, rank);
             self.check_part(of, rank, true);
             let file = ExportedFile { file: format!("rank-{rank}"), ..ExportedFile::default() };
             self.say(id, of, RankEvent::Exported { rank, file });
@@ -413,7 +412,7 @@ impl World {
     }
 
     /// The connections to a worker end: whoever is left notices within `within_ms`.
-    pub(super) fn break_gang(&mut self, of: (u64, u32), gone: u64, within_ms: u64) {
+    pub(super) fn break_gang(&mut self, of: FormationId, gone: u64, within_ms: u64) {
         let Some(gang) = self.gangs.get_mut(&of).filter(|gang| !gang.is_broken) else { return };
         gang.is_broken = true;
         let left: Vec<u64> = gang.workers.keys().copied().filter(|id| *id != gone).collect();
@@ -423,7 +422,7 @@ impl World {
         }
     }
 
-    pub(super) fn peer_lost(&mut self, id: u64, of: (u64, u32)) {
+    pub(super) fn peer_lost(&mut self, id: u64, of: FormationId) {
         let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else {
             // Nobody waits for a peer: it is noticed in the next step.
             if let Some(group) = self.group(id, of).filter(|group| group.state != State::Over) {
@@ -440,7 +439,7 @@ impl World {
     }
 
     /// A rank of a worker finds a defect.
-    pub(super) fn find_defect(&mut self, id: u64, of: (u64, u32)) {
+    pub(super) fn find_defect(&mut self, id: u64, of: FormationId) {
         let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
         group.state = State::Over;
         let rank = group.ranks[0];

@@ -5,6 +5,8 @@ use contraflow_runtime::random::mix;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
+use contraflow_runtime::topology::{FormationId, JobId};
+
 use super::mutation::Mutation;
 use super::network::Down;
 use super::{Happening, World};
@@ -29,7 +31,7 @@ pub(super) enum Input {
 #[derive(Default)]
 pub(super) struct Batch {
     facts: Vec<Fact>,
-    steps: BTreeMap<u64, Vec<u64>>,
+    steps: BTreeMap<JobId, Vec<u64>>,
     words: Vec<(u64, Word)>,
 }
 
@@ -45,7 +47,7 @@ pub(super) struct Server {
     links: BTreeMap<u64, u64>,
     inbox: VecDeque<Input>,
     batch: Option<Batch>,
-    steps: BTreeMap<u64, Steps>,
+    steps: BTreeMap<JobId, Steps>,
     ticks: u64,
 }
 
@@ -239,7 +241,7 @@ impl World {
                         batch.steps.entry(job).or_default().push(record.step);
                     }
                 }
-                Effect::Log { job, line } => self.note([3, job, 0], || format!("job {job}: {line}")),
+                Effect::Log { job, line } => self.note([3, job.bits(), 0], || format!("{job}: {line}")),
             }
         }
     }
@@ -288,13 +290,13 @@ impl World {
                 told.push(step);
                 if step != expected {
                     let by = self.servers[server].core.incarnation();
-                    self.violate(format!("job {job}: step {step} is told by {by} where {expected} is next"));
+                    self.violate(format!("{job}: step {step} is told by {by} where {expected} is next"));
                 }
             }
         }
         let keeps_steps = self.breaks(Mutation::ForgetsHalf);
         for fact in batch.facts.iter().filter(|_| writes > 1) {
-            self.note([4, fact.job().unwrap_or(0), 0], || {
+            self.note([4, fact.job().map_or(0, JobId::bits), 0], || {
                 let words = format!("{fact:?}");
                 format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
             });
@@ -306,7 +308,7 @@ impl World {
     }
 
     fn carry_out(&mut self, server: usize, batch: Batch) {
-        let mut assigned: BTreeMap<u64, Option<(Rc<Formed>, bool)>> = BTreeMap::new();
+        let mut assigned: BTreeMap<JobId, Option<(Rc<Formed>, bool)>> = BTreeMap::new();
         for (worker, word) in batch.words {
             if word == Word::Cut {
                 if let Some(link) = self.servers[server].links.remove(&worker) {
@@ -359,31 +361,33 @@ impl World {
 }
 
 /// A word as it goes to a worker; nothing if it has no sense any more. `assigned`: what is told of each job.
-fn encode(core: &Core, word: Word, assigned: &mut BTreeMap<u64, Option<(Rc<Formed>, bool)>>) -> Option<Down> {
+fn encode(
+    core: &Core,
+    word: Word,
+    assigned: &mut BTreeMap<JobId, Option<(Rc<Formed>, bool)>>,
+) -> Option<Down> {
     Some(match word {
         Word::Welcome => Down::Welcome { state: core.state(), incarnation: core.incarnation() },
         Word::Refused { .. } => Down::Refused,
         Word::Cut => return None,
-        Word::Assign { job, generation, ranks } => {
+        Word::Assign { formation: FormationId { job, generation }, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
             let kept = core.jobs().all.get(&job)?.kept;
             Down::Assign { job, ranks, formed, is_reachable, kept }
         }
         Word::Command { to, command } => Down::Command { to, command },
-        Word::Release { job, generation, keep, .. } => Down::Release { job, generation, keep },
-        Word::CommitCheckpoint { job, generation, position, kept, .. } => {
-            Down::Commit { job, generation, position: Some(position), kept }
+        Word::Release { formation, keep, .. } => Down::Release { formation, keep },
+        Word::CommitCheckpoint { formation, position, kept, .. } => {
+            Down::Commit { formation, position: Some(position), kept }
         }
-        Word::WriteDown { job, generation, of, ranks } => Down::Write { job, generation, of, ranks },
-        Word::PlaceWeights { job, generation, .. } => {
-            Down::Commit { job, generation, position: None, kept: 0 }
-        }
+        Word::WriteDown { formation, of, ranks } => Down::Write { formation, of, ranks },
+        Word::PlaceWeights { formation, .. } => Down::Commit { formation, position: None, kept: 0 },
     })
 }
 
 /// What every worker of a formation is told; nothing if it is over by now or a member is gone.
-fn assignment(core: &Core, job: u64) -> Option<(Rc<Formed>, bool)> {
+fn assignment(core: &Core, job: JobId) -> Option<(Rc<Formed>, bool)> {
     let formed = core.jobs().all.get(&job)?.running()?;
     let mut is_reachable = true;
     for &worker in &formed.places {

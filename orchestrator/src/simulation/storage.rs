@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{Generation, JobId};
 
 /// The state after a step, as far as it can be told apart: how it came about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,9 +30,9 @@ pub(super) struct Storage {
 
 impl Storage {
     /// The folder that a job claims: its own, or a fresh one. With `takes_any` it does not look whose it is.
-    pub(super) fn claim(&mut self, job: u64, takes_any: bool) -> &mut Folder {
-        let usual = JobId::of(job).to_string();
-        let own = format!("{usual}-{job:016x}");
+    pub(super) fn claim(&mut self, job: JobId, takes_any: bool) -> &mut Folder {
+        let usual = job.to_string();
+        let own = format!("{usual}-{:016x}", job.bits());
         let is_own = |name: &String| self.folders.get(name).is_some_and(|folder| folder.owner == job);
         let is_free = |name: &String| !self.folders.contains_key(name);
         let name = match (is_own(&own), is_own(&usual) || is_free(&usual) || takes_any) {
@@ -43,7 +43,7 @@ impl Storage {
     }
 
     /// The folder that is a job's.
-    pub(super) fn of(&self, job: u64) -> Option<&Folder> {
+    pub(super) fn of(&self, job: JobId) -> Option<&Folder> {
         self.folders.values().find(|folder| folder.owner == job)
     }
 }
@@ -52,17 +52,17 @@ impl Storage {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Folder {
     /// Whose it is.
-    pub(super) owner: u64,
+    pub(super) owner: JobId,
     /// The latest formation that has begun in it.
-    begun: u32,
+    begun: Generation,
     /// By step: the state, and the generation that made it.
-    committed: BTreeMap<u64, (Trained, u32)>,
+    committed: BTreeMap<u64, (Trained, Generation)>,
     /// By step and generation: shards by rank.
-    unfinished: BTreeMap<(u64, u32), BTreeMap<usize, Trained>>,
+    unfinished: BTreeMap<(u64, Generation), BTreeMap<usize, Trained>>,
     /// Exported files by generation and rank.
-    exported: BTreeMap<u32, Vec<usize>>,
+    exported: BTreeMap<Generation, Vec<usize>>,
     /// Generation whose weights stand.
-    pub(super) placed: Option<u32>,
+    pub(super) placed: Option<Generation>,
 }
 
 impl Folder {
@@ -77,14 +77,14 @@ impl Folder {
     }
 
     /// A formation begins in it; whether none after it has.
-    pub(super) fn begin(&mut self, generation: u32) -> bool {
+    pub(super) fn begin(&mut self, generation: Generation) -> bool {
         let is_next = generation > self.begun;
         self.begun = self.begun.max(generation);
         is_next
     }
 
     /// The worker of rank 0 makes the folder ready for a formation.
-    pub(super) fn tidy(&mut self, generation: u32, stays: Stays, newest: Option<u64>) {
+    pub(super) fn tidy(&mut self, generation: Generation, stays: Stays, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
@@ -98,11 +98,11 @@ impl Folder {
         self.committed.retain(|step, _| *step == pinned || Some(*step) == fresh || !old.contains(step));
     }
 
-    pub(super) fn save(&mut self, generation: u32, rank: usize, trained: Trained) {
+    pub(super) fn save(&mut self, generation: Generation, rank: usize, trained: Trained) {
         self.unfinished.entry((trained.step, generation)).or_default().insert(rank, trained);
     }
 
-    pub(super) fn export(&mut self, generation: u32, rank: usize) {
+    pub(super) fn export(&mut self, generation: Generation, rank: usize) {
         self.exported.entry(generation).or_default().push(rank);
     }
 
@@ -111,7 +111,7 @@ impl Folder {
     /// **Errors**: in words. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
     pub(super) fn commit(
         &mut self,
-        (step, generation): (u64, u32),
+        (step, generation): (u64, Generation),
         world: usize,
         stays: Stays,
     ) -> Result<Trained, Result<String, String>> {
@@ -138,7 +138,7 @@ impl Folder {
     /// Gives the exported weights their name.
     ///
     /// **Errors**: in words.
-    pub(super) fn place(&mut self, generation: u32, world: usize) -> Result<(), String> {
+    pub(super) fn place(&mut self, generation: Generation, world: usize) -> Result<(), String> {
         if self.placed.is_some() {
             return Ok(());
         }

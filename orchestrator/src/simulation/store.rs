@@ -1,6 +1,7 @@
 //! What the simulated orchestrators keep, and what outlives them: facts as bytes, a snapshot now and then, told steps. Follows
 //! [`crate::store`]; knows no core.
 
+use contraflow_runtime::topology::JobId;
 use std::collections::BTreeMap;
 
 use crate::core::facts::Fact;
@@ -18,7 +19,7 @@ pub(super) struct Store {
     snapshot: Option<Vec<u8>>,
     facts: Vec<Vec<u8>>,
     /// By job, the steps that watchers are told.
-    pub(super) steps: BTreeMap<u64, Vec<u64>>,
+    pub(super) steps: BTreeMap<JobId, Vec<u64>>,
     /// The facts so far, folded as they came.
     pub(super) jobs: Jobs,
 }

@@ -9,6 +9,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::Address;
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::memory::Kept;
 use super::mutation::Mutation;
@@ -32,9 +33,9 @@ pub(super) struct Worker {
     /// Its stream, and whether it has been welcomed on it.
     pub(super) link: Option<(u64, bool)>,
     beat_ms: u64,
-    pub(super) hosted: BTreeMap<u64, Hosted>,
+    pub(super) hosted: BTreeMap<JobId, Hosted>,
     /// By job, what it keeps of the state of ranks.
-    pub(super) memory: BTreeMap<u64, Kept>,
+    pub(super) memory: BTreeMap<JobId, Kept>,
     pub(super) is_frozen: bool,
     /// Its ranks get on with no step any more, whatever they are told, until the process ends.
     pub(super) hangs: bool,
@@ -44,7 +45,7 @@ pub(super) struct Worker {
 
 /// A formation in it.
 pub(super) struct Hosted {
-    pub(super) generation: u32,
+    pub(super) generation: Generation,
     pub(super) formed: Rc<Formed>,
     is_reachable: bool,
     /// Steps of the recipe.
@@ -91,7 +92,7 @@ impl World {
             self.break_link(link, within_ms);
         }
         for (job, hosted) in worker.hosted {
-            self.break_gang((job, hosted.generation), id, within_ms);
+            self.break_gang(FormationId::new(job, hosted.generation), id, within_ms);
         }
     }
 
@@ -151,13 +152,12 @@ impl World {
     }
 
     /// A rank has something to say.
-    pub(super) fn say(&mut self, id: u64, (job, generation): (u64, u32), event: RankEvent) {
+    pub(super) fn say(&mut self, id: u64, formation: FormationId, event: RankEvent) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let hosted = worker.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation);
-        let Some(hosted) = hosted else { return };
+        let Some(hosted) = worker.hosted_mut(formation) else { return };
         hosted.outbox.note(&event);
         if let Some((link, true)) = worker.link {
-            self.send_up(link, Up::Event { job, generation, event });
+            self.send_up(link, Up::Event { formation, event });
         }
     }
 
@@ -180,10 +180,10 @@ impl World {
             }
             Down::Command { to, command } => self.commanded(id, to, command),
             Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
-            Down::Release { job, generation, keep } => self.released(id, (job, generation), keep),
-            Down::Write { job, generation, of: (of, step), ranks } => {
+            Down::Release { formation, keep } => self.released(id, formation, keep),
+            Down::Write { formation, of: (of, step), ranks } => {
                 let takes = self.random.between(1, 900);
-                self.plan_own(id, (job, generation), takes, Inside::WrittenDown(Box::new((of, step, ranks))));
+                self.plan_own(id, formation, takes, Inside::WrittenDown(Box::new((of, step, ranks))));
             }
             Down::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
@@ -193,13 +193,13 @@ impl World {
                     kept.durable(step);
                 }
             }
-            Down::Commit { job, generation, position, kept } => {
-                if worker.hosted.get(&job).is_some_and(|hosted| hosted.generation == generation) {
+            Down::Commit { formation, position, kept } => {
+                if worker.hosted_mut(formation).is_some() {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::Commits(position, kept));
-                } else if let Some(position) = position.filter(|_| worker.has_left(job, generation)) {
+                    self.plan_own(id, formation, takes, Inside::Commits(position, kept));
+                } else if let Some(position) = position.filter(|_| worker.has_left(formation)) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, (job, generation), takes, Inside::CommitsWritten(position, kept));
+                    self.plan_own(id, formation, takes, Inside::CommitsWritten(position, kept));
                 }
             }
         }
@@ -217,8 +217,8 @@ impl World {
         worker.link = Some((link, true));
         let mut words = Vec::new();
         for (&job, hosted) in &worker.hosted {
-            let generation = hosted.generation;
-            words.extend(hosted.outbox.repeat().cloned().map(|event| Up::Event { job, generation, event }));
+            let formation = FormationId::new(job, hosted.generation);
+            words.extend(hosted.outbox.repeat().cloned().map(|event| Up::Event { formation, event }));
             words.extend(hosted.committed.clone());
         }
         if self.breaks(Mutation::SaysOnce) {
@@ -233,21 +233,19 @@ impl World {
     fn assigned(
         &mut self,
         id: u64,
-        (job, ranks): (u64, Vec<usize>),
+        (job, ranks): (JobId, Vec<usize>),
         formed: Rc<Formed>,
         (kept, is_reachable): (u64, bool),
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let generation = formed.generation;
+        let of @ FormationId { generation, .. } = formed.id(job);
         if let Some(hosted) = worker.hosted.get(&job) {
             if hosted.generation >= generation {
                 return;
             }
-            self.leave(id, job, generation - 1);
+            self.leave(id, FormationId::new(job, generation.previous()));
         }
-        self.note([14, id, job], || {
-            format!("worker {id} is assigned ranks {ranks:?} of job {job}, generation {generation}")
-        });
+        self.note([14, id, job.bits()], || format!("worker {id} is assigned ranks {ranks:?} of {of}"));
         self.check_assigned(id, (job, &ranks), &formed);
         self.enter_memory(id, job, &formed);
         let steps = self.job_plan(job).map_or(0, |planned| planned.spec.steps());
@@ -262,12 +260,12 @@ impl World {
             return self.violate(words);
         }
         let takes = self.random.between(5, 1_500);
-        self.plan_own(id, (job, generation), takes, Inside::Prepared);
+        self.plan_own(id, of, takes, Inside::Prepared);
     }
 
     fn commanded(&mut self, id: u64, to: RankAddress, command: RankCommand) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let hosted = worker.hosted.get_mut(&to.job).filter(|hosted| hosted.generation == to.generation);
+        let hosted = worker.hosted_mut(to.formation);
         let Some(hosted) = hosted.filter(|hosted| hosted.group.is_started()) else { return };
         if hosted.group.ranks.contains(&to.rank) && hosted.outbox.is_new(to.rank, &command) {
             self.rank_hears(id, to, command);
@@ -275,8 +273,9 @@ impl World {
     }
 
     /// Leaves on an orchestrator's word, and says what it keeps or lets that go.
-    fn released(&mut self, id: u64, (job, generation): (u64, u32), keep: bool) {
-        self.leave(id, job, generation);
+    fn released(&mut self, id: u64, formation: FormationId, keep: bool) {
+        let FormationId { job, generation } = formation;
+        self.leave(id, formation);
         let Some(worker) = self.workers.get_mut(&id).filter(|worker| !worker.hosted.contains_key(&job))
         else {
             return;
@@ -284,28 +283,27 @@ impl World {
         if !keep {
             worker.memory.retain(|of, kept| *of != job || kept.is_after(generation));
         } else if let Some((link, true)) = worker.link {
-            let nothing = Left { job, generation, kept: Vec::new() };
+            let nothing = Left { formation, kept: Vec::new() };
             let left = worker.memory.get(&job).map_or(nothing, |kept| kept.left(job));
-            self.send_up(link, Up::Released(Left { generation, ..left }));
+            self.send_up(link, Up::Released(Left { formation, ..left }));
         }
     }
 
-    /// Leaves a formation, if it is of this generation or an earlier one.
-    fn leave(&mut self, id: u64, job: u64, generation: u32) {
+    /// Leaves this formation of a job, or an earlier one if that is here.
+    fn leave(&mut self, id: u64, FormationId { job, generation }: FormationId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if worker.hosted.get(&job).is_none_or(|hosted| hosted.generation > generation) {
             return;
         }
         if let Some(hosted) = worker.hosted.remove(&job) {
-            self.note([15, id, job], || {
-                format!("worker {id} leaves job {job}, generation {}", hosted.generation)
-            });
-            self.break_gang((job, hosted.generation), id, 50);
+            let left = FormationId::new(job, hosted.generation);
+            self.note([15, id, job.bits()], || format!("worker {id} leaves {left}"));
+            self.break_gang(left, id, 50);
         }
     }
 
-    pub(super) fn plan_own(&mut self, id: u64, (job, generation): (u64, u32), ms: u64, what: Inside) {
-        self.plan_in(ms, Happening::Own(id, Own { job, generation, what }));
+    pub(super) fn plan_own(&mut self, id: u64, formation: FormationId, ms: u64, what: Inside) {
+        self.plan_in(ms, Happening::Own(id, Own { formation, what }));
     }
 
     /// Something happens inside a worker. Work that was begun goes on to its end even if the formation has been left.
@@ -314,9 +312,8 @@ impl World {
         if worker.is_frozen {
             return worker.held.push(Happening::Own(id, own));
         }
-        let Own { job, generation, what } = own;
-        let of = (job, generation);
-        let hosted = worker.hosted.get(&job).filter(|hosted| hosted.generation == generation);
+        let Own { formation: of, what } = own;
+        let hosted = worker.hosted_mut(of);
         match (what, hosted) {
             (Inside::Commits(position, kept), hosted) => {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
@@ -347,7 +344,7 @@ impl World {
     }
 
     /// Ranks that could not be started say so.
-    pub(super) fn fail_all(&mut self, id: u64, of: (u64, u32), cause: &str) {
+    pub(super) fn fail_all(&mut self, id: u64, of: FormationId, cause: &str) {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
         for rank in ranks {
             let (action, cause) = ("joining the formation".to_owned(), cause.to_owned());
@@ -355,15 +352,19 @@ impl World {
         }
     }
 
-    pub(super) fn group(&mut self, id: u64, (job, generation): (u64, u32)) -> Option<&mut Group> {
-        let hosted = self.workers.get_mut(&id)?.hosted.get_mut(&job)?;
-        Some(&mut hosted.group).filter(|_| hosted.generation == generation)
+    pub(super) fn group(&mut self, id: u64, formation: FormationId) -> Option<&mut Group> {
+        Some(&mut self.workers.get_mut(&id)?.hosted_mut(formation)?.group)
     }
 }
 
 impl Worker {
+    /// What it hosts of a formation, if it is in it.
+    pub(super) fn hosted_mut(&mut self, FormationId { job, generation }: FormationId) -> Option<&mut Hosted> {
+        self.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation)
+    }
+
     /// Whether it has left this formation and still knows what its ranks were made of.
-    fn has_left(&self, job: u64, generation: u32) -> bool {
+    fn has_left(&self, FormationId { job, generation }: FormationId) -> bool {
         self.memory.get(&job).is_some_and(|kept| kept.is_of(generation)) && !self.hosted.contains_key(&job)
     }
 
@@ -384,8 +385,7 @@ impl Worker {
             ..Introduction::default()
         };
         let hosted = self.hosted.iter().map(|(&job, hosted)| core::Hosted {
-            job,
-            generation: hosted.generation,
+            formation: FormationId::new(job, hosted.generation),
             ranks: hosted.group.ranks.clone(),
             world: hosted.formed.places.len(),
             steps: hosted.steps,
@@ -400,9 +400,9 @@ impl Worker {
 
 impl Hosted {
     /// What its ranks tell of themselves: in a step all wait, but for those that hang.
-    fn progress(&self, job: u64, hangs: bool) -> impl Iterator<Item = Progress> {
-        let (generation, step) = (self.generation, self.group.trained.step);
-        let address = move |&rank: &usize| RankAddress { job, generation, rank };
+    fn progress(&self, job: JobId, hangs: bool) -> impl Iterator<Item = Progress> {
+        let (formation, step) = (FormationId::new(job, self.generation), self.group.trained.step);
+        let address = move |&rank: &usize| RankAddress { formation, rank };
         let is_at_work = self.group.is_in_step() && hangs;
         self.group.ranks.iter().map(move |rank| Progress {
             rank: address(rank),

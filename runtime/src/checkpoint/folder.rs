@@ -10,6 +10,7 @@ use super::manifest::{MANIFEST_FILE, Manifest};
 use super::{CheckpointError, JobFolder, Position};
 use crate::failpoint::failpoint;
 use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
+use crate::topology::Generation;
 
 /// Name of the folder in a run's folder.
 const FOLDER: &str = "checkpoints";
@@ -27,7 +28,7 @@ pub fn is_unfinished(dir: &Path) -> bool {
 pub struct CheckpointFolder {
     dir: PathBuf,
     /// Part of the names of what is not finished: what an earlier formation still writes is never in the way.
-    generation: u32,
+    generation: Generation,
     /// Step of a checkpoint that stays, however old it is.
     pinned: u64,
     /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
@@ -37,7 +38,7 @@ pub struct CheckpointFolder {
 impl CheckpointFolder {
     /// Of a run's folder; nothing is made yet.
     pub fn of_run(run: &Path) -> Self {
-        CheckpointFolder { dir: run.join(FOLDER), generation: 0, pinned: 0, job: None }
+        CheckpointFolder { dir: run.join(FOLDER), generation: Generation::default(), pinned: 0, job: None }
     }
 
     /// Of the folder of a cluster's job.
@@ -46,7 +47,7 @@ impl CheckpointFolder {
     }
 
     /// The same folder, for the ranks of one formation.
-    pub fn in_generation(self, generation: u32) -> Self {
+    pub fn in_generation(self, generation: Generation) -> Self {
         CheckpointFolder { generation, ..self }
     }
 
@@ -57,7 +58,7 @@ impl CheckpointFolder {
     }
 
     /// Whose formation's ranks it is for.
-    pub fn generation(&self) -> u32 {
+    pub fn generation(&self) -> Generation {
         self.generation
     }
 
@@ -73,7 +74,7 @@ impl CheckpointFolder {
 
     /// The folder into which ranks write the shards of a checkpoint.
     pub fn unfinished(&self, step: u64) -> PathBuf {
-        let formation = match self.generation {
+        let formation = match self.generation.number() {
             0 => String::new(),
             generation => format!(".g{generation}"),
         };
@@ -130,7 +131,8 @@ impl CheckpointFolder {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let formation = name.strip_suffix(UNFINISHED_SUFFIX).and_then(|name| name.rsplit_once(".g"));
         let formation = formation.and_then(|(_, digits)| digits.parse::<u32>().ok());
-        self.generation > 0 && formation.is_some_and(|formation| formation > self.generation)
+        let own = self.generation.number();
+        own > 0 && formation.is_some_and(|formation| formation > own)
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files::{sync_dir, write_synced};
 use crate::random::from_system;
-use crate::topology::JobId;
+use crate::topology::{Generation, JobId};
 
 /// The file, in the job's folder.
 pub const OWNER_FILE: &str = "owner.json";
@@ -64,7 +64,7 @@ struct OwnerFile {
     state: String,
     job: String,
     /// Latest formation that has begun here.
-    generation: u32,
+    generation: Generation,
 }
 
 impl Owner {
@@ -74,7 +74,7 @@ impl Owner {
         [job.to_string(), format!("{job}-{state:016x}-{:06x}", job.nonce())]
     }
 
-    fn file(self, generation: u32) -> OwnerFile {
+    fn file(self, generation: Generation) -> OwnerFile {
         let hex = |number: u64| format!("{number:016x}");
         OwnerFile { state: hex(self.state), job: hex(self.job.bits()), generation }
     }
@@ -121,13 +121,13 @@ impl JobFolder {
     ///
     /// # Errors
     /// As for [`JobFolder::verify`]; this formation or a later one has begun before; the file cannot be written.
-    pub fn begin(&self, generation: u32) -> Result<(), FolderError> {
+    pub fn begin(&self, generation: Generation) -> Result<(), FolderError> {
         let latest = self.latest()?;
         if latest >= generation {
             return Err(self.foreign(format!(
                 "expected no formation of the job after generation {}, got generation {latest}: the state of the \
                  orchestrator is older than the storage",
-                generation.saturating_sub(1)
+                generation.previous()
             )));
         }
         let part = self.dir.join(format!("{OWNER_FILE}.g{generation}"));
@@ -137,7 +137,7 @@ impl JobFolder {
     }
 
     /// Latest formation that has begun in it, if it is the job's.
-    fn latest(&self) -> Result<u32, FolderError> {
+    fn latest(&self) -> Result<Generation, FolderError> {
         match self.read()? {
             Some(found) if self.is_own(&found) => Ok(found.generation),
             found => {
@@ -177,7 +177,7 @@ impl JobFolder {
         let random = u64::from_le_bytes(from_system().map_err(file(jobs))?);
         let fresh = jobs.join(format!(".claim-{random:016x}"));
         std::fs::create_dir(&fresh).map_err(file(&fresh))?;
-        self.write(&fresh.join(OWNER_FILE), 0)?;
+        self.write(&fresh.join(OWNER_FILE), Generation::default())?;
         sync_dir(&fresh).map_err(file(&fresh))?;
         match std::fs::rename(&fresh, &self.dir) {
             Ok(()) => {
@@ -196,7 +196,7 @@ impl JobFolder {
         }
     }
 
-    fn write(&self, path: &Path, generation: u32) -> Result<(), FolderError> {
+    fn write(&self, path: &Path, generation: Generation) -> Result<(), FolderError> {
         let text = serde_json::to_vec_pretty(&self.owner.file(generation)).map_err(io::Error::other);
         text.and_then(|text| write_synced(path, &text)).map_err(file(path))
     }
@@ -277,26 +277,28 @@ mod tests {
         let folder = claim(storage.path(), owner(1, 1, 5));
         folder.verify().unwrap();
         let file = folder.path().join(OWNER_FILE);
-        std::fs::write(&file, serde_json::to_vec(&owner(2, 1, 5).file(3)).unwrap()).unwrap();
+        std::fs::write(&file, serde_json::to_vec(&owner(2, 1, 5).file(Generation::new(3))).unwrap()).unwrap();
         let told = folder.verify().unwrap_err().to_string();
         assert!(
             told.contains("of state 0000000000000001, got that of job 0000000001000005 of state"),
             "{told}"
         );
         std::fs::remove_file(file).unwrap();
-        assert!(folder.begin(4).unwrap_err().to_string().contains("got one without an owner"));
+        assert!(
+            folder.begin(Generation::new(4)).unwrap_err().to_string().contains("got one without an owner")
+        );
     }
 
     #[test]
     fn no_formation_begins_after_a_later_one() {
         let storage = tempfile::tempdir().unwrap();
         let folder = claim(storage.path(), owner(1, 1, 5));
-        folder.begin(1).unwrap();
-        folder.begin(3).unwrap();
+        folder.begin(Generation::new(1)).unwrap();
+        folder.begin(Generation::new(3)).unwrap();
         for late in [2, 3] {
-            let told = folder.begin(late).unwrap_err().to_string();
+            let told = folder.begin(Generation::new(late)).unwrap_err().to_string();
             assert!(told.contains("got generation 3: the state of the orchestrator is older"), "{told}");
         }
-        claim(storage.path(), owner(1, 1, 5)).begin(4).unwrap();
+        claim(storage.path(), owner(1, 1, 5)).begin(Generation::new(4)).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{CheckpointError, is_unfinished};
 use crate::recipe::Recipe;
 use crate::schedule::ScheduleKind;
-use crate::topology::Topology;
+use crate::topology::{Generation, Topology};
 use crate::watch::Watch;
 
 /// Name of the manifest in a checkpoint's folder.
@@ -90,7 +90,7 @@ pub struct Manifest {
     pub format_version: u32,
     /// Formation that made it; 0 where all ranks are in one process.
     #[serde(default)]
-    pub generation: u32,
+    pub generation: Generation,
     /// Where the run stood.
     pub position: Position,
     /// What the watch remembered.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::*;
 use crate::recipe::{Recipe, RecipeSource};
+use crate::topology::Generation;
 
 fn shard(dir: &Path, rank: usize, bytes: &[u8]) -> ShardFile {
     let file = format!("rank-{rank:05}.safetensors");
@@ -15,7 +16,7 @@ fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
     Manifest {
         format_version: manifest::FORMAT_VERSION,
-        generation: 0,
+        generation: Generation::default(),
         position: Position { step, cursor: 16 * step, tokens: 4096 * step },
         watch: Default::default(),
         recipe: recipe.resolved_toml(),
@@ -100,8 +101,8 @@ fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
 #[test]
 fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() {
     let run = tempfile::tempdir().unwrap();
-    let before = CheckpointFolder::of_run(run.path()).in_generation(1);
-    let after = before.clone().in_generation(2);
+    let before = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1));
+    let after = before.clone().in_generation(Generation::new(2));
     let written = commit(&before, 5, 2);
     assert_ne!(before.unfinished(5), after.unfinished(5));
     // The formation that took its place makes the same step once more.
@@ -121,10 +122,10 @@ fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() 
 #[test]
 fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
     let run = tempfile::tempdir().unwrap();
-    let before = CheckpointFolder::of_run(run.path()).in_generation(1);
+    let before = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1));
     [4, 8, 12].into_iter().for_each(|step| drop(commit(&before, step, 3)));
     std::fs::create_dir(before.unfinished(16)).unwrap();
-    let after = before.clone().in_generation(2);
+    let after = before.clone().in_generation(Generation::new(2));
     after.tidy(1, Some(8)).unwrap();
     assert_eq!(after.list().unwrap(), [8]);
     // A process that stood still meanwhile takes nothing of it away.
@@ -138,10 +139,10 @@ fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
 #[test]
 fn the_checkpoint_that_a_job_would_go_back_to_stays_however_many_are_newer() {
     let run = tempfile::tempdir().unwrap();
-    let folder = CheckpointFolder::of_run(run.path()).in_generation(1).pinning(4);
+    let folder = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1)).pinning(4);
     [4, 6, 8, 10].into_iter().for_each(|step| drop(commit(&folder, step, 2)));
     assert_eq!(folder.list().unwrap(), [4, 8, 10]);
-    folder.clone().in_generation(2).tidy(2, None).unwrap();
+    folder.clone().in_generation(Generation::new(2)).tidy(2, None).unwrap();
     assert_eq!(folder.list().unwrap(), [4, 8, 10]);
     // By now it is known that a later one stands.
     commit(&folder.clone().pinning(10), 12, 2);

@@ -12,14 +12,13 @@ use super::{ExportedFile, RankCommand, RankEvent};
 use crate::checkpoint::{Position, ShardFile};
 use crate::fabric::Address;
 use crate::faults::ErrorKind;
+use crate::topology::{FormationId, Generation, JobId};
 
 /// Which rank of which formation a message is for or from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RankAddress {
-    /// The job's id.
-    pub job: u64,
-    /// Count of (re)formations.
-    pub generation: u32,
+    /// Of which formation.
+    pub formation: FormationId,
     /// Which rank.
     pub rank: usize,
 }
@@ -34,9 +33,9 @@ pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand
         RankCommand::Abort { reason } => Command::Abort(reason.clone()),
         RankCommand::Shutdown => Command::Shutdown(v1::Empty {}),
     };
-    let RankAddress { job, generation, rank } = to;
+    let (job, generation) = formation_numbers(to.formation);
     let traceparent = String::new();
-    v1::RankCommand { job, generation, rank: rank as u64, command: Some(command), traceparent }
+    v1::RankCommand { job, generation, rank: to.rank as u64, command: Some(command), traceparent }
 }
 
 /// A command as it came; weights are exported to `export_dir`.
@@ -55,11 +54,12 @@ pub fn decode_command(
         Command::Abort(reason) => RankCommand::Abort { reason },
         Command::Shutdown(_) => RankCommand::Shutdown,
     };
-    Ok((RankAddress { job, generation, rank: rank_of(rank)? }, command))
+    Ok((RankAddress { formation: formation_of(job, generation)?, rank: rank_of(rank)? }, command))
 }
 
 /// An event on its way to the orchestrator.
-pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEvent {
+pub fn encode_event(formation: FormationId, event: &RankEvent) -> v1::RankEvent {
+    let (job, generation) = formation_numbers(formation);
     let rank = event.rank() as u64;
     let event = match event {
         RankEvent::Ready { .. } => Event::Ready(v1::Empty {}),
@@ -94,7 +94,7 @@ pub fn encode_event(job: u64, generation: u32, event: &RankEvent) -> v1::RankEve
 pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), String> {
     let v1::RankEvent { job, generation, rank, event } = message;
     let rank = rank_of(rank)?;
-    let address = RankAddress { job, generation, rank };
+    let address = RankAddress { formation: formation_of(job, generation)?, rank };
     let event = match event.ok_or("an event without a word")? {
         Event::Ready(_) => RankEvent::Ready { rank },
         Event::StepDone(report) if rank_of(report.rank.into()) != Ok(rank) => {
@@ -121,6 +121,37 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
         }
     };
     Ok((address, event))
+}
+
+/// A job as it came: submitted jobs are counted from 1.
+///
+/// **Errors**: in words; no job has such an id.
+pub fn job_of(bits: u64) -> Result<JobId, String> {
+    let job = JobId::of(bits);
+    let is_one = job.number() > 0;
+    is_one.then_some(job).ok_or_else(|| format!("job: expected the id of a job, got {bits}"))
+}
+
+/// A generation as it came.
+///
+/// **Errors**: in words; no formation has such a count.
+pub fn generation_of(number: u32) -> Result<Generation, String> {
+    let is_one = number > 0;
+    is_one
+        .then_some(Generation::new(number))
+        .ok_or_else(|| "generation: expected a count from 1, got 0".to_owned())
+}
+
+/// A formation as it came.
+///
+/// **Errors**: those of [`job_of`] and [`generation_of`].
+pub fn formation_of(job: u64, generation: u32) -> Result<FormationId, String> {
+    Ok(FormationId::new(job_of(job)?, generation_of(generation)?))
+}
+
+/// A formation as it is sent: the job's id and the generation.
+pub fn formation_numbers(FormationId { job, generation }: FormationId) -> (u64, u32) {
+    (job.bits(), generation.number())
 }
 
 /// A rank as it came.
@@ -208,6 +239,8 @@ mod tests {
     use super::*;
     use crate::watch::{Action, Divergence, Watch};
 
+    const FORMATION: FormationId = FormationId::new(JobId::new(5, 7), Generation::new(2));
+
     #[test]
     fn every_event_comes_back_as_it_went() {
         let rank = 3;
@@ -234,8 +267,8 @@ mod tests {
             RankEvent::Failed { rank, action: "a".into(), cause: "c".into(), kind: ErrorKind::Lost },
         ];
         for event in events {
-            let (address, back) = decode_event(encode_event(5, 2, &event)).unwrap();
-            assert_eq!(address, RankAddress { job: 5, generation: 2, rank });
+            let (address, back) = decode_event(encode_event(FORMATION, &event)).unwrap();
+            assert_eq!(address, RankAddress { formation: FORMATION, rank });
             assert_eq!(back, event);
         }
     }
@@ -251,7 +284,7 @@ mod tests {
             RankCommand::Abort { reason: "why".into() },
             RankCommand::Shutdown,
         ];
-        let to = RankAddress { job: 1, generation: 2, rank: 3 };
+        let to = RankAddress { formation: FORMATION, rank: 3 };
         for command in commands {
             assert_eq!(decode_command(encode_command(to, &command), dir), Ok((to, command)));
         }
@@ -271,7 +304,8 @@ mod tests {
     fn a_message_without_its_parts_is_an_error_in_words() {
         assert!(decode_event(v1::RankEvent::default()).is_err());
         assert!(decode_command(v1::RankCommand::default(), Path::new("")).is_err());
-        let event = |event| v1::RankEvent { rank: 1, event: Some(event), ..Default::default() };
+        let (job, generation) = formation_numbers(FORMATION);
+        let event = |event| v1::RankEvent { job, generation, rank: 1, event: Some(event) };
         assert!(decode_event(event(Event::ShardSaved(v1::ShardSaved::default()))).is_err());
         assert!(decode_event(event(Event::StepDone(StepReport::default()))).is_err());
         assert!(decode_event(event(Event::Diverged(v1::Diverged::default()))).is_err());

@@ -9,6 +9,7 @@ use super::inbox::Inbox;
 use super::local::LocalNetwork;
 use super::wired::WiredNetwork;
 use super::{FabricError, Phase, Region, Tag};
+use crate::topology::Generation;
 use crate::trace::{self, Links};
 
 /// What carries the frames.
@@ -106,7 +107,7 @@ impl Endpoint {
     }
 
     /// Starts a new generation: frames of earlier ones are dropped, waits work again.
-    pub fn enter_generation(&self, generation: u32) {
+    pub fn enter_generation(&self, generation: Generation) {
         self.inbox.enter_generation(generation);
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::FabricError;
 use super::delays::Disturbance;
 use super::stream::Address;
+use crate::topology::FormationId;
 
 /// What carries the frames between two processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,10 +23,8 @@ pub enum Transport {
 
 /// A job's ranks and where they are, until one of them is lost.
 pub struct Formation {
-    /// The job's id.
-    pub job: u64,
-    /// Count of its formations.
-    pub generation: u32,
+    /// By what its processes name it to one another.
+    pub id: FormationId,
     /// Known to the processes of this formation and to nobody else.
     pub secret: [u8; 32],
     /// Where each rank is, by rank.
@@ -112,9 +111,8 @@ mod tests {
         let ranks = vec![address(1, "a"), address(2, "b"), address(1, "a")];
         let refusal = |local: &[usize], transport| {
             let (ranks, local, patience) = (ranks.clone(), local.to_vec(), Duration::from_secs(1));
-            let (job, generation, secret, disturbance) = (0, 0, [0; 32], None);
-            let formation =
-                Formation { job, generation, secret, ranks, local, patience, transport, disturbance };
+            let (id, secret, disturbance) = (FormationId::default(), [0; 32], None);
+            let formation = Formation { id, secret, ranks, local, patience, transport, disturbance };
             formation.sites().err().map(|error| error.to_string())
         };
         assert_eq!(refusal(&[0, 2], Transport::Auto), None);

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 
 use super::wire::VERSION;
 use crate::random::from_system;
+use crate::topology::{FormationId, Generation, JobId};
 
 /// What connects the two processes of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +40,8 @@ pub struct Hello {
     pub version: u8,
     /// How payloads are to travel.
     pub carrier: Carrier,
-    /// The job's id.
-    pub job: u64,
-    /// Which of its formations.
-    pub generation: u32,
+    /// Which formation it belongs to.
+    pub formation: FormationId,
     /// Lowest rank of the process that connects.
     pub from: u32,
     /// Lowest rank of the process that it means to reach.
@@ -58,8 +57,9 @@ impl Hello {
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4] = self.version;
         bytes[6] = self.carrier as u8;
-        bytes[8..16].copy_from_slice(&self.job.to_le_bytes());
-        for (field, at) in [self.generation, self.from, self.to].iter().zip([16, 20, 24]) {
+        let FormationId { job, generation } = self.formation;
+        bytes[8..16].copy_from_slice(&job.bits().to_le_bytes());
+        for (field, at) in [generation.number(), self.from, self.to].iter().zip([16, 20, 24]) {
             bytes[at..at + 4].copy_from_slice(&field.to_le_bytes());
         }
         bytes[NONCE_AT..].copy_from_slice(&self.nonce);
@@ -84,12 +84,12 @@ impl Hello {
         };
         let mut job = [0; 8];
         job.copy_from_slice(&bytes[8..16]);
-        let job = u64::from_le_bytes(job);
         let field = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let mut nonce = [0; HASH_BYTES];
         nonce.copy_from_slice(&bytes[NONCE_AT..]);
-        let (generation, from, to) = (field(16), field(20), field(24));
-        Ok(Hello { version, carrier, job, generation, from, to, nonce })
+        let formation = FormationId::new(JobId::of(u64::from_le_bytes(job)), Generation::new(field(16)));
+        let (from, to) = (field(20), field(24));
+        Ok(Hello { version, carrier, formation, from, to, nonce })
     }
 }
 

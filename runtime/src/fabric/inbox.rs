@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::delays::Delays;
 use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
+use crate::topology::Generation;
 use crate::trace::TraceContext;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -16,7 +17,7 @@ struct State {
     /// Frames nobody has asked for yet.
     frames: HashMap<Tag, Arrival>,
     /// Frames of an earlier generation are dropped on arrival.
-    generation: u32,
+    generation: Generation,
     /// Set once the rank gives up; every present and future wait ends with this reason.
     aborted: Option<String>,
     /// Ranks from which nothing more will come, and why.
@@ -52,7 +53,7 @@ impl Inbox {
     /// **Errors**: [`FabricError::Duplicate`] if a frame with this tag is still waiting.
     pub fn deliver(&self, tag: Tag, arrival: Arrival) -> Result<(), FabricError> {
         let mut state = self.lock();
-        if tag.generation < state.generation {
+        if tag.formation.generation < state.generation {
             // The receipt writes to a socket: not under the lock.
             drop(state);
             return Ok(());
@@ -135,11 +136,11 @@ impl Inbox {
     }
 
     /// Starts a new generation: frames of earlier ones are dropped, waits work again.
-    pub fn enter_generation(&self, generation: u32) {
+    pub fn enter_generation(&self, generation: Generation) {
         let mut state = self.lock();
         state.generation = generation;
         (state.aborted, state.duplicate) = (None, None);
-        let old = state.frames.extract_if(|tag, _| tag.generation < generation).collect::<Vec<_>>();
+        let old = state.frames.extract_if(|tag, _| tag.formation.generation < generation).collect::<Vec<_>>();
         drop(state);
         drop(old);
     }

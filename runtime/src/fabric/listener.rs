@@ -16,6 +16,7 @@ use super::handshake::{self, HandshakeError, Hello};
 use super::stream::{self, Address, Stream, Until};
 use super::wired::WiredNetwork;
 use crate::random::from_system;
+use crate::topology::{FormationId, Generation, JobId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How long a handshake may take, however slowly its bytes come.
@@ -26,10 +27,9 @@ const MAX_UNPROVEN: usize = 1024;
 
 #[derive(Default)]
 struct State {
-    /// By job and generation.
-    formations: HashMap<(u64, u32), Arc<WiredNetwork>>,
+    formations: HashMap<FormationId, Arc<WiredNetwork>>,
     /// The newest generation that each job has had here.
-    newest: HashMap<u64, u32>,
+    newest: HashMap<JobId, Generation>,
 }
 
 struct Shared {
@@ -99,13 +99,13 @@ impl Listener {
 
     /// Lets the connections of a formation in.
     pub(super) fn admit(&self, network: &Arc<WiredNetwork>) -> Result<(), FabricError> {
-        let (job, generation) = network.number();
+        let id @ FormationId { job, generation } = network.id();
         let mut state = self.shared.lock();
-        if state.formations.contains_key(&(job, generation)) {
-            let message = format!("generation {generation} of job {job} has been joined already");
+        if state.formations.contains_key(&id) {
+            let message = format!("{id} has been joined already");
             return Err(FabricError::Formation { message });
         }
-        state.formations.insert((job, generation), network.clone());
+        state.formations.insert(id, network.clone());
         let newest = state.newest.entry(job).or_default();
         *newest = generation.max(*newest);
         drop(state);
@@ -114,8 +114,8 @@ impl Listener {
     }
 
     /// Lets no further connection of a formation in.
-    pub(super) fn dismiss(&self, job: u64, generation: u32) {
-        let network = self.shared.lock().formations.remove(&(job, generation));
+    pub(super) fn dismiss(&self, formation: FormationId) {
+        let network = self.shared.lock().formations.remove(&formation);
         drop(network);
     }
 }
@@ -177,21 +177,19 @@ impl Shared {
 
     /// The formation that a connection names, as soon as it is joined.
     fn find(&self, hello: &Hello) -> Result<Arc<WiredNetwork>, String> {
-        let Hello { job, generation, .. } = *hello;
+        let id @ FormationId { job, generation } = hello.formation;
         let deadline = Instant::now() + self.join_wait;
         let mut state = self.lock();
         loop {
-            if let Some(network) = state.formations.get(&(job, generation)) {
+            if let Some(network) = state.formations.get(&id) {
                 return Ok(network.clone());
             }
             if let Some(newest) = state.newest.get(&job).filter(|&&newest| newest >= generation) {
-                return Err(format!(
-                    "generation {generation} of job {job} is over, the newest here is {newest}"
-                ));
+                return Err(format!("{id} is over, the newest here is {newest}"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(format!("generation {generation} of job {job} has not been joined here"));
+                return Err(format!("{id} has not been joined here"));
             }
             self.joined.wait_for(&mut state, left);
         }

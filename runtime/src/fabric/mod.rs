@@ -94,12 +94,12 @@ pub enum FabricError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topology::{FormationId, Generation, JobId};
     use std::time::{Duration, Instant};
 
     fn tag(step: u64, generation: u32) -> Tag {
         Tag {
-            job: 1,
-            generation,
+            formation: FormationId::new(JobId::new(1, 0), Generation::new(generation)),
             phase: Phase::Train,
             step,
             kind: FrameKind::Activation,
@@ -183,7 +183,7 @@ mod tests {
         let endpoint = network.join(0);
         endpoint.send(0, tag(1, 0), bytes(1)).unwrap();
         endpoint.abort("lost");
-        endpoint.enter_generation(1);
+        endpoint.enter_generation(Generation::new(1));
         endpoint.send(0, tag(2, 0), bytes(2)).unwrap();
         assert_eq!(endpoint.num_waiting(), 0);
         endpoint.send(0, tag(2, 1), bytes(3)).unwrap();

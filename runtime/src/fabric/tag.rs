@@ -6,6 +6,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::topology::FormationId;
+
 /// Which part of a step a frame belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Phase {
@@ -49,10 +51,8 @@ pub enum FrameKind {
 /// The address of a frame. Two frames of a job never have the same tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Tag {
-    /// The job's id.
-    pub job: u64,
-    /// Count of (re)formations of the job.
-    pub generation: u32,
+    /// Whose ranks exchange it: frames of an earlier formation are dropped.
+    pub formation: FormationId,
     /// Part of the step.
     pub phase: Phase,
     /// Optimizer update, counted from 1.
@@ -83,7 +83,7 @@ impl fmt::Display for Tag {
             self.source,
             self.phase,
             self.step,
-            self.generation
+            self.formation.generation
         )
     }
 }

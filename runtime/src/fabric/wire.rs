@@ -8,6 +8,7 @@ mod signal;
 use std::io::{self, Read};
 
 use super::{Form, FrameKind, Phase, Tag};
+use crate::topology::{FormationId, Generation, JobId};
 use crate::trace::TraceContext;
 
 pub use self::signal::{LaneKey, SIGNAL_BYTES, Signal, encode_signal, read_signal};
@@ -162,9 +163,10 @@ pub fn encode(message: &Message) -> Vec<u8> {
     bytes.extend(u16::try_from(num_parts).unwrap_or(u16::MAX).to_le_bytes());
     let mut parts = Vec::with_capacity(num_parts * PART_BYTES);
     if let Message::Frame(FrameHeader { to, tag, trace, block, parts: list }) = message {
-        let numbers = [*to, tag.generation, tag.stage, tag.micro_batch, tag.layer, tag.source];
+        let numbers =
+            [*to, tag.formation.generation.number(), tag.stage, tag.micro_batch, tag.layer, tag.source];
         bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-        let long = [tag.job, tag.step, block.unwrap_or(INLINE)];
+        let long = [tag.formation.job.bits(), tag.step, block.unwrap_or(INLINE)];
         bytes.extend(long.iter().flat_map(|number| number.to_le_bytes()));
         bytes.extend([tag.phase as u8, tag.kind as u8, tag.hop]);
         bytes.extend(trace.trace_id);
@@ -224,7 +226,8 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
         return bad(format!("no phase has number {phase}"));
     };
     let kind = kind_of(kind)?;
-    let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
+    let formation = FormationId::new(JobId::of(job), Generation::new(generation));
+    let tag = Tag { formation, phase, step, kind, stage, micro_batch, layer, hop, source };
     let mut list = Vec::with_capacity(parts.len() / PART_BYTES);
     let mut total = 0_u64;
     for part in parts.chunks_exact(PART_BYTES) {
@@ -258,7 +261,8 @@ mod tests {
             let ([to, generation, stage, micro_batch, layer, source], [job, step], phase, kind, hop) =
                 numbers;
             let (phase, kind) = (PHASES[phase], KINDS[kind]);
-            let tag = Tag { job, generation, phase, step, kind, stage, micro_batch, layer, hop, source };
+            let formation = FormationId::new(JobId::of(job), Generation::new(generation));
+            let tag = Tag { formation, phase, step, kind, stage, micro_batch, layer, hop, source };
             let part = |(kind, rows, cols, len)| PartHeader { form: Form { kind, rows, cols }, len };
             FrameHeader { to, tag, trace, block, parts: parts.into_iter().map(part).collect() }
         })
@@ -309,8 +313,7 @@ mod tests {
         for lens in [vec![MAX_FRAME_BYTES + 1], vec![u64::MAX, 2], vec![MAX_FRAME_BYTES, 1]] {
             let part = |len| PartHeader { form: Form::default(), len };
             let tag = Tag {
-                job: 0,
-                generation: 0,
+                formation: FormationId::default(),
                 phase: PHASES[0],
                 step: 0,
                 kind: KINDS[0],

@@ -22,6 +22,7 @@ use super::stream::{Address, Stream};
 use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
 use super::{FabricError, Region, Tag};
 use crate::random::from_system;
+use crate::topology::FormationId;
 use crate::trace::TraceContext;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -114,7 +115,7 @@ impl WiredNetwork {
         if self.closed.swap(true, Ordering::SeqCst) {
             return;
         }
-        self.listener.dismiss(self.formation.job, self.formation.generation);
+        self.listener.dismiss(self.id());
         let lost = self.lock_peers().iter().any(|peer| peer.presence == Presence::Lost);
         let in_peace = !lost && !self.inboxes.values().any(|inbox| inbox.is_aborted());
         let deadline =
@@ -311,17 +312,15 @@ impl WiredNetwork {
         Ok(Hello {
             version: VERSION,
             carrier,
-            job: self.formation.job,
-            generation: self.formation.generation,
+            formation: self.id(),
             from: number(self.formation.local[0])?,
             to: number(self.sites[site].ranks[0])?,
             nonce: from_system().map_err(|error| error.to_string())?,
         })
     }
 
-    /// Which formation this is: job and generation.
-    pub(super) fn number(&self) -> (u64, u32) {
-        (self.formation.job, self.formation.generation)
+    pub(super) fn id(&self) -> FormationId {
+        self.formation.id
     }
 
     /// A link to or from a process has come to a bad end. The first time, everybody who waits for its ranks is told.

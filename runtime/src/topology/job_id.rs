@@ -7,6 +7,8 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use serde::{Deserialize, Serialize};
+
 /// Bits of an id that are drawn.
 const NONCE_BITS: u32 = 24;
 
@@ -14,7 +16,8 @@ const NONCE_BITS: u32 = 24;
 const NUMBER_BITS: u32 = u64::BITS - NONCE_BITS;
 
 /// A job of one state of one orchestrator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct JobId(u64);
 
 impl JobId {
@@ -49,10 +52,10 @@ impl JobId {
         name.strip_prefix("job-")?.parse().ok()
     }
 
-    /// All ids of jobs of this number, as they are sent and kept; nothing for a number that no job has.
-    pub fn all_of(number: u64) -> Option<RangeInclusive<u64>> {
+    /// All ids of jobs of this number; nothing for a number that no job has.
+    pub fn all_of(number: u64) -> Option<RangeInclusive<JobId>> {
         let first = number.checked_mul(1 << NONCE_BITS)?;
-        Some(first..=first | ((1 << NONCE_BITS) - 1))
+        Some(JobId(first)..=JobId(first | ((1 << NONCE_BITS) - 1)))
     }
 }
 
@@ -77,8 +80,8 @@ mod tests {
             prop_assert!(one < JobId::new(number + 1, nonces[1]));
             prop_assert_eq!((one.number(), JobId::of(one.bits())), (number, one));
             prop_assert_eq!(JobId::parse_number(&one.to_string()), Some(number));
-            prop_assert!(JobId::all_of(number).unwrap().contains(&one.bits()));
-            prop_assert!(!JobId::all_of(number + 1).unwrap().contains(&one.bits()));
+            prop_assert!(JobId::all_of(number).unwrap().contains(&one));
+            prop_assert!(!JobId::all_of(number + 1).unwrap().contains(&one));
         }
     }
 }

@@ -7,9 +7,11 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 
 use contraflow_runtime::fabric::handshake::{HELLO_BYTES, Hello, connect as shake};
 use contraflow_runtime::fabric::{FrameKind, Region, Transport};
+use contraflow_runtime::topology::{FormationId, JobId};
 
 use crate::lab::{
-    DEADLINE, SECRET, Site, close, connect, form, formation, hello, listener, noise, rest_of, sites, tag,
+    DEADLINE, SECRET, Site, close, connect, form, formation, generation, hello, listener, noise, rest_of,
+    sites, tag,
 };
 
 /// What the door says to bytes, whatever they are.
@@ -60,12 +62,15 @@ fn a_hello_of_another_version_or_formation() {
             let words = format!("expected version 3 of the fabric, got version {version}");
             assert!(said(Hello { version, ..hello() }).contains(&words));
         }
-        assert!(said(Hello { generation: 2, ..hello() }).contains("generation 2 of job 1 is over"));
         assert!(
-            said(Hello { generation: 4, ..hello() })
-                .contains("generation 4 of job 1 has not been joined here")
+            said(Hello { formation: generation(2), ..hello() }).contains("generation 2 of job-1 is over")
         );
-        assert!(said(Hello { job: 8, ..hello() }).contains("job 8 has not been joined here"));
+        assert!(
+            said(Hello { formation: generation(4), ..hello() })
+                .contains("generation 4 of job-1 has not been joined here")
+        );
+        let other = FormationId { job: JobId::new(8, 0), ..generation(3) };
+        assert!(said(Hello { formation: other, ..hello() }).contains("job-8 has not been joined here"));
         let shake_as = |hello: Hello| {
             let mut stream = connect(&site.listener.address());
             shake(&mut stream, &hello, &SECRET).err().unwrap().to_string()
@@ -209,16 +214,16 @@ fn a_formation_is_joined_once_and_a_newer_one_lets_no_old_peer_in() {
         std::sync::Arc::new(|_| {}),
     );
     let error = again.err().unwrap().to_string();
-    assert_eq!(error, "generation 3 of job 1 has been joined already");
+    assert_eq!(error, "generation 3 of job-1 has been joined already");
     old.network.close();
     let new =
-        contraflow_runtime::fabric::Formation { generation: 4, ..formation(ranks, &[0], Transport::Tcp) };
+        contraflow_runtime::fabric::Formation { id: generation(4), ..formation(ranks, &[0], Transport::Tcp) };
     let new = form(&own, new);
     let mut stream = connect(&own.address());
     let error = shake(&mut stream, &hello(), &SECRET).err().unwrap().to_string();
-    assert!(error.ends_with("generation 3 of job 1 is over, the newest here is 4"), "{error}");
+    assert!(error.ends_with("generation 3 of job-1 is over, the newest here is 4"), "{error}");
     let mut stream = connect(&own.address());
-    shake(&mut stream, &Hello { generation: 4, ..hello() }, &SECRET).unwrap();
+    shake(&mut stream, &Hello { formation: generation(4), ..hello() }, &SECRET).unwrap();
     drop(stream);
     assert_eq!(new.faults.recv_timeout(DEADLINE).unwrap().ranks, [1]);
     other.stop();

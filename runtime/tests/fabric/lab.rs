@@ -12,16 +12,21 @@ use contraflow_runtime::fabric::{
     Address, Disturbance, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
 };
 use contraflow_runtime::random::from_system;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 /// Nothing here takes longer unless it hangs.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 pub const SECRET: [u8; 32] = [7; 32];
 
+/// A formation of the one job.
+pub fn generation(number: u32) -> FormationId {
+    FormationId::new(JobId::new(1, 0), Generation::new(number))
+}
+
 pub fn tag(step: u64, source: u32, kind: FrameKind) -> Tag {
     Tag {
-        job: 1,
-        generation: 3,
+        formation: generation(3),
         phase: Phase::Train,
         step,
         kind,
@@ -50,9 +55,9 @@ pub fn silent_listener() -> Listener {
 }
 
 pub fn formation(ranks: Vec<Address>, local: &[usize], transport: Transport) -> Formation {
-    let (job, generation, local) = (1, 3, local.to_vec());
+    let (id, local) = (generation(3), local.to_vec());
     let (secret, patience, disturbance) = (SECRET, DEADLINE, None);
-    Formation { job, generation, secret, ranks, local, patience, transport, disturbance }
+    Formation { id, secret, ranks, local, patience, transport, disturbance }
 }
 
 pub fn form(listener: &Listener, formation: Formation) -> Site {
@@ -125,7 +130,7 @@ pub fn connect(address: &Address) -> TcpStream {
 /// What the process of rank 1 says to that of rank 0.
 pub fn hello() -> Hello {
     let nonce = from_system().unwrap();
-    Hello { version: VERSION, carrier: Carrier::Socket, job: 1, generation: 3, from: 1, to: 0, nonce }
+    Hello { version: VERSION, carrier: Carrier::Socket, formation: generation(3), from: 1, to: 0, nonce }
 }
 
 /// Everything the other end still has to say.

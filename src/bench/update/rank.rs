@@ -7,6 +7,7 @@ use std::sync::Arc;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{Endpoint, Transport};
 use contraflow_runtime::schedule::Span;
+use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
 use contraflow_workers::rank::build::Assignment;
@@ -65,8 +66,7 @@ async fn train(part: &Part, endpoint: Endpoint, dir: PathBuf) -> Result<Trained,
     let last = recipe.training.steps as u64;
     let recorded: Arc<Mutex<Vec<Recorded>>> = Arc::default();
     let assignment = Box::new(Assignment {
-        job: 0,
-        generation: 0,
+        formation: FormationId::default(),
         endpoint,
         datasets: Arc::new(seeded_datasets(&recipe)),
         recipe: Arc::new(recipe),

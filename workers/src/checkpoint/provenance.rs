@@ -4,6 +4,7 @@ use contraflow_kernels::isa::instruction_set;
 use contraflow_runtime::checkpoint::manifest::FORMAT_VERSION;
 use contraflow_runtime::checkpoint::{Companions, Layout, MadeBy, Manifest, Position};
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::Generation;
 
 use crate::data::Tokenizer;
 
@@ -36,7 +37,7 @@ pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, serde_js
     let model = serde_json::from_str(&recipe.model_config.to_hf_json())?;
     Ok(Manifest {
         format_version: FORMAT_VERSION,
-        generation: 0,
+        generation: Generation::default(),
         position: Position::default(),
         watch: Default::default(),
         recipe: recipe.resolved_toml(),

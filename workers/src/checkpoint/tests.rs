@@ -6,6 +6,7 @@ use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::checkpoint::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::topology::Generation;
 
 use super::*;
 
@@ -31,7 +32,7 @@ fn commit(dir: &Path, shards: Vec<ShardFile>) {
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
     let manifest = Manifest {
         format_version: 1,
-        generation: 0,
+        generation: Generation::default(),
         position: Position::default(),
         watch: Default::default(),
         recipe: String::new(),

@@ -4,14 +4,13 @@
 
 use contraflow_runtime::fabric::{FrameKind, Phase, Tag};
 use contraflow_runtime::schedule::Chunk;
+use contraflow_runtime::topology::FormationId;
 
 /// Which step of which job this is: the part of every tag that does not change within a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepId {
-    /// The job's id.
-    pub job: u64,
-    /// Count of (re)formations.
-    pub generation: u32,
+    /// Whose ranks make it.
+    pub formation: FormationId,
     /// Training, validation or update.
     pub phase: Phase,
     /// Optimizer update, counted from 1.
@@ -22,8 +21,7 @@ impl StepId {
     /// The address of a frame about a chunk. `source` is the rank that sends it.
     pub fn tag(&self, kind: FrameKind, chunk: Chunk, layer: usize, source: usize) -> Tag {
         Tag {
-            job: self.job,
-            generation: self.generation,
+            formation: self.formation,
             phase: self.phase,
             step: self.step,
             kind,
@@ -40,6 +38,6 @@ impl StepId {
 impl StepId {
     /// The first step of the only job, for tests.
     pub fn first(phase: Phase) -> Self {
-        Self { job: 0, generation: 0, phase, step: 1 }
+        Self { formation: FormationId::default(), phase, step: 1 }
     }
 }

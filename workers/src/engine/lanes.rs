@@ -120,7 +120,8 @@ impl LaneThread {
             let (rank, step) = (running.site.endpoint.rank(), running.id.step);
             let _at_work = running.site.endpoint.work();
             running.site.probe.at(ProbePoint::Op { rank, step, op });
-            let StepId { job, generation, step, .. } = running.id;
+            let StepId { formation, step, .. } = running.id;
+            let (job, generation) = (formation.job.bits(), formation.generation.number());
             let _program = running.span.enter();
             let _op = span_of(op).entered();
             let _span = tracing::trace_span!("op", job, generation, rank, step, action = op.action).entered();

@@ -95,8 +95,7 @@ impl Running {
 
     fn await_replica(&self) -> Result<(), RankError> {
         let Some(buddy) = self.with_update(|update| Ok(update.order.buddy))? else { return Ok(()) };
-        let formation = (self.id.job, self.id.generation);
-        Ok(kept::acknowledged(&self.site.endpoint, formation, buddy, self.id.step - 1)?)
+        Ok(kept::acknowledged(&self.site.endpoint, self.id.formation, buddy, self.id.step - 1)?)
     }
 
     fn totals(&self) -> Result<(), RankError> {

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::topology::JobId;
 
 /// Whether an event comes with evidence that this worker has to write.
 pub(super) fn is_in(event: &RankEvent) -> bool {
@@ -12,9 +13,9 @@ pub(super) fn is_in(event: &RankEvent) -> bool {
 
 /// Writes the evidence of an event into a job's folder, and returns the event: without evidence where that failed, so that
 /// nobody is sent to a file that is not there.
-pub(super) fn write(dir: &Path, job: u64, mut event: RankEvent) -> RankEvent {
+pub(super) fn write(dir: &Path, job: JobId, mut event: RankEvent) -> RankEvent {
     let RankEvent::Diverged { rank, divergence, .. } = &mut event else { return event };
-    let rank = *rank as u64;
+    let (job, rank) = (job.bits(), *rank as u64);
     match divergence.evidence.as_ref().map(|evidence| evidence.write(dir)) {
         Some(Ok(path)) => tracing::warn!(job, rank, "the evidence is in {}", path.display()),
         Some(Err(error)) => {
@@ -48,7 +49,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for step in [3, 5] {
             assert!(is_in(&diverged(0, step)) && !is_in(&diverged(1, step)));
-            assert_eq!(write(dir.path(), 1, diverged(0, step)), diverged(0, step));
+            assert_eq!(write(dir.path(), JobId::new(1, 0), diverged(0, step)), diverged(0, step));
             let text = std::fs::read_to_string(dir.path().join(EVIDENCE_FILE)).unwrap();
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["step"], step);
         }
@@ -58,7 +59,7 @@ mod tests {
     #[test]
     fn where_it_cannot_be_written_nobody_is_sent_to_it() {
         let dir = tempfile::tempdir().unwrap();
-        let event = write(&dir.path().join("missing"), 1, diverged(0, 3));
+        let event = write(&dir.path().join("missing"), JobId::new(1, 0), diverged(0, 3));
         let RankEvent::Diverged { divergence, cursor: 8, .. } = event else { panic!("{event:?}") };
         assert_eq!((divergence.why.as_str(), divergence.evidence), ("not finite", None));
     }

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::outbox::Outbox;
-use contraflow_runtime::control::wire::{RankAddress, rank_numbers, ranks_of};
+use contraflow_runtime::control::wire::{
+    RankAddress, formation_numbers, generation_of, rank_numbers, ranks_of,
+};
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
+use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
@@ -25,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A formation.
 pub(super) struct Formation {
-    pub(super) generation: u32,
+    pub(super) id: FormationId,
     pub(super) outbox: Outbox,
     /// The last answer to a commit.
     pub(super) committed: Option<v1::Committed>,
@@ -48,9 +51,9 @@ impl Formation {
     /// One that has been assigned.
     ///
     /// **Errors**: in words; this machine has no such rank.
-    pub(super) fn new(assign: &v1::Assign) -> Result<Self, String> {
+    pub(super) fn new(id: FormationId, assign: &v1::Assign) -> Result<Self, String> {
         Ok(Formation {
-            generation: assign.generation,
+            id,
             outbox: Outbox::default(),
             committed: None,
             prepared: None,
@@ -61,15 +64,16 @@ impl Formation {
     }
 
     /// As it is told to an orchestrator.
-    pub(super) fn hosted(&self, job: u64) -> v1::Hosted {
+    pub(super) fn hosted(&self) -> v1::Hosted {
         let (ranks, world) = (rank_numbers(&self.ranks), self.world as u64);
         let steps = self.prepared.as_ref().map_or(0, |prepared| prepared.recipe.training.steps as u64);
-        v1::Hosted { job, generation: self.generation, ranks, world, steps }
+        let (job, generation) = formation_numbers(self.id);
+        v1::Hosted { job, generation, ranks, world, steps }
     }
 
     /// How far its ranks are.
-    pub(super) fn progress(&self, job: u64) -> impl Iterator<Item = v1::Progress> {
-        let generation = self.generation;
+    pub(super) fn progress(&self) -> impl Iterator<Item = v1::Progress> {
+        let (job, generation) = formation_numbers(self.id);
         let endpoints = self.running.iter().flat_map(|running| &running.endpoints);
         endpoints.map(move |endpoint| {
             let Progress { step, operations, is_at_work } = endpoint.activity().progress();
@@ -87,12 +91,11 @@ impl Formation {
         listener: &Listener,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Result<(), RankError> {
-        let (job, generation) = (assign.job, assign.generation);
+        let id = self.id;
         let wrong = |message| RankError::Content { path: "the assignment".into(), message };
         let secret = assign.secret.as_slice().try_into();
         let formation = fabric::Formation {
-            job,
-            generation,
+            id,
             secret: secret.map_err(|_| wrong("expected a secret of 32 bytes".into()))?,
             ranks: addresses(assign).map_err(wrong)?,
             local: self.ranks.clone(),
@@ -101,6 +104,7 @@ impl Formation {
             disturbance: None,
         };
         let on_fault = move |fault: fabric::Fault| {
+            let (job, generation) = formation_numbers(id);
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
         };
         let network = WiredNetwork::form(listener, formation, Arc::new(on_fault))?;
@@ -111,10 +115,9 @@ impl Formation {
         for &rank in &self.ranks {
             let endpoint = network.join(rank)?;
             endpoints.push(endpoint.clone());
-            let keeper = keeper(assign, &endpoint, kept).map_err(wrong)?;
+            let keeper = keeper((id, assign), &endpoint, kept).map_err(wrong)?;
             let assignment = Box::new(Assignment {
-                job,
-                generation,
+                formation: id,
                 recipe: prepared.recipe.clone(),
                 endpoint,
                 datasets: prepared.datasets.clone(),
@@ -129,7 +132,7 @@ impl Formation {
             // The receiver is in this function.
             drop(worker.send(WorkerMessage::Host { rank, assignment }));
         }
-        let tell = Arc::new(move |event| drop(inputs.send(Input::Rank { job, generation, event })));
+        let tell = Arc::new(move |event| drop(inputs.send(Input::Rank { formation: id, event })));
         tokio::spawn(pass_on(tell, commands));
         self.prepared = Some(Arc::new(prepared));
         self.running = Some(Running { network, endpoints, worker });
@@ -138,7 +141,7 @@ impl Formation {
 
     /// Passes a command on, if it is of this formation and was not heard before.
     pub(super) fn command(&mut self, to: RankAddress, command: RankCommand, trace: TraceContext) {
-        let Some(running) = self.running.as_ref().filter(|_| to.generation == self.generation) else {
+        let Some(running) = self.running.as_ref().filter(|_| to.formation == self.id) else {
             return;
         };
         if self.ranks.contains(&to.rank) && self.outbox.is_new(to.rank, &command) {
@@ -147,12 +150,11 @@ impl Formation {
     }
 
     /// Tells that its ranks could not be started.
-    pub(super) fn fail(&self, error: &RankError, inputs: &mpsc::UnboundedSender<Input>, job: u64) {
-        let generation = self.generation;
+    pub(super) fn fail(&self, error: &RankError, inputs: &mpsc::UnboundedSender<Input>) {
         for &rank in &self.ranks {
             let (action, cause) = ("joining the formation".to_owned(), error.to_string());
             let event = RankEvent::Failed { rank, action, cause, kind: error.kind() };
-            drop(inputs.send(Input::Rank { job, generation, event }));
+            drop(inputs.send(Input::Rank { formation: self.id, event }));
         }
     }
 
@@ -191,7 +193,11 @@ fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
 /// Who keeps a rank's state, and whose it keeps; nobody if all ranks are on one worker.
 ///
 /// **Errors**: in words; not every rank keeps one other rank's state.
-fn keeper(assign: &v1::Assign, endpoint: &Endpoint, kept: &Arc<Kept>) -> Result<Option<Keeper>, String> {
+fn keeper(
+    (formation, assign): (FormationId, &v1::Assign),
+    endpoint: &Endpoint,
+    kept: &Arc<Kept>,
+) -> Result<Option<Keeper>, String> {
     if assign.buddies.is_empty() {
         return Ok(None);
     }
@@ -204,13 +210,12 @@ fn keeper(assign: &v1::Assign, endpoint: &Endpoint, kept: &Arc<Kept>) -> Result<
             assign.buddies
         ));
     };
-    let formation = (assign.job, assign.generation);
     Ok(Some(Keeper { endpoint: endpoint.clone(), kept: kept.clone(), formation, buddy, ward }))
 }
 
 fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Result<Recovered, String> {
-    let &v1::InMemory { generation, step, .. } = memory;
-    Ok(Recovered { generation, step, holders: ranks_of(&memory.holders)?, kept: kept.clone() })
+    let generation = generation_of(memory.generation).map_err(|words| format!("memory.{words}"))?;
+    Ok(Recovered { generation, step: memory.step, holders: ranks_of(&memory.holders)?, kept: kept.clone() })
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.

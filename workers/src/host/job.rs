@@ -10,7 +10,7 @@ use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::placed_weights::place_weights;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{FormationId, Generation};
 use v1::commit::What;
 
 use crate::checkpoint::Checkpoint;
@@ -60,7 +60,12 @@ impl Prepared {
     ///
     /// **Errors**: recipe, data or checkpoint are not what they should be; a file of this node cannot be read or written; the
     /// job's folder is not free for this formation.
-    pub fn new(assign: &v1::Assign, roots: &Roots, loaded: Option<Loaded>) -> Result<Self, RankError> {
+    pub fn new(
+        FormationId { job, generation }: FormationId,
+        assign: &v1::Assign,
+        roots: &Roots,
+        loaded: Option<Loaded>,
+    ) -> Result<Self, RankError> {
         let content = |path: &str| {
             let path = path.to_owned();
             move |message: String| RankError::Content { path, message }
@@ -78,26 +83,26 @@ impl Prepared {
             }
         };
         recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
-        let owner = Owner { state: assign.state, job: JobId::of(assign.job) };
+        let owner = Owner { state: assign.state, job };
         let job = JobFolder::claim(&roots.storage, owner)?;
-        let folder = CheckpointFolder::of_job(&job).in_generation(assign.generation).pinning(assign.kept);
+        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(assign.kept);
         let manifest = manifest(&submitted, &text.corpus.hash)
             .map_err(|error| content("model.config")(error.to_string()))?;
-        let manifest = Manifest { generation: assign.generation, ..manifest };
+        let manifest = Manifest { generation, ..manifest };
         let companions = companions(&recipe, &text.tokenizer);
         let resume = resume(assign, &folder, &manifest)?;
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
         let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, job, keep };
         if assign.ranks.contains(&0) {
-            prepared.begin(assign)?;
+            prepared.begin(generation, assign)?;
         }
         Ok(prepared)
     }
 
     /// The same for what is written down from memory between two formations: it goes by the number of the next one.
     pub fn between_formations(&self) -> Self {
-        let generation = self.manifest.generation + 1;
+        let generation = self.manifest.generation.next();
         let folder = self.folder.clone().in_generation(generation);
         let manifest = Manifest { generation, ..self.manifest.clone() };
         Prepared { folder, manifest, ..self.clone() }
@@ -119,8 +124,8 @@ impl Prepared {
     }
 
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
-    fn begin(&self, assign: &v1::Assign) -> Result<(), RankError> {
-        self.job.begin(assign.generation)?;
+    fn begin(&self, generation: Generation, assign: &v1::Assign) -> Result<(), RankError> {
+        self.job.begin(generation)?;
         // From memory it goes on in the history in which everything here was committed.
         let newest = assign.memory.is_none().then_some(assign.resume_step);
         let dir = self.job.path();

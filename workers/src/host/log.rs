@@ -1,10 +1,11 @@
 //! What ranks say, as lines of the log of this worker. Not every word is one: of steps there are only the warnings.
 
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::topology::JobId;
 
 /// Logs an event, if it has a line.
-pub(super) fn tell(job: u64, event: &RankEvent) {
-    let rank = event.rank() as u64;
+pub(super) fn tell(job: JobId, event: &RankEvent) {
+    let (job, rank) = (job.bits(), event.rank() as u64);
     match event {
         RankEvent::Ready { .. } => tracing::info!(job, rank, "has its model and waits for the others"),
         RankEvent::Stopped { step, .. } => tracing::info!(job, rank, "stopped after step {step}"),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use contraflow_runtime::recipe::LogLevel;
+use contraflow_runtime::topology::JobId;
 use parking_lot::RwLock;
 
 /// The level of what is of no job, or of one whose recipe has not been read yet.
@@ -13,22 +14,22 @@ const DEFAULT: LogLevel = LogLevel::Info;
 /// Levels by job. Clones are the same levels.
 #[derive(Clone, Debug, Default)]
 pub struct LogLevels {
-    by_job: Arc<RwLock<BTreeMap<u64, LogLevel>>>,
+    by_job: Arc<RwLock<BTreeMap<JobId, LogLevel>>>,
 }
 
 impl LogLevels {
     /// The level of a job from now on.
-    pub(super) fn set(&self, job: u64, level: LogLevel) {
+    pub(super) fn set(&self, job: JobId, level: LogLevel) {
         self.change(|by_job| by_job.insert(job, level));
     }
 
     /// A job has left.
-    pub(super) fn forget(&self, job: u64) {
+    pub(super) fn forget(&self, job: JobId) {
         self.change(|by_job| by_job.remove(&job));
     }
 
     /// What is logged of a job, or of what belongs to none.
-    pub fn of(&self, job: Option<u64>) -> LogLevel {
+    pub fn of(&self, job: Option<JobId>) -> LogLevel {
         let by_job = self.by_job.read();
         job.and_then(|job| by_job.get(&job).copied()).unwrap_or(DEFAULT)
     }
@@ -39,7 +40,7 @@ impl LogLevels {
         by_job.values().copied().fold(DEFAULT, LogLevel::max)
     }
 
-    fn change(&self, change: impl FnOnce(&mut BTreeMap<u64, LogLevel>) -> Option<LogLevel>) {
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<JobId, LogLevel>) -> Option<LogLevel>) {
         let before = self.most();
         change(&mut self.by_job.write());
         if self.most() != before {
@@ -55,13 +56,14 @@ mod tests {
 
     #[test]
     fn each_job_has_its_level_as_long_as_it_is_here() {
-        let levels = LogLevels::default();
-        levels.set(1, LogLevel::Error);
-        levels.set(2, LogLevel::Debug);
-        let all = |levels: &LogLevels| [Some(1), Some(2), Some(3), None].map(|job| levels.of(job));
+        let (levels, job) = (LogLevels::default(), |number| JobId::new(number, 0));
+        levels.set(job(1), LogLevel::Error);
+        levels.set(job(2), LogLevel::Debug);
+        let all =
+            |levels: &LogLevels| [Some(job(1)), Some(job(2)), Some(job(3)), None].map(|job| levels.of(job));
         assert_eq!(all(&levels), [LogLevel::Error, LogLevel::Debug, LogLevel::Info, LogLevel::Info]);
         assert_eq!(levels.clone().most(), LogLevel::Debug);
-        levels.forget(2);
-        assert_eq!((levels.of(Some(2)), levels.most()), (LogLevel::Info, LogLevel::Info));
+        levels.forget(job(2));
+        assert_eq!((levels.of(Some(job(2))), levels.most()), (LogLevel::Info, LogLevel::Info));
     }
 }

@@ -6,46 +6,47 @@ use std::sync::Arc;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::control::wire::rank_of;
+use contraflow_runtime::control::wire::{generation_of, ranks_of};
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::job::Prepared;
 use crate::error::RankError;
-use crate::kept::Kept;
+use crate::kept::{Kept, ShardId};
 
 /// By job, the latest formation that was here, and what is kept.
 #[derive(Default)]
 pub(super) struct Memory {
-    jobs: BTreeMap<u64, (u32, Arc<Kept>)>,
+    jobs: BTreeMap<JobId, (Generation, Arc<Kept>)>,
     /// What ranks of formations that were left were made of.
-    left: BTreeMap<u64, (u32, Arc<Prepared>)>,
+    left: BTreeMap<JobId, (Generation, Arc<Prepared>)>,
 }
 
 impl Memory {
     /// A formation begins: from what is kept, or with nothing.
-    pub(super) fn enter(&mut self, assign: &v1::Assign) {
-        let (_, kept) = self.jobs.entry(assign.job).or_default();
-        match &assign.memory {
-            Some(memory) => kept.go_on_from(assign.generation, memory.step),
+    pub(super) fn enter(&mut self, formation: FormationId, memory: Option<&v1::InMemory>) {
+        let (generation, kept) = self.jobs.entry(formation.job).or_default();
+        *generation = formation.generation;
+        match memory {
+            Some(memory) => kept.go_on_from(formation.generation, memory.step),
             // Threads of the formation before may still hold the old one.
             None => *kept = Arc::default(),
         }
-        self.jobs.entry(assign.job).and_modify(|(generation, _)| *generation = assign.generation);
     }
 
     /// What is kept of a job.
-    pub(super) fn of(&mut self, job: u64) -> Arc<Kept> {
+    pub(super) fn of(&mut self, job: JobId) -> Arc<Kept> {
         self.jobs.entry(job).or_default().1.clone()
     }
 
     /// Step reports up to this one are durable with the orchestrator.
-    pub(super) fn durable(&self, job: u64, step: u64) {
+    pub(super) fn durable(&self, job: JobId, step: u64) {
         if let Some((_, kept)) = self.jobs.get(&job) {
             kept.durable(step);
         }
     }
 
     /// Lets go of what is kept of a job, unless a formation after this one has been here.
-    pub(super) fn let_go(&mut self, job: u64, generation: u32) {
+    pub(super) fn let_go(&mut self, FormationId { job, generation }: FormationId) {
         if self.jobs.get(&job).is_some_and(|(latest, _)| *latest <= generation) {
             self.jobs.remove(&job);
             self.left.remove(&job);
@@ -53,43 +54,67 @@ impl Memory {
     }
 
     /// A formation has been left.
-    pub(super) fn note_left(&mut self, job: u64, generation: u32, prepared: Option<Arc<Prepared>>) {
+    pub(super) fn note_left(&mut self, formation: FormationId, prepared: Option<Arc<Prepared>>) {
         if let Some(prepared) = prepared {
-            self.left.insert(job, (generation, prepared));
+            self.left.insert(formation.job, (formation.generation, prepared));
         }
     }
 
     /// For writing down, and committing, a state of a formation that was left: what its ranks were made of. What they were still
     /// writing is not in the way.
-    pub(super) fn of_next(&self, job: u64, generation: u32) -> Option<Arc<Prepared>> {
-        let (_, prepared) = self.left.get(&job).filter(|(left, _)| *left == generation)?;
+    pub(super) fn of_next(&self, formation: FormationId) -> Option<Arc<Prepared>> {
+        let (_, prepared) =
+            self.left.get(&formation.job).filter(|(left, _)| *left == formation.generation)?;
         Some(Arc::new(prepared.between_formations()))
     }
 
     /// What is kept of a job, as the orchestrator is told.
-    pub(super) fn inventory(&self, job: u64) -> Vec<v1::KeptShard> {
+    pub(super) fn inventory(&self, job: JobId) -> Vec<v1::KeptShard> {
         self.jobs.get(&job).map(|(_, kept)| inventory(kept)).unwrap_or_default()
     }
 
     /// Formations of which something is kept while none of their job is here.
-    pub(super) fn of_left(&self, is_here: impl Fn(u64) -> bool) -> Vec<v1::Released> {
+    pub(super) fn of_left(&self, is_here: impl Fn(JobId) -> bool) -> Vec<v1::Released> {
         let left = self.jobs.iter().filter(|(job, _)| !is_here(**job));
         let released = left.map(|(&job, (generation, kept))| v1::Released {
-            job,
-            generation: *generation,
+            job: job.bits(),
+            generation: generation.number(),
             kept: inventory(kept),
         });
         released.collect()
     }
 }
 
+/// Which parts are to be written down.
+pub(super) struct WriteDown {
+    /// Of the formation that was left: what its ranks have reported is said in its name.
+    left: Generation,
+    /// Of the formation that made the step.
+    made: Generation,
+    step: u64,
+    ranks: Vec<usize>,
+}
+
+impl WriteDown {
+    /// As it came.
+    ///
+    /// **Errors**: in words; a number that none of them has.
+    pub(super) fn of(order: &v1::WriteDown) -> Result<Self, String> {
+        Ok(WriteDown {
+            left: generation_of(order.generation)?,
+            made: generation_of(order.of_generation).map_err(|words| format!("of_{words}"))?,
+            step: order.step,
+            ranks: ranks_of(&order.ranks)?,
+        })
+    }
+}
+
 /// Writes parts down, each as its rank's shard of a checkpoint; what is to be said of each rank, in order.
-pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &v1::WriteDown) -> Vec<RankEvent> {
+pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &WriteDown) -> Vec<RankEvent> {
     let mut events = Vec::new();
-    // A rank that this machine has no number for has nothing here.
-    for rank in order.ranks.iter().filter_map(|&rank| rank_of(rank).ok()) {
+    for &rank in &order.ranks {
         for mut report in kept.reports(rank, order.step) {
-            report.generation = order.generation;
+            report.generation = order.left.number();
             events.push(RankEvent::StepDone { report });
         }
         events.push(write_part(prepared, kept, order, rank).unwrap_or_else(|error| RankEvent::Failed {
@@ -105,10 +130,10 @@ pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &v1::WriteDown
 fn write_part(
     prepared: &Prepared,
     kept: &Kept,
-    order: &v1::WriteDown,
+    order: &WriteDown,
     rank: usize,
 ) -> Result<RankEvent, RankError> {
-    let image = kept.get((order.of_generation, order.step, rank)).ok_or_else(|| RankError::Content {
+    let image = kept.get((order.made, order.step, rank)).ok_or_else(|| RankError::Content {
         path: "memory".into(),
         message: format!("has no state of rank {rank} after step {}", order.step),
     })?;
@@ -119,6 +144,10 @@ fn write_part(
 }
 
 fn inventory(kept: &Kept) -> Vec<v1::KeptShard> {
-    let shard = |(generation, step, rank)| v1::KeptShard { generation, step, rank: rank as u64 };
+    let shard = |(generation, step, rank): ShardId| v1::KeptShard {
+        generation: generation.number(),
+        step,
+        rank: rank as u64,
+    };
     kept.inventory().into_iter().map(shard).collect()
 }

@@ -25,6 +25,7 @@ use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
+use contraflow_runtime::topology::{FormationId, JobId};
 use tokio::sync::mpsc;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
@@ -81,15 +82,15 @@ pub struct Settings {
 /// Something for the loop.
 enum Input {
     /// A rank has something to say.
-    Rank { job: u64, generation: u32, event: RankEvent },
+    Rank { formation: FormationId, event: RankEvent },
     /// What a rank says of a step that is not finite, once the evidence is in the job's folder.
-    EvidenceWritten { job: u64, generation: u32, event: RankEvent },
+    EvidenceWritten { formation: FormationId, event: RankEvent },
     /// What an assignment names has been read.
-    Prepared { assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
-    /// Parts of a formation that was left have been written down, or not: job, generation, what is to be said.
-    WrittenDown { job: u64, generation: u32, events: Vec<RankEvent> },
+    Prepared { formation: FormationId, assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
+    /// Parts of a formation that was left have been written down, or not: what is to be said.
+    WrittenDown { formation: FormationId, events: Vec<RankEvent> },
     /// Something has been put in place, or not.
-    Committed(v1::Committed),
+    Committed { formation: FormationId, answer: v1::Committed },
     /// From the orchestrator, by the stream of this number.
     Down(u64, v1::ToWorker),
     /// The stream of this number has ended.
@@ -112,8 +113,8 @@ struct Host {
     incarnation: u64,
     /// What the process may use.
     limit: Option<MemoryLimit>,
-    formations: BTreeMap<u64, Formation>,
-    loaded: BTreeMap<u64, Loaded>,
+    formations: BTreeMap<JobId, Formation>,
+    loaded: BTreeMap<JobId, Loaded>,
     /// What is kept in memory of the state of jobs.
     memory: Memory,
     /// Log lines that wait for the orchestrator; the oldest give way.
@@ -165,8 +166,8 @@ pub async fn run(
             },
         }
     }
-    let jobs: Vec<u64> = host.formations.keys().copied().collect();
-    jobs.into_iter().for_each(|job| host.leave(job, u32::MAX, "the worker is ending"));
+    let all: Vec<FormationId> = host.formations.values().map(|formation| formation.id).collect();
+    all.into_iter().for_each(|formation| host.leave(formation, "the worker is ending"));
     Ok(())
 }
 
@@ -175,7 +176,7 @@ impl Host {
     fn tick(&mut self) {
         match &mut self.link {
             Some(link) => {
-                let progress = self.formations.iter().flat_map(|(&job, formation)| formation.progress(job));
+                let progress = self.formations.values().flat_map(Formation::progress);
                 link.beat(progress.collect());
                 if !self.lines.is_empty() && link.is_member() {
                     let lines = self.lines.drain(..).collect();
@@ -191,7 +192,7 @@ impl Host {
                     node: self.settings.node.clone(),
                     block: self.settings.block.clone(),
                     fabric: Some(self.listener.address().into()),
-                    hosted: self.formations.iter().map(|(&job, formation)| formation.hosted(job)).collect(),
+                    hosted: self.formations.values().map(Formation::hosted).collect(),
                     state: self.state,
                     incarnation: self.incarnation,
                     memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
@@ -236,40 +237,45 @@ impl Host {
         }
     }
 
+    /// A formation, if it is still here.
+    fn running(&self, id: FormationId) -> Option<&Formation> {
+        self.formations.get(&id.job).filter(|formation| formation.id == id)
+    }
+
+    fn running_mut(&mut self, id: FormationId) -> Option<&mut Formation> {
+        self.formations.get_mut(&id.job).filter(|formation| formation.id == id)
+    }
+
     /// Where the evidence of an event goes, if this worker has to write it.
-    fn evidence_dir(&self, job: u64, generation: u32, event: &RankEvent) -> Option<PathBuf> {
-        let formation = self.formations.get(&job).filter(|formation| formation.generation == generation)?;
-        let prepared = formation.prepared.as_ref().filter(|_| evidence::is_in(event))?;
+    fn evidence_dir(&self, formation: FormationId, event: &RankEvent) -> Option<PathBuf> {
+        let prepared = self.running(formation)?.prepared.as_ref().filter(|_| evidence::is_in(event))?;
         Some(prepared.dir().to_owned())
     }
 
     fn take(&mut self, input: Input) -> Result<(), String> {
         match input {
-            Input::Rank { job, generation, event } => match self.evidence_dir(job, generation, &event) {
+            Input::Rank { formation, event } => match self.evidence_dir(formation, &event) {
                 Some(dir) => {
                     let inputs = self.inputs.clone();
                     tokio::task::spawn_blocking(move || {
-                        let event = evidence::write(&dir, job, event);
-                        drop(inputs.send(Input::EvidenceWritten { job, generation, event }));
+                        let event = evidence::write(&dir, formation.job, event);
+                        drop(inputs.send(Input::EvidenceWritten { formation, event }));
                     });
                 }
-                None => self.rank_says(job, generation, &event),
+                None => self.rank_says(formation, &event),
             },
-            Input::EvidenceWritten { job, generation, event } => self.rank_says(job, generation, &event),
-            Input::Prepared { assign, result } => self.prepared(&assign, result),
-            Input::WrittenDown { job, generation, events } => {
+            Input::EvidenceWritten { formation, event } => self.rank_says(formation, &event),
+            Input::Prepared { formation, assign, result } => self.prepared(formation, &assign, result),
+            Input::WrittenDown { formation, events } => {
                 for event in events {
-                    self.say(Up::Event(encode_event(job, generation, &event)));
+                    self.say(Up::Event(encode_event(formation, &event)));
                 }
             }
-            Input::Committed(committed) => {
-                let formation = self.formations.get_mut(&committed.job);
-                if let Some(formation) =
-                    formation.filter(|formation| formation.generation == committed.generation)
-                {
-                    formation.committed = Some(committed.clone());
+            Input::Committed { formation, answer } => {
+                if let Some(formation) = self.running_mut(formation) {
+                    formation.committed = Some(answer.clone());
                 }
-                self.say(Up::Committed(committed));
+                self.say(Up::Committed(answer));
             }
             // What a stream has said before it was given up is not heard any more.
             Input::Down(link, _) | Input::Broken { link, .. } if !self.is_current(link) => {}
@@ -285,12 +291,11 @@ impl Host {
     }
 
     /// Passes on what a rank of a formation that is still here has to say.
-    fn rank_says(&mut self, job: u64, generation: u32, event: &RankEvent) {
-        let formation = self.formations.get_mut(&job);
-        if let Some(formation) = formation.filter(|formation| formation.generation == generation) {
-            log::tell(job, event);
-            formation.outbox.note(event);
-            self.say(Up::Event(encode_event(job, generation, event)));
+    fn rank_says(&mut self, formation: FormationId, event: &RankEvent) {
+        if let Some(running) = self.running_mut(formation) {
+            log::tell(formation.job, event);
+            running.outbox.note(event);
+            self.say(Up::Event(encode_event(formation, event)));
         }
     }
 

@@ -2,88 +2,95 @@
 //! in place and written down. What takes long runs beside the loop and comes back as its input.
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{decode_command, encode_event};
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::control::wire::{decode_command, encode_event, formation_of, job_of};
+use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 use v1::from_worker::Message as Up;
 use v1::to_worker::Message as Down;
 
 use super::formation::Formation;
 use super::job::{Prepared, Roots};
+use super::memory::WriteDown;
 use super::{Host, Input, memory};
 use crate::error::RankError;
 
 impl Host {
     pub(super) fn hear(&mut self, message: Down) -> Result<(), String> {
+        if let Down::Refused(why) = message {
+            return Err(why);
+        }
+        if let Err(words) = self.obey(message) {
+            tracing::warn!("an order that makes no sense: {words}");
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, message: Down) -> Result<(), String> {
         match message {
-            Down::Welcome(welcome) => self.welcome(&welcome)?,
-            Down::Assign(assign) => self.assign(assign),
-            Down::Command(command) => {
-                let prepared =
-                    self.formations.get(&command.job).and_then(|formation| formation.prepared.as_ref());
-                let dir = prepared.map(|prepared| prepared.export_dir()).unwrap_or_default();
-                let trace = TraceContext::parse(&command.traceparent);
-                match decode_command(command, &dir) {
-                    Ok((to, command)) => {
-                        if let Some(formation) = self.formations.get_mut(&to.job) {
-                            formation.command(to, command, trace);
-                        }
-                    }
-                    Err(words) => tracing::warn!("a command that makes no sense: {words}"),
-                }
-            }
-            Down::Release(release) => self.release(&release),
+            Down::Welcome(welcome) => self.welcome(&welcome),
+            Down::Assign(assign) => self.assign(assign)?,
+            Down::Command(command) => self.command(command)?,
+            Down::Release(release) => self.release(&release)?,
             Down::Durable(v1::Durable { job, step }) => {
+                let job = job_of(job)?;
                 if let Some(formation) = self.formations.get_mut(&job) {
                     formation.outbox.durable(step);
                 }
                 self.memory.durable(job, step);
             }
-            Down::Commit(commit) => self.commit(commit),
-            Down::WriteDown(order) => self.write_down(order),
-            Down::Refused(why) => return Err(why),
+            Down::Commit(commit) => self.commit(commit)?,
+            Down::WriteDown(order) => self.write_down(&order)?,
+            Down::Refused(_) => {}
         }
         Ok(())
     }
 
-    fn welcome(&mut self, welcome: &v1::Welcome) -> Result<(), String> {
+    fn command(&mut self, command: v1::RankCommand) -> Result<(), String> {
+        let Some(formation) = self.formations.get_mut(&job_of(command.job)?) else { return Ok(()) };
+        let prepared = formation.prepared.as_ref();
+        let dir = prepared.map(|prepared| prepared.export_dir()).unwrap_or_default();
+        let trace = TraceContext::parse(&command.traceparent);
+        let (to, command) = decode_command(command, &dir)?;
+        formation.command(to, command, trace);
+        Ok(())
+    }
+
+    fn welcome(&mut self, welcome: &v1::Welcome) {
         if welcome.state == self.state && welcome.incarnation < self.incarnation {
             // Another orchestrator has taken over; this one has not noticed.
             self.link = None;
-            return Ok(());
+            return;
         }
         (self.state, self.incarnation) = (welcome.state, welcome.incarnation);
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
-        let Some(link) = &mut self.link else { return Ok(()) };
+        let Some(link) = &mut self.link else { return };
         link.welcomed(welcome.beat_ms);
         if self.leaves_by.is_some() {
             link.say(Up::Leaving(v1::Empty {}));
         }
-        for (&job, formation) in &self.formations {
+        for formation in self.formations.values() {
             for event in formation.outbox.repeat() {
-                link.say(Up::Event(encode_event(job, formation.generation, event)));
+                link.say(Up::Event(encode_event(formation.id, event)));
             }
             if let Some(committed) = &formation.committed {
                 link.say(Up::Committed(committed.clone()));
             }
         }
-        Ok(())
     }
 
     /// Joins a formation; one that it is in already is left as it is.
-    fn assign(&mut self, assign: v1::Assign) {
-        let job = assign.job;
-        if let Some(formation) = self.formations.get(&job) {
-            if formation.generation >= assign.generation {
-                return;
+    fn assign(&mut self, assign: v1::Assign) -> Result<(), String> {
+        let id = formation_of(assign.job, assign.generation)?;
+        let FormationId { job, generation } = id;
+        let formation = Formation::new(id, &assign)?;
+        if let Some(before) = self.formations.get(&job) {
+            if before.id >= id {
+                return Ok(());
             }
-            self.leave(job, assign.generation - 1, "another formation takes its place");
+            let before = FormationId::new(job, generation.previous());
+            self.leave(before, "another formation takes its place");
         }
-        let formation = match Formation::new(&assign) {
-            Ok(formation) => formation,
-            Err(words) => return tracing::warn!("an assignment that makes no sense: {words}"),
-        };
-        self.memory.enter(&assign);
+        self.memory.enter(id, assign.memory.as_ref());
         self.formations.insert(job, formation);
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
@@ -91,39 +98,51 @@ impl Host {
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
-            let result = RankError::catch(|| Prepared::new(&assign, &roots, loaded));
-            drop(inputs.send(Input::Prepared { assign: Box::new(assign), result: result.map(Box::new) }));
+            let result = RankError::catch(|| Prepared::new(id, &assign, &roots, loaded));
+            let (assign, result) = (Box::new(assign), result.map(Box::new));
+            drop(inputs.send(Input::Prepared { formation: id, assign, result }));
         });
+        Ok(())
     }
 
-    pub(super) fn prepared(&mut self, assign: &v1::Assign, result: Result<Box<Prepared>, RankError>) {
-        let job = assign.job;
-        let formation =
-            self.formations.get_mut(&job).filter(|formation| formation.generation == assign.generation);
-        let Some(formation) = formation else { return };
+    pub(super) fn prepared(
+        &mut self,
+        id: FormationId,
+        assign: &v1::Assign,
+        result: Result<Box<Prepared>, RankError>,
+    ) {
+        let job = id.job;
+        let Some(formation) = self.formations.get_mut(&job).filter(|formation| formation.id == id) else {
+            return;
+        };
         let started = result.and_then(|prepared| {
             self.loaded.insert(job, prepared.loaded());
             self.settings.log_levels.set(job, prepared.recipe.log.level);
             if assign.ranks.contains(&0) {
-                tracing::info!(job, rank = 0_u64, "the files of the job are in {}", prepared.dir().display());
+                tracing::info!(
+                    job = job.bits(),
+                    rank = 0_u64,
+                    "the files of the job are in {}",
+                    prepared.dir().display()
+                );
             }
             let kept = self.memory.of(job);
             formation.start(assign, (*prepared, &kept), &self.listener, self.inputs.clone())
         });
         if let Err(cause) = started {
-            formation.fail(&cause, &self.inputs, job);
+            formation.fail(&cause, &self.inputs);
         }
     }
 
-    fn commit(&self, commit: v1::Commit) {
+    fn commit(&self, commit: v1::Commit) -> Result<(), String> {
         let v1::Commit { job, generation, what } = commit;
-        let formation = self.formations.get(&job).filter(|formation| formation.generation == generation);
-        let prepared = match formation {
-            Some(formation) => formation.prepared.clone(),
-            None => self.memory.of_next(job, generation),
+        let formation = formation_of(job, generation)?;
+        let prepared = match self.running(formation) {
+            Some(running) => running.prepared.clone(),
+            None => self.memory.of_next(formation),
         };
         let (Some(prepared), Some(what)) = (prepared, what) else {
-            return;
+            return Ok(());
         };
         let position = match &what {
             v1::commit::What::Checkpoint(checkpoint) => checkpoint.position,
@@ -132,46 +151,54 @@ impl Host {
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let error = prepared.commit(what).err().unwrap_or_default();
-            drop(inputs.send(Input::Committed(v1::Committed { job, generation, position, error })));
+            let answer = v1::Committed { job, generation, position, error };
+            drop(inputs.send(Input::Committed { formation, answer }));
         });
+        Ok(())
     }
 
     /// Writes down what is kept of a formation that was left.
-    fn write_down(&mut self, order: v1::WriteDown) {
-        let v1::WriteDown { job, generation, .. } = order;
-        let Some(prepared) = self.memory.of_next(job, generation) else { return };
-        let (kept, inputs) = (self.memory.of(job), self.inputs.clone());
+    fn write_down(&mut self, order: &v1::WriteDown) -> Result<(), String> {
+        let formation = formation_of(order.job, order.generation)?;
+        let order = WriteDown::of(order)?;
+        let Some(prepared) = self.memory.of_next(formation) else { return Ok(()) };
+        let (kept, inputs) = (self.memory.of(formation.job), self.inputs.clone());
         tokio::task::spawn_blocking(move || {
             let events = memory::write_down(&prepared, &kept, &order);
-            drop(inputs.send(Input::WrittenDown { job, generation, events }));
+            drop(inputs.send(Input::WrittenDown { formation, events }));
         });
+        Ok(())
     }
 
     /// Leaves a formation on the orchestrator's word, and says what is kept of it or lets that go.
-    fn release(&mut self, release: &v1::Release) {
+    fn release(&mut self, release: &v1::Release) -> Result<(), String> {
         let &v1::Release { job, generation, keep, .. } = release;
-        self.leave(job, generation, &release.reason);
-        if self.formations.contains_key(&job) {
+        let formation = formation_of(job, generation)?;
+        self.leave(formation, &release.reason);
+        if self.formations.contains_key(&formation.job) {
             // Of a later generation: what is kept is its.
-            return;
+            return Ok(());
         }
         if keep {
-            let kept = self.memory.inventory(job);
+            let kept = self.memory.inventory(formation.job);
             self.say(Up::Released(v1::Released { job, generation, kept }));
         } else {
-            self.memory.let_go(job, generation);
+            self.memory.let_go(formation);
         }
+        Ok(())
     }
 
-    /// Leaves a job's formation, if it is of this generation or an earlier one.
-    pub(super) fn leave(&mut self, job: u64, generation: u32, reason: &str) {
-        if self.formations.get(&job).is_none_or(|formation| formation.generation > generation) {
+    /// Leaves this formation of a job, or an earlier one if that is here.
+    pub(super) fn leave(&mut self, last: FormationId, reason: &str) {
+        let job = last.job;
+        if self.formations.get(&job).is_none_or(|formation| formation.id > last) {
             return;
         }
         if let Some(formation) = self.formations.remove(&job) {
-            tracing::info!(job, generation = formation.generation, "left {}: {reason}", JobId::of(job));
+            let generation = formation.id.generation.number();
+            tracing::info!(job = job.bits(), generation, "left {job}: {reason}");
             self.settings.log_levels.forget(job);
-            self.memory.note_left(job, formation.generation, formation.prepared.clone());
+            self.memory.note_left(formation.id, formation.prepared.clone());
             formation.leave(reason);
         }
     }

@@ -10,6 +10,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Phase, Region};
 use contraflow_runtime::schedule::Chunk;
+use contraflow_runtime::topology::FormationId;
 
 use super::{Image, Kept, courier};
 use crate::checkpoint::{Snapshot, shard_bytes};
@@ -35,8 +36,8 @@ pub struct Keeper {
     pub endpoint: Endpoint,
     /// Where parts are put.
     pub kept: Arc<Kept>,
-    /// Job number and count of (re)formations.
-    pub formation: (u64, u32),
+    /// Whose states are kept: later formations do not take them.
+    pub formation: FormationId,
     /// The rank that keeps this one's state.
     pub buddy: usize,
     /// The rank whose state this one keeps.
@@ -66,7 +67,7 @@ impl Keeper {
     fn keep(&self, keep: Keep, first_step: u64) -> Result<(), RankError> {
         let _at_work = self.endpoint.work();
         let Keep { position, snapshot, report } = keep;
-        let (_, generation) = self.formation;
+        let generation = self.formation.generation;
         let (step, own) = (position.step, self.endpoint.rank());
         let id = step_id(self.formation, step);
         if step > first_step + 1 {
@@ -96,7 +97,7 @@ impl Keeper {
 /// **Errors**: those of the fabric.
 pub fn acknowledged(
     endpoint: &Endpoint,
-    formation: (u64, u32),
+    formation: FormationId,
     buddy: usize,
     step: u64,
 ) -> Result<(), FabricError> {
@@ -105,6 +106,6 @@ pub fn acknowledged(
 }
 
 /// The part of the tags of frames about the state after a step.
-pub fn step_id((job, generation): (u64, u32), step: u64) -> StepId {
-    StepId { job, generation, phase: Phase::Keep, step }
+pub fn step_id(formation: FormationId, step: u64) -> StepId {
+    StepId { formation, phase: Phase::Keep, step }
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::topology::Generation;
 use contraflow_runtime::watch::Watch;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -28,7 +29,7 @@ const MAX_REPORTS: usize = 1_000_000;
 const MAX_SPARE: usize = 4;
 
 /// Which part of which state: generation, step, rank.
-pub type ShardId = (u32, u64, usize);
+pub type ShardId = (Generation, u64, usize);
 
 /// A rank's part of the state after a step.
 pub struct Image {
@@ -49,7 +50,7 @@ pub struct Kept {
 #[derive(Default)]
 struct State {
     /// Formations before this one have nothing more to say.
-    generation: u32,
+    generation: Generation,
     images: BTreeMap<ShardId, Arc<Image>>,
     /// By rank, what may not be durable with the orchestrator; of consecutive steps.
     reports: BTreeMap<usize, VecDeque<StepReport>>,
@@ -64,7 +65,7 @@ impl Kept {
 
     /// A formation begins that goes on from a state in memory: what comes late from those before is not taken any more, and
     /// steps after that state will be made again.
-    pub fn go_on_from(&self, generation: u32, step: u64) {
+    pub fn go_on_from(&self, generation: Generation, step: u64) {
         let mut state = self.lock();
         state.generation = generation;
         for reports in state.reports.values_mut() {
@@ -75,7 +76,7 @@ impl Kept {
     /// Puts a part in, with reports of its rank, as the formation `by` does.
     pub fn put(
         &self,
-        by: u32,
+        by: Generation,
         id: ShardId,
         image: Arc<Image>,
         reports: impl IntoIterator<Item = StepReport>,
@@ -105,7 +106,7 @@ impl Kept {
     }
 
     /// Every rank of this formation and every buddy has this step: what is older goes.
-    pub fn acknowledged(&self, generation: u32, step: u64) {
+    pub fn acknowledged(&self, generation: Generation, step: u64) {
         let mut state = self.lock();
         let current = state.images.split_off(&(generation, step, 0));
         for image in std::mem::replace(&mut state.images, current).into_values() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind};
+use contraflow_runtime::topology::{FormationId, Generation};
 
 use super::keeper::step_id;
 use super::{Image, Kept, courier};
@@ -14,7 +15,7 @@ use crate::error::RankError;
 #[derive(Clone)]
 pub struct Recovered {
     /// Of the formation that made the step.
-    pub generation: u32,
+    pub generation: Generation,
     /// The step.
     pub step: u64,
     /// By rank, the rank of this formation whose worker has its part.
@@ -30,7 +31,7 @@ pub struct Recovered {
 pub fn recover(
     recovered: &Recovered,
     endpoint: &Endpoint,
-    formation: (u64, u32),
+    formation: FormationId,
 ) -> Result<(Arc<Image>, Vec<StepReport>), RankError> {
     let Recovered { generation, step, holders, kept } = recovered;
     let own = endpoint.rank();
@@ -51,7 +52,6 @@ pub fn recover(
     let holder = holders.get(own).copied().unwrap_or(own);
     let (image, reports) = courier::receive((endpoint, holder), (id, FrameKind::State), kept.buffer())?;
     let image = Arc::new(image);
-    let (_, by) = formation;
-    kept.put(by, (*generation, *step, own), image.clone(), reports.clone());
+    kept.put(formation.generation, (*generation, *step, own), image.clone(), reports.clone());
     Ok((image, reports))
 }

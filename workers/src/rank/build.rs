@@ -10,6 +10,7 @@ use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
 use contraflow_runtime::fabric::Endpoint;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 
 use crate::checkpoint::{Checkpoint, Records};
@@ -29,10 +30,8 @@ use crate::optimizer::update::{OptimizerSetup, OptimizerState};
 
 /// Everything a rank is told when it joins a job.
 pub struct Assignment {
-    /// The job's id.
-    pub job: u64,
-    /// Count of (re)formations.
-    pub generation: u32,
+    /// The formation that it joins.
+    pub formation: FormationId,
     /// What to train and how.
     pub recipe: Arc<Recipe>,
     /// The rank's end of the fabric.
@@ -120,7 +119,7 @@ fn recover(
     optimizer: &mut OptimizerState,
     params: &mut RankParams,
 ) -> Result<(Position, Vec<StepReport>), RankError> {
-    let formation = (assignment.job, assignment.generation);
+    let formation = assignment.formation;
     let (image, mut reports) = kept::recover(recovered, &assignment.endpoint, formation)?;
     let of = format!("the state after step {} in memory", recovered.step);
     let records = Records::in_memory(of, image.bytes.clone())?;
@@ -129,7 +128,7 @@ fn recover(
     let collectives = Collectives { endpoint: &assignment.endpoint, id };
     optimizer.recover(params, &records, (&collectives, &world))?;
     optimizer.watch = image.watch.clone();
-    reports.iter_mut().for_each(|report| report.generation = assignment.generation);
+    reports.iter_mut().for_each(|report| report.generation = formation.generation.number());
     Ok((image.position, reports))
 }
 

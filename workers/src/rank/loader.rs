@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use contraflow_runtime::fabric::{Endpoint, FabricError};
+use contraflow_runtime::topology::FormationId;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
@@ -36,7 +37,7 @@ pub struct LoaderSetup {
     /// The rank's end of the fabric.
     pub endpoint: Endpoint,
     /// Job number and generation.
-    pub formation: (u64, u32),
+    pub formation: FormationId,
     /// The rank's column.
     pub column: usize,
     /// One rank of each column: those at this rank's position of the pipeline.
@@ -61,7 +62,7 @@ pub struct LoaderState {
 /// What loads a batch, on a thread of its own.
 struct Source {
     endpoint: Endpoint,
-    formation: (u64, u32),
+    formation: FormationId,
     columns: Vec<usize>,
     batches: Batches,
 }
@@ -81,8 +82,7 @@ impl Source {
 
     /// Counts of targets: whole numbers, so the order of the sum changes nothing.
     fn sum(&self, step: u64, task: Task, own: [f64; 2]) -> Result<[f64; 2], FabricError> {
-        let (job, generation) = self.formation;
-        let id = StepId { job, generation, phase: task.kind.phase(), step };
+        let id = StepId { formation: self.formation, phase: task.kind.phase(), step };
         let collectives = Collectives { endpoint: &self.endpoint, id };
         let sums = collectives.all_reduce(&self.columns, LOSS_WEIGHTS, own.to_vec())?;
         Ok([sums[0], sums[1]])

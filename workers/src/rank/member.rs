@@ -184,7 +184,7 @@ impl Member {
         let loads = global.expert_counts.into_iter().filter(|_| reports_loads).map(load).collect();
         StepReport {
             rank: rank as u32,
-            generation: id.generation,
+            generation: id.formation.generation.number(),
             step: id.step,
             loss: global.loss,
             mtp_loss: has_mtp.then(|| global.mtp_loss / mtp_weight),
@@ -254,7 +254,7 @@ pub async fn join(
     let setup = LoaderSetup {
         rank: rank.clone(),
         endpoint: assignment.endpoint.clone(),
-        formation: (assignment.job, assignment.generation),
+        formation: assignment.formation,
         columns: topology.columns_at(at.pipeline),
         column: topology.column(rank_id),
         datasets: assignment.datasets.clone(),

@@ -130,9 +130,9 @@ impl RankState {
         self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
     }
 
-    /// Number of the job; 0 in one process, and until it has joined one.
+    /// The job in lines of the log; 0 in one process, and until it has joined one.
     fn job(&self) -> u64 {
-        self.member.as_ref().map_or(0, |member| member.assignment.job)
+        self.member.as_ref().map_or(0, |member| member.assignment.formation.job.bits())
     }
 
     /// What the rank is about from now on has a span of its own.
@@ -144,7 +144,8 @@ impl RankState {
     /// Builds the model beside the actor: drawing the weights of a large one takes seconds, in which an abort must be heard.
     fn assign(&mut self, myself: ActorRef<RankMessage>, assignment: Assignment) {
         let id = self.id;
-        let Assignment { job, generation, trace, .. } = assignment;
+        let Assignment { formation, trace, .. } = assignment;
+        let (job, generation) = (formation.job.bits(), formation.generation.number());
         let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
         self.life = trace::below(trace, life);
         let build = info_span!(target: SPAN, parent: &self.life, "build");

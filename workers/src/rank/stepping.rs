@@ -55,7 +55,7 @@ impl RankState {
     fn gather(&mut self, step: u64, task: Task) -> Result<(), RankError> {
         let member = self.member()?;
         member.began = Instant::now();
-        let (job, generation) = (member.assignment.job, member.assignment.generation);
+        let formation = member.assignment.formation;
         let children = &member.children;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
         let batch = if task.kind == TaskKind::Train && member.upcoming.step == step {
@@ -64,7 +64,7 @@ impl RankState {
             children.loader.cast(LoaderMessage::Load { step, task }).map_err(gone("the loader"))?;
             None
         };
-        let id = StepId { job, generation, phase: task.kind.phase(), step };
+        let id = StepId { formation, phase: task.kind.phase(), step };
         let _load = info_span!(target: SPAN, parent: &self.doing, "load");
         self.status = Status::Gather { id, task, batch, experts: None, _load };
         Ok(())

@@ -14,7 +14,7 @@ use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::schedule::{
     Op, Program, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check, lower,
 };
-use contraflow_runtime::topology::Topology;
+use contraflow_runtime::topology::{FormationId, Topology};
 use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::ExpertGroup;
 use contraflow_workers::data::batches::TaskKind;
@@ -193,7 +193,7 @@ impl OneRank {
         look: &mut impl FnMut(&Op, &Transit),
     ) -> Workload {
         let (program, phase) = (Arc::new(program), Phase::Train);
-        let id = StepId { job: 0, generation: 0, phase, step };
+        let id = StepId { formation: FormationId::default(), phase, step };
         let running =
             Arc::new(Running::new(&self.site(), (id, program.clone()), workload, tracing::Span::none()));
         let (report, events) = channel();

@@ -7,12 +7,12 @@ fn step_done(step: u64) -> RankEvent {
     RankEvent::StepDone { report: contraflow_proto::StepReport { step, ..Default::default() } }
 }
 
-fn generation(world: &World, job: u64) -> u32 {
-    world.core.jobs().all[&job].generation()
+fn generation(world: &World, job: JobId) -> u32 {
+    world.core.jobs().all[&job].generation().number()
 }
 
 /// The worker of a rank is lost, and another one comes to its node.
-fn lose(world: &mut World, job: u64, rank: usize) {
+fn lose(world: &mut World, job: JobId, rank: usize) {
     let places = world.core.jobs().all[&job].running().unwrap().places.clone();
     let newest = world.core.members().map(|member| member.who.worker).max().unwrap();
     drop(world.step(Event::Detached { worker: places[rank] }));
@@ -23,7 +23,7 @@ fn lose(world: &mut World, job: u64, rank: usize) {
 }
 
 /// Passes until the job runs or is over.
-fn until_formed(world: &mut World, job: u64) {
+fn until_formed(world: &mut World, job: JobId) {
     for _ in 0..1_000 {
         let record = &world.core.jobs().all[&job];
         if record.running().is_some() || record.has_ended() {
@@ -35,7 +35,7 @@ fn until_formed(world: &mut World, job: u64) {
     panic!("{}", world.core.waiting_for(job));
 }
 
-fn outcome(world: &World, job: u64) -> String {
+fn outcome(world: &World, job: JobId) -> String {
     let record = &world.core.jobs().all[&job];
     assert_eq!(record.phase, Phase::Ended(End::Failed), "{record:?}");
     record.why.clone()
@@ -88,9 +88,9 @@ fn a_job_that_makes_a_step_between_losses_is_never_given_up() {
 fn checkpoint_of(world: &mut World, step: u64) {
     drop(save(world, step));
     let formed = world.core.jobs().all[&JOB].running().unwrap().clone();
-    let (job, generation, result) = (JOB, formed.generation, Ok(()));
+    let (formation, result) = (formed.id(JOB), Ok(()));
     let worker = formed.places[0];
-    drop(world.step(Event::Committed { worker, job, generation, position: Some(position(step)), result }));
+    drop(world.step(Event::Committed { worker, formation, position: Some(position(step)), result }));
     assert_eq!(world.core.jobs().all[&JOB].kept, step);
 }
 
@@ -258,12 +258,11 @@ fn a_commit_that_fails_is_its_workers_and_a_job_that_gets_nowhere_for_it_ends() 
     let commit = |world: &mut World, step| {
         drop(save(world, step));
         let formed = world.core.jobs().all[&JOB].running().unwrap().clone();
-        let (generation, result) = (formed.generation, Err("No space left on device".to_owned()));
+        let result = Err("No space left on device".to_owned());
         let worker = formed.places[0];
         drop(world.step(Event::Committed {
             worker,
-            job: JOB,
-            generation,
+            formation: formed.id(JOB),
             position: Some(position(step)),
             result,
         }));

@@ -17,7 +17,7 @@ fn attach(world: &mut World, rank: usize) -> Vec<Effect> {
 
 fn say(world: &mut World, event: RankEvent) -> Vec<Effect> {
     let rank = event.rank();
-    let from = RankAddress { job: JOB, generation: 3, rank };
+    let from = RankAddress { formation: of(3), rank };
     world.step(Event::Rank { worker: rank as u64 + 1, from, event: Box::new(event) })
 }
 
@@ -28,7 +28,7 @@ fn step_done(rank: usize, step: u64) -> RankEvent {
 
 fn released(effects: &[Effect]) -> Vec<u64> {
     let told = words(effects).into_iter();
-    told.filter(|(_, word)| matches!(word, Word::Release { job: JOB, generation: 3, .. }))
+    told.filter(|(_, word)| matches!(word, Word::Release { formation, .. } if *formation == of(3)))
         .map(|(to, _)| to)
         .collect()
 }
@@ -72,16 +72,17 @@ fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
     }
     drop(say(&mut world, saved(0)));
     let effects = say(&mut world, saved(1));
-    assert!(matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { job: JOB, generation: 3, .. })]));
+    assert!(
+        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(3))
+    );
     drop(world.pass(120_000, &[1, 2]));
     assert!(released(&world.step(Event::Tick)).is_empty(), "the commit takes its time");
     // A job of this state waits for the slots.
     drop(world.step(Event::Submit(spec(2, 0))));
-    let own = JobId::new(1, 99).bits();
+    let own = JobId::new(1, 99);
     assert!(world.core.jobs().all[&own].running().is_none());
-    let (job, generation, result) = (JOB, 3, Ok(()));
-    let effects =
-        world.step(Event::Committed { worker: 1, job, generation, position: Some(position(12)), result });
+    let (formation, result) = (of(3), Ok(()));
+    let effects = world.step(Event::Committed { worker: 1, formation, position: Some(position(12)), result });
     assert_eq!(released(&effects), [1, 2]);
     assert!(world.core.jobs().all[&own].running().is_some());
     // Nothing of it has become a fact but that the slots were used.
@@ -118,7 +119,7 @@ fn a_formation_with_ranks_it_cannot_have_is_let_go_at_once() {
     for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
         let mut world = fresh();
         let who = Introduction { worker: 1, slots: 1, ..Introduction::default() };
-        let hosted = vec![Hosted { job: JOB, generation: 3, ranks: vec![rank], world: world_size, steps: 9 }];
+        let hosted = vec![Hosted { formation: of(3), ranks: vec![rank], world: world_size, steps: 9 }];
         let (left, storage_mark) = (Vec::new(), "mark".into());
         let effects = world.step(Event::Attached {
             who: Box::new(who),
@@ -150,9 +151,8 @@ fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends
         shard: ShardFile::default(),
     };
     (0..2).for_each(|rank| drop(say(&mut world, saved(rank))));
-    let (job, generation, result) = (JOB, 3, Ok(()));
-    let effects =
-        world.step(Event::Committed { worker: 1, job, generation, position: Some(position(9)), result });
+    let (formation, result) = (of(3), Ok(()));
+    let effects = world.step(Event::Committed { worker: 1, formation, position: Some(position(9)), result });
     assert_eq!(released(&effects), [1, 2]);
     let record = &world.core.jobs().all[&JOB];
     assert_eq!(record.phase, Phase::Ended(End::Failed));
@@ -166,7 +166,7 @@ fn what_ranks_of_another_state_say_counts_for_no_job_of_the_same_number() {
     let mut world = fresh();
     (5..=6).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec(2, 0))));
-    let own = JobId::new(1, 99).bits();
+    let own = JobId::new(1, 99);
     assert_eq!(world.core.jobs().of_number(1), Ok(own));
     drop(attach(&mut world, 0));
     for rank in 0..2 {
@@ -185,9 +185,9 @@ fn a_formation_whose_slot_this_state_has_given_away_is_let_go_at_once() {
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0).identified(7, 100), 0);
     let effects = attach(&mut again, 0);
     assert_eq!(released(&effects), [1]);
-    let own = JobId::new(1, 99).bits();
+    let own = JobId::new(1, 99);
     let place = |wanted: &dyn Fn(&Word) -> bool| words(&effects).iter().position(|(_, word)| wanted(word));
     let released = place(&|word| matches!(word, Word::Release { .. }));
-    let assigned = place(&|word| matches!(word, Word::Assign { job, .. } if *job == own));
+    let assigned = place(&|word| matches!(word, Word::Assign { formation, .. } if formation.job == own));
     assert!(released.is_some() && released < assigned, "the slot is free before it is used: {effects:?}");
 }

@@ -8,7 +8,7 @@ fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
     for _ in 0..ms / BEAT_MS {
         world.now += BEAT_MS;
         for (rank, (operations, is_at_work)) in ranks.into_iter().enumerate() {
-            let address = RankAddress { job: JOB, generation: 1, rank };
+            let address = RankAddress { formation: of(1), rank };
             let progress = vec![Progress { rank: address, step: 3, operations, is_at_work }];
             effects.extend(world.step(Event::Beat { worker: rank as u64 + 1, progress }));
         }
@@ -61,7 +61,7 @@ fn ranks_that_all_wait_for_each_other_are_formed_anew_with_the_same_workers() {
     let effects = beat(&mut world, HANG_MS + BEAT_MS, [(14, false), (10, false)]);
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Refused { .. })));
     drop(world.pass(LEFT_MS, &[1, 2, 3]));
-    assert_eq!((world.places(), world.core.jobs().all[&JOB].generation()), (vec![1, 2], 2));
+    assert_eq!((world.places(), world.core.jobs().all[&JOB].generation().number()), (vec![1, 2], 2));
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn ranks_that_have_been_slow_before_are_given_ten_times_as_long() {
     drop(beat(&mut world, 1_000, [(14, false), (11, true)]));
     let slow = [(14, false), (11, true)];
     drop(beat(&mut world, HANG_GAPS * 20_000 - 1_000, slow));
-    assert_eq!(world.core.jobs().all[&JOB].generation(), 1);
+    assert_eq!(world.core.jobs().all[&JOB].generation().number(), 1);
     drop(beat(&mut world, 2_000, slow));
     assert_eq!(world.core.jobs().all[&JOB].losses, 1);
 }
@@ -84,7 +84,7 @@ fn a_rank_that_hangs_while_nobody_trains_is_not_judged() {
     drop(world.step(Event::Submit(spec(2, 0))));
     drop(world.event(0, RankEvent::Ready { rank: 0 }));
     drop(beat(&mut world, 2 * HANG_MS, [(0, false), (0, true)]));
-    assert_eq!(world.core.jobs().all[&JOB].generation(), 1);
+    assert_eq!(world.core.jobs().all[&JOB].generation().number(), 1);
     assert!(world.core.member(2).is_some());
 }
 
@@ -93,7 +93,7 @@ fn what_is_told_of_an_earlier_formation_moves_no_mark() {
     let mut world = hanging();
     for _ in 0..HANG_MS / BEAT_MS {
         drop(beat(&mut world, BEAT_MS, [(14, false), (10, true)]));
-        let address = RankAddress { job: JOB, generation: 0, rank: 1 };
+        let address = RankAddress { formation: of(0), rank: 1 };
         let progress = vec![Progress { rank: address, step: 9, operations: world.now, is_at_work: true }];
         drop(world.step(Event::Beat { worker: 2, progress }));
     }

@@ -1,5 +1,6 @@
 //! What a job goes on from when a rank is lost: the memory of its workers, or the newest checkpoint.
 
+use contraflow_runtime::topology::Generation;
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::*;
@@ -7,6 +8,7 @@ use crate::recovery::InMemory;
 
 /// Rank 0's part on workers 1 and 2, rank 1's on 2 and 1; the step after is not acknowledged yet.
 fn keep_everywhere(world: &mut World, generation: u32, step: u64) {
+    let generation = Generation::new(generation);
     let shard = |step, rank| KeptShard { generation, step, rank };
     world.kept.insert(1, vec![shard(step, 0), shard(step, 1), shard(step + 1, 0)]);
     world.kept.insert(2, vec![shard(step, 1), shard(step, 0), shard(step + 1, 1)]);
@@ -23,8 +25,8 @@ fn a_lost_rank_costs_no_step_that_its_buddy_has() {
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
     let again = formed(&world);
-    assert_eq!((again.generation, again.places, again.resume_step), (2, vec![1, 3], 6));
-    assert_eq!(again.memory, Some(InMemory { generation: 1, step: 6, holders: vec![0, 0] }));
+    assert_eq!((again.generation.number(), again.places, again.resume_step), (2, vec![1, 3], 6));
+    assert_eq!(again.memory, Some(InMemory { generation: Generation::FIRST, step: 6, holders: vec![0, 0] }));
     let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
     assert!(effects.iter().any(said), "{effects:?}");
 }
@@ -38,13 +40,13 @@ fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memor
     // Nor is it formed again at once.
     drop(world.pass(LEASE_MS + 1_000 + TICK_MS, &[1, 4]));
     let again = formed(&world);
-    assert_eq!((again.generation, again.places, again.resume_step), (3, vec![1, 4], 6));
+    assert_eq!((again.generation.number(), again.places, again.resume_step), (3, vec![1, 4], 6));
     // What generation 1 made beyond that step is of no history any more.
-    let shard = |step, rank| KeptShard { generation: 1, step, rank };
+    let shard = |step, rank| KeptShard { generation: Generation::FIRST, step, rank };
     world.kept.insert(1, vec![shard(7, 0), shard(7, 1)]);
     drop(world.attach(5, Vec::new()));
     drop(world.pass(LEASE_MS + 2_000 + TICK_MS, &[1, 5]));
-    assert_eq!((formed(&world).generation, formed(&world).resume_step), (4, 0));
+    assert_eq!((formed(&world).generation.number(), formed(&world).resume_step), (4, 0));
 }
 
 #[test]
@@ -52,10 +54,10 @@ fn owner_and_buddy_lost_is_said_aloud_and_the_checkpoint_taken() {
     let mut world = training();
     checkpoint(&mut world, 4);
     keep_everywhere(&mut world, 1, 6);
-    world.kept.insert(1, vec![KeptShard { generation: 1, step: 6, rank: 0 }]);
+    world.kept.insert(1, vec![KeptShard { generation: Generation::FIRST, step: 6, rank: 0 }]);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
     let again = formed(&world);
-    assert_eq!((again.generation, again.resume_step, again.memory), (2, 4, None));
+    assert_eq!((again.generation.number(), again.resume_step, again.memory), (2, 4, None));
     let said = effects.iter().find_map(|effect| match effect {
         Effect::Log { line, .. } if line.contains("checkpoint of step 4") => Some(line),
         _ => None,
@@ -85,7 +87,7 @@ fn who_does_not_say_what_it_keeps_is_not_waited_for_for_ever() {
     }
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
     drop(world.pass(LEFT_MS, &[1, 3]));
-    assert_eq!(formed(&world).generation, 2);
+    assert_eq!(formed(&world).generation.number(), 2);
 }
 
 #[test]
@@ -102,7 +104,7 @@ fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
     drop(again.attach(3, Vec::new()));
     assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { job: JOB, generation: 1, kept: world.kept[&1].clone() }];
+    let left = vec![Left { formation: of(1), kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
     drop(again.step(Event::Attached {
         who: Box::new(who),
@@ -112,7 +114,7 @@ fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
         incarnation: 0,
         storage_mark,
     }));
-    assert_eq!((formed(&again).generation, formed(&again).resume_step), (2, 6));
+    assert_eq!((formed(&again).generation.number(), formed(&again).resume_step), (2, 6));
 }
 
 #[test]
@@ -133,12 +135,12 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
     drop(world.event(0, diverged(0)));
     let effects = world.event(1, diverged(1));
     let told = words(&effects);
-    let lets_go = |(_, word): &(u64, &Word)| matches!(word, Word::Release { generation: 1, keep: false, .. });
+    let lets_go = |(_, word): &(u64, &Word)| matches!(word, Word::Release { formation, keep: false, .. } if *formation == of(1));
     assert_eq!(told.iter().filter(|told| lets_go(told)).count(), 2);
     assert_eq!((formed(&world).resume_step, formed(&world).cursor, formed(&world).memory), (4, 56, None));
     // Somebody who has missed it is told when it says what it keeps.
-    let shard = KeptShard { generation: 1, step: 6, rank: 1 };
-    let left = Left { job: JOB, generation: 1, kept: vec![shard] };
+    let shard = KeptShard { generation: Generation::FIRST, step: 6, rank: 1 };
+    let left = Left { formation: of(1), kept: vec![shard] };
     let effects = world.step(Event::Left { worker: 3, left });
     assert!(words(&effects).iter().any(lets_go));
 }
@@ -151,7 +153,7 @@ fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring
     // Its stream breaks before it has heard of the new formation, and it tells once more what it keeps.
     drop(world.step(Event::Detached { worker: 1 }));
     let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { job: JOB, generation: 1, kept: world.kept[&1].clone() }];
+    let left = vec![Left { formation: of(1), kept: world.kept[&1].clone() }];
     let storage_mark = "mark".into();
     let effects = world.step(Event::Attached {
         who: Box::new(who),
@@ -162,9 +164,8 @@ fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring
         storage_mark,
     });
     let told = words(&effects);
-    assert!(
-        told.iter().any(|(worker, word)| *worker == 1 && matches!(word, Word::Assign { generation: 2, .. }))
-    );
+    assert!(told.iter().any(|(worker, word)| *worker == 1
+        && matches!(word, Word::Assign { formation, .. } if *formation == of(2))));
     assert!(!told.iter().any(|(_, word)| matches!(word, Word::Release { .. })), "{told:?}");
 }
 
@@ -176,7 +177,7 @@ fn a_job_that_keeps_nothing_in_memory_waits_for_no_word_of_it() {
     assert!(formed(&world).buddies.is_empty());
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
-    assert_eq!((formed(&world).generation, formed(&world).memory), (2, None));
+    assert_eq!((formed(&world).generation.number(), formed(&world).memory), (2, None));
 }
 
 #[test]
@@ -186,13 +187,13 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
-    let expected = Word::WriteDown { job: JOB, generation: 1, of: (1, 6), ranks: vec![0, 1] };
+    let expected = Word::WriteDown { formation: of(1), of: (Generation::FIRST, 6), ranks: vec![0, 1] };
     let orders: Vec<_> =
         words(&effects).into_iter().filter(|(_, word)| matches!(word, Word::WriteDown { .. })).collect();
     assert_eq!(orders, [(1, &expected)]);
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
     let say = |world: &mut World, rank: usize, event: RankEvent| {
-        let from = RankAddress { job: JOB, generation: 1, rank };
+        let from = RankAddress { formation: of(1), rank };
         world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
     };
     let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
@@ -207,7 +208,7 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
     assert_eq!(say(&mut world, 0, saved(0)), []);
     let effects = say(&mut world, 1, saved(1));
     assert!(
-        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { generation: 1, .. })]),
+        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(1)),
         "{effects:?}"
     );
     committed(&mut world, 6);
@@ -222,7 +223,7 @@ fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
-    let from = RankAddress { job: JOB, generation: 1, rank: 1 };
+    let from = RankAddress { formation: of(1), rank: 1 };
     let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
     let event = Box::new(RankEvent::Failed { rank: 1, action, cause, kind: ErrorKind::Config });
     let effects = world.step(Event::Rank { worker: 1, from, event });

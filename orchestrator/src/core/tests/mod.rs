@@ -16,7 +16,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
@@ -24,11 +24,16 @@ use super::*;
 use crate::recovery::KeptShard;
 
 /// The first job, and the second one.
-const JOB: u64 = JobId::new(1, 0).bits();
-const SECOND: u64 = JobId::new(2, 0).bits();
+const JOB: JobId = JobId::new(1, 0);
+const SECOND: JobId = JobId::new(2, 0);
 
-fn id(number: u64) -> u64 {
-    JobId::new(number, 0).bits()
+fn id(number: u64) -> JobId {
+    JobId::new(number, 0)
+}
+
+/// A formation of the first job.
+fn of(generation: u32) -> FormationId {
+    FormationId::new(JOB, Generation::new(generation))
 }
 
 const RECIPE: &str = "
@@ -102,7 +107,7 @@ impl World {
 
     fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
         let formed = self.core.jobs().all[&JOB].formed.clone().unwrap();
-        let from = RankAddress { job: JOB, generation: formed.generation, rank };
+        let from = RankAddress { formation: formed.id(JOB), rank };
         self.step(Event::Rank { worker: formed.places[rank], from, event: Box::new(event) })
     }
 
@@ -127,9 +132,9 @@ impl World {
     fn answers(&self, effects: &[Effect], beating: &[u64]) -> Vec<Event> {
         let asked = words(effects).into_iter().filter(|(worker, _)| beating.contains(worker));
         let answer = |(worker, word): (u64, &Word)| match *word {
-            Word::Release { job, generation, keep: true, .. } => {
+            Word::Release { formation, keep: true, .. } => {
                 let kept = self.kept.get(&worker).cloned().unwrap_or_default();
-                Some(Event::Left { worker, left: Left { job, generation, kept } })
+                Some(Event::Left { worker, left: Left { formation, kept } })
             }
             _ => None,
         };
@@ -143,7 +148,7 @@ impl World {
 
 /// Ranks of a generation of the first job, of two ranks.
 fn hosted(generation: u32, ranks: &[usize]) -> Vec<Hosted> {
-    vec![Hosted { job: JOB, generation, ranks: ranks.to_vec(), world: 2, steps: 9 }]
+    vec![Hosted { formation: of(generation), ranks: ranks.to_vec(), world: 2, steps: 9 }]
 }
 
 fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
@@ -200,9 +205,9 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
 
 /// The commit of a checkpoint is told.
 fn committed(world: &mut World, step: u64) {
-    let (job, generation, result) = (JOB, world.core.jobs().all[&JOB].generation(), Ok(()));
+    let (formation, result) = (FormationId::new(JOB, world.core.jobs().all[&JOB].generation()), Ok(()));
     let position = Some(position(step));
-    drop(world.step(Event::Committed { worker: 1, job, generation, position, result }));
+    drop(world.step(Event::Committed { worker: 1, formation, position, result }));
 }
 
 fn checkpoint(world: &mut World, step: u64) {
@@ -239,10 +244,12 @@ fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one
     assert_eq!(world.places(), [1, 3]);
     let record = &world.core.jobs().all[&JOB];
     let formed = record.formed.as_ref().unwrap();
-    assert_eq!((formed.generation, formed.resume_step, record.losses), (2, 4, 1));
+    assert_eq!((formed.generation.number(), formed.resume_step, record.losses), (2, 4, 1));
     let told = words(&effects);
     let released = |worker| {
-        told.iter().any(|(to, word)| *to == worker && matches!(word, Word::Release { generation: 1, .. }))
+        told.iter().any(|(to, word)| {
+            *to == worker && matches!(word, Word::Release { formation, .. } if *formation == of(1))
+        })
     };
     assert!(released(1) && released(2));
     let broken = world.facts.iter().find_map(|fact| match fact {
@@ -262,7 +269,7 @@ fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
     let effects = world.attach(2, hosted(1, &[1]));
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
     drop(world.pass(2 * LEASE_MS, &[1, 2, 3]));
-    assert_eq!((world.places(), world.core.jobs().all[&JOB].generation()), (vec![1, 2], 1));
+    assert_eq!((world.places(), world.core.jobs().all[&JOB].generation().number()), (vec![1, 2], 1));
 }
 
 #[test]
@@ -292,14 +299,14 @@ fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
     drop(world.event(0, lost));
     drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
     let record = &world.core.jobs().all[&JOB];
-    assert_eq!((world.places(), record.generation(), record.losses), (vec![1, 2], 2, 0));
+    assert_eq!((world.places(), record.generation().number(), record.losses), (vec![1, 2], 2, 0));
 }
 
 #[test]
 fn what_an_earlier_generation_says_is_dropped() {
     let mut world = training();
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
-    let stale = RankAddress { job: JOB, generation: 1, rank: 1 };
+    let stale = RankAddress { formation: of(1), rank: 1 };
     let ready = Box::new(RankEvent::Ready { rank: 1 });
     drop(world.step(Event::Rank { worker: 2, from: stale, event: ready }));
     drop(world.event(0, RankEvent::Ready { rank: 0 }));
@@ -322,11 +329,11 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     drop(again.pass(1_000, &[1]));
     // The other worker never got its assignment: it is said again.
     let effects = again.attach(2, Vec::new());
-    let expected = Word::Assign { job: JOB, generation: 1, ranks: vec![1] };
+    let expected = Word::Assign { formation: of(1), ranks: vec![1] };
     assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
     drop(again.event(1, RankEvent::Ready { rank: 1 }));
     assert!(again.core.is_training(JOB));
-    assert_eq!(again.core.jobs().all[&JOB].generation(), 1);
+    assert_eq!(again.core.jobs().all[&JOB].generation().number(), 1);
 }
 
 #[test]
@@ -429,7 +436,7 @@ fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later()
     assert_eq!((jobs[&JOB].phase.clone(), jobs[&SECOND].phase.clone()), (Phase::Queued, Phase::Formed));
     drop(world.step(Event::Cancel { job: SECOND, reason: String::new() }));
     let formed = world.core.jobs().all[&JOB].running().unwrap();
-    assert_eq!((formed.generation, formed.resume_step), (2, 5));
+    assert_eq!((formed.generation.number(), formed.resume_step), (2, 5));
 }
 
 #[test]
@@ -446,7 +453,7 @@ fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_r
     assert_eq!(places, [1, 3]);
     assert_eq!(world.core.jobs().all[&JOB].losses, 0);
     drop(world.step(Event::Detached { worker: 2 }));
-    assert_eq!(world.core.jobs().all[&JOB].generation(), 2);
+    assert_eq!(world.core.jobs().all[&JOB].generation().number(), 2);
 }
 
 #[test]

@@ -29,7 +29,7 @@ fn submit(world: &mut World, ranks: usize, rank_bytes: u64) {
     drop(world.step(Event::Submit(Box::new(JobSpec { rank_bytes, ..*spec(ranks, 0) }))));
 }
 
-fn places(world: &World, job: u64) -> Vec<u64> {
+fn places(world: &World, job: JobId) -> Vec<u64> {
     world.core.jobs().all[&job].running().map_or_else(Vec::new, |formed| formed.places.clone())
 }
 

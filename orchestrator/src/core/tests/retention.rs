@@ -2,11 +2,11 @@
 
 use super::*;
 
-fn cancel(world: &mut World, job: u64) {
+fn cancel(world: &mut World, job: JobId) {
     drop(world.step(Event::Cancel { job, reason: String::new() }));
 }
 
-fn forgotten(facts: &[Fact]) -> Vec<u64> {
+fn forgotten(facts: &[Fact]) -> Vec<JobId> {
     facts
         .iter()
         .filter_map(|fact| match fact {
@@ -28,7 +28,7 @@ fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
     assert!(forgotten(&world.facts).is_empty());
     [5, 3].into_iter().for_each(|number| cancel(&mut world, id(number)));
     assert_eq!(forgotten(&world.facts), [4, 2].map(id), "as they ended, not as they came");
-    let known: Vec<u64> = world.core.jobs().all.keys().copied().collect();
+    let known: Vec<JobId> = world.core.jobs().all.keys().copied().collect();
     assert_eq!(known, [1, 3, 5].map(id), "the first one runs");
     // The key of a job that is forgotten stands for a new one, with a number of its own; that of a known one does not.
     for (key, newest) in [("key 5", 5), ("key 4", 6)] {
