@@ -12,7 +12,7 @@ use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::trace::{self, TraceContext};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::batches::Datasets;
@@ -132,7 +132,9 @@ impl Cluster {
                 trace: trace::current(),
                 probe: probe.clone(),
             });
-            worker_actor.cast(WorkerMessage::Host { rank, assignment }).map_err(|error| error.to_string())?;
+            worker_actor
+                .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
+                .map_err(|error| error.to_string())?;
         }
         Ok(Cluster { job, ended, network })
     }

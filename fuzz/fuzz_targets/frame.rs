@@ -6,7 +6,7 @@ use std::io::{Read, Result, Write};
 use contraflow_fuzz as _;
 use contraflow_runtime::fabric::handshake::{self, Carrier, Hello};
 use contraflow_runtime::fabric::wire;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use libfuzzer_sys::fuzz_target;
 
 /// Says what the fuzzer wants and hears nothing.
@@ -57,8 +57,8 @@ fuzz_target!(|bytes: &[u8]| {
         version: wire::VERSION,
         carrier: Carrier::Socket,
         formation: FormationId::new(JobId::new(1, 0), Generation::new(2)),
-        from: 3,
-        to: 4,
+        from: Rank::new(3),
+        to: Rank::new(4),
         nonce: [5; handshake::HASH_BYTES],
     };
     assert!(handshake::connect(&mut Stranger(bytes), &own, &SECRET).is_err(), "let in without the secret");

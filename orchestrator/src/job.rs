@@ -8,6 +8,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::watch::{Divergence, Watch};
 
 /// What a job is made with.
@@ -31,7 +32,7 @@ pub enum Effect {
     /// Tell a rank.
     Command {
         /// Whom.
-        rank: usize,
+        rank: Rank,
         /// What.
         command: RankCommand,
     },
@@ -89,20 +90,20 @@ pub enum Outcome {
 #[derive(Debug, PartialEq)]
 enum State {
     Starting {
-        ready: BTreeSet<usize>,
+        ready: BTreeSet<Rank>,
     },
     /// `done` are the ranks that have made their last step: the recipe's, or the one they have agreed to stop after.
     Training {
-        done: BTreeSet<usize>,
+        done: BTreeSet<Rank>,
         /// By rank, what the watch has stopped the step with: on every rank the same.
-        diverged: BTreeMap<usize, Outcome>,
+        diverged: BTreeMap<Rank, Outcome>,
     },
     Validating {
-        losses: BTreeMap<usize, f64>,
+        losses: BTreeMap<Rank, f64>,
     },
     Exporting {
         validation: Option<(f64, u64)>,
-        files: BTreeMap<usize, ExportedFile>,
+        files: BTreeMap<Rank, ExportedFile>,
     },
     /// The weights are on disk and are being given their name.
     Placing {
@@ -111,7 +112,7 @@ enum State {
     },
     /// A rank has failed, or somebody has cancelled; the ranks have been told to stop.
     Aborting {
-        waiting: BTreeSet<usize>,
+        waiting: BTreeSet<Rank>,
         outcome: Outcome,
     },
     Over,
@@ -127,7 +128,7 @@ pub struct Job {
     /// Somebody wants the run to stop between two steps.
     is_stopping: bool,
     /// Checkpoints of which some ranks have written their part.
-    shards: BTreeMap<u64, BTreeMap<usize, ShardFile>>,
+    shards: BTreeMap<u64, BTreeMap<Rank, ShardFile>>,
     /// Checkpoints that are whole, in order; the first is being committed. One at a time: a commit also drops old ones.
     whole: VecDeque<(Position, Watch, Vec<ShardFile>)>,
     /// The newest committed checkpoint of this run.
@@ -160,12 +161,9 @@ impl Job {
 
     /// What the job is about, and whom it waits for, in words.
     pub fn describe(&self) -> String {
-        let missing = |present: &BTreeSet<usize>| {
-            let missing: Vec<String> = (0..self.setup.world)
-                .filter(|rank| !present.contains(rank))
-                .map(|rank| rank.to_string())
-                .collect();
-            missing.join(", ")
+        let list = |ranks: Vec<Rank>| ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ");
+        let missing = |present: &BTreeSet<Rank>| {
+            list(Rank::all(self.setup.world).filter(|rank| !present.contains(rank)).collect())
         };
         match &self.state {
             State::Starting { ready } => format!("starting, waiting for rank {}", missing(ready)),
@@ -180,14 +178,16 @@ impl Job {
                 format!("writing the weights, waiting for rank {}", missing(&files.keys().copied().collect()))
             }
             State::Placing { .. } => "putting the weights in place".into(),
-            State::Aborting { waiting, .. } => format!("stopping, waiting for rank {waiting:?}"),
+            State::Aborting { waiting, .. } => {
+                format!("stopping, waiting for rank {{{}}}", list(waiting.iter().copied().collect()))
+            }
             State::Over => "over".into(),
         }
     }
 
     /// What the job has asked these ranks for and not been told of yet, once more: they may not have heard it. What is to be
     /// put in place goes with rank 0.
-    pub fn repeat(&self, ranks: &[usize]) -> Vec<Effect> {
+    pub fn repeat(&self, ranks: &[Rank]) -> Vec<Effect> {
         let to_all = |command: RankCommand| self.repeat_to(ranks, |_| true, &command);
         let dir = || self.setup.export_dir.clone().unwrap_or_default();
         let mut effects = match &self.state {
@@ -206,7 +206,7 @@ impl Job {
             State::Exporting { files, .. } => {
                 self.repeat_to(ranks, |rank| !files.contains_key(rank), &RankCommand::Export { dir: dir() })
             }
-            State::Placing { files, .. } if ranks.contains(&0) => {
+            State::Placing { files, .. } if ranks.contains(&Rank::ZERO) => {
                 vec![Effect::PlaceWeights { dir: dir(), files: files.clone() }]
             }
             State::Placing { .. } => Vec::new(),
@@ -214,7 +214,7 @@ impl Job {
                 self.repeat_to(ranks, |rank| waiting.contains(rank), &abort_command(outcome))
             }
         };
-        if ranks.contains(&0) {
+        if ranks.contains(&Rank::ZERO) {
             effects.extend(self.commit_next());
         }
         effects
@@ -222,8 +222,8 @@ impl Job {
 
     fn repeat_to(
         &self,
-        ranks: &[usize],
-        is_due: impl Fn(&usize) -> bool,
+        ranks: &[Rank],
+        is_due: impl Fn(&Rank) -> bool,
         command: &RankCommand,
     ) -> Vec<Effect> {
         let due = ranks.iter().filter(|rank| is_due(rank));
@@ -271,7 +271,7 @@ impl Job {
             }
             (_, RankEvent::Failed { rank, action, cause, kind }) => {
                 let message = format!("rank {rank}, {action}: {cause}");
-                let others = (0..world).filter(|&other| other != rank).collect();
+                let others = Rank::all(world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind })
             }
             (_, RankEvent::ShardSaved { rank, position, watch, shard }) => {
@@ -293,7 +293,7 @@ impl Job {
                 self.leave_training()
             }
             (_, RankEvent::StepDone { report }) => {
-                let (rank, step) = (report.rank as usize, report.step);
+                let (rank, step) = (Rank::new(report.rank), report.step);
                 let mut effects = vec![Effect::Record(report)];
                 if step == self.setup.steps {
                     // As if the ranks had agreed to stop after it.
@@ -328,7 +328,7 @@ impl Job {
             (_, RankEvent::Aborted { rank }) => {
                 // On the word of an earlier orchestrator, which did not live to keep what came of it.
                 let message = format!("rank {rank} has given up");
-                let others = (0..world).filter(|&other| other != rank).collect();
+                let others = Rank::all(world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind: ErrorKind::Lost })
             }
             (_, RankEvent::Ready { .. }) => Vec::new(),
@@ -339,7 +339,7 @@ impl Job {
         }
     }
 
-    fn last_step_made(&mut self, rank: usize, step: u64) -> Vec<Effect> {
+    fn last_step_made(&mut self, rank: Rank, step: u64) -> Vec<Effect> {
         if let State::Training { done, .. } = &mut self.state {
             done.insert(rank);
         }
@@ -366,7 +366,7 @@ impl Job {
 
     fn shard_saved(
         &mut self,
-        rank: usize,
+        rank: Rank,
         (position, watch): (Position, Watch),
         shard: ShardFile,
     ) -> Vec<Effect> {
@@ -457,10 +457,10 @@ impl Job {
     }
 
     fn abort_all(&mut self, outcome: Outcome) -> Vec<Effect> {
-        self.abort((0..self.setup.world).collect(), outcome)
+        self.abort(Rank::all(self.setup.world).collect(), outcome)
     }
 
-    fn abort(&mut self, waiting: BTreeSet<usize>, outcome: Outcome) -> Vec<Effect> {
+    fn abort(&mut self, waiting: BTreeSet<Rank>, outcome: Outcome) -> Vec<Effect> {
         if waiting.is_empty() {
             return self.end(outcome);
         }
@@ -494,7 +494,7 @@ impl Job {
     }
 
     fn everyone(&self, command: &RankCommand) -> Vec<Effect> {
-        (0..self.setup.world).map(|rank| Effect::Command { rank, command: command.clone() }).collect()
+        Rank::all(self.setup.world).map(|rank| Effect::Command { rank, command: command.clone() }).collect()
     }
 }
 

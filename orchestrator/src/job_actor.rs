@@ -7,6 +7,7 @@ use std::time::Duration;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::placed_weights::place_weights;
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
@@ -19,7 +20,7 @@ use crate::metrics::{Metrics, MetricsMessage, Subscriber};
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Takes a command to a rank.
-pub type SendCommand = Arc<dyn Fn(usize, RankCommand) + Send + Sync>;
+pub type SendCommand = Arc<dyn Fn(Rank, RankCommand) + Send + Sync>;
 
 /// What the job hears.
 pub enum JobMessage {

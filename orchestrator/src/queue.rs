@@ -52,7 +52,7 @@ pub struct Running {
 pub enum Decision {
     /// The job takes free slots now.
     Start {
-        /// Which job.
+        /// Fits into what is free.
         job: JobId,
         /// Whether ahead of its turn; to be kept with the running job.
         on_loan: bool,
@@ -66,7 +66,7 @@ pub enum Decision {
     },
     /// The job stays in line.
     Wait {
-        /// Which job.
+        /// Keeps its place.
         job: JobId,
         /// For the user.
         reason: String,

@@ -2,7 +2,7 @@
 //! their inventories. Knows no clock and no word; who asks for inventories is the core.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
-use contraflow_runtime::topology::Generation;
+use contraflow_runtime::topology::{Generation, Rank};
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ pub struct KeptShard {
     /// The step.
     pub step: u64,
     /// Whose part.
-    pub rank: usize,
+    pub rank: Rank,
 }
 
 /// The state after a step, whole in memory, and who brings it to the ranks of the formation that goes on from it.
@@ -26,7 +26,7 @@ pub struct InMemory {
     /// The step.
     pub step: u64,
     /// By rank of the state: the rank of the new formation whose worker has that part. The rank itself wherever it can be.
-    pub holders: Vec<usize>,
+    pub holders: Vec<Rank>,
 }
 
 /// The newest step of which every rank's part survives, for a formation of the same axes at these `places`; the error is a
@@ -37,20 +37,20 @@ pub fn newest_whole(
     kept: &BTreeMap<u64, Vec<KeptShard>>,
     places: &[u64],
     counts: impl Fn(Generation, u64) -> bool,
-) -> Result<InMemory, Option<usize>> {
+) -> Result<InMemory, Option<Rank>> {
     // Only whoever is in the new formation can bring a part to it.
-    let mut rank_at: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut rank_at: BTreeMap<u64, Rank> = BTreeMap::new();
     for (rank, &worker) in places.iter().enumerate() {
-        rank_at.entry(worker).or_insert(rank);
+        rank_at.entry(worker).or_insert(Rank::at(rank));
     }
-    let mut versions: BTreeMap<(u64, Generation), Vec<Option<usize>>> = BTreeMap::new();
+    let mut versions: BTreeMap<(u64, Generation), Vec<Option<Rank>>> = BTreeMap::new();
     for (worker, shards) in kept {
         let Some(&bringer) = rank_at.get(worker) else { continue };
         for shard in shards.iter().filter(|shard| counts(shard.generation, shard.step)) {
             let holders = versions.entry((shard.step, shard.generation));
             let holders = holders.or_insert_with(|| vec![None; places.len()]);
-            let is_own = places.get(shard.rank) == Some(worker);
-            match holders.get_mut(shard.rank) {
+            let is_own = places.get(shard.rank.index()) == Some(worker);
+            match holders.get_mut(shard.rank.index()) {
                 Some(holder) if is_own => *holder = Some(shard.rank),
                 Some(holder) => drop(holder.get_or_insert(bringer)),
                 None => {}
@@ -59,9 +59,9 @@ pub fn newest_whole(
     }
     let mut missing = None;
     for ((step, generation), holders) in versions.into_iter().rev() {
-        match holders.iter().copied().collect::<Option<Vec<usize>>>() {
+        match holders.iter().copied().collect::<Option<Vec<Rank>>>() {
             Some(holders) => return Ok(InMemory { generation, step, holders }),
-            None => missing = missing.or(holders.iter().position(Option::is_none)),
+            None => missing = missing.or(holders.iter().position(Option::is_none).map(Rank::at)),
         }
     }
     Err(missing)
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     fn shard(generation: u32, step: u64, rank: usize) -> KeptShard {
-        KeptShard { generation: Generation::new(generation), step, rank }
+        KeptShard { generation: Generation::new(generation), step, rank: Rank::at(rank) }
     }
 
     /// Three ranks on workers 1, 2, 3, each kept by the next worker too; step 7 is acknowledged, step 8 only half.
@@ -89,7 +89,10 @@ mod tests {
     #[test]
     fn all_survive_and_the_newest_step_is_everybodys_own() {
         let whole = newest_whole(&inventories(), &[1, 2, 3], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 8, holders: vec![0, 1, 2] });
+        assert_eq!(
+            whole,
+            InMemory { generation: Generation::FIRST, step: 8, holders: [0, 1, 2].map(Rank::new).into() }
+        );
     }
 
     #[test]
@@ -98,11 +101,17 @@ mod tests {
         kept.remove(&1);
         // Worker 4 is fresh. Of step 8 rank 0 is with its buddy already.
         let whole = newest_whole(&kept, &[4, 2, 3], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 8, holders: vec![1, 1, 2] });
+        assert_eq!(
+            whole,
+            InMemory { generation: Generation::FIRST, step: 8, holders: [1, 1, 2].map(Rank::new).into() }
+        );
         let mut kept = inventories();
         kept.remove(&3);
         let whole = newest_whole(&kept, &[1, 2, 4], |_, _| true).unwrap();
-        assert_eq!(whole, InMemory { generation: Generation::FIRST, step: 7, holders: vec![0, 1, 0] });
+        assert_eq!(
+            whole,
+            InMemory { generation: Generation::FIRST, step: 7, holders: [0, 1, 0].map(Rank::new).into() }
+        );
     }
 
     #[test]
@@ -110,7 +119,7 @@ mod tests {
         let mut kept = inventories();
         kept.remove(&1);
         kept.remove(&2);
-        assert_eq!(newest_whole(&kept, &[4, 5, 3], |_, _| true), Err(Some(0)));
+        assert_eq!(newest_whole(&kept, &[4, 5, 3], |_, _| true), Err(Some(Rank::ZERO)));
         assert_eq!(newest_whole(&BTreeMap::new(), &[4, 5, 3], |_, _| true), Err(None));
     }
 
@@ -147,7 +156,7 @@ mod tests {
                 Ok(found) => {
                     let generation = found.generation.number();
                     prop_assert_eq!(Some((found.step, generation)), newest);
-                    for (rank, &holder) in found.holders.iter().enumerate() {
+                    for (rank, holder) in found.holders.iter().map(|holder| holder.index()).enumerate() {
                         let wanted = shard(generation, found.step, rank);
                         prop_assert!(has(places[holder], wanted));
                         prop_assert!(holder == rank || !has(places[rank], wanted));

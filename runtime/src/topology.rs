@@ -7,7 +7,7 @@
 mod ids;
 mod job_id;
 
-pub use ids::{FormationId, Generation};
+pub use ids::{FormationId, Generation, Rank};
 pub use job_id::JobId;
 
 pub mod collective;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use contraflow_orchestrator::server::access::{Role, Token};
 use contraflow_proto::v1;
 use contraflow_runtime::fabric::handshake::{Carrier, Hello};
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use tonic::codegen::tokio_stream;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Code, Request, Status};
@@ -160,7 +160,8 @@ fn replay(cluster: &Cluster, job: &str, address: &str) {
         blake3::Hasher::new_keyed(&key).update(&id.to_le_bytes()).update(&1_u32.to_le_bytes()).finalize();
     let (version, nonce) = (contraflow_runtime::fabric::wire::VERSION, [9; 32]);
     let formation = FormationId::new(JobId::of(id), Generation::FIRST);
-    let hello = Hello { version, carrier: Carrier::Socket, formation, from: 0, to: 1, nonce };
+    let hello =
+        Hello { version, carrier: Carrier::Socket, formation, from: Rank::ZERO, to: Rank::new(1), nonce };
     let proof = |who: &[u8], nonce: &[u8]| {
         blake3::Hasher::new_keyed(secret.as_bytes())
             .update(who)

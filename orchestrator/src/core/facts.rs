@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::{FormationId, Generation, JobId, Topology};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topology};
 use serde::{Deserialize, Serialize};
 
 use crate::recovery::InMemory;
@@ -108,7 +108,7 @@ pub struct Formed {
     pub generation: Generation,
     /// Axes of this formation.
     pub topology: Topology,
-    /// By rank, the worker.
+    /// By rank, the worker; see [`Formed::place_of`].
     pub places: Vec<u64>,
     /// Step that it goes on from; 0: a fresh start.
     pub resume_step: u64,
@@ -117,7 +117,7 @@ pub struct Formed {
     pub memory: Option<InMemory>,
     /// By rank, the rank whose worker keeps its state too; empty where nobody does.
     #[serde(default)]
-    pub buddies: Vec<usize>,
+    pub buddies: Vec<Rank>,
     /// Sequences used, where that is more than the checkpoint says; else 0.
     pub cursor: u64,
     /// Measured peak of the cores that its ranks compute on; 0 where nobody has measured it. **Units**: FLOP/s.
@@ -130,6 +130,16 @@ pub struct Formed {
 }
 
 impl Formed {
+    /// The worker of a rank, if there is such a rank.
+    pub fn place_of(&self, rank: Rank) -> Option<u64> {
+        self.places.get(rank.index()).copied()
+    }
+
+    /// Its ranks and their workers, in order.
+    pub fn ranks(&self) -> impl Iterator<Item = (Rank, u64)> {
+        self.places.iter().enumerate().map(|(index, &worker)| (Rank::at(index), worker))
+    }
+
     /// As one of this job's.
     pub fn id(&self, job: JobId) -> FormationId {
         FormationId::new(job, self.generation)
@@ -156,19 +166,19 @@ pub enum Fact {
     },
     /// A job has its ranks.
     Formed {
-        /// Its id.
+        /// Was in line, or had lost its formation.
         job: JobId,
         /// Where.
         formed: Formed,
     },
     /// A formation is over and the job is not.
     Broken {
-        /// Its id.
+        /// Keeps its claim to ranks.
         job: JobId,
         /// Of the formation.
         generation: Generation,
         /// Ranks that were lost; none where the same workers form anew.
-        lost: Vec<usize>,
+        lost: Vec<Rank>,
         /// The furthest step that it is known to have made; that which it went on from if none.
         reached: u64,
         /// Whether it counts as one that came to nothing: it made no step, and nobody else is to blame for its end.
@@ -180,14 +190,14 @@ pub enum Fact {
     },
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
-        /// Its id.
+        /// Keeps its place among those of its priority.
         job: JobId,
         /// In words.
         why: String,
     },
     /// The watch sent a job back to its newest checkpoint.
     WentBack {
-        /// Its id.
+        /// Forms anew from there.
         job: JobId,
         /// Sequences used when it went.
         cursor: u64,
@@ -196,14 +206,14 @@ pub enum Fact {
     },
     /// A formation has made its first step.
     Stepped {
-        /// Its job's id.
+        /// Whose latest formation it is.
         job: JobId,
         /// The step.
         step: u64,
     },
     /// A checkpoint stands.
     Kept {
-        /// Its id.
+        /// In whose folder.
         job: JobId,
         /// Of the checkpoint.
         step: u64,
@@ -213,7 +223,7 @@ pub enum Fact {
     },
     /// A job is over.
     Ended {
-        /// Its id.
+        /// Known until it is forgotten.
         job: JobId,
         /// How.
         end: End,
@@ -226,7 +236,7 @@ pub enum Fact {
     },
     /// A job that was over is not known any more, nor what is kept of it.
     Forgotten {
-        /// Its id.
+        /// No other one gets its id.
         job: JobId,
     },
     /// A node takes no ranks any more.

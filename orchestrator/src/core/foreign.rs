@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::topology::FormationId;
+use contraflow_runtime::topology::{FormationId, Rank};
 
 use super::facts::End;
 use super::formation::Formation;
@@ -24,7 +24,7 @@ pub(super) struct Foreign {
     formation: Formation,
     world: usize,
     /// By rank, its worker, as far as they have attached.
-    places: BTreeMap<usize, u64>,
+    places: BTreeMap<Rank, u64>,
     /// It is let go then, unless its ranks are known to train.
     until_ms: u64,
 }
@@ -48,7 +48,7 @@ impl Core {
     /// A worker hosts ranks of a formation that this state does not know.
     pub(super) fn foreign_attached(&mut self, worker: u64, hosted: &Hosted, now: u64) {
         let &Hosted { formation: of, world, steps, .. } = hosted;
-        let fits = (1..=MAX_WORLD).contains(&world) && hosted.ranks.iter().all(|rank| *rank < world);
+        let fits = (1..=MAX_WORLD).contains(&world) && hosted.ranks.iter().all(|rank| rank.index() < world);
         if !fits
             || !self.has_slots_for(worker, hosted)
             || self.foreign.get(&of).is_some_and(|foreign| foreign.world != world)
@@ -140,7 +140,7 @@ impl Core {
                     }
                 }
                 job::Effect::CommitCheckpoint { position, watch, shards } => {
-                    if let Some(&worker) = foreign.places.get(&0) {
+                    if let Some(&worker) = foreign.places.get(&Rank::ZERO) {
                         // What its own orchestrator has pinned its workers know.
                         let (formation, kept) = (of, 0);
                         let word = Word::CommitCheckpoint { formation, position, watch, shards, kept };

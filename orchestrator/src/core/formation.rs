@@ -8,7 +8,7 @@ use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{JobId, Rank};
 use contraflow_runtime::watch::Divergence;
 use contraflow_runtime::watch::evidence::EVIDENCE_FILE;
 
@@ -105,7 +105,7 @@ impl Formation {
         self.machine.is_training()
     }
 
-    pub(super) fn repeat(&self, ranks: &[usize]) -> Vec<job::Effect> {
+    pub(super) fn repeat(&self, ranks: &[Rank]) -> Vec<job::Effect> {
         self.machine.repeat(ranks)
     }
 
@@ -171,7 +171,7 @@ impl Core {
             match effect {
                 job::Effect::Command { rank, command } => {
                     let to = RankAddress { formation, rank };
-                    let worker = places[rank];
+                    let worker = places[rank.index()];
                     self.tell(worker, Word::Command { to, command });
                 }
                 job::Effect::Record(report) => {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use contraflow_runtime::topology::{Generation, JobId};
+use contraflow_runtime::topology::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
 
 use super::attempts::Attempts;
@@ -35,7 +35,7 @@ pub struct JobRecord {
     /// The latest formation.
     pub formed: Option<Formed>,
     /// Ranks of the latest formation that were lost.
-    pub lost: Vec<usize>,
+    pub lost: Vec<Rank>,
     /// When the latest formation broke. **Units**: milliseconds since 1970.
     pub broken_ms: u64,
     /// Step of the newest checkpoint; 0: there is none.

@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use contraflow_runtime::topology::{FormationId, Generation, JobId, Topology};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topology};
 
+use super::facts::Formed;
 use super::jobs::{JobRecord, Phase};
 use super::writing_down::WritingDown;
 use super::{ADOPTION_MS, Core, LEFT_MS, Left, Word};
@@ -47,11 +48,12 @@ impl Core {
 
     /// An orchestrator that starts finds a job broken: whoever was in its formation may still keep something.
     pub(super) fn expect_kept(&mut self, job: JobId, now: u64) {
-        let Some(places) = self.kept_places(job) else { return };
-        let record = &self.jobs.all[&job];
-        let survives = |(rank, _): &(usize, &u64)| !record.lost.contains(rank);
-        let waiting: BTreeSet<u64> =
-            places.iter().enumerate().filter(survives).map(|(_, &worker)| worker).collect();
+        let Some(record) = self.jobs.all.get(&job).filter(|record| record.goes_on_from_memory()) else {
+            return;
+        };
+        let ranks = record.formed.iter().flat_map(Formed::ranks);
+        let survivors = ranks.filter(|(rank, _)| !record.lost.contains(rank));
+        let waiting: BTreeSet<u64> = survivors.map(|(_, worker)| worker).collect();
         waiting.iter().for_each(|&worker| self.members.expect(worker, now));
         self.leaving.insert(job, Leaving::new(waiting, now + ADOPTION_MS));
     }
@@ -98,7 +100,7 @@ impl Core {
     }
 
     /// The newest state that is whole in the memory of workers at these places.
-    pub(super) fn whole_of(&self, job: JobId, places: &[u64]) -> Result<InMemory, Option<usize>> {
+    pub(super) fn whole_of(&self, job: JobId, places: &[u64]) -> Result<InMemory, Option<Rank>> {
         let record = &self.jobs.all[&job];
         let nothing = BTreeMap::new();
         let kept = self.leaving.get(&job).map_or(&nothing, |leaving| &leaving.kept);

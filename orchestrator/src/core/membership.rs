@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use contraflow_runtime::schedule::size;
-use contraflow_runtime::topology::{FormationId, JobId};
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use super::facts::Fact;
 use super::formation::Formation;
@@ -60,9 +60,9 @@ impl Core {
         let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
         let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
         let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
-        let mut ranks_of: BTreeMap<(FormationId, u64), Vec<usize>> = BTreeMap::new();
+        let mut ranks_of: BTreeMap<(FormationId, u64), Vec<Rank>> = BTreeMap::new();
         for (job, formed) in whole {
-            for (rank, &worker) in formed.places.iter().enumerate() {
+            for (rank, worker) in formed.ranks() {
                 ranks_of.entry((formed.id(job), worker)).or_default().push(rank);
             }
         }
@@ -97,14 +97,14 @@ impl Core {
     /// Says again what a worker that attaches may not have heard.
     fn remind(&mut self, worker: u64, hosted: &[Hosted]) {
         let placed = self.running().map(|(job, formed)| {
-            let here = formed.places.iter().enumerate().filter(|(_, place)| **place == worker);
+            let here = formed.ranks().filter(|(_, place)| *place == worker);
             (formed.id(job), here.map(|(rank, _)| rank).collect())
         });
-        let placed: Vec<(FormationId, Vec<usize>)> = placed.collect();
+        let placed: Vec<(FormationId, Vec<Rank>)> = placed.collect();
         for (formation, placed) in placed {
             let here = hosted.iter().filter(|hosted| hosted.formation == formation);
-            let here: Vec<usize> = here.flat_map(|hosted| hosted.ranks.iter().copied()).collect();
-            let ranks: Vec<usize> = placed.iter().copied().filter(|rank| !here.contains(rank)).collect();
+            let here: Vec<Rank> = here.flat_map(|hosted| hosted.ranks.iter().copied()).collect();
+            let ranks: Vec<Rank> = placed.iter().copied().filter(|rank| !here.contains(rank)).collect();
             if !ranks.is_empty() {
                 self.tell(worker, Word::Assign { formation, ranks });
             }
@@ -151,21 +151,21 @@ impl Core {
         let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
         let Introduction { name, node, .. } = &member.who;
         let why =
-            |lost: &[usize]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
+            |lost: &[Rank]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
         self.lose(&member.who, why, now);
     }
 
     /// Breaks every formation that has ranks on a worker, which is not a member any more; why, each is told by its ranks.
-    fn lose(&mut self, who: &Introduction, why: impl Fn(&[usize]) -> String, now: u64) {
+    fn lose(&mut self, who: &Introduction, why: impl Fn(&[Rank]) -> String, now: u64) {
         self.forget_kept(who.worker);
         self.lose_foreign(who.worker);
-        let hit: Vec<(JobId, Vec<usize>)> = self
+        let hit: Vec<(JobId, Vec<Rank>)> = self
             .running()
             .map(|(job, formed)| {
-                let lost = formed.places.iter().enumerate().filter(|(_, place)| **place == who.worker);
-                (job, lost.map(|(rank, _)| rank).collect::<Vec<_>>())
+                let lost = formed.ranks().filter(|(_, place)| *place == who.worker);
+                (job, lost.map(|(rank, _)| rank).collect())
             })
-            .filter(|(_, lost)| !lost.is_empty())
+            .filter(|(_, lost): &(JobId, Vec<Rank>)| !lost.is_empty())
             .collect();
         let suspect = self.suspect(&hit);
         for (job, lost) in hit {
@@ -181,7 +181,7 @@ impl Core {
 
     /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
     /// one with the largest ranks. The others are its victims.
-    fn suspect(&self, hit: &[(JobId, Vec<usize>)]) -> Option<JobId> {
+    fn suspect(&self, hit: &[(JobId, Vec<Rank>)]) -> Option<JobId> {
         let idle = hit.iter().filter(|(job, _)| !self.jobs.all[job].attempts.has_stepped);
         let bytes = |job: &JobId| self.jobs.all[job].running().map_or(0, |formed| formed.rank_bytes);
         idle.map(|(job, _)| *job).max_by_key(|job| (bytes(job), std::cmp::Reverse(*job)))
@@ -202,7 +202,7 @@ impl Core {
     /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
     /// reaches, and would again in the next formation: its process has to end.
     pub(super) fn hung(&mut self, job: JobId, Hang { rank, why }: Hang, now: u64) {
-        let place = |rank| self.jobs.all.get(&job)?.running()?.places.get(rank).copied();
+        let place = |rank| self.jobs.all.get(&job)?.running()?.place_of(rank);
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
             return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), true, now);
         };

@@ -27,7 +27,7 @@ use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::topology::{FormationId, JobId, Topology};
+use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
 use self::facts::{End, Fact, JobSpec};
 use self::foreign::Foreign;
@@ -326,7 +326,7 @@ impl Core {
 
     /// Whether a rank speaks for the running formation: the one place where what is from before is dropped.
     fn is_current(&self, worker: u64, from: &RankAddress) -> bool {
-        self.formed(from.formation).is_some_and(|formed| formed.places.get(from.rank) == Some(&worker))
+        self.formed(from.formation).is_some_and(|formed| formed.place_of(from.rank) == Some(worker))
     }
 
     /// A formation that runs.
@@ -379,7 +379,7 @@ impl Core {
                 |position| format!("the checkpoint of step {}", position.step),
             );
             let words = format!("putting {what} in place: {cause}");
-            return self.node_failed(job, 0, &words, now);
+            return self.node_failed(job, Rank::ZERO, &words, now);
         }
         let effects = formation.committed(position, result);
         let kept = self.jobs.all[&job].kept;
@@ -412,7 +412,7 @@ impl Core {
     }
 
     /// A formation is over: the job is formed anew, unless it has come to nothing too often. `counts`: nobody else is to blame.
-    fn break_formation(&mut self, job: JobId, lost: Vec<usize>, why: String, counts: bool, now: u64) {
+    fn break_formation(&mut self, job: JobId, lost: Vec<Rank>, why: String, counts: bool, now: u64) {
         let record = &self.jobs.all[&job];
         let generation = record.generation();
         let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
@@ -431,9 +431,9 @@ impl Core {
     }
 
     /// A rank's node cannot do its part: the rank goes to another one, if there is room.
-    fn node_failed(&mut self, job: JobId, rank: usize, what: &str, now: u64) {
-        let place = self.jobs.all[&job].running().and_then(|formed| formed.places.get(rank));
-        let who = place.and_then(|&worker| self.members.get(worker)).map(|member| member.who.clone());
+    fn node_failed(&mut self, job: JobId, rank: Rank, what: &str, now: u64) {
+        let place = self.jobs.all[&job].running().and_then(|formed| formed.place_of(rank));
+        let who = place.and_then(|worker| self.members.get(worker)).map(|member| member.who.clone());
         let Introduction { name, node, .. } = who.unwrap_or_default();
         let why = format!("{what}; on worker {name}, node {node}");
         self.avoided.entry(job).or_default().insert(node);
@@ -452,6 +452,6 @@ pub(crate) fn axes_overrides(axes: &Topology) -> Vec<String> {
 }
 
 /// Ranks in words.
-fn list(ranks: &[usize]) -> String {
-    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+fn list(ranks: &[Rank]) -> String {
+    ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ")
 }

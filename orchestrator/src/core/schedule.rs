@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::RankFigures;
-use contraflow_runtime::topology::{JobId, Topology};
+use contraflow_runtime::topology::{JobId, Rank, Topology};
 
 use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
@@ -101,9 +101,9 @@ impl Core {
         self.reasons.remove(&job);
         self.paused_until.remove(&job);
         self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
-        let mut ranks_of: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        let mut ranks_of: BTreeMap<u64, Vec<Rank>> = BTreeMap::new();
         for (rank, worker) in places.into_iter().enumerate() {
-            ranks_of.entry(worker).or_default().push(rank);
+            ranks_of.entry(worker).or_default().push(Rank::at(rank));
         }
         for (worker, ranks) in ranks_of {
             self.tell(worker, Word::Assign { formation, ranks });
@@ -117,8 +117,9 @@ impl Core {
     }
 
     /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
-    fn buddies(&self, job: JobId, places: &[u64]) -> Vec<usize> {
-        buddies(&self.supply(Some(job), 0), places).unwrap_or_default()
+    fn buddies(&self, job: JobId, places: &[u64]) -> Vec<Rank> {
+        let buddies = buddies(&self.supply(Some(job), 0), places).unwrap_or_default();
+        buddies.into_iter().map(Rank::at).collect()
     }
 
     /// Workers of the formation before that are not in the next one need not keep anything of its state.
@@ -318,10 +319,10 @@ fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) -> Option<V
     let index: BTreeMap<u64, usize> =
         supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
     let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
-    for (rank, worker) in before.places.iter().enumerate() {
-        match index.get(worker).filter(|_| !record.lost.contains(&rank)) {
+    for (rank, worker) in before.ranks() {
+        match index.get(&worker).filter(|_| !record.lost.contains(&rank)) {
             Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
-            None => drop(gone.insert(rank)),
+            None => drop(gone.insert(rank.index())),
         }
     }
     let schedule = record.spec.recipe.parallel.schedule;
@@ -333,7 +334,7 @@ fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) -> Option<V
 fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     let holds = matches!(record.phase, Phase::Formed | Phase::Broken);
     let lost = if record.phase == Phase::Broken { &record.lost[..] } else { &[] };
-    let places = record.formed.iter().flat_map(|formed| formed.places.iter().copied().enumerate());
+    let places = record.formed.iter().flat_map(Formed::ranks);
     places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
 }
 

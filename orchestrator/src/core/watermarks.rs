@@ -2,6 +2,7 @@
 //!
 //! Every beat of every rank comes by here: what it costs does not grow with the number of ranks.
 
+use contraflow_runtime::topology::Rank;
 use std::collections::BTreeMap;
 
 use super::{HANG_GAPS, HANG_MS, Progress};
@@ -19,7 +20,7 @@ struct Watermark {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hang {
     /// The rank that holds up the others; none where each waits for another.
-    pub(super) rank: Option<usize>,
+    pub(super) rank: Option<Rank>,
     /// In words.
     pub(super) why: String,
 }
@@ -27,7 +28,7 @@ pub(super) struct Hang {
 /// The ranks of one formation.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Watermarks {
-    by_rank: BTreeMap<usize, Watermark>,
+    by_rank: BTreeMap<Rank, Watermark>,
     /// When some rank last got on, and in which step.
     latest: Option<(u64, u64)>,
     /// The longest that nobody got on so far, and then somebody did. **Units**: ms.

@@ -4,7 +4,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::watch::Watch;
 
 use super::facts::{Fact, JobSpec};
@@ -18,7 +18,7 @@ pub enum Event {
     Submit(Box<JobSpec>),
     /// Somebody ends a job.
     Cancel {
-        /// Which one.
+        /// One that is over stays as it is.
         job: JobId,
         /// Why.
         reason: String,
@@ -96,8 +96,8 @@ pub enum Event {
 pub struct Hosted {
     /// May be one that this state knows nothing of.
     pub formation: FormationId,
-    /// Which ranks.
-    pub ranks: Vec<usize>,
+    /// Those that are here.
+    pub ranks: Vec<Rank>,
     /// How many ranks the formation has.
     pub world: usize,
     /// Steps of the recipe; 0: not known.
@@ -140,14 +140,14 @@ pub enum Effect {
     },
     /// Put a rank's report with those of the other ranks.
     Record {
-        /// Of which job.
+        /// Whose step it is.
         job: JobId,
         /// The report.
         report: Box<StepReport>,
     },
     /// Write a line into a job's log.
     Log {
-        /// Of which job.
+        /// Whose log it is.
         job: JobId,
         /// What.
         line: String,
@@ -170,8 +170,8 @@ pub enum Word {
     Assign {
         /// The running one.
         formation: FormationId,
-        /// Which ranks.
-        ranks: Vec<usize>,
+        /// Those of it that belong to this worker.
+        ranks: Vec<Rank>,
     },
     /// To a rank.
     Command {
@@ -209,7 +209,7 @@ pub enum Word {
         /// Who made the state, and after which step it is.
         of: (Generation, u64),
         /// Whose parts.
-        ranks: Vec<usize>,
+        ranks: Vec<Rank>,
     },
     /// Put exported weights in place.
     PlaceWeights {

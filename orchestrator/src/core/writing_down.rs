@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
-use contraflow_runtime::topology::{FormationId, JobId, Topology};
+use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 use contraflow_runtime::watch::Watch;
 
 use super::facts::Fact;
@@ -17,7 +17,7 @@ use super::{Core, Effect, WRITE_DOWN_MS, Word};
 pub(super) struct WritingDown {
     step: u64,
     world: usize,
-    shards: BTreeMap<usize, ShardFile>,
+    shards: BTreeMap<Rank, ShardFile>,
     /// Nobody waits any longer.
     until_ms: u64,
 }
@@ -44,9 +44,9 @@ impl Core {
         let Some(whole) = self.whole_of(job, &places).ok().filter(|whole| whole.step > kept) else {
             return false;
         };
-        let mut ranks_of: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
-        for (rank, &holder) in whole.holders.iter().enumerate() {
-            ranks_of.entry(places[holder]).or_default().push(rank);
+        let mut ranks_of: BTreeMap<u64, Vec<Rank>> = BTreeMap::new();
+        for (rank, holder) in whole.holders.iter().enumerate() {
+            ranks_of.entry(places[holder.index()]).or_default().push(Rank::at(rank));
         }
         if let Some(leaving) = self.leaving.get_mut(&job) {
             let (step, world, shards) = (whole.step, places.len(), BTreeMap::new());

@@ -1,5 +1,6 @@
 //! The job machine, event by event.
 
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::watch::Action;
 
 use super::*;
@@ -18,11 +19,11 @@ fn step_done(rank: u32, step: u64) -> RankEvent {
     RankEvent::StepDone { report: StepReport { rank, step, ..StepReport::default() } }
 }
 
-fn commands(effects: &[Effect]) -> Vec<(usize, &RankCommand)> {
+fn commands(effects: &[Effect]) -> Vec<(u32, &RankCommand)> {
     let mut commands = Vec::new();
     for effect in effects {
         if let Effect::Command { rank, command } = effect {
-            commands.push((*rank, command));
+            commands.push((rank.number(), command));
         }
     }
     commands
@@ -35,20 +36,20 @@ fn file(rank: usize) -> ExportedFile {
 #[test]
 fn a_job_trains_validates_writes_and_ends() {
     let mut job = job(2);
-    assert_eq!(job.step(RankEvent::Ready { rank: 1 }), []);
+    assert_eq!(job.step(RankEvent::Ready { rank: Rank::new(1) }), []);
     assert_eq!(job.describe(), "starting, waiting for rank 0");
     let begin = RankCommand::BeginStep { step: 1 };
-    assert_eq!(commands(&job.step(RankEvent::Ready { rank: 0 })), [(0, &begin), (1, &begin)]);
+    assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(0) })), [(0, &begin), (1, &begin)]);
     for (rank, step) in [(0, 1), (1, 1), (0, 2)] {
         assert!(matches!(job.step(step_done(rank, step))[..], [Effect::Record(_)]));
     }
     let effects = job.step(step_done(1, 2));
     assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
-    assert_eq!(job.step(RankEvent::Validated { rank: 0, loss: 0.25, tokens: 8 }), []);
-    let effects = job.step(RankEvent::Validated { rank: 1, loss: 0.5, tokens: 8 });
+    assert_eq!(job.step(RankEvent::Validated { rank: Rank::new(0), loss: 0.25, tokens: 8 }), []);
+    let effects = job.step(RankEvent::Validated { rank: Rank::new(1), loss: 0.5, tokens: 8 });
     assert_eq!(commands(&effects)[1], (1, &RankCommand::Export { dir: "model".into() }));
-    assert_eq!(job.step(RankEvent::Exported { rank: 1, file: file(1) }), []);
-    let effects = job.step(RankEvent::Exported { rank: 0, file: file(0) });
+    assert_eq!(job.step(RankEvent::Exported { rank: Rank::new(1), file: file(1) }), []);
+    let effects = job.step(RankEvent::Exported { rank: Rank::new(0), file: file(0) });
     assert_eq!(effects, [Effect::PlaceWeights { dir: "model".into(), files: vec![file(0), file(1)] }]);
     let effects = job.weights_placed(Ok(()));
     assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Done { validation: Some((0.75, 8)) }));
@@ -57,18 +58,18 @@ fn a_job_trains_validates_writes_and_ends() {
 #[test]
 fn the_first_failure_stops_everybody_and_is_the_one_that_is_told() {
     let mut job = job(3);
-    (0..3).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    Rank::all(3).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     let failed = |rank, cause: &str| RankEvent::Failed {
-        rank,
+        rank: Rank::new(rank),
         action: "action B1.0".into(),
         cause: cause.to_owned(),
         kind: ErrorKind::Bug,
     };
     let effects = job.step(failed(1, "out of luck"));
-    let ranks: Vec<usize> = commands(&effects).into_iter().map(|(rank, _)| rank).collect();
+    let ranks: Vec<u32> = commands(&effects).into_iter().map(|(rank, _)| rank).collect();
     assert_eq!(ranks, [0, 2]);
     assert_eq!(job.step(failed(2, "a consequence")), []);
-    let effects = job.step(RankEvent::Aborted { rank: 0 });
+    let effects = job.step(RankEvent::Aborted { rank: Rank::new(0) });
     let message = "rank 1, action B1.0: out of luck".into();
     let told = Outcome::Failed { message, kind: ErrorKind::Bug };
     assert_eq!(effects.last().unwrap(), &Effect::End(told));
@@ -96,18 +97,19 @@ fn with_checkpoints(world: usize) -> Job {
     Job::new(setup)
 }
 
-fn saved(rank: usize, step: u64) -> RankEvent {
+fn saved(rank: u32, step: u64) -> RankEvent {
     let shard = ShardFile { file: rank.to_string(), ..ShardFile::default() };
     let position = Position { step, ..Position::default() };
+    let rank = Rank::new(rank);
     RankEvent::ShardSaved { rank, position, watch: Watch::default(), shard }
 }
 
 #[test]
 fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is_kept() {
     let mut job = with_checkpoints(2);
-    drop(job.step(RankEvent::Ready { rank: 0 }));
+    drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
     let begin = RankCommand::BeginStep { step: 11 };
-    assert_eq!(commands(&job.step(RankEvent::Ready { rank: 1 })), [(0, &begin), (1, &begin)]);
+    assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(1) })), [(0, &begin), (1, &begin)]);
     assert_eq!(job.step(saved(0, 15)), []);
     assert_eq!(job.step(saved(0, 20)), [], "the fast rank is a checkpoint ahead");
     let effects = job.step(saved(1, 15));
@@ -124,9 +126,13 @@ fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is
 #[test]
 fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
     let mut job = with_checkpoints(2);
-    (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     let divergence = Divergence { step: 13, action: Action::RollBack, why: "a spike".into(), evidence: None };
-    let diverged = |rank| RankEvent::Diverged { rank, divergence: Box::new(divergence.clone()), cursor: 7 };
+    let diverged = |rank| RankEvent::Diverged {
+        rank: Rank::new(rank),
+        divergence: Box::new(divergence.clone()),
+        cursor: 7,
+    };
     drop(job.step(saved(0, 12)));
     assert_eq!(job.step(diverged(0)), []);
     drop(job.step(saved(1, 12)));
@@ -140,7 +146,7 @@ fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
 #[test]
 fn checkpoints_are_committed_one_at_a_time_and_in_order() {
     let mut job = with_checkpoints(1);
-    drop(job.step(RankEvent::Ready { rank: 0 }));
+    drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
     assert_eq!(job.step(saved(0, 12)).len(), 1);
     assert_eq!(job.step(saved(0, 14)), [], "the one before is still under way");
     assert_eq!(job.step(saved(0, 16)), []);
@@ -154,12 +160,12 @@ fn checkpoints_are_committed_one_at_a_time_and_in_order() {
 #[test]
 fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_kept() {
     let mut job = with_checkpoints(2);
-    (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     assert_eq!(commands(&job.stop()), [(0, &RankCommand::Stop), (1, &RankCommand::Stop)]);
     assert_eq!(job.stop(), [], "once is enough");
     for rank in 0..2 {
-        drop(job.step(step_done(rank as u32, 13)));
-        assert_eq!(job.step(RankEvent::Stopped { rank, step: 13 }), []);
+        drop(job.step(step_done(rank, 13)));
+        assert_eq!(job.step(RankEvent::Stopped { rank: Rank::new(rank), step: 13 }), []);
         drop(job.step(saved(rank, 13)));
     }
     let effects = job.committed(13, Ok(()));
@@ -169,7 +175,7 @@ fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_kept() {
 #[test]
 fn a_stop_at_the_very_last_step_still_stops_before_the_validation() {
     let mut job = with_checkpoints(1);
-    drop(job.step(RankEvent::Ready { rank: 0 }));
+    drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
     drop(job.stop());
     drop(job.step(step_done(0, 20)));
     drop(job.step(saved(0, 20)));
@@ -181,17 +187,17 @@ fn a_stop_at_the_very_last_step_still_stops_before_the_validation() {
 fn a_finished_run_is_only_validated_and_written_again() {
     let mut job = with_checkpoints(1);
     job.step = 20;
-    assert_eq!(commands(&job.step(RankEvent::Ready { rank: 0 })), [(0, &RankCommand::Validate)]);
+    assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(0) })), [(0, &RankCommand::Validate)]);
 }
 
 #[test]
 fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
     let mut job = with_checkpoints(1);
-    drop(job.step(RankEvent::Ready { rank: 0 }));
+    drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
     drop(job.step(saved(0, 15)));
     let full = Err("manifest.json: no space".into());
     assert!(matches!(commands(&job.committed(15, full))[..], [(0, RankCommand::Abort { .. })]));
-    let effects = job.step(RankEvent::Aborted { rank: 0 });
+    let effects = job.step(RankEvent::Aborted { rank: Rank::new(0) });
     let message = "committing the checkpoint of step 15: manifest.json: no space".into();
     let told = Outcome::Failed { message, kind: ErrorKind::Node };
     assert_eq!(effects.last().unwrap(), &Effect::End(told));
@@ -200,34 +206,34 @@ fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
 #[test]
 fn a_machine_that_is_made_anew_catches_up_with_its_ranks() {
     let mut job = job(2);
-    let validated = |rank| RankEvent::Validated { rank, loss: 0.5, tokens: 8 };
+    let validated = |rank| RankEvent::Validated { rank: Rank::new(rank), loss: 0.5, tokens: 8 };
     // All of rank 0 is heard before the first word of rank 1, whose export is still under way.
-    assert_eq!(job.step(RankEvent::Ready { rank: 0 }), []);
+    assert_eq!(job.step(RankEvent::Ready { rank: Rank::new(0) }), []);
     assert!(matches!(job.step(step_done(0, 2))[..], [Effect::Record(_)]));
     assert_eq!(job.step(validated(0)), []);
-    assert_eq!(job.step(RankEvent::Exported { rank: 0, file: file(0) }), []);
-    assert_eq!(commands(&job.step(RankEvent::Ready { rank: 1 })).len(), 2);
+    assert_eq!(job.step(RankEvent::Exported { rank: Rank::new(0), file: file(0) }), []);
+    assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(1) })).len(), 2);
     assert_eq!(job.describe(), "training, waiting for rank 1");
     drop(job.step(step_done(1, 2)));
     assert_eq!(job.describe(), "validating, waiting for rank 1");
     drop(job.step(validated(1)));
     assert_eq!(job.describe(), "writing the weights, waiting for rank 1");
-    let effects = job.step(RankEvent::Exported { rank: 1, file: file(1) });
+    let effects = job.step(RankEvent::Exported { rank: Rank::new(1), file: file(1) });
     assert!(matches!(effects[..], [Effect::PlaceWeights { .. }]));
 }
 
 #[test]
 fn what_was_asked_for_can_be_said_again() {
     let mut job = with_checkpoints(2);
-    (0..2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     drop(job.step(saved(0, 11)));
     drop(job.step(saved(1, 11)));
-    let said = job.repeat(&[0, 1]);
+    let said = job.repeat(&[0, 1].map(Rank::new));
     assert_eq!(commands(&said).len(), 2);
     assert!(matches!(said.last(), Some(Effect::CommitCheckpoint { position, .. }) if position.step == 11));
     assert_eq!(job.step(saved(1, 11)), []);
     assert_eq!(job.committed(9, Ok(())), []);
     drop(job.committed(11, Ok(())));
-    assert_eq!(commands(&job.repeat(&[0, 1])).len(), 2);
-    assert_eq!(job.repeat(&[0, 1]).len(), 2);
+    assert_eq!(commands(&job.repeat(&[0, 1].map(Rank::new))).len(), 2);
+    assert_eq!(job.repeat(&[0, 1].map(Rank::new)).len(), 2);
 }

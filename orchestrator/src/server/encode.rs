@@ -99,7 +99,7 @@ pub(super) fn span_of(core: &Core, word: &Word) -> Span {
         }
         Word::Command { to, command } => {
             let RankAddress { formation: FormationId { job, generation }, rank } = *to;
-            let generation = generation.number();
+            let (generation, rank) = (generation.number(), rank.number());
             (job, info_span!(target: SPAN, parent: None, "command", %job, generation, rank, ?command))
         }
         _ => return Span::none(),

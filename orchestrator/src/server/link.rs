@@ -111,18 +111,18 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
     Ok(())
 }
 
-/// **Errors**: in words; the address is none, or this machine has no number for a rank.
+/// **Errors**: in words; the address is none, or a number out of range.
 fn introduction(hello: v1::Hello) -> Result<(u64, Event), String> {
     let v1::Hello { worker, name, node, block, peak_flops, memory_bytes, memory_limit, .. } = hello;
     let fabric = hello.fabric.map(Address::try_from).transpose();
     let who = Introduction {
         worker,
         name,
-        slots: rank_of(hello.slots.into())?,
+        slots: hello.slots as usize,
         node,
         block,
         fabric: fabric.map_err(|words| format!("fabric.{words}"))?,
-        cores: rank_of(hello.cores)?,
+        cores: count_of("cores", hello.cores)?,
         peak_flops,
         memory_bytes,
         memory_limit,
@@ -133,10 +133,15 @@ fn introduction(hello: v1::Hello) -> Result<(u64, Event), String> {
     Ok((worker, Event::Attached { who: Box::new(who), hosted, left, state, incarnation, storage_mark }))
 }
 
+/// **Errors**: in words; more than anything here is counted to.
+fn count_of(field: &str, number: u64) -> Result<usize, String> {
+    usize::try_from(number).map_err(|error| format!("{field}: {number}: {error}"))
+}
+
 fn hosted_of(hosted: v1::Hosted) -> Result<Hosted, String> {
     let v1::Hosted { job, generation, ranks, world, steps } = hosted;
     let formation = formation_of(job, generation)?;
-    Ok(Hosted { formation, ranks: ranks_of(&ranks)?, world: rank_of(world)?, steps })
+    Ok(Hosted { formation, ranks: ranks_of(&ranks)?, world: count_of("world", world)?, steps })
 }
 
 fn left_of(released: v1::Released) -> Result<Left, String> {

@@ -1,7 +1,7 @@
 //! What must never be, and what has to come at last. Judges by what the simulated ranks have really done and what is really
 //! durable, never by what the core believes of it.
 
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::World;
@@ -27,7 +27,7 @@ pub(super) struct Checks {
     /// By job, its number in the plan.
     planned: BTreeMap<JobId, usize>,
     /// Who has been given a rank.
-    owners: BTreeMap<(FormationId, usize), u64>,
+    owners: BTreeMap<(FormationId, Rank), u64>,
     pub(super) lines: BTreeMap<FormationId, Line>,
     /// By job, every step up to the newest kept checkpoint.
     kept: BTreeMap<JobId, Vec<Trained>>,
@@ -62,8 +62,8 @@ pub(super) struct Line {
     /// Where the next step begins in the order of the sequences.
     cursor: u64,
     diverged: Option<u64>,
-    pub(super) validated: BTreeSet<usize>,
-    pub(super) exported: BTreeSet<usize>,
+    pub(super) validated: BTreeSet<Rank>,
+    pub(super) exported: BTreeSet<Rank>,
 }
 
 impl Checks {
@@ -106,7 +106,7 @@ pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
     let formed = core.jobs().all.get(&of.job).and_then(|record| record.running());
     let is_current = formed.is_some_and(|formed| {
         formed.generation == of.generation
-            && place.is_none_or(|(rank, worker)| formed.places.get(rank) == Some(worker))
+            && place.is_none_or(|(rank, worker)| formed.place_of(rank) == Some(*worker))
     });
     (!is_current && !core.is_writing_down(of)).then_some(of.job)
 }
@@ -172,7 +172,8 @@ impl World {
             else {
                 continue;
             };
-            let is_lost = |rank: &usize| record.phase == Phase::Broken && record.lost.contains(rank);
+            let is_lost =
+                |rank: &usize| record.phase == Phase::Broken && record.lost.contains(&Rank::at(*rank));
             let (lost, left): (Vec<usize>, Vec<usize>) = (0..formed.places.len()).partition(is_lost);
             missing += lost.len();
             let is_behind = (-record.spec.priority, job) > (-priority, head);
@@ -362,7 +363,7 @@ impl World {
         let told = self.checks.told.get(&of);
         let has_told = |worker: u64| told.is_some_and(|told| told.contains(&(worker, server)));
         let survives = |rank: &usize| {
-            let keepers = [before.places[*rank], before.places[before.buddies[*rank]]];
+            let keepers = [before.places[*rank], before.places[before.buddies[*rank].index()]];
             keepers.iter().any(|worker| formed.places.contains(worker) && has_told(*worker))
         };
         let is_comparable = before.topology == formed.topology && !before.buddies.is_empty();
@@ -433,12 +434,12 @@ impl World {
     }
 
     /// A worker takes ranks.
-    pub(super) fn check_assigned(&mut self, id: u64, (job, ranks): (JobId, &[usize]), formed: &Formed) {
+    pub(super) fn check_assigned(&mut self, id: u64, (job, ranks): (JobId, &[Rank]), formed: &Formed) {
         for &rank in ranks {
             let owner = *self.checks.owners.entry((formed.id(job), rank)).or_insert(id);
-            if owner != id || formed.places.get(rank) != Some(&id) {
+            if owner != id || formed.place_of(rank) != Some(id) {
                 let of = format!("rank {rank} of {}", formed.id(job));
-                let place = formed.places.get(rank);
+                let place = formed.place_of(rank);
                 return self
                     .violate(format!("{of}: worker {id} takes it, {owner} has it, {place:?} was meant"));
             }
@@ -466,7 +467,7 @@ impl World {
     }
 
     /// A rank has run the validation, or written its weights.
-    pub(super) fn check_part(&mut self, of: FormationId, rank: usize, is_export: bool) {
+    pub(super) fn check_part(&mut self, of: FormationId, rank: Rank, is_export: bool) {
         let Some(line) = self.checks.lines.get_mut(&of) else { return };
         let parts = if is_export { &mut line.exported } else { &mut line.validated };
         parts.insert(rank);

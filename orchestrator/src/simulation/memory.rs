@@ -10,7 +10,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::mutation::Mutation;
 use super::network::Up;
@@ -32,9 +32,9 @@ pub(super) struct Parts {
     /// The worker that sends them.
     from: u64,
     trained: Trained,
-    ranks: Vec<usize>,
+    ranks: Vec<Rank>,
     /// Rank and step of reports of earlier steps, for a buddy that is new.
-    reports: Vec<(usize, u64)>,
+    reports: Vec<(Rank, u64)>,
 }
 
 /// What a worker keeps of one job.
@@ -43,24 +43,24 @@ pub(super) struct Kept {
     /// The latest formation that was here.
     generation: Generation,
     /// By generation and step: the state, and whose parts of it are here.
-    parts: BTreeMap<(Generation, u64), (Trained, BTreeSet<usize>)>,
+    parts: BTreeMap<(Generation, u64), (Trained, BTreeSet<Rank>)>,
     /// By step, ranks whose report of it may not be durable.
-    reports: BTreeMap<u64, BTreeSet<usize>>,
+    reports: BTreeMap<u64, BTreeSet<Rank>>,
 }
 
 impl Kept {
-    fn put(&mut self, (generation, trained): (Generation, Trained), ranks: &[usize]) {
+    fn put(&mut self, (generation, trained): (Generation, Trained), ranks: &[Rank]) {
         self.put_parts((generation, trained), ranks);
         self.reports.entry(trained.step).or_default().extend(ranks);
     }
 
-    fn put_parts(&mut self, (generation, trained): (Generation, Trained), ranks: &[usize]) {
+    fn put_parts(&mut self, (generation, trained): (Generation, Trained), ranks: &[Rank]) {
         let (_, all) =
             self.parts.entry((generation, trained.step)).or_insert_with(|| (trained, BTreeSet::new()));
         all.extend(ranks);
     }
 
-    fn get(&self, (generation, step): (Generation, u64), rank: usize) -> Option<Trained> {
+    fn get(&self, (generation, step): (Generation, u64), rank: Rank) -> Option<Trained> {
         let (trained, ranks) = self.parts.get(&(generation, step))?;
         ranks.contains(&rank).then_some(*trained)
     }
@@ -75,7 +75,7 @@ impl Kept {
         self.generation > generation
     }
 
-    fn reports_of(&self, ranks: &[usize]) -> Vec<(usize, u64)> {
+    fn reports_of(&self, ranks: &[Rank]) -> Vec<(Rank, u64)> {
         let all = self.reports.iter().flat_map(|(&step, told)| told.iter().map(move |&rank| (rank, step)));
         all.filter(|(rank, _)| ranks.contains(rank)).collect()
     }
@@ -115,7 +115,7 @@ impl World {
     }
 
     /// A worker's ranks have made a step: their parts are kept here and sent to their buddies.
-    pub(super) fn keep_step(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>, ranks: &[usize]) {
+    pub(super) fn keep_step(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>, ranks: &[Rank]) {
         let FormationId { job, generation } = of;
         let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
         let is_first = trained.step == formed.resume_step + 1;
@@ -126,9 +126,9 @@ impl World {
             kept.parts = kept.parts.split_off(&(generation, latest));
         }
         kept.put((generation, trained), ranks);
-        let mut to: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+        let mut to: BTreeMap<u64, Vec<Rank>> = BTreeMap::new();
         for &rank in ranks {
-            to.entry(formed.places[formed.buddies[rank]]).or_default().push(rank);
+            to.entry(formed.places[formed.buddies[rank.index()].index()]).or_default().push(rank);
         }
         for (buddy, ranks) in to {
             if let Some(group) = self.group(id, of) {
@@ -168,10 +168,10 @@ impl World {
     /// is gone.
     pub(super) fn recover(&mut self, id: u64, of: FormationId, formed: &Formed, memory: &InMemory) -> bool {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
-        let mut reports: BTreeSet<(usize, u64)> = BTreeSet::new();
+        let mut reports: BTreeSet<(Rank, u64)> = BTreeSet::new();
         let mut recovered = None;
         for &rank in &ranks {
-            let holder = formed.places[memory.holders[rank]];
+            let holder = formed.places[memory.holders[rank.index()].index()];
             let Some(worker) = self.workers.get(&holder) else {
                 self.lose_all(id, of, "whoever has the state is gone");
                 return false;
@@ -211,7 +211,7 @@ impl World {
         &mut self,
         id: u64,
         of: FormationId,
-        (made_by, step, ranks): (Generation, u64, Vec<usize>),
+        (made_by, step, ranks): (Generation, u64, Vec<Rank>),
     ) {
         let FormationId { job, generation } = of;
         for rank in ranks {
@@ -264,11 +264,10 @@ impl World {
 }
 
 /// A rank's report of a step.
-pub(super) fn step_done(generation: Generation, rank: usize, step: u64) -> RankEvent {
-    let rank = rank as u32;
+pub(super) fn step_done(generation: Generation, rank: Rank, step: u64) -> RankEvent {
     RankEvent::StepDone {
         report: StepReport {
-            rank,
+            rank: rank.number(),
             generation: generation.number(),
             step,
             tokens: BATCH,

@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::random::mix;
-use contraflow_runtime::topology::{FormationId, Generation};
+use contraflow_runtime::topology::{FormationId, Generation, Rank};
 
 use self::checks::Checks;
 pub use self::mutation::Mutation;
@@ -115,16 +115,16 @@ enum Inside {
     Prepared,
     Built,
     StepDone,
-    Saved(Box<(storage::Trained, Vec<usize>)>),
+    Saved(Box<(storage::Trained, Vec<Rank>)>),
     PeerLost,
     /// Parts of another worker's ranks arrive.
     Keeps(Box<memory::Parts>),
     /// Parts of a formation that was left are on disk: of which generation, after which step, whose.
-    WrittenDown(Box<(Generation, u64, Vec<usize>)>),
+    WrittenDown(Box<(Generation, u64, Vec<Rank>)>),
     /// A worker has taken in the parts that it was sent.
     Acknowledged(u64),
-    Validated(usize),
-    Exported(usize),
+    Validated(Rank),
+    Exported(Rank),
     /// A commit reaches the storage: of a checkpoint, or the weights, and which checkpoint is known to stand.
     Commits(Option<Position>, u64),
     /// The same for what was written down from memory.

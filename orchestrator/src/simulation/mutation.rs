@@ -6,8 +6,10 @@
 use contraflow_proto::StepReport;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::topology::Rank;
 
 use super::World;
+use crate::core::facts::Formed;
 use crate::core::{Core, Event};
 
 /// A broken rule.
@@ -78,7 +80,7 @@ impl World {
                     core.jobs().all.get(&from.formation.job).and_then(|record| record.running())
                 {
                     from.formation.generation = formed.generation;
-                    *worker = formed.places.get(from.rank).copied().unwrap_or(*worker);
+                    *worker = formed.place_of(from.rank).unwrap_or(*worker);
                 }
             }
             (Some(Mutation::IgnoresIncarnations), Event::Attached { incarnation, .. }) => *incarnation = 0,
@@ -89,14 +91,14 @@ impl World {
             (Some(Mutation::CountsNothing), Event::Tick) => return self.with_steps(core),
             (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
                 let formed = core.jobs().all.get(&from.formation.job).and_then(|record| record.running());
-                let places = formed.map_or(&[][..], |formed| &formed.places);
+                let ranks = formed.into_iter().flat_map(Formed::ranks);
                 if let RankEvent::ShardSaved { position, watch, shard, .. } = &**said {
-                    let as_of = |(rank, &worker): (usize, &u64)| {
+                    let as_of = |(rank, worker): (Rank, u64)| {
                         let (watch, shard) = (watch.clone(), shard.clone());
                         let event = RankEvent::ShardSaved { rank, position: *position, watch, shard };
                         Event::Rank { worker, from: RankAddress { rank, ..*from }, event: Box::new(event) }
                     };
-                    return places.iter().enumerate().map(as_of).collect();
+                    return ranks.map(as_of).collect();
                 }
             }
             _ => {}
@@ -112,7 +114,7 @@ impl World {
             let (generation, step) = (formed.generation.number(), formed.resume_step + 1);
             let report = StepReport { generation, step, ..StepReport::default() };
             let event = Box::new(RankEvent::StepDone { report });
-            let from = RankAddress { formation: formed.id(job), rank: 0 };
+            let from = RankAddress { formation: formed.id(job), rank: Rank::ZERO };
             Event::Rank { worker: formed.places[0], from, event }
         });
         [Event::Tick].into_iter().chain(stepped).collect()

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::server::Input;
 use super::{Happening, World};
@@ -32,10 +32,10 @@ pub(super) enum Up {
 pub(super) enum Down {
     Welcome { state: u64, incarnation: u64 },
     Refused,
-    Assign { job: JobId, ranks: Vec<usize>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
+    Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
     Command { to: RankAddress, command: RankCommand },
     Release { formation: FormationId, keep: bool },
-    Write { formation: FormationId, of: (Generation, u64), ranks: Vec<usize> },
+    Write { formation: FormationId, of: (Generation, u64), ranks: Vec<Rank> },
     Durable { job: JobId, step: u64 },
     Commit { formation: FormationId, position: Option<Position>, kept: u64 },
 }

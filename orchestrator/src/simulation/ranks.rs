@@ -9,7 +9,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::random::mix;
-use contraflow_runtime::topology::{FormationId, JobId};
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;
@@ -22,7 +22,7 @@ use crate::core::facts::Formed;
 /// The ranks of one formation in one worker.
 #[derive(Clone, Debug)]
 pub(super) struct Group {
-    pub(super) ranks: Vec<usize>,
+    pub(super) ranks: Vec<Rank>,
     state: State,
     /// After the last step.
     pub(super) trained: Trained,
@@ -36,7 +36,7 @@ pub(super) struct Group {
     /// Workers that have not yet said that they keep the latest step.
     pub(super) unacknowledged: BTreeSet<u64>,
     /// Rank and step of what was reported before this formation.
-    pub(super) reports: BTreeSet<(usize, u64)>,
+    pub(super) reports: BTreeSet<(Rank, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +78,7 @@ pub(super) fn feed(digest: u64, step: u64, cursor: u64) -> u64 {
 }
 
 impl Group {
-    pub(super) fn new(ranks: Vec<usize>) -> Self {
+    pub(super) fn new(ranks: Vec<Rank>) -> Self {
         let (trained, parked, state) = (Trained::default(), None, State::Preparing);
         let (unacknowledged, reports) = (BTreeSet::new(), BTreeSet::new());
         Group {
@@ -140,7 +140,7 @@ impl World {
         trained.cursor = if goes_past { formed.cursor } else { trained.cursor };
         let Some(group) = self.group(id, of) else { return };
         group.trained = trained;
-        let tidies = group.ranks.contains(&0);
+        let tidies = group.ranks.contains(&Rank::ZERO);
         if !is_reachable {
             return self.fail_all(id, of, "an address of nobody");
         }
@@ -371,7 +371,7 @@ impl World {
     }
 
     /// Shards are on disk; whoever wrote them may have left the formation meanwhile.
-    pub(super) fn saved(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<usize>)) {
+    pub(super) fn saved(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<Rank>)) {
         let FormationId { job, generation } = of;
         for &rank in &ranks {
             let Some(folder) = self.folder(job) else { return };
@@ -394,14 +394,14 @@ impl World {
         }
     }
 
-    pub(super) fn validated(&mut self, id: u64, of: FormationId, rank: usize) {
+    pub(super) fn validated(&mut self, id: u64, of: FormationId, rank: Rank) {
         if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
             self.check_part(of, rank, false);
             self.say(id, of, RankEvent::Validated { rank, loss: 0.5, tokens: 8 });
         }
     }
 
-    pub(super) fn exported(&mut self, id: u64, of: FormationId, rank: usize) {
+    pub(super) fn exported(&mut self, id: u64, of: FormationId, rank: Rank) {
         if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
             let Some(folder) = self.folder(of.job) else { return };
             folder.export(of.generation, rank);

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use contraflow_runtime::topology::{Generation, JobId};
+use contraflow_runtime::topology::{Generation, JobId, Rank};
 
 /// The state after a step, as far as it can be told apart: how it came about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,9 +58,9 @@ pub(super) struct Folder {
     /// By step: the state, and the generation that made it.
     committed: BTreeMap<u64, (Trained, Generation)>,
     /// By step and generation: shards by rank.
-    unfinished: BTreeMap<(u64, Generation), BTreeMap<usize, Trained>>,
+    unfinished: BTreeMap<(u64, Generation), BTreeMap<Rank, Trained>>,
     /// Exported files by generation and rank.
-    exported: BTreeMap<Generation, Vec<usize>>,
+    exported: BTreeMap<Generation, Vec<Rank>>,
     /// Generation whose weights stand.
     pub(super) placed: Option<Generation>,
 }
@@ -98,11 +98,11 @@ impl Folder {
         self.committed.retain(|step, _| *step == pinned || Some(*step) == fresh || !old.contains(step));
     }
 
-    pub(super) fn save(&mut self, generation: Generation, rank: usize, trained: Trained) {
+    pub(super) fn save(&mut self, generation: Generation, rank: Rank, trained: Trained) {
         self.unfinished.entry((trained.step, generation)).or_default().insert(rank, trained);
     }
 
-    pub(super) fn export(&mut self, generation: Generation, rank: usize) {
+    pub(super) fn export(&mut self, generation: Generation, rank: Rank) {
         self.exported.entry(generation).or_default().push(rank);
     }
 
@@ -120,13 +120,13 @@ impl Folder {
         }
         let shards = self.unfinished.remove(&(step, generation));
         let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
-        if shards.len() != world || shards.keys().copied().ne(0..world) {
+        if shards.len() != world || shards.keys().copied().ne(Rank::all(world)) {
             return Err(Err(format!(
                 "step {step} is committed with shards of {:?} of {world}",
                 shards.keys()
             )));
         }
-        let one = shards[&0];
+        let one = shards[&Rank::ZERO];
         if shards.values().any(|shard| *shard != one) {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }

@@ -9,7 +9,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::Address;
 use contraflow_runtime::faults::ErrorKind;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::memory::Kept;
 use super::mutation::Mutation;
@@ -233,7 +233,7 @@ impl World {
     fn assigned(
         &mut self,
         id: u64,
-        (job, ranks): (JobId, Vec<usize>),
+        (job, ranks): (JobId, Vec<Rank>),
         formed: Rc<Formed>,
         (kept, is_reachable): (u64, bool),
     ) {
@@ -402,7 +402,7 @@ impl Hosted {
     /// What its ranks tell of themselves: in a step all wait, but for those that hang.
     fn progress(&self, job: JobId, hangs: bool) -> impl Iterator<Item = Progress> {
         let (formation, step) = (FormationId::new(job, self.generation), self.group.trained.step);
-        let address = move |&rank: &usize| RankAddress { formation, rank };
+        let address = move |&rank: &Rank| RankAddress { formation, rank };
         let is_at_work = self.group.is_in_step() && hangs;
         self.group.ranks.iter().map(move |rank| Progress {
             rank: address(rank),

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Position, ShardFile};
 use crate::faults::ErrorKind;
+use crate::topology::Rank;
 use crate::watch::{Divergence, Watch};
 
 /// To a rank.
@@ -49,7 +50,7 @@ pub enum RankEvent {
     /// The rank has its model and waits for commands.
     Ready {
         /// Who.
-        rank: usize,
+        rank: Rank,
     },
     /// An update has been made.
     StepDone {
@@ -59,14 +60,14 @@ pub enum RankEvent {
     /// The ranks have agreed to stop after this step.
     Stopped {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// The last step.
         step: u64,
     },
     /// The rank's part of a checkpoint is on disk, synced, in the unfinished folder of its step.
     ShardSaved {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// Where the run stood.
         position: Position,
         /// What the watch remembers: on every rank the same.
@@ -77,7 +78,7 @@ pub enum RankEvent {
     /// The validation sequences have been run.
     Validated {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// This rank's share of the mean loss, in nats per token.
         loss: f64,
         /// Tokens over all ranks.
@@ -86,19 +87,19 @@ pub enum RankEvent {
     /// The rank's weights are on disk.
     Exported {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// What it wrote.
         file: ExportedFile,
     },
     /// The rank gave up on command.
     Aborted {
         /// Who.
-        rank: usize,
+        rank: Rank,
     },
     /// The watch has stopped a step: no rank has updated its weights, every rank says the same and waits for a command.
     Diverged {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// Which step and why.
         divergence: Box<Divergence>,
         /// Sequences used, the batch of that step included.
@@ -107,7 +108,7 @@ pub enum RankEvent {
     /// The rank cannot go on.
     Failed {
         /// Who.
-        rank: usize,
+        rank: Rank,
         /// What it was doing, in words.
         action: String,
         /// The cause, in words.
@@ -119,7 +120,7 @@ pub enum RankEvent {
 
 impl RankEvent {
     /// Who it is from.
-    pub fn rank(&self) -> usize {
+    pub fn rank(&self) -> Rank {
         match self {
             RankEvent::Ready { rank }
             | RankEvent::Stopped { rank, .. }
@@ -129,7 +130,7 @@ impl RankEvent {
             | RankEvent::Aborted { rank }
             | RankEvent::Diverged { rank, .. }
             | RankEvent::Failed { rank, .. } => *rank,
-            RankEvent::StepDone { report } => report.rank as usize,
+            RankEvent::StepDone { report } => Rank::new(report.rank),
         }
     }
 }

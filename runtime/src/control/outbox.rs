@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{RankCommand, RankEvent};
+use crate::topology::Rank;
 
 /// Checkpoints of which a shard is told again: a rank writes one while the one before is being committed.
 const SHARDS: usize = 2;
@@ -21,7 +22,7 @@ pub struct Outbox {
     /// Step reports that may not be durable.
     reports: VecDeque<RankEvent>,
     /// Commands that have been passed on, by rank and kind.
-    heard: BTreeSet<(usize, &'static str)>,
+    heard: BTreeSet<(Rank, &'static str)>,
 }
 
 impl Outbox {
@@ -68,7 +69,7 @@ impl Outbox {
     }
 
     /// Whether a command is to be passed on: what begins something is heard once, however often it is said.
-    pub fn is_new(&mut self, rank: usize, command: &RankCommand) -> bool {
+    pub fn is_new(&mut self, rank: Rank, command: &RankCommand) -> bool {
         let kind = match command {
             RankCommand::BeginStep { .. } => "begin",
             RankCommand::Stop => "stop",
@@ -93,18 +94,25 @@ mod tests {
 
     fn saved(step: u64) -> RankEvent {
         let position = Position { step, ..Position::default() };
-        RankEvent::ShardSaved { rank: 0, position, watch: Default::default(), shard: Default::default() }
+        RankEvent::ShardSaved {
+            rank: Rank::ZERO,
+            position,
+            watch: Default::default(),
+            shard: Default::default(),
+        }
     }
 
     #[test]
     fn reports_wait_until_they_are_durable_and_other_words_are_said_again() {
         let mut outbox = Outbox::default();
-        for event in [RankEvent::Ready { rank: 0 }, done(1), saved(1), done(2), saved(2), done(3), saved(3)] {
+        for event in
+            [RankEvent::Ready { rank: Rank::ZERO }, done(1), saved(1), done(2), saved(2), done(3), saved(3)]
+        {
             outbox.note(&event);
         }
         outbox.durable(2);
         let said: Vec<_> = outbox.repeat().cloned().collect();
-        assert_eq!(said, [RankEvent::Ready { rank: 0 }, done(3), saved(2), saved(3)]);
+        assert_eq!(said, [RankEvent::Ready { rank: Rank::ZERO }, done(3), saved(2), saved(3)]);
     }
 
     #[test]
@@ -120,11 +128,11 @@ mod tests {
     #[test]
     fn what_begins_something_is_heard_once() {
         let mut outbox = Outbox::default();
-        assert!(outbox.is_new(0, &RankCommand::BeginStep { step: 1 }));
-        assert!(outbox.is_new(1, &RankCommand::BeginStep { step: 1 }));
-        assert!(!outbox.is_new(0, &RankCommand::BeginStep { step: 1 }));
-        assert!(outbox.is_new(0, &RankCommand::Validate));
+        assert!(outbox.is_new(Rank::ZERO, &RankCommand::BeginStep { step: 1 }));
+        assert!(outbox.is_new(Rank::new(1), &RankCommand::BeginStep { step: 1 }));
+        assert!(!outbox.is_new(Rank::ZERO, &RankCommand::BeginStep { step: 1 }));
+        assert!(outbox.is_new(Rank::ZERO, &RankCommand::Validate));
         let abort = RankCommand::Abort { reason: "why".into() };
-        assert!(outbox.is_new(0, &abort) && outbox.is_new(0, &abort));
+        assert!(outbox.is_new(Rank::ZERO, &abort) && outbox.is_new(Rank::ZERO, &abort));
     }
 }

@@ -12,15 +12,15 @@ use super::{ExportedFile, RankCommand, RankEvent};
 use crate::checkpoint::{Position, ShardFile};
 use crate::fabric::Address;
 use crate::faults::ErrorKind;
-use crate::topology::{FormationId, Generation, JobId};
+use crate::topology::{FormationId, Generation, JobId, Rank};
 
 /// Which rank of which formation a message is for or from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RankAddress {
-    /// Of which formation.
+    /// Running, or over by now.
     pub formation: FormationId,
-    /// Which rank.
-    pub rank: usize,
+    /// One of its ranks.
+    pub rank: Rank,
 }
 
 /// A command on its way to a worker, without the span that it belongs to. Where weights are exported to is the worker's to know.
@@ -35,7 +35,7 @@ pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand
     };
     let (job, generation) = formation_numbers(to.formation);
     let traceparent = String::new();
-    v1::RankCommand { job, generation, rank: to.rank as u64, command: Some(command), traceparent }
+    v1::RankCommand { job, generation, rank: to.rank.number().into(), command: Some(command), traceparent }
 }
 
 /// A command as it came; weights are exported to `export_dir`.
@@ -60,7 +60,7 @@ pub fn decode_command(
 /// An event on its way to the orchestrator.
 pub fn encode_event(formation: FormationId, event: &RankEvent) -> v1::RankEvent {
     let (job, generation) = formation_numbers(formation);
-    let rank = event.rank() as u64;
+    let rank = event.rank().number().into();
     let event = match event {
         RankEvent::Ready { .. } => Event::Ready(v1::Empty {}),
         RankEvent::StepDone { report } => Event::StepDone(report.clone()),
@@ -97,7 +97,7 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
     let address = RankAddress { formation: formation_of(job, generation)?, rank };
     let event = match event.ok_or("an event without a word")? {
         Event::Ready(_) => RankEvent::Ready { rank },
-        Event::StepDone(report) if rank_of(report.rank.into()) != Ok(rank) => {
+        Event::StepDone(report) if Rank::new(report.rank) != rank => {
             return Err(format!("a report of rank {} from rank {rank}", report.rank));
         }
         Event::StepDone(report) => RankEvent::StepDone { report },
@@ -156,21 +156,22 @@ pub fn formation_numbers(FormationId { job, generation }: FormationId) -> (u64, 
 
 /// A rank as it came.
 ///
-/// **Errors**: in words; this machine has no such number.
-pub fn rank_of(number: u64) -> Result<usize, String> {
-    usize::try_from(number).map_err(|error| format!("rank {number}: {error}"))
+/// **Errors**: in words; no rank has such a number.
+pub fn rank_of(number: u64) -> Result<Rank, String> {
+    let rank = u32::try_from(number).map(Rank::new);
+    rank.map_err(|_| format!("rank: expected at most {}, got {number}", u32::MAX))
 }
 
 /// Ranks as they came.
 ///
 /// **Errors**: as [`rank_of`].
-pub fn ranks_of(numbers: &[u64]) -> Result<Vec<usize>, String> {
+pub fn ranks_of(numbers: &[u64]) -> Result<Vec<Rank>, String> {
     numbers.iter().copied().map(rank_of).collect()
 }
 
 /// Ranks as they are sent.
-pub fn rank_numbers(ranks: &[usize]) -> Vec<u64> {
-    ranks.iter().map(|&rank| rank as u64).collect()
+pub fn rank_numbers(ranks: &[Rank]) -> Vec<u64> {
+    ranks.iter().map(|rank| rank.number().into()).collect()
 }
 
 impl From<Position> for v1::Position {
@@ -243,7 +244,7 @@ mod tests {
 
     #[test]
     fn every_event_comes_back_as_it_went() {
-        let rank = 3;
+        let rank = Rank::new(3);
         let shard = ShardFile { file: "rank-00003.safetensors".into(), bytes: 7, blake3: "ab".into() };
         let divergence =
             Divergence { step: 4, action: Action::RollBack, why: "a spike".into(), evidence: None };
@@ -284,7 +285,7 @@ mod tests {
             RankCommand::Abort { reason: "why".into() },
             RankCommand::Shutdown,
         ];
-        let to = RankAddress { formation: FORMATION, rank: 3 };
+        let to = RankAddress { formation: FORMATION, rank: Rank::new(3) };
         for command in commands {
             assert_eq!(decode_command(encode_command(to, &command), dir), Ok((to, command)));
         }
@@ -311,5 +312,27 @@ mod tests {
         assert!(decode_event(event(Event::Diverged(v1::Diverged::default()))).is_err());
         let failed = v1::Failed { kind: "tired".into(), ..Default::default() };
         assert!(decode_event(event(Event::Failed(failed))).unwrap_err().contains("tired"));
+    }
+    #[test]
+    fn a_number_that_is_no_id_is_refused_with_its_field() {
+        let (job, generation) = formation_numbers(FORMATION);
+        let event = v1::RankEvent { job, generation, rank: 3, event: Some(Event::Aborted(v1::Empty {})) };
+        assert!(decode_event(event.clone()).is_ok());
+        let refusals = [
+            (v1::RankEvent { job: 0, ..event.clone() }, "job: expected the id of a job, got 0"),
+            // A nonce without a number.
+            (v1::RankEvent { job: 7, ..event.clone() }, "job: expected the id of a job, got 7"),
+            (v1::RankEvent { generation: 0, ..event.clone() }, "generation: expected a count from 1, got 0"),
+            (
+                v1::RankEvent { rank: 1 << 32, ..event.clone() },
+                "rank: expected at most 4294967295, got 4294967296",
+            ),
+        ];
+        for (message, words) in refusals {
+            assert_eq!(decode_event(message), Err(words.to_owned()));
+        }
+        let last = v1::RankEvent { rank: u32::MAX.into(), generation: u32::MAX, job: u64::MAX, ..event };
+        assert_eq!(decode_event(last).unwrap().0.rank, Rank::new(u32::MAX));
+        assert!(ranks_of(&[0, 1, 1 << 40]).is_err());
     }
 }

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 
 use super::wire::VERSION;
 use crate::random::from_system;
-use crate::topology::{FormationId, Generation, JobId};
+use crate::topology::{FormationId, Generation, JobId, Rank};
 
 /// What connects the two processes of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +43,9 @@ pub struct Hello {
     /// Which formation it belongs to.
     pub formation: FormationId,
     /// Lowest rank of the process that connects.
-    pub from: u32,
+    pub from: Rank,
     /// Lowest rank of the process that it means to reach.
-    pub to: u32,
+    pub to: Rank,
     /// Never used before.
     pub nonce: [u8; HASH_BYTES],
 }
@@ -59,7 +59,9 @@ impl Hello {
         bytes[6] = self.carrier as u8;
         let FormationId { job, generation } = self.formation;
         bytes[8..16].copy_from_slice(&job.bits().to_le_bytes());
-        for (field, at) in [generation.number(), self.from, self.to].iter().zip([16, 20, 24]) {
+        for (field, at) in
+            [generation.number(), self.from.number(), self.to.number()].iter().zip([16, 20, 24])
+        {
             bytes[at..at + 4].copy_from_slice(&field.to_le_bytes());
         }
         bytes[NONCE_AT..].copy_from_slice(&self.nonce);
@@ -88,7 +90,7 @@ impl Hello {
         let mut nonce = [0; HASH_BYTES];
         nonce.copy_from_slice(&bytes[NONCE_AT..]);
         let formation = FormationId::new(JobId::of(u64::from_le_bytes(job)), Generation::new(field(16)));
-        let (from, to) = (field(20), field(24));
+        let (from, to) = (Rank::new(field(20)), Rank::new(field(24)));
         Ok(Hello { version, carrier, formation, from, to, nonce })
     }
 }

@@ -22,7 +22,7 @@ use super::stream::{Address, Stream};
 use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
 use super::{FabricError, Region, Tag};
 use crate::random::from_system;
-use crate::topology::FormationId;
+use crate::topology::{FormationId, Rank};
 use crate::trace::TraceContext;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -258,11 +258,11 @@ impl WiredNetwork {
 
     fn site_that_says(&self, hello: &Hello) -> Result<usize, String> {
         let own = self.formation.local[0];
-        if hello.to as usize != own {
+        if hello.to.index() != own {
             return Err(format!("this process hosts rank {own}, not rank {}", hello.to));
         }
-        let site = self.site_of.get(hello.from as usize).copied();
-        let site = site.filter(|&site| self.sites[site].ranks[0] == hello.from as usize);
+        let site = self.site_of.get(hello.from.index()).copied();
+        let site = site.filter(|&site| self.sites[site].ranks[0] == hello.from.index());
         site.ok_or_else(|| format!("rank {} speaks for no process of this formation", hello.from))
     }
 
@@ -308,13 +308,12 @@ impl WiredNetwork {
     ///
     /// **Errors**: in words, if there is no randomness.
     pub(super) fn hello(&self, site: usize, carrier: Carrier) -> Result<Hello, String> {
-        let number = |rank: usize| u32::try_from(rank).map_err(|error| format!("rank {rank}: {error}"));
         Ok(Hello {
             version: VERSION,
             carrier,
             formation: self.id(),
-            from: number(self.formation.local[0])?,
-            to: number(self.sites[site].ranks[0])?,
+            from: Rank::at(self.formation.local[0]),
+            to: Rank::at(self.sites[site].ranks[0]),
             nonce: from_system().map_err(|error| error.to_string())?,
         })
     }

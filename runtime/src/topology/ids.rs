@@ -1,4 +1,4 @@
-//! Which formation of a job is meant. Ids are types of their own, so that none is taken for another or for a count: displayed as
+//! Which rank, and which formation of a job, is meant. Ids are types of their own, so that none is taken for another or for a count: displayed as
 //! people write them, kept as bare numbers. What a number from outside may be is checked where it comes in (`control::wire`).
 
 use std::fmt;
@@ -45,6 +45,49 @@ impl fmt::Display for Generation {
     }
 }
 
+/// A rank of a job: who it is, not where it stands among others. Whoever counts over ranks, or indexes by them, uses
+/// [`Rank::index`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Rank(u32);
+
+impl Rank {
+    /// The one that does for all what only one may do.
+    pub const ZERO: Rank = Rank(0);
+
+    /// The rank of this number.
+    pub const fn new(number: u32) -> Self {
+        Rank(number)
+    }
+
+    /// The rank at this place among those of its job. No job has so many that one is beyond the numbers; the last of these
+    /// stands for it.
+    pub fn at(index: usize) -> Self {
+        Rank(u32::try_from(index).unwrap_or(u32::MAX))
+    }
+
+    /// The ranks of a job that has so many, in order.
+    pub fn all(world: usize) -> impl DoubleEndedIterator<Item = Rank> {
+        (0..world).map(Rank::at)
+    }
+
+    /// Its place among the ranks of its job.
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// As it is sent.
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Rank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// One formation of one job: what a generation fences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FormationId {
@@ -64,5 +107,41 @@ impl FormationId {
 impl fmt::Display for FormationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "generation {} of {}", self.generation, self.job)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_read_as_people_write_them_and_kept_as_numbers() {
+        let formation = FormationId::new(JobId::new(7, 5), Generation::FIRST.next());
+        assert_eq!(formation.to_string(), "generation 2 of job-7");
+        assert_eq!(Rank::new(3).to_string(), "3");
+        let kept = serde_json::to_string(&(formation.job, formation.generation, Rank::new(3))).unwrap();
+        assert_eq!(kept, format!("[{},2,3]", formation.job.bits()));
+        let read: (JobId, Generation, Rank) = serde_json::from_str(&kept).unwrap();
+        assert_eq!(read, (formation.job, formation.generation, Rank::new(3)));
+    }
+
+    #[test]
+    fn formations_of_a_job_sort_by_their_generation_and_the_first_has_none_before_it() {
+        let [one, other] = [1, 2].map(|number| JobId::new(number, 0));
+        let mut all = [(other, 1), (one, 3), (one, 2)]
+            .map(|(job, number)| FormationId::new(job, Generation::new(number)));
+        all.sort();
+        assert_eq!(all.map(|id| (id.job, id.generation.number())), [(one, 2), (one, 3), (other, 1)]);
+        assert_eq!(Generation::FIRST.previous(), Generation::default());
+        assert_eq!(Generation::default().previous(), Generation::default());
+        assert_eq!(Generation::new(u32::MAX).next(), Generation::new(u32::MAX));
+    }
+
+    #[test]
+    fn ranks_are_counted_from_zero() {
+        assert_eq!(Rank::all(3).collect::<Vec<_>>(), [Rank::ZERO, Rank::new(1), Rank::new(2)]);
+        assert!(
+            Rank::all(9).enumerate().all(|(index, rank)| rank.index() == index && rank == Rank::at(index))
+        );
     }
 }

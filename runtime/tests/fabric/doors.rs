@@ -7,7 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 
 use contraflow_runtime::fabric::handshake::{HELLO_BYTES, Hello, connect as shake};
 use contraflow_runtime::fabric::{FrameKind, Region, Transport};
-use contraflow_runtime::topology::{FormationId, JobId};
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use crate::lab::{
     DEADLINE, SECRET, Site, close, connect, form, formation, generation, hello, listener, noise, rest_of,
@@ -75,9 +75,12 @@ fn a_hello_of_another_version_or_formation() {
             let mut stream = connect(&site.listener.address());
             shake(&mut stream, &hello, &SECRET).err().unwrap().to_string()
         };
-        assert!(shake_as(Hello { to: 1, ..hello() }).ends_with("this process hosts rank 0, not rank 1"));
         assert!(
-            shake_as(Hello { from: 7, ..hello() })
+            shake_as(Hello { to: Rank::new(1), ..hello() })
+                .ends_with("this process hosts rank 0, not rank 1")
+        );
+        assert!(
+            shake_as(Hello { from: Rank::new(7), ..hello() })
                 .ends_with("rank 7 speaks for no process of this formation")
         );
         assert!(shake_as(hello()).ends_with("rank 1 is connected already"));

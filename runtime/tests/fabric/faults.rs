@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use contraflow_runtime::fabric::handshake::{self, Hello, connect as shake};
 use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader, Signal};
 use contraflow_runtime::fabric::{Address, FabricError, Form, Formation, FrameKind, Region, Tag, Transport};
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::TraceContext;
 
 use crate::lab::{
@@ -207,7 +208,7 @@ fn the_others_go_on_when_one_is_lost() {
     }
     assert!(ends[1].receive(tag(0, 0, FrameKind::Combine)).unwrap()[0].bytes() == noise(50_000, 0));
     let mut stream = connect(&listeners[0].address());
-    shake(&mut stream, &Hello { from: 2, ..hello() }, &SECRET).unwrap();
+    shake(&mut stream, &Hello { from: Rank::new(2), ..hello() }, &SECRET).unwrap();
     stream.write_all(&bytes_of(header(tag(1, 2, FrameKind::Combine), 0, 0))).unwrap();
     drop(stream);
     assert_eq!(sites[0].faults.recv_timeout(DEADLINE).unwrap().ranks, [2]);

@@ -12,7 +12,7 @@ use contraflow_runtime::fabric::{
     Address, Disturbance, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
 };
 use contraflow_runtime::random::from_system;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 /// Nothing here takes longer unless it hangs.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -129,8 +129,8 @@ pub fn connect(address: &Address) -> TcpStream {
 
 /// What the process of rank 1 says to that of rank 0.
 pub fn hello() -> Hello {
-    let nonce = from_system().unwrap();
-    Hello { version: VERSION, carrier: Carrier::Socket, formation: generation(3), from: 1, to: 0, nonce }
+    let (from, to, nonce) = (Rank::new(1), Rank::ZERO, from_system().unwrap());
+    Hello { version: VERSION, carrier: Carrier::Socket, formation: generation(3), from, to, nonce }
 }
 
 /// Everything the other end still has to say.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{Endpoint, Transport};
 use contraflow_runtime::schedule::Span;
-use contraflow_runtime::topology::FormationId;
+use contraflow_runtime::topology::{FormationId, Rank};
 use contraflow_runtime::trace::TraceContext;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
 use contraflow_workers::rank::build::Assignment;
@@ -81,7 +81,7 @@ async fn train(part: &Part, endpoint: Endpoint, dir: PathBuf) -> Result<Trained,
     let (tell, mut events) = mpsc::unbounded_channel();
     // Once this is over nobody asks any more.
     let (worker, _) = Actor::spawn(None, Worker, Arc::new(move |event| drop(tell.send(event)))).await?;
-    let rank = part.rank;
+    let rank = Rank::at(part.rank);
     worker.cast(WorkerMessage::Host { rank, assignment })?;
     let command =
         |command| worker.cast(WorkerMessage::Command { rank, command, trace: TraceContext::default() });

@@ -4,18 +4,18 @@
 use std::path::Path;
 
 use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{JobId, Rank};
 
 /// Whether an event comes with evidence that this worker has to write.
 pub(super) fn is_in(event: &RankEvent) -> bool {
-    matches!(event, RankEvent::Diverged { rank: 0, divergence, .. } if divergence.evidence.is_some())
+    matches!(event, RankEvent::Diverged { rank: Rank::ZERO, divergence, .. } if divergence.evidence.is_some())
 }
 
 /// Writes the evidence of an event into a job's folder, and returns the event: without evidence where that failed, so that
 /// nobody is sent to a file that is not there.
 pub(super) fn write(dir: &Path, job: JobId, mut event: RankEvent) -> RankEvent {
     let RankEvent::Diverged { rank, divergence, .. } = &mut event else { return event };
-    let (job, rank) = (job.bits(), *rank as u64);
+    let (job, rank) = (job.bits(), rank.number());
     match divergence.evidence.as_ref().map(|evidence| evidence.write(dir)) {
         Some(Ok(path)) => tracing::warn!(job, rank, "the evidence is in {}", path.display()),
         Some(Err(error)) => {
@@ -34,7 +34,7 @@ mod tests {
 
     use super::*;
 
-    fn diverged(rank: usize, step: u64) -> RankEvent {
+    fn diverged(rank: Rank, step: u64) -> RankEvent {
         let evidence = Evidence { step, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: Vec::new() };
         let (action, why, evidence) = (Action::Stop, "not finite".to_owned(), Some(evidence));
         RankEvent::Diverged {
@@ -48,8 +48,11 @@ mod tests {
     fn the_latest_evidence_is_in_the_folder_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         for step in [3, 5] {
-            assert!(is_in(&diverged(0, step)) && !is_in(&diverged(1, step)));
-            assert_eq!(write(dir.path(), JobId::new(1, 0), diverged(0, step)), diverged(0, step));
+            assert!(is_in(&diverged(Rank::ZERO, step)) && !is_in(&diverged(Rank::new(1), step)));
+            assert_eq!(
+                write(dir.path(), JobId::new(1, 0), diverged(Rank::ZERO, step)),
+                diverged(Rank::ZERO, step)
+            );
             let text = std::fs::read_to_string(dir.path().join(EVIDENCE_FILE)).unwrap();
             assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["step"], step);
         }
@@ -59,7 +62,7 @@ mod tests {
     #[test]
     fn where_it_cannot_be_written_nobody_is_sent_to_it() {
         let dir = tempfile::tempdir().unwrap();
-        let event = write(&dir.path().join("missing"), JobId::new(1, 0), diverged(0, 3));
+        let event = write(&dir.path().join("missing"), JobId::new(1, 0), diverged(Rank::ZERO, 3));
         let RankEvent::Diverged { divergence, cursor: 8, .. } = event else { panic!("{event:?}") };
         assert_eq!((divergence.why.as_str(), divergence.evidence), ("not finite", None));
     }

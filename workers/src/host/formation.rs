@@ -10,7 +10,7 @@ use contraflow_runtime::control::wire::{
 };
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
-use contraflow_runtime::topology::FormationId;
+use contraflow_runtime::topology::{FormationId, Rank};
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
@@ -33,7 +33,7 @@ pub(super) struct Formation {
     /// The last answer to a commit.
     pub(super) committed: Option<v1::Committed>,
     pub(super) prepared: Option<Arc<Prepared>>,
-    ranks: Vec<usize>,
+    ranks: Vec<Rank>,
     /// Of the whole formation.
     world: usize,
     running: Option<Running>,
@@ -98,7 +98,7 @@ impl Formation {
             id,
             secret: secret.map_err(|_| wrong("expected a secret of 32 bytes".into()))?,
             ranks: addresses(assign).map_err(wrong)?,
-            local: self.ranks.clone(),
+            local: self.ranks.iter().map(|rank| rank.index()).collect(),
             patience: PATIENCE,
             transport: Transport::Auto,
             disturbance: None,
@@ -113,7 +113,7 @@ impl Formation {
         let mut endpoints = Vec::new();
         let (worker, commands) = mpsc::unbounded_channel();
         for &rank in &self.ranks {
-            let endpoint = network.join(rank)?;
+            let endpoint = network.join(rank.index())?;
             endpoints.push(endpoint.clone());
             let keeper = keeper((id, assign), &endpoint, kept).map_err(wrong)?;
             let assignment = Box::new(Assignment {
@@ -190,6 +190,13 @@ fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
     assign.workers.iter().map(of_rank).collect()
 }
 
+/// Ranks as the fabric counts them.
+///
+/// **Errors**: in words; no rank has such a number.
+fn indices_of(numbers: &[u64]) -> Result<Vec<usize>, String> {
+    Ok(ranks_of(numbers)?.into_iter().map(Rank::index).collect())
+}
+
 /// Who keeps a rank's state, and whose it keeps; nobody if all ranks are on one worker.
 ///
 /// **Errors**: in words; not every rank keeps one other rank's state.
@@ -202,7 +209,7 @@ fn keeper(
         return Ok(None);
     }
     let rank = endpoint.rank();
-    let buddies = ranks_of(&assign.buddies)?;
+    let buddies = indices_of(&assign.buddies)?;
     let ward = buddies.iter().position(|&buddy| buddy == rank);
     let (Some(&buddy), Some(ward)) = (buddies.get(rank), ward) else {
         return Err(format!(
@@ -215,7 +222,7 @@ fn keeper(
 
 fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Result<Recovered, String> {
     let generation = generation_of(memory.generation).map_err(|words| format!("memory.{words}"))?;
-    Ok(Recovered { generation, step: memory.step, holders: ranks_of(&memory.holders)?, kept: kept.clone() })
+    Ok(Recovered { generation, step: memory.step, holders: indices_of(&memory.holders)?, kept: kept.clone() })
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.

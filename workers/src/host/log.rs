@@ -5,7 +5,7 @@ use contraflow_runtime::topology::JobId;
 
 /// Logs an event, if it has a line.
 pub(super) fn tell(job: JobId, event: &RankEvent) {
-    let (job, rank) = (job.bits(), event.rank() as u64);
+    let (job, rank) = (job.bits(), event.rank().number());
     match event {
         RankEvent::Ready { .. } => tracing::info!(job, rank, "has its model and waits for the others"),
         RankEvent::Stopped { step, .. } => tracing::info!(job, rank, "stopped after step {step}"),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::{generation_of, ranks_of};
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::job::Prepared;
 use crate::error::RankError;
@@ -92,7 +92,7 @@ pub(super) struct WriteDown {
     /// Of the formation that made the step.
     made: Generation,
     step: u64,
-    ranks: Vec<usize>,
+    ranks: Vec<Rank>,
 }
 
 impl WriteDown {
@@ -113,7 +113,7 @@ impl WriteDown {
 pub(super) fn write_down(prepared: &Prepared, kept: &Kept, order: &WriteDown) -> Vec<RankEvent> {
     let mut events = Vec::new();
     for &rank in &order.ranks {
-        for mut report in kept.reports(rank, order.step) {
+        for mut report in kept.reports(rank.index(), order.step) {
             report.generation = order.left.number();
             events.push(RankEvent::StepDone { report });
         }
@@ -131,14 +131,14 @@ fn write_part(
     prepared: &Prepared,
     kept: &Kept,
     order: &WriteDown,
-    rank: usize,
+    rank: Rank,
 ) -> Result<RankEvent, RankError> {
-    let image = kept.get((order.made, order.step, rank)).ok_or_else(|| RankError::Content {
+    let image = kept.get((order.made, order.step, rank.index())).ok_or_else(|| RankError::Content {
         path: "memory".into(),
         message: format!("has no state of rank {rank} after step {}", order.step),
     })?;
     let dir = prepared.folder.unfinished(order.step);
-    let shard = crate::checkpoint::write_image(&dir, rank, &image.bytes)?;
+    let shard = crate::checkpoint::write_image(&dir, rank.index(), &image.bytes)?;
     let (position, watch) = (image.position, image.watch.clone());
     Ok(RankEvent::ShardSaved { rank, position, watch, shard })
 }

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{AtWork, FabricError};
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -112,7 +113,7 @@ enum Status {
 
 /// The actor's state.
 pub struct RankState {
-    id: usize,
+    id: Rank,
     tell: Tell,
     member: Option<Member>,
     status: Status,
@@ -146,12 +147,12 @@ impl RankState {
         let id = self.id;
         let Assignment { formation, trace, .. } = assignment;
         let (job, generation) = (formation.job.bits(), formation.generation.number());
-        let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id);
+        let life = info_span!(target: SPAN, parent: None, "job", job, generation, rank = id.number());
         self.life = trace::below(trace, life);
         let build = info_span!(target: SPAN, parent: &self.life, "build");
         tokio::task::spawn_blocking(move || {
             let _build = build.entered();
-            let built = RankError::catch(|| build_rank(id, assignment));
+            let built = RankError::catch(|| build_rank(id.index(), assignment));
             drop(myself.cast(RankMessage::Built(Box::new(built))));
         });
     }
@@ -171,9 +172,9 @@ impl RankState {
                 return Ok(());
             }
         };
-        let (member, reports) = join(myself, self.id, built).await?;
+        let (member, reports) = join(myself, self.id.index(), built).await?;
         self.member = Some(member);
-        tracing::debug!(job = self.job(), rank = self.id, "has its model and waits for the others");
+        tracing::debug!(job = self.job(), rank = self.id.number(), "has its model and waits for the others");
         (self.tell)(RankEvent::Ready { rank: self.id });
         reports.into_iter().for_each(|report| (self.tell)(RankEvent::StepDone { report }));
         Ok(())
@@ -259,17 +260,17 @@ impl RankState {
 }
 
 /// The rank actor.
-pub struct Rank;
+pub struct RankActor;
 
-impl Actor for Rank {
+impl Actor for RankActor {
     type Msg = RankMessage;
     type State = RankState;
-    type Arguments = (usize, Tell);
+    type Arguments = (Rank, Tell);
 
     async fn pre_start(
         &self,
         _myself: ActorRef<RankMessage>,
-        (id, tell): (usize, Tell),
+        (id, tell): (Rank, Tell),
     ) -> Result<RankState, ActorProcessingErr> {
         let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
         Ok(RankState {

@@ -30,7 +30,7 @@ pub(super) enum Then {
 impl RankState {
     /// Hands a snapshot to the checkpointer and goes on while it writes.
     pub(super) fn save(&mut self, snapshot: Box<Snapshot>, goes_on: bool) -> Result<(), RankError> {
-        let rank = self.id;
+        let rank = self.id.index();
         let member = self.member()?;
         if member.is_saving {
             let _at_work = member.assignment.endpoint.work();
@@ -89,7 +89,7 @@ impl RankState {
 
     /// Borrows the experts first.
     pub(super) fn begin_export(&mut self, dir: PathBuf) -> Result<(), RankError> {
-        self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id));
+        self.begin(info_span!(target: SPAN, parent: &self.life, "export", rank = self.id.number()));
         self.member()?.weights_are_whole()?;
         self.status = Status::Lend { dir };
         let experts = &self.member()?.children.experts;
@@ -98,7 +98,7 @@ impl RankState {
 
     pub(super) fn export(&mut self, dir: PathBuf, experts: Params) -> Result<(), RankError> {
         self.status = Status::Export;
-        let rank = self.id;
+        let rank = self.id.index();
         let member = self.member()?;
         let params = Box::new(member.take_params(experts)?);
         let world = member.assignment.recipe.topology().world();

@@ -25,7 +25,7 @@ use crate::model::params::Params;
 
 impl RankState {
     pub(super) fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
-        let rank = self.id;
+        let rank = self.id.index();
         self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
         let member = self.member()?;
         member.assignment.endpoint.activity().begin_step(step);
@@ -38,7 +38,7 @@ impl RankState {
     }
 
     pub(super) fn validate(&mut self) -> Result<(), RankError> {
-        self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id));
+        self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id.number()));
         let member = self.member()?;
         member.weights_are_whole()?;
         let available = member.assignment.datasets.validation.num_sequences();
@@ -138,7 +138,7 @@ impl RankState {
         let Status::Run { task, tokens } = self.status else { return Ok(()) };
         self.status = Status::Idle;
         self.doing = Span::none();
-        let rank = self.id;
+        let rank = self.id.index();
         let member = self.member()?;
         member.give_back(params)?;
         member.is_gathered = is_gathered;
@@ -185,7 +185,14 @@ impl RankState {
 
     fn report(&self, report: StepReport, stop: bool) {
         let (job, rank, step) = (self.job(), self.id, report.step);
-        tracing::debug!(job, rank, step, loss = report.loss, seconds = report.seconds, "step done");
+        tracing::debug!(
+            job,
+            rank = rank.number(),
+            step,
+            loss = report.loss,
+            seconds = report.seconds,
+            "step done"
+        );
         (self.tell)(RankEvent::StepDone { report });
         if stop {
             (self.tell)(RankEvent::Stopped { rank, step });

@@ -6,25 +6,26 @@ use std::collections::HashMap;
 
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use super::build::Assignment;
-use super::{Rank, RankMessage, Tell};
+use super::{RankActor, RankMessage, Tell};
 
 /// What the worker hears.
 pub enum WorkerMessage {
     /// Host a rank of a job.
     Host {
         /// Which one.
-        rank: usize,
+        rank: Rank,
         /// What it is told.
         assignment: Box<Assignment>,
     },
     /// The orchestrator's word to a rank.
     Command {
         /// Which one.
-        rank: usize,
+        rank: Rank,
         /// The word.
         command: RankCommand,
         /// The span that says it.
@@ -35,12 +36,12 @@ pub enum WorkerMessage {
 /// The actor's state.
 pub struct WorkerState {
     tell: Tell,
-    ranks: HashMap<usize, ActorRef<RankMessage>>,
-    numbers: HashMap<ActorId, usize>,
+    ranks: HashMap<Rank, ActorRef<RankMessage>>,
+    numbers: HashMap<ActorId, Rank>,
 }
 
 impl WorkerState {
-    fn failed(&self, rank: usize, action: &str, cause: String) {
+    fn failed(&self, rank: Rank, action: &str, cause: String) {
         (self.tell)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
     }
 }
@@ -70,18 +71,19 @@ impl Actor for Worker {
         match message {
             WorkerMessage::Host { rank, assignment } => {
                 let arguments = (rank, state.tell.clone());
-                let (actor, _) = Actor::spawn_linked(None, Rank, arguments, myself.get_cell()).await?;
+                let (actor, _) = Actor::spawn_linked(None, RankActor, arguments, myself.get_cell()).await?;
                 state.numbers.insert(actor.get_id(), rank);
                 actor.cast(RankMessage::Assign(assignment))?;
                 state.ranks.insert(rank, actor);
             }
             WorkerMessage::Command { rank, command, trace } => {
                 let ended = command == RankCommand::Shutdown;
-                let sent =
-                    state.ranks.get(&rank).map(|actor| actor.cast(RankMessage::Command(command, trace)));
+                let actor = state.ranks.get(&rank);
+                let is_sent =
+                    actor.is_some_and(|actor| actor.cast(RankMessage::Command(command, trace)).is_ok());
                 if ended {
                     state.ranks.remove(&rank);
-                } else if !matches!(sent, Some(Ok(()))) {
+                } else if !is_sent {
                     state.failed(rank, "hearing a command", "the rank is gone".into());
                 }
             }

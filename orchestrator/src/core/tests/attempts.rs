@@ -2,9 +2,14 @@
 
 use super::*;
 use crate::core::attempts::{MAX_IDLE, MAX_STUCK};
+use contraflow_runtime::topology::Rank;
 
 fn step_done(step: u64) -> RankEvent {
-    RankEvent::StepDone { report: contraflow_proto::StepReport { step, ..Default::default() } }
+    step_done_by(0, step)
+}
+
+fn step_done_by(rank: u32, step: u64) -> RankEvent {
+    RankEvent::StepDone { report: contraflow_proto::StepReport { rank, step, ..Default::default() } }
 }
 
 fn generation(world: &World, job: JobId) -> u32 {
@@ -75,9 +80,9 @@ fn a_job_that_makes_a_step_between_losses_is_never_given_up() {
             lose(&mut world, JOB, 1);
             until_formed(&mut world, JOB);
         }
-        drop(world.event(0, RankEvent::Ready { rank: 0 }));
-        drop(world.event(1, RankEvent::Ready { rank: 1 }));
-        drop(world.event(0, step_done(step)));
+        drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
+        drop(world.event(RankEvent::Ready { rank: Rank::new(1) }));
+        drop(world.event(step_done(step)));
         let attempts = &world.core.jobs().all[&JOB].attempts;
         assert_eq!((attempts.furthest, attempts.idle), (step, 0));
         checkpoint_of(&mut world, step);
@@ -97,12 +102,12 @@ fn checkpoint_of(world: &mut World, step: u64) {
 #[test]
 fn a_step_that_a_started_orchestrator_did_not_hear_counts_too() {
     let mut world = training();
-    drop(world.event(0, step_done(1)));
+    drop(world.event(step_done(1)));
     let facts: Vec<Fact> =
         world.facts.iter().filter(|fact| matches!(fact, Fact::Stepped { .. })).cloned().collect();
     assert_eq!(facts, [Fact::Stepped { job: JOB, step: 1 }]);
-    drop(world.event(1, step_done(1)));
-    drop(world.event(0, step_done(2)));
+    drop(world.event(step_done_by(1, 1)));
+    drop(world.event(step_done(2)));
     assert_eq!(world.facts.iter().filter(|fact| matches!(fact, Fact::Stepped { .. })).count(), 1);
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
     drop(again.attach(1, hosted(1, &[0])));
@@ -116,8 +121,8 @@ fn steps_that_are_made_again_and_again_end_a_job_at_last() {
     let mut world = training();
     for generation in 1..=MAX_STUCK + 1 {
         assert_eq!(self::generation(&world, JOB), generation);
-        (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Ready { rank })));
-        drop(world.event(0, step_done(1)));
+        Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Ready { rank })));
+        drop(world.event(step_done(1)));
         lose(&mut world, JOB, 1);
         until_formed(&mut world, JOB);
     }
@@ -131,7 +136,7 @@ fn ranks_that_cannot_reach_each_other_are_not_formed_for_ever() {
     let mut world = training();
     for _ in 0..MAX_IDLE {
         let (action, cause) = ("building the model".to_owned(), "cannot be reached: refused".to_owned());
-        drop(world.event(0, RankEvent::Failed { rank: 0, action, cause, kind: ErrorKind::Lost }));
+        drop(world.event(RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Lost }));
         drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
         until_formed(&mut world, JOB);
     }
@@ -170,8 +175,8 @@ fn of_jobs_on_one_worker_the_one_with_the_largest_ranks_is_suspected_and_a_train
         drop(world.step(Event::Submit(Box::new(JobSpec { rank_bytes, ..*spec(1, 0) }))));
     }
     let train = |world: &mut World| {
-        drop(world.event(0, RankEvent::Ready { rank: 0 }));
-        drop(world.event(0, step_done(1)));
+        drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
+        drop(world.event(step_done(1)));
     };
     train(&mut world);
     drop(world.step(Event::Detached { worker: 1 }));
@@ -233,9 +238,10 @@ fn a_loss_that_memory_may_explain_says_what_a_rank_needs_and_what_the_worker_had
 #[test]
 fn a_rank_whose_node_fails_goes_elsewhere_and_comes_back_where_there_is_nowhere_else() {
     let mut world = training();
-    let fail = |world: &mut World, rank: usize| {
+    let fail = |world: &mut World, rank: u32| {
+        let rank = Rank::new(rank);
         let (action, cause) = ("saving step 4".to_owned(), "disk: Input/output error".to_owned());
-        drop(world.event(rank, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node }));
+        drop(world.event(RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node }));
         drop(world.pass(LEFT_MS + TICK_MS, &[1, 2, 3]));
     };
     fail(&mut world, 1);
@@ -245,7 +251,7 @@ fn a_rank_whose_node_fails_goes_elsewhere_and_comes_back_where_there_is_nowhere_
         _ => None,
     });
     let words = "rank 1, saving step 4: disk: Input/output error; on worker , node n2";
-    assert_eq!(why, Some((words.to_owned(), vec![1])));
+    assert_eq!(why, Some((words.to_owned(), vec![Rank::new(1)])));
     // The next node fails too: that of the first is as good.
     fail(&mut world, 1);
     until_formed(&mut world, JOB);
@@ -272,7 +278,7 @@ fn a_commit_that_fails_is_its_workers_and_a_job_that_gets_nowhere_for_it_ends() 
     assert_eq!((world.places(), generation(&world, JOB)), (vec![3, 2], 2));
     for _ in 1..MAX_IDLE {
         until_formed(&mut world, JOB);
-        (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Ready { rank })));
+        Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Ready { rank })));
         commit(&mut world, 4);
     }
     let why = outcome(&world, JOB);
@@ -286,8 +292,8 @@ fn a_commit_that_fails_is_its_workers_and_a_job_that_gets_nowhere_for_it_ends() 
 fn a_defect_ends_a_job_at_once() {
     let mut world = training();
     let (action, cause) = ("F0.1".to_owned(), "expected rows, got ids".to_owned());
-    drop(world.event(1, RankEvent::Failed { rank: 1, action, cause, kind: ErrorKind::Bug }));
-    drop(world.event(0, RankEvent::Aborted { rank: 0 }));
+    drop(world.event(RankEvent::Failed { rank: Rank::new(1), action, cause, kind: ErrorKind::Bug }));
+    drop(world.event(RankEvent::Aborted { rank: Rank::new(0) }));
     assert_eq!(outcome(&world, JOB), "rank 1, F0.1: expected rows, got ids");
     assert_eq!(generation(&world, JOB), 1);
 }

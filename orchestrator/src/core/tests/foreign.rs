@@ -1,6 +1,7 @@
 //! Workers that come from an orchestrator with another state.
 
 use super::*;
+use contraflow_runtime::topology::Rank;
 
 /// A core of state 7 that has had no job; its nonce is that of no id below.
 fn fresh() -> World {
@@ -8,8 +9,8 @@ fn fresh() -> World {
 }
 
 /// A worker that hosts a rank of a job of another state, in a formation of two.
-fn attach(world: &mut World, rank: usize) -> Vec<Effect> {
-    let worker = rank as u64 + 1;
+fn attach(world: &mut World, rank: u32) -> Vec<Effect> {
+    let worker = u64::from(rank) + 1;
     let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
     let (hosted, left, storage_mark) = (hosted(3, &[rank]), Vec::new(), "mark".into());
     world.step(Event::Attached { who: Box::new(who), hosted, left, state: 6, incarnation: 5, storage_mark })
@@ -18,11 +19,11 @@ fn attach(world: &mut World, rank: usize) -> Vec<Effect> {
 fn say(world: &mut World, event: RankEvent) -> Vec<Effect> {
     let rank = event.rank();
     let from = RankAddress { formation: of(3), rank };
-    world.step(Event::Rank { worker: rank as u64 + 1, from, event: Box::new(event) })
+    world.step(Event::Rank { worker: rank.index() as u64 + 1, from, event: Box::new(event) })
 }
 
-fn step_done(rank: usize, step: u64) -> RankEvent {
-    let rank = rank as u32;
+fn step_done(rank: Rank, step: u64) -> RankEvent {
+    let rank = rank.number();
     RankEvent::StepDone { report: contraflow_proto::StepReport { rank, step, ..Default::default() } }
 }
 
@@ -38,14 +39,14 @@ fn both() -> World {
     let mut world = fresh();
     assert!(released(&attach(&mut world, 0)).is_empty());
     assert!(released(&attach(&mut world, 1)).is_empty());
-    drop(say(&mut world, RankEvent::Ready { rank: 0 }));
-    let effects = say(&mut world, RankEvent::Ready { rank: 1 });
+    drop(say(&mut world, RankEvent::Ready { rank: Rank::new(0) }));
+    let effects = say(&mut world, RankEvent::Ready { rank: Rank::new(1) });
     let stopped = |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::Stop, .. });
     assert_eq!(words(&effects).iter().filter(|to| stopped(to)).count(), 2, "{effects:?}");
     let begun =
         |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::BeginStep { .. }, .. });
     assert!(!words(&effects).iter().any(begun), "nobody here knows where they would begin");
-    (0..2).for_each(|rank| drop(say(&mut world, step_done(rank, 11))));
+    Rank::all(2).for_each(|rank| drop(say(&mut world, step_done(rank, 11))));
     world
 }
 
@@ -66,12 +67,12 @@ fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    for rank in 0..2 {
+    for rank in Rank::all(2) {
         drop(say(&mut world, step_done(rank, 12)));
         drop(say(&mut world, RankEvent::Stopped { rank, step: 12 }));
     }
-    drop(say(&mut world, saved(0)));
-    let effects = say(&mut world, saved(1));
+    drop(say(&mut world, saved(Rank::new(0))));
+    let effects = say(&mut world, saved(Rank::new(1)));
     assert!(
         matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(3))
     );
@@ -99,7 +100,7 @@ fn what_cannot_be_kept_is_let_go_in_time() {
     // Two that have made no step.
     let mut world = fresh();
     (0..2).for_each(|rank| drop(attach(&mut world, rank)));
-    (0..2).for_each(|rank| drop(say(&mut world, RankEvent::Ready { rank })));
+    Rank::all(2).for_each(|rank| drop(say(&mut world, RankEvent::Ready { rank })));
     let effects = world.pass(WRITE_DOWN_MS + TICK_MS, &[1, 2]);
     assert_eq!(released(&effects), [1, 2]);
     // One of two that train is lost.
@@ -109,8 +110,8 @@ fn what_cannot_be_kept_is_let_go_in_time() {
     // One cannot go on.
     let mut world = both();
     let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-    drop(say(&mut world, RankEvent::Failed { rank: 0, action, cause, kind: ErrorKind::Bug }));
-    let effects = say(&mut world, RankEvent::Aborted { rank: 1 });
+    drop(say(&mut world, RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Bug }));
+    let effects = say(&mut world, RankEvent::Aborted { rank: Rank::new(1) });
     assert_eq!(released(&effects), [1, 2]);
 }
 
@@ -119,7 +120,8 @@ fn a_formation_with_ranks_it_cannot_have_is_let_go_at_once() {
     for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
         let mut world = fresh();
         let who = Introduction { worker: 1, slots: 1, ..Introduction::default() };
-        let hosted = vec![Hosted { formation: of(3), ranks: vec![rank], world: world_size, steps: 9 }];
+        let hosted =
+            vec![Hosted { formation: of(3), ranks: vec![Rank::new(rank)], world: world_size, steps: 9 }];
         let (left, storage_mark) = (Vec::new(), "mark".into());
         let effects = world.step(Event::Attached {
             who: Box::new(who),
@@ -138,10 +140,10 @@ fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends
     // A copy of the state in which generation 1 runs is put back while generation 3 does.
     let mut world = training();
     for rank in 0..2 {
-        drop(world.attach(rank as u64 + 1, hosted(3, &[rank])));
-        drop(say(&mut world, RankEvent::Ready { rank }));
+        drop(world.attach(u64::from(rank) + 1, hosted(3, &[rank])));
+        drop(say(&mut world, RankEvent::Ready { rank: Rank::new(rank) }));
     }
-    for rank in 0..2 {
+    for rank in Rank::all(2) {
         drop(say(&mut world, step_done(rank, 9)));
     }
     let saved = |rank| RankEvent::ShardSaved {
@@ -150,7 +152,7 @@ fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    (0..2).for_each(|rank| drop(say(&mut world, saved(rank))));
+    Rank::all(2).for_each(|rank| drop(say(&mut world, saved(rank))));
     let (formation, result) = (of(3), Ok(()));
     let effects = world.step(Event::Committed { worker: 1, formation, position: Some(position(9)), result });
     assert_eq!(released(&effects), [1, 2]);
@@ -169,7 +171,7 @@ fn what_ranks_of_another_state_say_counts_for_no_job_of_the_same_number() {
     let own = JobId::new(1, 99);
     assert_eq!(world.core.jobs().of_number(1), Ok(own));
     drop(attach(&mut world, 0));
-    for rank in 0..2 {
+    for rank in Rank::all(2) {
         drop(say(&mut world, RankEvent::Ready { rank }));
     }
     assert!(!world.core.is_training(own));

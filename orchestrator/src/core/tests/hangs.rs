@@ -1,6 +1,7 @@
 //! Ranks that do not get on although every worker is there.
 
 use super::*;
+use contraflow_runtime::topology::Rank;
 
 /// So long every worker beats, and tells how far its rank is: operations, and whether it is at work.
 fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
@@ -8,7 +9,7 @@ fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
     for _ in 0..ms / BEAT_MS {
         world.now += BEAT_MS;
         for (rank, (operations, is_at_work)) in ranks.into_iter().enumerate() {
-            let address = RankAddress { formation: of(1), rank };
+            let address = RankAddress { formation: of(1), rank: Rank::at(rank) };
             let progress = vec![Progress { rank: address, step: 3, operations, is_at_work }];
             effects.extend(world.step(Event::Beat { worker: rank as u64 + 1, progress }));
         }
@@ -82,7 +83,7 @@ fn a_rank_that_hangs_while_nobody_trains_is_not_judged() {
     let mut world = World::new();
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec(2, 0))));
-    drop(world.event(0, RankEvent::Ready { rank: 0 }));
+    drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
     drop(beat(&mut world, 2 * HANG_MS, [(0, false), (0, true)]));
     assert_eq!(world.core.jobs().all[&JOB].generation().number(), 1);
     assert!(world.core.member(2).is_some());
@@ -93,7 +94,7 @@ fn what_is_told_of_an_earlier_formation_moves_no_mark() {
     let mut world = hanging();
     for _ in 0..HANG_MS / BEAT_MS {
         drop(beat(&mut world, BEAT_MS, [(14, false), (10, true)]));
-        let address = RankAddress { formation: of(0), rank: 1 };
+        let address = RankAddress { formation: of(0), rank: Rank::new(1) };
         let progress = vec![Progress { rank: address, step: 9, operations: world.now, is_at_work: true }];
         drop(world.step(Event::Beat { worker: 2, progress }));
     }

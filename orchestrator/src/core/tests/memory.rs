@@ -1,6 +1,6 @@
 //! What a job goes on from when a rank is lost: the memory of its workers, or the newest checkpoint.
 
-use contraflow_runtime::topology::Generation;
+use contraflow_runtime::topology::{Generation, Rank};
 use contraflow_runtime::watch::{Action, Divergence};
 
 use super::*;
@@ -9,7 +9,7 @@ use crate::recovery::InMemory;
 /// Rank 0's part on workers 1 and 2, rank 1's on 2 and 1; the step after is not acknowledged yet.
 fn keep_everywhere(world: &mut World, generation: u32, step: u64) {
     let generation = Generation::new(generation);
-    let shard = |step, rank| KeptShard { generation, step, rank };
+    let shard = |step, rank| KeptShard { generation, step, rank: Rank::new(rank) };
     world.kept.insert(1, vec![shard(step, 0), shard(step, 1), shard(step + 1, 0)]);
     world.kept.insert(2, vec![shard(step, 1), shard(step, 0), shard(step + 1, 1)]);
 }
@@ -21,12 +21,15 @@ fn formed(world: &World) -> facts::Formed {
 #[test]
 fn a_lost_rank_costs_no_step_that_its_buddy_has() {
     let mut world = training();
-    assert_eq!(formed(&world).buddies, [1, 0]);
+    assert_eq!(formed(&world).buddies, [1, 0].map(Rank::new));
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.places, again.resume_step), (2, vec![1, 3], 6));
-    assert_eq!(again.memory, Some(InMemory { generation: Generation::FIRST, step: 6, holders: vec![0, 0] }));
+    assert_eq!(
+        again.memory,
+        Some(InMemory { generation: Generation::FIRST, step: 6, holders: [0, 0].map(Rank::new).into() })
+    );
     let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
     assert!(effects.iter().any(said), "{effects:?}");
 }
@@ -42,7 +45,7 @@ fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memor
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.places, again.resume_step), (3, vec![1, 4], 6));
     // What generation 1 made beyond that step is of no history any more.
-    let shard = |step, rank| KeptShard { generation: Generation::FIRST, step, rank };
+    let shard = |step, rank| KeptShard { generation: Generation::FIRST, step, rank: Rank::new(rank) };
     world.kept.insert(1, vec![shard(7, 0), shard(7, 1)]);
     drop(world.attach(5, Vec::new()));
     drop(world.pass(LEASE_MS + 2_000 + TICK_MS, &[1, 5]));
@@ -54,7 +57,7 @@ fn owner_and_buddy_lost_is_said_aloud_and_the_checkpoint_taken() {
     let mut world = training();
     checkpoint(&mut world, 4);
     keep_everywhere(&mut world, 1, 6);
-    world.kept.insert(1, vec![KeptShard { generation: Generation::FIRST, step: 6, rank: 0 }]);
+    world.kept.insert(1, vec![KeptShard { generation: Generation::FIRST, step: 6, rank: Rank::new(0) }]);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.resume_step, again.memory), (2, 4, None));
@@ -132,14 +135,14 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
         }),
         cursor: 56,
     };
-    drop(world.event(0, diverged(0)));
-    let effects = world.event(1, diverged(1));
+    drop(world.event(diverged(Rank::new(0))));
+    let effects = world.event(diverged(Rank::new(1)));
     let told = words(&effects);
     let lets_go = |(_, word): &(u64, &Word)| matches!(word, Word::Release { formation, keep: false, .. } if *formation == of(1));
     assert_eq!(told.iter().filter(|told| lets_go(told)).count(), 2);
     assert_eq!((formed(&world).resume_step, formed(&world).cursor, formed(&world).memory), (4, 56, None));
     // Somebody who has missed it is told when it says what it keeps.
-    let shard = KeptShard { generation: Generation::FIRST, step: 6, rank: 1 };
+    let shard = KeptShard { generation: Generation::FIRST, step: 6, rank: Rank::new(1) };
     let left = Left { formation: of(1), kept: vec![shard] };
     let effects = world.step(Event::Left { worker: 3, left });
     assert!(words(&effects).iter().any(lets_go));
@@ -187,17 +190,18 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
-    let expected = Word::WriteDown { formation: of(1), of: (Generation::FIRST, 6), ranks: vec![0, 1] };
+    let expected =
+        Word::WriteDown { formation: of(1), of: (Generation::FIRST, 6), ranks: Rank::all(2).collect() };
     let orders: Vec<_> =
         words(&effects).into_iter().filter(|(_, word)| matches!(word, Word::WriteDown { .. })).collect();
     assert_eq!(orders, [(1, &expected)]);
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
-    let say = |world: &mut World, rank: usize, event: RankEvent| {
-        let from = RankAddress { formation: of(1), rank };
+    let say = |world: &mut World, event: RankEvent| {
+        let from = RankAddress { formation: of(1), rank: event.rank() };
         world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
     };
     let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
-    let effects = say(&mut world, 1, RankEvent::StepDone { report });
+    let effects = say(&mut world, RankEvent::StepDone { report });
     assert!(matches!(effects[..], [Effect::Record { job: JOB, .. }]), "{effects:?}");
     let saved = |rank| RankEvent::ShardSaved {
         rank,
@@ -205,8 +209,8 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    assert_eq!(say(&mut world, 0, saved(0)), []);
-    let effects = say(&mut world, 1, saved(1));
+    assert_eq!(say(&mut world, saved(Rank::new(0))), []);
+    let effects = say(&mut world, saved(Rank::new(1)));
     assert!(
         matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(1)),
         "{effects:?}"
@@ -223,9 +227,9 @@ fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
-    let from = RankAddress { formation: of(1), rank: 1 };
+    let from = RankAddress { formation: of(1), rank: Rank::new(1) };
     let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
-    let event = Box::new(RankEvent::Failed { rank: 1, action, cause, kind: ErrorKind::Config });
+    let event = Box::new(RankEvent::Failed { rank: Rank::new(1), action, cause, kind: ErrorKind::Config });
     let effects = world.step(Event::Rank { worker: 1, from, event });
     let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));
     assert!(effects.iter().any(said), "{effects:?}");

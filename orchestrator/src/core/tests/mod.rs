@@ -16,7 +16,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::topology::{FormationId, Generation, JobId};
+use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
@@ -105,10 +105,11 @@ impl World {
         })
     }
 
-    fn event(&mut self, rank: usize, event: RankEvent) -> Vec<Effect> {
+    fn event(&mut self, event: RankEvent) -> Vec<Effect> {
+        let rank = event.rank();
         let formed = self.core.jobs().all[&JOB].formed.clone().unwrap();
         let from = RankAddress { formation: formed.id(JOB), rank };
-        self.step(Event::Rank { worker: formed.places[rank], from, event: Box::new(event) })
+        self.step(Event::Rank { worker: formed.places[rank.index()], from, event: Box::new(event) })
     }
 
     /// Time passes in which these workers beat, and say what they keep when they are asked.
@@ -147,8 +148,13 @@ impl World {
 }
 
 /// Ranks of a generation of the first job, of two ranks.
-fn hosted(generation: u32, ranks: &[usize]) -> Vec<Hosted> {
-    vec![Hosted { formation: of(generation), ranks: ranks.to_vec(), world: 2, steps: 9 }]
+fn hosted(generation: u32, ranks: &[u32]) -> Vec<Hosted> {
+    vec![Hosted {
+        formation: of(generation),
+        ranks: ranks.iter().copied().map(Rank::new).collect(),
+        world: 2,
+        steps: 9,
+    }]
 }
 
 fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
@@ -178,8 +184,8 @@ fn training() -> World {
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec(2, 0))));
     assert_eq!(world.places(), [1, 2]);
-    drop(world.event(0, RankEvent::Ready { rank: 0 }));
-    let effects = world.event(1, RankEvent::Ready { rank: 1 });
+    drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
+    let effects = world.event(RankEvent::Ready { rank: Rank::new(1) });
     let begun = words(&effects).into_iter().filter(|(_, word)| {
         matches!(word, Word::Command { command: RankCommand::BeginStep { step: 1 }, .. })
     });
@@ -199,8 +205,8 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    drop(world.event(0, saved(0)));
-    world.event(1, saved(1))
+    drop(world.event(saved(Rank::new(0))));
+    world.event(saved(Rank::new(1)))
 }
 
 /// The commit of a checkpoint is told.
@@ -257,7 +263,7 @@ fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one
         _ => None,
     });
     let (lost, why) = broken.unwrap();
-    assert_eq!(lost, [1]);
+    assert_eq!(lost, [Rank::new(1)]);
     assert!(why.contains("rank 1 lost") && why.contains("node n2 is silent"), "{why}");
 }
 
@@ -276,12 +282,12 @@ fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
 fn a_victim_that_has_lost_a_peer_is_not_blamed() {
     let mut world = training();
     let lost = RankEvent::Failed {
-        rank: 0,
+        rank: Rank::new(0),
         action: "F1.0".into(),
         cause: "rank 1 is lost".into(),
         kind: ErrorKind::Lost,
     };
-    drop(world.event(0, lost));
+    drop(world.event(lost));
     drop(world.pass(VERDICT_MS - TICK_MS, &[1, 3]));
     // The lease of worker 2 has run out meanwhile.
     assert_eq!(world.places(), [1, 3]);
@@ -291,12 +297,12 @@ fn a_victim_that_has_lost_a_peer_is_not_blamed() {
 fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
     let mut world = training();
     let lost = RankEvent::Failed {
-        rank: 0,
+        rank: Rank::new(0),
         action: "F1.0".into(),
         cause: "connection reset".into(),
         kind: ErrorKind::Lost,
     };
-    drop(world.event(0, lost));
+    drop(world.event(lost));
     drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
     let record = &world.core.jobs().all[&JOB];
     assert_eq!((world.places(), record.generation().number(), record.losses), (vec![1, 2], 2, 0));
@@ -306,12 +312,12 @@ fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
 fn what_an_earlier_generation_says_is_dropped() {
     let mut world = training();
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
-    let stale = RankAddress { formation: of(1), rank: 1 };
-    let ready = Box::new(RankEvent::Ready { rank: 1 });
+    let stale = RankAddress { formation: of(1), rank: Rank::new(1) };
+    let ready = Box::new(RankEvent::Ready { rank: Rank::new(1) });
     drop(world.step(Event::Rank { worker: 2, from: stale, event: ready }));
-    drop(world.event(0, RankEvent::Ready { rank: 0 }));
+    drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
     assert!(!world.core.is_training(JOB));
-    drop(world.event(1, RankEvent::Ready { rank: 1 }));
+    drop(world.event(RankEvent::Ready { rank: Rank::new(1) }));
     assert!(world.core.is_training(JOB));
 }
 
@@ -325,13 +331,13 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     drop(again.pass(2_000, &[]));
     let effects = again.attach(1, hosted(1, &[0]));
     assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
-    drop(again.event(0, RankEvent::Ready { rank: 0 }));
+    drop(again.event(RankEvent::Ready { rank: Rank::new(0) }));
     drop(again.pass(1_000, &[1]));
     // The other worker never got its assignment: it is said again.
     let effects = again.attach(2, Vec::new());
-    let expected = Word::Assign { formation: of(1), ranks: vec![1] };
+    let expected = Word::Assign { formation: of(1), ranks: vec![Rank::new(1)] };
     assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
-    drop(again.event(1, RankEvent::Ready { rank: 1 }));
+    drop(again.event(RankEvent::Ready { rank: Rank::new(1) }));
     assert!(again.core.is_training(JOB));
     assert_eq!(again.core.jobs().all[&JOB].generation().number(), 1);
 }
@@ -430,7 +436,7 @@ fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later()
     let waits = world.core.waiting_for(SECOND);
     assert_eq!(waits, "job-1 to give way");
     // The ranks agree on the step after which they stop, and keep it.
-    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let jobs = &world.core.jobs().all;
     assert_eq!((jobs[&JOB].phase.clone(), jobs[&SECOND].phase.clone()), (Phase::Queued, Phase::Formed));
@@ -446,7 +452,7 @@ fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_r
     assert_eq!(words(&effects).len(), 2);
     // It may say so again, after a break of its stream for instance.
     assert_eq!(words(&world.step(Event::Leaving { worker: 2 })), []);
-    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let mut places = world.places();
     places.sort_unstable();
@@ -461,7 +467,7 @@ fn a_drained_node_is_left_after_the_running_step() {
     let mut world = training();
     let effects = world.step(Event::Drain { node: "n2".into() });
     assert_eq!(words(&effects).len(), 2);
-    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Stopped { rank, step: 5 })));
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let mut places = world.places();
     places.sort_unstable();

@@ -1,5 +1,6 @@
 //! Jobs that the watch stops: they go back to a checkpoint and say past how much, or end and say why.
 
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::watch::evidence::{Evidence, NamedTensor, RankEvidence};
 use contraflow_runtime::watch::{Action, Divergence};
 
@@ -8,8 +9,8 @@ use super::*;
 /// Every rank says that the watch has stopped a step.
 fn diverge(world: &mut World, divergence: &Divergence, cursor: u64) -> Vec<Effect> {
     let diverged = |rank| RankEvent::Diverged { rank, divergence: Box::new(divergence.clone()), cursor };
-    drop(world.event(0, diverged(0)));
-    world.event(1, diverged(1))
+    drop(world.event(diverged(Rank::new(0))));
+    world.event(diverged(Rank::new(1)))
 }
 
 fn spike(step: u64) -> Divergence {
@@ -18,7 +19,7 @@ fn spike(step: u64) -> Divergence {
 
 /// The ranks of the running formation have their models.
 fn ready(world: &mut World) {
-    (0..2).for_each(|rank| drop(world.event(rank, RankEvent::Ready { rank })));
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Ready { rank })));
     assert!(world.core.is_training(JOB));
 }
 
@@ -53,7 +54,7 @@ fn an_orchestrator_that_was_started_anew_counts_on() {
     let mut again = World::of(Core::new(jobs, 2, world.now), world.now);
     for worker in again.places() {
         let rank = again.places().iter().position(|place| *place == worker).unwrap();
-        drop(again.attach(worker, hosted(2, &[rank])));
+        drop(again.attach(worker, hosted(2, &[rank as u32])));
     }
     ready(&mut again);
     let effects = diverge(&mut again, &spike(5), 7 * 72);
