@@ -1,4 +1,4 @@
-# Short names for what is done often; `just` alone lists them.
+# Shortcuts for common tasks; `just` alone lists them.
 
 default:
     @just --list
@@ -7,7 +7,7 @@ default:
 test:
     cargo test --workspace
 
-# Everything that has to hold before a change goes in
+# All checks that a change has to pass
 ci:
     .ci/run
 
@@ -16,7 +16,7 @@ lint:
     cargo fmt
     cargo clippy --workspace --all-targets -- -D warnings
 
-# Fuzz every reader of files for so many seconds each, on the stable toolchain (needs a C++ compiler)
+# Fuzz every file parser for this many seconds each, on the stable toolchain (needs a C++ compiler)
 fuzz seconds="60":
     fuzz/run {{seconds}}
 
@@ -28,15 +28,15 @@ transformers python="python3":
 deny:
     cargo deny check
 
-# Rewrite the expected output of the command-line tests, to be read in the diff
+# Update the expected output of the command-line tests; review the diff
 cli:
     TRYCMD=overwrite cargo test --test cli
 
-# Our speed beside PyTorch's, in alternation; what it needs stands atop the script
+# Our speed against PyTorch's, in alternation; see the top of the script for its requirements
 bench-peer *MODELS:
     tests/bench_peer.sh {{MODELS}}
 
-# Every number the documents quote
+# All figures quoted in the documents
 figures:
     cargo build --release
     @echo "== the default run: loss, validation and baselines, tokens/s, MFU, bubble"

@@ -12,13 +12,14 @@ use tonic::{Request, Status};
 
 use crate::failure::Failure;
 
-/// What lets one in. On this machine alone none of it is needed.
+/// Client certificate and token. On this machine alone none of it is needed.
 #[derive(clap::Args, Debug)]
 pub struct Access {
-    /// Folder with the cluster's CA and one's own certificate, from `certs issue`; needed off this machine
+    /// Folder with the cluster's CA and the client's certificate, from `certs issue`; required unless the orchestrator is on
+    /// loopback
     #[arg(long, value_name = "DIR", env = "CONTRAFLOW_TLS")]
     pub tls: Option<PathBuf>,
-    /// What `certs issue` has printed: says who asks, and what that one may do
+    /// Token printed by `certs issue`: identifies the caller and its role
     #[arg(long, env = "CONTRAFLOW_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
 }
@@ -75,7 +76,7 @@ impl Access {
             .identity(Identity::from_pem(own, key));
         let endpoint = Endpoint::from_shared(format!("https://{place}")).map_err(|error| failed(&error))?;
         let unsound = |error| {
-            Failure::input(format!("--tls {}: {}", dir.display(), contraflow_workers::host::words_of(&error)))
+            Failure::input(format!("--tls {}: {}", dir.display(), contraflow_workers::host::describe(&error)))
         };
         endpoint.tls_config(tls).map_err(unsound)
     }
@@ -88,7 +89,7 @@ impl Access {
         let value = MetadataValue::try_from(format!("Bearer {token}"));
         let mut value = value.map_err(|_| {
             Failure::input(
-                "--token: expected what `contraflow certs issue` has printed, got other characters",
+                "--token: expected a token printed by `contraflow certs issue`, got other characters",
             )
         })?;
         value.set_sensitive(true);
@@ -96,7 +97,7 @@ impl Access {
     }
 }
 
-/// Whether nobody on another machine can be at `place`, HOST:PORT.
+/// Whether `place`, HOST:PORT, is reachable from this machine only.
 fn is_this_machine(place: &str) -> bool {
     let host = place.rsplit_once(':').map_or(place, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');

@@ -25,30 +25,29 @@ use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
 
-use crate::client::Format;
 use crate::failure::Failure;
-use crate::local::{Cluster, ClusterSpec};
+use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine::measure_peak;
-use crate::output::print;
+use crate::output::{Format, print};
 
 /// Arguments of `contraflow bench`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct BenchArgs {
     #[command(subcommand)]
-    what: What,
+    what: BenchCommand,
 }
 
 #[derive(clap::Subcommand, Debug)]
-enum What {
+enum BenchCommand {
     /// Training steps of a benchmark model on one rank: seeded token ids, no MTP, no balance loss
     Step {
         /// The model: small or base
         #[arg(default_value = "small")]
         model: String,
-        /// Threads of the rank's arithmetic
+        /// Compute threads of the rank
         #[arg(long, default_value_t = 1)]
         threads: usize,
-        /// Steps that are measured, after two that are not
+        /// Measured steps, after two warm-up steps
         #[arg(long, default_value_t = 10)]
         steps: usize,
     },
@@ -57,22 +56,22 @@ enum What {
         /// The model: small or base
         #[arg(default_value = "small")]
         model: String,
-        /// Threads of the arithmetic
+        /// Compute threads
         #[arg(long, default_value_t = 1)]
         threads: usize,
-        /// Repeats that are measured, after one that is not
+        /// Measured repeats, after one warm-up
         #[arg(long, default_value_t = 10)]
         repeats: usize,
     },
-    /// What a step loses while a checkpoint is written beside it, and the memory that takes
+    /// Slowdown of a step while a checkpoint is written in the background, and the memory that takes
     Checkpoint {
         /// The model: small or base
         #[arg(default_value = "base")]
         model: String,
-        /// Threads of the rank's arithmetic
+        /// Compute threads of the rank
         #[arg(long, default_value_t = 1)]
         threads: usize,
-        /// Checkpoints that are measured; there are as many steps with one as without
+        /// Measured checkpoints; as many steps are measured without one
         #[arg(long, default_value_t = 5)]
         saves: usize,
     },
@@ -82,11 +81,11 @@ enum What {
         #[arg(long, default_value_t = 160)]
         steps: usize,
     },
-    /// Places for a job of 2,048 ranks on 4,096 slots: how long it takes to find them, how good they are
+    /// Placement of a job of 2,048 ranks on 4,096 slots: search time and quality
     Placement,
     /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
     Load,
-    /// The orchestrator's event log: records a second that reach the disk, and how long a new start takes
+    /// The orchestrator's event log: records synced per second, and restart time
     Store,
     /// The orchestrator's decisions for one job of 10,000 simulated ranks, with faults: events a second
     Simulation {
@@ -105,7 +104,7 @@ enum What {
         /// Repeats of each measurement
         #[arg(long, default_value_t = 7)]
         repeats: usize,
-        /// What a process that this command starts is told
+        /// Internal arguments of child processes
         #[arg(long, hide = true)]
         part: Option<String>,
     },
@@ -117,10 +116,10 @@ enum What {
         /// Steps of a run that are measured, after two that are not
         #[arg(long, default_value_t = 10)]
         steps: usize,
-        /// What is printed
+        /// Output format
         #[arg(long, value_enum, default_value_t = Format::Text)]
         format: Format,
-        /// What a process that this command starts is told
+        /// Internal arguments of child processes
         #[arg(long, hide = true)]
         part: Option<String>,
     },
@@ -129,18 +128,18 @@ enum What {
 /// Runs the command; figures go to stdout.
 ///
 /// **Errors**: code 2 for a model that is not built in; code 1 if a run fails.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
-        What::Step { model, threads, steps } => step(model, *threads, *steps),
-        What::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
-        What::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
-        What::Balance { steps } => balance(*steps),
-        What::Placement => placement::run(),
-        What::Load => load::run(),
-        What::Store => store::run(),
-        What::Simulation { ranks, steps, seed } => simulation::run(*ranks, *steps, *seed),
-        What::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
-        What::Update { rounds, steps, format, part } => {
+        BenchCommand::Step { model, threads, steps } => step(model, *threads, *steps),
+        BenchCommand::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
+        BenchCommand::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
+        BenchCommand::Balance { steps } => balance(*steps),
+        BenchCommand::Placement => placement::run(),
+        BenchCommand::Load => load::run(),
+        BenchCommand::Store => store::run(),
+        BenchCommand::Simulation { ranks, steps, seed } => simulation::run(*ranks, *steps, *seed),
+        BenchCommand::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
+        BenchCommand::Update { rounds, steps, format, part } => {
             update::run(*rounds, *steps, *format, part.as_deref())
         }
     }
@@ -257,7 +256,7 @@ fn run_quietly(
     checkpoints: Option<Commits>,
     subscriber: Subscriber,
 ) -> Result<(), Failure> {
-    let spec = ClusterSpec {
+    let spec = LocalClusterSpec {
         recipe: Arc::new(recipe),
         datasets: Arc::new(datasets),
         generation: Generation::FIRST,
@@ -273,12 +272,12 @@ fn run_quietly(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
     let outcome = runtime.block_on(async {
-        let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
+        let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
         Ok::<Outcome, Failure>(cluster.wait().await)
     })?;
     match outcome {
         Outcome::Done { .. } => Ok(()),
-        outcome => Err(Failure::run(format!("expected the steps to be made, got {outcome:?}"))),
+        outcome => Err(Failure::run(format!("expected the steps to complete, got {outcome:?}"))),
     }
 }
 

@@ -27,16 +27,16 @@ const CA_NAME: &str = "contraflow cluster";
 
 /// Arguments of `contraflow certs`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct CertsArgs {
     #[command(subcommand)]
-    command: Command,
+    command: CertsCommand,
 }
 
 #[derive(clap::Subcommand, Debug)]
-enum Command {
-    /// Make a new authority, the orchestrator's certificate, and an empty list of tokens
+enum CertsCommand {
+    /// Create a CA, the orchestrator's certificate, and an empty list of tokens
     Init(Init),
-    /// Make a certificate for a client or worker, and print the token that goes with it
+    /// Issue a certificate for a client or worker, and print its token
     Issue(Issue),
 }
 
@@ -45,23 +45,23 @@ struct Init {
     /// The new folder
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Name or address that the orchestrator is reached by, besides localhost; may be repeated
+    /// Host name or address of the orchestrator, besides localhost; may be repeated
     #[arg(long = "host", value_name = "NAME")]
     hosts: Vec<String>,
 }
 
 #[derive(clap::Args, Debug)]
 struct Issue {
-    /// Folder of the authority
+    /// Folder of the CA
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
-    /// Whom it is for; the certificate goes into DIR/NAME
+    /// Name of the client or worker; the certificate goes into DIR/NAME
     #[arg(long)]
     name: String,
-    /// What the token is good for: view, submit, admin or worker
+    /// Role of the token: view, submit, admin or worker
     #[arg(long)]
     role: Role,
-    /// How long certificate and token hold
+    /// Validity of certificate and token in days
     #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u64).range(1..=3650))]
     expires: u64,
 }
@@ -69,10 +69,10 @@ struct Issue {
 /// Runs the command.
 ///
 /// **Errors**: code 2; something is there already, or the folder cannot be read or written.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &CertsArgs) -> Result<(), Failure> {
     match &args.command {
-        Command::Init(args) => init(args),
-        Command::Issue(args) => issue(args),
+        CertsCommand::Init(args) => init(args),
+        CertsCommand::Issue(args) => issue(args),
     }
 }
 
@@ -94,11 +94,7 @@ fn init(args: &Init) -> Result<(), Failure> {
             (files::CA_KEY, 0o600, ca_key.serialize_pem()),
             (files::SERVER, 0o644, server.pem()),
             (files::SERVER_KEY, 0o600, key.serialize_pem()),
-            (
-                files::TOKENS,
-                0o600,
-                "# NAME ROLE EXPIRES HASH; a line that is taken out is a token that is taken back\n".into(),
-            ),
+            (files::TOKENS, 0o600, "# NAME ROLE EXPIRES HASH; removing a line revokes its token\n".into()),
         ],
     )
     .map_err(|error| is_taken(dir, "--dir", &error))?;

@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table};
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::trace::SPAN;
-use contraflow_workers::host::words_of;
+use contraflow_workers::host::describe;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tonic::service::interceptor::InterceptedService;
@@ -17,24 +17,15 @@ use v1::job_service_client::JobServiceClient;
 
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{Format, print};
 use crate::progress::figures;
 use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection, and what goes with every call.
-type Way = InterceptedService<Channel, Bearer>;
-
-/// What a command prints.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// For people.
-    Text,
-    /// For programs: JSON, one document, or one a line where there are many.
-    Json,
-}
+type AuthChannel = InterceptedService<Channel, Bearer>;
 
 /// What all these commands have.
 #[derive(clap::Args, Debug)]
@@ -42,10 +33,10 @@ pub struct Common {
     /// Where the orchestrator listens
     #[arg(long, value_name = "ADDR", env = "CONTRAFLOW_ORCHESTRATOR", default_value = "127.0.0.1:7070")]
     pub orchestrator: String,
-    /// What is printed
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
-    /// What lets one in
+    /// Client certificate and token
     #[command(flatten)]
     pub access: Access,
 }
@@ -61,16 +52,16 @@ pub struct Submit {
     /// Name of the job; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
-    /// Jobs of a higher priority start first, and take the place of lower ones
+    /// Jobs of a higher priority start first and preempt lower ones
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Fewest ranks with which the job goes on when ranks are lost and cannot be replaced [default: all of them]
+    /// Minimum number of ranks with which the job continues when lost ranks cannot be replaced [default: all of them]
     #[arg(long, value_name = "N")]
     pub min_ranks: Option<u32>,
     /// A second submission with the same key is answered with the job of the first
     #[arg(long, value_name = "KEY")]
     pub key: Option<String>,
-    /// Where to, and what is printed
+    /// Connection and output format
     #[command(flatten)]
     pub common: Common,
 }
@@ -80,7 +71,7 @@ pub struct Submit {
 pub struct OfJob {
     /// Id of the job
     pub job: String,
-    /// Where to, and what is printed
+    /// Connection and output format
     #[command(flatten)]
     pub common: Common,
 }
@@ -93,10 +84,10 @@ pub struct Logs {
     /// Only lines of this rank
     #[arg(long)]
     pub rank: Option<u32>,
-    /// Go on with new lines until the job ends
+    /// Keep following new lines until the job ends
     #[arg(long)]
     pub follow: bool,
-    /// Where to, and what is printed
+    /// Connection and output format
     #[command(flatten)]
     pub common: Common,
 }
@@ -106,7 +97,7 @@ pub struct Logs {
 pub struct Drain {
     /// Label of the node
     pub node: String,
-    /// Where to, and what is printed
+    /// Connection and output format
     #[command(flatten)]
     pub common: Common,
 }
@@ -125,15 +116,15 @@ fn refused(status: &tonic::Status) -> Failure {
         code => match std::error::Error::source(status) {
             // TLS 1.3 lets a client begin before its certificate is judged: its refusal may be seen as a mere end.
             Some(cause) => Failure::run(format!(
-                "the connection broke off: {}; a certificate that is refused stands in the orchestrator's log",
-                words_of(cause)
+                "the connection was closed: {}; the orchestrator logs the certificates that it refuses",
+                describe(cause)
             )),
             None => Failure::run(format!("{words} ({code:?})")),
         },
     }
 }
 
-async fn reach(common: &Common) -> Result<Way, Failure> {
+async fn reach(common: &Common) -> Result<AuthChannel, Failure> {
     let bearer = common.access.bearer()?;
     let endpoint = common.access.endpoint("--orchestrator", &common.orchestrator)?;
     let failed = |error: &dyn std::fmt::Display| {
@@ -142,17 +133,17 @@ async fn reach(common: &Common) -> Result<Way, Failure> {
             common.orchestrator
         ))
     };
-    let channel = endpoint.connect_timeout(PATIENCE).connect().await.map_err(|error| {
-        failed(&std::error::Error::source(&error).map_or_else(|| error.to_string(), words_of))
+    let channel = endpoint.connect_timeout(TIMEOUT).connect().await.map_err(|error| {
+        failed(&std::error::Error::source(&error).map_or_else(|| error.to_string(), describe))
     })?;
     Ok(InterceptedService::new(channel, bearer))
 }
 
-async fn jobs(common: &Common) -> Result<JobServiceClient<Way>, Failure> {
+async fn jobs(common: &Common) -> Result<JobServiceClient<AuthChannel>, Failure> {
     Ok(JobServiceClient::new(reach(common).await?).max_decoding_message_size(64 << 20))
 }
 
-async fn cluster(common: &Common) -> Result<ClusterServiceClient<Way>, Failure> {
+async fn cluster(common: &Common) -> Result<ClusterServiceClient<AuthChannel>, Failure> {
     Ok(ClusterServiceClient::new(reach(common).await?))
 }
 
@@ -229,7 +220,7 @@ pub fn watch(args: &OfJob) -> Result<(), Failure> {
         loop {
             match watch_once(args, &mut from_step).await {
                 Ok(job) => return ended(&job),
-                Err(failure) if failure.code == 2 || away >= 6 * PATIENCE => return Err(failure),
+                Err(failure) if failure.code == 2 || away >= 6 * TIMEOUT => return Err(failure),
                 Err(_) => {
                     let pause = Duration::from_millis(500);
                     tokio::time::sleep(pause).await;
@@ -354,7 +345,7 @@ pub fn drain(args: &Drain) -> Result<(), Failure> {
     })
 }
 
-/// A state in one word.
+/// The name of a state.
 fn state_of(job: &v1::Job) -> String {
     job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
 }

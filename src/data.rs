@@ -6,7 +6,7 @@ use contraflow_workers::data::Tokenizer;
 use contraflow_workers::data::documents::DocumentEncoder;
 use contraflow_workers::data::hf_tokenizer::{self, EndOfDocument, MIN_VOCAB_SIZE};
 use contraflow_workers::data::prepare::{Preparation, Progress, prepare};
-use contraflow_workers::data::shards::{Index, ShardRecord, Shards};
+use contraflow_workers::data::shards::{ShardIndex, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
@@ -14,14 +14,14 @@ use crate::output::print;
 
 /// Arguments of `contraflow data`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct DataArgs {
     #[command(subcommand)]
-    command: Command,
+    command: DataCommand,
 }
 
 #[derive(clap::Subcommand, Debug)]
-enum Command {
-    /// Tokenize files once, into checked shards that runs map into memory; interrupted, it goes on where it was
+enum DataCommand {
+    /// Tokenize files once, into checked shards that runs map into memory; an interrupted run continues where it stopped
     Prepare(PrepareArgs),
     /// Check every shard of a prepared folder
     Verify {
@@ -40,13 +40,13 @@ struct PrepareArgs {
     /// bytes, or the path of a tokenizer.json
     #[arg(long, default_value = "bytes")]
     tokenizer: String,
-    /// The tokenizer's token that ends a document, where it has none of the usual names
+    /// The tokenizer's end-of-document token, if it has none of the usual names
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TOKEN")]
     end_of_document: String,
-    /// The folder to make
+    /// The folder to create
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
-    /// Training tokens of a shard, at least
+    /// Minimum number of training tokens per shard
     #[arg(long, default_value_t = 1 << 24, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
     shard_tokens: u64,
     /// Share of the training documents rearranged to be filled in; the recipe's data.fim_rate must agree
@@ -59,7 +59,7 @@ struct TokenizerArgs {
     /// Text, JSONL and Parquet files, or folders of them
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     data: Vec<PathBuf>,
-    /// Tokens at most
+    /// Maximum number of tokens
     #[arg(long, value_name = "N")]
     vocab_size: usize,
     /// The file to write
@@ -70,11 +70,11 @@ struct TokenizerArgs {
 /// Runs the command.
 ///
 /// **Errors**: code 2 with every fault of arguments and data, and where the system refuses to write.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &DataArgs) -> Result<(), Failure> {
     match &args.command {
-        Command::Prepare(args) => run_prepare(args),
-        Command::Verify { dir } => verify(dir),
-        Command::TrainTokenizer(args) => train_tokenizer(args),
+        DataCommand::Prepare(args) => run_prepare(args),
+        DataCommand::Verify { dir } => verify(dir),
+        DataCommand::TrainTokenizer(args) => train_tokenizer(args),
     }
 }
 
@@ -110,10 +110,10 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
         true
     });
     bar.finish_and_clear();
-    say(&args.to, &index.map_err(|faults| Failure::faults("data", &faults))?)
+    print_figures(&args.to, &index.map_err(|faults| Failure::faults("data", &faults))?)
 }
 
-fn say(dir: &Path, index: &Index) -> Result<(), Failure> {
+fn print_figures(dir: &Path, index: &ShardIndex) -> Result<(), Failure> {
     let side = |name: &str, shards: &[ShardRecord]| {
         let tokens: u64 = shards.iter().map(|shard| shard.tokens).sum();
         let documents: u64 = shards.iter().map(|shard| shard.documents).sum();
@@ -130,10 +130,10 @@ fn say(dir: &Path, index: &Index) -> Result<(), Failure> {
 }
 
 fn verify(dir: &Path) -> Result<(), Failure> {
-    let index = Index::read(dir).map_err(|fault| Failure::faults("data", &[fault]))?;
+    let index = ShardIndex::read(dir).map_err(|fault| Failure::faults("data", &[fault]))?;
     let records = [index.train.as_slice(), &index.validation].concat();
     Shards::open(dir, &index, &records).map_err(|faults| Failure::faults("data", &faults))?;
-    say(dir, &index)
+    print_figures(dir, &index)
 }
 
 fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::record::max_vio;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
@@ -21,45 +20,36 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::generate::load;
-use crate::output::print;
+use crate::output::{Format, print};
 use crate::run_dir;
 
 /// Tokens that go through the model at once, if a sequence has no more.
 const BATCH_TOKENS: usize = 2048;
 
-/// Longest sequence that is taken where nobody says how long one is.
+/// Longest default sequence length.
 const DEFAULT_LENGTH: usize = 4096;
 
 /// Arguments of `contraflow eval`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct EvalArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
     /// Text files or folders to measure on
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     pub data: Vec<PathBuf>,
-    /// Tokens per sequence; if not given those of the run's recipe, or of the model's context, up to 4096
+    /// Tokens per sequence; default: the run's recipe, or the model's context up to 4096
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
-    /// Threads of the arithmetic; all cores if not given
+    /// Compute threads [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
-    /// How to print it
+    /// Output format
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
     /// Also write token ids and logits of the first sequences, as safetensors
     #[arg(long, value_name = "FILE", hide = true)]
     pub logits: Option<PathBuf>,
-}
-
-/// How the figures are printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people
-    Text,
-    /// For programs
-    Json,
 }
 
 /// What the model made of the text, and how much text it was.
@@ -69,7 +59,7 @@ struct Measured {
     predicted: Predicted,
 }
 
-/// What is printed.
+/// Output format.
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
@@ -87,7 +77,7 @@ struct Report {
 /// Runs the command.
 ///
 /// **Errors**: code 2 with every fault of arguments, text or model.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
     let (model, ModelTokenizer { tokenizer, .. }) = load(&dir)?;
     let recipe = recipe_of(&dir)?;
@@ -113,11 +103,11 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
     let measured = threads.run(|| measure(&model, &tokenizer, &dataset, across));
-    say(args.format, &report(&dir, &dataset, &measured))
+    print_figures(args.format, &report(&dir, &dataset, &measured))
 }
 
 /// The length of the sequences that the model was trained on, unless the user says another.
-fn sequence_length(args: &Args, recipe: Option<&Recipe>, model: &Generator) -> Result<usize, Failure> {
+fn sequence_length(args: &EvalArgs, recipe: Option<&Recipe>, model: &Generator) -> Result<usize, Failure> {
     let longest = model.max_len();
     if let Some(length) = args.sequence_length {
         if length < 2 || length > longest {
@@ -177,7 +167,7 @@ fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
     }
 }
 
-fn say(format: Format, report: &Report) -> Result<(), Failure> {
+fn print_figures(format: Format, report: &Report) -> Result<(), Failure> {
     if format == Format::Json {
         let text = serde_json::to_string_pretty(report).map_err(|error| Failure::run(error.to_string()))?;
         return print(&format!("{text}\n"));

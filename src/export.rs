@@ -16,7 +16,7 @@ use crate::run_dir;
 
 /// Arguments of `contraflow export`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct ExportArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
@@ -26,7 +26,7 @@ pub struct Args {
     /// Largest weight file, as 5GB or 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = shard_bytes)]
     pub shard_size: u64,
-    /// What the weights are written as
+    /// Data type of the written weights
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     pub dtype: Dtype,
 }
@@ -59,7 +59,7 @@ fn shard_bytes(text: &str) -> Result<u64, String> {
 /// Runs the command.
 ///
 /// **Errors**: code 2 with every fault of model and target, nothing written; the same if writing failed, nothing left.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &ExportArgs) -> Result<(), Failure> {
     let target_fault = target_fault(&args.to);
     let dir = run_dir::find_model(&args.model);
     let model = match dir.map_err(|fault| vec![fault]).and_then(|dir| Ok((check(&dir)?, dir))) {
@@ -72,8 +72,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     };
     let (model, dir) = model;
     let (format, name) = match args.dtype {
-        Dtype::F32 => (export::Format::F32, "float32"),
-        Dtype::Bf16 => (export::Format::Bf16, "bfloat16"),
+        Dtype::F32 => (export::ExportFormat::F32, "float32"),
+        Dtype::Bf16 => (export::ExportFormat::Bf16, "bfloat16"),
     };
     let export = Export {
         source: &model.weights,
@@ -98,26 +98,26 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 
 /// Why nothing can be written there.
 fn target_fault(target: &Path) -> Option<String> {
-    let told = |message: String| Some(format!("--to: {}: {message}", target.display()));
+    let reported = |message: String| Some(format!("--to: {}: {message}", target.display()));
     let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if target.file_name().is_none() {
-        return told("expected the name of a folder".into());
+        return reported("expected the name of a folder".into());
     }
     if !parent.is_dir() {
-        return told(format!("expected a folder {} to make it in, got none", parent.display()));
+        return reported(format!("expected a folder {} to make it in, got none", parent.display()));
     }
     let part = part_of(target);
     if part.exists() {
-        return told(format!(
+        return reported(format!(
             "expected no {}, which an export that was stopped has left: remove it",
             part.display()
         ));
     }
     match std::fs::read_dir(target) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => told(error.to_string()),
+        Err(error) => reported(error.to_string()),
         Ok(mut entries) => match entries.next() {
-            Some(_) => told("expected a new or an empty folder, got one with files in it".into()),
+            Some(_) => reported("expected a new or an empty folder, got one with files in it".into()),
             None => None,
         },
     }

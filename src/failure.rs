@@ -10,20 +10,20 @@ use contraflow_workers::error::RankError;
 /// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
 pub const INTERRUPTED: u8 = 130;
 
-/// Lines that somebody still reads: a directory of another model has a fault for each of its thousands of tensors.
+/// A limit of readable output: a directory of another model has a fault for each of its thousands of tensors.
 const MAX_FAULTS: usize = 100;
 
 /// A command that did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// Exit code: 2 where the user mends it, 1 where the run failed, 130 where it was interrupted.
+    /// Exit code: 2 where the user has to fix it, 1 where the run failed, 130 where it was interrupted.
     pub code: u8,
     /// What was expected and what came, in one or more lines.
     pub message: String,
 }
 
 impl Failure {
-    /// The user mends it: recipe, data, arguments.
+    /// The user has to fix it: recipe, data, arguments.
     pub fn input(message: impl Into<String>) -> Self {
         Failure { code: 2, message: message.into() }
     }
@@ -38,7 +38,7 @@ impl Failure {
         Failure { code: INTERRUPTED, message: message.into() }
     }
 
-    /// Several things the user mends, all at once; `what` has them.
+    /// Several things the user has to fix, all at once; `what` has them.
     pub fn faults<T: fmt::Display>(what: &str, faults: &[T]) -> Self {
         match faults {
             [only] => Failure::input(format!("{what}: {only}")),
@@ -95,7 +95,10 @@ mod tests {
         assert_eq!(two.to_string(), "error: recipe: 2 faults\n  a: expected 1, got 2\n  b: unknown key");
         assert_eq!(two.code, 2);
         let many: Vec<usize> = (0..1234).collect();
-        let told = Failure::faults("model", &many).message;
-        assert!(told.starts_with("model: 1234 faults\n  0\n") && told.ends_with("\n  99\n  and 1134 more"));
+        let reported = Failure::faults("model", &many).message;
+        assert!(
+            reported.starts_with("model: 1234 faults\n  0\n")
+                && reported.ends_with("\n  99\n  and 1134 more")
+        );
     }
 }

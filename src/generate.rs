@@ -19,23 +19,23 @@ pub const SAMPLE_PROMPT: &str = "/// Returns ";
 
 /// Arguments of `contraflow generate`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct GenerateArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// What the text begins with
+    /// Text to continue
     #[arg(long, default_value = SAMPLE_PROMPT)]
     pub prompt: String,
-    /// How many tokens to add at most
+    /// Maximum number of tokens to add
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
-    /// 0: always the likeliest token; 1: as the model says; more: flatter
+    /// 0: greedy; 1: the model's distribution; above 1: flatter
     #[arg(long, default_value_t = 0.7)]
     pub temperature: f32,
-    /// Only the likeliest tokens that together have this probability
+    /// Sample from the likeliest tokens that together have this probability
     #[arg(long, default_value_t = 0.95)]
     pub top_p: f32,
-    /// Seed of the choice
+    /// Seed of the sampling
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
@@ -43,7 +43,7 @@ pub struct Args {
 /// Runs the command; the text goes to stdout as it is made.
 ///
 /// **Errors**: code 2 with the file and what is wrong with it, or with an argument.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let mut faults = Vec::new();
     if args.prompt.is_empty() {
         faults.push("--prompt: expected at least one byte, got none".to_owned());
@@ -63,7 +63,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let tokens =
         Continuation::new(&generator, &text, &args.prompt, sampling, args.seed).ok_or_else(|| {
             let message =
-                "--prompt: expected text of at least one token, got some that the tokenizer leaves none of";
+                "--prompt: expected text of at least one token, got text of which the tokenizer leaves nothing";
             Failure::input(message)
         })?;
     print(args.prompt.as_bytes())?;

@@ -7,7 +7,7 @@ use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;
 use contraflow_workers::hf::check::{Checked, check};
-use contraflow_workers::hf::export::{Export, Format, Written, staged};
+use contraflow_workers::hf::export::{Export, ExportFormat, Written, staged};
 use contraflow_workers::hf::weights::HfWeights;
 
 use crate::failure::Failure;
@@ -19,7 +19,7 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Arguments of `contraflow import`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct ImportArgs {
     /// The HF directory
     #[arg(value_name = "DIR")]
     pub dir: PathBuf,
@@ -31,14 +31,15 @@ pub struct Args {
 /// Runs the command.
 ///
 /// **Errors**: code 2 with every fault of the directory, nothing written; the same if writing failed, nothing left.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
     let notes = [buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let config = args.dir.join("config.json");
     let config_json = std::fs::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
-    let make = |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(Told);
+    let make =
+        |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
     notes.iter().flatten().for_each(|note| eprintln!("note: {note}"));
     let run = run.display();
@@ -57,7 +58,7 @@ pub fn buffers_note(weights: &HfWeights) -> Option<String> {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    Some(format!("{first}{more}: passed over, as config.json implies them"))
+    Some(format!("{first}{more}: skipped, as config.json implies them"))
 }
 
 /// What is said of a tokenizer that is not read.
@@ -74,21 +75,21 @@ fn tokenizer_note(dir: &Path) -> Option<String> {
 }
 
 /// An error on the way into a run's folder.
-struct Told(RankError);
+struct ImportError(RankError);
 
-impl From<std::io::Error> for Told {
+impl From<std::io::Error> for ImportError {
     fn from(source: std::io::Error) -> Self {
-        Told(RankError::File { path: run_dir::RUNS.into(), source })
+        ImportError(RankError::File { path: run_dir::RUNS.into(), source })
     }
 }
 
-impl From<Told> for Failure {
-    fn from(Told(error): Told) -> Self {
+impl From<ImportError> for Failure {
+    fn from(ImportError(error): ImportError) -> Self {
         error.into()
     }
 }
 
-fn run_name(args: &Args) -> Result<String, Failure> {
+fn run_name(args: &ImportArgs) -> Result<String, Failure> {
     let own = || args.dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let name = args.name.clone().or_else(own).unwrap_or_else(|| "import".into());
     let is_plain = Path::new(&name).file_name() == Some(name.as_ref());
@@ -107,7 +108,7 @@ fn write(from: &Path, checked: &Checked, config_json: String, part: &Path) -> Re
         config: &checked.config,
         config_json,
         companions: from,
-        format: Format::AsIs,
+        format: ExportFormat::AsIs,
         shard_bytes: SHARD_BYTES,
     };
     let written = export.write(&model)?;

@@ -4,7 +4,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{Failure, INTERRUPTED};
 
-/// Ctrl-C and SIGTERM, heard from the moment this is made: one that comes between two waits is kept for the next.
+/// Ctrl-C and SIGTERM, caught from construction on: one that arrives between two waits is kept for the next.
 #[derive(Debug)]
 pub struct Signals {
     interrupt: Signal,
@@ -12,12 +12,15 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Begins to hear them, in place of what they do by themselves.
+    /// Installs the handlers, replacing the default actions.
     ///
     /// **Errors**: the system gives no signals.
     pub fn listen() -> Result<Self, Failure> {
-        let hear = |kind| signal(kind).map_err(|error| Failure::run(format!("signals: {error}")));
-        Ok(Signals { interrupt: hear(SignalKind::interrupt())?, terminate: hear(SignalKind::terminate())? })
+        let install = |kind| signal(kind).map_err(|error| Failure::run(format!("signals: {error}")));
+        Ok(Signals {
+            interrupt: install(SignalKind::interrupt())?,
+            terminate: install(SignalKind::terminate())?,
+        })
     }
 
     /// Waits for the next of either.
@@ -32,10 +35,10 @@ impl Signals {
 /// Calls `stop` at the first signal and ends the process at the second. Runs until it is aborted.
 pub async fn watch(mut signals: Signals, stop: impl Fn()) {
     signals.next().await;
-    eprintln!("interrupted: finishing the step and keeping it; once more to end at once");
+    eprintln!("interrupted: finishing and saving the step; Ctrl-C again quits now");
     stop();
     signals.next().await;
-    // The last committed checkpoint stands, whatever is cut off now.
+    // The last committed checkpoint is safe, whatever is cut off now.
     std::process::exit(INTERRUPTED.into())
 }
 

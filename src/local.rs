@@ -23,55 +23,55 @@ use ractor::{Actor, ActorRef};
 use tokio::sync::oneshot;
 
 /// What a cluster runs.
-pub struct ClusterSpec {
+pub struct LocalClusterSpec {
     /// What to train and how.
     pub recipe: Arc<Recipe>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
     /// Count of (re)formations of the job, from 1.
     pub generation: Generation,
-    /// Measured peak of the cores in use, if somebody has measured it. **Units**: FLOP/s.
+    /// Measured peak of the cores in use, if measured. **Units**: FLOP/s.
     pub peak_flops: Option<f64>,
-    /// What the run goes on from, if it is not fresh.
+    /// What the run resumes from, if it is not fresh.
     pub resume: Option<Arc<Checkpoint>>,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<Commits>,
     /// Where the weights go at the end, if anywhere; the folder exists.
     pub export_dir: Option<PathBuf>,
-    /// Patience, disturbance and ledger of the fabric.
+    /// Timeout, delay injection and frame log of the fabric.
     pub network: LocalOptions,
     /// Whether the update's communication runs beside the passes; without it only to compare.
     pub overlap: bool,
     /// For tests.
     pub probe: Probe,
-    /// Who hears the record of every step.
+    /// Subscribers to the record of every step.
     pub subscribers: Vec<Subscriber>,
 }
 
 /// A running cluster.
-pub struct Cluster {
+pub struct LocalCluster {
     job: ActorRef<JobMessage>,
     ended: oneshot::Receiver<Outcome>,
     /// The fabric between the ranks.
     pub network: Arc<LocalNetwork>,
 }
 
-impl Cluster {
+impl LocalCluster {
     /// Starts the job and its ranks.
     ///
-    /// **Errors**: in words, if an actor cannot be started.
-    pub async fn start(spec: ClusterSpec) -> Result<Self, String> {
-        Cluster::start_over(spec, |network, rank| network.join(rank)).await
+    /// **Errors**: if an actor cannot be started.
+    pub async fn start(spec: LocalClusterSpec) -> Result<Self, String> {
+        LocalCluster::start_over(spec, |network, rank| network.join(rank)).await
     }
 
     /// Starts the job and its ranks, each with the end of a fabric that `join` gives it.
     ///
-    /// **Errors**: in words, if an actor cannot be started.
+    /// **Errors**: if an actor cannot be started.
     pub async fn start_over(
-        spec: ClusterSpec,
+        spec: LocalClusterSpec,
         join: impl Fn(&Arc<LocalNetwork>, usize) -> Endpoint,
     ) -> Result<Self, String> {
-        let ClusterSpec {
+        let LocalClusterSpec {
             recipe,
             datasets,
             generation,
@@ -91,7 +91,7 @@ impl Cluster {
         let to_worker = worker.clone();
         let send = move |rank, command| {
             if let Some(worker) = to_worker.get() {
-                // A worker that is gone has told so as the supervisor of its ranks.
+                // A worker that is gone has reported so as the supervisor of its ranks.
                 let trace = TraceContext::default();
                 drop(worker.cast(WorkerMessage::Command { rank, command, trace }));
             }
@@ -126,7 +126,7 @@ impl Cluster {
                 datasets: datasets.clone(),
                 resume: resume.clone(),
                 recovered: None,
-                keeper: None,
+                replicator: None,
                 overlap,
                 checkpoints: folder.clone(),
                 trace: trace::current(),
@@ -136,7 +136,7 @@ impl Cluster {
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(Cluster { job, ended, network })
+        Ok(LocalCluster { job, ended, network })
     }
 
     /// A handle that stops the run after the running step, which is kept.

@@ -11,12 +11,12 @@ use contraflow::{
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// What the words in the output mean.
+/// Meaning of the terms in the output.
 const LEGEND: &str = "\
-Words in the output:
+Terms in the output:
   bubble   share of the step in which a rank's compute thread was blocked on a message; with more ranks than
-           cores it also holds the wait for a core
-  MaxVio   how uneven the experts' load is: (largest load - mean) / mean, averaged over the layers; 0 is even
+           cores this includes the wait for a core
+  MaxVio   imbalance of the experts' load: (largest load - mean) / mean, averaged over the layers; 0 is even
   MFU      FLOP of the model's matrix products per second (forward, twice that backward, nothing recomputed),
            as a share of what this machine's matrix multiplication was measured to reach";
 
@@ -32,46 +32,46 @@ struct Cli {
 enum Command {
     /// Train a model on a cluster of ranks in this process
     #[command(after_long_help = LEGEND)]
-    Train(train::Args),
-    /// Print what a run would do: layout, actions, messages, memory; nothing is started
-    Plan(plan::Args),
+    Train(train::TrainArgs),
+    /// Print what a run would do (layout, actions, messages, memory) without starting it
+    Plan(plan::PlanArgs),
     /// Continue a text with a trained model
-    Generate(generate::Args),
+    Generate(generate::GenerateArgs),
     /// Measure a trained model on a text: loss, bits per byte, perplexity, balance of the experts
-    Eval(eval::Args),
+    Eval(eval::EvalArgs),
     /// Write a trained model as a Hugging Face directory
-    Export(export::Args),
-    /// Make a run of a Hugging Face directory, every file and tensor of it checked
-    Import(import::Args),
+    Export(export::ExportArgs),
+    /// Import a Hugging Face directory as a run, checking every file and tensor
+    Import(import::ImportArgs),
     /// List the built-in recipes
-    Recipes(recipes::Args),
-    /// Measure this machine: training steps, prompts and tokens, balance of the experts
+    Recipes(recipes::RecipesArgs),
+    /// Benchmark this machine: training steps, prompts and tokens, balance of the experts
     #[command(after_long_help = LEGEND)]
-    Bench(bench::Args),
+    Bench(bench::BenchArgs),
     /// Prepare text for training: train a tokenizer, tokenize a large corpus once
-    Data(data::Args),
-    /// Run the orchestrator of a cluster: takes jobs, and decides which ranks are where
-    Orchestrator(orchestrator::Args),
+    Data(data::DataArgs),
+    /// Run the orchestrator of a cluster: accepts jobs and places their ranks
+    Orchestrator(orchestrator::OrchestratorArgs),
     /// Run a worker of a cluster: hosts ranks of jobs
-    Worker(worker::Args),
-    /// Put a job into a cluster's queue
+    Worker(worker::WorkerArgs),
+    /// Submit a job to a cluster's queue
     Submit(client::Submit),
     /// List the jobs of a cluster
     Jobs(client::Common),
-    /// Tell where a job stands
+    /// Show the status of a job
     Status(client::OfJob),
-    /// Follow a job step by step, from its first
+    /// Follow a job step by step, from the first step
     Watch(client::OfJob),
     /// Print the log of a job
     Logs(client::Logs),
-    /// End a job
+    /// Cancel a job
     Cancel(client::OfJob),
     /// List the workers of a cluster
     Nodes(client::Common),
-    /// Take a node out of use: its ranks move
+    /// Drain a node: its ranks move to other nodes
     Drain(client::Drain),
-    /// Make the certificates and tokens of a cluster
-    Certs(certs::Args),
+    /// Create the certificates and tokens of a cluster
+    Certs(certs::CertsArgs),
 }
 
 fn main() -> ExitCode {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use contraflow_orchestrator::core::KEEP_JOBS;
+use contraflow_orchestrator::core::RETAINED_JOBS;
 use contraflow_orchestrator::server::{Orchestrator, Security};
 use contraflow_runtime::recipe::LogLevel;
 
@@ -13,25 +13,25 @@ use crate::telemetry;
 
 /// Arguments of `contraflow orchestrator`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
-    /// Folder of its event log; made if it is not there
+pub struct OrchestratorArgs {
+    /// Folder of its event log; created if missing
     #[arg(long, value_name = "DIR")]
     pub state: PathBuf,
     /// Where clients and workers connect
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     pub listen: SocketAddr,
-    /// Folder from `certs init`: TLS on, and tokens asked for; needed where others than this machine can connect
+    /// Folder from `certs init`: turns TLS on and requires tokens; mandatory unless it listens on loopback only
     #[arg(long, value_name = "DIR")]
     pub tls: Option<PathBuf>,
-    /// Jobs that are over and stay known, with their steps and logs: the latest to end
-    #[arg(long, value_name = "N", default_value_t = KEEP_JOBS as u64, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Finished jobs to retain, with their steps and logs; the oldest are removed first
+    #[arg(long, value_name = "N", default_value_t = RETAINED_JOBS as u64, value_parser = clap::value_parser!(u64).range(1..))]
     pub keep_jobs: u64,
 }
 
 /// Runs the command.
 ///
 /// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state cannot be written any more.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
     interrupt::runtime()?.block_on(async {
@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     })
 }
 
-fn security(args: &Args) -> Result<Option<Security>, Failure> {
+fn security(args: &OrchestratorArgs) -> Result<Option<Security>, Failure> {
     let Some(dir) = &args.tls else {
         if !args.listen.ip().is_loopback() {
             return Err(Failure::input(format!(
@@ -58,7 +58,7 @@ fn security(args: &Args) -> Result<Option<Security>, Failure> {
                 args.listen
             )));
         }
-        eprintln!("no --tls: whoever is on this machine may do everything");
+        eprintln!("no --tls: any local user has full access");
         return Ok(None);
     };
     Security::load(dir).map(Some).map_err(|faults| Failure::faults("--tls", &faults))

@@ -93,7 +93,7 @@ fn first(variables: &[&'static str]) -> Option<(&'static str, String)> {
     variables.iter().find_map(set)
 }
 
-/// Whether nothing speaks against exporting.
+/// Whether exporting is allowed.
 fn is_wanted() -> bool {
     let is =
         |variable, word: &str| std::env::var(variable).is_ok_and(|value| value.eq_ignore_ascii_case(word));
@@ -163,7 +163,7 @@ impl SpanExporter for Counting {
             && self.lost.fetch_add(num_spans, Ordering::Relaxed) == 0
         {
             tracing::warn!(
-                "the collector at {} takes no spans, everything else goes on: {error}",
+                "the collector at {} accepts no spans, everything else continues: {error}",
                 self.endpoint
             );
         }

@@ -4,6 +4,15 @@ use std::io::{ErrorKind, Write, stdout};
 
 use crate::failure::Failure;
 
+/// What a command prints.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Human-readable
+    Text,
+    /// JSON: one document, or one per line for lists and streams
+    Json,
+}
+
 /// Writes a command's result.
 ///
 /// **Errors**: what the system says, but for a reader that has gone.

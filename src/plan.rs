@@ -7,23 +7,22 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::ValueEnum;
 use clap::builder::RangedU64ValueParser;
 use contraflow_runtime::cost::{self, OpCost, Shapes};
 use contraflow_runtime::layout::{MemoryQuery, rank_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::{Fault, Mode, Plan, PlanReport, ScheduleKind, StepCost, lower, text};
+use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower, text};
 use contraflow_runtime::topology::{Coordinates, Topology};
 use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{Format, print};
 
-/// What the command is told.
+/// Arguments of the command.
 #[derive(clap::Args)]
-pub struct Args {
+pub struct PlanArgs {
     /// A built-in recipe or a TOML file
     #[arg(default_value = "tiny", conflicts_with_all = ["schedule", "file"])]
     pub recipe: String,
@@ -42,24 +41,15 @@ pub struct Args {
     /// Check and print a plan written in the text form instead
     #[arg(long, value_name = "PLAN.txt")]
     pub file: Option<PathBuf>,
-    /// How to print it
+    /// Output format; in JSON every message is listed, in text they are counted by pair of ranks
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
-}
-
-/// How a plan is printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people; messages are counted by pair of ranks
-    Text,
-    /// For programs; every message is listed
-    Json,
 }
 
 /// Makes, checks and prints a plan.
 ///
 /// **Errors**: every fault of the recipe, of the file or of the plan.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &PlanArgs) -> Result<(), Failure> {
     let overview = match (&args.file, args.schedule) {
         (Some(path), _) => of_file(path)?,
         (None, Some(kind)) => {
@@ -118,7 +108,7 @@ struct Checked {
     note: Option<String>,
 }
 
-fn unsound(what: &str, faults: &[Fault]) -> Failure {
+fn unsound(what: &str, faults: &[PlanFault]) -> Failure {
     Failure::faults(&format!("{what} is not sound"), faults)
 }
 
@@ -240,9 +230,9 @@ impl fmt::Display for Layout {
             f,
             "model {}: {} parameters, {} of them at work on a token; {} FLOP a token in training",
             self.model,
-            in_words(self.parameters),
-            in_words(self.active_parameters),
-            in_words(self.training_flops_per_token),
+            abbreviated(self.parameters),
+            abbreviated(self.active_parameters),
+            abbreviated(self.training_flops_per_token),
         )
     }
 }
@@ -274,7 +264,7 @@ impl fmt::Display for Overview {
 }
 
 /// Three or more digits and the unit: `22.70 million`.
-fn in_words(count: u64) -> String {
+fn abbreviated(count: u64) -> String {
     let count = count as f64;
     match count {
         1e12.. => format!("{:.2} trillion", count / 1e12),
@@ -328,7 +318,7 @@ mod tests {
     fn counts_read_well() {
         let cases = [(999_999, "999999"), (22_700_000, "22.70 million"), (671_026_419_200, "671.03 billion")];
         for (count, words) in cases {
-            assert_eq!(in_words(count), words);
+            assert_eq!(abbreviated(count), words);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the user sees while a run goes on: one live line on a terminal, plain lines elsewhere, and metrics.jsonl. The figures
+//! What the user sees during a run: one live line on a terminal, plain lines elsewhere, and metrics.jsonl. The figures
 //! of a step are those of its record, here and where a job is watched.
 //!
 //! Everything here goes to stderr or a file; results go to stdout elsewhere.
@@ -17,7 +17,7 @@ use crate::run_dir::METRICS;
 /// Without a terminal a line is written at most this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// Steps over which the rate is averaged that tells how long the rest takes.
+/// Steps over which the rate for the remaining time is averaged.
 const WINDOW_STEPS: usize = 20;
 
 /// Figures the line needs and the records do not hold.
@@ -33,7 +33,7 @@ pub struct Frame {
     pub oversubscribed: bool,
 }
 
-/// Hears every step of a run.
+/// Receives every step of a run.
 pub struct Progress {
     frame: Frame,
     bar: ProgressBar,

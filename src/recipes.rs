@@ -5,9 +5,9 @@ use contraflow_runtime::recipe::{builtin, reference};
 use crate::failure::Failure;
 use crate::output::print;
 
-/// What the command is told.
+/// Arguments of the command.
 #[derive(clap::Args)]
-pub struct Args {
+pub struct RecipesArgs {
     /// Print every key of a recipe with its default and its meaning, as TOML
     #[arg(long)]
     pub keys: bool,
@@ -16,7 +16,7 @@ pub struct Args {
 /// Lists the built-in recipes, or all keys.
 ///
 /// **Errors**: stdout cannot be written.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &RecipesArgs) -> Result<(), Failure> {
     print(&if args.keys { reference() } else { list() })
 }
 

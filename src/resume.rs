@@ -1,4 +1,4 @@
-//! Going on with a run: finds its newest checkpoint, and refuses what would not be the same run.
+//! Resuming a run: finds its newest checkpoint, and refuses what would not be the same run.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,11 @@ use contraflow_workers::checkpoint::Checkpoint;
 use crate::failure::Failure;
 use crate::run_dir;
 
-/// A run that can go on.
+/// A run that can be resumed.
 pub struct Resumed {
     /// The folder of the run.
     pub run: PathBuf,
-    /// Where it goes on from, checked.
+    /// The checkpoint it resumes from, checked.
     pub checkpoint: Arc<Checkpoint>,
     /// Keeps other processes out of the run; `None` if the checkpoint is not the run's newest: then a new run begins.
     pub lock: Option<File>,
@@ -61,7 +61,7 @@ impl Resumed {
         Ok(Recipe::reload(text, &origin, overrides, self.model.clone())?)
     }
 
-    /// Refuses a recipe or data with which the run would not be the same run, and says aloud what is different.
+    /// Refuses a recipe or data that would make it a different run, and warns of what is different.
     ///
     /// **Errors**: code 2 with every fault at once.
     pub fn check(&self, recipe: &Recipe, corpus_hash: &str) -> Result<(), Failure> {
@@ -98,15 +98,14 @@ impl Resumed {
         Ok(())
     }
 
-    /// Says aloud where the run will not have the bits of an undisturbed one.
+    /// Warns where the run will not be bit-identical to an undisturbed one.
     pub fn compare_origin(&self, now: &MadeBy) {
         let then = &self.checkpoint.manifest.made_by;
         if then.layout == now.layout
             && (then.binary != now.binary || then.instruction_set != now.instruction_set)
         {
             eprintln!(
-                "note: another program or another machine has written the checkpoint: the losses go on within rounding, not bit \
-                 for bit"
+                "note: the checkpoint was written by another build or on another machine: losses agree within rounding, not bit for bit"
             );
         }
     }
@@ -117,7 +116,7 @@ fn name_of(path: &Path) -> String {
     whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The run and the checkpoint that a name stands for.
+/// The run and the checkpoint that a name refers to.
 fn find(name: &str) -> Result<(PathBuf, PathBuf), Failure> {
     let direct = PathBuf::from(name);
     if direct.join(MANIFEST_FILE).is_file() || is_unfinished(&direct) {
@@ -136,7 +135,7 @@ fn find(name: &str) -> Result<(PathBuf, PathBuf), Failure> {
         Some(&step) => Ok((run, folder.committed(step))),
         None => {
             let message = format!(
-                "{}: expected a committed checkpoint to go on from, got none",
+                "{}: expected a committed checkpoint to resume from, got none",
                 folder.path().display()
             );
             Err(Failure::input(message))
@@ -184,7 +183,7 @@ fn changes(before: &Recipe, now: &Recipe) -> Vec<String> {
         for (key, value) in keys.as_table().into_iter().flatten() {
             let old = before.get(section).and_then(|section| section.get(key));
             if let Some(old) = old.filter(|old| *old != value) {
-                changes.push(format!("{section}.{key} was {old} so far, is {value} from here on"));
+                changes.push(format!("{section}.{key} was {old}, is {value} from now on"));
             }
         }
     }

@@ -10,26 +10,26 @@ use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
-use contraflow_orchestrator::rollback::{self, Returns, RollBack};
+use contraflow_orchestrator::rollback::{self, RollBack, RollBackCount};
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::Generation;
-use contraflow_runtime::watch::{Action, Divergence};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
 use contraflow_workers::data::batches::{Datasets, TaskKind};
-use contraflow_workers::data::of_recipe::Text;
+use contraflow_workers::data::from_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
 
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
-use crate::local::{Cluster, ClusterSpec};
+use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
@@ -56,7 +56,7 @@ pub struct Tally {
 struct Attempt {
     resume: Option<Arc<Checkpoint>>,
     generation: Generation,
-    returns: Returns,
+    returns: RollBackCount,
 }
 
 /// A run that has a folder.
@@ -66,7 +66,7 @@ pub struct Run {
     pub(crate) dir: PathBuf,
     pub(crate) frame: Frame,
     pub(crate) text: Text,
-    /// What the run goes on from, if it is not fresh.
+    /// What the run resumes from, if it is not fresh.
     resume: Option<Arc<Checkpoint>>,
     /// What manifests say of this run.
     manifest: Manifest,
@@ -84,7 +84,7 @@ impl Run {
         Run::new((dir, lock), recipe, text, None)
     }
 
-    /// A run that goes on: in its own folder from its newest checkpoint, in a new one from an earlier one.
+    /// A resumed run: in its own folder from its newest checkpoint, in a new one from an earlier one.
     ///
     /// **Errors**: the folder cannot be made or written.
     pub fn resume(resumed: Resumed, recipe: Recipe, text: Text) -> Result<Self, Failure> {
@@ -133,7 +133,7 @@ impl Run {
         Ok(run)
     }
 
-    /// Where the run stands before the first step of this process.
+    /// Position of the run before the first step of this process.
     pub(crate) fn position(&self) -> Position {
         self.resume.as_ref().map(|checkpoint| checkpoint.manifest.position).unwrap_or_default()
     }
@@ -152,7 +152,7 @@ impl Run {
 
     /// Trains to the end of the recipe.
     ///
-    /// **Errors**: code 1 if the run failed, 2 if it could not write, 130 if it was interrupted; with the way to go on.
+    /// **Errors**: code 1 if the run failed, 2 if it could not write, 130 if it was interrupted; with a hint how to resume.
     pub fn train(&self, datasets: &Arc<Datasets>) -> Result<Tally, Failure> {
         let parallel = &self.recipe.parallel;
         eprintln!(
@@ -167,7 +167,7 @@ impl Run {
             self.frame.steps,
             match self.position().step {
                 0 => String::new(),
-                step => format!(", {step} of them made before"),
+                step => format!(", {step} of them before this run"),
             }
         );
         let last = run_dir::last_record(&self.dir).unwrap_or_default();
@@ -175,7 +175,7 @@ impl Run {
         let mut attempt = Attempt {
             resume: self.resume.clone(),
             generation: Generation::FIRST,
-            returns: Returns::default(),
+            returns: RollBackCount::default(),
         };
         loop {
             let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
@@ -193,7 +193,7 @@ impl Run {
                 Outcome::Stopped { step } => {
                     return Err(Failure::interrupted(format!(
                         "interrupted after step {step}{}",
-                        self.way_on()
+                        self.resume_hint()
                     )));
                 }
                 Outcome::Diverged { divergence, cursor } => {
@@ -203,10 +203,10 @@ impl Run {
                     totals().tokens = kept - self.position().tokens;
                 }
                 Outcome::Failed { message, kind: ErrorKind::Config | ErrorKind::Node } => {
-                    return Err(Failure::input(format!("{message}{}", self.way_on())));
+                    return Err(Failure::input(format!("{message}{}", self.resume_hint())));
                 }
                 Outcome::Failed { message, .. } => {
-                    return Err(Failure::run(format!("{message}{}", self.way_on())));
+                    return Err(Failure::run(format!("{message}{}", self.resume_hint())));
                 }
             }
         }
@@ -218,7 +218,7 @@ impl Run {
         datasets: &Arc<Datasets>,
         attempt: &Attempt,
         tally: &Arc<Mutex<Tally>>,
-    ) -> Result<ClusterSpec, Failure> {
+    ) -> Result<LocalClusterSpec, Failure> {
         let mut progress = Progress::new(&self.dir, self.frame)
             .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
         let shared = tally.clone();
@@ -233,7 +233,7 @@ impl Run {
             tally.seconds = before + began.elapsed().as_secs_f64();
             tally.last = record.clone();
         });
-        Ok(ClusterSpec {
+        Ok(LocalClusterSpec {
             recipe: self.recipe.clone(),
             datasets: datasets.clone(),
             generation: attempt.generation,
@@ -256,7 +256,7 @@ impl Run {
     /// Leaves the evidence in the run's folder; then, where the watch wants to roll back, goes back to the newest checkpoint,
     /// and past the sequences that led to the divergence: the same ones would lead there again.
     ///
-    /// **Errors**: code 1 with the reason, where the run is to stop or there is no way back.
+    /// **Errors**: code 1 with the reason, where the run was asked to stop or there is no way back.
     fn diverged(&self, divergence: &Divergence, cursor: u64, before: &Attempt) -> Result<Attempt, Failure> {
         let folder = CheckpointFolder::of_run(&self.dir);
         let newest = folder.list().unwrap_or_default().last().map(|&step| {
@@ -268,8 +268,8 @@ impl Run {
         let decided =
             RollBack { newest, returns, max_returns }.decide(&self.with_evidence(divergence), cursor);
         let returned = decided.map_err(|why| {
-            let says_all = newest.is_none() && divergence.action == Action::RollBack;
-            Failure::run(if says_all { why } else { format!("{why}{}", self.way_on()) })
+            let says_all = newest.is_none() && divergence.action == StepAction::RollBack;
+            Failure::run(if says_all { why } else { format!("{why}{}", self.resume_hint()) })
         })?;
         let checkpoint = Checkpoint::open(&folder.committed(returned.to));
         let mut checkpoint = checkpoint.map_err(|faults| Failure::run(faults.to_string()))?;
@@ -295,7 +295,7 @@ impl Run {
         divergence
     }
 
-    /// Removes what the end of the run has cut off. What cannot be removed now is when the run goes on.
+    /// Removes what the end of the run has cut off. What cannot be removed now is when the run is resumed.
     fn clear_unfinished(&self) {
         drop(CheckpointFolder::of_run(&self.dir).tidy(self.recipe.checkpoint.keep, None));
         drop(std::fs::remove_dir_all(self.dir.join(format!("model{UNFINISHED_SUFFIX}"))));
@@ -318,12 +318,15 @@ impl Run {
         Ok(Some(dir))
     }
 
-    /// How to go on with this run, for the end of a message.
-    fn way_on(&self) -> String {
+    /// A hint how to resume this run, appended to messages.
+    fn resume_hint(&self) -> String {
         let steps = CheckpointFolder::of_run(&self.dir).list().unwrap_or_default();
         match steps.last() {
             Some(step) => {
-                format!("; step {step} is kept, go on with: contraflow train --resume {}", self.dir.display())
+                format!(
+                    "; step {step} is saved, resume with: contraflow train --resume {}",
+                    self.dir.display()
+                )
             }
             None => "; no checkpoint has been made".into(),
         }
@@ -336,9 +339,9 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
 }
 
 /// Runs a cluster to its end, listening for interruptions.
-fn run_cluster(spec: ClusterSpec) -> Result<Outcome, Failure> {
+fn run_cluster(spec: LocalClusterSpec) -> Result<Outcome, Failure> {
     interrupt::runtime()?.block_on(async {
-        let cluster = Cluster::start(spec).await.map_err(Failure::run)?;
+        let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
         let interrupted = tokio::spawn(interrupt::watch(Signals::listen()?, cluster.stopper()));
         let outcome = cluster.wait().await;
         interrupted.abort();

@@ -33,7 +33,7 @@ pub fn create(runs: &Path, name: &str) -> io::Result<PathBuf> {
     unreachable!("the numbers do not end")
 }
 
-/// Gives a finished run, made by `make` under the path that it is told, the first free name, and points `latest` at it.
+/// Gives a finished run, made by `make` under the path that it is given, the first free name, and points `latest` at it.
 ///
 /// **Errors**: those of `make`, and what the system says.
 pub fn adopt<T, E: From<io::Error>>(
@@ -61,7 +61,7 @@ fn point_latest(runs: &Path, folder: &str) -> io::Result<()> {
     std::fs::rename(&fresh, runs.join("latest"))
 }
 
-/// Name of the file that whoever works on a run keeps locked.
+/// Name of the lock file of a run in use.
 const LOCK: &str = ".lock";
 
 /// Keeps other processes from working on a run as long as the file is held.
@@ -83,7 +83,7 @@ pub fn lock(run: &Path) -> Result<File, Failure> {
             // Who it is helps; without it the message still says what is wrong.
             drop(file.read_to_string(&mut holder));
             let message = format!(
-                "{}: expected a run that nobody works on, got one that process {holder} is training",
+                "{}: expected a run that is not in use, got one that process {holder} is training",
                 run.display()
             );
             Err(Failure::input(message))

@@ -82,7 +82,7 @@ impl Run {
         };
         let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;
         self.write("summary.json", &format!("{text}\n"))?;
-        self.say(&summary)
+        self.print_figures(&summary)
     }
 
     /// The yardsticks, where the same bytes can be read by them: bytes as tokens, in memory, documents not apart.
@@ -93,7 +93,7 @@ impl Run {
     }
 
     /// The results, on stdout.
-    fn say(&self, summary: &Summary) -> Result<(), Failure> {
+    fn print_figures(&self, summary: &Summary) -> Result<(), Failure> {
         let crowded = if summary.oversubscribed { " (oversubscribed)" } else { "" };
         let mut text = format!(
             "{} steps, {} tokens in {}\n{:.0} tokens/s, MFU {:.0}% of {:.0} GFLOP/s ({:.1} MFLOP per token: causal, with MTP), \

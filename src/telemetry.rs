@@ -64,9 +64,9 @@ pub fn init_worker(
     Ok((lines, spans))
 }
 
-/// Hears all that is said in this process from now on. Every layer has a filter of its own.
+/// Installs the subscriber of this process. Every layer has a filter of its own.
 fn listen(layers: impl IntoIterator<Item = otlp::Listener>) {
-    // Whoever came first, a test for instance, has set it up already.
+    // It may have been installed already, by a test for instance.
     let _ = tracing_subscriber::registry().with(Vec::from_iter(layers)).try_init();
 }
 

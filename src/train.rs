@@ -1,4 +1,4 @@
-//! `contraflow train`: a recipe in, a run's folder out. What a run is stands in `run`, going on with one in `resume`.
+//! `contraflow train`: a recipe in, a run's folder out. A run is in `run`, resuming one in `resume`.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,7 +8,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_over
 use contraflow_runtime::schedule::{RankFigures, size};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::batches::TaskKind;
-use contraflow_workers::data::of_recipe::load_text;
+use contraflow_workers::data::from_recipe::load_text;
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
@@ -20,23 +20,23 @@ use crate::{run_dir, telemetry};
 
 /// Arguments of `contraflow train`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct TrainArgs {
     /// A built-in recipe, or the path of a recipe file; with --resume the run's own if not given [default: tiny]
     pub recipe: Option<String>,
     /// Change a key of the recipe: section.key=value
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Text files or folders to train on, in place of the default corpus
+    /// Text files or folders to train on, instead of the default corpus
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
-    /// Start from the weights of a run or of an HF directory, with a fresh optimizer; its model, unless model.config says
-    /// another
+    /// Start from the weights of a run or of an HF directory, with a fresh optimizer; also its model, unless model.config
+    /// names another
     #[arg(long, value_name = "RUN|DIR")]
     pub init: Option<String>,
     /// Name of the run's folder in runs/; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
-    /// Go on with a run from its newest checkpoint, or from the checkpoint's folder that is given
+    /// Resume a run from its newest checkpoint, or from the given checkpoint folder
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
     /// Print the recipe with every key resolved, and stop
@@ -48,7 +48,7 @@ pub struct Args {
 ///
 /// **Errors**: code 2 with every fault of recipe, data and checkpoint at once; code 1 if the run failed; 130 if it was
 /// interrupted.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let mut overrides = args.overrides.clone();
     if !args.data.is_empty() {
         overrides.push(paths_override(&args.data));
@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     if let Some(resumed) = &resumed {
         resumed.check(&recipe, &text.corpus.hash)?;
     }
-    say_plans(&recipe)?;
+    print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
@@ -96,7 +96,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
 }
 
 /// Makes and checks every plan that the run will need, and notes where a fallback runs.
-fn say_plans(recipe: &Recipe) -> Result<(), Failure> {
+fn print_fallbacks(recipe: &Recipe) -> Result<(), Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     for size in recipe.batch_sizes() {
         let shape = train_shape(recipe, size);
@@ -111,7 +111,7 @@ fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failu
     let figures = recipe_figures(recipe).map_err(Failure::input)?;
     let topology = recipe.topology();
     // All ranks at one pipeline coordinate need the same.
-    let needed = topology.columns() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>();
+    let needed = topology.dp_size() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>();
     match limit {
         Some(MemoryLimit { bytes, by }) if bytes < needed => {
             let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
@@ -134,14 +134,14 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is() {
         let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
-        let told = |bytes| {
+        let reported = |bytes| {
             let limit = Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
             check_memory(&recipe, limit).err().map(|failure| failure.to_string())
         };
-        let words = told(1 << 20).unwrap();
+        let words = reported(1 << 20).unwrap();
         assert!(words.starts_with("error: memory: expected at least "), "{words}");
         assert!(words.contains(" MiB for the 4 ranks of this run, got 1.0 MiB (its cgroup)"), "{words}");
-        assert_eq!(told(1 << 40), None);
+        assert_eq!(reported(1 << 40), None);
         assert!(check_memory(&recipe, None).is_ok());
     }
 }

@@ -13,7 +13,7 @@ use crate::telemetry;
 
 /// Arguments of `contraflow worker`.
 #[derive(clap::Args, Debug)]
-pub struct Args {
+pub struct WorkerArgs {
     /// Where the orchestrator listens
     #[arg(long, value_name = "ADDR")]
     pub join: String,
@@ -23,16 +23,16 @@ pub struct Args {
     /// Folder that the data paths of recipes are looked up in
     #[arg(long, value_name = "DIR")]
     pub data_root: Option<PathBuf>,
-    /// Ranks that it can host at once
+    /// Ranks it can host at the same time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub slots: u32,
-    /// Where it stands: node=NAME,block=NAME
+    /// Topology labels: node=NAME,block=NAME
     #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',')]
     pub labels: Vec<String>,
     /// Where other workers connect to, for data
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
-    /// What lets it in
+    /// Certificate and token
     #[command(flatten)]
     pub access: Access,
 }
@@ -40,7 +40,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
-pub fn run(args: &Args) -> Result<(), Failure> {
+pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
     let log_levels = LogLevels::default();
     let (lines, _spans) = telemetry::init_worker("contraflow-worker", &log_levels)?;
     let settings = settings(args, log_levels)?;
@@ -54,12 +54,12 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         };
         host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
     });
-    // A rank may hang in what nobody can end: the process does not wait for it.
+    // A rank may hang where it cannot be interrupted: the process does not wait for it.
     runtime.shutdown_background();
     ended
 }
 
-fn settings(args: &Args, log_levels: LogLevels) -> Result<Settings, Failure> {
+fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failure> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let (mut node, mut block) = (host.clone(), String::from("default"));
     let mut faults = Vec::new();

@@ -1,4 +1,4 @@
-//! What the commands say, word for word: help, lists, plans and refusals. The cases stand in `tests/cmd`.
+//! The exact output of commands: help, lists, plans and refusals. The cases stand in `tests/cmd`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -10,7 +10,7 @@ use std::process::Command;
 use contraflow_runtime::recipe::builtin;
 
 #[test]
-fn commands_say_what_they_should() {
+fn the_output_of_commands_is_as_recorded() {
     trycmd::TestCases::new().timeout(deadline::DEADLINE).case("tests/cmd/*.trycmd");
 }
 

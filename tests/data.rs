@@ -41,9 +41,9 @@ fn succeed(dir: &Path, args: &[&str]) -> Output {
 
 fn refused(dir: &Path, args: &[&str]) -> String {
     let output = deadline::output(&mut command(dir, args));
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {told}");
-    told
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+    stderr
 }
 
 /// JSON lines and a folder of text; documents of different lengths, with letters beyond ASCII.
@@ -75,7 +75,7 @@ const TOKENIZER: [&str; 8] =
     ["data", "train-tokenizer", "--data", "corpus.jsonl", "--vocab-size", "400", "--to", "tokenizer.json"];
 
 #[test]
-fn a_run_on_prepared_tokens_trains_resumes_speaks_and_is_measured() {
+fn a_run_on_prepared_tokens_trains_resumes_generates_and_is_evaluated() {
     let dir = workplace(300);
     let dir = dir.path();
     succeed(dir, &TOKENIZER);
@@ -101,9 +101,9 @@ fn a_run_on_prepared_tokens_trains_resumes_speaks_and_is_measured() {
             std::fs::read(dir.join("tokenizer.json")).unwrap()
         );
     }
-    let said = succeed(dir, &["generate", "--prompt", "the ", "--tokens", "12", "--temperature", "0"]);
-    let said = String::from_utf8(said.stdout).unwrap();
-    assert!(said.starts_with("the ") && said.len() > 8, "{said}");
+    let error_text = succeed(dir, &["generate", "--prompt", "the ", "--tokens", "12", "--temperature", "0"]);
+    let error_text = String::from_utf8(error_text.stdout).unwrap();
+    assert!(error_text.starts_with("the ") && error_text.len() > 8, "{error_text}");
     // The same sequences by eval and by the run's own measure: of the whole text, and of a checkpoint.
     let measure = |model: &str, data: &str| {
         let output = succeed(dir, &["eval", model, "--data", data, "--format", "json"]);
@@ -118,20 +118,20 @@ fn a_run_on_prepared_tokens_trains_resumes_speaks_and_is_measured() {
     assert!(per_byte < per_token / 1.5, "{of_model}");
     assert!(measure("runs/recipe", "tokens")["tokens"].as_u64() > of_model["tokens"].as_u64());
 
-    let told = refused(dir, &["train", "recipe.toml", "--set", "tokenizer.path="]);
-    assert!(told.contains("tokens/index.json: expected tokens of the run's tokenizer (bytes)"), "{told}");
+    let stderr = refused(dir, &["train", "recipe.toml", "--set", "tokenizer.path="]);
+    assert!(stderr.contains("tokens/index.json: expected tokens of the run's tokenizer (bytes)"), "{stderr}");
     let small = MODEL.replace("\"vocab_size\": 512", "\"vocab_size\": 300");
     std::fs::write(dir.join("model.json"), small).unwrap();
-    let told = refused(dir, &["train", "recipe.toml"]);
-    assert!(told.contains("tokenizer.path") && told.contains("got 300"), "{told}");
+    let stderr = refused(dir, &["train", "recipe.toml"]);
+    assert!(stderr.contains("tokenizer.path") && stderr.contains("got 300"), "{stderr}");
     let shard = std::fs::read_dir(dir.join("tokens")).unwrap().map(|entry| entry.unwrap().path());
     let shard =
         shard.into_iter().find(|path| path.extension().is_some_and(|ending| ending == "tokens")).unwrap();
     let mut bytes = std::fs::read(&shard).unwrap();
     bytes[9] ^= 1;
     std::fs::write(&shard, bytes).unwrap();
-    let told = refused(dir, &["data", "verify", "tokens"]);
-    assert!(told.contains(&*shard.file_name().unwrap().to_string_lossy()), "{told}");
+    let stderr = refused(dir, &["data", "verify", "tokens"]);
+    assert!(stderr.contains(&*shard.file_name().unwrap().to_string_lossy()), "{stderr}");
 }
 
 #[test]

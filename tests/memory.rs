@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use contraflow::local::{Cluster, ClusterSpec};
+use contraflow::local::{LocalCluster, LocalClusterSpec};
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
@@ -40,7 +40,7 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     let after_step = measured.clone();
     let subscriber: Subscriber =
         Box::new(move |_: &StepRecord| after_step.lock().unwrap().push(resident_bytes()));
-    let spec = ClusterSpec {
+    let spec = LocalClusterSpec {
         recipe,
         datasets,
         generation: Generation::FIRST,
@@ -55,7 +55,7 @@ fn train(layout: &[&str], steps: usize) -> Vec<u64> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let outcome = runtime.block_on(async {
-        let cluster = Cluster::start(spec).await.unwrap();
+        let cluster = LocalCluster::start(spec).await.unwrap();
         tokio::time::timeout(Duration::from_secs(60), cluster.wait()).await.expect("the run hangs")
     });
     assert!(matches!(outcome, Outcome::Done { .. }), "{outcome:?}");

@@ -9,7 +9,7 @@ use std::path::Path;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::model_config::builtin;
 use contraflow_workers::hf::check::check;
-use contraflow_workers::hf::export::{Export, Format, Written};
+use contraflow_workers::hf::export::{Export, ExportFormat, Written};
 use contraflow_workers::hf::weights::{SINGLE_FILE, header_text};
 use safetensors::Dtype;
 
@@ -60,7 +60,7 @@ fn an_export_has_one_tensor_in_memory() {
         config: &config,
         config_json: config.to_hf_json(),
         companions: from.path(),
-        format: Format::F32,
+        format: ExportFormat::F32,
         shard_bytes: 100 << 20,
     };
     let Written { bytes, num_shards, .. } = export.write(to.path()).unwrap();

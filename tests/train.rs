@@ -52,7 +52,7 @@ const TRAIN: [&str; 13] = [
 ];
 
 #[test]
-fn a_run_leaves_everything_it_promises_and_its_model_speaks() {
+fn a_run_leaves_all_its_files_and_its_model_generates() {
     let dir = workplace();
     let output = contraflow(dir.path(), &TRAIN);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -109,21 +109,24 @@ fn a_run_leaves_everything_it_promises_and_its_model_speaks() {
 }
 
 #[test]
-fn what_the_user_has_to_mend_is_told_at_once_and_nothing_is_written() {
+fn user_errors_are_reported_at_once_and_nothing_is_written() {
     let dir = workplace();
     std::fs::write(dir.path().join("empty.txt"), "").unwrap();
     std::fs::write(dir.path().join("binary.bin"), [0_u8, 159, 146, 150]).unwrap();
     let output = contraflow(dir.path(), &["train", "--data", "missing.txt", "empty.txt", "binary.bin"]);
     assert_eq!(output.status.code(), Some(2));
-    let told = text(&output.stderr);
+    let stderr = text(&output.stderr);
     for file in ["missing.txt", "empty.txt", "binary.bin"] {
-        assert!(told.contains(file), "{told}");
+        assert!(stderr.contains(file), "{stderr}");
     }
     let output =
         contraflow(dir.path(), &["train", "--set", "parallel.expert=3", "--set", "parallel.pipline=2"]);
     assert_eq!(output.status.code(), Some(2));
-    let told = text(&output.stderr);
-    assert!(told.contains("parallel.expert") && told.contains("did you mean `parallel.pipeline`"), "{told}");
+    let stderr = text(&output.stderr);
+    assert!(
+        stderr.contains("parallel.expert") && stderr.contains("did you mean `parallel.pipeline`"),
+        "{stderr}"
+    );
     assert!(!dir.path().join("runs").exists());
 
     let output = contraflow(dir.path(), &["generate", "nowhere"]);
@@ -136,23 +139,23 @@ fn a_run_that_is_not_finite_ends_with_evidence_and_skipped_batches_are_on_record
     let dir = workplace();
     let absurd = [&TRAIN[..], &["--set", "lr.peak=1e30", "--set"]].concat();
     let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=stop"]].concat());
-    let told = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    let last = told.lines().last().unwrap();
-    assert!(last.starts_with("error: step 2: "), "{told}");
-    assert!(last.contains("; no rank has updated its weights; see runs/tiny/evidence.json"), "{told}");
-    assert!(last.ends_with("; no checkpoint has been made"), "{told}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let last = stderr.lines().last().unwrap();
+    assert!(last.starts_with("error: step 2: "), "{stderr}");
+    assert!(last.contains("; no rank has updated its weights; see runs/tiny/evidence.json"), "{stderr}");
+    assert!(last.ends_with("; no checkpoint has been made"), "{stderr}");
     let read = |file: &str| std::fs::read_to_string(dir.path().join("runs").join(file)).unwrap();
     let evidence: serde_json::Value = serde_json::from_str(&read("tiny/evidence.json")).unwrap();
     assert_eq!(evidence["step"], 2);
     let name = evidence["ranks"][0]["first_gradient"]["name"].as_str().unwrap();
-    assert!(last.contains(&format!("gradient of {name} on rank ")), "{told}");
+    assert!(last.contains(&format!("gradient of {name} on rank ")), "{stderr}");
     assert_eq!(read("tiny/metrics.jsonl").lines().count(), 1);
 
     let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=skip"]].concat());
-    let told = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("3 batches in a row were skipped (watch.max_skips)"), "{told}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("3 batches in a row were skipped (watch.max_skips)"), "{stderr}");
     let skipped: Vec<bool> = read("tiny-2/metrics.jsonl")
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["skipped"] == true)

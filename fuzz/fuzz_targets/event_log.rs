@@ -1,4 +1,4 @@
-//! The event log's file: refused in words, or read without a gap, and good for more.
+//! The event log's file: refused with a message, or read without a gap, and good for more.
 //!
 //! The first byte chooses: the rest is the whole file, or it is written over places of a file that was sound. The database
 //! says of itself that it may panic on a file changed by others; the store turns that into damage, so a panic in its code

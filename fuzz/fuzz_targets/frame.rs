@@ -69,7 +69,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
     for bytes in [bytes.to_vec(), frame_with_checksum(bytes), signal_with_checksum(bytes)] {
         if let Ok(message) = wire::read_message(&mut &bytes[..]) {
-            if let wire::Message::Frame(header) = &message {
+            if let wire::LinkMessage::Frame(header) = &message {
                 assert!(header.payload_bytes() <= wire::MAX_FRAME_BYTES);
             }
             assert_eq!(wire::read_message(&mut &wire::encode(&message)[..]).ok(), Some(message));

@@ -2,7 +2,7 @@
 #![no_main]
 
 use contraflow_fuzz as _;
-use contraflow_workers::hf::check::parse_seal;
+use contraflow_workers::hf::check::parse_checksums;
 use contraflow_workers::hf::weights::parse_index;
 use libfuzzer_sys::fuzz_target;
 
@@ -10,5 +10,5 @@ fuzz_target!(|text: &str| {
     if let Ok(files) = parse_index(text) {
         assert!(files.keys().all(|file| !file.contains('/') && file != ".."));
     }
-    drop(parse_seal(text));
+    drop(parse_checksums(text));
 });

@@ -37,7 +37,7 @@ impl Tensor {
     /// The tensors one behind the other along their first dim.
     ///
     /// **Shapes**: each part `[N, ..]`, alike but for N; result `[sum of N, ..]`.
-    /// **Errors**: panics if there is none or they differ in format or in another dim.
+    /// **Errors**: panics if the list is empty or they differ in format or in another dim.
     pub fn concat_rows(parts: &[Tensor]) -> Tensor {
         let first = parts.first().expect("expected at least one tensor to put together");
         let mut shape = first.shape().to_vec();
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_put_together_comes_apart_again() {
+    fn joined_tensors_split_again() {
         let (a, b) = (counting(&[2, 3]), counting(&[1, 3]));
         let rows = Tensor::concat_rows(&[a.clone(), Tensor::zeros(&[0, 3]), b.clone()]);
         assert_eq!((rows.shape(), rows.slice_rows(2..3).f32()), (&[3, 3][..], b.f32()));

@@ -1,6 +1,6 @@
 //! Formats: how the values of a tensor lie in bytes. The one list of them.
 //!
-//! A format says how many bytes so many values take, the scales of a narrow one included. It knows no shapes and no
+//! A format says how many bytes a number of values takes, the scales of a narrow one included. It knows no shapes and no
 //! memory.
 
 use bytemuck::Pod;

@@ -1,6 +1,7 @@
 //! Matrix multiplication over strided views: the one door to the GEMM microkernels.
 //!
-//! Every operation with weights comes through here; one row by a matrix goes on to `gemv`. It knows views and strides, no tensors and no formats.
+//! Every operation with weights comes through here; one row by a matrix is passed to `gemv`. It knows views and strides, no
+//! tensors and no formats.
 
 #![allow(unsafe_code)]
 

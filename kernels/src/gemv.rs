@@ -10,7 +10,7 @@ use crate::{
     view::{Mat, Output},
 };
 
-/// Outputs computed together: so many sums in flight hide the latency of an addition, and each vector of the row is
+/// Outputs computed together: this many sums in flight hide the latency of an addition, and each vector of the row is
 /// loaded once for all of them.
 const OUTPUTS: usize = 8;
 

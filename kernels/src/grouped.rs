@@ -15,9 +15,9 @@ use crate::{
     view::{Mat, MatMut, Output},
 };
 
-/// The least rows of a task. Each task packs its expert's weights anew, which this many rows are worth.
+/// Minimum number of rows of a task. Each task packs its expert's weights again, which pays off from this many rows.
 const MIN_BLOCK: usize = 128;
-/// Tasks per thread, if the rows suffice: so many that a thread which ends early finds another one.
+/// Tasks per thread, if the rows suffice: enough that a thread which finishes early finds another one.
 const BLOCKS_PER_THREAD: usize = 8;
 
 /// `x w_e^T` for the rows of each expert `e`.

@@ -1,7 +1,7 @@
 //! Which vector extensions the kernels find on this machine: what their choice of code, and so the bits of a sum, depends
 //! on.
 
-/// The extensions in words, for instance `x86_64 avx2 fma avx512f`.
+/// The extensions as text, for instance `x86_64 avx2 fma avx512f`.
 pub fn instruction_set() -> String {
     let mut words = vec![std::env::consts::ARCH];
     #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Rows of tokens sorted by expert and put back: what stands between the gate and the grouped GEMMs.
+//! Rows of tokens sorted by expert and put back: the step between the gate and the grouped GEMMs.
 //!
 //! Called on both sides of dispatch: the sending rank orders rows by destination, the owning rank by local expert.
 //! It knows neither ranks nor weights; a routed row is a source row and an expert, nothing more.

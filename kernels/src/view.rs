@@ -1,4 +1,4 @@
-//! Views: borrowed parts of a tensor. Runs of its values for everybody, strided matrices of f32 for the kernels.
+//! Views: borrowed parts of a tensor. Runs of its values for all crates, strided matrices of f32 for the kernels.
 //!
 //! They know formats and strides, no tensor and no arithmetic.
 

@@ -1,91 +1,17 @@
 //! The life of a job as a pure state machine: an event in, effects out. Knows no clock, no mailbox and no file.
 
+mod effects;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::mem::Discriminant;
-use std::path::PathBuf;
 
-use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Rank;
-use contraflow_runtime::watch::{Divergence, Watch};
 
-/// What a job is made with.
-#[derive(Clone, Debug)]
-pub struct JobSetup {
-    /// Number of ranks.
-    pub world: usize,
-    /// Optimizer updates that were made before, by an earlier run of the job.
-    pub steps_before: u64,
-    /// Optimizer updates to make, those before included.
-    pub steps: u64,
-    /// Whether the ranks keep checkpoints: after the last step at least.
-    pub keeps_checkpoints: bool,
-    /// Where the weights go at the end, if anywhere; the folder exists.
-    pub export_dir: Option<PathBuf>,
-}
-
-/// What is to be done about an event.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Tell a rank.
-    Command {
-        /// Whom.
-        rank: Rank,
-        /// What.
-        command: RankCommand,
-    },
-    /// Pass a report on.
-    Record(StepReport),
-    /// Every rank's part of a checkpoint is on disk: commit it, and tell [`Job::committed`].
-    CommitCheckpoint {
-        /// Where the run stood.
-        position: Position,
-        /// What the watch remembers.
-        watch: Watch,
-        /// By rank.
-        shards: Vec<ShardFile>,
-    },
-    /// All weights are on disk: put the index beside them, give the folder its name, and tell [`Job::weights_placed`].
-    PlaceWeights {
-        /// The folder.
-        dir: PathBuf,
-        /// By rank.
-        files: Vec<ExportedFile>,
-    },
-    /// The job is over.
-    End(Outcome),
-}
-
-/// How a job ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// Everything was done.
-    Done {
-        /// Mean validation loss in nats per token, and over how many tokens; `None` if there were no validation sequences.
-        validation: Option<(f64, u64)>,
-    },
-    /// The run was stopped between two steps.
-    Stopped {
-        /// The last step that was made.
-        step: u64,
-    },
-    /// The watch has ended the training, on all ranks before an update.
-    Diverged {
-        /// Which step, and why.
-        divergence: Box<Divergence>,
-        /// Sequences used, the batch of that step included.
-        cursor: u64,
-    },
-    /// Somebody could not go on.
-    Failed {
-        /// Rank, action, cause.
-        message: String,
-        /// Who has to act.
-        kind: ErrorKind,
-    },
-}
+pub use self::effects::{JobEffect, JobSetup, Outcome};
 
 #[derive(Debug, PartialEq)]
 enum State {
@@ -110,7 +36,7 @@ enum State {
         validation: Option<(f64, u64)>,
         files: Vec<ExportedFile>,
     },
-    /// A rank has failed, or somebody has cancelled; the ranks have been told to stop.
+    /// A rank has failed, or the job was cancelled; the ranks have been told to stop.
     Aborting {
         waiting: BTreeSet<Rank>,
         outcome: Outcome,
@@ -125,15 +51,15 @@ pub struct Job {
     state: State,
     /// The latest step that all ranks have made.
     step: u64,
-    /// Somebody wants the run to stop between two steps.
+    /// The run has been asked to stop between two steps.
     is_stopping: bool,
     /// Checkpoints of which some ranks have written their part.
     shards: BTreeMap<u64, BTreeMap<Rank, ShardFile>>,
     /// Checkpoints that are whole, in order; the first is being committed. One at a time: a commit also drops old ones.
-    whole: VecDeque<(Position, Watch, Vec<ShardFile>)>,
+    whole: VecDeque<(Position, StabilityWatch, Vec<ShardFile>)>,
     /// The newest committed checkpoint of this run.
     committed: u64,
-    /// Words of ranks that are further than the machine knows: it was made anew while they went on. At most a few a rank.
+    /// Events of ranks that are ahead of the machine, which was rebuilt while they continued. At most a few a rank.
     early: Vec<RankEvent>,
 }
 
@@ -153,13 +79,13 @@ impl Job {
         }
     }
 
-    /// The same job, of which a checkpoint of this step stands: the machine is made anew while the ranks go on.
+    /// The same job, of which a checkpoint of this step is committed: the machine is rebuilt while the ranks continue.
     pub fn with_committed(mut self, step: u64) -> Self {
         self.committed = self.committed.max(step);
         self
     }
 
-    /// What the job is about, and whom it waits for, in words.
+    /// What the job is doing, and which ranks it waits for.
     pub fn describe(&self) -> String {
         let list = |ranks: Vec<Rank>| ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ");
         let missing = |present: &BTreeSet<Rank>| {
@@ -177,7 +103,7 @@ impl Job {
             State::Exporting { files, .. } => {
                 format!("writing the weights, waiting for rank {}", missing(&files.keys().copied().collect()))
             }
-            State::Placing { .. } => "putting the weights in place".into(),
+            State::Placing { .. } => "publishing the weights".into(),
             State::Aborting { waiting, .. } => {
                 format!("stopping, waiting for rank {{{}}}", list(waiting.iter().copied().collect()))
             }
@@ -185,9 +111,9 @@ impl Job {
         }
     }
 
-    /// What the job has asked these ranks for and not been told of yet, once more: they may not have heard it. What is to be
+    /// Repeats the commands that these ranks have not answered yet: they may have missed them. What is to be
     /// put in place goes with rank 0.
-    pub fn repeat(&self, ranks: &[Rank]) -> Vec<Effect> {
+    pub fn repeat(&self, ranks: &[Rank]) -> Vec<JobEffect> {
         let to_all = |command: RankCommand| self.repeat_to(ranks, |_| true, &command);
         let dir = || self.setup.export_dir.clone().unwrap_or_default();
         let mut effects = match &self.state {
@@ -207,7 +133,7 @@ impl Job {
                 self.repeat_to(ranks, |rank| !files.contains_key(rank), &RankCommand::Export { dir: dir() })
             }
             State::Placing { files, .. } if ranks.contains(&Rank::ZERO) => {
-                vec![Effect::PlaceWeights { dir: dir(), files: files.clone() }]
+                vec![JobEffect::PublishWeights { dir: dir(), files: files.clone() }]
             }
             State::Placing { .. } => Vec::new(),
             State::Aborting { waiting, outcome } => {
@@ -225,12 +151,12 @@ impl Job {
         ranks: &[Rank],
         is_due: impl Fn(&Rank) -> bool,
         command: &RankCommand,
-    ) -> Vec<Effect> {
+    ) -> Vec<JobEffect> {
         let due = ranks.iter().filter(|rank| is_due(rank));
-        due.map(|&rank| Effect::Command { rank, command: command.clone() }).collect()
+        due.map(|&rank| JobEffect::Command { rank, command: command.clone() }).collect()
     }
 
-    /// Whether ranks have been told to give up and not all have answered.
+    /// Whether an abort is under way and not all ranks have answered.
     pub fn is_aborting(&self) -> bool {
         matches!(self.state, State::Aborting { .. })
     }
@@ -241,14 +167,14 @@ impl Job {
     }
 
     /// Takes an event and says what is to be done.
-    pub fn step(&mut self, event: RankEvent) -> Vec<Effect> {
+    pub fn step(&mut self, event: RankEvent) -> Vec<JobEffect> {
         let before = std::mem::discriminant(&self.state);
         let effects = self.take(event);
-        self.hear_early(before, effects)
+        self.take_early(before, effects)
     }
 
     /// After a change of state, takes what came too early for the one before.
-    fn hear_early(&mut self, before: Discriminant<State>, mut effects: Vec<Effect>) -> Vec<Effect> {
+    fn take_early(&mut self, before: Discriminant<State>, mut effects: Vec<JobEffect>) -> Vec<JobEffect> {
         if std::mem::discriminant(&self.state) != before {
             for event in std::mem::take(&mut self.early) {
                 effects.extend(self.step(event));
@@ -257,7 +183,7 @@ impl Job {
         effects
     }
 
-    fn take(&mut self, event: RankEvent) -> Vec<Effect> {
+    fn take(&mut self, event: RankEvent) -> Vec<JobEffect> {
         let world = self.setup.world;
         match (&mut self.state, event) {
             (State::Over, _) => Vec::new(),
@@ -294,7 +220,7 @@ impl Job {
             }
             (_, RankEvent::StepDone { report }) => {
                 let (rank, step) = (Rank::new(report.rank), report.step);
-                let mut effects = vec![Effect::Record(report)];
+                let mut effects = vec![JobEffect::Record(report)];
                 if step == self.setup.steps {
                     // As if the ranks had agreed to stop after it.
                     effects.extend(self.take(RankEvent::Stopped { rank, step }));
@@ -323,10 +249,10 @@ impl Job {
                 let files: Vec<ExportedFile> =
                     files.into_values().filter(|file| !file.file.is_empty()).collect();
                 self.state = State::Placing { validation, files: files.clone() };
-                vec![Effect::PlaceWeights { dir, files }]
+                vec![JobEffect::PublishWeights { dir, files }]
             }
             (_, RankEvent::Aborted { rank }) => {
-                // On the word of an earlier orchestrator, which did not live to keep what came of it.
+                // Requested by an earlier orchestrator, which died before recording the outcome.
                 let message = format!("rank {rank} has given up");
                 let others = Rank::all(world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind: ErrorKind::Lost })
@@ -339,7 +265,7 @@ impl Job {
         }
     }
 
-    fn last_step_made(&mut self, rank: Rank, step: u64) -> Vec<Effect> {
+    fn last_step_made(&mut self, rank: Rank, step: u64) -> Vec<JobEffect> {
         if let State::Training { done, .. } = &mut self.state {
             done.insert(rank);
         }
@@ -348,7 +274,7 @@ impl Job {
     }
 
     /// Once all ranks have made their last step and it is kept: on to the validation, or to the end if the run was stopped.
-    fn leave_training(&mut self) -> Vec<Effect> {
+    fn leave_training(&mut self) -> Vec<JobEffect> {
         let State::Training { done, diverged } = &self.state else { return Vec::new() };
         if diverged.len() == self.setup.world && self.shards.is_empty() && self.whole.is_empty() {
             let outcome = diverged.first_key_value().map(|(_, outcome)| outcome.clone());
@@ -367,12 +293,12 @@ impl Job {
     fn shard_saved(
         &mut self,
         rank: Rank,
-        (position, watch): (Position, Watch),
+        (position, watch): (Position, StabilityWatch),
         shard: ShardFile,
-    ) -> Vec<Effect> {
+    ) -> Vec<JobEffect> {
         let is_known = self.whole.iter().any(|(whole, ..)| whole.step == position.step);
         if position.step <= self.committed || is_known {
-            // Told once more, after a break of the link.
+            // Repeated after a break of the link.
             return Vec::new();
         }
         let shards = self.shards.entry(position.step).or_default();
@@ -381,20 +307,20 @@ impl Job {
             return Vec::new();
         }
         let shards = self.shards.remove(&position.step).unwrap_or_default();
-        // An older one that is not whole by now never will be: its words were lost with a link.
+        // An older one that is not whole by now never will be: its events were lost with a link.
         self.shards = self.shards.split_off(&position.step);
         self.whole.push_back((position, watch, shards.into_values().collect()));
         if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
     }
 
-    fn commit_next(&self) -> Vec<Effect> {
+    fn commit_next(&self) -> Vec<JobEffect> {
         let next = self.whole.front().cloned();
-        let effect = |(position, watch, shards)| Effect::CommitCheckpoint { position, watch, shards };
+        let effect = |(position, watch, shards)| JobEffect::CommitCheckpoint { position, watch, shards };
         next.map(effect).into_iter().collect()
     }
 
     /// A checkpoint has been committed, or not.
-    pub fn committed(&mut self, step: u64, result: Result<(), String>) -> Vec<Effect> {
+    pub fn committed(&mut self, step: u64, result: Result<(), String>) -> Vec<JobEffect> {
         if self.whole.front().is_none_or(|(position, ..)| position.step != step) {
             return Vec::new();
         }
@@ -405,7 +331,7 @@ impl Job {
                 let before = std::mem::discriminant(&self.state);
                 let mut effects = self.commit_next();
                 effects.extend(self.leave_training());
-                self.hear_early(before, effects)
+                self.take_early(before, effects)
             }
             Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
             Err(error) => {
@@ -416,7 +342,7 @@ impl Job {
     }
 
     /// The weights have been given their name, or not: the last that a job waits for.
-    pub fn weights_placed(&mut self, result: Result<(), String>) -> Vec<Effect> {
+    pub fn weights_published(&mut self, result: Result<(), String>) -> Vec<JobEffect> {
         let State::Placing { validation, .. } = &self.state else { return Vec::new() };
         let outcome = match result {
             Ok(()) => Outcome::Done { validation: *validation },
@@ -426,7 +352,7 @@ impl Job {
     }
 
     /// Ends the job if a rank that was told to stop has not answered in time.
-    pub fn give_up_waiting(&mut self) -> Vec<Effect> {
+    pub fn give_up_waiting(&mut self) -> Vec<JobEffect> {
         match &self.state {
             State::Aborting { outcome, .. } => {
                 let outcome = outcome.clone();
@@ -436,8 +362,8 @@ impl Job {
         }
     }
 
-    /// Stops the run between two steps on somebody's word, and keeps what it has learnt: the ranks finish the running step.
-    pub fn stop(&mut self) -> Vec<Effect> {
+    /// Stops the run between two steps on request, and saves its state: the ranks finish the running step.
+    pub fn stop(&mut self) -> Vec<JobEffect> {
         let is_first = !std::mem::replace(&mut self.is_stopping, true);
         match &self.state {
             State::Over | State::Aborting { .. } => Vec::new(),
@@ -448,35 +374,35 @@ impl Job {
         }
     }
 
-    /// Stops the job at once on somebody's word.
-    pub fn cancel(&mut self, reason: &str) -> Vec<Effect> {
+    /// Stops the job at once on request.
+    pub fn cancel(&mut self, reason: &str) -> Vec<JobEffect> {
         match self.state {
             State::Over | State::Aborting { .. } => Vec::new(),
             _ => self.abort_all(Outcome::Failed { message: reason.to_owned(), kind: ErrorKind::Lost }),
         }
     }
 
-    fn abort_all(&mut self, outcome: Outcome) -> Vec<Effect> {
+    fn abort_all(&mut self, outcome: Outcome) -> Vec<JobEffect> {
         self.abort(Rank::all(self.setup.world).collect(), outcome)
     }
 
-    fn abort(&mut self, waiting: BTreeSet<Rank>, outcome: Outcome) -> Vec<Effect> {
+    fn abort(&mut self, waiting: BTreeSet<Rank>, outcome: Outcome) -> Vec<JobEffect> {
         if waiting.is_empty() {
             return self.end(outcome);
         }
         let command = abort_command(&outcome);
         let effects =
-            waiting.iter().map(|&rank| Effect::Command { rank, command: command.clone() }).collect();
+            waiting.iter().map(|&rank| JobEffect::Command { rank, command: command.clone() }).collect();
         self.state = State::Aborting { waiting, outcome };
         effects
     }
 
-    fn validate(&mut self) -> Vec<Effect> {
+    fn validate(&mut self) -> Vec<JobEffect> {
         self.state = State::Validating { losses: BTreeMap::new() };
         self.everyone(&RankCommand::Validate)
     }
 
-    fn export(&mut self, validation: Option<(f64, u64)>) -> Vec<Effect> {
+    fn export(&mut self, validation: Option<(f64, u64)>) -> Vec<JobEffect> {
         match self.setup.export_dir.clone() {
             Some(dir) => {
                 self.state = State::Exporting { validation, files: BTreeMap::new() };
@@ -486,22 +412,24 @@ impl Job {
         }
     }
 
-    fn end(&mut self, outcome: Outcome) -> Vec<Effect> {
+    fn end(&mut self, outcome: Outcome) -> Vec<JobEffect> {
         self.state = State::Over;
         let mut effects = self.everyone(&RankCommand::Shutdown);
-        effects.push(Effect::End(outcome));
+        effects.push(JobEffect::End(outcome));
         effects
     }
 
-    fn everyone(&self, command: &RankCommand) -> Vec<Effect> {
-        Rank::all(self.setup.world).map(|rank| Effect::Command { rank, command: command.clone() }).collect()
+    fn everyone(&self, command: &RankCommand) -> Vec<JobEffect> {
+        Rank::all(self.setup.world)
+            .map(|rank| JobEffect::Command { rank, command: command.clone() })
+            .collect()
     }
 }
 
 fn abort_command(outcome: &Outcome) -> RankCommand {
     let reason = match outcome {
         Outcome::Failed { message, .. } => message.clone(),
-        _ => "the run is to stop".into(),
+        _ => "the run was asked to stop".into(),
     };
     RankCommand::Abort { reason }
 }

@@ -6,25 +6,25 @@ use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::placed_weights::place_weights;
+use contraflow_runtime::publish::publish_weights;
+use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Rank;
-use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::oneshot;
 
-use crate::job::{Effect, Job, JobSetup, Outcome};
+use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::metrics::record::JobConstants;
 use crate::metrics::{Metrics, MetricsMessage, Subscriber};
 
 /// How long a rank may take to answer an abort before the job ends without it.
-const ABORT_PATIENCE: Duration = Duration::from_secs(5);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Takes a command to a rank.
 pub type SendCommand = Arc<dyn Fn(Rank, RankCommand) + Send + Sync>;
 
-/// What the job hears.
+/// Messages of the job actor.
 pub enum JobMessage {
-    /// A rank has something to say.
+    /// An event of a rank.
     Event(RankEvent),
     /// Finish the running step, keep it, and end.
     Stop,
@@ -36,8 +36,8 @@ pub enum JobMessage {
         result: Result<(), String>,
     },
     /// The exported weights have been put in place, or not.
-    WeightsPlaced {
-        /// Why not, in words.
+    WeightsPublished {
+        /// Why not.
         result: Result<(), String>,
     },
     /// End at once.
@@ -74,9 +74,9 @@ pub struct JobActorSetup {
     pub constants: JobConstants,
     /// The way to the ranks.
     pub send: SendCommand,
-    /// Who hears the record of every step.
+    /// Subscribers to the record of every step.
     pub subscribers: Vec<Subscriber>,
-    /// Told once, at the end.
+    /// Sent once, at the end.
     pub ended: oneshot::Sender<Outcome>,
 }
 
@@ -91,24 +91,25 @@ pub struct JobActorState {
 }
 
 impl JobActorState {
-    fn carry_out(&mut self, myself: &ActorRef<JobMessage>, effects: Vec<Effect>) {
-        let is_abort =
-            |effect: &Effect| matches!(effect, Effect::Command { command: RankCommand::Abort { .. }, .. });
+    fn apply_effects(&mut self, myself: &ActorRef<JobMessage>, effects: Vec<JobEffect>) {
+        let is_abort = |effect: &JobEffect| {
+            matches!(effect, JobEffect::Command { command: RankCommand::Abort { .. }, .. })
+        };
         if effects.iter().any(is_abort) {
-            myself.send_after(ABORT_PATIENCE, || JobMessage::Tick);
+            myself.send_after(ABORT_TIMEOUT, || JobMessage::Tick);
         }
         for effect in effects {
             match effect {
-                Effect::Command { rank, command } => (self.send)(rank, command),
-                // If the metrics actor is gone the job hears of it as its supervisor.
-                Effect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
-                Effect::CommitCheckpoint { position, watch, shards } => {
+                JobEffect::Command { rank, command } => (self.send)(rank, command),
+                // If the metrics actor dies, the job learns of it as its supervisor.
+                JobEffect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
+                JobEffect::CommitCheckpoint { position, watch, shards } => {
                     self.commit_checkpoint(myself.clone(), position, (watch, shards));
                 }
-                Effect::PlaceWeights { dir, files } => self.place_weights(myself.clone(), dir, files),
-                Effect::End(outcome) => {
+                JobEffect::PublishWeights { dir, files } => self.publish_weights(myself.clone(), dir, files),
+                JobEffect::End(outcome) => {
                     if let Some(ended) = self.ended.take() {
-                        // Whoever waited for the end may have left.
+                        // The receiver may be gone.
                         let _ = ended.send(outcome);
                     }
                 }
@@ -118,29 +119,29 @@ impl JobActorState {
 }
 
 impl JobActorState {
-    /// Syncing files takes its time, in which the job must hear its ranks: not on the actor's own thread.
+    /// Syncing files takes its time, in which the job must serve its ranks: not on the actor's own thread.
     fn commit_checkpoint(
         &self,
         myself: ActorRef<JobMessage>,
         position: Position,
-        (watch, shards): (Watch, Vec<ShardFile>),
+        (watch, shards): (StabilityWatch, Vec<ShardFile>),
     ) {
         let Some(Commits { folder, keep, manifest, companions }) = self.checkpoints.clone() else { return };
         tokio::task::spawn_blocking(move || {
             let manifest = Manifest { position, watch, shards, ..manifest };
             let result = folder.commit(&manifest, &companions, keep).map_err(|error| error.to_string());
-            // If the job is gone nobody asks any more.
+            // The job may be gone.
             drop(myself.cast(JobMessage::Committed { step: position.step, result }));
         });
     }
 
-    /// As [`Self::commit_checkpoint`]: a slow disk must not keep an abort from being heard.
-    fn place_weights(&self, myself: ActorRef<JobMessage>, dir: PathBuf, files: Vec<ExportedFile>) {
+    /// As [`Self::commit_checkpoint`]: a slow disk must not delay an abort.
+    fn publish_weights(&self, myself: ActorRef<JobMessage>, dir: PathBuf, files: Vec<ExportedFile>) {
         let model_config = self.model_config.clone();
         tokio::task::spawn_blocking(move || {
-            let placed = place_weights(&dir, &files, &model_config);
+            let placed = publish_weights(&dir, &files, &model_config);
             let result = placed.map_err(|error| format!("{}: {error}", dir.display()));
-            drop(myself.cast(JobMessage::WeightsPlaced { result }));
+            drop(myself.cast(JobMessage::WeightsPublished { result }));
         });
     }
 }
@@ -177,15 +178,15 @@ impl Actor for JobActor {
             JobMessage::Event(event) => state.job.step(event),
             JobMessage::Stop => state.job.stop(),
             JobMessage::Committed { step, result } => state.job.committed(step, result),
-            JobMessage::WeightsPlaced { result } => state.job.weights_placed(result),
+            JobMessage::WeightsPublished { result } => state.job.weights_published(result),
             JobMessage::Cancel { reason } => state.job.cancel(&reason),
             JobMessage::Tick => state.job.give_up_waiting(),
         };
-        state.carry_out(&myself, effects);
+        state.apply_effects(&myself, effects);
         Ok(())
     }
 
-    /// The default would end the job without a word when the metrics actor fails.
+    /// The default would end the job silently when the metrics actor fails.
     async fn handle_supervisor_evt(
         &self,
         myself: ActorRef<JobMessage>,
@@ -194,7 +195,7 @@ impl Actor for JobActor {
     ) -> Result<(), ActorProcessingErr> {
         if let SupervisionEvent::ActorFailed(_, cause) = event {
             let effects = state.job.cancel(&format!("the metrics actor failed: {cause}"));
-            state.carry_out(&myself, effects);
+            state.apply_effects(&myself, effects);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Which worker hosts which rank: a pure function of the free slots and the job's layout, with its reasons in words.
+//! Which worker hosts which rank: a pure function of the free slots and the job's layout, with readable reasons.
 //!
 //! Asked by the core before it assigns ranks. Goals, each only as far as the one before allows: every expert group inside
 //! one block; on one node; DualPipe's mirrors on different nodes; pipeline neighbours near. The last two pull against each
@@ -44,11 +44,11 @@ pub struct Slots {
 pub struct Supply {
     /// Each worker once, in any order.
     pub slots: Vec<Slots>,
-    /// Healthy slots that other jobs hold; for the words of a refusal.
+    /// Healthy slots that other jobs hold; for the message of a refusal.
     pub taken: usize,
-    /// Slots of nodes that are being drained; for the words of a refusal.
+    /// Slots of nodes that are being drained; for the message of a refusal.
     pub draining: usize,
-    /// Slots that nobody holds and into which a rank of the job does not fit; for the words of a refusal.
+    /// Free slots into which a rank of the job does not fit; for the message of a refusal.
     pub too_small: TooSmall,
 }
 
@@ -61,12 +61,12 @@ pub struct TooSmall {
     ///
     /// **Units**: bytes.
     pub rank_bytes: u64,
-    /// The most that one of the workers has, and the same in words. **Units**: bytes.
+    /// The most that any worker has, and its description. **Units**: bytes.
     most: Option<(u64, String)>,
 }
 
 impl TooSmall {
-    /// So many slots of a worker that has `bytes` are too small for ranks that need `rank_bytes`; `words` say the same of it.
+    /// `slots` slots of a worker that has `bytes` are too small for ranks that need `rank_bytes`; `words` describes the worker.
     pub fn note(&mut self, slots: usize, rank_bytes: u64, bytes: u64, words: impl FnOnce() -> String) {
         (self.slots, self.rank_bytes) = (self.slots + slots, rank_bytes);
         if self.most.as_ref().is_none_or(|(most, _)| *most < bytes) {
@@ -76,7 +76,7 @@ impl TooSmall {
 }
 
 impl fmt::Display for TooSmall {
-    /// For the end of a sentence; nothing if there are none.
+    /// A suffix for a sentence; empty if there are none.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some((_, most)) = &self.most else { return Ok(()) };
         let (slots, bytes) = (self.slots, size(self.rank_bytes));
@@ -103,7 +103,7 @@ pub struct Refusal(pub String);
 /// # Errors
 /// There are fewer free slots than ranks.
 pub fn place(supply: &Supply, topology: &Topology, schedule: ScheduleKind) -> Result<Placement, Refusal> {
-    let ground = Ground::new(supply);
+    let ground = Inventory::new(supply);
     ground.refuse_too_few(supply, topology.world())?;
     let shape = Shape::new(topology, schedule, &ground.block_of_node);
     let groups = topology.pipeline * topology.data;
@@ -123,7 +123,7 @@ pub fn place(supply: &Supply, topology: &Topology, schedule: ScheduleKind) -> Re
     Ok(Placement { of_rank, score: shape.terms(&search.node_of_rank) })
 }
 
-/// Places the `lost` ranks of a job anew; all others stay where `before` has them. The slots of lost ranks are free only if
+/// Places the `lost` ranks of a job again; all others stay where `before` has them. The slots of lost ranks are free only if
 /// `supply` says so; the workers of the others must be named in it, if with no slot.
 ///
 /// # Errors
@@ -135,12 +135,12 @@ pub fn refill(
     before: &[u64],
     lost: &BTreeSet<usize>,
 ) -> Result<Placement, Refusal> {
-    let ground = Ground::new(supply);
+    let ground = Inventory::new(supply);
     ground.refuse_too_few(supply, lost.len())?;
     let shape = Shape::new(topology, schedule, &ground.block_of_node);
     let mut node_of_rank = vec![UNPLACED; topology.world()];
     for (rank, worker) in before.iter().enumerate().filter(|(rank, _)| !lost.contains(rank)) {
-        let unknown = || Refusal(format!("rank {rank} stays on worker {worker}, of which nothing is known"));
+        let unknown = || Refusal(format!("rank {rank} is on worker {worker}, which is not in the cluster"));
         node_of_rank[rank] = *ground.node_of_worker.get(worker).ok_or_else(unknown)?;
     }
     let single = ground.free_of_node.iter().enumerate().filter(|(_, free)| **free > 0);
@@ -152,7 +152,7 @@ pub fn refill(
     Ok(Placement { of_rank, score: shape.terms(&search.node_of_rank) })
 }
 
-/// Who keeps a copy of each rank's state: `buddies[rank]` is that rank's keeper, and everybody keeps one. On another block,
+/// Which rank holds the replica of each rank's state: `buddies[rank]`; every rank holds one. On another block,
 /// node, worker than the rank itself for as many ranks as can be; `None` where all are on one worker.
 ///
 /// Half a turn around the ranks in order of place does it: a run of equals (a node's ranks) of length `k` among `n` is left
@@ -164,22 +164,22 @@ pub fn buddies(supply: &Supply, of_rank: &[u64]) -> Option<Vec<usize>> {
     if of_rank.iter().all(|worker| worker == first) {
         return None;
     }
-    let ground = Ground::new(supply);
+    let ground = Inventory::new(supply);
     let place = |rank: &usize| {
         let node = ground.node_of_worker.get(&of_rank[*rank]).copied().unwrap_or(UNPLACED);
         (ground.block_of_node.get(node).copied(), node, of_rank[*rank], *rank)
     };
     let mut ranks: Vec<usize> = (0..of_rank.len()).collect();
     ranks.sort_by_key(place);
-    let mut keeper = vec![0; ranks.len()];
+    let mut replica_holders = vec![0; ranks.len()];
     for (index, &rank) in ranks.iter().enumerate() {
-        keeper[rank] = ranks[(index + ranks.len() / 2) % ranks.len()];
+        replica_holders[rank] = ranks[(index + ranks.len() / 2) % ranks.len()];
     }
-    Some(keeper)
+    Some(replica_holders)
 }
 
 /// Nodes and blocks by number, in the order of their names.
-struct Ground {
+struct Inventory {
     block_of_node: Vec<usize>,
     free_of_node: Vec<usize>,
     node_of_worker: BTreeMap<u64, usize>,
@@ -187,8 +187,8 @@ struct Ground {
     workers_of_node: Vec<Vec<(u64, usize)>>,
 }
 
-impl Ground {
-    fn new(supply: &Supply) -> Ground {
+impl Inventory {
+    fn new(supply: &Supply) -> Inventory {
         let mut slots: Vec<&Slots> = supply.slots.iter().collect();
         slots.sort_by_key(|slots| slots.worker);
         // A node is where its first worker says.
@@ -207,7 +207,7 @@ impl Ground {
             node_of_worker.insert(slots.worker, node);
         }
         let free = |workers: &Vec<(u64, usize)>| workers.iter().map(|(_, free)| free).sum();
-        Ground {
+        Inventory {
             block_of_node: block_of_name.values().map(|block| blocks[block]).collect(),
             free_of_node: workers_of_node.iter().map(free).collect(),
             node_of_worker,

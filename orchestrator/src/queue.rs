@@ -1,4 +1,4 @@
-//! Who starts, who waits and who has to give way: a pure function of the jobs and the free slots.
+//! Which job starts, waits or is preempted: a pure function of the jobs and the free slots.
 //!
 //! Asked by the core whenever a job comes or ends or slots change. The line is by priority, then by the order of
 //! submission; a job that was preempted keeps its place in it. A job gets all its slots at once or none. Knows ranks by
@@ -32,7 +32,7 @@ pub struct Waiting {
     pub submitted: u64,
     /// Slots it needs at once.
     pub ranks: usize,
-    /// Whether it may be sent away and go on later.
+    /// Whether it may be sent away and continue later.
     pub preemptible: bool,
 }
 
@@ -47,7 +47,7 @@ pub struct Running {
     pub stopping: bool,
 }
 
-/// What becomes of a job in line. There is one for each, in the order of the line.
+/// The decision about a queued job. There is one for each, in queue order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// The job takes free slots now.
@@ -80,7 +80,7 @@ impl Waiting {
     }
 }
 
-/// Decides about every job in line, with `free` healthy slots that nobody holds. Neither list has to be sorted.
+/// Decides about every queued job, with `free` healthy slots. Neither list has to be sorted.
 pub fn decide(waiting: &[Waiting], running: &[Running], free: usize) -> Vec<Decision> {
     let mut line: Vec<&Waiting> = waiting.iter().collect();
     line.sort_by_key(|job| job.place());
@@ -93,7 +93,7 @@ fn held(running: &[Running]) -> usize {
     running.iter().map(|running| running.job.ranks).sum()
 }
 
-/// Where the walk along the line stands.
+/// Position of the walk along the queue.
 struct Round<'a> {
     running: &'a [Running],
     healthy: usize,
@@ -110,7 +110,7 @@ impl<'a> Round<'a> {
     fn decide(&mut self, job: &'a Waiting) -> Decision {
         let wait = |reason| Decision::Wait { job: job.job, reason };
         if job.ranks > self.healthy {
-            // It holds nobody up: nothing that ends or gives way would let it start.
+            // It blocks no other job: nothing that ends or is preempted would let it start.
             self.passed = true;
             return wait(format!("needs {}, {} healthy", ranks(job.ranks), self.healthy));
         }

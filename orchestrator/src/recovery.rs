@@ -1,5 +1,5 @@
-//! What the survivors of a broken formation still have in memory, and what of it a job can go on from: a pure function of
-//! their inventories. Knows no clock and no word; who asks for inventories is the core.
+//! What the survivors of a broken formation still have in memory, and what of it a job can resume from: a pure function of
+//! their inventories. Knows no clock and no messages; the core asks for inventories.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 use contraflow_runtime::topology::{Generation, Rank};
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// A rank's part of the state after a step, in the memory of some worker: the rank's own or its buddy's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct KeptShard {
+pub struct ReplicaShard {
     /// Of the formation that made the step.
     pub generation: Generation,
     /// The step.
@@ -18,7 +18,7 @@ pub struct KeptShard {
     pub rank: Rank,
 }
 
-/// The state after a step, whole in memory, and who brings it to the ranks of the formation that goes on from it.
+/// The state after a step, whole in memory, and who brings it to the ranks of the formation that resumes from it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InMemory {
     /// Of the formation that made the step.
@@ -30,21 +30,22 @@ pub struct InMemory {
 }
 
 /// The newest step of which every rank's part survives, for a formation of the same axes at these `places`; the error is a
-/// rank whose part of the newest kept step nobody has, if anything is kept at all.
+/// rank whose shard of the newest step is missing, if there is any replica at all.
 ///
-/// `kept` are the survivors' inventories by worker; `counts` says whether a generation's step is of the job's present history.
-pub fn newest_whole(
-    kept: &BTreeMap<u64, Vec<KeptShard>>,
+/// `replicas` are the survivors' inventories by worker; `counts` says whether a generation's step is of the job's present
+/// history.
+pub fn newest_complete(
+    replicas: &BTreeMap<u64, Vec<ReplicaShard>>,
     places: &[u64],
     counts: impl Fn(Generation, u64) -> bool,
 ) -> Result<InMemory, Option<Rank>> {
-    // Only whoever is in the new formation can bring a part to it.
+    // Only workers of the new formation can send it a shard.
     let mut rank_at: BTreeMap<u64, Rank> = BTreeMap::new();
     for (rank, &worker) in places.iter().enumerate() {
         rank_at.entry(worker).or_insert(Rank::at(rank));
     }
     let mut versions: BTreeMap<(u64, Generation), Vec<Option<Rank>>> = BTreeMap::new();
-    for (worker, shards) in kept {
+    for (worker, shards) in replicas {
         let Some(&bringer) = rank_at.get(worker) else { continue };
         for shard in shards.iter().filter(|shard| counts(shard.generation, shard.step)) {
             let holders = versions.entry((shard.step, shard.generation));
@@ -73,12 +74,12 @@ mod tests {
 
     use super::*;
 
-    fn shard(generation: u32, step: u64, rank: usize) -> KeptShard {
-        KeptShard { generation: Generation::new(generation), step, rank: Rank::at(rank) }
+    fn shard(generation: u32, step: u64, rank: usize) -> ReplicaShard {
+        ReplicaShard { generation: Generation::new(generation), step, rank: Rank::at(rank) }
     }
 
     /// Three ranks on workers 1, 2, 3, each kept by the next worker too; step 7 is acknowledged, step 8 only half.
-    fn inventories() -> BTreeMap<u64, Vec<KeptShard>> {
+    fn inventories() -> BTreeMap<u64, Vec<ReplicaShard>> {
         BTreeMap::from([
             (1, vec![shard(1, 7, 0), shard(1, 7, 2), shard(1, 8, 0)]),
             (2, vec![shard(1, 7, 1), shard(1, 7, 0), shard(1, 8, 1), shard(1, 8, 0)]),
@@ -87,8 +88,8 @@ mod tests {
     }
 
     #[test]
-    fn all_survive_and_the_newest_step_is_everybodys_own() {
-        let whole = newest_whole(&inventories(), &[1, 2, 3], |_, _| true).unwrap();
+    fn with_all_survivors_every_rank_holds_its_own_newest_step() {
+        let whole = newest_complete(&inventories(), &[1, 2, 3], |_, _| true).unwrap();
         assert_eq!(
             whole,
             InMemory { generation: Generation::FIRST, step: 8, holders: [0, 1, 2].map(Rank::new).into() }
@@ -97,17 +98,17 @@ mod tests {
 
     #[test]
     fn a_lost_rank_comes_from_its_buddy_at_the_newest_step_that_is_whole() {
-        let mut kept = inventories();
-        kept.remove(&1);
+        let mut replicas = inventories();
+        replicas.remove(&1);
         // Worker 4 is fresh. Of step 8 rank 0 is with its buddy already.
-        let whole = newest_whole(&kept, &[4, 2, 3], |_, _| true).unwrap();
+        let whole = newest_complete(&replicas, &[4, 2, 3], |_, _| true).unwrap();
         assert_eq!(
             whole,
             InMemory { generation: Generation::FIRST, step: 8, holders: [1, 1, 2].map(Rank::new).into() }
         );
-        let mut kept = inventories();
-        kept.remove(&3);
-        let whole = newest_whole(&kept, &[1, 2, 4], |_, _| true).unwrap();
+        let mut replicas = inventories();
+        replicas.remove(&3);
+        let whole = newest_complete(&replicas, &[1, 2, 4], |_, _| true).unwrap();
         assert_eq!(
             whole,
             InMemory { generation: Generation::FIRST, step: 7, holders: [0, 1, 0].map(Rank::new).into() }
@@ -116,20 +117,20 @@ mod tests {
 
     #[test]
     fn an_owner_and_its_buddy_are_missed_by_rank() {
-        let mut kept = inventories();
-        kept.remove(&1);
-        kept.remove(&2);
-        assert_eq!(newest_whole(&kept, &[4, 5, 3], |_, _| true), Err(Some(Rank::ZERO)));
-        assert_eq!(newest_whole(&BTreeMap::new(), &[4, 5, 3], |_, _| true), Err(None));
+        let mut replicas = inventories();
+        replicas.remove(&1);
+        replicas.remove(&2);
+        assert_eq!(newest_complete(&replicas, &[4, 5, 3], |_, _| true), Err(Some(Rank::ZERO)));
+        assert_eq!(newest_complete(&BTreeMap::new(), &[4, 5, 3], |_, _| true), Err(None));
     }
 
     #[test]
     fn what_is_of_another_history_does_not_count() {
-        let kept = inventories();
-        let whole = newest_whole(&kept, &[1, 2, 3], |_, step| step < 8).unwrap();
+        let replicas = inventories();
+        let whole = newest_complete(&replicas, &[1, 2, 3], |_, step| step < 8).unwrap();
         assert_eq!(whole.step, 7);
         assert_eq!(
-            newest_whole(&kept, &[1, 2, 3], |generation, _| generation > Generation::FIRST),
+            newest_complete(&replicas, &[1, 2, 3], |generation, _| generation > Generation::FIRST),
             Err(None)
         );
     }
@@ -142,17 +143,17 @@ mod tests {
             shards in proptest::collection::vec((0_u64..5, 1_u32..3, 1_u64..4, 0_usize..3), 0..40),
             places in proptest::collection::vec(0_u64..5, 3),
         ) {
-            let mut kept: BTreeMap<u64, Vec<KeptShard>> = BTreeMap::new();
+            let mut replicas: BTreeMap<u64, Vec<ReplicaShard>> = BTreeMap::new();
             for (worker, generation, step, rank) in shards {
-                kept.entry(worker).or_default().push(shard(generation, step, rank));
+                replicas.entry(worker).or_default().push(shard(generation, step, rank));
             }
-            let has = |worker: u64, wanted: KeptShard| kept.get(&worker).is_some_and(|all| all.contains(&wanted));
+            let has = |worker: u64, wanted: ReplicaShard| replicas.get(&worker).is_some_and(|all| all.contains(&wanted));
             let is_whole = |generation, step| {
                 (0..3).all(|rank| places.iter().any(|&worker| has(worker, shard(generation, step, rank))))
             };
             let versions = (1..4_u64).flat_map(|step| (1..3_u32).map(move |generation| (step, generation)));
             let newest = versions.filter(|&(step, generation)| is_whole(generation, step)).max();
-            match newest_whole(&kept, &places, |_, _| true) {
+            match newest_complete(&replicas, &places, |_, _| true) {
                 Ok(found) => {
                     let generation = found.generation.number();
                     prop_assert_eq!(Some((found.step, generation)), newest);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 
 use error::contain;
-pub use error::{Fault, StoreError};
+pub use error::{StoreError, StoreErrorKind};
 
 /// Version of what the tables hold; a file of another one is refused. Since 2 jobs go by [`JobId`]s.
 ///
@@ -60,7 +60,7 @@ type JobTable = TableDefinition<'static, (u64, u64), &'static [u8]>;
 /// A number (of a sequence, a step or a line) and the bytes under it.
 pub type Numbered = (u64, Vec<u8>);
 
-/// The open state folder of an orchestrator; nobody else can open it meanwhile.
+/// The open state folder of an orchestrator, locked against others.
 #[derive(Debug)]
 pub struct Store {
     database: Database,
@@ -74,7 +74,7 @@ pub struct Store {
 
 /// What goes with the facts that say so.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Gone {
+pub struct Removals {
     /// Jobs that are forgotten: their step records and log lines.
     pub jobs: Vec<u64>,
     /// Jobs that go back to a checkpoint, and its step: the records of later steps.
@@ -88,7 +88,7 @@ pub struct Replay {
     pub snapshot: Option<Numbered>,
     /// The records after it, in order and without a gap.
     pub records: Vec<Numbered>,
-    /// How many times the folder was opened, this one included. On the disk before anybody hears of it.
+    /// How many times the folder was opened, this one included. On disk before it is announced.
     pub incarnation: u64,
 }
 
@@ -99,7 +99,7 @@ impl Store {
     /// The folder is in use, cannot be read or written, is damaged or of another format.
     pub fn open(dir: &Path) -> Result<(Store, Replay), StoreError> {
         let file = dir.join(FILE_NAME);
-        let io = |error| StoreError::new(&file, Fault::Io(error));
+        let io = |error| StoreError::new(&file, StoreErrorKind::Io(error));
         std::fs::create_dir_all(dir).map_err(io)?;
         let database = contain(&file, || {
             Ok(Database::builder().set_cache_size(CACHE).set_check_integrity_on_open(true).create(&file)?)
@@ -114,7 +114,7 @@ impl Store {
             Store { database, file: file.into(), lines_per_job: LINES_PER_JOB, steps_per_job: STEPS_PER_JOB };
         match contain(file, || store.begin_incarnation())? {
             Ok(replay) => match gap(&replay) {
-                Some(words) => Err(StoreError::new(file, Fault::Damaged(words))),
+                Some(reason) => Err(StoreError::new(file, StoreErrorKind::Damaged(reason))),
                 None => Ok((store, replay)),
             },
             Err(fault) => Err(StoreError::new(file, fault)),
@@ -122,11 +122,11 @@ impl Store {
     }
 
     /// Makes the tables of a new file, raises the incarnation, reads. The inner error: not a file of ours; unchanged.
-    fn begin_incarnation(&self) -> Result<Result<Replay, Fault>, redb::Error> {
+    fn begin_incarnation(&self) -> Result<Result<Replay, StoreErrorKind>, redb::Error> {
         let write = self.database.begin_write()?;
         let is_new = write.list_tables()?.next().is_none();
         if !is_new && write.list_tables()?.all(|table| table.name() != META.name()) {
-            return Ok(Err(Fault::Damaged(
+            return Ok(Err(StoreErrorKind::Damaged(
                 "expected an orchestrator's event log, got another database".into(),
             )));
         }
@@ -135,11 +135,11 @@ impl Store {
             let format =
                 if is_new { FORMAT } else { meta.get(FORMAT_KEY)?.map_or(0, |format| format.value()) };
             if format != FORMAT {
-                return Ok(Err(Fault::Format { got: format }));
+                return Ok(Err(StoreErrorKind::Format { got: format }));
             }
             let before = meta.get(INCARNATION_KEY)?.map_or(0, |before| before.value());
             let Some(incarnation) = before.checked_add(1) else {
-                return Ok(Err(Fault::Damaged(format!("expected an incarnation, got {before}"))));
+                return Ok(Err(StoreErrorKind::Damaged(format!("expected an incarnation, got {before}"))));
             };
             meta.insert(FORMAT_KEY, format)?;
             meta.insert(INCARNATION_KEY, incarnation)?;
@@ -165,14 +165,14 @@ impl Store {
     /// # Errors
     /// A record is too long; the disk fails.
     pub fn append(&self, records: &[Vec<u8>]) -> Result<u64, StoreError> {
-        self.append_and_forget(records, &Gone::default())
+        self.append_and_forget(records, &Removals::default())
     }
 
     /// The same, of records by which jobs are forgotten or go back: what is `gone` of them goes with it, or nothing does.
     ///
     /// # Errors
     /// A record is too long; the disk fails.
-    pub fn append_and_forget(&self, records: &[Vec<u8>], gone: &Gone) -> Result<u64, StoreError> {
+    pub fn append_and_forget(&self, records: &[Vec<u8>], gone: &Removals) -> Result<u64, StoreError> {
         self.check_lengths(records, MAX_RECORD)?;
         self.write(|write| {
             let first = next_number(write)?;
@@ -311,8 +311,8 @@ impl Store {
         Err(self.refuse(format!("expected at most {most} bytes at once, got {len}")))
     }
 
-    fn refuse(&self, words: String) -> StoreError {
-        StoreError::new(&self.file, Fault::Refused(words))
+    fn refuse(&self, reason: String) -> StoreError {
+        StoreError::new(&self.file, StoreErrorKind::Refused(reason))
     }
 }
 

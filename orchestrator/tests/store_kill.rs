@@ -1,4 +1,4 @@
-//! A process that writes to the store is killed at seeded moments: what it had been told is on the disk is there, once
+//! A process that writes to the store is killed at seeded moments: what was acknowledged to it is on disk, once
 //! and whole, and nothing else than what it wrote.
 //!
 //! The writer is this very test, started again with a folder in its environment.
@@ -32,49 +32,49 @@ fn record(number: u64) -> Vec<u8> {
     (0..len).map(|_| bytes.below(256) as u8).collect()
 }
 
-/// Writes for ever: records in batches, snapshots, steps and lines; says what it was told is durable.
-fn write_and_tell(dir: &Path) {
+/// Writes for ever: records in batches, snapshots, steps and lines; prints what was acknowledged as durable.
+fn write_and_print(dir: &Path) {
     let (store, replay) = Store::open(dir).unwrap();
-    let mut say = std::io::stdout();
+    let mut out = std::io::stdout();
     let mut next = 1 + replay.records.last().or(replay.snapshot.as_ref()).map_or(0, |(number, _)| *number);
     let mut seeded = Seeded(replay.incarnation);
-    writeln!(say, "opened {}", replay.incarnation).unwrap();
+    writeln!(out, "opened {}", replay.incarnation).unwrap();
     loop {
         let count = 1 + seeded.below(9);
         let records: Vec<_> = (next..next + count).map(record).collect();
         assert_eq!(store.append(&records).unwrap(), next);
         next += count;
-        writeln!(say, "record {}", next - 1).unwrap();
+        writeln!(out, "record {}", next - 1).unwrap();
         store.append_steps(7, &[(next, record(next))]).unwrap();
-        writeln!(say, "step {next}").unwrap();
+        writeln!(out, "step {next}").unwrap();
         if seeded.below(8) == 0 {
             let covered = next - 1 - seeded.below(count);
             store.snapshot(covered, &record(covered)).unwrap();
-            writeln!(say, "snapshot {covered}").unwrap();
+            writeln!(out, "snapshot {covered}").unwrap();
         }
     }
 }
 
 fn spawn(dir: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_killed_writer_loses_nothing_it_was_told", "--nocapture"])
+        .args(["--exact", "a_killed_writer_loses_nothing_that_was_acknowledged", "--nocapture"])
         .env(FOLDER, dir)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap()
 }
 
-/// The numbers that were told last.
+/// The numbers that were printed last.
 #[derive(Default)]
-struct Told {
+struct Acknowledged {
     incarnation: u64,
     record: u64,
     step: u64,
     snapshot: u64,
 }
 
-impl Told {
-    fn hear(&mut self, line: &str) {
+impl Acknowledged {
+    fn read_line(&mut self, line: &str) {
         // The test harness says something of its own before the first.
         let mut words = line.split_whitespace().rev();
         let Some(number) = words.next().and_then(|number| number.parse().ok()) else { return };
@@ -89,12 +89,12 @@ impl Told {
     }
 }
 
-/// Lets the writer tell some things, kills it a little later, hears what it said till then.
-fn kill_somewhen(dir: &Path, seeded: &mut Seeded, told: &mut Told) {
+/// Lets the writer print for a while, kills it a little later, and reads the rest of its output.
+fn kill_at_random(dir: &Path, seeded: &mut Seeded, reported: &mut Acknowledged) {
     let mut child = spawn(dir);
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     for _ in 0..seeded.below(30) {
-        told.hear(&lines.next().expect("the writer ended by itself").unwrap());
+        reported.read_line(&lines.next().expect("the writer ended by itself").unwrap());
     }
     let moment = Instant::now() + Duration::from_micros(seeded.below(4000));
     while Instant::now() < moment {
@@ -102,47 +102,47 @@ fn kill_somewhen(dir: &Path, seeded: &mut Seeded, told: &mut Told) {
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    // A line that the kill cut short tells nothing.
-    lines.map_while(Result::ok).for_each(|line| told.hear(&line));
+    // A line that the kill cut short is ignored.
+    lines.map_while(Result::ok).for_each(|line| reported.read_line(&line));
 }
 
-fn check(dir: &Path, told: &mut Told) -> Result<(), StoreError> {
+fn check(dir: &Path, reported: &mut Acknowledged) -> Result<(), StoreError> {
     let (store, replay) = Store::open(dir)?;
     assert!(
-        replay.incarnation > told.incarnation,
+        replay.incarnation > reported.incarnation,
         "opened as {}, told {}",
         replay.incarnation,
-        told.incarnation
+        reported.incarnation
     );
-    told.incarnation = replay.incarnation;
+    reported.incarnation = replay.incarnation;
     let covered = replay.snapshot.as_ref().map_or(0, |(number, _)| *number);
-    assert!(covered >= told.snapshot, "snapshot {covered}, told {}", told.snapshot);
+    assert!(covered >= reported.snapshot, "snapshot {covered}, told {}", reported.snapshot);
     if let Some((number, bytes)) = &replay.snapshot {
         assert_eq!(*bytes, record(*number));
     }
     let last = replay.records.last().map_or(covered, |(number, _)| *number);
-    assert!(last >= told.record, "the last record is {last}, told {}", told.record);
+    assert!(last >= reported.record, "the last record is {last}, told {}", reported.record);
     let expected: Vec<_> = (covered + 1..=last).map(|number| (number, record(number))).collect();
     assert!(replay.records == expected, "records {covered} to {last} are not what was written");
     let steps: Vec<_> = store.steps(7, 0)?.collect::<Result<_, _>>()?;
-    assert!(steps.last().map_or(0, |(step, _)| *step) >= told.step);
+    assert!(steps.last().map_or(0, |(step, _)| *step) >= reported.step);
     assert!(steps.iter().all(|(step, bytes)| *bytes == record(*step)));
     Ok(())
 }
 
 #[test]
-fn a_killed_writer_loses_nothing_it_was_told() {
+fn a_killed_writer_loses_nothing_that_was_acknowledged() {
     if let Some(dir) = std::env::var_os(FOLDER) {
-        return write_and_tell(&PathBuf::from(dir));
+        return write_and_print(&PathBuf::from(dir));
     }
     let dir = tempfile::tempdir().unwrap();
-    let (mut seeded, mut told) = (Seeded(5), Told::default());
+    let (mut seeded, mut reported) = (Seeded(5), Acknowledged::default());
     for _ in 0..KILLS {
-        kill_somewhen(dir.path(), &mut seeded, &mut told);
-        check(dir.path(), &mut told).unwrap();
+        kill_at_random(dir.path(), &mut seeded, &mut reported);
+        check(dir.path(), &mut reported).unwrap();
     }
     assert!(
-        told.record > KILLS && told.snapshot > 0,
+        reported.record > KILLS && reported.snapshot > 0,
         "too little was written for the kills to mean anything"
     );
 }

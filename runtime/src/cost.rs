@@ -8,7 +8,7 @@
 
 mod op;
 
-pub use op::{OpCost, Shapes, bucket_elements, exchange_bytes, of};
+pub use op::{OpCost, Shapes, all_to_all_bytes, bucket_elements, of};
 
 use crate::model_config::ModelConfig;
 use crate::schedule::program::LayerKind;

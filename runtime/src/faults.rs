@@ -1,4 +1,4 @@
-//! What is wrong with a recipe or a model file: a list, so that the user mends everything in one go.
+//! What is wrong with a recipe or a model file: a list, so that the user can fix everything in one go.
 //!
 //! Knows no recipe: paths are text.
 
@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
-    /// The user mends it.
+    /// The user has to fix it.
     Config,
     /// Trying again may help.
     Transient,
-    /// A rank is gone: form anew.
+    /// A rank is gone: re-form.
     Lost,
-    /// The node of a rank does not do its part (its disk, a mount): whoever runs it acts, and the job goes on elsewhere.
+    /// The node of a rank does not do its part (its disk, a mount): its operator acts, and the job continues elsewhere.
     Node,
     /// A number is not finite: stop or roll back, keep the evidence.
     Numeric,
@@ -34,7 +34,7 @@ impl ErrorKind {
         (ErrorKind::Bug, "bug"),
     ];
 
-    /// In one word.
+    /// Its name.
     pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|(kind, _)| *kind == self).map_or("bug", |(_, name)| name)
     }
@@ -45,7 +45,7 @@ impl ErrorKind {
     }
 }
 
-/// One thing to mend.
+/// One fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Where: `section.key`, or the name of a file.
@@ -62,7 +62,7 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Notes a fault in free words.
+    /// Adds a fault with a message of its own.
     pub fn push(&mut self, path: impl Into<String>, message: impl Into<String>) {
         self.list.push(Fault { path: path.into(), message: message.into() });
     }
@@ -95,7 +95,7 @@ impl Faults {
         if self.list.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// Always [`ErrorKind::Config`]: the user mends it.
+    /// Always [`ErrorKind::Config`]: the user has to fix it.
     pub fn kind(&self) -> ErrorKind {
         ErrorKind::Config
     }

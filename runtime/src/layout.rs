@@ -23,7 +23,7 @@ use crate::schedule::program::StageLayout;
 /// what is still equal is decided for later cuts. The cost of a stage is its forward FLOPs per token, the
 /// head and multi-token prediction included in the last one's.
 ///
-/// **Errors**: no stages, or fewer layers than stages, in words.
+/// **Errors**: no stages, or fewer layers than stages.
 pub fn split_layers(
     config: &ModelConfig,
     num_stages: usize,

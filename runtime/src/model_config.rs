@@ -32,7 +32,7 @@ pub struct ModelConfig {
     pub moe_intermediate_size: usize,
     /// Layers of the main model, without multi-token prediction.
     pub num_hidden_layers: usize,
-    /// The first so many layers have a dense FFN.
+    /// Number of leading layers with a dense FFN.
     pub first_k_dense_replace: usize,
     /// After those, a layer is a mixture of experts where its index is a multiple of this.
     pub moe_layer_freq: usize,
@@ -48,7 +48,7 @@ pub struct ModelConfig {
     pub qk_rope_head_dim: usize,
     /// Per head, width of the values.
     pub v_head_dim: usize,
-    /// Experts every token passes, stored as one FFN of so many times the expert width.
+    /// Experts every token passes, stored as one FFN of this multiple of the expert width.
     pub n_shared_experts: usize,
     /// Experts of which the gate chooses.
     pub n_routed_experts: usize,
@@ -140,7 +140,7 @@ impl ModelConfig {
     }
 
     /// YaRN where it is in force: wherever the file has it. The published inference code applies it only when it is
-    /// told to run beyond the original context; the published modelling code, which gives a `config.json` its
+    /// set to run beyond the original context; the published modelling code, which gives a `config.json` its
     /// meaning, always does.
     pub fn yarn(&self) -> Option<&Yarn> {
         self.rope_scaling.as_ref()

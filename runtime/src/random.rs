@@ -1,4 +1,4 @@
-//! Random numbers: a sequence that follows from its seed, the same on every machine, and bytes that nobody can foresee.
+//! Random numbers: a sequence that follows from its seed, the same on every machine, and unpredictable bytes.
 //!
 //! Knows no distributions and nothing of what is drawn.
 

@@ -1,4 +1,4 @@
-//! Where a rank stands: coordinates along the three axes, and the groups along each of them.
+//! The place of a rank: coordinates along the three axes, and the groups along each of them.
 //!
 //! World = pipeline x expert x data. Expert ranks are neighbours in number so that an expert group falls into one node
 //! or block; then data, then pipeline. Ranks are numbers here, in loops and sums; who is meant says
@@ -43,15 +43,15 @@ impl Topology {
     }
 
     /// Number of columns: groups of ranks that see different tokens (expert x data).
-    pub fn columns(&self) -> usize {
+    pub fn dp_size(&self) -> usize {
         self.expert * self.data
     }
 
     /// The coordinates of a rank.
     pub fn coordinates(&self, rank: usize) -> Coordinates {
         Coordinates {
-            pipeline: rank / self.columns(),
-            data: rank % self.columns() / self.expert,
+            pipeline: rank / self.dp_size(),
+            data: rank % self.dp_size() / self.expert,
             expert: rank % self.expert,
         }
     }
@@ -62,8 +62,8 @@ impl Topology {
     }
 
     /// The column of a rank: which share of the global batch its pipeline works on.
-    pub fn column(&self, rank: usize) -> usize {
-        rank % self.columns()
+    pub fn dp_rank(&self, rank: usize) -> usize {
+        rank % self.dp_size()
     }
 
     /// The ranks of the expert group of `rank`, in order.
@@ -73,8 +73,8 @@ impl Topology {
     }
 
     /// One rank of each column, by column: those at pipeline position `pipeline`.
-    pub fn columns_at(&self, pipeline: usize) -> Vec<usize> {
-        (pipeline * self.columns()..(pipeline + 1) * self.columns()).collect()
+    pub fn dp_group(&self, pipeline: usize) -> Vec<usize> {
+        (pipeline * self.dp_size()..(pipeline + 1) * self.dp_size()).collect()
     }
 
     /// The rank at pipeline position `pipeline` in the column of `rank`.

@@ -1,7 +1,7 @@
 //! Where work belongs in a distributed trace: the context that travels in frames, assignments and commands, and how the
 //! running span and such a context come together.
 //!
-//! Knows no exporter. A process that has one says with [`install`] how a span is told its relatives; until then no span has
+//! Knows no exporter. A process that has one registers with [`install`] how spans are linked; until then no span has
 //! a context and nothing is spent on them.
 
 use std::collections::HashMap;
@@ -84,11 +84,11 @@ impl fmt::Display for TraceContext {
     }
 }
 
-/// How spans of this process are told of those of others.
+/// How spans of this process are linked to those of others.
 pub trait Tracer: Send + Sync {
     /// As what others know a span; none if it is not recorded.
     fn context_of(&self, span: &Span) -> TraceContext;
-    /// Makes a span that nobody has entered the child of one elsewhere.
+    /// Makes a span that has not been entered the child of a remote one.
     fn set_parent(&self, span: &Span, parent: TraceContext);
     /// Says that a span has to do with one elsewhere.
     fn add_link(&self, span: &Span, other: TraceContext);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_version_may_say_more_and_version_0_may_not() {
+    fn later_versions_may_send_more_and_version_0_may_not() {
         let later = HEADER.replacen("00", "cc", 1) + "-what-the-future-will-be";
         assert_eq!(TraceContext::parse(&later), TraceContext::parse(HEADER));
         assert_eq!(TraceContext::parse(&format!("{HEADER}-more")), TraceContext::default());

@@ -215,7 +215,7 @@ proptest! {
     }
 
     #[test]
-    fn any_plan_gets_an_answer(mut plan in plans(), with in prop::collection::vec(tampering(), 1..6)) {
+    fn any_plan_is_answered(mut plan in plans(), with in prop::collection::vec(tampering(), 1..6)) {
         with.into_iter().for_each(|with| tamper(&mut plan, with));
         let _ = verdict(&plan);
         // The text form holds any plan, sound or not, but one of more chunks than any run has.
@@ -229,11 +229,11 @@ proptest! {
     }
 
     #[test]
-    fn any_text_gets_an_answer(text in "(schedule|stages|micro-batches|placement|rank|#|[FBIW&.:0-9 \n]|é){0,40}") {
+    fn any_text_is_answered(text in "(schedule|stages|micro-batches|placement|rank|#|[FBIW&.:0-9 \n]|é){0,40}") {
         let _ = text::parse(&text);
     }
 
-    // Without a backward pass nothing tells what a chunk's forward consists of, so training plans only.
+    // Without a backward pass nothing determines what a chunk's forward consists of, so training plans only.
     #[test]
     fn a_tampered_program_is_a_fault(plan in plans_of(Mode::Train), rank: prop::sample::Index, op: prop::sample::Index, how in 0..5) {
         let mut programs = lower(&plan, Some(&layouts(plan.stages)), 2);

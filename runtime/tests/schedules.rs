@@ -347,7 +347,7 @@ fn exchanges(program: &Program) -> Vec<(usize, Pass, Work)> {
 }
 
 #[test]
-fn exchanges_of_a_pair_alternate_and_their_order_does_not_depend_on_the_group() {
+fn all_to_alls_of_a_pair_alternate_and_their_order_does_not_depend_on_the_group() {
     let mut pairs = 0;
     for (_, _, plan) in grid() {
         let layouts = layouts(plan.stages);
@@ -370,7 +370,7 @@ fn exchanges_of_a_pair_alternate_and_their_order_does_not_depend_on_the_group() 
 }
 
 #[test]
-fn a_pair_hides_its_exchanges() {
+fn a_pair_hides_its_all_to_alls() {
     let moe = |stage: usize| StageLayout {
         first_layer: 4 * stage,
         layers: vec![LayerKind::Moe; 4],

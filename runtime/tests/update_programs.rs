@@ -88,13 +88,13 @@ fn first_half(step: &mut StepPrograms) -> &mut Vec<Program> {
     }
 }
 
-fn said(case: &Case, step: &StepPrograms) -> Vec<String> {
+fn error_text(case: &Case, step: &StepPrograms) -> Vec<String> {
     let faults = check_step(&case.plan, step).err().unwrap_or_default();
     faults.iter().map(ToString::to_string).collect()
 }
 
 /// Whether each piece of text is in one of the faults.
-fn assert_says(faults: &[String], expected: &[&str]) {
+fn assert_reports(faults: &[String], expected: &[&str]) {
     for text in expected {
         assert!(faults.iter().any(|fault| fault.contains(text)), "expected `{text}` in {faults:?}");
     }
@@ -113,7 +113,7 @@ fn every_layout_has_a_sound_step() {
     }
 }
 
-/// The parameters that an operation computes a gradient of, told by the arithmetic of the model: (bucket's contents, stage).
+/// The parameters that an operation computes a gradient of, derived from the arithmetic of the model: (bucket's contents, stage).
 fn gradients_of(work: Work, embedding_stage: usize) -> Vec<(Contents, usize)> {
     let Work::Component { pass, chunk, component, .. } = work else { return Vec::new() };
     let dense = (Contents::Dense, chunk.stage);
@@ -192,7 +192,7 @@ fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_before_it_is
     }
 }
 
-/// Whether an operation reads weights, told by the arithmetic of the model.
+/// Whether an operation reads weights, derived from the arithmetic of the model.
 fn reads(work: Work, contents: Contents, stages: &[usize]) -> bool {
     let Work::Component { chunk, component, .. } = work else { return false };
     let of_contents = match component {
@@ -300,7 +300,10 @@ fn two_ranks_that_reduce_two_buckets_in_different_orders_never_meet() {
                 format!("rank {rank}, Collective lane, update: {work} waits for rank {peer}")
             };
             assert!(text.contains(&waits(0, own, 3)) && text.contains(&waits(3, peer, 0)), "{text}");
-            assert_says(&said(&case, &step), &["deadlock: reduce-scatter of bucket 9 waits for rank"]);
+            assert_reports(
+                &error_text(&case, &step),
+                &["deadlock: reduce-scatter of bucket 9 waits for rank"],
+            );
         }
     }
 }
@@ -314,7 +317,7 @@ fn gathers_in_different_orders_are_refused_too() {
         let programs = if alone { &mut step.gather } else { &mut step.gathering };
         change_places(&mut programs[2], one, other);
         assert!(walk(programs, |_, _| 1.0).is_err());
-        assert_says(&said(&case, &step), &["deadlock: all-gather of bucket 3 waits for rank"]);
+        assert_reports(&error_text(&case, &step), &["deadlock: all-gather of bucket 3 waits for rank"]);
     }
 }
 
@@ -332,7 +335,10 @@ fn a_deadlock_names_the_collective_and_who_is_missing() {
             format!("rank {rank}, Collective lane, update: all-reduce of the step's totals waits for rank 2");
         assert!(text.contains(&expected), "{text}");
     }
-    assert_says(&said(&case, &step), &["deadlock: all-reduce of the step's totals waits for rank 2"]);
+    assert_reports(
+        &error_text(&case, &step),
+        &["deadlock: all-reduce of the step's totals waits for rank 2"],
+    );
     // Two that are late because they wait for each other, and one that has come.
     let mut step = case.step();
     for rank in [1, 2] {
@@ -357,7 +363,7 @@ fn what_comes_too_early_is_a_fault() {
                     tamper: &dyn Fn(&mut Vec<Op>) -> String| {
         let mut step = case.step();
         let expected = tamper(&mut half(&mut step)[1].ops);
-        assert_says(&said(&case, &step), &[&expected]);
+        assert_reports(&error_text(&case, &step), &[&expected]);
     };
     // A bucket that is packed before its last weight gradient.
     tampered(first_half, &|ops| {
@@ -391,11 +397,11 @@ fn ranks_that_do_not_agree_on_who_holds_a_bucket_are_refused() {
     let case = mirrored();
     let mut step = case.step();
     first_half(&mut step)[0].buckets[0].positions = vec![0];
-    assert_says(&said(&case, &step), &["ranks 0, 3 do not agree on who holds bucket 0"]);
+    assert_reports(&error_text(&case, &step), &["ranks 0, 3 do not agree on who holds bucket 0"]);
     let mut step = case.step();
     first_half(&mut step)[0].buckets.remove(0);
-    let faults = said(&case, &step);
-    assert_says(&faults, &["reduce-scatter of bucket 0: the rank does not hold that bucket"]);
+    let faults = error_text(&case, &step);
+    assert_reports(&faults, &["reduce-scatter of bucket 0: the rank does not hold that bucket"]);
 }
 
 fn any_case() -> impl Strategy<Value = Case> {
@@ -450,7 +456,7 @@ proptest! {
             2 => ops[at].lane = Lane::Expert,
             _ => ops[at].after.push(usize::MAX),
         }
-        prop_assert!(!said(&case, &step).is_empty());
+        prop_assert!(!error_text(&case, &step).is_empty());
     }
 }
 

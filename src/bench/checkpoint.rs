@@ -46,7 +46,7 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     let outcome = run_quietly(recipe, datasets, Some(commits), Box::new(note));
     let written =
         folder.list().ok().and_then(|steps| steps.last().map(|&step| size(&folder.committed(step))));
-    // Nobody needs it any more; what cannot be removed is named for what it is.
+    // No longer needed; if it cannot be removed, its name says what it is.
     drop(std::fs::remove_dir_all(&dir));
     outcome?;
     let marks = marks.lock();
@@ -84,7 +84,7 @@ fn size(dir: &Path) -> u64 {
     entries.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
 
-/// Most memory this process has had so far, in bytes; 0 where the system does not tell.
+/// Peak memory of this process, in bytes; 0 if unknown.
 pub(super) fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

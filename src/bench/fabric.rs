@@ -22,7 +22,7 @@ const SIZES: [usize; 7] = [8, 512, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 2
 /// **Units**: MiB that each rank has for all of them together, itself included.
 const ALL_TO_ALL: [usize; 4] = [1, 4, 16, 64];
 
-/// What a child is told to be.
+/// Role of a child process.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Part {
     rank: usize,
@@ -135,7 +135,7 @@ impl Rank {
         self.end.receive(self.tag(from))
     }
 
-    /// Everybody's number to rank 0, which tells everybody their sum.
+    /// All-reduce of a number over the ranks.
     fn sum(&mut self, number: f64) -> Result<f64, FabricError> {
         self.step += 1;
         let packed = |number: f64| Region::new(number.to_le_bytes().to_vec());
@@ -192,7 +192,7 @@ impl Rank {
                     rank.send(peer, &payload)
                 }
             })?;
-            self.tell(&format!("{size:>9} B there and back"), &taken, 2 * size, 0.5, size);
+            self.print_row(&format!("{size:>9} B there and back"), &taken, 2 * size, 0.5, size);
         }
         Ok(())
     }
@@ -209,13 +209,13 @@ impl Rank {
                 others().try_for_each(|other| rank.receive(other).map(drop))
             })?;
             let sent = (self.world - 1) * share;
-            self.tell(&format!("{mib:>2} MiB all to all"), &taken, self.world * sent, 1.0, sent);
+            self.print_row(&format!("{mib:>2} MiB all to all"), &taken, self.world * sent, 1.0, sent);
         }
         Ok(())
     }
 
     /// `bytes` of all ranks in a round; `part` of a round is one way, which takes `one_way` bytes.
-    fn tell(&self, what: &str, taken: &Taken, bytes: usize, part: f64, one_way: usize) {
+    fn print_row(&self, what: &str, taken: &Taken, bytes: usize, part: f64, one_way: usize) {
         if self.end.rank() > 0 {
             return;
         }

@@ -1,6 +1,6 @@
 //! `contraflow bench load`: an orchestrator under many submissions, many workers and many finished jobs.
 //!
-//! The orchestrator is a process of its own, started by this command, so that its CPU time can be told from that of the
+//! The orchestrator is a process of its own, started by this command, so that its CPU time can be separated from that of the
 //! clients. The workers are fakes: real streams, real beats, no ranks.
 
 use std::io::{BufRead, BufReader};
@@ -44,11 +44,11 @@ const BEAT: Duration = Duration::from_secs(1);
 const WATCHED: Duration = Duration::from_secs(20);
 
 /// A folder that goes with the command.
-struct Folder(PathBuf);
+struct TempFolder(PathBuf);
 
-impl Drop for Folder {
+impl Drop for TempFolder {
     fn drop(&mut self) {
-        // Nobody needs it any more; what cannot be removed is named for what it is.
+        // No longer needed; if it cannot be removed, its name says what it is.
         drop(std::fs::remove_dir_all(&self.0));
     }
 }
@@ -57,7 +57,7 @@ impl Drop for Folder {
 struct Server {
     child: Child,
     address: String,
-    _state: Folder,
+    _state: TempFolder,
 }
 
 impl Drop for Server {
@@ -73,15 +73,16 @@ impl Server {
         let failed = |error: std::io::Error| Failure::run(format!("an orchestrator: {error}"));
         let dir = std::env::temp_dir().join(format!("contraflow-load-{}", std::process::id()));
         std::fs::create_dir_all(&dir).map_err(failed)?;
-        let state = Folder(dir);
+        let state = TempFolder(dir);
         let mut command = Command::new(std::env::current_exe().map_err(failed)?);
         command.arg("orchestrator").arg("--state").arg(&state.0).args(["--listen", "127.0.0.1:0"]);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(failed)?;
-        let mut told = BufReader::new(child.stderr.take().ok_or_else(|| Failure::run("no stderr"))?).lines();
-        let first = told.by_ref().map_while(Result::ok).find(|line| line.starts_with("orchestrator at "));
+        let mut reported =
+            BufReader::new(child.stderr.take().ok_or_else(|| Failure::run("no stderr"))?).lines();
+        let first = reported.by_ref().map_while(Result::ok).find(|line| line.starts_with("orchestrator at "));
         let first = first.ok_or_else(|| Failure::run("the orchestrator has not started"))?;
         // Its further lines must go somewhere.
-        std::thread::spawn(move || told.for_each(drop));
+        std::thread::spawn(move || reported.for_each(drop));
         let address = first.split_whitespace().nth(2).unwrap_or_default().trim_end_matches(',').to_owned();
         Ok(Server { child, address, _state: state })
     }
@@ -89,7 +90,7 @@ impl Server {
     /// CPU time it has had so far, user and system.
     fn cpu(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // The name, in brackets, may hold blanks; the times are the 12th and 13th word after it.
+        // The name, in brackets, may contain spaces; the times are the 12th and 13th field after it.
         let words: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
         let ticks = |at: usize| words.get(at).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
         Duration::from_millis((ticks(11) + ticks(12)) * 1000 / rustix::param::clock_ticks_per_second())
@@ -209,7 +210,7 @@ async fn fake(channel: Channel, worker: u64) -> Result<(), tonic::Status> {
         node: format!("node-{worker}"),
         block: "block".into(),
         fabric: Some(v1::FabricAddress { tcp: "127.0.0.1:1".into(), ..v1::FabricAddress::default() }),
-        storage_mark: "bench".into(),
+        storage_id: "bench".into(),
         ..v1::Hello::default()
     };
     let say = async move {

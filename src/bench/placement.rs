@@ -45,7 +45,7 @@ fn case(what: &str, topology: &Topology, slots: usize) -> Result<String, Failure
     let (refilled, again) =
         fastest(|| refill(&left, topology, ScheduleKind::Dualpipe, &placed.of_rank, &lost));
     let refilled = refilled.map_err(refused)?;
-    let (_, keepers) = fastest(|| buddies(&supply, &placed.of_rank));
+    let (_, replica_holders) = fastest(|| buddies(&supply, &placed.of_rank));
     let mut lines = format!(
         "{what}: {} ranks ({} x {} x {}) on 4096 slots in {:.1} ms; {} lost in {:.1} ms; buddies in {:.1} ms\n",
         topology.world(),
@@ -55,7 +55,7 @@ fn case(what: &str, topology: &Topology, slots: usize) -> Result<String, Failure
         1e3 * seconds,
         lost.len(),
         1e3 * again,
-        1e3 * keepers
+        1e3 * replica_holders
     );
     for (term, after) in placed.score.iter().zip(&refilled.score) {
         lines += &format!("  {} (after the loss: {})\n", term.words, after.words);
@@ -78,7 +78,7 @@ fn fastest<T>(ask: impl Fn() -> T) -> (T, f64) {
     (answer, least)
 }
 
-/// One worker a node, blocks of [`NODES`]; `slots` of 0 stands for nodes of 3 to 13 slots.
+/// One worker a node, blocks of [`NODES`]; `slots` of 0 means nodes of 3 to 13 slots.
 fn supply(total: usize, slots: usize) -> Supply {
     let mut left = total;
     let mut workers = Vec::new();

@@ -10,12 +10,12 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use contraflow_runtime::fabric::{Address, Disturbance, Formation, Listener, Transport, WiredNetwork};
+use contraflow_runtime::fabric::{Address, DelayInjection, Formation, Listener, Transport, WiredNetwork};
 use contraflow_runtime::topology::FormationId;
 use serde::Serialize;
 
 /// How long a rank waits for another one.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One process for each rank.
 pub struct Processes(Vec<(Child, ChildStdin, BufReader<ChildStdout>)>);
@@ -80,7 +80,7 @@ impl Processes {
 pub fn join(
     rank: usize,
     transport: Transport,
-    disturbance: Option<Disturbance>,
+    delay_injection: Option<DelayInjection>,
 ) -> Result<Arc<WiredNetwork>, Box<dyn Error>> {
     let listener = Listener::bind("127.0.0.1:0".parse()?, Duration::from_secs(10))?;
     println!("{}", serde_json::to_string(&listener.address())?);
@@ -91,9 +91,9 @@ pub fn join(
         secret: *blake3::hash(line.as_bytes()).as_bytes(),
         ranks: serde_json::from_str(&line)?,
         local: vec![rank],
-        patience: PATIENCE,
+        timeout: TIMEOUT,
         transport,
-        disturbance,
+        delay_injection,
     };
     Ok(WiredNetwork::form(&listener, formation, Arc::new(|_| {}))?)
 }

@@ -21,7 +21,7 @@ pub fn run(ranks: usize, steps: u64, seed: u64) -> Result<(), Failure> {
     let (began, before) = (Instant::now(), cpu_seconds());
     let report = run_large(ranks, steps, seed);
     let (wall, cpu) = (began.elapsed().as_secs_f64(), cpu_seconds() - before);
-    print(&words((ranks, steps), &report, (wall, cpu)))?;
+    print(&format_summary((ranks, steps), &report, (wall, cpu)))?;
     match report.violation {
         None if report.steps < steps => {
             Err(Failure::run(format!("expected {steps} steps, got {}: the job ended early", report.steps)))
@@ -31,7 +31,7 @@ pub fn run(ranks: usize, steps: u64, seed: u64) -> Result<(), Failure> {
     }
 }
 
-fn words((ranks, steps): (usize, u64), report: &Report, (wall, cpu): (f64, f64)) -> String {
+fn format_summary((ranks, steps): (usize, u64), report: &Report, (wall, cpu): (f64, f64)) -> String {
     let faults: Vec<String> =
         report.faults.iter().map(|(fault, times)| format!("{times} {fault:?}").to_lowercase()).collect();
     format!(

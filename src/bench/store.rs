@@ -16,11 +16,11 @@ const SPAN: Duration = Duration::from_secs(2);
 const RECORD: usize = 200;
 
 /// Removes the folder of the bench with whatever is in it.
-struct Folder(PathBuf);
+struct BenchFolder(PathBuf);
 
-impl Drop for Folder {
+impl Drop for BenchFolder {
     fn drop(&mut self) {
-        // Nobody needs it any more; what cannot be removed is named for what it is.
+        // No longer needed; if it cannot be removed, its name says what it is.
         drop(std::fs::remove_dir_all(&self.0));
     }
 }
@@ -29,7 +29,7 @@ impl Drop for Folder {
 ///
 /// **Errors**: code 1 if the disk fails.
 pub fn run() -> Result<(), Failure> {
-    let folder = Folder(Path::new(run_dir::RUNS).join(format!(".bench-store-{}", std::process::id())));
+    let folder = BenchFolder(Path::new(run_dir::RUNS).join(format!(".bench-store-{}", std::process::id())));
     let lines = measure(&folder.0).map_err(|error| Failure::run(error.to_string()))?;
     print(&lines)
 }

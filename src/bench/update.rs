@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::error::Error;
 use std::time::Duration;
 
-use contraflow_runtime::fabric::Disturbance;
+use contraflow_runtime::fabric::DelayInjection;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::{Program, StepPrograms, lower};
 use contraflow_workers::data::batches::TaskKind;
@@ -23,17 +23,16 @@ use self::measured::{Figures, StepFigures, figures, medians};
 use self::rank::Trained;
 use super::WARM_UP;
 use super::processes::Processes;
-use crate::client::Format;
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{Format, print};
 
 const RECIPE: &str = "tiny";
 /// Each frame is held back for up to 2 ms.
-const DELAYS: Disturbance = Disturbance { seed: 1, max_delay: Duration::from_millis(2) };
+const DELAYS: DelayInjection = DelayInjection { seed: 1, max_delay: Duration::from_millis(2) };
 
-/// What a process is told to be.
+/// Role of a child process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Part {
+struct ProcessRole {
     rank: usize,
     axes: Axes,
     overlap: bool,
@@ -48,7 +47,7 @@ struct Axes {
     expert: usize,
 }
 
-impl Part {
+impl ProcessRole {
     /// The first steps warm up. The last one is gathered at once with overlap too, so it is not measured.
     fn recipe(&self) -> Result<Recipe, Failure> {
         let overrides = [
@@ -62,7 +61,7 @@ impl Part {
 
 /// What the command prints as JSON. Units are in the names.
 #[derive(Debug, Serialize)]
-struct Report {
+struct UpdateFigures {
     recipe: &'static str,
     /// Each frame is held back for a seeded time up to this.
     max_frame_delay_ms: f64,
@@ -119,7 +118,7 @@ pub fn run(rounds: usize, steps: usize, format: Format, part: Option<&str>) -> R
     })
 }
 
-fn measure(rounds: usize, steps: usize) -> Result<Report, Box<dyn Error>> {
+fn measure(rounds: usize, steps: usize) -> Result<UpdateFigures, Box<dyn Error>> {
     let two = Axes { pipeline: 2, expert: 1 };
     let mut runs = Vec::new();
     let mut taken: [Vec<StepFigures>; 2] = Default::default();
@@ -133,7 +132,7 @@ fn measure(rounds: usize, steps: usize) -> Result<Report, Box<dyn Error>> {
     let [with_overlap, without_overlap] = taken.map(|steps| medians(&steps));
     let four = Axes { pipeline: 2, expert: 2 };
     let others = [train(four, true, steps)?, train(four, false, steps)?];
-    Ok(Report {
+    Ok(UpdateFigures {
         recipe: RECIPE,
         max_frame_delay_ms: DELAYS.max_delay.as_secs_f64() * 1e3,
         measured_steps: rounds * steps,
@@ -153,7 +152,7 @@ fn measure(rounds: usize, steps: usize) -> Result<Report, Box<dyn Error>> {
 /// One run, by rank.
 fn train(axes: Axes, overlap: bool, steps: usize) -> Result<Vec<Trained>, Box<dyn Error>> {
     let world = axes.pipeline * axes.expert;
-    let parts: Vec<Part> = (0..world).map(|rank| Part { rank, axes, overlap, steps }).collect();
+    let parts: Vec<ProcessRole> = (0..world).map(|rank| ProcessRole { rank, axes, overlap, steps }).collect();
     let mut processes = Processes::start("update", &parts)?;
     let lines: Vec<String> = (0..world).map(|rank| processes.line(rank)).collect::<Result<_, _>>()?;
     processes.end()?;
@@ -162,7 +161,8 @@ fn train(axes: Axes, overlap: bool, steps: usize) -> Result<Vec<Trained>, Box<dy
 
 /// What each rank runs in a step between two others.
 fn whole_programs(axes: Axes, overlap: bool) -> Result<Vec<Program>, Box<dyn Error>> {
-    let recipe = Part { rank: 0, axes, overlap, steps: 1 }.recipe().map_err(|failure| failure.to_string())?;
+    let recipe =
+        ProcessRole { rank: 0, axes, overlap, steps: 1 }.recipe().map_err(|failure| failure.to_string())?;
     let mut plans = Plans::new(&recipe)?.overlapped(overlap);
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
     let planned = plans.get(micro_batches, TaskKind::Train)?;
@@ -178,7 +178,7 @@ fn compare(axes: Axes, runs: &[Vec<Trained>]) -> Same {
     Same { axes, losses_and_norms_equal: losses.len() == 1, weights_equal: weights.len() == 1 }
 }
 
-fn text(report: &Report) -> String {
+fn text(report: &UpdateFigures) -> String {
     let Two { same, with_overlap, without_overlap, .. } = &report.two_processes;
     let line = |what: &str, figures: &Figures| {
         format!(

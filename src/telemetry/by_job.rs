@@ -88,7 +88,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for RankLines {
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let level = event.metadata().level().to_string();
         let line = LogLine { job: job.bits(), rank: rank as u32, unix_ms, level, message };
-        // If nobody listens any more the worker is ending.
+        // A closed receiver means that the worker is ending.
         drop(self.sender.send(line));
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contraflow_orchestrator::job::Outcome;
-use contraflow_runtime::fabric::{Disturbance, LocalOptions};
+use contraflow_runtime::fabric::{DelayInjection, LocalOptions};
 use contraflow_runtime::schedule::{Chunk, Pass, Work};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
@@ -22,9 +22,9 @@ pub struct Bits {
     files: BTreeMap<String, Vec<u8>>,
 }
 
-fn bits_of_a_run(lab: &Lab, name: &str, disturbance: Option<Disturbance>) -> Bits {
+fn bits_of_a_run(lab: &Lab, name: &str, delay_injection: Option<DelayInjection>) -> Bits {
     let setup = lab.setup(FOUR_RANKS, &["training.steps=3"]);
-    let network = LocalOptions { disturbance, ..setup.network };
+    let network = LocalOptions { delay_injection, ..setup.network };
     bits_of(lab, name, Setup { network, ..setup })
 }
 
@@ -62,8 +62,8 @@ fn the_same_run_gives_the_same_bits_however_late_its_frames_are() {
     assert!(weights > 1, "the ranks share the writing: {:?}", expected.files.keys());
     assert!(bits_of_a_run(&lab, "again", None) == expected, "the second run differs");
     for seed in 1..=3 {
-        let disturbance = Disturbance { seed, max_delay: Duration::from_millis(2) };
-        let disturbed = bits_of_a_run(&lab, &format!("disturbed-{seed}"), Some(disturbance));
+        let delay_injection = DelayInjection { seed, max_delay: Duration::from_millis(2) };
+        let disturbed = bits_of_a_run(&lab, &format!("disturbed-{seed}"), Some(delay_injection));
         assert!(disturbed == expected, "the run with delays of seed {seed} differs");
     }
 }

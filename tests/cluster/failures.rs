@@ -68,8 +68,8 @@ fn an_abort_is_answered_before_the_ranks_have_a_model() {
     assert!(finished.since_cancel.unwrap() < SOON);
 }
 
-/// One message, and each of these words in it.
-fn assert_says(finished: &Finished, words: &[&str]) {
+/// One message that contains each of these texts.
+fn assert_reports(finished: &Finished, words: &[&str]) {
     let message = finished.message();
     assert!(finished.elapsed < SOON, "it took {:?} to say: {message}", finished.elapsed);
     assert_eq!(message.lines().count(), 1, "{message}");
@@ -85,7 +85,7 @@ fn a_panic_in_the_metrics_actor_ends_the_run_with_one_message() {
     let lab = Lab::new();
     let subscriber: Option<Subscriber> = Some(Box::new(|record| assert!(record.step < 2, "{CAUSE}")));
     let finished = lab.run(Setup { subscriber, ..lab.setup(FOUR_RANKS, &["training.steps=1000"]) });
-    assert_says(&finished, &["the metrics actor failed", CAUSE]);
+    assert_reports(&finished, &["the metrics actor failed", CAUSE]);
 }
 
 /// Whether a probe is to act on an operation.
@@ -101,11 +101,11 @@ fn a_panic_on_any_lane_ends_the_run_with_one_message() {
         (|op| matches!(op.lane, Lane::Receive(_)), "action "),
         (|op| op.lane == Lane::Collective, "all-gather of bucket "),
     ];
-    for (is_wanted, said) in ops {
+    for (is_wanted, error_text) in ops {
         let is_it = move |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 2, step: 2, op } if is_wanted(op));
         let finished =
             lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
-        assert_says(&finished, &[&format!("rank 2, {said}"), "panicked", CAUSE]);
+        assert_reports(&finished, &[&format!("rank 2, {error_text}"), "panicked", CAUSE]);
     }
 }
 
@@ -127,7 +127,7 @@ fn the_message_names_the_action_that_panicked() {
 #[test]
 fn a_panic_in_each_actor_ends_the_run_with_one_message() {
     let lab = Lab::new();
-    for (actor, when, said) in [
+    for (actor, when, error_text) in [
         ("rank", 2, "in the rank actor itself"),
         ("pipeline", 2, "in the pipeline"),
         ("expert shard", 2, "in the expert shard"),
@@ -140,7 +140,7 @@ fn a_panic_in_each_actor_ends_the_run_with_one_message() {
         let setup = lab.setup(FOUR_RANKS, &["training.steps=3"]);
         let probe = once(is_it, || panic!("{CAUSE}"));
         let finished = lab.run(Setup { probe, export_dir: Some(dir.clone()), ..setup });
-        assert_says(&finished, &["rank 1, ", said, CAUSE]);
+        assert_reports(&finished, &["rank 1, ", error_text, CAUSE]);
         assert!(!dir.join("config.json").exists(), "the weights of a run that failed were committed");
     }
 }
@@ -150,7 +150,7 @@ fn a_panic_in_the_update_names_the_operation() {
     let lab = Lab::new();
     let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Gradients { rank: 3, step: 2, .. });
     let finished = lab.run(Setup { probe: once(is_it, || panic!("{CAUSE}")), ..lab.setup(FOUR_RANKS, &[]) });
-    assert_says(&finished, &["rank 3, packing of the gradients of bucket 5", "panicked", CAUSE]);
+    assert_reports(&finished, &["rank 3, packing of the gradients of bucket 5", "panicked", CAUSE]);
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn a_folder_that_is_gone_is_named() {
     let dir = lab.path().join("gone");
     let setup = lab.setup(FOUR_RANKS, &["training.steps=1"]);
     let finished = lab.run(Setup { export_dir: Some(dir.clone()), ..setup });
-    assert_says(&finished, &["writing the weights", &dir.display().to_string()]);
+    assert_reports(&finished, &["writing the weights", &dir.display().to_string()]);
 }
 
 #[test]
@@ -167,10 +167,10 @@ fn a_frame_that_never_comes_is_named() {
     let lab = Lab::new();
     let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Op { rank: 0, step: 2, op } if matches!(op.lane, Lane::Send(_)));
     let setup = lab.setup(layout("1f1b", (2, 1, 1)), &[]);
-    let network = LocalOptions { patience: Duration::from_secs(1), ..setup.network };
+    let network = LocalOptions { timeout: Duration::from_secs(1), ..setup.network };
     let finished =
         lab.run(Setup { probe: once(is_it, || std::thread::sleep(LONG_KERNEL)), network, ..setup });
-    // Whoever waits for what comes of the frame may be the first to give up; everyone names what it waits for.
-    assert_says(&finished, &["action ", "waited 1 s for ", ", which never ", "stage "]);
+    // Any rank that depends on the frame may be the first to time out; each names what it waits for.
+    assert_reports(&finished, &["action ", "waited 1 s for ", ", which never ", "stage "]);
     assert!(finished.message().starts_with("rank "), "{}", finished.message());
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use contraflow_runtime::cost::{self, Shapes};
-use contraflow_runtime::fabric::{FrameKind, Phase, Sent};
+use contraflow_runtime::fabric::{FrameKind, Phase, SentFrame};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
     Chunk, Component, LayerKind, Mode, Pass, Plan, StageLayout, TransferKind, Work,
@@ -24,10 +24,10 @@ type Frames = BTreeMap<(u64, FrameKind, u32, u32, u32, usize, usize), usize>;
 /// Which ranks hold a published tensor, and how many elements it has.
 type Holders = BTreeMap<String, (BTreeSet<usize>, usize)>;
 
-fn frames(ledger: &[Sent], phase: Phase, wanted: impl Fn(FrameKind) -> bool) -> Frames {
+fn frames(frame_log: &[SentFrame], phase: Phase, wanted: impl Fn(FrameKind) -> bool) -> Frames {
     let mut frames = Frames::new();
-    for Sent { tag, to, bytes } in
-        ledger.iter().filter(|sent| sent.tag.phase == phase && wanted(sent.tag.kind))
+    for SentFrame { tag, to, bytes } in
+        frame_log.iter().filter(|sent| sent.tag.phase == phase && wanted(sent.tag.kind))
     {
         let from = tag.source as usize;
         let address = (tag.step, tag.kind, tag.stage, tag.micro_batch, tag.layer, from, *to);
@@ -63,11 +63,11 @@ fn address_of(work: Work) -> Option<(Phase, FrameKind, u32, u32, u32)> {
     }
 }
 
-/// Every operation sends the bytes that its cost says, and nobody sends anything else but exchanges.
-fn assert_costs(recipe: &Recipe, plans: &Plans, planned: &Planned, ledger: &[Sent]) {
+/// Every operation sends the bytes that its cost says, and nothing else is sent but all-to-alls.
+fn assert_costs(recipe: &Recipe, plans: &Plans, planned: &Planned, frame_log: &[SentFrame]) {
     let (topology, shapes) = (recipe.topology(), shapes(recipe, plans));
     let mut sent: BTreeMap<_, u64> = BTreeMap::new();
-    for Sent { tag, bytes, .. } in ledger.iter().filter(|sent| !EXCHANGES.contains(&sent.tag.kind)) {
+    for SentFrame { tag, bytes, .. } in frame_log.iter().filter(|sent| !EXCHANGES.contains(&sent.tag.kind)) {
         let address = (tag.phase, tag.kind, tag.stage, tag.micro_batch, tag.layer);
         if tag.phase != Phase::Validate {
             *sent.entry((tag.step, tag.source as usize, address)).or_default() += *bytes as u64;
@@ -107,9 +107,9 @@ fn moe_layers(layout: &StageLayout) -> impl Iterator<Item = usize> {
 
 /// Exactly one frame of each kind per layer, chunk and ordered pair of expert ranks, each with the rows that its
 /// partner frames say.
-fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]) {
+fn assert_all_to_alls(recipe: &Recipe, plans: &Plans, plan: &Plan, frame_log: &[SentFrame]) {
     let topology = recipe.topology();
-    let sent = frames(ledger, Phase::Train, |kind| EXCHANGES.contains(&kind));
+    let sent = frames(frame_log, Phase::Train, |kind| EXCHANGES.contains(&kind));
     let hidden = recipe.model_config.hidden_size;
     let tokens = recipe.training.micro_batch_size * recipe.training.sequence_length;
     let mut num_expected = 0;
@@ -118,8 +118,8 @@ fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]
             moe_layers(layout).flat_map(|l| (0..plan.micro_batches).map(move |m| (l, m)))
         {
             let pipeline = plan.owner(Chunk { stage, micro_batch }).unwrap();
-            for column in 0..topology.columns() {
-                let from = topology.pipeline_peer(column, pipeline);
+            for dp_rank in 0..topology.dp_size() {
+                let from = topology.pipeline_peer(dp_rank, pipeline);
                 for to in topology.expert_group(from).into_iter().filter(|&to| to != from) {
                     for step in 1..=recipe.training.steps as u64 {
                         let bytes = |kind, from, to| {
@@ -143,7 +143,7 @@ fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]
                                     (from, to)
                                 };
                             let expected =
-                                cost::exchange_bytes(component, pass, rows as u64, pairs as u64, hidden);
+                                cost::all_to_all_bytes(component, pass, rows as u64, pairs as u64, hidden);
                             assert_eq!(bytes(kind, source, target) as u64, expected, "{kind:?}");
                         }
                         num_expected += EXCHANGES.len();
@@ -155,13 +155,13 @@ fn assert_exchanges(recipe: &Recipe, plans: &Plans, plan: &Plan, ledger: &[Sent]
     assert_eq!(sent.len(), num_expected);
 }
 
-/// Every tensor is reduced and gathered among the ranks that hold it and nobody else. A member sends each other one
+/// Every tensor is reduced and gathered among the ranks that hold it and no others. A member sends each other one
 /// its share of the gradients, and its own share of the weights: (n - 1) times the tensor in all, each way.
-fn assert_collectives(recipe: &Recipe, holders: &Holders, ledger: &[Sent]) {
+fn assert_collectives(recipe: &Recipe, holders: &Holders, frame_log: &[SentFrame]) {
     let steps = recipe.training.steps;
     let expected: usize = holders.values().map(|(ranks, len)| F32 * len * (ranks.len() - 1)).sum();
     for kind in [FrameKind::ReduceScatter, FrameKind::AllGather] {
-        let sent = frames(ledger, Phase::Update, |sent| sent == kind);
+        let sent = frames(frame_log, Phase::Update, |sent| sent == kind);
         assert_eq!(sent.values().sum::<usize>(), steps * expected, "{kind:?}");
         let mut by_pair: BTreeMap<(usize, usize), (usize, usize)> = BTreeMap::new();
         for ((.., from, to), bytes) in &sent {
@@ -180,8 +180,8 @@ fn assert_collectives(recipe: &Recipe, holders: &Holders, ledger: &[Sent]) {
 }
 
 /// The totals go to the first rank and back.
-fn assert_totals(recipe: &Recipe, ledger: &[Sent]) {
-    let sent = frames(ledger, Phase::Update, |kind| kind == FrameKind::AllReduce);
+fn assert_totals(recipe: &Recipe, frame_log: &[SentFrame]) {
+    let sent = frames(frame_log, Phase::Update, |kind| kind == FrameKind::AllReduce);
     let pairs: Vec<(u64, usize, usize)> = sent.keys().map(|&(step, .., from, to)| (step, from, to)).collect();
     let mut expected = Vec::new();
     for step in 1..=recipe.training.steps as u64 {
@@ -214,14 +214,14 @@ fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     let finished: Finished = lab.run(Setup { probe, ..setup });
     assert_eq!(finished.losses().len(), recipe.training.steps);
     assert_eq!(finished.num_waiting, 0, "{layout:?}: frames that nobody took");
-    let ledger = &finished.ledger;
+    let frame_log = &finished.frame_log;
     let sent_bytes: u64 = finished.records.iter().map(|record| record.sent_bytes).sum();
-    let in_training = ledger.iter().filter(|sent| sent.tag.phase != Phase::Validate);
+    let in_training = frame_log.iter().filter(|sent| sent.tag.phase != Phase::Validate);
     assert_eq!(in_training.map(|sent| sent.bytes as u64).sum::<u64>(), sent_bytes, "{layout:?}");
-    assert_costs(&recipe, &plans, &planned, ledger);
-    assert_exchanges(&recipe, &plans, &planned.plan, ledger);
-    assert_collectives(&recipe, &holders.lock().unwrap(), ledger);
-    assert_totals(&recipe, ledger);
+    assert_costs(&recipe, &plans, &planned, frame_log);
+    assert_all_to_alls(&recipe, &plans, &planned.plan, frame_log);
+    assert_collectives(&recipe, &holders.lock().unwrap(), frame_log);
+    assert_totals(&recipe, frame_log);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The job actor answers while files are written for it: a disk that does not answer holds up nobody.
+//! The job actor answers while files are written for it: a disk that does not answer blocks nothing.
 
 use std::fs::File;
 use std::sync::mpsc;
@@ -19,7 +19,7 @@ const SOON: Duration = Duration::from_secs(4);
 #[test]
 fn a_job_is_cancelled_while_its_weights_are_put_in_place() {
     let dir = tempfile::tempdir().unwrap();
-    // Whoever opens a pipe to write waits for a reader.
+    // Opening a pipe for writing waits for a reader.
     let index = dir.path().join("model.safetensors.index.json");
     mknodat(CWD, &index, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -41,20 +41,20 @@ fn a_job_is_cancelled_while_its_weights_are_put_in_place() {
         ended: tell_ended,
     };
     let (job, _) = runtime.block_on(Actor::spawn(None, JobActor, setup)).unwrap();
-    let say = |event| job.cast(JobMessage::Event(event)).unwrap();
+    let send_event = |event| job.cast(JobMessage::Event(event)).unwrap();
     let command = || commanded.recv_timeout(SOON).expect("a command");
-    say(RankEvent::Ready { rank: Rank::new(0) });
+    send_event(RankEvent::Ready { rank: Rank::new(0) });
     assert_eq!(command(), RankCommand::Validate);
-    say(RankEvent::Validated { rank: Rank::new(0), loss: 0.0, tokens: 0 });
+    send_event(RankEvent::Validated { rank: Rank::new(0), loss: 0.0, tokens: 0 });
     assert!(matches!(command(), RankCommand::Export { .. }));
     let file = ExportedFile { file: "model-00001-of-00001.safetensors".into(), ..ExportedFile::default() };
-    say(RankEvent::Exported { rank: Rank::new(0), file });
+    send_event(RankEvent::Exported { rank: Rank::new(0), file });
     job.cast(JobMessage::Cancel { reason: "enough".into() }).unwrap();
     let aborted = commanded.recv_timeout(SOON);
     // Lets the writer go, whatever comes of the test.
     let reader = std::thread::spawn(move || File::open(index).map(drop));
     assert_eq!(aborted.expect("an abort"), RankCommand::Abort { reason: "enough".into() });
-    say(RankEvent::Aborted { rank: Rank::new(0) });
+    send_event(RankEvent::Aborted { rank: Rank::new(0) });
     let outcome = runtime.block_on(async { tokio::time::timeout(SOON, ended).await.unwrap().unwrap() });
     assert!(matches!(outcome, Outcome::Failed { ref message, .. } if message == "enough"), "{outcome:?}");
     reader.join().unwrap().unwrap();

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use contraflow::local::{Cluster, ClusterSpec};
+use contraflow::local::{LocalCluster, LocalClusterSpec};
 use contraflow_kernels::host::HostValues;
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::{
-    Formation, Listener, LocalNetwork, LocalOptions, Sent, Transport, WiredNetwork,
+    Formation, Listener, LocalNetwork, LocalOptions, SentFrame, Transport, WiredNetwork,
 };
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::topology::{FormationId, Generation, JobId};
@@ -112,7 +112,7 @@ pub struct Setup {
     /// What carries the frames if every rank is as if in a process of its own.
     pub wire: Option<Transport>,
     pub probe: Probe,
-    /// Hears every step too, and may panic in the metrics actor.
+    /// Also receives every step, and may panic in the metrics actor.
     pub subscriber: Option<Subscriber>,
     /// Cancel with this reason once the token says so.
     pub cancel: Option<(Arc<tokio::sync::Notify>, &'static str)>,
@@ -122,8 +122,8 @@ pub struct Setup {
 pub struct Finished {
     pub outcome: Outcome,
     pub records: Vec<StepRecord>,
-    pub ledger: Vec<Sent>,
-    /// Frames in any inbox that nobody took.
+    pub frame_log: Vec<SentFrame>,
+    /// Frames in any inbox that were not received.
     pub num_waiting: usize,
     pub elapsed: Duration,
     /// From the cancellation, if there was one.
@@ -148,7 +148,7 @@ impl Finished {
 }
 
 impl Lab {
-    /// Waits until nobody else runs a cluster.
+    /// Waits until no other test runs a cluster.
     pub fn new() -> Self {
         // A test that failed holding the lock leaves nothing behind that another could trip over.
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -176,7 +176,7 @@ impl Lab {
         Arc::new(Recipe::load(&source, &overrides).unwrap())
     }
 
-    /// A run of a layout with changes to the recipe; the network keeps a ledger.
+    /// A run of a layout with changes to the recipe; the network logs frames.
     pub fn setup(&self, layout: Layout, changes: &[&str]) -> Setup {
         Setup {
             recipe: self.recipe(layout, changes),
@@ -184,7 +184,7 @@ impl Lab {
             resume: None,
             checkpoints: None,
             export_dir: None,
-            network: LocalOptions { keep_ledger: true, ..LocalOptions::default() },
+            network: LocalOptions { log_frames: true, ..LocalOptions::default() },
             overlap: true,
             wire: None,
             probe: Probe::default(),
@@ -219,13 +219,13 @@ async fn run(setup: Setup) -> Finished {
         cancel,
     } = setup;
     let records: Arc<Mutex<Vec<StepRecord>>> = Arc::default();
-    let heard = records.clone();
-    let subscriber = move |record: &StepRecord| heard.lock().unwrap().push(record.clone());
+    let received = records.clone();
+    let subscriber = move |record: &StepRecord| received.lock().unwrap().push(record.clone());
     let mut subscribers: Vec<Subscriber> = vec![Box::new(subscriber)];
     subscribers.extend(another);
     let began = Instant::now();
     let wires = wire.map(|transport| wires(transport, recipe.topology().world())).unwrap_or_default();
-    let spec = ClusterSpec {
+    let spec = LocalClusterSpec {
         generation: Generation::FIRST,
         peak_flops: None,
         recipe,
@@ -241,7 +241,7 @@ async fn run(setup: Setup) -> Finished {
     let join = |local: &Arc<LocalNetwork>, rank: usize| {
         wires.get(rank).map_or_else(|| local.join(rank), |wire| wire.join(rank).unwrap())
     };
-    let cluster = Cluster::start_over(spec, join).await.unwrap();
+    let cluster = LocalCluster::start_over(spec, join).await.unwrap();
     let network: Arc<LocalNetwork> = cluster.network.clone();
     let mut cancelled = None;
     if let Some((when, reason)) = cancel {
@@ -255,7 +255,7 @@ async fn run(setup: Setup) -> Finished {
     Finished {
         outcome,
         records: std::mem::take(&mut records.lock().unwrap()),
-        ledger: network.ledger(),
+        frame_log: network.frame_log(),
         num_waiting: network.num_waiting(),
         elapsed: began.elapsed(),
         since_cancel: cancelled.map(|at| at.elapsed()),
@@ -268,10 +268,10 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
     let listeners: Vec<Listener> = (0..world).map(listen).collect();
     let ranks: Vec<_> = listeners.iter().map(Listener::address).collect();
     let part = |(rank, listener): (usize, &Listener)| {
-        let (ranks, local, patience) = (ranks.clone(), vec![rank], DEADLINE);
+        let (ranks, local, timeout) = (ranks.clone(), vec![rank], DEADLINE);
         let id = FormationId::new(JobId::default(), Generation::FIRST);
-        let (secret, disturbance) = ([3; 32], None);
-        let formation = Formation { id, secret, ranks, local, patience, transport, disturbance };
+        let (secret, delay_injection) = ([3; 32], None);
+        let formation = Formation { id, secret, ranks, local, timeout, transport, delay_injection };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };
@@ -312,7 +312,7 @@ pub fn add_gradients(sums: &mut Tensors, params: &RankParams, bucket: usize) {
 /// Every published tensor a rank holds.
 pub fn parts(
     params: &RankParams,
-) -> impl Iterator<Item = (&Param, &contraflow_workers::model::params::Part)> {
+) -> impl Iterator<Item = (&Param, &contraflow_workers::model::params::PublishedTensor)> {
     let all = params.dense.iter().chain(params.experts.iter());
     all.flat_map(|param| param.parts.iter().map(move |part| (param, part)))
 }

@@ -11,11 +11,11 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Chunk, Component, Mode, ScheduleKind, TransferKind, Work, lower};
 use contraflow_runtime::topology::FormationId;
 use contraflow_workers::comm::address::StepId;
-use contraflow_workers::comm::all_to_all::{Exchange, ExpertGroup, Route};
+use contraflow_workers::comm::all_to_all::{AllToAll, ExpertGroup, Route};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::sequences::Sequences;
 use contraflow_workers::engine::compute::{Compute, ComputeOp};
-use contraflow_workers::engine::transit::Transit;
+use contraflow_workers::engine::in_flight::InFlight;
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
@@ -35,7 +35,7 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
     let mut compute = Compute::new(arch.clone(), Arc::new(stages), params, TaskKind::Evaluate);
     let scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight: 1.0, balance: 0.0 };
     let batch = MicroBatch::new(&arch, sequences, &scales);
-    let transit = Transit::default();
+    let in_flight = InFlight::default();
     let mut alone = Alone::new(recipe);
     let (plan, _) = ScheduleKind::OneFOneB.plan(1, 1, Mode::ForwardOnly).unwrap();
     let program = lower(&plan, Some(&layouts), 1).remove(0);
@@ -45,13 +45,13 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
             panic!("one rank sends nothing")
         };
         match component {
-            Component::Dispatch => alone.dispatch(&transit, chunk, layer),
-            Component::Combine => alone.combine(&transit, chunk, layer),
-            _ => compute.run(ComputeOp { pass, chunk, layer, component }, &transit, &batch).unwrap(),
+            Component::Dispatch => alone.dispatch(&in_flight, chunk, layer),
+            Component::Combine => alone.combine(&in_flight, chunk, layer),
+            _ => compute.run(ComputeOp { pass, chunk, layer, component }, &in_flight, &batch).unwrap(),
         }
         if component == Component::Attention {
             let routing =
-                transit.layer(chunk, layer, |transit| transit.normed.as_ref().map(|(_, r)| r.clone()));
+                in_flight.layer(chunk, layer, |in_flight| in_flight.normed.as_ref().map(|(_, r)| r.clone()));
             if let Some(routing) = routing {
                 smallest = smallest.min(of_layer(&routing, biases[&layer].values(), &arch.gate));
             }
@@ -86,28 +86,28 @@ impl Alone {
         }
     }
 
-    fn exchange(&self, chunk: Chunk, layer: usize) -> Exchange<'_> {
+    fn all_to_all(&self, chunk: Chunk, layer: usize) -> AllToAll<'_> {
         let id = StepId { formation: FormationId::default(), phase: Phase::Validate, step: 0 };
-        Exchange {
+        AllToAll {
             endpoint: &self.endpoint,
             group: &self.group,
             tag: id.tag(FrameKind::Dispatch, chunk, layer, 0),
         }
     }
 
-    fn dispatch(&mut self, transit: &Transit, chunk: Chunk, layer: usize) {
-        let (normed, routing) = transit.take_from((chunk, layer), "rows", |t| &mut t.normed).unwrap();
-        let (arrivals, route) = self.exchange(chunk, layer).dispatch(&normed, &routing).unwrap();
-        transit.layer(chunk, layer, |transit| transit.arrivals = Some(arrivals));
+    fn dispatch(&mut self, in_flight: &InFlight, chunk: Chunk, layer: usize) {
+        let (normed, routing) = in_flight.take_from((chunk, layer), "rows", |t| &mut t.normed).unwrap();
+        let (arrivals, route) = self.all_to_all(chunk, layer).dispatch(&normed, &routing).unwrap();
+        in_flight.layer(chunk, layer, |in_flight| in_flight.arrivals = Some(arrivals));
         self.route = Some(route);
     }
 
-    fn combine(&mut self, transit: &Transit, chunk: Chunk, layer: usize) {
-        let mut home = transit.take_from((chunk, layer), "home", |t| &mut t.home).unwrap();
-        let outputs = transit.take_from((chunk, layer), "outputs", |t| &mut t.outputs).unwrap();
+    fn combine(&mut self, in_flight: &InFlight, chunk: Chunk, layer: usize) {
+        let mut home = in_flight.take_from((chunk, layer), "home", |t| &mut t.home).unwrap();
+        let outputs = in_flight.take_from((chunk, layer), "outputs", |t| &mut t.outputs).unwrap();
         let route = self.route.take().unwrap();
-        self.exchange(chunk, layer).combine(&outputs, &route, &mut home).unwrap();
-        transit.put(TransferKind::Activation, chunk, home);
+        self.all_to_all(chunk, layer).combine(&outputs, &route, &mut home).unwrap();
+        in_flight.put(TransferKind::Activation, chunk, home);
     }
 }
 

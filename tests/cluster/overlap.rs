@@ -1,6 +1,6 @@
 //! Where the update's communication runs beside the passes every number is as without: losses, norms, weights, checkpoints.
 //!
-//! Whoever reads weights reads them gathered: validation and export at the end, a run that goes on from a checkpoint.
+//! Whoever reads weights reads them gathered: validation and export at the end, a run that resumes from a checkpoint.
 
 use std::sync::Arc;
 
@@ -66,7 +66,7 @@ fn overlap_changes_no_bit_around_a_skipped_batch() {
     }
 }
 
-/// Each step is saved before its update is gathered; what goes on from there ends where the run did that was not cut.
+/// Each step is saved before its update is gathered; what resumes from there ends where the run did that was not cut.
 #[test]
 fn a_checkpoint_is_the_same_and_either_goes_on_from_the_others() {
     let lab = Lab::new();

@@ -8,7 +8,7 @@ use contraflow_runtime::schedule::{Idle, Lane, Program, Span, Timeline, Work};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
-use contraflow_workers::engine::step::Part;
+use contraflow_workers::engine::step::ProgramKind;
 
 use crate::lab::{FOUR_RANKS, Lab, Layout, Setup, layout};
 
@@ -74,11 +74,11 @@ fn a_recorded_task_has_exactly_the_operations_of_its_programs() {
             let pipeline = topology.coordinates(rank).pipeline;
             let is_shared = topology.world() > 1;
             if step > 0 {
-                // The second step gathers what the first one has updated; nobody does it for the last one.
-                let parts: &[Part] = match (step, is_shared) {
-                    (1, _) | (_, false) => &[Part::Passes, Part::Update],
-                    (2, true) => &[Part::Gathering, Part::Update],
-                    _ => &[Part::Gathering, Part::Update, Part::Gather],
+                // The second step gathers what the first one has updated; for the last one it is not done.
+                let parts: &[ProgramKind] = match (step, is_shared) {
+                    (1, _) | (_, false) => &[ProgramKind::Passes, ProgramKind::Update],
+                    (2, true) => &[ProgramKind::Gathering, ProgramKind::Update],
+                    _ => &[ProgramKind::Gathering, ProgramKind::Update, ProgramKind::Gather],
                 };
                 let parts: Vec<_> = parts.iter().map(|&part| training.program(pipeline, part)).collect();
                 assert_eq!(programs, parts, "{layout:?}, rank {rank}, step {step}");
@@ -101,7 +101,7 @@ fn a_recorded_task_has_exactly_the_operations_of_its_programs() {
     }
 }
 
-/// What lies between the end of the last operation and the report: the word of the lane to the pipeline, and that of the
+/// What lies between the end of the last operation and the report: the event of the lane for the pipeline, and that of the
 /// pipeline to the rank.
 #[test]
 fn the_makespan_of_a_recorded_step_is_the_time_that_the_rank_reports() {

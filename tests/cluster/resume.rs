@@ -1,4 +1,4 @@
-//! A run that goes on from a checkpoint: the same bits in the same layout, the same samples and all but the same losses in
+//! A run resumed from a checkpoint: the same bits in the same layout, the same samples and all but the same losses in
 //! any other.
 
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use contraflow_workers::data::Tokenizer;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 
-/// Steps before the checkpoint that runs go on from.
+/// Steps before the checkpoint that runs resume from.
 const BEFORE: u64 = 3;
 
 /// Keeps checkpoints in a run's folder.
@@ -105,7 +105,7 @@ fn assert_agrees(expected: &[f64], got: &[f64], what: &str) {
 }
 
 #[test]
-fn every_layout_goes_on_from_any_other() {
+fn every_layout_resumes_from_any_other() {
     let lab = Lab::new();
     let mut layouts = vec![];
     for pipeline in [1, 2, 4] {

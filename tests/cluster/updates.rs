@@ -15,12 +15,12 @@ use contraflow_workers::comm::address::StepId;
 use contraflow_workers::comm::all_to_all::ExpertGroup;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::compute::Compute;
+use contraflow_workers::engine::in_flight::InFlight;
 use contraflow_workers::engine::lanes::{LaneEvent, Lanes};
 use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::Probe;
-use contraflow_workers::engine::running::{Running, Site, Workload};
-use contraflow_workers::engine::step::{Next, Part, next};
-use contraflow_workers::engine::transit::Transit;
+use contraflow_workers::engine::running::{RankContext, RunningProgram, Workload};
+use contraflow_workers::engine::step::{Next, ProgramKind, next};
 use contraflow_workers::engine::update::{SaveWhen, Update, UpdateOrder};
 use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
@@ -33,7 +33,7 @@ use contraflow_workers::rank::build::published_names;
 use crate::lab::{Lab, layout};
 use crate::watch::{Bits, bits, set_all};
 
-/// What becomes of one update on one rank.
+/// The outcome of one update on one rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Outcome {
     Updated,
@@ -43,7 +43,7 @@ enum Outcome {
 
 /// One rank and its own end of the network.
 struct Rank {
-    site: Site,
+    context: RankContext,
     arch: Arc<Architecture>,
     programs: StepPrograms,
     params: RankParams,
@@ -77,7 +77,7 @@ impl Rank {
         };
         let optimizer = OptimizerState::new(setup, &params);
         let world: Vec<usize> = topology.ranks().collect();
-        let site = Site {
+        let context = RankContext {
             endpoint,
             group: ExpertGroup { ranks: world.clone(), own: rank, experts_per_rank: 4 },
             world: Arc::new(world),
@@ -88,21 +88,21 @@ impl Rank {
             probe: Probe::default(),
         };
         let programs = StepPrograms::new(&[Program::default()], &plans.sharding);
-        Rank { site, arch, programs, params, optimizer: Some(optimizer) }
+        Rank { context, arch, programs, params, optimizer: Some(optimizer) }
     }
 
-    fn run(&self, step: u64, part: Part, workload: Workload) -> Workload {
+    fn run(&self, step: u64, part: ProgramKind, workload: Workload) -> Workload {
         let programs = match part {
-            Part::Passes => &self.programs.gradients,
-            Part::Gathering => &self.programs.gathering,
-            Part::Evidence => &self.programs.evidence,
-            Part::Update => &self.programs.update,
-            Part::Skip => &self.programs.skip,
-            Part::Gather => &self.programs.gather,
+            ProgramKind::Passes => &self.programs.gradients,
+            ProgramKind::Gathering => &self.programs.gathering,
+            ProgramKind::Evidence => &self.programs.evidence,
+            ProgramKind::Update => &self.programs.update,
+            ProgramKind::Skip => &self.programs.skip,
+            ProgramKind::Gather => &self.programs.gather,
         };
         let id = StepId { formation: FormationId::default(), phase: Phase::Train, step };
         let program = Arc::new(programs[0].clone());
-        let running = Running::new(&self.site, (id, program), workload, tracing::Span::none());
+        let running = RunningProgram::new(&self.context, (id, program), workload, tracing::Span::none());
         let running = Arc::new(running);
         let (report, events) = channel();
         let report = Arc::new(move |event| report.send(event).unwrap());
@@ -120,7 +120,7 @@ impl Rank {
     fn step(&mut self, step: u64) -> Outcome {
         let RankParams { dense, experts } = &mut self.params;
         let params = RankParams { dense: std::mem::take(dense), experts: std::mem::take(experts) };
-        let (arch, stages) = (self.arch.clone(), self.site.stages.clone());
+        let (arch, stages) = (self.arch.clone(), self.context.stages.clone());
         let mut compute = Compute::new(arch, stages, params, TaskKind::Train);
         let expert_counts = BTreeMap::from([(4, vec![9, 4, 5, 2, 5, 5, 5, 5])]);
         compute.totals = Totals { expert_counts, ..Totals::default() };
@@ -129,9 +129,9 @@ impl Rank {
         let order =
             UpdateOrder { rates, stop: Arc::default(), save, replicate: false, gather: true, buddy: None };
         let update = Some(Update::new(order, self.optimizer.take().unwrap()));
-        let transit = Transit::default();
-        let mut workload = Workload { batches: Vec::new(), transit, compute, update };
-        let mut part = Part::Passes;
+        let in_flight = InFlight::default();
+        let mut workload = Workload { batches: Vec::new(), in_flight, compute, update };
+        let mut part = ProgramKind::Passes;
         let diverged = loop {
             workload = self.run(step, part, workload);
             match next(part, workload.update.as_mut()).unwrap() {

@@ -1,5 +1,5 @@
 //! The stability watch in whole clusters: what is not finite is named and stops, skips or ends a step on all ranks before
-//! any update; spikes and starving experts are told; the gradient is measured layer by layer.
+//! any update; spikes and starving experts are reported; the gradient is measured layer by layer.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_orchestrator::job::Outcome;
-use contraflow_runtime::watch::evidence::{NamedTensor, RankEvidence, layer_of};
-use contraflow_runtime::watch::{Action, Divergence};
+use contraflow_runtime::stability::evidence::{NamedTensor, RankEvidence, layer_of};
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
 use contraflow_workers::model::params::RankParams;
 
@@ -94,7 +94,7 @@ fn the_first_bad_tensor_is_named_with_step_rank_and_layer() {
 }
 
 #[test]
-fn of_two_ranks_with_one_tensor_the_lower_one_is_told() {
+fn of_two_ranks_with_one_tensor_the_lower_one_is_named() {
     let lab = Lab::new();
     let probe = spoil(
         |rank, step| rank >= 2 && step == 1,
@@ -138,7 +138,7 @@ fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
 }
 
 #[test]
-fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
+fn a_rollback_ends_the_formation() {
     let lab = Lab::new();
     let probe = spoil(
         |rank, step| rank == 2 && step == 2,
@@ -146,7 +146,7 @@ fn a_rollback_ends_the_formation_with_the_word_to_go_back() {
     );
     let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=rollback"]);
     let finished = lab.run(Setup { probe, ..setup });
-    assert_eq!(divergence(&finished).action, Action::RollBack);
+    assert_eq!(divergence(&finished).action, StepAction::RollBack);
     assert!(finished.message().ends_with("; no rank has updated its weights"), "{}", finished.message());
 }
 
@@ -168,7 +168,7 @@ pub fn bits(params: &RankParams) -> Bits {
 }
 
 #[test]
-fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_goes_on() {
+fn a_skipped_batch_changes_nothing_on_any_rank_and_the_run_continues() {
     let lab = Lab::new();
     let history: Arc<Mutex<History>> = Arc::default();
     let shared = history.clone();
@@ -207,12 +207,12 @@ fn too_many_skips_in_a_row_stop_the_run() {
     let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=skip", "watch.max_skips=2"]);
     let finished = lab.run(Setup { probe, ..setup });
     assert_eq!(divergence(&finished).step, 4);
-    let said = "; 2 batches in a row were skipped (watch.max_skips); no rank has updated its weights";
-    assert!(finished.message().ends_with(said), "{}", finished.message());
+    let error_text = "; 2 batches in a row were skipped (watch.max_skips); no rank has updated its weights";
+    assert!(finished.message().ends_with(error_text), "{}", finished.message());
 }
 
 #[test]
-fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
+fn a_spike_is_reported_or_stops_the_run_as_the_recipe_says() {
     let lab = Lab::new();
     let run = |policy: &str| {
         let probe = spoil(|_, step| step == 4, |params, bucket| multiply_gradients((params, bucket), 1e4));
@@ -224,8 +224,8 @@ fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
     };
     let words = "step 4: the gradient norm has a spike: ";
     let warned = run("warn");
-    let told: Vec<usize> = warned.records.iter().map(|record| record.warnings.len()).collect();
-    assert_eq!(told, [0, 0, 0, 1, 0]);
+    let reported: Vec<usize> = warned.records.iter().map(|record| record.warnings.len()).collect();
+    assert_eq!(reported, [0, 0, 0, 1, 0]);
     assert!(warned.records[3].warnings[0].starts_with(words), "{:?}", warned.records[3].warnings);
     let stopped = run("stop");
     assert!(stopped.message().starts_with(words), "{}", stopped.message());
@@ -236,7 +236,7 @@ fn a_spike_is_told_or_stops_the_run_as_the_recipe_says() {
 }
 
 #[test]
-fn a_collapsed_gate_is_told_once_and_a_healthy_one_never() {
+fn a_collapsed_gate_is_reported_once_and_a_healthy_one_never() {
     let lab = Lab::new();
     let run = |probe| {
         let setup = lab.setup(FOUR_RANKS, &["balance.bias_speed=0", "watch.collapse_steps=2"]);
@@ -278,14 +278,14 @@ fn the_norms_of_the_parts_are_those_of_the_summed_gradient() {
                 expected[place] += values.iter().map(|value| value * value).sum::<f64>();
             }
             let norms = record.gradient_norms.as_ref().unwrap();
-            let told: Vec<f64> =
+            let reported: Vec<f64> =
                 [norms.embedding].iter().chain(&norms.layers).chain([&norms.head]).copied().collect();
-            assert_eq!(told.len(), expected.len());
-            for (told, expected) in told.iter().zip(expected.map(f64::sqrt)) {
+            assert_eq!(reported.len(), expected.len());
+            for (reported, expected) in reported.iter().zip(expected.map(f64::sqrt)) {
                 // 128 additions in a lane of f32, 2^-24 each, are 8e-6 of the square.
-                assert!((told - expected).abs() <= 1e-5 * expected, "{told} and {expected}");
+                assert!((reported - expected).abs() <= 1e-5 * expected, "{reported} and {expected}");
             }
-            let square: f64 = told.iter().map(|norm| norm * norm).sum();
+            let square: f64 = reported.iter().map(|norm| norm * norm).sum();
             assert!((square - record.grad_norm.powi(2)).abs() <= 1e-14 * square, "{square}");
         }
         assert_eq!(finished.losses().len(), 5);

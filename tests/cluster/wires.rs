@@ -20,7 +20,7 @@ fn assert_same_bits(layout: Layout, wires: &[Transport]) {
     for &wire in wires {
         let finished = lab.run(Setup { wire: Some(wire), ..lab.setup(layout, &changes) });
         assert!(bits(&finished) == expected, "{layout:?} over {wire:?} differs");
-        assert!(finished.ledger.is_empty(), "frames went by the network in this process");
+        assert!(finished.frame_log.is_empty(), "frames went by the network in this process");
     }
 }
 

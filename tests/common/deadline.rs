@@ -9,7 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 /// Far beyond what any of them takes, on a machine that builds something else meanwhile.
 pub const DEADLINE: Duration = Duration::from_secs(300);
 
-/// Starts a child. One that is still there at the deadline is aborted: who reads from it or waits for it goes on, and finds
+/// Starts a child. One that is still there at the deadline is aborted: its readers and waiters continue, and find
 /// an end by a signal that no test asks for.
 pub fn spawn(command: &mut Command) -> Child {
     let child = command.spawn().unwrap();

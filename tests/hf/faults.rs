@@ -17,44 +17,44 @@ fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     std::fs::write(path, bytes).unwrap();
 }
 
-fn assert_told(told: &str, words: &[&str]) {
-    assert!(words.iter().all(|word| told.contains(word)), "expected {words:?} in {told}");
+fn assert_contains(stderr: &str, words: &[&str]) {
+    assert!(words.iter().all(|word| stderr.contains(word)), "expected {words:?} in {stderr}");
 }
 
 #[test]
-fn a_flipped_bit_a_cut_and_a_missing_file_are_told_together_by_name() {
+fn flipped_truncated_and_missing_files_are_reported_together_by_name() {
     let place = Place::new();
     exported(&place);
     let shard = |number: usize| place.path(&format!("hf/model-{number:05}-of-00005.safetensors"));
     damage(&shard(1), |bytes| *bytes.last_mut().unwrap() ^= 1);
     damage(&shard(2), |bytes| bytes.truncate(bytes.len() - 1));
     std::fs::remove_file(shard(3)).unwrap();
-    let told = place.refused(&["import", "hf"]);
-    assert_told(&told, &["model-00001-of-00005.safetensors: expected blake3 ", ": damaged"]);
-    assert_told(&told, &["model-00002-of-00005.safetensors: expected ", " bytes, got ", ": truncated"]);
-    assert_told(&told, &["model-00003-of-00005.safetensors: No such file"]);
-    assert!(!told.contains("model-00004") && !told.contains("expected a tensor"), "{told}");
+    let stderr = place.refused(&["import", "hf"]);
+    assert_contains(&stderr, &["model-00001-of-00005.safetensors: expected blake3 ", ": damaged"]);
+    assert_contains(&stderr, &["model-00002-of-00005.safetensors: expected ", " bytes, got ", ": truncated"]);
+    assert_contains(&stderr, &["model-00003-of-00005.safetensors: No such file"]);
+    assert!(!stderr.contains("model-00004") && !stderr.contains("expected a tensor"), "{stderr}");
 }
 
 #[test]
-fn without_checksums_a_cut_a_missing_file_and_a_broken_index_are_told() {
+fn without_checksums_truncated_and_missing_files_and_a_broken_index_are_reported() {
     let place = Place::new();
     exported(&place);
     std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
     let shard = |number: usize| place.path(&format!("hf/model-{number:05}-of-00005.safetensors"));
     damage(&shard(2), |bytes| bytes.truncate(bytes.len() - 1));
     std::fs::remove_file(shard(3)).unwrap();
-    let told = place.refused(&["import", "hf"]);
-    assert_told(
-        &told,
+    let stderr = place.refused(&["import", "hf"]);
+    assert_contains(
+        &stderr,
         &["2 faults", "model-00002-of-00005.safetensors: ", ": truncated", "model-00003-of-00005"],
     );
     for command in [["eval", "hf", "--data", "text.txt"].as_slice(), &["generate", "hf"]] {
-        assert_told(&place.refused(command), &["model-00002-of-00005.safetensors", "truncated"]);
+        assert_contains(&place.refused(command), &["model-00002-of-00005.safetensors", "truncated"]);
     }
     std::fs::write(place.path("hf/model.safetensors.index.json"), r#"{"weight_map": {"a": "../../b"}}"#)
         .unwrap();
-    assert_told(
+    assert_contains(
         &place.refused(&["import", "hf"]),
         &["index.json: a: expected the name of a file", "../../b"],
     );
@@ -67,11 +67,14 @@ fn a_newer_form_of_the_checksums_is_refused() {
     let newer = std::fs::read_to_string(place.path("hf/contraflow.json")).unwrap();
     let newer = newer.replace("\"format_version\": 1", "\"format_version\": 2");
     std::fs::write(place.path("hf/contraflow.json"), newer).unwrap();
-    assert_told(&place.refused(&["import", "hf"]), &["contraflow.json: format_version: expected 1, got 2"]);
+    assert_contains(
+        &place.refused(&["import", "hf"]),
+        &["contraflow.json: format_version: expected 1, got 2"],
+    );
 }
 
 #[test]
-fn tensors_of_another_model_are_told_all_at_once() {
+fn tensors_of_another_model_are_reported_all_at_once() {
     let place = Place::new();
     place.done(&["export", fixtures()[2].to_str().unwrap(), "--to", "hf"]);
     std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
@@ -81,21 +84,24 @@ fn tensors_of_another_model_are_told_all_at_once() {
     config["num_hidden_layers"] = 3.into();
     config["kv_lora_rank"] = 20.into();
     std::fs::write(place.path("hf/config.json"), config.to_string()).unwrap();
-    let told = place.refused(&["import", "hf"]);
+    let stderr = place.refused(&["import", "hf"]);
     let more = format!("model.layers.1.mlp.experts.{experts}.up_proj.weight: expected a tensor of shape");
-    assert_told(&told, &[" faults\n", &more, "self_attn.kv_a_layernorm.weight: expected shape [20], got"]);
+    assert_contains(
+        &stderr,
+        &[" faults\n", &more, "self_attn.kv_a_layernorm.weight: expected shape [20], got"],
+    );
     // The block of multi-token prediction has the number of a layer now.
-    assert_told(
-        &told,
+    assert_contains(
+        &stderr,
         &["model.layers.2.eh_proj.weight: expected no such tensor", "model.layers.3.*: expected"],
     );
     config["model_type"] = "llama".into();
     std::fs::write(place.path("hf/config.json"), config.to_string()).unwrap();
-    assert_told(
+    assert_contains(
         &place.refused(&["import", "hf"]),
         &["config.json: model_type: expected \"deepseek_v3\", got \"llama\""],
     );
-    assert_told(&place.refused(&["train", "--init", "hf"]), &["model_type"]);
+    assert_contains(&place.refused(&["train", "--init", "hf"]), &["model_type"]);
 }
 
 #[test]
@@ -110,7 +116,7 @@ fn numbers_that_are_none_are_found() {
     });
     let output = place.run(&["import", "hf"]);
     assert_eq!(output.status.code(), Some(2));
-    assert_told(&text(&output.stderr), &["lm_head.weight: expected finite values, got NaN at"]);
+    assert_contains(&text(&output.stderr), &["lm_head.weight: expected finite values, got NaN at"]);
     assert_eq!(place.path("runs").read_dir().unwrap().count(), 0);
 }
 
@@ -131,8 +137,8 @@ fn a_copy_that_is_none_is_found() {
     });
     let file = place.path("hf/model.safetensors");
     safetensors::serialize_to_file(changed, None, &file).unwrap();
-    let told = text(place.run(&["import", "hf"]).stderr);
-    assert_told(&told, &[copy, "expected a copy of model.embed_tokens.weight, got other values"]);
+    let stderr = text(place.run(&["import", "hf"]).stderr);
+    assert_contains(&stderr, &[copy, "expected a copy of model.embed_tokens.weight, got other values"]);
     // Without the copies the same is a whole model.
     let without = tensors
         .tensors()
@@ -147,12 +153,12 @@ fn a_copy_that_is_none_is_found() {
 fn a_folder_that_cannot_be_read_and_one_that_is_none() {
     let place = Place::new();
     std::os::unix::fs::symlink("loop", place.path("loop")).unwrap();
-    assert_told(&place.refused(&["import", "nowhere"]), &["nowhere/config.json: No such file"]);
-    assert_told(&place.refused(&["import", "text.txt"]), &["text.txt/config.json: Not a directory"]);
-    assert_told(&place.refused(&["import", "loop"]), &["loop/config.json: Too many levels"]);
-    assert_told(&place.refused(&["import", ".", "--name", "../up"]), &["--name", "../up"]);
+    assert_contains(&place.refused(&["import", "nowhere"]), &["nowhere/config.json: No such file"]);
+    assert_contains(&place.refused(&["import", "text.txt"]), &["text.txt/config.json: Not a directory"]);
+    assert_contains(&place.refused(&["import", "loop"]), &["loop/config.json: Too many levels"]);
+    assert_contains(&place.refused(&["import", ".", "--name", "../up"]), &["--name", "../up"]);
     for command in [["export", "nowhere", "--to", "x"].as_slice(), &["train", "--init", "nowhere"]] {
-        assert_told(&place.refused(command), &["nowhere: expected a run or a folder with config.json"]);
+        assert_contains(&place.refused(command), &["nowhere: expected a run or a folder with config.json"]);
     }
 }
 
@@ -162,17 +168,17 @@ fn a_target_that_holds_something_is_left_alone() {
     exported(&place);
     let fixture = &fixtures()[0];
     let again = place.refused(&["export", fixture.to_str().unwrap(), "--to", "hf"]);
-    assert_told(&again, &["--to: hf: expected a new or an empty folder"]);
+    assert_contains(&again, &["--to: hf: expected a new or an empty folder"]);
     std::fs::create_dir(place.path("empty")).unwrap();
     place.done(&["export", "hf", "--to", "empty"]);
     let into = |to: &str| place.refused(&["export", "nothing", "--to", to]);
-    assert_told(
+    assert_contains(
         &into("text.txt"),
         &["2 faults", "--to: text.txt: Not a directory", "nothing: expected a run"],
     );
-    assert_told(&into("no/where"), &["--to: no/where: expected a folder no to make it in"]);
+    assert_contains(&into("no/where"), &["--to: no/where: expected a folder no to make it in"]);
     std::fs::create_dir(place.path("x.part")).unwrap();
-    assert_told(&into("x"), &["--to: x: expected no x.part"]);
+    assert_contains(&into("x"), &["--to: x: expected no x.part"]);
 }
 
 /// The system refuses to write more than some kilobytes into a file.
@@ -194,7 +200,7 @@ fn a_full_disk_leaves_nothing_and_harms_nothing() {
     for (kilobytes, args) in [(83, "export hf --to new --shard-size 90KB"), (300, "export hf --to new")] {
         let output = on_a_full_disk(&place, kilobytes, args);
         assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
-        assert_told(&text(&output.stderr), &["new.part/model", "File too large"]);
+        assert_contains(&text(&output.stderr), &["new.part/model", "File too large"]);
         assert_eq!(place.entries(), before);
     }
     let output = on_a_full_disk(&place, 300, "import hf");
@@ -208,21 +214,21 @@ fn eval_says_what_it_cannot_measure() {
     let place = Place::new();
     // No room for bytes.
     let small = fixtures()[1].to_str().unwrap().to_owned();
-    let told = place.refused(&["eval", &small, "--data", "text.txt"]);
-    assert_told(&told, &["expected a tokenizer.json", "got none, and a vocabulary of 192 tokens"]);
+    let stderr = place.refused(&["eval", &small, "--data", "text.txt"]);
+    assert_contains(&stderr, &["expected a tokenizer.json", "got none, and a vocabulary of 192 tokens"]);
     place.train();
-    assert_told(
+    assert_contains(
         &place.refused(&["eval", "--data", "missing.txt"]),
         &["--data: ", "missing.txt: no such file"],
     );
     std::fs::write(place.path("short.txt"), "short").unwrap();
-    assert_told(
+    assert_contains(
         &place.refused(&["eval", "--data", "short.txt"]),
         &["--data: expected more than 32 tokens", "got 6"],
     );
     let too_long = ["eval", "--data", "text.txt", "--sequence-length", "257"];
-    assert_told(&place.refused(&too_long), &["--sequence-length: expected 2 to 256", "got 257"]);
-    assert_told(
+    assert_contains(&place.refused(&too_long), &["--sequence-length: expected 2 to 256", "got 257"]);
+    assert_contains(
         &place.refused(&["eval", "--data", "text.txt", "--threads", "0"]),
         &["--threads: expected at least 1"],
     );

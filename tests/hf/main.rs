@@ -94,14 +94,14 @@ fn a_run_is_measured_exported_imported_and_trained_on() {
     let place = Place::new();
     place.train();
     let eval = |model: &str| -> Value {
-        let told = place.done(&["eval", model, "--data", "validation.txt", "--format", "json"]);
-        serde_json::from_str(&told).unwrap()
+        let stderr = place.done(&["eval", model, "--data", "validation.txt", "--format", "json"]);
+        serde_json::from_str(&stderr).unwrap()
     };
     let of_run = eval("runs/latest");
     // All of the run's validation sequences are the text that is measured: what the run itself said of them.
-    let said = place.json("runs/tiny/summary.json")["validation_bits_per_byte"].as_f64().unwrap();
+    let error_text = place.json("runs/tiny/summary.json")["validation_bits_per_byte"].as_f64().unwrap();
     let measured = of_run["bits_per_byte"].as_f64().unwrap();
-    assert!((measured - said).abs() < 1e-6, "{measured} {said}");
+    assert!((measured - error_text).abs() < 1e-6, "{measured} {error_text}");
     let loss = of_run["loss"].as_f64().unwrap();
     assert!((loss.exp() - of_run["perplexity"].as_f64().unwrap()).abs() < 1e-9);
     assert!(of_run["max_vio"]["1"].as_f64().unwrap() > 0.0, "{of_run}");
@@ -110,7 +110,7 @@ fn a_run_is_measured_exported_imported_and_trained_on() {
     place.done(&["import", "hf", "--name", "back"]);
     assert_eq!(std::fs::read_link(place.path("runs/latest")).unwrap(), Path::new("back"));
     for same in ["hf", "back", "runs/back"] {
-        let told = place.done(&[
+        let stderr = place.done(&[
             "eval",
             same,
             "--data",
@@ -120,7 +120,7 @@ fn a_run_is_measured_exported_imported_and_trained_on() {
             "--sequence-length",
             "32",
         ]);
-        let again: Value = serde_json::from_str(&told).unwrap();
+        let again: Value = serde_json::from_str(&stderr).unwrap();
         assert_eq!(again["loss"].as_f64().unwrap().to_bits(), loss.to_bits(), "{same}");
         assert_eq!(again["max_vio"], of_run["max_vio"]);
     }

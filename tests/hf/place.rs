@@ -80,7 +80,7 @@ impl Place {
         text(&output.stdout)
     }
 
-    /// What a command says that the user has to mend; it leaves no new entry in the folder.
+    /// The message of a command that the user has to fix; it leaves no new entry in the folder.
     pub fn refused(&self, args: &[&str]) -> String {
         let before = self.entries();
         let output = self.run(args);

@@ -45,8 +45,8 @@ fn assert_loss(place: &Place, model: &str, data: &str, expected: f64) {
     assert!((loss - expected).abs() < 1e-5, "{model}: {loss} {expected}");
 }
 
-fn assert_told(told: &str, words: &[&str]) {
-    assert!(words.iter().all(|word| told.contains(word)), "expected {words:?} in {told}");
+fn assert_contains(stderr: &str, words: &[&str]) {
+    assert!(words.iter().all(|word| stderr.contains(word)), "expected {words:?} in {stderr}");
 }
 
 /// Loss of `bytes` on text.txt and of `words` on text.jsonl, in sequences of 32, by transformers in f32. The ends of
@@ -96,9 +96,9 @@ fn a_spelling_that_contradicts_itself_is_refused_with_every_key() {
     });
     model(&place, "hf", "bytes", keys);
     for command in [&["eval", "hf", "--data", "text.txt"][..], &["generate", "hf"], &["import", "hf"]] {
-        let told = place.refused(command);
-        assert_told(
-            &told,
+        let stderr = place.refused(command);
+        assert_contains(
+            &stderr,
             &["rope_scaling.finetuned: expected no key but", "rope_parameters.rope_theta: expected 700"],
         );
     }
@@ -134,9 +134,9 @@ fn rotary_buffers_among_the_weights_are_passed_over() {
     with_buffers(&file, &BUFFERS, &[&file]);
     let output = place.run(&["import", "moon"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_told(
+    assert_contains(
         &text(&output.stderr),
-        &["note: model.layers.0.self_attn.rotary_emb.inv_freq and 3 more: passed over"],
+        &["note: model.layers.0.self_attn.rotary_emb.inv_freq and 3 more: skipped"],
     );
     for name in ["moon", "runs/moon"] {
         assert_loss(&place, name, "text.txt", LOSS_OF_BYTES);
@@ -146,9 +146,9 @@ fn rotary_buffers_among_the_weights_are_passed_over() {
     assert!(exported.keys().all(|name| !name.contains("rotary_emb")) && exported.len() > 10);
     // What looks like one is none.
     with_buffers(&file, &[("model.layers.0.self_attn.rotary_emb.weight", Dtype::F32)], &[&file]);
-    let told = place.refused(&["import", "moon", "--name", "other"]);
-    assert_told(&told, &["self_attn.rotary_emb.weight: expected no such tensor"]);
-    assert!(!told.contains("inv_freq"), "{told}");
+    let stderr = place.refused(&["import", "moon", "--name", "other"]);
+    assert_contains(&stderr, &["self_attn.rotary_emb.weight: expected no such tensor"]);
+    assert!(!stderr.contains("inv_freq"), "{stderr}");
 }
 
 #[test]
@@ -180,9 +180,9 @@ fn an_index_may_list_rotary_buffers() {
     }
     map.insert("model.layers.0.self_attn.rotary_emb.weight".into(), json!(names[0]));
     write(&place, "moon/model.safetensors.index.json", &json!({"weight_map": map}));
-    let told = place.refused(&["import", "moon", "--name", "other"]);
-    assert_told(
-        &told,
+    let stderr = place.refused(&["import", "moon", "--name", "other"]);
+    assert_contains(
+        &stderr,
         &["expected model.layers.0.self_attn.rotary_emb.weight, as model.safetensors.index.json says"],
     );
 }
@@ -198,7 +198,7 @@ fn text_is_not_fed_as_bytes_to_a_model_of_other_tokens() {
     let refused = |model: &str, words: &[&str]| {
         for command in text_commands(model) {
             let command: Vec<&str> = command.iter().map(String::as_str).collect();
-            assert_told(&place.refused(&command), &[&["expected a tokenizer.json"], words].concat());
+            assert_contains(&place.refused(&command), &[&["expected a tokenizer.json"], words].concat());
         }
     };
     for (kind, file) in [
@@ -218,16 +218,16 @@ fn text_is_not_fed_as_bytes_to_a_model_of_other_tokens() {
     // The run that is made of one is no model of bytes either, and its export has the file.
     let output = place.run(&["import", "bytes-tiktoken.model", "--name", "moon"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
-    assert_told(
+    assert_contains(
         &text(&output.stderr),
         &["note: bytes-tiktoken.model has tiktoken.model and no tokenizer.json"],
     );
     refused("moon", &["runs/moon/model", "got tiktoken.model"]);
     place.done(&["export", "moon", "--to", "out"]);
     assert!(place.path("out/tiktoken.model").is_file());
-    let told = place.refused(&["train", "--init", "moon", "--data", "text.txt", "--set", "mtp.weight=0"]);
-    assert_told(
-        &told,
+    let stderr = place.refused(&["train", "--init", "moon", "--data", "text.txt", "--set", "mtp.weight=0"]);
+    assert_contains(
+        &stderr,
         &["tokenizer.path: expected the tokenizer.json of ", "runs/moon/model, which has tiktoken.model"],
     );
 
@@ -238,7 +238,7 @@ fn text_is_not_fed_as_bytes_to_a_model_of_other_tokens() {
     place.done(&["generate", "bytes", "--tokens", "2"]);
 }
 
-/// A directory of word pieces, in which the token that ends a document is told by these files.
+/// A directory of word pieces, in which these files name the token that ends a document.
 fn words(place: &Place, dir: &str, keys: Value, files: &[(&str, Value)]) {
     model(place, dir, "words", keys);
     std::fs::copy(fixture("wordpiece.json"), place.path(dir).join("tokenizer.json")).unwrap();
@@ -275,9 +275,9 @@ fn a_directory_says_which_token_ends_a_document() {
     }
     words(&place, "nothing", none.clone(), &[]);
     let args = ["eval", "nothing", "--data", "text.txt"];
-    let told = place.refused(&args);
-    assert_told(&told, &["nothing/tokenizer.json: expected a token for the end of a document"]);
-    assert_told(&told, &["\"eos_token\" in nothing/tokenizer_config.json names it"]);
+    let stderr = place.refused(&args);
+    assert_contains(&stderr, &["nothing/tokenizer.json: expected a token for the end of a document"]);
+    assert_contains(&stderr, &["\"eos_token\" in nothing/tokenizer_config.json names it"]);
     // Which is true.
     write(&place, "nothing/tokenizer_config.json", &json!({"eos_token": "[SEP]"}));
     place.done(&args);
@@ -287,7 +287,7 @@ fn a_directory_says_which_token_ends_a_document() {
         ("generation_config.json", json!("no object")),
     ] {
         words(&place, "wrong", none.clone(), &[(file, wrong)]);
-        assert_told(&place.refused(&["eval", "wrong", "--data", "text.txt"]), &["wrong/", file]);
+        assert_contains(&place.refused(&["eval", "wrong", "--data", "text.txt"]), &["wrong/", file]);
         std::fs::remove_file(place.path("wrong").join(file)).unwrap();
     }
 }
@@ -313,11 +313,11 @@ fn a_run_takes_its_end_of_a_document_along() {
     let data = data.to_str().unwrap();
     let tokenizer = fixture("wordpiece.json");
     let path = format!("tokenizer.path={}", tokenizer.display());
-    // The configuration ends a text with another token: the run was not told that.
+    // The configuration ends a text with another token, which the run does not know.
     model(&place, "model", "words", json!({"eos_token_id": 0}));
     std::fs::write(place.path("recipe.toml"), RECIPE).unwrap();
     let train = ["train", "recipe.toml", "--data", data, "--set", &path];
-    assert_told(&place.refused(&train), &["tokenizer.path: ", "; tokenizer.end_of_document names it"]);
+    assert_contains(&place.refused(&train), &["tokenizer.path: ", "; tokenizer.end_of_document names it"]);
     let train = [&train[..], &["--set", "tokenizer.end_of_document=\"[SEP]\"", "--name"]].concat();
     place.done(&[&train[..], &["wp"]].concat());
     let loss = |model: &str| measured(&place, model, "text.jsonl")["loss"].as_f64().unwrap();
@@ -332,7 +332,7 @@ fn a_run_takes_its_end_of_a_document_along() {
         assert_eq!(place.json(&format!("{model}/config.json"))["eos_token_id"], json!([3, 0]), "{model}");
         assert_eq!(place.json(&format!("{model}/tokenizer_config.json"))["eos_token"], "[SEP]", "{model}");
     }
-    // A run without these files is told by its recipe.
+    // Without these files the recipe says so.
     let recipe_alone = place.path("runs/wp/model");
     std::fs::remove_file(recipe_alone.join("tokenizer_config.json")).unwrap();
     let mut config = place.json("runs/wp/model/config.json");
@@ -379,6 +379,6 @@ fn a_prompt_that_is_no_token_is_refused() {
     words(&place, "words", json!({}), &[]);
     let output = place.run(&["generate", "words", "--prompt", "   ", "--tokens", "4"]);
     assert_eq!(output.status.code(), Some(2));
-    assert_told(&text(&output.stderr), &["--prompt: expected text of at least one token"]);
+    assert_contains(&text(&output.stderr), &["--prompt: expected text of at least one token"]);
     assert_eq!(text(&output.stdout), "");
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::deadline;
 use crate::place::{MODEL, Place, TRAINING, fixtures, text};
 
-/// A Python with torch and transformers: `$CONTRAFLOW_PYTHON`, or the one on the path. `None` is said aloud.
+/// A Python with torch and transformers: `$CONTRAFLOW_PYTHON`, or the one on the path. `None` is printed.
 fn python() -> Option<PathBuf> {
     let named = std::env::var_os("CONTRAFLOW_PYTHON").map(PathBuf::from);
     let python = named.clone().unwrap_or_else(|| "python3".into());

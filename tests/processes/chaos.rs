@@ -49,12 +49,12 @@ fn killed_workers_do_not_show_in_the_loss_curve() {
 }
 
 #[test]
-fn an_orchestrator_that_is_killed_and_started_again_loses_no_step() {
+fn an_orchestrator_killed_and_restarted_loses_no_step() {
     let mut cluster = Cluster::start(4);
     let job = cluster.submit(&[ENDLESS], &["--key", "once"]);
     cluster.until_step(&job, 10);
     cluster.orchestrator.kill();
-    // The ranks go on meanwhile: a checkpoint waits in its unfinished folder for whoever commits it.
+    // The ranks continue meanwhile: a checkpoint waits in its unfinished folder until it is committed.
     let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
     until("ranks that go on alone", || {
         let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
@@ -64,14 +64,14 @@ fn an_orchestrator_that_is_killed_and_started_again_loses_no_step() {
     // The same key is the same job, after the restart too.
     assert_eq!(cluster.submit(&[ENDLESS], &["--key", "once"]), job);
     let steps = cluster.ten_more_steps(&job);
-    assert!(steps.iter().all(|step| step["generation"] == 1), "it was adopted, not formed anew");
+    assert!(steps.iter().all(|step| step["generation"] == 1), "it was adopted, not re-formed");
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&[ENDLESS], steps.len())));
 }
 
 /// Rank 2 keeps the state of rank 0, and rank 0 that of rank 2: half a turn around the nodes.
 const BUDDY: usize = 2;
 
-/// Steps after which formations went on from memory, as the job's log tells.
+/// Steps after which formations resumed from memory, according to the job's log.
 fn from_memory(cluster: &Cluster, job: &str) -> Vec<u64> {
     let (_, log, _) = cluster.run(&["logs", job]);
     let after = log.lines().filter_map(|line| line.split("from memory after step ").nth(1));
@@ -79,35 +79,38 @@ fn from_memory(cluster: &Cluster, job: &str) -> Vec<u64> {
 }
 
 #[test]
-fn a_lost_rank_goes_on_from_its_buddys_memory() {
+fn a_lost_rank_resumes_from_its_buddys_replica() {
     let mut cluster = Cluster::start(5);
-    // Nothing on the disk to go on from.
+    // Nothing on disk to resume from.
     let rare = ["checkpoint.every=1000000", ENDLESS];
     let job = cluster.submit(&rare, &[]);
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     for (rank, step) in [(0, 8), (3, 25), (0, 42)] {
         cluster.until_step(&job, step);
         let victim = cluster.host_of(&job, rank);
-        told.push(cluster.status(&job).unwrap()["step"].as_u64().unwrap());
+        reported.push(cluster.status(&job).unwrap()["step"].as_u64().unwrap());
         cluster.workers[victim].as_mut().unwrap().kill();
-        until("another generation", || (cluster.status(&job)?["losses"] == told.len()).then_some(()));
+        until("another generation", || (cluster.status(&job)?["losses"] == reported.len()).then_some(()));
         cluster.workers[victim] = Some(cluster.worker(victim));
         until("a full house", || (cluster.nodes().len() == 5).then_some(()));
     }
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&rare, steps.len())));
     let resumed = from_memory(&cluster, &job);
-    assert_eq!(resumed.len(), told.len());
+    assert_eq!(resumed.len(), reported.len());
     // What every rank has reported is lost only if no buddy had it yet: at most the last such step.
-    assert!(resumed.iter().zip(&told).all(|(resumed, told)| resumed + 1 >= *told), "{resumed:?} {told:?}");
+    assert!(
+        resumed.iter().zip(&reported).all(|(resumed, reported)| resumed + 1 >= *reported),
+        "{resumed:?} {reported:?}"
+    );
 }
 
 #[test]
-fn a_rank_and_its_buddy_lost_cost_the_steps_since_the_checkpoint_and_that_is_said() {
+fn losing_a_rank_and_its_buddy_costs_the_steps_since_the_checkpoint_and_is_logged() {
     let mut cluster = Cluster::start(5);
     let changes = ["checkpoint.every=10", ENDLESS];
     let job = cluster.submit(&changes, &[]);
-    // Commits come one after the other: the orchestrator has heard of the one before.
+    // Commits come one after the other: the orchestrator knows of the previous one.
     let folder = cluster.path().join(format!("storage/jobs/{job}"));
     until("a second checkpoint", || (committed(&folder).last() >= Some(&20)).then_some(()));
     let victims = [0, BUDDY].map(|rank| cluster.host_of(&job, rank));
@@ -117,11 +120,11 @@ fn a_rank_and_its_buddy_lost_cost_the_steps_since_the_checkpoint_and_that_is_sai
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&changes, steps.len())));
     assert!(from_memory(&cluster, &job).is_empty());
     let (_, log, _) = cluster.run(&["logs", &job]);
-    let said =
-        log.lines().find(|line| line.contains("in memory any more")).unwrap_or_else(|| panic!("{log}"));
+    let error_text =
+        log.lines().find(|line| line.contains("in memory: its buddy")).unwrap_or_else(|| panic!("{log}"));
     assert!(
-        said.contains("go on from the checkpoint of step") && said.contains("the state of rank"),
-        "{said}"
+        error_text.contains("resume from the checkpoint of step") && error_text.contains("the state of rank"),
+        "{error_text}"
     );
 }
 
@@ -133,7 +136,7 @@ fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
     cluster.until_step(&job, 10);
     let victim = cluster.host_of(&job, 1);
     cluster.orchestrator.kill();
-    // Nobody hears what the ranks report from here on.
+    // Reports of the ranks are lost from here on.
     let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
     until("ranks that go on alone", || {
         let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
@@ -150,14 +153,14 @@ fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
 }
 
 #[test]
-fn a_worker_that_is_told_to_end_has_its_ranks_moved_and_is_no_loss() {
+fn a_terminating_worker_has_its_ranks_moved_and_is_no_loss() {
     let mut cluster = Cluster::start(5);
     let job = cluster.submit(&[ENDLESS], &[]);
     cluster.until_step(&job, 6);
     let leaver = cluster.host_of(&job, 2);
     let leaver = cluster.workers[leaver].as_mut().unwrap();
     leaver.signal(rustix::process::Signal::TERM);
-    assert_eq!(leaver.wait(), Some(0), "{}", leaver.told());
+    assert_eq!(leaver.wait(), Some(0), "{}", leaver.stderr());
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&[ENDLESS], steps.len())));
     assert_eq!(steps.last().unwrap()["generation"], 2);
@@ -166,18 +169,20 @@ fn a_worker_that_is_told_to_end_has_its_ranks_moved_and_is_no_loss() {
 }
 
 #[test]
-fn a_worker_that_is_told_twice_does_not_wait_for_an_orchestrator_that_does_not_answer() {
+fn a_second_signal_ends_a_worker_whose_orchestrator_does_not_answer() {
     let mut cluster = Cluster::start(4);
     let job = cluster.submit(&[ENDLESS], &[]);
     cluster.until_step(&job, 2);
     cluster.orchestrator.signal(rustix::process::Signal::STOP);
     let leaver = cluster.workers[0].as_mut().unwrap();
     leaver.signal(rustix::process::Signal::TERM);
-    until("a word on what it waits for", || leaver.told().contains("leaving: waits up to 25s").then_some(()));
-    let told = Instant::now();
+    until("a word on what it waits for", || {
+        leaver.stderr().contains("leaving: waiting up to 25s").then_some(())
+    });
+    let reported = Instant::now();
     leaver.signal(rustix::process::Signal::TERM);
-    assert_eq!(leaver.wait(), Some(0), "{}", leaver.told());
-    assert!(told.elapsed() < Duration::from_secs(20), "{:?}", told.elapsed());
+    assert_eq!(leaver.wait(), Some(0), "{}", leaver.stderr());
+    assert!(reported.elapsed() < Duration::from_secs(20), "{:?}", reported.elapsed());
 }
 
 /// Ranks that a line of a log is of: "rank 2" or "x3 ranks".
@@ -187,7 +192,7 @@ fn num_ranks(line: &str) -> usize {
 }
 
 #[test]
-fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
+fn a_frozen_worker_is_reported_and_its_late_messages_are_dropped() {
     let cluster = Cluster::start(5);
     let job = cluster.submit(&[ENDLESS], &[]);
     cluster.until_step(&job, 6);
@@ -198,7 +203,7 @@ fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
     let (_, log, _) = cluster.run(&["logs", &job]);
     assert!(log.contains("rank 2 lost") && log.contains(&format!("node n{victim} is silent")), "{log}");
     // Folded or not: a rank that was late by more than the lines wait for each other has one of its own.
-    let ready = log.lines().filter(|line| line.contains("has its model and waits for the others"));
+    let ready = log.lines().filter(|line| line.contains("model built, waiting for other ranks"));
     assert!(ready.map(num_ranks).sum::<usize>() >= 4, "{log}");
     let (_, of_rank, _) = cluster.run(&["logs", &job, "--rank", "1"]);
     assert!(of_rank.contains("the checkpoint of step 4") && !of_rank.contains("rank 2 lost"), "{of_rank}");
@@ -210,7 +215,7 @@ fn a_frozen_worker_is_named_and_what_it_says_later_is_dropped() {
 }
 
 #[test]
-fn a_rank_that_hangs_while_its_process_lives_is_found_and_goes_on_elsewhere() {
+fn a_stalled_rank_in_a_live_process_is_found_and_moved() {
     let mut cluster = Cluster::start(3);
     // Some steps, and then its compute lane is held for ever.
     let hangs = [("FAILPOINTS", "compute.operation=400*off->pause".to_owned())];
@@ -222,14 +227,14 @@ fn a_rank_that_hangs_while_its_process_lives_is_found_and_goes_on_elsewhere() {
     let rank = (0..4).find(|&rank| cluster.host_of(&job, rank) == 3).unwrap();
     let waits = until("a word on what it waits for", || {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
-        waits.contains("does not get on").then_some(waits)
+        waits.contains("has made no progress").then_some(waits)
     });
     assert!(waits.starts_with(&format!("rank {rank} ")), "{waits}");
-    // As whoever looks after processes would have it.
+    // As a process supervisor would do it.
     cluster.workers.push(Some(cluster.worker(4)));
     let hung = cluster.workers[3].as_mut().unwrap();
-    assert_eq!(hung.wait(), Some(2), "{}", hung.told());
-    assert!(hung.told().contains("start it again"), "{}", hung.told());
+    assert_eq!(hung.wait(), Some(2), "{}", hung.stderr());
+    assert!(hung.stderr().contains("start it again"), "{}", hung.stderr());
     let curve_of_hung = curve(&cluster.finish(&job));
     let whole = cluster.submit(&["checkpoint.every=1000"], &[]);
     assert_eq!(curve_of_hung, curve(&cluster.finish(&whole)));
@@ -240,15 +245,15 @@ fn a_rank_that_hangs_while_its_process_lives_is_found_and_goes_on_elsewhere() {
 const COMPARED: usize = 60;
 
 #[test]
-fn without_a_spare_the_job_goes_on_with_fewer_ranks() {
+fn without_a_spare_the_job_continues_with_fewer_ranks() {
     let mut cluster = Cluster::start(4);
-    // Nothing on the disk to go on from but what is written down from memory.
+    // Nothing on disk to resume from but what is written from memory.
     let axes = ["parallel.pipeline=2", "parallel.expert=1", "parallel.data=2"];
     let changes = [&axes[..], &["checkpoint.every=1000000", ENDLESS]].concat();
     let whole = cluster.undisturbed(&changes, COMPARED);
     let job = cluster.submit(&changes, &["--min-ranks", "2"]);
     cluster.until_step(&job, 6);
-    let told = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
+    let reported = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
     cluster.workers[3].as_mut().unwrap().kill();
     let waits = until("a word on what it waits for", || {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
@@ -264,9 +269,9 @@ fn without_a_spare_the_job_goes_on_with_fewer_ranks() {
     }
     assert_eq!(steps.last().unwrap()["generation"], 2);
     let (_, log, _) = cluster.run(&["logs", &job]);
-    let resumed = log.lines().find_map(|line| line.split("go on from the checkpoint of step ").nth(1));
+    let resumed = log.lines().find_map(|line| line.split("resume from the checkpoint of step ").nth(1));
     let resumed: u64 = resumed.unwrap_or_else(|| panic!("{log}")).parse().unwrap();
-    assert!(resumed + 1 >= told, "{resumed} {told}");
+    assert!(resumed + 1 >= reported, "{resumed} {reported}");
 }
 
 #[test]
@@ -284,7 +289,7 @@ fn two_jobs_run_side_by_side_and_a_third_waits() {
 }
 
 #[test]
-fn a_job_gives_way_to_one_of_higher_priority_and_goes_on_as_if_it_had_not() {
+fn a_preempted_job_resumes_with_the_same_bits() {
     let cluster = Cluster::start(4);
     let low = cluster.submit(&[ENDLESS], &[]);
     cluster.until_step(&low, 6);

@@ -57,7 +57,7 @@ impl Process {
         until("the end of a process", ended).code()
     }
 
-    pub fn told(&self) -> String {
+    pub fn stderr(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }
@@ -82,7 +82,7 @@ pub fn until<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// What somebody shows the orchestrator.
+/// The credentials of a client.
 #[derive(Clone, Debug)]
 pub struct Who {
     /// Folder of the certificate.
@@ -91,7 +91,7 @@ pub struct Who {
 }
 
 impl Who {
-    /// Somebody new.
+    /// A new client.
     pub fn issue(dir: &Path, certs: &str, name: &str, role: &str) -> Who {
         let arguments = ["certs", "issue", "--dir", certs, "--name", name, "--role", role];
         let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
@@ -224,7 +224,7 @@ impl Cluster {
         Self::end_of(self.command(arguments))
     }
 
-    /// The same for somebody who shows what the arguments say and nothing else.
+    /// The same for a client with only the given credentials.
     pub fn run_as_nobody(&self, arguments: &[&str]) -> (i32, String, String) {
         let mut command = self.command(arguments);
         command.env_remove("CONTRAFLOW_TLS").env_remove("CONTRAFLOW_TOKEN");
@@ -337,8 +337,8 @@ pub fn curve(steps: &[Value]) -> Vec<(u64, u64, u64)> {
 }
 
 fn address_of(orchestrator: &Process) -> Option<String> {
-    let told = orchestrator.told();
-    let rest = told.split("orchestrator at ").nth(1)?;
+    let stderr = orchestrator.stderr();
+    let rest = stderr.split("orchestrator at ").nth(1)?;
     // It may be written only in part by now.
     Some(rest.split_once(',')?.0.to_owned())
 }

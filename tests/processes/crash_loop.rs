@@ -17,7 +17,7 @@ fn a_job_that_ends_its_workers_before_its_first_step_ends_itself() {
     let status = until("its end", || cluster.status(&job).filter(|status| status["state"] == "failed"));
     let outcome = status["outcome"].as_str().unwrap();
     assert!(
-        outcome.starts_with("formed 6 times in a row without making a step: generation 1: rank 0 lost"),
+        outcome.starts_with("formed 6 times in a row without completing a step: generation 1: rank 0 lost"),
         "{outcome}"
     );
     // Each on another node than those before.
@@ -36,8 +36,9 @@ fn a_rank_that_fits_into_no_worker_is_not_placed_and_status_says_why() {
     }
     until("all workers", || (cluster.nodes().len() == 2).then_some(()));
     assert!(cluster.nodes().iter().all(|node| node["memory_bytes"] == 2_200_000_u64 * 1024));
-    let (code, out, told) = cluster.run(&["submit", "base", "--set", "training.steps=2", "--format", "json"]);
-    assert_eq!(code, 0, "{told}");
+    let (code, out, stderr) =
+        cluster.run(&["submit", "base", "--set", "training.steps=2", "--format", "json"]);
+    assert_eq!(code, 0, "{stderr}");
     let job = serde_json::from_str::<serde_json::Value>(&out).unwrap()["job"].as_str().unwrap().to_owned();
     let waits = until("a word on what it waits for", || {
         let status = cluster.status(&job)?;

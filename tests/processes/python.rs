@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::cluster::{Cluster, JOB};
 use crate::deadline;
 
-/// A Python with grpcio and grpcio-tools: `$CONTRAFLOW_GRPC_PYTHON`, or the one on the path. `None` is said aloud.
+/// A Python with grpcio and grpcio-tools: `$CONTRAFLOW_GRPC_PYTHON`, or the one on the path. `None` is printed.
 fn python() -> Option<String> {
     let named = std::env::var("CONTRAFLOW_GRPC_PYTHON").ok();
     let python = named.clone().unwrap_or_else(|| "python3".into());
@@ -20,15 +20,15 @@ fn python() -> Option<String> {
 }
 
 #[test]
-fn a_client_made_from_the_protocol_files_submits_and_follows_a_job() {
+fn a_client_generated_from_the_proto_files_submits_and_follows_a_job() {
     let Some(python) = python() else { return };
     let cluster = Cluster::start(4);
     let mut arguments = vec!["train", "tiny", "--print-recipe", "--set", "training.steps=5"];
     let axes =
         JOB.iter().filter(|change| !change.starts_with("training.steps") && !change.starts_with("model"));
     axes.for_each(|change| arguments.extend(["--set", change]));
-    let (code, recipe, told) = cluster.run(&arguments);
-    assert_eq!(code, 0, "{told}");
+    let (code, recipe, stderr) = cluster.run(&arguments);
+    assert_eq!(code, 0, "{stderr}");
     let path = cluster.path().join("recipe.toml");
     std::fs::write(&path, recipe).unwrap();
     let proto = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto");

@@ -16,8 +16,8 @@ fn train(cluster: &Cluster, name: &str, changes: &[&str]) -> (i32, String) {
     for change in JOB.iter().chain(changes) {
         arguments.extend(["--set", change]);
     }
-    let (code, _, told) = cluster.run(&arguments);
-    (code, told)
+    let (code, _, stderr) = cluster.run(&arguments);
+    (code, stderr)
 }
 
 /// The lines of metrics.jsonl that a run in one process has left.
@@ -47,7 +47,7 @@ fn assert_same_records(in_cluster: &[Value], in_process: &[Value]) {
     }
 }
 
-/// The end of a job that does not end well, as its status tells it.
+/// The outcome of a failed job, as its status shows it.
 fn failed(cluster: &Cluster, job: &str) -> String {
     until("the end of the job", || {
         let status = cluster.status(job)?;
@@ -57,8 +57,8 @@ fn failed(cluster: &Cluster, job: &str) -> String {
 }
 
 fn log(cluster: &Cluster, job: &str) -> String {
-    let (code, log, told) = cluster.run(&["logs", job]);
-    assert_eq!(code, 0, "{told}");
+    let (code, log, stderr) = cluster.run(&["logs", job]);
+    assert_eq!(code, 0, "{stderr}");
     log
 }
 
@@ -67,8 +67,8 @@ fn one_recipe_gives_the_same_step_records_in_one_process_and_in_a_cluster() {
     let cluster = Cluster::start(4);
     // Gate biases that move further than any score: experts starve, and the second step already warns.
     let changes = ["training.steps=8", "balance.bias_speed=100", "watch.collapse_steps=1"];
-    let (code, told) = train(&cluster, "alone", &changes);
-    assert_eq!(code, 0, "{told}");
+    let (code, stderr) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{stderr}");
     let alone = metrics(&cluster, "alone");
     let job = cluster.submit(&changes, &[]);
     let steps = cluster.finish(&job);
@@ -87,8 +87,8 @@ fn one_recipe_gives_the_same_step_records_in_one_process_and_in_a_cluster() {
 fn evidence_of_a_step_that_is_not_finite_is_left_in_the_jobs_folder() {
     let cluster = Cluster::start(4);
     let changes = ["lr.peak=1e30", "lr.warmup_steps=0", "watch.on_nan=skip", "watch.max_skips=2"];
-    let (code, told) = train(&cluster, "alone", &changes);
-    assert_eq!(code, 1, "{told}");
+    let (code, stderr) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 1, "{stderr}");
     let job = cluster.submit(&changes, &[]);
     let outcome = failed(&cluster, &job);
     let read = |path: &str| -> Value {
@@ -112,17 +112,17 @@ fn evidence_of_a_step_that_is_not_finite_is_left_in_the_jobs_folder() {
 }
 
 /// What a run says of each return: the step that it goes back to, and the sequences that it leaves out.
-fn returns(told: &str) -> Vec<(u64, u64)> {
-    let told_of = |line: &str| {
-        let (_, rest) = line.split_once("; going back to step ")?;
-        let (step, rest) = rest.split_once(", past ")?;
+fn returns(stderr: &str) -> Vec<(u64, u64)> {
+    let parse_line = |line: &str| {
+        let (_, rest) = line.split_once("; rolling back to step ")?;
+        let (step, rest) = rest.split_once(", skipping ")?;
         Some((step.parse().unwrap(), rest.strip_suffix(" sequences")?.parse().unwrap()))
     };
-    told.lines().filter_map(told_of).collect()
+    stderr.lines().filter_map(parse_line).collect()
 }
 
 #[test]
-fn a_job_that_goes_back_tells_how_many_sequences_it_leaves_out_and_has_the_records_of_what_came_of_it() {
+fn a_rollback_logs_the_skipped_sequences_and_records_the_repeated_steps() {
     let cluster = Cluster::start(4);
     let changes = [
         "training.steps=40",
@@ -133,16 +133,16 @@ fn a_job_that_goes_back_tells_how_many_sequences_it_leaves_out_and_has_the_recor
         "watch.spike_factor=5",
         "watch.max_skips=100",
     ];
-    let (code, told) = train(&cluster, "alone", &changes);
-    assert_eq!(code, 0, "{told}");
-    assert!(!returns(&told).is_empty(), "no step has a spike: {told}");
+    let (code, stderr) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(!returns(&stderr).is_empty(), "no step has a spike: {stderr}");
     let job = cluster.submit(&changes, &[]);
     // Who watches meanwhile sees the steps that were made again as well: the last of a number counts.
     let live = cluster.finish(&job);
     let live: BTreeMap<u64, Value> =
         live.into_iter().map(|record| (record["step"].as_u64().unwrap(), record)).collect();
     assert_same_records(&Vec::from_iter(live.into_values()), &metrics(&cluster, "alone"));
-    assert_eq!(returns(&log(&cluster, &job)), returns(&told));
+    assert_eq!(returns(&log(&cluster, &job)), returns(&stderr));
     let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
     let steps: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_same_records(&steps, &metrics(&cluster, "alone"));
@@ -152,9 +152,10 @@ fn a_job_that_goes_back_tells_how_many_sequences_it_leaves_out_and_has_the_recor
 fn a_fallback_plan_is_noted_in_the_jobs_log() {
     let cluster = Cluster::start(4);
     let changes = ["training.steps=2", "training.global_batch_size=4", "training.micro_batch_size=1"];
-    let (code, told) = train(&cluster, "alone", &changes);
-    assert_eq!(code, 0, "{told}");
-    let note = told.lines().find_map(|line| line.strip_prefix("note: ")).unwrap_or_else(|| panic!("{told}"));
+    let (code, stderr) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{stderr}");
+    let note =
+        stderr.lines().find_map(|line| line.strip_prefix("note: ")).unwrap_or_else(|| panic!("{stderr}"));
     assert!(note.contains("the sequential plan runs instead"), "{note}");
     let job = cluster.submit(&changes, &[]);
     cluster.finish(&job);
@@ -179,8 +180,8 @@ fn workers_log_of_a_job_what_its_recipe_asks_for() {
         let (_, of_rank, _) = cluster.run(&["logs", &job, "--rank", "1"]);
         assert_eq!(of_rank.contains(" INFO "), has_info, "{level}: {of_rank}");
         assert_eq!(of_rank.contains("step done"), has_debug, "{level}: {of_rank}");
-        let told: String = cluster.workers.iter().flatten().map(|worker| worker.told()).collect();
-        let lines = told.lines().filter(|line| line.contains(&format!("job={job}")));
+        let stderr: String = cluster.workers.iter().flatten().map(|worker| worker.stderr()).collect();
+        let lines = stderr.lines().filter(|line| line.contains(&format!("job={job}")));
         let lines: Vec<&str> = lines.collect();
         assert_eq!(lines.iter().any(|line| line.contains("INFO")), has_info, "{level}: {lines:#?}");
         assert_eq!(lines.iter().any(|line| line.contains("DEBUG")), has_debug, "{level}: {lines:#?}");

@@ -1,9 +1,9 @@
-//! What is refused: in words, with the right exit code, and nothing is disturbed.
+//! What is refused: with a clear message and the right exit code, and nothing is disturbed.
 
 use crate::cluster::{Cluster, spawn};
 
 #[test]
-fn what_cannot_be_is_refused_in_words() {
+fn impossible_input_is_refused_with_a_message() {
     let cluster = Cluster::start(1);
     for (arguments, code, words) in [
         (&["status", "job-7"][..], 2, "expected the id of a job, got \"job-7\""),
@@ -15,9 +15,9 @@ fn what_cannot_be_is_refused_in_words() {
         (&["submit", "tiny", "--min-ranks", "99"], 2, "min_ranks: expected at most"),
         (&["jobs", "--orchestrator", "127.0.0.1:1"], 1, "expected an orchestrator"),
     ] {
-        let (got, out, told) = cluster.run(arguments);
-        assert_eq!((got, out.as_str()), (code, ""), "{arguments:?}: {told}");
-        assert!(told.contains(words), "{arguments:?}: {told}");
+        let (got, out, stderr) = cluster.run(arguments);
+        assert_eq!((got, out.as_str()), (code, ""), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(words), "{arguments:?}: {stderr}");
     }
     let (_, jobs, _) = cluster.run(&["jobs", "--format", "json"]);
     assert_eq!(jobs.trim(), r#"{"jobs":[]}"#);
@@ -26,9 +26,9 @@ fn what_cannot_be_is_refused_in_words() {
 #[test]
 fn a_second_orchestrator_on_one_state_is_refused() {
     let cluster = Cluster::start(0);
-    let (code, _, told) = cluster.run(&["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"]);
-    assert_eq!(code, 2, "{told}");
-    assert!(told.contains("state"), "{told}");
+    let (code, _, stderr) = cluster.run(&["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"]);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("state"), "{stderr}");
 }
 
 #[test]
@@ -37,6 +37,6 @@ fn a_worker_with_another_storage_is_refused() {
     let arguments = ["worker", "--join", &cluster.address, "--storage", "elsewhere"];
     let mut worker = spawn(cluster.path(), "foreign", &arguments);
     assert_eq!(worker.wait(), Some(2));
-    assert!(worker.told().contains("expected the cluster's shared storage"), "{}", worker.told());
+    assert!(worker.stderr().contains("expected the cluster's shared storage"), "{}", worker.stderr());
     assert_eq!(cluster.nodes().len(), 1);
 }

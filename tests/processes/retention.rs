@@ -1,10 +1,10 @@
-//! Jobs that are over and forgotten: nothing stays of them, not even after a new start, and nobody else is disturbed.
+//! Retention: nothing remains of removed jobs, not even after a restart, and no other job is affected.
 
 use crate::cluster::Cluster;
 
 fn jobs(cluster: &Cluster) -> Vec<String> {
-    let (code, out, told) = cluster.run(&["jobs", "--format", "json"]);
-    assert_eq!(code, 0, "{told}");
+    let (code, out, stderr) = cluster.run(&["jobs", "--format", "json"]);
+    assert_eq!(code, 0, "{stderr}");
     let listed: serde_json::Value = serde_json::from_str(&out).unwrap();
     let listed = listed["jobs"].as_array().unwrap().iter();
     listed.map(|job| job["job"].as_str().unwrap().to_owned()).collect()
@@ -25,9 +25,9 @@ fn the_first_jobs_to_end_are_forgotten_for_good() {
         cluster.start_orchestrator(options);
         assert_eq!(jobs(&cluster), ["job-4", "job-3"]);
         for command in ["status", "watch", "logs", "cancel"] {
-            let (code, out, told) = cluster.run(&[command, "job-1"]);
-            assert_eq!((code, out.as_str()), (2, ""), "{told}");
-            assert!(told.contains("job-1 is over and forgotten"), "{told}");
+            let (code, out, stderr) = cluster.run(&[command, "job-1"]);
+            assert_eq!((code, out.as_str()), (2, ""), "{stderr}");
+            assert!(stderr.contains("job-1 has ended and is no longer retained"), "{stderr}");
         }
         assert!(cluster.run(&["logs", "job-3"]).1.contains("cancelled"));
     }

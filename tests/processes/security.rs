@@ -1,4 +1,4 @@
-//! Who has no business here: refused in words, logged, and the job that runs meanwhile does not notice.
+//! Who has no business here: refused with a message, logged, and the job that runs meanwhile does not notice.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -62,7 +62,7 @@ fn noise() -> Vec<u8> {
 }
 
 fn until_logged(process: &Process, words: &str) {
-    until(&format!("a log line with {words:?}"), || process.told().contains(words).then_some(()));
+    until(&format!("a log line with {words:?}"), || process.stderr().contains(words).then_some(()));
 }
 
 #[test]
@@ -92,28 +92,32 @@ fn refused_for_their_tokens(cluster: &Cluster, job: &str) {
     let drain = &["drain", "n0"][..];
     for (arguments, token, words) in [
         (&["jobs"][..], None, "token: expected one (--token, CONTRAFLOW_TOKEN), got none"),
-        (&["jobs"], Some("guess"), "token: expected one that this cluster has issued, got another"),
-        (&["jobs"], Some(&gone.token), "token: expected one that this cluster has issued, got another"),
+        (&["jobs"], Some("guess"), "token: expected one issued by this cluster, got another"),
+        (&["jobs"], Some(&gone.token), "token: expected one issued by this cluster, got another"),
         (&["jobs"], Some("old"), "token: that of old has expired"),
         (&["cancel", job], Some(&view.token), "JobService/Cancel needs the role submit, that of v has view"),
         (drain, Some(&submit.token), "ClusterService/Drain needs the role admin, that of s has submit"),
         (&["nodes"], Some(&worker.token), "ClusterService/Nodes needs the role view, that of w has worker"),
     ] {
         let token = token.map_or_else(Vec::new, |token| vec!["--token", token]);
-        let (code, out, told) = cluster.run_as_nobody(&[arguments, &["--tls", &view.tls], &token].concat());
-        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?} {token:?}: {told}");
-        assert!(told.contains(words), "{told}");
+        let (code, out, stderr) = cluster.run_as_nobody(&[arguments, &["--tls", &view.tls], &token].concat());
+        assert_eq!((code, out.as_str()), (2, ""), "{arguments:?} {token:?}: {stderr}");
+        assert!(stderr.contains(words), "{stderr}");
         until_logged(&cluster.orchestrator, words);
     }
     for (who, arguments) in [(&view, ["status", job]), (&submit, ["logs", job])] {
-        let (code, _, told) = cluster.run_as_nobody(&[&arguments[..], &who.arguments()].concat());
-        assert_eq!(code, 0, "{told}");
+        let (code, _, stderr) = cluster.run_as_nobody(&[&arguments[..], &who.arguments()].concat());
+        assert_eq!(code, 0, "{stderr}");
     }
     let arguments = ["worker", "--join", &cluster.address, "--storage", "storage"];
     let mut impostor = spawn(dir, "impostor", &[&arguments[..], &submit.arguments()].concat());
     assert_eq!(impostor.wait(), Some(2));
-    assert!(impostor.told().contains("ControlService/Attach needs the role worker"), "{}", impostor.told());
-    let log = cluster.orchestrator.told();
+    assert!(
+        impostor.stderr().contains("ControlService/Attach needs the role worker"),
+        "{}",
+        impostor.stderr()
+    );
+    let log = cluster.orchestrator.stderr();
     let secrets = [&view, &submit, &worker, &gone].map(|who| &who.token);
     assert!(!secrets.iter().any(|token| log.contains(token.as_str())), "a token is in the log");
 }
@@ -123,14 +127,14 @@ fn refused_for_their_certificates(cluster: &Cluster) {
     assert_eq!(spawn(dir, "init-2", &["certs", "init", "--dir", "other"]).wait(), Some(0));
     let stranger = Who::issue(dir, "other", "stranger", "admin");
     // Who trusts another authority does not even talk to this orchestrator.
-    let (code, _, told) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
-    assert_eq!(code, 1, "{told}");
-    assert!(told.contains("certificate"), "{told}");
+    let (code, _, stderr) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("certificate"), "{stderr}");
     // Who trusts this one, and is issued by another.
     std::fs::copy(dir.join("certs/ca.pem"), dir.join("other/stranger/ca.pem")).unwrap();
-    let (code, _, told) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
-    assert_eq!(code, 1, "{told}");
-    assert!(told.contains("a certificate that is refused stands in the orchestrator's log"), "{told}");
+    let (code, _, stderr) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("the orchestrator logs the certificates that it refuses"), "{stderr}");
     until_logged(&cluster.orchestrator, "refused a connection: TLS: invalid peer certificate");
     // Who has none.
     let answered = runtime().block_on(async {
@@ -139,9 +143,9 @@ fn refused_for_their_certificates(cluster: &Cluster) {
     });
     assert!(answered.is_none(), "{answered:?}");
     until_logged(&cluster.orchestrator, "refused a connection: TLS: peer sent no certificates");
-    // Who speaks plain text, and who babbles.
-    let (code, _, told) = cluster.run_as_nobody(&["jobs"]);
-    assert_eq!(code, 1, "{told}");
+    // Plain-text clients, and garbage.
+    let (code, _, stderr) = cluster.run_as_nobody(&["jobs"]);
+    assert_eq!(code, 1, "{stderr}");
     until_logged(&cluster.orchestrator, "refused a connection: expected TLS, got something else");
     let mut almost_tls = vec![22, 3, 1];
     almost_tls.extend(noise());
@@ -210,7 +214,7 @@ fn garbage_on_every_port_does_not_disturb_a_job() {
     until_logged(&cluster.orchestrator, "refused a connection: expected HTTP/2, got something else");
     until_logged(&cluster.orchestrator, "refused a connection: expected plain HTTP/2, got TLS");
     for worker in cluster.workers.iter().flatten() {
-        until_logged(worker, "what came is no hello of a rank");
+        until_logged(worker, "not a hello of a rank");
         until_logged(worker, "does not know the secret of this formation");
     }
     let steps = cluster.ten_more_steps(&job);
@@ -272,7 +276,7 @@ fn a_refused_call_names_the_field_and_the_reason() {
 }
 
 #[test]
-fn a_worker_of_another_version_is_refused_in_words() {
+fn a_worker_of_another_version_is_refused_with_a_message() {
     let cluster = Cluster::start(0);
     let hello = v1::Hello { version: "0.0.9".into(), worker: 7, slots: 1, ..v1::Hello::default() };
     let refused = runtime().block_on(attach(&cluster, hello));
@@ -286,7 +290,7 @@ fn a_worker_of_another_version_is_refused_in_words() {
 }
 
 #[test]
-fn who_submits_or_guesses_too_often_is_told_so() {
+fn rate_limited_clients_get_a_message() {
     let cluster = Cluster::secured(0);
     let submit = Who::issue(cluster.path(), "certs", "eager", "submit");
     let read = |name: &str| std::fs::read(cluster.path().join(&submit.tls).join(name)).unwrap();
@@ -328,7 +332,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[test]
-fn off_this_machine_nothing_goes_without_certificates() {
+fn off_loopback_certificates_are_required() {
     let dir = tempfile::tempdir().unwrap();
     for (arguments, words) in [
         (&["orchestrator", "--state", "state", "--listen", "0.0.0.0:0"][..], "certs init --dir DIR"),
@@ -341,8 +345,8 @@ fn off_this_machine_nothing_goes_without_certificates() {
         (&["certs", "issue", "--dir", "nowhere", "--name", "a", "--role", "view"], "nowhere/ca.key"),
     ] {
         let mut process = spawn(dir.path(), "command", arguments);
-        assert_eq!(process.wait(), Some(2), "{arguments:?}: {}", process.told());
-        assert!(process.told().contains(words), "{arguments:?}: {}", process.told());
+        assert_eq!(process.wait(), Some(2), "{arguments:?}: {}", process.stderr());
+        assert!(process.stderr().contains(words), "{arguments:?}: {}", process.stderr());
     }
     let names: Vec<_> = dir.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["command.log"], "nothing was written");
@@ -354,7 +358,7 @@ fn certificates_are_for_their_owner_alone_and_never_overwritten() {
     let path = |name: &str| dir.path().join("certs").join(name);
     let run = |arguments: &[&str]| {
         let mut process = spawn(dir.path(), "command", &[&["certs"], arguments].concat());
-        (process.wait().unwrap(), process.told())
+        (process.wait().unwrap(), process.stderr())
     };
     assert_eq!(run(&["init", "--dir", "certs", "--host", "node7.example", "--host", "10.0.0.7"]).0, 0);
     Who::issue(dir.path(), "certs", "ann", "view");
@@ -377,9 +381,9 @@ fn certificates_are_for_their_owner_alone_and_never_overwritten() {
             "expected view, submit, admin or worker",
         ),
     ] {
-        let (code, told) = run(arguments);
-        assert_eq!(code, 2, "{arguments:?}: {told}");
-        assert!(told.contains(words), "{arguments:?}: {told}");
+        let (code, stderr) = run(arguments);
+        assert_eq!(code, 2, "{arguments:?}: {stderr}");
+        assert!(stderr.contains(words), "{arguments:?}: {stderr}");
     }
     assert_eq!(names.map(|name| std::fs::read(path(name)).unwrap()), before);
     assert_eq!(path("").read_dir().unwrap().count(), 6, "five files and ann's folder");

@@ -27,7 +27,7 @@ fn folders(cluster: &Cluster, but: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn a_fresh_state_touches_nothing_that_another_one_left_and_goes_on_from_nothing_of_it() {
+fn a_fresh_state_neither_changes_nor_resumes_from_files_of_another_state() {
     let mut cluster = Cluster::start(5);
     let first = cluster.submit(&["training.seed=7", "checkpoint.save_model=true"], &[]);
     drop(cluster.finish(&first));
@@ -51,30 +51,33 @@ fn a_fresh_state_touches_nothing_that_another_one_left_and_goes_on_from_nothing_
     let made = cluster.ten_more_steps(&job);
     assert_eq!(curve(&made), curve(&cluster.undisturbed(&changes, made.len())));
     // Lines of ranks wait a moment for their like.
-    let told = format!("the files of the job are in {}", own.canonicalize().unwrap().display());
+    let reported = format!("the files of the job are in {}", own.canonicalize().unwrap().display());
     until("the lines of its log", || {
         let (_, log, _) = cluster.run(&["logs", &job]);
-        (log.contains("go on from the checkpoint of step") && log.contains(&told)).then_some(())
+        (log.contains("resume from the checkpoint of step") && log.contains(&reported)).then_some(())
     });
     assert!(committed(&own).last() >= Some(&20), "{:?}", committed(&own));
     assert!(left.iter().all(|(path, bytes)| std::fs::read(path).ok().as_ref() == Some(bytes)));
 }
 
 #[test]
-fn ranks_of_a_lost_state_finish_their_step_and_it_is_kept_before_their_slots_are_used() {
+fn ranks_of_a_lost_state_save_their_step_before_their_slots_are_reused() {
     let mut cluster = Cluster::start(4);
     let job = cluster.submit(&[ENDLESS, "checkpoint.every=1000000"], &[]);
     cluster.until_step(&job, 10);
-    let told = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
+    let reported = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
     cluster.orchestrator.kill();
     cluster.start_orchestrator_with("other-state");
     until("all workers", || (cluster.nodes().len() == 4).then_some(()));
     let next = cluster.submit(&[], &[]);
     assert_eq!(cluster.finish(&next).len(), 60);
     let kept = committed(&cluster.path().join("storage/jobs/job-1"));
-    assert!(kept.len() == 1 && kept[0] >= told, "{kept:?} {told}");
-    let told = cluster.orchestrator.told();
-    assert!(told.contains(&format!("is let go: step {} is kept in its folder", kept[0])), "{told}");
+    assert!(kept.len() == 1 && kept[0] >= reported, "{kept:?} {reported}");
+    let reported = cluster.orchestrator.stderr();
+    assert!(
+        reported.contains(&format!("is released: step {} is saved in its folder", kept[0])),
+        "{reported}"
+    );
 }
 
 #[test]

@@ -28,8 +28,8 @@ fn to(endpoint: &str, more: &[(&'static str, &str)]) -> Environment {
 /// Ends a process as an operator does.
 fn end(process: &mut Process) -> String {
     process.signal(Signal::TERM);
-    assert_eq!(process.wait(), Some(0), "{}", process.told());
-    process.told()
+    assert_eq!(process.wait(), Some(0), "{}", process.stderr());
+    process.stderr()
 }
 
 /// Runs the job to its end, and ends the processes, so that all spans are out.
@@ -94,11 +94,11 @@ fn a_job_is_one_trace_from_its_submission_to_the_frames_between_its_ranks() {
     spans.named("validate").iter().for_each(|validate| assert_eq!(spans.parent(validate).name, "job"));
     let of_ranks = spans.0.iter().filter(|span| span.service == "contraflow-worker");
     of_ranks.for_each(|span| assert_eq!(span.trace, submit.trace, "{span:?}"));
-    frames_tell_who_has_sent_them(&spans);
+    frames_carry_the_span_of_their_sender(&spans);
 }
 
 /// Each activation and each gradient: where it was taken is linked to where it was sent, in another process.
-fn frames_tell_who_has_sent_them(spans: &Spans) {
+fn frames_carry_the_span_of_their_sender(spans: &Spans) {
     let received = spans.named("receive");
     let mut senders = BTreeSet::new();
     for receive in &received {
@@ -145,7 +145,7 @@ fn a_run_in_one_process_is_a_trace_too() {
     let mut arguments = vec!["train", "tiny"];
     JOB.iter().chain(&CHANGES).for_each(|change| arguments.extend(["--set", change]));
     let mut train = spawn_with(folder.path(), "train", &arguments, &to(&collector.endpoint, &[]));
-    assert_eq!(train.wait(), Some(0), "{}", train.told());
+    assert_eq!(train.wait(), Some(0), "{}", train.stderr());
     let spans = collector.spans();
     let root = spans.only("train");
     assert!(root.parent.is_empty(), "{root:?}");
@@ -159,7 +159,7 @@ fn a_run_in_one_process_is_a_trace_too() {
 }
 
 #[test]
-fn a_collector_that_takes_nothing_is_said_once_and_changes_nothing() {
+fn an_unresponsive_collector_is_reported_once_and_changes_nothing() {
     let untraced = Cluster::start(2);
     let expected = curve(&untraced.finish(&untraced.submit(&CHANGES, &[])));
     drop(untraced);
@@ -177,11 +177,11 @@ fn a_collector_that_takes_nothing_is_said_once_and_changes_nothing() {
     let job = cluster.submit(&CHANGES, &[]);
     assert_eq!(curve(&cluster.finish(&job)), expected);
     for worker in cluster.workers.iter_mut().flatten() {
-        let told = end(worker);
-        let count = |words: &str| told.matches(words).count();
-        assert_eq!(count("takes no spans, everything else goes on"), 1, "{told}");
-        assert_eq!(count("dropped a Span due to queue full"), 1, "{told}");
-        assert_eq!(count("dropped_span_count="), 1, "{told}");
-        assert_eq!(count("spans have not reached the collector"), 1, "{told}");
+        let stderr = end(worker);
+        let count = |words: &str| stderr.matches(words).count();
+        assert_eq!(count("accepts no spans, everything else continues"), 1, "{stderr}");
+        assert_eq!(count("dropped a Span due to queue full"), 1, "{stderr}");
+        assert_eq!(count("dropped_span_count="), 1, "{stderr}");
+        assert_eq!(count("spans have not reached the collector"), 1, "{stderr}");
     }
 }

@@ -22,12 +22,12 @@ fn a_job_takes_its_tokenizer_and_its_end_of_a_document_along() {
     let one_rank = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b", "training.steps=4"];
     let changes =
         ["data.paths=[\"text.jsonl\"]", "tokenizer.path=wordpiece.json", "checkpoint.save_model=true"];
-    let told = [
+    let reported = [
         "tokenizer.end_of_document=\"[SEP]\"",
         "training.global_batch_size=4",
         "training.micro_batch_size=1",
     ];
-    let job = cluster.submit(&[&one_rank[..], &changes, &told].concat(), &[]);
+    let job = cluster.submit(&[&one_rank[..], &changes, &reported].concat(), &[]);
     cluster.finish(&job);
     let job = format!("storage/jobs/{job}");
     for model in [format!("{job}/model"), format!("{job}/checkpoints/step-00000004")] {
@@ -37,7 +37,8 @@ fn a_job_takes_its_tokenizer_and_its_end_of_a_document_along() {
         };
         assert_eq!(read("config.json")["eos_token_id"], 3, "{model}");
         assert_eq!(read("tokenizer_config.json")["eos_token"], "[SEP]", "{model}");
-        let (code, out, told) = cluster.run(&["generate", &model, "--prompt", "the ranks", "--tokens", "3"]);
-        assert!(code == 0 && out.starts_with("the ranks"), "{model}: {out}{told}");
+        let (code, out, reported) =
+            cluster.run(&["generate", &model, "--prompt", "the ranks", "--tokens", "3"]);
+        assert!(code == 0 && out.starts_with("the ranks"), "{model}: {out}{reported}");
     }
 }

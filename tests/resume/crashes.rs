@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
-use crate::workplace::{Workplace, told};
+use crate::workplace::{Workplace, stderr};
 
 const SIGKILL: i32 = 9;
 
@@ -38,7 +38,7 @@ fn failpoints_in_the_sources() -> Vec<String> {
 }
 
 #[test]
-fn killed_at_any_point_of_a_commit_the_run_goes_on_as_if_nothing_had_been() {
+fn a_run_killed_at_any_point_of_a_commit_resumes_with_the_same_bits() {
     let place = Workplace::new();
     place.succeed(&["train", "recipe.toml", "--name", "whole"]);
     let whole = place.curve("runs/whole");
@@ -55,7 +55,7 @@ fn killed_at_any_point_of_a_commit_the_run_goes_on_as_if_nothing_had_been() {
         let run = format!("runs/{run}");
         let resume = ["train", "--resume", &run, "--set", "training.steps=12"];
         let output = place.start(&resume, &format!("{name}=return")).wait_with_output().unwrap();
-        assert_eq!(output.status.signal(), Some(SIGKILL), "{name}: {}", told(&output));
+        assert_eq!(output.status.signal(), Some(SIGKILL), "{name}: {}", stderr(&output));
         assert!(place.checkpoint(&run, 8).is_dir(), "{name}: what was committed stands");
         place.succeed(&resume);
         assert_eq!(place.curve(&run), whole, "{name}");
@@ -68,7 +68,7 @@ fn killed_at_any_point_of_a_commit_the_run_goes_on_as_if_nothing_had_been() {
 const KILLS: u64 = 50;
 
 #[test]
-fn killed_at_fifty_seeded_moments_the_run_goes_on_as_if_nothing_had_been() {
+fn a_run_killed_at_fifty_seeded_moments_resumes_with_the_same_bits() {
     let place = Workplace::new();
     let steps = "training.steps=400";
     let each = "checkpoint.every=3";
@@ -101,7 +101,7 @@ fn killed_at_fifty_seeded_moments_the_run_goes_on_as_if_nothing_had_been() {
         };
         let before = lines();
         let mut child = place.start(if begun { &resume } else { &train }, "");
-        // From its first step on, so that every kill finds the run at work; a run that is over is not killed.
+        // From its first step on, so that every kill hits a running run; a finished run is not killed.
         let begins = std::time::Instant::now();
         while lines() <= before && child.try_wait().unwrap().is_none() {
             assert!(begins.elapsed() < Duration::from_secs(60), "no step within a minute");
@@ -111,8 +111,8 @@ fn killed_at_fifty_seeded_moments_the_run_goes_on_as_if_nothing_had_been() {
         drop(child.kill());
         let output = child.wait_with_output().unwrap();
         num_killed += u64::from(output.status.signal() == Some(SIGKILL));
-        assert!(output.status.success() || output.status.signal() == Some(SIGKILL), "{}", told(&output));
-        // Killed before its first commit a run has nothing to go on from: it is begun anew.
+        assert!(output.status.success() || output.status.signal() == Some(SIGKILL), "{}", stderr(&output));
+        // Killed before its first commit a run has nothing to resume from: it starts from scratch.
         if !committed() {
             std::fs::remove_dir_all(place.path("runs/killed")).unwrap();
         }

@@ -6,7 +6,7 @@ use std::process::Child;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::deadline;
-use crate::workplace::{Workplace, told};
+use crate::workplace::{Workplace, stderr};
 
 fn interrupt(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
@@ -34,18 +34,18 @@ const LONG: [&str; 6] =
     ["train", "recipe.toml", "--set", "training.steps=1000000", "--set", "checkpoint.every=0"];
 
 #[test]
-fn an_interrupted_run_keeps_its_step_and_goes_on_with_the_same_bits() {
+fn an_interrupted_run_saves_its_step_and_resumes_with_the_same_bits() {
     let place = Workplace::new();
     for (signal, run) in [(Signal::INT, "runs/recipe"), (Signal::TERM, "runs/recipe-2")] {
         let mut child = place.start(&LONG, "");
         let lines = wait_for(&mut child, "step 1/");
         interrupt(&child, signal);
-        let told = rest(lines);
-        assert_eq!(child.wait().unwrap().code(), Some(130), "{told}");
+        let stderr = rest(lines);
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{stderr}");
         let kept = place.curve(run);
         let step = kept.last().unwrap().0;
-        let way_on = format!("step {step} is kept, go on with: contraflow train --resume {run}");
-        assert!(told.contains(&way_on), "{told}");
+        let resume_hint = format!("step {step} is saved, resume with: contraflow train --resume {run}");
+        assert!(stderr.contains(&resume_hint), "{stderr}");
         assert!(place.checkpoint(run, step).join("manifest.json").is_file());
         let steps = format!("training.steps={}", step + 5);
         place.succeed(&["train", "--resume", "--set", &steps]);
@@ -70,7 +70,7 @@ fn a_second_interruption_ends_at_once_and_leaves_the_last_commit() {
     interrupt(&child, Signal::INT);
     let mut lines = lines;
     let mut line = String::new();
-    while !line.contains("interrupted: finishing the step") {
+    while !line.contains("interrupted: finishing and saving the step") {
         line.clear();
         assert!(lines.read_line(&mut line).unwrap() > 0);
     }
@@ -93,11 +93,14 @@ fn a_full_disk_ends_the_run_with_the_file_and_leaves_the_last_commit() {
     let mut command = std::process::Command::new("sh");
     command.args(["-c", &script, env!("CARGO_BIN_EXE_contraflow")]).current_dir(place.path(""));
     let output = deadline::output(&mut command);
-    let told = told(&output);
-    assert_eq!(output.status.code(), Some(2), "{told}");
-    assert!(told.contains("saving step 16") && told.contains("rank-0000"), "{told}");
-    assert!(told.contains("File too large"), "{told}");
-    assert!(told.contains("step 12 is kept, go on with: contraflow train --resume runs/recipe"), "{told}");
+    let stderr = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("saving step 16") && stderr.contains("rank-0000"), "{stderr}");
+    assert!(stderr.contains("File too large"), "{stderr}");
+    assert!(
+        stderr.contains("step 12 is saved, resume with: contraflow train --resume runs/recipe"),
+        "{stderr}"
+    );
     assert_eq!(place.files("runs/recipe/checkpoints"), before);
     place.succeed(&["train", "--resume", "--set", "training.steps=16"]);
     place.succeed(&["train", "recipe.toml", "--set", "training.steps=16", "--name", "whole"]);
@@ -105,19 +108,15 @@ fn a_full_disk_ends_the_run_with_the_file_and_leaves_the_last_commit() {
 }
 
 #[test]
-fn a_run_goes_on_in_another_layout_and_from_an_earlier_checkpoint_in_a_new_run() {
+fn a_run_resumes_in_another_layout_and_from_an_earlier_checkpoint_in_a_new_run() {
     let place = Workplace::new();
     place.succeed(&["train", "recipe.toml"]);
     let whole = place.curve("runs/recipe");
     let earlier = place.checkpoint("runs/recipe", 8);
     let branch = ["train", "--resume", earlier.to_str().unwrap()];
     let output = place.run(&[&branch[..], &["--set", "lr.peak=2e-2"]].concat());
-    assert!(output.status.success(), "{}", told(&output));
-    assert!(
-        told(&output).contains("note: lr.peak was 0.01 so far, is 0.02 from here on"),
-        "{}",
-        told(&output)
-    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("note: lr.peak was 0.01, is 0.02 from now on"), "{}", stderr(&output));
     assert_eq!(place.curve("runs/recipe"), whole, "the old run is as it was");
     let branched = place.curve("runs/recipe-2");
     assert_eq!(branched[..9], whole[..9], "the first new step is made of the old weights");

@@ -1,4 +1,4 @@
-//! The binary across interruptions: what was committed survives every end of a process, and the run goes on as if nothing
+//! The binary across interruptions: what was committed survives every end of a process, and the run continues as if nothing
 //! had happened.
 #![allow(clippy::unwrap_used, missing_docs)]
 

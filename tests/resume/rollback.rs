@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::workplace::{Workplace, told};
+use crate::workplace::{Workplace, stderr};
 
 #[test]
 fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
@@ -24,18 +24,18 @@ fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
         "--set",
         "watch.max_skips=100",
     ]);
-    let told = told(&output);
-    assert!(output.status.success(), "{told}");
-    let returns: Vec<(u64, u64)> = told
+    let stderr = stderr(&output);
+    assert!(output.status.success(), "{stderr}");
+    let returns: Vec<(u64, u64)> = stderr
         .lines()
         .filter_map(|line| {
-            let (_, rest) = line.split_once("; going back to step ")?;
-            let (step, rest) = rest.split_once(", past ")?;
+            let (_, rest) = line.split_once("; rolling back to step ")?;
+            let (step, rest) = rest.split_once(", skipping ")?;
             let sequences = rest.strip_suffix(" sequences")?;
             Some((step.parse().unwrap(), sequences.parse().unwrap()))
         })
         .collect();
-    assert!(!returns.is_empty(), "{told}");
+    assert!(!returns.is_empty(), "{stderr}");
     for (step, sequences) in &returns {
         assert!(step % 4 == 0 && *sequences > 0 && sequences % 8 == 0, "{returns:?}");
     }
@@ -54,8 +54,8 @@ fn a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none() {
     let place = Workplace::new();
     let output =
         place.run(&["train", "recipe.toml", "--set", "lr.peak=1e30", "--set", "watch.on_nan=rollback"]);
-    let told = told(&output);
-    assert_eq!(output.status.code(), Some(1), "{told}");
-    assert!(told.contains("there is no checkpoint to go back to"), "{told}");
+    let stderr = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("there is no checkpoint to roll back to"), "{stderr}");
     assert!(place.path("runs/recipe/evidence.json").is_file());
 }

@@ -57,7 +57,7 @@ impl Workplace {
     /// Runs a command that has to go well.
     pub fn succeed(&self, args: &[&str]) {
         let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", told(&output));
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
     }
 
     /// Starts a command with failpoints; its messages can be read from stderr.
@@ -103,6 +103,6 @@ fn collect(folder: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
     }
 }
 
-pub fn told(output: &Output) -> String {
+pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -4,7 +4,7 @@
 
 use crate::{assert_none, sources};
 
-/// Where a public signature may speak of plain numbers: the door itself, and the tensor with its constructors, shape and bytes.
+/// Where a public signature may contain plain numbers: the door itself, and the tensor with its constructors, shape and bytes.
 const DOOR: [&str; 2] = ["kernels/src/host.rs", "kernels/src/tensor.rs"];
 
 /// Of the tensor only these.

@@ -143,7 +143,7 @@ fn every_recipe_in_the_folder_loads() {
     assert!(built_in.iter().all(|name| loaded.contains(*name)), "{built_in:?} {loaded:?}");
 }
 
-/// The words after `contraflow` and after `cargo run ... --` in code, as the reader would type them.
+/// The arguments after `contraflow` and after `cargo run ... --` in code, as the reader would type them.
 fn commands_named_in(text: &str) -> BTreeSet<String> {
     let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c == '`').collect();
     let after = |head: &str, index: usize| words[index] == head && index + 1 < words.len();

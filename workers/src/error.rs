@@ -7,13 +7,13 @@ use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::schedule::Chunk;
 
-use crate::data::of_recipe::TextFaults;
+use crate::data::from_recipe::TextFaults;
 
 /// An operation found nothing where the one before it should have put something: the program's order is broken.
 #[derive(Debug, thiserror::Error)]
 pub enum Missing {
     /// Something of a chunk.
-    #[error("nothing was there for {what} of chunk {chunk} layer {layer}: the program runs it too early")]
+    #[error("missing {what} of chunk {chunk} layer {layer}: the program runs it too early")]
     OfChunk {
         /// The value.
         what: &'static str,
@@ -23,7 +23,7 @@ pub enum Missing {
         layer: usize,
     },
     /// Something of the update.
-    #[error("nothing was there for {what} of bucket {bucket}: the program runs it too early")]
+    #[error("missing {what} of bucket {bucket}: the program runs it too early")]
     OfBucket {
         /// The value.
         what: &'static str,
@@ -31,7 +31,7 @@ pub enum Missing {
         bucket: usize,
     },
     /// The program has an update, and no optimizer came with it.
-    #[error("nothing was there for {what} of the step: the program runs it too early")]
+    #[error("missing {what} of the step: the program runs it too early")]
     OfStep {
         /// The value.
         what: &'static str,
@@ -56,7 +56,7 @@ pub enum RankError {
     /// An operation waited for another lane of its rank until the deadline.
     #[error("waited {waited_s} s for {work}, which never ended")]
     Late {
-        /// What was waited for, in words.
+        /// What was waited for.
         work: String,
         /// **Units**: seconds.
         waited_s: u64,
@@ -66,7 +66,7 @@ pub enum RankError {
     File {
         /// Which one.
         path: String,
-        /// The system's word.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// A file does not hold what it should.

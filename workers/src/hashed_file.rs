@@ -1,6 +1,6 @@
 //! A file that is hashed while it is written. Knows bytes, no format.
 //!
-//! On Linux the bytes go to the disk past the page cache: gigabytes that nobody reads again soon would cost a core several
+//! On Linux the bytes go to the disk past the page cache: gigabytes that are not read again soon would cost a core several
 //! times what hashing them does, and push out what others read.
 
 use std::fs::File;
@@ -22,7 +22,7 @@ pub struct HashedFile {
 }
 
 /// What was written.
-pub struct Sealed {
+pub struct FinishedFile {
     /// Size of the file.
     pub bytes: u64,
     /// Its blake3, 64 hex digits.
@@ -59,13 +59,13 @@ impl HashedFile {
     /// Hands the bytes to the system and waits until they are on disk.
     ///
     /// **Errors**: what the system says.
-    pub fn finish(mut self) -> io::Result<Sealed> {
+    pub fn finish(mut self) -> io::Result<FinishedFile> {
         let (blocks, rest) = self.buffer.filled().split_at(self.buffer.len / BLOCK * BLOCK);
         self.file.write_all(blocks)?;
         self.file.through_the_cache()?;
         self.file.write_all(rest)?;
         self.file.file.sync_all()?;
-        Ok(Sealed { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
+        Ok(FinishedFile { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
     }
 }
 

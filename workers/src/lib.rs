@@ -15,7 +15,7 @@ pub mod hashed_file;
 pub mod hf;
 pub mod host;
 pub mod infer;
-pub mod kept;
 pub mod model;
 pub mod optimizer;
 pub mod rank;
+pub mod replica;

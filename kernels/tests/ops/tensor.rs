@@ -8,7 +8,7 @@ use contraflow_kernels::{
 };
 
 #[test]
-fn formats_tell_themselves_and_their_bytes() {
+fn file_formats_are_detected_by_name_and_bytes() {
     let values = Tensor::from_vec(&[3], vec![1.0_f32, -2.0, 0.5]);
     let ids = Tensor::from_vec(&[1, 2], vec![7_u32, 0x0102_0304]);
     assert_eq!((values.format(), ids.format()), (Format::F32, Format::U32));

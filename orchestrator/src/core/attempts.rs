@@ -15,7 +15,7 @@ pub const MAX_STUCK: u32 = 50;
 /// long: what was in its way may pass. **Units**: ms.
 const PAUSE_MS: u64 = 1_000;
 
-/// What has become of a job's formations.
+/// How a job's formations have ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Attempts {
     /// The furthest step that any of them has made.
@@ -24,11 +24,11 @@ pub struct Attempts {
     pub has_stepped: bool,
     /// Whether the latest has got further than all before it.
     has_advanced: bool,
-    /// So many in a row, the latest included, have ended without a step.
+    /// How many in a row, including the latest, have ended without a step.
     pub idle: u32,
-    /// So many in a row, the latest included, have ended without getting further than one before.
+    /// How many in a row, including the latest, have ended without getting further than an earlier one.
     pub stuck: u32,
-    /// What has happened to the latest that got no further, in words.
+    /// What ended the latest that got no further.
     losses: Vec<String>,
 }
 
@@ -68,12 +68,11 @@ impl Attempts {
     pub fn given_up(&self) -> Option<String> {
         if self.idle >= MAX_IDLE {
             let losses = self.losses.join("; ");
-            return Some(format!("formed {} times in a row without making a step: {losses}", self.idle));
+            return Some(format!("formed {} times in a row without completing a step: {losses}", self.idle));
         }
         let last = self.losses.last().map_or("", String::as_str);
         let (stuck, furthest) = (self.stuck, self.furthest);
-        let words =
-            || format!("formed {stuck} times in a row without getting further than step {furthest}: {last}");
+        let words = || format!("formed {stuck} times in a row without getting past step {furthest}: {last}");
         (stuck >= MAX_STUCK).then(words)
     }
 
@@ -90,7 +89,7 @@ impl Attempts {
 mod tests {
     use super::*;
 
-    /// A formation that goes on from one step, makes those up to another, and is lost.
+    /// A formation that resumes from one step, makes those up to another, and is lost.
     fn lose(attempts: &mut Attempts, from: u64, to: u64) {
         attempts.formed();
         if to > from {
@@ -110,11 +109,14 @@ mod tests {
         assert_eq!(pauses[..5], [0, 1_000, 2_000, 4_000, 8_000]);
         assert_eq!(attempts.idle, MAX_IDLE);
         let words = attempts.given_up().unwrap();
-        assert!(words.starts_with("formed 6 times in a row without making a step: lost; lost"), "{words}");
+        assert!(
+            words.starts_with("formed 6 times in a row without completing a step: lost; lost"),
+            "{words}"
+        );
     }
 
     #[test]
-    fn a_job_that_gets_further_is_never_given_up() {
+    fn a_job_with_progress_is_never_ended() {
         let mut attempts = Attempts::default();
         for step in 0..10 * u64::from(MAX_STUCK) {
             (1..MAX_IDLE).for_each(|_| lose(&mut attempts, step, step));
@@ -124,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_makes_the_same_steps_again_and_again_is_given_up_in_the_end() {
+    fn a_job_that_repeats_the_same_steps_is_ended() {
         let mut attempts = Attempts::default();
         lose(&mut attempts, 0, 40);
         for _ in 1..MAX_STUCK {
@@ -132,7 +134,7 @@ mod tests {
             assert_eq!(attempts.given_up(), None);
         }
         lose(&mut attempts, 0, 39);
-        let words = "formed 50 times in a row without getting further than step 40: lost";
+        let words = "formed 50 times in a row without getting past step 40: lost";
         assert_eq!(attempts.given_up().as_deref(), Some(words));
     }
 }

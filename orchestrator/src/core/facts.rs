@@ -19,7 +19,7 @@ pub struct JobSpec {
     pub name: String,
     /// Jobs of a higher priority start first.
     pub priority: i32,
-    /// Fewest ranks with which it goes on.
+    /// Minimum number of ranks with which it continues.
     pub min_ranks: usize,
     /// A second submission with the same key is the same job; empty: no key.
     pub key: String,
@@ -27,7 +27,7 @@ pub struct JobSpec {
     pub recipe: Arc<Recipe>,
     /// What the rank that needs most of it needs of memory at least, in bytes; 0: not known.
     pub rank_bytes: u64,
-    /// The span of its submission, as a W3C traceparent; empty if nobody traces.
+    /// The span of its submission, as a W3C traceparent; empty without tracing.
     pub traceparent: String,
 }
 
@@ -95,13 +95,13 @@ impl TryFrom<SpecText> for JobSpec {
 pub enum End {
     /// Everything was done.
     Done,
-    /// Somebody could not go on.
+    /// A rank could not continue.
     Failed,
-    /// Somebody has ended it.
+    /// It was cancelled.
     Cancelled,
 }
 
-/// A formation: which ranks a job has, where they are and what they go on from.
+/// A formation: which ranks a job has, where they are and what they resume from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Formed {
     /// Count of (re)formations, from 1.
@@ -110,17 +110,17 @@ pub struct Formed {
     pub topology: Topology,
     /// By rank, the worker; see [`Formed::place_of`].
     pub places: Vec<u64>,
-    /// Step that it goes on from; 0: a fresh start.
+    /// Step that it resumes from; 0: a fresh start.
     pub resume_step: u64,
     /// Where the state of that step is, if it does not come from a checkpoint.
     #[serde(default)]
     pub memory: Option<InMemory>,
-    /// By rank, the rank whose worker keeps its state too; empty where nobody does.
+    /// By rank, the rank whose worker holds its replica; empty without replicas.
     #[serde(default)]
     pub buddies: Vec<Rank>,
     /// Sequences used, where that is more than the checkpoint says; else 0.
     pub cursor: u64,
-    /// Measured peak of the cores that its ranks compute on; 0 where nobody has measured it. **Units**: FLOP/s.
+    /// Measured peak of the cores that its ranks compute on; 0 if not measured. **Units**: FLOP/s.
     #[serde(default)]
     pub peak_flops: u64,
     /// [`JobSpec::rank_bytes`] with these axes.
@@ -150,10 +150,10 @@ impl Formed {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "fact", rename_all = "snake_case")]
 pub enum Fact {
-    /// The mark that the cluster's storage carries.
-    StorageMarked {
-        /// The mark.
-        mark: String,
+    /// The id of the cluster's storage.
+    StorageIdentified {
+        /// The id.
+        storage_id: String,
     },
     /// A job is in the queue.
     Submitted {
@@ -171,19 +171,19 @@ pub enum Fact {
         /// Where.
         formed: Formed,
     },
-    /// A formation is over and the job is not.
+    /// A formation has ended, the job has not.
     Broken {
         /// Keeps its claim to ranks.
         job: JobId,
         /// Of the formation.
         generation: Generation,
-        /// Ranks that were lost; none where the same workers form anew.
+        /// Ranks that were lost; none where the same workers re-form.
         lost: Vec<Rank>,
-        /// The furthest step that it is known to have made; that which it went on from if none.
+        /// The furthest step that it is known to have completed; else the one it resumed from.
         reached: u64,
-        /// Whether it counts as one that came to nothing: it made no step, and nobody else is to blame for its end.
+        /// Whether it counts as failed: it completed no step, and no external cause ended it.
         idle: bool,
-        /// In words.
+        /// Human-readable.
         why: String,
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
@@ -192,16 +192,16 @@ pub enum Fact {
     Requeued {
         /// Keeps its place among those of its priority.
         job: JobId,
-        /// In words.
+        /// Human-readable.
         why: String,
     },
     /// The watch sent a job back to its newest checkpoint.
-    WentBack {
+    RolledBack {
         /// Forms anew from there.
         job: JobId,
         /// Sequences used when it went.
         cursor: u64,
-        /// In words.
+        /// Human-readable.
         why: String,
     },
     /// A formation has made its first step.
@@ -211,8 +211,8 @@ pub enum Fact {
         /// The step.
         step: u64,
     },
-    /// A checkpoint stands.
-    Kept {
+    /// A checkpoint is committed.
+    CheckpointCommitted {
         /// In whose folder.
         job: JobId,
         /// Of the checkpoint.
@@ -221,20 +221,20 @@ pub enum Fact {
         #[serde(default)]
         cursor: u64,
     },
-    /// A job is over.
+    /// A job has ended.
     Ended {
         /// Known until it is forgotten.
         job: JobId,
         /// How.
         end: End,
-        /// In words.
+        /// Human-readable.
         outcome: String,
         /// Mean loss of the validation sequences, in nats per token.
         validation_loss: Option<f64>,
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
     },
-    /// A job that was over is not known any more, nor what is kept of it.
+    /// A finished job is removed with its data.
     Forgotten {
         /// No other one gets its id.
         job: JobId,
@@ -255,11 +255,11 @@ impl Fact {
             | Fact::Broken { job, .. }
             | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
-            | Fact::WentBack { job, .. }
-            | Fact::Kept { job, .. }
+            | Fact::RolledBack { job, .. }
+            | Fact::CheckpointCommitted { job, .. }
             | Fact::Ended { job, .. }
             | Fact::Forgotten { job } => Some(*job),
-            Fact::StorageMarked { .. } | Fact::Drained { .. } => None,
+            Fact::StorageIdentified { .. } | Fact::Drained { .. } => None,
         }
     }
 }

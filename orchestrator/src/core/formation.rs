@@ -1,6 +1,6 @@
 //! A running formation: the job machine of its ranks, what they report of their progress, and what is held against it.
 //!
-//! Volatile: after a start of the orchestrator it is made anew, and the ranks tell again what it has to know.
+//! Volatile: after a restart of the orchestrator it is rebuilt from what the ranks report again.
 
 use std::path::PathBuf;
 
@@ -8,28 +8,28 @@ use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::stability::Divergence;
+use contraflow_runtime::stability::evidence::EVIDENCE_FILE;
 use contraflow_runtime::topology::{JobId, Rank};
-use contraflow_runtime::watch::Divergence;
-use contraflow_runtime::watch::evidence::EVIDENCE_FILE;
 
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
-use super::watermarks::{Hang, Watermarks};
-use super::{ABORT_MS, Core, Effect, Progress, STANDSTILL_MS, VERDICT_MS, Word};
-use crate::job::{self, Job, JobSetup, Outcome};
-use crate::rollback::{Return, RollBack};
+use super::stall::{Stall, StallDetector};
+use super::{ABORT_MS, Core, Effect, Progress, STALL_WARN_MS, VERDICT_MS, WorkerCommand};
+use crate::job::{Job, JobEffect, JobSetup, Outcome};
+use crate::rollback::{RollBack, RollBackTarget};
 
 /// A running formation.
 pub(super) struct Formation {
     machine: Job,
-    /// A rank says that it has lost another one: when it said so, and its words.
+    /// A rank has reported a lost peer: when, and its message.
     suspicion: Option<(u64, String)>,
-    /// When the ranks were told to give up.
+    /// When the ranks were told to abort.
     aborting_ms: Option<u64>,
     /// Why the job is to give up its places after the running step.
     moves: Option<String>,
-    watermarks: Watermarks,
-    /// The step that it went on from, and the furthest that a rank has reported since.
+    stalls: StallDetector,
+    /// The step that it resumed from, and the furthest that a rank has reported since.
     resumed: u64,
     reached: u64,
 }
@@ -46,7 +46,7 @@ impl Formation {
             // Where exactly is the workers' to know.
             export_dir: record.spec.recipe.checkpoint.save_model.then(PathBuf::new),
         };
-        Formation::with(setup, record.kept)
+        Formation::with(setup, record.last_checkpoint)
     }
 
     /// Of a job of which nothing is known but how many ranks it has, and its steps, if these are.
@@ -63,7 +63,7 @@ impl Formation {
             suspicion: None,
             aborting_ms: None,
             moves: None,
-            watermarks: Watermarks::default(),
+            stalls: StallDetector::default(),
             resumed,
             reached: resumed,
         }
@@ -77,7 +77,7 @@ impl Formation {
         }
     }
 
-    /// The furthest step that it is known to have made; that which it went on from if none.
+    /// The furthest step that it is known to have completed; else the one it resumed from.
     pub(super) fn reached(&self) -> u64 {
         self.reached
     }
@@ -90,22 +90,22 @@ impl Formation {
         match &self.suspicion {
             Some((_, why)) => format!("a verdict on: {why}"),
             None if self.is_training() => {
-                self.watermarks.stands_still(now, STANDSTILL_MS).map_or_else(String::new, |hang| hang.why)
+                self.stalls.stalled_for(now, STALL_WARN_MS).map_or_else(String::new, |stall| stall.why)
             }
             None => self.machine.describe(),
         }
     }
 
-    /// Which rank hangs, where they train and none gets on.
-    pub(super) fn hangs(&self, now: u64) -> Option<Hang> {
-        self.watermarks.hangs(now).filter(|_| self.is_training())
+    /// Which rank has stalled, if they train and none makes progress.
+    pub(super) fn stalled(&self, now: u64) -> Option<Stall> {
+        self.stalls.stalled(now).filter(|_| self.is_training())
     }
 
     pub(super) fn is_training(&self) -> bool {
         self.machine.is_training()
     }
 
-    pub(super) fn repeat(&self, ranks: &[Rank]) -> Vec<job::Effect> {
+    pub(super) fn repeat(&self, ranks: &[Rank]) -> Vec<JobEffect> {
         self.machine.repeat(ranks)
     }
 
@@ -114,15 +114,15 @@ impl Formation {
         self.moves.is_some()
     }
 
-    pub(super) fn move_away(&mut self, why: String) -> Vec<job::Effect> {
+    pub(super) fn requeue(&mut self, why: String) -> Vec<JobEffect> {
         self.moves = Some(why);
         self.machine.stop()
     }
 
-    pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<job::Effect> {
+    pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<JobEffect> {
         self.reached = self.own_step(&event).unwrap_or_default().max(self.reached);
         match event {
-            // Whoever lost a peer is a victim: who is to blame shows in the leases.
+            // A rank that lost a peer is a victim: the leases show which worker is to blame.
             RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost } => {
                 self.suspicion.get_or_insert((now, format!("rank {rank}, {action}: {cause}")));
                 Vec::new()
@@ -135,24 +135,24 @@ impl Formation {
         &mut self,
         position: Option<Position>,
         result: Result<(), String>,
-    ) -> Vec<job::Effect> {
+    ) -> Vec<JobEffect> {
         match position {
             Some(position) => self.machine.committed(position.step, result),
-            None => self.machine.weights_placed(result),
+            None => self.machine.weights_published(result),
         }
     }
 
     pub(super) fn progress(&mut self, progress: &Progress, now: u64) {
-        self.watermarks.note(progress, now);
+        self.stalls.note(progress, now);
     }
 
-    /// Why it cannot go on although nobody's lease has run out, if that has lasted long enough.
+    /// Why it cannot continue although no lease has expired, if that has lasted long enough.
     pub(super) fn is_broken(&self, now: u64) -> Option<String> {
         let (since, why) = self.suspicion.as_ref()?;
-        (since + VERDICT_MS <= now).then(|| format!("{why}; every worker is there: formed anew"))
+        (since + VERDICT_MS <= now).then(|| format!("{why}; all workers are alive: re-forming"))
     }
 
-    pub(super) fn tick(&mut self, now: u64) -> Vec<job::Effect> {
+    pub(super) fn tick(&mut self, now: u64) -> Vec<JobEffect> {
         if !self.machine.is_aborting() {
             return Vec::new();
         }
@@ -163,30 +163,37 @@ impl Formation {
 
 impl Core {
     /// Turns the effects of a job's machine into those of the cluster.
-    pub(super) fn carry_out(&mut self, job: JobId, effects: Vec<job::Effect>, now: u64) {
+    pub(super) fn apply_effects(&mut self, job: JobId, effects: Vec<JobEffect>, now: u64) {
         for effect in effects {
             let Some(record) = self.jobs.all.get(&job) else { return };
             let Some(formed) = record.running() else { return };
-            let (formation, places, kept) = (formed.id(job), &formed.places, record.kept);
+            let (formation, places, last_checkpoint) =
+                (formed.id(job), &formed.places, record.last_checkpoint);
             match effect {
-                job::Effect::Command { rank, command } => {
+                JobEffect::Command { rank, command } => {
                     let to = RankAddress { formation, rank };
                     let worker = places[rank.index()];
-                    self.tell(worker, Word::Command { to, command });
+                    self.send(worker, WorkerCommand::Rank { to, command });
                 }
-                job::Effect::Record(report) => {
+                JobEffect::Record(report) => {
                     self.effects.push(Effect::Record { job, report: Box::new(report) });
                 }
-                job::Effect::CommitCheckpoint { position, watch, shards } => {
-                    let word = Word::CommitCheckpoint { formation, position, watch, shards, kept };
+                JobEffect::CommitCheckpoint { position, watch, shards } => {
+                    let command = WorkerCommand::CommitCheckpoint {
+                        formation,
+                        position,
+                        watch,
+                        shards,
+                        last_checkpoint,
+                    };
                     let worker = places[0];
-                    self.tell(worker, word);
+                    self.send(worker, command);
                 }
-                job::Effect::PlaceWeights { files, .. } => {
+                JobEffect::PublishWeights { files, .. } => {
                     let worker = places[0];
-                    self.tell(worker, Word::PlaceWeights { formation, files });
+                    self.send(worker, WorkerCommand::PublishWeights { formation, files });
                 }
-                job::Effect::End(outcome) => self.conclude(job, outcome, now),
+                JobEffect::End(outcome) => self.conclude(job, outcome, now),
             }
         }
     }
@@ -203,8 +210,8 @@ impl Core {
             Outcome::Stopped { step } => {
                 let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
                 self.release(job, &why, false);
-                self.log(job, format!("{why}; step {step} is kept, back in the queue"));
-                self.keep(Fact::Requeued { job, why });
+                self.log(job, format!("{why}; step {step} is saved, back in the queue"));
+                self.persist(Fact::Requeued { job, why });
             }
             Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor, now),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
@@ -223,10 +230,10 @@ impl Core {
         let (newest, returns) = (record.checkpoint(), record.returns);
         let roll_back = RollBack { newest, returns, max_returns: record.spec.recipe.watch.max_skips };
         match roll_back.decide(&divergence, cursor) {
-            Ok(Return { why, .. }) => {
+            Ok(RollBackTarget { why, .. }) => {
                 self.release(job, &why, false);
                 self.log(job, why);
-                self.keep(Fact::WentBack { job, cursor, why: divergence.why });
+                self.persist(Fact::RolledBack { job, cursor, why: divergence.why });
             }
             Err(why) => self.end(job, End::Failed, (why, None), now),
         }

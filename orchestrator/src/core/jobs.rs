@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::attempts::Attempts;
 use super::facts::{End, Fact, Formed, JobSpec};
-use crate::rollback::{Checkpoint, Returns};
+use crate::rollback::{Checkpoint, RollBackCount};
 
-/// Where a job stands.
+/// State of a job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -17,9 +17,9 @@ pub enum Phase {
     Queued,
     /// Has its ranks.
     Formed,
-    /// Has lost them, all or some, and keeps its claim to be formed anew.
+    /// Has lost them, all or some, and is due to be re-formed.
     Broken,
-    /// Is over.
+    /// Has ended.
     Ended(End),
 }
 
@@ -30,7 +30,7 @@ pub struct JobRecord {
     pub spec: JobSpec,
     /// **Units**: milliseconds since 1970.
     pub submitted_ms: u64,
-    /// Where it stands.
+    /// Its state.
     pub phase: Phase,
     /// The latest formation.
     pub formed: Option<Formed>,
@@ -39,22 +39,22 @@ pub struct JobRecord {
     /// When the latest formation broke. **Units**: milliseconds since 1970.
     pub broken_ms: u64,
     /// Step of the newest checkpoint; 0: there is none.
-    pub kept: u64,
+    pub last_checkpoint: u64,
     /// Sequences used when the newest checkpoint was made.
     #[serde(default)]
-    pub kept_cursor: u64,
+    pub last_checkpoint_cursor: u64,
     /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
     /// Sequences used, where that is more than the newest checkpoint says; else 0.
     pub cursor: u64,
     /// The checkpoint that the watch last sent it back to, and how often in a row.
-    pub returns: Returns,
+    pub returns: RollBackCount,
     /// Formations that lost a rank.
     pub losses: u32,
     /// What its formations have come to.
     pub attempts: Attempts,
-    /// What happened last, in words.
+    /// What happened last.
     pub why: String,
     /// Mean loss of the validation sequences, in nats per token.
     pub validation_loss: Option<f64>,
@@ -73,14 +73,15 @@ impl JobRecord {
         self.formed.as_ref().map_or_else(Generation::default, |formed| formed.generation)
     }
 
-    /// Whether it is over.
+    /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         matches!(self.phase, Phase::Ended(_))
     }
 
     /// The newest checkpoint, if there is one.
     pub fn checkpoint(&self) -> Option<Checkpoint> {
-        (self.kept > 0).then_some(Checkpoint { step: self.kept, cursor: self.kept_cursor })
+        (self.last_checkpoint > 0)
+            .then_some(Checkpoint { step: self.last_checkpoint, cursor: self.last_checkpoint_cursor })
     }
 }
 
@@ -94,10 +95,10 @@ pub struct Jobs {
     /// Nodes that take no ranks.
     pub drained: BTreeSet<String>,
     /// The mark of the storage.
-    pub storage_mark: String,
+    pub storage_id: String,
     /// The newest job.
     pub newest: JobId,
-    /// Jobs that are over, in the order in which they ended.
+    /// Finished jobs, in the order in which they ended.
     #[serde(default)]
     pub ended: VecDeque<JobId>,
 }
@@ -114,11 +115,11 @@ impl Jobs {
     /// Takes a fact in.
     pub fn apply(&mut self, fact: &Fact) {
         match fact {
-            Fact::StorageMarked { mark } => self.storage_mark.clone_from(mark),
+            Fact::StorageIdentified { storage_id } => self.storage_id.clone_from(storage_id),
             Fact::Drained { node } => drop(self.drained.insert(node.clone())),
             Fact::Submitted { job, spec, at_ms } => self.submitted(*job, spec, *at_ms),
             Fact::Forgotten { job } => {
-                // Its key goes with it: whoever uses it again means another job.
+                // Its key goes with it: reusing it creates another job.
                 let record = self.all.remove(job);
                 record.and_then(|record| self.by_key.remove(&record.spec.key));
                 self.ended.retain(|ended| ended != job);
@@ -146,11 +147,11 @@ impl Jobs {
             formed: None,
             lost: Vec::new(),
             broken_ms: 0,
-            kept: 0,
-            kept_cursor: 0,
+            last_checkpoint: 0,
+            last_checkpoint_cursor: 0,
             in_memory: false,
             cursor: 0,
-            returns: Returns::default(),
+            returns: RollBackCount::default(),
             losses: 0,
             attempts: Attempts::default(),
             why: String::new(),
@@ -185,18 +186,18 @@ impl JobRecord {
                 self.in_memory = false;
                 self.why.clone_from(why);
             }
-            Fact::WentBack { cursor, why, .. } => {
+            Fact::RolledBack { cursor, why, .. } => {
                 self.phase = Phase::Broken;
                 self.cursor = *cursor;
                 self.in_memory = false;
                 self.lost.clear();
-                self.returns = self.returns.and_to(self.kept);
+                self.returns = self.returns.and_one_more(self.last_checkpoint);
                 self.why.clone_from(why);
             }
             Fact::Stepped { step, .. } => self.attempts.stepped(*step),
-            Fact::Kept { step, cursor, .. } => {
+            Fact::CheckpointCommitted { step, cursor, .. } => {
                 self.attempts.advanced(*step);
-                (self.kept, self.kept_cursor) = (*step, *cursor);
+                (self.last_checkpoint, self.last_checkpoint_cursor) = (*step, *cursor);
                 // The checkpoint holds the cursor from here on.
                 self.cursor = 0;
             }
@@ -206,7 +207,7 @@ impl JobRecord {
                 self.validation_loss = *validation_loss;
                 self.ended_ms = *at_ms;
             }
-            Fact::StorageMarked { .. }
+            Fact::StorageIdentified { .. }
             | Fact::Drained { .. }
             | Fact::Submitted { .. }
             | Fact::Forgotten { .. } => {}

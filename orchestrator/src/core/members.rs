@@ -9,7 +9,7 @@ use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
 
 /// How a worker introduces itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Introduction {
+pub struct Registration {
     /// Drawn at the start of its process.
     pub worker: u64,
     /// For people.
@@ -22,7 +22,7 @@ pub struct Introduction {
     pub block: String,
     /// Where its data connections are accepted, for other workers.
     pub fabric: Option<Address>,
-    /// Cores of its host that it may use; 0: not told.
+    /// Cores of its host that it may use; 0: unknown.
     pub cores: usize,
     /// Measured peak of them all together. **Units**: FLOP/s.
     pub peak_flops: u64,
@@ -32,10 +32,10 @@ pub struct Introduction {
     pub memory_limit: String,
 }
 
-impl Introduction {
-    /// What memory it has, in words.
+impl Registration {
+    /// What memory it has.
     pub fn memory(&self) -> String {
-        let Introduction { name, node, memory_bytes, memory_limit, .. } = self;
+        let Registration { name, node, memory_bytes, memory_limit, .. } = self;
         format!("worker {name} on node {node} has {} ({memory_limit})", size(*memory_bytes))
     }
 }
@@ -43,28 +43,28 @@ impl Introduction {
 /// A worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// As it introduced itself; without a word so far: what an earlier orchestrator knew it by.
-    pub who: Introduction,
-    /// Whether its stream stands.
+    /// As it registered; before that, what an earlier orchestrator knew of it.
+    pub registration: Registration,
+    /// Whether its stream is open.
     pub is_attached: bool,
-    /// Whether it wants to end.
+    /// Whether it has asked to leave.
     pub is_leaving: bool,
-    /// When it was last heard of.
+    /// When it was last seen.
     pub heard_ms: u64,
-    /// When it stops being a member unless it is heard of.
+    /// When it stops being a member unless a heartbeat arrives.
     pub until_ms: u64,
 }
 
 impl Member {
     /// Whether it has introduced itself to this orchestrator: where it is to be reached is known.
     pub fn is_known(&self) -> bool {
-        self.who.slots > 0
+        self.registration.slots > 0
     }
 
     /// How many ranks that need so much memory it has room for, beside those that need `used_bytes`; no limit where either is
     /// not known.
     pub fn room_for(&self, rank_bytes: u64, used_bytes: u64) -> usize {
-        let room = match self.who.memory_bytes {
+        let room = match self.registration.memory_bytes {
             0 => None,
             bytes => bytes.saturating_sub(used_bytes).checked_div(rank_bytes),
         };
@@ -81,17 +81,27 @@ pub struct Members {
 impl Members {
     /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
     pub fn expect(&mut self, worker: u64, now: u64) {
-        let who = Introduction { worker, ..Introduction::default() };
-        let member =
-            Member { who, is_attached: false, is_leaving: false, heard_ms: now, until_ms: now + ADOPTION_MS };
+        let registration = Registration { worker, ..Registration::default() };
+        let member = Member {
+            registration,
+            is_attached: false,
+            is_leaving: false,
+            heard_ms: now,
+            until_ms: now + ADOPTION_MS,
+        };
         self.all.entry(worker).or_insert(member);
     }
 
     /// A worker has attached, for the first time or again.
-    pub fn attach(&mut self, who: Introduction, now: u64) {
-        let worker = who.worker;
-        let member =
-            Member { who, is_attached: true, is_leaving: false, heard_ms: now, until_ms: now + LEASE_MS };
+    pub fn attach(&mut self, registration: Registration, now: u64) {
+        let worker = registration.worker;
+        let member = Member {
+            registration,
+            is_attached: true,
+            is_leaving: false,
+            heard_ms: now,
+            until_ms: now + LEASE_MS,
+        };
         self.all.insert(worker, member);
     }
 
@@ -103,22 +113,22 @@ impl Members {
         }
     }
 
-    /// A worker wants to end; returns its name, if it is a member.
-    pub fn leaving(&mut self, worker: u64) -> Option<String> {
+    /// A worker asks to leave; returns its name, if it is a member.
+    pub fn request_leave(&mut self, worker: u64) -> Option<String> {
         let member = self.all.get_mut(&worker)?;
         member.is_leaving = true;
-        Some(member.who.name.clone())
+        Some(member.registration.name.clone())
     }
 
     /// A sign of life.
-    pub fn heard(&mut self, worker: u64, now: u64) {
+    pub fn renew(&mut self, worker: u64, now: u64) {
         if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
             member.heard_ms = now;
             member.until_ms = now + LEASE_MS;
         }
     }
 
-    /// Takes out those whose time has run out.
+    /// Removes those whose lease has expired.
     pub fn expire(&mut self, now: u64) -> Vec<Member> {
         let gone: Vec<u64> =
             self.all.iter().filter(|(_, member)| member.until_ms < now).map(|(&worker, _)| worker).collect();

@@ -6,34 +6,34 @@ use std::collections::BTreeMap;
 use contraflow_runtime::schedule::size;
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
+use super::events::{Hosted, Left, WorkerCommand};
 use super::facts::Fact;
 use super::formation::Formation;
 use super::jobs::JobRecord;
-use super::members::{Introduction, Member};
-use super::watermarks::Hang;
-use super::words::{Hosted, Left, Word};
+use super::members::{Member, Registration};
+use super::stall::Stall;
 use super::{Core, list};
 
 impl Core {
     pub(super) fn attached(
         &mut self,
-        who: Introduction,
+        registration: Registration,
         hosted: &[Hosted],
-        (state, incarnation, storage_mark): (u64, u64, String),
+        (state, incarnation, storage_id): (u64, u64, String),
         left: Vec<Left>,
         now: u64,
     ) {
-        let worker = who.worker;
-        if let Err(why) = self.admit(&who, (state, incarnation), &storage_mark) {
-            return self.tell(worker, Word::Refused { why });
+        let worker = registration.worker;
+        if let Err(why) = self.admit(&registration, (state, incarnation), &storage_id) {
+            return self.send(worker, WorkerCommand::Reject { why });
         }
-        if self.jobs.storage_mark.is_empty() {
-            self.keep(Fact::StorageMarked { mark: storage_mark });
+        if self.jobs.storage_id.is_empty() {
+            self.persist(Fact::StorageIdentified { storage_id });
         }
         let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
-        self.members.attach(who, now);
+        self.members.attach(registration, now);
         self.is_open = true;
-        self.tell(worker, Word::Welcome);
+        self.send(worker, WorkerCommand::Welcome);
         let is_current = |hosted: &Hosted| self.formed(hosted.formation).is_some();
         let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
         let is_known = |hosted: &Hosted| {
@@ -43,8 +43,8 @@ impl Core {
         let (stale, foreign): (Vec<_>, Vec<_>) = stale.into_iter().partition(is_known);
         for Hosted { formation, .. } in stale {
             let keep = self.jobs.all.get(&formation.job).is_some_and(|record| record.in_memory);
-            let reason = "another formation has taken its place".to_owned();
-            self.tell(worker, Word::Release { formation, reason, keep });
+            let reason = "superseded by another formation".to_owned();
+            self.send(worker, WorkerCommand::Release { formation, reason, keep });
         }
         foreign.iter().for_each(|hosted| self.foreign_attached(worker, hosted, now));
         left.into_iter().for_each(|left| self.left(worker, left));
@@ -54,7 +54,7 @@ impl Core {
         }
     }
 
-    /// The last worker of a formation has come to an orchestrator that was started anew: only now the others can be told
+    /// The last worker of a formation has attached to a restarted orchestrator: only now the others can be notified
     /// where all of them are. Who hosts its ranks already ignores it.
     fn assign_again(&mut self, last: u64) {
         let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
@@ -67,34 +67,34 @@ impl Core {
             }
         }
         for ((formation, worker), ranks) in ranks_of {
-            self.tell(worker, Word::Assign { formation, ranks });
+            self.send(worker, WorkerCommand::Assign { formation, ranks });
         }
     }
 
     fn admit(
         &self,
-        who: &Introduction,
+        registration: &Registration,
         (state, incarnation): (u64, u64),
-        storage_mark: &str,
+        storage_id: &str,
     ) -> Result<(), String> {
         // Starts of another state say nothing of this one.
         if state == self.state && incarnation > self.incarnation {
             return Err(format!(
-                "the worker has heard of incarnation {incarnation} of the orchestrator, this is {}: another one has taken over",
+                "the worker has seen incarnation {incarnation} of the orchestrator, this is {}: another one has taken over",
                 self.incarnation
             ));
         }
-        let expected = &self.jobs.storage_mark;
-        if !expected.is_empty() && expected != storage_mark {
+        let expected = &self.jobs.storage_id;
+        if !expected.is_empty() && expected != storage_id {
             return Err(format!(
-                "--storage of worker {}: expected the cluster's shared storage (mark {expected}), got one of mark {storage_mark}",
-                who.name
+                "--storage of worker {}: expected the cluster's shared storage (id {expected}), got one with id {storage_id}",
+                registration.name
             ));
         }
         Ok(())
     }
 
-    /// Says again what a worker that attaches may not have heard.
+    /// Repeats what a worker that attaches may have missed.
     fn remind(&mut self, worker: u64, hosted: &[Hosted]) {
         let placed = self.running().map(|(job, formed)| {
             let here = formed.ranks().filter(|(_, place)| *place == worker);
@@ -106,11 +106,11 @@ impl Core {
             let here: Vec<Rank> = here.flat_map(|hosted| hosted.ranks.iter().copied()).collect();
             let ranks: Vec<Rank> = placed.iter().copied().filter(|rank| !here.contains(rank)).collect();
             if !ranks.is_empty() {
-                self.tell(worker, Word::Assign { formation, ranks });
+                self.send(worker, WorkerCommand::Assign { formation, ranks });
             }
             let job = formation.job;
             let repeated = self.formations.get(&job).map_or_else(Vec::new, |formed| formed.repeat(&placed));
-            self.carry_out(job, repeated, 0);
+            self.apply_effects(job, repeated, 0);
         }
     }
 
@@ -118,15 +118,19 @@ impl Core {
         if self.jobs.drained.contains(&node) {
             return;
         }
-        self.keep(Fact::Drained { node: node.clone() });
-        self.vacate(|member| member.who.node == node, &format!("node {node} is drained"), now);
+        self.persist(Fact::Drained { node: node.clone() });
+        self.vacate(|member| member.registration.node == node, &format!("node {node} is drained"), now);
     }
 
-    /// A worker wants to end: it takes no new ranks, and its jobs go on elsewhere.
-    pub(super) fn leaving(&mut self, worker: u64, now: u64) {
-        self.members.heard(worker, now);
-        if let Some(name) = self.members.leaving(worker) {
-            self.vacate(|member| member.who.worker == worker, &format!("worker {name} is leaving"), now);
+    /// A worker asks to leave: it takes no new ranks, and its jobs continue elsewhere.
+    pub(super) fn request_leave(&mut self, worker: u64, now: u64) {
+        self.members.renew(worker, now);
+        if let Some(name) = self.members.request_leave(worker) {
+            self.vacate(
+                |member| member.registration.worker == worker,
+                &format!("worker {name} is leaving"),
+                now,
+            );
         }
     }
 
@@ -140,29 +144,30 @@ impl Core {
             .map(|(job, _)| job)
             .collect();
         for job in moved {
-            self.move_away(job, why.to_owned(), now);
+            self.requeue(job, why.to_owned(), now);
         }
     }
 
-    /// A worker is not a member any more: every job that has ranks on it forms anew.
+    /// A worker is not a member any more: every job that has ranks on it re-forms.
     pub(super) fn lost(&mut self, member: &Member, now: u64) {
         let silent = now.saturating_sub(member.heard_ms);
-        let how = if member.is_attached { "is silent" } else { "has left, last heard of" };
+        let how = if member.is_attached { "is silent" } else { "has left, last seen" };
         let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
-        let Introduction { name, node, .. } = &member.who;
+        let Registration { name, node, .. } = &member.registration;
         let why =
             |lost: &[Rank]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
-        self.lose(&member.who, why, now);
+        self.lose(&member.registration, why, now);
     }
 
-    /// Breaks every formation that has ranks on a worker, which is not a member any more; why, each is told by its ranks.
-    fn lose(&mut self, who: &Introduction, why: impl Fn(&[Rank]) -> String, now: u64) {
-        self.forget_kept(who.worker);
-        self.lose_foreign(who.worker);
+    /// Breaks every formation that has ranks on a worker, which is not a member any more; the reason is given per job, by
+    /// its ranks.
+    fn lose(&mut self, registration: &Registration, why: impl Fn(&[Rank]) -> String, now: u64) {
+        self.forget_survivor(registration.worker);
+        self.lose_foreign(registration.worker);
         let hit: Vec<(JobId, Vec<Rank>)> = self
             .running()
             .map(|(job, formed)| {
-                let lost = formed.ranks().filter(|(_, place)| *place == who.worker);
+                let lost = formed.ranks().filter(|(_, place)| *place == registration.worker);
                 (job, lost.map(|(rank, _)| rank).collect())
             })
             .filter(|(_, lost): &(JobId, Vec<Rank>)| !lost.is_empty())
@@ -172,8 +177,8 @@ impl Core {
             let is_suspect = suspect == Some(job);
             let mut why = why(&lost);
             if is_suspect {
-                why += &self.short_of_memory(job, lost.len(), who).unwrap_or_default();
-                self.avoided.entry(job).or_default().insert(who.node.clone());
+                why += &self.short_of_memory(job, lost.len(), registration).unwrap_or_default();
+                self.avoided.entry(job).or_default().insert(registration.node.clone());
             }
             self.break_formation(job, lost, why, is_suspect, now);
         }
@@ -188,27 +193,28 @@ impl Core {
     }
 
     /// What ranks need and what their worker had, where that may be why it has ended: at least half of it.
-    fn short_of_memory(&self, job: JobId, ranks: usize, who: &Introduction) -> Option<String> {
+    fn short_of_memory(&self, job: JobId, ranks: usize, registration: &Registration) -> Option<String> {
         let needed = self.jobs.all[&job].running()?.rank_bytes;
-        let is_short = who.memory_bytes > 0 && needed.saturating_mul(2 * ranks as u64) >= who.memory_bytes;
+        let is_short = registration.memory_bytes > 0
+            && needed.saturating_mul(2 * ranks as u64) >= registration.memory_bytes;
         is_short.then(|| {
-            let (needed, has) = (size(needed), who.memory());
+            let (needed, has) = (size(needed), registration.memory());
             format!(
                 "; it may have run out of memory: a rank needs at least {needed}, {has} and hosted {ranks}"
             )
         })
     }
 
-    /// The ranks of a job do not get on although every worker is there. The one that holds them up may hang in what no word
+    /// The ranks of a job make no progress although all workers are alive. The one that holds them up may hang where no message
     /// reaches, and would again in the next formation: its process has to end.
-    pub(super) fn hung(&mut self, job: JobId, Hang { rank, why }: Hang, now: u64) {
+    pub(super) fn rank_stalled(&mut self, job: JobId, Stall { rank, why }: Stall, now: u64) {
         let place = |rank| self.jobs.all.get(&job)?.running()?.place_of(rank);
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
-            return self.break_formation(job, Vec::new(), format!("{why}: formed anew"), true, now);
+            return self.break_formation(job, Vec::new(), format!("{why}: re-forming"), true, now);
         };
-        let Introduction { worker, name, node, .. } = &member.who;
-        let why = format!("{why}; worker {name} on node {node} is to end");
-        self.tell(*worker, Word::Refused { why: format!("{why}: start it again") });
-        self.lose(&member.who, |_| why.clone(), now);
+        let Registration { worker, name, node, .. } = &member.registration;
+        let why = format!("{why}; worker {name} on node {node} must exit");
+        self.send(*worker, WorkerCommand::Reject { why: format!("{why}: start it again") });
+        self.lose(&member.registration, |_| why.clone(), now);
     }
 }

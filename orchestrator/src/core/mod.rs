@@ -1,25 +1,25 @@
 //! What the cluster decides, as one pure state machine: an event and the time in, effects out, in their order.
 //!
-//! No clock, no I/O, no tokio: whoever owns it keeps each fact before anything that follows it in the list is done. What
+//! No clock, no I/O, no tokio: its owner persists each fact before executing anything that follows it in the list. What
 //! outlives the process is a fold over facts ([`jobs`]); members, leases and the machines of running formations
-//! (`formation`) are made anew from what the workers tell when they attach again.
+//! (`formation`) are rebuilt from what the workers report when they attach again.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod attempts;
+mod events;
 pub mod facts;
 mod foreign;
 mod formation;
 pub mod jobs;
-mod leaving;
 mod members;
 mod membership;
 mod peak;
+mod reshard;
 mod schedule;
+mod stall;
+mod survivors;
 #[cfg(test)]
 mod tests;
-mod watermarks;
-mod words;
-mod writing_down;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,14 +29,14 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
+pub use self::events::{Effect, Event, Hosted, Left, Progress, WorkerCommand};
 use self::facts::{End, Fact, JobSpec};
 use self::foreign::Foreign;
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
-use self::leaving::Leaving;
 use self::members::Members;
-pub use self::members::{Introduction, Member};
-pub use self::words::{Effect, Event, Hosted, Left, Progress, Word};
+pub use self::members::{Member, Registration};
+use self::survivors::Survivors;
 
 /// How often a worker beats.
 pub const BEAT_MS: u64 = 500;
@@ -46,26 +46,26 @@ pub const LEASE_MS: u64 = 3 * BEAT_MS;
 pub const RETURN_MS: u64 = 700;
 /// How long a started orchestrator waits for the workers of the jobs that it finds running.
 pub const ADOPTION_MS: u64 = 10_000;
-/// How long ranks that say they have lost a peer are believed before somebody must have lost his lease: then the formation
-/// is made anew with the same members.
+/// How long ranks that say they have lost a peer are believed before some worker's lease must have expired: after that the
+/// same members re-form.
 pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
 /// How long workers may take to leave a broken formation and say what they keep of its state.
 pub const LEFT_MS: u64 = 3_000;
 /// How long workers may take to write down what they keep in memory.
-pub const WRITE_DOWN_MS: u64 = 60_000;
+pub const RESHARD_MS: u64 = 60_000;
 /// How long ranks may take to answer an abort.
 pub const ABORT_MS: u64 = 5_000;
-/// How long a job waits for a place for a lost rank before it goes on with fewer, if it may.
+/// How long a job waits for a place for a lost rank before it continues with fewer, if it may.
 pub const SHRINK_MS: u64 = 5_000;
-/// Ranks none of which gets on for this long are told of.
-pub const STANDSTILL_MS: u64 = 10_000;
-/// Ranks none of which gets on for this long hang, unless they have been nearly as slow before.
-pub const HANG_MS: u64 = 60_000;
-/// A formation hangs if it stands still for so many times its longest standstill before.
-pub const HANG_GAPS: u64 = 10;
-/// Jobs that are over and still known, unless somebody wants more or fewer.
-pub const KEEP_JOBS: usize = 10_000;
-/// How often the machine wants to hear [`Event::Tick`].
+/// Ranks without progress for this long are reported.
+pub const STALL_WARN_MS: u64 = 10_000;
+/// Ranks without progress for this long have stalled, unless they have been nearly as slow before.
+pub const STALL_MS: u64 = 60_000;
+/// A formation has stalled after this multiple of its longest pause so far.
+pub const STALL_FACTOR: u64 = 10;
+/// Finished jobs to retain, by default.
+pub const RETAINED_JOBS: usize = 10_000;
+/// How often the machine needs [`Event::Tick`].
 pub const TICK_MS: u64 = 100;
 
 /// The state of the cluster.
@@ -80,7 +80,7 @@ pub struct Core {
     members: Members,
     formations: BTreeMap<JobId, Formation>,
     /// Broken formations whose workers are asked what they keep.
-    leaving: BTreeMap<JobId, Leaving>,
+    survivors: BTreeMap<JobId, Survivors>,
     /// What the clock showed last.
     wall_ms: u64,
     /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
@@ -93,25 +93,25 @@ pub struct Core {
     avoided: BTreeMap<JobId, BTreeSet<String>>,
     /// Why jobs in line wait.
     reasons: BTreeMap<JobId, String>,
-    /// Jobs that are over and stay known.
-    keep_jobs: usize,
+    /// Finished jobs to retain.
+    retained_jobs: usize,
     /// Something has changed that may give a job its ranks.
     is_open: bool,
     effects: Vec<Effect>,
 }
 
 impl Core {
-    /// A state that goes on from what was kept.
+    /// A state built from what was stored.
     pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
         let mut core = Core {
             incarnation,
             state: 0,
             nonce: 0,
-            keep_jobs: KEEP_JOBS,
+            retained_jobs: RETAINED_JOBS,
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
-            leaving: BTreeMap::new(),
+            survivors: BTreeMap::new(),
             foreign: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
@@ -131,13 +131,13 @@ impl Core {
             core.formations.insert(job, Formation::of(record));
         }
         let all: Vec<JobId> = core.jobs.all.keys().copied().collect();
-        all.into_iter().for_each(|job| core.expect_kept(job, now));
+        all.into_iter().for_each(|job| core.expect_survivors(job, now));
         core
     }
 
-    /// The same state, of which so many jobs that are over stay known: the latest to end.
-    pub fn keeping(mut self, jobs: usize) -> Self {
-        self.keep_jobs = jobs;
+    /// The same state, retaining this many finished jobs: those that ended last.
+    pub fn retaining(mut self, jobs: usize) -> Self {
+        self.retained_jobs = jobs;
         self
     }
 
@@ -173,7 +173,7 @@ impl Core {
 
     /// Whether a member takes no new ranks.
     pub fn is_draining(&self, member: &Member) -> bool {
-        member.is_leaving || self.jobs.drained.contains(&member.who.node)
+        member.is_leaving || self.jobs.drained.contains(&member.registration.node)
     }
 
     /// Ranks a worker hosts.
@@ -183,7 +183,7 @@ impl Core {
         known.chain(self.held_by_foreign()).filter(|place| *place == worker).count()
     }
 
-    /// What a job waits for, in words; nothing if it does not.
+    /// What a job waits for; empty if for nothing.
     pub fn waiting_for(&self, job: JobId) -> String {
         let Some(record) = self.jobs.all.get(&job) else { return String::new() };
         match (&record.phase, self.formations.get(&job)) {
@@ -207,22 +207,22 @@ impl Core {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
             Event::Drain { node } => self.drain(node, now),
-            Event::Attached { who, hosted, left, state, incarnation, storage_mark } => {
-                self.attached(*who, &hosted, (state, incarnation, storage_mark), left, now);
+            Event::Attached { registration, hosted, left, state, incarnation, storage_id } => {
+                self.attached(*registration, &hosted, (state, incarnation, storage_id), left, now);
             }
             Event::Left { worker, left } => {
-                self.members.heard(worker, now);
+                self.members.renew(worker, now);
                 self.left(worker, left);
             }
-            Event::Leaving { worker } => self.leaving(worker, now),
+            Event::LeaveRequested { worker } => self.request_leave(worker, now),
             Event::Detached { worker } => self.members.detach(worker, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
-                self.members.heard(worker, now);
+                self.members.renew(worker, now);
                 self.rank_event(worker, from, *event, now);
             }
             Event::Committed { worker, formation, position, result } => {
-                self.members.heard(worker, now);
+                self.members.renew(worker, now);
                 self.committed(formation, position, result, now);
             }
             Event::Tick => self.tick(now),
@@ -234,22 +234,22 @@ impl Core {
         std::mem::take(&mut self.effects)
     }
 
-    fn keep(&mut self, fact: Fact) {
+    fn persist(&mut self, fact: Fact) {
         self.jobs.apply(&fact);
         let gives_no_room = matches!(
             fact,
-            Fact::Kept { .. }
+            Fact::CheckpointCommitted { .. }
                 | Fact::Stepped { .. }
                 | Fact::Formed { .. }
-                | Fact::StorageMarked { .. }
+                | Fact::StorageIdentified { .. }
                 | Fact::Forgotten { .. }
         );
         self.is_open |= !gives_no_room;
-        self.effects.push(Effect::Keep(fact));
+        self.effects.push(Effect::Persist(fact));
     }
 
-    fn tell(&mut self, worker: u64, word: Word) {
-        self.effects.push(Effect::Tell { worker, word });
+    fn send(&mut self, worker: u64, command: WorkerCommand) {
+        self.effects.push(Effect::Send { worker, command });
     }
 
     fn log(&mut self, job: JobId, line: String) {
@@ -259,7 +259,7 @@ impl Core {
     fn submit(&mut self, spec: Box<JobSpec>, now: u64) {
         if !self.jobs.by_key.contains_key(&spec.key) {
             let job = JobId::new(self.jobs.newest.number() + 1, self.nonce);
-            self.keep(Fact::Submitted { job, spec, at_ms: now });
+            self.persist(Fact::Submitted { job, spec, at_ms: now });
         }
     }
 
@@ -275,21 +275,22 @@ impl Core {
         self.release(job, &outcome, false);
         self.avoided.remove(&job);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
-        self.keep(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
+        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
     }
 
-    /// However many jobs come and go, what is known of them stays bounded.
+    /// Bounds the number of retained jobs.
     fn forget(&mut self) {
-        while let Some(&job) = self.jobs.ended.front().filter(|_| self.jobs.ended.len() > self.keep_jobs) {
-            self.keep(Fact::Forgotten { job });
+        while let Some(&job) = self.jobs.ended.front().filter(|_| self.jobs.ended.len() > self.retained_jobs)
+        {
+            self.persist(Fact::Forgotten { job });
         }
     }
 
-    /// Ends the latest formation of a job on every worker that is still there. Whether what they have in memory of its state is
-    /// to be kept stands in `keep`.
+    /// Ends the latest formation of a job on every worker that is still alive. `keep`: whether their replicas of its state
+    /// are kept.
     fn release(&mut self, job: JobId, reason: &str, keep: bool) {
         self.formations.remove(&job);
-        self.leaving.remove(&job);
+        self.survivors.remove(&job);
         self.paused_until.remove(&job);
         let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
         let formation = formed.id(job);
@@ -297,15 +298,15 @@ impl Core {
         workers.sort_unstable();
         workers.dedup();
         for worker in workers {
-            self.tell(worker, Word::Release { formation, reason: reason.to_owned(), keep });
+            self.send(worker, WorkerCommand::Release { formation, reason: reason.to_owned(), keep });
         }
     }
 
     /// Stops a job after the running step, keeps it, and puts it into the queue again.
-    fn move_away(&mut self, job: JobId, why: String, now: u64) {
+    fn requeue(&mut self, job: JobId, why: String, now: u64) {
         if let Some(formation) = self.formations.get_mut(&job) {
-            let effects = formation.move_away(why);
-            self.carry_out(job, effects, now);
+            let effects = formation.requeue(why);
+            self.apply_effects(job, effects, now);
         }
     }
 
@@ -314,7 +315,7 @@ impl Core {
     }
 
     fn beat(&mut self, worker: u64, progress: &[Progress], now: u64) {
-        self.members.heard(worker, now);
+        self.members.renew(worker, now);
         for progress in progress {
             let is_current = self.is_current(worker, &progress.rank);
             match self.formations.get_mut(&progress.rank.formation.job).filter(|_| is_current) {
@@ -324,7 +325,7 @@ impl Core {
         }
     }
 
-    /// Whether a rank speaks for the running formation: the one place where what is from before is dropped.
+    /// Whether a rank belongs to the running formation: the one place where stale messages are dropped.
     fn is_current(&self, worker: u64, from: &RankAddress) -> bool {
         self.formed(from.formation).is_some_and(|formed| formed.place_of(from.rank) == Some(worker))
     }
@@ -338,7 +339,7 @@ impl Core {
     fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
         if !self.is_current(worker, &from) {
             if !self.foreign_event(worker, &from, &event, now) {
-                self.written_down(worker, &from, event);
+                self.reshard_event(worker, &from, event);
             }
             return;
         }
@@ -350,9 +351,9 @@ impl Core {
         let step = formation.own_step(&event);
         let effects = formation.event(event, now);
         if let Some(step) = step.filter(|_| !self.jobs.all[&job].attempts.has_stepped) {
-            self.keep(Fact::Stepped { job, step });
+            self.persist(Fact::Stepped { job, step });
         }
-        self.carry_out(job, effects, now);
+        self.apply_effects(job, effects, now);
     }
 
     fn committed(
@@ -367,7 +368,7 @@ impl Core {
             return self.foreign_committed(of, position, result);
         }
         if let Some(position) = position.filter(|_| !is_current) {
-            return self.down_committed(of, position, result);
+            return self.reshard_committed(of, position, result);
         }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
@@ -378,40 +379,41 @@ impl Core {
                 || "the weights".into(),
                 |position| format!("the checkpoint of step {}", position.step),
             );
-            let words = format!("putting {what} in place: {cause}");
+            let words = format!("committing {what}: {cause}");
             return self.node_failed(job, Rank::ZERO, &words, now);
         }
         let effects = formation.committed(position, result);
-        let kept = self.jobs.all[&job].kept;
-        if let Some(Position { step, cursor, .. }) = position.filter(|at| stands && at.step > kept) {
-            self.keep(Fact::Kept { job, step, cursor });
+        let last_checkpoint = self.jobs.all[&job].last_checkpoint;
+        if let Some(Position { step, cursor, .. }) = position.filter(|at| stands && at.step > last_checkpoint)
+        {
+            self.persist(Fact::CheckpointCommitted { job, step, cursor });
         }
-        self.carry_out(job, effects, now);
+        self.apply_effects(job, effects, now);
     }
 
     fn tick(&mut self, now: u64) {
         for member in self.members.expire(now) {
-            self.tell(member.who.worker, Word::Cut);
+            self.send(member.registration.worker, WorkerCommand::Disconnect);
             self.lost(&member, now);
         }
-        // Time alone may let a job go on with fewer ranks.
+        // Time alone may let a job continue with fewer ranks.
         self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();
         for job in jobs {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
                 self.break_formation(job, Vec::new(), why, true, now);
-            } else if let Some(hang) = formation.hangs(now) {
-                self.hung(job, hang, now);
+            } else if let Some(stall) = formation.stalled(now) {
+                self.rank_stalled(job, stall, now);
             } else {
                 let effects = formation.tick(now);
-                self.carry_out(job, effects, now);
+                self.apply_effects(job, effects, now);
             }
         }
         self.tick_foreign(now);
     }
 
-    /// A formation is over: the job is formed anew, unless it has come to nothing too often. `counts`: nobody else is to blame.
+    /// A formation has ended: the job re-forms, unless it has failed too often. `counts`: no external cause is known.
     fn break_formation(&mut self, job: JobId, lost: Vec<Rank>, why: String, counts: bool, now: u64) {
         let record = &self.jobs.all[&job];
         let generation = record.generation();
@@ -426,15 +428,16 @@ impl Core {
         self.release(job, &why, true);
         self.log(job, why.clone());
         self.paused_until.insert(job, now + attempts.pause_ms());
-        self.keep(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
-        self.ask_for_kept(job, now);
+        self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
+        self.query_survivors(job, now);
     }
 
     /// A rank's node cannot do its part: the rank goes to another one, if there is room.
     fn node_failed(&mut self, job: JobId, rank: Rank, what: &str, now: u64) {
         let place = self.jobs.all[&job].running().and_then(|formed| formed.place_of(rank));
-        let who = place.and_then(|worker| self.members.get(worker)).map(|member| member.who.clone());
-        let Introduction { name, node, .. } = who.unwrap_or_default();
+        let registration =
+            place.and_then(|worker| self.members.get(worker)).map(|member| member.registration.clone());
+        let Registration { name, node, .. } = registration.unwrap_or_default();
         let why = format!("{what}; on worker {name}, node {node}");
         self.avoided.entry(job).or_default().insert(node);
         self.break_formation(job, vec![rank], why, true, now);
@@ -451,7 +454,7 @@ pub(crate) fn axes_overrides(axes: &Topology) -> Vec<String> {
     ]
 }
 
-/// Ranks in words.
+/// A list of ranks as text.
 fn list(ranks: &[Rank]) -> String {
     ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ")
 }

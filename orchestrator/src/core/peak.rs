@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::members::Introduction;
+use super::members::Registration;
 
 /// What is known of a host.
 #[derive(Default)]
@@ -12,21 +12,23 @@ struct Host {
     peak_flops: u64,
 }
 
-/// Measured peak of the cores that ranks on these workers, one entry a rank, keep busy with so many threads each; 0 if some
+/// Measured peak of the cores that ranks on these workers, one entry a rank, keep busy with this many threads each; 0 if some
 /// worker has not measured it. Workers of one host share its cores, and the best of their measurements is the host's: the
 /// others had less of it to themselves.
 ///
 /// **Units**: FLOP/s.
-pub(super) fn peak_flops(of_rank: &[&Introduction], threads_per_rank: usize) -> u64 {
+pub(super) fn peak_flops(of_rank: &[&Registration], threads_per_rank: usize) -> u64 {
     let mut hosts: BTreeMap<&str, Host> = BTreeMap::new();
-    for who in of_rank {
-        let Some(address) = who.fabric.as_ref().filter(|_| who.cores > 0 && who.peak_flops > 0) else {
+    for registration in of_rank {
+        let Some(address) =
+            registration.fabric.as_ref().filter(|_| registration.cores > 0 && registration.peak_flops > 0)
+        else {
             return 0;
         };
         let host = hosts.entry(&address.host).or_default();
         host.ranks += 1;
-        host.cores = host.cores.max(who.cores);
-        host.peak_flops = host.peak_flops.max(who.peak_flops);
+        host.cores = host.cores.max(registration.cores);
+        host.peak_flops = host.peak_flops.max(registration.peak_flops);
     }
     let in_use = |host: &Host| {
         let threads = host.cores.min(host.ranks * threads_per_rank);
@@ -42,10 +44,10 @@ mod tests {
 
     use super::*;
 
-    fn worker(host: &str, cores: usize, peak_flops: u64) -> Introduction {
+    fn worker(host: &str, cores: usize, peak_flops: u64) -> Registration {
         let tcp = ([127, 0, 0, 1], 1).into();
         let fabric = Some(Address { host: host.into(), tcp, unix: String::new() });
-        Introduction { fabric, cores, peak_flops, ..Introduction::default() }
+        Registration { fabric, cores, peak_flops, ..Registration::default() }
     }
 
     #[test]
@@ -59,7 +61,7 @@ mod tests {
 
     #[test]
     fn without_a_measurement_there_is_no_peak() {
-        let (known, unknown) = (worker("a", 4, 400), Introduction::default());
+        let (known, unknown) = (worker("a", 4, 400), Registration::default());
         for of_rank in [&[&known, &unknown][..], &[&worker("a", 0, 400)], &[&worker("a", 4, 0)]] {
             assert_eq!(peak_flops(of_rank, 1), 0);
         }

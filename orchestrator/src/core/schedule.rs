@@ -1,5 +1,5 @@
-//! Which job gets ranks now, and where: jobs that have lost some first, then the queue. What is decided how stands in
-//! [`crate::queue`] and [`crate::placement`]; here they get their numbers, and their answers become facts and words.
+//! Which job gets ranks now, and where: jobs that have lost some first, then the queue. The decisions are in
+//! [`crate::queue`] and [`crate::placement`]; here they get their numbers, and their answers become facts and commands.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
-use super::{Core, SHRINK_MS, Word};
+use super::{Core, SHRINK_MS, WorkerCommand};
 use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill, shrink};
 use crate::queue::{self, Decision, Running, Waiting};
 
@@ -20,11 +20,11 @@ impl Core {
     /// Forms every job that can be formed, and makes room for those that may ask for it.
     pub(super) fn schedule(&mut self, now: u64) {
         for job in self.recovering() {
-            if self.awaits_kept(job, now) || self.pauses(job, now).is_some() {
+            if self.awaits_survivors(job, now) || self.pauses(job, now).is_some() {
                 continue;
             }
             if let Some((topology, places)) = self.place_again(job, now)
-                && !self.writes_down(job, &topology, now)
+                && !self.reshards(job, &topology, now)
             {
                 self.form(job, topology, places, false);
             }
@@ -42,10 +42,10 @@ impl Core {
                 Decision::Start { job, on_loan } => self.start(job, on_loan),
                 Decision::Preempt { victims, for_job } => {
                     for victim in &victims {
-                        self.move_away(*victim, format!("gives way to {}", for_job), now);
+                        self.requeue(*victim, format!("gives way to {}", for_job), now);
                     }
                     let victims: Vec<String> = victims.iter().map(JobId::to_string).collect();
-                    self.reasons.insert(for_job, format!("{} to give way", victims.join(", ")));
+                    self.reasons.insert(for_job, format!("{} to yield", victims.join(", ")));
                 }
                 Decision::Wait { job, reason } => drop(self.reasons.insert(job, reason)),
             }
@@ -68,11 +68,11 @@ impl Core {
             Err(why_not) => (None, why_not),
         };
         let record = &self.jobs.all[&job];
-        let resume_step = memory.as_ref().map_or(record.kept, |memory| memory.step);
+        let resume_step = memory.as_ref().map_or(record.last_checkpoint, |memory| memory.step);
         let from = match (&memory, resume_step) {
-            (Some(_), step) => format!(" and go on from memory after step {step}"),
+            (Some(_), step) => format!(" and resume from memory after step {step}"),
             (None, 0) => String::new(),
-            (None, step) => format!(" and go on from the checkpoint of step {step}"),
+            (None, step) => format!(" and resume from the checkpoint of step {step}"),
         };
         let keeps_in_memory = record.spec.recipe.checkpoint.in_memory;
         let formed = Formed {
@@ -96,8 +96,8 @@ impl Core {
             format!("generation {}: {} ranks formed{from}{why_not}", formed.generation, places.len()),
         );
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
-        self.let_go(job, &places);
-        self.keep(Fact::Formed { job, formed });
+        self.released(job, &places);
+        self.persist(Fact::Formed { job, formed });
         self.reasons.remove(&job);
         self.paused_until.remove(&job);
         self.formations.insert(job, Formation::of(&self.jobs.all[&job]));
@@ -106,33 +106,34 @@ impl Core {
             ranks_of.entry(worker).or_default().push(Rank::at(rank));
         }
         for (worker, ranks) in ranks_of {
-            self.tell(worker, Word::Assign { formation, ranks });
+            self.send(worker, WorkerCommand::Assign { formation, ranks });
         }
     }
 
     /// Measured peak of the cores that ranks at these places compute on. **Units**: FLOP/s.
     fn peak_flops(&self, places: &[u64], threads_per_rank: usize) -> u64 {
-        let members = places.iter().map(|&worker| self.members.get(worker).map(|member| &member.who));
+        let members =
+            places.iter().map(|&worker| self.members.get(worker).map(|member| &member.registration));
         members.collect::<Option<Vec<_>>>().map_or(0, |members| peak_flops(&members, threads_per_rank))
     }
 
-    /// By rank, whose worker keeps its state too; nobody where all ranks are on one worker.
+    /// By rank, whose worker holds its replica; none if all ranks are on one worker.
     fn buddies(&self, job: JobId, places: &[u64]) -> Vec<Rank> {
         let buddies = buddies(&self.supply(Some(job), 0), places).unwrap_or_default();
         buddies.into_iter().map(Rank::at).collect()
     }
 
     /// Workers of the formation before that are not in the next one need not keep anything of its state.
-    fn let_go(&mut self, job: JobId, places: &[u64]) {
+    fn released(&mut self, job: JobId, places: &[u64]) {
         let Some(before) = self.jobs.all[&job].formed.as_ref() else { return };
         let formation = before.id(job);
         let left: BTreeSet<u64> =
             before.places.iter().copied().filter(|worker| !places.contains(worker)).collect();
         for worker in left {
-            let reason = "the job goes on without this worker".to_owned();
-            self.tell(worker, Word::Release { formation, reason, keep: false });
+            let reason = "the job continues without this worker".to_owned();
+            self.send(worker, WorkerCommand::Release { formation, reason, keep: false });
         }
-        self.leaving.remove(&job);
+        self.survivors.remove(&job);
     }
 
     /// Jobs that have lost ranks, the most important first.
@@ -175,7 +176,7 @@ impl Core {
         Some((smaller, placement.of_rank))
     }
 
-    /// The slots that a job may take for ranks that need so much memory: those that nobody holds, and its own where it has lost
+    /// The slots that a job may take for ranks that need this much memory: the free ones, and its own where it has lost
     /// its formation.
     fn supply(&self, own: Option<JobId>, rank_bytes: u64) -> Supply {
         let held = self.held(own);
@@ -183,18 +184,18 @@ impl Core {
         for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
             let (used, used_bytes) = held.get(&worker).copied().unwrap_or_default();
             if self.is_draining(member) {
-                supply.draining += member.who.slots;
+                supply.draining += member.registration.slots;
                 continue;
             }
             supply.taken += used;
-            let free = member.who.slots.saturating_sub(used);
+            let free = member.registration.slots.saturating_sub(used);
             let room = free.min(member.room_for(rank_bytes, used_bytes));
             if room < free {
-                supply
-                    .too_small
-                    .note(free - room, rank_bytes, member.who.memory_bytes, || member.who.memory());
+                supply.too_small.note(free - room, rank_bytes, member.registration.memory_bytes, || {
+                    member.registration.memory()
+                });
             }
-            let (node, block) = (member.who.node.clone(), member.who.block.clone());
+            let (node, block) = (member.registration.node.clone(), member.registration.block.clone());
             supply.slots.push(Slots { worker, node, block, free: room });
         }
         supply
@@ -219,7 +220,7 @@ impl Core {
     }
 
     /// Takes those out of the line that would not fit into the memory of all workers together if they did nothing else, though
-    /// they have slots enough: they hold nobody up.
+    /// they have enough slots: they block no other job.
     fn without_unfit(&mut self, waiting: Vec<Waiting>) -> Vec<Waiting> {
         let mut rooms: BTreeMap<u64, (usize, TooSmall)> = BTreeMap::new();
         let mut fit = Vec::with_capacity(waiting.len());
@@ -242,11 +243,13 @@ impl Core {
         let (mut room, mut too_small) = (0, TooSmall::default());
         let members = self.members.iter().map(|(_, member)| member);
         for member in members.filter(|member| member.is_attached && !self.is_draining(member)) {
-            let slots = member.who.slots;
+            let slots = member.registration.slots;
             let fit = slots.min(member.room_for(rank_bytes, 0));
             room += fit;
             if fit < slots {
-                too_small.note(slots - fit, rank_bytes, member.who.memory_bytes, || member.who.memory());
+                too_small.note(slots - fit, rank_bytes, member.registration.memory_bytes, || {
+                    member.registration.memory()
+                });
             }
         }
         (room, too_small)
@@ -278,7 +281,7 @@ impl Core {
         (waiting, running, missing)
     }
 
-    /// Why a job has no ranks, in words.
+    /// Why a job has no ranks.
     pub(super) fn why_without_place(&self, job: JobId) -> String {
         let record = &self.jobs.all[&job];
         if let Some(reason) = self.reasons.get(&job).filter(|_| record.phase == Phase::Queued) {
@@ -287,7 +290,7 @@ impl Core {
         if let Some(left) = self.pauses(job, self.awake_ms) {
             let (idle, seconds) = (record.attempts.idle, left.div_ceil(1000));
             return format!(
-                "formed {idle} times in a row without making a step, again in {seconds} s; {}",
+                "formed {idle} times in a row without completing a step, again in {seconds} s; {}",
                 record.why
             );
         }

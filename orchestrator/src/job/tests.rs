@@ -1,7 +1,8 @@
 //! The job machine, event by event.
 
+use contraflow_proto::StepReport;
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::Rank;
-use contraflow_runtime::watch::Action;
 
 use super::*;
 
@@ -19,10 +20,10 @@ fn step_done(rank: u32, step: u64) -> RankEvent {
     RankEvent::StepDone { report: StepReport { rank, step, ..StepReport::default() } }
 }
 
-fn commands(effects: &[Effect]) -> Vec<(u32, &RankCommand)> {
+fn commands(effects: &[JobEffect]) -> Vec<(u32, &RankCommand)> {
     let mut commands = Vec::new();
     for effect in effects {
-        if let Effect::Command { rank, command } = effect {
+        if let JobEffect::Command { rank, command } = effect {
             commands.push((rank.number(), command));
         }
     }
@@ -41,7 +42,7 @@ fn a_job_trains_validates_writes_and_ends() {
     let begin = RankCommand::BeginStep { step: 1 };
     assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(0) })), [(0, &begin), (1, &begin)]);
     for (rank, step) in [(0, 1), (1, 1), (0, 2)] {
-        assert!(matches!(job.step(step_done(rank, step))[..], [Effect::Record(_)]));
+        assert!(matches!(job.step(step_done(rank, step))[..], [JobEffect::Record(_)]));
     }
     let effects = job.step(step_done(1, 2));
     assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
@@ -50,13 +51,13 @@ fn a_job_trains_validates_writes_and_ends() {
     assert_eq!(commands(&effects)[1], (1, &RankCommand::Export { dir: "model".into() }));
     assert_eq!(job.step(RankEvent::Exported { rank: Rank::new(1), file: file(1) }), []);
     let effects = job.step(RankEvent::Exported { rank: Rank::new(0), file: file(0) });
-    assert_eq!(effects, [Effect::PlaceWeights { dir: "model".into(), files: vec![file(0), file(1)] }]);
-    let effects = job.weights_placed(Ok(()));
-    assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Done { validation: Some((0.75, 8)) }));
+    assert_eq!(effects, [JobEffect::PublishWeights { dir: "model".into(), files: vec![file(0), file(1)] }]);
+    let effects = job.weights_published(Ok(()));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Done { validation: Some((0.75, 8)) }));
 }
 
 #[test]
-fn the_first_failure_stops_everybody_and_is_the_one_that_is_told() {
+fn the_first_failure_stops_all_ranks_and_is_the_one_reported() {
     let mut job = job(3);
     Rank::all(3).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     let failed = |rank, cause: &str| RankEvent::Failed {
@@ -71,8 +72,8 @@ fn the_first_failure_stops_everybody_and_is_the_one_that_is_told() {
     assert_eq!(job.step(failed(2, "a consequence")), []);
     let effects = job.step(RankEvent::Aborted { rank: Rank::new(0) });
     let message = "rank 1, action B1.0: out of luck".into();
-    let told = Outcome::Failed { message, kind: ErrorKind::Bug };
-    assert_eq!(effects.last().unwrap(), &Effect::End(told));
+    let reported = Outcome::Failed { message, kind: ErrorKind::Bug };
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(reported));
     assert_eq!(job.step(step_done(0, 1)), []);
 }
 
@@ -81,8 +82,8 @@ fn a_rank_that_does_not_answer_an_abort_does_not_hold_up_the_end() {
     let mut job = job(2);
     drop(job.cancel("cancelled"));
     let effects = job.give_up_waiting();
-    let told = Outcome::Failed { message: "cancelled".into(), kind: ErrorKind::Lost };
-    assert_eq!(effects.last().unwrap(), &Effect::End(told));
+    let reported = Outcome::Failed { message: "cancelled".into(), kind: ErrorKind::Lost };
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(reported));
     assert_eq!(job.give_up_waiting(), []);
 }
 
@@ -101,11 +102,11 @@ fn saved(rank: u32, step: u64) -> RankEvent {
     let shard = ShardFile { file: rank.to_string(), ..ShardFile::default() };
     let position = Position { step, ..Position::default() };
     let rank = Rank::new(rank);
-    RankEvent::ShardSaved { rank, position, watch: Watch::default(), shard }
+    RankEvent::ShardSaved { rank, position, watch: StabilityWatch::default(), shard }
 }
 
 #[test]
-fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is_kept() {
+fn a_resumed_job_continues_with_the_next_step_and_leaves_training_once_the_last_is_saved() {
     let mut job = with_checkpoints(2);
     drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
     let begin = RankCommand::BeginStep { step: 11 };
@@ -113,12 +114,12 @@ fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is
     assert_eq!(job.step(saved(0, 15)), []);
     assert_eq!(job.step(saved(0, 20)), [], "the fast rank is a checkpoint ahead");
     let effects = job.step(saved(1, 15));
-    assert!(matches!(&effects[..], [Effect::CommitCheckpoint { position, shards, .. }]
+    assert!(matches!(&effects[..], [JobEffect::CommitCheckpoint { position, shards, .. }]
         if position.step == 15 && shards.len() == 2 && shards[0].file == "0"));
     assert_eq!(job.committed(15, Ok(())), []);
     (0..2).for_each(|rank| drop(job.step(step_done(rank, 20))));
     assert_eq!(job.describe(), "waiting for a checkpoint");
-    assert!(matches!(job.step(saved(1, 20))[..], [Effect::CommitCheckpoint { .. }]));
+    assert!(matches!(job.step(saved(1, 20))[..], [JobEffect::CommitCheckpoint { .. }]));
     let effects = job.committed(20, Ok(()));
     assert_eq!(commands(&effects), [(0, &RankCommand::Validate), (1, &RankCommand::Validate)]);
 }
@@ -127,7 +128,8 @@ fn a_resumed_job_goes_on_with_the_next_step_and_leaves_training_once_the_last_is
 fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
     let mut job = with_checkpoints(2);
     Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
-    let divergence = Divergence { step: 13, action: Action::RollBack, why: "a spike".into(), evidence: None };
+    let divergence =
+        Divergence { step: 13, action: StepAction::RollBack, why: "a spike".into(), evidence: None };
     let diverged = |rank| RankEvent::Diverged {
         rank: Rank::new(rank),
         divergence: Box::new(divergence.clone()),
@@ -140,7 +142,7 @@ fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
     assert_eq!(job.describe(), "waiting for a checkpoint");
     let effects = job.committed(12, Ok(()));
     let outcome = Outcome::Diverged { divergence: Box::new(divergence), cursor: 7 };
-    assert_eq!(effects.last().unwrap(), &Effect::End(outcome));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(outcome));
 }
 
 #[test]
@@ -152,13 +154,15 @@ fn checkpoints_are_committed_one_at_a_time_and_in_order() {
     assert_eq!(job.step(saved(0, 16)), []);
     for (done, next) in [(12, 14), (14, 16)] {
         let effects = job.committed(done, Ok(()));
-        assert!(matches!(&effects[..], [Effect::CommitCheckpoint { position, .. }] if position.step == next));
+        assert!(
+            matches!(&effects[..], [JobEffect::CommitCheckpoint { position, .. }] if position.step == next)
+        );
     }
     assert_eq!(job.committed(16, Ok(())), []);
 }
 
 #[test]
-fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_kept() {
+fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_saved() {
     let mut job = with_checkpoints(2);
     Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     assert_eq!(commands(&job.stop()), [(0, &RankCommand::Stop), (1, &RankCommand::Stop)]);
@@ -169,7 +173,7 @@ fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_kept() {
         drop(job.step(saved(rank, 13)));
     }
     let effects = job.committed(13, Ok(()));
-    assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Stopped { step: 13 }));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 13 }));
 }
 
 #[test]
@@ -180,7 +184,7 @@ fn a_stop_at_the_very_last_step_still_stops_before_the_validation() {
     drop(job.step(step_done(0, 20)));
     drop(job.step(saved(0, 20)));
     let effects = job.committed(20, Ok(()));
-    assert_eq!(effects.last().unwrap(), &Effect::End(Outcome::Stopped { step: 20 }));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 20 }));
 }
 
 #[test]
@@ -199,17 +203,17 @@ fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
     assert!(matches!(commands(&job.committed(15, full))[..], [(0, RankCommand::Abort { .. })]));
     let effects = job.step(RankEvent::Aborted { rank: Rank::new(0) });
     let message = "committing the checkpoint of step 15: manifest.json: no space".into();
-    let told = Outcome::Failed { message, kind: ErrorKind::Node };
-    assert_eq!(effects.last().unwrap(), &Effect::End(told));
+    let reported = Outcome::Failed { message, kind: ErrorKind::Node };
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(reported));
 }
 
 #[test]
-fn a_machine_that_is_made_anew_catches_up_with_its_ranks() {
+fn a_rebuilt_machine_catches_up_with_its_ranks() {
     let mut job = job(2);
     let validated = |rank| RankEvent::Validated { rank: Rank::new(rank), loss: 0.5, tokens: 8 };
-    // All of rank 0 is heard before the first word of rank 1, whose export is still under way.
+    // All events of rank 0 arrive before the first of rank 1, whose export is still under way.
     assert_eq!(job.step(RankEvent::Ready { rank: Rank::new(0) }), []);
-    assert!(matches!(job.step(step_done(0, 2))[..], [Effect::Record(_)]));
+    assert!(matches!(job.step(step_done(0, 2))[..], [JobEffect::Record(_)]));
     assert_eq!(job.step(validated(0)), []);
     assert_eq!(job.step(RankEvent::Exported { rank: Rank::new(0), file: file(0) }), []);
     assert_eq!(commands(&job.step(RankEvent::Ready { rank: Rank::new(1) })).len(), 2);
@@ -219,18 +223,20 @@ fn a_machine_that_is_made_anew_catches_up_with_its_ranks() {
     drop(job.step(validated(1)));
     assert_eq!(job.describe(), "writing the weights, waiting for rank 1");
     let effects = job.step(RankEvent::Exported { rank: Rank::new(1), file: file(1) });
-    assert!(matches!(effects[..], [Effect::PlaceWeights { .. }]));
+    assert!(matches!(effects[..], [JobEffect::PublishWeights { .. }]));
 }
 
 #[test]
-fn what_was_asked_for_can_be_said_again() {
+fn commands_can_be_repeated() {
     let mut job = with_checkpoints(2);
     Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
     drop(job.step(saved(0, 11)));
     drop(job.step(saved(1, 11)));
-    let said = job.repeat(&[0, 1].map(Rank::new));
-    assert_eq!(commands(&said).len(), 2);
-    assert!(matches!(said.last(), Some(Effect::CommitCheckpoint { position, .. }) if position.step == 11));
+    let repeated = job.repeat(&[0, 1].map(Rank::new));
+    assert_eq!(commands(&repeated).len(), 2);
+    assert!(
+        matches!(repeated.last(), Some(JobEffect::CommitCheckpoint { position, .. }) if position.step == 11)
+    );
     assert_eq!(job.step(saved(1, 11)), []);
     assert_eq!(job.committed(9, Ok(())), []);
     drop(job.committed(11, Ok(())));

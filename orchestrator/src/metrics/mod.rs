@@ -1,5 +1,5 @@
 //! The metrics actor of a job in one process: makes the record of each step and hands it to the subscribers. What a record is
-//! stands in [`record`].
+//! is in [`record`].
 
 pub mod record;
 
@@ -8,14 +8,14 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use self::record::{Collector, JobConstants, StepRecord};
 
-/// Hears the record of every step.
+/// Receives the record of every step.
 pub type Subscriber = Box<dyn FnMut(&StepRecord) + Send>;
 
-/// What the metrics actor hears.
+/// Messages of the metrics actor.
 pub enum MetricsMessage {
     /// A rank's report.
     Record(StepReport),
-    /// Somebody wants every record from now on.
+    /// Adds a subscriber to every record from now on.
     Subscribe(Subscriber),
 }
 

@@ -7,7 +7,7 @@ pub use contraflow_proto::StepRecord;
 use contraflow_proto::StepReport;
 use contraflow_runtime::cost;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::watch::gate::GateWatch;
+use contraflow_runtime::stability::gate::GateWatch;
 
 /// What records need beside the reports: known before the first step of a formation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -18,12 +18,12 @@ pub struct JobConstants {
     pub collapse_steps: u64,
     /// Training FLOP per token, forward and backward.
     pub flops_per_token: f64,
-    /// Measured peak of the cores in use; `None` where nobody has measured it. **Units**: FLOP/s.
+    /// Measured peak of the cores in use; `None` if not measured. **Units**: FLOP/s.
     pub peak_flops: Option<f64>,
 }
 
 impl JobConstants {
-    /// Of a recipe on so many ranks.
+    /// Of a recipe on this number of ranks.
     pub fn new(recipe: &Recipe, world: usize, peak_flops: Option<f64>) -> Self {
         let length = recipe.training.sequence_length;
         JobConstants {
@@ -50,14 +50,14 @@ impl Collector {
         Collector { constants, ..Collector::default() }
     }
 
-    /// The job has been formed anew and goes on: what was not reported by all ranks they report again. Gates are watched on
+    /// The job has re-formed and continues: ranks report again what not all of them had reported. Gates are watched on
     /// across the formations.
     pub fn reform(&mut self, constants: JobConstants) {
         self.constants = constants;
         self.open.clear();
     }
 
-    /// The job goes back to a checkpoint: the steps after it will be made anew, and so will what the gates' watch has seen.
+    /// The job rolls back to a checkpoint: the steps after it are repeated, and so is what the gate watch has seen.
     pub fn go_back(&mut self) {
         *self = Collector::new(self.constants);
     }
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_are_watched_on_after_the_job_is_formed_anew() {
+    fn gates_are_watched_after_the_job_re_forms() {
         let mut collector = Collector::new(constants(1));
         let mut warnings = |step, reforms| {
             if reforms {

@@ -1,4 +1,4 @@
-//! What a placement is worth: four counts, compared one after the other, less is better; and the same in words.
+//! What a placement is worth: four counts, compared one after the other, lower is better; and the same as text.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -16,7 +16,7 @@ pub(super) type Cost = [u64; 4];
 /// One goal of a placement and how far it was missed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Term {
-    /// A word for the goal.
+    /// The name of the goal.
     pub name: String,
     /// 0 where it is fully reached.
     pub value: u64,
@@ -57,10 +57,10 @@ impl<'a> Shape<'a> {
 
     /// The nodes of all ranks with which the ranks of `unit` have to do, those without a place left out.
     pub fn linked_nodes(&self, node_of_rank: &[usize], unit: &Range<usize>) -> BTreeSet<usize> {
-        let (columns, expert) = (self.topology.columns(), self.topology.expert);
+        let (dp_size, expert) = (self.topology.dp_size(), self.topology.expert);
         let links = unit.clone().flat_map(|rank| {
-            let mirror = rank % columns + (self.topology.pipeline - 1 - rank / columns) * columns;
-            [rank.checked_sub(columns), Some(rank + columns), self.mirrors.then_some(mirror)]
+            let mirror = rank % dp_size + (self.topology.pipeline - 1 - rank / dp_size) * dp_size;
+            [rank.checked_sub(dp_size), Some(rank + dp_size), self.mirrors.then_some(mirror)]
         });
         let group = unit.start / expert * expert;
         let peers = (group..group + expert).filter(|rank| !unit.contains(rank));
@@ -74,19 +74,19 @@ impl<'a> Shape<'a> {
     }
 
     fn add_links(&self, node_of_rank: &[usize], rank: usize, units: &[&Range<usize>], cost: &mut Cost) {
-        let (columns, last) = (self.topology.columns(), self.topology.pipeline - 1);
-        let pipeline = rank / columns;
+        let (dp_size, last) = (self.topology.dp_size(), self.topology.pipeline - 1);
+        let pipeline = rank / dp_size;
         let share = |other: usize| if units.iter().any(|unit| unit.contains(&other)) { 1 } else { 2 };
         if self.mirrors && last != 2 * pipeline {
-            let mirror = rank % columns + (last - pipeline) * columns;
+            let mirror = rank % dp_size + (last - pipeline) * dp_size;
             cost[2] += u64::from(node_of_rank[mirror] == node_of_rank[rank]) * share(mirror);
         }
         if pipeline > 0 {
-            let before = rank - columns;
+            let before = rank - dp_size;
             cost[3] += self.distance(node_of_rank[before], node_of_rank[rank]) * share(before);
         }
         if pipeline < last {
-            let after = rank + columns;
+            let after = rank + dp_size;
             cost[3] += self.distance(node_of_rank[rank], node_of_rank[after]) * share(after);
         }
     }
@@ -130,19 +130,19 @@ impl<'a> Shape<'a> {
             term("expert groups across blocks", blocks as u64, crossing(blocks, "block")),
             term("expert groups across nodes", nodes as u64, crossing(nodes, "node")),
         ];
-        let columns = self.topology.columns();
+        let dp_size = self.topology.dp_size();
         if self.mirrors {
-            let pairs = pipeline / 2 * columns;
+            let pairs = pipeline / 2 * dp_size;
             let together = (0..pairs).filter(|rank| {
-                let mirror = rank % columns + (pipeline - 1 - rank / columns) * columns;
+                let mirror = rank % dp_size + (pipeline - 1 - rank / dp_size) * dp_size;
                 node_of_rank[mirror] == node_of_rank[*rank]
             });
             let together = together.count();
             let words = format!("{} of {pairs} mirrors on another node", pairs - together);
             terms.push(term("mirrors on one node", together as u64, words));
         }
-        let links = (columns..self.topology.world())
-            .map(|rank| self.distance(node_of_rank[rank - columns], node_of_rank[rank]));
+        let links = (dp_size..self.topology.world())
+            .map(|rank| self.distance(node_of_rank[rank - dp_size], node_of_rank[rank]));
         let mut at = [0_u64; 3];
         links.filter_map(|distance| usize::try_from(distance).ok()).for_each(|distance| at[distance] += 1);
         let words = format!(

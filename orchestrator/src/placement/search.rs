@@ -1,6 +1,6 @@
 //! Gives units of ranks their sites: one after the other where it costs least, then by moves and swaps that cost less.
 //!
-//! A unit is an expert group when a job is placed, one rank when a lost one is placed anew. Knows costs, no goals.
+//! A unit is an expert group when a job is placed, one rank when a lost one is placed again. Knows costs, no goals.
 
 use std::ops::Range;
 
@@ -21,18 +21,18 @@ pub(super) struct Unit {
 }
 
 /// Where a site is.
-struct Spot {
+struct Candidate {
     /// Its first node.
     node: usize,
     block: usize,
     is_one_node: bool,
 }
 
-impl Spot {
-    fn of(site: &Site, shape: &Shape) -> Spot {
+impl Candidate {
+    fn of(site: &Site, shape: &Shape) -> Candidate {
         let node = site.nodes[0];
         let is_one_node = site.nodes.iter().all(|other| *other == node);
-        Spot { node, block: shape.block_of_node[node], is_one_node }
+        Candidate { node, block: shape.block_of_node[node], is_one_node }
     }
 }
 
@@ -60,7 +60,7 @@ impl<'a> Search<'a> {
     /// Places all units; there must be sites for all.
     pub fn run(&mut self, units: &[Unit]) {
         self.site_of_unit.clear();
-        let spots: Vec<Spot> = self.sites.iter().map(|site| Spot::of(site, self.shape)).collect();
+        let spots: Vec<Candidate> = self.sites.iter().map(|site| Candidate::of(site, self.shape)).collect();
         let blocks = self.shape.block_of_node.iter().max().map_or(0, |last| last + 1);
         let mut free_of_block = vec![0; blocks];
         for (spot, site) in spots.iter().zip(&self.sites) {
@@ -76,7 +76,7 @@ impl<'a> Search<'a> {
         while self.budget > 0 && self.improve(units) {}
     }
 
-    /// Goes on with ranks one by one, which lie on nodes already: those of groups that found no node of their own can change
+    /// Then improves rank by rank on the nodes already used: those of groups that found no node of their own can change
     /// places among one another. `free` counts what is free on each node.
     pub fn polish(&mut self, ranks: impl Iterator<Item = usize>, free: impl Iterator<Item = usize>) {
         let unit = |rank| Unit { ranks: rank..rank + 1, left_for_node: 1, left_for_block: 1 };
@@ -97,10 +97,10 @@ impl<'a> Search<'a> {
 
     /// The site that costs least; among equals one in a block, then on a node, that takes what follows too and has little left
     /// over; where none takes it, the largest.
-    fn cheapest(&mut self, unit: &Unit, spots: &[Spot], free_of_block: &[usize]) -> usize {
+    fn cheapest(&mut self, unit: &Unit, spots: &[Candidate], free_of_block: &[usize]) -> usize {
         let linked: Vec<usize> =
             self.shape.linked_nodes(&self.node_of_rank, &unit.ranks).into_iter().collect();
-        // Apart from the nodes of linked ranks, all nodes of a block cost the same: the best fit stands for them.
+        // Apart from the nodes of linked ranks, all nodes of a block cost the same: the best fit represents them.
         let mut elsewhere = vec![None; free_of_block.len()];
         let mut candidates = Vec::new();
         for (site, spot) in spots.iter().enumerate() {

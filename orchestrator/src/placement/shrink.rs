@@ -1,4 +1,4 @@
-//! The layout of a job that has lost ranks for good and may go on with fewer.
+//! The layout of a job that has lost ranks for good and may continue with fewer.
 
 use contraflow_runtime::topology::Topology;
 

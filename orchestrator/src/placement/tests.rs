@@ -164,11 +164,11 @@ proptest! {
             let largest = (0..world).map(|rank| (0..world).filter(|other| equal(rank, *other)).count()).max().unwrap();
             world.min(2 * (world - largest))
         };
-        let Some(keeper) = buddies(&supply, &placement.of_rank) else {
+        let Some(replica_holders) = buddies(&supply, &placement.of_rank) else {
             prop_assert!(placement.of_rank.iter().all(|worker| *worker == placement.of_rank[0]));
             return Ok(());
         };
-        prop_assert_eq!(keeper.iter().collect::<BTreeSet<_>>().len(), world);
+        prop_assert_eq!(replica_holders.iter().collect::<BTreeSet<_>>().len(), world);
         let equals: [&dyn Fn(usize, usize) -> bool; 4] = [
             &|a, b| a == b,
             &|a, b| at(a).worker == at(b).worker,
@@ -176,7 +176,7 @@ proptest! {
             &|a, b| at(a).block == at(b).block,
         ];
         for equal in equals {
-            let apart = (0..world).filter(|rank| !equal(*rank, keeper[*rank])).count();
+            let apart = (0..world).filter(|rank| !equal(*rank, replica_holders[*rank])).count();
             prop_assert_eq!(apart, most(equal));
         }
     }
@@ -267,7 +267,7 @@ fn refusals_count_what_there_is() {
     let before = [1; 8];
     let unknown =
         refill(&supply(&[(2, 0, 0, 6)]), &topology, ScheduleKind::OneFOneB, &before, &BTreeSet::from([0]));
-    assert_eq!(unknown.unwrap_err().to_string(), "rank 1 stays on worker 1, of which nothing is known");
+    assert_eq!(unknown.unwrap_err().to_string(), "rank 1 is on worker 1, which is not in the cluster");
 }
 
 #[test]

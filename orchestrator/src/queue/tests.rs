@@ -52,7 +52,7 @@ fn idle_slots_are_lent_and_given_back() {
         ]
     );
     let loan = Running { on_loan: true, ..running(3, 0, 2) };
-    // The holder ended: the head has its slots back, and meanwhile nobody takes the free ones.
+    // The holder ended: the head has its slots back, and meanwhile no job takes the free ones.
     let decided = decide(&line[..1], std::slice::from_ref(&loan), 6);
     assert_eq!(decided, [Decision::Preempt { victims: [3].map(id).into(), for_job: id(2) }]);
     let leaving = Running { stopping: true, ..loan.clone() };
@@ -61,7 +61,7 @@ fn idle_slots_are_lent_and_given_back() {
         decided,
         [wait(2, "needs 8 ranks, 6 free, 2 being freed"), wait(5, "needs 2 ranks, 0 to spare behind job 2")]
     );
-    // A loan that would not suffice is left alone, and so is one that stands before the head in line.
+    // A loan that would not suffice is left alone, and so is one before the head of the queue.
     holder.job.ranks = 6;
     assert_eq!(decide(&line[..1], &[holder, loan.clone()], 0), [wait(2, "needs 8 ranks, 0 free")]);
     assert_eq!(decide(&[waiting(9, 0, 2)], &[loan], 0), [wait(9, "needs 2 ranks, 0 free")]);
@@ -86,7 +86,7 @@ fn only_strictly_lower_jobs_give_way_the_newest_lowest_first_and_none_too_many()
 }
 
 #[test]
-fn a_job_larger_than_the_cluster_holds_nobody_up() {
+fn a_job_larger_than_the_cluster_blocks_no_other() {
     let firm = Waiting { preemptible: false, ..waiting(2, 0, 3) };
     let decided = decide(&[waiting(1, 5, 9), firm, waiting(3, 0, 1)], &[running(7, 9, 4)], 4);
     assert_eq!(decided, [wait(1, "needs 9 ranks, 8 healthy"), start(2, false), start(3, true)]);
@@ -134,7 +134,7 @@ impl World {
         self.slots.checked_sub(held(&self.running)).expect("more slots are held than there are")
     }
 
-    /// The same world in which nobody lends: what is on loan goes back into line.
+    /// The same world without loans: jobs on loan go back into the queue.
     fn without_loans(&self) -> World {
         let mut other = World { lends: false, ..self.clone() };
         let (loans, running) = other.running.drain(..).partition(|running: &Running| running.on_loan);

@@ -1,6 +1,6 @@
 //! Who may call what: roles, the one table of methods, and the lines of the tokens file. Knows no connection and no clock.
 //!
-//! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file gives nobody away.
+//! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file reveals no token.
 
 use std::fmt;
 use std::str::FromStr;
@@ -56,8 +56,8 @@ impl FromStr for Role {
 /// The method that is limited in how often it may be called.
 pub const SUBMIT: &str = "/contraflow.v1.JobService/Submit";
 
-/// The role that a method needs; none: whoever has a certificate. What is not in the table is for admins, so that a new
-/// method is open to nobody by mistake.
+/// The role that a method needs; none: any client with a certificate. What is not in the table is for admins, so that a new
+/// method is never open by mistake.
 pub fn needed(method: &str) -> Option<Role> {
     Some(match method {
         "/contraflow.v1.JobService/Get"
@@ -93,21 +93,21 @@ impl Token {
         blake3::hash(secret.as_bytes())
     }
 
-    /// Whether one can be issued under this name: it becomes the name of a folder and a word of a line.
+    /// Whether one can be issued under this name: it becomes the name of a folder and a field of a line.
     pub fn is_name(name: &str) -> bool {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         (1..=64).contains(&name.len()) && !name.starts_with('.') && name.chars().all(is_plain)
     }
 
     fn parse(line: &str) -> Result<Token, String> {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [name, role, expires, hash] = words[..] else {
-            return Err(format!("expected NAME ROLE EXPIRES HASH, got {} words", words.len()));
+        let reason: Vec<&str> = line.split_whitespace().collect();
+        let [name, role, expires, hash] = reason[..] else {
+            return Err(format!("expected NAME ROLE EXPIRES HASH, got {} fields", reason.len()));
         };
         if !Token::is_name(name) {
             return Err("name: expected letters, digits, '-', '_' and '.', 64 at most".into());
         }
-        // What stands in place of the hash is not repeated: it may be the token itself.
+        // The text in place of the hash is not repeated: it may be the token itself.
         Ok(Token {
             name: name.to_owned(),
             role: role.parse().map_err(|error| format!("role: {error}"))?,
@@ -140,9 +140,9 @@ pub fn parse_tokens(text: &str) -> Result<Vec<Token>, Vec<String>> {
     if faults.is_empty() { Ok(tokens) } else { Err(faults) }
 }
 
-/// Whether whoever sent this `authorization` header may call `method` at `now` (**units**: seconds since 1970).
+/// Whether the sender of this `authorization` header may call `method` at `now` (**units**: seconds since 1970).
 ///
-/// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`, in words, and never with the token.
+/// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`, with a message that never contains the token.
 pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u64) -> Result<(), Status> {
     let Some(needed) = needed(method) else { return Ok(()) };
     let unknown = |why: &str| Status::unauthenticated(format!("token: {why}"));
@@ -153,10 +153,10 @@ pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u
         return Err(unknown("expected the header \"authorization: Bearer TOKEN\", got something else"));
     };
     let hash = Token::hash(secret);
-    // All are looked at, so that the time tells nothing.
+    // All are compared, so that timing reveals nothing.
     let found = tokens.iter().fold(None, |found, token| if token.hash == hash { Some(token) } else { found });
     let Some(token) = found else {
-        return Err(unknown("expected one that this cluster has issued, got another"));
+        return Err(unknown("expected one issued by this cluster, got another"));
     };
     if token.expires <= now {
         let ago = now - token.expires;
@@ -231,11 +231,11 @@ mod tests {
             + include_str!("../../../proto/contraflow/v1/control.proto");
         let mut service = "";
         for line in protocol.lines().map(str::trim) {
-            let mut words = line.split([' ', '(']);
-            match words.next() {
+            let mut reason = line.split([' ', '(']);
+            match reason.next() {
                 Some("service") => service = line.split(' ').nth(1).unwrap(),
                 Some("rpc") => {
-                    let method = format!("{service}/{}", words.next().unwrap());
+                    let method = format!("{service}/{}", reason.next().unwrap());
                     assert!(rows.contains(&method), "{method} is in no row");
                 }
                 _ => {}
@@ -245,19 +245,19 @@ mod tests {
     }
 
     #[test]
-    fn who_has_no_valid_token_is_told_why() {
+    fn a_call_without_a_valid_token_is_refused_with_the_reason() {
         let tokens = [token(Role::View, "right"), token(Role::Admin, "other")];
         let method = "/contraflow.v1.JobService/Get";
-        for (header, now, words) in [
+        for (header, now, reason) in [
             (None, 0, "got none"),
             (Some("Basic right"), 0, "authorization: Bearer TOKEN"),
-            (Some("Bearer wrong"), 0, "that this cluster has issued"),
-            (Some("Bearer "), 0, "that this cluster has issued"),
+            (Some("Bearer wrong"), 0, "issued by this cluster"),
+            (Some("Bearer "), 0, "issued by this cluster"),
             (Some("Bearer right"), 103, "that of view has expired 3 s ago"),
         ] {
             let refused = judge(&tokens, header, method, now).unwrap_err();
             assert_eq!(refused.code(), Code::Unauthenticated);
-            assert!(refused.message().contains(words), "{refused:?}");
+            assert!(refused.message().contains(reason), "{refused:?}");
         }
         assert!(judge(&tokens, Some("Bearer right"), method, 99).is_ok());
         assert_eq!(code(&tokens, "right", method, 100), Some(Code::Unauthenticated));
@@ -280,14 +280,14 @@ mod tests {
         );
         let faults = parse_tokens(&text).unwrap_err();
         assert_eq!(faults.len(), 5);
-        for (fault, words) in faults.iter().zip([
-            "line 1: expected NAME ROLE EXPIRES HASH, got 2 words",
+        for (fault, reason) in faults.iter().zip([
+            "line 1: expected NAME ROLE EXPIRES HASH, got 2 fields",
             "line 2: role: expected view, submit, admin or worker, got \"boss\"",
             "line 4: name: expected letters",
             "line 5: expires: expected seconds since 1970, got \"soon\"",
             "line 6: hash: expected 64 hexadecimal digits",
         ]) {
-            assert!(fault.starts_with(words), "{fault}");
+            assert!(fault.starts_with(reason), "{fault}");
         }
     }
 
@@ -299,7 +299,7 @@ mod tests {
         }
 
         #[test]
-        fn a_line_is_read_as_it_was_written(name in "[a-z][a-z0-9._-]{0,20}", role in 0..4usize, expires: u64, secret: u64) {
+        fn a_line_round_trips(name in "[a-z][a-z0-9._-]{0,20}", role in 0..4usize, expires: u64, secret: u64) {
             let hash = Token::hash(&secret.to_string());
             let token = Token { name, role: Role::ALL[role], expires, hash };
             prop_assert_eq!(parse_tokens(&token.to_string()).unwrap(), [token]);

@@ -9,12 +9,12 @@ use super::hub::{Hub, HubMessage, now_ms};
 use crate::core::Event;
 
 /// The service.
-pub(super) struct Cluster {
+pub(super) struct ClusterApi {
     pub(super) hub: Handle,
 }
 
 #[tonic::async_trait]
-impl ClusterService for Cluster {
+impl ClusterService for ClusterApi {
     async fn nodes(&self, _: Request<v1::NodesRequest>) -> Result<Response<v1::NodesResponse>, Status> {
         Ok(Response::new(self.hub.ask(nodes).await?))
     }
@@ -23,8 +23,8 @@ impl ClusterService for Cluster {
         let node = request.into_inner().node;
         let label = node.clone();
         let on_node = move |hub: &Hub| {
-            let workers = hub.core().members().filter(|member| member.who.node == label);
-            let used = workers.map(|member| hub.core().used(member.who.worker) as u64);
+            let workers = hub.core().members().filter(|member| member.registration.node == label);
+            let used = workers.map(|member| hub.core().used(member.registration.worker) as u64);
             used.fold((0, 0), |(workers, ranks), used| (workers + 1, ranks + used))
         };
         let (workers, ranks) = self.hub.ask(on_node).await?;
@@ -42,15 +42,19 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
         .members()
         .filter(|member| member.is_attached)
         .map(|member| v1::Worker {
-            worker: member.who.name.clone(),
-            node: member.who.node.clone(),
-            block: member.who.block.clone(),
-            slots: member.who.slots as u64,
-            used: core.used(member.who.worker) as u64,
+            worker: member.registration.name.clone(),
+            node: member.registration.node.clone(),
+            block: member.registration.block.clone(),
+            slots: member.registration.slots as u64,
+            used: core.used(member.registration.worker) as u64,
             draining: core.is_draining(member),
             silent_ms: now_ms().saturating_sub(member.heard_ms),
-            address: member.who.fabric.as_ref().map_or_else(String::new, |address| address.tcp.to_string()),
-            memory_bytes: member.who.memory_bytes,
+            address: member
+                .registration
+                .fabric
+                .as_ref()
+                .map_or_else(String::new, |address| address.tcp.to_string()),
+            memory_bytes: member.registration.memory_bytes,
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));

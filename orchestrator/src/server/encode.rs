@@ -1,4 +1,4 @@
-//! Words of the core as messages of the worker link.
+//! Commands of the core as messages of the worker link.
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, encode_command, formation_numbers, rank_numbers};
@@ -10,28 +10,28 @@ use v1::to_worker::Message;
 
 use crate::core::facts::Formed;
 use crate::core::jobs::JobRecord;
-use crate::core::{BEAT_MS, Core, Word, axes_overrides};
+use crate::core::{BEAT_MS, Core, WorkerCommand, axes_overrides};
 
-/// A word as it goes over the wire; nothing if what it is about is over by now.
-pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message> {
-    Some(match word {
-        Word::Welcome => Message::Welcome(v1::Welcome {
+/// A command as it goes over the wire; `None` if its subject has ended by now.
+pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Option<Message> {
+    Some(match command {
+        WorkerCommand::Welcome => Message::Welcome(v1::Welcome {
             incarnation: core.incarnation(),
             beat_ms: BEAT_MS,
             state: core.state(),
         }),
-        Word::Refused { why } => Message::Refused(why),
-        Word::Cut => return None,
-        Word::Assign { formation, ranks } => {
+        WorkerCommand::Reject { why } => Message::Refused(why),
+        WorkerCommand::Disconnect => return None,
+        WorkerCommand::Assign { formation, ranks } => {
             let record = core.jobs().all.get(&formation.job)?;
             let formed = record.running().filter(|formed| formed.generation == formation.generation)?;
             let mut workers = formed.places.clone();
             workers.sort_unstable();
             workers.dedup();
             let fabric = workers.iter().map(|&worker| {
-                // Of a worker that has not come back to this orchestrator nobody knows the address: it is told again.
+                // The address of a worker that has not attached to this orchestrator is unknown: the command is repeated later.
                 let member = core.member(worker).filter(|member| member.is_known())?;
-                member.who.fabric.clone().map(Into::into)
+                member.registration.fabric.clone().map(Into::into)
             });
             let place = |worker| workers.partition_point(|other| other < worker) as u64;
             let (job, generation) = formation_numbers(formation);
@@ -45,7 +45,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 workers: formed.places.iter().map(place).collect(),
                 secret: secret(key, formation).to_vec(),
                 resume_step: formed.resume_step,
-                kept: record.kept,
+                last_checkpoint: record.last_checkpoint,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
                 buddies: rank_numbers(&formed.buddies),
@@ -58,31 +58,31 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
                 state: core.state(),
             })
         }
-        Word::Command { to, command } => {
+        WorkerCommand::Rank { to, command } => {
             let traceparent = trace::current().to_string();
             Message::Command(v1::RankCommand { traceparent, ..encode_command(to, &command) })
         }
-        Word::Release { formation, reason, keep } => {
+        WorkerCommand::Release { formation, reason, keep } => {
             let (job, generation) = formation_numbers(formation);
             Message::Release(v1::Release { job, generation, reason, keep })
         }
-        Word::CommitCheckpoint { formation, position, watch, shards, kept } => {
+        WorkerCommand::CommitCheckpoint { formation, position, watch, shards, last_checkpoint } => {
             let (job, generation) = formation_numbers(formation);
             let checkpoint = v1::Checkpoint {
                 position: Some(position.into()),
                 watch: Some(watch.into()),
                 shards: shards.into_iter().map(Into::into).collect(),
-                kept,
+                last_checkpoint,
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }
-        Word::WriteDown { formation, of: (of_generation, step), ranks } => {
+        WorkerCommand::WriteShards { formation, of: (of_generation, step), ranks } => {
             let (job, generation) = formation_numbers(formation);
             let of_generation = of_generation.number();
             let ranks = rank_numbers(&ranks);
-            Message::WriteDown(v1::WriteDown { job, generation, of_generation, step, ranks })
+            Message::WriteShards(v1::WriteShards { job, generation, of_generation, step, ranks })
         }
-        Word::PlaceWeights { formation, files } => {
+        WorkerCommand::PublishWeights { formation, files } => {
             let (job, generation) = formation_numbers(formation);
             let weights = v1::Weights { files: files.into_iter().map(Into::into).collect() };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })
@@ -90,14 +90,14 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], word: Word) -> Option<Message>
     })
 }
 
-/// The span of a word that sets something going, below the submission of its job.
-pub(super) fn span_of(core: &Core, word: &Word) -> Span {
-    let (job, span) = match word {
-        Word::Assign { formation: FormationId { job, generation }, .. } => {
+/// The span of a command that starts work, below the submission of its job.
+pub(super) fn span_of(core: &Core, command: &WorkerCommand) -> Span {
+    let (job, span) = match command {
+        WorkerCommand::Assign { formation: FormationId { job, generation }, .. } => {
             let generation = generation.number();
             (*job, info_span!(target: SPAN, parent: None, "assign", %job, generation))
         }
-        Word::Command { to, command } => {
+        WorkerCommand::Rank { to, command } => {
             let RankAddress { formation: FormationId { job, generation }, rank } = *to;
             let (generation, rank) = (generation.number(), rank.number());
             (job, info_span!(target: SPAN, parent: None, "command", %job, generation, rank, ?command))
@@ -116,7 +116,7 @@ fn overrides(record: &JobRecord, formed: &Formed) -> Vec<String> {
     axes_overrides(&formed.topology)
 }
 
-/// What the members of one formation know and nobody else does.
+/// The shared secret of one formation.
 fn secret(key: &[u8; 32], formation: FormationId) -> [u8; 32] {
     let (job, generation) = formation_numbers(formation);
     let mut hasher = blake3::Hasher::new_keyed(key);

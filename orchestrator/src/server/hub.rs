@@ -14,13 +14,13 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use super::encode::{encode, span_of};
-use super::folding::Folding;
+use super::log_dedup::LogDedup;
 use super::steps::Steps;
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::jobs::Jobs;
-use crate::core::{Core, Effect, Event, Word};
+use crate::core::{Core, Effect, Event, WorkerCommand};
 use crate::metrics::record::StepRecord;
-use crate::store::{Gone, Replay, Store};
+use crate::store::{Removals, Replay, Store};
 
 /// Messages that are taken at once.
 const BATCH: usize = 1024;
@@ -29,23 +29,23 @@ const BATCH: usize = 1024;
 const SNAPSHOT_EVERY: u64 = 10_000;
 
 /// A stream to a worker.
-pub type Down = mpsc::Sender<Result<v1::ToWorker, Status>>;
+pub type WorkerSender = mpsc::Sender<Result<v1::ToWorker, Status>>;
 
-/// Looks something up, and answers whoever asked.
+/// A query; it sends its own answer.
 pub type Question = Box<dyn FnOnce(&Hub) + Send>;
 
-/// What the hub hears.
+/// Messages of the hub.
 pub enum HubMessage {
     /// For the core.
     Event(Event),
-    /// A worker's stream stands; its introduction follows.
+    /// A worker's stream is open; its registration follows.
     Linked {
         /// Who.
         worker: u64,
         /// Counts the streams of this process.
         link: u64,
         /// The way down.
-        down: Down,
+        down: WorkerSender,
     },
     /// A worker's stream has ended.
     Unlinked {
@@ -68,7 +68,7 @@ pub enum HubMessage {
         /// The lines.
         lines: Vec<LogRecord>,
     },
-    /// Somebody wants to know something.
+    /// Runs a query.
     Ask(Question),
 }
 
@@ -87,7 +87,7 @@ pub struct LogRecord {
 
 /// What a batch leaves to be kept, and to be done afterwards.
 #[derive(Default)]
-struct Batch {
+struct CommitBatch {
     facts: Vec<Vec<u8>>,
     /// Jobs of which nothing stays.
     forgotten: Vec<JobId>,
@@ -95,7 +95,7 @@ struct Batch {
     returned: BTreeMap<JobId, u64>,
     steps: BTreeMap<JobId, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<JobId, Vec<Vec<u8>>>,
-    words: Vec<(u64, Word)>,
+    commands: Vec<(u64, WorkerCommand)>,
     replies: Vec<(oneshot::Sender<JobId>, JobId)>,
     questions: Vec<Question>,
 }
@@ -106,14 +106,14 @@ pub struct Hub {
     store: Arc<Store>,
     /// From which the secrets of formations follow.
     key: [u8; 32],
-    links: BTreeMap<u64, (u64, Down)>,
+    links: BTreeMap<u64, (u64, WorkerSender)>,
     steps: BTreeMap<JobId, Steps>,
     /// Lines of ranks that wait for their like.
-    folding: Folding,
+    log_dedup: LogDedup,
     facts_since_snapshot: u64,
 }
 
-/// The time as the core hears it: that of the wall when the process began, and from then on of a clock that nobody sets, for
+/// The time that the core sees: that of the wall when the process began, and from then on of a monotonic clock, for
 /// leases hang on it.
 ///
 /// **Units**: milliseconds since 1970.
@@ -128,7 +128,7 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Which state it is, to be told to whoever may know another one: the key was drawn with it and stays here.
+/// Identifies the state for workers that may know another one: the key was drawn with it and stays here.
 fn state_of(key: &[u8; 32]) -> u64 {
     let hash = blake3::Hasher::new_keyed(key).update(b"contraflow: which state").finalize();
     let mut state = [0; 8];
@@ -138,10 +138,10 @@ fn state_of(key: &[u8; 32]) -> u64 {
 }
 
 impl Hub {
-    /// Goes on from what was kept; so many jobs that are over stay known.
+    /// Resumes from the stored state; this many finished jobs are retained.
     ///
-    /// **Errors**: in words; a record makes no sense to this version.
-    pub fn new(store: Store, replay: Replay, key: [u8; 32], keep_jobs: usize) -> Result<Self, String> {
+    /// **Errors**: a record that this version cannot read.
+    pub fn new(store: Store, replay: Replay, key: [u8; 32], retained_jobs: usize) -> Result<Self, String> {
         let mut jobs: Jobs = match &replay.snapshot {
             Some((_, bytes)) => {
                 serde_json::from_slice(bytes).map_err(|error| format!("snapshot: {error}"))?
@@ -155,7 +155,7 @@ impl Hub {
         }
         let facts_since_snapshot = replay.records.len() as u64;
         let nonce = u32::from_le_bytes(from_system().map_err(|error| error.to_string())?);
-        let core = Core::new(jobs, replay.incarnation, now_ms()).keeping(keep_jobs);
+        let core = Core::new(jobs, replay.incarnation, now_ms()).retaining(retained_jobs);
         let core = core.identified(state_of(&key), nonce);
         let store = Arc::new(store);
         let mut hub = Hub {
@@ -164,7 +164,7 @@ impl Hub {
             key,
             links: BTreeMap::new(),
             steps: BTreeMap::new(),
-            folding: Folding::default(),
+            log_dedup: LogDedup::default(),
             facts_since_snapshot,
         };
         let all: Vec<JobId> = hub.core.jobs().all.keys().copied().collect();
@@ -176,14 +176,16 @@ impl Hub {
 
     fn restore_steps(&mut self, job: JobId) -> Result<(), String> {
         let record = &self.core.jobs().all[&job];
-        let words = |error: crate::store::StoreError| error.to_string();
-        let last = self.store.steps(job.bits(), 0).map_err(words)?.next_back().transpose().map_err(words)?;
+        let commands = |error: crate::store::StoreError| error.to_string();
+        let last =
+            self.store.steps(job.bits(), 0).map_err(commands)?.next_back().transpose().map_err(commands)?;
         let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
         let loss = loss.map(|record| record.loss);
-        let lines = self.store.lines(job.bits(), 0).map_err(words)?.next_back().transpose().map_err(words)?;
+        let lines =
+            self.store.lines(job.bits(), 0).map_err(commands)?.next_back().transpose().map_err(commands)?;
         let lines = lines.map_or(0, |(number, _)| number);
         let mut steps = Steps::new(last.map_or(0, |(step, _)| step), loss, lines, record.has_ended());
-        // Ranks of a formation that is broken may still have their reports told.
+        // Reports of ranks of a broken formation may still arrive.
         if let Some(formed) = &record.formed {
             steps.formed(&record.spec, formed);
         }
@@ -206,26 +208,26 @@ impl Hub {
         self.steps.get(&job)
     }
 
-    /// Works until nobody can send any more.
+    /// Runs until all senders are gone.
     ///
-    /// **Errors**: in words; the state cannot be written.
+    /// **Errors**: the state cannot be written.
     pub async fn run(mut self, mut messages: mpsc::Receiver<HubMessage>) -> Result<(), String> {
         let mut waiting = Vec::with_capacity(BATCH);
         while messages.recv_many(&mut waiting, BATCH).await > 0 {
-            let mut batch = Batch::default();
+            let mut batch = CommitBatch::default();
             for message in waiting.drain(..) {
                 self.take(message, &mut batch);
             }
-            for (job, line) in self.folding.due(now_ms()) {
+            for (job, line) in self.log_dedup.due(now_ms()) {
                 self.log(job, vec![line], &mut batch);
             }
             self.keep(&mut batch).await?;
-            self.carry_out(batch);
+            self.apply_effects(batch);
         }
         Ok(())
     }
 
-    fn take(&mut self, message: HubMessage, batch: &mut Batch) {
+    fn take(&mut self, message: HubMessage, batch: &mut CommitBatch) {
         match message {
             HubMessage::Event(event) => self.step(event, batch),
             HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
@@ -242,21 +244,21 @@ impl Hub {
                 batch.replies.push((reply, jobs.by_key.get(&key).copied().unwrap_or(jobs.newest)));
             }
             HubMessage::Lines { job, lines } => {
-                lines.into_iter().for_each(|line| self.folding.take(job, line, now_ms()));
+                lines.into_iter().for_each(|line| self.log_dedup.take(job, line, now_ms()));
             }
             HubMessage::Ask(question) => batch.questions.push(question),
         }
     }
 
-    fn step(&mut self, event: Event, batch: &mut Batch) {
+    fn step(&mut self, event: Event, batch: &mut CommitBatch) {
         for effect in self.core.step(event, now_ms()) {
             match effect {
-                Effect::Keep(fact) => {
-                    self.hear(&fact, batch);
+                Effect::Persist(fact) => {
+                    self.apply_fact(&fact, batch);
                     // A fact is numbers, texts and lists.
                     batch.facts.push(serde_json::to_vec(&fact).unwrap_or_default());
                 }
-                Effect::Tell { worker, word } => batch.words.push((worker, word)),
+                Effect::Send { worker, command } => batch.commands.push((worker, command)),
                 Effect::Record { job, report } => {
                     let record = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
                     if let Some(record) = record {
@@ -278,7 +280,7 @@ impl Hub {
         }
     }
 
-    fn hear(&mut self, fact: &Fact, batch: &mut Batch) {
+    fn apply_fact(&mut self, fact: &Fact, batch: &mut CommitBatch) {
         match fact {
             Fact::Submitted { job, .. } => drop(self.steps.insert(*job, Steps::new(0, None, 0, false))),
             Fact::Formed { job, formed } => {
@@ -287,10 +289,10 @@ impl Hub {
                     steps.formed(&record.spec, formed);
                 }
             }
-            Fact::WentBack { job, .. } => {
-                let to = self.core.jobs().all.get(job).map_or(0, |record| record.kept);
+            Fact::RolledBack { job, .. } => {
+                let to = self.core.jobs().all.get(job).map_or(0, |record| record.last_checkpoint);
                 if let Some(steps) = self.steps.get_mut(job) {
-                    steps.went_back(to);
+                    steps.rolled_back(to);
                 }
                 if let Some(steps) = batch.steps.get_mut(job) {
                     steps.retain(|(step, _)| *step <= to);
@@ -298,7 +300,7 @@ impl Hub {
                 batch.returned.insert(*job, to);
             }
             Fact::Forgotten { job } => {
-                // Whoever watches it has all there is, and is told no more.
+                // Its watchers have everything, and get nothing more.
                 self.steps.remove(job);
                 batch.steps.remove(job);
                 batch.lines.remove(job);
@@ -309,14 +311,14 @@ impl Hub {
         }
     }
 
-    fn log(&mut self, job: JobId, lines: Vec<LogRecord>, batch: &mut Batch) {
+    fn log(&mut self, job: JobId, lines: Vec<LogRecord>, batch: &mut CommitBatch) {
         if self.steps.contains_key(&job) {
             let lines = lines.iter().filter_map(|line| serde_json::to_vec(line).ok());
             batch.lines.entry(job).or_default().extend(lines);
         }
     }
 
-    async fn keep(&mut self, batch: &mut Batch) -> Result<(), String> {
+    async fn keep(&mut self, batch: &mut CommitBatch) -> Result<(), String> {
         if batch.facts.is_empty() && batch.steps.is_empty() && batch.lines.is_empty() {
             return Ok(());
         }
@@ -329,7 +331,7 @@ impl Hub {
         let store = self.store.clone();
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
         let lines = batch.lines.clone();
-        let gone = Gone {
+        let gone = Removals {
             jobs: std::mem::take(&mut batch.forgotten).into_iter().map(JobId::bits).collect(),
             steps_after: batch.returned.iter().map(|(job, &to)| (job.bits(), to)).collect(),
         };
@@ -357,17 +359,17 @@ impl Hub {
         }
     }
 
-    fn carry_out(&mut self, mut batch: Batch) {
-        for (worker, word) in std::mem::take(&mut batch.words) {
-            if word == Word::Cut {
-                // A worker that stood still would beat on for ever on a stream that nobody listens to.
+    fn apply_effects(&mut self, mut batch: CommitBatch) {
+        for (worker, command) in std::mem::take(&mut batch.commands) {
+            if command == WorkerCommand::Disconnect {
+                // A worker that stood still would beat on for ever on a stream without a reader.
                 self.links.remove(&worker);
                 continue;
             }
-            let is_last = matches!(word, Word::Refused { .. });
-            let span = span_of(&self.core, &word);
-            let message = span.in_scope(|| encode(&self.core, &self.key, word));
-            self.tell(worker, message, is_last);
+            let is_last = matches!(command, WorkerCommand::Reject { .. });
+            let span = span_of(&self.core, &command);
+            let message = span.in_scope(|| encode(&self.core, &self.key, command));
+            self.send(worker, message, is_last);
         }
         for (job, steps) in &batch.steps {
             if let Some((step, _)) = steps.last() {
@@ -375,33 +377,33 @@ impl Hub {
             }
         }
         self.wake_watchers(&batch);
-        // Whoever asked may have left.
+        // The caller may be gone.
         for (reply, job) in batch.replies {
             let _ = reply.send(job);
         }
         batch.questions.into_iter().for_each(|question| question(self));
     }
 
-    /// Whoever follows a job of which something more is durable, or nothing will come any more, hears of it.
-    fn wake_watchers(&self, batch: &Batch) {
+    /// Wakes the followers of jobs that have new durable records or have ended.
+    fn wake_watchers(&self, batch: &CommitBatch) {
         let has_ended = |job: JobId| self.core.jobs().all.get(&job).is_none_or(|record| record.has_ended());
         let written = batch.steps.keys().chain(batch.lines.keys()).chain(batch.returned.keys());
-        let is_new = |(job, steps): &(&JobId, &Steps)| !steps.kept.borrow().has_ended && has_ended(**job);
+        let is_new = |(job, steps): &(&JobId, &Steps)| !steps.progress.borrow().has_ended && has_ended(**job);
         let ended = self.steps.iter().filter(is_new).map(|(job, _)| job);
         let changed: BTreeSet<JobId> = written.chain(ended).copied().collect();
         for (job, steps) in changed.into_iter().filter_map(|job| Some((job, self.steps.get(&job)?))) {
-            steps.kept.send_modify(|kept| {
-                kept.step = steps.last;
+            steps.progress.send_modify(|progress| {
+                progress.step = steps.last;
                 if let Some(&to) = batch.returned.get(&job) {
-                    (kept.returns, kept.back_to) = (kept.returns + 1, to);
+                    (progress.returns, progress.back_to) = (progress.returns + 1, to);
                 }
-                kept.has_ended = has_ended(job);
-                kept.lines += batch.lines.get(&job).map_or(0, |lines| lines.len() as u64);
+                progress.has_ended = has_ended(job);
+                progress.lines += batch.lines.get(&job).map_or(0, |lines| lines.len() as u64);
             });
         }
     }
 
-    /// Tells the workers of a job that its steps need not be told again.
+    /// Tells the workers of a job that its step reports are durable.
     fn acknowledge(&mut self, job: JobId, step: u64) {
         let Some(formed) = self.core.jobs().all.get(&job).and_then(|record| record.running()) else { return };
         let mut workers = formed.places.clone();
@@ -409,11 +411,11 @@ impl Hub {
         workers.dedup();
         for worker in workers {
             let durable = v1::to_worker::Message::Durable(v1::Durable { job: job.bits(), step });
-            self.tell(worker, Some(durable), false);
+            self.send(worker, Some(durable), false);
         }
     }
 
-    fn tell(&mut self, worker: u64, message: Option<v1::to_worker::Message>, is_last: bool) {
+    fn send(&mut self, worker: u64, message: Option<v1::to_worker::Message>, is_last: bool) {
         let (Some(message), Some((_, down))) = (message, self.links.get(&worker)) else { return };
         let sent = down.try_send(Ok(v1::ToWorker { message: Some(message) }));
         if sent.is_err() || is_last {

@@ -20,7 +20,7 @@ use v1::job_service_server::JobService;
 
 use super::Handle;
 use super::hub::{Hub, HubMessage, LogRecord};
-use super::steps::Kept;
+use super::steps::StepProgress;
 use crate::core::Event;
 use crate::core::facts::{End, JobSpec};
 use crate::core::jobs::{JobRecord, Phase};
@@ -40,7 +40,7 @@ const MAX_UNREAD: usize = 64;
 const MAX_TEXT: usize = 256;
 
 /// The service.
-pub(super) struct Jobs {
+pub(super) struct JobsApi {
     pub(super) hub: Handle,
 }
 
@@ -48,7 +48,7 @@ type Reply<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
-impl JobService for Jobs {
+impl JobService for JobsApi {
     type WatchStream = Answers<v1::WatchResponse>;
     type LogsStream = Answers<v1::LogsResponse>;
 
@@ -117,7 +117,7 @@ impl JobService for Jobs {
     }
 }
 
-impl Jobs {
+impl JobsApi {
     /// **Errors**: `NOT_FOUND`.
     async fn id(&self, name: &str) -> Result<JobId, Status> {
         let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));
@@ -125,7 +125,7 @@ impl Jobs {
         match self.hub.ask(move |hub| hub.core().jobs().of_number(number)).await? {
             Ok(id) => Ok(id),
             Err(true) => Err(Status::not_found(format!(
-                "job: {name} is over and forgotten; the orchestrator's --keep-jobs says how many stay known"
+                "job: {name} has ended and is no longer retained; the orchestrator's --keep-jobs sets how many ended jobs are"
             ))),
             Err(false) => Err(unknown()),
         }
@@ -133,9 +133,11 @@ impl Jobs {
 
     async fn follow(&self, name: &str) -> Result<Follow, Status> {
         let job = self.id(name).await?;
-        let found = self.hub.ask(move |hub| Some((hub.store(), hub.steps(job)?.kept.subscribe()))).await?;
-        let (store, kept) = found.ok_or_else(|| Status::not_found(format!("job: {name} is forgotten")))?;
-        Ok(Follow { job, store, kept, next: 0, first_step: None, until_end: false })
+        let found =
+            self.hub.ask(move |hub| Some((hub.store(), hub.steps(job)?.progress.subscribe()))).await?;
+        let (store, progress) =
+            found.ok_or_else(|| Status::not_found(format!("job: {name} is no longer retained")))?;
+        Ok(Follow { job, store, progress, next: 0, first_step: None, until_end: false })
     }
 }
 
@@ -146,7 +148,7 @@ type Read = fn(&Store, JobId, u64) -> Result<Vec<Numbered>, StoreError>;
 struct Follow {
     job: JobId,
     store: Arc<Store>,
-    kept: watch::Receiver<Kept>,
+    progress: watch::Receiver<StepProgress>,
     next: u64,
     /// Of steps, the first that is wanted: where the job goes back, those after the checkpoint are sent again.
     first_step: Option<u64>,
@@ -156,17 +158,17 @@ struct Follow {
 
 impl Follow {
     /// Takes note of how much is kept by now.
-    fn look(&mut self, returns: &mut u64) -> Kept {
-        let kept = *self.kept.borrow_and_update();
-        let has_gone_back = std::mem::replace(returns, kept.returns) < kept.returns;
+    fn look(&mut self, returns: &mut u64) -> StepProgress {
+        let progress = *self.progress.borrow_and_update();
+        let has_gone_back = std::mem::replace(returns, progress.returns) < progress.returns;
         if let Some(first) = self.first_step.filter(|_| has_gone_back) {
-            self.next = self.next.min(kept.back_to + 1).max(first);
+            self.next = self.next.min(progress.back_to + 1).max(first);
         }
-        kept
+        progress
     }
 }
 
-/// Sends what is kept, and goes on with what comes.
+/// Sends what is kept, and continues with what comes.
 fn stream<T: Send + 'static>(
     mut follow: Follow,
     read: Read,
@@ -174,9 +176,9 @@ fn stream<T: Send + 'static>(
 ) -> Answers<T> {
     let (sender, answers) = mpsc::channel(MAX_UNREAD);
     tokio::spawn(async move {
-        let mut returns = follow.kept.borrow().returns;
+        let mut returns = follow.progress.borrow().returns;
         loop {
-            let kept = follow.look(&mut returns);
+            let progress = follow.look(&mut returns);
             loop {
                 let (store, job, next) = (follow.store.clone(), follow.job, follow.next);
                 let entries = tokio::task::spawn_blocking(move || read(&store, job, next)).await;
@@ -193,7 +195,7 @@ fn stream<T: Send + 'static>(
                 }
             }
             // What was kept when it ended has been read since.
-            if kept.has_ended || !follow.until_end || follow.kept.changed().await.is_err() {
+            if progress.has_ended || !follow.until_end || follow.progress.changed().await.is_err() {
                 return;
             }
         }
@@ -241,9 +243,9 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
     let steps = hub.steps(job);
     let places = record.running().map_or(&[][..], |formed| &formed.places);
     let rank = |(rank, &worker): (usize, &u64)| {
-        let who = core.member(worker).map(|member| member.who.clone()).unwrap_or_default();
+        let registration = core.member(worker).map(|member| member.registration.clone()).unwrap_or_default();
         let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
-        v1::RankPlace { rank: rank as u64, worker: who.name, node: who.node, step }
+        v1::RankPlace { rank: rank as u64, worker: registration.name, node: registration.node, step }
     };
     v1::Job {
         job: job.to_string(),

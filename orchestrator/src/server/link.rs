@@ -18,10 +18,10 @@ use v1::from_worker::Message;
 
 use super::Handle;
 use super::hub::{HubMessage, LogRecord};
-use crate::core::{Event, Hosted, Introduction, Left, Progress};
-use crate::recovery::KeptShard;
+use crate::core::{Event, Hosted, Left, Progress, Registration};
+use crate::recovery::ReplicaShard;
 
-/// Words that a worker may leave unread before it is cut off.
+/// Messages that a worker may leave unread before it is disconnected.
 const MAX_UNREAD: usize = 4_096;
 
 /// How long a worker may take to introduce itself.
@@ -37,12 +37,12 @@ const MAX_TEXT: usize = 1_024;
 static LINKS: AtomicU64 = AtomicU64::new(0);
 
 /// The service.
-pub(super) struct Control {
+pub(super) struct ControlApi {
     pub(super) hub: Handle,
 }
 
 #[tonic::async_trait]
-impl ControlService for Control {
+impl ControlService for ControlApi {
     type AttachStream = Pin<Box<dyn Stream<Item = Result<v1::ToWorker, Status>> + Send>>;
 
     async fn attach(
@@ -63,22 +63,22 @@ impl ControlService for Control {
             )));
         }
         sound(&hello)?;
-        let (worker, attached) = introduction(hello).map_err(Status::invalid_argument)?;
+        let (worker, attached) = registration(hello).map_err(Status::invalid_argument)?;
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
-        let (down, words) = mpsc::channel(MAX_UNREAD);
+        let (down, reason) = mpsc::channel(MAX_UNREAD);
         self.hub.send(HubMessage::Linked { worker, link, down }).await?;
         self.hub.send(HubMessage::Event(attached)).await?;
         let hub = self.hub.clone();
         tokio::spawn(async move {
             while let Some(Ok(message)) = up.next().await {
-                if hear(&hub, worker, message).await.is_err() {
+                if handle_message(&hub, worker, message).await.is_err() {
                     break;
                 }
             }
             // If the hub is gone the orchestrator is ending.
             drop(hub.send(HubMessage::Unlinked { worker, link }).await);
         });
-        Ok(Response::new(Box::pin(ReceiverStream::new(words))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(reason))))
     }
 }
 
@@ -111,29 +111,39 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
     Ok(())
 }
 
-/// **Errors**: in words; the address is none, or a number out of range.
-fn introduction(hello: v1::Hello) -> Result<(u64, Event), String> {
+/// **Errors**: the address is none, or a number out of range.
+fn registration(hello: v1::Hello) -> Result<(u64, Event), String> {
     let v1::Hello { worker, name, node, block, peak_flops, memory_bytes, memory_limit, .. } = hello;
     let fabric = hello.fabric.map(Address::try_from).transpose();
-    let who = Introduction {
+    let registration = Registration {
         worker,
         name,
         slots: hello.slots as usize,
         node,
         block,
-        fabric: fabric.map_err(|words| format!("fabric.{words}"))?,
+        fabric: fabric.map_err(|reason| format!("fabric.{reason}"))?,
         cores: count_of("cores", hello.cores)?,
         peak_flops,
         memory_bytes,
         memory_limit,
     };
-    let v1::Hello { hosted, left, state, incarnation, storage_mark, .. } = hello;
+    let v1::Hello { hosted, left, state, incarnation, storage_id, .. } = hello;
     let hosted = hosted.into_iter().map(hosted_of).collect::<Result<_, _>>()?;
     let left = left.into_iter().map(left_of).collect::<Result<_, _>>()?;
-    Ok((worker, Event::Attached { who: Box::new(who), hosted, left, state, incarnation, storage_mark }))
+    Ok((
+        worker,
+        Event::Attached {
+            registration: Box::new(registration),
+            hosted,
+            left,
+            state,
+            incarnation,
+            storage_id,
+        },
+    ))
 }
 
-/// **Errors**: in words; more than anything here is counted to.
+/// **Errors**: more than anything here is counted to.
 fn count_of(field: &str, number: u64) -> Result<usize, String> {
     usize::try_from(number).map_err(|error| format!("{field}: {number}: {error}"))
 }
@@ -145,12 +155,12 @@ fn hosted_of(hosted: v1::Hosted) -> Result<Hosted, String> {
 }
 
 fn left_of(released: v1::Released) -> Result<Left, String> {
-    let v1::Released { job, generation, kept } = released;
-    let shard = |v1::KeptShard { generation, step, rank }| {
-        Ok(KeptShard { generation: generation_of(generation)?, step, rank: rank_of(rank)? })
+    let v1::Released { job, generation, replicas } = released;
+    let shard = |v1::ReplicaShard { generation, step, rank }| {
+        Ok(ReplicaShard { generation: generation_of(generation)?, step, rank: rank_of(rank)? })
     };
     let formation = formation_of(job, generation)?;
-    Ok(Left { formation, kept: kept.into_iter().map(shard).collect::<Result<_, String>>()? })
+    Ok(Left { formation, replicas: replicas.into_iter().map(shard).collect::<Result<_, String>>()? })
 }
 
 fn progress_of(progress: v1::Progress) -> Result<Progress, String> {
@@ -159,9 +169,9 @@ fn progress_of(progress: v1::Progress) -> Result<Progress, String> {
     Ok(Progress { rank, step, operations, is_at_work })
 }
 
-/// A message as the core hears it; nothing if it says nothing.
+/// A message as an event of the core; `None` if it is empty.
 ///
-/// **Errors**: in words; a message that makes no sense.
+/// **Errors**: an invalid message.
 fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
     Ok(Some(match message {
         Message::Beat(beat) => {
@@ -178,21 +188,21 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
             position: done.position.map(Into::into),
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
-        Message::Leaving(_) => Event::Leaving { worker },
+        Message::LeaveRequest(_) => Event::LeaveRequested { worker },
         Message::Released(released) => Event::Left { worker, left: left_of(released)? },
         Message::Hello(_) | Message::Logs(_) => return Ok(None),
     }))
 }
 
-async fn hear(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
+async fn handle_message(hub: &Handle, worker: u64, message: v1::FromWorker) -> Result<(), Status> {
     match message.message {
         None => Ok(()),
         Some(Message::Logs(logs)) => keep_lines(hub, worker, logs).await,
         Some(message) => match event_of(worker, message) {
             Ok(Some(event)) => hub.send(HubMessage::Event(event)).await,
             Ok(None) => Ok(()),
-            Err(words) => {
-                tracing::warn!(worker, "a message that makes no sense: {words}");
+            Err(reason) => {
+                tracing::warn!(worker, "an invalid message: {reason}");
                 Ok(())
             }
         },
@@ -204,8 +214,8 @@ async fn keep_lines(hub: &Handle, worker: u64, logs: v1::LogLines) -> Result<(),
         let v1::LogLine { job, rank, unix_ms, level, message } = line;
         let job = match job_of(job) {
             Ok(job) => job,
-            Err(words) => {
-                tracing::warn!(worker, "a log line that makes no sense: {words}");
+            Err(reason) => {
+                tracing::warn!(worker, "a log line that makes no sense: {reason}");
                 continue;
             }
         };

@@ -1,17 +1,17 @@
 //! The orchestrator as a process: the hub around the core, and the gRPC services in front of it.
 //!
-//! Knows how things are said and kept; what is decided stands in [`crate::core`].
+//! Knows transport and storage; the decisions are in [`crate::core`].
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+mod acceptor;
 pub mod access;
+mod auth;
 mod cluster_api;
-mod door;
 mod encode;
-mod folding;
-mod guard;
 mod hub;
 mod jobs_api;
 mod link;
+mod log_dedup;
 mod rate;
 mod security;
 pub(crate) mod steps;
@@ -33,7 +33,7 @@ use v1::cluster_service_server::ClusterServiceServer;
 use v1::control_service_server::ControlServiceServer;
 use v1::job_service_server::JobServiceServer;
 
-use self::guard::{Guard, Guarded};
+use self::auth::{AuthLayer, AuthService};
 use self::hub::{Hub, HubMessage};
 use crate::core::{Event, TICK_MS};
 use crate::store::Store;
@@ -86,21 +86,21 @@ impl Handle {
 }
 
 impl Orchestrator {
-    /// Opens the state in `dir` and binds `address`; the `keep_jobs` jobs that ended last stay known.
+    /// Opens the state in `dir` and binds `address`; the `retained_jobs` jobs that ended last stay known.
     ///
-    /// **Errors**: in words; the state is in use, damaged or of another format, or the address cannot be had.
-    pub async fn open(dir: &Path, address: SocketAddr, keep_jobs: usize) -> Result<Self, String> {
+    /// **Errors**: the state is in use, damaged or of another format, or the address cannot be had.
+    pub async fn open(dir: &Path, address: SocketAddr, retained_jobs: usize) -> Result<Self, String> {
         let listener =
             TcpListener::bind(address).await.map_err(|error| format!("--listen {address}: {error}"))?;
         let (store, replay) = Store::open(dir).map_err(|error| error.to_string())?;
         let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-        let hub = Hub::new(store, replay, key, keep_jobs)?;
+        let hub = Hub::new(store, replay, key, retained_jobs)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         let handle = Handle { messages: sender };
         Ok(Orchestrator { listener, security: None, hub, messages, handle })
     }
 
-    /// Takes only clients that prove themselves; without, everybody who can connect may do everything.
+    /// Requires clients to authenticate; without it, every client that can connect has full access.
     pub fn secured(mut self, security: Security) -> Self {
         self.security = Some(security);
         self
@@ -118,9 +118,9 @@ impl Orchestrator {
         self.hub.core().incarnation()
     }
 
-    /// Serves until `stop` is over.
+    /// Serves until `stop` completes.
     ///
-    /// **Errors**: in words; the state cannot be written any more.
+    /// **Errors**: the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
         let Orchestrator { listener, security, hub, messages, handle } = self;
         let ticks = tokio::spawn(tick(handle.clone()));
@@ -137,20 +137,20 @@ impl Orchestrator {
             .build_v1()
             .map_err(failed)?;
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<JobServiceServer<jobs_api::Jobs>>().await;
-        let jobs = JobServiceServer::new(jobs_api::Jobs { hub: handle.clone() });
-        let control = ControlServiceServer::new(link::Control { hub: handle.clone() });
+        health.set_serving::<JobServiceServer<jobs_api::JobsApi>>().await;
+        let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone() });
+        let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
         let (tls, tokens) = security.map(|Security { tls, tokens }| (tls, tokens)).unzip();
-        let guard = Guard::new(tokens);
-        let connections = door::open(listener, tls, guard.clone());
+        let auth = AuthLayer::new(tokens);
+        let connections = acceptor::open(listener, tls, auth.clone());
         let serve = Server::builder()
-            .layer(tower::layer::layer_fn(move |inner| Guarded { guard: guard.clone(), inner }))
+            .layer(tower::layer::layer_fn(move |inner| AuthService { auth: auth.clone(), inner }))
             .max_concurrent_streams(Some(MAX_STREAMS))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(health_service)
             .add_service(reflection)
             .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
-            .add_service(ClusterServiceServer::new(cluster_api::Cluster { hub: handle.clone() }))
+            .add_service(ClusterServiceServer::new(cluster_api::ClusterApi { hub: handle.clone() }))
             .add_service(control.max_decoding_message_size(MAX_MESSAGE))
             .serve_with_incoming(connections);
         // Streams of workers never end by themselves: they are cut, and the workers wait for the next orchestrator.

@@ -1,4 +1,4 @@
-//! How often somebody may do something: token buckets, one for each peer. Pure: the time is an argument.
+//! Rate limits: token buckets, one per peer. Pure: the time is an argument.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crowd_is_not_remembered_for_ever() {
+    fn the_number_of_remembered_peers_is_bounded() {
         let (mut buckets, start) = (Buckets::new(Rate { burst: 1, per_second: 1 }), Instant::now());
         for number in 0..3 * MAX_PEERS as u32 {
             assert!(buckets.take(peer(number), start + Duration::from_micros(number.into())));

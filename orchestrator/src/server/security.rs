@@ -45,7 +45,7 @@ pub struct Security {
 impl Security {
     /// Reads the folder.
     ///
-    /// **Errors**: in words; every file that is missing or makes no sense.
+    /// **Errors**: every missing or invalid file.
     pub fn load(dir: &Path) -> Result<Self, Vec<String>> {
         match (tls(dir), TokenFile::open(dir.join(files::TOKENS))) {
             (Ok(tls), Ok(tokens)) => Ok(Security { tls, tokens }),
@@ -57,13 +57,13 @@ impl Security {
 }
 
 fn tls(dir: &Path) -> Result<TlsAcceptor, Vec<String>> {
-    let words = |name: &str, error: &dyn std::fmt::Display| format!("{}: {error}", dir.join(name).display());
+    let reason = |name: &str, error: &dyn std::fmt::Display| format!("{}: {error}", dir.join(name).display());
     let certificates = |name: &str| -> Result<Vec<CertificateDer<'static>>, String> {
         let read = CertificateDer::pem_file_iter(dir.join(name)).and_then(Iterator::collect);
-        read.map_err(|error| words(name, &error))
+        read.map_err(|error| reason(name, &error))
     };
     let key = PrivateKeyDer::from_pem_file(dir.join(files::SERVER_KEY));
-    let key = key.map_err(|error| words(files::SERVER_KEY, &error));
+    let key = key.map_err(|error| reason(files::SERVER_KEY, &error));
     match (certificates(files::CA), certificates(files::SERVER), key) {
         (Ok(ca), Ok(own), Ok(key)) => {
             acceptor(ca, own, key).map_err(|error| vec![format!("{}: {error}", dir.display())])
@@ -78,26 +78,26 @@ fn acceptor(
     own: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<TlsAcceptor, String> {
-    let words = |error: rustls::Error| error.to_string();
+    let reason = |error: rustls::Error| error.to_string();
     let provider = Arc::new(ring::default_provider());
     let mut roots = RootCertStore::empty();
     for certificate in ca {
-        roots.add(certificate).map_err(words)?;
+        roots.add(certificate).map_err(reason)?;
     }
     let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
         .build()
         .map_err(|error| error.to_string())?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(words)?
+        .map_err(reason)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(own, key)
-        .map_err(words)?;
+        .map_err(reason)?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// What tells that a file is another: when it was changed, and its length.
+/// Identifies a version of a file: its modification time and length.
 type Stamp = (Option<SystemTime>, u64);
 
 /// The tokens file; read again when it changes, so that a token can be issued or taken back while the cluster runs.

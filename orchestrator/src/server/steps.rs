@@ -9,7 +9,7 @@ use crate::metrics::record::{Collector, JobConstants, StepRecord};
 
 /// How far a job's kept steps go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Kept {
+pub struct StepProgress {
     /// The latest step that is durable.
     pub step: u64,
     /// How often the job has gone back to a checkpoint, and to which step the last time: those after it come again.
@@ -32,8 +32,8 @@ pub struct Steps {
     pub loss: Option<f64>,
     /// By rank, the latest step that it has reported.
     pub by_rank: Vec<u64>,
-    /// Who watches is woken by it.
-    pub kept: watch::Sender<Kept>,
+    /// Wakes watchers.
+    pub progress: watch::Sender<StepProgress>,
 }
 
 impl Steps {
@@ -45,7 +45,12 @@ impl Steps {
             last,
             loss,
             by_rank: Vec::new(),
-            kept: watch::Sender::new(Kept { step: last, lines, has_ended, ..Kept::default() }),
+            progress: watch::Sender::new(StepProgress {
+                step: last,
+                lines,
+                has_ended,
+                ..StepProgress::default()
+            }),
         }
     }
 
@@ -60,7 +65,7 @@ impl Steps {
 
     /// The job goes back to the checkpoint of this step: those after it are of a history that was left, and will be made
     /// again of other sequences.
-    pub fn went_back(&mut self, to: u64) {
+    pub fn rolled_back(&mut self, to: u64) {
         self.collector.go_back();
         if to < self.last {
             (self.last, self.loss) = (to, None);
@@ -146,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_recorded_once_and_again_only_where_the_job_has_gone_back() {
+    fn a_step_is_recorded_once_and_again_only_after_a_rollback() {
         let mut steps = Steps::new(0, None, 0, false);
         steps.formed(&spec(), &formed(1, 2));
         let make = |steps: &mut Steps, generation, step| {
@@ -158,7 +163,7 @@ mod tests {
         steps.formed(&spec(), &formed(2, 2));
         assert_eq!(make(&mut steps, 1, 4), None, "of a formation that is over");
         assert_eq!([2, 3, 4].map(|step| make(&mut steps, 2, step)), [None, None, Some((2, 4))]);
-        steps.went_back(2);
+        steps.rolled_back(2);
         assert_eq!((steps.last, steps.loss), (2, None));
         steps.formed(&spec(), &formed(3, 2));
         assert_eq!([2, 3].map(|step| make(&mut steps, 3, step)), [None, Some((3, 3))]);

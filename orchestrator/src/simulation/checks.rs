@@ -5,7 +5,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::World;
-use super::network::Down;
+use super::network::ToWorker;
 use super::ranks::feed;
 use super::storage::Trained;
 use super::worker::Worker;
@@ -21,7 +21,7 @@ const GIVES_WAY_MS: u64 = 30_000;
 pub(super) struct Checks {
     /// Every formation that was kept.
     formed: BTreeMap<FormationId, Formed>,
-    /// Jobs that are over, as they ended, and how many of them are forgotten.
+    /// Finished jobs, how they ended, and how many of them were removed.
     ended: Vec<JobId>,
     forgotten: usize,
     /// By job, its number in the plan.
@@ -32,20 +32,20 @@ pub(super) struct Checks {
     /// By job, every step up to the newest kept checkpoint.
     kept: BTreeMap<JobId, Vec<Trained>>,
     /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
-    went_back: BTreeMap<JobId, u64>,
+    rolled_back: BTreeMap<JobId, u64>,
     /// By job, the latest generation whose state in memory is of no history any more.
     left_behind: BTreeMap<JobId, Generation>,
     /// By formation, workers that have said what they keep, and to which orchestrator.
-    told: BTreeMap<FormationId, BTreeSet<(u64, usize)>>,
-    /// Formations of which an orchestrator has kept, or the newest one has heard, that they have made a step.
+    reported: BTreeMap<FormationId, BTreeSet<(u64, usize)>>,
+    /// Formations known to have completed a step: by a stored fact, or by the newest orchestrator.
     pub(super) stepped: BTreeSet<FormationId>,
     pub(super) heard: BTreeSet<FormationId>,
-    /// Jobs that somebody ends, and jobs that may fail.
+    /// Jobs that are cancelled, and jobs that may fail.
     pub(super) cancelled: BTreeSet<JobId>,
     pub(super) excused: BTreeSet<JobId>,
     /// Who is first in line and could have slots that are lent, and since when.
     lent: Option<(JobId, u64)>,
-    /// All jobs of the plan are over.
+    /// All jobs of the plan have ended.
     pub(super) is_over: bool,
     /// Jobs whose state is lost, and those of the plan that have ended in any state.
     lost: BTreeSet<JobId>,
@@ -57,7 +57,7 @@ pub(super) struct Checks {
 pub(super) struct Line {
     /// By step from 1.
     pub(super) history: Vec<Trained>,
-    /// How many of them it went on from.
+    /// How many of them it resumed from.
     pub(super) resumed: usize,
     /// Where the next step begins in the order of the sequences.
     cursor: u64,
@@ -78,13 +78,13 @@ impl Checks {
         self.over.contains(&planned) || self.planned.iter().any(is_known)
     }
 
-    /// A job is over.
+    /// A job has ended.
     pub(super) fn end(&mut self, job: JobId) {
         self.ended.push(job);
         self.over.extend(self.planned.get(&job));
     }
 
-    /// Nobody knows of these jobs any more.
+    /// These jobs are no longer known.
     pub(super) fn lose_state(&mut self, jobs: &Jobs) {
         self.lost.extend(jobs.all.keys());
         self.ended.clear();
@@ -96,7 +96,7 @@ impl Checks {
     }
 }
 
-/// The job that a rank speaks of, if it does not speak for the running formation.
+/// The job of a rank that does not belong to the running formation.
 pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
     let (of, place) = match event {
         Event::Rank { worker, from, .. } => (from.formation, Some((from.rank, worker))),
@@ -108,19 +108,21 @@ pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
         formed.generation == of.generation
             && place.is_none_or(|(rank, worker)| formed.place_of(rank) == Some(*worker))
     });
-    (!is_current && !core.is_writing_down(of)).then_some(of.job)
+    (!is_current && !core.is_resharding(of)).then_some(of.job)
 }
 
-/// What a word of an earlier formation has done to its job, which must be nothing.
+/// The effect of a stale message on its job, which must be none.
 pub(super) fn has_effect(job: JobId, effects: &[Effect]) -> Option<String> {
     let effect = effects.iter().find(|effect| match effect {
-        Effect::Keep(
-            Fact::Kept { job: of, .. } | Fact::Ended { job: of, .. } | Fact::WentBack { job: of, .. },
+        Effect::Persist(
+            Fact::CheckpointCommitted { job: of, .. }
+            | Fact::Ended { job: of, .. }
+            | Fact::RolledBack { job: of, .. },
         ) => *of == job,
         Effect::Record { job: of, .. } => *of == job,
         _ => false,
     });
-    effect.map(|effect| format!("a word of an earlier formation has an effect: {effect:?}"))
+    effect.map(|effect| format!("a message of an earlier formation has an effect: {effect:?}"))
 }
 
 impl World {
@@ -130,18 +132,18 @@ impl World {
 
     /// After the faults every job has to end in time.
     pub(super) fn check_liveness(&mut self) {
-        if self.now > self.plan.calm_ms + self.plan.patience_ms {
+        if self.now > self.plan.calm_ms + self.plan.settle_ms {
             let core = &self.servers[self.newest_server()].core;
             let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
             let open: Vec<String> = open
                 .map(|(job, record)| format!("{job} ({:?}): {:?}", record.phase, core.waiting_for(*job)))
                 .collect();
-            self.violate(format!("not over {} ms after the last fault: {open:?}", self.plan.patience_ms));
+            self.violate(format!("not over {} ms after the last fault: {open:?}", self.plan.settle_ms));
         }
     }
 
-    /// Whoever waits says for what.
-    pub(super) fn check_words(&mut self, server: usize) {
+    /// Every waiting job says what it waits for.
+    pub(super) fn check_commands(&mut self, server: usize) {
         let core = &self.servers[server].core;
         let open = core.jobs().all.iter().filter(|(_, record)| !record.has_ended());
         let silent =
@@ -158,7 +160,7 @@ impl World {
         }
     }
 
-    /// Whoever is first in line gets what is free, and soon what is lent.
+    /// The first job in the queue gets what is free, and soon what is lent.
     pub(super) fn check_line(&mut self, server: usize) {
         let core = &self.servers[server].core;
         let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
@@ -181,20 +183,25 @@ impl World {
             left.iter().for_each(|&rank| *held.entry(formed.places[rank]).or_default() += 1);
         }
         let drained = &core.jobs().drained;
-        // Ranks of a state that is lost hold their slots until they are let go.
+        // Ranks of a lost state hold their slots until they are released.
         core.held_by_foreign().for_each(|worker| *held.entry(worker).or_default() += 1);
-        let takes = core.members().filter(|member| member.is_attached && !drained.contains(&member.who.node));
+        let takes = core
+            .members()
+            .filter(|member| member.is_attached && !drained.contains(&member.registration.node));
         let free = |member: &Member| {
-            member.who.slots.saturating_sub(held.get(&member.who.worker).copied().unwrap_or(0))
+            member
+                .registration
+                .slots
+                .saturating_sub(held.get(&member.registration.worker).copied().unwrap_or(0))
         };
         let free = takes.map(free).sum::<usize>().saturating_sub(missing);
         if free >= ranks {
             return self
                 .violate(format!("{head} is first in line, needs {ranks} slots, and {free} are free"));
         }
-        // A job that hangs gives way once that has been found out.
-        let hangs = self.workers.values().any(|worker| worker.hangs);
-        if !self.is_calm || hangs || free + lent < ranks {
+        // A stalled job is preempted once the stall has been detected.
+        let is_stalled = self.workers.values().any(|worker| worker.is_stalled);
+        if !self.is_calm || is_stalled || free + lent < ranks {
             return self.checks.lent = None;
         }
         let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
@@ -204,11 +211,11 @@ impl World {
         }
     }
 
-    /// What is kept of jobs that are over stays bounded, and nothing stays of those that are forgotten.
+    /// Data of finished jobs is bounded, and nothing remains of removed ones.
     pub(super) fn check_retention(&mut self) {
         let ended = self.store.jobs.all.values().filter(|record| record.has_ended()).count();
-        if ended > self.plan.keep_jobs {
-            self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.keep_jobs));
+        if ended > self.plan.retained_jobs {
+            self.violate(format!("{ended} jobs are over and known, more than {}", self.plan.retained_jobs));
         }
         let is_unknown = |job: &&JobId| !self.store.jobs.all.contains_key(job);
         if let Some(job) = self.store.steps.keys().find(is_unknown) {
@@ -227,7 +234,8 @@ impl World {
             formed.places.iter().for_each(|worker| *used.entry(*worker).or_default() += 1);
         }
         let is_full = |worker: &u64, ranks: usize| {
-            core.member(*worker).is_some_and(|member| member.who.slots > 0 && ranks > member.who.slots)
+            core.member(*worker)
+                .is_some_and(|member| member.registration.slots > 0 && ranks > member.registration.slots)
         };
         if let Some((worker, ranks)) = used.into_iter().find(|(worker, ranks)| is_full(worker, *ranks)) {
             self.violate(format!("worker {worker} is to host {ranks} ranks, more than it has slots"));
@@ -253,13 +261,13 @@ impl World {
                 }
             }
             Fact::Formed { job, formed } => self.check_formed(*job, formed),
-            Fact::Kept { job, step, cursor } => self.check_kept(*job, *step, *cursor),
-            Fact::WentBack { job, cursor, .. } => {
+            Fact::CheckpointCommitted { job, step, cursor } => self.check_committed(*job, *step, *cursor),
+            Fact::RolledBack { job, cursor, .. } => {
                 let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
                 if line.is_none_or(|line| line.diverged != Some(*cursor)) {
                     return self.violate(format!("{job} goes back past {cursor}, where no rank diverged"));
                 }
-                self.checks.went_back.insert(*job, *cursor);
+                self.checks.rolled_back.insert(*job, *cursor);
                 self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
             }
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
@@ -279,7 +287,7 @@ impl World {
                 self.checks.forgotten += 1;
             }
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
-            Fact::StorageMarked { .. } | Fact::Drained { .. } => {}
+            Fact::StorageIdentified { .. } | Fact::Drained { .. } => {}
         }
     }
 
@@ -318,7 +326,7 @@ impl World {
         }
         let mut cursor = history.last().map_or(0, |trained| trained.cursor);
         if formed.memory.is_none() {
-            cursor = cursor.max(self.checks.went_back.get(&job).copied().unwrap_or(0));
+            cursor = cursor.max(self.checks.rolled_back.get(&job).copied().unwrap_or(0));
             self.checks.left_behind.insert(job, formed.generation.previous());
         }
         let resumed = history.len();
@@ -327,7 +335,7 @@ impl World {
         self.checks.formed.insert(formed.id(job), formed.clone());
     }
 
-    /// The steps that lead to what a formation goes on from, as they were really made or kept.
+    /// The steps that lead to what a formation resumes from, as they were really made or kept.
     fn history_of(&self, job: JobId, formed: &Formed) -> Vec<Trained> {
         let Some(memory) = &formed.memory else {
             return self.checks.kept.get(&job).cloned().unwrap_or_default();
@@ -338,33 +346,34 @@ impl World {
         made.map(<[Trained]>::to_vec).unwrap_or_default()
     }
 
-    /// An orchestrator hears what a worker keeps of a formation, or that a rank has made a step.
-    pub(super) fn note_told(&mut self, server: usize, event: &Event) {
+    /// An orchestrator learns of a worker's replicas, or of a step that a rank has completed.
+    pub(super) fn note_reported(&mut self, server: usize, event: &Event) {
         if let Event::Rank { from, event, .. } = event {
             return self.note_stepped(server, from.formation, event);
         }
         let (worker, all) = match event {
             Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
-            Event::Attached { who, left, .. } => (who.worker, &left[..]),
+            Event::Attached { registration, left, .. } => (registration.worker, &left[..]),
             _ => return,
         };
         for left in all {
-            self.checks.told.entry(left.formation).or_default().insert((worker, server));
+            self.checks.reported.entry(left.formation).or_default().insert((worker, server));
         }
     }
 
-    /// A job forms anew in the same layout: where every rank or its buddy is still there and has said what it keeps, that costs
+    /// A job re-forms in the same layout: where every rank or its buddy is alive and has reported its replicas, that costs
     /// the running step and at most one that was not acknowledged.
     pub(super) fn check_cost(&mut self, server: usize, job: JobId, formed: &Formed) {
         let of = FormationId::new(job, formed.generation.previous());
         let (Some(before), Some(line)) = (self.checks.formed.get(&of), self.checks.lines.get(&of)) else {
             return;
         };
-        let told = self.checks.told.get(&of);
-        let has_told = |worker: u64| told.is_some_and(|told| told.contains(&(worker, server)));
+        let reported = self.checks.reported.get(&of);
+        let has_reported =
+            |worker: u64| reported.is_some_and(|reported| reported.contains(&(worker, server)));
         let survives = |rank: &usize| {
             let keepers = [before.places[*rank], before.places[before.buddies[*rank].index()]];
-            keepers.iter().any(|worker| formed.places.contains(worker) && has_told(*worker))
+            keepers.iter().any(|worker| formed.places.contains(worker) && has_reported(*worker))
         };
         let is_comparable = before.topology == formed.topology && !before.buddies.is_empty();
         let made = line.history.len() as u64;
@@ -385,7 +394,7 @@ impl World {
         }
     }
 
-    fn check_kept(&mut self, job: JobId, step: u64, cursor: u64) {
+    fn check_committed(&mut self, job: JobId, step: u64, cursor: u64) {
         // Of a broken formation it was written down from memory.
         let of = FormationId::new(job, self.store.jobs.all[&job].generation());
         let line = self.checks.lines.get(&of);
@@ -394,7 +403,7 @@ impl World {
         match (made, stands) {
             (Some(made), Some(stands)) if made.last() == Some(&stands) && stands.cursor == cursor => {
                 self.checks.kept.insert(job, made);
-                self.checks.went_back.remove(&job);
+                self.checks.rolled_back.remove(&job);
             }
             (made, _) => {
                 let made = made.and_then(|made| made.last().copied());
@@ -404,18 +413,18 @@ impl World {
         }
     }
 
-    /// A word goes out: what it follows from is durable by then.
-    pub(super) fn check_word(&mut self, server: usize, worker: u64, down: &Down) {
+    /// A command is sent: the facts it follows from are durable by then.
+    pub(super) fn check_command(&mut self, server: usize, worker: u64, down: &ToWorker) {
         match down {
-            Down::Refused if self.is_well(server, worker) => {
-                self.violate(format!("worker {worker} is to end, and does not hang"));
+            ToWorker::Refused if self.is_well(server, worker) => {
+                self.violate(format!("worker {worker} must exit, although it has not stalled"));
             }
-            Down::Assign { job, formed, .. }
+            ToWorker::Assign { job, formed, .. }
                 if self.checks.formed.get(&formed.id(*job)) != Some(&**formed) =>
             {
                 self.violate(format!("{job}: ranks are assigned by a formation that is not kept"));
             }
-            Down::Release { formation, .. } => {
+            ToWorker::Release { formation, .. } => {
                 let incarnation = self.servers[server].core.incarnation();
                 if self.is_running(*formation) {
                     self.violate(format!("{incarnation} releases {formation}, which runs"));
@@ -425,12 +434,12 @@ impl World {
         }
     }
 
-    /// Whether a worker gives no reason to be sent away: it does not hang, and has heard of no later orchestrator.
+    /// Whether a worker gives no reason to be sent away: it has not stalled, and has seen no later orchestrator.
     fn is_well(&self, server: usize, worker: u64) -> bool {
         let core = &self.servers[server].core;
         let is_earlier =
             |worker: &Worker| worker.state == core.state() && worker.incarnation > core.incarnation();
-        self.workers.get(&worker).is_some_and(|worker| !worker.hangs && !is_earlier(worker))
+        self.workers.get(&worker).is_some_and(|worker| !worker.is_stalled && !is_earlier(worker))
     }
 
     /// A worker takes ranks.

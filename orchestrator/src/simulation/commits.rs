@@ -7,8 +7,8 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::World;
 use super::mutation::Mutation;
-use super::network::Up;
-use super::storage::{Folder, Stays};
+use super::network::FromWorker;
+use super::storage::{Folder, Retention};
 
 impl World {
     /// The checkpoint's or the weights' last change in the storage.
@@ -16,13 +16,13 @@ impl World {
         &mut self,
         id: u64,
         of: FormationId,
-        (position, kept): (Option<Position>, u64),
+        (position, last_checkpoint): (Option<Position>, u64),
         world: Option<usize>,
     ) {
         let FormationId { job, generation } = of;
         let step = position.map(|position| position.step);
         let world = world.or_else(|| self.checks.world(of)).unwrap_or(0);
-        let stays = self.stays(kept);
+        let retention = self.retention(last_checkpoint);
         let (is_full, is_said) = (self.plan.fills_up, self.breaks(Mutation::CommitsInWords));
         let Some(folder) = self.folder(job) else { return };
         let result = match step {
@@ -30,7 +30,7 @@ impl World {
             Some(step) if is_full && finds_it_full(job, step, generation) => {
                 Err("the storage is full".into())
             }
-            Some(step) => match folder.commit((step, generation), world, stays) {
+            Some(step) => match folder.commit((step, generation), world, retention) {
                 Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
                 Err(Ok(words)) => Err(words),
                 Ok(_) => Ok(()),
@@ -41,7 +41,7 @@ impl World {
         self.note([16, job.bits(), step.unwrap_or(0)], || {
             format!("worker {id} commits {step:?} of {of}: {result:?}")
         });
-        let committed = Up::Committed { formation: of, position, result };
+        let committed = FromWorker::Committed { formation: of, position, result };
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if let Some(hosted) = worker.hosted_mut(of) {
             hosted.committed = Some(committed.clone());
@@ -62,29 +62,34 @@ impl World {
         Some(self.storage.claim(job, takes_any))
     }
 
-    /// The checkpoint that a job's log knows of stands, whatever has changed in its folder.
+    /// The checkpoint in a job's event log exists, whatever has changed in its folder.
     pub(super) fn check_known(&mut self, job: JobId) {
-        let kept = self.store.jobs.all.get(&job).map_or(0, |record| record.kept);
-        let stands = self.storage.of(job).is_some_and(|folder| folder.stands(kept).is_some());
-        if kept > 0 && !stands {
-            self.violate(format!("{job}: the checkpoint of step {kept}, which is kept, is gone"));
+        let last_checkpoint = self.store.jobs.all.get(&job).map_or(0, |record| record.last_checkpoint);
+        let stands = self.storage.of(job).is_some_and(|folder| folder.stands(last_checkpoint).is_some());
+        if last_checkpoint > 0 && !stands {
+            self.violate(format!("{job}: the checkpoint of step {last_checkpoint}, which is kept, is gone"));
         }
     }
 
     /// Which checkpoints stay where one is known to stand.
-    pub(super) fn stays(&self, kept: u64) -> Stays {
-        let pinned = if self.breaks(Mutation::PinsNothing) { 0 } else { kept };
-        Stays { keep: self.plan.keep, pinned }
+    pub(super) fn retention(&self, last_checkpoint: u64) -> Retention {
+        let pinned = if self.breaks(Mutation::PinsNothing) { 0 } else { last_checkpoint };
+        Retention { keep: self.plan.keep, pinned }
     }
 
     /// The commit of what was written down from memory, under the number of the next formation.
-    pub(super) fn commit_written(&mut self, id: u64, of: FormationId, (position, kept): (Position, u64)) {
+    pub(super) fn commit_written(
+        &mut self,
+        id: u64,
+        of: FormationId,
+        (position, last_checkpoint): (Position, u64),
+    ) {
         let FormationId { job, generation } = of;
         let step = position.step;
         let world = self.checks.world(of).unwrap_or(0);
-        let stays = self.stays(kept);
+        let retention = self.retention(last_checkpoint);
         let Some(folder) = self.folder(job) else { return };
-        let result = match folder.commit((step, generation.next()), world, stays) {
+        let result = match folder.commit((step, generation.next()), world, retention) {
             Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
             Err(Ok(words)) => Err(words),
             Ok(_) => Ok(()),
@@ -93,7 +98,7 @@ impl World {
         self.note([17, job.bits(), step], || {
             format!("worker {id} commits {step}, written down, of {of}: {result:?}")
         });
-        self.send_of_left(id, Up::Committed { formation: of, position: Some(position), result });
+        self.send_of_left(id, FromWorker::Committed { formation: of, position: Some(position), result });
     }
 }
 

@@ -1,4 +1,4 @@
-//! Whether a job had a reason to end as it did, by what its ranks have really done, and of which steps somebody could know.
+//! Whether a job had a reason to end as it did, by what its ranks have really done, and which steps could be known.
 
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::topology::{FormationId, Generation, JobId};
@@ -9,12 +9,12 @@ use crate::core::attempts::{MAX_IDLE, MAX_STUCK};
 use crate::core::facts::End;
 
 impl Checks {
-    /// Another orchestrator has heard nothing so far.
-    pub(super) fn forget_heard(&mut self) {
+    /// A new orchestrator knows of nothing so far.
+    pub(super) fn forget_delivered(&mut self) {
         self.heard.clear();
     }
 
-    /// Whether somebody who counts formations knows that one has made a step.
+    /// Whether an observer that counts formations knows that one has completed a step.
     pub(super) fn has_stepped(&self, of: FormationId) -> bool {
         self.stepped.contains(&of) || self.heard.contains(&of)
     }
@@ -33,7 +33,7 @@ impl World {
                 line.history.len() as u64 == steps
                     && line.validated.len() == world
                     && line.exported.len() >= exported
-                    && record.kept == steps
+                    && record.last_checkpoint == steps
                     && (is_placed || !saves_model)
             }),
             End::Failed if outcome.starts_with("formed ") => self.came_to_nothing(job),
@@ -66,7 +66,7 @@ impl World {
         idle >= MAX_IDLE as usize || stuck >= MAX_STUCK as usize
     }
 
-    /// An orchestrator hears of a step that a formation has made.
+    /// An orchestrator learns of a step that a formation has completed.
     pub(super) fn note_stepped(&mut self, server: usize, of: FormationId, event: &RankEvent) {
         let running = self.servers[server].core.jobs().all.get(&of.job).and_then(|record| record.running());
         if running.is_none_or(|formed| formed.generation != of.generation) {

@@ -3,15 +3,15 @@
 use contraflow_runtime::topology::{FormationId, JobId};
 
 use super::network::ORCHESTRATOR;
-use super::plan::Fault;
-use super::{Happening, World};
+use super::plan::SimFault;
+use super::{SimEvent, World};
 use crate::core::Event;
 
 impl World {
     pub(super) fn plan_fault(&mut self, fault: usize) {
         let (_, mean) = self.plan.faults[fault];
         let after = self.random.between(mean / 2, mean * 3 / 2);
-        self.plan_in(after, Happening::Faulty(fault));
+        self.plan_in(after, SimEvent::Faulty(fault));
     }
 
     pub(super) fn faulty(&mut self, number: usize) {
@@ -23,51 +23,51 @@ impl World {
         *self.report.faults.entry(fault).or_default() += 1;
         self.note([30, number as u64, 0], || format!("fault: {fault:?}"));
         match fault {
-            Fault::Crash | Fault::Double | Fault::Pause | Fault::Clock | Fault::Disk => {
+            SimFault::Crash | SimFault::Double | SimFault::Pause | SimFault::Clock | SimFault::Disk => {
                 self.fault_of_server(fault)
             }
-            Fault::Defect | Fault::Cancel | Fault::Drain | Fault::SubmitAgain => self.wish(fault),
-            Fault::Loss => self.lose_state(),
+            SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
+            SimFault::Loss => self.lose_state(),
             _ => self.fault_of_worker(fault),
         }
     }
 
-    fn fault_of_worker(&mut self, fault: Fault) {
+    fn fault_of_worker(&mut self, fault: SimFault) {
         let workers: Vec<u64> = self.workers.keys().copied().collect();
         let Some(id) = self.random.pick(&workers) else { return };
         let node = self.workers[&id].node;
         let long = if self.random.is_one_in(2) { 2_000 } else { 30_000 };
         let takes = self.random.between(50, long);
         match fault {
-            Fault::Kill | Fault::PowerLoss => {
-                let within = if fault == Fault::Kill { 50 } else { 20_000 };
+            SimFault::Kill | SimFault::PowerLoss => {
+                let within = if fault == SimFault::Kill { 50 } else { 20_000 };
                 self.kill_worker(id, within);
                 if !self.random.is_one_in(4) {
-                    self.plan_in(takes, Happening::WorkerStarts(node));
+                    self.plan_in(takes, SimEvent::WorkerStarts(node));
                 }
             }
-            Fault::Freeze => {
+            SimFault::Freeze => {
                 if let Some(worker) = self.workers.get_mut(&id) {
                     worker.is_frozen = true;
                 }
                 self.note([31, id, takes], || format!("worker {id} stands still for {takes} ms"));
-                self.plan_in(takes, Happening::WorkerThaws(id));
+                self.plan_in(takes, SimEvent::WorkerThaws(id));
             }
-            // Until the process ends, when all is well too: somebody has to notice.
-            Fault::Hang => {
+            // Until the process ends, when all is well too: it has to be noticed.
+            SimFault::Hang => {
                 if let Some(worker) = self.workers.get_mut(&id) {
-                    worker.hangs = true;
+                    worker.is_stalled = true;
                 }
                 self.note([34, id, 0], || format!("worker {id} hangs"));
             }
-            Fault::Break => {
+            SimFault::Break => {
                 let within = if self.random.is_one_in(3) { 8_000 } else { 100 };
                 self.links_of(|link| link.worker == id)
                     .into_iter()
                     .for_each(|link| self.break_link(link, within));
             }
-            Fault::CutOff => self.cut_off(id, node, takes),
-            Fault::Split => {
+            SimFault::CutOff => self.cut_off(id, node, takes),
+            SimFault::Split => {
                 let other = self.random.pick(&workers).filter(|other| *other != id);
                 let has_both = |workers: &std::collections::BTreeMap<u64, bool>| {
                     workers.contains_key(&id) && other.is_some_and(|other| workers.contains_key(&other))
@@ -76,9 +76,9 @@ impl World {
                 let gangs: Vec<FormationId> = gangs.map(|(&of, _)| of).collect();
                 gangs.into_iter().for_each(|of| self.break_gang(of, 0, 9_000));
             }
-            Fault::Slow => {
+            SimFault::Slow => {
                 self.network.slow.insert(node);
-                self.plan_in(takes, Happening::Quickens(node));
+                self.plan_in(takes, SimEvent::Quickens(node));
             }
             _ => {}
         }
@@ -92,30 +92,30 @@ impl World {
         }
         self.network.cuts.insert((node, ORCHESTRATOR));
         links.into_iter().for_each(|link| self.break_link(link, 10_000));
-        self.plan_in(takes, Happening::Heals(node, ORCHESTRATOR));
+        self.plan_in(takes, SimEvent::Heals(node, ORCHESTRATOR));
     }
 
-    fn fault_of_server(&mut self, fault: Fault) {
+    fn fault_of_server(&mut self, fault: SimFault) {
         let server = self.newest_server();
         let long = if self.random.is_one_in(2) { 2_000 } else { 20_000 };
         let takes = self.random.between(50, long);
         match fault {
-            Fault::Crash => {
+            SimFault::Crash => {
                 self.kill_server(server);
-                self.plan_in(takes, Happening::ServerStarts);
+                self.plan_in(takes, SimEvent::ServerStarts);
             }
-            Fault::Double if self.servers[server].is_alive => {
+            SimFault::Double if self.servers[server].is_alive => {
                 self.start_server();
                 if self.random.is_one_in(2) {
                     let links = self.links_of(|link| link.server == server);
                     links.into_iter().for_each(|link| self.break_link(link, 3_000));
                 }
             }
-            Fault::Pause if !self.servers[server].is_paused => {
+            SimFault::Pause if !self.servers[server].is_paused => {
                 self.servers[server].is_paused = true;
-                self.plan_in(takes, Happening::ServerResumes(server));
+                self.plan_in(takes, SimEvent::ServerResumes(server));
             }
-            Fault::Clock => {
+            SimFault::Clock => {
                 let far = if self.random.is_one_in(2) { 2_000 } else { 3_600_000 };
                 let by = self.random.between(0, 2 * far) as i64 - far as i64;
                 self.servers[server].clock_ms += by;
@@ -123,24 +123,24 @@ impl World {
                     format!("the orchestrator's clock is set by {by} ms")
                 });
             }
-            Fault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
+            SimFault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
             _ => {}
         }
     }
 
     /// What people do, and a rank that finds a defect.
-    fn wish(&mut self, fault: Fault) {
+    fn wish(&mut self, fault: SimFault) {
         let server = self.newest_server();
         let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
         let open: Vec<JobId> = open.map(|(&job, _)| job).collect();
         let job = self.random.pick(&open);
         match (fault, job) {
-            (Fault::Cancel, Some(job)) => {
+            (SimFault::Cancel, Some(job)) => {
                 self.checks.cancelled.insert(job);
                 let reason = "enough".to_owned();
-                self.hear_event(server, Event::Cancel { job, reason });
+                self.handle_event(server, Event::Cancel { job, reason });
             }
-            (Fault::Defect, Some(job)) => {
+            (SimFault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {
                     let hosted = worker.hosted.get(&job).filter(|_| !worker.is_frozen)?;
                     Some((id, FormationId::new(job, hosted.generation)))
@@ -151,22 +151,22 @@ impl World {
                     self.find_defect(id, of);
                 }
             }
-            (Fault::Drain, _) if self.store.jobs.drained.is_empty() => {
+            (SimFault::Drain, _) if self.store.jobs.drained.is_empty() => {
                 let node = self.random.between(0, self.plan.nodes.len() as u64);
-                self.hear_event(server, Event::Drain { node: format!("n{node}") });
+                self.handle_event(server, Event::Drain { node: format!("n{node}") });
             }
-            (Fault::SubmitAgain, _) => {
+            (SimFault::SubmitAgain, _) => {
                 let jobs: Vec<usize> = (0..self.plan.jobs.len()).collect();
                 let spec = self.random.pick(&jobs).map(|job| self.plan.jobs[job].spec.clone());
                 if let Some(spec) = spec.filter(|spec| !spec.key.is_empty()) {
-                    self.hear_event(server, Event::Submit(Box::new(spec)));
+                    self.handle_event(server, Event::Submit(Box::new(spec)));
                 }
             }
             _ => {}
         }
     }
 
-    /// The faults are over: everybody is there, reaches the others and goes on.
+    /// The faults have ended: all are alive, reach each other and continue.
     pub(super) fn calm_down(&mut self) {
         self.is_calm = true;
         self.note([33, 0, 0], || "all is well from here on".into());

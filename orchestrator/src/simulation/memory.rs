@@ -1,7 +1,7 @@
-//! What workers keep in memory of their ranks' state and of that of others, and how ranks go on from it. Follows the workers'
-//! `kept` and their host's `memory`.
+//! What workers keep in memory of their ranks' state and of that of others, and how ranks resume from it. Follows the workers'
+//! `replicas` and their host's `memory`.
 //!
-//! The ranks of one formation that have made a step hold the same digest, so one stands for the parts of all.
+//! The ranks of one formation that have made a step hold the same digest, so one represents all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -13,15 +13,15 @@ use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::mutation::Mutation;
-use super::network::Up;
+use super::network::FromWorker;
 use super::plan::BATCH;
 use super::storage::Trained;
-use super::{Inside, World};
+use super::{RankTask, World};
 use crate::core::Left;
 use crate::core::facts::Formed;
-use crate::recovery::{InMemory, KeptShard};
+use crate::recovery::{InMemory, ReplicaShard};
 
-/// How long a part takes to a buddy or back, mostly, and one in so many while there are faults. **Units**: ms.
+/// Typical transfer time of a part to a buddy or back, and how rarely it is late while there are faults. **Units**: ms.
 const TRAVEL_MS: u64 = 60;
 const LATE_MS: u64 = 2_000;
 const ONE_IN: u64 = 16;
@@ -39,7 +39,7 @@ pub(super) struct Parts {
 
 /// What a worker keeps of one job.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct SimReplicas {
     /// The latest formation that was here.
     generation: Generation,
     /// By generation and step: the state, and whose parts of it are here.
@@ -48,7 +48,7 @@ pub(super) struct Kept {
     reports: BTreeMap<u64, BTreeSet<Rank>>,
 }
 
-impl Kept {
+impl SimReplicas {
     fn put(&mut self, (generation, trained): (Generation, Trained), ranks: &[Rank]) {
         self.put_parts((generation, trained), ranks);
         self.reports.entry(trained.step).or_default().extend(ranks);
@@ -76,7 +76,8 @@ impl Kept {
     }
 
     fn reports_of(&self, ranks: &[Rank]) -> Vec<(Rank, u64)> {
-        let all = self.reports.iter().flat_map(|(&step, told)| told.iter().map(move |&rank| (rank, step)));
+        let all =
+            self.reports.iter().flat_map(|(&step, reported)| reported.iter().map(move |&rank| (rank, step)));
         all.filter(|(rank, _)| ranks.contains(rank)).collect()
     }
 
@@ -84,28 +85,28 @@ impl Kept {
         self.reports = self.reports.split_off(&(step + 1));
     }
 
-    /// As it is told to an orchestrator.
+    /// As it is reported to an orchestrator.
     pub(super) fn left(&self, job: JobId) -> Left {
         let shards = self.parts.iter().flat_map(|(&(generation, step), (_, ranks))| {
-            ranks.iter().map(move |&rank| KeptShard { generation, step, rank })
+            ranks.iter().map(move |&rank| ReplicaShard { generation, step, rank })
         });
-        Left { formation: FormationId::new(job, self.generation), kept: shards.collect() }
+        Left { formation: FormationId::new(job, self.generation), replicas: shards.collect() }
     }
 }
 
 impl World {
-    fn kept(&mut self, id: u64, job: JobId) -> Option<&mut Kept> {
+    fn replicas(&mut self, id: u64, job: JobId) -> Option<&mut SimReplicas> {
         Some(self.workers.get_mut(&id)?.memory.entry(job).or_default())
     }
 
     /// A formation begins in a worker: from what is kept, or with nothing.
     pub(super) fn enter_memory(&mut self, id: u64, job: JobId, formed: &Formed) {
-        let Some(kept) = self.kept(id, job) else { return };
+        let Some(replicas) = self.replicas(id, job) else { return };
         match &formed.memory {
-            Some(memory) => drop(kept.reports.split_off(&(memory.step + 1))),
-            None => *kept = Kept::default(),
+            Some(memory) => drop(replicas.reports.split_off(&(memory.step + 1))),
+            None => *replicas = SimReplicas::default(),
         }
-        kept.generation = formed.generation;
+        replicas.generation = formed.generation;
     }
 
     fn travel(&mut self) -> u64 {
@@ -120,12 +121,12 @@ impl World {
         let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
         let is_first = trained.step == formed.resume_step + 1;
         let latest = if self.breaks(Mutation::LetsGoEarly) { trained.step } else { trained.step - 1 };
-        let Some(kept) = self.kept(id, job) else { return };
+        let Some(replicas) = self.replicas(id, job) else { return };
         if !is_first {
             // Every buddy had the step before when this one was made.
-            kept.parts = kept.parts.split_off(&(generation, latest));
+            replicas.parts = replicas.parts.split_off(&(generation, latest));
         }
-        kept.put((generation, trained), ranks);
+        replicas.put((generation, trained), ranks);
         let mut to: BTreeMap<u64, Vec<Rank>> = BTreeMap::new();
         for &rank in ranks {
             to.entry(formed.places[formed.buddies[rank.index()].index()]).or_default().push(rank);
@@ -134,10 +135,11 @@ impl World {
             if let Some(group) = self.group(id, of) {
                 group.unacknowledged.insert(buddy);
             }
-            let reports = self.kept(id, job).filter(|_| is_first).map(|kept| kept.reports_of(&ranks));
+            let reports =
+                self.replicas(id, job).filter(|_| is_first).map(|replicas| replicas.reports_of(&ranks));
             let parts = Parts { from: id, trained, ranks, reports: reports.unwrap_or_default() };
             let takes = self.travel();
-            self.plan_own(buddy, of, takes, Inside::Keeps(Box::new(parts)));
+            self.plan_own(buddy, of, takes, RankTask::StoresReplicas(Box::new(parts)));
         }
     }
 
@@ -145,17 +147,17 @@ impl World {
     pub(super) fn keeps(&mut self, id: u64, of: FormationId, parts: Parts) {
         let is_early = self.group(id, of).is_none_or(|group| group.trained.step < parts.trained.step);
         if is_early {
-            return self.plan_own(id, of, 5, Inside::Keeps(Box::new(parts)));
+            return self.plan_own(id, of, 5, RankTask::StoresReplicas(Box::new(parts)));
         }
         let Parts { from, trained, ranks, reports } = parts;
-        if let Some(kept) = self.kept(id, of.job) {
-            kept.put((of.generation, trained), &ranks);
+        if let Some(replicas) = self.replicas(id, of.job) {
+            replicas.put((of.generation, trained), &ranks);
             for (rank, step) in reports {
-                kept.reports.entry(step).or_default().insert(rank);
+                replicas.reports.entry(step).or_default().insert(rank);
             }
         }
         let takes = self.travel();
-        self.plan_own(from, of, takes, Inside::Acknowledged(id));
+        self.plan_own(from, of, takes, RankTask::Acknowledged(id));
     }
 
     pub(super) fn acknowledged(&mut self, id: u64, of: FormationId, buddy: u64) {
@@ -164,8 +166,8 @@ impl World {
         }
     }
 
-    /// Brings a worker's ranks the state they go on from, and says again what they had reported; false if whoever is to bring it
-    /// is gone.
+    /// Brings a worker's ranks the state they resume from, and repeats what they had reported; false if the worker that is
+    /// to bring it is gone.
     pub(super) fn recover(&mut self, id: u64, of: FormationId, formed: &Formed, memory: &InMemory) -> bool {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
         let mut reports: BTreeSet<(Rank, u64)> = BTreeSet::new();
@@ -173,14 +175,16 @@ impl World {
         for &rank in &ranks {
             let holder = formed.places[memory.holders[rank.index()].index()];
             let Some(worker) = self.workers.get(&holder) else {
-                self.lose_all(id, of, "whoever has the state is gone");
+                self.lose_all(id, of, "the holder of the state is gone");
                 return false;
             };
-            let kept = worker.memory.get(&of.job);
-            let Some(trained) = kept.and_then(|kept| kept.get((memory.generation, memory.step), rank)) else {
-                // Let go after another formation took this one's place, which this worker has not heard of.
-                if kept.is_none_or(|kept| kept.generation != of.generation) {
-                    self.lose_all(id, of, "whoever has the state has left");
+            let replicas = worker.memory.get(&of.job);
+            let Some(trained) =
+                replicas.and_then(|replicas| replicas.get((memory.generation, memory.step), rank))
+            else {
+                // Dropped after another formation, unknown to this worker, superseded this one.
+                if replicas.is_none_or(|replicas| replicas.generation != of.generation) {
+                    self.lose_all(id, of, "the holder of the state has left");
                 } else {
                     self.violate(format!(
                         "worker {holder} is to bring rank {rank} the state of {memory:?} and has none"
@@ -188,15 +192,16 @@ impl World {
                 }
                 return false;
             };
-            let told = kept.into_iter().flat_map(|kept| kept.reports.range(..=memory.step));
-            reports.extend(told.filter(|(_, ranks)| ranks.contains(&rank)).map(|(&step, _)| (rank, step)));
+            let reported = replicas.into_iter().flat_map(|replicas| replicas.reports.range(..=memory.step));
+            reports
+                .extend(reported.filter(|(_, ranks)| ranks.contains(&rank)).map(|(&step, _)| (rank, step)));
             recovered = Some(trained);
         }
         let Some(trained) = recovered else { return true };
-        if let Some(kept) = self.kept(id, of.job) {
-            kept.put_parts((memory.generation, trained), &ranks);
+        if let Some(replicas) = self.replicas(id, of.job) {
+            replicas.put_parts((memory.generation, trained), &ranks);
             for &(rank, step) in &reports {
-                kept.reports.entry(step).or_default().insert(rank);
+                replicas.reports.entry(step).or_default().insert(rank);
             }
         }
         if let Some(group) = self.group(id, of) {
@@ -207,7 +212,7 @@ impl World {
     }
 
     /// Parts have been written down as a checkpoint's shards, under the number of the next formation.
-    pub(super) fn written_down(
+    pub(super) fn reshard_event(
         &mut self,
         id: u64,
         of: FormationId,
@@ -215,28 +220,28 @@ impl World {
     ) {
         let FormationId { job, generation } = of;
         for rank in ranks {
-            let Some(kept) = self.kept(id, job) else { return };
-            let Some(Trained { cursor, .. }) = kept.get((made_by, step), rank) else {
+            let Some(replicas) = self.replicas(id, job) else { return };
+            let Some(Trained { cursor, .. }) = replicas.get((made_by, step), rank) else {
                 // Another formation has begun here meanwhile.
                 return;
             };
-            let trained = kept.parts[&(made_by, step)].0;
-            let told = kept.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
-            let told: Vec<u64> = told.map(|(&step, _)| step).collect();
+            let trained = replicas.parts[&(made_by, step)].0;
+            let reported = replicas.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
+            let reported: Vec<u64> = reported.map(|(&step, _)| step).collect();
             let Some(folder) = self.folder(job) else { return };
             folder.save(generation.next(), rank, trained);
             let position = Position { step, cursor, tokens: cursor };
             let (watch, shard) = (Default::default(), ShardFile::default());
             let saved = RankEvent::ShardSaved { rank, position, watch, shard };
-            let reports = told.into_iter().map(|step| step_done(generation, rank, step));
+            let reports = reported.into_iter().map(|step| step_done(generation, rank, step));
             for event in reports.chain([saved]).collect::<Vec<_>>() {
-                self.send_of_left(id, Up::Event { formation: of, event });
+                self.send_of_left(id, FromWorker::Event { formation: of, event });
             }
         }
     }
 
     /// Says something of a formation that was left.
-    pub(super) fn send_of_left(&mut self, id: u64, up: Up) {
+    pub(super) fn send_of_left(&mut self, id: u64, up: FromWorker) {
         if let Some((link, true)) = self.workers.get(&id).and_then(|worker| worker.link) {
             self.send_up(link, up);
         }
@@ -249,7 +254,7 @@ impl World {
             return;
         }
         for (rank, step) in reports {
-            self.say(id, of, step_done(of.generation, rank, step));
+            self.send_event(id, of, step_done(of.generation, rank, step));
         }
     }
 
@@ -258,7 +263,7 @@ impl World {
         group.give_up();
         for rank in group.ranks.clone() {
             let (action, cause) = ("building the model".to_owned(), cause.to_owned());
-            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
         }
     }
 }

@@ -1,9 +1,9 @@
 //! A cluster in one thread and without a clock: the real [`Core`](crate::core::Core) and its facts, with workers, ranks, links
 //! and a storage made of plain values, and faults drawn from a seed.
 //!
-//! The same seed is the same run, to the last word. After every event `checks` looks for what must never be; once the
-//! faults have stopped every job has to end. What is simulated follows `server::hub` and the `host` of the workers word by
-//! word: a change there belongs here too. Knows no file and no socket.
+//! The same seed gives the same run, to the last message. After every event `checks` looks for what must never be; once the
+//! faults have stopped every job has to end. What is simulated follows `server::hub` and the `host` of the workers line by
+//! line: a change there belongs here too. Knows no file and no socket.
 
 mod checks;
 mod commits;
@@ -30,14 +30,14 @@ use contraflow_runtime::topology::{FormationId, Generation, Rank};
 
 use self::checks::Checks;
 pub use self::mutation::Mutation;
-use self::network::{Down, Network, Up};
-pub use self::plan::Fault;
+use self::network::{FromWorker, Network, ToWorker};
 use self::plan::Plan;
+pub use self::plan::SimFault;
 use self::random::Random;
 use self::ranks::Gang;
 use self::server::Server;
 use self::storage::Storage;
-use self::store::Store;
+use self::store::SimStore;
 use self::worker::Worker;
 
 /// What came of a run.
@@ -45,7 +45,7 @@ use self::worker::Worker;
 pub struct Report {
     /// A digest of everything that happened, in order.
     pub trace: u64,
-    /// What must not be and was, in words.
+    /// The violated invariant.
     pub violation: Option<String>,
     /// Events that were simulated.
     pub events: u64,
@@ -56,16 +56,16 @@ pub struct Report {
     /// Formations of all jobs.
     pub formations: u64,
     /// Faults by kind.
-    pub faults: BTreeMap<Fault, u64>,
+    pub faults: BTreeMap<SimFault, u64>,
     /// What happened, line by line, if that was asked for.
     pub lines: Vec<String>,
 }
 
-/// Runs one seed; with `is_told`, [`Report::lines`] tells what happened.
-pub fn run(seed: u64, is_told: bool) -> Report {
+/// Runs one seed; with `verbose`, [`Report::lines`] describes what happened.
+pub fn run(seed: u64, verbose: bool) -> Report {
     let mut random = Random::new(seed);
     let plan = Plan::draw(&mut random);
-    World::new(plan, random, is_told).run()
+    World::new(plan, random, verbose).run()
 }
 
 /// Runs one seed with a rule broken.
@@ -75,20 +75,20 @@ pub fn run_broken(seed: u64, rule: Mutation) -> Report {
     World { mutation: Some(rule), ..World::new(plan, random, false) }.run()
 }
 
-/// Runs one job of so many ranks (eight a worker, rounded down) and steps, with faults all along.
+/// Runs one job of this many ranks (eight per worker, rounded down) and steps, with faults all along.
 pub fn run_large(ranks: usize, steps: u64, seed: u64) -> Report {
     World::new(Plan::large(ranks, steps), Random::new(seed), false).run()
 }
 
 /// Something that is going to happen. Workers, servers and links by number.
 #[derive(Clone, Debug)]
-enum Happening {
+enum SimEvent {
     ServerTick(usize),
     ServerSynced(usize),
     ServerResumes(usize),
     ServerStarts,
-    Up(u64, Box<Up>),
-    Down(u64, Box<Down>),
+    FromWorker(u64, Box<FromWorker>),
+    ToWorker(u64, Box<ToWorker>),
     ServerNotices(u64),
     WorkerNotices(u64),
     WorkerTick(u64),
@@ -107,18 +107,18 @@ enum Happening {
 #[derive(Clone, Debug)]
 struct Own {
     formation: FormationId,
-    what: Inside,
+    what: RankTask,
 }
 
 #[derive(Clone, Debug)]
-enum Inside {
+enum RankTask {
     Prepared,
     Built,
     StepDone,
     Saved(Box<(storage::Trained, Vec<Rank>)>),
     PeerLost,
     /// Parts of another worker's ranks arrive.
-    Keeps(Box<memory::Parts>),
+    StoresReplicas(Box<memory::Parts>),
     /// Parts of a formation that was left are on disk: of which generation, after which step, whose.
     WrittenDown(Box<(Generation, u64, Vec<Rank>)>),
     /// A worker has taken in the parts that it was sent.
@@ -132,7 +132,7 @@ enum Inside {
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.
-struct Planned(u64, u64, Happening);
+struct Planned(u64, u64, SimEvent);
 
 impl PartialEq for Planned {
     fn eq(&self, other: &Self) -> bool {
@@ -162,7 +162,7 @@ struct World {
     random: Random,
     plan: Plan,
     is_calm: bool,
-    store: Store,
+    store: SimStore,
     servers: Vec<Server>,
     workers: BTreeMap<u64, Worker>,
     newest_worker: u64,
@@ -172,11 +172,11 @@ struct World {
     checks: Checks,
     mutation: Option<Mutation>,
     report: Report,
-    is_told: bool,
+    verbose: bool,
 }
 
 impl World {
-    fn new(plan: Plan, random: Random, is_told: bool) -> Self {
+    fn new(plan: Plan, random: Random, verbose: bool) -> Self {
         let report = Report {
             trace: 0,
             violation: None,
@@ -194,7 +194,7 @@ impl World {
             random,
             plan,
             is_calm: false,
-            store: Store::of(1),
+            store: SimStore::of(1),
             servers: Vec::new(),
             workers: BTreeMap::new(),
             newest_worker: 0,
@@ -204,7 +204,7 @@ impl World {
             checks: Checks::default(),
             mutation: None,
             report,
-            is_told,
+            verbose,
         }
     }
 
@@ -225,17 +225,17 @@ impl World {
         self.start_server();
         for node in 0..self.plan.nodes.len() {
             let at = self.random.between(0, 2_000);
-            self.plan_in(at, Happening::WorkerStarts(node));
+            self.plan_in(at, SimEvent::WorkerStarts(node));
         }
         for job in 0..self.plan.jobs.len() {
-            self.plan_in(self.plan.jobs[job].at_ms, Happening::Submit(job));
+            self.plan_in(self.plan.jobs[job].at_ms, SimEvent::Submit(job));
         }
         for fault in 0..self.plan.faults.len() {
             self.plan_fault(fault);
         }
-        self.plan_in(self.plan.calm_ms, Happening::Calm);
-        if self.is_told {
-            let without_recipe = |words: String, job: &plan::Job| {
+        self.plan_in(self.plan.calm_ms, SimEvent::Calm);
+        if self.verbose {
+            let without_recipe = |words: String, job: &plan::SimJob| {
                 words.replace(&format!("{:?}", job.spec.recipe), &format!("{:?}", job.spec.topology()))
             };
             let words = self.plan.jobs.iter().fold(format!("{:?}", self.plan), without_recipe);
@@ -243,21 +243,21 @@ impl World {
         }
     }
 
-    fn plan_in(&mut self, ms: u64, happening: Happening) {
+    fn plan_in(&mut self, ms: u64, happening: SimEvent) {
         self.plan_at(self.now + ms, happening);
     }
 
-    fn plan_at(&mut self, at: u64, happening: Happening) {
+    fn plan_at(&mut self, at: u64, happening: SimEvent) {
         self.sequence += 1;
         self.planned.push(Reverse(Planned(at, self.sequence, happening)));
     }
 
-    /// Notes that something has happened: numbers for the digest, words for people.
+    /// Records an event: numbers for the digest, text for people.
     fn note(&mut self, numbers: [u64; 3], words: impl FnOnce() -> String) {
         for number in [self.now, numbers[0], numbers[1], numbers[2]] {
             self.report.trace = mix(self.report.trace.rotate_left(7) ^ number);
         }
-        if self.is_told {
+        if self.verbose {
             self.report.lines.push(format!("{:>8} {}", self.now, words()));
         }
     }
@@ -268,26 +268,26 @@ impl World {
         self.report.violation.get_or_insert(words);
     }
 
-    fn happen(&mut self, happening: Happening) {
+    fn happen(&mut self, happening: SimEvent) {
         match happening {
-            Happening::ServerTick(server) => self.server_tick(server),
-            Happening::ServerSynced(server) => self.server_synced(server),
-            Happening::ServerResumes(server) => self.server_resumes(server),
-            Happening::ServerStarts => self.server_starts(),
-            Happening::Up(link, up) => self.deliver_up(link, *up),
-            Happening::Down(link, down) => self.deliver_down(link, down),
-            Happening::ServerNotices(link) => self.server_notices(link),
-            Happening::WorkerNotices(link) => self.worker_notices(link),
-            Happening::WorkerTick(worker) => self.worker_tick(worker),
-            Happening::WorkerThaws(worker) => self.thaw(worker),
-            Happening::WorkerStarts(node) => self.start_worker(node),
-            Happening::Own(worker, own) => self.inside(worker, own),
-            Happening::StepMade(formation) => self.step_made(formation),
-            Happening::Submit(job) => self.submit(job),
-            Happening::Heals(one, other) => drop(self.network.cuts.remove(&(one, other))),
-            Happening::Quickens(node) => drop(self.network.slow.remove(&node)),
-            Happening::Faulty(fault) => self.faulty(fault),
-            Happening::Calm => self.calm_down(),
+            SimEvent::ServerTick(server) => self.server_tick(server),
+            SimEvent::ServerSynced(server) => self.server_synced(server),
+            SimEvent::ServerResumes(server) => self.server_resumes(server),
+            SimEvent::ServerStarts => self.server_starts(),
+            SimEvent::FromWorker(link, up) => self.deliver_up(link, *up),
+            SimEvent::ToWorker(link, down) => self.deliver_down(link, down),
+            SimEvent::ServerNotices(link) => self.server_notices(link),
+            SimEvent::WorkerNotices(link) => self.worker_notices(link),
+            SimEvent::WorkerTick(worker) => self.worker_tick(worker),
+            SimEvent::WorkerThaws(worker) => self.thaw(worker),
+            SimEvent::WorkerStarts(node) => self.start_worker(node),
+            SimEvent::Own(worker, own) => self.inside(worker, own),
+            SimEvent::StepMade(formation) => self.step_made(formation),
+            SimEvent::Submit(job) => self.submit(job),
+            SimEvent::Heals(one, other) => drop(self.network.cuts.remove(&(one, other))),
+            SimEvent::Quickens(node) => drop(self.network.slow.remove(&node)),
+            SimEvent::Faulty(fault) => self.faulty(fault),
+            SimEvent::Calm => self.calm_down(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Rules that a run breaks on purpose, one at a time: a check that lets one of them pass is no check.
 //!
 //! Each is planted where the simulation stands for what is around the core: the hub, its store, the workers. What the core
-//! itself might do wrong is planted in what it hears, so that it acts as if it had not looked.
+//! itself might do wrong is planted in its inputs, so that it acts as if it had not checked.
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::control::RankEvent;
@@ -15,37 +15,37 @@ use crate::core::{Core, Event};
 /// A broken rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
-    /// Words go out before the facts that they follow from are kept.
+    /// Commands are sent before the facts they follow from are durable.
     SpeaksFirst,
     /// The orchestrator's end takes a fact along that was acknowledged.
     LosesAFact,
     /// A start does not raise the incarnation.
     KeepsIncarnation,
-    /// An orchestrator goes on writing where another one has taken over.
+    /// An orchestrator keeps writing after another one has taken over.
     WritesOn,
     /// Workers and orchestrators do not compare incarnations.
     IgnoresIncarnations,
-    /// A started orchestrator does not know which steps have been told.
+    /// A restarted orchestrator does not know which steps have been reported.
     ForgetsSteps,
-    /// Steps that are made again are told again.
+    /// Repeated steps are reported again.
     TellsStepsAgain,
     /// What a rank of an earlier formation says counts.
     HearsStaleRanks,
     /// A checkpoint is to be committed as soon as one rank has written its shard.
     CommitsEarly,
-    /// A worker says that a checkpoint stands, and has not committed it.
+    /// A worker reports a commit that it has not made.
     CommitsInWords,
     /// A rank is assigned to a second worker, too.
     AssignsTwice,
     /// A worker that is told to leave a formation stays.
     StaysOn,
-    /// A worker does not say again what its orchestrator may not have heard.
+    /// A worker does not repeat what its orchestrator may have missed.
     SaysOnce,
-    /// A formation goes on at the checkpoint's place in the order of the sequences, not past what led astray.
+    /// A formation continues at the checkpoint's place in the order of the sequences, not past what led astray.
     ForgetsCursor,
     /// A second submission of a job is another job.
     IgnoresKeys,
-    /// Jobs that are over stay known for ever.
+    /// Finished jobs are retained for ever.
     ForgetsNothing,
     /// Of a job that is forgotten the steps stay.
     ForgetsHalf,
@@ -53,17 +53,17 @@ pub enum Mutation {
     ResumesEarlier,
     /// A step does not wait until the buddies have the one before.
     OutrunsBuddies,
-    /// A worker lets go of the step before the latest one although not everybody has the latest.
+    /// A worker drops the step before the latest although not every rank has the latest.
     LetsGoEarly,
-    /// Who goes on from memory does not say again what had been reported.
+    /// Ranks that resume from memory do not repeat earlier reports.
     RecoversInSilence,
     /// A checkpoint that the orchestrator knows of goes, once there are newer ones.
     PinsNothing,
-    /// A rank that hangs is not told from those that wait for it.
+    /// A stalled rank is not distinguished from those that wait for it.
     BlamesNobody,
-    /// A job takes the folder of its number for its own, whoever's it is.
+    /// A job takes the folder of its number for its own, even another job's.
     TakesAnyFolder,
-    /// Formations that come to nothing are taken for such as make steps.
+    /// Failed formations are counted as ones that complete steps.
     CountsNothing,
 }
 
@@ -72,7 +72,7 @@ impl World {
         self.mutation == Some(rule)
     }
 
-    /// What the core hears instead of an event.
+    /// What the core gets instead of an event.
     pub(super) fn distort(&self, core: &Core, mut event: Event) -> Vec<Event> {
         match (self.mutation, &mut event) {
             (Some(Mutation::HearsStaleRanks), Event::Rank { worker, from, .. }) => {
@@ -89,10 +89,10 @@ impl World {
                 progress.iter_mut().for_each(|progress| progress.is_at_work = false);
             }
             (Some(Mutation::CountsNothing), Event::Tick) => return self.with_steps(core),
-            (Some(Mutation::CommitsEarly), Event::Rank { from, event: said, .. }) => {
+            (Some(Mutation::CommitsEarly), Event::Rank { from, event: original, .. }) => {
                 let formed = core.jobs().all.get(&from.formation.job).and_then(|record| record.running());
                 let ranks = formed.into_iter().flat_map(Formed::ranks);
-                if let RankEvent::ShardSaved { position, watch, shard, .. } = &**said {
+                if let RankEvent::ShardSaved { position, watch, shard, .. } = &**original {
                     let as_of = |(rank, worker): (Rank, u64)| {
                         let (watch, shard) = (watch.clone(), shard.clone());
                         let event = RankEvent::ShardSaved { rank, position: *position, watch, shard };

@@ -10,17 +10,17 @@ use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::server::Input;
-use super::{Happening, World};
+use super::{SimEvent, World};
 use crate::core::facts::Formed;
-use crate::core::{Event, Hosted, Introduction, Left, Progress};
+use crate::core::{Event, Hosted, Left, Progress, Registration};
 
 /// Stands for the orchestrator where nodes are paired.
 pub(super) const ORCHESTRATOR: usize = usize::MAX;
 
 /// From a worker.
 #[derive(Clone, Debug)]
-pub(super) enum Up {
-    Hello { who: Introduction, hosted: Vec<Hosted>, left: Vec<Left>, state: u64, incarnation: u64 },
+pub(super) enum FromWorker {
+    Hello { registration: Registration, hosted: Vec<Hosted>, left: Vec<Left>, state: u64, incarnation: u64 },
     Released(Left),
     Beat(Vec<Progress>),
     Event { formation: FormationId, event: RankEvent },
@@ -29,15 +29,15 @@ pub(super) enum Up {
 
 /// To a worker.
 #[derive(Clone, Debug)]
-pub(super) enum Down {
+pub(super) enum ToWorker {
     Welcome { state: u64, incarnation: u64 },
     Refused,
-    Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, kept: u64 },
+    Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, last_checkpoint: u64 },
     Command { to: RankAddress, command: RankCommand },
     Release { formation: FormationId, keep: bool },
     Write { formation: FormationId, of: (Generation, u64), ranks: Vec<Rank> },
     Durable { job: JobId, step: u64 },
-    Commit { formation: FormationId, position: Option<Position>, kept: u64 },
+    Commit { formation: FormationId, position: Option<Position>, last_checkpoint: u64 },
 }
 
 /// A stream.
@@ -54,7 +54,7 @@ pub(super) struct Link {
     down_ms: u64,
 }
 
-/// All streams, and what stands in their way.
+/// All streams, and the partitions between them.
 #[derive(Debug, Default)]
 pub(super) struct Network {
     pub(super) links: BTreeMap<u64, Link>,
@@ -87,8 +87,8 @@ impl World {
         self.random.between(1, most + 1)
     }
 
-    /// Opens a stream to an orchestrator; nobody there: that is told after a while.
-    pub(super) fn open_link(&mut self, worker: u64, server: usize, hello: Up) -> u64 {
+    /// Opens a stream to an orchestrator; if there is none, that is noticed after a while.
+    pub(super) fn open_link(&mut self, worker: u64, server: usize, hello: FromWorker) -> u64 {
         self.network.newest += 1;
         let id = self.network.newest;
         let node = self.workers.get(&worker).map_or(0, |worker| worker.node);
@@ -98,36 +98,36 @@ impl World {
         self.network.links.insert(id, Link { worker, server, is_cut, unaware, up_ms, down_ms });
         if is_cut {
             let after = self.random.between(1, 2_000);
-            self.plan_in(after, Happening::WorkerNotices(id));
+            self.plan_in(after, SimEvent::WorkerNotices(id));
         } else {
             self.send_up(id, hello);
         }
         id
     }
 
-    pub(super) fn send_up(&mut self, id: u64, up: Up) {
+    pub(super) fn send_up(&mut self, id: u64, up: FromWorker) {
         let delay = self.delay();
         let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
         link.up_ms = link.up_ms.max(self.now + delay);
         let at = link.up_ms;
-        self.plan_at(at, Happening::Up(id, Box::new(up)));
+        self.plan_at(at, SimEvent::FromWorker(id, Box::new(up)));
     }
 
-    pub(super) fn send_down(&mut self, id: u64, down: Down) {
+    pub(super) fn send_down(&mut self, id: u64, down: ToWorker) {
         let delay = self.delay();
         let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
         link.down_ms = link.down_ms.max(self.now + delay);
         let at = link.down_ms;
-        self.plan_at(at, Happening::Down(id, Box::new(down)));
+        self.plan_at(at, SimEvent::ToWorker(id, Box::new(down)));
     }
 
-    /// A stream breaks: what is on its way is lost. Each end notices within `within_ms`; a power loss nobody tells of.
+    /// A stream breaks: what is on its way is lost. Each end notices within `within_ms`; a power loss is silent.
     pub(super) fn break_link(&mut self, id: u64, within_ms: u64) {
         let Some(link) = self.network.links.get_mut(&id).filter(|link| !link.is_cut) else { return };
         link.is_cut = true;
         let (server, worker) = (self.random.between(1, within_ms + 1), self.random.between(1, within_ms + 1));
-        self.plan_in(server, Happening::ServerNotices(id));
-        self.plan_in(worker, Happening::WorkerNotices(id));
+        self.plan_in(server, SimEvent::ServerNotices(id));
+        self.plan_in(worker, SimEvent::WorkerNotices(id));
     }
 
     /// What a stream carries from now on arrives late.
@@ -145,52 +145,52 @@ impl World {
         links.map(|(&id, _)| id).collect()
     }
 
-    pub(super) fn deliver_up(&mut self, id: u64, up: Up) {
+    pub(super) fn deliver_up(&mut self, id: u64, up: FromWorker) {
         let Some(link) = self.network.links.get(&id).filter(|link| !link.is_cut) else { return };
         let Link { worker, server, .. } = *link;
         if self.servers[server].is_paused {
-            return self.servers[server].held.push(Happening::Up(id, Box::new(up)));
+            return self.servers[server].held.push(SimEvent::FromWorker(id, Box::new(up)));
         }
         let event = match up {
-            Up::Hello { who, hosted, left, state, incarnation } => {
-                self.hear_at(server, Input::Linked { worker, link: id });
-                let (who, storage_mark) = (Box::new(who), "mark".into());
-                Event::Attached { who, hosted, left, state, incarnation, storage_mark }
+            FromWorker::Hello { registration, hosted, left, state, incarnation } => {
+                self.deliver_at(server, Input::Linked { worker, link: id });
+                let (registration, storage_id) = (Box::new(registration), "mark".into());
+                Event::Attached { registration, hosted, left, state, incarnation, storage_id }
             }
-            Up::Released(left) => Event::Left { worker, left },
-            Up::Beat(progress) => Event::Beat { worker, progress },
-            Up::Event { formation, event } => {
+            FromWorker::Released(left) => Event::Left { worker, left },
+            FromWorker::Beat(progress) => Event::Beat { worker, progress },
+            FromWorker::Event { formation, event } => {
                 let from = RankAddress { formation, rank: event.rank() };
                 if self.sequence.is_multiple_of(16) {
                     // The same in the name of a worker that does not host this rank: it must not count.
                     let event = Box::new(event.clone());
-                    self.hear_event(server, Event::Rank { worker: worker + 1, from, event });
+                    self.handle_event(server, Event::Rank { worker: worker + 1, from, event });
                 }
                 Event::Rank { worker, from, event: Box::new(event) }
             }
-            Up::Committed { formation, position, result } => {
+            FromWorker::Committed { formation, position, result } => {
                 Event::Committed { worker, formation, position, result }
             }
         };
-        self.hear_event(server, event);
+        self.handle_event(server, event);
     }
 
-    pub(super) fn deliver_down(&mut self, id: u64, down: Box<Down>) {
+    pub(super) fn deliver_down(&mut self, id: u64, down: Box<ToWorker>) {
         let Some(link) = self.network.links.get(&id).filter(|link| !link.is_cut) else { return };
         let worker = link.worker;
         let Some(host) = self.workers.get_mut(&worker) else { return };
         if host.is_frozen {
-            return host.held.push(Happening::Down(id, down));
+            return host.held.push(SimEvent::ToWorker(id, down));
         }
-        self.worker_hears(worker, id, *down);
+        self.deliver_to_worker(worker, id, *down);
     }
 
     pub(super) fn server_notices(&mut self, id: u64) {
         let Some(Link { worker, server, .. }) = self.network.links.get(&id).cloned() else { return };
         if self.servers[server].is_paused {
-            return self.servers[server].held.push(Happening::ServerNotices(id));
+            return self.servers[server].held.push(SimEvent::ServerNotices(id));
         }
-        self.hear_at(server, Input::Unlinked { worker, link: id });
+        self.deliver_at(server, Input::Unlinked { worker, link: id });
         self.network.noticed(id);
     }
 
@@ -199,7 +199,7 @@ impl World {
         let host = self.workers.get_mut(&link.worker);
         if let Some(host) = host {
             if host.is_frozen {
-                return host.held.push(Happening::WorkerNotices(id));
+                return host.held.push(SimEvent::WorkerNotices(id));
             }
             if host.link.is_some_and(|(link, _)| link == id) {
                 host.link = None;

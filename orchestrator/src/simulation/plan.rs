@@ -8,18 +8,18 @@ use contraflow_runtime::topology::Topology;
 
 use super::random::Random;
 use crate::core::facts::JobSpec;
-use crate::core::{HANG_MS, axes_overrides};
+use crate::core::{STALL_MS, axes_overrides};
 
-/// Something that goes wrong, or that somebody wants.
+/// A fault, or a request of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fault {
+pub enum SimFault {
     /// A worker's process dies; its connections are reset.
     Kill,
-    /// A worker's host loses power: nobody is told.
+    /// A worker's host loses power silently.
     PowerLoss,
-    /// A worker stands still and goes on later, as if nothing had been.
+    /// A worker freezes and continues later as if nothing had happened.
     Freeze,
-    /// The ranks of a worker get on with no step any more, while the worker itself lives.
+    /// The ranks of a worker stall while the worker itself lives.
     Hang,
     /// A stream between worker and orchestrator breaks.
     Break,
@@ -33,7 +33,7 @@ pub enum Fault {
     Crash,
     /// Another orchestrator is started while the one before lives on.
     Double,
-    /// The orchestrator stands still for a while.
+    /// The orchestrator freezes for a while.
     Pause,
     /// The orchestrator's clock is set.
     Clock,
@@ -41,44 +41,44 @@ pub enum Fault {
     Disk,
     /// A rank finds a defect.
     Defect,
-    /// Somebody ends a job.
+    /// A job is cancelled.
     Cancel,
-    /// Somebody takes a node out of use.
+    /// A node is drained.
     Drain,
-    /// Somebody submits a job a second time.
+    /// The same job is submitted a second time.
     SubmitAgain,
     /// The orchestrator's state is lost, and it begins with another one.
     Loss,
 }
 
-impl Fault {
-    /// All that a plan draws from, but for [`Fault::Hang`] and [`Fault::Loss`], which came later.
-    pub(super) const ALL: [Fault; 16] = [
-        Fault::Kill,
-        Fault::PowerLoss,
-        Fault::Freeze,
-        Fault::Break,
-        Fault::CutOff,
-        Fault::Split,
-        Fault::Slow,
-        Fault::Crash,
-        Fault::Double,
-        Fault::Pause,
-        Fault::Clock,
-        Fault::Disk,
-        Fault::Defect,
-        Fault::Cancel,
-        Fault::Drain,
-        Fault::SubmitAgain,
+impl SimFault {
+    /// All that a plan draws from, but for [`SimFault::Hang`] and [`SimFault::Loss`], which came later.
+    pub(super) const ALL: [SimFault; 16] = [
+        SimFault::Kill,
+        SimFault::PowerLoss,
+        SimFault::Freeze,
+        SimFault::Break,
+        SimFault::CutOff,
+        SimFault::Split,
+        SimFault::Slow,
+        SimFault::Crash,
+        SimFault::Double,
+        SimFault::Pause,
+        SimFault::Clock,
+        SimFault::Disk,
+        SimFault::Defect,
+        SimFault::Cancel,
+        SimFault::Drain,
+        SimFault::SubmitAgain,
     ];
 
     /// How long it takes on the average until it happens, in a run in which it happens. **Units**: ms.
     fn mean_ms(self, random: &mut Random) -> u64 {
         match self {
-            Fault::Defect | Fault::Cancel | Fault::Drain => random.between(20_000, 90_000),
-            Fault::Double | Fault::Clock => random.between(8_000, 40_000),
-            Fault::Hang => random.between(20_000, 60_000),
-            Fault::Loss => random.between(25_000, 90_000),
+            SimFault::Defect | SimFault::Cancel | SimFault::Drain => random.between(20_000, 90_000),
+            SimFault::Double | SimFault::Clock => random.between(8_000, 40_000),
+            SimFault::Hang => random.between(20_000, 60_000),
+            SimFault::Loss => random.between(25_000, 90_000),
             _ => random.between(2_000, 30_000),
         }
     }
@@ -89,13 +89,13 @@ impl Fault {
 pub(super) struct Plan {
     /// Slots of the worker of each node.
     pub(super) nodes: Vec<usize>,
-    pub(super) jobs: Vec<Job>,
+    pub(super) jobs: Vec<SimJob>,
     /// Faults, and the mean time between two of a kind. **Units**: ms.
-    pub(super) faults: Vec<(Fault, u64)>,
+    pub(super) faults: Vec<(SimFault, u64)>,
     /// When they stop. **Units**: ms.
     pub(super) calm_ms: u64,
     /// Within which time thereafter every job has to end. **Units**: ms.
-    pub(super) patience_ms: u64,
+    pub(super) settle_ms: u64,
     /// Of messages, mostly; one in sixteen takes up to `late_ms`. **Units**: ms.
     pub(super) delay_ms: u64,
     pub(super) late_ms: u64,
@@ -105,18 +105,18 @@ pub(super) struct Plan {
     pub(super) fills_up: bool,
     /// Checkpoints that a job keeps; the workers keep two at least.
     pub(super) keep: usize,
-    /// Jobs that are over and stay known.
-    pub(super) keep_jobs: usize,
+    /// Finished jobs to retain.
+    pub(super) retained_jobs: usize,
 }
 
 /// A job of the plan.
 #[derive(Clone, Debug)]
-pub(super) struct Job {
+pub(super) struct SimJob {
     pub(super) spec: JobSpec,
     /// When it is submitted. **Units**: ms.
     pub(super) at_ms: u64,
     pub(super) step_ms: u64,
-    /// A checkpoint after so many steps.
+    /// Steps between checkpoints.
     pub(super) every: u64,
     /// Sequences at which the watch sends the run back.
     pub(super) bad: Vec<u64>,
@@ -135,76 +135,77 @@ impl Plan {
         let mut sizes = nodes.clone();
         sizes.sort_unstable();
         let room: usize = sizes[..sizes.len() - 2].iter().sum();
-        let jobs: Vec<Job> =
-            (0..random.between(1, 6)).map(|number| Job::draw(number, room, random)).collect();
+        let jobs: Vec<SimJob> =
+            (0..random.between(1, 6)).map(|number| SimJob::draw(number, room, random)).collect();
         // At worst one job after the other, each with way to go back.
         let work: u64 = jobs.iter().map(|job| job.spec.steps() * job.step_ms).sum();
         let strength = random.between(1, 5);
-        let chosen: Vec<Fault> = Fault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
-        let mut faults: Vec<(Fault, u64)> =
+        let chosen: Vec<SimFault> =
+            SimFault::ALL.into_iter().filter(|_| random.between(0, 6) < strength).collect();
+        let mut faults: Vec<(SimFault, u64)> =
             chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
         // From here on draws of their own: seeds that showed something stay what they were.
         let mut later = random.clone();
-        let keep_jobs = later.between(1, 7) as usize;
-        let hangs = later.is_one_in(3);
-        faults.extend(hangs.then(|| (Fault::Hang, Fault::Hang.mean_ms(&mut later))));
+        let retained_jobs = later.between(1, 7) as usize;
+        let is_stalled = later.is_one_in(3);
+        faults.extend(is_stalled.then(|| (SimFault::Hang, SimFault::Hang.mean_ms(&mut later))));
         let loses = later.is_one_in(4);
-        faults.extend(loses.then(|| (Fault::Loss, Fault::Loss.mean_ms(&mut later))));
+        faults.extend(loses.then(|| (SimFault::Loss, SimFault::Loss.mean_ms(&mut later))));
         let mut jobs = jobs;
         if later.is_one_in(6) {
             let crashes = later.between(0, jobs.len() as u64) as usize;
             jobs[crashes].crashes = true;
         }
         // Workers that hang are found one after the other.
-        let hanging = if hangs { nodes.len() as u64 * (HANG_MS + 20_000) } else { 0 };
-        let patience_ms = 120_000 + 2 * work + hanging;
+        let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
+        let settle_ms = 120_000 + 2 * work + hanging;
         Plan {
             nodes,
             jobs,
             faults,
             calm_ms: random.between(30_000, 90_000),
-            patience_ms,
+            settle_ms,
             delay_ms: random.between(2, 40),
             late_ms: random.between(20, 900),
             sync_ms: random.between(1, 30),
             fills_up: true,
             keep: random.between(2, 4) as usize,
-            keep_jobs,
+            retained_jobs,
         }
     }
 
-    /// One job of so many ranks, eight a worker; workers die, streams break, the orchestrator is started anew.
+    /// One job of this many ranks, eight per worker; workers die, streams break, the orchestrator restarts.
     pub(super) fn large(ranks: usize, steps: u64) -> Self {
         let mut random = Random::new(1);
-        let mut job = Job::draw(0, 1, &mut random);
+        let mut job = SimJob::draw(0, 1, &mut random);
         let topology = Topology { pipeline: 1, expert: 8, data: ranks / 8 };
         job.spec.recipe = recipe(topology, &[format!("training.steps={steps}")]);
         (job.spec.min_ranks, job.spec.priority) = (ranks, 0);
         (job.step_ms, job.every, job.bad, job.at_ms) = (500, 50, Vec::new(), 1_000);
         let faults = [
-            (Fault::Kill, 60_000),
-            (Fault::Freeze, 90_000),
-            (Fault::Break, 1_000),
-            (Fault::Crash, 120_000),
-            (Fault::Slow, 30_000),
+            (SimFault::Kill, 60_000),
+            (SimFault::Freeze, 90_000),
+            (SimFault::Break, 1_000),
+            (SimFault::Crash, 120_000),
+            (SimFault::Slow, 30_000),
         ];
         Plan {
             nodes: vec![8; ranks / 8 + 8],
             jobs: vec![job],
             faults: faults.to_vec(),
             calm_ms: 600 * steps,
-            patience_ms: 1_000_000,
+            settle_ms: 1_000_000,
             delay_ms: 5,
             late_ms: 100,
             sync_ms: 10,
             fills_up: false,
             keep: 2,
-            keep_jobs: 1,
+            retained_jobs: 1,
         }
     }
 }
 
-impl Job {
+impl SimJob {
     fn draw(number: u64, room: usize, random: &mut Random) -> Self {
         let steps = random.between(1, 120);
         let world = random.between(1, room as u64 + 1) as usize;
@@ -223,7 +224,7 @@ impl Job {
         ];
         let recipe = recipe(Topology { pipeline: 1, expert: axes, data: world / axes }, &changes);
         let name = format!("job {number}");
-        Job {
+        SimJob {
             spec: JobSpec {
                 name,
                 priority,

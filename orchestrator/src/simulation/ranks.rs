@@ -9,26 +9,26 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::random::mix;
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
-use contraflow_runtime::watch::{Action, Divergence};
 
 use super::memory::step_done;
 use super::mutation::Mutation;
 use super::plan::BATCH;
 use super::storage::Trained;
-use super::{Happening, Inside, World};
+use super::{RankTask, SimEvent, World};
 use crate::core::facts::Formed;
 
 /// The ranks of one formation in one worker.
 #[derive(Clone, Debug)]
 pub(super) struct Group {
     pub(super) ranks: Vec<Rank>,
-    state: State,
+    state: GangState,
     /// After the last step.
     pub(super) trained: Trained,
     /// Ranks that have been told to begin.
     begun: usize,
-    /// Somebody was told to stop after the running step.
+    /// Some rank was told to stop after the running step.
     stop: bool,
     is_saving: bool,
     /// What waits until the checkpoint before is written.
@@ -40,12 +40,12 @@ pub(super) struct Group {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum GangState {
     /// Reads recipe and data.
     Preparing,
     /// Makes the model.
     Building,
-    /// Has a model, and waits for words.
+    /// Has a model, and waits for commands.
     Idle,
     /// Trains.
     InStep,
@@ -79,7 +79,7 @@ pub(super) fn feed(digest: u64, step: u64, cursor: u64) -> u64 {
 
 impl Group {
     pub(super) fn new(ranks: Vec<Rank>) -> Self {
-        let (trained, parked, state) = (Trained::default(), None, State::Preparing);
+        let (trained, parked, state) = (Trained::default(), None, GangState::Preparing);
         let (unacknowledged, reports) = (BTreeSet::new(), BTreeSet::new());
         Group {
             ranks,
@@ -96,16 +96,16 @@ impl Group {
 
     /// A peer that the ranks need is gone.
     pub(super) fn give_up(&mut self) {
-        self.state = State::Over;
+        self.state = GangState::Over;
     }
 
     pub(super) fn is_in_step(&self) -> bool {
-        self.state == State::InStep
+        self.state == GangState::InStep
     }
 
-    /// Whether there are ranks that hear commands.
+    /// Whether there are ranks that take commands.
     pub(super) fn is_started(&self) -> bool {
-        self.state != State::Preparing
+        self.state != GangState::Preparing
     }
 }
 
@@ -116,7 +116,7 @@ impl World {
         id: u64,
         of: FormationId,
         formed: &Formed,
-        (kept, is_reachable): (u64, bool),
+        (last_checkpoint, is_reachable): (u64, bool),
     ) {
         let job = of.job;
         let Some(folder) = self.folder(job) else { return };
@@ -128,10 +128,10 @@ impl World {
                     trained = oldest.unwrap_or_default();
                 }
                 Some(stands) => trained = stands,
-                // A worker that has not heard for long finds that others have gone on.
+                // A worker that was cut off for long finds that others have moved on.
                 None if !self.is_running(of) => return self.fail_all(id, of, "no such checkpoint"),
                 None => {
-                    let words = format!("no checkpoint of step {} to go on from", formed.resume_step);
+                    let words = format!("no checkpoint of step {} to resume from", formed.resume_step);
                     return self.violate(format!("{of}: {words}"));
                 }
             }
@@ -144,15 +144,15 @@ impl World {
         if !is_reachable {
             return self.fail_all(id, of, "an address of nobody");
         }
-        group.state = State::Building;
+        group.state = GangState::Building;
         if tidies {
-            let stays = self.stays(kept);
+            let retention = self.retention(last_checkpoint);
             let newest = formed.memory.is_none().then_some(formed.resume_step);
             let Some(folder) = self.folder(job) else { return };
             if !folder.begin(of.generation) {
                 return self.refused_folder(id, of);
             }
-            folder.tidy(of.generation, stays, newest);
+            folder.tidy(of.generation, retention, newest);
             self.check_known(job);
         }
         let gang = self.gangs.entry(of).or_default();
@@ -161,13 +161,13 @@ impl World {
         }
         let is_broken = gang.is_broken;
         let takes = self.random.between(5, 800);
-        self.plan_own(id, of, takes, Inside::Built);
+        self.plan_own(id, of, takes, RankTask::Built);
         if is_broken {
-            self.plan_own(id, of, takes + 20, Inside::PeerLost);
+            self.plan_own(id, of, takes + 20, RankTask::PeerLost);
         }
     }
 
-    /// A later formation has begun in the job's folder: right only for one that is over.
+    /// A later formation has begun in the job's folder: right only for one that has ended.
     fn refused_folder(&mut self, id: u64, of: FormationId) {
         if self.is_running(of) {
             return self.violate(format!("{of}: its folder is a later one's"));
@@ -176,8 +176,10 @@ impl World {
     }
 
     pub(super) fn built(&mut self, id: u64, of: FormationId, formed: &Formed) {
-        let Some(group) = self.group(id, of).filter(|group| group.state == State::Building) else { return };
-        group.state = State::Idle;
+        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::Building) else {
+            return;
+        };
+        group.state = GangState::Idle;
         if self.job_plan(of.job).is_some_and(|planned| planned.crashes) {
             return self.crash_worker(id);
         }
@@ -189,17 +191,17 @@ impl World {
             return;
         }
         for rank in ranks {
-            self.say(id, of, RankEvent::Ready { rank });
+            self.send_event(id, of, RankEvent::Ready { rank });
         }
         self.repeat_reports(id, of);
     }
 
-    pub(super) fn rank_hears(&mut self, id: u64, to: RankAddress, command: RankCommand) {
+    pub(super) fn deliver_to_rank(&mut self, id: u64, to: RankAddress, command: RankCommand) {
         let RankAddress { formation: of, rank } = to;
         let Some(group) = self.group(id, of) else { return };
         let state = group.state;
         match command {
-            RankCommand::BeginStep { step } if state == State::Idle => {
+            RankCommand::BeginStep { step } if state == GangState::Idle => {
                 group.begun += 1;
                 if step != group.trained.step + 1 {
                     let words = format!("rank {rank} of {} is to begin step {step}", of.job);
@@ -210,17 +212,17 @@ impl World {
                 }
             }
             RankCommand::Stop => group.stop = true,
-            RankCommand::Abort { .. } if state != State::Over || group.begun > 0 => {
-                group.state = State::Over;
-                self.say(id, of, RankEvent::Aborted { rank });
+            RankCommand::Abort { .. } if state != GangState::Over || group.begun > 0 => {
+                group.state = GangState::Over;
+                self.send_event(id, of, RankEvent::Aborted { rank });
             }
-            RankCommand::Validate if state == State::Idle => {
+            RankCommand::Validate if state == GangState::Idle => {
                 let takes = self.random.between(1, 900);
-                self.plan_own(id, of, takes, Inside::Validated(rank));
+                self.plan_own(id, of, takes, RankTask::Validated(rank));
             }
-            RankCommand::Export { .. } if state == State::Idle => {
+            RankCommand::Export { .. } if state == GangState::Idle => {
                 let takes = self.random.between(1, 900);
-                self.plan_own(id, of, takes, Inside::Exported(rank));
+                self.plan_own(id, of, takes, RankTask::Exported(rank));
             }
             _ => {}
         }
@@ -229,7 +231,7 @@ impl World {
     /// The ranks of a worker begin the next step; the last to do so lets it happen.
     fn arrive(&mut self, id: u64, of: FormationId) {
         let Some(group) = self.group(id, of) else { return };
-        group.state = State::InStep;
+        group.state = GangState::InStep;
         let trained = group.trained;
         let Some(gang) = self.gangs.get_mut(&of) else { return };
         if gang.workers.insert(id, true) != Some(true) {
@@ -242,7 +244,7 @@ impl World {
         gang.made = trained;
         if gang.waiting == gang.workers.len() {
             let takes = self.step_ms(of);
-            self.plan_in(takes, Happening::StepMade(of));
+            self.plan_in(takes, SimEvent::StepMade(of));
         }
     }
 
@@ -260,7 +262,7 @@ impl World {
     }
 
     /// What the plan says of a job, by its number.
-    pub(super) fn job_plan(&self, job: JobId) -> Option<&super::plan::Job> {
+    pub(super) fn job_plan(&self, job: JobId) -> Option<&super::plan::SimJob> {
         self.plan.jobs.get(self.checks.planned(job)?)
     }
 
@@ -268,21 +270,23 @@ impl World {
     pub(super) fn step_made(&mut self, of: FormationId) {
         let Some(gang) = self.gangs.get(&of).filter(|gang| !gang.is_broken) else { return };
         let workers: Vec<u64> = gang.workers.keys().copied().collect();
-        let stands = |worker: &super::worker::Worker| worker.is_frozen || worker.hangs;
+        let stands = |worker: &super::worker::Worker| worker.is_frozen || worker.is_stalled;
         if workers.iter().any(|id| self.workers.get(id).is_none_or(stands)) {
-            // Everybody waits for it.
-            return self.plan_in(50, Happening::StepMade(of));
+            // All ranks wait for it.
+            return self.plan_in(50, SimEvent::StepMade(of));
         }
         let waits = !self.breaks(Mutation::OutrunsBuddies);
         let mut stops = false;
         for &id in &workers {
             match self.group(id, of) {
                 // What a rank gives to the step says that its buddy has the one before.
-                Some(group) if waits && group.state == State::InStep && !group.unacknowledged.is_empty() => {
-                    return self.plan_in(5, Happening::StepMade(of));
+                Some(group)
+                    if waits && group.state == GangState::InStep && !group.unacknowledged.is_empty() =>
+                {
+                    return self.plan_in(5, SimEvent::StepMade(of));
                 }
-                Some(group) if group.state == State::InStep => stops |= group.stop,
-                // Told to give up: the others wait until they are, too.
+                Some(group) if group.state == GangState::InStep => stops |= group.stop,
+                // Aborted: the others wait until they are, too.
                 _ => return,
             }
         }
@@ -308,7 +312,7 @@ impl World {
         self.check_step(of, cursor, made, diverges);
         for id in workers {
             let takes = self.random.between(0, 12);
-            self.plan_own(id, of, takes, Inside::StepDone);
+            self.plan_own(id, of, takes, RankTask::StepDone);
         }
     }
 
@@ -317,8 +321,8 @@ impl World {
         let Some(gang) = self.gangs.get(&of) else { return };
         let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
         let (every, steps) = self.job_plan(of.job).map_or((1, 0), |job| (job.every, job.spec.steps()));
-        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
-        group.state = State::Idle;
+        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else { return };
+        group.state = GangState::Idle;
         let (ranks, is_saving) = (group.ranks.clone(), group.is_saving);
         if diverges {
             match is_saving {
@@ -329,9 +333,9 @@ impl World {
         }
         group.trained = made;
         for &rank in &ranks {
-            self.say(id, of, step_done(of.generation, rank, made.step));
+            self.send_event(id, of, step_done(of.generation, rank, made.step));
             if stops {
-                self.say(id, of, RankEvent::Stopped { rank, step: made.step });
+                self.send_event(id, of, RankEvent::Stopped { rank, step: made.step });
             }
         }
         let is_last = made.step >= steps || stops;
@@ -350,8 +354,8 @@ impl World {
         let step = group.trained.step + 1;
         for rank in group.ranks.clone() {
             let why = format!("step {step}: a spike");
-            let divergence = Box::new(Divergence { step, action: Action::RollBack, why, evidence: None });
-            self.say(id, of, RankEvent::Diverged { rank, divergence, cursor });
+            let divergence = Box::new(Divergence { step, action: StepAction::RollBack, why, evidence: None });
+            self.send_event(id, of, RankEvent::Diverged { rank, divergence, cursor });
         }
     }
 
@@ -364,13 +368,13 @@ impl World {
         group.is_saving = true;
         let (trained, ranks) = (group.trained, group.ranks.clone());
         let takes = self.random.between(1, 900);
-        self.plan_own(id, of, takes, Inside::Saved(Box::new((trained, ranks))));
+        self.plan_own(id, of, takes, RankTask::Saved(Box::new((trained, ranks))));
         if goes_on {
             self.arrive(id, of);
         }
     }
 
-    /// Shards are on disk; whoever wrote them may have left the formation meanwhile.
+    /// Shards are on disk; their writers may have left the formation meanwhile.
     pub(super) fn saved(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<Rank>)) {
         let FormationId { job, generation } = of;
         for &rank in &ranks {
@@ -378,14 +382,18 @@ impl World {
             folder.save(generation, rank, trained);
         }
         let Some(group) = self.group(id, of) else { return };
-        let is_over = group.state == State::Over;
+        let is_over = group.state == GangState::Over;
         group.is_saving = false;
         let parked = group.parked.take();
         for rank in ranks {
             let Trained { step, cursor, .. } = trained;
             let position = Position { step, cursor, tokens: cursor };
             let shard = ShardFile::default();
-            self.say(id, of, RankEvent::ShardSaved { rank, position, watch: Default::default(), shard });
+            self.send_event(
+                id,
+                of,
+                RankEvent::ShardSaved { rank, position, watch: Default::default(), shard },
+            );
         }
         match parked.filter(|_| !is_over) {
             Some(Parked::Save { goes_on }) => self.save(id, of, goes_on),
@@ -395,55 +403,55 @@ impl World {
     }
 
     pub(super) fn validated(&mut self, id: u64, of: FormationId, rank: Rank) {
-        if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
+        if self.group(id, of).is_some_and(|group| group.state == GangState::Idle) {
             self.check_part(of, rank, false);
-            self.say(id, of, RankEvent::Validated { rank, loss: 0.5, tokens: 8 });
+            self.send_event(id, of, RankEvent::Validated { rank, loss: 0.5, tokens: 8 });
         }
     }
 
     pub(super) fn exported(&mut self, id: u64, of: FormationId, rank: Rank) {
-        if self.group(id, of).is_some_and(|group| group.state == State::Idle) {
+        if self.group(id, of).is_some_and(|group| group.state == GangState::Idle) {
             let Some(folder) = self.folder(of.job) else { return };
             folder.export(of.generation, rank);
             self.check_part(of, rank, true);
             let file = ExportedFile { file: format!("rank-{rank}"), ..ExportedFile::default() };
-            self.say(id, of, RankEvent::Exported { rank, file });
+            self.send_event(id, of, RankEvent::Exported { rank, file });
         }
     }
 
-    /// The connections to a worker end: whoever is left notices within `within_ms`.
+    /// The connections to a worker end: the others notice within `within_ms`.
     pub(super) fn break_gang(&mut self, of: FormationId, gone: u64, within_ms: u64) {
         let Some(gang) = self.gangs.get_mut(&of).filter(|gang| !gang.is_broken) else { return };
         gang.is_broken = true;
         let left: Vec<u64> = gang.workers.keys().copied().filter(|id| *id != gone).collect();
         for id in left {
             let after = self.random.between(1, within_ms + 1);
-            self.plan_own(id, of, after, Inside::PeerLost);
+            self.plan_own(id, of, after, RankTask::PeerLost);
         }
     }
 
     pub(super) fn peer_lost(&mut self, id: u64, of: FormationId) {
-        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else {
-            // Nobody waits for a peer: it is noticed in the next step.
-            if let Some(group) = self.group(id, of).filter(|group| group.state != State::Over) {
+        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else {
+            // No rank waits for a peer: it is noticed in the next step.
+            if let Some(group) = self.group(id, of).filter(|group| group.state != GangState::Over) {
                 let _ = group;
-                self.plan_own(id, of, 500, Inside::PeerLost);
+                self.plan_own(id, of, 500, RankTask::PeerLost);
             }
             return;
         };
-        group.state = State::Over;
+        group.state = GangState::Over;
         for rank in group.ranks.clone() {
             let (action, cause) = ("F0.0".to_owned(), "a peer is gone".to_owned());
-            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
         }
     }
 
     /// A rank of a worker finds a defect.
     pub(super) fn find_defect(&mut self, id: u64, of: FormationId) {
-        let Some(group) = self.group(id, of).filter(|group| group.state == State::InStep) else { return };
-        group.state = State::Over;
+        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else { return };
+        group.state = GangState::Over;
         let rank = group.ranks[0];
         let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-        self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug });
+        self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug });
     }
 }

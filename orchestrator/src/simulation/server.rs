@@ -1,5 +1,5 @@
 //! An orchestrator's process: the real core, what it keeps, and in which order. Follows `server::hub`: batches, facts kept
-//! before words go out, steps put together. Its store outlives it.
+//! before commands go out, steps assembled. Its store outlives it.
 
 use contraflow_runtime::random::mix;
 use std::collections::{BTreeMap, VecDeque};
@@ -8,10 +8,10 @@ use std::rc::Rc;
 use contraflow_runtime::topology::{FormationId, JobId};
 
 use super::mutation::Mutation;
-use super::network::Down;
-use super::{Happening, World};
+use super::network::ToWorker;
+use super::{SimEvent, World};
 use crate::core::facts::{Fact, Formed};
-use crate::core::{Core, Effect, Event, TICK_MS, Word};
+use crate::core::{Core, Effect, Event, TICK_MS, WorkerCommand};
 use crate::server::steps::Steps;
 
 /// Messages that are taken at once.
@@ -29,10 +29,10 @@ pub(super) enum Input {
 
 /// What is being kept, and what is done afterwards.
 #[derive(Default)]
-pub(super) struct Batch {
+pub(super) struct SimBatch {
     facts: Vec<Fact>,
     steps: BTreeMap<JobId, Vec<u64>>,
-    words: Vec<(u64, Word)>,
+    commands: Vec<(u64, WorkerCommand)>,
 }
 
 /// A process.
@@ -40,19 +40,19 @@ pub(super) struct Server {
     pub(super) core: Core,
     pub(super) is_alive: bool,
     pub(super) is_paused: bool,
-    pub(super) held: Vec<Happening>,
+    pub(super) held: Vec<SimEvent>,
     /// What its clock shows beyond the simulated time. **Units**: ms.
     pub(super) clock_ms: i64,
     pub(super) is_disk_slow: bool,
     links: BTreeMap<u64, u64>,
     inbox: VecDeque<Input>,
-    batch: Option<Batch>,
+    batch: Option<SimBatch>,
     steps: BTreeMap<JobId, Steps>,
     ticks: u64,
 }
 
 impl World {
-    /// The orchestrator whose word counts.
+    /// The acting orchestrator.
     pub(super) fn newest_server(&self) -> usize {
         self.servers.len() - 1
     }
@@ -66,9 +66,10 @@ impl World {
             Ok(_) => {
                 return self.violate("the facts fold into another state than that they came from".into());
             }
-            Err(words) => return self.violate(format!("what was kept cannot be read: {words}")),
+            Err(commands) => return self.violate(format!("what was kept cannot be read: {commands}")),
         };
-        let keep_jobs = if self.breaks(Mutation::ForgetsNothing) { usize::MAX } else { self.plan.keep_jobs };
+        let retained_jobs =
+            if self.breaks(Mutation::ForgetsNothing) { usize::MAX } else { self.plan.retained_jobs };
         let clock_ms = self.servers.last().map_or(0, |server| server.clock_ms);
         let mut steps = BTreeMap::new();
         for (&job, record) in &jobs.all {
@@ -83,7 +84,9 @@ impl World {
         let now = (EPOCH + self.now).saturating_add_signed(clock_ms);
         let nonce = mix(self.store.state << 32 | incarnation) as u32;
         self.servers.push(Server {
-            core: Core::new(jobs, incarnation, now).keeping(keep_jobs).identified(self.store.state, nonce),
+            core: Core::new(jobs, incarnation, now)
+                .retaining(retained_jobs)
+                .identified(self.store.state, nonce),
             is_alive: true,
             is_paused: false,
             held: Vec::new(),
@@ -95,9 +98,9 @@ impl World {
             steps,
             ticks: 0,
         });
-        self.checks.forget_heard();
+        self.checks.forget_delivered();
         self.note([1, incarnation, 0], || format!("orchestrator {incarnation} starts"));
-        self.plan_in(TICK_MS, Happening::ServerTick(self.newest_server()));
+        self.plan_in(TICK_MS, SimEvent::ServerTick(self.newest_server()));
     }
 
     pub(super) fn server_starts(&mut self) {
@@ -111,13 +114,13 @@ impl World {
             return;
         }
         if self.servers[server].is_paused {
-            return self.servers[server].held.push(Happening::ServerTick(server));
+            return self.servers[server].held.push(SimEvent::ServerTick(server));
         }
-        self.plan_in(TICK_MS, Happening::ServerTick(server));
-        self.hear_event(server, Event::Tick);
+        self.plan_in(TICK_MS, SimEvent::ServerTick(server));
+        self.handle_event(server, Event::Tick);
         self.servers[server].ticks += 1;
         if self.servers[server].ticks.is_multiple_of(8) {
-            self.check_words(server);
+            self.check_commands(server);
             self.check_line(server);
         }
     }
@@ -140,26 +143,26 @@ impl World {
         dying.is_paused = false;
         let incarnation = dying.core.incarnation();
         let left = dying.batch.take().filter(|_| incarnation == self.store.incarnation);
-        let kept = self.random.between(0, 3);
+        let last_checkpoint = self.random.between(0, 3);
         if let Some(batch) = left {
-            self.keep(server, &batch, kept);
+            self.keep(server, &batch, last_checkpoint);
         }
         if self.breaks(Mutation::LosesAFact) {
             self.store.lose_last();
         }
-        self.note([2, incarnation, kept], || {
-            format!("orchestrator {incarnation} dies, {kept} writes of its last made")
+        self.note([2, incarnation, last_checkpoint], || {
+            format!("orchestrator {incarnation} dies, {last_checkpoint} writes of its last made")
         });
         for link in self.links_of(|link| link.server == server) {
             self.break_link(link, 60);
         }
     }
 
-    pub(super) fn hear_event(&mut self, server: usize, event: Event) {
-        self.hear_at(server, Input::Event(Box::new(event)));
+    pub(super) fn handle_event(&mut self, server: usize, event: Event) {
+        self.deliver_at(server, Input::Event(Box::new(event)));
     }
 
-    pub(super) fn hear_at(&mut self, server: usize, input: Input) {
+    pub(super) fn deliver_at(&mut self, server: usize, input: Input) {
         if self.servers[server].is_alive {
             self.servers[server].inbox.push_back(input);
             self.serve(server);
@@ -171,7 +174,7 @@ impl World {
         while self.servers[server].batch.is_none() && !self.servers[server].inbox.is_empty() {
             let waiting = self.servers[server].inbox.len().min(BATCH);
             let inputs: Vec<Input> = self.servers[server].inbox.drain(..waiting).collect();
-            let mut batch = Batch::default();
+            let mut batch = SimBatch::default();
             for input in inputs {
                 match input {
                     Input::Event(event) => self.step_core(server, *event, &mut batch),
@@ -185,23 +188,23 @@ impl World {
                 }
             }
             if batch.facts.is_empty() && batch.steps.is_empty() {
-                self.carry_out(server, batch);
+                self.apply_effects(server, batch);
             } else {
                 let most = if self.servers[server].is_disk_slow { 1_200 } else { self.plan.sync_ms };
                 let takes = self.random.between(0, most + 1);
                 if self.breaks(Mutation::SpeaksFirst) {
-                    let words = std::mem::take(&mut batch.words);
-                    self.carry_out(server, Batch { words, ..Batch::default() });
+                    let commands = std::mem::take(&mut batch.commands);
+                    self.apply_effects(server, SimBatch { commands, ..SimBatch::default() });
                 }
                 self.servers[server].batch = Some(batch);
-                self.plan_in(takes, Happening::ServerSynced(server));
+                self.plan_in(takes, SimEvent::ServerSynced(server));
             }
         }
     }
 
     pub(super) fn server_synced(&mut self, server: usize) {
         if self.servers[server].is_paused {
-            return self.servers[server].held.push(Happening::ServerSynced(server));
+            return self.servers[server].held.push(SimEvent::ServerSynced(server));
         }
         let is_over = self.servers[server].core.incarnation() < self.store.incarnation;
         if is_over && !self.breaks(Mutation::WritesOn) {
@@ -210,31 +213,31 @@ impl World {
         }
         if let Some(batch) = self.servers[server].batch.take() {
             self.keep(server, &batch, 2);
-            self.carry_out(server, batch);
+            self.apply_effects(server, batch);
             self.check_fold(server);
             self.check_retention();
             self.serve(server);
         }
     }
 
-    fn step_core(&mut self, server: usize, event: Event, batch: &mut Batch) {
+    fn step_core(&mut self, server: usize, event: Event, batch: &mut SimBatch) {
         let acting = &self.servers[server];
         let now = (EPOCH + self.now).saturating_add_signed(acting.clock_ms);
         let stale = super::checks::stale_job(&acting.core, &event);
         let events = self.distort(&acting.core, event);
-        events.iter().for_each(|event| self.note_told(server, event));
+        events.iter().for_each(|event| self.note_reported(server, event));
         let core = &mut self.servers[server].core;
         let effects: Vec<Effect> = events.into_iter().flat_map(|event| core.step(event, now)).collect();
-        if let Some(words) = stale.and_then(|job| super::checks::has_effect(job, &effects)) {
-            return self.violate(words);
+        if let Some(commands) = stale.and_then(|job| super::checks::has_effect(job, &effects)) {
+            return self.violate(commands);
         }
         for effect in effects {
             match effect {
-                Effect::Keep(fact) => {
-                    self.hear_fact(server, &fact, batch);
+                Effect::Persist(fact) => {
+                    self.apply_fact(server, &fact, batch);
                     batch.facts.push(fact);
                 }
-                Effect::Tell { worker, word } => batch.words.push((worker, word)),
+                Effect::Send { worker, command } => batch.commands.push((worker, command)),
                 Effect::Record { job, report } => {
                     let steps = self.servers[server].steps.get_mut(&job);
                     if let Some(record) = steps.and_then(|steps| steps.record(*report)) {
@@ -246,7 +249,7 @@ impl World {
         }
     }
 
-    fn hear_fact(&mut self, server: usize, fact: &Fact, batch: &mut Batch) {
+    fn apply_fact(&mut self, server: usize, fact: &Fact, batch: &mut SimBatch) {
         match fact {
             Fact::Submitted { job, .. } => {
                 self.servers[server].steps.insert(*job, Steps::new(0, None, 0, false));
@@ -263,11 +266,11 @@ impl World {
                 self.check_slots(server);
                 self.check_cost(server, *job, formed);
             }
-            Fact::WentBack { job, .. } => {
+            Fact::RolledBack { job, .. } => {
                 let acting = &mut self.servers[server];
-                let to = acting.core.jobs().all.get(job).map_or(0, |record| record.kept);
+                let to = acting.core.jobs().all.get(job).map_or(0, |record| record.last_checkpoint);
                 if let Some(steps) = acting.steps.get_mut(job) {
-                    steps.went_back(to);
+                    steps.rolled_back(to);
                 }
                 if let Some(steps) = batch.steps.get_mut(job) {
                     steps.retain(|step| *step <= to);
@@ -281,13 +284,13 @@ impl World {
         }
     }
 
-    /// Makes so many of a batch's writes: its steps, then its facts.
-    fn keep(&mut self, server: usize, batch: &Batch, writes: u64) {
+    /// Applies this many of a batch's writes: its steps, then its facts.
+    fn keep(&mut self, server: usize, batch: &SimBatch, writes: u64) {
         for (job, steps) in batch.steps.iter().filter(|_| writes > 0) {
             for &step in steps {
-                let told = self.store.steps.entry(*job).or_default();
-                let expected = told.last().map_or(1, |last| last + 1);
-                told.push(step);
+                let reported = self.store.steps.entry(*job).or_default();
+                let expected = reported.last().map_or(1, |last| last + 1);
+                reported.push(step);
                 if step != expected {
                     let by = self.servers[server].core.incarnation();
                     self.violate(format!("{job}: step {step} is told by {by} where {expected} is next"));
@@ -297,31 +300,31 @@ impl World {
         let keeps_steps = self.breaks(Mutation::ForgetsHalf);
         for fact in batch.facts.iter().filter(|_| writes > 1) {
             self.note([4, fact.job().map_or(0, JobId::bits), 0], || {
-                let words = format!("{fact:?}");
-                format!("kept: {}", words.split(", recipe:").next().unwrap_or_default())
+                let commands = format!("{fact:?}");
+                format!("kept: {}", commands.split(", recipe:").next().unwrap_or_default())
             });
             self.check_fact(fact);
-            if let Err(words) = self.store.append(fact, keeps_steps) {
-                return self.violate(words);
+            if let Err(commands) = self.store.append(fact, keeps_steps) {
+                return self.violate(commands);
             }
         }
     }
 
-    fn carry_out(&mut self, server: usize, batch: Batch) {
+    fn apply_effects(&mut self, server: usize, batch: SimBatch) {
         let mut assigned: BTreeMap<JobId, Option<(Rc<Formed>, bool)>> = BTreeMap::new();
-        for (worker, word) in batch.words {
-            if word == Word::Cut {
+        for (worker, command) in batch.commands {
+            if command == WorkerCommand::Disconnect {
                 if let Some(link) = self.servers[server].links.remove(&worker) {
                     self.break_link(link, 50);
                 }
                 continue;
             }
-            let down = encode(&self.servers[server].core, word, &mut assigned);
-            if self.breaks(Mutation::AssignsTwice) && matches!(down, Some(Down::Assign { .. })) {
+            let down = encode(&self.servers[server].core, command, &mut assigned);
+            if self.breaks(Mutation::AssignsTwice) && matches!(down, Some(ToWorker::Assign { .. })) {
                 let other = self.servers[server].links.keys().find(|other| **other != worker).copied();
-                other.into_iter().for_each(|other| self.tell(server, other, down.clone()));
+                other.into_iter().for_each(|other| self.send(server, other, down.clone()));
             }
-            self.tell(server, worker, down);
+            self.send(server, worker, down);
         }
         for (&job, steps) in &batch.steps {
             let Some(formed) = self.servers[server].core.jobs().all.get(&job).and_then(|job| job.running())
@@ -333,65 +336,67 @@ impl World {
             workers.dedup();
             let step = steps.last().copied().unwrap_or(0);
             for worker in workers {
-                self.tell(server, worker, Some(Down::Durable { job, step }));
+                self.send(server, worker, Some(ToWorker::Durable { job, step }));
             }
         }
     }
 
-    fn tell(&mut self, server: usize, worker: u64, down: Option<Down>) {
+    fn send(&mut self, server: usize, worker: u64, down: Option<ToWorker>) {
         let (Some(down), Some(&link)) = (down, self.servers[server].links.get(&worker)) else { return };
-        let is_last = matches!(down, Down::Refused);
-        self.check_word(server, worker, &down);
+        let is_last = matches!(down, ToWorker::Refused);
+        self.check_command(server, worker, &down);
         self.send_down(link, down);
         if is_last {
             self.servers[server].links.remove(&worker);
         }
     }
 
-    /// Whoever submits asks again until he sees his job.
+    /// Clients repeat a submission until they see their job.
     pub(super) fn submit(&mut self, job: usize) {
         let spec = Box::new(self.plan.jobs[job].spec.clone());
         if self.checks.is_submitted(job) {
             return;
         }
-        self.plan_in(5_000, Happening::Submit(job));
+        self.plan_in(5_000, SimEvent::Submit(job));
         self.note([5, job as u64, 0], || format!("{} is submitted", spec.name));
-        self.hear_event(self.newest_server(), Event::Submit(spec));
+        self.handle_event(self.newest_server(), Event::Submit(spec));
     }
 }
 
-/// A word as it goes to a worker; nothing if it has no sense any more. `assigned`: what is told of each job.
+/// A command as it goes to a worker; `None` if it is obsolete. `assigned`: what is sent about each job.
 fn encode(
     core: &Core,
-    word: Word,
+    command: WorkerCommand,
     assigned: &mut BTreeMap<JobId, Option<(Rc<Formed>, bool)>>,
-) -> Option<Down> {
-    Some(match word {
-        Word::Welcome => Down::Welcome { state: core.state(), incarnation: core.incarnation() },
-        Word::Refused { .. } => Down::Refused,
-        Word::Cut => return None,
-        Word::Assign { formation: FormationId { job, generation }, ranks } => {
+) -> Option<ToWorker> {
+    Some(match command {
+        WorkerCommand::Welcome => ToWorker::Welcome { state: core.state(), incarnation: core.incarnation() },
+        WorkerCommand::Reject { .. } => ToWorker::Refused,
+        WorkerCommand::Disconnect => return None,
+        WorkerCommand::Assign { formation: FormationId { job, generation }, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
-            let kept = core.jobs().all.get(&job)?.kept;
-            Down::Assign { job, ranks, formed, is_reachable, kept }
+            let last_checkpoint = core.jobs().all.get(&job)?.last_checkpoint;
+            ToWorker::Assign { job, ranks, formed, is_reachable, last_checkpoint }
         }
-        Word::Command { to, command } => Down::Command { to, command },
-        Word::Release { formation, keep, .. } => Down::Release { formation, keep },
-        Word::CommitCheckpoint { formation, position, kept, .. } => {
-            Down::Commit { formation, position: Some(position), kept }
+        WorkerCommand::Rank { to, command } => ToWorker::Command { to, command },
+        WorkerCommand::Release { formation, keep, .. } => ToWorker::Release { formation, keep },
+        WorkerCommand::CommitCheckpoint { formation, position, last_checkpoint, .. } => {
+            ToWorker::Commit { formation, position: Some(position), last_checkpoint }
         }
-        Word::WriteDown { formation, of, ranks } => Down::Write { formation, of, ranks },
-        Word::PlaceWeights { formation, .. } => Down::Commit { formation, position: None, kept: 0 },
+        WorkerCommand::WriteShards { formation, of, ranks } => ToWorker::Write { formation, of, ranks },
+        WorkerCommand::PublishWeights { formation, .. } => {
+            ToWorker::Commit { formation, position: None, last_checkpoint: 0 }
+        }
     })
 }
 
-/// What every worker of a formation is told; nothing if it is over by now or a member is gone.
+/// What every worker of a formation is sent; `None` if it has ended or a member is gone.
 fn assignment(core: &Core, job: JobId) -> Option<(Rc<Formed>, bool)> {
     let formed = core.jobs().all.get(&job)?.running()?;
     let mut is_reachable = true;
     for &worker in &formed.places {
-        is_reachable &= core.member(worker).filter(|member| member.is_known())?.who.fabric.is_some();
+        is_reachable &= core.member(worker).filter(|member| member.is_known())?.registration.fabric.is_some();
     }
     Some((Rc::new(formed.clone()), is_reachable))
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::topology::{Generation, JobId, Rank};
 
-/// The state after a step, as far as it can be told apart: how it came about.
+/// The state after a step, identified by how it came about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Trained {
     pub(super) step: u64,
@@ -15,9 +15,9 @@ pub(super) struct Trained {
     pub(super) digest: u64,
 }
 
-/// Which checkpoints stay: so many of the newest, and the one of this step.
+/// Which checkpoints stay: this many of the newest, and the one of this step.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Stays {
+pub(super) struct Retention {
     pub(super) keep: usize,
     pub(super) pinned: u64,
 }
@@ -84,15 +84,15 @@ impl Folder {
     }
 
     /// The worker of rank 0 makes the folder ready for a formation.
-    pub(super) fn tidy(&mut self, generation: Generation, stays: Stays, newest: Option<u64>) {
+    pub(super) fn tidy(&mut self, generation: Generation, retention: Retention, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
             .retain(|step, (_, of)| newest.is_none_or(|newest| *step <= newest) || *of >= generation);
-        self.drop_oldest(stays, None);
+        self.drop_oldest(retention, None);
     }
 
-    fn drop_oldest(&mut self, Stays { keep, pinned }: Stays, fresh: Option<u64>) {
+    fn drop_oldest(&mut self, Retention { keep, pinned }: Retention, fresh: Option<u64>) {
         let old = self.committed.len().saturating_sub(keep);
         let old: BTreeSet<u64> = self.committed.keys().copied().take(old).collect();
         self.committed.retain(|step, _| *step == pinned || Some(*step) == fresh || !old.contains(step));
@@ -106,14 +106,14 @@ impl Folder {
         self.exported.entry(generation).or_default().push(rank);
     }
 
-    /// Commits a checkpoint of so many ranks.
+    /// Commits a checkpoint of this many ranks.
     ///
-    /// **Errors**: in words. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
+    /// **Errors**: a message. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
     pub(super) fn commit(
         &mut self,
         (step, generation): (u64, Generation),
         world: usize,
-        stays: Stays,
+        retention: Retention,
     ) -> Result<Trained, Result<String, String>> {
         if let Some(stands) = self.stands(step) {
             return Ok(stands);
@@ -131,13 +131,13 @@ impl Folder {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
         self.committed.insert(step, (one, generation));
-        self.drop_oldest(stays, Some(step));
+        self.drop_oldest(retention, Some(step));
         Ok(one)
     }
 
     /// Gives the exported weights their name.
     ///
-    /// **Errors**: in words.
+    /// **Errors**: a message.
     pub(super) fn place(&mut self, generation: Generation, world: usize) -> Result<(), String> {
         if self.placed.is_some() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What the simulated orchestrators keep, and what outlives them: facts as bytes, a snapshot now and then, told steps. Follows
+//! The durable store of the simulated orchestrators: facts as bytes, a snapshot now and then, reported steps. Follows
 //! [`crate::store`]; knows no core.
 
 use contraflow_runtime::topology::JobId;
@@ -12,22 +12,22 @@ const SNAPSHOT_EVERY: usize = 40;
 
 /// What is durable.
 #[derive(Default)]
-pub(super) struct Store {
+pub(super) struct SimStore {
     /// Which state it is.
     pub(super) state: u64,
     pub(super) incarnation: u64,
     snapshot: Option<Vec<u8>>,
     facts: Vec<Vec<u8>>,
-    /// By job, the steps that watchers are told.
+    /// By job, the steps that watchers see.
     pub(super) steps: BTreeMap<JobId, Vec<u64>>,
     /// The facts so far, folded as they came.
     pub(super) jobs: Jobs,
 }
 
-impl Store {
+impl SimStore {
     /// A state from nothing.
     pub(super) fn of(state: u64) -> Self {
-        Store { state, ..Store::default() }
+        SimStore { state, ..SimStore::default() }
     }
 
     /// Keeps a fact; the steps of a job that it forgets go with it, unless a rule is broken, and so do those that a job leaves
@@ -38,8 +38,8 @@ impl Store {
         {
             self.steps.remove(job);
         }
-        if let Fact::WentBack { job, .. } = fact {
-            let to = self.jobs.all.get(job).map_or(0, |record| record.kept);
+        if let Fact::RolledBack { job, .. } = fact {
+            let to = self.jobs.all.get(job).map_or(0, |record| record.last_checkpoint);
             self.steps.entry(*job).or_default().retain(|step| *step <= to);
         }
         self.facts.push(serde_json::to_vec(fact).map_err(|error| error.to_string())?);

@@ -11,13 +11,13 @@ use contraflow_runtime::fabric::Address;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
-use super::memory::Kept;
+use super::memory::SimReplicas;
 use super::mutation::Mutation;
-use super::network::{Down, Up};
+use super::network::{FromWorker, ToWorker};
 use super::ranks::Group;
-use super::{Happening, Inside, Own, World};
+use super::{Own, RankTask, SimEvent, World};
 use crate::core::facts::Formed;
-use crate::core::{self, BEAT_MS, Introduction, Left, Progress};
+use crate::core::{self, BEAT_MS, Left, Progress, Registration};
 
 /// How often the loop looks at its clock. **Units**: ms.
 const CLOCK_MS: u64 = 250;
@@ -28,33 +28,33 @@ pub(super) struct Worker {
     slots: usize,
     /// The state of the orchestrator whose member it was last.
     pub(super) state: u64,
-    /// The highest incarnation that it has heard of, of that state.
+    /// The highest incarnation of that state it has seen.
     pub(super) incarnation: u64,
     /// Its stream, and whether it has been welcomed on it.
     pub(super) link: Option<(u64, bool)>,
     beat_ms: u64,
-    pub(super) hosted: BTreeMap<JobId, Hosted>,
+    pub(super) hosted: BTreeMap<JobId, SimFormation>,
     /// By job, what it keeps of the state of ranks.
-    pub(super) memory: BTreeMap<JobId, Kept>,
+    pub(super) memory: BTreeMap<JobId, SimReplicas>,
     pub(super) is_frozen: bool,
-    /// Its ranks get on with no step any more, whatever they are told, until the process ends.
-    pub(super) hangs: bool,
+    /// Its ranks make no progress, whatever the command, until the process ends.
+    pub(super) is_stalled: bool,
     /// What it has not noticed while it stood still.
-    pub(super) held: Vec<Happening>,
+    pub(super) held: Vec<SimEvent>,
 }
 
 /// A formation in it.
-pub(super) struct Hosted {
+pub(super) struct SimFormation {
     pub(super) generation: Generation,
     pub(super) formed: Rc<Formed>,
     is_reachable: bool,
     /// Steps of the recipe.
     steps: u64,
     /// Step of the checkpoint that was known to stand when it was assigned.
-    kept: u64,
+    last_checkpoint: u64,
     pub(super) group: Group,
     outbox: Outbox,
-    pub(super) committed: Option<Up>,
+    pub(super) committed: Option<FromWorker>,
 }
 
 impl World {
@@ -77,11 +77,11 @@ impl World {
                 hosted: BTreeMap::new(),
                 memory: BTreeMap::new(),
                 is_frozen: false,
-                hangs: false,
+                is_stalled: false,
                 held: Vec::new(),
             },
         );
-        self.plan_in(1, Happening::WorkerTick(id));
+        self.plan_in(1, SimEvent::WorkerTick(id));
     }
 
     /// The process ends; its peers notice within `within_ms`.
@@ -96,20 +96,22 @@ impl World {
         }
     }
 
-    /// Its ranks end the process; whoever looks after it starts another one.
+    /// Its ranks end the process; its supervisor starts another one.
     pub(super) fn crash_worker(&mut self, id: u64) {
         let Some(worker) = self.workers.get(&id) else { return };
         let node = worker.node;
         self.kill_worker(id, 50);
         let after = self.random.between(500, 3_000);
-        self.plan_in(after, Happening::WorkerStarts(node));
+        self.plan_in(after, SimEvent::WorkerStarts(node));
     }
 
     pub(super) fn thaw(&mut self, id: u64) {
         let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.is_frozen) else { return };
         worker.is_frozen = false;
         let held = std::mem::take(&mut worker.held);
-        self.note([12, id, held.len() as u64], || format!("worker {id} goes on with {} words", held.len()));
+        self.note([12, id, held.len() as u64], || {
+            format!("worker {id} continues with {} messages", held.len())
+        });
         for happening in held {
             self.happen(happening);
         }
@@ -118,7 +120,7 @@ impl World {
     pub(super) fn worker_tick(&mut self, id: u64) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if worker.is_frozen {
-            return worker.held.push(Happening::WorkerTick(id));
+            return worker.held.push(SimEvent::WorkerTick(id));
         }
         self.planned_tick(id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -128,9 +130,9 @@ impl World {
                 let progress = worker
                     .hosted
                     .iter()
-                    .flat_map(|(&job, hosted)| hosted.progress(job, worker.hangs))
+                    .flat_map(|(&job, hosted)| hosted.progress(job, worker.is_stalled))
                     .collect();
-                self.send_up(link, Up::Beat(progress));
+                self.send_up(link, FromWorker::Beat(progress));
             }
             Some(_) => {}
             None => {
@@ -148,58 +150,58 @@ impl World {
     }
 
     fn planned_tick(&mut self, id: u64) {
-        self.plan_in(CLOCK_MS, Happening::WorkerTick(id));
+        self.plan_in(CLOCK_MS, SimEvent::WorkerTick(id));
     }
 
-    /// A rank has something to say.
-    pub(super) fn say(&mut self, id: u64, formation: FormationId, event: RankEvent) {
+    /// An event of a rank.
+    pub(super) fn send_event(&mut self, id: u64, formation: FormationId, event: RankEvent) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let Some(hosted) = worker.hosted_mut(formation) else { return };
         hosted.outbox.note(&event);
         if let Some((link, true)) = worker.link {
-            self.send_up(link, Up::Event { formation, event });
+            self.send_up(link, FromWorker::Event { formation, event });
         }
     }
 
-    pub(super) fn worker_hears(&mut self, id: u64, link: u64, down: Down) {
+    pub(super) fn deliver_to_worker(&mut self, id: u64, link: u64, down: ToWorker) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if worker.link.is_none_or(|(current, _)| current != link) {
             return;
         }
         match down {
-            Down::Welcome { state, incarnation } => self.welcomed(id, link, (state, incarnation)),
-            Down::Refused => {
-                // The process ends; whoever looks after it starts another one.
+            ToWorker::Welcome { state, incarnation } => self.welcomed(id, link, (state, incarnation)),
+            ToWorker::Refused => {
+                // The process ends; its supervisor starts another one.
                 let node = worker.node;
                 self.kill_worker(id, 30);
                 let after = self.random.between(500, 3_000);
-                self.plan_in(after, Happening::WorkerStarts(node));
+                self.plan_in(after, SimEvent::WorkerStarts(node));
             }
-            Down::Assign { job, ranks, formed, is_reachable, kept } => {
-                self.assigned(id, (job, ranks), formed, (kept, is_reachable));
+            ToWorker::Assign { job, ranks, formed, is_reachable, last_checkpoint } => {
+                self.assigned(id, (job, ranks), formed, (last_checkpoint, is_reachable));
             }
-            Down::Command { to, command } => self.commanded(id, to, command),
-            Down::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
-            Down::Release { formation, keep } => self.released(id, formation, keep),
-            Down::Write { formation, of: (of, step), ranks } => {
+            ToWorker::Command { to, command } => self.commanded(id, to, command),
+            ToWorker::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
+            ToWorker::Release { formation, keep } => self.released(id, formation, keep),
+            ToWorker::Write { formation, of: (of, step), ranks } => {
                 let takes = self.random.between(1, 900);
-                self.plan_own(id, formation, takes, Inside::WrittenDown(Box::new((of, step, ranks))));
+                self.plan_own(id, formation, takes, RankTask::WrittenDown(Box::new((of, step, ranks))));
             }
-            Down::Durable { job, step } => {
+            ToWorker::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
                     hosted.outbox.durable(step);
                 }
-                if let Some(kept) = worker.memory.get_mut(&job) {
-                    kept.durable(step);
+                if let Some(replicas) = worker.memory.get_mut(&job) {
+                    replicas.durable(step);
                 }
             }
-            Down::Commit { formation, position, kept } => {
+            ToWorker::Commit { formation, position, last_checkpoint } => {
                 if worker.hosted_mut(formation).is_some() {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, formation, takes, Inside::Commits(position, kept));
+                    self.plan_own(id, formation, takes, RankTask::Commits(position, last_checkpoint));
                 } else if let Some(position) = position.filter(|_| worker.has_left(formation)) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, formation, takes, Inside::CommitsWritten(position, kept));
+                    self.plan_own(id, formation, takes, RankTask::CommitsWritten(position, last_checkpoint));
                 }
             }
         }
@@ -218,14 +220,14 @@ impl World {
         let mut words = Vec::new();
         for (&job, hosted) in &worker.hosted {
             let formation = FormationId::new(job, hosted.generation);
-            words.extend(hosted.outbox.repeat().cloned().map(|event| Up::Event { formation, event }));
+            words.extend(hosted.outbox.repeat().cloned().map(|event| FromWorker::Event { formation, event }));
             words.extend(hosted.committed.clone());
         }
         if self.breaks(Mutation::SaysOnce) {
             words.clear();
         }
         self.note([13, id, incarnation], || {
-            format!("worker {id} is welcomed by {incarnation}, says {} words again", words.len())
+            format!("worker {id} is welcomed by {incarnation}, resends {} messages", words.len())
         });
         words.into_iter().for_each(|up| self.send_up(link, up));
     }
@@ -235,7 +237,7 @@ impl World {
         id: u64,
         (job, ranks): (JobId, Vec<Rank>),
         formed: Rc<Formed>,
-        (kept, is_reachable): (u64, bool),
+        (last_checkpoint, is_reachable): (u64, bool),
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let of @ FormationId { generation, .. } = formed.id(job);
@@ -252,7 +254,16 @@ impl World {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
         let group = Group::new(ranks);
-        let hosted = Hosted { generation, formed, is_reachable, steps, kept, group, outbox, committed };
+        let hosted = SimFormation {
+            generation,
+            formed,
+            is_reachable,
+            steps,
+            last_checkpoint,
+            group,
+            outbox,
+            committed,
+        };
         worker.hosted.insert(job, hosted);
         let used: usize = worker.hosted.values().map(|hosted| hosted.group.ranks.len()).sum();
         if used > worker.slots {
@@ -260,7 +271,7 @@ impl World {
             return self.violate(words);
         }
         let takes = self.random.between(5, 1_500);
-        self.plan_own(id, of, takes, Inside::Prepared);
+        self.plan_own(id, of, takes, RankTask::Prepared);
     }
 
     fn commanded(&mut self, id: u64, to: RankAddress, command: RankCommand) {
@@ -268,11 +279,11 @@ impl World {
         let hosted = worker.hosted_mut(to.formation);
         let Some(hosted) = hosted.filter(|hosted| hosted.group.is_started()) else { return };
         if hosted.group.ranks.contains(&to.rank) && hosted.outbox.is_new(to.rank, &command) {
-            self.rank_hears(id, to, command);
+            self.deliver_to_rank(id, to, command);
         }
     }
 
-    /// Leaves on an orchestrator's word, and says what it keeps or lets that go.
+    /// Leaves on an orchestrator's command, and reports its replicas or drops them.
     fn released(&mut self, id: u64, formation: FormationId, keep: bool) {
         let FormationId { job, generation } = formation;
         self.leave(id, formation);
@@ -281,11 +292,11 @@ impl World {
             return;
         };
         if !keep {
-            worker.memory.retain(|of, kept| *of != job || kept.is_after(generation));
+            worker.memory.retain(|of, replicas| *of != job || replicas.is_after(generation));
         } else if let Some((link, true)) = worker.link {
-            let nothing = Left { formation, kept: Vec::new() };
-            let left = worker.memory.get(&job).map_or(nothing, |kept| kept.left(job));
-            self.send_up(link, Up::Released(Left { formation, ..left }));
+            let nothing = Left { formation, replicas: Vec::new() };
+            let left = worker.memory.get(&job).map_or(nothing, |replicas| replicas.left(job));
+            self.send_up(link, FromWorker::Released(Left { formation, ..left }));
         }
     }
 
@@ -302,43 +313,45 @@ impl World {
         }
     }
 
-    pub(super) fn plan_own(&mut self, id: u64, formation: FormationId, ms: u64, what: Inside) {
-        self.plan_in(ms, Happening::Own(id, Own { formation, what }));
+    pub(super) fn plan_own(&mut self, id: u64, formation: FormationId, ms: u64, what: RankTask) {
+        self.plan_in(ms, SimEvent::Own(id, Own { formation, what }));
     }
 
-    /// Something happens inside a worker. Work that was begun goes on to its end even if the formation has been left.
+    /// Something happens inside a worker. Work that was begun runs to its end even if the formation has been left.
     pub(super) fn inside(&mut self, id: u64, own: Own) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if worker.is_frozen {
-            return worker.held.push(Happening::Own(id, own));
+            return worker.held.push(SimEvent::Own(id, own));
         }
         let Own { formation: of, what } = own;
         let hosted = worker.hosted_mut(of);
         match (what, hosted) {
-            (Inside::Commits(position, kept), hosted) => {
+            (RankTask::Commits(position, last_checkpoint), hosted) => {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
-                self.commit(id, of, (position, kept), world);
+                self.commit(id, of, (position, last_checkpoint), world);
             }
-            (Inside::CommitsWritten(position, kept), _) => self.commit_written(id, of, (position, kept)),
-            (Inside::Saved(what), _) => self.saved(id, of, *what),
-            (Inside::WrittenDown(what), _) => self.written_down(id, of, *what),
-            (Inside::Prepared, Some(hosted)) => {
-                let (formed, known) = (hosted.formed.clone(), (hosted.kept, hosted.is_reachable));
+            (RankTask::CommitsWritten(position, last_checkpoint), _) => {
+                self.commit_written(id, of, (position, last_checkpoint))
+            }
+            (RankTask::Saved(what), _) => self.saved(id, of, *what),
+            (RankTask::WrittenDown(what), _) => self.reshard_event(id, of, *what),
+            (RankTask::Prepared, Some(hosted)) => {
+                let (formed, known) = (hosted.formed.clone(), (hosted.last_checkpoint, hosted.is_reachable));
                 self.prepared(id, of, &formed, known);
             }
-            (Inside::Built, Some(hosted)) => {
+            (RankTask::Built, Some(hosted)) => {
                 let formed = hosted.formed.clone();
                 self.built(id, of, &formed);
             }
-            (Inside::StepDone, Some(hosted)) => {
+            (RankTask::StepDone, Some(hosted)) => {
                 let formed = hosted.formed.clone();
                 self.step_done(id, of, &formed);
             }
-            (Inside::PeerLost, Some(_)) => self.peer_lost(id, of),
-            (Inside::Keeps(what), Some(_)) => self.keeps(id, of, *what),
-            (Inside::Acknowledged(buddy), Some(_)) => self.acknowledged(id, of, buddy),
-            (Inside::Validated(rank), Some(_)) => self.validated(id, of, rank),
-            (Inside::Exported(rank), Some(_)) => self.exported(id, of, rank),
+            (RankTask::PeerLost, Some(_)) => self.peer_lost(id, of),
+            (RankTask::StoresReplicas(what), Some(_)) => self.keeps(id, of, *what),
+            (RankTask::Acknowledged(buddy), Some(_)) => self.acknowledged(id, of, buddy),
+            (RankTask::Validated(rank), Some(_)) => self.validated(id, of, rank),
+            (RankTask::Exported(rank), Some(_)) => self.exported(id, of, rank),
             (_, None) => {}
         }
     }
@@ -348,7 +361,7 @@ impl World {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
         for rank in ranks {
             let (action, cause) = ("joining the formation".to_owned(), cause.to_owned());
-            self.say(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config });
+            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config });
         }
     }
 
@@ -359,17 +372,21 @@ impl World {
 
 impl Worker {
     /// What it hosts of a formation, if it is in it.
-    pub(super) fn hosted_mut(&mut self, FormationId { job, generation }: FormationId) -> Option<&mut Hosted> {
+    pub(super) fn hosted_mut(
+        &mut self,
+        FormationId { job, generation }: FormationId,
+    ) -> Option<&mut SimFormation> {
         self.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation)
     }
 
     /// Whether it has left this formation and still knows what its ranks were made of.
     fn has_left(&self, FormationId { job, generation }: FormationId) -> bool {
-        self.memory.get(&job).is_some_and(|kept| kept.is_of(generation)) && !self.hosted.contains_key(&job)
+        self.memory.get(&job).is_some_and(|replicas| replicas.is_of(generation))
+            && !self.hosted.contains_key(&job)
     }
 
-    fn hello(&self, id: u64) -> Up {
-        let who = Introduction {
+    fn hello(&self, id: u64) -> FromWorker {
+        let registration = Registration {
             worker: id,
             name: format!("w{id}"),
             slots: self.slots,
@@ -382,7 +399,7 @@ impl Worker {
             }),
             cores: self.slots,
             peak_flops: 1,
-            ..Introduction::default()
+            ..Registration::default()
         };
         let hosted = self.hosted.iter().map(|(&job, hosted)| core::Hosted {
             formation: FormationId::new(job, hosted.generation),
@@ -392,18 +409,18 @@ impl Worker {
         });
         let hosted = hosted.collect();
         let left = self.memory.iter().filter(|(job, _)| !self.hosted.contains_key(job));
-        let left = left.map(|(&job, kept)| kept.left(job)).collect();
+        let left = left.map(|(&job, replicas)| replicas.left(job)).collect();
         let (state, incarnation) = (self.state, self.incarnation);
-        Up::Hello { who, hosted, left, state, incarnation }
+        FromWorker::Hello { registration, hosted, left, state, incarnation }
     }
 }
 
-impl Hosted {
-    /// What its ranks tell of themselves: in a step all wait, but for those that hang.
-    fn progress(&self, job: JobId, hangs: bool) -> impl Iterator<Item = Progress> {
+impl SimFormation {
+    /// Progress of its ranks: in a step all wait, except stalled ones.
+    fn progress(&self, job: JobId, is_stalled: bool) -> impl Iterator<Item = Progress> {
         let (formation, step) = (FormationId::new(job, self.generation), self.group.trained.step);
         let address = move |&rank: &Rank| RankAddress { formation, rank };
-        let is_at_work = self.group.is_in_step() && hangs;
+        let is_at_work = self.group.is_in_step() && is_stalled;
         self.group.ranks.iter().map(move |rank| Progress {
             rank: address(rank),
             step,

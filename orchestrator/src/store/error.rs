@@ -1,4 +1,4 @@
-//! What can be wrong with a state folder, in words; and the wall that a panic of the database does not pass.
+//! The errors of a state folder, and the boundary that catches panics of the database.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,12 +14,12 @@ pub struct StoreError {
     pub file: PathBuf,
     /// What is wrong.
     #[source]
-    pub fault: Fault,
+    pub fault: StoreErrorKind,
 }
 
 /// What is wrong with a state folder.
 #[derive(Debug, Error)]
-pub enum Fault {
+pub enum StoreErrorKind {
     /// Another process has it open.
     #[error("in use by another orchestrator; stop that one or choose another state folder")]
     InUse,
@@ -30,7 +30,7 @@ pub enum Fault {
         expected = super::FORMAT
     )]
     Format {
-        /// What stands in the file.
+        /// The format of the file.
         got: u64,
     },
     /// Not what was written.
@@ -48,24 +48,26 @@ pub enum Fault {
 }
 
 impl StoreError {
-    pub(super) fn new(file: &Path, fault: Fault) -> StoreError {
+    pub(super) fn new(file: &Path, fault: StoreErrorKind) -> StoreError {
         StoreError { file: file.to_owned(), fault }
     }
 }
 
-impl From<redb::Error> for Fault {
-    fn from(error: redb::Error) -> Fault {
+impl From<redb::Error> for StoreErrorKind {
+    fn from(error: redb::Error) -> StoreErrorKind {
         use redb::Error as E;
         match error {
-            E::DatabaseAlreadyOpen | E::LockProtocolMismatch => Fault::InUse,
-            E::PreviousIo | E::LockPoisoned(_) => Fault::Failed,
-            E::Io(error) if error.kind() == io::ErrorKind::InvalidData => Fault::Damaged(error.to_string()),
-            E::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Fault::Damaged("expected more bytes, got the end of the file".into())
+            E::DatabaseAlreadyOpen | E::LockProtocolMismatch => StoreErrorKind::InUse,
+            E::PreviousIo | E::LockPoisoned(_) => StoreErrorKind::Failed,
+            E::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
+                StoreErrorKind::Damaged(error.to_string())
             }
-            E::Io(error) => Fault::Io(error),
-            E::Corrupted(words) => Fault::Damaged(words),
-            other => Fault::Damaged(other.to_string()),
+            E::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                StoreErrorKind::Damaged("expected more bytes, got the end of the file".into())
+            }
+            E::Io(error) => StoreErrorKind::Io(error),
+            E::Corrupted(reason) => StoreErrorKind::Damaged(reason),
+            other => StoreErrorKind::Damaged(other.to_string()),
         }
     }
 }
@@ -77,9 +79,10 @@ pub(super) fn contain<T>(file: &Path, ask: impl FnOnce() -> Result<T, redb::Erro
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(StoreError::new(file, error.into())),
         Err(panic) => {
-            let words = panic.downcast_ref::<String>().map(String::as_str);
-            let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
-            Err(StoreError::new(file, Fault::Damaged(format!("the database gave up: {words}"))))
+            let reason = panic.downcast_ref::<String>().map(String::as_str);
+            let reason =
+                reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+            Err(StoreError::new(file, StoreErrorKind::Damaged(format!("the database failed: {reason}"))))
         }
     }
 }

@@ -212,7 +212,7 @@ impl Model {
             Act::Forget(job) => {
                 let record = format!("job {job} is forgotten").into_bytes();
                 let number = self.history.len() as u64 + 1;
-                let gone = Gone { jobs: vec![job], ..Gone::default() };
+                let gone = Removals { jobs: vec![job], ..Removals::default() };
                 assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap(), number);
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job);
@@ -220,7 +220,7 @@ impl Model {
             }
             Act::GoBack(job, step) => {
                 let record = format!("job {job} goes back to step {step}").into_bytes();
-                let gone = Gone { steps_after: vec![(job, step)], ..Gone::default() };
+                let gone = Removals { steps_after: vec![(job, step)], ..Removals::default() };
                 store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap();
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job || key.1 <= step);
@@ -288,7 +288,7 @@ proptest! {
         // Fails at a write of its own choice: what was written till then is what may have arrived.
         disk.state().room = Some(room * (arrived % 64) as usize / 63);
         let records: Vec<_> = (before + 1..=before + batch).map(record).collect();
-        let outcome = store.append_and_forget(&records, &Gone { jobs: vec![7], ..Gone::default() });
+        let outcome = store.append_and_forget(&records, &Removals { jobs: vec![7], ..Removals::default() });
         let mut bits = arrived;
         let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
         drop(store);
@@ -303,7 +303,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_file_is_refused_in_words_or_read_as_it_was(place: prop::sample::Index, flip in 1_u8.., cut in any::<bool>()) {
+    fn a_damaged_file_is_refused_with_a_message_or_read_unchanged(place: prop::sample::Index, flip in 1_u8.., cut in any::<bool>()) {
         let disk = Disk::default();
         let (store, _) = disk.open().unwrap();
         store.append(&vec![vec![5; 700]; 40]).unwrap();
@@ -319,7 +319,7 @@ proptest! {
 }
 
 #[test]
-fn a_full_disk_is_an_error_in_words_and_loses_nothing() {
+fn a_full_disk_is_an_error_with_a_message_and_loses_nothing() {
     let disk = Disk::default();
     let (store, _) = disk.open().unwrap();
     store.append(&[b"one".to_vec()]).unwrap();
@@ -328,7 +328,7 @@ fn a_full_disk_is_an_error_in_words_and_loses_nothing() {
     let error = store.append(&[vec![1; 8 << 20]]).unwrap_err();
     assert!(error.to_string().starts_with("state/events.redb: cannot be read or written: "), "{error}");
     assert!(
-        matches!(error.fault, Fault::Io(ref error) if error.kind() == io::ErrorKind::StorageFull),
+        matches!(error.fault, StoreErrorKind::Io(ref error) if error.kind() == io::ErrorKind::StorageFull),
         "{error:?}"
     );
     drop(store);
@@ -359,7 +359,7 @@ fn a_folder_in_use_is_refused_until_it_is_free() {
     let (store, replay) = Store::open(&dir.path().join("new/state")).unwrap();
     assert_eq!(replay, Replay { snapshot: None, records: Vec::new(), incarnation: 1 });
     let error = Store::open(&dir.path().join("new/state")).unwrap_err();
-    assert!(matches!(error.fault, Fault::InUse));
+    assert!(matches!(error.fault, StoreErrorKind::InUse));
     let words = "in use by another orchestrator; stop that one or choose another state folder";
     assert_eq!(
         error.to_string(),
@@ -375,7 +375,7 @@ fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
     let file = dir.path().join(FILE_NAME);
     std::fs::write(&file, "a text of somebody").unwrap();
     let error = Store::open(dir.path()).unwrap_err();
-    assert!(matches!(error.fault, Fault::Damaged(_)), "{error}");
+    assert!(matches!(error.fault, StoreErrorKind::Damaged(_)), "{error}");
     assert_eq!(std::fs::read(&file).unwrap(), b"a text of somebody");
 
     let set_format = |disk: &Disk, table: TableDefinition<&str, u64>, format| {
@@ -388,10 +388,10 @@ fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
     drop(disk.open().unwrap());
     for format in [FORMAT - 1, FORMAT + 7] {
         set_format(&disk, META, format);
-        let told = disk.open().unwrap_err().to_string();
+        let reported = disk.open().unwrap_err().to_string();
         let words =
             format!("state/events.redb: expected format {FORMAT}, got {format}: written by another version");
-        assert!(told.starts_with(&words) && told.contains("choose a new state folder"), "{told}");
+        assert!(reported.starts_with(&words) && reported.contains("choose a new state folder"), "{reported}");
     }
     set_format(&disk, META, FORMAT);
     assert_eq!(disk.open().unwrap().1.incarnation, 2, "a refused opening must not count");
@@ -412,5 +412,5 @@ fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
     write.open_table(TableDefinition::<u64, u64>::new("steps")).unwrap();
     write.commit().unwrap();
     drop(database);
-    assert!(matches!(strange.open().unwrap_err().fault, Fault::Damaged(_)));
+    assert!(matches!(strange.open().unwrap_err().fault, StoreErrorKind::Damaged(_)));
 }

@@ -17,7 +17,7 @@ const CAUGHT: [(Mutation, &str); 25] = [
     (IgnoresIncarnations, "which runs"),
     (ForgetsSteps, "is next"),
     (TellsStepsAgain, "is next"),
-    (HearsStaleRanks, "a word of an earlier formation has an effect"),
+    (HearsStaleRanks, "a message of an earlier formation has an effect"),
     (CommitsEarly, "is committed with shards of"),
     (CommitsInWords, "None stands"),
     (AssignsTwice, "was meant"),

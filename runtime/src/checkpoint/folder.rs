@@ -51,8 +51,8 @@ impl CheckpointFolder {
         CheckpointFolder { generation, ..self }
     }
 
-    /// The same folder, in which the checkpoint of this step stays, unless that of a later one does: whoever decides where
-    /// the job goes on knows of no later one.
+    /// The same folder, in which the checkpoint of this step stays, unless that of a later one does: the orchestrator, which
+    /// decides where the job resumes, knows of no later one.
     pub fn pinning(self, step: u64) -> Self {
         CheckpointFolder { pinned: self.pinned.max(step), ..self }
     }

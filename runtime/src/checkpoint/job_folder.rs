@@ -1,9 +1,10 @@
 //! The folder of a cluster's job in the shared storage, and whose it is.
 //!
-//! Several orchestrators' states may use one storage, at once or one after the other, and each counts its jobs from 1. A folder
-//! belongs to the job that has claimed it: its owner file says which one, and whoever is about to change the folder or to go
-//! on from it looks there first. The file also holds the latest formation that has begun in the folder: an earlier one, of a
-//! state that was put back from a copy or of a process that stood still, does not begin after it. Knows no rank.
+//! Several orchestrators' states may use one storage, at once or one after the other, and each counts its jobs from 1. A
+//! folder belongs to the job that has claimed it: its owner file says which one, and every process about to change the
+//! folder or to resume from it looks there first. The file also holds the latest formation that has begun in the folder: an
+//! earlier one, of a state that was put back from a copy or of a process that stood still, does not begin after it. Knows no
+//! rank.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -81,7 +82,7 @@ impl Owner {
 }
 
 impl JobFolder {
-    /// The job's folder in a storage: the one that it has, or a fresh one that nobody else has.
+    /// The job's folder in a storage: the one that it has, or a fresh one of its own.
     ///
     /// # Errors
     /// The storage cannot be read or written; what has the last name that is left is not the job's.
@@ -158,7 +159,7 @@ impl JobFolder {
         FolderError::Foreign { path: self.dir.clone(), message }
     }
 
-    /// What its owner file says; nothing where there is none that can be read.
+    /// The contents of its owner file; `None` if there is none that can be read.
     fn read(&self) -> Result<Option<OwnerFile>, FolderError> {
         let path = self.dir.join(OWNER_FILE);
         match std::fs::read(&path) {
@@ -168,8 +169,8 @@ impl JobFolder {
         }
     }
 
-    /// Makes it unless there is one of its name; whether it is the job's now. At once and whole: whoever is second finds that
-    /// of the first.
+    /// Makes it unless there is one of its name; whether it is the job's now. At once and whole: a second process finds the
+    /// file of the first.
     fn make(&self, jobs: &Path) -> Result<bool, FolderError> {
         if self.dir.exists() {
             return Ok(false);
@@ -233,7 +234,7 @@ mod tests {
             assert_eq!(owners.map(|owner| name(&claim(storage.path(), owner))), names);
         }
         assert_eq!(name(&claim(storage.path(), owner(1, 2, 5))), "job-2");
-        // The usual name comes free: whoever has another one keeps it.
+        // The usual name becomes free: a job with another one keeps it.
         std::fs::remove_dir_all(storage.path().join("jobs/job-1")).unwrap();
         assert_eq!(name(&claim(storage.path(), owners[1])), names[1]);
         let left = std::fs::read_dir(storage.path().join("jobs")).unwrap().count();
@@ -241,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_an_owner_is_somebodys_and_stays_as_it_is() {
+    fn a_folder_without_an_owner_is_left_alone() {
         let storage = tempfile::tempdir().unwrap();
         let old = storage.path().join("jobs/job-1/checkpoints");
         std::fs::create_dir_all(&old).unwrap();
@@ -272,16 +273,16 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_has_become_anothers_is_told_from_the_own() {
+    fn a_folder_taken_over_by_another_job_is_detected() {
         let storage = tempfile::tempdir().unwrap();
         let folder = claim(storage.path(), owner(1, 1, 5));
         folder.verify().unwrap();
         let file = folder.path().join(OWNER_FILE);
         std::fs::write(&file, serde_json::to_vec(&owner(2, 1, 5).file(Generation::new(3))).unwrap()).unwrap();
-        let told = folder.verify().unwrap_err().to_string();
+        let reported = folder.verify().unwrap_err().to_string();
         assert!(
-            told.contains("of state 0000000000000001, got that of job 0000000001000005 of state"),
-            "{told}"
+            reported.contains("of state 0000000000000001, got that of job 0000000001000005 of state"),
+            "{reported}"
         );
         std::fs::remove_file(file).unwrap();
         assert!(
@@ -296,8 +297,11 @@ mod tests {
         folder.begin(Generation::new(1)).unwrap();
         folder.begin(Generation::new(3)).unwrap();
         for late in [2, 3] {
-            let told = folder.begin(Generation::new(late)).unwrap_err().to_string();
-            assert!(told.contains("got generation 3: the state of the orchestrator is older"), "{told}");
+            let reported = folder.begin(Generation::new(late)).unwrap_err().to_string();
+            assert!(
+                reported.contains("got generation 3: the state of the orchestrator is older"),
+                "{reported}"
+            );
         }
         claim(storage.path(), owner(1, 1, 5)).begin(Generation::new(4)).unwrap();
     }

@@ -1,4 +1,4 @@
-//! The manifest of a checkpoint: where the run stands, what it belongs to, and the shards with sizes and checksums.
+//! The manifest of a checkpoint: the position of the run, what it belongs to, and the shards with sizes and checksums.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::{CheckpointError, is_unfinished};
 use crate::recipe::Recipe;
 use crate::schedule::ScheduleKind;
+use crate::stability::StabilityWatch;
 use crate::topology::{Generation, Topology};
-use crate::watch::Watch;
 
 /// Name of the manifest in a checkpoint's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -22,7 +22,7 @@ pub const FORMAT_VERSION: u32 = 1;
 /// No manifest comes near it: a shard takes some 150 bytes of it.
 const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 
-/// Where a run stands between two steps.
+/// Position of a run between two steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
@@ -91,10 +91,10 @@ pub struct Manifest {
     /// Formation that made it; 0 where all ranks are in one process.
     #[serde(default)]
     pub generation: Generation,
-    /// Where the run stood.
+    /// Position of the run.
     pub position: Position,
-    /// What the watch remembered.
-    pub watch: Watch,
+    /// State of the stability watch.
+    pub watch: StabilityWatch,
     /// The resolved recipe, as TOML. All that is random in a run follows from its seed and the position.
     pub recipe: String,
     /// The model's `config.json`.
@@ -129,7 +129,7 @@ impl Manifest {
 
     /// Reads the text of a manifest.
     ///
-    /// **Errors**: in words: no JSON of this form, a newer format, shards under names that are no plain file names or twice.
+    /// **Errors**: no JSON of this form, a newer format, shards under names that are no plain file names or twice.
     pub fn parse(text: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Version {

@@ -27,7 +27,7 @@ pub struct CheckpointError {
 }
 
 impl CheckpointError {
-    /// About a path, in words.
+    /// A message about a path.
     pub fn new(path: &std::path::Path, message: impl std::fmt::Display) -> Self {
         CheckpointError { path: path.display().to_string(), message: message.to_string(), is_of_node: false }
     }

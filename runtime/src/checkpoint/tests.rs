@@ -49,8 +49,8 @@ fn what_is_committed_is_listed_read_back_and_the_oldest_dropped() {
     assert!(read.shards.iter().all(|shard| shard.verify(&folder.committed(100)).is_ok()));
     std::fs::create_dir(folder.unfinished(200)).unwrap();
     assert_eq!(folder.list().unwrap(), [10, 100], "an unfinished one does not count");
-    let told = Manifest::read(&folder.unfinished(200)).unwrap_err()[0].to_string();
-    assert!(told.contains("step-00000200.part: expected a committed checkpoint"), "{told}");
+    let reported = Manifest::read(&folder.unfinished(200)).unwrap_err()[0].to_string();
+    assert!(reported.contains("step-00000200.part: expected a committed checkpoint"), "{reported}");
     folder.tidy(1, None).unwrap();
     assert!(!folder.unfinished(200).exists());
     assert_eq!(folder.list().unwrap(), [100]);
@@ -64,37 +64,37 @@ fn every_damaged_shard_is_named_at_once() {
     let dir = folder.committed(3);
     std::fs::remove_file(dir.join("rank-00000.safetensors")).unwrap();
     std::fs::write(dir.join("rank-00001.safetensors"), b"seco").unwrap();
-    let told: Vec<String> = Manifest::read(&dir).unwrap_err().iter().map(ToString::to_string).collect();
-    assert!(told[0].contains("rank-00000.safetensors: No such file"), "{told:?}");
-    assert!(told[1].contains("rank-00001.safetensors: expected 6 bytes, got 4"), "{told:?}");
+    let reported: Vec<String> = Manifest::read(&dir).unwrap_err().iter().map(ToString::to_string).collect();
+    assert!(reported[0].contains("rank-00000.safetensors: No such file"), "{reported:?}");
+    assert!(reported[1].contains("rank-00001.safetensors: expected 6 bytes, got 4"), "{reported:?}");
     // As long as before, but with one bit turned: only the checksum sees it.
     std::fs::write(dir.join("rank-00000.safetensors"), b"first").unwrap();
     std::fs::write(dir.join("rank-00001.safetensors"), b"secone").unwrap();
     let manifest = Manifest::read(&dir).unwrap();
     assert!(manifest.shards[0].verify(&dir).is_ok());
-    let told = manifest.shards[1].verify(&dir).unwrap_err().to_string();
-    assert!(told.contains("rank-00001.safetensors: expected blake3"), "{told}");
+    let reported = manifest.shards[1].verify(&dir).unwrap_err().to_string();
+    assert!(reported.contains("rank-00001.safetensors: expected blake3"), "{reported}");
 }
 
 #[test]
 fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
     let whole = serde_json::to_value(manifest(1, vec![ShardFile::default()])).unwrap();
-    let told = |change: &dyn Fn(&mut serde_json::Value)| {
+    let reported = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut changed = whole.clone();
         change(&mut changed);
         Manifest::parse(changed.to_string().as_bytes()).unwrap_err()
     };
-    let newer = told(&|manifest| {
+    let newer = reported(&|manifest| {
         manifest["format_version"] = 7.into();
         manifest["something new"] = true.into();
     });
     assert!(newer.contains("expected format version 1 or earlier, got 7"), "{newer}");
     for name in ["", "../other/file", "/etc/passwd", "a/b", ".."] {
-        let told = told(&|manifest| manifest["shards"][0]["file"] = name.into());
-        assert!(told.contains("a file name for each shard"), "{name}: {told}");
+        let reported = reported(&|manifest| manifest["shards"][0]["file"] = name.into());
+        assert!(reported.contains("a file name for each shard"), "{name}: {reported}");
     }
-    assert!(told(&|manifest| manifest["shards"] = serde_json::json!([])).contains("at least one shard"));
-    assert!(told(&|manifest| manifest["position"] = 4.into()).contains("a damaged file"));
+    assert!(reported(&|manifest| manifest["shards"] = serde_json::json!([])).contains("at least one shard"));
+    assert!(reported(&|manifest| manifest["position"] = 4.into()).contains("a damaged file"));
     assert!(Manifest::parse(b"{").unwrap_err().contains("a damaged file"));
 }
 
@@ -120,7 +120,7 @@ fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() 
 }
 
 #[test]
-fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
+fn a_rollback_leaves_no_checkpoint_of_the_abandoned_history() {
     let run = tempfile::tempdir().unwrap();
     let before = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1));
     [4, 8, 12].into_iter().for_each(|step| drop(commit(&before, step, 3)));
@@ -132,19 +132,19 @@ fn a_formation_that_goes_back_leaves_nothing_that_would_pass_for_its_own() {
     commit(&after, 12, 3);
     before.tidy(3, Some(4)).unwrap();
     assert_eq!(after.list().unwrap(), [8, 12]);
-    // Whoever was about to commit is too late.
+    // A process that was about to commit is too late.
     assert!(!before.unfinished(16).exists());
 }
 
 #[test]
-fn the_checkpoint_that_a_job_would_go_back_to_stays_however_many_are_newer() {
+fn the_checkpoint_that_a_job_would_resume_from_is_retained_however_many_are_newer() {
     let run = tempfile::tempdir().unwrap();
     let folder = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1)).pinning(4);
     [4, 6, 8, 10].into_iter().for_each(|step| drop(commit(&folder, step, 2)));
     assert_eq!(folder.list().unwrap(), [4, 8, 10]);
     folder.clone().in_generation(Generation::new(2)).tidy(2, None).unwrap();
     assert_eq!(folder.list().unwrap(), [4, 8, 10]);
-    // By now it is known that a later one stands.
+    // By now a later one is known to be committed.
     commit(&folder.clone().pinning(10), 12, 2);
     assert_eq!(folder.list().unwrap(), [10, 12]);
 }

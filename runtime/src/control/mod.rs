@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Position, ShardFile};
 use crate::faults::ErrorKind;
+use crate::stability::{Divergence, StabilityWatch};
 use crate::topology::Rank;
-use crate::watch::{Divergence, Watch};
 
 /// To a rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,10 +68,10 @@ pub enum RankEvent {
     ShardSaved {
         /// Who.
         rank: Rank,
-        /// Where the run stood.
+        /// Position of the run.
         position: Position,
-        /// What the watch remembers: on every rank the same.
-        watch: Watch,
+        /// State of the stability watch: on every rank the same.
+        watch: StabilityWatch,
         /// What was written.
         shard: ShardFile,
     },
@@ -105,13 +105,13 @@ pub enum RankEvent {
         /// Sequences used, the batch of that step included.
         cursor: u64,
     },
-    /// The rank cannot go on.
+    /// The rank cannot continue.
     Failed {
         /// Who.
         rank: Rank,
-        /// What it was doing, in words.
+        /// What it was doing.
         action: String,
-        /// The cause, in words.
+        /// The cause.
         cause: String,
         /// Who has to act.
         kind: ErrorKind,

@@ -1,20 +1,20 @@
-//! What the ranks of one formation have said, for an orchestrator that may not have heard it.
+//! Events of the ranks of one formation that an orchestrator may have missed.
 //!
-//! Step reports wait until they are durable there; everything else is said again whenever the stream stands anew: the
-//! orchestrator's machine of a formation lives in its memory, and is made anew from it. Pure.
+//! Step reports wait until they are durable there; everything else is repeated whenever the stream reconnects: the
+//! orchestrator's machine of a formation lives in its memory, and is rebuilt from the events. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{RankCommand, RankEvent};
 use crate::topology::Rank;
 
-/// Checkpoints of which a shard is told again: a rank writes one while the one before is being committed.
+/// Checkpoints whose shards are reported again: a rank writes one while the one before is being committed.
 const SHARDS: usize = 2;
 
 /// Step reports that wait for an orchestrator, at most: beyond it the oldest are lost to the metrics, not to the run.
 const MAX_REPORTS: usize = 1_000_000;
 
-/// Words of one formation's ranks.
+/// Events of one formation's ranks.
 #[derive(Debug, Default)]
 pub struct Outbox {
     /// In the order in which they came; no step reports.
@@ -68,7 +68,7 @@ impl Outbox {
         ready.into_iter().chain(&self.reports).chain(other)
     }
 
-    /// Whether a command is to be passed on: what begins something is heard once, however often it is said.
+    /// Whether to pass a command on: commands that start work are delivered once, however often they are sent.
     pub fn is_new(&mut self, rank: Rank, command: &RankCommand) -> bool {
         let kind = match command {
             RankCommand::BeginStep { .. } => "begin",
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_wait_until_they_are_durable_and_other_words_are_said_again() {
+    fn reports_wait_until_they_are_durable_and_other_events_are_repeated() {
         let mut outbox = Outbox::default();
         for event in
             [RankEvent::Ready { rank: Rank::ZERO }, done(1), saved(1), done(2), saved(2), done(3), saved(3)]
@@ -111,8 +111,8 @@ mod tests {
             outbox.note(&event);
         }
         outbox.durable(2);
-        let said: Vec<_> = outbox.repeat().cloned().collect();
-        assert_eq!(said, [RankEvent::Ready { rank: Rank::ZERO }, done(3), saved(2), saved(3)]);
+        let repeated: Vec<_> = outbox.repeat().cloned().collect();
+        assert_eq!(repeated, [RankEvent::Ready { rank: Rank::ZERO }, done(3), saved(2), saved(3)]);
     }
 
     #[test]
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_begins_something_is_heard_once() {
+    fn commands_that_start_work_are_delivered_once() {
         let mut outbox = Outbox::default();
         assert!(outbox.is_new(Rank::ZERO, &RankCommand::BeginStep { step: 1 }));
         assert!(outbox.is_new(Rank::new(1), &RankCommand::BeginStep { step: 1 }));

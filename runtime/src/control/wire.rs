@@ -1,6 +1,6 @@
 //! Commands and events as messages of the worker link, and back.
 //!
-//! What comes from a wire may be anything: a message that lacks a part is an error in words, never a panic.
+//! What comes from a wire may be anything: a message that lacks a part is an error with a message, never a panic.
 
 use std::path::Path;
 
@@ -40,13 +40,13 @@ pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand
 
 /// A command as it came; weights are exported to `export_dir`.
 ///
-/// **Errors**: in words, if there is no command in it.
+/// **Errors**: if there is no command in it.
 pub fn decode_command(
     message: v1::RankCommand,
     export_dir: &Path,
 ) -> Result<(RankAddress, RankCommand), String> {
     let v1::RankCommand { job, generation, rank, command, .. } = message;
-    let command = match command.ok_or("a command without a word")? {
+    let command = match command.ok_or("a command without content")? {
         Command::BeginStep(step) => RankCommand::BeginStep { step },
         Command::Stop(_) => RankCommand::Stop,
         Command::Validate(_) => RankCommand::Validate,
@@ -90,12 +90,12 @@ pub fn encode_event(formation: FormationId, event: &RankEvent) -> v1::RankEvent 
 
 /// An event as it came.
 ///
-/// **Errors**: in words, if a part is missing or makes no sense.
+/// **Errors**: if a part is missing or is malformed.
 pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), String> {
     let v1::RankEvent { job, generation, rank, event } = message;
     let rank = rank_of(rank)?;
     let address = RankAddress { formation: formation_of(job, generation)?, rank };
-    let event = match event.ok_or("an event without a word")? {
+    let event = match event.ok_or("an event without content")? {
         Event::Ready(_) => RankEvent::Ready { rank },
         Event::StepDone(report) if Rank::new(report.rank) != rank => {
             return Err(format!("a report of rank {} from rank {rank}", report.rank));
@@ -105,7 +105,7 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
         Event::ShardSaved(saved) => RankEvent::ShardSaved {
             rank,
             position: saved.position.ok_or("a shard without a position")?.into(),
-            watch: saved.watch.ok_or("a shard without the watch's memory")?.into(),
+            watch: saved.watch.ok_or("a shard without a stability state")?.into(),
             shard: saved.shard.ok_or("a saved shard without a file")?.into(),
         },
         Event::Validated(v1::Validated { loss, tokens }) => RankEvent::Validated { rank, loss, tokens },
@@ -125,7 +125,7 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
 
 /// A job as it came: submitted jobs are counted from 1.
 ///
-/// **Errors**: in words; no job has such an id.
+/// **Errors**: no job has such an id.
 pub fn job_of(bits: u64) -> Result<JobId, String> {
     let job = JobId::of(bits);
     let is_one = job.number() > 0;
@@ -134,7 +134,7 @@ pub fn job_of(bits: u64) -> Result<JobId, String> {
 
 /// A generation as it came.
 ///
-/// **Errors**: in words; no formation has such a count.
+/// **Errors**: no formation has such a count.
 pub fn generation_of(number: u32) -> Result<Generation, String> {
     let is_one = number > 0;
     is_one
@@ -156,7 +156,7 @@ pub fn formation_numbers(FormationId { job, generation }: FormationId) -> (u64, 
 
 /// A rank as it came.
 ///
-/// **Errors**: in words; no rank has such a number.
+/// **Errors**: no rank has such a number.
 pub fn rank_of(number: u64) -> Result<Rank, String> {
     let rank = u32::try_from(number).map(Rank::new);
     rank.map_err(|_| format!("rank: expected at most {}, got {number}", u32::MAX))
@@ -238,7 +238,7 @@ mod tests {
     use contraflow_proto::StepReport;
 
     use super::*;
-    use crate::watch::{Action, Divergence, Watch};
+    use crate::stability::{Divergence, StabilityWatch, StepAction};
 
     const FORMATION: FormationId = FormationId::new(JobId::new(5, 7), Generation::new(2));
 
@@ -247,7 +247,7 @@ mod tests {
         let rank = Rank::new(3);
         let shard = ShardFile { file: "rank-00003.safetensors".into(), bytes: 7, blake3: "ab".into() };
         let divergence =
-            Divergence { step: 4, action: Action::RollBack, why: "a spike".into(), evidence: None };
+            Divergence { step: 4, action: StepAction::RollBack, why: "a spike".into(), evidence: None };
         let events = [
             RankEvent::Ready { rank },
             RankEvent::StepDone { report: StepReport { rank: 3, step: 9, loss: 0.1, ..Default::default() } },
@@ -255,7 +255,7 @@ mod tests {
             RankEvent::ShardSaved {
                 rank,
                 position: Position { step: 1, cursor: 2, tokens: 3 },
-                watch: Watch::default(),
+                watch: StabilityWatch::default(),
                 shard,
             },
             RankEvent::Validated { rank, loss: 1.5, tokens: 12 },
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_without_its_parts_is_an_error_in_words() {
+    fn a_message_without_its_parts_is_an_error_with_a_message() {
         assert!(decode_event(v1::RankEvent::default()).is_err());
         assert!(decode_command(v1::RankCommand::default(), Path::new("")).is_err());
         let (job, generation) = formation_numbers(FORMATION);

@@ -11,9 +11,9 @@ use super::{
 };
 use crate::model_config::ModelConfig;
 use crate::schedule::{Bucket, Component, Contents, LayerKind, Mode, Pass, StageLayout, Work};
+use crate::stability::evidence::FOUND_LEN;
 use crate::topology::Topology;
 use crate::topology::collective::{children, shard};
-use crate::watch::evidence::FOUND_LEN;
 
 const F32_BYTES: u64 = 4;
 const F64_BYTES: u64 = 8;
@@ -62,7 +62,7 @@ pub fn of(work: &Work, rank: usize, shapes: &Shapes) -> OpCost {
     match *work {
         Work::Component { pass, layer, component, .. } => OpCost {
             flops: shapes.micro_batch_tokens as u64 * shapes.flops_per_token(component, pass, layer),
-            sent_bytes: shapes.exchanged_bytes(component, pass),
+            sent_bytes: shapes.all_to_all_sent_bytes(component, pass),
         },
         Work::Send { .. } => {
             let values = shapes.micro_batch_tokens * shapes.config.hidden_size;
@@ -111,7 +111,7 @@ pub fn bucket_elements(
 
 /// Bytes of the frame that a rank sends another one in an exchange of the expert group, where `rows` rows with `pairs` pairs
 /// of row and expert go between them. `component` is [`Component::Dispatch`] or [`Component::Combine`].
-pub fn exchange_bytes(component: Component, pass: Pass, rows: u64, pairs: u64, hidden_size: usize) -> u64 {
+pub fn all_to_all_bytes(component: Component, pass: Pass, rows: u64, pairs: u64, hidden_size: usize) -> u64 {
     let of_pair = match (component, pass) {
         (Component::Dispatch, Pass::Forward) => PAIR_BYTES + ROUTING_WEIGHT_BYTES,
         (Component::Dispatch, _) => ROUTING_WEIGHT_BYTES,
@@ -156,13 +156,13 @@ impl Shapes<'_> {
     }
 
     /// With balanced routing, to all other ranks of the expert group together.
-    fn exchanged_bytes(&self, component: Component, pass: Pass) -> u64 {
+    fn all_to_all_sent_bytes(&self, component: Component, pass: Pass) -> u64 {
         if !matches!(component, Component::Dispatch | Component::Combine) {
             return 0;
         }
         let (top_k, ranks) = (self.config.num_experts_per_tok as u64, self.topology.expert as u64);
         let elsewhere = |count: u64| self.micro_batch_tokens as u64 * count * (ranks - 1) / ranks;
-        exchange_bytes(
+        all_to_all_bytes(
             component,
             pass,
             elsewhere(top_k.min(ranks)),
@@ -264,7 +264,7 @@ mod tests {
         for (model, schedule, topology) in layouts() {
             with_step(model, schedule, topology, |shapes, costs| {
                 let flops: u64 = costs.iter().map(|(_, _, cost)| cost.flops).sum();
-                let tokens = (MICRO_BATCHES * topology.columns() * shapes.micro_batch_tokens) as u64;
+                let tokens = (MICRO_BATCHES * topology.dp_size() * shapes.micro_batch_tokens) as u64;
                 let per_token = training_flops_per_token(shapes.config, shapes.sequence_length);
                 assert_eq!(flops, tokens * per_token, "{model}, {schedule}, {topology:?}");
             });
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchange_sends_every_row_that_belongs_elsewhere() {
+    fn an_all_to_all_sends_every_row_that_belongs_elsewhere() {
         let topology = Topology { pipeline: 1, expert: 2, data: 1 };
         with_step("tiny", ScheduleKind::OneFOneB, topology, |shapes, costs| {
             let hidden = shapes.config.hidden_size as u64;

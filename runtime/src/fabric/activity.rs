@@ -1,5 +1,5 @@
 //! What a rank is about, as others may see it: how far it is in its step, and whether any of its threads is at work or all of
-//! them wait for other ranks. That tells a rank that hangs from those that wait for it. Knows no operation.
+//! them wait for other ranks. That distinguishes a stalled rank from those that wait for it. Knows no operation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 pub struct Progress {
     /// The running step.
     pub step: u64,
-    /// Pieces of work and waits of it that are over.
+    /// Its finished pieces of work and waits.
     pub operations: u64,
     /// Whether something is under way that needs no other rank.
     pub is_at_work: bool,
@@ -46,7 +46,7 @@ impl Activity {
     }
 }
 
-/// A rank is at work for as long as this lives. Whoever may wait for a frame holds one meanwhile: its waits are taken off.
+/// A rank is working while this guard lives. Code that may wait for a frame holds one; its waits are subtracted.
 #[derive(Debug)]
 pub struct AtWork(Arc<Activity>);
 

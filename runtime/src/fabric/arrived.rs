@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use super::wire::PartHeader;
-use super::{Form, Memory, Region};
+use super::{Memory, PayloadShape, Region};
 use parking_lot::Mutex;
 
 /// Where the parts of a frame begin, so that any kind of number can be read in place.
@@ -30,7 +30,7 @@ pub trait Backing: Send + Sync {
 pub struct ArrivedPart {
     backing: Arc<dyn Backing>,
     range: Range<usize>,
-    form: Form,
+    form: PayloadShape,
 }
 
 impl Memory for ArrivedPart {
@@ -42,7 +42,7 @@ impl Memory for ArrivedPart {
         self.range.len()
     }
 
-    fn form(&self) -> Form {
+    fn form(&self) -> PayloadShape {
         self.form
     }
 }
@@ -53,7 +53,7 @@ pub fn places(parts: &[PartHeader]) -> (Vec<Range<usize>>, usize) {
     let mut ranges = Vec::with_capacity(parts.len());
     for part in parts {
         let start = end.next_multiple_of(ALIGNMENT);
-        // No machine has memory for what it cannot count: whoever takes it fails in words.
+        // No machine has memory for what it cannot count: allocating it fails with a message.
         end = start.saturating_add(usize::try_from(part.len).unwrap_or(usize::MAX));
         ranges.push(start..end);
     }
@@ -75,7 +75,7 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A buffer of at least so many bytes, with whatever was in it.
+    /// A buffer of at least this many bytes, with arbitrary contents.
     pub fn take(self: &Arc<Self>, len: usize) -> Buffer {
         let words = len.div_ceil(8).next_multiple_of(ALIGNMENT / 8);
         let mut idle = self.idle.lock();

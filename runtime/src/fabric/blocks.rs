@@ -35,7 +35,7 @@ impl Blocks {
 
     /// A block is free again.
     ///
-    /// **Errors**: in words, if no block in use begins there.
+    /// **Errors**: if no block in use begins there.
     pub fn give_back(&mut self, start: u64) -> Result<(), String> {
         let known = usize::try_from(start).ok().and_then(|start| Some((start, self.used.remove(&start)?)));
         let (mut start, mut len) = known.ok_or_else(|| format!("no block in use begins at {start}"))?;

@@ -12,7 +12,7 @@ use crate::random::mix;
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
 #[derive(Clone, Copy, Debug)]
-pub struct Disturbance {
+pub struct DelayInjection {
     /// Seed of the delays.
     pub seed: u64,
     /// Longest delay of a frame.
@@ -21,7 +21,7 @@ pub struct Disturbance {
 
 /// Holds back what comes for the ranks of one process.
 pub struct Delays {
-    disturbance: Disturbance,
+    delay_injection: DelayInjection,
     queue: Mutex<Sender<Delayed>>,
 }
 
@@ -32,22 +32,22 @@ struct Delayed {
 
 impl Delays {
     /// With a thread that delivers; it ends when this is dropped.
-    pub fn new(disturbance: Disturbance) -> Self {
+    pub fn new(delay_injection: DelayInjection) -> Self {
         let (sender, receiver) = channel();
-        std::thread::spawn(move || hold_back(&receiver));
-        Delays { disturbance, queue: Mutex::new(sender) }
+        std::thread::spawn(move || inject_delays(&receiver));
+        Delays { delay_injection, queue: Mutex::new(sender) }
     }
 
     /// Has a frame to rank `to` delivered when it is due.
     pub fn hold(&self, to: usize, tag: &Tag, deliver: impl FnOnce() + Send + 'static) {
-        let due = Instant::now() + delay_of(self.disturbance, tag, to);
+        let due = Instant::now() + delay_of(self.delay_injection, tag, to);
         let queue = self.queue.lock();
         // The thread ends only after this.
         drop(queue.send(Delayed { due, deliver: Box::new(deliver) }));
     }
 }
 
-fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
+fn delay_of(delay_injection: DelayInjection, tag: &Tag, to: usize) -> Duration {
     let words = [
         tag.step,
         u64::from(tag.stage),
@@ -56,13 +56,13 @@ fn delay_of(disturbance: Disturbance, tag: &Tag, to: usize) -> Duration {
         tag.kind as u64,
         to as u64,
     ];
-    let seed = disturbance.seed ^ u64::from(tag.source);
+    let seed = delay_injection.seed ^ u64::from(tag.source);
     let mixed = words.into_iter().fold(seed, |mixed, word| mix(mixed ^ word));
-    disturbance.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
+    delay_injection.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
 }
 
-/// Delivers each frame when it is due; ends when nobody can send any more.
-fn hold_back(queue: &Receiver<Delayed>) {
+/// Delivers each frame when it is due; ends when all senders are gone.
+fn inject_delays(queue: &Receiver<Delayed>) {
     let mut waiting: BinaryHeap<Reverse<(Instant, u64)>> = BinaryHeap::new();
     let mut frames = HashMap::new();
     for number in 0.. {

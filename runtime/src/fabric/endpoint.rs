@@ -46,7 +46,7 @@ impl Endpoint {
     /// **Errors**: [`FabricError::NoSuchRank`], [`FabricError::Duplicate`], [`FabricError::Lost`].
     pub fn send(&self, to: usize, tag: Tag, parts: Vec<Region>) -> Result<(), FabricError> {
         // Copies of the state go when there is time for them: they belong to no step.
-        if tag.phase != Phase::Keep {
+        if tag.phase != Phase::Replicate {
             let bytes: usize = parts.iter().map(Region::len).sum();
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         }
@@ -58,14 +58,14 @@ impl Endpoint {
 
     /// Waits for the frame with this tag, and links the running span to the one that sent it.
     ///
-    /// **Errors**: [`FabricError::Timeout`] after the network's patience; at once [`FabricError::Aborted`] on an abort and
+    /// **Errors**: [`FabricError::Timeout`] after the network's timeout; at once [`FabricError::Aborted`] on an abort and
     /// [`FabricError::Lost`] if the sender is, [`FabricError::Duplicate`] once two frames have come under one tag.
     pub fn receive(&self, tag: Tag) -> Result<Vec<Region>, FabricError> {
         if let Network::Wired(network) = &self.network {
             network.watch(tag.source as usize);
         }
         let waits = Wait::begin(&self.activity);
-        let (parts, sender) = self.inbox.receive(tag, self.patience())?;
+        let (parts, sender) = self.inbox.receive(tag, self.timeout())?;
         drop(waits);
         self.links.took(tag.source, sender);
         Ok(parts)
@@ -82,10 +82,10 @@ impl Endpoint {
     }
 
     /// How long a wait on this network may last.
-    pub fn patience(&self) -> Duration {
+    pub fn timeout(&self) -> Duration {
         match &self.network {
-            Network::Local(network) => network.patience(),
-            Network::Wired(network) => network.patience(),
+            Network::Local(network) => network.timeout(),
+            Network::Wired(network) => network.timeout(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::FabricError;
-use super::delays::Disturbance;
+use super::delays::DelayInjection;
 use super::stream::Address;
 use crate::topology::FormationId;
 
@@ -25,23 +25,23 @@ pub enum Transport {
 pub struct Formation {
     /// By what its processes name it to one another.
     pub id: FormationId,
-    /// Known to the processes of this formation and to nobody else.
+    /// Shared secret of the processes of this formation.
     pub secret: [u8; 32],
     /// Where each rank is, by rank.
     pub ranks: Vec<Address>,
     /// The ranks of this process.
     pub local: Vec<usize>,
     /// How long a wait, a write, or a silence may last.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// What carries the frames.
     pub transport: Transport,
     /// Delays of frames from other processes, for measurements. A peer that leaves takes along what is still held back.
-    pub disturbance: Option<Disturbance>,
+    pub delay_injection: Option<DelayInjection>,
 }
 
-/// A peer is lost: told once for each process, whatever ends on its links.
+/// A peer is lost: reported once per process, however its links end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub struct PeerLost {
     /// The ranks of the process.
     pub ranks: Vec<usize>,
     /// What was seen.
@@ -107,12 +107,12 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_joined_is_refused_in_words() {
+    fn what_cannot_be_joined_is_refused_with_a_message() {
         let ranks = vec![address(1, "a"), address(2, "b"), address(1, "a")];
         let refusal = |local: &[usize], transport| {
-            let (ranks, local, patience) = (ranks.clone(), local.to_vec(), Duration::from_secs(1));
-            let (id, secret, disturbance) = (FormationId::default(), [0; 32], None);
-            let formation = Formation { id, secret, ranks, local, patience, transport, disturbance };
+            let (ranks, local, timeout) = (ranks.clone(), local.to_vec(), Duration::from_secs(1));
+            let (id, secret, delay_injection) = (FormationId::default(), [0; 32], None);
+            let formation = Formation { id, secret, ranks, local, timeout, transport, delay_injection };
             formation.sites().err().map(|error| error.to_string())
         };
         assert_eq!(refusal(&[0, 2], Transport::Auto), None);

@@ -70,10 +70,10 @@ impl Hello {
 
     /// From what came.
     ///
-    /// **Errors**: in words, if it is no hello of this version.
+    /// **Errors**: if it is no hello of this version.
     pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, String> {
         if bytes[..4] != MAGIC {
-            return Err("what came is no hello of a rank".into());
+            return Err("not a hello of a rank".into());
         }
         let version = bytes[4];
         if version != VERSION || bytes[5] != 0 {
@@ -129,7 +129,7 @@ fn refused<T>(reason: impl Into<String>) -> Result<T, HandshakeError> {
 
 /// The part of the end that connects. Returns once it has been let in.
 ///
-/// **Errors**: [`HandshakeError::Refused`] with the words of whichever end refused.
+/// **Errors**: [`HandshakeError::Refused`] with the message of the end that refused.
 pub fn connect(
     stream: &mut (impl Read + Write),
     hello: &Hello,
@@ -137,7 +137,7 @@ pub fn connect(
 ) -> Result<(), HandshakeError> {
     stream.write_all(&hello.encode())?;
     let Reply::Challenge { nonce, answer } = read_reply(stream)? else {
-        return refused("expected to be asked for a proof, got in without");
+        return refused("expected a challenge, got none");
     };
     if proof(secret, Role::Accepts, hello, &nonce) != answer {
         return refused("the other end does not know the secret of this formation");
@@ -145,16 +145,16 @@ pub fn connect(
     stream.write_all(proof(secret, Role::Connects, hello, &nonce).as_bytes())?;
     match read_reply(stream)? {
         Reply::Welcome => Ok(()),
-        Reply::Challenge { .. } => refused("asked for a proof twice"),
+        Reply::Challenge { .. } => refused("challenged twice"),
     }
 }
 
 /// The first part of the end that accepts: who is there?
 ///
-/// **Errors**: [`HandshakeError::Refused`] in words, which the other end has not been told yet.
+/// **Errors**: [`HandshakeError::Refused`] with a message that has not been sent to the peer yet.
 pub fn read_hello(stream: &mut impl Read) -> Result<Hello, HandshakeError> {
     let mut bytes = [0; HELLO_BYTES];
-    // Magic and version first: another version may say less, and is told so rather than waited for.
+    // Magic and version first: another version may send less, and is refused rather than waited for.
     stream.read_exact(&mut bytes[..8])?;
     let known = bytes[..4] == MAGIC && bytes[4..6] == [VERSION, 0];
     if known {
@@ -165,7 +165,7 @@ pub fn read_hello(stream: &mut impl Read) -> Result<Hello, HandshakeError> {
 
 /// The second part of the end that accepts: asks for a proof, and proves itself with it.
 ///
-/// **Errors**: [`HandshakeError::Refused`] if the proof is wrong; the other end has not been told yet.
+/// **Errors**: [`HandshakeError::Refused`] if the proof is wrong; the peer has not been notified yet.
 pub fn challenge(
     stream: &mut (impl Read + Write),
     hello: &Hello,
@@ -192,7 +192,7 @@ pub fn welcome(stream: &mut impl Write) -> io::Result<()> {
     stream.write_all(&[WELCOME])
 }
 
-/// Tells the other end why it is not let in.
+/// Sends the reason of a refusal.
 ///
 /// **Errors**: those of the connection.
 pub fn refuse(stream: &mut impl Write, reason: &str) -> io::Result<()> {
@@ -231,6 +231,6 @@ fn read_reply(stream: &mut impl Read) -> Result<Reply, HandshakeError> {
             stream.read_exact(&mut reason[..len])?;
             refused(format!("the other end refused: {}", String::from_utf8_lossy(&reason[..len])))
         }
-        other => refused(format!("what came is no reply to a hello (it begins with {other})")),
+        other => refused(format!("not a reply to a hello (it begins with {other})")),
     }
 }

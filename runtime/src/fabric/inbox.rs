@@ -13,8 +13,8 @@ use crate::trace::TraceContext;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 #[derive(Default)]
-struct State {
-    /// Frames nobody has asked for yet.
+struct InboxState {
+    /// Frames without a receiver yet.
     frames: HashMap<Tag, Arrival>,
     /// Frames of an earlier generation are dropped on arrival.
     generation: Generation,
@@ -22,7 +22,7 @@ struct State {
     aborted: Option<String>,
     /// Ranks from which nothing more will come, and why.
     lost: HashMap<usize, String>,
-    /// A tag that came twice: whoever waits cannot know which frame he gets.
+    /// A tag that arrived twice: the receiver could not know which frame it gets.
     duplicate: Option<Tag>,
 }
 
@@ -39,12 +39,12 @@ pub struct Arrival {
 /// The frames that have arrived at one rank.
 #[derive(Default)]
 pub struct Inbox {
-    state: Mutex<State>,
+    state: Mutex<InboxState>,
     arrived: Condvar,
 }
 
 impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, InboxState> {
         self.state.lock()
     }
 
@@ -87,12 +87,12 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes the frame with this tag, waiting for it for at most `patience`; the span that sent it is told along.
+    /// Takes the frame with this tag, waiting for it for at most `timeout`; returned with the span that sent it.
     ///
     /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason;
     /// [`FabricError::Duplicate`] names the tag under which two frames have come, whatever is waited for.
-    pub fn receive(&self, tag: Tag, patience: Duration) -> Result<(Vec<Region>, TraceContext), FabricError> {
-        let deadline = Instant::now() + patience;
+    pub fn receive(&self, tag: Tag, timeout: Duration) -> Result<(Vec<Region>, TraceContext), FabricError> {
+        let deadline = Instant::now() + timeout;
         let mut state = self.lock();
         loop {
             if let Some(reason) = &state.aborted {
@@ -112,7 +112,7 @@ impl Inbox {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(FabricError::Timeout { tag, waited_s: patience.as_secs_f64() });
+                return Err(FabricError::Timeout { tag, waited_s: timeout.as_secs_f64() });
             }
             self.arrived.wait_for(&mut state, left);
         }
@@ -145,7 +145,7 @@ impl Inbox {
         drop(old);
     }
 
-    /// Number of frames that nobody has taken.
+    /// Number of frames that were not received yet.
     pub fn len(&self) -> usize {
         self.lock().frames.len()
     }

@@ -1,6 +1,6 @@
-//! The receiving end of a link: reads frames into memory, hands them to the inboxes, and tells the sender what was taken.
+//! The receiving end of a link: reads frames into memory, delivers them to the inboxes, and acknowledges what was consumed.
 //!
-//! The thread that reads never waits for a receiver: what may come is bounded by credit, so one lane that nobody reads cannot
+//! The thread that reads never waits for a receiver: what may come is bounded by credit, so one lane that is not read cannot
 //! hold up the frames behind it.
 
 use std::io::{BufReader, Read, Write};
@@ -14,7 +14,7 @@ use super::segment::{self, Borrowed};
 use super::shm_memory::SharedReader;
 use super::stream::Stream;
 use super::window::{ReceiveWindows, cost};
-use super::wire::{self, FrameHeader, LaneKey, Message, ReadError, Signal};
+use super::wire::{self, FrameHeader, LaneKey, LinkMessage, ReadError, Signal};
 use super::wired::WiredNetwork;
 use parking_lot::Mutex;
 
@@ -54,14 +54,14 @@ impl InLink {
         InLink { site, stream, signals: Mutex::default(), windows: Mutex::default() }
     }
 
-    /// Tells the sender something. One that cannot be told is gone: the reading thread notices.
+    /// Sends a signal to the sender. A failure means that it is gone: the reading thread notices.
     pub fn signal(&self, signal: &Signal) {
         let alone = self.signals.lock();
         drop((&self.stream).write_all(&wire::encode_signal(signal)));
         drop(alone);
     }
 
-    /// Tells the sender that nothing will be taken any more.
+    /// Signals that no more frames will be accepted.
     pub fn leave(&self) {
         self.signal(&Signal::Bye);
         self.stream.shutdown(Shutdown::Write);
@@ -105,12 +105,12 @@ impl InLink {
         network: &Arc<WiredNetwork>,
     ) -> Result<bool, ReadError> {
         match wire::read_message(reader)? {
-            Message::Beat => self.signal(&Signal::Beat),
-            Message::Bye => {
+            LinkMessage::Beat => self.signal(&Signal::Beat),
+            LinkMessage::Bye => {
                 network.left(self.site);
                 return Ok(false);
             }
-            Message::Frame(header) => self.read_frame(reader, header, memory, network)?,
+            LinkMessage::Frame(header) => self.read_frame(reader, header, memory, network)?,
         }
         Ok(true)
     }
@@ -143,7 +143,7 @@ impl InLink {
                 Arc::new(Borrowed::new(memory, block, len, self).map_err(ReadError::Bad)?)
             }
             (Some(_), None) => {
-                return Err(ReadError::Bad("a frame said to be in memory that is not shared".into()));
+                return Err(ReadError::Bad("a frame that claims to be in memory that is not shared".into()));
             }
         };
         let arrival = Arrival { parts: regions(&backing, parts, &places), trace, receipt: Some(receipt) };
@@ -152,13 +152,13 @@ impl InLink {
     }
 }
 
-/// Why reading has ended, in words.
+/// Why reading has ended.
 pub fn describe(error: &ReadError, network: &WiredNetwork) -> String {
     use std::io::ErrorKind::{TimedOut, UnexpectedEof, WouldBlock};
     match error {
         ReadError::Io(error) if error.kind() == UnexpectedEof => "the connection was closed".into(),
         ReadError::Io(error) if matches!(error.kind(), TimedOut | WouldBlock) => {
-            format!("nothing was heard for {:.1} s", network.patience().as_secs_f64())
+            format!("nothing was received for {:.1} s", network.timeout().as_secs_f64())
         }
         ReadError::Io(error) => format!("the connection broke: {error}"),
         ReadError::Bad(what) => what.clone(),

@@ -1,7 +1,7 @@
 //! Where a process takes data connections in, for all formations that it belongs to.
 //!
-//! Who connects has to name a formation and prove its secret before anything it says reaches a rank. Whoever cannot is refused
-//! in words, counted and logged; a connection for a formation that is not joined yet waits a while.
+//! Who connects has to name a formation and prove its secret before anything it says reaches a rank. A connection that
+//! cannot is refused with a message, counted and logged; a connection for a formation that is not joined yet waits a while.
 
 use std::collections::HashMap;
 use std::io;
@@ -26,7 +26,7 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 const MAX_UNPROVEN: usize = 1024;
 
 #[derive(Default)]
-struct State {
+struct ListenerState {
     formations: HashMap<FormationId, Arc<WiredNetwork>>,
     /// The newest generation that each job has had here.
     newest: HashMap<JobId, Generation>,
@@ -35,7 +35,7 @@ struct State {
 struct Shared {
     address: Address,
     join_wait: Duration,
-    state: Mutex<State>,
+    state: Mutex<ListenerState>,
     joined: Condvar,
     refused: AtomicU64,
     unproven: AtomicUsize,
@@ -139,7 +139,7 @@ fn accept<S>(
         };
         if shared.unproven.fetch_add(1, Ordering::Relaxed) >= MAX_UNPROVEN {
             shared.unproven.fetch_sub(1, Ordering::Relaxed);
-            shared.refuse(&stream, &format!("{MAX_UNPROVEN} others have not proven themselves yet"));
+            shared.refuse(&stream, &format!("{MAX_UNPROVEN} others have not authenticated yet"));
             continue;
         }
         let its = shared.clone();
@@ -148,7 +148,7 @@ fn accept<S>(
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ListenerState> {
         self.state.lock()
     }
 
@@ -185,7 +185,7 @@ impl Shared {
                 return Ok(network.clone());
             }
             if let Some(newest) = state.newest.get(&job).filter(|&&newest| newest >= generation) {
-                return Err(format!("{id} is over, the newest here is {newest}"));
+                return Err(format!("{id} has ended, the newest here is {newest}"));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -1,6 +1,6 @@
 //! The fabric inside one process: a frame is handed over as it is, nothing is copied.
 //!
-//! For tests it can hold frames back and keep a ledger of what was sent.
+//! For tests it can hold frames back and log the frames that were sent.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use dashmap::DashMap;
 use parking_lot::Mutex;
 
-use super::delays::{Delays, Disturbance};
+use super::delays::{DelayInjection, Delays};
 use super::endpoint::{Endpoint, Network};
 use super::inbox::{Arrival, Inbox};
 use super::{FabricError, Region, Tag};
@@ -18,23 +18,23 @@ use crate::trace::TraceContext;
 #[derive(Clone, Copy, Debug)]
 pub struct LocalOptions {
     /// How long a wait may last before it is an error.
-    pub patience: Duration,
+    pub timeout: Duration,
     /// Delays for tests.
-    pub disturbance: Option<Disturbance>,
-    /// Keep every sent frame's address and size for [`LocalNetwork::ledger`].
-    pub keep_ledger: bool,
+    pub delay_injection: Option<DelayInjection>,
+    /// Keep every sent frame's address and size for [`LocalNetwork::frame_log`].
+    pub log_frames: bool,
 }
 
 impl Default for LocalOptions {
-    /// Five minutes of patience: a lost peer is told by an abort at once; the deadline is for what nobody noticed.
+    /// Five minutes: a lost peer aborts waits at once; the timeout covers what went unnoticed.
     fn default() -> Self {
-        LocalOptions { patience: Duration::from_secs(300), disturbance: None, keep_ledger: false }
+        LocalOptions { timeout: Duration::from_secs(300), delay_injection: None, log_frames: false }
     }
 }
 
-/// One line of the ledger.
+/// One line of the frame log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Sent {
+pub struct SentFrame {
     /// Address of the frame.
     pub tag: Tag,
     /// Rank it went to.
@@ -48,14 +48,14 @@ pub struct LocalNetwork {
     inboxes: DashMap<usize, Arc<Inbox>>,
     options: LocalOptions,
     delays: Option<Delays>,
-    ledger: Mutex<Vec<Sent>>,
+    frame_log: Mutex<Vec<SentFrame>>,
 }
 
 impl LocalNetwork {
     /// A network without ranks.
     pub fn new(options: LocalOptions) -> Arc<Self> {
-        let delays = options.disturbance.map(Delays::new);
-        Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delays, ledger: Mutex::new(Vec::new()) })
+        let delays = options.delay_injection.map(Delays::new);
+        Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delays, frame_log: Mutex::new(Vec::new()) })
     }
 
     /// Adds a rank and returns its end of the network.
@@ -65,21 +65,21 @@ impl LocalNetwork {
         Endpoint::new(rank, inbox, Network::Local(self.clone()))
     }
 
-    /// Every frame sent so far, in order of address; empty unless the network keeps a ledger.
-    pub fn ledger(&self) -> Vec<Sent> {
-        let mut lines = self.ledger.lock().clone();
+    /// Every frame sent so far, in order of address; empty unless the network logs frames.
+    pub fn frame_log(&self) -> Vec<SentFrame> {
+        let mut lines = self.frame_log.lock().clone();
         lines.sort();
         lines
     }
 
-    /// Frames that have arrived at any rank and were not taken: none, after a run that went well.
+    /// Frames that have arrived at any rank and were not received: none after a successful run.
     pub fn num_waiting(&self) -> usize {
         self.inboxes.iter().map(|inbox| inbox.len()).sum()
     }
 
     /// How long a wait may last.
-    pub(super) fn patience(&self) -> Duration {
-        self.options.patience
+    pub(super) fn timeout(&self) -> Duration {
+        self.options.timeout
     }
 
     pub(super) fn send(
@@ -90,9 +90,9 @@ impl LocalNetwork {
         trace: TraceContext,
     ) -> Result<(), FabricError> {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?;
-        if self.options.keep_ledger {
+        if self.options.log_frames {
             let bytes = parts.iter().map(Region::len).sum();
-            self.ledger.lock().push(Sent { tag, to, bytes });
+            self.frame_log.lock().push(SentFrame { tag, to, bytes });
         }
         let arrival = Arrival { parts, trace, receipt: None };
         inbox.deliver_late(self.delays.as_ref(), to, tag, arrival)

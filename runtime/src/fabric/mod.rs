@@ -26,12 +26,12 @@ mod wired;
 
 pub use activity::{Activity, AtWork, Progress};
 pub use arrived::ArrivedPart;
-pub use delays::Disturbance;
+pub use delays::DelayInjection;
 pub use endpoint::Endpoint;
-pub use formation::{Fault, Formation, Transport};
+pub use formation::{Formation, PeerLost, Transport};
 pub use listener::Listener;
-pub use local::{LocalNetwork, LocalOptions, Sent};
-pub use region::{Form, Memory, Region};
+pub use local::{LocalNetwork, LocalOptions, SentFrame};
+pub use region::{Memory, PayloadShape, Region};
 pub use stream::Address;
 pub use tag::{FrameKind, Phase, Tag};
 pub use wired::WiredNetwork;
@@ -126,14 +126,14 @@ mod tests {
         let got = b.receive(tag(1, 0)).unwrap().remove(0).downcast::<Vec<u8>>().unwrap();
         assert_eq!(got.as_ptr(), address);
         assert_eq!(b.receive(tag(2, 0)).unwrap()[0].bytes(), [2]);
-        a.send(1, Tag { phase: Phase::Keep, ..tag(1, 0) }, bytes(3)).unwrap();
+        a.send(1, Tag { phase: Phase::Replicate, ..tag(1, 0) }, bytes(3)).unwrap();
         assert_eq!(a.sent_bytes(), 17, "a copy of the state is not of the step");
         assert_eq!(b.num_waiting(), 1);
     }
 
     #[test]
     fn a_wait_ends_at_its_deadline_and_names_what_it_waited_for() {
-        let options = LocalOptions { patience: Duration::from_millis(20), ..LocalOptions::default() };
+        let options = LocalOptions { timeout: Duration::from_millis(20), ..LocalOptions::default() };
         let endpoint = LocalNetwork::new(options).join(0);
         let error = endpoint.receive(tag(3, 0)).err().unwrap().to_string();
         assert!(error.contains("step 3") && error.contains("Activation"), "{error}");
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_whose_threads_all_wait_for_frames_is_not_at_work() {
+    fn a_rank_whose_threads_all_wait_for_frames_is_not_working() {
         let endpoint = LocalNetwork::new(LocalOptions::default()).join(0);
         let progress = || endpoint.activity().progress();
         let until = |is_at_work: bool| {
@@ -196,7 +196,7 @@ mod tests {
         let endpoint = network.join(0);
         endpoint.send(0, tag(1, 0), bytes(1)).unwrap();
         assert!(matches!(endpoint.send(0, tag(1, 0), bytes(1)), Err(FabricError::Duplicate { .. })));
-        // Nobody can tell which of the two was meant: the receiver gets neither, and waits for no other frame either.
+        // It is unknown which of the two was meant: the receiver gets neither, and waits for no other frame either.
         for step in [1, 2] {
             assert!(
                 matches!(endpoint.receive(tag(step, 0)), Err(FabricError::Duplicate { tag }) if tag.step == 1)
@@ -206,8 +206,8 @@ mod tests {
 
     #[test]
     fn delayed_frames_all_arrive() {
-        let disturbance = Some(Disturbance { seed: 5, max_delay: Duration::from_millis(3) });
-        let network = LocalNetwork::new(LocalOptions { disturbance, ..LocalOptions::default() });
+        let delay_injection = Some(DelayInjection { seed: 5, max_delay: Duration::from_millis(3) });
+        let network = LocalNetwork::new(LocalOptions { delay_injection, ..LocalOptions::default() });
         let endpoint = network.join(0);
         for step in 0..50 {
             endpoint.send(0, tag(step, 0), bytes(step as u8)).unwrap();

@@ -1,6 +1,6 @@
 //! The sending end of a link: frames wait here, by handle, until their lane has credit and the socket takes them.
 //!
-//! One thread connects and writes, one hears what comes back. Knows windows and sockets; what becomes of a lost peer is the
+//! One thread connects and writes, one reads what comes back. Knows windows and sockets; a lost peer is handled by the
 //! network's business.
 
 use std::io::{BufReader, IoSlice};
@@ -13,7 +13,7 @@ use super::incoming::describe;
 use super::segment::{self, FreeBlocks};
 use super::stream::{Stream, Until, write_all_vectored};
 use super::window::{SendWindows, cost};
-use super::wire::{self, FrameHeader, LaneKey, Message, PartHeader, ReadError, Signal};
+use super::wire::{self, FrameHeader, LaneKey, LinkMessage, PartHeader, ReadError, Signal};
 use super::wired::WiredNetwork;
 use super::{Region, Tag};
 use crate::trace::TraceContext;
@@ -23,7 +23,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 const MAX_BEAT: Duration = Duration::from_secs(10);
 
 /// Longest time to connect and to be let in; a peer's process may still be about to join.
-pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
+pub const DIAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A frame that has not gone yet; keeps its memory alive.
 pub struct Outgoing {
@@ -34,7 +34,7 @@ pub struct Outgoing {
 }
 
 #[derive(Default)]
-struct State {
+struct LinkState {
     windows: SendWindows<Outgoing>,
     /// Say goodbye once nothing waits.
     closing: bool,
@@ -46,7 +46,7 @@ struct State {
 /// The sending end of a link.
 pub struct OutLink {
     site: usize,
-    state: Mutex<State>,
+    state: Mutex<LinkState>,
     changed: Condvar,
 }
 
@@ -63,7 +63,7 @@ impl OutLink {
         OutLink { site, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LinkState> {
         self.state.lock()
     }
 
@@ -131,23 +131,23 @@ impl OutLink {
         };
         let (link, listening, its) = (self.clone(), network.clone(), stream.clone());
         let blocks = memory.as_ref().map(segment::Sender::blocks);
-        network.spawn(false, move || link.hear(&its, blocks.as_ref(), &listening));
-        if let Err(error) = self.write(&stream, &mut memory, network.patience()) {
-            // A peer that has left says so before it closes, and the thread that hears knows. Where the peer is silent, this is
+        network.spawn(false, move || link.receive_signals(&its, blocks.as_ref(), &listening));
+        if let Err(error) = self.write(&stream, &mut memory, network.timeout()) {
+            // A peer that leaves says so before it closes, and the reading thread knows. Where the peer is silent, this is
             // the thread that knows.
             if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) {
-                let waited = network.patience().as_secs_f64();
-                network.fault(self.site, &format!("took nothing for {waited:.1} s"));
+                let waited = network.timeout().as_secs_f64();
+                network.fault(self.site, &format!("read nothing for {waited:.1} s"));
             }
             stream.shutdown(Shutdown::Write);
         }
     }
 
     fn dial(&self, network: &WiredNetwork) -> Result<(Arc<Stream>, Option<segment::Sender>), String> {
-        let patience = network.patience().min(DIAL_PATIENCE);
+        let timeout = network.timeout().min(DIAL_TIMEOUT);
         let (address, carrier) = network.route(self.site);
         let connected = match carrier {
-            None => Stream::connect_tcp(address, patience),
+            None => Stream::connect_tcp(address, timeout),
             Some(_) => Stream::connect_unix(address),
         };
         let stream = connected.map_err(|error| format!("cannot be reached: {error}"))?;
@@ -159,7 +159,7 @@ impl OutLink {
         state.stream = Some(stream.clone());
         drop(state);
         let hello = network.hello(self.site, carrier.unwrap_or(Carrier::Socket))?;
-        self.shake(&stream, &hello, network, patience).map_err(|error| error.to_string())?;
+        self.shake(&stream, &hello, network, timeout).map_err(|error| error.to_string())?;
         let memory = match hello.carrier {
             Carrier::Socket => None,
             Carrier::SharedMemory => {
@@ -175,27 +175,27 @@ impl OutLink {
         stream: &Stream,
         hello: &Hello,
         network: &WiredNetwork,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<(), handshake::HandshakeError> {
-        let mut until = Until { stream, deadline: Instant::now() + patience };
+        let mut until = Until { stream, deadline: Instant::now() + timeout };
         handshake::connect(&mut until, hello, network.secret())?;
-        Ok(stream.set_patience(network.patience())?)
+        Ok(stream.set_timeout(network.timeout())?)
     }
 
     fn write(
         &self,
         stream: &Stream,
         memory: &mut Option<segment::Sender>,
-        patience: Duration,
+        timeout: Duration,
     ) -> std::io::Result<()> {
-        let interval = (patience / 4).min(MAX_BEAT);
+        let interval = (timeout / 4).min(MAX_BEAT);
         let mut last_beat = Instant::now();
         loop {
             match self.next(&mut last_beat, interval) {
                 Next::Frame(frame) => frame.write(stream, memory.as_mut())?,
-                Next::Beat => write_message(stream, &Message::Beat)?,
+                Next::Beat => write_message(stream, &LinkMessage::Beat)?,
                 Next::Bye => {
-                    write_message(stream, &Message::Bye)?;
+                    write_message(stream, &LinkMessage::Bye)?;
                     stream.shutdown(Shutdown::Write);
                     return Ok(());
                 }
@@ -204,8 +204,8 @@ impl OutLink {
         }
     }
 
-    /// Hears what the receiver says until it has left, has ended the connection after our goodbye, or is lost.
-    fn hear(&self, stream: &Stream, blocks: Option<&FreeBlocks>, network: &Arc<WiredNetwork>) {
+    /// Reads the receiver's signals until it has left, has closed the connection after our goodbye, or is lost.
+    fn receive_signals(&self, stream: &Stream, blocks: Option<&FreeBlocks>, network: &Arc<WiredNetwork>) {
         let mut reader = BufReader::with_capacity(4 << 10, stream);
         loop {
             let heard =
@@ -250,7 +250,7 @@ impl OutLink {
     }
 }
 
-fn write_message(stream: &Stream, message: &Message) -> std::io::Result<()> {
+fn write_message(stream: &Stream, message: &LinkMessage) -> std::io::Result<()> {
     write_all_vectored(stream, &mut [IoSlice::new(&wire::encode(message))])
 }
 
@@ -260,7 +260,7 @@ impl Outgoing {
         let parts: Vec<PartHeader> = self.parts.iter().map(part).collect();
         let block = memory.and_then(|memory| memory.put(&self.parts, &parts));
         let Outgoing { to, tag, trace, .. } = *self;
-        let header = wire::encode(&Message::Frame(FrameHeader { to, tag, trace, block, parts }));
+        let header = wire::encode(&LinkMessage::Frame(FrameHeader { to, tag, trace, block, parts }));
         let payload = if block.is_some() { &[][..] } else { &self.parts };
         let mut slices = vec![IoSlice::new(&header)];
         slices.extend(payload.iter().flat_map(Region::parts).map(IoSlice::new));

@@ -3,9 +3,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
-/// What a region's bytes are, in words that only its maker and its reader understand: it goes over the wire with them.
+/// How the reader has to interpret a region's bytes; sent along with them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Form {
+pub struct PayloadShape {
     /// The kind of thing; 0 for bytes of no kind.
     pub kind: u8,
     /// Number of rows.
@@ -24,8 +24,8 @@ pub trait Memory: Any + Send + Sync {
     fn num_bytes(&self) -> usize;
 
     /// What the reader of the bytes on another host needs to know.
-    fn form(&self) -> Form {
-        Form::default()
+    fn form(&self) -> PayloadShape {
+        PayloadShape::default()
     }
 }
 
@@ -78,7 +78,7 @@ impl Region {
     }
 
     /// What the bytes are.
-    pub fn form(&self) -> Form {
+    pub fn form(&self) -> PayloadShape {
         self.memory.form()
     }
 

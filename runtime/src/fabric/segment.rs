@@ -1,7 +1,7 @@
 //! A link's shared memory: the sender copies a payload in once, the receiver borrows it from there. Everything else about a
 //! frame, its header included, goes through the socket, which is also what wakes the receiver.
 //!
-//! What finds no room goes through the socket whole, so that frames which nobody takes can fill the memory and yet hold up no
+//! What finds no room goes through the socket whole, so that frames which are not received can fill the memory and yet block no
 //! others.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -37,7 +37,7 @@ pub struct Sender {
     blocks: Arc<Mutex<Blocks>>,
 }
 
-/// What the thread that hears of free blocks needs of the sender's side.
+/// State of the sender's side for the thread that reads free-block signals.
 pub type FreeBlocks = Arc<Mutex<Blocks>>;
 
 fn lock(blocks: &Mutex<Blocks>) -> MutexGuard<'_, Blocks> {
@@ -46,7 +46,7 @@ fn lock(blocks: &Mutex<Blocks>) -> MutexGuard<'_, Blocks> {
 
 /// A block is free again.
 ///
-/// **Errors**: in words, if there is no such block.
+/// **Errors**: if there is no such block.
 pub fn give_back(blocks: &FreeBlocks, block: u64) -> Result<(), String> {
     lock(blocks).give_back(block)
 }
@@ -94,7 +94,7 @@ impl Sender {
 
 /// Maps the memory that the other end of a proven connection sends.
 ///
-/// **Errors**: the system's, or in words what is wrong with what came.
+/// **Errors**: those of the system, or a message about invalid input.
 pub fn receive(stream: &Stream) -> io::Result<SharedReader> {
     let mut room = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut room);
@@ -112,7 +112,7 @@ pub fn receive(stream: &Stream) -> io::Result<SharedReader> {
     }
 }
 
-/// A payload where its sender has put it; tells the sender when it is not needed any more.
+/// A payload where its sender has put it; signals the sender when it is dropped.
 pub struct Borrowed {
     memory: Arc<SharedReader>,
     range: Range<usize>,
@@ -122,7 +122,7 @@ pub struct Borrowed {
 impl Borrowed {
     /// The payload of `len` bytes at `block`.
     ///
-    /// **Errors**: in words, if it does not lie in the memory.
+    /// **Errors**: if it does not lie in the memory.
     pub fn new(
         memory: &Arc<SharedReader>,
         block: u64,

@@ -83,7 +83,7 @@ impl SharedWriter {
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
         let target = self.mapping.at(&(offset..offset + bytes.len()));
         // SAFETY: the target has room for them, and `bytes` cannot lie in it: nobody borrows from a writer's mapping. The
-        // reader does not look at a range before it has been told of it through the socket.
+        // reader does not look at a range before it is announced through the socket.
         unsafe { copy(bytes, target.as_ptr()) };
     }
 }
@@ -134,7 +134,7 @@ unsafe fn stream(bytes: &[u8], target: *mut u8) -> usize {
             line.into_iter().enumerate().for_each(|(at, part)| _mm_stream_si128(to.add(at), part));
         }
     }
-    // These stores are ordered by nothing else, and the reader is told right after.
+    // Nothing else orders these stores, and the reader is signalled right after.
     // SAFETY: every x86-64 has it, and it touches no memory.
     unsafe { _mm_sfence() };
     lines.len() * LINE
@@ -148,7 +148,7 @@ pub struct SharedReader {
 impl SharedReader {
     /// Maps what a writer has made.
     ///
-    /// **Errors**: in words, if it is not sealed or not of this length; the system's.
+    /// **Errors**: if it is not sealed or not of this length; the system's.
     pub fn new(file: &OwnedFd, len: usize) -> io::Result<SharedReader> {
         let seals = rustix::fs::fcntl_get_seals(file)?;
         let size = rustix::fs::fstat(file)?.st_size as u64;
@@ -171,7 +171,7 @@ impl SharedReader {
     pub fn bytes(&self, range: Range<usize>) -> &[u8] {
         let start = self.mapping.at(&range);
         // SAFETY: the range is mapped and stays so while `self` is borrowed. Its writer has proven that it belongs to the
-        // formation, and leaves a block alone until it has been told that the block is free, which is when the last borrow
+        // formation, and leaves a block alone until it is signalled that the block is free, which is when the last borrow
         // of it has ended.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), range.len()) }
     }
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reader_sees_what_the_writer_wrote_and_nobody_can_shorten_it() {
+    fn a_reader_sees_what_the_writer_wrote_and_the_memory_cannot_be_truncated() {
         let mut writer = SharedWriter::new(1 << 16).unwrap();
         writer.write(100, b"seen");
         let reader = SharedReader::new(writer.file(), 1 << 16).unwrap();

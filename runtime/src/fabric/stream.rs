@@ -53,9 +53,9 @@ pub enum Stream {
 impl Stream {
     /// Connects to a process by TCP.
     ///
-    /// **Errors**: the system's, at the latest after `patience`.
-    pub fn connect_tcp(address: &Address, patience: Duration) -> io::Result<Stream> {
-        Stream::tcp(TcpStream::connect_timeout(&address.tcp, patience)?)
+    /// **Errors**: the system's, at the latest after `timeout`.
+    pub fn connect_tcp(address: &Address, timeout: Duration) -> io::Result<Stream> {
+        Stream::tcp(TcpStream::connect_timeout(&address.tcp, timeout)?)
     }
 
     /// Connects to a process of this host.
@@ -84,21 +84,21 @@ impl Stream {
     /// How long one read and one write may take from now on.
     ///
     /// **Errors**: the system's.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
-        let patience = Some(patience.max(Duration::from_millis(1)));
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        let timeout = Some(timeout.max(Duration::from_millis(1)));
         match self {
             Stream::Tcp(stream) => {
-                stream.set_read_timeout(patience)?;
-                stream.set_write_timeout(patience)
+                stream.set_read_timeout(timeout)?;
+                stream.set_write_timeout(timeout)
             }
             Stream::Unix(stream) => {
-                stream.set_read_timeout(patience)?;
-                stream.set_write_timeout(patience)
+                stream.set_read_timeout(timeout)?;
+                stream.set_write_timeout(timeout)
             }
         }
     }
 
-    /// Ends one direction or both: whoever reads from it, here or there, comes to an end.
+    /// Ends one direction or both: readers at both ends see the end of the stream.
     pub fn shutdown(&self, how: Shutdown) {
         // One that is not connected any more has ended already.
         drop(match self {
@@ -166,7 +166,7 @@ pub fn write_all_vectored(mut stream: &Stream, mut slices: &mut [IoSlice<'_>]) -
 pub struct Until<'a> {
     /// What is read from and written to.
     pub stream: &'a Stream,
-    /// When it is over.
+    /// Its deadline.
     pub deadline: Instant,
 }
 
@@ -176,7 +176,7 @@ impl Until<'_> {
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        self.stream.set_patience(left)
+        self.stream.set_timeout(left)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The address of a frame: everything that tells one message of a job from every other.
+//! The address of a frame: everything that distinguishes one message of a job from every other.
 //!
 //! Tags are values; they know no transport and no payload.
 
@@ -17,8 +17,8 @@ pub enum Phase {
     Validate,
     /// Gradient reduction, optimizer, weight gathering.
     Update,
-    /// Beside the steps: copies of the state, and going on from them.
-    Keep,
+    /// Beside the steps: copies of the state, and resuming from them.
+    Replicate,
 }
 
 /// What a frame carries.
@@ -44,8 +44,8 @@ pub enum FrameKind {
     AllReduce,
     /// A rank's part of the state; the micro-batch counts the pieces.
     State,
-    /// A buddy's word that it has a rank's part.
-    StateKept,
+    /// A buddy's acknowledgement that it holds a rank's shard.
+    StateReplicated,
 }
 
 /// The address of a frame. Two frames of a job never have the same tag.

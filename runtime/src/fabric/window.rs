@@ -1,6 +1,6 @@
 //! Credits: how much of a lane may be on its way before its receiver has taken something.
 //!
-//! Pure: both ends' bookkeeping, without sockets. Each lane has a window of its own, so one that nobody reads holds up no
+//! Pure: both ends' bookkeeping, without sockets. Each lane has a window of its own, so one that is not read blocks no
 //! other; a frame larger than the window goes when nothing of its lane is on its way. So every lane is at least what the proof
 //! of a plan assumes: a rendezvous, in order.
 
@@ -27,22 +27,22 @@ fn fits(outstanding: u64, cost: u64) -> bool {
     outstanding == 0 || outstanding + cost <= WINDOW
 }
 
-struct Lane<T> {
+struct SendLane<T> {
     waiting: VecDeque<(T, u64)>,
     outstanding: u64,
-    /// Whether it stands among those that may send.
+    /// Whether it is among those that may send.
     is_ready: bool,
 }
 
-impl<T> Default for Lane<T> {
+impl<T> Default for SendLane<T> {
     fn default() -> Self {
-        Lane { waiting: VecDeque::new(), outstanding: 0, is_ready: false }
+        SendLane { waiting: VecDeque::new(), outstanding: 0, is_ready: false }
     }
 }
 
 /// The sender's side of all lanes of a link: what waits, and what may go next.
 pub struct SendWindows<T> {
-    lanes: HashMap<LaneKey, Lane<T>>,
+    lanes: HashMap<LaneKey, SendLane<T>>,
     ready: VecDeque<LaneKey>,
     num_waiting: usize,
 }
@@ -77,7 +77,7 @@ impl<T> SendWindows<T> {
     pub fn forget_waiting(&mut self) -> Vec<T> {
         self.ready.clear();
         self.num_waiting = 0;
-        let forget = |lane: &mut Lane<T>| {
+        let forget = |lane: &mut SendLane<T>| {
             lane.is_ready = false;
             std::mem::take(&mut lane.waiting)
         };
@@ -86,7 +86,7 @@ impl<T> SendWindows<T> {
 
     /// The receiver has taken so much of a lane.
     ///
-    /// **Errors**: in words, if so much was never on its way.
+    /// **Errors**: if more than was in flight is acknowledged.
     pub fn credit(&mut self, key: LaneKey, bytes: u64) -> Result<(), String> {
         let lane = self.lanes.get_mut(&key).filter(|lane| lane.outstanding >= bytes);
         let lane = lane.ok_or_else(|| format!("got {bytes} bytes of credit for more than was sent"))?;
@@ -118,7 +118,7 @@ struct Held {
     due: u64,
 }
 
-/// The receiver's side of all lanes of a link: what has come and when the sender has to hear that it was taken.
+/// The receiver's side of all lanes of a link: what has come and when consumption has to be signalled to the sender.
 #[derive(Default)]
 pub struct ReceiveWindows {
     lanes: HashMap<LaneKey, Held>,
@@ -127,7 +127,7 @@ pub struct ReceiveWindows {
 impl ReceiveWindows {
     /// A frame has come.
     ///
-    /// **Errors**: in words, if its sender had no credit for it.
+    /// **Errors**: if its sender had no credit for it.
     pub fn arrived(&mut self, key: LaneKey, cost: u64) -> Result<(), String> {
         let lane = self.lanes.entry(key).or_default();
         if !fits(lane.held + lane.due, cost) {
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_that_nobody_reads_stops_at_its_window_and_holds_up_no_other() {
+    fn a_lane_without_a_reader_stops_at_its_window_and_blocks_no_other() {
         let mut windows = SendWindows::default();
         for number in 0..20 {
             windows.push(lane(1), (1, number), WINDOW / 4);

@@ -1,4 +1,4 @@
-//! The bytes between two sites: what stands before a frame's payload; what comes back the other way is in `signal`.
+//! The bytes between two sites: the header before a frame's payload; the other direction is in `signal`.
 //!
 //! Pure: reads from anything that reads, trusts nothing, and allocates nothing whose size a peer has chosen. All numbers are
 //! little-endian. Knows no sockets and no credits.
@@ -7,7 +7,7 @@ mod signal;
 
 use std::io::{self, Read};
 
-use super::{Form, FrameKind, Phase, Tag};
+use super::{FrameKind, PayloadShape, Phase, Tag};
 use crate::topology::{FormationId, Generation, JobId};
 use crate::trace::TraceContext;
 
@@ -29,7 +29,7 @@ const INLINE: u64 = u64::MAX;
 
 /// What comes from the sending side of a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Message {
+pub enum LinkMessage {
     /// A frame; its payload follows, or lies in shared memory.
     Frame(FrameHeader),
     /// Nothing to send, but alive.
@@ -38,7 +38,7 @@ pub enum Message {
     Bye,
 }
 
-/// What stands before the payload of a frame.
+/// The header of a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrameHeader {
     /// Destination rank.
@@ -56,8 +56,8 @@ pub struct FrameHeader {
 /// One part of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartHeader {
-    /// What the bytes are, in the words of who sent them.
-    pub form: Form,
+    /// How to interpret the bytes, as declared by the sender.
+    pub form: PayloadShape,
     /// **Units**: bytes.
     pub len: u64,
 }
@@ -138,9 +138,9 @@ const KINDS: [FrameKind; 11] = [
     FrameKind::AllGather,
     FrameKind::AllReduce,
     FrameKind::State,
-    FrameKind::StateKept,
+    FrameKind::StateReplicated,
 ];
-const PHASES: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Keep];
+const PHASES: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Replicate];
 
 fn kind_of(code: u8) -> Result<FrameKind, ReadError> {
     KINDS
@@ -150,19 +150,19 @@ fn kind_of(code: u8) -> Result<FrameKind, ReadError> {
 }
 
 /// The bytes of a message, without payload.
-pub fn encode(message: &Message) -> Vec<u8> {
+pub fn encode(message: &LinkMessage) -> Vec<u8> {
     let (what, num_parts) = match message {
-        Message::Frame(header) => (FRAME, header.parts.len()),
-        Message::Beat => (BEAT, 0),
-        Message::Bye => (BYE, 0),
+        LinkMessage::Frame(header) => (FRAME, header.parts.len()),
+        LinkMessage::Beat => (BEAT, 0),
+        LinkMessage::Bye => (BYE, 0),
     };
     let mut bytes = Vec::with_capacity(PREFIX_BYTES + num_parts * PART_BYTES);
     bytes.extend(MAGIC);
     bytes.extend([VERSION, what]);
-    // More than any frame has is refused by whoever reads it.
+    // A frame with more parts is refused by its reader.
     bytes.extend(u16::try_from(num_parts).unwrap_or(u16::MAX).to_le_bytes());
     let mut parts = Vec::with_capacity(num_parts * PART_BYTES);
-    if let Message::Frame(FrameHeader { to, tag, trace, block, parts: list }) = message {
+    if let LinkMessage::Frame(FrameHeader { to, tag, trace, block, parts: list }) = message {
         let numbers =
             [*to, tag.formation.generation.number(), tag.stage, tag.micro_batch, tag.layer, tag.source];
         bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
@@ -187,13 +187,13 @@ pub fn encode(message: &Message) -> Vec<u8> {
 /// Reads a message; the payload of a frame is left in the reader.
 ///
 /// **Errors**: [`ReadError::Bad`] says what is wrong with what came; [`ReadError::Io`] if nothing came.
-pub fn read_message(reader: &mut impl Read) -> Result<Message, ReadError> {
+pub fn read_message(reader: &mut impl Read) -> Result<LinkMessage, ReadError> {
     let mut prefix = [0; PREFIX_BYTES];
     reader.read_exact(&mut prefix)?;
     let (body, sum) = prefix.split_at(PREFIX_BYTES - CHECKSUM_BYTES);
     let mut fields = Fields(body);
     if fields.take() != MAGIC {
-        return bad("what came is no frame");
+        return bad("not a frame");
     }
     let (version, what) = (fields.u8(), fields.u8());
     if version != VERSION {
@@ -210,9 +210,9 @@ pub fn read_message(reader: &mut impl Read) -> Result<Message, ReadError> {
         return bad("the checksum of a frame's header does not match");
     }
     match what {
-        FRAME => frame(fields, parts).map(Message::Frame),
-        BEAT => Ok(Message::Beat),
-        BYE => Ok(Message::Bye),
+        FRAME => frame(fields, parts).map(LinkMessage::Frame),
+        BEAT => Ok(LinkMessage::Beat),
+        BYE => Ok(LinkMessage::Bye),
         other => bad(format!("no message has number {other}")),
     }
 }
@@ -235,7 +235,7 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
         let [len, rows, cols, kind] = std::array::from_fn(|_| fields.u64());
         total = total.saturating_add(len);
         let kind = u8::try_from(kind).or_else(|_| bad(format!("no kind of part has number {kind}")))?;
-        list.push(PartHeader { form: Form { kind, rows, cols }, len });
+        list.push(PartHeader { form: PayloadShape { kind, rows, cols }, len });
     }
     if total > MAX_FRAME_BYTES {
         return bad(format!("expected at most {MAX_FRAME_BYTES} bytes in a frame, got {total}"));
@@ -263,7 +263,7 @@ mod tests {
             let (phase, kind) = (PHASES[phase], KINDS[kind]);
             let formation = FormationId::new(JobId::of(job), Generation::new(generation));
             let tag = Tag { formation, phase, step, kind, stage, micro_batch, layer, hop, source };
-            let part = |(kind, rows, cols, len)| PartHeader { form: Form { kind, rows, cols }, len };
+            let part = |(kind, rows, cols, len)| PartHeader { form: PayloadShape { kind, rows, cols }, len };
             FrameHeader { to, tag, trace, block, parts: parts.into_iter().map(part).collect() }
         })
     }
@@ -271,7 +271,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(header in any_header(), rest in any::<[u8; 5]>()) {
-            let message = Message::Frame(header);
+            let message = LinkMessage::Frame(header);
             let bytes = [encode(&message), rest.to_vec()].concat();
             let mut reader = &bytes[..];
             prop_assert_eq!(read_message(&mut reader).unwrap(), message);
@@ -281,7 +281,7 @@ mod tests {
         #[test]
         fn a_header_with_any_bit_flipped_or_cut_short_is_none(header in any_header(), at in any::<proptest::sample::Index>(),
                                                               bit in 0..8) {
-            let bytes = encode(&Message::Frame(header));
+            let bytes = encode(&LinkMessage::Frame(header));
             let at = at.index(bytes.len());
             prop_assert!(matches!(read_message(&mut &bytes[..at]), Err(ReadError::Io(_))));
             let mut flipped = bytes;
@@ -301,8 +301,8 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_of_another_version_is_refused_in_words() {
-        let mut bytes = encode(&Message::Beat);
+    fn a_frame_of_another_version_is_refused_with_a_message() {
+        let mut bytes = encode(&LinkMessage::Beat);
         bytes[4] = 1;
         let error = read_message(&mut &bytes[..]).unwrap_err().to_string();
         assert_eq!(error, "expected a frame of version 3, got version 1");
@@ -311,7 +311,7 @@ mod tests {
     #[test]
     fn frames_larger_than_any_are_refused_whatever_their_parts_say() {
         for lens in [vec![MAX_FRAME_BYTES + 1], vec![u64::MAX, 2], vec![MAX_FRAME_BYTES, 1]] {
-            let part = |len| PartHeader { form: Form::default(), len };
+            let part = |len| PartHeader { form: PayloadShape::default(), len };
             let tag = Tag {
                 formation: FormationId::default(),
                 phase: PHASES[0],
@@ -325,7 +325,7 @@ mod tests {
             };
             let (trace, parts) = (TraceContext::default(), lens.into_iter().map(part).collect());
             let header = FrameHeader { to: 0, tag, trace, block: None, parts };
-            let error = read_message(&mut &encode(&Message::Frame(header))[..]).unwrap_err().to_string();
+            let error = read_message(&mut &encode(&LinkMessage::Frame(header))[..]).unwrap_err().to_string();
             assert!(error.starts_with("expected at most 4294967296 bytes"), "{error}");
         }
     }

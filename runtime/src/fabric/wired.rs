@@ -1,8 +1,8 @@
 //! One formation of a job as one process sees it: its own ranks, and the links to the processes that host the others.
 //!
-//! A link goes one way and is made when it is first needed, to send or to wait: so a rank that waits for a peer hears of its
+//! A link goes one way and is made when it is first needed, to send or to wait: so a rank that waits for a peer learns of its
 //! end at once, and a rank of a large job has links only to those it talks to. Whatever goes wrong on a link ends as one
-//! [`Fault`] of the peer; knows nothing of what is done about it.
+//! [`PeerLost`] of the peer; knows nothing of what is done about it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::arrived::BufferPool;
 use super::delays::Delays;
 use super::endpoint::{Endpoint, Network};
-use super::formation::{Fault, Formation, Site, Transport};
+use super::formation::{Formation, PeerLost, Site, Transport};
 use super::handshake::{Carrier, Hello, welcome};
 use super::inbox::{Arrival, Inbox};
 use super::incoming::InLink;
@@ -28,7 +28,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How long a network that closes in peace waits until its last frames are taken.
 const LINGER: Duration = Duration::from_secs(5);
-/// How long one that gives up waits for its goodbyes to be heard.
+/// How long an aborting network waits for its goodbyes to arrive.
 const SHORT_LINGER: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,7 +64,7 @@ pub struct WiredNetwork {
     /// By site.
     peers: Mutex<Vec<Peer>>,
     buffers: Arc<BufferPool>,
-    on_fault: Arc<dyn Fn(Fault) + Send + Sync>,
+    on_fault: Arc<dyn Fn(PeerLost) + Send + Sync>,
     closed: AtomicBool,
     running: Mutex<Running>,
     ended: Condvar,
@@ -79,14 +79,14 @@ impl WiredNetwork {
     pub fn form(
         listener: &Listener,
         formation: Formation,
-        on_fault: Arc<dyn Fn(Fault) + Send + Sync>,
+        on_fault: Arc<dyn Fn(PeerLost) + Send + Sync>,
     ) -> Result<Arc<WiredNetwork>, FabricError> {
         let (sites, site_of) = formation.sites()?;
         let peer = |_: &Site| Peer { outgoing: None, incoming: None, presence: Presence::Here };
         let network = Arc::new(WiredNetwork {
             peers: Mutex::new(sites.iter().map(peer).collect()),
             inboxes: formation.local.iter().map(|&rank| (rank, Arc::default())).collect(),
-            delays: formation.disturbance.map(Delays::new),
+            delays: formation.delay_injection.map(Delays::new),
             formation,
             sites,
             site_of,
@@ -110,7 +110,7 @@ impl WiredNetwork {
     }
 
     /// Leaves the formation: what has been sent is given time to arrive, unless a rank of this process has given up, then all
-    /// sockets close and all threads end. No fault is told from now on, here or at the peers.
+    /// sockets close and all threads end. No fault is reported from now on, here or at the peers.
     pub fn close(&self) {
         if self.closed.swap(true, Ordering::SeqCst) {
             return;
@@ -119,7 +119,7 @@ impl WiredNetwork {
         let lost = self.lock_peers().iter().any(|peer| peer.presence == Presence::Lost);
         let in_peace = !lost && !self.inboxes.values().any(|inbox| inbox.is_aborted());
         let deadline =
-            Instant::now() + if in_peace { LINGER } else { SHORT_LINGER }.min(self.formation.patience);
+            Instant::now() + if in_peace { LINGER } else { SHORT_LINGER }.min(self.formation.timeout);
         let peers = self.lock_peers();
         let outgoing: Vec<_> = peers.iter().filter_map(|peer| peer.outgoing.clone()).collect();
         drop(peers);
@@ -150,9 +150,9 @@ impl WiredNetwork {
         self.peers.lock()
     }
 
-    /// See [`Formation::patience`].
-    pub fn patience(&self) -> Duration {
-        self.formation.patience
+    /// See [`Formation::timeout`].
+    pub fn timeout(&self) -> Duration {
+        self.formation.timeout
     }
 
     /// Hands a frame over, or to the link that goes to its rank. Never blocks.
@@ -185,7 +185,7 @@ impl WiredNetwork {
         Ok(())
     }
 
-    /// Somebody is about to wait for this rank: makes a link, on which its end would be heard.
+    /// Called before a wait for this rank: makes a link, on which its end would be noticed.
     pub(super) fn watch(self: &Arc<Self>, rank: usize) {
         if let Some(&site) = self.site_of.get(rank)
             && !self.inboxes.contains_key(&rank)
@@ -229,21 +229,21 @@ impl WiredNetwork {
 
     /// Takes a connection in whose other end has proven itself, and reads from it to its end.
     ///
-    /// **Errors**: the connection and why it is not wanted, in words.
+    /// **Errors**: the connection, and why it is refused.
     pub(super) fn take_in(self: &Arc<Self>, hello: &Hello, stream: Stream) -> Result<(), (Stream, String)> {
-        let site = match self.site_that_says(hello) {
+        let site = match self.site_with_reply(hello) {
             Ok(site) => site,
             Err(reason) => return Err((stream, reason)),
         };
         let mut peers = self.lock_peers();
         if self.closed.load(Ordering::SeqCst) || peers[site].presence != Presence::Here {
-            return Err((stream, "the formation is over".into()));
+            return Err((stream, "the formation has ended".into()));
         }
         if peers[site].incoming.is_some() {
             return Err((stream, format!("rank {} is connected already", hello.from)));
         }
         // One byte into an empty buffer: cannot block.
-        let ready = stream.set_patience(self.formation.patience).and_then(|()| welcome(&mut &stream));
+        let ready = stream.set_timeout(self.formation.timeout).and_then(|()| welcome(&mut &stream));
         if let Err(error) = ready {
             return Err((stream, error.to_string()));
         }
@@ -256,19 +256,19 @@ impl WiredNetwork {
         Ok(())
     }
 
-    fn site_that_says(&self, hello: &Hello) -> Result<usize, String> {
+    fn site_with_reply(&self, hello: &Hello) -> Result<usize, String> {
         let own = self.formation.local[0];
         if hello.to.index() != own {
             return Err(format!("this process hosts rank {own}, not rank {}", hello.to));
         }
         let site = self.site_of.get(hello.from.index()).copied();
         let site = site.filter(|&site| self.sites[site].ranks[0] == hello.from.index());
-        site.ok_or_else(|| format!("rank {} speaks for no process of this formation", hello.from))
+        site.ok_or_else(|| format!("rank {} belongs to no process of this formation", hello.from))
     }
 
     /// Where frames for `to` from `source` go, if the process `site` may send them.
     ///
-    /// **Errors**: in words.
+    /// **Errors**: a message.
     pub(super) fn inbox_for(&self, to: u32, source: u32, site: usize) -> Result<&Arc<Inbox>, String> {
         if self.site_of.get(source as usize) != Some(&site) {
             let ranks = &self.sites[site].ranks;
@@ -306,7 +306,7 @@ impl WiredNetwork {
 
     /// What this process says first to another.
     ///
-    /// **Errors**: in words, if there is no randomness.
+    /// **Errors**: if there is no randomness.
     pub(super) fn hello(&self, site: usize, carrier: Carrier) -> Result<Hello, String> {
         Ok(Hello {
             version: VERSION,
@@ -322,12 +322,12 @@ impl WiredNetwork {
         self.formation.id
     }
 
-    /// A link to or from a process has come to a bad end. The first time, everybody who waits for its ranks is told.
+    /// A link to or from a process has come to a bad end. The first time, all waits for its ranks are ended.
     pub(super) fn fault(&self, site: usize, reason: &str) {
         if self.part(site, Presence::Lost, reason) {
             let ranks = self.sites[site].ranks.clone();
             tracing::warn!(?ranks, reason, "a peer is lost");
-            (self.on_fault)(Fault { ranks, reason: reason.to_owned() });
+            (self.on_fault)(PeerLost { ranks, reason: reason.to_owned() });
         }
     }
 

@@ -58,7 +58,7 @@ impl MemoryQuery<'_> {
         RankFigures {
             rank,
             stages: self.placement[rank].clone(),
-            layers: stages().map(words).collect::<Vec<_>>().join("; "),
+            layers: stages().map(stage_text).collect::<Vec<_>>().join("; "),
             parameters: num_trained + gate_biases,
             weight_bytes: F32_BYTES * (num_trained + gate_biases),
             gradient_bytes: F32_BYTES * num_trained,
@@ -121,8 +121,8 @@ impl MemoryQuery<'_> {
     }
 }
 
-/// A stage in words: `embedding, 0 dense, 1-3 moe` or `4-6 moe, head, mtp`.
-fn words(stage: &StageLayout) -> String {
+/// A stage as text: `embedding, 0 dense, 1-3 moe` or `4-6 moe, head, mtp`.
+fn stage_text(stage: &StageLayout) -> String {
     let mut parts = Vec::new();
     if stage.embedding {
         parts.push("embedding".to_string());
@@ -206,8 +206,8 @@ mod tests {
                 }
                 let topology = Topology { pipeline, expert, data };
                 let ranks = memory(&config, topology, schedule);
-                let columns = topology.columns() as u64;
-                let world: u64 = ranks.iter().map(|rank| rank.optimizer_bytes * columns).sum();
+                let dp_size = topology.dp_size() as u64;
+                let world: u64 = ranks.iter().map(|rank| rank.optimizer_bytes * dp_size).sum();
                 let rounding = 8 * 16 * topology.world() as u64;
                 let exact = one[0].optimizer_bytes;
                 assert!(

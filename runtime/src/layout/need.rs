@@ -9,7 +9,7 @@ use crate::schedule::{Mode, RankFigures, peak_activations};
 /// By pipeline rank; all ranks at one pipeline coordinate need the same.
 ///
 /// # Errors
-/// In words: the layers cannot be spread over the stages; the schedule has no plan for the batch.
+/// The layers cannot be spread over the stages; the schedule has no plan for the batch.
 pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = split_layers(&recipe.model_config, recipe.stages(), training.sequence_length)?;

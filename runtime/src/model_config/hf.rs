@@ -29,7 +29,7 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
     let object = match serde_json::from_str(text) {
         Ok(Value::Object(object)) => object,
         Ok(other) => {
-            faults.expected("", "an object with the keys of an HF config.json", words(&other));
+            faults.expected("", "an object with the keys of an HF config.json", value_text(&other));
             return Err(faults);
         }
         Err(error) => {
@@ -37,7 +37,7 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
             return Err(faults);
         }
     };
-    let mut reader = Reader { object: &object, prefix: "", faults };
+    let mut reader = ConfigReader { object: &object, prefix: "", faults };
     reader.refuse_unsupported();
     let config = reader.config();
     let mut faults = reader.faults;
@@ -46,21 +46,21 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
 }
 
 /// Takes typed values out of one JSON object and notes what is wrong with them.
-struct Reader<'a> {
+struct ConfigReader<'a> {
     object: &'a Map<String, Value>,
     /// Path of the object in the file, with a dot behind it if not empty.
     prefix: &'static str,
     faults: Faults,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> ConfigReader<'a> {
     /// Null and absent mean the same.
     fn given(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
     fn fault(&mut self, key: &str, expected: &str, got: Option<&Value>) {
-        let got = got.map_or_else(|| "nothing".to_string(), words);
+        let got = got.map_or_else(|| "nothing".to_string(), value_text);
         self.faults.expected(format!("{}{key}", self.prefix), expected, got);
     }
 
@@ -254,7 +254,7 @@ fn token_ids_json(ids: &[u64]) -> Value {
 }
 
 /// A value as a reader of the message would name it.
-fn words(value: &Value) -> String {
+fn value_text(value: &Value) -> String {
     match value {
         Value::Array(_) => "a list".to_string(),
         Value::Object(_) => "an object".to_string(),

@@ -26,7 +26,7 @@ impl WeightShape {
 /// Buffers of the rotary embedding that published modelling code has registered at one time or another.
 const ROTARY_BUFFERS: [&str; 4] = ["inv_freq", "original_inv_freq", "cos_cached", "sin_cached"];
 
-/// Whether a tensor of this name is a buffer that follows from the configuration: files may hold it, and nobody needs it.
+/// Whether a tensor of this name is a buffer that follows from the configuration: files may contain it, and it is ignored.
 ///
 /// **Source**: published checkpoints of this architecture hold `model.layers.N.self_attn.rotary_emb.inv_freq`.
 pub fn is_derived_buffer(name: &str) -> bool {

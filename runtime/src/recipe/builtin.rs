@@ -17,7 +17,7 @@ pub fn recipe(name: &str) -> Option<&'static str> {
     RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
-/// What a built-in recipe is, in the words of its first comment.
+/// Description of a built-in recipe: its first comment.
 pub fn recipe_summary(name: &str) -> Option<&'static str> {
     recipe(name)?.lines().next()?.strip_prefix("# ")
 }

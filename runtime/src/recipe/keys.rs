@@ -30,7 +30,7 @@ pub enum KeyKind {
     Steps,
     /// True or false.
     Flag,
-    /// One of a few words.
+    /// One of a few names.
     Choice(&'static [&'static str]),
     /// Any text but the empty one.
     Text,
@@ -62,7 +62,7 @@ pub enum KeyDefault {
     Required,
     /// A TOML value.
     Value(&'static str),
-    /// Follows from other keys or from the model, in words.
+    /// Follows from other keys or from the model.
     Derived(&'static str),
 }
 
@@ -103,7 +103,7 @@ pub const KEYS: &[KeyDoc] = &[
     key("training.ramp_start_batch_size", Count(0, SEQUENCES), Fixed("0"),
         "Sequences per step at the start, when the batch ramps up."),
     key("training.ramp_tokens", Count(0, ANY), Fixed("0"),
-        "Tokens over which the batch grows to its full size; 0: it does not."),
+        "Tokens over which the batch grows to its full size; 0: no ramp."),
     key("training.validation_sequences", Count(1, SEQUENCES), Fixed("64"),
         "Sequences the final validation reads."),
     key("training.init_std", Number(NonNegative), Derived("the model's initializer_range"),
@@ -122,7 +122,7 @@ pub const KEYS: &[KeyDoc] = &[
     key("lr.peak", Number(Positive), Required, "Highest learning rate."),
     key("lr.warmup_steps", Count(0, STEPS), Fixed("0"), "Steps of the linear warm-up."),
     key("lr.constant_tokens", Count(0, ANY), Fixed("0"),
-        "The peak lasts until so many tokens have been seen, warm-up included."),
+        "Tokens until which the peak is held, warm-up included."),
     key("lr.cosine_tokens", Count(0, ANY), Fixed("0"),
         "Tokens of the half cosine from the peak down to the floor."),
     key("lr.floor", Number(NonNegative), Derived("lr.peak: no decay"),
@@ -151,19 +151,19 @@ pub const KEYS: &[KeyDoc] = &[
     key("checkpoint.save_model", Flag, Fixed("true"),
         "Whether the run ends by writing the weights as an HF directory."),
     key("checkpoint.in_memory", Flag, Fixed("true"),
-        "In a cluster: whether a rank's worker and another one keep its latest two states, 48 bytes a parameter over all."),
+        "In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter."),
     key("watch.on_nan", Choice(&["stop", "skip", "rollback"]), Fixed("\"stop\""),
-        "What becomes of a step that is not finite: stop, skip the batch, or rollback to the last checkpoint."),
+        "Action on a step that is not finite: stop, skip the batch, or rollback to the last checkpoint."),
     key("watch.on_spike", Choice(&["off", "warn", "stop", "skip", "rollback"]), Fixed("\"warn\""),
-        "What becomes of a step with a spike of loss or gradient norm: off, warn, stop, skip or rollback."),
+        "Action on a spike of loss or gradient norm: off, warn, stop, skip or rollback."),
     key("watch.spike_factor", Number(Positive), Fixed("20.0"),
         "A spike is more standard deviations than this above the median, both estimated robustly."),
     key("watch.spike_window", Count(2, 1 << 16), Fixed("32"),
-        "Updates that the median is taken over; no spike is seen before."),
+        "Updates in the window of the median; no spike is detected before it is full."),
     key("watch.max_skips", Count(1, STEPS), Fixed("3"),
         "Batches in a row that may be skipped; the next one stops the run."),
     key("watch.collapse_steps", Count(0, STEPS), Fixed("50"),
-        "Warn of a gate that leaves an expert without tokens for so many steps; 0: never."),
+        "Warn when a gate leaves an expert without tokens for this many steps; 0: never."),
     key("log.level", Choice(&["error", "warn", "info", "debug", "trace"]), Fixed("\"info\""),
         "Least severe messages shown: error, warn, info, debug or trace."),
 ];
@@ -174,7 +174,7 @@ impl KeyDoc {
         self.path.split_once('.').expect("a path is section.key")
     }
 
-    /// A valid value: the default, or where there is none the least there is. Stands in for a faulty value
+    /// A valid value: the default, or where there is none the least there is. Substitutes for a faulty value
     /// while the rest of a recipe is checked.
     pub(super) fn stand_in(&self) -> Value {
         match (self.default, self.kind) {
@@ -182,7 +182,7 @@ impl KeyDoc {
             (_, Count(least, _)) => Value::Integer(least as i64),
             (_, Number(_) | Steps) => Value::Float(0.0),
             (_, Flag) => Value::Boolean(false),
-            (_, Choice(words)) => Value::String(words[0].to_string()),
+            (_, Choice(range_text)) => Value::String(range_text[0].to_string()),
             (_, Text | OptionalText) => Value::String(String::new()),
             (_, Texts | Counts(_)) => Value::Array(Vec::new()),
         }
@@ -202,8 +202,8 @@ impl NumberRange {
 }
 
 impl KeyKind {
-    /// The type and range in words.
-    pub fn words(self) -> String {
+    /// The type and range as text.
+    pub fn range_text(self) -> String {
         match self {
             Count(least, ANY) => format!("a whole number, {least} or more"),
             Count(least, most) => format!("a whole number from {least} to {most}"),
@@ -215,7 +215,7 @@ impl KeyKind {
                 .to_string(),
             Flag => "true or false".to_string(),
             Choice([only]) => format!("\"{only}\""),
-            Choice(words) => format!("one of \"{}\"", words.join("\", \"")),
+            Choice(range_text) => format!("one of \"{}\"", range_text.join("\", \"")),
             Text | OptionalText => "a text".to_string(),
             Texts => "a list of texts".to_string(),
             Counts(most) => format!("a list of whole numbers from 1 to {most}"),
@@ -235,7 +235,7 @@ impl KeyKind {
                 other => Number(NonNegative).admits(other),
             },
             Flag => value.is_bool(),
-            Choice(words) => value.as_str().is_some_and(|value| words.contains(&value)),
+            Choice(range_text) => value.as_str().is_some_and(|value| range_text.contains(&value)),
             Text => value.as_str().is_some_and(|value| !value.is_empty()),
             OptionalText => value.is_str(),
             Texts => value.as_array().is_some_and(|list| list.iter().all(|text| Text.admits(text))),
@@ -268,9 +268,9 @@ pub fn reference() -> String {
     document(|key| {
         let name = key.parts().1;
         match key.default {
-            Required => format!("# {name} = (required: {})", key.kind.words()),
+            Required => format!("# {name} = (required: {})", key.kind.range_text()),
             Fixed(value) => format!("{name} = {value}"),
-            Derived(words) => format!("# {name} = ({words})"),
+            Derived(range_text) => format!("# {name} = ({range_text})"),
         }
     })
 }

@@ -1,4 +1,4 @@
-//! The recipe: everything a run is told, as one checked value.
+//! The recipe: all settings of a run, as one checked value.
 //!
 //! First thing a job becomes. TOML text and `--set` overrides go through a table of keys (`keys`, `table`),
 //! the model's `config.json` is read, relations are checked, and the typed sections come out, or every fault
@@ -26,7 +26,7 @@ pub use sections::{
     LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
     TokenizerSection, TrainingSection, WatchSection,
 };
-pub use step_table::{Step, StepTable};
+pub use step_table::{StepTable, TableStep};
 
 use crate::faults::Faults;
 use crate::model_config::{ModelConfig, builtin as models};
@@ -43,7 +43,7 @@ pub enum RecipeSource {
     File(PathBuf),
 }
 
-/// Everything a run is told. [`Recipe::load`] makes it, after all checks.
+/// All settings of a run. [`Recipe::load`] makes it, after all checks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
@@ -67,7 +67,7 @@ pub struct Recipe {
     pub tokenizer: TokenizerSection,
     /// What is kept.
     pub checkpoint: CheckpointSection,
-    /// What becomes of steps whose numbers are out of bounds.
+    /// The action on steps whose numbers are out of bounds.
     pub watch: WatchSection,
     /// What is said while it runs.
     pub log: LogSection,
@@ -179,7 +179,7 @@ impl Recipe {
         Self::read((&text, name), Path::new(""), overrides, model)
     }
 
-    /// As [`Recipe::load`], from a text that is called `name` in messages and stands in `folder`.
+    /// As [`Recipe::load`], from a text that is called `name` in messages and is relative to `folder`.
     ///
     /// **Errors**: every fault at once.
     pub fn from_toml(text: &str, name: &str, folder: &Path, overrides: &[String]) -> Result<Self, Faults> {
@@ -204,7 +204,7 @@ impl Recipe {
         Ok((text, model.map_or_else(String::new, |model| model.to_hf_json())))
     }
 
-    /// A recipe that somebody sends: its paths stay as they are written, and must stay below the folder that they will be
+    /// A submitted recipe: its paths stay as they are written, and must stay below the folder that they will be
     /// looked up in. `model` is the one that `model.config` names, if that is no built-in one.
     ///
     /// **Errors**: every fault at once.
@@ -222,7 +222,7 @@ impl Recipe {
                 format!("a built-in model ({}) or its config.json with the recipe", names.join(", "));
             table.faults.expected("model.config", expected, format!("{config:?} alone"));
         }
-        // Every other fault is told with it; a stand-in for the model keeps its file from being looked for here.
+        // Every other fault is reported with it; a stand-in for the model keeps its file from being looked for here.
         let is_known = model.is_some() || names.contains(&config.as_str());
         let mut recipe = Self::finish(table, model.or_else(|| (!is_known).then(stand_in_model)))?;
         let mut faults = Faults::default();
@@ -317,13 +317,13 @@ impl Recipe {
     /// Every batch is a multiple of this many sequences: one micro-batch for each column of ranks and each
     /// direction.
     pub fn batch_unit(&self) -> usize {
-        self.training.micro_batch_size * self.topology().columns() * self.directions()
+        self.training.micro_batch_size * self.topology().dp_size() * self.directions()
     }
 
     /// Micro-batches that each pipeline works on in a step of `batch_size` sequences, both directions
     /// together.
     pub fn micro_batches(&self, batch_size: usize) -> usize {
-        batch_size / (self.training.micro_batch_size * self.topology().columns())
+        batch_size / (self.training.micro_batch_size * self.topology().dp_size())
     }
 
     /// Ends of the pipeline at which micro-batches enter.

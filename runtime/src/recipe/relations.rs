@@ -49,7 +49,7 @@ const BATCH_KEYS: [&str; 5] = [
 ];
 
 /// How the unit of the batch comes about.
-fn unit_words(recipe: &Recipe) -> String {
+fn unit_as_text(recipe: &Recipe) -> String {
     let parallel = &recipe.parallel;
     let directions = if recipe.directions() == 2 { " x 2 directions" } else { "" };
     format!(
@@ -61,7 +61,7 @@ fn unit_words(recipe: &Recipe) -> String {
 fn check_batch(recipe: &Recipe, faults: &mut Faults) {
     let (batch, unit) = (recipe.training.global_batch_size, recipe.batch_unit());
     if faults.spare(&BATCH_KEYS) && batch % unit != 0 {
-        let expected = format!("a multiple of {unit} ({})", unit_words(recipe));
+        let expected = format!("a multiple of {unit} ({})", unit_as_text(recipe));
         faults.expected("training.global_batch_size", expected, batch);
     }
 }
@@ -78,7 +78,7 @@ fn check_ramp(recipe: &Recipe, faults: &mut Faults) {
             faults.expected("training.ramp_tokens", "above 0 where ramp_start_batch_size is set", 0);
         }
     } else if start < unit || start > training.global_batch_size {
-        let expected = format!("from {unit} ({}) to global_batch_size", unit_words(recipe));
+        let expected = format!("from {unit} ({}) to global_batch_size", unit_as_text(recipe));
         faults.expected("training.ramp_start_batch_size", expected, start);
     }
 }

@@ -56,7 +56,7 @@ pub struct TrainingSection {
     pub micro_batch_size: usize,
     /// Sequences per step at the start, when the batch ramps up.
     pub ramp_start_batch_size: usize,
-    /// Tokens over which the batch grows to its full size; 0: it does not.
+    /// Tokens over which the batch grows to its full size; 0: no ramp.
     pub ramp_tokens: u64,
     /// Sequences the final validation reads.
     pub validation_sequences: usize,
@@ -102,7 +102,7 @@ pub struct LrSection {
     pub peak: f64,
     /// Steps of the linear warm-up.
     pub warmup_steps: usize,
-    /// The peak lasts until so many tokens have been seen, warm-up included.
+    /// Tokens until which the peak is held, warm-up included.
     pub constant_tokens: u64,
     /// Tokens of the half cosine from the peak down to the floor.
     pub cosine_tokens: u64,
@@ -168,29 +168,29 @@ pub struct CheckpointSection {
     pub keep: usize,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
-    /// In a cluster: whether a rank's worker and another one keep its latest two states, 48 bytes a parameter over all.
+    /// In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter.
     pub in_memory: bool,
 }
 
-/// `[watch]`: what becomes of steps whose numbers are out of bounds.
+/// `[watch]`: the action on steps whose numbers are out of bounds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WatchSection {
-    /// What becomes of a step that is not finite: stop, skip the batch, or rollback to the last checkpoint.
+    /// Action on a step that is not finite: stop, skip the batch, or rollback to the last checkpoint.
     pub on_nan: OnFault,
-    /// What becomes of a step with a spike of loss or gradient norm: off, warn, stop, skip or rollback.
+    /// Action on a spike of loss or gradient norm: off, warn, stop, skip or rollback.
     pub on_spike: OnSpike,
     /// A spike is more standard deviations than this above the median, both estimated robustly.
     pub spike_factor: f64,
-    /// Updates that the median is taken over; no spike is seen before.
+    /// Updates in the window of the median; no spike is detected before it is full.
     pub spike_window: usize,
     /// Batches in a row that may be skipped; the next one stops the run.
     pub max_skips: u64,
-    /// Warn of a gate that leaves an expert without tokens for so many steps; 0: never.
+    /// Warn when a gate leaves an expert without tokens for this many steps; 0: never.
     pub collapse_steps: u64,
 }
 
-/// What becomes of a step that is not finite.
+/// The action taken on a step that is not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFault {
@@ -202,13 +202,13 @@ pub enum OnFault {
     Rollback,
 }
 
-/// What becomes of a spike.
+/// The action taken on a spike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnSpike {
-    /// Nothing; nobody looks.
+    /// Nothing; spikes are not detected.
     Off,
-    /// The update is made, and the spike told.
+    /// The update is made, with a warning.
     Warn,
     /// The run ends.
     Stop,
@@ -230,7 +230,7 @@ pub struct LogSection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
-    /// The run cannot go on.
+    /// The run cannot continue.
     Error,
     /// Something the user should know.
     Warn,

@@ -4,16 +4,16 @@ use serde::{Deserialize, Serialize};
 
 /// A step function of the tokens seen: one number, or a list of steps whose first starts at 0 tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(from = "Form", into = "Form")]
+#[serde(from = "StepTableRepr", into = "StepTableRepr")]
 pub struct StepTable {
-    steps: Vec<Step>,
+    steps: Vec<TableStep>,
 }
 
 /// One step of a [`StepTable`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Step {
-    /// The value holds from so many tokens on.
+pub struct TableStep {
+    /// Tokens from which on the value holds.
     pub from_tokens: u64,
     /// The value.
     pub value: f64,
@@ -22,15 +22,15 @@ pub struct Step {
 /// How it is written down.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(untagged)]
-enum Form {
+enum StepTableRepr {
     Number(f64),
-    Steps(Vec<Step>),
+    Steps(Vec<TableStep>),
 }
 
 impl StepTable {
     /// The same value throughout.
     pub fn constant(value: f64) -> Self {
-        Self { steps: vec![Step { from_tokens: 0, value }] }
+        Self { steps: vec![TableStep { from_tokens: 0, value }] }
     }
 
     /// The value once `tokens` tokens have been seen: that of the last step that has begun.
@@ -45,20 +45,20 @@ impl StepTable {
     }
 }
 
-impl From<Form> for StepTable {
-    fn from(form: Form) -> Self {
+impl From<StepTableRepr> for StepTable {
+    fn from(form: StepTableRepr) -> Self {
         match form {
-            Form::Number(value) => Self::constant(value),
-            Form::Steps(steps) => Self { steps },
+            StepTableRepr::Number(value) => Self::constant(value),
+            StepTableRepr::Steps(steps) => Self { steps },
         }
     }
 }
 
-impl From<StepTable> for Form {
+impl From<StepTable> for StepTableRepr {
     fn from(table: StepTable) -> Self {
         match table.steps.as_slice() {
-            [only] => Form::Number(only.value),
-            _ => Form::Steps(table.steps),
+            [only] => StepTableRepr::Number(only.value),
+            _ => StepTableRepr::Steps(table.steps),
         }
     }
 }

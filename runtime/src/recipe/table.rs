@@ -23,7 +23,7 @@ pub(super) struct RecipeTable {
 }
 
 impl RecipeTable {
-    /// **Errors**: text that is no TOML; `name` stands for the file in the message. All else goes into
+    /// **Errors**: text that is no TOML; `name` is used for the file in the message. All else goes into
     /// `faults`: overrides that are no `section.key=value`, unknown keys, missing ones, wrong types, values
     /// out of range.
     pub(super) fn read(name: &str, text: &str, overrides: &[String]) -> Result<Self, Faults> {
@@ -126,9 +126,9 @@ impl RecipeTable {
         }
     }
 
-    /// Notes a fault of a value, with what came and where it stands.
+    /// Notes a fault of a value, with what came and where.
     pub(super) fn fault(&mut self, path: &str, expected: &str) {
-        let got = self.get(path).map_or_else(|| "nothing".to_string(), words);
+        let got = self.get(path).map_or_else(|| "nothing".to_string(), value_text);
         let got = format!("{got}{}", self.origin(path));
         self.faults.expected(path, expected, got);
     }
@@ -182,7 +182,7 @@ impl RecipeTable {
                 Value::Table(_) if is_section => {}
                 _ if is_section => {
                     let expected = format!("a section, [{section}]");
-                    let got = format!("{}{}", words(value), self.origin(section));
+                    let got = format!("{}{}", value_text(value), self.origin(section));
                     self.faults.expected(section, expected, got);
                 }
                 _ => unknown.push(section.clone()),
@@ -197,7 +197,7 @@ impl RecipeTable {
     fn check(&mut self, key: &KeyDoc) {
         match (self.get(key.path), key.default) {
             (Some(value), _) if key.kind.admits(value) => return,
-            (Some(_), _) | (None, KeyDefault::Required) => self.fault(key.path, &key.kind.words()),
+            (Some(_), _) | (None, KeyDefault::Required) => self.fault(key.path, &key.kind.range_text()),
             (None, _) => {}
         }
         self.set(key.path, key.stand_in());
@@ -210,7 +210,7 @@ fn line(text: &str, at: usize) -> usize {
 }
 
 /// A value as a reader of the message would name it.
-fn words(value: &Value) -> String {
+fn value_text(value: &Value) -> String {
     const LONGEST: usize = 60;
     let text = match value {
         Value::Array(_) | Value::Table(_) if value.to_string().len() > LONGEST => {

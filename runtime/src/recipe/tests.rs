@@ -1,4 +1,4 @@
-//! Recipes as their writers get them wrong, and what they are told.
+//! Faulty recipes as users write them, and the resulting messages.
 
 use proptest::prelude::*;
 
@@ -31,7 +31,7 @@ fn good(overrides: &[&str]) -> Recipe {
 }
 
 /// What is said about the good recipe after some overrides.
-fn said(overrides: &[&str]) -> String {
+fn error_text(overrides: &[&str]) -> String {
     read(GOOD, overrides).map_or_else(|faults| faults.to_string(), |_| "nothing".to_string())
 }
 
@@ -63,7 +63,7 @@ fn overrides_are_toml_or_bare_words() {
     assert_eq!(good(&[table]).bias_speed_at(100), 0.0);
     let paths = ["a b/c".to_string(), "d\"e".to_string()];
     assert!(good(&[&paths_override(&paths)]).data.paths[1].ends_with("/d\"e"));
-    // An override also mends what the file has wrong.
+    // An override also fixes what is wrong in the file.
     assert!(read(&GOOD.replace("steps = 10", "steps = \"ten\""), &["training.steps=5"]).is_ok());
 }
 
@@ -111,7 +111,7 @@ fn values_of_the_wrong_type_or_range() {
         ),
     ];
     for (entry, message) in cases {
-        assert_eq!(said(&[entry]), *message);
+        assert_eq!(error_text(&[entry]), *message);
     }
 }
 
@@ -131,7 +131,9 @@ fn tables_over_tokens_start_at_zero_and_rise() {
         vec!["0.5".to_string()],
     ];
     for steps in wrong {
-        assert!(said(&[&table(&steps)]).starts_with("mtp.weight: expected a number, 0 or more, or a list"));
+        assert!(
+            error_text(&[&table(&steps)]).starts_with("mtp.weight: expected a number, 0 or more, or a list")
+        );
     }
 }
 
@@ -166,7 +168,7 @@ fn unknown_keys_get_the_name_that_was_meant() {
         ("profiling.xyzzy", ""),
     ];
     for (path, hint) in cases {
-        assert_eq!(said(&[&format!("{path}=1")]), format!("{path}: unknown key (--set){hint}"));
+        assert_eq!(error_text(&[&format!("{path}=1")]), format!("{path}: unknown key (--set){hint}"));
     }
     let top_level = format!("global-batch-size = 8\n{GOOD}");
     let message = "global-batch-size: unknown key (line 1); did you mean `training.global_batch_size`?";
@@ -175,7 +177,7 @@ fn unknown_keys_get_the_name_that_was_meant() {
         ("steps=3", "--set: expected section.key=value, got `steps=3`; did you mean `training.steps`?"),
         ("training.steps", "--set: expected section.key=value, got `training.steps`"),
     ] {
-        assert_eq!(said(&[entry]), message);
+        assert_eq!(error_text(&[entry]), message);
     }
 }
 
@@ -235,9 +237,9 @@ fn relations_between_values() {
         ),
     ];
     for (overrides, message) in cases {
-        assert_eq!(said(overrides), *message);
+        assert_eq!(error_text(overrides), *message);
     }
-    let odd = said(&["parallel.pipeline=3"]);
+    let odd = error_text(&["parallel.pipeline=3"]);
     assert!(odd.starts_with("parallel.pipeline: ") && odd.contains("even"), "{odd}");
 }
 
@@ -285,8 +287,8 @@ fn broken_toml_and_missing_files() {
     );
     assert!(missing.ends_with("; did you mean `tiny`?"), "{missing}");
 
-    assert!(said(&["model.config=tinny"]).ends_with("/tinny; did you mean `tiny`?"));
-    let model = said(&["model.config=\"no/such.json\""]);
+    assert!(error_text(&["model.config=tinny"]).ends_with("/tinny; did you mean `tiny`?"));
+    let model = error_text(&["model.config=\"no/such.json\""]);
     let expected =
         "model.config: expected a built-in model (tiny, small, base, deepseek-v3) or an HF config.json, got ";
     assert!(model.starts_with(expected) && model.ends_with("no/such.json"), "{model}");

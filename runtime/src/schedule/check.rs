@@ -32,7 +32,7 @@ pub struct Report {
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Fault {
+pub struct PlanFault {
     /// Pipeline rank, where it belongs to one.
     pub rank: Option<usize>,
     /// Index in the rank's list of actions, where it belongs to one.
@@ -41,7 +41,7 @@ pub struct Fault {
     pub text: String,
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for PlanFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.rank, self.action) {
             (Some(rank), Some(action)) => write!(f, "rank {rank}, action {action}: {}", self.text),
@@ -57,8 +57,8 @@ impl fmt::Display for Fault {
 /// All faults: a chunk that never runs or runs twice, a backward pass before or away from its forward pass, a weight part
 /// without its input part, a stage on a rank that does not hold it, programs that do something other than the plan,
 /// transfers that do not match, a deadlock.
-pub fn check(plan: &Plan, programs: &[Program]) -> Result<Report, Vec<Fault>> {
-    let mut faults = Faults::default();
+pub fn check(plan: &Plan, programs: &[Program]) -> Result<Report, Vec<PlanFault>> {
+    let mut faults = PlanFaults::default();
     plan_faults(plan, &mut faults);
     if programs.len() != plan.ranks() {
         faults.add(
@@ -84,14 +84,14 @@ pub(super) fn unit_cost(_rank: usize, op: &Op) -> f64 {
 
 /// The faults found so far.
 #[derive(Default)]
-pub(super) struct Faults(pub Vec<Fault>);
+pub(super) struct PlanFaults(pub Vec<PlanFault>);
 
-impl Faults {
+impl PlanFaults {
     pub fn add(&mut self, rank: Option<usize>, action: Option<usize>, text: String) {
-        self.0.push(Fault { rank, action, text });
+        self.0.push(PlanFault { rank, action, text });
     }
 
-    pub fn at(&mut self, place: Place, text: String) {
+    pub fn at(&mut self, place: ActionIndex, text: String) {
         self.add(Some(place.rank), Some(place.action), text);
     }
 
@@ -103,14 +103,14 @@ impl Faults {
 
 /// Where in a plan something happens.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct ActionIndex {
     pub rank: usize,
     pub action: usize,
 }
 
-type Places = HashMap<(Pass, Chunk), Place>;
+type ActionIndices = HashMap<(Pass, Chunk), ActionIndex>;
 
-fn plan_faults(plan: &Plan, faults: &mut Faults) {
+fn plan_faults(plan: &Plan, faults: &mut PlanFaults) {
     if plan.placement.len() != plan.ranks() {
         let (placed, ranks) = (plan.placement.len(), plan.ranks());
         faults.add(None, None, format!("expected a placement for each of {ranks} ranks, got {placed}"));
@@ -137,7 +137,7 @@ pub(super) fn passes(action: &Action) -> impl Iterator<Item = (Pass, Chunk)> {
     [forward, input, weight].into_iter().flatten()
 }
 
-/// A pass in words.
+/// The name of a pass.
 pub(super) fn name(pass: Pass) -> &'static str {
     match pass {
         Pass::Forward => "forward",
@@ -147,12 +147,12 @@ pub(super) fn name(pass: Pass) -> &'static str {
 }
 
 /// Where every pass of every chunk runs; complains about those that run twice or where they must not.
-fn places(plan: &Plan, faults: &mut Faults) -> Places {
-    let mut places = Places::new();
+fn places(plan: &Plan, faults: &mut PlanFaults) -> ActionIndices {
+    let mut places = ActionIndices::new();
     for (rank, list) in plan.actions.iter().enumerate() {
         let held = plan.placement.get(rank).map_or(&[][..], Vec::as_slice);
         for (index, action) in list.iter().enumerate() {
-            let place = Place { rank, action: index };
+            let place = ActionIndex { rank, action: index };
             for (pass, chunk) in passes(action) {
                 let name = name(pass);
                 if chunk.stage >= plan.stages || chunk.micro_batch >= plan.micro_batches {
@@ -172,7 +172,7 @@ fn places(plan: &Plan, faults: &mut Faults) -> Places {
                         places.insert((pass, chunk), place);
                     }
                     Some(first) => {
-                        let Place { rank, action: index } = first;
+                        let ActionIndex { rank, action: index } = first;
                         let text = format!(
                             "{action}: the {name} of {chunk} runs again, first as action {index} of rank {rank}"
                         );
@@ -185,7 +185,7 @@ fn places(plan: &Plan, faults: &mut Faults) -> Places {
     places
 }
 
-fn missing_faults(plan: &Plan, places: &Places, faults: &mut Faults) {
+fn missing_faults(plan: &Plan, places: &ActionIndices, faults: &mut PlanFaults) {
     let wanted: &[Pass] = if plan.is_forward_only() {
         &[Pass::Forward]
     } else {
@@ -212,8 +212,8 @@ fn missing_faults(plan: &Plan, places: &Places, faults: &mut Faults) {
 }
 
 /// What must come earlier on the same rank. Order between ranks follows from the messages; the walk proves it.
-fn order_faults(places: &Places, faults: &mut Faults) {
-    let mut found: Vec<(Place, String)> = Vec::new();
+fn order_faults(places: &ActionIndices, faults: &mut PlanFaults) {
+    let mut found: Vec<(ActionIndex, String)> = Vec::new();
     for (&(pass, chunk), &place) in places {
         let earlier = match pass {
             Pass::Forward => None,
@@ -246,10 +246,10 @@ fn order_faults(places: &Places, faults: &mut Faults) {
 
 fn order_fault(
     (pass, chunk): (Pass, Chunk),
-    place: Place,
+    place: ActionIndex,
     earlier: (Pass, Chunk),
-    places: &Places,
-) -> Option<(Place, String)> {
+    places: &ActionIndices,
+) -> Option<(ActionIndex, String)> {
     let (name, needed) = (name(pass), name(earlier.0));
     let text = match places.get(&earlier) {
         None => format!("the {name} of {chunk} has no {needed}"),

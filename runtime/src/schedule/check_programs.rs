@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::action::{Action, Chunk, Plan};
-use super::check::{Faults, Place, name, passes};
+use super::check::{ActionIndex, PlanFaults, name, passes};
 use super::deadlock::{Deadlock, Stuck, WaitsFor, list_ranks};
 use super::flow;
 use super::messages::{Message, messages};
@@ -11,7 +11,7 @@ use super::program::{Lane, Op, Pass, Program, Work};
 use super::walk::partners;
 
 /// Whether the programs carry out the plan: all of it, nothing else, with transfers that match.
-pub(super) fn program_faults(plan: &Plan, programs: &[Program], faults: &mut Faults) {
+pub(super) fn program_faults(plan: &Plan, programs: &[Program], faults: &mut PlanFaults) {
     for (rank, program) in programs.iter().enumerate() {
         op_faults(rank, program, faults);
         component_faults(rank, &plan.actions[rank], program, faults);
@@ -20,8 +20,8 @@ pub(super) fn program_faults(plan: &Plan, programs: &[Program], faults: &mut Fau
     transfer_faults(plan, programs, faults);
 }
 
-/// Whether each operation stands on its lane, waits for earlier ones only, and is there once.
-pub(super) fn op_faults(rank: usize, program: &Program, faults: &mut Faults) {
+/// Whether each operation is on its lane, waits for earlier ones only, and is there once.
+pub(super) fn op_faults(rank: usize, program: &Program, faults: &mut PlanFaults) {
     let mut seen: HashSet<Work> = HashSet::with_capacity(program.ops.len());
     for (id, op) in program.ops.iter().enumerate() {
         if let Some(later) = op.after.iter().find(|&&earlier| earlier >= id) {
@@ -56,7 +56,7 @@ fn is_on_its_lane(op: &Op) -> bool {
 }
 
 /// The program does what the actions say, in their order, and all of it.
-fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: &mut Faults) {
+fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: &mut PlanFaults) {
     let mut carried_out: HashSet<(usize, Pass)> = HashSet::new();
     let mut reached = 0;
     for (id, op) in program.ops.iter().enumerate() {
@@ -74,7 +74,7 @@ fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: 
         for (pass, _) in passes(action).filter(|(pass, _)| *pass != Pass::BackwardWeight) {
             if !carried_out.contains(&(index, pass)) {
                 faults.at(
-                    Place { rank, action: index },
+                    ActionIndex { rank, action: index },
                     format!("{action}: the program has no {}", name(pass)),
                 );
             }
@@ -83,7 +83,7 @@ fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: 
 }
 
 /// Whatever component runs in one pass runs once in each.
-fn completeness_faults(rank: usize, program: &Program, forward_only: bool, faults: &mut Faults) {
+fn completeness_faults(rank: usize, program: &Program, forward_only: bool, faults: &mut PlanFaults) {
     if forward_only {
         return;
     }
@@ -100,7 +100,7 @@ fn completeness_faults(rank: usize, program: &Program, forward_only: bool, fault
     }
 }
 
-fn transfer_faults(plan: &Plan, programs: &[Program], faults: &mut Faults) {
+fn transfer_faults(plan: &Plan, programs: &[Program], faults: &mut PlanFaults) {
     let mut expected: HashMap<Message, isize> = HashMap::new();
     for message in messages(plan) {
         *expected.entry(message).or_default() += 1;
@@ -137,8 +137,8 @@ fn transfer_faults(plan: &Plan, programs: &[Program], faults: &mut Faults) {
 }
 
 /// One fault per lane that computes, exchanges or reduces: what is stuck there and what is missing. Transfers are named as
-/// what is missing; on their own only if nobody else is stuck.
-pub(super) fn deadlock_faults(deadlock: &Deadlock, programs: &[Program], faults: &mut Faults) {
+/// what is missing; on their own only if nothing else is stuck.
+pub(super) fn deadlock_faults(deadlock: &Deadlock, programs: &[Program], faults: &mut PlanFaults) {
     let computes = |stuck: &&Stuck| matches!(stuck.lane, Lane::Compute | Lane::Expert | Lane::Collective);
     let mut heads: Vec<&Stuck> = deadlock.stuck.iter().filter(computes).collect();
     if heads.is_empty() {

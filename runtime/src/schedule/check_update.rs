@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::action::Plan;
 use super::bucket::Bucket;
-use super::check::{Fault, Faults, Report, check, unit_cost};
+use super::check::{PlanFault, PlanFaults, Report, check, unit_cost};
 use super::check_programs::{deadlock_faults, op_faults};
 use super::deadlock::list_ranks;
 use super::program::{Lane, OpId, Program, Work};
@@ -18,8 +18,8 @@ use super::walk::walk;
 /// # Errors
 /// All faults: those of [`check()`] in the first half; a bucket that is reduced too early, too late or never; members of a
 /// collective that do not agree on who takes part or on the order; a deadlock in any of the programs.
-pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<Fault>> {
-    let mut faults = Faults::default();
+pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<PlanFault>> {
+    let mut faults = PlanFaults::default();
     let checked = check(plan, &step.gradients);
     let report = checked.map_err(|found| faults.0 = found).ok();
     if step.overlap {
@@ -48,7 +48,7 @@ pub fn check_step(plan: &Plan, step: &StepPrograms) -> Result<Report, Vec<Fault>
 
 /// Whether a step does all that it should, with its ranks in agreement. Where it is `behind` another one it begins with the
 /// gathering of that one's update, and leaves its own to the next.
-fn whole_faults(programs: &[Program], behind: bool, faults: &mut Faults) {
+fn whole_faults(programs: &[Program], behind: bool, faults: &mut PlanFaults) {
     for (rank, program) in programs.iter().enumerate() {
         bucket_faults(rank, program, behind, faults);
     }
@@ -57,7 +57,7 @@ fn whole_faults(programs: &[Program], behind: bool, faults: &mut Faults) {
     replica_faults(programs, faults);
 }
 
-/// What becomes of a bucket's gradients, in order; a bucket that one rank holds alone needs no other rank.
+/// The operations on a bucket's gradients, in order; a bucket that one rank holds alone needs no other rank.
 fn reduction(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
     let alone = [Work::GradNorm { bucket }, Work::Totals, Work::Apply { bucket }];
     match copies {
@@ -66,7 +66,7 @@ fn reduction(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
     }
 }
 
-/// What becomes of a bucket's updated weights, in order.
+/// The operations on a bucket's updated weights, in order.
 fn gathering(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
     match copies {
         0 | 1 => Vec::new(),
@@ -76,7 +76,7 @@ fn gathering(&Bucket { number: bucket, copies, .. }: &Bucket) -> Vec<Work> {
 
 /// Whether every bucket of a rank is reduced after its last gradient, updated after that, gathered after its update, and read
 /// only when it is gathered.
-fn bucket_faults(rank: usize, program: &Program, behind: bool, faults: &mut Faults) {
+fn bucket_faults(rank: usize, program: &Program, behind: bool, faults: &mut PlanFaults) {
     let places: HashMap<Work, OpId> = program.ops.iter().enumerate().map(|(id, op)| (op.work, id)).collect();
     let order = Order::of(program);
     let mut chain = |first: Option<OpId>, works: Vec<Work>, last: Option<OpId>| {
@@ -121,7 +121,7 @@ fn bucket_faults(rank: usize, program: &Program, behind: bool, faults: &mut Faul
 }
 
 /// Whether all ranks wait for their replicas before the totals say so, or none does.
-fn replica_faults(programs: &[Program], faults: &mut Faults) {
+fn replica_faults(programs: &[Program], faults: &mut PlanFaults) {
     let place = |program: &Program, work| program.ops.iter().position(|op| op.work == work);
     let waits = |program: &Program| {
         let (replica, totals) = (place(program, Work::AwaitReplica), place(program, Work::Totals));
@@ -170,7 +170,7 @@ impl Order<'_> {
 }
 
 /// Whether the programs agree on who holds which bucket, and name no other.
-fn membership_faults(programs: &[Program], faults: &mut Faults) {
+fn membership_faults(programs: &[Program], faults: &mut PlanFaults) {
     let mut known: HashMap<usize, (usize, &Bucket)> = HashMap::new();
     for (rank, program) in programs.iter().enumerate() {
         for bucket in &program.buckets {
@@ -209,7 +209,7 @@ fn shared_with(program: &Program, other: usize) -> impl Iterator<Item = Work> {
 }
 
 /// Whether every pair of ranks comes to the collectives that they share in one order.
-fn order_faults(programs: &[Program], faults: &mut Faults) {
+fn order_faults(programs: &[Program], faults: &mut PlanFaults) {
     for (one, program) in programs.iter().enumerate() {
         for (other, its) in programs.iter().enumerate().skip(one + 1) {
             let both = shared_with(program, other).zip(shared_with(its, one));

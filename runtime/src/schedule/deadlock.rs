@@ -1,4 +1,4 @@
-//! What is told of programs that come to a halt: every lane that is stuck, and what it waits for.
+//! The report of a deadlock: every lane that is stuck, and what it waits for.
 
 use std::fmt;
 

@@ -19,8 +19,8 @@ pub fn dualpipe(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, 
     let half = ranks / 2;
     let per_stream = micro_batches / 2;
     let rank_actions = |rank| {
-        let from_first = Stream::new(rank, 0);
-        let from_last = Stream::new(ranks - 1 - rank, per_stream);
+        let from_first = ChunkStream::new(rank, 0);
+        let from_last = ChunkStream::new(ranks - 1 - rank, per_stream);
         let (distance, near, far) = if rank < half {
             (rank, from_first, from_last)
         } else {
@@ -39,8 +39,8 @@ pub fn dualpipe(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, 
 pub fn dualpipev(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, ScheduleError> {
     ScheduleKind::Dualpipev.validate_batch(ranks, micro_batches)?;
     let rank_actions = |rank| {
-        let down = Stream::new(rank, 0);
-        let up = Stream::new(2 * ranks - 1 - rank, 0);
+        let down = ChunkStream::new(rank, 0);
+        let up = ChunkStream::new(2 * ranks - 1 - rank, 0);
         RankOrder::new(down, up, mode).write(ranks, rank, micro_batches)
     };
     Ok(plan(ScheduleKind::Dualpipev, ranks, micro_batches, rank_actions))
@@ -62,15 +62,15 @@ fn plan(
 }
 
 /// The chunks of one stage in the order in which they come by.
-struct Stream {
+struct ChunkStream {
     stage: usize,
     next_forward: usize,
     next_backward: usize,
 }
 
-impl Stream {
-    fn new(stage: usize, first_micro_batch: usize) -> Stream {
-        Stream { stage, next_forward: first_micro_batch, next_backward: first_micro_batch }
+impl ChunkStream {
+    fn new(stage: usize, first_micro_batch: usize) -> ChunkStream {
+        ChunkStream { stage, next_forward: first_micro_batch, next_backward: first_micro_batch }
     }
 
     fn forward(&mut self) -> Chunk {
@@ -95,8 +95,8 @@ enum Side {
 
 /// A rank's list in the making.
 struct RankOrder {
-    near: Stream,
-    far: Stream,
+    near: ChunkStream,
+    far: ChunkStream,
     mode: Mode,
     /// Chunks whose weight part is deferred, oldest first.
     deferred: VecDeque<Chunk>,
@@ -104,7 +104,7 @@ struct RankOrder {
 }
 
 impl RankOrder {
-    fn new(near: Stream, far: Stream, mode: Mode) -> RankOrder {
+    fn new(near: ChunkStream, far: ChunkStream, mode: Mode) -> RankOrder {
         RankOrder { near, far, mode, deferred: VecDeque::new(), actions: Vec::new() }
     }
 
@@ -163,7 +163,7 @@ impl RankOrder {
         self.actions
     }
 
-    fn stream(&mut self, side: Side) -> &mut Stream {
+    fn stream(&mut self, side: Side) -> &mut ChunkStream {
         match side {
             Side::Near => &mut self.near,
             Side::Far => &mut self.far,

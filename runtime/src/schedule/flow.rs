@@ -6,29 +6,29 @@ use super::program::{Component, LayerKind, Pass, StageLayout, TransferKind};
 
 /// One step of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum FlowStep {
     /// A component runs.
-    Run(Piece),
+    Run(LayerOp),
     /// What the chunk makes for its neighbour is complete.
     Deliver(TransferKind),
 }
 
 /// A component of one layer in one pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(super) struct LayerOp {
     pub pass: Pass,
     pub component: Component,
     pub layer: usize,
 }
 
-impl Piece {
+impl LayerOp {
     /// Whether it is an all-to-all of the expert group.
-    pub fn is_exchange(self) -> bool {
+    pub fn is_all_to_all(self) -> bool {
         matches!(self.component, Component::Dispatch | Component::Combine)
     }
 
     /// Whether it needs nothing of the exchange that was issued just before it.
-    pub fn runs_beside_exchange(self) -> bool {
+    pub fn overlaps_all_to_all(self) -> bool {
         self.component == Component::SharedExpert
     }
 }
@@ -41,29 +41,29 @@ pub(super) fn has_deferrable_weights(component: Component) -> bool {
 }
 
 /// The forward pass of a chunk; without a layout it is one piece.
-pub(super) fn forward(layout: Option<&StageLayout>) -> Vec<Step> {
+pub(super) fn forward(layout: Option<&StageLayout>) -> Vec<FlowStep> {
     let pieces = layout.map(forward_pieces).unwrap_or_default();
     let mut steps = run(pieces, Pass::Forward);
-    steps.push(Step::Deliver(TransferKind::Activation));
+    steps.push(FlowStep::Deliver(TransferKind::Activation));
     steps
 }
 
 /// The input gradients of a chunk (action `I`).
-pub(super) fn backward_input(layout: Option<&StageLayout>) -> Vec<Step> {
+pub(super) fn backward_input(layout: Option<&StageLayout>) -> Vec<FlowStep> {
     let pieces = layout.map(backward_pieces).unwrap_or_default();
     let mut steps = run(pieces, Pass::BackwardInput);
-    steps.push(Step::Deliver(TransferKind::Gradient));
+    steps.push(FlowStep::Deliver(TransferKind::Gradient));
     steps
 }
 
 /// The weight gradients of a chunk (action `W`), in the order of their input gradients.
-pub(super) fn backward_weight(layout: Option<&StageLayout>) -> Vec<Step> {
+pub(super) fn backward_weight(layout: Option<&StageLayout>) -> Vec<FlowStep> {
     backward_input(layout).into_iter().filter_map(weight_part).collect()
 }
 
 /// The full backward pass of a chunk (action `B`): a weight part waits until the next communication is under way, and
 /// then hides it.
-pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<Step> {
+pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<FlowStep> {
     let mut steps = Vec::new();
     let mut waiting = Vec::new();
     for step in backward_input(layout) {
@@ -78,14 +78,14 @@ pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<Step> {
 
 /// Cuts a pass behind each exchange, and behind the delivery where it follows one directly: up to there the compute
 /// lane can be given to another chunk without holding up a communication.
-pub(super) fn segments(steps: &[Step]) -> Vec<&[Step]> {
+pub(super) fn segments(steps: &[FlowStep]) -> Vec<&[FlowStep]> {
     let mut cuts = Vec::new();
     let mut rest = steps;
-    while let Some(exchange) =
-        rest.iter().position(|step| matches!(step, Step::Run(piece) if piece.is_exchange()))
+    while let Some(all_to_all) =
+        rest.iter().position(|step| matches!(step, FlowStep::Run(piece) if piece.is_all_to_all()))
     {
-        let delivers = matches!(rest.get(exchange + 1), Some(Step::Deliver(_)));
-        let (segment, behind) = rest.split_at(exchange + 1 + usize::from(delivers));
+        let delivers = matches!(rest.get(all_to_all + 1), Some(FlowStep::Deliver(_)));
+        let (segment, behind) = rest.split_at(all_to_all + 1 + usize::from(delivers));
         cuts.push(segment);
         rest = behind;
     }
@@ -95,27 +95,27 @@ pub(super) fn segments(steps: &[Step]) -> Vec<&[Step]> {
     cuts
 }
 
-fn is_communication(step: Step) -> bool {
+fn is_communication(step: FlowStep) -> bool {
     match step {
-        Step::Run(piece) => piece.is_exchange(),
-        Step::Deliver(_) => true,
+        FlowStep::Run(piece) => piece.is_all_to_all(),
+        FlowStep::Deliver(_) => true,
     }
 }
 
-fn weight_part(step: Step) -> Option<Step> {
+fn weight_part(step: FlowStep) -> Option<FlowStep> {
     match step {
-        Step::Run(piece) if has_deferrable_weights(piece.component) => {
-            Some(Step::Run(Piece { pass: Pass::BackwardWeight, ..piece }))
+        FlowStep::Run(piece) if has_deferrable_weights(piece.component) => {
+            Some(FlowStep::Run(LayerOp { pass: Pass::BackwardWeight, ..piece }))
         }
         _ => None,
     }
 }
 
-fn run(mut pieces: Vec<(Component, usize)>, pass: Pass) -> Vec<Step> {
+fn run(mut pieces: Vec<(Component, usize)>, pass: Pass) -> Vec<FlowStep> {
     if pieces.is_empty() {
         pieces.push((Component::Chunk, 0));
     }
-    pieces.into_iter().map(|(component, layer)| Step::Run(Piece { pass, component, layer })).collect()
+    pieces.into_iter().map(|(component, layer)| FlowStep::Run(LayerOp { pass, component, layer })).collect()
 }
 
 fn forward_pieces(stage: &StageLayout) -> Vec<(Component, usize)> {

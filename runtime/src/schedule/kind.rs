@@ -112,7 +112,7 @@ impl ScheduleKind {
         }
     }
 
-    /// Why a step of so many micro-batches (both directions together) runs by the plan of [`sequential`], if it does: the batch
+    /// Why a step of this many micro-batches (both directions together) falls back to [`sequential`], if it does: the batch
     /// is too small or too uneven for the schedule.
     pub fn fallback(self, pipeline: usize, micro_batches: usize) -> Option<String> {
         match self.validate_batch(pipeline, micro_batches) {
@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_the_same_in_words_and_in_serde() {
+    fn names_are_the_same_in_display_and_in_serde() {
         for kind in ScheduleKind::ALL {
             assert_eq!(kind.to_string().parse(), Ok(kind));
             assert_eq!(serde_json::to_string(&kind).unwrap(), format!("\"{kind}\""));
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_pipelines_are_refused_with_words() {
+    fn impossible_pipelines_are_refused_with_a_message() {
         let odd = ScheduleKind::Dualpipe.plan(3, 8, Mode::Train).unwrap_err();
         assert_eq!(odd, ScheduleError::OddPipeline(3));
         assert!(odd.to_string().contains("even number of pipeline ranks, got 3"));

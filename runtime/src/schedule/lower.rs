@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 
 use super::action::{Action, Chunk, Plan};
-use super::flow::{self, Piece, Step};
+use super::flow::{self, FlowStep, LayerOp};
 use super::messages::{Owners, Product};
 use super::program::{Lane, OpId, Pass, Program, StageLayout, TransferKind, Work};
 use super::receives;
@@ -21,14 +21,14 @@ use super::receives;
 /// all-to-all moves nothing between ranks and so stays on the compute lane.
 pub fn lower(plan: &Plan, stages: Option<&[StageLayout]>, expert_ranks: usize) -> Vec<Program> {
     let owners = Owners::of(plan);
-    let exchange_lane = if expert_ranks > 1 { Lane::Expert } else { Lane::Compute };
+    let all_to_all_lane = if expert_ranks > 1 { Lane::Expert } else { Lane::Compute };
     let drafts: Vec<Vec<DraftOp>> = (0..plan.ranks())
         .map(|rank| {
             let drafter = Drafter {
                 rank,
                 owners: &owners,
                 stages,
-                exchange_lane,
+                all_to_all_lane,
                 made: HashMap::new(),
                 ops: Vec::new(),
             };
@@ -53,7 +53,7 @@ struct Drafter<'a> {
     rank: usize,
     owners: &'a Owners,
     stages: Option<&'a [StageLayout]>,
-    exchange_lane: Lane,
+    all_to_all_lane: Lane,
     /// What this rank made for its own other stage, and the operation that did.
     made: HashMap<Product, OpId>,
     ops: Vec<DraftOp>,
@@ -68,7 +68,7 @@ struct Cursor {
     /// Lanes whose first operation is behind us.
     begun: Vec<Lane>,
     /// The exchange whose result no compute operation has waited for yet.
-    open_exchange: Option<OpId>,
+    pending_all_to_all: Option<OpId>,
     /// The last operation that was not a weight part: what comes next needs its result.
     last: Option<OpId>,
     /// The last of them on the compute lane.
@@ -82,7 +82,7 @@ impl Cursor {
             action,
             inputs,
             begun: Vec::new(),
-            open_exchange: None,
+            pending_all_to_all: None,
             last: None,
             last_compute: None,
         }
@@ -144,19 +144,19 @@ impl Drafter<'_> {
         self.stages.and_then(|stages| stages.get(chunk.stage))
     }
 
-    fn steps(&mut self, cursor: &mut Cursor, steps: &[Step]) {
+    fn steps(&mut self, cursor: &mut Cursor, steps: &[FlowStep]) {
         for step in steps {
             match *step {
-                Step::Run(piece) => self.run(cursor, piece),
-                Step::Deliver(kind) => self.deliver(cursor, kind),
+                FlowStep::Run(piece) => self.run(cursor, piece),
+                FlowStep::Deliver(kind) => self.deliver(cursor, kind),
             }
         }
     }
 
-    fn run(&mut self, cursor: &mut Cursor, piece: Piece) {
-        let Piece { pass, component, layer } = piece;
+    fn run(&mut self, cursor: &mut Cursor, piece: LayerOp) {
+        let LayerOp { pass, component, layer } = piece;
         let work = Work::Component { pass, chunk: cursor.chunk, layer, component };
-        let lane = if piece.is_exchange() { self.exchange_lane } else { Lane::Compute };
+        let lane = if piece.is_all_to_all() { self.all_to_all_lane } else { Lane::Compute };
         if pass == Pass::BackwardWeight {
             // Its input gradient came first on the same lane, with all that both need.
             self.push(DraftOp { lane, work, after: Vec::new(), needs: Vec::new(), action: cursor.action });
@@ -173,15 +173,15 @@ impl Drafter<'_> {
                 }
             }
         }
-        if piece.is_exchange() {
+        if piece.is_all_to_all() {
             after.extend(cursor.last_compute);
-        } else if !piece.runs_beside_exchange() {
-            after.extend(cursor.open_exchange.take());
+        } else if !piece.overlaps_all_to_all() {
+            after.extend(cursor.pending_all_to_all.take());
         }
         let op = self.push(DraftOp { lane, work, after, needs, action: cursor.action });
         cursor.last = Some(op);
-        if piece.is_exchange() {
-            cursor.open_exchange = Some(op);
+        if piece.is_all_to_all() {
+            cursor.pending_all_to_all = Some(op);
         } else {
             cursor.last_compute = Some(op);
         }

@@ -24,7 +24,7 @@ pub(super) fn insert(drafts: Vec<Vec<DraftOp>>) -> Vec<Program> {
 struct Incoming {
     /// By peer, in the peer's order.
     lanes: HashMap<usize, Vec<Product>>,
-    /// Where in those lists a product stands; more than once only if a faulty plan makes it more than once.
+    /// Where in those lists a product is; more than once only if a faulty plan makes it more than once.
     places: HashMap<Product, Vec<(usize, usize)>>,
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::action::Plan;
 use super::bubble::{Bubble, UnitCosts, simulate};
-use super::check::{Fault, check};
+use super::check::{PlanFault, check};
 use super::lower::lower;
 use super::messages::{Message, messages};
 use super::program::TransferKind;
@@ -73,7 +73,7 @@ pub struct RankFigures {
     pub rank: usize,
     /// Stages it holds.
     pub stages: Vec<usize>,
-    /// Its layers in words.
+    /// Its layers as text.
     pub layers: String,
     /// Number of parameters.
     pub parameters: u64,
@@ -112,11 +112,11 @@ impl PlanReport {
     ///
     /// # Errors
     /// The faults of a plan that is not sound.
-    pub fn new(plan: &Plan, note: Option<String>) -> Result<PlanReport, Vec<Fault>> {
+    pub fn new(plan: &Plan, note: Option<String>) -> Result<PlanReport, Vec<PlanFault>> {
         let checked = check(plan, &lower(plan, None, 1))?;
         let bubble = |costs| {
             let deadlocked = |deadlock: super::deadlock::Deadlock| {
-                vec![Fault { rank: None, action: None, text: deadlock.to_string() }]
+                vec![PlanFault { rank: None, action: None, text: deadlock.to_string() }]
             };
             simulate(plan, costs).map(|bubble| BubbleFigures { costs, bubble }).map_err(deadlocked)
         };

@@ -17,7 +17,7 @@ use std::fmt::Write as _;
 
 use super::action::{Action, Chunk, Plan};
 
-/// Far beyond any plan; the check has a word for each chunk that is missing.
+/// Far beyond any plan; the check reports each chunk that is missing.
 pub const MAX_CHUNKS: usize = 1 << 18;
 
 /// Writes a plan down. A name of several lines is written as one.
@@ -27,15 +27,15 @@ pub fn write(plan: &Plan) -> String {
     // Writing into a string cannot fail.
     let _ = writeln!(text, "stages {}\nmicro-batches {}", plan.stages, plan.micro_batches);
     for (rank, held) in plan.placement.iter().enumerate() {
-        let _ = writeln!(text, "placement {rank}: {}", words(held));
+        let _ = writeln!(text, "placement {rank}: {}", join_words(held));
     }
     for (rank, actions) in plan.actions.iter().enumerate() {
-        let _ = writeln!(text, "rank {rank}: {}", words(actions));
+        let _ = writeln!(text, "rank {rank}: {}", join_words(actions));
     }
     text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-fn words<T: ToString>(items: &[T]) -> String {
+fn join_words<T: ToString>(items: &[T]) -> String {
     items.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
 }
 
@@ -44,7 +44,7 @@ fn words<T: ToString>(items: &[T]) -> String {
 /// # Errors
 /// Every line that cannot be read, with its number; every header line that is missing.
 pub fn parse(text: &str) -> Result<Plan, Vec<String>> {
-    let mut reader = Reader::default();
+    let mut reader = PlanReader::default();
     for (index, line) in text.lines().enumerate() {
         let line = line.trim();
         if !line.is_empty() && !line.starts_with('#') {
@@ -55,7 +55,7 @@ pub fn parse(text: &str) -> Result<Plan, Vec<String>> {
 }
 
 #[derive(Default)]
-struct Reader {
+struct PlanReader {
     schedule: Option<String>,
     stages: Option<usize>,
     micro_batches: Option<usize>,
@@ -64,7 +64,7 @@ struct Reader {
     faults: Vec<String>,
 }
 
-impl Reader {
+impl PlanReader {
     fn line(&mut self, number: usize, line: &str) {
         let (key, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let rest = rest.trim();
@@ -113,7 +113,7 @@ impl Reader {
 fn set<T>(slot: &mut Option<T>, value: T, key: &str) -> Result<(), String> {
     match slot.replace(value) {
         None => Ok(()),
-        Some(_) => Err(format!("`{key}` is said twice")),
+        Some(_) => Err(format!("`{key}` is given twice")),
     }
 }
 
@@ -127,12 +127,12 @@ fn row<T>(
     rows: &mut Vec<Vec<T>>,
     read: impl Fn(&str) -> Result<T, String>,
 ) -> Result<(), String> {
-    let (rank, words) = text.split_once(':').ok_or("expected `RANK: ...`, got no colon")?;
+    let (rank, join_words) = text.split_once(':').ok_or("expected `RANK: ...`, got no colon")?;
     let rank = count(rank.trim())?;
     if rank > rows.len() {
         return Err(format!("expected rank {} or an earlier one, got {rank}", rows.len()));
     }
-    let items: Vec<T> = words.split_whitespace().map(read).collect::<Result<_, _>>()?;
+    let items: Vec<T> = join_words.split_whitespace().map(read).collect::<Result<_, _>>()?;
     if rank == rows.len() {
         rows.push(items);
     } else {
@@ -199,7 +199,7 @@ rank 1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
         let text = "schedule mine\nstages two\nstages 2\nstages 3\nrank 1: F0.0\nrank 0: F0.0 X1.2\nfoo\nrank 0 F0.0";
         let expected = [
             "line 2: expected a number, got `two`",
-            "line 4: `stages` is said twice",
+            "line 4: `stages` is given twice",
             "line 5: expected rank 0 or an earlier one, got 1",
             "line 6: expected an action such as F0.3, B1.2, I0.1, W0.1 or F0.4&B3.0, got `X1.2`",
             "line 7: expected a line that begins with schedule, stages, micro-batches, placement or rank, got `foo`",

@@ -1,7 +1,7 @@
 //! The update as part of a step: which parameters form a bucket, which ranks hold it, and the operations that reduce its
 //! gradients, update its weights and gather them (ZeRO-1, report section 3.2.3).
 //!
-//! A step has two halves, since a verdict stands between them: the first ends with the totals, from which every rank judges
+//! A step has two halves, since a verdict is between them: the first ends with the totals, from which every rank judges
 //! alike whether the second one runs. What the second half has updated is gathered behind it, or at the front of the next
 //! step. Follows from placement, layouts and topology alone; knows no tensors and no optimizer.
 
@@ -21,7 +21,7 @@ pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topo
         let copies = positions.len()
             * match contents {
                 Contents::Experts => topology.data,
-                Contents::Dense | Contents::Embedding => topology.columns(),
+                Contents::Dense | Contents::Embedding => topology.dp_size(),
             };
         let Some(first) = of.first() else { return };
         let number = 3 * first + contents as usize;
@@ -91,11 +91,11 @@ pub struct StepPrograms {
     pub gradients: Vec<Program>,
     /// The same behind a step whose update has not been gathered yet.
     pub gathering: Vec<Program>,
-    /// What runs next if the totals are not finite: the ranks tell each other why.
+    /// What runs next if the totals are not finite: the ranks exchange the evidence.
     pub evidence: Vec<Program>,
     /// The second half, if the verdict is for it.
     pub update: Vec<Program>,
-    /// The second half, if the verdict is to go on without an update.
+    /// The second half, if the verdict is to continue without an update.
     pub skip: Vec<Program>,
     /// Gathers an update at once: where the next step does not, or where none follows.
     pub gather: Vec<Program>,
@@ -216,7 +216,7 @@ fn update(held: Vec<Bucket>) -> Program {
     draft.program(held)
 }
 
-/// What is not finite, told to all.
+/// Non-finite values, shared with all ranks.
 fn evidence() -> Program {
     let mut draft = Draft::default();
     let inspect = draft.push(Lane::Compute, Work::Inspect, &[]);

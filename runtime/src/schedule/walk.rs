@@ -3,7 +3,7 @@
 //! The model is the strictest transport we run on. A lane starts its operations in order, one at a time. A send and
 //! its receive start together, when both are at the head of their lanes with all they wait for done, and end together;
 //! nothing is buffered. So do the members of a collective. Members that share a pipeline coordinate run the same program,
-//! so one of them stands for all: an all-to-all of the expert group is ready when one of them is, a collective of a replica
+//! so one of them represents all: an all-to-all of the expert group is ready when one of them is, a collective of a replica
 //! group when each pipeline rank that takes part has come to it. What passes here cannot deadlock on a transport that
 //! buffers.
 
@@ -354,7 +354,7 @@ mod tests {
     fn a_missing_peer_is_a_deadlock_and_buffers_do_not_help() {
         let Deadlock { stuck } = walk_ops([vec![send(1, &[])], vec![]]).unwrap_err();
         assert_eq!((stuck.len(), &stuck[0].waits_for), (1, &WaitsFor::Nobody));
-        // With a buffer rank 0's send would pass and let its compute go on.
+        // With a buffer rank 0's send would pass and let its compute continue.
         let rank_0 = vec![send(1, &[]), compute(&[0]), send(1, &[1])];
         let rank_1 = vec![compute(&[2]), receive(0, &[0]), receive(0, &[])];
         assert!(walk_ops([rank_0, rank_1]).is_err());

@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tree_reaches_everybody_by_few_links() {
+    fn a_tree_reaches_all_members_by_few_links() {
         for members in (1..600).chain([2048, 4097]) {
             let mut reached = vec![0; members];
             for at in 0..members {

@@ -1,4 +1,4 @@
-//! The id of a job: its number, by which people call it, and what tells it from every other job of that number.
+//! The id of a job: its number, by which users refer to it, and what distinguishes it from every other job of that number.
 //!
 //! Every orchestrator's state counts its jobs from 1, and a copy of a state that is put back counts on from where it was
 //! made. Folders, connections and ranks of other jobs may still be there under the same number, so each start of an

@@ -1,4 +1,4 @@
-//! Who does not belong to a formation is refused in words, counted, and disturbs nothing.
+//! Who does not belong to a formation is refused with a message, counted, and disturbs nothing.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -43,13 +43,13 @@ fn disturbed(trial: impl FnOnce(&Site) -> u64) {
 fn garbage() {
     disturbed(|site| {
         for bytes in [&[0; 500][..], b"GET / HTTP/1.1\r\nhost: contraflow\r\n\r\n", &noise(100_000, 3)] {
-            let said = answer_to(site, bytes);
-            assert!(said.contains("what came is no hello of a rank") || said.is_empty(), "{said}");
+            let reply = answer_to(site, bytes);
+            assert!(reply.contains("not a hello of a rank") || reply.is_empty(), "{reply}");
         }
         let name = SocketAddr::from_abstract_name(site.listener.address().unix).unwrap();
         let mut stream = UnixStream::connect_addr(&name).unwrap();
         stream.write_all(&[9; 100]).unwrap();
-        assert!(rest_of(&mut stream).contains("what came is no hello of a rank"));
+        assert!(rest_of(&mut stream).contains("not a hello of a rank"));
         4
     });
 }
@@ -57,20 +57,20 @@ fn garbage() {
 #[test]
 fn a_hello_of_another_version_or_formation() {
     disturbed(|site| {
-        let said = |hello: Hello| answer_to(site, &hello.encode());
+        let reply = |hello: Hello| answer_to(site, &hello.encode());
         for version in [1, 9] {
             let words = format!("expected version 3 of the fabric, got version {version}");
-            assert!(said(Hello { version, ..hello() }).contains(&words));
+            assert!(reply(Hello { version, ..hello() }).contains(&words));
         }
         assert!(
-            said(Hello { formation: generation(2), ..hello() }).contains("generation 2 of job-1 is over")
+            reply(Hello { formation: generation(2), ..hello() }).contains("generation 2 of job-1 has ended")
         );
         assert!(
-            said(Hello { formation: generation(4), ..hello() })
+            reply(Hello { formation: generation(4), ..hello() })
                 .contains("generation 4 of job-1 has not been joined here")
         );
         let other = FormationId { job: JobId::new(8, 0), ..generation(3) };
-        assert!(said(Hello { formation: other, ..hello() }).contains("job-8 has not been joined here"));
+        assert!(reply(Hello { formation: other, ..hello() }).contains("job-8 has not been joined here"));
         let shake_as = |hello: Hello| {
             let mut stream = connect(&site.listener.address());
             shake(&mut stream, &hello, &SECRET).err().unwrap().to_string()
@@ -81,7 +81,7 @@ fn a_hello_of_another_version_or_formation() {
         );
         assert!(
             shake_as(Hello { from: Rank::new(7), ..hello() })
-                .ends_with("rank 7 speaks for no process of this formation")
+                .ends_with("rank 7 belongs to no process of this formation")
         );
         assert!(shake_as(hello()).ends_with("rank 1 is connected already"));
         8
@@ -91,11 +91,11 @@ fn a_hello_of_another_version_or_formation() {
 /// Says hello and is asked for a proof: what was said, the question, and the connection.
 fn challenged(site: &Site) -> (TcpStream, [u8; HELLO_BYTES], [u8; 65]) {
     let mut stream = connect(&site.listener.address());
-    let said = hello().encode();
-    stream.write_all(&said).unwrap();
+    let reply = hello().encode();
+    stream.write_all(&reply).unwrap();
     let mut question = [0; 65];
     stream.read_exact(&mut question).unwrap();
-    (stream, said, question)
+    (stream, reply, question)
 }
 
 #[test]
@@ -114,16 +114,16 @@ fn a_wrong_proof() {
 
 #[test]
 fn a_door_that_does_not_know_the_secret() {
-    let mut stream = Played { replies: [&[1_u8; 65][..], &[2]].concat(), said: Vec::new() };
+    let mut stream = Played { replies: [&[1_u8; 65][..], &[2]].concat(), reply: Vec::new() };
     let error = shake(&mut stream, &hello(), &SECRET).err().unwrap().to_string();
     assert_eq!(error, "the other end does not know the secret of this formation");
-    assert_eq!(stream.said.len(), HELLO_BYTES, "it proved itself to somebody who had not");
+    assert_eq!(stream.reply.len(), HELLO_BYTES, "it proved itself to somebody who had not");
 }
 
 /// A connection that says what it was given and notes what is said to it.
 struct Played {
     replies: Vec<u8>,
-    said: Vec<u8>,
+    reply: Vec<u8>,
 }
 
 impl Read for Played {
@@ -137,7 +137,7 @@ impl Read for Played {
 
 impl Write for Played {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.said.extend(bytes);
+        self.reply.extend(bytes);
         Ok(bytes.len())
     }
 
@@ -149,7 +149,7 @@ impl Write for Played {
 /// A connection whose writes are recorded.
 struct Recorded<'a> {
     stream: &'a TcpStream,
-    said: Vec<u8>,
+    reply: Vec<u8>,
 }
 
 impl Read for Recorded<'_> {
@@ -160,7 +160,7 @@ impl Read for Recorded<'_> {
 
 impl Write for Recorded<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.said.extend(bytes);
+        self.reply.extend(bytes);
         self.stream.write(bytes)
     }
 
@@ -175,11 +175,11 @@ fn a_handshake_played_again() {
     let ranks = vec![own.address(), other.address()];
     let site = form(&own, formation(ranks, &[0], Transport::Tcp));
     let stream = connect(&own.address());
-    let mut recorded = Recorded { stream: &stream, said: Vec::new() };
+    let mut recorded = Recorded { stream: &stream, reply: Vec::new() };
     shake(&mut recorded, &hello(), &SECRET).unwrap();
-    let said = recorded.said;
+    let reply = recorded.reply;
     // The real one is still connected, and would be refused for that; what is played must not even get so far.
-    let answer = answer_to(&site, &said);
+    let answer = answer_to(&site, &reply);
     assert!(answer.contains("rank 1 does not know the secret of this formation"), "{answer}");
     assert_eq!(own.num_refused(), 1);
     assert!(site.faults.try_recv().is_err());
@@ -224,7 +224,7 @@ fn a_formation_is_joined_once_and_a_newer_one_lets_no_old_peer_in() {
     let new = form(&own, new);
     let mut stream = connect(&own.address());
     let error = shake(&mut stream, &hello(), &SECRET).err().unwrap().to_string();
-    assert!(error.ends_with("generation 3 of job-1 is over, the newest here is 4"), "{error}");
+    assert!(error.ends_with("generation 3 of job-1 has ended, the newest here is 4"), "{error}");
     let mut stream = connect(&own.address());
     shake(&mut stream, &Hello { formation: generation(4), ..hello() }, &SECRET).unwrap();
     drop(stream);

@@ -1,12 +1,14 @@
-//! Whatever ends a link ends the waits for its peer at once and is told once; frames of others are not disturbed.
+//! However a link ends, the waits for its peer end at once and it is reported once; frames of others are not disturbed.
 
 use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use contraflow_runtime::fabric::handshake::{self, Hello, connect as shake};
-use contraflow_runtime::fabric::wire::{self, FrameHeader, Message, PartHeader, Signal};
-use contraflow_runtime::fabric::{Address, FabricError, Form, Formation, FrameKind, Region, Tag, Transport};
+use contraflow_runtime::fabric::wire::{self, FrameHeader, LinkMessage, PartHeader, Signal};
+use contraflow_runtime::fabric::{
+    Address, FabricError, Formation, FrameKind, PayloadShape, Region, Tag, Transport,
+};
 use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::TraceContext;
 
@@ -22,7 +24,7 @@ fn proven(site: &Site) -> TcpStream {
     stream
 }
 
-/// Waits for a frame of rank 1 while `act` happens to it: returns why the wait ended, which is told once, within a second.
+/// Waits for a frame of rank 1 while `act` happens to it: returns why the wait ended, which is reported once, within a second.
 fn lost(site: Site, act: impl FnOnce()) -> String {
     let (error, fault) = ended(site, act);
     let FabricError::Lost { rank: 1, reason } = error else { panic!("{error}") };
@@ -55,12 +57,12 @@ fn header(tag: Tag, to: u32, len: u64) -> FrameHeader {
         tag,
         trace: TraceContext::default(),
         block: None,
-        parts: vec![PartHeader { form: Form::default(), len }],
+        parts: vec![PartHeader { form: PayloadShape::default(), len }],
     }
 }
 
 fn bytes_of(header: FrameHeader) -> Vec<u8> {
-    wire::encode(&Message::Frame(header))
+    wire::encode(&LinkMessage::Frame(header))
 }
 
 /// Whatever rank 1 says, then the end of what it says.
@@ -90,7 +92,7 @@ fn a_peer_lost_in_the_middle_of_a_frame() {
 
 #[test]
 fn what_is_no_frame() {
-    assert_eq!(lost_after(&[0x55; 200]), "what came is no frame");
+    assert_eq!(lost_after(&[0x55; 200]), "not a frame");
     let mut flipped = bytes_of(header(tag(1, 1, FrameKind::Combine), 0, 0));
     flipped[20] ^= 1;
     assert_eq!(lost_after(&flipped), "the checksum of a frame's header does not match");
@@ -103,7 +105,7 @@ fn a_frame_that_does_not_belong_here() {
     let for_another = bytes_of(header(tag(1, 1, FrameKind::Combine), 1, 0));
     assert_eq!(lost_after(&for_another), "a frame for rank 1 came here");
     let in_memory = FrameHeader { block: Some(0), ..header(tag(1, 1, FrameKind::Combine), 0, 64) };
-    assert_eq!(lost_after(&bytes_of(in_memory)), "a frame said to be in memory that is not shared");
+    assert_eq!(lost_after(&bytes_of(in_memory)), "a frame that claims to be in memory that is not shared");
 }
 
 #[test]
@@ -139,11 +141,11 @@ fn two_frames_under_one_tag() {
 }
 
 #[test]
-fn silence_ends_a_link_when_patience_does() {
+fn silence_ends_a_link_at_the_timeout() {
     let site = site_with_a_peer_made_by_hand(Duration::from_millis(50));
     let stream = proven(&site);
     let fault = site.faults.recv_timeout(DEADLINE).unwrap();
-    assert_eq!(fault.reason, "nothing was heard for 0.1 s");
+    assert_eq!(fault.reason, "nothing was received for 0.1 s");
     let error = site.network.join(0).unwrap().receive(tag(1, 1, FrameKind::Combine)).err().unwrap();
     assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{error}");
     assert_eq!(close(vec![site]), []);
@@ -151,12 +153,12 @@ fn silence_ends_a_link_when_patience_does() {
 }
 
 #[test]
-fn a_link_that_has_nothing_to_send_says_that_it_is_alive() {
+fn an_idle_link_sends_heartbeats() {
     let (own, peer) = (listener(), TcpListener::bind("127.0.0.1:0").unwrap());
     let far = Address { host: "far".into(), tcp: peer.local_addr().unwrap(), unix: "none".into() };
     let formation = formation(vec![own.address(), far], &[0], Transport::Auto);
     // A beat is due after a quarter of it.
-    let site = form(&own, Formation { patience: Duration::from_secs(4), ..formation });
+    let site = form(&own, Formation { timeout: Duration::from_secs(4), ..formation });
     let end = site.network.join(0).unwrap();
     let waiter = std::thread::spawn(move || end.receive(tag(1, 1, FrameKind::Combine)));
     let (mut stream, _) = peer.accept().unwrap();
@@ -165,7 +167,7 @@ fn a_link_that_has_nothing_to_send_says_that_it_is_alive() {
     handshake::challenge(&mut stream, &hello, &SECRET).unwrap();
     handshake::welcome(&mut stream).unwrap();
     for _ in 0..2 {
-        assert_eq!(wire::read_message(&mut stream).unwrap(), Message::Beat);
+        assert_eq!(wire::read_message(&mut stream).unwrap(), LinkMessage::Beat);
         stream.write_all(&wire::encode_signal(&Signal::Beat)).unwrap();
     }
     drop(stream);
@@ -176,13 +178,13 @@ fn a_link_that_has_nothing_to_send_says_that_it_is_alive() {
 }
 
 #[test]
-fn who_says_that_it_is_alive_is_answered() {
+fn heartbeats_are_answered() {
     let (own, other) = (listener(), silent_listener());
     let site = form(&own, formation(vec![own.address(), other.address()], &[0], Transport::Tcp));
     let mut stream = proven(&site);
-    stream.write_all(&wire::encode(&Message::Beat)).unwrap();
+    stream.write_all(&wire::encode(&LinkMessage::Beat)).unwrap();
     assert_eq!(wire::read_signal(&mut stream).unwrap(), Signal::Beat);
-    stream.write_all(&wire::encode(&Message::Bye)).unwrap();
+    stream.write_all(&wire::encode(&LinkMessage::Bye)).unwrap();
     let error = site.network.join(0).unwrap().receive(tag(1, 1, FrameKind::Combine)).err().unwrap();
     assert!(matches!(error, FabricError::Lost { rank: 1, .. }), "{error}");
     other.stop();
@@ -190,14 +192,14 @@ fn who_says_that_it_is_alive_is_answered() {
 }
 
 #[test]
-fn nobody_listens_where_a_peer_should_be() {
+fn a_peer_that_does_not_listen_is_lost() {
     let site = site_with_a_peer_made_by_hand(DEADLINE);
     let reason = lost(site, || {});
     assert!(reason.starts_with("cannot be reached: "), "{reason}");
 }
 
 #[test]
-fn the_others_go_on_when_one_is_lost() {
+fn the_others_continue_when_one_is_lost() {
     let (listeners, third) = ([listener(), listener()], silent_listener());
     let ranks = vec![listeners[0].address(), listeners[1].address(), third.address()];
     let part = |rank: usize| form(&listeners[rank], formation(ranks.clone(), &[rank], Transport::Auto));

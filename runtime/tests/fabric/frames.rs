@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::fabric::{Disturbance, Endpoint, FabricError, FrameKind, Memory, Region, Transport};
+use contraflow_runtime::fabric::{
+    DelayInjection, Endpoint, FabricError, FrameKind, Memory, Region, Transport,
+};
 
 use crate::lab::{WIRES, bytes_of, close, noise, sites, sites_with, tag};
 
@@ -80,9 +82,9 @@ fn ranks_of_one_process_hand_the_value_itself_over() {
 
 #[test]
 fn frames_between_processes_can_be_held_back() {
-    let disturbance = Some(Disturbance { seed: 5, max_delay: Duration::from_millis(100) });
+    let delay_injection = Some(DelayInjection { seed: 5, max_delay: Duration::from_millis(100) });
     for wire in WIRES {
-        let sites = sites_with(&[1, 1], wire, disturbance);
+        let sites = sites_with(&[1, 1], wire, delay_injection);
         let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());
         let began = Instant::now();
         for step in 0..20 {
@@ -99,7 +101,7 @@ fn frames_between_processes_can_be_held_back() {
 }
 
 #[test]
-fn a_lane_that_nobody_reads_holds_up_no_other() {
+fn a_lane_without_a_reader_blocks_no_other() {
     for wire in WIRES {
         let sites = sites(&[1, 1], wire);
         let (a, b) = (sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap());

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use contraflow_runtime::fabric::handshake::{Carrier, Hello};
 use contraflow_runtime::fabric::wire::VERSION;
 use contraflow_runtime::fabric::{
-    Address, Disturbance, Fault, Formation, FrameKind, Listener, Phase, Region, Tag, Transport, WiredNetwork,
+    Address, DelayInjection, Formation, FrameKind, Listener, PeerLost, Phase, Region, Tag, Transport,
+    WiredNetwork,
 };
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
@@ -42,7 +43,7 @@ pub fn tag(step: u64, source: u32, kind: FrameKind) -> Tag {
 pub struct Site {
     pub network: Arc<WiredNetwork>,
     pub listener: Listener,
-    pub faults: Receiver<Fault>,
+    pub faults: Receiver<PeerLost>,
 }
 
 pub fn listener() -> Listener {
@@ -56,8 +57,8 @@ pub fn silent_listener() -> Listener {
 
 pub fn formation(ranks: Vec<Address>, local: &[usize], transport: Transport) -> Formation {
     let (id, local) = (generation(3), local.to_vec());
-    let (secret, patience, disturbance) = (SECRET, DEADLINE, None);
-    Formation { id, secret, ranks, local, patience, transport, disturbance }
+    let (secret, timeout, delay_injection) = (SECRET, DEADLINE, None);
+    Formation { id, secret, ranks, local, timeout, transport, delay_injection }
 }
 
 pub fn form(listener: &Listener, formation: Formation) -> Site {
@@ -68,13 +69,17 @@ pub fn form(listener: &Listener, formation: Formation) -> Site {
     Site { network, listener: listener.clone(), faults }
 }
 
-/// Processes that host so many ranks each.
+/// Processes that host this many ranks each.
 pub fn sites(num_ranks: &[usize], transport: Transport) -> Vec<Site> {
     sites_with(num_ranks, transport, None)
 }
 
 /// The same, with delays of what goes between them.
-pub fn sites_with(num_ranks: &[usize], transport: Transport, disturbance: Option<Disturbance>) -> Vec<Site> {
+pub fn sites_with(
+    num_ranks: &[usize],
+    transport: Transport,
+    delay_injection: Option<DelayInjection>,
+) -> Vec<Site> {
     let listeners: Vec<Listener> = num_ranks.iter().map(|_| listener()).collect();
     let repeated = |(listener, &num): (&Listener, &usize)| vec![listener.address(); num];
     let ranks: Vec<Address> = listeners.iter().zip(num_ranks).flat_map(repeated).collect();
@@ -82,12 +87,12 @@ pub fn sites_with(num_ranks: &[usize], transport: Transport, disturbance: Option
     let site = |(listener, &num): (&Listener, &usize)| {
         let local: Vec<usize> = (first..first + num).collect();
         first += num;
-        form(listener, Formation { disturbance, ..formation(ranks.clone(), &local, transport) })
+        form(listener, Formation { delay_injection, ..formation(ranks.clone(), &local, transport) })
     };
     listeners.iter().zip(num_ranks).map(site).collect()
 }
 
-pub fn close(sites: Vec<Site>) -> Vec<Fault> {
+pub fn close(sites: Vec<Site>) -> Vec<PeerLost> {
     let began = Instant::now();
     std::thread::scope(|scope| {
         for site in &sites {
@@ -135,16 +140,16 @@ pub fn hello() -> Hello {
 
 /// Everything the other end still has to say.
 pub fn rest_of(stream: &mut impl Read) -> String {
-    let mut said = Vec::new();
+    let mut reply = Vec::new();
     // A connection that is reset has said all that it had to say.
-    drop(stream.read_to_end(&mut said));
-    String::from_utf8_lossy(&said).into_owned()
+    drop(stream.read_to_end(&mut reply));
+    String::from_utf8_lossy(&reply).into_owned()
 }
 
-/// The process of rank 0 in a formation whose rank 1 is whoever connects.
-pub fn site_with_a_peer_made_by_hand(patience: Duration) -> Site {
+/// The process of rank 0 in a formation whose rank 1 is any process that connects.
+pub fn site_with_a_peer_made_by_hand(timeout: Duration) -> Site {
     let (own, other) = (listener(), listener());
     let formation = formation(vec![own.address(), other.address()], &[0], Transport::Tcp);
     other.stop();
-    form(&own, Formation { patience, ..formation })
+    form(&own, Formation { timeout, ..formation })
 }

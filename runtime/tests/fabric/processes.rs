@@ -46,10 +46,10 @@ fn pair(wire: Transport) -> Pair {
         .unwrap();
     let mut input = child.stdin.take().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let said = lines.find_map(|line| line.unwrap().strip_prefix("address ").map(str::to_owned)).unwrap();
+    let reply = lines.find_map(|line| line.unwrap().strip_prefix("address ").map(str::to_owned)).unwrap();
     let own = listener();
     writeln!(input, "{}", serde_json::to_string(&own.address()).unwrap()).unwrap();
-    let ranks = vec![own.address(), serde_json::from_str(&said).unwrap()];
+    let ranks = vec![own.address(), serde_json::from_str(&reply).unwrap()];
     let site = form(&own, formation(ranks, &[0], wire));
     Pair { site, child, _pipes: (input, lines) }
 }

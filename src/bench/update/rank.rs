@@ -17,8 +17,8 @@ use ractor::Actor;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use super::{DELAYS, Part};
-use crate::bench::processes::{PATIENCE, await_end, join};
+use super::{DELAYS, ProcessRole};
+use crate::bench::processes::{TIMEOUT, await_end, join};
 use crate::bench::{WARM_UP, seeded_datasets};
 use crate::run_dir;
 
@@ -47,13 +47,13 @@ pub struct Recorded {
 /// Plays the part, and writes what came of it to stdout.
 ///
 /// **Errors**: whatever the rank says.
-pub fn be(part: &Part) -> Result<(), Box<dyn Error>> {
+pub fn be(part: &ProcessRole) -> Result<(), Box<dyn Error>> {
     let network = join(part.rank, Transport::Auto, Some(DELAYS))?;
     let dir = Path::new(run_dir::RUNS).join(format!(".bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let trained = runtime.block_on(train(part, network.join(part.rank)?, dir.clone()));
-    // Nobody needs it any more; what cannot be removed is named for what it is.
+    // No longer needed; if it cannot be removed, its name says what it is.
     drop(std::fs::remove_dir_all(&dir));
     println!("{}", serde_json::to_string(&trained?)?);
     await_end()?;
@@ -61,7 +61,7 @@ pub fn be(part: &Part) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-async fn train(part: &Part, endpoint: Endpoint, dir: PathBuf) -> Result<Trained, Box<dyn Error>> {
+async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<Trained, Box<dyn Error>> {
     let recipe = part.recipe().map_err(|failure| failure.to_string())?;
     let last = recipe.training.steps as u64;
     let recorded: Arc<Mutex<Vec<Recorded>>> = Arc::default();
@@ -72,7 +72,7 @@ async fn train(part: &Part, endpoint: Endpoint, dir: PathBuf) -> Result<Trained,
         recipe: Arc::new(recipe),
         resume: None,
         recovered: None,
-        keeper: None,
+        replicator: None,
         overlap: part.overlap,
         checkpoints: None,
         trace: TraceContext::default(),
@@ -87,8 +87,8 @@ async fn train(part: &Part, endpoint: Endpoint, dir: PathBuf) -> Result<Trained,
         |command| worker.cast(WorkerMessage::Command { rank, command, trace: TraceContext::default() });
     let mut losses_and_norms = Vec::new();
     let file = loop {
-        let event = tokio::time::timeout(2 * PATIENCE, events.recv()).await;
-        let event = event.map_err(|_| format!("rank {rank} has been silent for {:?}", 2 * PATIENCE))?;
+        let event = tokio::time::timeout(2 * TIMEOUT, events.recv()).await;
+        let event = event.map_err(|_| format!("rank {rank} has been silent for {:?}", 2 * TIMEOUT))?;
         match event.ok_or("the worker has ended")? {
             RankEvent::Ready { .. } => command(RankCommand::BeginStep { step: 1 })?,
             RankEvent::StepDone { report } => {

@@ -1,8 +1,8 @@
-//! What a checkpoint holds: records of tensors, written by the rank that owns them, read by whoever needs them.
+//! What a checkpoint holds: records of tensors, written by the rank that owns them, read by any rank that needs them.
 //!
 //! A record is a row-major range of one published tensor, in one of several kinds. Every element of every tensor is in
 //! exactly one record of each kind, whatever the layout: routed experts go by their global number, a tensor that several
-//! ranks hold is cut along its ZeRO-1 shards, and what first and last stage share stands once. So any layout can read
+//! ranks hold is cut along its ZeRO-1 shards, and what first and last stage share is stored once. So any layout can read
 //! what any other has written. Knows tensors and files; the manifest and the folder are the runtime's.
 
 pub mod provenance;
@@ -17,8 +17,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 pub use read::{Checkpoint, CheckpointFaults, Records, parse_header};
-pub use shard::{shard_bytes, shard_name, write_image, write_shard};
-pub use snapshot::{Snapshot, SnapshotPiece, Values};
+pub use shard::{shard_bytes, shard_name, write_shard, write_shard_bytes};
+pub use snapshot::{RecordValues, Snapshot, SnapshotPiece};
 
 /// What a record's values are of their tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

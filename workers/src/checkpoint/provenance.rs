@@ -24,7 +24,7 @@ pub fn made_by(recipe: &Recipe) -> MadeBy {
     }
 }
 
-/// What stands in a checkpoint beside the manifest, so that it can be read like a model.
+/// Files of a checkpoint beside the manifest, so that it can be read like a model.
 pub fn companions(recipe: &Recipe, tokenizer: &Tokenizer) -> Companions {
     let config = recipe.model_config.to_hf_json().into_bytes();
     [("config.json", config)].into_iter().chain(tokenizer.files()).collect()

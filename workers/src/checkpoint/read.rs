@@ -33,21 +33,21 @@ pub struct Checkpoint {
 pub struct Records {
     /// What they are of, for messages.
     of: String,
-    sources: Vec<Source>,
+    sources: Vec<ShardSource>,
     tensors: BTreeMap<(Kind, String), Pieces>,
 }
 
 /// Where the bytes of a shard are.
-enum Source {
+enum ShardSource {
     File { file: File, path: PathBuf },
     Memory(Arc<Vec<u8>>),
 }
 
-impl Source {
+impl ShardSource {
     fn read(&self, first: u64, target: &mut [u8]) -> std::io::Result<()> {
         match self {
-            Source::File { file, .. } => file.read_exact_at(target, first),
-            Source::Memory(bytes) => {
+            ShardSource::File { file, .. } => file.read_exact_at(target, first),
+            ShardSource::Memory(bytes) => {
                 let first = usize::try_from(first).unwrap_or(usize::MAX);
                 let end = first.checked_add(target.len());
                 let part = end.and_then(|end| bytes.get(first..end));
@@ -61,11 +61,11 @@ impl Source {
 /// All records of one tensor and kind, ascending.
 struct Pieces {
     shape: Vec<usize>,
-    places: Vec<Place>,
+    places: Vec<RecordLocation>,
 }
 
 /// Where the values of a record are.
-struct Place {
+struct RecordLocation {
     /// In which source.
     source: usize,
     /// First byte in it.
@@ -106,7 +106,7 @@ impl Checkpoint {
         for shard in &manifest.shards {
             let path = dir.join(&shard.file);
             let opened = File::open(&path).map_err(|error| error.to_string());
-            let source = opened.map(|file| Source::File { file, path: path.clone() });
+            let source = opened.map(|file| ShardSource::File { file, path: path.clone() });
             if let Err(message) = source.and_then(|source| records.add(source, shard.bytes)) {
                 faults.push(CheckpointError::new(&path, message));
             }
@@ -132,15 +132,15 @@ impl Checkpoint {
 impl Records {
     /// Those of one shard in memory. `of` says what it is, for messages.
     ///
-    /// **Errors**: in words; it is no shard.
+    /// **Errors**: the bytes are not a shard.
     pub fn in_memory(of: String, shard: Arc<Vec<u8>>) -> Result<Self, RankError> {
         let mut records = Records { of, ..Records::default() };
         let size = shard.len() as u64;
-        records.add(Source::Memory(shard), size).map_err(|message| records.wrong(message))?;
+        records.add(ShardSource::Memory(shard), size).map_err(|message| records.wrong(message))?;
         Ok(records)
     }
 
-    fn add(&mut self, source: Source, size: u64) -> Result<(), String> {
+    fn add(&mut self, source: ShardSource, size: u64) -> Result<(), String> {
         let places = open_shard(&source, size, self.sources.len())?;
         self.sources.push(source);
         for place in places {
@@ -258,8 +258,8 @@ impl Records {
         let source = &self.sources[source];
         source.read(first, target).map_err(|error| RankError::File {
             path: match source {
-                Source::File { path, .. } => path.display().to_string(),
-                Source::Memory(_) => self.of.clone(),
+                ShardSource::File { path, .. } => path.display().to_string(),
+                ShardSource::Memory(_) => self.of.clone(),
             },
             source: error,
         })
@@ -275,7 +275,7 @@ fn verify_all(manifest: &Manifest, dir: &Path) -> Result<(), Vec<CheckpointError
 }
 
 /// The records of a shard and where their values are.
-fn open_shard(source: &Source, size: u64, number: usize) -> Result<Vec<Place>, String> {
+fn open_shard(source: &ShardSource, size: u64, number: usize) -> Result<Vec<RecordLocation>, String> {
     let mut length = [0; 8];
     source.read(0, &mut length).map_err(|error| error.to_string())?;
     let length = u64::from_le_bytes(length);
@@ -285,13 +285,13 @@ fn open_shard(source: &Source, size: u64, number: usize) -> Result<Vec<Place>, S
     let mut header = vec![0; length as usize];
     source.read(8, &mut header).map_err(|error| error.to_string())?;
     let places = parse_header(&header, size - 8 - length)?;
-    let place = |(record, start)| Place { source: number, start: 8 + length + start, record };
+    let place = |(record, start)| RecordLocation { source: number, start: 8 + length + start, record };
     Ok(places.into_iter().map(place).collect())
 }
 
 /// The records of a shard's header, each with its first byte in the data.
 ///
-/// **Errors**: in words: no such header, or records that its tensors do not bear out.
+/// **Errors**: no such header, or records that its tensors do not bear out.
 pub fn parse_header(header: &[u8], data_len: u64) -> Result<Vec<(Record, u64)>, String> {
     let damaged = |error: serde_json::Error| format!("expected a shard's header: {error}");
     let metadata: Metadata = serde_json::from_slice(header).map_err(damaged)?;
@@ -318,7 +318,7 @@ impl Pieces {
         self.places.sort_by_key(|place| place.record.range.start);
         let len = self.shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim));
         let mut next = 0;
-        for Place { record, .. } in &self.places {
+        for RecordLocation { record, .. } in &self.places {
             let expected = if record.kind == Kind::Count { Storage::U64 } else { Storage::F32 };
             if record.shape != self.shape || record.format != expected {
                 return Err(format!("expected one shape and format, got {:?} and others", record.shape));

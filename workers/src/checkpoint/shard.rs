@@ -8,7 +8,7 @@ use contraflow_runtime::failpoint::failpoint;
 
 use super::{Record, Snapshot, Storage};
 use crate::error::RankError;
-use crate::hashed_file::{HashedFile, Sealed};
+use crate::hashed_file::{FinishedFile, HashedFile};
 
 /// File name of a rank's shard.
 pub fn shard_name(rank: usize) -> String {
@@ -18,13 +18,13 @@ pub fn shard_name(rank: usize) -> String {
 /// Key of the records in the header's `__metadata__`, as a JSON text: safetensors allows nothing but texts there.
 pub(super) const RECORDS_KEY: &str = "records";
 
-/// Writes a snapshot into the file `name` of an existing folder, synced. The snapshot is let go piece by piece.
+/// Writes a snapshot into the file `name` of an existing folder, synced. The snapshot is dropped piece by piece.
 ///
 /// **Errors**: what the system says, with the path; no file is left then.
 pub fn write_shard(dir: &Path, name: &str, mut snapshot: Snapshot) -> Result<ShardFile, RankError> {
     snapshot.pieces.sort_by_cached_key(|piece| piece.record.key());
     let path = dir.join(name);
-    let Sealed { bytes, blake3 } = write_pieces(&path, snapshot).map_err(|source| {
+    let FinishedFile { bytes, blake3 } = write_pieces(&path, snapshot).map_err(|source| {
         // Whatever is left of it belongs to no checkpoint; a full disk is better off without.
         drop(std::fs::remove_file(&path));
         RankError::File { path: path.display().to_string(), source }
@@ -32,7 +32,7 @@ pub fn write_shard(dir: &Path, name: &str, mut snapshot: Snapshot) -> Result<Sha
     Ok(ShardFile { file: name.to_owned(), bytes, blake3 })
 }
 
-/// A snapshot as the bytes of a shard, put into an empty buffer. The snapshot is let go.
+/// A snapshot as the bytes of a shard, put into an empty buffer. The snapshot is dropped.
 ///
 /// **Errors**: none that a snapshot of this program gives.
 pub fn shard_bytes(mut snapshot: Snapshot, mut buffer: Vec<u8>) -> io::Result<Vec<u8>> {
@@ -51,7 +51,7 @@ pub fn shard_bytes(mut snapshot: Snapshot, mut buffer: Vec<u8>) -> io::Result<Ve
 /// Writes the bytes of a rank's shard into a folder, which is made if it is not there; synced.
 ///
 /// **Errors**: what the system says, with the path.
-pub fn write_image(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, RankError> {
+pub fn write_shard_bytes(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, RankError> {
     let file = shard_name(rank);
     let path = dir.join(&file);
     let write = || {
@@ -60,12 +60,12 @@ pub fn write_image(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, R
         out.write(bytes)?;
         out.finish()
     };
-    let Sealed { bytes, blake3 } =
+    let FinishedFile { bytes, blake3 } =
         write().map_err(|source| RankError::File { path: path.display().to_string(), source })?;
     Ok(ShardFile { file, bytes, blake3 })
 }
 
-fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<Sealed> {
+fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<FinishedFile> {
     failpoint("checkpoint.shard-begins");
     let header = header(snapshot.pieces.iter().map(|piece| &piece.record))?;
     let mut out = HashedFile::create(path)?;

@@ -7,25 +7,27 @@ use std::ops::Range;
 
 use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::watch::Watch;
+use contraflow_runtime::stability::StabilityWatch;
 
 use super::{Kind, Record, Storage};
 
 /// The values of a record.
 #[derive(Clone)]
-pub enum Values {
+pub enum RecordValues {
     /// Elements of a tensor that is shared until it is written to.
     Floats(Tensor, Range<usize>),
     /// Whole numbers.
     Counts(Vec<u64>),
 }
 
-impl Values {
+impl RecordValues {
     /// As they stand in a file.
     pub fn bytes(&self) -> &[u8] {
         match self {
-            Values::Floats(tensor, range) => bytemuck::cast_slice(&tensor.values::<f32>()[range.clone()]),
-            Values::Counts(counts) => bytemuck::cast_slice(counts),
+            RecordValues::Floats(tensor, range) => {
+                bytemuck::cast_slice(&tensor.values::<f32>()[range.clone()])
+            }
+            RecordValues::Counts(counts) => bytemuck::cast_slice(counts),
         }
     }
 }
@@ -36,7 +38,7 @@ pub struct SnapshotPiece {
     /// What it is.
     pub record: Record,
     /// Its values, as many as the record's range has.
-    pub values: Values,
+    pub values: RecordValues,
 }
 
 /// Everything a rank answers for.
@@ -44,8 +46,8 @@ pub struct SnapshotPiece {
 pub struct Snapshot {
     /// In no particular order.
     pub pieces: Vec<SnapshotPiece>,
-    /// What the watch remembers: for the manifest.
-    pub watch: Watch,
+    /// State of the stability watch: for the manifest.
+    pub watch: StabilityWatch,
 }
 
 impl Snapshot {
@@ -58,7 +60,7 @@ impl Snapshot {
     ) {
         let record =
             Record { name: name.to_owned(), kind, shape: shape.to_vec(), format: Storage::F32, range };
-        self.pieces.push(SnapshotPiece { record, values: Values::Floats(values.0, values.1) });
+        self.pieces.push(SnapshotPiece { record, values: RecordValues::Floats(values.0, values.1) });
     }
 
     /// Adds whole numbers.
@@ -66,6 +68,6 @@ impl Snapshot {
         let len = counts.len();
         let record =
             Record { name, kind: Kind::Count, shape: vec![len], format: Storage::U64, range: 0..len };
-        self.pieces.push(SnapshotPiece { record, values: Values::Counts(counts) });
+        self.pieces.push(SnapshotPiece { record, values: RecordValues::Counts(counts) });
     }
 }

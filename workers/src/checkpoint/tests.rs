@@ -48,7 +48,7 @@ fn commit(dir: &Path, shards: Vec<ShardFile>) {
     std::fs::write(dir.join(MANIFEST_FILE), serde_json::to_string(&manifest).unwrap()).unwrap();
 }
 
-fn told(dir: &Path) -> String {
+fn reported(dir: &Path) -> String {
     Checkpoint::open(dir).err().expect("it should be refused").to_string()
 }
 
@@ -89,7 +89,7 @@ fn ranges_that_do_not_make_up_the_tensor_are_refused() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         commit(dir.path(), write(dir.path(), ranges));
-        assert!(told(dir.path()).contains(expected), "{}", told(dir.path()));
+        assert!(reported(dir.path()).contains(expected), "{}", reported(dir.path()));
     }
 }
 
@@ -103,12 +103,12 @@ fn one_turned_bit_anywhere_in_a_shard_is_seen_and_the_shard_named() {
         let mut turned = whole.clone();
         turned[byte] ^= 1 << (byte % 8);
         std::fs::write(&path, turned).unwrap();
-        assert!(told(dir.path()).contains("rank-00001.safetensors: expected blake3"), "byte {byte}");
+        assert!(reported(dir.path()).contains("rank-00001.safetensors: expected blake3"), "byte {byte}");
     }
 }
 
 #[test]
-fn a_snapshot_keeps_its_values_while_training_goes_on() {
+fn a_snapshot_keeps_its_values_while_training_continues() {
     let dir = tempfile::tempdir().unwrap();
     let mut weight = values(12);
     let mut snapshot = Snapshot::default();

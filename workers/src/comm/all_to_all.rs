@@ -47,7 +47,7 @@ pub struct Route {
 }
 
 /// One exchange of one chunk's layer: the fabric, the group, and the address all its frames share.
-pub struct Exchange<'a> {
+pub struct AllToAll<'a> {
     /// This rank's end of the fabric.
     pub endpoint: &'a Endpoint,
     /// The expert group.
@@ -56,7 +56,7 @@ pub struct Exchange<'a> {
     pub tag: Tag,
 }
 
-impl Exchange<'_> {
+impl AllToAll<'_> {
     fn tag(&self, kind: FrameKind, source: usize) -> Tag {
         Tag { kind, source: source as u32, ..self.tag }
     }
@@ -152,7 +152,7 @@ impl Exchange<'_> {
         Ok(())
     }
 
-    /// The backward pass of [`Exchange::combine`]: the gradient of the rows' sums, at the experts.
+    /// The backward pass of [`AllToAll::combine`]: the gradient of the rows' sums, at the experts.
     ///
     /// **Shapes**: `dy` `[T, D]`, output `[N, D]`.
     ///
@@ -175,7 +175,7 @@ impl Exchange<'_> {
         Ok(Tensor::concat_rows(&parts))
     }
 
-    /// The backward pass of [`Exchange::dispatch`]: the gradients of the tokens' rows and of their routing weights, at home.
+    /// The backward pass of [`AllToAll::dispatch`]: the gradients of the tokens' rows and of their routing weights, at home.
     ///
     /// **Shapes**: `d_rows` `[N, D]`, `d_pairs` `[P]`, one per arrived pair; output `[T, D]` and `[T, K]`.
     ///
@@ -271,7 +271,7 @@ mod tests {
     }
 
     /// Runs one closure per rank on its own thread.
-    fn on_both(run: impl Fn(Exchange, usize) + Send + Sync) {
+    fn on_both(run: impl Fn(AllToAll, usize) + Send + Sync) {
         let network = LocalNetwork::new(LocalOptions::default());
         let endpoints = [network.join(0), network.join(1)];
         std::thread::scope(|scope| {
@@ -281,7 +281,7 @@ mod tests {
                     let group = ExpertGroup { ranks: vec![0, 1], own, experts_per_rank: 2 };
                     let chunk = Chunk { stage: 0, micro_batch: 0 };
                     let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
-                    run(Exchange { endpoint, group: &group, tag }, own);
+                    run(AllToAll { endpoint, group: &group, tag }, own);
                 });
             }
         });
@@ -293,10 +293,10 @@ mod tests {
 
     #[test]
     fn a_token_travels_once_to_a_rank_and_comes_back_as_one_sum_per_rank() {
-        on_both(|exchange, rank| {
+        on_both(|all_to_all, rank| {
             let x = tokens(rank);
             let choice = routing(rank);
-            let (arrivals, route) = exchange.dispatch(&x, &choice).unwrap();
+            let (arrivals, route) = all_to_all.dispatch(&x, &choice).unwrap();
             let copies: usize = route.sent_rows.iter().map(Tensor::len).sum();
             let ids: &[u32] = choice.expert_ids.values();
             let expected: usize =
@@ -305,7 +305,7 @@ mod tests {
             assert_eq!(arrivals.rows.rows(), route.received_rows.iter().sum::<usize>());
             // Identity experts: every copy comes back, so each token's sum is its value times its number of copies.
             let mut home = Tensor::zeros(&[TOKENS, 1]);
-            exchange.combine(&arrivals.rows, &route, &mut home).unwrap();
+            all_to_all.combine(&arrivals.rows, &route, &mut home).unwrap();
             for (token, ids) in ids.chunks(TOP_K).enumerate() {
                 let copies = if ids[0] / 2 == ids[1] / 2 { 1.0 } else { 2.0 };
                 assert_eq!(home.values::<f32>()[token], x.values::<f32>()[token] * copies);
@@ -315,22 +315,22 @@ mod tests {
 
     #[test]
     fn gradients_go_back_the_way_the_values_came() {
-        on_both(|exchange, rank| {
+        on_both(|all_to_all, rank| {
             let x = tokens(rank);
             let choice = routing(rank);
-            let (arrivals, route) = exchange.dispatch(&x, &choice).unwrap();
+            let (arrivals, route) = all_to_all.dispatch(&x, &choice).unwrap();
             assert_eq!(
-                exchange.combine_backward(&x, &route).unwrap().values::<f32>(),
+                all_to_all.combine_backward(&x, &route).unwrap().values::<f32>(),
                 arrivals.rows.values::<f32>()
             );
             // Each pair's routing weight sent back as its own gradient must come home to its slot.
             let (home, d_weights) =
-                exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).unwrap();
+                all_to_all.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).unwrap();
             assert_eq!(d_weights.shape(), [TOKENS, TOP_K]);
             assert_eq!(d_weights.values::<f32>(), choice.weights.values::<f32>());
             let mut combined = Tensor::zeros(&[TOKENS, 1]);
-            let tag = Tag { micro_batch: 1, ..exchange.tag };
-            let again = Exchange { tag, ..exchange };
+            let tag = Tag { micro_batch: 1, ..all_to_all.tag };
+            let again = AllToAll { tag, ..all_to_all };
             again.combine(&arrivals.rows, &route, &mut combined).unwrap();
             assert_eq!(home.values::<f32>(), combined.values::<f32>());
         });
@@ -338,25 +338,25 @@ mod tests {
 
     /// What rank 0 says to a frame of rank 1 that holds `parts`, where one of rank 0's tokens goes to rank 1 and back.
     fn refused(kind: FrameKind, parts: Vec<Tensor>) -> String {
-        let patience = Duration::from_secs(5);
-        let network = LocalNetwork::new(LocalOptions { patience, ..LocalOptions::default() });
+        let timeout = Duration::from_secs(5);
+        let network = LocalNetwork::new(LocalOptions { timeout, ..LocalOptions::default() });
         let [endpoint, peer] = [network.join(0), network.join(1)];
         let group = ExpertGroup { ranks: vec![0, 1], own: 0, experts_per_rank: 2 };
         let chunk = Chunk { stage: 0, micro_batch: 0 };
         let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
-        let exchange = Exchange { endpoint: &endpoint, group: &group, tag };
+        let all_to_all = AllToAll { endpoint: &endpoint, group: &group, tag };
         if kind != FrameKind::Dispatch {
             let empty =
                 [Tensor::zeros(&[0, 1]), Tensor::from_vec::<u32>(&[0, 2], vec![]), Tensor::zeros(&[0])];
-            peer.send(0, exchange.tag(FrameKind::Dispatch, 1), empty.map(packets::tensor).into()).unwrap();
+            peer.send(0, all_to_all.tag(FrameKind::Dispatch, 1), empty.map(packets::tensor).into()).unwrap();
         }
-        peer.send(0, exchange.tag(kind, 1), parts.into_iter().map(packets::tensor).collect()).unwrap();
+        peer.send(0, all_to_all.tag(kind, 1), parts.into_iter().map(packets::tensor).collect()).unwrap();
         let run = || {
-            let (arrivals, route) = exchange.dispatch(&tokens(0), &routing(0))?;
+            let (arrivals, route) = all_to_all.dispatch(&tokens(0), &routing(0))?;
             match kind {
-                FrameKind::Combine => exchange.combine(&arrivals.rows, &route, &mut tokens(0)),
-                FrameKind::CombineGradient => exchange.combine_backward(&tokens(0), &route).map(drop),
-                _ => exchange.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).map(drop),
+                FrameKind::Combine => all_to_all.combine(&arrivals.rows, &route, &mut tokens(0)),
+                FrameKind::CombineGradient => all_to_all.combine_backward(&tokens(0), &route).map(drop),
+                _ => all_to_all.dispatch_backward(&arrivals.rows, &arrivals.weights, &route).map(drop),
             }
         };
         match run() {

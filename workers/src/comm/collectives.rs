@@ -16,7 +16,7 @@ use super::packets::{self, Payload, Unpack};
 
 const NOWHERE: Chunk = Chunk { stage: 0, micro_batch: 0 };
 
-/// Collectives of one step; `bucket` tells those of one kind apart.
+/// Collectives of one step; `bucket` distinguishes those of one kind.
 pub struct Collectives<'a> {
     /// This rank's end of the fabric.
     pub endpoint: &'a Endpoint,
@@ -124,7 +124,7 @@ impl Collectives<'_> {
 mod tests {
     use std::time::Duration;
 
-    use contraflow_runtime::fabric::{Disturbance, LocalNetwork, LocalOptions, Phase};
+    use contraflow_runtime::fabric::{DelayInjection, LocalNetwork, LocalOptions, Phase};
 
     use super::*;
 
@@ -135,8 +135,8 @@ mod tests {
 
     /// What each member got and the bytes that it sent, in the order of the group; frames come late and out of order.
     fn reduce(group: &[usize], seed: u64) -> Vec<(Vec<f64>, u64)> {
-        let disturbance = Some(Disturbance { seed, max_delay: Duration::from_millis(3) });
-        let network = LocalNetwork::new(LocalOptions { disturbance, ..LocalOptions::default() });
+        let delay_injection = Some(DelayInjection { seed, max_delay: Duration::from_millis(3) });
+        let network = LocalNetwork::new(LocalOptions { delay_injection, ..LocalOptions::default() });
         let ends: Vec<Endpoint> = group.iter().map(|&rank| network.join(rank)).collect();
         let id = StepId::first(Phase::Update);
         let one = |endpoint: &Endpoint| {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_gets_the_sum_in_the_order_of_the_group() {
+    fn every_member_gets_the_sum_in_the_order_of_the_group() {
         for members in [1, 2, 7, 8, 9, 20, 64, 70] {
             // Not the order of the ranks.
             let group: Vec<usize> = (0..members).map(|at| at * 37 % 101).collect();

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use contraflow_kernels::dispatch::pairs_are_within;
 use contraflow_kernels::tensor::{Element, Format, HostMemory, Tensor};
-use contraflow_runtime::fabric::{FabricError, Form, Memory, Region, Tag};
+use contraflow_runtime::fabric::{FabricError, Memory, PayloadShape, Region, Tag};
 
-/// [`Form::kind`] of each payload.
+/// [`PayloadShape::kind`] of each payload.
 const F32_TENSOR: u8 = 1;
 const U32_TENSOR: u8 = 3;
 const TOTALS: u8 = 5;
@@ -37,7 +37,7 @@ impl Memory for Payload {
         }
     }
 
-    fn form(&self) -> Form {
+    fn form(&self) -> PayloadShape {
         let (kind, rows, cols) = match self {
             Payload::Tensor(tensor) => {
                 let kind = match tensor.format() {
@@ -48,7 +48,7 @@ impl Memory for Payload {
             }
             Payload::Totals(totals) => (TOTALS, 1, totals.len()),
         };
-        Form { kind, rows: rows as u64, cols: cols as u64 }
+        PayloadShape { kind, rows: rows as u64, cols: cols as u64 }
     }
 }
 
@@ -87,7 +87,7 @@ impl HostMemory for Arrived {
 }
 
 fn arrived<T: Element>(region: &Region) -> Option<Tensor> {
-    let Form { rows, cols, .. } = region.form();
+    let PayloadShape { rows, cols, .. } = region.form();
     let shape = [usize::try_from(rows).ok()?, usize::try_from(cols).ok()?];
     Tensor::borrowing::<T>(&shape, Arc::new(Arrived(region.clone())))
 }
@@ -115,8 +115,8 @@ impl Unpack {
         if let Some(payload) = part.clone().downcast::<Payload>() {
             return Ok(payload);
         }
-        let Form { kind, rows, cols } = part.form();
-        let got = || format!("{} bytes said to be {rows} x {cols} of kind {kind}", part.len());
+        let PayloadShape { kind, rows, cols } = part.form();
+        let got = || format!("{} bytes declared as {rows} x {cols} of kind {kind}", part.len());
         Payload::from_wire(&part).map(Arc::new).ok_or_else(|| self.wrong(expected, &got()))
     }
 
@@ -213,7 +213,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Bytes with a form, as they come over a wire.
-    struct Wire(Vec<u64>, usize, Form);
+    struct Wire(Vec<u64>, usize, PayloadShape);
 
     impl Memory for Wire {
         fn part(&self, index: usize) -> Option<&[u8]> {
@@ -224,7 +224,7 @@ mod tests {
             self.1
         }
 
-        fn form(&self) -> Form {
+        fn form(&self) -> PayloadShape {
             self.2
         }
     }
@@ -276,12 +276,12 @@ mod tests {
     }
 
     #[test]
-    fn content_that_does_not_fit_is_told_with_what_came() {
+    fn unexpected_content_is_reported_with_what_came() {
         let message = |part: Region, width: usize| unpack(vec![part]).rows(width).unwrap_err().to_string();
-        let unknown = Region::new(Wire(vec![0; 2], 16, Form { kind: 2, rows: 2, cols: 4 }));
+        let unknown = Region::new(Wire(vec![0; 2], 16, PayloadShape { kind: 2, rows: 2, cols: 4 }));
         let error = message(unknown, 4);
         assert!(
-            error.ends_with("expected rows of width 4, got 16 bytes said to be 2 x 4 of kind 2"),
+            error.ends_with("expected rows of width 4, got 16 bytes declared as 2 x 4 of kind 2"),
             "{error}"
         );
         let error = message(sent(&tensor(Tensor::zeros(&[2, 4]))), 5);
@@ -301,7 +301,7 @@ mod tests {
                                               kind in 0_u8..8, rows in any::<u64>(), cols in 0_u64..40) {
             let len = (8 * words.len()).saturating_sub(cut);
             for rows in [rows, 0, 1, 2, 4] {
-                let part = || Region::new(Wire(words.clone(), len, Form { kind, rows, cols }));
+                let part = || Region::new(Wire(words.clone(), len, PayloadShape { kind, rows, cols }));
                 if let Ok(tensor) = unpack(vec![part()]).rows(cols as usize) {
                     let shape = (tensor.rows() as u64, tensor.num_bytes());
                     prop_assert!(kind == F32_TENSOR && shape == (rows, len) && bytes(&tensor).len() == len);

@@ -2,7 +2,7 @@
 //! byte.
 //!
 //! Called once at the end of a run. What is counted, here and for the model: the targets of the given
-//! validation sequences that are bytes. Ends of documents are nobody's target (but everybody's context), so
+//! validation sequences that are bytes. Ends of documents are never targets (but always context), so
 //! the figures share one denominator.
 //!
 //! All choices favour the baselines: they see the running text across the sequence's start, where the model

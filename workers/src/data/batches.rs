@@ -21,8 +21,8 @@ pub struct Datasets {
     pub validation: PackedDataset,
 }
 
-/// Which validation sequence stands at `place` when `taken` of `available` are read: every split is read evenly, so that
-/// a few sequences tell about all of it.
+/// Which validation sequence is at `place` when `taken` of `available` are read: every split is read evenly, so that
+/// a few sequences represent all of it.
 pub fn validation_index(place: usize, taken: usize, available: usize) -> usize {
     place * available / taken
 }
@@ -104,22 +104,22 @@ pub struct Share {
 pub struct Batches {
     datasets: Arc<Datasets>,
     order: Order,
-    column: usize,
+    dp_rank: usize,
     attend_across_documents: bool,
 }
 
 impl Batches {
     /// Those of one column of ranks; `seed` is that of the order.
-    pub fn new(datasets: Arc<Datasets>, seed: u64, column: usize, attend_across_documents: bool) -> Self {
+    pub fn new(datasets: Arc<Datasets>, seed: u64, dp_rank: usize, attend_across_documents: bool) -> Self {
         let order = Order::new(&datasets.train.sources(), seed);
-        Batches { datasets, order, column, attend_across_documents }
+        Batches { datasets, order, dp_rank, attend_across_documents }
     }
 
     /// Reads a column's share of a batch.
     pub fn load(&self, task: Task) -> Share {
         let BatchShape { global_batch, micro_batches, micro_batch_size } = task.shape;
         let datasets = &*self.datasets;
-        let first = self.column * micro_batches * micro_batch_size;
+        let first = self.dp_rank * micro_batches * micro_batch_size;
         let across = self.attend_across_documents;
         let micro_batch = |number: usize| {
             let start = first + number * micro_batch_size;
@@ -220,14 +220,14 @@ mod tests {
 
     const LENGTH: usize = 3;
 
-    /// Sequences that tell their number: sequence i begins with the token 3 i.
+    /// Sequences that encode their number: sequence i begins with the token 3 i.
     fn numbered(num_sequences: usize) -> PackedDataset {
         PackedDataset::from_tokens((0..=(num_sequences * LENGTH) as u32).collect(), LENGTH)
     }
 
-    fn batches(train: PackedDataset, column: usize, seed: u64, across: bool) -> Batches {
+    fn batches(train: PackedDataset, dp_rank: usize, seed: u64, across: bool) -> Batches {
         let datasets = Arc::new(Datasets { validation: train.clone(), train });
-        Batches::new(datasets, seed, column, across)
+        Batches::new(datasets, seed, dp_rank, across)
     }
 
     /// Numbers of the sequences that all columns together read in a step, in the order of the batch.
@@ -235,15 +235,15 @@ mod tests {
         num_sequences: usize,
         seed: u64,
         cursor: u64,
-        columns: usize,
+        dp_size: usize,
         cut: (usize, usize),
     ) -> Vec<usize> {
         let (micro_batches, micro_batch_size) = cut;
-        let global_batch = columns * micro_batches * micro_batch_size;
+        let global_batch = dp_size * micro_batches * micro_batch_size;
         let shape = BatchShape { global_batch, micro_batches, micro_batch_size };
-        (0..columns)
-            .flat_map(|column| {
-                let own = batches(numbered(num_sequences), column, seed, true);
+        (0..dp_size)
+            .flat_map(|dp_rank| {
+                let own = batches(numbered(num_sequences), dp_rank, seed, true);
                 own.load(Task { kind: TaskKind::Train, shape, start: cursor }).micro_batches
             })
             .flat_map(|sequences| {
@@ -261,11 +261,11 @@ mod tests {
             stretches in prop::collection::vec((1usize..5, 1usize..4, 1usize..4, 1usize..4), 1..6),
         ) {
             let mut drawn: Vec<usize> = Vec::new();
-            for (columns, micro_batches, size, steps) in stretches {
+            for (dp_size, micro_batches, size, steps) in stretches {
                 for _ in 0..steps {
                     // All that a resumed run knows is how many sequences the committed steps have used.
                     let cursor = drawn.len() as u64;
-                    drawn.extend(read_by_all(num_sequences, seed, cursor, columns, (micro_batches, size)));
+                    drawn.extend(read_by_all(num_sequences, seed, cursor, dp_size, (micro_batches, size)));
                 }
             }
             for epoch in drawn.chunks(num_sequences) {
@@ -285,11 +285,11 @@ mod tests {
         let shape = BatchShape { global_batch: 2, micro_batches: 1, micro_batch_size: 1 };
         let task = |kind| Task { kind, shape, start: 0 };
         let total = |across, kind| {
-            let columns = [0, 1].map(|column| batches(train.clone(), column, 1, across));
-            let shares = columns.each_ref().map(|column| column.load(task(kind)).weights);
+            let by_dp_rank = [0, 1].map(|dp_rank| batches(train.clone(), dp_rank, 1, across));
+            let shares = by_dp_rank.each_ref().map(|batches| batches.load(task(kind)).weights);
             let sum = [0, 1].map(|loss| shares[0][loss] + shares[1][loss]);
-            // What is known without reading is what reading would tell.
-            assert!(columns[0].known_weights(task(kind)).is_none_or(|known| known == sum));
+            // What is known without reading is what reading would give.
+            assert!(by_dp_rank[0].known_weights(task(kind)).is_none_or(|known| known == sum));
             sum
         };
         assert_eq!(total(true, TaskKind::Train), [8.0, 6.0]);

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_tells_bytes_order_and_split_but_not_names() {
+    fn the_hash_covers_bytes_order_and_split_but_not_names() {
         let mut one = documents(3);
         let reference = hash(&one[..2], &one[2..]);
         one[0].name = "renamed".into();

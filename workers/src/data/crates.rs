@@ -23,7 +23,7 @@ pub(super) struct Manifest {
     families: Vec<Family>,
 }
 
-/// Crates that share a name's first word or an author's hand: all of them stand on the same side of the
+/// Crates that share the first part of a name or an author: all of them are on the same side of the
 /// split.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -243,7 +243,7 @@ mod tests {
             for word in words.chain([family.name.clone()]) {
                 let here = (family.name.clone(), family.split);
                 let first = sides.entry(word.clone()).or_insert_with(|| here.clone());
-                assert_eq!(*first, here, "crates named {word}* stand in two families");
+                assert_eq!(*first, here, "crates named {word}* are in two families");
             }
         }
         let num_validation = sides.values().filter(|(_, split)| *split == Split::Validation).count();

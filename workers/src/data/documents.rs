@@ -68,7 +68,7 @@ impl DocumentEncoder {
 }
 
 /// Where the middle of a document begins and ends, or nothing for the share that stays as it is. The dice are the
-/// blake3 of the text, so the same document falls the same way wherever it stands.
+/// blake3 of the text, so the same document falls the same way wherever it is.
 fn cut(text: &[u8], rate: f64) -> Option<(usize, usize)> {
     let dice = blake3::derive_key("contraflow fill in the middle 1", text);
     let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| dice[8 * at + byte]));

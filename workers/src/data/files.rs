@@ -41,7 +41,7 @@ pub enum DataFault {
         path: PathBuf,
         /// `a NUL byte` or `invalid UTF-8`.
         found: &'static str,
-        /// Where it stands in the file.
+        /// Its offset in the file.
         offset: usize,
     },
     /// A broken line of a JSONL file.
@@ -117,7 +117,7 @@ impl Found {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DataFault::Missing { path }),
             Err(error) => Err(unreadable(&path, &error)),
             Ok(metadata) if metadata.is_dir() => self.read_named_folder(path),
-            Ok(_) if Format::of(&path) != Format::Text => {
+            Ok(_) if FileFormat::of(&path) != FileFormat::Text => {
                 if self.read_rows(&path)? {
                     Ok(())
                 } else {
@@ -157,7 +157,7 @@ impl Found {
                 self.num_hidden += 1;
             } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 any_text |= self.read_folder(&path)?;
-            } else if Format::of(&path) != Format::Text && path.is_file() {
+            } else if FileFormat::of(&path) != FileFormat::Text && path.is_file() {
                 any_text |= self.read_rows(&path)?;
             } else if path.is_file() {
                 any_text |= self.read_found_file(&path).map_err(|error| unreadable(&path, &error))?;
@@ -169,7 +169,7 @@ impl Found {
     /// Reads the documents of a JSONL or Parquet file and says whether there were any.
     fn read_rows(&mut self, path: &Path) -> Result<bool, DataFault> {
         let mut any_text = false;
-        Format::of(path).each(path, &mut |document: Document| {
+        FileFormat::of(path).each(path, &mut |document: Document| {
             any_text |= !document.text.is_empty();
             self.keep(document);
             Ok(())
@@ -207,7 +207,7 @@ impl Found {
 
 /// How a file holds documents, by the ending of its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum FileFormat {
     /// A file is a document.
     Text,
     /// `.jsonl`: a line is one.
@@ -216,7 +216,7 @@ pub(super) enum Format {
     Parquet,
 }
 
-impl Format {
+impl FileFormat {
     pub(super) fn of(path: &Path) -> Self {
         match path.extension().and_then(|ending| ending.to_str()) {
             Some("jsonl") => Self::Jsonl,
@@ -271,7 +271,7 @@ fn each_piece<E: From<DataFault>>(
     }
 }
 
-/// Where a piece that has more behind it ends: behind the last line, or where there is none before the last character.
+/// Where a piece that is not the last ends: after the last line, or if there is none, before the last character.
 fn cut_within(text: &[u8]) -> usize {
     let line = text.iter().rposition(|&byte| byte == b'\n').map(|at| at + 1);
     // The first byte of a character is no 10xxxxxx.
@@ -319,7 +319,7 @@ fn list_folder(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), DataFault>
             let mut head = Vec::new();
             let read = fs::File::open(&path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head));
             read.map_err(|error| unreadable(&path, &error))?;
-            if Format::of(&path) == Format::Parquet || !head.contains(&0) {
+            if FileFormat::of(&path) == FileFormat::Parquet || !head.contains(&0) {
                 files.push(path);
             }
         }
@@ -340,7 +340,7 @@ pub(super) fn unreadable(path: &Path, error: &io::Error) -> DataFault {
     DataFault::Unreadable { path: path.into(), reason: error.to_string() }
 }
 
-/// The first sign that `bytes` are no text, and where it stands.
+/// The first sign that `bytes` are no text, and where it is.
 fn first_binary(bytes: &[u8]) -> Option<(&'static str, usize)> {
     if let Some(offset) = bytes.iter().position(|&byte| byte == 0) {
         return Some(("a NUL byte", offset));
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_are_told_at_once_each_with_its_path() {
+    fn all_faults_are_reported_at_once_each_with_its_path() {
         let folder = folder_with(&[
             ("empty", b""),
             ("nul", b"ab\0c"),
@@ -404,10 +404,10 @@ mod tests {
             .iter()
             .map(|name| folder.path().join(name))
             .collect();
-        let said: Vec<String> = read(&paths).unwrap_err().iter().map(ToString::to_string).collect();
+        let error_text: Vec<String> = read(&paths).unwrap_err().iter().map(ToString::to_string).collect();
         let root = folder.path().display();
         assert_eq!(
-            said,
+            error_text,
             [
                 format!("{root}/missing: no such file or folder"),
                 format!("{root}/empty: expected text, the file is empty"),

@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
 use super::corpus::Document;
-use super::files::{self, DataFault, Format};
+use super::files::{self, DataFault, FileFormat};
 use super::tokenizer::{FimTokens, TokenizerFault};
 
 /// Names of the end of a document among published tokenizers, the first of which is taken: DeepSeek's, GPT-2's, Llama's
@@ -101,7 +101,7 @@ pub struct HfTokenizer {
 /// Reads a tokenizer.json. The library panics on some texts that are none: JSON that is broken is found before it, what
 /// it falls over all the same is caught.
 ///
-/// **Errors**: in words.
+/// **Errors**: a message.
 fn read(json: &[u8]) -> Result<Inner, String> {
     serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|error| error.to_string())?;
     let read = catch_unwind(|| Inner::from_bytes(json));
@@ -238,8 +238,8 @@ pub fn train(paths: &[PathBuf], vocab_size: usize) -> Result<Vec<u8>, Vec<String
     let (send, documents) = std::sync::mpsc::sync_channel::<String>(QUEUE);
     let read = move || -> Result<(), DataFault> {
         for file in files {
-            Format::of(&file).each(&file, &mut |document: Document| {
-                // The trainer takes every document; where it has failed, its own error is the one to tell.
+            FileFormat::of(&file).each(&file, &mut |document: Document| {
+                // The trainer takes every document; if it has failed, its own error is reported.
                 drop(send.send(String::from_utf8_lossy(&document.text).into_owned()));
                 Ok::<_, DataFault>(())
             })?;
@@ -311,8 +311,8 @@ pub(super) mod tests {
         let Tokenizer::Hf(hf) = trained() else { unreachable!() };
         let json = String::from_utf8(hf.json().to_vec()).unwrap();
         let renamed = json.replace(END_NAMES[0], "<fin>");
-        let said = HfTokenizer::from_json(renamed.as_bytes(), &usual()).unwrap_err().to_string();
-        assert!(said.contains("tokenizer.end_of_document names it, got none called"), "{said}");
+        let error_text = HfTokenizer::from_json(renamed.as_bytes(), &usual()).unwrap_err().to_string();
+        assert!(error_text.contains("tokenizer.end_of_document names it, got none called"), "{error_text}");
         let named = EndOfDocument::named("<fin>", "tokenizer.end_of_document");
         assert_eq!(HfTokenizer::from_json(renamed.as_bytes(), &named).unwrap().end_of_document, 0);
         assert!(HfTokenizer::from_json(json.as_bytes(), &named).is_err());
@@ -332,9 +332,9 @@ pub(super) mod tests {
         };
         assert_eq!(end(vec![name(FIM_NAMES[1]), EndToken::Usual]), Ok(2));
         assert_eq!(end(vec![name("[SEP]"), EndToken::Id(400), EndToken::Id(3), EndToken::Usual]), Ok(3));
-        let said = end(vec![name("[SEP]"), EndToken::Id(400)]).unwrap_err();
+        let error_text = end(vec![name("[SEP]"), EndToken::Id(400)]).unwrap_err();
         assert_eq!(
-            said,
+            error_text,
             "tokenizer.json: expected a token for the end of a document; eos_token names it, got none called [SEP], of \
              id 400"
         );

@@ -1,7 +1,6 @@
 //! JSONL: one JSON object a line, its `text` field a document.
 //!
-//! Read a line at a time, so that a file of any size passes through bounded memory. Knows nothing of what becomes of a
-//! document.
+//! Read a line at a time, so that a file of any size passes through bounded memory. Knows nothing of how documents are used.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -27,7 +26,7 @@ struct Line {
 pub struct LineFault {
     /// Counted from 1.
     pub line: usize,
-    /// What is wrong, in words.
+    /// What is wrong.
     pub got: String,
 }
 
@@ -93,15 +92,18 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_line_is_told_with_its_number() {
-        let said = |text: &str| read(text.as_bytes()).unwrap_err().to_string();
+    fn a_broken_line_is_reported_with_its_number() {
+        let error_text = |text: &str| read(text.as_bytes()).unwrap_err().to_string();
         let expected = "expected a JSON object with a text in the field `text`, got";
         assert_eq!(
-            said("{\"text\":\"a\"}\n\n{\"text\":\"b"),
+            error_text("{\"text\":\"a\"}\n\n{\"text\":\"b"),
             format!("line 3: {expected} EOF while parsing a string at column 10")
         );
-        assert_eq!(said("{\"txt\":\"a\"}"), format!("line 1: {expected} missing field `text` at column 11"));
-        let got = said("{\"text\":\"a\"}\n{\"text\":5}");
+        assert_eq!(
+            error_text("{\"txt\":\"a\"}"),
+            format!("line 1: {expected} missing field `text` at column 11")
+        );
+        let got = error_text("{\"text\":\"a\"}\n{\"text\":5}");
         assert!(got.starts_with("line 2:") && got.contains("invalid type: integer `5`"), "{got}");
     }
 
@@ -117,8 +119,8 @@ mod tests {
         });
         let names: Vec<&str> = documents.iter().map(|document| document.name.as_str()).collect();
         assert_eq!(names, [format!("{}:1", path.display()), format!("{}:3", path.display())]);
-        let said = fault.unwrap_err().to_string();
-        assert!(said.starts_with(&format!("{}: line 4: expected", path.display())), "{said}");
+        let error_text = fault.unwrap_err().to_string();
+        assert!(error_text.starts_with(&format!("{}: line 4: expected", path.display())), "{error_text}");
     }
 
     proptest! {

@@ -8,11 +8,11 @@ use super::corpus::Corpus;
 use super::documents::DocumentEncoder;
 use super::files::DataFault;
 use super::packing::PackedDataset;
-use super::shards::{Index, ShardRecord, Shards};
+use super::shards::{ShardIndex, ShardRecord, Shards};
 
 /// Which sequences are wanted.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
+pub struct DataRequest<'a> {
     /// Files and folders, prepared or not; none: the default corpus.
     pub paths: &'a [PathBuf],
     /// Share of each path in the order of training; none: all paths are one source.
@@ -41,7 +41,7 @@ pub struct Loaded {
 /// Loads what is wanted.
 ///
 /// **Errors**: every fault of every path at once.
-pub fn load(wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
+pub fn load(wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
     if wanted.weights.is_empty() {
         return load_source(wanted.paths, wanted);
     }
@@ -74,11 +74,11 @@ fn join(parts: Vec<Loaded>, weights: &[u32]) -> Loaded {
     }
 }
 
-fn load_source(paths: &[PathBuf], wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
+fn load_source(paths: &[PathBuf], wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
     match paths {
-        [dir] if Index::is_in(dir) => load_prepared(dir, wanted),
-        _ if paths.iter().any(|path| Index::is_in(path)) => {
-            let prepared = paths.iter().filter(|path| Index::is_in(path));
+        [dir] if ShardIndex::is_in(dir) => load_prepared(dir, wanted),
+        _ if paths.iter().any(|path| ShardIndex::is_in(path)) => {
+            let prepared = paths.iter().filter(|path| ShardIndex::is_in(path));
             let fault = |path: &PathBuf| DataFault::Prepared {
                 path: path.clone(),
                 expected: "data.weights, one for each path, where a prepared folder is not the only path"
@@ -91,9 +91,9 @@ fn load_source(paths: &[PathBuf], wanted: Wanted) -> Result<Loaded, Vec<DataFaul
     }
 }
 
-fn load_prepared(dir: &Path, wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
-    let Wanted { encoder, sequence_length, .. } = wanted;
-    let index = Index::read(dir).map_err(|fault| vec![fault])?;
+fn load_prepared(dir: &Path, wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
+    let DataRequest { encoder, sequence_length, .. } = wanted;
+    let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
     index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
     let side = |records: &[ShardRecord]| -> Result<PackedDataset, Vec<DataFault>> {
         let shards = Shards::open(dir, &index, records)?;
@@ -118,8 +118,8 @@ pub fn load_whole(
     sequence_length: usize,
 ) -> Result<PackedDataset, Vec<DataFault>> {
     match paths {
-        [dir] if Index::is_in(dir) => {
-            let index = Index::read(dir).map_err(|fault| vec![fault])?;
+        [dir] if ShardIndex::is_in(dir) => {
+            let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
             index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
             let shards = Shards::open(dir, &index, &[&index.train[..], &index.validation].concat())?;
             Ok(PackedDataset::from_shards(shards, index.end_of_document, sequence_length))
@@ -128,8 +128,8 @@ pub fn load_whole(
     }
 }
 
-fn load_text(paths: &[PathBuf], wanted: Wanted) -> Result<Loaded, Vec<DataFault>> {
-    let Wanted { encoder, sequence_length, .. } = wanted;
+fn load_text(paths: &[PathBuf], wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
+    let DataRequest { encoder, sequence_length, .. } = wanted;
     let corpus = Corpus::load(paths)?;
     let plain = DocumentEncoder::plain(encoder.tokenizer().clone());
     Ok(Loaded {

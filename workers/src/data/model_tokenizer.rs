@@ -1,6 +1,6 @@
 //! The tokenizer of a model's folder, and the tokens at which its texts end.
 //!
-//! Bytes are a guess that gives numbers for any model: they are taken only where nothing in the folder speaks against it.
+//! Bytes are a guess that gives numbers for any model: they are used only if nothing in the folder contradicts it.
 //! Knows files and the numbers of `config.json`, no weights.
 
 use std::collections::BTreeSet;
@@ -26,7 +26,7 @@ impl ModelTokenizer {
     /// Reads the tokenizer of a folder with a `config.json`; `run` is what the recipe of its run says, if it has one.
     ///
     /// The end of a document is, in this order, the `eos_token` of `tokenizer_config.json` or `special_tokens_map.json`, what
-    /// the run was told, the first known `eos_token_id` of `config.json` or `generation_config.json`, one of the usual names.
+    /// the run was given, the first known `eos_token_id` of `config.json` or `generation_config.json`, one of the usual names.
     ///
     /// **Errors**: a file that cannot be read or says something else than it should; a tokenizer in another form than
     /// tokenizer.json; none, where the model is not one of bytes; none of its tokens ends a document.
@@ -183,20 +183,21 @@ mod tests {
             eos_token_id: ends.to_vec(),
             ..builtin::model("tiny").unwrap()
         };
-        let told = |path: &str| TokenizerSection { path: path.to_owned(), end_of_document: String::new() };
+        let reported =
+            |path: &str| TokenizerSection { path: path.to_owned(), end_of_document: String::new() };
         assert!(is_of_bytes(&model(257, &[]), None));
         assert!(is_of_bytes(&model(320, &[256]), None));
-        assert!(is_of_bytes(&model(320, &[]), Some(&told(""))));
+        assert!(is_of_bytes(&model(320, &[]), Some(&reported(""))));
         assert!(!is_of_bytes(&model(320, &[1]), None));
-        assert!(!is_of_bytes(&model(320, &[1]), Some(&told("tokenizer.json"))));
-        assert!(!is_of_bytes(&model(256, &[256]), Some(&told(""))));
+        assert!(!is_of_bytes(&model(320, &[1]), Some(&reported("tokenizer.json"))));
+        assert!(!is_of_bytes(&model(256, &[256]), Some(&reported(""))));
     }
 
     #[test]
     fn a_name_beside_the_tokenizer_comes_first_and_a_guess_last() {
         let dir = tempfile::tempdir().unwrap();
         let name = |name: &str| EndToken::Name(name.to_owned());
-        let told =
+        let reported =
             |end: &str| TokenizerSection { path: "tokenizer.json".into(), end_of_document: end.into() };
         let candidates = |run: Option<&TokenizerSection>| {
             end_of_document(dir.path(), &[3, 7], run)
@@ -205,14 +206,14 @@ mod tests {
         };
         let (ids, usual) = ([EndToken::Id(3), EndToken::Id(7)], [EndToken::Usual]);
         assert_eq!(candidates(None), Ok([&ids[..], &usual].concat()));
-        // A run that was told nothing took one of the usual names.
+        // A run without a setting took one of the usual names.
         let of_run = [&usual, &ids[..], &usual].concat();
-        assert_eq!(candidates(Some(&told(""))), Ok(of_run));
+        assert_eq!(candidates(Some(&reported(""))), Ok(of_run));
         std::fs::write(dir.path().join("special_tokens_map.json"), r#"{"eos_token": {"content": "B"}}"#)
             .unwrap();
         std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "A"}"#).unwrap();
         let all = [&[name("A"), name("B"), name("C")], &ids[..], &usual].concat();
-        assert_eq!(candidates(Some(&told("C"))), Ok(all));
+        assert_eq!(candidates(Some(&reported("C"))), Ok(all));
         std::fs::write(dir.path().join("tokenizer_config.json"), r#"["eos_token"]"#).unwrap();
         assert!(candidates(None).unwrap_err().contains("tokenizer_config.json: expected a JSON object"));
     }

@@ -15,14 +15,14 @@ use std::sync::Arc;
 /// One or more streams of tokens, read as sequences of a fixed length. Cloning shares the tokens.
 #[derive(Clone, Debug)]
 pub struct PackedDataset {
-    sources: Vec<Source>,
+    sources: Vec<WeightedStream>,
     sequence_length: usize,
     end_of_document: u32,
 }
 
 /// A stream, and its share in the order of training.
 #[derive(Clone, Debug)]
-struct Source {
+struct WeightedStream {
     tokens: Tokens,
     weight: u32,
 }
@@ -81,7 +81,7 @@ impl PackedDataset {
 
     fn new(tokens: Tokens, end_of_document: u32, sequence_length: usize) -> Self {
         assert!(sequence_length > 0, "a sequence has at least one token");
-        Self { sources: vec![Source { tokens, weight: 1 }], sequence_length, end_of_document }
+        Self { sources: vec![WeightedStream { tokens, weight: 1 }], sequence_length, end_of_document }
     }
 
     /// Puts sources side by side; no sequence reaches from one into the next. `weights` are their shares in the order of
@@ -91,7 +91,7 @@ impl PackedDataset {
     pub fn join(parts: Vec<Self>, weights: &[u32]) -> Self {
         let (sequence_length, end_of_document) = (parts[0].sequence_length, parts[0].end_of_document);
         let sources = parts.into_iter().flat_map(|part| part.sources).zip(weights);
-        let sources = sources.map(|(source, &weight)| Source { weight, ..source }).collect();
+        let sources = sources.map(|(source, &weight)| WeightedStream { weight, ..source }).collect();
         Self { sources, sequence_length, end_of_document }
     }
 
@@ -100,7 +100,7 @@ impl PackedDataset {
         self.sources.iter().map(|source| (self.sequences_in(source), source.weight)).collect()
     }
 
-    fn sequences_in(&self, source: &Source) -> usize {
+    fn sequences_in(&self, source: &WeightedStream) -> usize {
         source.tokens.len().saturating_sub(1) / self.sequence_length
     }
 
@@ -142,7 +142,7 @@ impl PackedDataset {
     /// The whole stream, the dropped tail included, where it is a single one in memory.
     pub fn tokens(&self) -> Option<&[u32]> {
         match &self.sources[..] {
-            [Source { tokens: Tokens::Memory(tokens), .. }] => Some(tokens),
+            [WeightedStream { tokens: Tokens::Memory(tokens), .. }] => Some(tokens),
             _ => None,
         }
     }

@@ -1,6 +1,6 @@
 //! Parquet: the rows of the column `text`, each a document.
 //!
-//! Read a few rows of a row group at a time; other columns are not touched. Knows nothing of what becomes of a document.
+//! Read a few rows of a row group at a time; other columns are not touched. Knows nothing of how documents are used.
 
 use std::fs::File;
 use std::path::Path;
@@ -176,10 +176,10 @@ pub(super) mod tests {
         let whole = std::fs::read(&path).unwrap();
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            let said = read(&path).unwrap_err().to_string();
+            let error_text = read(&path).unwrap_err().to_string();
             assert!(
-                said.starts_with(&format!("{}: expected a Parquet file", path.display())),
-                "{length}: {said}"
+                error_text.starts_with(&format!("{}: expected a Parquet file", path.display())),
+                "{length}: {error_text}"
             );
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! The documents are cut into units in their order: a unit ends behind the document with which its training tokens reach
 //! the size of a shard. A unit's shards are written, flushed and renamed, then its record is; a later call keeps every
-//! unit that has a record and goes on behind it. So the folder does not depend on how often the work was interrupted.
+//! unit that has a record and continues behind it. So the folder does not depend on how often the work was interrupted.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::corpus::Document;
 use super::documents::DocumentEncoder;
-use super::files::{self, DataFault, Format};
-use super::shards::{INDEX, Index, ShardRecord};
+use super::files::{self, DataFault, FileFormat};
+use super::shards::{INDEX, ShardIndex, ShardRecord};
 use crate::hashed_file::HashedFile;
 
 /// What is to be done.
@@ -47,7 +47,7 @@ pub struct Progress {
 /// Why nothing was prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum PrepareFault {
-    /// The user mends it.
+    /// The user has to fix it.
     #[error(transparent)]
     Data(#[from] DataFault),
     /// The system refuses to write.
@@ -59,11 +59,11 @@ pub enum PrepareFault {
         reason: String,
     },
     /// The watcher asked for an end; what is finished is kept.
-    #[error("stopped: the finished shards are kept, the same command goes on behind them")]
+    #[error("stopped: finished shards are kept; run the same command again to continue")]
     Stopped,
 }
 
-/// One document in so many is held back for validation.
+/// One document in this many is held out for validation.
 const DOCUMENTS_PER_VALIDATION: u64 = 10;
 
 /// Text that is encoded at a time, over all cores.
@@ -78,14 +78,14 @@ struct Unit {
     validation: ShardRecord,
 }
 
-/// Prepares a folder, or finishes one. `watch` hears of the progress and says whether to go on.
+/// Prepares a folder, or finishes one. `watch` receives the progress and says whether to continue.
 ///
 /// **Errors**: everything wrong with the paths at once; a folder of other contents; what the system says; a broken line
 /// or file at the point where it is reached, with the units before it kept.
 pub fn prepare(
     preparation: &Preparation,
     watch: &mut dyn FnMut(Progress) -> bool,
-) -> Result<Index, Vec<PrepareFault>> {
+) -> Result<ShardIndex, Vec<PrepareFault>> {
     let all = |faults: Vec<DataFault>| faults.into_iter().map(PrepareFault::from).collect::<Vec<_>>();
     let files = files::list(&preparation.paths).map_err(all)?;
     let input = describe(preparation, &files).map_err(|fault| vec![fault.into()])?;
@@ -111,27 +111,27 @@ fn run(
     files: &[PathBuf],
     input: String,
     watch: &mut dyn FnMut(Progress) -> bool,
-) -> Result<Index, PrepareFault> {
+) -> Result<ShardIndex, PrepareFault> {
     let to = &preparation.to;
     fs::create_dir_all(to).map_err(|error| cannot_write(to, &error))?;
     let lock_path = to.join("lock");
     let lock = File::create(&lock_path).map_err(|error| cannot_write(&lock_path, &error))?;
     lock.try_lock()
         .map_err(|_| occupied(to, "a folder that no other process is preparing", "one at work"))?;
-    if Index::is_in(to) {
-        let index = Index::read(to)?;
+    if ShardIndex::is_in(to) {
+        let index = ShardIndex::read(to)?;
         return if index.input == input { Ok(index) } else { Err(other_contents(to)) };
     }
     claim(to, &input)?;
     let mut writer = Writer::resume(preparation, files, watch)?;
     for file in files {
-        Format::of(file).each(file, &mut |document| writer.take(document))?;
+        FileFormat::of(file).each(file, &mut |document| writer.take(document))?;
         writer.flush()?;
         writer.progress.bytes_read += fs::metadata(file).map_or(0, |metadata| metadata.len());
-        writer.tell()?;
+        writer.report_progress()?;
     }
     let units = writer.finish()?;
-    let mut index = Index::new(input, preparation.encoder.tokenizer(), preparation.encoder.fim_rate());
+    let mut index = ShardIndex::new(input, preparation.encoder.tokenizer(), preparation.encoder.fim_rate());
     let is_filled = |shard: &ShardRecord| shard.tokens > 0;
     let number = units.len();
     for unit in units {
@@ -257,7 +257,7 @@ impl<'a> Writer<'a> {
         })
     }
 
-    fn tell(&mut self) -> Result<(), PrepareFault> {
+    fn report_progress(&mut self) -> Result<(), PrepareFault> {
         if (self.watch)(self.progress) { Ok(()) } else { Err(PrepareFault::Stopped) }
     }
 
@@ -304,7 +304,7 @@ impl<'a> Writer<'a> {
         if self.open.is_none() {
             let number = self.units.len();
             let encoder = &self.preparation.encoder;
-            let id_bytes = Index::new(String::new(), encoder.tokenizer(), 0.0).id_bytes;
+            let id_bytes = ShardIndex::new(String::new(), encoder.tokenizer(), 0.0).id_bytes;
             let make = |side: &str| {
                 ShardWriter::create(self.preparation.to.join(format!("{side}-{number:05}.tokens")), id_bytes)
             };
@@ -322,7 +322,7 @@ impl<'a> Writer<'a> {
         self.progress.units += 1;
         self.progress.tokens += unit.train.tokens + unit.validation.tokens;
         self.units.push(unit);
-        self.tell()
+        self.report_progress()
     }
 
     fn finish(mut self) -> Result<Vec<Unit>, PrepareFault> {
@@ -332,7 +332,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// By the document's bytes alone, so that a text validates wherever it stands.
+/// By the document's bytes alone, so that a text validates wherever it is.
 fn validates(text: &[u8]) -> bool {
     let hash = blake3::hash(text);
     let number = u64::from_le_bytes(std::array::from_fn(|byte| hash.as_bytes()[byte]));

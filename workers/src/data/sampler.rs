@@ -72,7 +72,7 @@ struct Drawn {
 }
 
 impl Order {
-    /// An order over sources of so many sequences and such weights; with a single source that of [`Sampler::new`].
+    /// An order over sources with these numbers of sequences and weights; with a single source that of [`Sampler::new`].
     ///
     /// **Errors**: panics where there is no source, or one without sequences or weight.
     pub fn new(sources: &[(usize, u32)], seed: u64) -> Self {
@@ -115,7 +115,7 @@ fn cycle(sources: &[Drawn]) -> Vec<(usize, u64)> {
         .collect()
 }
 
-/// The first 64 bits after the point of the square roots of 2, 3 and 5: odd numbers that nobody chose.
+/// The first 64 bits after the point of the square roots of 2, 3 and 5: odd numbers without hidden choice.
 const SQRT_2: u64 = 0x6a09_e667_f3bc_c909;
 const SQRT_3: u64 = 0xbb67_ae85_84ca_a73b;
 const SQRT_5: u64 = 0x3c6e_f372_fe94_f82b;

@@ -28,7 +28,7 @@ pub(super) const END_BYTES: usize = 8;
 /// The index of a prepared folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Index {
+pub struct ShardIndex {
     format: String,
     version: u32,
     /// What was prepared and how, see `prepare`.
@@ -74,11 +74,11 @@ fn wrong(path: &Path, expected: impl Into<String>, got: impl Into<String>) -> Da
     DataFault::Prepared { path: path.into(), expected: expected.into(), got: got.into() }
 }
 
-impl Index {
+impl ShardIndex {
     /// An index without shards.
     pub(super) fn new(input: String, tokenizer: &Tokenizer, fim_rate: f64) -> Self {
         let id_limit = tokenizer.id_limit();
-        Index {
+        ShardIndex {
             format: FORMAT.into(),
             version: VERSION,
             input,
@@ -175,7 +175,7 @@ impl Shards {
     /// Maps the shards and checks each one whole: size, checksum, ids. All shards at once, on all cores.
     ///
     /// **Errors**: every shard that is missing, cut short or changed, by name.
-    pub fn open(dir: &Path, index: &Index, records: &[ShardRecord]) -> Result<Self, Vec<DataFault>> {
+    pub fn open(dir: &Path, index: &ShardIndex, records: &[ShardRecord]) -> Result<Self, Vec<DataFault>> {
         let opened: Vec<_> = records.par_iter().map(|record| open_shard(dir, index, record)).collect();
         let (mut files, mut faults, mut first) = (Vec::new(), Vec::new(), 0);
         for (shard, record) in opened.into_iter().zip(records) {
@@ -222,7 +222,7 @@ fn ids(bytes: &[u8], id_bytes: usize) -> impl Iterator<Item = u32> {
         .map(|id| id.iter().rev().fold(0, |value, &byte| (value << 8) | u32::from(byte)))
 }
 
-fn open_shard(dir: &Path, index: &Index, record: &ShardRecord) -> Result<MappedFile, DataFault> {
+fn open_shard(dir: &Path, index: &ShardIndex, record: &ShardRecord) -> Result<MappedFile, DataFault> {
     let path: PathBuf = dir.join(&record.file);
     let bytes = MappedFile::open(&path).map_err(|error| unreadable(&path, &error))?;
     let id_bytes = index.id_bytes as u128;

@@ -97,7 +97,7 @@ impl Tokenizer {
         }
     }
 
-    /// Bytes of text that a token stands for; special tokens stand for none.
+    /// Bytes of text that a token encodes; special tokens encode none.
     pub fn byte_length(&self, id: u32) -> usize {
         match self {
             Self::Bytes => usize::from(id < END_OF_DOCUMENT),
@@ -186,7 +186,7 @@ pub fn encode(text: &[u8]) -> Vec<u32> {
     text.iter().map(|&byte| u32::from(byte)).collect()
 }
 
-/// The bytes among `ids`; an end of document or an id that only a larger vocabulary has stands for no byte.
+/// The bytes among `ids`; an end of document or an id that only a larger vocabulary has encodes no byte.
 pub fn decode(ids: &[u32]) -> Vec<u8> {
     ids.iter().filter_map(|&id| u8::try_from(id).ok()).collect()
 }

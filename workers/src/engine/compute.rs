@@ -1,7 +1,7 @@
 //! The compute lane's own state: the rank's stages with their parameters, and the activations saved between passes.
 //!
 //! Runs one component of one layer of one chunk at a time. Knows no fabric: what other lanes bring and fetch goes through
-//! [`Transit`].
+//! [`InFlight`].
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use contraflow_kernels::embedding;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{Chunk, Component, Pass, TransferKind};
 
-use super::transit::Transit;
+use super::in_flight::InFlight;
 use crate::data::batches::TaskKind;
 use crate::error::{Missing, RankError};
 use crate::model::attention::{self, AttentionGradient};
@@ -26,11 +26,11 @@ use crate::optimizer::totals::Totals;
 /// What a layer keeps between its forward and its backward pass.
 #[derive(Default)]
 struct SavedLayer {
-    attention: Option<attention::Saved>,
+    attention: Option<attention::SavedAttention>,
     /// Attention -> SharedExpert: normed rows and residual stream.
     ffn_input: Option<(Tensor, Tensor)>,
-    ffn: Option<ffn::Saved>,
-    experts: Option<experts::Saved>,
+    ffn: Option<ffn::SavedFfn>,
+    experts: Option<experts::SavedExperts>,
     /// SharedExpert's backward -> Attention's backward.
     d_normed: Option<Tensor>,
 }
@@ -38,11 +38,11 @@ struct SavedLayer {
 /// What the last stage keeps.
 #[derive(Default)]
 struct SavedEnd {
-    head: Option<head::Saved>,
+    head: Option<head::SavedHead>,
     /// Head -> MtpJoin: the normed hidden state.
     hidden: Option<Tensor>,
-    mtp_join: Option<mtp::Saved>,
-    mtp_head: Option<head::Saved>,
+    mtp_join: Option<mtp::SavedMtp>,
+    mtp_head: Option<head::SavedHead>,
     /// MtpJoin's backward -> Head's backward.
     d_hidden: Option<Tensor>,
 }
@@ -60,12 +60,12 @@ pub struct ComputeOp {
     pub component: Component,
 }
 
-/// Where an operation stands and what it may reach.
+/// The place of an operation and what it may access.
 #[derive(Clone, Copy)]
-struct At<'a> {
+struct OpContext<'a> {
     op: ComputeOp,
     stage: &'a Stage,
-    transit: &'a Transit,
+    in_flight: &'a InFlight,
     batch: &'a MicroBatch,
 }
 
@@ -103,10 +103,10 @@ impl Compute {
     /// Runs one component.
     ///
     /// **Errors**: [`RankError::Missing`] if its input is not there.
-    pub fn run(&mut self, op: ComputeOp, transit: &Transit, batch: &MicroBatch) -> Result<(), RankError> {
+    pub fn run(&mut self, op: ComputeOp, in_flight: &InFlight, batch: &MicroBatch) -> Result<(), RankError> {
         let stages = self.stages.clone();
         let stage = stage_of(&stages, op.chunk.stage);
-        let at = At { op, stage, transit, batch };
+        let at = OpContext { op, stage, in_flight, batch };
         match op.pass {
             Pass::Forward => {
                 if self.kind.has_backward() && self.live.insert(op.chunk) {
@@ -133,13 +133,13 @@ impl Compute {
         self.ends.entry(chunk).or_default()
     }
 
-    fn forward(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn forward(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let chunk = op.chunk;
         match op.component {
             Component::Embedding => {
                 let table = present(stage.embedding, "the embedding", op)?;
-                transit.put(
+                in_flight.put(
                     TransferKind::Activation,
                     chunk,
                     embedding::forward(&batch.ids, self.params.dense.weight(table)),
@@ -154,20 +154,20 @@ impl Compute {
                     self.saved(op).ffn = Some(saved);
                 }
                 if layer.experts.is_some() {
-                    transit.layer(chunk, op.layer, |transit| transit.home = Some(output));
+                    in_flight.layer(chunk, op.layer, |in_flight| in_flight.home = Some(output));
                 } else {
-                    transit.put(TransferKind::Activation, chunk, output);
+                    in_flight.put(TransferKind::Activation, chunk, output);
                 }
             }
             Component::Experts => {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
                 let arrivals =
-                    transit.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
+                    in_flight.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
                 let (outputs, saved) = experts::forward(weights, &self.params.experts, arrivals);
                 if self.kind.has_backward() {
                     self.saved(op).experts = Some(saved);
                 }
-                transit.layer(chunk, op.layer, |transit| transit.outputs = Some(outputs));
+                in_flight.layer(chunk, op.layer, |in_flight| in_flight.outputs = Some(outputs));
             }
             Component::Head => self.head_forward(at)?,
             Component::MtpJoin => {
@@ -178,7 +178,7 @@ impl Compute {
                 if self.kind.has_backward() {
                     self.end(chunk).mtp_join = Some(saved);
                 }
-                transit.put(TransferKind::Activation, chunk, x);
+                in_flight.put(TransferKind::Activation, chunk, x);
             }
             Component::MtpHead => self.mtp_head_forward(at)?,
             Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
@@ -186,15 +186,15 @@ impl Compute {
         Ok(())
     }
 
-    fn attention_forward(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn attention_forward(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let layer = stage.layer(op.layer);
-        let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
+        let x = in_flight.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.params.dense, x, batch);
         if let Some(routing) = output.routing {
             expert_counts::count(&mut self.totals.expert_counts, op.layer, &routing);
             let normed = output.normed.clone();
-            transit.layer(op.chunk, op.layer, |transit| transit.normed = Some((normed, routing)));
+            in_flight.layer(op.chunk, op.layer, |in_flight| in_flight.normed = Some((normed, routing)));
         }
         let train = self.kind.has_backward();
         let kept = self.saved(op);
@@ -205,10 +205,10 @@ impl Compute {
         Ok(())
     }
 
-    fn head_forward(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn head_forward(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let head = self.main_head(op, stage)?;
-        let x = transit.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
+        let x = in_flight.take(TransferKind::Activation, stage.activation_source(op.chunk, op.layer))?;
         let targets = Targets { ids: &batch.targets, weights: &batch.loss_weights };
         let normed = if self.kind.has_backward() {
             let (loss, normed, saved) = head::forward(head, &mut self.params.dense, x, &targets);
@@ -227,10 +227,10 @@ impl Compute {
         Ok(())
     }
 
-    fn mtp_head_forward(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn mtp_head_forward(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let head = self.mtp_head(op, stage)?;
-        let x = transit.take(TransferKind::Activation, op.chunk)?;
+        let x = in_flight.take(TransferKind::Activation, op.chunk)?;
         let targets = Targets { ids: &batch.mtp_targets, weights: &batch.mtp_loss_weights };
         if self.kind.has_backward() {
             let (loss, _, saved) = head::forward(head, &mut self.params.dense, x, &targets);
@@ -253,14 +253,14 @@ impl Compute {
         Ok(LossHead { norm, ..self.main_head(op, stage)? })
     }
 
-    fn backward_input(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn backward_input(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let chunk = op.chunk;
         match op.component {
             Component::MtpHead => {
                 let head = self.mtp_head(op, stage)?;
                 let saved = present(self.end(chunk).mtp_head.take(), "the saved MTP head", op)?;
-                transit.put(
+                in_flight.put(
                     TransferKind::Gradient,
                     chunk,
                     head::backward(head, &mut self.params.dense, saved, None),
@@ -269,7 +269,7 @@ impl Compute {
             Component::MtpJoin => {
                 let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
                 let saved = present(self.end(chunk).mtp_join.take(), "the saved MTP input", op)?;
-                let dy = transit.take(TransferKind::Gradient, chunk)?;
+                let dy = in_flight.take(TransferKind::Gradient, chunk)?;
                 let (d_hidden, work) = mtp::backward_input(
                     weights,
                     &mut self.params.dense,
@@ -286,11 +286,11 @@ impl Compute {
                 let SavedEnd { head: saved, d_hidden, .. } = self.ends.remove(&chunk).unwrap_or_default();
                 let saved = present(saved, "the saved head", op)?;
                 let dx = head::backward(head, &mut self.params.dense, saved, d_hidden.as_ref());
-                transit.put(TransferKind::Gradient, chunk, dx);
+                in_flight.put(TransferKind::Gradient, chunk, dx);
             }
             Component::SharedExpert => {
                 let saved = present(self.saved(op).ffn.take(), "the saved shared expert", op)?;
-                let dy = transit.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
+                let dy = in_flight.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
                 let (d_normed, work) =
                     ffn::backward_input(&stage.layer(op.layer).ffn, &self.params.dense, dy, saved);
                 self.saved(op).d_normed = Some(d_normed);
@@ -300,16 +300,17 @@ impl Compute {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
                 let saved = present(self.saved(op).experts.take(), "the saved experts", op)?;
                 let dy =
-                    transit.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
+                    in_flight.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
                 let (d_rows, d_weights, work) =
                     experts::backward_input(weights, &self.params.experts, &dy, saved);
-                transit.layer(chunk, op.layer, |transit| transit.d_arrivals = Some((d_rows, d_weights)));
+                in_flight
+                    .layer(chunk, op.layer, |in_flight| in_flight.d_arrivals = Some((d_rows, d_weights)));
                 self.work.insert((chunk, op.layer, op.component), work);
             }
             Component::Attention => self.attention_backward(at)?,
             Component::Embedding => {
                 let table = present(stage.embedding, "the embedding", op)?;
-                let dy = transit.take(TransferKind::Gradient, chunk)?;
+                let dy = in_flight.take(TransferKind::Gradient, chunk)?;
                 embedding::backward(&dy, &batch.ids, self.params.dense.grad_mut(table));
             }
             Component::Dispatch | Component::Combine | Component::Chunk => return Err(misplaced(op)),
@@ -317,10 +318,10 @@ impl Compute {
         Ok(())
     }
 
-    fn attention_backward(&mut self, at: At) -> Result<(), RankError> {
-        let At { op, stage, transit, batch } = at;
+    fn attention_backward(&mut self, at: OpContext) -> Result<(), RankError> {
+        let OpContext { op, stage, in_flight, batch } = at;
         let layer: &Layer = stage.layer(op.layer);
-        let residual = transit.take(TransferKind::Gradient, stage.gradient_source(op.chunk, op.layer))?;
+        let residual = in_flight.take(TransferKind::Gradient, stage.gradient_source(op.chunk, op.layer))?;
         let SavedLayer { attention: saved, d_normed, .. } =
             self.layers.remove(&(op.chunk, op.layer)).unwrap_or_default();
         let saved = present(saved, "the saved attention", op)?;
@@ -328,10 +329,11 @@ impl Compute {
         let mut routing_weights = None;
         if layer.experts.is_some() {
             let from = (op.chunk, op.layer);
-            let (routed, weights) = transit.take_from(from, "the experts' gradient", |t| &mut t.d_normed)?;
+            let (routed, weights) =
+                in_flight.take_from(from, "the experts' gradient", |t| &mut t.d_normed)?;
             add_into(&mut normed, &routed);
             routing_weights = Some(weights);
-            transit.forget(op.chunk, op.layer);
+            in_flight.forget(op.chunk, op.layer);
         }
         let gradient =
             AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
@@ -344,7 +346,7 @@ impl Compute {
             batch,
         );
         self.totals.balance_loss += done.balance_loss * f64::from(batch.balance_scale);
-        transit.put(TransferKind::Gradient, op.chunk, done.dx);
+        in_flight.put(TransferKind::Gradient, op.chunk, done.dx);
         self.work.insert((op.chunk, op.layer, op.component), done.work);
         Ok(())
     }
@@ -360,7 +362,7 @@ impl Compute {
         Ok(())
     }
 
-    /// Activations and deferred work that nobody consumed: none, after a whole training step.
+    /// Activations and deferred work that were not consumed: none after a whole training step.
     pub fn num_left(&self) -> usize {
         self.layers.len() + self.ends.len() + self.work.len() + self.live.len()
     }

@@ -8,19 +8,19 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 /// One event per operation of a program.
 #[derive(Default)]
 pub(super) struct Events {
-    state: Mutex<State>,
+    state: Mutex<EventState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct EventState {
     done: Vec<bool>,
     aborted: Option<String>,
 }
 
 /// Why a wait has ended without its event.
 pub(super) enum WaitError {
-    /// Somebody has ended all waits, with this reason.
+    /// All waits were aborted, with this reason.
     Aborted(String),
     /// The deadline has passed.
     Late { op: OpId, waited: Duration },
@@ -29,11 +29,11 @@ pub(super) enum WaitError {
 impl Events {
     /// Of a program with that many operations.
     pub fn new(num_ops: usize) -> Self {
-        let state = State { done: vec![false; num_ops], aborted: None };
+        let state = EventState { done: vec![false; num_ops], aborted: None };
         Events { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, EventState> {
         self.state.lock()
     }
 

@@ -15,11 +15,11 @@ use contraflow_runtime::schedule::{Lane, OpId};
 use super::events::WaitError;
 use super::operations::span_of;
 use super::probe::ProbePoint;
-use super::running::Running;
+use super::running::RunningProgram;
 use crate::comm::address::StepId;
 use crate::error::RankError;
 
-/// What a lane tells its pipeline actor.
+/// Events of a lane for its pipeline actor.
 pub enum LaneEvent {
     /// An operation has completed.
     Completed {
@@ -32,7 +32,7 @@ pub enum LaneEvent {
         /// When it ended.
         ended: Instant,
     },
-    /// An operation has failed; the lane goes on with the next program.
+    /// An operation has failed; the lane continues with the next program.
     Failed {
         /// Of which step.
         id: StepId,
@@ -47,7 +47,7 @@ pub enum LaneEvent {
 pub type ReportLane = Arc<dyn Fn(LaneEvent) + Send + Sync>;
 
 struct Issue {
-    running: Arc<Running>,
+    running: Arc<RunningProgram>,
     op: OpId,
 }
 
@@ -65,7 +65,7 @@ impl Lanes {
     }
 
     /// Queues an operation on its lane.
-    pub fn issue(&mut self, running: &Arc<Running>, op: OpId) {
+    pub fn issue(&mut self, running: &Arc<RunningProgram>, op: OpId) {
         let lane = running.program.ops[op].lane;
         let queue = self.queues.entry(lane).or_insert_with(|| {
             let (sender, receiver) = channel();
@@ -106,7 +106,7 @@ impl LaneThread {
     }
 
     /// Waits for what the operation needs, and runs it; returns when it began and ended.
-    fn run_op(&self, running: &Running, op_id: OpId) -> Result<(Instant, Instant), RankError> {
+    fn run_op(&self, running: &RunningProgram, op_id: OpId) -> Result<(Instant, Instant), RankError> {
         let op = &running.program.ops[op_id];
         let why_late = |error| match error {
             WaitError::Aborted(reason) => FabricError::Aborted { reason }.into(),
@@ -114,12 +114,12 @@ impl LaneThread {
                 RankError::Late { work: running.program.ops[op].work.to_string(), waited_s: waited.as_secs() }
             }
         };
-        running.events.wait(&op.after, running.site.endpoint.patience()).map_err(why_late)?;
+        running.events.wait(&op.after, running.context.endpoint.timeout()).map_err(why_late)?;
         let began = Instant::now();
         RankError::catch(|| {
-            let (rank, step) = (running.site.endpoint.rank(), running.id.step);
-            let _at_work = running.site.endpoint.work();
-            running.site.probe.at(ProbePoint::Op { rank, step, op });
+            let (rank, step) = (running.context.endpoint.rank(), running.id.step);
+            let _at_work = running.context.endpoint.work();
+            running.context.probe.at(ProbePoint::Op { rank, step, op });
             let StepId { formation, step, .. } = running.id;
             let (job, generation) = (formation.job.bits(), formation.generation.number());
             let _program = running.span.enter();

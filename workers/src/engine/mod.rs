@@ -5,6 +5,7 @@
 
 pub mod compute;
 mod events;
+pub mod in_flight;
 pub mod lanes;
 mod operations;
 pub mod pipeline;
@@ -13,6 +14,5 @@ pub mod probe;
 pub mod recording;
 pub mod running;
 pub mod step;
-pub mod transit;
 pub mod update;
 mod update_ops;

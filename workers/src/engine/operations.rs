@@ -13,34 +13,34 @@ use contraflow_runtime::trace::SPAN;
 use tracing::Span;
 
 use super::compute::{ComputeOp, stage_of};
-use super::running::Running;
-use crate::comm::all_to_all::Exchange;
+use super::running::RunningProgram;
+use crate::comm::all_to_all::AllToAll;
 use crate::comm::packets::{self, Unpack};
 use crate::error::{Missing, RankError};
 
-impl Running {
+impl RunningProgram {
     /// Runs one operation; its lane has waited for what it needs.
     ///
     /// **Errors**: those of the fabric; an operation without its input, or on a lane that cannot run it.
     pub(super) fn execute(&self, op: &Op) -> Result<(), RankError> {
         match (op.work, op.lane) {
             (Work::Component { pass, chunk, layer, component }, _) => match component {
-                Component::Dispatch | Component::Combine => self.exchange(pass, chunk, layer, component),
+                Component::Dispatch | Component::Combine => self.all_to_all(pass, chunk, layer, component),
                 _ => {
                     failpoint("compute.operation");
                     let op = ComputeOp { pass, chunk, layer, component };
-                    self.compute().run(op, &self.transit, &self.batches[chunk.micro_batch])
+                    self.compute().run(op, &self.in_flight, &self.batches[chunk.micro_batch])
                 }
             },
             (Work::Send { kind, chunk }, Lane::Send(peer)) => {
-                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.site.endpoint.rank());
-                let tensor = packets::tensor(self.transit.take(kind, chunk)?);
-                Ok(self.site.endpoint.send(self.site.pipeline_peers[peer], tag, vec![tensor])?)
+                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.context.endpoint.rank());
+                let tensor = packets::tensor(self.in_flight.take(kind, chunk)?);
+                Ok(self.context.endpoint.send(self.context.pipeline_peers[peer], tag, vec![tensor])?)
             }
             (Work::Receive { kind, chunk }, Lane::Receive(peer)) => {
-                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.site.pipeline_peers[peer]);
-                let mut frame = Unpack::new(tag, self.site.endpoint.receive(tag)?);
-                self.transit.put(kind, chunk, frame.rows(self.site.hidden_size)?);
+                let tag = self.id.tag(frame_kind(kind), chunk, 0, self.context.pipeline_peers[peer]);
+                let mut frame = Unpack::new(tag, self.context.endpoint.receive(tag)?);
+                self.in_flight.put(kind, chunk, frame.rows(self.context.hidden_size)?);
                 Ok(())
             }
             (work @ (Work::Send { .. } | Work::Receive { .. }), lane) => {
@@ -50,46 +50,46 @@ impl Running {
         }
     }
 
-    fn exchange(
+    fn all_to_all(
         &self,
         pass: Pass,
         chunk: Chunk,
         layer: usize,
         component: Component,
     ) -> Result<(), RankError> {
-        let tag = self.id.tag(FrameKind::Dispatch, chunk, layer, self.site.endpoint.rank());
-        let exchange = Exchange { endpoint: &self.site.endpoint, group: &self.site.group, tag };
-        let transit = &self.transit;
+        let tag = self.id.tag(FrameKind::Dispatch, chunk, layer, self.context.endpoint.rank());
+        let all_to_all = AllToAll { endpoint: &self.context.endpoint, group: &self.context.group, tag };
+        let in_flight = &self.in_flight;
         let here = (chunk, layer);
-        let route = || transit.layer(chunk, layer, |t| t.route.clone());
+        let route = || in_flight.layer(chunk, layer, |t| t.route.clone());
         let missing = || Missing::OfChunk { what: "the route", chunk, layer };
         match (component, pass) {
             (Component::Dispatch, Pass::Forward) => {
-                let (normed, routing) = transit.take_from(here, "the routed rows", |t| &mut t.normed)?;
-                let (arrivals, route) = exchange.dispatch(&normed, &routing)?;
-                transit.layer(chunk, layer, |t| {
+                let (normed, routing) = in_flight.take_from(here, "the routed rows", |t| &mut t.normed)?;
+                let (arrivals, route) = all_to_all.dispatch(&normed, &routing)?;
+                in_flight.layer(chunk, layer, |t| {
                     t.arrivals = Some(arrivals);
                     t.route = Some(Arc::new(route));
                 });
             }
             (Component::Combine, Pass::Forward) => {
-                let mut home = transit.take_from(here, "the shared expert's output", |t| &mut t.home)?;
-                let outputs = transit.take_from(here, "the experts' outputs", |t| &mut t.outputs)?;
-                exchange.combine(&outputs, &*route().ok_or_else(missing)?, &mut home)?;
-                transit.put(TransferKind::Activation, chunk, home);
+                let mut home = in_flight.take_from(here, "the shared expert's output", |t| &mut t.home)?;
+                let outputs = in_flight.take_from(here, "the experts' outputs", |t| &mut t.outputs)?;
+                all_to_all.combine(&outputs, &*route().ok_or_else(missing)?, &mut home)?;
+                in_flight.put(TransferKind::Activation, chunk, home);
             }
             (Component::Combine, _) => {
-                let source = stage_of(&self.site.stages, chunk.stage).gradient_source(chunk, layer);
-                let dy = transit.share(TransferKind::Gradient, source)?;
-                let d_outputs = exchange.combine_backward(&dy, &*route().ok_or_else(missing)?)?;
-                transit.layer(chunk, layer, |t| t.d_outputs = Some(d_outputs));
+                let source = stage_of(&self.context.stages, chunk.stage).gradient_source(chunk, layer);
+                let dy = in_flight.share(TransferKind::Gradient, source)?;
+                let d_outputs = all_to_all.combine_backward(&dy, &*route().ok_or_else(missing)?)?;
+                in_flight.layer(chunk, layer, |t| t.d_outputs = Some(d_outputs));
             }
             (_, _) => {
                 let (d_rows, d_pairs) =
-                    transit.take_from(here, "the experts' gradients", |t| &mut t.d_arrivals)?;
+                    in_flight.take_from(here, "the experts' gradients", |t| &mut t.d_arrivals)?;
                 let d_normed =
-                    exchange.dispatch_backward(&d_rows, &d_pairs, &*route().ok_or_else(missing)?)?;
-                transit.layer(chunk, layer, |t| t.d_normed = Some(d_normed));
+                    all_to_all.dispatch_backward(&d_rows, &d_pairs, &*route().ok_or_else(missing)?)?;
+                in_flight.layer(chunk, layer, |t| t.d_normed = Some(d_normed));
             }
         }
         Ok(())

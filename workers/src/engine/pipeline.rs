@@ -11,18 +11,18 @@ use std::time::Instant;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{OpId, Program};
+use contraflow_runtime::stability::Divergence;
 use contraflow_runtime::trace::SPAN;
-use contraflow_runtime::watch::Divergence;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::compute::Compute;
+use super::in_flight::InFlight;
 use super::lanes::{LaneEvent, Lanes, ReportLane};
 use super::plans::Planned;
 use super::probe::ProbePoint;
 use super::recording::{Recorder, Recording};
-use super::running::{Running, Site, Workload};
-use super::step::{Next, Part, next};
-use super::transit::Transit;
+use super::running::{RankContext, RunningProgram, Workload};
+use super::step::{Next, ProgramKind, next};
 use super::update::{Update, UpdateOrder};
 use crate::checkpoint::Snapshot;
 use crate::comm::address::StepId;
@@ -38,7 +38,7 @@ use crate::optimizer::update::OptimizerState;
 /// Operations issued and not yet completed; it bounds what an abort has to wait for and what lies in the lanes' queues.
 const IN_FLIGHT: usize = 64;
 
-/// What the pipeline hears.
+/// Messages of the pipeline actor.
 pub enum PipelineMessage {
     /// Run the programs of a task.
     Begin(Box<PipelineOrder>),
@@ -65,7 +65,7 @@ pub struct PipelineOrder {
     pub scales: LossScales,
     /// The parameters, handed over for the task.
     pub params: RankParams,
-    /// What the update is told, in training.
+    /// Inputs of the update, in training.
     pub update: Option<UpdateOrder>,
     /// When the rank began the task: the zero of the timeline.
     pub began: Instant,
@@ -83,13 +83,13 @@ pub struct TaskDone {
     pub totals: Totals,
     /// What it ran, and when.
     pub recording: Recording,
-    /// What has become of the update, in training.
+    /// Outcome of the update, in training.
     pub update: Option<Updated>,
     /// Whether all weights are as the update has left them; otherwise the next step gathers those of other ranks' shards.
     pub is_gathered: bool,
 }
 
-/// What has become of an update.
+/// Outcome of an update.
 pub struct Updated {
     /// What was asked for.
     pub order: UpdateOrder,
@@ -101,7 +101,7 @@ pub struct Updated {
     pub replicated: Option<Snapshot>,
 }
 
-/// What the pipeline tells its owner.
+/// Events of the pipeline for its owner.
 pub enum PipelineEvent {
     /// A task has ended.
     Done(Box<TaskDone>),
@@ -127,15 +127,15 @@ pub struct PipelineSetup {
     /// The moments, with this actor while no step runs.
     pub optimizer: OptimizerState,
     /// What the lanes need.
-    pub site: Site,
+    pub context: RankContext,
     /// What the compute lane may use.
     pub threads: Arc<Threads>,
 }
 
 /// The task under way.
 struct Current {
-    running: Arc<Running>,
-    part: Part,
+    running: Arc<RunningProgram>,
+    part: ProgramKind,
     next: OpId,
     completed: usize,
     planned: Arc<Planned>,
@@ -152,26 +152,26 @@ pub struct PipelineState {
     optimizer: Option<OptimizerState>,
     /// What the step before has updated and the next one gathers, by bucket.
     updated: BTreeMap<usize, (u64, Tensor)>,
-    site: Site,
+    context: RankContext,
     lanes: Lanes,
     current: Option<Current>,
 }
 
 impl PipelineState {
     fn new(setup: PipelineSetup, report_lane: ReportLane) -> Self {
-        let PipelineSetup { report, pipeline, arch, optimizer, site, threads } = setup;
+        let PipelineSetup { report, pipeline, arch, optimizer, context, threads } = setup;
         let lanes = Lanes::new(threads, report_lane);
         let (optimizer, updated) = (Some(optimizer), BTreeMap::new());
-        PipelineState { report, pipeline, arch, optimizer, updated, site, lanes, current: None }
+        PipelineState { report, pipeline, arch, optimizer, updated, context, lanes, current: None }
     }
 
     fn begin(&mut self, order: PipelineOrder) -> Result<(), RankError> {
         let PipelineOrder { id, kind, planned, batches, scales, params, update, began, span } = order;
-        let rank = self.site.endpoint.rank();
-        self.site.probe.at(ProbePoint::Actor { rank, step: id.step, name: "pipeline" });
+        let rank = self.context.endpoint.rank();
+        self.context.probe.at(ProbePoint::Actor { rank, step: id.step, name: "pipeline" });
         let batches =
             batches.into_iter().map(|sequences| MicroBatch::new(&self.arch, sequences, &scales)).collect();
-        let compute = Compute::new(self.arch.clone(), self.site.stages.clone(), params, kind);
+        let compute = Compute::new(self.arch.clone(), self.context.stages.clone(), params, kind);
         let update = match update {
             Some(order) => {
                 let optimizer = self.optimizer.take();
@@ -179,12 +179,12 @@ impl PipelineState {
             }
             None => None,
         };
-        let transit = Transit::default();
-        let part = if self.updated.is_empty() { Part::Passes } else { Part::Gathering };
+        let in_flight = InFlight::default();
+        let part = if self.updated.is_empty() { ProgramKind::Passes } else { ProgramKind::Gathering };
         for (bucket, updated) in std::mem::take(&mut self.updated) {
-            transit.bucket(bucket, |transit| transit.updated = Some(updated));
+            in_flight.bucket(bucket, |in_flight| in_flight.updated = Some(updated));
         }
-        let workload = Workload { batches, transit, compute, update };
+        let workload = Workload { batches, in_flight, compute, update };
         let recorder = Recorder::new(began);
         let program = planned.program(self.pipeline, part);
         let running = self.running(part, id, program, workload, &span);
@@ -196,22 +196,23 @@ impl PipelineState {
     /// A program about to run, under a span of its own.
     fn running(
         &self,
-        part: Part,
+        part: ProgramKind,
         id: StepId,
         program: Arc<Program>,
         workload: Workload,
         span: &tracing::Span,
-    ) -> Arc<Running> {
-        let (rank, step) = (self.site.endpoint.rank(), id.step);
+    ) -> Arc<RunningProgram> {
+        let (rank, step) = (self.context.endpoint.rank(), id.step);
         let span = match part {
-            Part::Passes | Part::Gathering => {
+            ProgramKind::Passes | ProgramKind::Gathering => {
                 tracing::info_span!(target: SPAN, parent: span, "program", rank, step)
             }
-            Part::Evidence | Part::Update | Part::Skip | Part::Gather => {
+            ProgramKind::Evidence | ProgramKind::Update | ProgramKind::Skip => {
                 tracing::info_span!(target: SPAN, parent: span, "update", rank, step)
             }
+            ProgramKind::Gather => tracing::info_span!(target: SPAN, parent: span, "gather", rank, step),
         };
-        Arc::new(Running::new(&self.site, (id, program), workload, span))
+        Arc::new(RunningProgram::new(&self.context, (id, program), workload, span))
     }
 
     /// Begins the program that is current.
@@ -254,8 +255,7 @@ impl PipelineState {
     fn advance(&mut self) -> Result<Option<TaskDone>, RankError> {
         let Some(mut current) = self.current.take() else { return Ok(None) };
         let id = current.running.id;
-        let running =
-            Arc::into_inner(current.running).expect("every lane lets go of a program before it reports");
+        let running = Arc::into_inner(current.running).expect("every lane drops a program before it reports");
         let mut workload = running.into_workload();
         let diverged = loop {
             match next(current.part, workload.update.as_mut())? {
@@ -268,8 +268,8 @@ impl PipelineState {
             if program.ops.is_empty() {
                 continue;
             }
-            if current.part == Part::Skip {
-                workload.transit.forget_buckets();
+            if current.part == ProgramKind::Skip {
+                workload.in_flight.forget_buckets();
             }
             current.running = self.running(current.part, id, program, workload, &current.span);
             (current.next, current.completed) = (0, 0);
@@ -288,12 +288,12 @@ impl PipelineState {
         workload: Workload,
         diverged: Option<Box<Divergence>>,
     ) -> TaskDone {
-        let Workload { transit, compute, update, .. } = workload;
+        let Workload { in_flight, compute, update, .. } = workload;
         if diverged.is_some() {
-            transit.forget_buckets();
+            in_flight.forget_buckets();
         }
-        self.updated = transit.take_updated();
-        let left = compute.num_left() + transit.num_left();
+        self.updated = in_flight.take_updated();
+        let left = compute.num_left() + in_flight.num_left();
         debug_assert!(update.is_none() || left == 0, "{left} tensors are left over after step {}", id.step);
         let Compute { mut params, totals, .. } = compute;
         params.clear_gradients();
@@ -309,7 +309,7 @@ impl PipelineState {
         TaskDone { id, params, totals, recording, update, is_gathered: self.updated.is_empty() }
     }
 
-    /// What an operation of the running program belongs to, in words.
+    /// What an operation of the running program belongs to.
     fn describe(&self, op: OpId) -> String {
         let Some(current) = &self.current else { return "no operation".into() };
         let Some(op) = current.running.program.ops.get(op) else { return "no operation".into() };
@@ -321,7 +321,7 @@ impl PipelineState {
     fn abort(&mut self, reason: &str) {
         match self.current.take() {
             Some(current) => current.running.abort(reason),
-            None => self.site.endpoint.abort(reason),
+            None => self.context.endpoint.abort(reason),
         }
     }
 }
@@ -339,7 +339,7 @@ impl Actor for Pipeline {
         myself: ActorRef<PipelineMessage>,
         setup: PipelineSetup,
     ) -> Result<PipelineState, ActorProcessingErr> {
-        // A lane that reports to a pipeline which is gone has nobody to tell.
+        // The pipeline may be gone.
         let report = move |event| drop(myself.cast(PipelineMessage::Lane(event)));
         Ok(PipelineState::new(setup, Arc::new(report)))
     }

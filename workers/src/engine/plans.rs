@@ -8,12 +8,12 @@ use std::sync::Arc;
 use contraflow_runtime::layout::split_layers;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
-    Fault, Plan, Program, Report, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check,
+    Plan, PlanFault, Program, Report, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check,
     check_step, lower,
 };
 use contraflow_runtime::topology::Topology;
 
-use super::step::Part;
+use super::step::ProgramKind;
 use crate::data::batches::{BatchShape, TaskKind};
 
 /// A plan and what it becomes on every pipeline rank.
@@ -21,24 +21,24 @@ pub struct Planned {
     /// The plan.
     pub plan: Arc<Plan>,
     /// By part of a task and pipeline rank; an evaluation has passes alone.
-    programs: HashMap<Part, Vec<Arc<Program>>>,
+    programs: HashMap<ProgramKind, Vec<Arc<Program>>>,
     /// What the check found: peak activations and the like.
     pub report: Report,
-    /// Why another schedule runs than the recipe's, in words.
+    /// Why another schedule runs than the recipe's.
     pub fallback: Option<String>,
 }
 
 impl Planned {
     /// What a pipeline rank runs in a part of the task; nothing, if the task has no such part.
-    pub fn program(&self, pipeline: usize, part: Part) -> Arc<Program> {
+    pub fn program(&self, pipeline: usize, part: ProgramKind) -> Arc<Program> {
         let programs = self.programs.get(&part).and_then(|programs| programs.get(pipeline));
         programs.cloned().unwrap_or_default()
     }
 
-    /// Every operation of a task that goes well, with its pipeline rank; that of the gathering stands in the task itself,
+    /// Every operation of a task that goes well, with its pipeline rank; that of the gathering is in the task itself,
     /// though it may run in the next one.
     pub fn ops(&self) -> impl Iterator<Item = (usize, &contraflow_runtime::schedule::Op)> {
-        let parts = [Part::Passes, Part::Update, Part::Gather]
+        let parts = [ProgramKind::Passes, ProgramKind::Update, ProgramKind::Gather]
             .into_iter()
             .filter_map(|part| self.programs.get(&part));
         let programs = parts.flat_map(|programs| programs.iter().enumerate());
@@ -60,7 +60,7 @@ pub struct Plans {
 impl Plans {
     /// For a recipe, in a formation whose workers do not replicate state in memory.
     ///
-    /// **Errors**: in words, if the layers cannot be spread over the stages.
+    /// **Errors**: if the layers cannot be spread over the stages.
     pub fn new(recipe: &Recipe) -> Result<Self, String> {
         let layouts = split_layers(&recipe.model_config, recipe.stages(), recipe.training.sequence_length)?;
         let (schedule, topology) = (recipe.parallel.schedule, recipe.topology());
@@ -81,9 +81,9 @@ impl Plans {
         self
     }
 
-    /// The plan for so many micro-batches, checked.
+    /// The plan for this number of micro-batches, checked.
     ///
-    /// **Errors**: in words, if the schedule has none, or if what it has is not sound.
+    /// **Errors**: if the schedule has none, or if what it has is not sound.
     pub fn get(&mut self, micro_batches: usize, kind: TaskKind) -> Result<Arc<Planned>, String> {
         if let Some(planned) = self.made.get(&(micro_batches, kind)) {
             return Ok(planned.clone());
@@ -96,7 +96,7 @@ impl Plans {
     fn make(&self, micro_batches: usize, kind: TaskKind) -> Result<Planned, String> {
         let plan = self.schedule.plan(self.topology.pipeline, micro_batches, kind.mode());
         let (plan, fallback) = plan.map_err(|error| error.to_string())?;
-        let wrong = |faults: Vec<Fault>| {
+        let wrong = |faults: Vec<PlanFault>| {
             let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
             let faults = faults.join("; ");
             format!("the {} plan of {micro_batches} micro-batches is wrong: {faults}", plan.schedule)
@@ -105,23 +105,23 @@ impl Plans {
         let (report, parts) = match kind {
             TaskKind::Evaluate => {
                 let report = check(&plan, &passes).map_err(wrong)?;
-                (report, vec![(Part::Passes, passes)])
+                (report, vec![(ProgramKind::Passes, passes)])
             }
             TaskKind::Train => {
                 let step = StepPrograms::new(&passes, &self.sharding);
                 let report = check_step(&plan, &step).map_err(wrong)?;
                 let parts = [
-                    (Part::Passes, step.gradients),
-                    (Part::Gathering, step.gathering),
-                    (Part::Evidence, step.evidence),
-                    (Part::Update, step.update),
-                    (Part::Skip, step.skip),
-                    (Part::Gather, step.gather),
+                    (ProgramKind::Passes, step.gradients),
+                    (ProgramKind::Gathering, step.gathering),
+                    (ProgramKind::Evidence, step.evidence),
+                    (ProgramKind::Update, step.update),
+                    (ProgramKind::Skip, step.skip),
+                    (ProgramKind::Gather, step.gather),
                 ];
                 (report, Vec::from(parts))
             }
         };
-        let shared = |(part, programs): (Part, Vec<Program>)| {
+        let shared = |(part, programs): (ProgramKind, Vec<Program>)| {
             (part, programs.into_iter().map(Arc::new).collect::<Vec<_>>())
         };
         let programs = parts.into_iter().map(shared).collect();
@@ -129,7 +129,7 @@ impl Plans {
     }
 }
 
-/// How a training batch of so many sequences is cut.
+/// How a training batch of this many sequences is cut.
 pub fn train_shape(recipe: &Recipe, global_batch: usize) -> BatchShape {
     let micro_batches = recipe.micro_batches(global_batch);
     BatchShape { global_batch, micro_batches, micro_batch_size: recipe.training.micro_batch_size }
@@ -138,7 +138,7 @@ pub fn train_shape(recipe: &Recipe, global_batch: usize) -> BatchShape {
 /// How the validation sequences are cut: as many as the recipe asks for and the corpus has, less what the layout cannot
 /// divide. `None` if there are too few.
 pub fn validation_shape(recipe: &Recipe, available: usize) -> Option<BatchShape> {
-    let unit = recipe.training.micro_batch_size * recipe.topology().columns();
+    let unit = recipe.training.micro_batch_size * recipe.topology().dp_size();
     let micro_batches = recipe.training.validation_sequences.min(available) / unit;
     let shape = train_shape(recipe, micro_batches * unit);
     (micro_batches > 0).then_some(BatchShape { micro_batches, ..shape })

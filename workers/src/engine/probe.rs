@@ -1,4 +1,4 @@
-//! Where tests look in: a closure that is told what is about to happen and may be slow or panic.
+//! Where tests look in: a closure that is called before each event and may be slow or panic.
 //!
 //! Without one this is a null check.
 
@@ -53,11 +53,11 @@ pub enum ProbePoint<'a> {
     },
 }
 
-type Look = dyn Fn(ProbePoint) + Send + Sync;
+type ProbeFn = dyn Fn(ProbePoint) + Send + Sync;
 
 /// A closure to be called at every point, or none.
 #[derive(Clone, Default)]
-pub struct Probe(Option<Arc<Look>>);
+pub struct Probe(Option<Arc<ProbeFn>>);
 
 impl Probe {
     /// Calls `look` at every point.
@@ -65,7 +65,7 @@ impl Probe {
         Probe(Some(Arc::new(look)))
     }
 
-    /// Tells the probe.
+    /// Calls the probe.
     pub fn at(&self, point: ProbePoint) {
         if let Some(look) = &self.0 {
             look(point);

@@ -12,8 +12,8 @@ use tracing::Span;
 
 use super::compute::Compute;
 use super::events::Events;
+use super::in_flight::InFlight;
 use super::probe::Probe;
-use super::transit::Transit;
 use super::update::Update;
 use crate::comm::address::StepId;
 use crate::comm::all_to_all::ExpertGroup;
@@ -22,7 +22,7 @@ use crate::model::micro_batch::MicroBatch;
 use crate::optimizer::buckets::BucketGroup;
 
 /// A program under way, shared by the lanes.
-pub struct Running {
+pub struct RunningProgram {
     /// Which step this is.
     pub id: StepId,
     /// What runs.
@@ -30,9 +30,9 @@ pub struct Running {
     /// The micro-batches, by number.
     pub batches: Vec<MicroBatch>,
     /// Tensors between operations.
-    pub transit: Transit,
+    pub in_flight: InFlight,
     /// What stays the same over all programs.
-    pub site: Site,
+    pub context: RankContext,
     compute: Mutex<Compute>,
     pub(super) update: Mutex<Option<Update>>,
     pub(super) span: Span,
@@ -44,7 +44,7 @@ pub struct Workload {
     /// The micro-batches, by number.
     pub batches: Vec<MicroBatch>,
     /// Tensors between operations.
-    pub transit: Transit,
+    pub in_flight: InFlight,
     /// The rank's model: the compute lane works on it.
     pub compute: Compute,
     /// The update, in training.
@@ -53,7 +53,7 @@ pub struct Workload {
 
 /// What stays the same over all programs of a rank.
 #[derive(Clone)]
-pub struct Site {
+pub struct RankContext {
     /// The rank's end of the fabric.
     pub endpoint: Endpoint,
     /// All ranks of the job.
@@ -72,15 +72,20 @@ pub struct Site {
     pub probe: Probe,
 }
 
-impl Running {
+impl RunningProgram {
     /// Begins a program.
-    pub fn new(site: &Site, (id, program): (StepId, Arc<Program>), workload: Workload, span: Span) -> Self {
-        let Workload { batches, transit, compute, update } = workload;
-        Running {
+    pub fn new(
+        context: &RankContext,
+        (id, program): (StepId, Arc<Program>),
+        workload: Workload,
+        span: Span,
+    ) -> Self {
+        let Workload { batches, in_flight, compute, update } = workload;
+        RunningProgram {
             id,
             batches,
-            transit,
-            site: site.clone(),
+            in_flight,
+            context: context.clone(),
             compute: Mutex::new(compute),
             update: Mutex::new(update),
             span,
@@ -93,7 +98,7 @@ impl Running {
     pub fn into_workload(self) -> Workload {
         Workload {
             batches: self.batches,
-            transit: self.transit,
+            in_flight: self.in_flight,
             compute: self.compute.into_inner(),
             update: self.update.into_inner(),
         }
@@ -102,7 +107,7 @@ impl Running {
     /// Ends every present and future wait of the lanes.
     pub fn abort(&self, reason: &str) {
         self.events.abort(reason);
-        self.site.endpoint.abort(reason);
+        self.context.endpoint.abort(reason);
     }
 
     /// The rank's model. Only one lane works on it at a time: the compute lane, but for the sums of a step at its end.
@@ -115,7 +120,7 @@ impl Running {
     /// # Panics
     /// If the rank does not hold it: the program was made for another placement.
     pub(super) fn group(&self, bucket: usize) -> &BucketGroup {
-        let group = self.site.buckets.get(&bucket);
+        let group = self.context.buckets.get(&bucket);
         group.unwrap_or_else(|| panic!("this rank does not hold bucket {bucket}"))
     }
 }

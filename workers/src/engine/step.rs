@@ -2,19 +2,19 @@
 //!
 //! Every rank has the same totals, evidence and memory of earlier steps, and so takes the same way.
 
-use contraflow_runtime::watch::{Action, Divergence, Verdict};
+use contraflow_runtime::stability::{Divergence, StepAction, Verdict};
 
 use super::update::Update;
 use crate::error::RankError;
 
 /// A program of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
+pub enum ProgramKind {
     /// The passes; in training also the reduction and the totals.
     Passes,
     /// The same, and the gathering of the update before.
     Gathering,
-    /// The ranks tell each other what is not finite.
+    /// The ranks exchange what is not finite.
     Evidence,
     /// AdamW.
     Update,
@@ -28,7 +28,7 @@ pub enum Part {
 #[derive(Debug)]
 pub enum Next {
     /// Another one.
-    Run(Part),
+    Run(ProgramKind),
     /// The task has ended.
     End,
     /// The watch has stopped the step; nothing is updated.
@@ -38,14 +38,14 @@ pub enum Next {
 /// What comes after `part`; an evaluation has no update, and ends with its passes.
 ///
 /// **Errors**: the totals or the evidence are not there.
-pub fn next(part: Part, update: Option<&mut Update>) -> Result<Next, RankError> {
+pub fn next(part: ProgramKind, update: Option<&mut Update>) -> Result<Next, RankError> {
     let Some(update) = update else { return Ok(Next::End) };
     match part {
-        Part::Passes | Part::Gathering if update.global()?.is_finite() => judge(update),
-        Part::Passes | Part::Gathering => Ok(Next::Run(Part::Evidence)),
-        Part::Evidence => judge(update),
-        Part::Update if update.gathers() => Ok(Next::Run(Part::Gather)),
-        Part::Update | Part::Skip | Part::Gather => Ok(Next::End),
+        ProgramKind::Passes | ProgramKind::Gathering if update.global()?.is_finite() => judge(update),
+        ProgramKind::Passes | ProgramKind::Gathering => Ok(Next::Run(ProgramKind::Evidence)),
+        ProgramKind::Evidence => judge(update),
+        ProgramKind::Update if update.gathers() => Ok(Next::Run(ProgramKind::Gather)),
+        ProgramKind::Update | ProgramKind::Skip | ProgramKind::Gather => Ok(Next::End),
     }
 }
 
@@ -55,15 +55,15 @@ fn judge(update: &mut Update) -> Result<Next, RankError> {
     let Verdict { action, why } = update.optimizer.judge(&seen, update.evidence.as_ref());
     let global = update.global_mut()?;
     match action {
-        Action::Update => {
+        StepAction::Update => {
             global.warning = why;
-            Ok(Next::Run(Part::Update))
+            Ok(Next::Run(ProgramKind::Update))
         }
-        Action::Skip => {
+        StepAction::Skip => {
             (global.skipped, global.warning) = (true, why);
-            Ok(Next::Run(Part::Skip))
+            Ok(Next::Run(ProgramKind::Skip))
         }
-        Action::Stop | Action::RollBack => {
+        StepAction::Stop | StepAction::RollBack => {
             let (why, evidence) = (why.unwrap_or_default(), update.evidence.take());
             Ok(Next::Diverged(Box::new(Divergence { step: seen.step, action, why, evidence })))
         }

@@ -1,24 +1,24 @@
-//! The update of a training step under way: what it is told, what it works on, and what every rank comes to know.
+//! The update of a training step under way: its inputs, its state, and its results, which every rank has.
 //!
-//! Knows no lanes; what is done with it stands in `update_ops`.
+//! Knows no lanes; the operations are in `update_ops`.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use contraflow_runtime::watch::Seen;
-use contraflow_runtime::watch::evidence::{Evidence, Found};
+use contraflow_runtime::stability::Seen;
+use contraflow_runtime::stability::evidence::{Evidence, Found};
 
 use crate::checkpoint::Snapshot;
 use crate::error::Missing;
 use crate::optimizer::totals::GlobalTotals;
 use crate::optimizer::update::{OptimizerState, UpdateRates};
 
-/// What the update of a step is told.
+/// Inputs of a step's update.
 #[derive(Clone, Debug)]
 pub struct UpdateOrder {
     /// Which step, with which rates.
     pub rates: UpdateRates,
-    /// Whether this rank has been told to stop: if any has by the time of the totals, all stop after this step.
+    /// Whether this rank was told to stop: if any was by the time of the totals, all stop after this step.
     pub stop: Arc<AtomicBool>,
     /// When the state after the update is written to storage.
     pub save: SaveWhen,
@@ -26,7 +26,7 @@ pub struct UpdateOrder {
     pub replicate: bool,
     /// Whether the update is gathered at once; otherwise the next step does it, unless the ranks stop after this one.
     pub gather: bool,
-    /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so nobody makes
+    /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so no rank makes
     /// this update before every buddy has that state.
     pub buddy: Option<usize>,
 }
@@ -97,14 +97,14 @@ impl Update {
 
     /// The totals.
     ///
-    /// **Errors**: there are none yet.
+    /// **Errors**: the totals are not known yet.
     pub fn global(&self) -> Result<&GlobalTotals, Missing> {
         self.global.as_ref().ok_or(Missing::OfStep { what: "the totals" })
     }
 
     /// The totals, for the verdict to be noted.
     ///
-    /// **Errors**: there are none yet.
+    /// **Errors**: the totals are not known yet.
     pub fn global_mut(&mut self) -> Result<&mut GlobalTotals, Missing> {
         self.global.as_mut().ok_or(Missing::OfStep { what: "the totals" })
     }

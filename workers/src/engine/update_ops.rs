@@ -9,20 +9,20 @@ use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::Work;
 
 use super::probe::ProbePoint;
-use super::running::Running;
+use super::running::RunningProgram;
 use super::update::Update;
 use crate::comm::address::StepId;
 use crate::comm::collectives::Collectives;
 use crate::error::{Missing, RankError};
-use crate::kept;
 use crate::model::params::RankParams;
 use crate::optimizer::inspect;
 use crate::optimizer::update::balance;
+use crate::replica;
 
 /// The all-reduce of the totals has this number, that of the evidence the next one.
 const TOTALS: usize = 0;
 
-impl Running {
+impl RunningProgram {
     /// Works on the update; nothing here waits for another rank.
     ///
     /// **Errors**: those of `work`; the program has an update, and none was handed over.
@@ -34,7 +34,7 @@ impl Running {
     /// Those of the update of a step.
     fn collectives(&self, step: u64) -> Collectives<'_> {
         let id = StepId { phase: Phase::Update, step, ..self.id };
-        Collectives { endpoint: &self.site.endpoint, id }
+        Collectives { endpoint: &self.context.endpoint, id }
     }
 
     /// Runs an operation of the update.
@@ -64,50 +64,50 @@ impl Running {
         let mut compute = self.compute();
         self.show_gradients(bucket, &mut compute.params);
         let packed = self.with_update(|update| Ok(update.optimizer.pack(&compute.params, bucket)))?;
-        self.transit.bucket(bucket, |transit| transit.packed = Some(packed));
+        self.in_flight.bucket(bucket, |in_flight| in_flight.packed = Some(packed));
         Ok(())
     }
 
     fn reduce(&self, bucket: usize) -> Result<(), RankError> {
-        let packed = self.transit.take_from_bucket(bucket, "the gradients", |t| &mut t.packed)?;
+        let packed = self.in_flight.take_from_bucket(bucket, "the gradients", |t| &mut t.packed)?;
         let sum = self.collectives(self.id.step).reduce_scatter(&self.group(bucket).ranks, bucket, packed)?;
-        self.transit.bucket(bucket, |transit| transit.reduced = Some(sum));
+        self.in_flight.bucket(bucket, |in_flight| in_flight.reduced = Some(sum));
         Ok(())
     }
 
     fn grad_norm(&self, bucket: usize) -> Result<(), RankError> {
         let mut compute = self.compute();
-        let reduced = self.transit.bucket(bucket, |transit| transit.reduced.clone());
+        let reduced = self.in_flight.bucket(bucket, |in_flight| in_flight.reduced.clone());
         if reduced.is_none() {
             self.show_gradients(bucket, &mut compute.params);
         }
         let squares = self
             .with_update(|update| Ok(update.optimizer.squares(&compute.params, bucket, reduced.as_ref())))?;
-        self.transit.bucket(bucket, |transit| transit.squares = Some(squares));
+        self.in_flight.bucket(bucket, |in_flight| in_flight.squares = Some(squares));
         Ok(())
     }
 
     /// The first operation of a bucket's reduction is about to read the rank's own gradients.
     fn show_gradients(&self, bucket: usize, params: &mut RankParams) {
-        let (rank, step) = (self.site.endpoint.rank(), self.id.step);
-        self.site.probe.at(ProbePoint::Gradients { rank, step, bucket, params });
+        let (rank, step) = (self.context.endpoint.rank(), self.id.step);
+        self.context.probe.at(ProbePoint::Gradients { rank, step, bucket, params });
     }
 
     fn await_replica(&self) -> Result<(), RankError> {
         let Some(buddy) = self.with_update(|update| Ok(update.order.buddy))? else { return Ok(()) };
-        Ok(kept::acknowledged(&self.site.endpoint, self.id.formation, buddy, self.id.step - 1)?)
+        Ok(replica::acknowledged(&self.context.endpoint, self.id.formation, buddy, self.id.step - 1)?)
     }
 
     fn totals(&self) -> Result<(), RankError> {
         let own = self.compute().totals.clone();
         let numbers = self.with_update(|update| {
             let squares = update.optimizer.sum_squares(|bucket| {
-                self.transit.bucket(bucket, |transit| transit.squares.take().unwrap_or_default())
+                self.in_flight.bucket(bucket, |in_flight| in_flight.squares.take().unwrap_or_default())
             });
             let stop = update.order.stop.load(Ordering::Relaxed);
             Ok(update.optimizer.layout.encode(squares, &own, stop))
         })?;
-        let sums = self.collectives(self.id.step).all_reduce(&self.site.world, TOTALS, numbers)?;
+        let sums = self.collectives(self.id.step).all_reduce(&self.context.world, TOTALS, numbers)?;
         self.with_update(|update| {
             let layers = own.expert_counts.keys().copied();
             update.global = Some(update.optimizer.layout.decode(&sums, layers));
@@ -130,7 +130,7 @@ impl Running {
             Ok((update.seen()?, found, update.optimizer.names.clone()))
         })?;
         let evidence =
-            inspect::evidence(&self.collectives(self.id.step), &self.site.world, &seen, &found, &names)?;
+            inspect::evidence(&self.collectives(self.id.step), &self.context.world, &seen, &found, &names)?;
         self.with_update(|update| {
             update.evidence = Some(evidence);
             Ok(())
@@ -139,7 +139,7 @@ impl Running {
 
     fn apply(&self, bucket: usize) -> Result<(), RankError> {
         let mut compute = self.compute();
-        let reduced = self.transit.bucket(bucket, |transit| transit.reduced.take());
+        let reduced = self.in_flight.bucket(bucket, |in_flight| in_flight.reduced.take());
         let updated = self.with_update(|update| {
             let with = (update.order.rates, update.global()?.grad_norm);
             update.optimizer.apply(&mut compute.params, bucket, reduced.as_ref(), with);
@@ -147,7 +147,7 @@ impl Running {
             Ok(is_shared.then(|| update.optimizer.own_weights(&compute.params, bucket)))
         })?;
         let updated = updated.map(|shard| (self.id.step, shard));
-        self.transit.bucket(bucket, |transit| transit.updated = updated);
+        self.in_flight.bucket(bucket, |in_flight| in_flight.updated = updated);
         Ok(())
     }
 
@@ -161,15 +161,15 @@ impl Running {
     }
 
     fn gather(&self, bucket: usize) -> Result<(), RankError> {
-        let (step, own) = self.transit.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
+        let (step, own) = self.in_flight.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
         let group = self.group(bucket);
         let gathered = self.collectives(step).all_gather(&group.ranks, bucket, group.len, &own)?;
-        self.transit.bucket(bucket, |transit| transit.gathered = Some(gathered));
+        self.in_flight.bucket(bucket, |in_flight| in_flight.gathered = Some(gathered));
         Ok(())
     }
 
     fn unpack(&self, bucket: usize) -> Result<(), RankError> {
-        let gathered = self.transit.take_from_bucket(bucket, "the other shards", |t| &mut t.gathered)?;
+        let gathered = self.in_flight.take_from_bucket(bucket, "the other shards", |t| &mut t.gathered)?;
         let mut compute = self.compute();
         self.with_update(|update| {
             update.optimizer.unpack(&mut compute.params, bucket, &gathered);

@@ -12,23 +12,23 @@ use serde::{Deserialize, Serialize};
 use super::weights::HfWeights;
 
 /// Name of the file with the checksums of a directory that this program wrote.
-pub const SEAL_FILE: &str = "contraflow.json";
+pub const CHECKSUMS_FILE: &str = "contraflow.json";
 
-/// The form of [`Seal`] that this program writes and reads.
-pub const SEAL_VERSION: u32 = 1;
+/// The form of [`Checksums`] that this program writes and reads.
+pub const CHECKSUMS_VERSION: u32 = 1;
 
 /// What the files of a directory must be, bit for bit.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct Seal {
-    /// See [`SEAL_VERSION`].
+pub struct Checksums {
+    /// See [`CHECKSUMS_VERSION`].
     pub format_version: u32,
     /// By name.
-    pub files: BTreeMap<String, FileSeal>,
+    pub files: BTreeMap<String, FileChecksum>,
 }
 
 /// What one file must be.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
-pub struct FileSeal {
+pub struct FileChecksum {
     /// Its size.
     pub bytes: u64,
     /// Its blake3, as 64 hex digits.
@@ -48,7 +48,7 @@ pub struct Checked {
 /// **Errors**: every fault, with the file.
 pub fn check(dir: &Path) -> Result<Checked, Vec<String>> {
     let config = read_config(dir);
-    let mut faults = seal_faults(dir);
+    let mut faults = checksum_faults(dir);
     let (weights, broken) = HfWeights::survey(dir);
     faults.extend(broken.iter().map(ToString::to_string));
     match config {
@@ -82,59 +82,60 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
     })
 }
 
-/// The faults of the files that a [`Seal`] names; none where there is no seal.
-fn seal_faults(dir: &Path) -> Vec<String> {
-    let path = dir.join(SEAL_FILE);
+/// The faults of the files that a [`Checksums`] names; none where there is no seal.
+fn checksum_faults(dir: &Path) -> Vec<String> {
+    let path = dir.join(CHECKSUMS_FILE);
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => return vec![format!("{}: {error}", path.display())],
     };
-    let seal = match parse_seal(&text) {
-        Ok(seal) => seal,
+    let checksums = match parse_checksums(&text) {
+        Ok(checksums) => checksums,
         Err(message) => return vec![format!("{}: {message}", path.display())],
     };
-    seal.files.iter().filter_map(|(name, file)| file_fault(&dir.join(name), file)).collect()
+    checksums.files.iter().filter_map(|(name, file)| file_fault(&dir.join(name), file)).collect()
 }
 
 /// Reads a seal.
 ///
-/// **Errors**: in words; a newer form is one.
-pub fn parse_seal(text: &str) -> Result<Seal, String> {
+/// **Errors**: invalid JSON, or a newer format version.
+pub fn parse_checksums(text: &str) -> Result<Checksums, String> {
     #[derive(Deserialize)]
     struct Version {
         format_version: u32,
     }
     let Version { format_version } = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    if format_version != SEAL_VERSION {
-        return Err(format!("format_version: expected {SEAL_VERSION}, got {format_version}"));
+    if format_version != CHECKSUMS_VERSION {
+        return Err(format!("format_version: expected {CHECKSUMS_VERSION}, got {format_version}"));
     }
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
-fn file_fault(path: &Path, seal: &FileSeal) -> Option<String> {
-    let told = |message: String| Some(format!("{}: {message}", path.display()));
+fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
+    let reported = |message: String| Some(format!("{}: {message}", path.display()));
     let size = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
-        Err(error) => return told(format!("{error}, although {SEAL_FILE} names it")),
+        Err(error) => return reported(format!("{error}, although {CHECKSUMS_FILE} names it")),
     };
-    if size != seal.bytes {
-        let word = if size < seal.bytes { ": truncated" } else { "" };
-        return told(format!("expected {} bytes, got {size}{word}", seal.bytes));
+    if size != checksums.bytes {
+        let word = if size < checksums.bytes { ": truncated" } else { "" };
+        return reported(format!("expected {} bytes, got {size}{word}", checksums.bytes));
     }
     let mut hasher = blake3::Hasher::new();
     match File::open(path).and_then(|file| hasher.update_reader(file).map(|_| ())) {
-        Err(error) => told(error.to_string()),
+        Err(error) => reported(error.to_string()),
         Ok(()) => {
             let got = hasher.finalize().to_hex();
-            let differs = got.as_str() != seal.blake3;
-            differs
-                .then(|| format!("{}: expected blake3 {}, got {got}: damaged", path.display(), seal.blake3))
+            let differs = got.as_str() != checksums.blake3;
+            differs.then(|| {
+                format!("{}: expected blake3 {}, got {got}: damaged", path.display(), checksums.blake3)
+            })
         }
     }
 }
 
-/// What is missing, too much or of another shape. Where files are broken nobody can say what is missing.
+/// What is missing, too much or of another shape. If files are broken, what is missing is unknown.
 fn tensor_faults(
     config: &ModelConfig,
     weights: &HfWeights,
@@ -177,8 +178,7 @@ fn missing(config: &ModelConfig, expected: &[WeightShape], weights: &HfWeights) 
         .collect();
     if let Some(prefix) = mtp.filter(|_| !has_mtp) {
         faults.push(format!(
-            "{prefix}*: expected the block of multi-token prediction, got none; \"num_nextn_predict_layers\": 0 in \
-             config.json does without it"
+            "{prefix}*: expected the block of multi-token prediction, got none; \"num_nextn_predict_layers\": 0 in config.json disables it"
         ));
     }
     faults

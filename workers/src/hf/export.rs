@@ -12,18 +12,18 @@ use contraflow_runtime::files::sync_dir;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use safetensors::Dtype;
 
-use super::check::{FileSeal, SEAL_FILE, SEAL_VERSION, Seal};
+use super::check::{CHECKSUMS_FILE, CHECKSUMS_VERSION, Checksums, FileChecksum};
 use super::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error, header_text};
 use crate::data::model_tokenizer::tokenizer_files;
 use crate::error::RankError;
-use crate::hashed_file::{HashedFile, Sealed};
+use crate::hashed_file::{FinishedFile, HashedFile};
 
 /// Files beside the weights that go along where they are, with all that belongs to a tokenizer.
 const COMPANIONS: [&str; 2] = ["chat_template.jinja", "generation_config.json"];
 
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum ExportFormat {
     /// What it is.
     AsIs,
     /// Every tensor in f32.
@@ -38,12 +38,12 @@ pub struct Export<'a> {
     pub source: &'a HfWeights,
     /// What they are.
     pub config: &'a ModelConfig,
-    /// What stands in `config.json`.
+    /// The contents of `config.json`.
     pub config_json: String,
     /// Where tokenizer files are taken from, if there are any.
     pub companions: &'a Path,
     /// What the tensors become.
-    pub format: Format,
+    pub format: ExportFormat,
     /// Largest shard; a tensor that is larger has one of its own.
     ///
     /// **Units**: bytes of data.
@@ -88,7 +88,7 @@ pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError
             Ok(done)
         }
         Err(error) => {
-            // The first error is the one to tell.
+            // The first error is reported.
             drop(std::fs::remove_dir_all(&part));
             Err(error)
         }
@@ -101,7 +101,7 @@ impl Export<'_> {
     /// **Errors**: a tensor that cannot be read or is not finite, by name; what the system says, with the path.
     pub fn write(&self, dir: &Path) -> Result<Written, RankError> {
         let shards = self.shards();
-        let mut seal = Seal { format_version: SEAL_VERSION, files: BTreeMap::new() };
+        let mut checksums = Checksums { format_version: CHECKSUMS_VERSION, files: BTreeMap::new() };
         let mut weight_map = serde_json::Map::new();
         let mut written = Written { num_shards: shards.len(), ..Written::default() };
         for (number, shard) in shards.iter().enumerate() {
@@ -113,7 +113,7 @@ impl Export<'_> {
             weight_map.extend(shard.iter().map(|weight| (weight.name.clone(), name.clone().into())));
             written.num_tensors += shard.len();
             written.bytes += bytes;
-            seal.files.insert(name, file);
+            checksums.files.insert(name, file);
         }
         let mut texts = vec![("config.json".to_owned(), self.config_json.clone().into_bytes())];
         if shards.len() > 1 {
@@ -125,10 +125,10 @@ impl Export<'_> {
         for (name, bytes) in texts {
             write_whole(&dir.join(&name), &bytes)?;
             let blake3 = blake3::hash(&bytes).to_hex().to_string();
-            seal.files.insert(name, FileSeal { bytes: bytes.len() as u64, blake3 });
+            checksums.files.insert(name, FileChecksum { bytes: bytes.len() as u64, blake3 });
         }
-        let seal = serde_json::to_string_pretty(&seal).expect("a seal is texts and numbers");
-        write_whole(&dir.join(SEAL_FILE), format!("{seal}\n").as_bytes())?;
+        let checksums = serde_json::to_string_pretty(&checksums).expect("a seal is texts and numbers");
+        write_whole(&dir.join(CHECKSUMS_FILE), format!("{checksums}\n").as_bytes())?;
         Ok(written)
     }
 
@@ -172,9 +172,11 @@ impl Export<'_> {
 
     fn dtype(&self, weight: &WeightShape) -> Dtype {
         match self.format {
-            Format::AsIs => self.source.info(self.source_name(weight)).map_or(Dtype::F32, |(_, dtype)| dtype),
-            Format::Bf16 if !weight.name.ends_with("e_score_correction_bias") => Dtype::BF16,
-            Format::F32 | Format::Bf16 => Dtype::F32,
+            ExportFormat::AsIs => {
+                self.source.info(self.source_name(weight)).map_or(Dtype::F32, |(_, dtype)| dtype)
+            }
+            ExportFormat::Bf16 if !weight.name.ends_with("e_score_correction_bias") => Dtype::BF16,
+            ExportFormat::F32 | ExportFormat::Bf16 => Dtype::F32,
         }
     }
 
@@ -198,7 +200,7 @@ impl Export<'_> {
         }
     }
 
-    fn write_shard(&self, path: &Path, shard: &[WeightShape]) -> Result<(FileSeal, u64), RankError> {
+    fn write_shard(&self, path: &Path, shard: &[WeightShape]) -> Result<(FileChecksum, u64), RankError> {
         let listed = shard.iter().map(|weight| (weight.name.as_str(), self.dtype(weight), &weight.shape[..]));
         let (header, bytes) = header_text(listed);
         let mut out = HashedFile::create(path).map_err(file_error(path))?;
@@ -212,8 +214,8 @@ impl Export<'_> {
                 write(&mut out, &encode(block, dtype))?;
             }
         }
-        let Sealed { bytes: size, blake3 } = out.finish().map_err(file_error(path))?;
-        Ok((FileSeal { bytes: size, blake3 }, bytes))
+        let FinishedFile { bytes: size, blake3 } = out.finish().map_err(file_error(path))?;
+        Ok((FileChecksum { bytes: size, blake3 }, bytes))
     }
 }
 

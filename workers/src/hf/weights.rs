@@ -29,7 +29,7 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 const MAX_HEADER_BYTES: u64 = 100 << 20;
 
 /// Where one tensor is.
-struct Place {
+struct TensorLocation {
     file: PathBuf,
     /// First byte of the tensor in the file.
     start: u64,
@@ -40,7 +40,7 @@ struct Place {
 pub struct HfWeights {
     dir: PathBuf,
     /// Of an HF directory.
-    tensors: BTreeMap<String, Place>,
+    tensors: BTreeMap<String, TensorLocation>,
     /// Tensors of an HF directory that are no weights.
     buffers: BTreeSet<String>,
     /// In the place of files under published names, if the folder is that of a checkpoint.
@@ -194,13 +194,13 @@ fn indexed_tensors(index: &Path) -> Result<Listed, RankError> {
 /// What an index says: the weights of each file of its directory. Buffers that follow from the configuration need not be
 /// where the index has them.
 ///
-/// **Errors**: in words, if it is no index or names a file elsewhere.
+/// **Errors**: if it is no index or names a file elsewhere.
 pub fn parse_index(text: &str) -> Result<Listed, String> {
     #[derive(serde::Deserialize)]
-    struct Index {
+    struct WeightIndex {
         weight_map: BTreeMap<String, String>,
     }
-    let parsed: Index = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let parsed: WeightIndex = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let mut files = Listed::new();
     for (tensor, file) in parsed.weight_map {
         if Path::new(&file).file_name() != Some(file.as_ref()) {
@@ -213,13 +213,13 @@ pub fn parse_index(text: &str) -> Result<Listed, String> {
     Ok(files)
 }
 
-fn open_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
+fn open_header(path: &Path) -> Result<Vec<(String, TensorLocation)>, RankError> {
     let mut file = File::open(path).map_err(file_error(path))?;
     let size = file.metadata().map_err(file_error(path))?.len();
     let (length, metadata) = read_header(&mut file, size).map_err(|message| content_error(path, message))?;
     let place = |(name, info): (String, &TensorInfo)| {
         let start = 8 + length + info.data_offsets.0 as u64;
-        (name, Place { file: path.to_owned(), start, info: info.clone() })
+        (name, TensorLocation { file: path.to_owned(), start, info: info.clone() })
     };
     Ok(metadata.tensors().into_iter().map(place).collect())
 }
@@ -227,7 +227,7 @@ fn open_header(path: &Path) -> Result<Vec<(String, Place)>, RankError> {
 /// Reads the header of a safetensors file of `size` bytes; no tensor in it reaches beyond the file. Also gives the length
 /// of the header.
 ///
-/// **Errors**: in words, if it is damaged, truncated or no safetensors file.
+/// **Errors**: if it is damaged, truncated or no safetensors file.
 pub fn read_header(file: &mut impl Read, size: u64) -> Result<(u64, Metadata), String> {
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|error| format!("header: {error}"))?;

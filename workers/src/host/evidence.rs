@@ -1,4 +1,4 @@
-//! The evidence of a step that was not finite, left in the job's folder before the orchestrator hears of the step. All ranks
+//! The evidence of a step that was not finite, left in the job's folder before the orchestrator learns of the step. All ranks
 //! have the same evidence; the worker of rank 0 writes it.
 
 use std::path::Path;
@@ -12,7 +12,7 @@ pub(super) fn is_in(event: &RankEvent) -> bool {
 }
 
 /// Writes the evidence of an event into a job's folder, and returns the event: without evidence where that failed, so that
-/// nobody is sent to a file that is not there.
+/// no message refers to a file that does not exist.
 pub(super) fn write(dir: &Path, job: JobId, mut event: RankEvent) -> RankEvent {
     let RankEvent::Diverged { rank, divergence, .. } = &mut event else { return event };
     let (job, rank) = (job.bits(), rank.number());
@@ -29,14 +29,14 @@ pub(super) fn write(dir: &Path, job: JobId, mut event: RankEvent) -> RankEvent {
 
 #[cfg(test)]
 mod tests {
-    use contraflow_runtime::watch::evidence::{EVIDENCE_FILE, Evidence};
-    use contraflow_runtime::watch::{Action, Divergence};
+    use contraflow_runtime::stability::evidence::{EVIDENCE_FILE, Evidence};
+    use contraflow_runtime::stability::{Divergence, StepAction};
 
     use super::*;
 
     fn diverged(rank: Rank, step: u64) -> RankEvent {
         let evidence = Evidence { step, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: Vec::new() };
-        let (action, why, evidence) = (Action::Stop, "not finite".to_owned(), Some(evidence));
+        let (action, why, evidence) = (StepAction::Stop, "not finite".to_owned(), Some(evidence));
         RankEvent::Diverged {
             rank,
             divergence: Box::new(Divergence { step, action, why, evidence }),
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn where_it_cannot_be_written_nobody_is_sent_to_it() {
+    fn if_it_cannot_be_written_no_message_refers_to_it() {
         let dir = tempfile::tempdir().unwrap();
         let event = write(&dir.path().join("missing"), JobId::new(1, 0), diverged(Rank::ZERO, 3));
         let RankEvent::Diverged { divergence, cursor: 8, .. } = event else { panic!("{event:?}") };

@@ -19,12 +19,12 @@ use super::Input;
 use super::job::Prepared;
 use crate::engine::probe::Probe;
 use crate::error::RankError;
-use crate::kept::{Keeper, Kept, Recovered};
 use crate::rank::build::Assignment;
 use crate::rank::worker::{Worker, WorkerMessage};
+use crate::replica::{Recovered, ReplicaStore, Replicator};
 
-/// How long a wait between ranks may last: a lost peer is told at once, this is for what nobody noticed.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// Timeout of a wait between ranks: a lost peer ends it at once; this covers what went unnoticed.
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A formation.
 pub(super) struct Formation {
@@ -36,11 +36,11 @@ pub(super) struct Formation {
     ranks: Vec<Rank>,
     /// Of the whole formation.
     world: usize,
-    running: Option<Running>,
+    running: Option<RunningRanks>,
 }
 
 /// What there is once the ranks have been started.
-struct Running {
+struct RunningRanks {
     network: Arc<WiredNetwork>,
     endpoints: Vec<Endpoint>,
     /// The actor is on its way: commands wait for it.
@@ -50,7 +50,7 @@ struct Running {
 impl Formation {
     /// One that has been assigned.
     ///
-    /// **Errors**: in words; this machine has no such rank.
+    /// **Errors**: the rank is beyond this machine's range.
     pub(super) fn new(id: FormationId, assign: &v1::Assign) -> Result<Self, String> {
         Ok(Formation {
             id,
@@ -63,7 +63,7 @@ impl Formation {
         })
     }
 
-    /// As it is told to an orchestrator.
+    /// As it is reported to an orchestrator.
     pub(super) fn hosted(&self) -> v1::Hosted {
         let (ranks, world) = (rank_numbers(&self.ranks), self.world as u64);
         let steps = self.prepared.as_ref().map_or(0, |prepared| prepared.recipe.training.steps as u64);
@@ -83,11 +83,11 @@ impl Formation {
 
     /// Starts its ranks.
     ///
-    /// **Errors**: the network cannot be formed; the assignment makes no sense.
+    /// **Errors**: the network cannot be formed; the assignment is malformed.
     pub(super) fn start(
         &mut self,
         assign: &v1::Assign,
-        (prepared, kept): (Prepared, &Arc<Kept>),
+        (prepared, store): (Prepared, &Arc<ReplicaStore>),
         listener: &Listener,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Result<(), RankError> {
@@ -99,23 +99,23 @@ impl Formation {
             secret: secret.map_err(|_| wrong("expected a secret of 32 bytes".into()))?,
             ranks: addresses(assign).map_err(wrong)?,
             local: self.ranks.iter().map(|rank| rank.index()).collect(),
-            patience: PATIENCE,
+            timeout: TIMEOUT,
             transport: Transport::Auto,
-            disturbance: None,
+            delay_injection: None,
         };
-        let on_fault = move |fault: fabric::Fault| {
+        let on_fault = move |fault: fabric::PeerLost| {
             let (job, generation) = formation_numbers(id);
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
         };
         let network = WiredNetwork::form(listener, formation, Arc::new(on_fault))?;
-        let memory = assign.memory.as_ref().map(|memory| recovered(memory, kept));
+        let memory = assign.memory.as_ref().map(|memory| recovered(memory, store));
         let memory = memory.transpose().map_err(wrong)?;
         let mut endpoints = Vec::new();
         let (worker, commands) = mpsc::unbounded_channel();
         for &rank in &self.ranks {
             let endpoint = network.join(rank.index())?;
             endpoints.push(endpoint.clone());
-            let keeper = keeper((id, assign), &endpoint, kept).map_err(wrong)?;
+            let replicator = replicator((id, assign), &endpoint, store).map_err(wrong)?;
             let assignment = Box::new(Assignment {
                 formation: id,
                 recipe: prepared.recipe.clone(),
@@ -123,7 +123,7 @@ impl Formation {
                 datasets: prepared.datasets.clone(),
                 resume: prepared.resume.clone(),
                 recovered: memory.clone(),
-                keeper,
+                replicator,
                 overlap: true,
                 checkpoints: Some(prepared.folder.clone()),
                 trace: TraceContext::parse(&assign.traceparent),
@@ -132,14 +132,14 @@ impl Formation {
             // The receiver is in this function.
             drop(worker.send(WorkerMessage::Host { rank, assignment }));
         }
-        let tell = Arc::new(move |event| drop(inputs.send(Input::Rank { formation: id, event })));
-        tokio::spawn(pass_on(tell, commands));
+        let events = Arc::new(move |event| drop(inputs.send(Input::Rank { formation: id, event })));
+        tokio::spawn(pass_on(events, commands));
         self.prepared = Some(Arc::new(prepared));
-        self.running = Some(Running { network, endpoints, worker });
+        self.running = Some(RunningRanks { network, endpoints, worker });
         Ok(())
     }
 
-    /// Passes a command on, if it is of this formation and was not heard before.
+    /// Passes a command on, if it is of this formation and not a repetition.
     pub(super) fn command(&mut self, to: RankAddress, command: RankCommand, trace: TraceContext) {
         let Some(running) = self.running.as_ref().filter(|_| to.formation == self.id) else {
             return;
@@ -149,7 +149,7 @@ impl Formation {
         }
     }
 
-    /// Tells that its ranks could not be started.
+    /// Reports that its ranks could not be started.
     pub(super) fn fail(&self, error: &RankError, inputs: &mpsc::UnboundedSender<Input>) {
         for &rank in &self.ranks {
             let (action, cause) = ("joining the formation".to_owned(), error.to_string());
@@ -160,7 +160,7 @@ impl Formation {
 
     /// Ends its ranks: what they are about is given up, their waits end, their connections close.
     pub(super) fn leave(self, reason: &str) {
-        let Some(Running { network, endpoints, worker }) = self.running else { return };
+        let Some(RunningRanks { network, endpoints, worker }) = self.running else { return };
         endpoints.iter().for_each(|endpoint| endpoint.abort(reason));
         for rank in self.ranks {
             let abort = RankCommand::Abort { reason: reason.to_owned() };
@@ -176,7 +176,7 @@ impl Formation {
 
 /// By rank, where its worker accepts data connections.
 ///
-/// **Errors**: in words; an address that is none, or a rank that has none.
+/// **Errors**: an invalid address, or a rank without one.
 fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
     let of_worker = assign.fabric.iter().cloned().map(Address::try_from);
     let of_worker: Vec<Address> =
@@ -192,42 +192,47 @@ fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
 
 /// Ranks as the fabric counts them.
 ///
-/// **Errors**: in words; no rank has such a number.
+/// **Errors**: no rank has such a number.
 fn indices_of(numbers: &[u64]) -> Result<Vec<usize>, String> {
     Ok(ranks_of(numbers)?.into_iter().map(Rank::index).collect())
 }
 
-/// Who keeps a rank's state, and whose it keeps; nobody if all ranks are on one worker.
+/// The holder of a rank's replica, and whose replica it holds; `None` if all ranks are on one worker.
 ///
-/// **Errors**: in words; not every rank keeps one other rank's state.
-fn keeper(
+/// **Errors**: not every rank holds one replica.
+fn replicator(
     (formation, assign): (FormationId, &v1::Assign),
     endpoint: &Endpoint,
-    kept: &Arc<Kept>,
-) -> Result<Option<Keeper>, String> {
+    store: &Arc<ReplicaStore>,
+) -> Result<Option<Replicator>, String> {
     if assign.buddies.is_empty() {
         return Ok(None);
     }
     let rank = endpoint.rank();
     let buddies = indices_of(&assign.buddies)?;
-    let ward = buddies.iter().position(|&buddy| buddy == rank);
-    let (Some(&buddy), Some(ward)) = (buddies.get(rank), ward) else {
+    let source = buddies.iter().position(|&buddy| buddy == rank);
+    let (Some(&buddy), Some(source)) = (buddies.get(rank), source) else {
         return Err(format!(
             "buddies: expected one for rank {rank} and one that it is, got {:?}",
             assign.buddies
         ));
     };
-    Ok(Some(Keeper { endpoint: endpoint.clone(), kept: kept.clone(), formation, buddy, ward }))
+    Ok(Some(Replicator { endpoint: endpoint.clone(), store: store.clone(), formation, buddy, source }))
 }
 
-fn recovered(memory: &v1::InMemory, kept: &Arc<Kept>) -> Result<Recovered, String> {
+fn recovered(memory: &v1::InMemory, store: &Arc<ReplicaStore>) -> Result<Recovered, String> {
     let generation = generation_of(memory.generation).map_err(|words| format!("memory.{words}"))?;
-    Ok(Recovered { generation, step: memory.step, holders: indices_of(&memory.holders)?, kept: kept.clone() })
+    Ok(Recovered {
+        generation,
+        step: memory.step,
+        holders: indices_of(&memory.holders)?,
+        store: store.clone(),
+    })
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.
-async fn pass_on(tell: crate::rank::Tell, mut messages: mpsc::UnboundedReceiver<WorkerMessage>) {
-    let worker: ActorRef<WorkerMessage> = match Actor::spawn(None, Worker, tell).await {
+async fn pass_on(events: crate::rank::EventSink, mut messages: mpsc::UnboundedReceiver<WorkerMessage>) {
+    let worker: ActorRef<WorkerMessage> = match Actor::spawn(None, Worker, events).await {
         Ok((worker, _)) => worker,
         Err(error) => return tracing::error!("a worker actor cannot be started: {error}"),
     };

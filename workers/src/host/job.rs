@@ -8,7 +8,7 @@ use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, JobFolder, Ma
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::placed_weights::place_weights;
+use contraflow_runtime::publish::publish_weights;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation};
 use v1::commit::What;
@@ -16,11 +16,11 @@ use v1::commit::What;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::provenance::{companions, manifest};
 use crate::data::batches::Datasets;
-use crate::data::of_recipe::{Text, load_text};
+use crate::data::from_recipe::{Text, load_text};
 use crate::error::RankError;
 
-/// Checkpoints that stay at least: that of the newest commit, and the one before, which the orchestrator goes on from if it
-/// never hears of the commit.
+/// Minimum number of retained checkpoints: that of the newest commit, and the previous one, which the orchestrator resumes
+/// from if it never learns of the commit.
 const LEAST_KEPT: usize = 2;
 
 /// Where a worker process finds things.
@@ -41,7 +41,7 @@ pub struct Prepared {
     pub datasets: Arc<Datasets>,
     /// Where checkpoints are kept.
     pub folder: CheckpointFolder,
-    /// What the formation goes on from.
+    /// What the formation resumes from.
     pub resume: Option<Arc<Checkpoint>>,
     text: Arc<Text>,
     manifest: Manifest,
@@ -53,10 +53,10 @@ pub struct Prepared {
 }
 
 /// Data that a process has loaded, for the next formation of the same job.
-pub type Loaded = (Arc<Text>, Arc<Datasets>);
+pub type LoadedData = (Arc<Text>, Arc<Datasets>);
 
 impl Prepared {
-    /// Reads what an assignment names: recipe, data (unless they are `loaded`), the checkpoint it goes on from.
+    /// Reads what an assignment names: recipe, data (unless they are `loaded`), the checkpoint it resumes from.
     ///
     /// **Errors**: recipe, data or checkpoint are not what they should be; a file of this node cannot be read or written; the
     /// job's folder is not free for this formation.
@@ -64,7 +64,7 @@ impl Prepared {
         FormationId { job, generation }: FormationId,
         assign: &v1::Assign,
         roots: &Roots,
-        loaded: Option<Loaded>,
+        loaded: Option<LoadedData>,
     ) -> Result<Self, RankError> {
         let content = |path: &str| {
             let path = path.to_owned();
@@ -85,7 +85,7 @@ impl Prepared {
         recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
         let owner = Owner { state: assign.state, job };
         let job = JobFolder::claim(&roots.storage, owner)?;
-        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(assign.kept);
+        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(assign.last_checkpoint);
         let manifest = manifest(&submitted, &text.corpus.hash)
             .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation, ..manifest };
@@ -109,7 +109,7 @@ impl Prepared {
     }
 
     /// What this process has loaded.
-    pub fn loaded(&self) -> Loaded {
+    pub fn loaded(&self) -> LoadedData {
         (self.text.clone(), self.datasets.clone())
     }
 
@@ -126,7 +126,7 @@ impl Prepared {
     /// Makes the job's folder ready for a formation, before any of its ranks may write: the worker of rank 0 does this.
     fn begin(&self, generation: Generation, assign: &v1::Assign) -> Result<(), RankError> {
         self.job.begin(generation)?;
-        // From memory it goes on in the history in which everything here was committed.
+        // From memory it continues the history in which everything here was committed.
         let newest = assign.memory.is_none().then_some(assign.resume_step);
         let dir = self.job.path();
         self.tidy(&assign.recipe, newest).map_err(RankError::file(dir))
@@ -146,15 +146,15 @@ impl Prepared {
 
     /// Puts in place what the ranks have written.
     ///
-    /// **Errors**: in words.
+    /// **Errors**: a message.
     pub fn commit(&self, what: What) -> Result<(), String> {
         match what {
-            What::Checkpoint(v1::Checkpoint { position, watch, shards, kept }) => {
+            What::Checkpoint(v1::Checkpoint { position, watch, shards, last_checkpoint }) => {
                 let position: Position = position.ok_or("a checkpoint without a position")?.into();
-                let watch = watch.ok_or("a checkpoint without the watch's memory")?.into();
+                let watch = watch.ok_or("a checkpoint without a stability state")?.into();
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
-                let folder = self.folder.clone().pinning(kept);
+                let folder = self.folder.clone().pinning(last_checkpoint);
                 folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
             }
             What::Weights(v1::Weights { files }) => {
@@ -165,7 +165,7 @@ impl Prepared {
                     return Ok(());
                 }
                 let files: Vec<ExportedFile> = files.into_iter().map(Into::into).collect();
-                place_weights(&dir, &files, &self.recipe.model_config.to_hf_json())
+                publish_weights(&dir, &files, &self.recipe.model_config.to_hf_json())
                     .map_err(|error| format!("{}: {error}", dir.display()))
             }
         }

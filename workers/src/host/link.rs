@@ -25,12 +25,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 const MAX_MESSAGE: usize = 16 << 20;
 
 /// Where the orchestrator is, and what it is shown.
-pub(super) struct Way {
+pub(super) struct LinkTarget {
     pub(super) endpoint: Endpoint,
     pub(super) token: Option<MetadataValue<Ascii>>,
 }
 
-/// A stream that stands or is being opened.
+/// A stream that is open or being opened.
 pub(super) struct Link {
     /// Counts the streams of this process.
     pub(super) number: u64,
@@ -42,10 +42,10 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Begins to open a stream; what comes of it is told to `inputs`.
+    /// Begins to open a stream; the result goes to `inputs`.
     pub(super) fn open(
         number: u64,
-        way: Way,
+        target: LinkTarget,
         hello: v1::Hello,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Self {
@@ -53,7 +53,7 @@ impl Link {
         // The receiver is in this function.
         drop(up.send(v1::FromWorker { message: Some(Message::Hello(hello)) }));
         let task = tokio::spawn(async move {
-            let why = match attach(number, way, words, &inputs).await {
+            let why = match attach(number, target, words, &inputs).await {
                 Ok(()) => "the stream has ended".to_owned(),
                 Err(error) => error,
             };
@@ -75,9 +75,9 @@ impl Link {
     }
 
     /// Says something, once the orchestrator has taken the worker in; before, it is said again anyway.
-    pub(super) fn say(&mut self, message: Message) {
+    pub(super) fn send(&mut self, message: Message) {
         if self.is_member {
-            // If the stream has ended, that is told.
+            // The end of the stream is reported elsewhere.
             drop(self.up.send(v1::FromWorker { message: Some(message) }));
         }
     }
@@ -86,7 +86,7 @@ impl Link {
     pub(super) fn beat(&mut self, progress: Vec<v1::Progress>) {
         if self.beat_at <= Instant::now() {
             self.beat_at = Instant::now() + self.beats.mul_f64(0.9);
-            self.say(Message::Beat(v1::Beat { progress }));
+            self.send(Message::Beat(v1::Beat { progress }));
         }
     }
 }
@@ -99,7 +99,7 @@ impl Drop for Link {
 
 async fn attach(
     number: u64,
-    Way { endpoint, token }: Way,
+    LinkTarget { endpoint, token }: LinkTarget,
     words: mpsc::UnboundedReceiver<v1::FromWorker>,
     inputs: &mpsc::UnboundedSender<Input>,
 ) -> Result<(), String> {
@@ -108,7 +108,7 @@ async fn attach(
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE);
-    let channel = endpoint.connect().await.map_err(|error| words_of(&error))?;
+    let channel = endpoint.connect().await.map_err(|error| describe(&error))?;
     let mut client = ControlServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
     let mut request = Request::new(UnboundedReceiverStream::new(words));
     if let Some(token) = token {
@@ -127,11 +127,11 @@ async fn attach(
                 let message = v1::to_worker::Message::Refused(status.message().to_owned());
                 drop(inputs.send(Input::Down(number, v1::ToWorker { message: Some(message) })));
             }
-            return Err(words_of(&status));
+            return Err(describe(&status));
         }
     };
     while let Some(message) = down.next().await {
-        let message = message.map_err(|status| words_of(&status))?;
+        let message = message.map_err(|status| describe(&status))?;
         if inputs.send(Input::Down(number, message)).is_err() {
             return Ok(());
         }
@@ -140,7 +140,7 @@ async fn attach(
 }
 
 /// An error with its causes: that of the transport alone says nothing.
-pub fn words_of(error: &dyn std::error::Error) -> String {
+pub fn describe(error: &dyn std::error::Error) -> String {
     let mut words = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,13 +1,13 @@
-//! What ranks say, as lines of the log of this worker. Not every word is one: of steps there are only the warnings.
+//! Events of ranks as log lines of this worker. Of steps only the warnings are logged.
 
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::topology::JobId;
 
 /// Logs an event, if it has a line.
-pub(super) fn tell(job: JobId, event: &RankEvent) {
+pub(super) fn event(job: JobId, event: &RankEvent) {
     let (job, rank) = (job.bits(), event.rank().number());
     match event {
-        RankEvent::Ready { .. } => tracing::info!(job, rank, "has its model and waits for the others"),
+        RankEvent::Ready { .. } => tracing::info!(job, rank, "model built, waiting for other ranks"),
         RankEvent::Stopped { step, .. } => tracing::info!(job, rank, "stopped after step {step}"),
         RankEvent::ShardSaved { position, .. } => {
             tracing::info!(job, rank, "its part of the checkpoint of step {} is on disk", position.step);

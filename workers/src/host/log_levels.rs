@@ -1,5 +1,5 @@
 //! How much is logged of each job that this process hosts ranks of: `log.level` of its recipe. Jobs share the process, so no
-//! one level is right for all of it. Knows no logger: whoever filters lines asks.
+//! one level is right for all of it. Knows no logger: line filters query it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! A worker process: a member of the cluster that hosts ranks of jobs, as many as it has slots.
 //!
-//! One loop owns everything: it takes words of the orchestrator, events of the ranks and results of slow work, and never
+//! One loop owns everything: it takes commands of the orchestrator, events of the ranks and results of slow work, and never
 //! waits for any of them. The stream to the orchestrator may break and come back; the ranks do not notice.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
@@ -12,7 +12,7 @@ mod log;
 mod log_levels;
 mod memory;
 mod orders;
-mod storage_mark;
+mod storage_id;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -32,19 +32,19 @@ use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 
 use self::formation::Formation;
-use self::job::{Loaded, Prepared};
-use self::link::{Link, Way};
+use self::job::{LoadedData, Prepared};
+use self::link::{Link, LinkTarget};
 use self::memory::Memory;
-use self::storage_mark::storage_mark;
+use self::storage_id::storage_id;
 use crate::error::RankError;
 
-pub use self::link::words_of;
+pub use self::link::describe;
 pub use self::log_levels::LogLevels;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
 const JOIN_WAIT: Duration = Duration::from_secs(30);
 
-/// How long a worker that is told to end waits for its ranks to move: who tells it so often kills it after 30 s.
+/// How long a terminating worker waits for its ranks to move: supervisors often kill it after 30 s.
 const LEAVE: Duration = Duration::from_secs(25);
 
 /// Log lines that wait for an orchestrator, at most.
@@ -75,21 +75,21 @@ pub struct Settings {
     pub cores: usize,
     /// Measured peak of all of them together. **Units**: FLOP/s.
     pub peak_flops: u64,
-    /// What is logged of each job, for whoever filters lines.
+    /// Log level of each job, for line filters.
     pub log_levels: LogLevels,
 }
 
 /// Something for the loop.
 enum Input {
-    /// A rank has something to say.
+    /// An event of a rank.
     Rank { formation: FormationId, event: RankEvent },
     /// What a rank says of a step that is not finite, once the evidence is in the job's folder.
     EvidenceWritten { formation: FormationId, event: RankEvent },
     /// What an assignment names has been read.
     Prepared { formation: FormationId, assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
     /// Parts of a formation that was left have been written down, or not: what is to be said.
-    WrittenDown { formation: FormationId, events: Vec<RankEvent> },
-    /// Something has been put in place, or not.
+    ShardsWritten { formation: FormationId, events: Vec<RankEvent> },
+    /// Result of a commit or a publication.
     Committed { formation: FormationId, answer: v1::Committed },
     /// From the orchestrator, by the stream of this number.
     Down(u64, v1::ToWorker),
@@ -101,7 +101,7 @@ enum Input {
 struct Host {
     settings: Settings,
     id: u64,
-    mark: String,
+    storage_id: String,
     listener: Listener,
     inputs: mpsc::UnboundedSender<Input>,
     link: Option<Link>,
@@ -109,24 +109,24 @@ struct Host {
     num_links: u64,
     /// The state of the orchestrator whose member it was last; 0: none so far.
     state: u64,
-    /// The highest incarnation that has been heard of, of that state.
+    /// The highest incarnation seen of that state.
     incarnation: u64,
     /// What the process may use.
     limit: Option<MemoryLimit>,
     formations: BTreeMap<JobId, Formation>,
-    loaded: BTreeMap<JobId, Loaded>,
+    loaded: BTreeMap<JobId, LoadedData>,
     /// What is kept in memory of the state of jobs.
     memory: Memory,
-    /// Log lines that wait for the orchestrator; the oldest give way.
+    /// Log lines that wait for the orchestrator; the oldest are dropped.
     lines: VecDeque<v1::LogLine>,
-    /// Set once it is told to end: it does when its ranks have moved, at the latest then.
+    /// Set on termination: it exits when its ranks have moved, at the latest then.
     leaves_by: Option<Instant>,
 }
 
-/// Hosts ranks until `stop` is over and they have moved, or until `end` is over. `lines` are those of the log that name a
+/// Hosts ranks until `stop` completes and they have moved, or until `end` completes. `lines` are those of the log that name a
 /// rank.
 ///
-/// **Errors**: in words; the storage or the address cannot be had, or the orchestrator refuses the worker.
+/// **Errors**: the storage or the address cannot be had, or the orchestrator refuses the worker.
 pub async fn run(
     settings: Settings,
     mut lines: mpsc::UnboundedReceiver<v1::LogLine>,
@@ -136,7 +136,7 @@ pub async fn run(
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
     let mut host = Host {
         id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),
-        mark: storage_mark(&settings.storage)?,
+        storage_id: storage_id(&settings.storage)?,
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,
         link: None,
@@ -180,7 +180,7 @@ impl Host {
                 link.beat(progress.collect());
                 if !self.lines.is_empty() && link.is_member() {
                     let lines = self.lines.drain(..).collect();
-                    link.say(Up::Logs(v1::LogLines { lines }));
+                    link.send(Up::Logs(v1::LogLines { lines }));
                 }
             }
             None => {
@@ -197,15 +197,15 @@ impl Host {
                     incarnation: self.incarnation,
                     memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
                     memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
-                    storage_mark: self.mark.clone(),
+                    storage_id: self.storage_id.clone(),
                     left: self.memory.of_left(|job| self.formations.contains_key(&job)),
                     cores: self.settings.cores as u64,
                     peak_flops: self.settings.peak_flops,
                 };
                 let Settings { orchestrator, token, .. } = &self.settings;
-                let way = Way { endpoint: orchestrator.clone(), token: token.clone() };
+                let target = LinkTarget { endpoint: orchestrator.clone(), token: token.clone() };
                 self.num_links += 1;
-                self.link = Some(Link::open(self.num_links, way, hello, self.inputs.clone()));
+                self.link = Some(Link::open(self.num_links, target, hello, self.inputs.clone()));
             }
         }
     }
@@ -214,12 +214,14 @@ impl Host {
     fn begin_to_leave(&mut self) {
         self.leaves_by = Some(Instant::now() + LEAVE);
         if !self.formations.is_empty() {
-            tracing::info!("leaving: waits up to {LEAVE:?} for its ranks to move; once more to end at once");
+            tracing::info!(
+                "leaving: waiting up to {LEAVE:?} for its ranks to move; a second signal quits now"
+            );
         }
-        self.say(Up::Leaving(v1::Empty {}));
+        self.send(Up::LeaveRequest(v1::Empty {}));
     }
 
-    /// Whether it has been told to end, and nothing holds it any more.
+    /// Whether it is terminating, and nothing holds it any more.
     fn may_end(&self) -> bool {
         self.leaves_by.is_some_and(|by| self.formations.is_empty() || by <= Instant::now())
     }
@@ -231,9 +233,9 @@ impl Host {
         self.lines.push_back(line);
     }
 
-    fn say(&mut self, message: Up) {
+    fn send(&mut self, message: Up) {
         if let Some(link) = &mut self.link {
-            link.say(message);
+            link.send(message);
         }
     }
 
@@ -262,25 +264,25 @@ impl Host {
                         drop(inputs.send(Input::EvidenceWritten { formation, event }));
                     });
                 }
-                None => self.rank_says(formation, &event),
+                None => self.rank_event(formation, &event),
             },
-            Input::EvidenceWritten { formation, event } => self.rank_says(formation, &event),
+            Input::EvidenceWritten { formation, event } => self.rank_event(formation, &event),
             Input::Prepared { formation, assign, result } => self.prepared(formation, &assign, result),
-            Input::WrittenDown { formation, events } => {
+            Input::ShardsWritten { formation, events } => {
                 for event in events {
-                    self.say(Up::Event(encode_event(formation, &event)));
+                    self.send(Up::Event(encode_event(formation, &event)));
                 }
             }
             Input::Committed { formation, answer } => {
                 if let Some(formation) = self.running_mut(formation) {
                     formation.committed = Some(answer.clone());
                 }
-                self.say(Up::Committed(answer));
+                self.send(Up::Committed(answer));
             }
-            // What a stream has said before it was given up is not heard any more.
+            // Messages of a stream that was given up are dropped.
             Input::Down(link, _) | Input::Broken { link, .. } if !self.is_current(link) => {}
             Input::Down(_, v1::ToWorker { message }) => {
-                return message.map_or(Ok(()), |message| self.hear(message));
+                return message.map_or(Ok(()), |message| self.handle(message));
             }
             Input::Broken { why, .. } => {
                 tracing::warn!("the orchestrator is out of reach: {why}");
@@ -291,11 +293,11 @@ impl Host {
     }
 
     /// Passes on what a rank of a formation that is still here has to say.
-    fn rank_says(&mut self, formation: FormationId, event: &RankEvent) {
+    fn rank_event(&mut self, formation: FormationId, event: &RankEvent) {
         if let Some(running) = self.running_mut(formation) {
-            log::tell(formation.job, event);
+            log::event(formation.job, event);
             running.outbox.note(event);
-            self.say(Up::Event(encode_event(formation, event)));
+            self.send(Up::Event(encode_event(formation, event)));
         }
     }
 

@@ -1,4 +1,4 @@
-//! What the orchestrator tells this worker, and how it is carried out: formations are joined, commanded and left, states put
+//! Handlers of the orchestrator's commands: formations are joined, commanded and left, states put
 //! in place and written down. What takes long runs beside the loop and comes back as its input.
 
 use contraflow_proto::v1;
@@ -10,17 +10,17 @@ use v1::to_worker::Message as Down;
 
 use super::formation::Formation;
 use super::job::{Prepared, Roots};
-use super::memory::WriteDown;
+use super::memory::WriteShards;
 use super::{Host, Input, memory};
 use crate::error::RankError;
 
 impl Host {
-    pub(super) fn hear(&mut self, message: Down) -> Result<(), String> {
+    pub(super) fn handle(&mut self, message: Down) -> Result<(), String> {
         if let Down::Refused(why) = message {
             return Err(why);
         }
         if let Err(words) = self.obey(message) {
-            tracing::warn!("an order that makes no sense: {words}");
+            tracing::warn!("ignored a malformed command: {words}");
         }
         Ok(())
     }
@@ -39,7 +39,7 @@ impl Host {
                 self.memory.durable(job, step);
             }
             Down::Commit(commit) => self.commit(commit)?,
-            Down::WriteDown(order) => self.write_down(&order)?,
+            Down::WriteShards(order) => self.write_shards(&order)?,
             Down::Refused(_) => {}
         }
         Ok(())
@@ -66,14 +66,14 @@ impl Host {
         let Some(link) = &mut self.link else { return };
         link.welcomed(welcome.beat_ms);
         if self.leaves_by.is_some() {
-            link.say(Up::Leaving(v1::Empty {}));
+            link.send(Up::LeaveRequest(v1::Empty {}));
         }
         for formation in self.formations.values() {
             for event in formation.outbox.repeat() {
-                link.say(Up::Event(encode_event(formation.id, event)));
+                link.send(Up::Event(encode_event(formation.id, event)));
             }
             if let Some(committed) = &formation.committed {
-                link.say(Up::Committed(committed.clone()));
+                link.send(Up::Committed(committed.clone()));
             }
         }
     }
@@ -88,7 +88,7 @@ impl Host {
                 return Ok(());
             }
             let before = FormationId::new(job, generation.previous());
-            self.leave(before, "another formation takes its place");
+            self.leave(before, "superseded by another formation");
         }
         self.memory.enter(id, assign.memory.as_ref());
         self.formations.insert(job, formation);
@@ -126,8 +126,8 @@ impl Host {
                     prepared.dir().display()
                 );
             }
-            let kept = self.memory.of(job);
-            formation.start(assign, (*prepared, &kept), &self.listener, self.inputs.clone())
+            let store = self.memory.of(job);
+            formation.start(assign, (*prepared, &store), &self.listener, self.inputs.clone())
         });
         if let Err(cause) = started {
             formation.fail(&cause, &self.inputs);
@@ -158,19 +158,19 @@ impl Host {
     }
 
     /// Writes down what is kept of a formation that was left.
-    fn write_down(&mut self, order: &v1::WriteDown) -> Result<(), String> {
+    fn write_shards(&mut self, order: &v1::WriteShards) -> Result<(), String> {
         let formation = formation_of(order.job, order.generation)?;
-        let order = WriteDown::of(order)?;
+        let order = WriteShards::of(order)?;
         let Some(prepared) = self.memory.of_next(formation) else { return Ok(()) };
-        let (kept, inputs) = (self.memory.of(formation.job), self.inputs.clone());
+        let (store, inputs) = (self.memory.of(formation.job), self.inputs.clone());
         tokio::task::spawn_blocking(move || {
-            let events = memory::write_down(&prepared, &kept, &order);
-            drop(inputs.send(Input::WrittenDown { formation, events }));
+            let events = memory::write_shards(&prepared, &store, &order);
+            drop(inputs.send(Input::ShardsWritten { formation, events }));
         });
         Ok(())
     }
 
-    /// Leaves a formation on the orchestrator's word, and says what is kept of it or lets that go.
+    /// Leaves a formation on the orchestrator's command, and reports its replicas or drops them.
     fn release(&mut self, release: &v1::Release) -> Result<(), String> {
         let &v1::Release { job, generation, keep, .. } = release;
         let formation = formation_of(job, generation)?;
@@ -180,10 +180,10 @@ impl Host {
             return Ok(());
         }
         if keep {
-            let kept = self.memory.inventory(formation.job);
-            self.say(Up::Released(v1::Released { job, generation, kept }));
+            let replicas = self.memory.inventory(formation.job);
+            self.send(Up::Released(v1::Released { job, generation, replicas }));
         } else {
-            self.memory.let_go(formation);
+            self.memory.drop_replicas(formation);
         }
         Ok(())
     }

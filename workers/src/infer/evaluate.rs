@@ -47,7 +47,7 @@ impl Evaluation {
 }
 
 impl Generator {
-    /// The first token id that the model has no row for, and where it stands.
+    /// The first token id that the model has no row for, and where it is.
     pub fn unknown_id(&self, ids: &[u32]) -> Option<(usize, u32)> {
         let vocabulary = self.vocab_size();
         ids.iter().copied().enumerate().find(|&(_, id)| id as usize >= vocabulary)

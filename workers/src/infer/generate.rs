@@ -66,7 +66,7 @@ impl Generator {
 
     /// A model of fresh weights, as a training run would begin with it.
     ///
-    /// **Errors**: in words, if the model has no layers.
+    /// **Errors**: if the model has no layers.
     pub fn fresh(config: ModelConfig, seed: u64, deviation: f64) -> Result<Self, String> {
         let arch = Architecture::new(config);
         let mut model = one_rank(&arch)?;
@@ -99,7 +99,7 @@ impl Generator {
         let ids = Tensor::from_vec(&[ids.len()], ids.to_vec());
         let mut x = embedding::forward(&ids, dense.weight(table));
         for (index, (layer, cached)) in stage.layers.iter().zip(&mut cache.layers).enumerate() {
-            // Of the last layer's rows only the last one goes on; the others leave their latents and that is all.
+            // Of the last layer's rows only the last one continues; the others leave their latents and that is all.
             let is_last = index + 1 == stage.layers.len();
             let wanted = if is_last { positions.end - 1..positions.end } else { positions.clone() };
             x = self.layer(layer, x, wanted, cached);
@@ -170,7 +170,7 @@ pub(crate) fn arrivals(rows: Tensor, routing: &Routing) -> Arrivals {
 
 /// The whole model on one rank, weights zero.
 ///
-/// **Errors**: in words, if the model has no layers.
+/// **Errors**: if the model has no layers.
 pub fn one_rank(arch: &Architecture) -> Result<RankModel, String> {
     let layouts = split_layers(&arch.config, 1, 1)?;
     let topology = Topology { pipeline: 1, expert: 1, data: 1 };

@@ -34,7 +34,7 @@ pub struct AttentionOutput {
 }
 
 /// What the backward pass needs.
-pub struct Saved {
+pub struct SavedAttention {
     x: Tensor,
     query_latent: Option<Tensor>,
     /// Latent before its norm, then the rope key before rotation. **Shapes**: `[T, C + rope]`.
@@ -139,7 +139,7 @@ pub fn forward(
     params: &Params,
     x: Tensor,
     batch: &MicroBatch,
-) -> (AttentionOutput, Saved) {
+) -> (AttentionOutput, SavedAttention) {
     let normed = norm::forward(&x, params.weight(weights.input_norm), arch.eps());
     let Heads { query_latent, kv_latent, q, k, v } = project(arch, weights, params, &normed, &batch.rope);
     let core = attention::forward(&q, &k, &v, &batch.spans, &arch.heads);
@@ -151,7 +151,7 @@ pub fn forward(
     });
     let output =
         AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
-    (output, Saved { x, query_latent, kv_latent, q, k, v, core, residual, normed, routing })
+    (output, SavedAttention { x, query_latent, kv_latent, q, k, v, core, residual, normed, routing })
 }
 
 /// What the backward pass gives.
@@ -170,7 +170,7 @@ pub fn backward_input(
     weights: &AttentionWeights,
     params: &mut Params,
     gradient: AttentionGradient,
-    saved: Saved,
+    saved: SavedAttention,
     batch: &MicroBatch,
 ) -> AttentionBackward {
     let mut work = WeightWork::default();

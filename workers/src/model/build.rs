@@ -6,7 +6,7 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::schedule::{Bucket, Contents, LayerKind, StageLayout, buckets};
 use contraflow_runtime::topology::Topology;
 
-use super::params::{ParamId, Params, Part, Replicas};
+use super::params::{ParamId, Params, PublishedTensor, Replicas};
 use super::{Architecture, AttentionWeights, FfnWeights, HeadWeights, Layer, MtpWeights, Query, Stage};
 
 /// Where the stages are.
@@ -146,13 +146,21 @@ impl Builder<'_> {
                 format!("model.layers.{layer}.mlp.experts.{}.{kind}_proj.weight", self.expert * owned + local)
             };
             let matrix = width * hidden;
-            gate_up.push(Part { name: name("gate"), shape: vec![width, hidden], offset: 2 * local * matrix });
-            gate_up.push(Part {
+            gate_up.push(PublishedTensor {
+                name: name("gate"),
+                shape: vec![width, hidden],
+                offset: 2 * local * matrix,
+            });
+            gate_up.push(PublishedTensor {
                 name: name("up"),
                 shape: vec![width, hidden],
                 offset: (2 * local + 1) * matrix,
             });
-            down.push(Part { name: name("down"), shape: vec![hidden, width], offset: local * matrix });
+            down.push(PublishedTensor {
+                name: name("down"),
+                shape: vec![hidden, width],
+                offset: local * matrix,
+            });
         }
         FfnWeights {
             gate_up: self.experts.add(&[owned, 2 * width, hidden], gate_up, &group),
@@ -176,7 +184,7 @@ impl Builder<'_> {
 
 fn ffn(params: &mut Params, arch: &Architecture, prefix: &str, width: usize, group: &Replicas) -> FfnWeights {
     let hidden = arch.config.hidden_size;
-    let part = |kind: &str, row: usize| Part {
+    let part = |kind: &str, row: usize| PublishedTensor {
         name: format!("{prefix}.{kind}_proj.weight"),
         shape: vec![width, hidden],
         offset: row * hidden,

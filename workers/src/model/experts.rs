@@ -22,7 +22,7 @@ pub struct Arrivals {
 }
 
 /// What the backward pass needs. Rows are kept once, not once per expert; the SwiGLU output is recomputed.
-pub struct Saved {
+pub struct SavedExperts {
     rows: Tensor,
     permutation: Permutation,
     /// Routing weights in permuted order. **Shapes**: `[R]`.
@@ -34,7 +34,7 @@ pub struct Saved {
 /// Sum over each row's experts of the weighted expert output.
 ///
 /// **Shapes**: output `[N, D]`.
-pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (Tensor, Saved) {
+pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (Tensor, SavedExperts) {
     let Arrivals { rows, pairs, weights: pair_weights } = arrivals;
     let num_experts = experts.weight(weights.gate_up).shape()[0];
     let permutation = permute::by_expert(&pairs, num_experts);
@@ -46,7 +46,7 @@ pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (T
     let outputs = grouped::forward(&inner, &permutation.offsets, experts.weight(weights.down));
     let mut sums = Tensor::zeros(&[rows.rows(), rows.cols()]);
     permute::scatter_add(&outputs, &permutation.rows, &mut sums);
-    (sums, Saved { rows, permutation, weights: routing, gate_up })
+    (sums, SavedExperts { rows, permutation, weights: routing, gate_up })
 }
 
 /// Gradients with respect to the rows and to the routing weight of each pair, in the order in which the pairs arrived.
@@ -56,9 +56,9 @@ pub fn backward_input(
     weights: &FfnWeights,
     experts: &Params,
     dy: &Tensor,
-    saved: Saved,
+    saved: SavedExperts,
 ) -> (Tensor, Tensor, WeightWork) {
-    let Saved { rows, permutation, weights: routing, gate_up } = saved;
+    let SavedExperts { rows, permutation, weights: routing, gate_up } = saved;
     let Permutation { offsets, rows: row_of, slots } = permutation;
     let d_outputs = permute::gather(dy, &row_of);
     let inner = swiglu::forward(&gate_up, Some(&routing));

@@ -10,7 +10,7 @@ use super::params::Params;
 use super::weight_work::WeightWork;
 
 /// What the backward pass needs. The SwiGLU output is recomputed (report section 3.3.3).
-pub struct Saved {
+pub struct SavedFfn {
     /// **Shapes**: `[T, D]`, shared with the gate.
     normed: Tensor,
     /// **Shapes**: `[T, 2F]`.
@@ -20,11 +20,16 @@ pub struct Saved {
 /// `residual + down(silu(gate(h)) * up(h))`.
 ///
 /// **Shapes**: `normed` and `residual` `[T, D]`, output `[T, D]`.
-pub fn forward(weights: &FfnWeights, params: &Params, normed: Tensor, residual: &Tensor) -> (Tensor, Saved) {
+pub fn forward(
+    weights: &FfnWeights,
+    params: &Params,
+    normed: Tensor,
+    residual: &Tensor,
+) -> (Tensor, SavedFfn) {
     let gate_up = linear::forward(&normed, params.weight(weights.gate_up));
     let inner = swiglu::forward(&gate_up, None);
     let output = linear::forward_add(&inner, params.weight(weights.down), residual);
-    (output, Saved { normed, gate_up })
+    (output, SavedFfn { normed, gate_up })
 }
 
 /// Gradient with respect to `normed`; the residual's is `dy` itself.
@@ -34,9 +39,9 @@ pub fn backward_input(
     weights: &FfnWeights,
     params: &Params,
     dy: Tensor,
-    saved: Saved,
+    saved: SavedFfn,
 ) -> (Tensor, WeightWork) {
-    let Saved { normed, gate_up } = saved;
+    let SavedFfn { normed, gate_up } = saved;
     let inner = swiglu::forward(&gate_up, None);
     let d_inner = linear::backward_input(&dy, params.weight(weights.down));
     let (d_gate_up, _) = swiglu::backward(&d_inner, &gate_up, None);

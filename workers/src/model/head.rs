@@ -11,7 +11,7 @@ use contraflow_kernels::tensor::Tensor;
 use super::params::{ParamId, Params};
 
 /// What the backward pass needs.
-pub struct Saved {
+pub struct SavedHead {
     x: Tensor,
     d_normed: Tensor,
 }
@@ -27,14 +27,19 @@ pub struct LossHead {
     pub eps: f32,
 }
 
-/// Loss with gradients: the head gets its gradient now. Also returns the normed hidden state, which MTP goes on from.
+/// Loss with gradients: the head gets its gradient now. Also returns the normed hidden state, which MTP resumes from.
 ///
 /// **Shapes**: `x` `[T, D]`, normed `[T, D]`.
-pub fn forward(head: LossHead, params: &mut Params, x: Tensor, targets: &Targets) -> (Loss, Tensor, Saved) {
+pub fn forward(
+    head: LossHead,
+    params: &mut Params,
+    x: Tensor,
+    targets: &Targets,
+) -> (Loss, Tensor, SavedHead) {
     let normed = norm::forward(&x, params.weight(head.norm), head.eps);
     let (weight, grad) = params.weight_and_grad(head.head);
     let (loss, d_normed) = cross_entropy::forward_backward(&normed, weight, targets, grad);
-    (loss, normed, Saved { x, d_normed })
+    (loss, normed, SavedHead { x, d_normed })
 }
 
 /// Loss without gradients.
@@ -52,10 +57,10 @@ pub fn evaluate(head: LossHead, params: &Params, x: &Tensor, targets: &Targets) 
 pub fn backward(
     head: LossHead,
     params: &mut Params,
-    saved: Saved,
+    saved: SavedHead,
     d_normed_by_mtp: Option<&Tensor>,
 ) -> Tensor {
-    let Saved { x, mut d_normed } = saved;
+    let SavedHead { x, mut d_normed } = saved;
     if let Some(extra) = d_normed_by_mtp {
         add_into(&mut d_normed, extra);
     }

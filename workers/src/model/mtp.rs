@@ -1,4 +1,4 @@
-//! Multi-token prediction, depth 1: what stands before its block (report section 2.2). The block is an ordinary layer and
+//! Multi-token prediction, depth 1: the input of its block (report section 2.2). The block is an ordinary layer and
 //! the end is the shared head with a norm of its own.
 //!
 //! Row i joins the embedding of token i + 1 with the main model's normed hidden state of row i, in the order of the
@@ -12,12 +12,12 @@ use super::params::Params;
 use super::weight_work::WeightWork;
 
 /// What the backward pass needs.
-pub struct Saved {
+pub struct SavedMtp {
     embedded: Tensor,
     hidden: Tensor,
 }
 
-fn join(weights: &MtpWeights, params: &Params, saved: &Saved, eps: f32) -> Tensor {
+fn join(weights: &MtpWeights, params: &Params, saved: &SavedMtp, eps: f32) -> Tensor {
     let left = norm::forward(&saved.embedded, params.weight(weights.embedding_norm), eps);
     let right = norm::forward(&saved.hidden, params.weight(weights.hidden_norm), eps);
     Tensor::concat_cols(&left, &right)
@@ -32,9 +32,9 @@ pub fn forward(
     next_ids: &Tensor,
     hidden: Tensor,
     eps: f32,
-) -> (Tensor, Saved) {
+) -> (Tensor, SavedMtp) {
     let embedded = embedding::forward(next_ids, params.weight(weights.embedding));
-    let saved = Saved { embedded, hidden };
+    let saved = SavedMtp { embedded, hidden };
     let joined = join(weights, params, &saved, eps);
     (linear::forward(&joined, params.weight(weights.projection)), saved)
 }
@@ -46,7 +46,7 @@ pub fn backward_input(
     weights: &MtpWeights,
     params: &mut Params,
     dy: Tensor,
-    saved: &Saved,
+    saved: &SavedMtp,
     next_ids: &Tensor,
     eps: f32,
 ) -> (Tensor, WeightWork) {

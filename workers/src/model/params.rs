@@ -14,7 +14,7 @@ pub type ParamId = usize;
 /// One published tensor inside a parameter's buffer. Gate and up projection, and the experts of a rank, are stacked
 /// in one buffer so that one GEMM does them; in files they are separate.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct PublishedTensor {
     /// Name as in the published checkpoints.
     pub name: String,
     /// Shape as published, row-major.
@@ -23,7 +23,7 @@ pub struct Part {
     pub offset: usize,
 }
 
-impl Part {
+impl PublishedTensor {
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -43,7 +43,7 @@ impl Part {
 /// One parameter.
 pub struct Param {
     /// The published tensors inside, in buffer order, without gaps.
-    pub parts: Vec<Part>,
+    pub parts: Vec<PublishedTensor>,
     /// Master and compute form.
     pub weight: Tensor,
     /// Gradient of the running step; `None` is zero.
@@ -79,7 +79,10 @@ impl Param {
 
     /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
     /// given range that is.
-    pub fn parts_in(&self, range: Range<usize>) -> impl Iterator<Item = (&Part, Range<usize>, Range<usize>)> {
+    pub fn parts_in(
+        &self,
+        range: Range<usize>,
+    ) -> impl Iterator<Item = (&PublishedTensor, Range<usize>, Range<usize>)> {
         self.parts.iter().filter_map(move |part| {
             let (from, to) = (range.start.max(part.offset), range.end.min(part.offset + part.len()));
             let within = |start: usize| from - start..to - start;
@@ -107,7 +110,7 @@ pub struct Params {
 impl Params {
     /// Adds a parameter, or finds the one that already has this name: that is how a rank which holds both the first and
     /// the last stage shares embedding and head physically.
-    pub fn add(&mut self, shape: &[usize], parts: Vec<Part>, replicas: &Replicas) -> ParamId {
+    pub fn add(&mut self, shape: &[usize], parts: Vec<PublishedTensor>, replicas: &Replicas) -> ParamId {
         if let Some(&id) = self.by_name.get(&parts[0].name) {
             return id;
         }
@@ -120,7 +123,7 @@ impl Params {
 
     /// A parameter that is one published tensor.
     pub fn add_single(&mut self, name: String, shape: &[usize], replicas: &Replicas) -> ParamId {
-        self.add(shape, vec![Part { name, shape: shape.to_vec(), offset: 0 }], replicas)
+        self.add(shape, vec![PublishedTensor { name, shape: shape.to_vec(), offset: 0 }], replicas)
     }
 
     /// The weight.

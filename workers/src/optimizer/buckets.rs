@@ -37,7 +37,7 @@ pub struct BucketGroup {
 }
 
 /// A piece of a bucket that lies in one parameter.
-pub struct Piece {
+pub struct BucketSlice {
     /// Where the parameter is kept.
     pub store: Store,
     /// Its place there.
@@ -65,7 +65,7 @@ impl Bucket {
     }
 
     /// What a range of the bucket is made of.
-    pub fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<Piece> {
+    pub fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<BucketSlice> {
         let mut pieces = Vec::new();
         for &(store, index, start) in &self.members {
             let end = start + params.param(store, index).weight.len();
@@ -73,7 +73,7 @@ impl Bucket {
             let to = end.min(range.end);
             if from < to {
                 let in_range = from - range.start..to - range.start;
-                pieces.push(Piece { store, index, in_param: from - start..to - start, in_range });
+                pieces.push(BucketSlice { store, index, in_param: from - start..to - start, in_range });
             }
         }
         pieces
@@ -87,7 +87,7 @@ impl Bucket {
         values: impl Fn(&Param) -> Option<&Tensor>,
     ) -> Tensor {
         let mut flat = Tensor::zeros(&[range.len()]);
-        for Piece { store, index, in_param, in_range } in self.pieces(&range, params) {
+        for BucketSlice { store, index, in_param, in_range } in self.pieces(&range, params) {
             if let Some(source) = values(params.param(store, index)) {
                 flat.view_mut(in_range).copy_from(source.view(in_param));
             }

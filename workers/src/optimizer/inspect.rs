@@ -1,4 +1,4 @@
-//! Looks through a rank's tensors for what is not finite, and tells the other ranks.
+//! Looks through a rank's tensors for what is not finite, and shares the result with the other ranks.
 //!
 //! Reads every tensor, so it is done only once the totals are known to be bad. Knows parameters by published name, no
 //! optimizer state.
@@ -8,17 +8,17 @@ use std::collections::HashMap;
 use contraflow_kernels::elementwise::count_not_finite;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::fabric::FabricError;
-use contraflow_runtime::watch::Seen;
-use contraflow_runtime::watch::evidence::{BadTensor, Evidence, FOUND_LEN, Found};
+use contraflow_runtime::stability::Seen;
+use contraflow_runtime::stability::evidence::{BadTensor, Evidence, FOUND_LEN, Found};
 
 use super::totals::Totals;
 use crate::comm::collectives::Collectives;
-use crate::model::params::{Part, RankParams};
+use crate::model::params::{PublishedTensor, RankParams};
 
 /// The all-reduce of the evidence; the totals are number 0.
 const EVIDENCE_BUCKET: usize = 1;
 
-/// Everything that is known about a step that is not finite: each rank looks through its tensors and tells the others.
+/// Everything that is known about a step that is not finite: each rank scans its tensors and shares the result.
 ///
 /// **Errors**: those of the fabric.
 pub fn evidence(
@@ -63,7 +63,7 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     found
 }
 
-fn bad_tensor(place: usize, part: &Part, values: &Tensor) -> Option<BadTensor> {
+fn bad_tensor(place: usize, part: &PublishedTensor, values: &Tensor) -> Option<BadTensor> {
     let num_values = count_not_finite(values.view(part.range()));
     (num_values > 0).then_some(BadTensor { place, num_values })
 }

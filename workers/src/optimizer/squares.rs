@@ -1,20 +1,20 @@
-//! How long the gradient is, and how long its parts are: sums of squares by where a parameter stands.
+//! How long the gradient is, and how long its parts are: sums of squares by the place of a parameter.
 //!
 //! Knows parameters by published name.
 
 use contraflow_kernels::elementwise::sum_squares;
 use contraflow_kernels::tensor::View;
 use contraflow_proto::GradientNorms;
-use contraflow_runtime::watch::evidence::layer_of;
+use contraflow_runtime::stability::evidence::layer_of;
 
 use crate::model::params::Param;
 
-/// Sums of squares by where a parameter stands: the embedding, each layer, final norm and head.
+/// Sums of squares by the place of a parameter: the embedding, each layer, final norm and head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SquaresByPlace(Vec<f64>);
 
 impl SquaresByPlace {
-    /// Zeros for a model of so many layers, those of multi-token prediction included.
+    /// Zeros for a model of this many layers, those of multi-token prediction included.
     pub fn new(num_layers: usize) -> Self {
         SquaresByPlace(vec![0.0; Self::len(num_layers)])
     }

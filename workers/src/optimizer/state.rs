@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use contraflow_kernels::tensor::Tensor;
 
-use super::buckets::Piece;
+use super::buckets::BucketSlice;
 use super::totals::TotalsLayout;
 use super::update::OptimizerState;
 use crate::checkpoint::{Kind, Records, Snapshot};
@@ -18,7 +18,7 @@ impl OptimizerState {
     pub fn snapshot(&self, params: &RankParams) -> Snapshot {
         let mut snapshot = Snapshot { watch: self.watch.clone(), ..Snapshot::default() };
         for bucket in &self.buckets {
-            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+            for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
                 let weight = shared_or_cut(&param.weight, in_param.clone());
                 for (part, in_part, within) in param.parts_in(in_param) {
@@ -47,7 +47,7 @@ impl OptimizerState {
     /// **Errors**: those of [`Records::read`].
     pub fn restore(&mut self, params: &RankParams, records: &Records) -> Result<(), RankError> {
         for bucket in &mut self.buckets {
-            for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+            for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 for (part, in_part, within) in params.param(store, index).parts_in(in_param) {
                     let target = in_range.start + within.start..in_range.start + within.end;
                     let tensor = (part.name.as_str(), part.shape.as_slice());
@@ -61,8 +61,8 @@ impl OptimizerState {
         Ok(())
     }
 
-    /// Goes on from this rank's own part in the same layout: what others hold copies of, and what this rank holds of theirs,
-    /// the ranks tell each other.
+    /// Restores this rank's own shard in the same layout: what others hold copies of, and what this rank holds of theirs,
+    /// the ranks exchange.
     ///
     /// **Errors**: those of [`Records::read`] and of the fabric.
     pub fn recover(
@@ -73,7 +73,7 @@ impl OptimizerState {
     ) -> Result<(), RankError> {
         self.restore(params, records)?;
         for bucket in &self.buckets {
-            for Piece { store, index, in_param, .. } in bucket.pieces(&bucket.shard, params) {
+            for BucketSlice { store, index, in_param, .. } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param_mut(store, index);
                 let parts: Vec<_> = param
                     .parts_in(in_param.clone())
@@ -129,7 +129,7 @@ impl OptimizerState {
     }
 }
 
-/// A range of a tensor, as a tensor: the whole is shared until somebody writes to it, of a part a copy is made, so that a
+/// A range of a tensor, as a tensor: the whole is shared until it is written to, a part is copied, so that a
 /// rank never keeps more than its shard.
 fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
     if range.len() == tensor.len() {

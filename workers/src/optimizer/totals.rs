@@ -46,15 +46,15 @@ pub struct GlobalTotals {
     pub balance_loss: f64,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
-    /// The same by where the parameters stand.
+    /// The same by the place of the parameters.
     pub gradient_norms: GradientNorms,
     /// Tokens per expert and layer, over the global batch.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
-    /// Some rank has been told to stop: this step is the last.
+    /// Some rank was told to stop: this step is the last.
     pub stop: bool,
-    /// Whether no update was made: the watch let the run go on with the next batch.
+    /// Whether no update was made: the watch skipped the batch.
     pub skipped: bool,
-    /// What the watch says against the step, in words.
+    /// Warnings of the stability watch about the step.
     pub warning: Option<String>,
 }
 

@@ -11,17 +11,17 @@ use contraflow_kernels::adamw::{self, AdamW};
 use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_runtime::stability::evidence::Evidence;
+use contraflow_runtime::stability::{Seen, StabilityWatch, Verdict};
 use contraflow_runtime::topology::collective::shard;
-use contraflow_runtime::watch::evidence::Evidence;
-use contraflow_runtime::watch::{Seen, Verdict, Watch};
 
-use super::buckets::{Bucket, BucketGroup, Piece};
+use super::buckets::{Bucket, BucketGroup, BucketSlice};
 use super::squares::{SquaresByPlace, square};
 use super::totals::TotalsLayout;
 use crate::model::expert_counts;
 use crate::model::params::{RankParams, Store};
 
-/// What one update is told.
+/// Inputs of one update.
 #[derive(Clone, Copy, Debug)]
 pub struct UpdateRates {
     /// Optimizer update, counted from 1.
@@ -36,8 +36,8 @@ pub struct UpdateRates {
 pub struct OptimizerState {
     recipe: OptimizerSection,
     rules: WatchSection,
-    /// What the watch remembers of the steps so far; a checkpoint holds it.
-    pub(crate) watch: Watch,
+    /// State of the stability watch of the steps so far; a checkpoint holds it.
+    pub(crate) watch: StabilityWatch,
     /// The published list of the model's weights: what a bad tensor is named by.
     pub names: Vec<String>,
     pub(super) rank: usize,
@@ -74,7 +74,15 @@ impl OptimizerState {
         }
         buckets.values_mut().for_each(|bucket| bucket.take_shard(rank));
         let buckets = buckets.into_values().collect();
-        OptimizerState { recipe, rules: watch, watch: Watch::default(), names, rank, layout, buckets }
+        OptimizerState {
+            recipe,
+            rules: watch,
+            watch: StabilityWatch::default(),
+            names,
+            rank,
+            layout,
+            buckets,
+        }
     }
 
     /// A bucket of this rank.
@@ -105,7 +113,7 @@ impl OptimizerState {
     /// where the rank is alone the gradient is in place.
     pub fn squares(&self, params: &RankParams, bucket: usize, reduced: Option<&Tensor>) -> Vec<(usize, f64)> {
         let bucket = self.bucket(bucket);
-        let of_piece = |Piece { store, index, in_param, in_range }: Piece| {
+        let of_piece = |BucketSlice { store, index, in_param, in_range }: BucketSlice| {
             let param = params.param(store, index);
             let gradient = match reduced {
                 Some(reduced) => reduced.view(in_range),
@@ -123,8 +131,8 @@ impl OptimizerState {
         sums
     }
 
-    /// The watch's word on a step, which it remembers. Every rank has the same totals, evidence and memory, and so the same
-    /// word.
+    /// The watch's verdict on a step, which it records. Every rank has the same totals, evidence and history, and so the
+    /// same verdict.
     pub fn judge(&mut self, seen: &Seen, evidence: Option<&Evidence>) -> Verdict {
         let verdict = self.watch.judge(&self.rules, seen, evidence.map(ToString::to_string));
         self.watch.note(&self.rules, seen, verdict.action);
@@ -142,7 +150,7 @@ impl OptimizerState {
     ) {
         let bucket = self.buckets.iter_mut().find(|known| known.number == bucket);
         let bucket = bucket.expect("reduced before, so it is there");
-        for Piece { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
+        for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
             let param = params.param_mut(store, index);
             let decays = self.recipe.decay == Decay::All || param.is_matrix();
             let spec = AdamW {
@@ -180,7 +188,7 @@ impl OptimizerState {
     pub fn unpack(&self, params: &mut RankParams, bucket: usize, gathered: &[(Range<usize>, Tensor)]) {
         let bucket = self.bucket(bucket);
         for (range, part) in gathered {
-            for Piece { store, index, in_param, in_range } in bucket.pieces(range, params) {
+            for BucketSlice { store, index, in_param, in_range } in bucket.pieces(range, params) {
                 let weight = &mut params.param_mut(store, index).weight;
                 weight.view_mut(in_param).copy_from(part.view(in_range));
             }

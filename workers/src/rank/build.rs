@@ -20,15 +20,15 @@ use crate::engine::plans::Plans;
 use crate::engine::probe::Probe;
 use crate::error::RankError;
 use crate::hf::weights::HfWeights;
-use crate::kept::{self, Keeper, Recovered};
 use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::params::RankParams;
 use crate::optimizer::totals::TotalsLayout;
 use crate::optimizer::update::{OptimizerSetup, OptimizerState};
+use crate::replica::{self, Recovered, Replicator};
 
-/// Everything a rank is told when it joins a job.
+/// Everything a rank gets when it joins a job.
 pub struct Assignment {
     /// The formation that it joins.
     pub formation: FormationId,
@@ -38,12 +38,12 @@ pub struct Assignment {
     pub endpoint: Endpoint,
     /// The sequences.
     pub datasets: Arc<Datasets>,
-    /// The checkpoint that the run goes on from, if it is neither fresh nor recovered.
+    /// The checkpoint that the run resumes from, if it is neither fresh nor recovered.
     pub resume: Option<Arc<Checkpoint>>,
-    /// The state in the workers' memory that the run goes on from.
+    /// The state in the workers' memory that the run resumes from.
     pub recovered: Option<Recovered>,
-    /// Who keeps this rank's state in memory, and whose it keeps; nobody where all ranks are in one process.
-    pub keeper: Option<Keeper>,
+    /// The replicator of this rank; `None` if all ranks are in one process.
+    pub replicator: Option<Replicator>,
     /// Whether the update's communication runs beside the passes: the numbers are the same, without it a step takes longer.
     pub overlap: bool,
     /// Where checkpoints are kept, if anywhere.
@@ -63,19 +63,19 @@ pub struct Built {
     pub(super) optimizer: OptimizerState,
     pub(super) threads: Arc<Threads>,
     pub(super) position: Position,
-    /// What the rank had reported before, for an orchestrator that may not have kept it.
+    /// What the rank had reported before, for an orchestrator that may not have stored it.
     pub(super) reports: Vec<StepReport>,
 }
 
 /// Builds the model of a rank: weights drawn or read and moments zero, or both from the checkpoint.
 ///
-/// **Errors**: in words, if the recipe's layers do not fit its stages; a weight or a checkpoint that cannot be read or is
+/// **Errors**: if the recipe's layers do not fit its stages; a weight or a checkpoint that cannot be read or is
 /// of another model.
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;
-    let plans = plans.replicated(assignment.keeper.is_some()).overlapped(assignment.overlap);
+    let plans = plans.replicated(assignment.replicator.is_some()).overlapped(assignment.overlap);
     let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
@@ -120,16 +120,16 @@ fn recover(
     params: &mut RankParams,
 ) -> Result<(Position, Vec<StepReport>), RankError> {
     let formation = assignment.formation;
-    let (image, mut reports) = kept::recover(recovered, &assignment.endpoint, formation)?;
+    let (replica, mut reports) = replica::recover(recovered, &assignment.endpoint, formation)?;
     let of = format!("the state after step {} in memory", recovered.step);
-    let records = Records::in_memory(of, image.bytes.clone())?;
-    let id = kept::step_id(formation, recovered.step);
+    let records = Records::in_memory(of, replica.bytes.clone())?;
+    let id = replica::step_id(formation, recovered.step);
     let world: Vec<usize> = assignment.recipe.topology().ranks().collect();
     let collectives = Collectives { endpoint: &assignment.endpoint, id };
     optimizer.recover(params, &records, (&collectives, &world))?;
-    optimizer.watch = image.watch.clone();
+    optimizer.watch = replica.watch.clone();
     reports.iter_mut().for_each(|report| report.generation = formation.generation.number());
-    Ok((image.position, reports))
+    Ok((replica.position, reports))
 }
 
 /// The published list of a model's weights, without stored copies.

@@ -19,7 +19,7 @@ use crate::error::RankError;
 use crate::hf::weights::{Entry, write_file};
 use crate::model::params::{Params, RankParams, gate_bias_name};
 
-/// What the checkpointer hears.
+/// Messages of the checkpointer actor.
 pub enum CheckpointerMessage {
     /// Write the rank's part of a checkpoint; the answer is [`RankMessage::Saved`].
     Save {
@@ -27,7 +27,7 @@ pub enum CheckpointerMessage {
         dir: PathBuf,
         /// This rank.
         rank: usize,
-        /// Where the run stood.
+        /// Position of the run.
         position: Position,
         /// What is written.
         snapshot: Box<Snapshot>,
@@ -151,7 +151,7 @@ impl Actor for Checkpointer {
                     yield_to_training();
                     let watch = snapshot.watch.clone();
                     let result = RankError::catch(|| Ok((watch, save(&dir, rank, *snapshot)?)));
-                    // If the rank is gone the job has ended and nobody asks any more.
+                    // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
                 };
                 // A thread of its own: a priority that has been lowered cannot be raised again.
@@ -162,7 +162,7 @@ impl Actor for Checkpointer {
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
                     let result = RankError::catch(|| export(&dir, rank, world, &config, &params));
-                    // If the rank is gone the job has ended and nobody asks any more.
+                    // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Exported { params, result }));
                 });
             }

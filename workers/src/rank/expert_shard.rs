@@ -9,7 +9,7 @@ use super::RankMessage;
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::model::params::Params;
 
-/// What the expert shard hears.
+/// Messages of the expert shard actor.
 pub enum ExpertShardMessage {
     /// Hand the experts out; the answer is [`RankMessage::ExpertsLent`].
     Lend {

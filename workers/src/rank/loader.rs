@@ -1,7 +1,7 @@
 //! The loader actor: reads the rank's sequences of each step, beside the step before it.
 //!
-//! Each rank reads its own column's share. Where not every target counts, the columns add up how many do, so that nobody reads
-//! the share of another. Which sequences those are is [`crate::data::batches`]' business. Knows tokens, no model.
+//! Each rank reads the share of its dp_rank. Where not every target counts, the counts are summed over the group, so that no
+//! rank reads the share of another. Which sequences those are is [`crate::data::batches`]' business. Knows tokens, no model.
 
 use std::sync::Arc;
 
@@ -39,9 +39,9 @@ pub struct LoaderSetup {
     /// Job number and generation.
     pub formation: FormationId,
     /// The rank's column.
-    pub column: usize,
+    pub dp_rank: usize,
     /// One rank of each column: those at this rank's position of the pipeline.
-    pub columns: Vec<usize>,
+    pub dp_group: Vec<usize>,
     /// The sequences.
     pub datasets: Arc<Datasets>,
     /// Seed of the order.
@@ -56,19 +56,19 @@ pub struct LoaderSetup {
 pub struct LoaderState {
     rank: ActorRef<RankMessage>,
     probe: Probe,
-    source: Arc<Source>,
+    source: Arc<BatchSource>,
 }
 
 /// What loads a batch, on a thread of its own.
-struct Source {
+struct BatchSource {
     endpoint: Endpoint,
     formation: FormationId,
-    columns: Vec<usize>,
+    dp_group: Vec<usize>,
     batches: Batches,
 }
 
-impl Source {
-    /// Reads this column's share, and adds up the loss weights of all columns where the shapes do not tell them.
+impl BatchSource {
+    /// Reads this data-parallel rank's share, and sums the loss weights over the group where the shapes do not determine them.
     fn load(&self, step: u64, task: Task) -> Result<Batch, FabricError> {
         let _at_work = self.endpoint.work();
         let share = self.batches.load(task);
@@ -84,7 +84,7 @@ impl Source {
     fn sum(&self, step: u64, task: Task, own: [f64; 2]) -> Result<[f64; 2], FabricError> {
         let id = StepId { formation: self.formation, phase: task.kind.phase(), step };
         let collectives = Collectives { endpoint: &self.endpoint, id };
-        let sums = collectives.all_reduce(&self.columns, LOSS_WEIGHTS, own.to_vec())?;
+        let sums = collectives.all_reduce(&self.dp_group, LOSS_WEIGHTS, own.to_vec())?;
         Ok([sums[0], sums[1]])
     }
 }
@@ -102,9 +102,9 @@ impl Actor for Loader {
         _myself: ActorRef<LoaderMessage>,
         setup: LoaderSetup,
     ) -> Result<LoaderState, ActorProcessingErr> {
-        let LoaderSetup { rank, endpoint, formation, column, columns, datasets, seed, .. } = setup;
-        let batches = Batches::new(datasets, seed, column, setup.attend_across_documents);
-        let source = Arc::new(Source { endpoint, formation, columns, batches });
+        let LoaderSetup { rank, endpoint, formation, dp_rank, dp_group, datasets, seed, .. } = setup;
+        let batches = Batches::new(datasets, seed, dp_rank, setup.attend_across_documents);
+        let source = Arc::new(BatchSource { endpoint, formation, dp_group, batches });
         Ok(LoaderState { rank, probe: setup.probe, source })
     }
 
@@ -122,7 +122,7 @@ impl Actor for Loader {
                 Ok(batch) => RankMessage::BatchLoaded { step, batch: Box::new(batch) },
                 Err(error) => RankMessage::ChildFailed { action: format!("loading step {step}"), error },
             };
-            // If the rank is gone the job has ended and nobody asks any more.
+            // The rank may be gone if the job has ended.
             drop(rank.cast(answer));
         });
         Ok(())

@@ -21,14 +21,14 @@ use crate::comm::all_to_all::ExpertGroup;
 use crate::data::batches::{Batch, Task};
 use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::engine::plans::Plans;
-use crate::engine::running::Site;
+use crate::engine::running::RankContext;
 use crate::engine::update::{SaveWhen, UpdateOrder};
 use crate::error::{Missing, RankError};
-use crate::kept::{self, Keep};
 use crate::model::micro_batch::LossScales;
 use crate::model::params::{Params, RankParams};
 use crate::optimizer::totals::GlobalTotals;
 use crate::optimizer::update::UpdateRates;
+use crate::replica::{self, Replicate};
 
 /// The rank's actors.
 pub struct Children {
@@ -43,7 +43,7 @@ pub struct Children {
 }
 
 impl Children {
-    /// A child in words.
+    /// The name of a child.
     pub fn name_of(&self, cell: &ActorCell) -> &'static str {
         let named = [
             (self.pipeline.get_id(), "the pipeline"),
@@ -65,8 +65,8 @@ pub struct Upcoming {
 }
 
 /// A rank that has joined a job.
-pub struct Member {
-    /// What the rank was told.
+pub struct JoinedRank {
+    /// What the rank was assigned.
     pub assignment: Assignment,
     /// Its plans.
     pub plans: Plans,
@@ -79,7 +79,7 @@ pub struct Member {
     /// The step after which the formation began.
     pub first_step: u64,
     /// Takes the state of each step to memory.
-    pub keeper: Option<mpsc::Sender<Keep>>,
+    pub replicator: Option<mpsc::Sender<Replicate>>,
     /// The batch of the next step.
     pub upcoming: Upcoming,
     /// Whether the weights are whole, and not left to the next step to be gathered.
@@ -92,7 +92,7 @@ pub struct Member {
     pub sent_before: u64,
 }
 
-impl Member {
+impl JoinedRank {
     /// Whether the weights can be measured or written.
     ///
     /// **Errors**: they have not been gathered since the last update.
@@ -102,9 +102,9 @@ impl Member {
             .ok_or(Missing::OfStep { what: "the weights of other ranks' shards" }.into())
     }
 
-    /// All parameters of the rank, for somebody to work on.
+    /// All parameters of the rank, handed out by value.
     ///
-    /// **Errors**: the dense ones are with somebody else.
+    /// **Errors**: the dense ones are handed out already.
     pub fn take_params(&mut self, experts: Params) -> Result<RankParams, RankError> {
         let dense =
             self.dense.take().ok_or(RankError::ActorGone { actor: "the holder of the dense parameters" })?;
@@ -134,7 +134,7 @@ impl Member {
         step >= self.assignment.recipe.training.steps as u64
     }
 
-    /// What the update of a step is told.
+    /// Inputs of a step's update.
     pub fn update_order(&self, step: u64, stop: Arc<AtomicBool>) -> UpdateOrder {
         let (recipe, tokens) = (&self.assignment.recipe, self.position.tokens);
         let rates = UpdateRates {
@@ -142,15 +142,15 @@ impl Member {
             learning_rate: recipe.lr_at(step as usize - 1, tokens),
             bias_speed: recipe.bias_speed_at(tokens),
         };
-        // Before the formation's second step nobody has a state of its own to replicate.
-        let keeper = self.assignment.keeper.as_ref().filter(|_| step > self.first_step + 1);
+        // Before the formation's second step no rank has a state of its own to replicate.
+        let replicator = self.assignment.replicator.as_ref().filter(|_| step > self.first_step + 1);
         UpdateOrder {
             rates,
             stop,
             save: self.save_when(step),
-            replicate: self.keeper.is_some() && !self.is_last(step),
+            replicate: self.replicator.is_some() && !self.is_last(step),
             gather: !self.plans.sharding.overlap || self.is_last(step),
-            buddy: keeper.map(|keeper| keeper.buddy),
+            buddy: replicator.map(|replicator| replicator.buddy),
         }
     }
 
@@ -167,10 +167,10 @@ impl Member {
 
     /// Has the state after the present step kept in memory.
     pub fn keep(&self, snapshot: Snapshot, report: &StepReport) {
-        if let Some(keeper) = &self.keeper {
-            let keep = Keep { position: self.position, snapshot, report: report.clone() };
-            // A keeper that has ended has said why.
-            drop(keeper.send(keep));
+        if let Some(replicator) = &self.replicator {
+            let keep = Replicate { position: self.position, snapshot, report: report.clone() };
+            // A replicator that has ended has reported why.
+            drop(replicator.send(keep));
         }
     }
 
@@ -179,7 +179,7 @@ impl Member {
     pub fn report(&self, (rank, id): (usize, StepId), global: GlobalTotals) -> StepReport {
         let mtp_weight = self.assignment.recipe.mtp_weight_at(self.position.tokens);
         let has_mtp = self.assignment.recipe.model_config.num_nextn_predict_layers > 0 && mtp_weight > 0.0;
-        let reports_loads = self.assignment.recipe.topology().column(rank) == 0;
+        let reports_loads = self.assignment.recipe.topology().dp_rank(rank) == 0;
         let load = |(layer, counts): (usize, Vec<u64>)| LayerLoad { layer: layer as u32, counts };
         let loads = global.expert_counts.into_iter().filter(|_| reports_loads).map(load).collect();
         StepReport {
@@ -200,7 +200,7 @@ impl Member {
     }
 }
 
-/// The error for a message that nobody took.
+/// The error for a message that was not delivered.
 pub fn gone<M>(actor: &'static str) -> impl Fn(ractor::MessagingErr<M>) -> RankError {
     move |_| RankError::ActorGone { actor }
 }
@@ -212,13 +212,13 @@ pub async fn join(
     myself: &ActorRef<RankMessage>,
     rank_id: usize,
     built: Built,
-) -> Result<(Member, Vec<StepReport>), ActorProcessingErr> {
+) -> Result<(JoinedRank, Vec<StepReport>), ActorProcessingErr> {
     let Built { assignment, arch, plans, model, optimizer, threads, position, reports } = built;
     let recipe = assignment.recipe.clone();
     let topology = recipe.topology();
     let at = topology.coordinates(rank_id);
     let probe = assignment.probe.clone();
-    let site = Site {
+    let context = RankContext {
         endpoint: assignment.endpoint.clone(),
         world: Arc::new(topology.ranks().collect()),
         group: ExpertGroup {
@@ -234,7 +234,7 @@ pub async fn join(
     };
     let cell = || myself.get_cell();
     let rank = myself.clone();
-    // If the rank is gone the job has ended and nobody asks any more: here and below.
+    // The rank may be gone if the job has ended: here and below.
     let report_pipeline = {
         let rank = rank.clone();
         move |event| drop(rank.cast(RankMessage::Pipeline(event)))
@@ -244,7 +244,7 @@ pub async fn join(
         pipeline: at.pipeline,
         arch,
         optimizer,
-        site,
+        context,
         threads,
     };
     let (pipeline, _) = Actor::spawn_linked(None, Pipeline, setup, cell()).await?;
@@ -255,8 +255,8 @@ pub async fn join(
         rank: rank.clone(),
         endpoint: assignment.endpoint.clone(),
         formation: assignment.formation,
-        columns: topology.columns_at(at.pipeline),
-        column: topology.column(rank_id),
+        dp_group: topology.dp_group(at.pipeline),
+        dp_rank: topology.dp_rank(rank_id),
         datasets: assignment.datasets.clone(),
         seed: recipe.training.seed,
         attend_across_documents: recipe.data.attend_across_documents,
@@ -266,24 +266,24 @@ pub async fn join(
     let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank.clone(), probe), cell()).await?;
     let fail = move |error| {
         let action = "keeping the state in memory".to_owned();
-        // If the rank is gone the job has ended and nobody asks any more.
+        // The rank may be gone if the job has ended.
         drop(rank.cast(RankMessage::ChildFailed { action, error }));
     };
-    let start = |keeper| kept::start(keeper, position.step, fail);
-    let keeper = assignment.keeper.clone().map(start).transpose()?;
-    let member = Member {
+    let start = |replicator| replica::start(replicator, position.step, fail);
+    let replicator = assignment.replicator.clone().map(start).transpose()?;
+    let assemble = JoinedRank {
         assignment,
         plans,
         children: Children { pipeline, experts, loader, checkpointer },
         dense: Some(model.dense),
         position,
         first_step: position.step,
-        keeper,
+        replicator,
         upcoming: Upcoming::default(),
         is_gathered: true,
         is_saving: false,
         began: Instant::now(),
         sent_before: 0,
     };
-    Ok((member, reports))
+    Ok((assemble, reports))
 }

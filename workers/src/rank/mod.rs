@@ -1,6 +1,6 @@
-//! The rank actor: supervisor of one rank's actors. Any failure of a child ends here, with the words for it.
+//! The rank actor: supervisor of one rank's actors. Any failure of a child ends here, with its message.
 //!
-//! The ranks commit steps among themselves, the orchestrator only hears of them: the order of things within a step is in
+//! The ranks commit steps among themselves, the orchestrator only learns of them: the order of things within a step is in
 //! `stepping`, what goes to disk meanwhile and at the end in `saving`. Knows messages; tensors only pass through its hands.
 
 pub mod build;
@@ -19,31 +19,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::fabric::{AtWork, FabricError};
+use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
-use contraflow_runtime::watch::Watch;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tracing::{Span, info_span};
 
 use self::build::{Assignment, Built, build_rank};
-use self::member::{Member, join};
-use self::saving::Then;
+use self::member::{JoinedRank, join};
+use self::saving::AfterSave;
 use crate::comm::address::StepId;
 use crate::data::batches::{Batch, Task};
 use crate::engine::pipeline::{PipelineEvent, PipelineMessage};
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
 
-/// Takes a rank's events to the orchestrator.
-pub type Tell = Arc<dyn Fn(RankEvent) + Send + Sync>;
+/// Where a rank's events go.
+pub type EventSink = Arc<dyn Fn(RankEvent) + Send + Sync>;
 
-/// What the rank hears.
+/// Messages of the rank actor.
 pub enum RankMessage {
     /// Join a job; the answer is [`RankEvent::Ready`].
     Assign(Box<Assignment>),
     /// The model has been made.
     Built(Box<Result<Built, RankError>>),
-    /// The orchestrator's word, and the span that says it.
+    /// A command of the orchestrator, and the span that sent it.
     Command(RankCommand, TraceContext),
     /// The loader's answer.
     BatchLoaded {
@@ -54,7 +54,7 @@ pub enum RankMessage {
     },
     /// The expert shard's answer.
     ExpertsLent(Box<Params>),
-    /// The pipeline's word on the running program.
+    /// An event of the pipeline about the running program.
     Pipeline(PipelineEvent),
     /// The weights are on disk, or not.
     Exported {
@@ -67,8 +67,8 @@ pub enum RankMessage {
     Saved {
         /// Of which checkpoint.
         position: Position,
-        /// What the watch remembers, and what was written.
-        result: Box<Result<(Watch, ShardFile), RankError>>,
+        /// State of the stability watch, and what was written.
+        result: Box<Result<(StabilityWatch, ShardFile), RankError>>,
     },
     /// A part of the rank could not do its work.
     ChildFailed {
@@ -99,7 +99,7 @@ enum Status {
     },
     /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
     AwaitSaved {
-        then: Then,
+        then: AfterSave,
         _at_work: AtWork,
     },
     /// The checkpointer needs the experts before it writes.
@@ -114,10 +114,10 @@ enum Status {
 /// The actor's state.
 pub struct RankState {
     id: Rank,
-    tell: Tell,
-    member: Option<Member>,
+    events: EventSink,
+    joined: Option<JoinedRank>,
     status: Status,
-    /// The orchestrator wants the run to stop between two steps; heard until the totals of the running one.
+    /// The orchestrator has asked the run to stop between two steps; takes effect until the totals of the running one.
     stop: Arc<AtomicBool>,
     /// Spans of the rank's whole life and of what it is about. Never entered: they last until they are dropped.
     life: Span,
@@ -127,13 +127,13 @@ pub struct RankState {
 }
 
 impl RankState {
-    fn member(&mut self) -> Result<&mut Member, RankError> {
-        self.member.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
+    fn joined(&mut self) -> Result<&mut JoinedRank, RankError> {
+        self.joined.as_mut().ok_or(RankError::ActorGone { actor: "the job" })
     }
 
     /// The job in lines of the log; 0 in one process, and until it has joined one.
     fn job(&self) -> u64 {
-        self.member.as_ref().map_or(0, |member| member.assignment.formation.job.bits())
+        self.joined.as_ref().map_or(0, |joined| joined.assignment.formation.job.bits())
     }
 
     /// What the rank is about from now on has a span of its own.
@@ -142,7 +142,7 @@ impl RankState {
         self.doing = span;
     }
 
-    /// Builds the model beside the actor: drawing the weights of a large one takes seconds, in which an abort must be heard.
+    /// Builds the model beside the actor: drawing the weights of a large one takes seconds, in which an abort must be handled.
     fn assign(&mut self, myself: ActorRef<RankMessage>, assignment: Assignment) {
         let id = self.id;
         let Assignment { formation, trace, .. } = assignment;
@@ -172,11 +172,11 @@ impl RankState {
                 return Ok(());
             }
         };
-        let (member, reports) = join(myself, self.id.index(), built).await?;
-        self.member = Some(member);
-        tracing::debug!(job = self.job(), rank = self.id.number(), "has its model and waits for the others");
-        (self.tell)(RankEvent::Ready { rank: self.id });
-        reports.into_iter().for_each(|report| (self.tell)(RankEvent::StepDone { report }));
+        let (joined, reports) = join(myself, self.id.index(), built).await?;
+        self.joined = Some(joined);
+        tracing::debug!(job = self.job(), rank = self.id.number(), "model built, waiting for other ranks");
+        (self.events)(RankEvent::Ready { rank: self.id });
+        reports.into_iter().for_each(|report| (self.events)(RankEvent::StepDone { report }));
         Ok(())
     }
 
@@ -202,7 +202,7 @@ impl RankState {
         match event {
             PipelineEvent::Done(done) => return self.task_done(*done),
             PipelineEvent::Failed { action, error } => self.fail(action, &error),
-            PipelineEvent::Aborted => (self.tell)(RankEvent::Aborted { rank: self.id }),
+            PipelineEvent::Aborted => (self.events)(RankEvent::Aborted { rank: self.id }),
         }
         Ok(())
     }
@@ -210,10 +210,10 @@ impl RankState {
     fn abort(&mut self, reason: String) {
         self.status = Status::Over;
         let abort = PipelineMessage::Abort { reason };
-        let heard = self.member.as_ref().map(|member| member.children.pipeline.cast(abort));
+        let heard = self.joined.as_ref().map(|joined| joined.children.pipeline.cast(abort));
         if !matches!(heard, Some(Ok(()))) {
             // Nothing runs: there is no pipeline yet, or none any more.
-            (self.tell)(RankEvent::Aborted { rank: self.id });
+            (self.events)(RankEvent::Aborted { rank: self.id });
         }
     }
 
@@ -228,7 +228,7 @@ impl RankState {
         }
     }
 
-    /// What the rank is about, in words.
+    /// What the rank is doing.
     fn doing(&self) -> String {
         match &self.status {
             Status::Idle => "waiting for a command".into(),
@@ -240,21 +240,21 @@ impl RankState {
         }
     }
 
-    /// Tells the first failure and ends every wait; later ones are its consequences.
+    /// Reports the first failure and aborts every wait; later ones are its consequences.
     fn fail(&mut self, action: String, error: &RankError) {
         let by_command = matches!(error, RankError::Fabric(FabricError::Aborted { .. }));
         if matches!(self.status, Status::Over) || by_command {
             return;
         }
         self.status = Status::Over;
-        (self.tell)(RankEvent::Failed {
+        (self.events)(RankEvent::Failed {
             rank: self.id,
             action,
             cause: error.to_string(),
             kind: error.kind(),
         });
-        if let Some(member) = &self.member {
-            member.assignment.endpoint.abort(&format!("rank {} failed", self.id));
+        if let Some(joined) = &self.joined {
+            joined.assignment.endpoint.abort(&format!("rank {} failed", self.id));
         }
     }
 }
@@ -265,18 +265,18 @@ pub struct RankActor;
 impl Actor for RankActor {
     type Msg = RankMessage;
     type State = RankState;
-    type Arguments = (Rank, Tell);
+    type Arguments = (Rank, EventSink);
 
     async fn pre_start(
         &self,
         _myself: ActorRef<RankMessage>,
-        (id, tell): (Rank, Tell),
+        (id, events): (Rank, EventSink),
     ) -> Result<RankState, ActorProcessingErr> {
         let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
         Ok(RankState {
             id,
-            tell,
-            member: None,
+            events,
+            joined: None,
             status: Status::Idle,
             stop: Arc::default(),
             life,
@@ -323,7 +323,7 @@ impl Actor for RankActor {
         Ok(())
     }
 
-    /// The default would stop the rank when any child ends; here a child's end is told and the rank stays to answer.
+    /// The default would stop the rank when any child ends; here a child's end is reported and the rank stays to answer.
     async fn handle_supervisor_evt(
         &self,
         _myself: ActorRef<RankMessage>,
@@ -337,7 +337,7 @@ impl Actor for RankActor {
             }
             _ => return Ok(()),
         };
-        let name = state.member.as_ref().map_or("a starting actor", |member| member.children.name_of(&cell));
+        let name = state.joined.as_ref().map_or("a starting actor", |joined| joined.children.name_of(&cell));
         let action = format!("{} in {name}", state.doing());
         state.fail(action, &RankError::Panic { message: cause });
         Ok(())

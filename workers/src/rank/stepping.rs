@@ -27,25 +27,25 @@ impl RankState {
     pub(super) fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
         let rank = self.id.index();
         self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
-        let member = self.member()?;
-        member.assignment.endpoint.activity().begin_step(step);
-        member.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
-        member.sent_before = member.assignment.endpoint.sent_bytes();
-        let recipe = &member.assignment.recipe;
-        let shape = train_shape(recipe, recipe.batch_size_at(member.position.tokens));
-        let start = member.position.cursor;
+        let joined = self.joined()?;
+        joined.assignment.endpoint.activity().begin_step(step);
+        joined.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
+        joined.sent_before = joined.assignment.endpoint.sent_bytes();
+        let recipe = &joined.assignment.recipe;
+        let shape = train_shape(recipe, recipe.batch_size_at(joined.position.tokens));
+        let start = joined.position.cursor;
         self.gather(step, Task { kind: TaskKind::Train, shape, start })
     }
 
     pub(super) fn validate(&mut self) -> Result<(), RankError> {
         self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank = self.id.number()));
-        let member = self.member()?;
-        member.weights_are_whole()?;
-        let available = member.assignment.datasets.validation.num_sequences();
-        match validation_shape(&member.assignment.recipe, available) {
+        let joined = self.joined()?;
+        joined.weights_are_whole()?;
+        let available = joined.assignment.datasets.validation.num_sequences();
+        match validation_shape(&joined.assignment.recipe, available) {
             Some(shape) => self.gather(0, Task { kind: TaskKind::Evaluate, shape, start: 0 }),
             None => {
-                (self.tell)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
+                (self.events)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
                 Ok(())
             }
         }
@@ -53,13 +53,13 @@ impl RankState {
 
     /// Asks for what a task needs.
     fn gather(&mut self, step: u64, task: Task) -> Result<(), RankError> {
-        let member = self.member()?;
-        member.began = Instant::now();
-        let formation = member.assignment.formation;
-        let children = &member.children;
+        let joined = self.joined()?;
+        joined.began = Instant::now();
+        let formation = joined.assignment.formation;
+        let children = &joined.children;
         children.experts.cast(ExpertShardMessage::Lend { step }).map_err(gone("the expert shard"))?;
-        let batch = if task.kind == TaskKind::Train && member.upcoming.step == step {
-            member.upcoming.batch.take()
+        let batch = if task.kind == TaskKind::Train && joined.upcoming.step == step {
+            joined.upcoming.batch.take()
         } else {
             children.loader.cast(LoaderMessage::Load { step, task }).map_err(gone("the loader"))?;
             None
@@ -70,26 +70,26 @@ impl RankState {
         Ok(())
     }
 
-    /// Asks for the batch of the step after `step`, to be read while that one runs. Nobody stops between two steps without
+    /// Asks for the batch of the step after `step`, to be read while that one runs. No rank stops between two steps without
     /// the others, so what is read too much is dropped on all ranks alike.
     fn prefetch(&mut self, step: u64, shape: BatchShape, tokens: u64) -> Result<(), RankError> {
-        let member = self.member()?;
-        if member.is_last(step) {
+        let joined = self.joined()?;
+        if joined.is_last(step) {
             return Ok(());
         }
-        let recipe = &member.assignment.recipe;
-        let next = train_shape(recipe, recipe.batch_size_at(member.position.tokens + tokens));
-        let start = member.position.cursor + shape.global_batch as u64;
-        member.upcoming = Upcoming { step: step + 1, batch: None };
+        let recipe = &joined.assignment.recipe;
+        let next = train_shape(recipe, recipe.batch_size_at(joined.position.tokens + tokens));
+        let start = joined.position.cursor + shape.global_batch as u64;
+        joined.upcoming = Upcoming { step: step + 1, batch: None };
         let task = Task { kind: TaskKind::Train, shape: next, start };
         let load = LoaderMessage::Load { step: step + 1, task };
-        member.children.loader.cast(load).map_err(gone("the loader"))
+        joined.children.loader.cast(load).map_err(gone("the loader"))
     }
 
     pub(super) fn batch_loaded(&mut self, step: u64, loaded: Box<Batch>) -> Result<(), RankError> {
         match &mut self.status {
             Status::Gather { id, batch, .. } if id.step == step => *batch = Some(loaded),
-            _ => self.member()?.upcoming.batch = Some(loaded),
+            _ => self.joined()?.upcoming.batch = Some(loaded),
         }
         self.run_if_gathered()
     }
@@ -110,23 +110,23 @@ impl RankState {
         let tokens = batch.denominator as u64;
         self.status = Status::Run { task, tokens };
         let (span, stop) = (self.doing.clone(), self.stop.clone());
-        let member = self.member()?;
+        let joined = self.joined()?;
         let wrong = |message| RankError::Content { path: "plan".into(), message };
-        let planned = member.plans.get(task.shape.micro_batches, task.kind).map_err(wrong)?;
-        let update = task.kind.has_backward().then(|| member.update_order(id.step, stop));
+        let planned = joined.plans.get(task.shape.micro_batches, task.kind).map_err(wrong)?;
+        let update = task.kind.has_backward().then(|| joined.update_order(id.step, stop));
         let order = PipelineOrder {
             id,
             kind: task.kind,
             planned,
-            scales: member.scales(task, &batch),
+            scales: joined.scales(task, &batch),
             batches: batch.micro_batches,
-            params: member.take_params(*experts)?,
+            params: joined.take_params(*experts)?,
             update,
-            began: member.began,
+            began: joined.began,
             span,
         };
         let begin = PipelineMessage::Begin(Box::new(order));
-        member.children.pipeline.cast(begin).map_err(gone("the pipeline"))?;
+        joined.children.pipeline.cast(begin).map_err(gone("the pipeline"))?;
         match task.kind {
             TaskKind::Train => self.prefetch(id.step, task.shape, tokens),
             TaskKind::Evaluate => Ok(()),
@@ -139,16 +139,16 @@ impl RankState {
         self.status = Status::Idle;
         self.doing = Span::none();
         let rank = self.id.index();
-        let member = self.member()?;
-        member.give_back(params)?;
-        member.is_gathered = is_gathered;
-        let (seconds, step) = (member.began.elapsed().as_secs_f64(), id.step);
+        let joined = self.joined()?;
+        joined.give_back(params)?;
+        joined.is_gathered = is_gathered;
+        let (seconds, step) = (joined.began.elapsed().as_secs_f64(), id.step);
         let recorded = ProbePoint::Recorded { rank, step, recording: &recording, seconds };
-        member.assignment.probe.at(recorded);
+        joined.assignment.probe.at(recorded);
         let Some(Updated { order, result, saved, replicated }) = update else {
             return self.evaluated(totals.loss, task.shape);
         };
-        let cursor = member.position.cursor + task.shape.global_batch as u64;
+        let cursor = joined.position.cursor + task.shape.global_batch as u64;
         let global = match result {
             Ok(global) => global,
             Err(divergence) => return self.diverged(divergence, cursor),
@@ -160,13 +160,13 @@ impl RankState {
             seconds,
             bubble_seconds: recording.idle.passes,
             peak_live_chunks: totals.peak_live_chunks as u32,
-            ..member.report((rank, id), global)
+            ..joined.report((rank, id), global)
         };
-        let tokens = member.position.tokens + tokens;
-        member.position = Position { step, cursor, tokens };
-        let goes_on = !member.is_last(step) && !stop;
+        let tokens = joined.position.tokens + tokens;
+        joined.position = Position { step, cursor, tokens };
+        let goes_on = !joined.is_last(step) && !stop;
         if let Some(snapshot) = replicated {
-            member.keep(snapshot, &report);
+            joined.keep(snapshot, &report);
         }
         self.report(report, stop);
         match saved {
@@ -177,9 +177,9 @@ impl RankState {
 
     fn evaluated(&mut self, loss: f64, shape: BatchShape) -> Result<(), RankError> {
         let rank = self.id;
-        let length = self.member()?.assignment.recipe.training.sequence_length;
+        let length = self.joined()?.assignment.recipe.training.sequence_length;
         let tokens = (shape.global_batch * length) as u64;
-        (self.tell)(RankEvent::Validated { rank, loss, tokens });
+        (self.events)(RankEvent::Validated { rank, loss, tokens });
         Ok(())
     }
 
@@ -193,14 +193,14 @@ impl RankState {
             seconds = report.seconds,
             "step done"
         );
-        (self.tell)(RankEvent::StepDone { report });
+        (self.events)(RankEvent::StepDone { report });
         if stop {
-            (self.tell)(RankEvent::Stopped { rank, step });
+            (self.events)(RankEvent::Stopped { rank, step });
         }
     }
 
     pub(super) fn go_on(&mut self, goes_on: bool) -> Result<(), RankError> {
-        let next = self.member()?.position.step + 1;
+        let next = self.joined()?.position.step + 1;
         if goes_on { self.begin_step(next) } else { Ok(()) }
     }
 }

@@ -1,4 +1,4 @@
-//! The worker actor: hosts the ranks of this process, passes commands to them, and tells when one of them dies.
+//! The worker actor: hosts the ranks of this process, passes commands to them, and reports when one of them dies.
 //!
 //! Knows ranks by number, nothing of what they do.
 
@@ -11,22 +11,22 @@ use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use super::build::Assignment;
-use super::{RankActor, RankMessage, Tell};
+use super::{EventSink, RankActor, RankMessage};
 
-/// What the worker hears.
+/// Messages of the worker actor.
 pub enum WorkerMessage {
     /// Host a rank of a job.
     Host {
         /// Which one.
         rank: Rank,
-        /// What it is told.
+        /// The command.
         assignment: Box<Assignment>,
     },
-    /// The orchestrator's word to a rank.
+    /// A command of the orchestrator to a rank.
     Command {
         /// Which one.
         rank: Rank,
-        /// The word.
+        /// The command.
         command: RankCommand,
         /// The span that says it.
         trace: TraceContext,
@@ -35,14 +35,14 @@ pub enum WorkerMessage {
 
 /// The actor's state.
 pub struct WorkerState {
-    tell: Tell,
+    events: EventSink,
     ranks: HashMap<Rank, ActorRef<RankMessage>>,
     numbers: HashMap<ActorId, Rank>,
 }
 
 impl WorkerState {
     fn failed(&self, rank: Rank, action: &str, cause: String) {
-        (self.tell)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
+        (self.events)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
     }
 }
 
@@ -52,14 +52,14 @@ pub struct Worker;
 impl Actor for Worker {
     type Msg = WorkerMessage;
     type State = WorkerState;
-    type Arguments = Tell;
+    type Arguments = EventSink;
 
     async fn pre_start(
         &self,
         _myself: ActorRef<WorkerMessage>,
-        tell: Tell,
+        events: EventSink,
     ) -> Result<WorkerState, ActorProcessingErr> {
-        Ok(WorkerState { tell, ranks: HashMap::new(), numbers: HashMap::new() })
+        Ok(WorkerState { events, ranks: HashMap::new(), numbers: HashMap::new() })
     }
 
     async fn handle(
@@ -70,7 +70,7 @@ impl Actor for Worker {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             WorkerMessage::Host { rank, assignment } => {
-                let arguments = (rank, state.tell.clone());
+                let arguments = (rank, state.events.clone());
                 let (actor, _) = Actor::spawn_linked(None, RankActor, arguments, myself.get_cell()).await?;
                 state.numbers.insert(actor.get_id(), rank);
                 actor.cast(RankMessage::Assign(assignment))?;

@@ -1,4 +1,4 @@
-//! What a check found: how far values lie from the truth, what is wrong, and what nobody looked at.
+//! What a check found: how far values lie from the truth, what is wrong, and what was not checked.
 //!
 //! Knows numbers and marks, nothing of models.
 
@@ -29,7 +29,7 @@ pub const ACTIVATIONS: Mark = Mark::Scaled(5e-5);
 /// Ten times what rounding does to losses.
 pub const LOSS: Mark = Mark::Absolute(1e-5);
 
-/// Faults that are told when a check fails: one cause has hundreds of them.
+/// Faults that are printed when a check fails: one cause has hundreds of them.
 const NUM_TOLD: usize = 20;
 
 impl Mark {
@@ -61,7 +61,7 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Goes on with another fixture.
+    /// Continues with another fixture.
     pub fn begin(&mut self, fixture: &str) {
         self.fixture = fixture.to_owned();
     }

@@ -1,4 +1,4 @@
-//! The forward pass: what stands between the components of a forward-only program, and what they compute from it.
+//! The forward pass: the tensors between the components of a forward-only program, and what they compute from it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -47,13 +47,13 @@ impl Walk {
         };
         let Walk { rank, batch, outputs, routed, joined, embedded, .. } = &mut walk;
         let config = rank.arch.config.clone();
-        walk.totals = rank.run(TaskKind::Evaluate, 0, batch, |op, transit| {
+        walk.totals = rank.run(TaskKind::Evaluate, 0, batch, |op, in_flight| {
             let Work::Component { pass: Pass::Forward, chunk, layer, component } = op.work else { return };
-            let end = || transit.share(TransferKind::Activation, chunk).unwrap();
+            let end = || in_flight.share(TransferKind::Activation, chunk).unwrap();
             match component {
                 Component::Embedding => *embedded = Some(end()),
                 Component::Attention if config.is_moe_layer(layer) => {
-                    let sent = transit.layer(chunk, layer, |transit| transit.normed.clone());
+                    let sent = in_flight.layer(chunk, layer, |in_flight| in_flight.normed.clone());
                     routed.insert(layer, sent.unwrap());
                 }
                 Component::SharedExpert if !config.is_moe_layer(layer) => drop(outputs.insert(layer, end())),

@@ -6,11 +6,11 @@ use contraflow_workers::data::batches::TaskKind;
 use crate::findings::{Findings, LOSS, Mark};
 use crate::fixture::Fixture;
 use crate::forward::Walk;
-use crate::one_rank::{Batch, OneRank, PLAIN, Way, ways};
+use crate::one_rank::{Batch, OneRank, PLAIN, Variant, ways};
 
 /// Compares the gradients of every tensor that the fixture has under `prefix`.
-pub fn compare(fixture: &Fixture, findings: &mut Findings, rank: &OneRank, prefix: &str, way: Way) {
-    let Way { schedule, micro_batch_size } = way;
+pub fn compare(fixture: &Fixture, findings: &mut Findings, rank: &OneRank, prefix: &str, variant: Variant) {
+    let Variant { schedule, micro_batch_size } = variant;
     let size = micro_batch_size.map_or_else(|| "all".to_owned(), |size| size.to_string());
     let kind = format!("{prefix}* ({schedule}, {size} in a micro-batch)");
     for (name, truth) in fixture.under(prefix) {
@@ -23,13 +23,13 @@ pub fn compare(fixture: &Fixture, findings: &mut Findings, rank: &OneRank, prefi
 
 pub fn of_the_main_loss(fixture: &Fixture, findings: &mut Findings) {
     let Some(rows) = fixture.sequences() else { return };
-    for way in ways(&fixture.config) {
-        let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, way.schedule);
-        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, 0.0), |_, _| {});
+    for variant in ways(&fixture.config) {
+        let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, variant.schedule);
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, variant, 0.0), |_, _| {});
         if let Some(truth) = fixture.values.get("loss") {
             findings.compare("loss in training", "loss", &truth.values, &[totals.loss as f32], LOSS);
         }
-        compare(fixture, findings, &rank, "grad.", way);
+        compare(fixture, findings, &rank, "grad.", variant);
     }
 }
 
@@ -38,7 +38,7 @@ pub fn of_the_balance_loss(fixture: &Fixture, findings: &mut Findings) {
     let (Some(rows), Some(per_layer)) = (fixture.sequences(), fixture.values.get("balance.per_layer")) else {
         return;
     };
-    let load = |way: Way| OneRank::load(fixture.main_config(), &fixture.dir, way.schedule);
+    let load = |variant: Variant| OneRank::load(fixture.main_config(), &fixture.dir, variant.schedule);
     let walk = Walk::new(load(PLAIN), &rows, 0.0);
     let of_layer = |(_, routing): &(_, std::sync::Arc<gate::Routing>)| {
         let sum = gate::balance_loss(routing, rows[0].len(), &walk.rank.arch.gate, 0.0, None);
@@ -46,9 +46,9 @@ pub fn of_the_balance_loss(fixture: &Fixture, findings: &mut Findings) {
     };
     let found: Vec<f32> = walk.routed.values().map(of_layer).collect();
     findings.compare("balance loss", "balance.per_layer", &per_layer.values, &found, LOSS);
-    for way in ways(&fixture.config) {
-        let mut rank = load(way);
-        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, 0.0).balance_only(), |_, _| {});
+    for variant in ways(&fixture.config) {
+        let mut rank = load(variant);
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, variant, 0.0).balance_only(), |_, _| {});
         findings.check(totals.loss == 0.0, || format!("expected no loss but balance, got {}", totals.loss));
         let sum = per_layer.values.iter().sum();
         findings.compare(
@@ -58,7 +58,7 @@ pub fn of_the_balance_loss(fixture: &Fixture, findings: &mut Findings) {
             &[totals.balance_loss as f32],
             LOSS,
         );
-        compare(fixture, findings, &rank, "balance.grad.", way);
+        compare(fixture, findings, &rank, "balance.grad.", variant);
     }
     for (rest, _) in
         fixture.under("balance.").filter(|(rest, _)| *rest != "per_layer" && !rest.starts_with("grad."))

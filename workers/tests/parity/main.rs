@@ -2,7 +2,7 @@
 //! computes with it (tests/fixtures/parity, and `$CONTRAFLOW_PARITY_DIR`).
 //!
 //! The model runs as a rank runs it: plan, program, lanes, optimizer. Each check takes the values it knows out of a
-//! fixture, whichever there are, and compares them; a fixture may hold more, which is then said aloud.
+//! fixture, whichever there are, and compares them; a fixture may hold more, which is then reported.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod documents;

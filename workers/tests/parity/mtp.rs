@@ -68,13 +68,13 @@ pub fn forward(fixture: &Fixture, findings: &mut Findings) {
 
 pub fn gradients(fixture: &Fixture, findings: &mut Findings) {
     let Some((rows, weight)) = task(fixture) else { return };
-    for way in ways(&fixture.config) {
-        let mut rank = OneRank::load(fixture.config.clone(), &fixture.dir, way.schedule);
-        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, way, weight), |_, _| {});
+    for variant in ways(&fixture.config) {
+        let mut rank = OneRank::load(fixture.config.clone(), &fixture.dir, variant.schedule);
+        let totals = rank.run(TaskKind::Train, 1, &Batch::new(&rows, variant, weight), |_, _| {});
         if let Some(truth) = fixture.values.get("mtp.loss") {
             let found = (totals.mtp_loss / weight) as f32;
             findings.compare("mtp loss in training", "mtp.loss", &truth.values, &[found], LOSS);
         }
-        compare(fixture, findings, &rank, "mtp.grad.", way);
+        compare(fixture, findings, &rank, "mtp.grad.", variant);
     }
 }

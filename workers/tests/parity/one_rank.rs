@@ -20,11 +20,11 @@ use contraflow_workers::comm::all_to_all::ExpertGroup;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::sequences::Sequences;
 use contraflow_workers::engine::compute::Compute;
+use contraflow_workers::engine::in_flight::InFlight;
 use contraflow_workers::engine::lanes::{LaneEvent, Lanes};
 use contraflow_workers::engine::probe::Probe;
-use contraflow_workers::engine::running::{Running, Site, Workload};
-use contraflow_workers::engine::step::{Next, Part, next};
-use contraflow_workers::engine::transit::Transit;
+use contraflow_workers::engine::running::{RankContext, RunningProgram, Workload};
+use contraflow_workers::engine::step::{Next, ProgramKind, next};
 use contraflow_workers::engine::update::{SaveWhen, Update, UpdateOrder};
 use contraflow_workers::hf::weights::HfWeights;
 use contraflow_workers::model::build::{Placement, RankModel, build};
@@ -36,19 +36,19 @@ use contraflow_workers::optimizer::update::{OptimizerState, UpdateRates};
 
 /// A schedule, and the number of sequences of its micro-batches (`None`: all in one).
 #[derive(Clone, Copy, Debug)]
-pub struct Way {
+pub struct Variant {
     pub schedule: ScheduleKind,
     pub micro_batch_size: Option<usize>,
 }
 
 /// One stage, one micro-batch.
-pub const PLAIN: Way = Way { schedule: ScheduleKind::OneFOneB, micro_batch_size: None };
+pub const PLAIN: Variant = Variant { schedule: ScheduleKind::OneFOneB, micro_batch_size: None };
 
 /// Every way in which one rank can run a model: with one micro-batch, with several, with two stages.
-pub fn ways(config: &ModelConfig) -> Vec<Way> {
-    let mut ways = vec![PLAIN, Way { micro_batch_size: Some(1), ..PLAIN }];
+pub fn ways(config: &ModelConfig) -> Vec<Variant> {
+    let mut ways = vec![PLAIN, Variant { micro_batch_size: Some(1), ..PLAIN }];
     if config.num_hidden_layers >= 2 {
-        ways.push(Way { schedule: ScheduleKind::Dualpipev, micro_batch_size: Some(1) });
+        ways.push(Variant { schedule: ScheduleKind::Dualpipev, micro_batch_size: Some(1) });
     }
     ways
 }
@@ -62,7 +62,7 @@ pub struct Batch {
 
 impl Batch {
     /// Predicts the next token in each sequence. The last position has none to predict: its loss weighs nothing.
-    pub fn new(rows: &[Vec<u32>], way: Way, mtp_weight: f64) -> Batch {
+    pub fn new(rows: &[Vec<u32>], variant: Variant, mtp_weight: f64) -> Batch {
         let sequences = |rows: &[Vec<u32>]| {
             let last = rows[0].len() - 1;
             let next = |row: &Vec<u32>| row[1..].iter().copied().chain([0]).collect::<Vec<u32>>();
@@ -71,7 +71,7 @@ impl Batch {
             sequences.loss_weights.iter_mut().skip(last).step_by(last + 1).for_each(|weight| *weight = 0.0);
             sequences
         };
-        let size = way.micro_batch_size.unwrap_or(rows.len());
+        let size = variant.micro_batch_size.unwrap_or(rows.len());
         let micro_batches: Vec<Sequences> = rows.chunks(size).map(sequences).collect();
         let scales = LossScales {
             denominator: micro_batches.iter().map(Sequences::loss_weight).sum(),
@@ -132,7 +132,7 @@ impl OneRank {
         kind: TaskKind,
         step: u64,
         batch: &Batch,
-        mut look: impl FnMut(&Op, &Transit),
+        mut look: impl FnMut(&Op, &InFlight),
     ) -> Totals {
         let (plan, _) = self.schedule.plan(1, batch.micro_batches.len(), kind.mode()).unwrap();
         let mut programs = lower(&plan, Some(&self.layouts), 1);
@@ -140,10 +140,10 @@ impl OneRank {
         let prepare = |sequences: &Sequences| MicroBatch::new(&self.arch, sequences.clone(), &batch.scales);
         let batches = batch.micro_batches.iter().map(prepare).collect();
         let compute = Compute::new(self.arch.clone(), self.stages.clone(), self.take_params(), kind);
-        let workload = Workload { batches, transit: Transit::default(), compute, update: None };
-        let Workload { compute, transit, .. } =
+        let workload = Workload { batches, in_flight: InFlight::default(), compute, update: None };
+        let Workload { compute, in_flight, .. } =
             self.run_program(step, programs.remove(0), workload, &mut look);
-        assert!(!kind.has_backward() || compute.num_left() + transit.num_left() == 0);
+        assert!(!kind.has_backward() || compute.num_left() + in_flight.num_left() == 0);
         let Compute { params, totals, .. } = compute;
         self.params = params;
         totals
@@ -167,11 +167,11 @@ impl OneRank {
         let order =
             UpdateOrder { rates, stop: Arc::default(), save, replicate: false, gather: true, buddy: None };
         let update = Some(Update::new(order, optimizer.take().unwrap()));
-        let workload = Workload { batches: Vec::new(), transit: Transit::default(), compute, update };
-        let look = &mut |_: &Op, _: &Transit| {};
+        let workload = Workload { batches: Vec::new(), in_flight: InFlight::default(), compute, update };
+        let look = &mut |_: &Op, _: &InFlight| {};
         let mut workload = self.run_program(rates.step, step.gradients[0].clone(), workload, look);
-        let comes = next(Part::Passes, workload.update.as_mut()).unwrap();
-        assert!(matches!(comes, Next::Run(Part::Update)), "{comes:?}");
+        let comes = next(ProgramKind::Passes, workload.update.as_mut()).unwrap();
+        assert!(matches!(comes, Next::Run(ProgramKind::Update)), "{comes:?}");
         let workload = self.run_program(rates.step, step.update[0].clone(), workload, look);
         self.params = workload.compute.params;
         self.params.clear_gradients();
@@ -190,12 +190,16 @@ impl OneRank {
         step: u64,
         program: Program,
         workload: Workload,
-        look: &mut impl FnMut(&Op, &Transit),
+        look: &mut impl FnMut(&Op, &InFlight),
     ) -> Workload {
         let (program, phase) = (Arc::new(program), Phase::Train);
         let id = StepId { formation: FormationId::default(), phase, step };
-        let running =
-            Arc::new(Running::new(&self.site(), (id, program.clone()), workload, tracing::Span::none()));
+        let running = Arc::new(RunningProgram::new(
+            &self.context(),
+            (id, program.clone()),
+            workload,
+            tracing::Span::none(),
+        ));
         let (report, events) = channel();
         let report = Arc::new(move |event| report.send(event).unwrap());
         let mut lanes = Lanes::new(self.threads.clone(), report);
@@ -204,13 +208,13 @@ impl OneRank {
             if let LaneEvent::Failed { error, .. } = events.recv().unwrap() {
                 panic!("{}: {error}", op.work);
             }
-            look(op, &running.transit);
+            look(op, &running.in_flight);
         }
         Arc::into_inner(running).unwrap().into_workload()
     }
 
-    fn site(&self) -> Site {
-        Site {
+    fn context(&self) -> RankContext {
+        RankContext {
             endpoint: self.endpoint.clone(),
             world: Arc::new(vec![0]),
             buckets: Arc::default(),
@@ -226,7 +230,7 @@ impl OneRank {
         }
     }
 
-    fn find(&self, name: &str) -> Option<(&Param, &params::Part)> {
+    fn find(&self, name: &str) -> Option<(&Param, &params::PublishedTensor)> {
         let params = self.params.dense.iter().chain(self.params.experts.iter());
         params
             .flat_map(|param| param.parts.iter().map(move |part| (param, part)))

@@ -1,4 +1,4 @@
-//! Jobs whose formations come to nothing, and whose fault that is.
+//! Jobs whose formations fail, and who is to blame.
 
 use super::*;
 use crate::core::attempts::{MAX_IDLE, MAX_STUCK};
@@ -19,22 +19,22 @@ fn generation(world: &World, job: JobId) -> u32 {
 /// The worker of a rank is lost, and another one comes to its node.
 fn lose(world: &mut World, job: JobId, rank: usize) {
     let places = world.core.jobs().all[&job].running().unwrap().places.clone();
-    let newest = world.core.members().map(|member| member.who.worker).max().unwrap();
+    let newest = world.core.members().map(|member| member.registration.worker).max().unwrap();
     drop(world.step(Event::Detached { worker: places[rank] }));
-    let left: Vec<u64> = world.core.members().map(|member| member.who.worker).collect();
+    let left: Vec<u64> = world.core.members().map(|member| member.registration.worker).collect();
     let left: Vec<u64> = left.into_iter().filter(|worker| *worker != places[rank]).collect();
     drop(world.pass(RETURN_MS + 2 * TICK_MS, &left));
     drop(world.attach(newest + 1, Vec::new()));
 }
 
-/// Passes until the job runs or is over.
+/// Passes until the job runs or has ended.
 fn until_formed(world: &mut World, job: JobId) {
     for _ in 0..1_000 {
         let record = &world.core.jobs().all[&job];
         if record.running().is_some() || record.has_ended() {
             return;
         }
-        let all: Vec<u64> = world.core.members().map(|member| member.who.worker).collect();
+        let all: Vec<u64> = world.core.members().map(|member| member.registration.worker).collect();
         drop(world.pass(TICK_MS, &all));
     }
     panic!("{}", world.core.waiting_for(job));
@@ -56,7 +56,7 @@ fn a_job_that_loses_every_formation_before_its_first_step_ends_and_names_what_ha
         if idle == 3 {
             let waits = world.core.waiting_for(JOB);
             assert!(
-                waits.starts_with("formed 3 times in a row without making a step, again in 2 s; rank 1"),
+                waits.starts_with("formed 3 times in a row without completing a step, again in 2 s; rank 1"),
                 "{waits}"
             );
         }
@@ -64,7 +64,9 @@ fn a_job_that_loses_every_formation_before_its_first_step_ends_and_names_what_ha
     }
     let why = outcome(&world, JOB);
     assert!(
-        why.starts_with("formed 6 times in a row without making a step: generation 1: rank 1 lost: worker"),
+        why.starts_with(
+            "formed 6 times in a row without completing a step: generation 1: rank 1 lost: worker"
+        ),
         "{why}"
     );
     assert!(why.contains("generation 6: rank ") && why.contains("on node n3"), "{why}");
@@ -72,7 +74,7 @@ fn a_job_that_loses_every_formation_before_its_first_step_ends_and_names_what_ha
 }
 
 #[test]
-fn a_job_that_makes_a_step_between_losses_is_never_given_up() {
+fn a_job_that_completes_a_step_between_losses_is_never_ended() {
     let mut world = training();
     for step in 1..=4 * u64::from(MAX_IDLE) {
         // All but one of the losses that are allowed.
@@ -96,11 +98,11 @@ fn checkpoint_of(world: &mut World, step: u64) {
     let (formation, result) = (formed.id(JOB), Ok(()));
     let worker = formed.places[0];
     drop(world.step(Event::Committed { worker, formation, position: Some(position(step)), result }));
-    assert_eq!(world.core.jobs().all[&JOB].kept, step);
+    assert_eq!(world.core.jobs().all[&JOB].last_checkpoint, step);
 }
 
 #[test]
-fn a_step_that_a_started_orchestrator_did_not_hear_counts_too() {
+fn a_step_that_a_restarted_orchestrator_missed_counts_too() {
     let mut world = training();
     drop(world.event(step_done(1)));
     let facts: Vec<Fact> =
@@ -117,7 +119,7 @@ fn a_step_that_a_started_orchestrator_did_not_hear_counts_too() {
 }
 
 #[test]
-fn steps_that_are_made_again_and_again_end_a_job_at_last() {
+fn steps_repeated_again_and_again_end_a_job() {
     let mut world = training();
     for generation in 1..=MAX_STUCK + 1 {
         assert_eq!(self::generation(&world, JOB), generation);
@@ -127,12 +129,12 @@ fn steps_that_are_made_again_and_again_end_a_job_at_last() {
         until_formed(&mut world, JOB);
     }
     let why = outcome(&world, JOB);
-    let words = "formed 50 times in a row without getting further than step 1: generation 51: rank 1 lost";
+    let words = "formed 50 times in a row without getting past step 1: generation 51: rank 1 lost";
     assert!(why.starts_with(words), "{why}");
 }
 
 #[test]
-fn ranks_that_cannot_reach_each_other_are_not_formed_for_ever() {
+fn a_job_whose_ranks_cannot_reach_each_other_ends() {
     let mut world = training();
     for _ in 0..MAX_IDLE {
         let (action, cause) = ("building the model".to_owned(), "cannot be reached: refused".to_owned());
@@ -147,24 +149,24 @@ fn ranks_that_cannot_reach_each_other_are_not_formed_for_ever() {
 #[test]
 fn of_jobs_on_one_worker_the_one_with_the_largest_ranks_is_suspected_and_a_training_one_never() {
     let mut world = World::new();
-    let who = |worker: u64| Introduction {
+    let registration = |worker: u64| Registration {
         worker,
         name: format!("w{worker}"),
         slots: 3,
         node: format!("n{worker}"),
         memory_bytes: 4 << 30,
         memory_limit: "its cgroup".into(),
-        ..Introduction::default()
+        ..Registration::default()
     };
     let attach = |world: &mut World, worker| {
-        let (hosted, left, storage_mark) = (Vec::new(), Vec::new(), "mark".into());
+        let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
         let attached = Event::Attached {
-            who: Box::new(who(worker)),
+            registration: Box::new(registration(worker)),
             hosted,
             left,
             state: 0,
             incarnation: 0,
-            storage_mark,
+            storage_id,
         };
         drop(world.step(attached));
     };
@@ -203,23 +205,23 @@ fn a_loss_that_memory_may_explain_says_what_a_rank_needs_and_what_the_worker_had
     for (gibibytes, is_said) in [(3, true), (1, false)] {
         let mut world = World::new();
         for worker in 1..=2 {
-            let who = Introduction {
+            let registration = Registration {
                 worker,
                 name: "host-7".into(),
                 slots: 1,
                 node: format!("n{worker}"),
                 memory_bytes: 4 << 30,
                 memory_limit: "RLIMIT_AS".into(),
-                ..Introduction::default()
+                ..Registration::default()
             };
-            let (hosted, left, storage_mark) = (Vec::new(), Vec::new(), "mark".into());
+            let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
             drop(world.step(Event::Attached {
-                who: Box::new(who),
+                registration: Box::new(registration),
                 hosted,
                 left,
                 state: 0,
                 incarnation: 0,
-                storage_mark,
+                storage_id,
             }));
         }
         drop(world.step(Event::Submit(Box::new(JobSpec { rank_bytes: gibibytes << 30, ..*spec(1, 0) }))));
@@ -259,7 +261,7 @@ fn a_rank_whose_node_fails_goes_elsewhere_and_comes_back_where_there_is_nowhere_
 }
 
 #[test]
-fn a_commit_that_fails_is_its_workers_and_a_job_that_gets_nowhere_for_it_ends() {
+fn a_failed_commit_is_its_workers_fault_and_a_job_without_progress_ends() {
     let mut world = training();
     let commit = |world: &mut World, step| {
         drop(save(world, step));
@@ -282,10 +284,7 @@ fn a_commit_that_fails_is_its_workers_and_a_job_that_gets_nowhere_for_it_ends() 
         commit(&mut world, 4);
     }
     let why = outcome(&world, JOB);
-    assert!(
-        why.contains("putting the checkpoint of step 4 in place: No space left on device; on worker"),
-        "{why}"
-    );
+    assert!(why.contains("committing the checkpoint of step 4: No space left on device; on worker"), "{why}");
 }
 
 #[test]

@@ -11,12 +11,20 @@ fn fresh() -> World {
 /// A worker that hosts a rank of a job of another state, in a formation of two.
 fn attach(world: &mut World, rank: u32) -> Vec<Effect> {
     let worker = u64::from(rank) + 1;
-    let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
-    let (hosted, left, storage_mark) = (hosted(3, &[rank]), Vec::new(), "mark".into());
-    world.step(Event::Attached { who: Box::new(who), hosted, left, state: 6, incarnation: 5, storage_mark })
+    let registration =
+        Registration { worker, slots: 1, node: format!("n{worker}"), ..Registration::default() };
+    let (hosted, left, storage_id) = (hosted(3, &[rank]), Vec::new(), "mark".into());
+    world.step(Event::Attached {
+        registration: Box::new(registration),
+        hosted,
+        left,
+        state: 6,
+        incarnation: 5,
+        storage_id,
+    })
 }
 
-fn say(world: &mut World, event: RankEvent) -> Vec<Effect> {
+fn report(world: &mut World, event: RankEvent) -> Vec<Effect> {
     let rank = event.rank();
     let from = RankAddress { formation: of(3), rank };
     world.step(Event::Rank { worker: rank.index() as u64 + 1, from, event: Box::new(event) })
@@ -28,10 +36,12 @@ fn step_done(rank: Rank, step: u64) -> RankEvent {
 }
 
 fn released(effects: &[Effect]) -> Vec<u64> {
-    let told = words(effects).into_iter();
-    told.filter(|(_, word)| matches!(word, Word::Release { formation, .. } if *formation == of(3)))
-        .map(|(to, _)| to)
-        .collect()
+    let sent = commands(effects).into_iter();
+    sent.filter(
+        |(_, command)| matches!(command, WorkerCommand::Release { formation, .. } if *formation == of(3)),
+    )
+    .map(|(to, _)| to)
+    .collect()
 }
 
 /// Both ranks have attached and said again that they train.
@@ -39,27 +49,29 @@ fn both() -> World {
     let mut world = fresh();
     assert!(released(&attach(&mut world, 0)).is_empty());
     assert!(released(&attach(&mut world, 1)).is_empty());
-    drop(say(&mut world, RankEvent::Ready { rank: Rank::new(0) }));
-    let effects = say(&mut world, RankEvent::Ready { rank: Rank::new(1) });
-    let stopped = |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::Stop, .. });
-    assert_eq!(words(&effects).iter().filter(|to| stopped(to)).count(), 2, "{effects:?}");
-    let begun =
-        |to: &(u64, &Word)| matches!(to.1, Word::Command { command: RankCommand::BeginStep { .. }, .. });
-    assert!(!words(&effects).iter().any(begun), "nobody here knows where they would begin");
-    Rank::all(2).for_each(|rank| drop(say(&mut world, step_done(rank, 11))));
+    drop(report(&mut world, RankEvent::Ready { rank: Rank::new(0) }));
+    let effects = report(&mut world, RankEvent::Ready { rank: Rank::new(1) });
+    let stopped =
+        |to: &(u64, &WorkerCommand)| matches!(to.1, WorkerCommand::Rank { command: RankCommand::Stop, .. });
+    assert_eq!(commands(&effects).iter().filter(|to| stopped(to)).count(), 2, "{effects:?}");
+    let begun = |to: &(u64, &WorkerCommand)| {
+        matches!(to.1, WorkerCommand::Rank { command: RankCommand::BeginStep { .. }, .. })
+    };
+    assert!(!commands(&effects).iter().any(begun), "nobody here knows where they would begin");
+    Rank::all(2).for_each(|rank| drop(report(&mut world, step_done(rank, 11))));
     world
 }
 
 #[test]
-fn a_worker_that_has_heard_of_more_starts_of_another_state_is_taken_in() {
+fn a_worker_that_saw_a_higher_incarnation_of_another_state_is_admitted() {
     let mut world = fresh();
     let effects = attach(&mut world, 0);
-    assert_eq!(words(&effects)[0], (1, &Word::Welcome));
+    assert_eq!(commands(&effects)[0], (1, &WorkerCommand::Welcome));
     assert_eq!(world.core.used(1), 1, "its slot is not free");
 }
 
 #[test]
-fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
+fn ranks_of_another_state_are_released_once_their_step_is_saved() {
     let mut world = both();
     let saved = |rank| RankEvent::ShardSaved {
         rank,
@@ -68,13 +80,13 @@ fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
         shard: ShardFile::default(),
     };
     for rank in Rank::all(2) {
-        drop(say(&mut world, step_done(rank, 12)));
-        drop(say(&mut world, RankEvent::Stopped { rank, step: 12 }));
+        drop(report(&mut world, step_done(rank, 12)));
+        drop(report(&mut world, RankEvent::Stopped { rank, step: 12 }));
     }
-    drop(say(&mut world, saved(Rank::new(0))));
-    let effects = say(&mut world, saved(Rank::new(1)));
+    drop(report(&mut world, saved(Rank::new(0))));
+    let effects = report(&mut world, saved(Rank::new(1)));
     assert!(
-        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(3))
+        matches!(commands(&effects)[..], [(1, WorkerCommand::CommitCheckpoint { formation, .. })] if *formation == of(3))
     );
     drop(world.pass(120_000, &[1, 2]));
     assert!(released(&world.step(Event::Tick)).is_empty(), "the commit takes its time");
@@ -91,7 +103,7 @@ fn ranks_of_another_state_are_let_go_once_their_step_is_kept() {
 }
 
 #[test]
-fn what_cannot_be_kept_is_let_go_in_time() {
+fn a_step_that_cannot_be_saved_is_released_in_time() {
     // A rank of two, whose peer does not come.
     let mut world = fresh();
     drop(attach(&mut world, 0));
@@ -100,51 +112,51 @@ fn what_cannot_be_kept_is_let_go_in_time() {
     // Two that have made no step.
     let mut world = fresh();
     (0..2).for_each(|rank| drop(attach(&mut world, rank)));
-    Rank::all(2).for_each(|rank| drop(say(&mut world, RankEvent::Ready { rank })));
-    let effects = world.pass(WRITE_DOWN_MS + TICK_MS, &[1, 2]);
+    Rank::all(2).for_each(|rank| drop(report(&mut world, RankEvent::Ready { rank })));
+    let effects = world.pass(RESHARD_MS + TICK_MS, &[1, 2]);
     assert_eq!(released(&effects), [1, 2]);
     // One of two that train is lost.
     let mut world = both();
     drop(world.step(Event::Detached { worker: 2 }));
     assert_eq!(released(&world.pass(RETURN_MS + 2 * TICK_MS, &[1])), [1, 2]);
-    // One cannot go on.
+    // One cannot continue.
     let mut world = both();
     let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-    drop(say(&mut world, RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Bug }));
-    let effects = say(&mut world, RankEvent::Aborted { rank: Rank::new(1) });
+    drop(report(&mut world, RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Bug }));
+    let effects = report(&mut world, RankEvent::Aborted { rank: Rank::new(1) });
     assert_eq!(released(&effects), [1, 2]);
 }
 
 #[test]
-fn a_formation_with_ranks_it_cannot_have_is_let_go_at_once() {
+fn a_formation_with_impossible_ranks_is_released_at_once() {
     for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
         let mut world = fresh();
-        let who = Introduction { worker: 1, slots: 1, ..Introduction::default() };
+        let registration = Registration { worker: 1, slots: 1, ..Registration::default() };
         let hosted =
             vec![Hosted { formation: of(3), ranks: vec![Rank::new(rank)], world: world_size, steps: 9 }];
-        let (left, storage_mark) = (Vec::new(), "mark".into());
+        let (left, storage_id) = (Vec::new(), "mark".into());
         let effects = world.step(Event::Attached {
-            who: Box::new(who),
+            registration: Box::new(registration),
             hosted,
             left,
             state: 6,
             incarnation: 5,
-            storage_mark,
+            storage_id,
         });
         assert_eq!(released(&effects), [1]);
     }
 }
 
 #[test]
-fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends() {
+fn a_job_that_moved_on_after_this_copy_of_the_state_is_saved_and_ends() {
     // A copy of the state in which generation 1 runs is put back while generation 3 does.
     let mut world = training();
     for rank in 0..2 {
         drop(world.attach(u64::from(rank) + 1, hosted(3, &[rank])));
-        drop(say(&mut world, RankEvent::Ready { rank: Rank::new(rank) }));
+        drop(report(&mut world, RankEvent::Ready { rank: Rank::new(rank) }));
     }
     for rank in Rank::all(2) {
-        drop(say(&mut world, step_done(rank, 9)));
+        drop(report(&mut world, step_done(rank, 9)));
     }
     let saved = |rank| RankEvent::ShardSaved {
         rank,
@@ -152,19 +164,19 @@ fn a_job_that_has_gone_on_after_this_copy_of_its_state_was_made_is_kept_and_ends
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    Rank::all(2).for_each(|rank| drop(say(&mut world, saved(rank))));
+    Rank::all(2).for_each(|rank| drop(report(&mut world, saved(rank))));
     let (formation, result) = (of(3), Ok(()));
     let effects = world.step(Event::Committed { worker: 1, formation, position: Some(position(9)), result });
     assert_eq!(released(&effects), [1, 2]);
     let record = &world.core.jobs().all[&JOB];
     assert_eq!(record.phase, Phase::Ended(End::Failed));
-    let words = "job-1 has gone on to generation 3, of which this state knows nothing: it is older than the storage; \
-                 step 9 is kept in its folder";
+    let words = "job-1 has moved on to generation 3, which this state does not know: it is older than the storage; \
+                 step 9 is saved in its folder";
     assert_eq!(record.why, words);
 }
 
 #[test]
-fn what_ranks_of_another_state_say_counts_for_no_job_of_the_same_number() {
+fn events_of_another_states_ranks_count_for_no_job_of_the_same_number() {
     let mut world = fresh();
     (5..=6).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec(2, 0))));
@@ -172,24 +184,27 @@ fn what_ranks_of_another_state_say_counts_for_no_job_of_the_same_number() {
     assert_eq!(world.core.jobs().of_number(1), Ok(own));
     drop(attach(&mut world, 0));
     for rank in Rank::all(2) {
-        drop(say(&mut world, RankEvent::Ready { rank }));
+        drop(report(&mut world, RankEvent::Ready { rank }));
     }
     assert!(!world.core.is_training(own));
     assert_eq!(world.core.waiting_for(own), "starting, waiting for rank 0, 1");
 }
 
 #[test]
-fn a_formation_whose_slot_this_state_has_given_away_is_let_go_at_once() {
+fn a_formation_whose_slot_has_been_reassigned_is_released_at_once() {
     let mut world = fresh();
     drop(world.attach(1, Vec::new()));
     drop(world.step(Event::Submit(spec(1, 0))));
-    // The word that released it, and the one that assigned the next, were lost with the orchestrator.
+    // The commands that released it and assigned the next one were lost with the orchestrator.
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0).identified(7, 100), 0);
     let effects = attach(&mut again, 0);
     assert_eq!(released(&effects), [1]);
     let own = JobId::new(1, 99);
-    let place = |wanted: &dyn Fn(&Word) -> bool| words(&effects).iter().position(|(_, word)| wanted(word));
-    let released = place(&|word| matches!(word, Word::Release { .. }));
-    let assigned = place(&|word| matches!(word, Word::Assign { formation, .. } if formation.job == own));
+    let place = |wanted: &dyn Fn(&WorkerCommand) -> bool| {
+        commands(&effects).iter().position(|(_, command)| wanted(command))
+    };
+    let released = place(&|command| matches!(command, WorkerCommand::Release { .. }));
+    let assigned =
+        place(&|command| matches!(command, WorkerCommand::Assign { formation, .. } if formation.job == own));
     assert!(released.is_some() && released < assigned, "the slot is free before it is used: {effects:?}");
 }

@@ -1,7 +1,7 @@
-//! What a job goes on from when a rank is lost: the memory of its workers, or the newest checkpoint.
+//! What a job resumes from when a rank is lost: the memory of its workers, or the newest checkpoint.
 
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::{Generation, Rank};
-use contraflow_runtime::watch::{Action, Divergence};
 
 use super::*;
 use crate::recovery::InMemory;
@@ -9,9 +9,9 @@ use crate::recovery::InMemory;
 /// Rank 0's part on workers 1 and 2, rank 1's on 2 and 1; the step after is not acknowledged yet.
 fn keep_everywhere(world: &mut World, generation: u32, step: u64) {
     let generation = Generation::new(generation);
-    let shard = |step, rank| KeptShard { generation, step, rank: Rank::new(rank) };
-    world.kept.insert(1, vec![shard(step, 0), shard(step, 1), shard(step + 1, 0)]);
-    world.kept.insert(2, vec![shard(step, 1), shard(step, 0), shard(step + 1, 1)]);
+    let shard = |step, rank| ReplicaShard { generation, step, rank: Rank::new(rank) };
+    world.replicas.insert(1, vec![shard(step, 0), shard(step, 1), shard(step + 1, 0)]);
+    world.replicas.insert(2, vec![shard(step, 1), shard(step, 0), shard(step + 1, 1)]);
 }
 
 fn formed(world: &World) -> facts::Formed {
@@ -30,12 +30,12 @@ fn a_lost_rank_costs_no_step_that_its_buddy_has() {
         again.memory,
         Some(InMemory { generation: Generation::FIRST, step: 6, holders: [0, 0].map(Rank::new).into() })
     );
-    let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
-    assert!(effects.iter().any(said), "{effects:?}");
+    let logged_line = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
+    assert!(effects.iter().any(logged_line), "{effects:?}");
 }
 
 #[test]
-fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memory() {
+fn a_formation_that_breaks_before_its_first_step_resumes_from_the_same_replicas() {
     let mut world = training();
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
@@ -45,31 +45,33 @@ fn a_formation_that_breaks_before_it_has_made_a_step_goes_back_to_the_same_memor
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.places, again.resume_step), (3, vec![1, 4], 6));
     // What generation 1 made beyond that step is of no history any more.
-    let shard = |step, rank| KeptShard { generation: Generation::FIRST, step, rank: Rank::new(rank) };
-    world.kept.insert(1, vec![shard(7, 0), shard(7, 1)]);
+    let shard = |step, rank| ReplicaShard { generation: Generation::FIRST, step, rank: Rank::new(rank) };
+    world.replicas.insert(1, vec![shard(7, 0), shard(7, 1)]);
     drop(world.attach(5, Vec::new()));
     drop(world.pass(LEASE_MS + 2_000 + TICK_MS, &[1, 5]));
     assert_eq!((formed(&world).generation.number(), formed(&world).resume_step), (4, 0));
 }
 
 #[test]
-fn owner_and_buddy_lost_is_said_aloud_and_the_checkpoint_taken() {
+fn losing_owner_and_buddy_is_logged_and_the_checkpoint_used() {
     let mut world = training();
     checkpoint(&mut world, 4);
     keep_everywhere(&mut world, 1, 6);
-    world.kept.insert(1, vec![KeptShard { generation: Generation::FIRST, step: 6, rank: Rank::new(0) }]);
+    world
+        .replicas
+        .insert(1, vec![ReplicaShard { generation: Generation::FIRST, step: 6, rank: Rank::new(0) }]);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.resume_step, again.memory), (2, 4, None));
-    let said = effects.iter().find_map(|effect| match effect {
+    let logged_line = effects.iter().find_map(|effect| match effect {
         Effect::Log { line, .. } if line.contains("checkpoint of step 4") => Some(line),
         _ => None,
     });
-    assert!(said.is_some_and(|line| line.contains("state of rank 1")), "{effects:?}");
+    assert!(logged_line.is_some_and(|line| line.contains("state of rank 1")), "{effects:?}");
 }
 
 #[test]
-fn a_checkpoint_that_is_newer_than_what_is_kept_is_taken() {
+fn a_checkpoint_newer_than_the_replicas_is_used() {
     let mut world = training();
     checkpoint(&mut world, 8);
     keep_everywhere(&mut world, 1, 6);
@@ -78,7 +80,7 @@ fn a_checkpoint_that_is_newer_than_what_is_kept_is_taken() {
 }
 
 #[test]
-fn who_does_not_say_what_it_keeps_is_not_waited_for_for_ever() {
+fn the_wait_for_inventories_has_a_deadline() {
     let mut world = training();
     // Worker 1 beats, and leaves the question open.
     for _ in 0..=LEASE_MS / TICK_MS {
@@ -94,7 +96,7 @@ fn who_does_not_say_what_it_keeps_is_not_waited_for_for_ever() {
 }
 
 #[test]
-fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
+fn an_orchestrator_restarted_while_a_job_is_broken_learns_of_its_replicas() {
     let mut world = training();
     keep_everywhere(&mut world, 1, 6);
     for _ in 0..=LEASE_MS / TICK_MS {
@@ -106,22 +108,22 @@ fn an_orchestrator_that_starts_while_a_job_is_broken_hears_what_is_kept() {
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
     drop(again.attach(3, Vec::new()));
     assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
-    let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { formation: of(1), kept: world.kept[&1].clone() }];
-    let storage_mark = "mark".into();
+    let registration = Registration { worker: 1, slots: 1, node: "n1".into(), ..Registration::default() };
+    let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];
+    let storage_id = "mark".into();
     drop(again.step(Event::Attached {
-        who: Box::new(who),
+        registration: Box::new(registration),
         hosted: Vec::new(),
         left,
         state: 0,
         incarnation: 0,
-        storage_mark,
+        storage_id,
     }));
     assert_eq!((formed(&again).generation.number(), formed(&again).resume_step), (2, 6));
 }
 
 #[test]
-fn after_a_roll_back_what_is_kept_is_let_go() {
+fn after_a_rollback_replicas_are_dropped() {
     let mut world = training();
     checkpoint(&mut world, 4);
     keep_everywhere(&mut world, 1, 6);
@@ -129,7 +131,7 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
         rank,
         divergence: Box::new(Divergence {
             step: 7,
-            action: Action::RollBack,
+            action: StepAction::RollBack,
             why: "loss is not finite".into(),
             evidence: None,
         }),
@@ -137,43 +139,43 @@ fn after_a_roll_back_what_is_kept_is_let_go() {
     };
     drop(world.event(diverged(Rank::new(0))));
     let effects = world.event(diverged(Rank::new(1)));
-    let told = words(&effects);
-    let lets_go = |(_, word): &(u64, &Word)| matches!(word, Word::Release { formation, keep: false, .. } if *formation == of(1));
-    assert_eq!(told.iter().filter(|told| lets_go(told)).count(), 2);
+    let sent = commands(&effects);
+    let drops_replicas = |(_, command): &(u64, &WorkerCommand)| matches!(command, WorkerCommand::Release { formation, keep: false, .. } if *formation == of(1));
+    assert_eq!(sent.iter().filter(|sent| drops_replicas(sent)).count(), 2);
     assert_eq!((formed(&world).resume_step, formed(&world).cursor, formed(&world).memory), (4, 56, None));
-    // Somebody who has missed it is told when it says what it keeps.
-    let shard = KeptShard { generation: Generation::FIRST, step: 6, rank: Rank::new(1) };
-    let left = Left { formation: of(1), kept: vec![shard] };
+    // A worker that missed it is told when it reports its replicas.
+    let shard = ReplicaShard { generation: Generation::FIRST, step: 6, rank: Rank::new(1) };
+    let left = Left { formation: of(1), replicas: vec![shard] };
     let effects = world.step(Event::Left { worker: 3, left });
-    assert!(words(&effects).iter().any(lets_go));
+    assert!(commands(&effects).iter().any(drops_replicas));
 }
 
 #[test]
-fn a_worker_that_is_late_to_hear_where_the_job_goes_on_keeps_what_it_is_to_bring() {
+fn a_worker_that_learns_late_of_the_new_formation_keeps_the_replicas_it_has_to_send() {
     let mut world = training();
     keep_everywhere(&mut world, 1, 6);
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
-    // Its stream breaks before it has heard of the new formation, and it tells once more what it keeps.
+    // Its stream breaks before it learns of the new formation, and it reports its replicas again.
     drop(world.step(Event::Detached { worker: 1 }));
-    let who = Introduction { worker: 1, slots: 1, node: "n1".into(), ..Introduction::default() };
-    let left = vec![Left { formation: of(1), kept: world.kept[&1].clone() }];
-    let storage_mark = "mark".into();
+    let registration = Registration { worker: 1, slots: 1, node: "n1".into(), ..Registration::default() };
+    let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];
+    let storage_id = "mark".into();
     let effects = world.step(Event::Attached {
-        who: Box::new(who),
+        registration: Box::new(registration),
         hosted: Vec::new(),
         left,
         state: 0,
         incarnation: 0,
-        storage_mark,
+        storage_id,
     });
-    let told = words(&effects);
-    assert!(told.iter().any(|(worker, word)| *worker == 1
-        && matches!(word, Word::Assign { formation, .. } if *formation == of(2))));
-    assert!(!told.iter().any(|(_, word)| matches!(word, Word::Release { .. })), "{told:?}");
+    let sent = commands(&effects);
+    assert!(sent.iter().any(|(worker, command)| *worker == 1
+        && matches!(command, WorkerCommand::Assign { formation, .. } if *formation == of(2))));
+    assert!(!sent.iter().any(|(_, command)| matches!(command, WorkerCommand::Release { .. })), "{sent:?}");
 }
 
 #[test]
-fn a_job_that_keeps_nothing_in_memory_waits_for_no_word_of_it() {
+fn a_job_without_replicas_does_not_wait_for_inventories() {
     let mut world = World::new();
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec_with(2, 0, &["checkpoint.in_memory=false"]))));
@@ -190,18 +192,23 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
     let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
-    let expected =
-        Word::WriteDown { formation: of(1), of: (Generation::FIRST, 6), ranks: Rank::all(2).collect() };
-    let orders: Vec<_> =
-        words(&effects).into_iter().filter(|(_, word)| matches!(word, Word::WriteDown { .. })).collect();
+    let expected = WorkerCommand::WriteShards {
+        formation: of(1),
+        of: (Generation::FIRST, 6),
+        ranks: Rank::all(2).collect(),
+    };
+    let orders: Vec<_> = commands(&effects)
+        .into_iter()
+        .filter(|(_, command)| matches!(command, WorkerCommand::WriteShards { .. }))
+        .collect();
     assert_eq!(orders, [(1, &expected)]);
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
-    let say = |world: &mut World, event: RankEvent| {
+    let send_event = |world: &mut World, event: RankEvent| {
         let from = RankAddress { formation: of(1), rank: event.rank() };
         world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
     };
     let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
-    let effects = say(&mut world, RankEvent::StepDone { report });
+    let effects = send_event(&mut world, RankEvent::StepDone { report });
     assert!(matches!(effects[..], [Effect::Record { job: JOB, .. }]), "{effects:?}");
     let saved = |rank| RankEvent::ShardSaved {
         rank,
@@ -209,10 +216,10 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
         watch: Default::default(),
         shard: ShardFile::default(),
     };
-    assert_eq!(say(&mut world, saved(Rank::new(0))), []);
-    let effects = say(&mut world, saved(Rank::new(1)));
+    assert_eq!(send_event(&mut world, saved(Rank::new(0))), []);
+    let effects = send_event(&mut world, saved(Rank::new(1)));
     assert!(
-        matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { formation, .. })] if *formation == of(1)),
+        matches!(commands(&effects)[..], [(1, WorkerCommand::CommitCheckpoint { formation, .. })] if *formation == of(1)),
         "{effects:?}"
     );
     committed(&mut world, 6);
@@ -221,7 +228,7 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
 }
 
 #[test]
-fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
+fn a_failed_reshard_is_logged_and_the_checkpoint_used() {
     let mut world = World::new();
     (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
@@ -231,7 +238,8 @@ fn what_cannot_be_written_down_is_said_and_the_checkpoint_taken() {
     let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
     let event = Box::new(RankEvent::Failed { rank: Rank::new(1), action, cause, kind: ErrorKind::Config });
     let effects = world.step(Event::Rank { worker: 1, from, event });
-    let said = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));
-    assert!(effects.iter().any(said), "{effects:?}");
+    let logged_line =
+        |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));
+    assert!(effects.iter().any(logged_line), "{effects:?}");
     assert_eq!((formed(&world).places, formed(&world).resume_step), (vec![1], 0));
 }

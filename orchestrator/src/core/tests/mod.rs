@@ -2,12 +2,12 @@
 
 mod attempts;
 mod foreign;
-mod hangs;
 mod memory;
 mod placing;
 mod retention;
 mod rollback;
 mod spec;
+mod stalls;
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use super::facts::{End, Fact, JobSpec};
 use super::jobs::{Jobs, Phase};
 use super::*;
-use crate::recovery::KeptShard;
+use crate::recovery::ReplicaShard;
 
 /// The first job, and the second one.
 const JOB: JobId = JobId::new(1, 0);
@@ -69,7 +69,7 @@ struct World {
     core: Core,
     facts: Vec<Fact>,
     /// By worker, what it keeps of the state of its job.
-    kept: BTreeMap<u64, Vec<KeptShard>>,
+    replicas: BTreeMap<u64, Vec<ReplicaShard>>,
     now: u64,
 }
 
@@ -79,13 +79,13 @@ impl World {
     }
 
     fn of(core: Core, now: u64) -> Self {
-        World { core, facts: Vec::new(), kept: BTreeMap::new(), now }
+        World { core, facts: Vec::new(), replicas: BTreeMap::new(), now }
     }
 
     fn step(&mut self, event: Event) -> Vec<Effect> {
         let effects = self.core.step(event, self.now);
         let facts = effects.iter().filter_map(|effect| match effect {
-            Effect::Keep(fact) => Some(fact.clone()),
+            Effect::Persist(fact) => Some(fact.clone()),
             _ => None,
         });
         self.facts.extend(facts);
@@ -93,15 +93,16 @@ impl World {
     }
 
     fn attach(&mut self, worker: u64, hosted: Vec<Hosted>) -> Vec<Effect> {
-        let who = Introduction { worker, slots: 1, node: format!("n{worker}"), ..Introduction::default() };
-        let (left, storage_mark) = (Vec::new(), "mark".into());
+        let registration =
+            Registration { worker, slots: 1, node: format!("n{worker}"), ..Registration::default() };
+        let (left, storage_id) = (Vec::new(), "mark".into());
         self.step(Event::Attached {
-            who: Box::new(who),
+            registration: Box::new(registration),
             hosted,
             left,
             state: 0,
             incarnation: 0,
-            storage_mark,
+            storage_id,
         })
     }
 
@@ -120,9 +121,9 @@ impl World {
             for &worker in beating {
                 effects.extend(self.step(Event::Beat { worker, progress: Vec::new() }));
             }
-            let told = self.step(Event::Tick);
-            let answers = self.answers(&told, beating);
-            effects.extend(told);
+            let sent = self.step(Event::Tick);
+            let answers = self.answers(&sent, beating);
+            effects.extend(sent);
             for answer in answers {
                 effects.extend(self.step(answer));
             }
@@ -131,11 +132,11 @@ impl World {
     }
 
     fn answers(&self, effects: &[Effect], beating: &[u64]) -> Vec<Event> {
-        let asked = words(effects).into_iter().filter(|(worker, _)| beating.contains(worker));
-        let answer = |(worker, word): (u64, &Word)| match *word {
-            Word::Release { formation, keep: true, .. } => {
-                let kept = self.kept.get(&worker).cloned().unwrap_or_default();
-                Some(Event::Left { worker, left: Left { formation, kept } })
+        let asked = commands(effects).into_iter().filter(|(worker, _)| beating.contains(worker));
+        let answer = |(worker, command): (u64, &WorkerCommand)| match *command {
+            WorkerCommand::Release { formation, keep: true, .. } => {
+                let replicas = self.replicas.get(&worker).cloned().unwrap_or_default();
+                Some(Event::Left { worker, left: Left { formation, replicas } })
             }
             _ => None,
         };
@@ -157,11 +158,11 @@ fn hosted(generation: u32, ranks: &[u32]) -> Vec<Hosted> {
     }]
 }
 
-fn words(effects: &[Effect]) -> Vec<(u64, &Word)> {
+fn commands(effects: &[Effect]) -> Vec<(u64, &WorkerCommand)> {
     effects
         .iter()
         .filter_map(|effect| match effect {
-            Effect::Tell { worker, word } => Some((*worker, word)),
+            Effect::Send { worker, command } => Some((*worker, command)),
             _ => None,
         })
         .collect()
@@ -186,14 +187,14 @@ fn training() -> World {
     assert_eq!(world.places(), [1, 2]);
     drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
     let effects = world.event(RankEvent::Ready { rank: Rank::new(1) });
-    let begun = words(&effects).into_iter().filter(|(_, word)| {
-        matches!(word, Word::Command { command: RankCommand::BeginStep { step: 1 }, .. })
+    let begun = commands(&effects).into_iter().filter(|(_, command)| {
+        matches!(command, WorkerCommand::Rank { command: RankCommand::BeginStep { step: 1 }, .. })
     });
     assert_eq!(begun.count(), 2);
     world
 }
 
-/// Where a run stands after a step.
+/// Position of a run after a step.
 fn position(step: u64) -> Position {
     Position { step, cursor: 72 * step, tokens: 72 * 32 * step }
 }
@@ -209,7 +210,7 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
     world.event(saved(Rank::new(1)))
 }
 
-/// The commit of a checkpoint is told.
+/// The commit of a checkpoint is reported.
 fn committed(world: &mut World, step: u64) {
     let (formation, result) = (FormationId::new(JOB, world.core.jobs().all[&JOB].generation()), Ok(()));
     let position = Some(position(step));
@@ -230,9 +231,9 @@ fn a_job_waits_for_all_its_ranks_and_says_so() {
     assert_eq!(world.core.waiting_for(JOB), "needs 2 ranks, 1 healthy");
     let effects = world.attach(2, Vec::new());
     assert_eq!(world.places(), [1, 2]);
-    let assigned: Vec<u64> = words(&effects)
+    let assigned: Vec<u64> = commands(&effects)
         .into_iter()
-        .filter(|(_, word)| matches!(word, Word::Assign { .. }))
+        .filter(|(_, command)| matches!(command, WorkerCommand::Assign { .. }))
         .map(|(worker, _)| worker)
         .collect();
     assert_eq!(assigned, [1, 2]);
@@ -242,7 +243,7 @@ fn a_job_waits_for_all_its_ranks_and_says_so() {
 fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one() {
     let mut world = training();
     let effects = save(&mut world, 4);
-    assert!(matches!(words(&effects)[..], [(1, Word::CommitCheckpoint { .. })]));
+    assert!(matches!(commands(&effects)[..], [(1, WorkerCommand::CommitCheckpoint { .. })]));
     committed(&mut world, 4);
     drop(world.pass(LEASE_MS, &[1, 3]));
     assert_eq!(world.places(), [1, 2]);
@@ -251,10 +252,11 @@ fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one
     let record = &world.core.jobs().all[&JOB];
     let formed = record.formed.as_ref().unwrap();
     assert_eq!((formed.generation.number(), formed.resume_step, record.losses), (2, 4, 1));
-    let told = words(&effects);
+    let sent = commands(&effects);
     let released = |worker| {
-        told.iter().any(|(to, word)| {
-            *to == worker && matches!(word, Word::Release { formation, .. } if *formation == of(1))
+        sent.iter().any(|(to, command)| {
+            *to == worker
+                && matches!(command, WorkerCommand::Release { formation, .. } if *formation == of(1))
         })
     };
     assert!(released(1) && released(2));
@@ -273,7 +275,7 @@ fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
     drop(world.step(Event::Detached { worker: 2 }));
     drop(world.pass(RETURN_MS - TICK_MS, &[1, 3]));
     let effects = world.attach(2, hosted(1, &[1]));
-    assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
+    assert!(!commands(&effects).iter().any(|(_, command)| matches!(command, WorkerCommand::Assign { .. })));
     drop(world.pass(2 * LEASE_MS, &[1, 2, 3]));
     assert_eq!((world.places(), world.core.jobs().all[&JOB].generation().number()), (vec![1, 2], 1));
 }
@@ -294,7 +296,7 @@ fn a_victim_that_has_lost_a_peer_is_not_blamed() {
 }
 
 #[test]
-fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
+fn ranks_that_lose_each_other_while_all_workers_are_alive_re_form() {
     let mut world = training();
     let lost = RankEvent::Failed {
         rank: Rank::new(0),
@@ -309,7 +311,7 @@ fn ranks_that_lose_each_other_while_all_workers_beat_are_formed_anew() {
 }
 
 #[test]
-fn what_an_earlier_generation_says_is_dropped() {
+fn messages_of_an_earlier_generation_are_dropped() {
     let mut world = training();
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
     let stale = RankAddress { formation: of(1), rank: Rank::new(1) };
@@ -322,7 +324,7 @@ fn what_an_earlier_generation_says_is_dropped() {
 }
 
 #[test]
-fn an_orchestrator_that_starts_again_adopts_what_runs() {
+fn a_restarted_orchestrator_adopts_running_jobs() {
     let world = training();
     let mut jobs = Jobs::default();
     world.facts.iter().for_each(|fact| jobs.apply(fact));
@@ -330,20 +332,20 @@ fn an_orchestrator_that_starts_again_adopts_what_runs() {
     let mut again = World::of(Core::new(jobs, 2, 50_000), 50_000);
     drop(again.pass(2_000, &[]));
     let effects = again.attach(1, hosted(1, &[0]));
-    assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Assign { .. })));
+    assert!(!commands(&effects).iter().any(|(_, command)| matches!(command, WorkerCommand::Assign { .. })));
     drop(again.event(RankEvent::Ready { rank: Rank::new(0) }));
     drop(again.pass(1_000, &[1]));
     // The other worker never got its assignment: it is said again.
     let effects = again.attach(2, Vec::new());
-    let expected = Word::Assign { formation: of(1), ranks: vec![Rank::new(1)] };
-    assert!(words(&effects).iter().any(|(worker, word)| *worker == 2 && **word == expected));
+    let expected = WorkerCommand::Assign { formation: of(1), ranks: vec![Rank::new(1)] };
+    assert!(commands(&effects).iter().any(|(worker, command)| *worker == 2 && **command == expected));
     drop(again.event(RankEvent::Ready { rank: Rank::new(1) }));
     assert!(again.core.is_training(JOB));
     assert_eq!(again.core.jobs().all[&JOB].generation().number(), 1);
 }
 
 #[test]
-fn workers_that_do_not_come_back_to_a_started_orchestrator_are_lost() {
+fn workers_that_do_not_return_to_a_restarted_orchestrator_are_lost() {
     let world = training();
     let core = Core::new(world.core.jobs().clone(), 2, 0);
     let mut again = World::of(core, 0);
@@ -356,7 +358,7 @@ fn workers_that_do_not_come_back_to_a_started_orchestrator_are_lost() {
 }
 
 #[test]
-fn an_orchestrator_that_was_away_blames_nobody() {
+fn a_restarted_orchestrator_blames_no_worker() {
     let mut world = training();
     world.now += 60_000;
     drop(world.step(Event::Tick));
@@ -379,22 +381,22 @@ fn without_a_spare_a_job_shrinks_if_it_may_and_waits_if_not() {
 }
 
 #[test]
-fn an_older_orchestrator_and_a_foreign_storage_are_refused_in_words() {
+fn an_older_orchestrator_and_a_foreign_storage_are_refused_with_a_message() {
     let mut world = training();
-    let who = Introduction { worker: 9, ..Introduction::default() };
+    let registration = Registration { worker: 9, ..Registration::default() };
     for (incarnation, mark, expected) in
         [(5, "mark", "another one has taken over"), (0, "other", "--storage")]
     {
         let attached = Event::Attached {
-            who: Box::new(who.clone()),
+            registration: Box::new(registration.clone()),
             hosted: Vec::new(),
             left: Vec::new(),
             state: 0,
             incarnation,
-            storage_mark: mark.into(),
+            storage_id: mark.into(),
         };
         let effects = world.step(attached);
-        let [(9, Word::Refused { why })] = &words(&effects)[..] else { panic!("{effects:?}") };
+        let [(9, WorkerCommand::Reject { why })] = &commands(&effects)[..] else { panic!("{effects:?}") };
         assert!(why.contains(expected), "{why}");
         assert!(world.core.member(9).is_none());
     }
@@ -407,7 +409,9 @@ fn a_cancelled_job_leaves_its_places_to_the_next() {
     assert!(world.core.jobs().all[&SECOND].running().is_none());
     let effects = world.step(Event::Cancel { job: JOB, reason: "enough".into() });
     assert!(
-        words(&effects).iter().any(|(worker, word)| *worker == 2 && matches!(word, Word::Release { .. }))
+        commands(&effects)
+            .iter()
+            .any(|(worker, command)| *worker == 2 && matches!(command, WorkerCommand::Release { .. }))
     );
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Ended(End::Cancelled));
     assert!(world.core.jobs().all[&SECOND].running().is_some());
@@ -426,15 +430,15 @@ fn the_same_key_is_the_same_job() {
 }
 
 #[test]
-fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later() {
+fn a_job_of_higher_priority_preempts_a_lower_one_which_resumes_later() {
     let mut world = training();
     let effects = world.step(Event::Submit(spec(3, 1)));
-    let stops = words(&effects)
+    let stops = commands(&effects)
         .into_iter()
-        .filter(|(_, word)| matches!(word, Word::Command { command: RankCommand::Stop, .. }));
+        .filter(|(_, command)| matches!(command, WorkerCommand::Rank { command: RankCommand::Stop, .. }));
     assert_eq!(stops.count(), 2);
     let waits = world.core.waiting_for(SECOND);
-    assert_eq!(waits, "job-1 to give way");
+    assert_eq!(waits, "job-1 to yield");
     // The ranks agree on the step after which they stop, and keep it.
     Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
@@ -446,12 +450,12 @@ fn a_job_of_higher_priority_takes_the_place_of_a_lower_one_which_goes_on_later()
 }
 
 #[test]
-fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_rank() {
+fn a_leaving_worker_is_drained_after_the_running_step() {
     let mut world = training();
-    let effects = world.step(Event::Leaving { worker: 2 });
-    assert_eq!(words(&effects).len(), 2);
+    let effects = world.step(Event::LeaveRequested { worker: 2 });
+    assert_eq!(commands(&effects).len(), 2);
     // It may say so again, after a break of its stream for instance.
-    assert_eq!(words(&world.step(Event::Leaving { worker: 2 })), []);
+    assert_eq!(commands(&world.step(Event::LeaveRequested { worker: 2 })), []);
     Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let mut places = world.places();
@@ -466,7 +470,7 @@ fn a_worker_that_wants_to_end_is_left_after_the_running_step_and_gets_no_other_r
 fn a_drained_node_is_left_after_the_running_step() {
     let mut world = training();
     let effects = world.step(Event::Drain { node: "n2".into() });
-    assert_eq!(words(&effects).len(), 2);
+    assert_eq!(commands(&effects).len(), 2);
     Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
     checkpoint(&mut world, 5);
     let mut places = world.places();

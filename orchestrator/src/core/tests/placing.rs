@@ -5,23 +5,23 @@ use super::*;
 const GIB: u64 = 1 << 30;
 
 fn attach(world: &mut World, worker: u64, (slots, memory_bytes): (usize, u64)) {
-    let who = Introduction {
+    let registration = Registration {
         worker,
         name: format!("w{worker}"),
         slots,
         node: format!("n{worker}"),
         memory_bytes,
         memory_limit: "RLIMIT_AS".into(),
-        ..Introduction::default()
+        ..Registration::default()
     };
-    let (hosted, left, storage_mark) = (Vec::new(), Vec::new(), "mark".into());
+    let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
     drop(world.step(Event::Attached {
-        who: Box::new(who),
+        registration: Box::new(registration),
         hosted,
         left,
         state: 0,
         incarnation: 0,
-        storage_mark,
+        storage_id,
     }));
 }
 
@@ -46,7 +46,7 @@ fn a_rank_goes_only_where_it_fits_and_what_fits_nowhere_waits_with_the_numbers()
     let words = "needs 2 ranks, room for 1, 2 with too little memory: a rank needs at least 3.0 GiB, \
                  worker w1 on node n1 has 2.0 GiB (RLIMIT_AS)";
     assert_eq!(waits, words);
-    // It holds up nobody behind it.
+    // It blocks no job behind it.
     submit(&mut world, 2, GIB);
     assert_eq!(places(&world, id(3)), [1, 1]);
     attach(&mut world, 3, (2, 6 * GIB));

@@ -1,4 +1,4 @@
-//! Of jobs that are over, so many stay known.
+//! Retention: a limited number of ended jobs stays known.
 
 use super::*;
 
@@ -17,9 +17,9 @@ fn forgotten(facts: &[Fact]) -> Vec<JobId> {
 }
 
 #[test]
-fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
+fn the_latest_finished_jobs_are_retained() {
     let mut world = training();
-    world.core = std::mem::replace(&mut world.core, Core::new(Jobs::default(), 1, 0)).keeping(2);
+    world.core = std::mem::replace(&mut world.core, Core::new(Jobs::default(), 1, 0)).retaining(2);
     for number in 2..=5 {
         let key = format!("key {number}");
         drop(world.step(Event::Submit(Box::new(JobSpec { key, ..*spec(9, 0) }))));
@@ -30,7 +30,7 @@ fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
     assert_eq!(forgotten(&world.facts), [4, 2].map(id), "as they ended, not as they came");
     let known: Vec<JobId> = world.core.jobs().all.keys().copied().collect();
     assert_eq!(known, [1, 3, 5].map(id), "the first one runs");
-    // The key of a job that is forgotten stands for a new one, with a number of its own; that of a known one does not.
+    // The key of a removed job creates a new one, with a new number; that of a retained one does not.
     for (key, newest) in [("key 5", 5), ("key 4", 6)] {
         drop(world.step(Event::Submit(Box::new(JobSpec { key: key.into(), ..*spec(9, 0) }))));
         assert_eq!(world.core.jobs().newest, id(newest));
@@ -42,11 +42,11 @@ fn of_jobs_that_are_over_the_latest_to_end_stay_known() {
 }
 
 #[test]
-fn a_start_that_keeps_fewer_forgets_the_others() {
+fn a_restart_with_a_lower_limit_removes_the_others() {
     let mut world = World::new();
     (0..4).for_each(|_| drop(world.step(Event::Submit(spec(9, 0)))));
     [3, 1, 2].into_iter().for_each(|number| cancel(&mut world, id(number)));
-    let core = Core::new(world.core.jobs().clone(), 2, 0).keeping(1);
+    let core = Core::new(world.core.jobs().clone(), 2, 0).retaining(1);
     let mut again = World::of(core, 0);
     drop(again.step(Event::Tick));
     assert_eq!(forgotten(&again.facts), [3, 1].map(id));

@@ -1,8 +1,8 @@
 //! Jobs that the watch stops: they go back to a checkpoint and say past how much, or end and say why.
 
+use contraflow_runtime::stability::evidence::{Evidence, NamedTensor, RankEvidence};
+use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::Rank;
-use contraflow_runtime::watch::evidence::{Evidence, NamedTensor, RankEvidence};
-use contraflow_runtime::watch::{Action, Divergence};
 
 use super::*;
 
@@ -14,7 +14,7 @@ fn diverge(world: &mut World, divergence: &Divergence, cursor: u64) -> Vec<Effec
 }
 
 fn spike(step: u64) -> Divergence {
-    Divergence { step, action: Action::RollBack, why: "a spike".into(), evidence: None }
+    Divergence { step, action: StepAction::RollBack, why: "a spike".into(), evidence: None }
 }
 
 /// The ranks of the running formation have their models.
@@ -24,26 +24,26 @@ fn ready(world: &mut World) {
 }
 
 #[test]
-fn a_job_that_goes_back_says_to_which_step_and_past_how_many_sequences() {
+fn a_rollback_logs_its_step_and_the_number_of_skipped_sequences() {
     let mut world = training();
     checkpoint(&mut world, 4);
     let effects = diverge(&mut world, &spike(6), 6 * 72);
-    let told = logged(&effects);
-    assert_eq!(told[0], "a spike; going back to step 4, past 144 sequences");
-    assert!(told[1].starts_with("generation 2: "), "{told:?}");
-    // The second time the same checkpoint is further away, for the place where the run went on counts too.
+    let sent = logged(&effects);
+    assert_eq!(sent[0], "a spike; rolling back to step 4, skipping 144 sequences");
+    assert!(sent[1].starts_with("generation 2: "), "{sent:?}");
+    // The second time the same checkpoint is further away, for the place where the run continued counts too.
     ready(&mut world);
     let effects = diverge(&mut world, &spike(5), 6 * 72 + 72);
-    assert_eq!(logged(&effects)[0], "a spike; going back to step 4, past 216 sequences");
+    assert_eq!(logged(&effects)[0], "a spike; rolling back to step 4, skipping 216 sequences");
     ready(&mut world);
     drop(diverge(&mut world, &spike(5), 6 * 72 + 144));
     let record = &world.core.jobs().all[&JOB];
     assert_eq!(record.phase, Phase::Ended(End::Failed));
-    assert_eq!(record.why, "a spike; the run went back to step 4 2 times (watch.max_skips)");
+    assert_eq!(record.why, "a spike; the run rolled back to step 4 2 times (watch.max_skips)");
 }
 
 #[test]
-fn an_orchestrator_that_was_started_anew_counts_on() {
+fn a_restarted_orchestrator_continues_the_count() {
     let mut world = training();
     checkpoint(&mut world, 4);
     drop(diverge(&mut world, &spike(6), 6 * 72));
@@ -58,7 +58,7 @@ fn an_orchestrator_that_was_started_anew_counts_on() {
     }
     ready(&mut again);
     let effects = diverge(&mut again, &spike(5), 7 * 72);
-    assert_eq!(logged(&effects)[0], "a spike; going back to step 4, past 216 sequences");
+    assert_eq!(logged(&effects)[0], "a spike; rolling back to step 4, skipping 216 sequences");
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
     {
         let mut world = training();
         checkpoint(&mut world, 2);
-        let divergence = Divergence { step: 3, action: Action::Stop, why: "not finite".into(), evidence };
+        let divergence = Divergence { step: 3, action: StepAction::Stop, why: "not finite".into(), evidence };
         drop(diverge(&mut world, &divergence, 3 * 72));
         let record = &world.core.jobs().all[&JOB];
         assert_eq!((&record.phase, record.why.as_str()), (&Phase::Ended(End::Failed), outcome));
@@ -87,9 +87,9 @@ fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
 }
 
 #[test]
-fn without_a_checkpoint_there_is_nothing_to_go_back_to() {
+fn without_a_checkpoint_there_is_nothing_to_roll_back_to() {
     let mut world = training();
     drop(diverge(&mut world, &spike(3), 3 * 72));
     let record = &world.core.jobs().all[&JOB];
-    assert_eq!(record.why, "a spike; there is no checkpoint to go back to");
+    assert_eq!(record.why, "a spike; there is no checkpoint to roll back to");
 }

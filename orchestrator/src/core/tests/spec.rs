@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_job_is_kept_as_text_and_comes_back_as_it_was() {
+fn a_job_round_trips_through_its_text_form() {
     let spec = JobSpec { key: "once".into(), traceparent: "00-ab".into(), ..*spec(3, -1) };
     let text = serde_json::to_value(&spec).unwrap();
     assert!(text["recipe"].as_str().unwrap().contains("data = 3"), "{text}");
@@ -50,23 +50,23 @@ fn a_formation_knows_the_peak_of_its_hosts() {
     for worker in 1..=2 {
         let tcp = ([127, 0, 0, 1], 1).into();
         let fabric = contraflow_runtime::fabric::Address { host: "one".into(), tcp, unix: String::new() };
-        let who = Introduction {
+        let registration = Registration {
             worker,
             slots: 1,
             node: format!("n{worker}"),
             fabric: Some(fabric),
             cores: 4,
             peak_flops: 4_000,
-            ..Introduction::default()
+            ..Registration::default()
         };
-        let (left, storage_mark) = (Vec::new(), "mark".into());
+        let (left, storage_id) = (Vec::new(), "mark".into());
         drop(world.step(Event::Attached {
-            who: Box::new(who),
+            registration: Box::new(registration),
             hosted: Vec::new(),
             left,
             state: 0,
             incarnation: 0,
-            storage_mark,
+            storage_id,
         }));
     }
     drop(world.step(Event::Submit(spec(2, 0))));

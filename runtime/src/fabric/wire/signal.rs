@@ -71,7 +71,7 @@ pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
     let (body, sum) = bytes.split_at(SIGNAL_BYTES - CHECKSUM_BYTES);
     let mut fields = Fields(body);
     if fields.take() != SIGNAL_MAGIC || fields.u8() != VERSION {
-        return bad("what came is no signal of this version");
+        return bad("not a signal of this version");
     }
     if checksum(&[body]) != sum {
         return bad("the checksum of a signal does not match");
@@ -96,7 +96,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_signalled_is_heard(source in any::<u32>(), to in any::<u32>(), kind in 0..KINDS.len(), bytes in any::<u64>(),
+        fn signals_are_received(source in any::<u32>(), to in any::<u32>(), kind in 0..KINDS.len(), bytes in any::<u64>(),
                                       at in 0..SIGNAL_BYTES, bit in 0..8) {
             let lane = LaneKey { source, to, kind: KINDS[kind] };
             for signal in [Signal::Credit { lane, bytes }, Signal::Free { block: bytes }, Signal::Beat, Signal::Bye] {

@@ -11,7 +11,7 @@ mod tests;
 
 use serde_json::{Value, json};
 
-use super::{POSITIONS, Reader};
+use super::{ConfigReader, POSITIONS};
 use crate::model_config::Yarn;
 
 /// Base of the rotary frequencies of a file that has none.
@@ -37,7 +37,7 @@ struct Settings {
     yarn: Option<Yarn>,
 }
 
-/// Where the original context of YaRN stands, if not inside.
+/// Where the original context of YaRN is given, if not inside.
 #[derive(Clone, Copy)]
 struct Outside {
     /// `original_max_position_embeddings` beside.
@@ -47,7 +47,7 @@ struct Outside {
 }
 
 /// Theta and scaling. Faults are noted in `file`.
-pub(super) fn read(file: &mut Reader, max_position_embeddings: usize) -> (f64, Option<Yarn>) {
+pub(super) fn read(file: &mut ConfigReader, max_position_embeddings: usize) -> (f64, Option<Yarn>) {
     refuse_partial(file);
     let original = file.optional_count(ORIGINAL, POSITIONS);
     let outside = Outside { original, longest: max_position_embeddings };
@@ -71,7 +71,7 @@ pub(super) fn read(file: &mut Reader, max_position_embeddings: usize) -> (f64, O
 }
 
 /// Theta, from inside what counts or from beside it; the other statements must agree.
-fn theta(file: &mut Reader, counts: Option<&Settings>, other: Option<&Settings>) -> f64 {
+fn theta(file: &mut ConfigReader, counts: Option<&Settings>, other: Option<&Settings>) -> f64 {
     let beside = file.given("rope_theta").map(|_| file.positive("rope_theta", None));
     let inside = counts.and_then(|settings| settings.theta);
     let theta = inside.or(beside).unwrap_or(DEFAULT_THETA);
@@ -96,7 +96,7 @@ fn theta(file: &mut Reader, counts: Option<&Settings>, other: Option<&Settings>)
 
 /// What one of the two objects says; `None` if it is not given or, as in transformers, empty.
 fn section(
-    file: &mut Reader,
+    file: &mut ConfigReader,
     (key, prefix): (&'static str, &'static str),
     outside: Outside,
 ) -> Option<Settings> {
@@ -108,14 +108,14 @@ fn section(
     if object.is_empty() {
         return None;
     }
-    let mut section = Reader { object, prefix, faults: std::mem::take(&mut file.faults) };
+    let mut section = ConfigReader { object, prefix, faults: std::mem::take(&mut file.faults) };
     let theta = section.given("rope_theta").map(|_| section.positive("rope_theta", None));
     let yarn = scaling(&mut section, outside);
     file.faults = section.faults;
     Some(Settings { key, theta, yarn })
 }
 
-fn scaling(section: &mut Reader, outside: Outside) -> Option<Yarn> {
+fn scaling(section: &mut ConfigReader, outside: Outside) -> Option<Yarn> {
     let (newer, older) = (section.given("rope_type"), section.given("type"));
     if let (Some(newer), Some(older)) = (newer, older)
         && newer != older
@@ -138,7 +138,7 @@ fn scaling(section: &mut Reader, outside: Outside) -> Option<Yarn> {
 }
 
 /// Refuses keys that would stretch the context if the type did not say that nothing does.
-fn refuse_scaling(section: &mut Reader, expected: &str) {
+fn refuse_scaling(section: &mut ConfigReader, expected: &str) {
     refuse_unknown(section);
     for key in SCALING_KEYS {
         if let Some(given) = section.given(key) {
@@ -147,7 +147,7 @@ fn refuse_scaling(section: &mut Reader, expected: &str) {
     }
 }
 
-fn refuse_unknown(section: &mut Reader) {
+fn refuse_unknown(section: &mut ConfigReader) {
     refuse_partial(section);
     let known = [&SCALING_KEYS[..], &PLAIN_KEYS].concat();
     for (key, value) in
@@ -158,14 +158,14 @@ fn refuse_unknown(section: &mut Reader) {
 }
 
 /// A part of each head's rotary columns that is not turned is not built.
-fn refuse_partial(reader: &mut Reader) {
+fn refuse_partial(reader: &mut ConfigReader) {
     const KEY: &str = "partial_rotary_factor";
     if let Some(given) = reader.given(KEY).filter(|given| given.as_f64() != Some(1.0)) {
         reader.fault(KEY, "1, the only form that is supported", Some(given));
     }
 }
 
-fn yarn(section: &mut Reader, outside: Outside) -> Yarn {
+fn yarn(section: &mut ConfigReader, outside: Outside) -> Yarn {
     if let Some(given) = section.given("attention_factor") {
         section.fault("attention_factor", "null, the only form that is supported", Some(given));
     }
@@ -185,7 +185,7 @@ fn yarn(section: &mut Reader, outside: Outside) -> Yarn {
     }
 }
 
-fn original(section: &mut Reader, outside: Outside) -> usize {
+fn original(section: &mut ConfigReader, outside: Outside) -> usize {
     let inside = section.optional_count(ORIGINAL, POSITIONS);
     if let (Some(inside), Some(beside)) = (inside, outside.original)
         && inside != beside

@@ -64,7 +64,7 @@ fn what_is_written_reads_back() {
 }
 
 /// What is said about the tiny model after some keys were set or, with null, taken away.
-fn said(changes: Value) -> String {
+fn error_text(changes: Value) -> String {
     let mut file: Value = serde_json::from_str(&write(&builtin::model("tiny").unwrap())).unwrap();
     for (key, value) in changes.as_object().unwrap() {
         file[key] = value.clone();
@@ -158,7 +158,7 @@ fn faults_of_a_file() {
         ),
     ];
     for (changes, message) in cases {
-        assert_eq!(said(changes.clone()), message, "{changes}");
+        assert_eq!(error_text(changes.clone()), message, "{changes}");
     }
     assert_eq!(
         read("[1]").unwrap_err().to_string(),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::data::load::{Loaded, Wanted, load};
+use crate::data::load::{DataRequest, Loaded, load};
 use crate::data::shards::Shards;
 use crate::data::tokenizer::Tokenizer;
 use crate::data::{hf_tokenizer, parquet_file};
@@ -34,7 +34,7 @@ fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
 }
 
-fn say(faults: Vec<PrepareFault>) -> String {
+fn fault_texts(faults: Vec<PrepareFault>) -> String {
     faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }
 
@@ -53,7 +53,7 @@ fn the_shards_hold_the_documents_in_their_order() {
                 side.push(tokenizer.end_of_document());
                 Ok::<_, DataFault>(())
             };
-            Format::of(&file).each(&file, push).unwrap();
+            FileFormat::of(&file).each(&file, push).unwrap();
         }
         for (records, expected) in [(&index.train, &expected[0]), (&index.validation, &expected[1])] {
             let shards = Shards::open(&to, &index, records).unwrap();
@@ -98,7 +98,9 @@ fn an_interrupted_preparation_ends_in_the_same_bytes() {
     // Ready folders stay as they are, and others are not taken over.
     prepare(&cut_preparation, &mut |_| false).unwrap();
     let other = Preparation { shard_tokens: 501, ..cut_preparation };
-    assert!(say(prepare(&other, &mut |_| true).unwrap_err()).contains("one that holds something else"));
+    assert!(
+        fault_texts(prepare(&other, &mut |_| true).unwrap_err()).contains("one that holds something else")
+    );
 }
 
 #[test]
@@ -133,8 +135,8 @@ fn an_id_beyond_the_vocabulary_is_refused() {
     let to = out.path().join("tokens");
     let mut index = prepare(&preparation(input.path(), &to, Tokenizer::Bytes), &mut |_| true).unwrap();
     index.id_limit = 256;
-    let said = Shards::open(&to, &index, &index.train[..1]).unwrap_err()[0].to_string();
-    assert!(said.ends_with("expected token ids below 256, got 256"), "{said}");
+    let error_text = Shards::open(&to, &index, &index.train[..1]).unwrap_err()[0].to_string();
+    assert!(error_text.ends_with("expected token ids below 256, got 256"), "{error_text}");
 }
 
 #[test]
@@ -144,21 +146,22 @@ fn a_run_takes_a_prepared_folder_of_its_own_tokenizer_only() {
     prepare(&preparation(input.path(), &to, Tokenizer::Bytes), &mut |_| true).unwrap();
     let take = |paths: &[PathBuf], weights: &[u32], tokenizer: Tokenizer| {
         let encoder = DocumentEncoder::plain(tokenizer);
-        load(Wanted { paths, weights, encoder: &encoder, sequence_length: 16 })
+        load(DataRequest { paths, weights, encoder: &encoder, sequence_length: 16 })
     };
     let one = [to.clone()];
     let Loaded { name, train, validation, .. } = take(&one, &[], Tokenizer::Bytes).unwrap();
     assert_eq!(name, "prepared");
     assert!(train.num_sequences() > 100 && validation.num_sequences() > 5 && train.tokens().is_none());
-    let said = take(&one, &[], hf_tokenizer::tests::trained()).unwrap_err()[0].to_string();
+    let error_text = take(&one, &[], hf_tokenizer::tests::trained()).unwrap_err()[0].to_string();
     assert!(
-        said.contains("expected tokens of the run's tokenizer") && said.ends_with("tokens of bytes"),
-        "{said}"
+        error_text.contains("expected tokens of the run's tokenizer")
+            && error_text.ends_with("tokens of bytes"),
+        "{error_text}"
     );
     // Beside another path it needs a weight.
     let two = [to, input.path().to_path_buf()];
-    let said = take(&two, &[], Tokenizer::Bytes).unwrap_err()[0].to_string();
-    assert!(said.contains("expected data.weights"), "{said}");
+    let error_text = take(&two, &[], Tokenizer::Bytes).unwrap_err()[0].to_string();
+    assert!(error_text.contains("expected data.weights"), "{error_text}");
     let joined = take(&two, &[3, 1], Tokenizer::Bytes).unwrap();
     let [(first, 3), (second, 1)] = joined.train.sources()[..] else {
         panic!("{:?}", joined.train.sources())
@@ -174,15 +177,17 @@ fn faults_of_the_input_come_with_their_place() {
     let refusal = |paths: &[&str]| {
         let paths = paths.iter().map(|name| input.path().join(name)).collect();
         let encoder = DocumentEncoder::plain(Tokenizer::Bytes);
-        say(prepare(&Preparation { paths, encoder, to: to.clone(), shard_tokens: 500 }, &mut |_| true)
-            .unwrap_err())
+        fault_texts(
+            prepare(&Preparation { paths, encoder, to: to.clone(), shard_tokens: 500 }, &mut |_| true)
+                .unwrap_err(),
+        )
     };
     fs::write(input.path().join("a.txt"), "text").unwrap();
-    // A folder behind a file cannot be read by anybody, whoever runs this.
-    let said = refusal(&["missing", "a.txt/folder"]);
+    // A folder below a file cannot be read, even by root.
+    let error_text = refusal(&["missing", "a.txt/folder"]);
     let root = input.path().display();
     let expected = format!("{root}/missing: no such file or folder\n{root}/a.txt/folder: cannot be read: ");
-    assert!(said.starts_with(&expected), "{said}");
+    assert!(error_text.starts_with(&expected), "{error_text}");
     assert!(!to.exists(), "nothing is written for it");
     fs::write(input.path().join("b.jsonl"), "{\"text\":\"a\"}\n{\"text\":").unwrap();
     assert!(refusal(&["b.jsonl"]).starts_with(&format!("{root}/b.jsonl: line 2: expected a JSON object")));

@@ -110,11 +110,11 @@ fn what_would_give_other_numbers_is_refused_by_its_key() {
         ),
     ];
     for (keys, message) in cases {
-        let mut said: Vec<String> = faults(keys.clone()).lines().map(str::to_owned).collect();
+        let mut error_text: Vec<String> = faults(keys.clone()).lines().map(str::to_owned).collect();
         let mut expected: Vec<String> = message.lines().map(str::to_owned).collect();
-        said.sort();
+        error_text.sort();
         expected.sort();
-        assert_eq!(said, expected, "{keys}");
+        assert_eq!(error_text, expected, "{keys}");
     }
 }
 
@@ -125,9 +125,9 @@ fn a_key_that_is_not_known_is_refused() {
         json!({"rope_parameters": {"rope_theta": 700, "beta_fasst": 16}}),
         json!({"rope_parameters": {"rope_type": "default", "beta_fasst": 16}}),
     ] {
-        let said = faults(keys);
-        let start = said.split_once(".beta_fasst: expected no key but factor, beta_fast, ");
-        assert!(start.is_some_and(|(_, rest)| rest.ends_with(", got 16")), "{said}");
+        let error_text = faults(keys);
+        let start = error_text.split_once(".beta_fasst: expected no key but factor, beta_fast, ");
+        assert!(start.is_some_and(|(_, rest)| rest.ends_with(", got 16")), "{error_text}");
     }
     let nested = json!({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 700}}});
     assert!(faults(nested).starts_with("rope_parameters.full_attention: expected no key but "));

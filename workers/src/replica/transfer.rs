@@ -1,5 +1,5 @@
-//! Parts of the state on their way to another rank's worker: a header, then pieces small enough that training's frames
-//! pass between them. Knows ranks and bytes.
+//! Transfer of a shard to another rank's worker: a header, then pieces small enough that training's frames pass between
+//! them. Knows ranks and bytes.
 
 use std::sync::Arc;
 
@@ -8,19 +8,19 @@ use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Memory, Regio
 use contraflow_runtime::schedule::Chunk;
 use prost::Message;
 
-use super::Image;
+use super::ShardReplica;
 use crate::comm::address::StepId;
 
 /// **Units**: bytes of a piece.
 const PIECE: usize = 4 << 20;
 
-/// Bytes of a part that stays where it is.
-struct Piece {
+/// Borrowed bytes of a shard.
+struct TransferPiece {
     bytes: Arc<Vec<u8>>,
     range: std::ops::Range<usize>,
 }
 
-impl Memory for Piece {
+impl Memory for TransferPiece {
     fn part(&self, index: usize) -> Option<&[u8]> {
         (index == 0).then(|| &self.bytes[self.range.clone()])
     }
@@ -40,20 +40,20 @@ fn chunk(piece: usize) -> Chunk {
 pub fn send(
     (endpoint, to): (&Endpoint, usize),
     (id, kind): (StepId, FrameKind),
-    image: &Image,
+    replica: &ShardReplica,
     reports: Vec<StepReport>,
 ) -> Result<(), FabricError> {
     let header = v1::StateHeader {
-        position: Some(image.position.into()),
-        watch: Some(image.watch.clone().into()),
-        bytes: image.bytes.len() as u64,
+        position: Some(replica.position.into()),
+        watch: Some(replica.watch.clone().into()),
+        bytes: replica.bytes.len() as u64,
         reports,
     };
     let tag = |piece| id.tag(kind, chunk(piece), 0, endpoint.rank());
     endpoint.send(to, tag(0), vec![Region::new(header.encode_to_vec())])?;
-    let len = image.bytes.len();
+    let len = replica.bytes.len();
     for (index, start) in (0..len).step_by(PIECE).enumerate() {
-        let piece = Piece { bytes: image.bytes.clone(), range: start..(start + PIECE).min(len) };
+        let piece = TransferPiece { bytes: replica.bytes.clone(), range: start..(start + PIECE).min(len) };
         endpoint.send(to, tag(index + 1), vec![Region::new(piece)])?;
     }
     Ok(())
@@ -66,7 +66,7 @@ pub fn receive(
     (endpoint, from): (&Endpoint, usize),
     (id, kind): (StepId, FrameKind),
     mut buffer: Vec<u8>,
-) -> Result<(Image, Vec<StepReport>), FabricError> {
+) -> Result<(ShardReplica, Vec<StepReport>), FabricError> {
     let tag = |piece| id.tag(kind, chunk(piece), 0, from);
     let wrong = |piece, expected: &str, got: String| {
         let expected = expected.to_owned();
@@ -78,7 +78,7 @@ pub fn receive(
         return Err(wrong(0, "a header", format!("{} parts, or no message", parts.len())));
     };
     let v1::StateHeader { position: Some(position), watch: Some(watch), bytes, reports } = header else {
-        return Err(wrong(0, "a position and what the watch remembers", "less".into()));
+        return Err(wrong(0, "a position and a stability state", "less".into()));
     };
     let len = usize::try_from(bytes).unwrap_or(usize::MAX);
     let num_pieces = len.div_ceil(PIECE);
@@ -86,7 +86,7 @@ pub fn receive(
         let parts = endpoint.receive(tag(piece))?;
         let expected = if piece == num_pieces { len - (piece - 1) * PIECE } else { PIECE };
         match &parts[..] {
-            // Memory grows with what has come, not with what was announced.
+            // Memory grows with what has arrived, not with what was announced.
             [part] if part.len() == expected => buffer.extend_from_slice(part.bytes()),
             _ => {
                 let got = parts.iter().map(Region::len).sum::<usize>();
@@ -94,6 +94,6 @@ pub fn receive(
             }
         }
     }
-    let image = Image { position: position.into(), watch: watch.into(), bytes: Arc::new(buffer) };
-    Ok((image, reports))
+    let replica = ShardReplica { position: position.into(), watch: watch.into(), bytes: Arc::new(buffer) };
+    Ok((replica, reports))
 }

@@ -17,7 +17,7 @@ use crate::model::experts::Arrivals;
 
 /// What one layer of one chunk has under way between the compute lane and the expert lane.
 #[derive(Default)]
-pub struct LayerTransit {
+pub struct LayerInFlight {
     /// Attention -> Dispatch.
     pub normed: Option<(Tensor, Arc<Routing>)>,
     /// Dispatch -> Experts.
@@ -38,7 +38,7 @@ pub struct LayerTransit {
 
 /// What one bucket has under way between the compute lane and the collective lane.
 #[derive(Default)]
-pub struct BucketTransit {
+pub struct BucketInFlight {
     /// Pack -> Reduce: the rank's gradients, by member of the group.
     pub packed: Option<Vec<Tensor>>,
     /// Reduce -> GradNorm and Apply: this rank's shard of the summed gradient.
@@ -51,9 +51,9 @@ pub struct BucketTransit {
     pub gathered: Option<Vec<(Range<usize>, Tensor)>>,
 }
 
-impl BucketTransit {
+impl BucketInFlight {
     fn is_empty(&self) -> bool {
-        let BucketTransit { packed, reduced, squares, updated, gathered } = self;
+        let BucketInFlight { packed, reduced, squares, updated, gathered } = self;
         let is_none = [packed.is_none(), reduced.is_none(), squares.is_none(), updated.is_none()];
         is_none.into_iter().all(|is_none| is_none) && gathered.is_none()
     }
@@ -61,14 +61,14 @@ impl BucketTransit {
 
 /// The tensors under way.
 #[derive(Default)]
-pub struct Transit {
+pub struct InFlight {
     /// The activation or gradient at the present end of a chunk; at a stage's edge, what the neighbour stage takes.
     streams: Mutex<HashMap<(TransferKind, Chunk), Tensor>>,
-    layers: Mutex<HashMap<(Chunk, usize), LayerTransit>>,
-    buckets: Mutex<HashMap<usize, BucketTransit>>,
+    layers: Mutex<HashMap<(Chunk, usize), LayerInFlight>>,
+    buckets: Mutex<HashMap<usize, BucketInFlight>>,
 }
 
-impl Transit {
+impl InFlight {
     fn streams(&self) -> MutexGuard<'_, HashMap<(TransferKind, Chunk), Tensor>> {
         self.streams.lock()
     }
@@ -97,7 +97,7 @@ impl Transit {
     }
 
     /// Works on what a layer has under way; nothing slow may happen inside.
-    pub fn layer<T>(&self, chunk: Chunk, layer: usize, work: impl FnOnce(&mut LayerTransit) -> T) -> T {
+    pub fn layer<T>(&self, chunk: Chunk, layer: usize, work: impl FnOnce(&mut LayerInFlight) -> T) -> T {
         work(self.layers.lock().entry((chunk, layer)).or_default())
     }
 
@@ -108,9 +108,9 @@ impl Transit {
         &self,
         (chunk, layer): (Chunk, usize),
         what: &'static str,
-        field: impl FnOnce(&mut LayerTransit) -> &mut Option<T>,
+        field: impl FnOnce(&mut LayerInFlight) -> &mut Option<T>,
     ) -> Result<T, Missing> {
-        self.layer(chunk, layer, |transit| field(transit).take()).ok_or(Missing::OfChunk {
+        self.layer(chunk, layer, |in_flight| field(in_flight).take()).ok_or(Missing::OfChunk {
             what,
             chunk,
             layer,
@@ -123,7 +123,7 @@ impl Transit {
     }
 
     /// Works on what a bucket has under way; nothing slow may happen inside.
-    pub fn bucket<T>(&self, bucket: usize, work: impl FnOnce(&mut BucketTransit) -> T) -> T {
+    pub fn bucket<T>(&self, bucket: usize, work: impl FnOnce(&mut BucketInFlight) -> T) -> T {
         work(self.buckets.lock().entry(bucket).or_default())
     }
 
@@ -134,15 +134,16 @@ impl Transit {
         &self,
         bucket: usize,
         what: &'static str,
-        field: impl FnOnce(&mut BucketTransit) -> &mut Option<T>,
+        field: impl FnOnce(&mut BucketInFlight) -> &mut Option<T>,
     ) -> Result<T, Missing> {
-        self.bucket(bucket, |transit| field(transit).take()).ok_or(Missing::OfBucket { what, bucket })
+        self.bucket(bucket, |in_flight| field(in_flight).take()).ok_or(Missing::OfBucket { what, bucket })
     }
 
     /// Takes out what was updated and is not gathered yet, by bucket: the next step's transit begins with it.
     pub fn take_updated(&self) -> BTreeMap<usize, (u64, Tensor)> {
         let mut buckets = self.buckets.lock();
-        let updated = buckets.iter_mut().map(|(&bucket, transit)| Some((bucket, transit.updated.take()?)));
+        let updated =
+            buckets.iter_mut().map(|(&bucket, in_flight)| Some((bucket, in_flight.updated.take()?)));
         updated.flatten().collect()
     }
 

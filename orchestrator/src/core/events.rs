@@ -1,47 +1,47 @@
-//! What the core hears and says: events, effects, and the words to workers. Plain values; who decides is the core.
+//! Inputs and outputs of the core: events, effects, and commands to workers. Plain values; the decisions are the core's.
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
-use contraflow_runtime::watch::Watch;
 
 use super::facts::{Fact, JobSpec};
-use super::members::Introduction;
-use crate::recovery::KeptShard;
+use super::members::Registration;
+use crate::recovery::ReplicaShard;
 
 /// Something has happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Somebody submits a job.
+    /// A job is submitted.
     Submit(Box<JobSpec>),
-    /// Somebody ends a job.
+    /// A job is cancelled.
     Cancel {
         /// One that is over stays as it is.
         job: JobId,
         /// Why.
         reason: String,
     },
-    /// Somebody takes a node out of use.
+    /// A node is drained.
     Drain {
         /// Its label.
         node: String,
     },
-    /// A worker's stream stands.
+    /// A worker's stream is open.
     Attached {
         /// Who it is.
-        who: Box<Introduction>,
+        registration: Box<Registration>,
         /// Formations it hosts ranks of.
         hosted: Vec<Hosted>,
         /// Formations it has left and of whose state it keeps something.
         left: Vec<Left>,
         /// The state of the orchestrator whose member it was last; 0: none so far.
         state: u64,
-        /// The highest incarnation that it has heard of, of that state.
+        /// The highest incarnation of that state it has seen.
         incarnation: u64,
-        /// The mark in its storage.
-        storage_mark: String,
+        /// The id of its storage.
+        storage_id: String,
     },
     /// A worker has left a formation.
     Left {
@@ -50,8 +50,8 @@ pub enum Event {
         /// What it has left, and what it keeps.
         left: Left,
     },
-    /// A worker wants to end.
-    Leaving {
+    /// A worker asks to leave.
+    LeaveRequested {
         /// Who.
         worker: u64,
     },
@@ -67,7 +67,7 @@ pub enum Event {
         /// How far its ranks are.
         progress: Vec<Progress>,
     },
-    /// A rank has something to say.
+    /// An event of a rank.
     Rank {
         /// Who hosts it.
         worker: u64,
@@ -76,7 +76,7 @@ pub enum Event {
         /// What.
         event: Box<RankEvent>,
     },
-    /// What was to be put in place stands, or not.
+    /// Result of a commit or a publication.
     Committed {
         /// Who did it.
         worker: u64,
@@ -84,7 +84,7 @@ pub enum Event {
         formation: FormationId,
         /// Of the checkpoint; `None`: the exported weights.
         position: Option<Position>,
-        /// Why not, in words.
+        /// Why not.
         result: Result<(), String>,
     },
     /// Time has passed.
@@ -110,7 +110,7 @@ pub struct Left {
     /// The latest of its job that was there.
     pub formation: FormationId,
     /// Of the state of its ranks, what the worker keeps in memory.
-    pub kept: Vec<KeptShard>,
+    pub replicas: Vec<ReplicaShard>,
 }
 
 /// How far a rank is.
@@ -120,7 +120,7 @@ pub struct Progress {
     pub rank: RankAddress,
     /// The running step.
     pub step: u64,
-    /// Operations of it, and waits for other ranks, that are over.
+    /// Finished operations of it and waits for other ranks.
     pub operations: u64,
     /// Whether something is under way that needs no other rank.
     pub is_at_work: bool,
@@ -130,13 +130,13 @@ pub struct Progress {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Keep a fact, durably, before anything that follows.
-    Keep(Fact),
-    /// Tell a worker.
-    Tell {
+    Persist(Fact),
+    /// Send a command to a worker.
+    Send {
         /// Whom.
         worker: u64,
         /// What.
-        word: Word,
+        command: WorkerCommand,
     },
     /// Put a rank's report with those of the other ranks.
     Record {
@@ -154,18 +154,18 @@ pub enum Effect {
     },
 }
 
-/// A word to a worker.
+/// A command to a worker.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Word {
+pub enum WorkerCommand {
     /// It is a member.
     Welcome,
     /// Leave the cluster.
-    Refused {
+    Reject {
         /// Why.
         why: String,
     },
-    /// Its lease has run out: its stream ends, and it may attach again.
-    Cut,
+    /// Its lease has expired: its stream ends, and it may attach again.
+    Disconnect,
     /// Host these ranks of a job's running formation.
     Assign {
         /// The running one.
@@ -174,7 +174,7 @@ pub enum Word {
         ranks: Vec<Rank>,
     },
     /// To a rank.
-    Command {
+    Rank {
         /// Which rank.
         to: RankAddress,
         /// What.
@@ -186,24 +186,24 @@ pub enum Word {
         formation: FormationId,
         /// Why.
         reason: String,
-        /// Whether what the worker has in memory of the ranks' state is to be kept, and told.
+        /// Whether the worker keeps its replicas of the ranks' state in memory and reports them.
         keep: bool,
     },
     /// Commit a checkpoint.
     CommitCheckpoint {
         /// Whose ranks wrote it, or which was left before it was written down.
         formation: FormationId,
-        /// Where the run stood.
+        /// Position of the run.
         position: Position,
-        /// What the watch remembers.
-        watch: Watch,
+        /// State of the stability watch.
+        watch: StabilityWatch,
         /// By rank.
         shards: Vec<ShardFile>,
         /// Step of the newest checkpoint that is known to stand: it stays.
-        kept: u64,
+        last_checkpoint: u64,
     },
     /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
-    WriteDown {
+    WriteShards {
         /// Which was left.
         formation: FormationId,
         /// Who made the state, and after which step it is.
@@ -212,7 +212,7 @@ pub enum Word {
         ranks: Vec<Rank>,
     },
     /// Put exported weights in place.
-    PlaceWeights {
+    PublishWeights {
         /// Whose ranks wrote them.
         formation: FormationId,
         /// By rank.

@@ -1,8 +1,8 @@
-//! The stability watch: what becomes of a step whose numbers are not finite or far from those before it.
+//! The stability watch: decides about steps whose numbers are not finite or far from those before.
 //!
 //! Pure decisions over the totals of a step, which are the same on every rank: so all ranks come to one verdict without
-//! another word. [`evidence`] names what was not finite, [`gate`] watches the experts' loads. Knows no tensors and no
-//! actor.
+//! further communication. [`evidence`] names what was not finite, [`gate`] watches the experts' loads. Knows no tensors and
+//! no actor.
 
 pub mod evidence;
 pub mod gate;
@@ -35,13 +35,13 @@ pub struct Seen {
     pub grad_norm: f64,
 }
 
-/// What becomes of a step.
+/// The action taken on a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Action {
+pub enum StepAction {
     /// The weights are updated.
     Update,
-    /// No rank updates; the run goes on with the next batch.
+    /// No rank updates; the run continues with the next batch.
     Skip,
     /// No rank updates; the run ends.
     Stop,
@@ -49,12 +49,12 @@ pub enum Action {
     RollBack,
 }
 
-/// The watch's word on a step.
+/// The watch's verdict on a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// What becomes of it.
-    pub action: Action,
-    /// What is wrong with it, in words; `None` where nothing is.
+    /// The action taken.
+    pub action: StepAction,
+    /// What is wrong with it; `None` if nothing is.
     pub why: Option<String>,
 }
 
@@ -63,18 +63,18 @@ pub struct Verdict {
 pub struct Divergence {
     /// Optimizer update that was not made.
     pub step: u64,
-    /// [`Action::Stop`] or [`Action::RollBack`].
-    pub action: Action,
+    /// [`StepAction::Stop`] or [`StepAction::RollBack`].
+    pub action: StepAction,
     /// What is wrong, in one sentence.
     pub why: String,
     /// What was not finite, if anything was.
     pub evidence: Option<Evidence>,
 }
 
-/// What the watch remembers. A checkpoint holds it, so that a resumed run comes to the verdicts of an undisturbed one.
+/// State of the stability watch. A checkpoint holds it, so that a resumed run comes to the verdicts of an undisturbed one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Watch {
+pub struct StabilityWatch {
     /// Of the latest steps that were updated, oldest first.
     losses: VecDeque<f64>,
     /// Of the same steps.
@@ -85,14 +85,14 @@ pub struct Watch {
     skipped: u64,
 }
 
-impl Watch {
+impl StabilityWatch {
     /// Updates that have been made when step `step` is the running one, that one included: what AdamW corrects its
     /// moments for.
     pub fn updates_at(&self, step: u64) -> u64 {
         step - self.skipped
     }
 
-    /// Judges a step. `fault` says in words what is not finite about it, if anything is.
+    /// Judges a step. `fault` describes what is not finite about it, if anything is.
     pub fn judge(&self, rules: &WatchSection, seen: &Seen, fault: Option<String>) -> Verdict {
         let found = match fault {
             Some(fault) => Some((action_on(rules.on_nan), fault)),
@@ -100,31 +100,31 @@ impl Watch {
             None => self.spike(rules, seen).map(|spike| (action_on_spike(rules.on_spike), spike)),
         };
         let Some((mut action, mut why)) = found else {
-            return Verdict { action: Action::Update, why: None };
+            return Verdict { action: StepAction::Update, why: None };
         };
-        if action == Action::Skip && self.skips_in_a_row >= rules.max_skips {
-            action = Action::Stop;
+        if action == StepAction::Skip && self.skips_in_a_row >= rules.max_skips {
+            action = StepAction::Stop;
             why += &format!("; {} batches in a row were skipped (watch.max_skips)", rules.max_skips);
         }
-        if action != Action::Update {
+        if action != StepAction::Update {
             why += "; no rank has updated its weights";
         }
         Verdict { action, why: Some(why) }
     }
 
     /// Remembers a step and what became of it. Only values of steps that were updated are kept.
-    pub fn note(&mut self, rules: &WatchSection, seen: &Seen, action: Action) {
+    pub fn note(&mut self, rules: &WatchSection, seen: &Seen, action: StepAction) {
         match action {
-            Action::Update => {
+            StepAction::Update => {
                 self.skips_in_a_row = 0;
                 push(&mut self.losses, seen.loss, rules.spike_window);
                 push(&mut self.grad_norms, seen.grad_norm, rules.spike_window);
             }
-            Action::Skip => {
+            StepAction::Skip => {
                 self.skips_in_a_row += 1;
                 self.skipped += 1;
             }
-            Action::Stop | Action::RollBack => {}
+            StepAction::Stop | StepAction::RollBack => {}
         }
     }
 
@@ -144,20 +144,20 @@ impl Watch {
     }
 }
 
-fn action_on(policy: OnFault) -> Action {
+fn action_on(policy: OnFault) -> StepAction {
     match policy {
-        OnFault::Stop => Action::Stop,
-        OnFault::Skip => Action::Skip,
-        OnFault::Rollback => Action::RollBack,
+        OnFault::Stop => StepAction::Stop,
+        OnFault::Skip => StepAction::Skip,
+        OnFault::Rollback => StepAction::RollBack,
     }
 }
 
-fn action_on_spike(policy: OnSpike) -> Action {
+fn action_on_spike(policy: OnSpike) -> StepAction {
     match policy {
-        OnSpike::Off | OnSpike::Warn => Action::Update,
-        OnSpike::Stop => Action::Stop,
-        OnSpike::Skip => Action::Skip,
-        OnSpike::Rollback => Action::RollBack,
+        OnSpike::Off | OnSpike::Warn => StepAction::Update,
+        OnSpike::Stop => StepAction::Stop,
+        OnSpike::Skip => StepAction::Skip,
+        OnSpike::Rollback => StepAction::RollBack,
     }
 }
 

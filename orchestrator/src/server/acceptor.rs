@@ -14,7 +14,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use super::guard::Guard;
+use super::auth::AuthLayer;
 
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 8_192;
@@ -52,11 +52,11 @@ pub(super) struct Connection {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer(pub(super) SocketAddr);
 
-/// Takes connections in until nobody wants them any more.
+/// Accepts connections until the receiver is dropped.
 pub(super) fn open(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
-    guard: Guard,
+    auth: AuthLayer,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (sender, connections) = mpsc::channel(MAX_WAITING);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -75,16 +75,16 @@ pub(super) fn open(
                 }
             };
             let Ok(place) = places.clone().try_acquire_owned() else {
-                guard.turned_away(peer, &format!("{MAX_CONNECTIONS} others are connected"));
+                auth.reject_connection(peer, &format!("{MAX_CONNECTIONS} others are connected"));
                 continue;
             };
-            let (tls, guard, sender) = (tls.clone(), guard.clone(), sender.clone());
+            let (tls, auth, sender) = (tls.clone(), auth.clone(), sender.clone());
             tokio::spawn(async move {
                 let admitted = tokio::time::timeout(HANDSHAKE, admit(tcp, tls)).await;
                 match admitted.unwrap_or_else(|_| Err(format!("no handshake within {HANDSHAKE:?}"))) {
-                    // If nobody wants it the orchestrator is ending.
+                    // A closed receiver means that the orchestrator is ending.
                     Ok(io) => drop(sender.send(Ok(Connection { io, peer, _place: place })).await),
-                    Err(why) => guard.turned_away(peer, &why),
+                    Err(why) => auth.reject_connection(peer, &why),
                 }
             });
         }
@@ -92,14 +92,14 @@ pub(super) fn open(
     ReceiverStream::new(connections)
 }
 
-/// **Errors**: in words; what is there is no client of this cluster.
+/// **Errors**: the peer is not a client of this cluster.
 async fn admit(tcp: TcpStream, tls: Option<TlsAcceptor>) -> Result<Box<dyn Io>, String> {
     tcp.set_nodelay(true).map_err(|error| error.to_string())?;
     let mut first = [0; PREFACE.len()];
     let length = tcp.peek(&mut first).await.map_err(|error| error.to_string())?;
     let is_tls = first[0] == TLS_HANDSHAKE;
     match tls {
-        _ if length == 0 => Err("it said nothing".into()),
+        _ if length == 0 => Err("it sent nothing".into()),
         Some(tls) if is_tls => match tls.accept(tcp).into_fallible().await {
             Ok(stream) => Ok(Box::new(stream)),
             Err((error, tcp)) => {

@@ -12,12 +12,12 @@ fn seen(step: u64, loss: f64) -> Seen {
 }
 
 /// Five updates with median 3.0 and a median absolute deviation of 0.5.
-fn history(rules: &WatchSection) -> Watch {
-    let mut watch = Watch::default();
+fn history(rules: &WatchSection) -> StabilityWatch {
+    let mut watch = StabilityWatch::default();
     for (step, loss) in [4.0, 3.5, 3.0, 2.5, 2.9].into_iter().enumerate() {
         let seen = seen(step as u64 + 1, loss);
-        assert_eq!(watch.judge(rules, &seen, None), Verdict { action: Action::Update, why: None });
-        watch.note(rules, &seen, Action::Update);
+        assert_eq!(watch.judge(rules, &seen, None), Verdict { action: StepAction::Update, why: None });
+        watch.note(rules, &seen, StepAction::Update);
     }
     watch
 }
@@ -31,7 +31,7 @@ fn a_spike_is_what_lies_above_the_median_by_the_factor() {
     let watch = history(&rules);
     assert_eq!(watch.judge(&rules, &seen(6, BOUND - 1e-5), None).why, None);
     let verdict = watch.judge(&rules, &seen(6, BOUND + 1e-5), None);
-    assert_eq!(verdict.action, Action::Update);
+    assert_eq!(verdict.action, StepAction::Update);
     let words = "step 6: the loss has a spike: 7.4478, where the 5 updates before have a median of 3.0000 and allow 7.4478";
     assert_eq!(verdict.why.as_deref(), Some(words));
 }
@@ -42,29 +42,31 @@ fn the_gradient_norm_is_watched_too_and_a_constant_one_may_grow_a_little() {
     let watch = history(&rules);
     // All norms are 1: the spread counts as 0.01.
     let norm = |grad_norm| watch.judge(&rules, &Seen { grad_norm, ..seen(6, 3.0) }, None);
-    assert_eq!(norm(1.059).action, Action::Update);
-    assert_eq!(norm(1.061).action, Action::Stop);
+    assert_eq!(norm(1.059).action, StepAction::Update);
+    assert_eq!(norm(1.061).action, StepAction::Stop);
     assert!(norm(1.061).why.unwrap().starts_with("step 6: the gradient norm has a spike: 1.0610"));
 }
 
 #[test]
-fn the_policy_decides_what_becomes_of_it() {
+fn the_policy_decides_the_action() {
     for (on_spike, action) in [
-        (OnSpike::Off, Action::Update),
-        (OnSpike::Warn, Action::Update),
-        (OnSpike::Stop, Action::Stop),
-        (OnSpike::Skip, Action::Skip),
-        (OnSpike::Rollback, Action::RollBack),
+        (OnSpike::Off, StepAction::Update),
+        (OnSpike::Warn, StepAction::Update),
+        (OnSpike::Stop, StepAction::Stop),
+        (OnSpike::Skip, StepAction::Skip),
+        (OnSpike::Rollback, StepAction::RollBack),
     ] {
         let rules = rules(OnFault::Stop, on_spike);
         let verdict = history(&rules).judge(&rules, &seen(6, 100.0), None);
         assert_eq!((verdict.action, verdict.why.is_some()), (action, on_spike != OnSpike::Off));
     }
-    for (on_nan, action) in
-        [(OnFault::Stop, Action::Stop), (OnFault::Skip, Action::Skip), (OnFault::Rollback, Action::RollBack)]
-    {
+    for (on_nan, action) in [
+        (OnFault::Stop, StepAction::Stop),
+        (OnFault::Skip, StepAction::Skip),
+        (OnFault::Rollback, StepAction::RollBack),
+    ] {
         let rules = rules(on_nan, OnSpike::Off);
-        let verdict = Watch::default().judge(&rules, &seen(1, f64::NAN), Some("step 1: NaN".into()));
+        let verdict = StabilityWatch::default().judge(&rules, &seen(1, f64::NAN), Some("step 1: NaN".into()));
         assert_eq!(
             verdict,
             Verdict { action, why: Some("step 1: NaN; no rank has updated its weights".into()) }
@@ -75,15 +77,15 @@ fn the_policy_decides_what_becomes_of_it() {
 #[test]
 fn no_spike_is_seen_before_the_window_is_full_and_the_window_moves() {
     let rules = rules(OnFault::Stop, OnSpike::Stop);
-    let mut watch = Watch::default();
+    let mut watch = StabilityWatch::default();
     for step in 1..=4 {
-        watch.note(&rules, &seen(step, 1.0), Action::Update);
+        watch.note(&rules, &seen(step, 1.0), StepAction::Update);
         assert_eq!(watch.judge(&rules, &seen(step, 1e9), None).why, None);
     }
-    watch.note(&rules, &seen(5, 1.0), Action::Update);
-    assert_eq!(watch.judge(&rules, &seen(6, 5.0), None).action, Action::Stop);
+    watch.note(&rules, &seen(5, 1.0), StepAction::Update);
+    assert_eq!(watch.judge(&rules, &seen(6, 5.0), None).action, StepAction::Stop);
     // A new level is the norm once it holds most of the window.
-    (6..=8).for_each(|step| watch.note(&rules, &seen(step, 5.0), Action::Update));
+    (6..=8).for_each(|step| watch.note(&rules, &seen(step, 5.0), StepAction::Update));
     assert_eq!(watch.judge(&rules, &seen(9, 5.0), None).why, None);
     assert_eq!(watch.losses, [1.0, 1.0, 5.0, 5.0, 5.0]);
 }
@@ -93,29 +95,29 @@ fn more_skips_in_a_row_than_allowed_stop_the_run() {
     let rules = rules(OnFault::Skip, OnSpike::Off);
     let mut watch = history(&rules);
     let before = watch.losses.clone();
-    let judge = |watch: &Watch| watch.judge(&rules, &seen(6, f64::NAN), Some("fault".into()));
+    let judge = |watch: &StabilityWatch| watch.judge(&rules, &seen(6, f64::NAN), Some("fault".into()));
     for _ in 0..2 {
-        assert_eq!(judge(&watch).action, Action::Skip);
-        watch.note(&rules, &seen(6, f64::NAN), Action::Skip);
+        assert_eq!(judge(&watch).action, StepAction::Skip);
+        watch.note(&rules, &seen(6, f64::NAN), StepAction::Skip);
     }
     let verdict = judge(&watch);
-    assert_eq!(verdict.action, Action::Stop);
+    assert_eq!(verdict.action, StepAction::Stop);
     let words = "fault; 2 batches in a row were skipped (watch.max_skips); no rank has updated its weights";
     assert_eq!(verdict.why.as_deref(), Some(words));
     assert_eq!((watch.losses.clone(), watch.updates_at(8)), (before, 6));
-    // An update in between starts the count anew.
-    watch.note(&rules, &seen(8, 3.0), Action::Update);
-    assert_eq!(judge(&watch).action, Action::Skip);
+    // An update in between restarts the count.
+    watch.note(&rules, &seen(8, 3.0), StepAction::Update);
+    assert_eq!(judge(&watch).action, StepAction::Skip);
 }
 
 #[test]
 fn what_is_remembered_survives_a_checkpoint_to_the_bit() {
     let rules = rules(OnFault::Stop, OnSpike::Warn);
     let mut watch = history(&rules);
-    watch.note(&rules, &seen(6, 0.1 + 0.2), Action::Update);
-    watch.note(&rules, &seen(7, f64::INFINITY), Action::Skip);
+    watch.note(&rules, &seen(6, 0.1 + 0.2), StepAction::Update);
+    watch.note(&rules, &seen(7, f64::INFINITY), StepAction::Skip);
     let text = serde_json::to_string(&watch).unwrap();
-    assert_eq!(serde_json::from_str::<Watch>(&text).unwrap(), watch);
+    assert_eq!(serde_json::from_str::<StabilityWatch>(&text).unwrap(), watch);
 }
 
 fn names() -> Vec<String> {

@@ -1,6 +1,6 @@
 //! The guard before all services: no call passes that its caller may not make, or makes too often. What it refuses it logs.
 //!
-//! What is decided stands in [`super::access`] and [`super::rate`]; here are clock, file and headers.
+//! The decisions are in [`super::access`] and [`super::rate`]; here are clock, file and headers.
 //! A call that passes has a span.
 
 use std::net::{IpAddr, SocketAddr};
@@ -16,8 +16,8 @@ use tonic::codegen::{BoxFuture, http};
 use tower::Service;
 use tracing::Instrument;
 
+use super::acceptor::Peer;
 use super::access::{self, SUBMIT};
-use super::door::Peer;
 use super::rate::{Buckets, Rate};
 use super::security::TokenFile;
 
@@ -28,7 +28,7 @@ const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
 const FAILURES: Rate = Rate { burst: 20, per_second: 1 };
 
 struct Shared {
-    /// None: everybody may do everything.
+    /// None: every client has full access.
     tokens: Option<TokenFile>,
     submits: Mutex<Buckets>,
     failures: Mutex<Buckets>,
@@ -36,7 +36,7 @@ struct Shared {
 
 /// The guard. Clones are the same.
 #[derive(Clone)]
-pub(super) struct Guard {
+pub(super) struct AuthLayer {
     shared: Arc<Shared>,
 }
 
@@ -44,20 +44,20 @@ fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
     buckets.lock()
 }
 
-impl Guard {
+impl AuthLayer {
     pub(super) fn new(tokens: Option<TokenFile>) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
-        Guard { shared: Arc::new(Shared { tokens, submits, failures }) }
+        AuthLayer { shared: Arc::new(Shared { tokens, submits, failures }) }
     }
 
     /// A connection came to nothing.
-    pub(super) fn turned_away(&self, peer: SocketAddr, why: &str) {
+    pub(super) fn reject_connection(&self, peer: SocketAddr, why: &str) {
         if lock(&self.shared.failures).take(peer.ip(), Instant::now()) {
             tracing::warn!(%peer, "refused a connection: {why}");
         }
     }
 
-    /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, in words.
+    /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, with a message.
     fn check(&self, head: &http::request::Parts) -> Result<(), Status> {
         let Some(tokens) = &self.shared.tokens else { return Ok(()) };
         let method = head.uri.path();
@@ -99,12 +99,12 @@ fn span_of(head: &http::request::Parts) -> tracing::Span {
 
 /// A service behind the guard.
 #[derive(Clone)]
-pub(super) struct Guarded<S> {
-    pub(super) guard: Guard,
+pub(super) struct AuthService<S> {
+    pub(super) auth: AuthLayer,
     pub(super) inner: S,
 }
 
-impl<S> Service<http::Request<Body>> for Guarded<S>
+impl<S> Service<http::Request<Body>> for AuthService<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>>,
     S::Future: Send + 'static,
@@ -120,7 +120,7 @@ where
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let (head, body) = request.into_parts();
-        match self.guard.check(&head) {
+        match self.auth.check(&head) {
             Ok(()) => {
                 let span = span_of(&head);
                 Box::pin(self.inner.call(http::Request::from_parts(head, body)).instrument(span))

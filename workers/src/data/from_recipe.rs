@@ -10,7 +10,7 @@ use super::batches::Datasets;
 use super::documents::DocumentEncoder;
 use super::files::DataFault;
 use super::hf_tokenizer::EndOfDocument;
-use super::load::{Loaded, Wanted, load};
+use super::load::{DataRequest, Loaded, load};
 use super::model_tokenizer::tokenizer_files;
 
 /// What a run reads, by name; the sequences themselves are with the ranks.
@@ -92,13 +92,17 @@ fn check_bytes(recipe: &Recipe) -> Result<(), TextFaults> {
 
 fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), TextFaults> {
     let encoder = DocumentEncoder::with_fim(tokenizer.clone(), recipe.data.fim_rate).map_err(|fault| {
-        let told = fault.to_string();
-        faults("data.fim_rate", &[told.strip_prefix("data.fim_rate: ").unwrap_or(&told)])
+        let reported = fault.to_string();
+        faults("data.fim_rate", &[reported.strip_prefix("data.fim_rate: ").unwrap_or(&reported)])
     })?;
     let paths: Vec<PathBuf> = recipe.data.paths.iter().map(PathBuf::from).collect();
     let length = recipe.training.sequence_length;
-    let wanted =
-        Wanted { paths: &paths, weights: &recipe.data.weights, encoder: &encoder, sequence_length: length };
+    let wanted = DataRequest {
+        paths: &paths,
+        weights: &recipe.data.weights,
+        encoder: &encoder,
+        sequence_length: length,
+    };
     let loaded = load(wanted).map_err(|found| {
         let is_of_node = found.iter().all(|fault| matches!(fault, DataFault::Unreadable { .. }));
         TextFaults { is_of_node, ..faults("data.paths", &found) }

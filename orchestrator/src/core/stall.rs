@@ -1,13 +1,13 @@
-//! How far the ranks of a formation are, and which of them hangs where none gets on. Knows no worker.
+//! Stall detection: the progress of a formation's ranks, and which of them has stalled when none makes progress. Knows no worker.
 //!
 //! Every beat of every rank comes by here: what it costs does not grow with the number of ranks.
 
 use contraflow_runtime::topology::Rank;
 use std::collections::BTreeMap;
 
-use super::{HANG_GAPS, HANG_MS, Progress};
+use super::{Progress, STALL_FACTOR, STALL_MS};
 
-/// How far a rank was when it last got on, and whether it is at work since or waits for others.
+/// A rank's position at its last progress, and whether it has been working since or waits for others.
 #[derive(Clone, Copy, Debug)]
 struct Watermark {
     step: u64,
@@ -16,27 +16,27 @@ struct Watermark {
     since_ms: u64,
 }
 
-/// Ranks that have not got on for so long that they will not any more.
+/// A formation without progress for so long that it will not recover.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Hang {
-    /// The rank that holds up the others; none where each waits for another.
+pub(super) struct Stall {
+    /// The rank that blocks the others; `None` if each waits for another.
     pub(super) rank: Option<Rank>,
-    /// In words.
+    /// Human-readable.
     pub(super) why: String,
 }
 
 /// The ranks of one formation.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Watermarks {
+pub(super) struct StallDetector {
     by_rank: BTreeMap<Rank, Watermark>,
-    /// When some rank last got on, and in which step.
+    /// When some rank last made progress, and in which step.
     latest: Option<(u64, u64)>,
-    /// The longest that nobody got on so far, and then somebody did. **Units**: ms.
+    /// The longest pause without progress that ended. **Units**: ms.
     longest_gap: u64,
 }
 
-impl Watermarks {
-    /// What a rank tells of itself.
+impl StallDetector {
+    /// Records a rank's progress report.
     pub(super) fn note(&mut self, progress: &Progress, now: u64) {
         let &Progress { rank, step, operations, is_at_work } = progress;
         let before = self.by_rank.get(&rank.rank);
@@ -52,29 +52,29 @@ impl Watermarks {
         self.by_rank.insert(rank.rank, Watermark { step, operations, is_at_work, since_ms });
     }
 
-    /// Where nobody has got on for so long: of the ranks that are at work the one that stopped first. The others wait for it,
-    /// soon or at last.
-    pub(super) fn stands_still(&self, now: u64, for_ms: u64) -> Option<Hang> {
+    /// If no rank has made progress for `for_ms`: of the ranks that are working, the one that stopped first. The others wait
+    /// for it, sooner or later.
+    pub(super) fn stalled_for(&self, now: u64, for_ms: u64) -> Option<Stall> {
         let (latest, _) = self.latest.filter(|(latest, _)| latest + for_ms <= now)?;
         let at_work = self.by_rank.iter().filter(|(_, mark)| mark.is_at_work);
         let first = at_work.min_by_key(|(_, mark)| (mark.since_ms, mark.step, mark.operations));
         let Some((&rank, mark)) = first else {
             let seconds = (now - latest) / 1000;
-            return Some(Hang {
+            return Some(Stall {
                 rank: None,
-                why: format!("every rank waits for another one, for {seconds} s"),
+                why: format!("no progress for {seconds} s: every rank waits for another one"),
             });
         };
         let &Watermark { step, operations, since_ms, .. } = mark;
         let seconds = now.saturating_sub(since_ms) / 1000;
         let why = format!(
-            "rank {rank} does not get on for {seconds} s, in step {step} after {operations} operations"
+            "rank {rank} has made no progress for {seconds} s, in step {step} after {operations} operations"
         );
-        Some(Hang { rank: Some(rank), why })
+        Some(Stall { rank: Some(rank), why })
     }
 
-    /// Where nobody has got on for much longer than ever before: which rank hangs.
-    pub(super) fn hangs(&self, now: u64) -> Option<Hang> {
-        self.stands_still(now, HANG_MS.max(HANG_GAPS * self.longest_gap))
+    /// If no rank has made progress for much longer than ever before: which rank has stalled.
+    pub(super) fn stalled(&self, now: u64) -> Option<Stall> {
+        self.stalled_for(now, STALL_MS.max(STALL_FACTOR * self.longest_gap))
     }
 }

@@ -1,5 +1,4 @@
-//! A formation goes on from what its workers have in memory: every rank's part is brought to it, then the ranks tell each
-//! other what they hold copies of.
+//! Recovery from memory: every rank's shard is sent to it, then the ranks gather the parameters they hold copies of.
 
 use std::sync::Arc;
 
@@ -7,8 +6,8 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind};
 use contraflow_runtime::topology::{FormationId, Generation};
 
-use super::keeper::step_id;
-use super::{Image, Kept, courier};
+use super::replicator::step_id;
+use super::{ReplicaStore, ShardReplica, transfer};
 use crate::error::RankError;
 
 /// Where the parts of a state are.
@@ -21,10 +20,10 @@ pub struct Recovered {
     /// By rank, the rank of this formation whose worker has its part.
     pub holders: Vec<usize>,
     /// What this worker has.
-    pub kept: Arc<Kept>,
+    pub store: Arc<ReplicaStore>,
 }
 
-/// Brings parts of this worker to the ranks that go on from them, and gets this rank's own: the part, and what the rank had
+/// Brings parts of this worker to the ranks that resume from them, and gets this rank's own: the part, and what the rank had
 /// reported that may not be durable with the orchestrator.
 ///
 /// **Errors**: those of the fabric; a part is not here.
@@ -32,26 +31,26 @@ pub fn recover(
     recovered: &Recovered,
     endpoint: &Endpoint,
     formation: FormationId,
-) -> Result<(Arc<Image>, Vec<StepReport>), RankError> {
-    let Recovered { generation, step, holders, kept } = recovered;
+) -> Result<(Arc<ShardReplica>, Vec<StepReport>), RankError> {
+    let Recovered { generation, step, holders, store } = recovered;
     let own = endpoint.rank();
     let id = step_id(formation, *step);
     let image_of = |rank: usize| {
-        kept.get((*generation, *step, rank)).ok_or_else(|| FabricError::Lost {
+        store.get((*generation, *step, rank)).ok_or_else(|| FabricError::Lost {
             rank,
             reason: format!("its state after step {step} of generation {generation} is not in memory here"),
         })
     };
     for rank in (0..holders.len()).filter(|&rank| holders[rank] == own && rank != own) {
-        let (image, reports) = (image_of(rank)?, kept.reports(rank, *step));
-        courier::send((endpoint, rank), (id, FrameKind::State), &image, reports)?;
+        let (replica, reports) = (image_of(rank)?, store.reports(rank, *step));
+        transfer::send((endpoint, rank), (id, FrameKind::State), &replica, reports)?;
     }
     if holders.get(own) == Some(&own) {
-        return Ok((image_of(own)?, kept.reports(own, *step)));
+        return Ok((image_of(own)?, store.reports(own, *step)));
     }
     let holder = holders.get(own).copied().unwrap_or(own);
-    let (image, reports) = courier::receive((endpoint, holder), (id, FrameKind::State), kept.buffer())?;
-    let image = Arc::new(image);
-    kept.put(formation.generation, (*generation, *step, own), image.clone(), reports.clone());
-    Ok((image, reports))
+    let (replica, reports) = transfer::receive((endpoint, holder), (id, FrameKind::State), store.buffer())?;
+    let replica = Arc::new(replica);
+    store.put(formation.generation, (*generation, *step, own), replica.clone(), reports.clone());
+    Ok((replica, reports))
 }

@@ -1,23 +1,23 @@
 //! The watch's values as messages, and back: its memory, what it stops a step with, and the evidence for that.
 //!
-//! What comes from a wire may be anything: a message that lacks a part is an error in words.
+//! What comes from a wire may be anything: a message that lacks a part is an error with a message.
 
 use contraflow_proto::v1;
 
 use super::evidence::{Evidence, NamedTensor, RankEvidence};
-use super::{Action, Divergence, Watch};
+use super::{Divergence, StabilityWatch, StepAction};
 
-impl From<Watch> for v1::WatchState {
-    fn from(watch: Watch) -> Self {
-        let Watch { losses, grad_norms, skips_in_a_row, skipped } = watch;
-        v1::WatchState { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
+impl From<StabilityWatch> for v1::StabilityState {
+    fn from(watch: StabilityWatch) -> Self {
+        let StabilityWatch { losses, grad_norms, skips_in_a_row, skipped } = watch;
+        v1::StabilityState { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
     }
 }
 
-impl From<v1::WatchState> for Watch {
-    fn from(state: v1::WatchState) -> Self {
-        let v1::WatchState { losses, grad_norms, skips_in_a_row, skipped } = state;
-        Watch { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
+impl From<v1::StabilityState> for StabilityWatch {
+    fn from(state: v1::StabilityState) -> Self {
+        let v1::StabilityState { losses, grad_norms, skips_in_a_row, skipped } = state;
+        StabilityWatch { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
     }
 }
 
@@ -25,10 +25,10 @@ impl From<Divergence> for v1::Divergence {
     fn from(divergence: Divergence) -> Self {
         let Divergence { step, action, why, evidence } = divergence;
         let action = match action {
-            Action::Stop => v1::WatchAction::Stop,
-            Action::RollBack => v1::WatchAction::RollBack,
+            StepAction::Stop => v1::StabilityAction::Stop,
+            StepAction::RollBack => v1::StabilityAction::RollBack,
             // A step with one of these does not end the training.
-            Action::Update | Action::Skip => v1::WatchAction::Unspecified,
+            StepAction::Update | StepAction::Skip => v1::StabilityAction::Unspecified,
         };
         v1::Divergence { step, action: action.into(), why, evidence: evidence.map(Into::into) }
     }
@@ -39,9 +39,9 @@ impl TryFrom<v1::Divergence> for Divergence {
 
     fn try_from(message: v1::Divergence) -> Result<Self, String> {
         let action = match message.action() {
-            v1::WatchAction::Stop => Action::Stop,
-            v1::WatchAction::RollBack => Action::RollBack,
-            v1::WatchAction::Unspecified => {
+            v1::StabilityAction::Stop => StepAction::Stop,
+            v1::StabilityAction::RollBack => StepAction::RollBack,
+            v1::StabilityAction::Unspecified => {
                 return Err(format!("action: expected to stop or to roll back, got {}", message.action));
             }
         };
@@ -100,13 +100,13 @@ mod tests {
 
     #[test]
     fn the_memory_of_the_watch_comes_back_to_the_bit() {
-        let watch = Watch {
+        let watch = StabilityWatch {
             losses: [0.1 + 0.2, 1e-300].into(),
             grad_norms: [f64::MAX, 3.0].into(),
             skips_in_a_row: 2,
             skipped: 7,
         };
-        assert_eq!(Watch::from(v1::WatchState::from(watch.clone())), watch);
+        assert_eq!(StabilityWatch::from(v1::StabilityState::from(watch.clone())), watch);
     }
 
     #[test]
@@ -130,7 +130,7 @@ mod tests {
         };
         let evidence =
             Evidence { step: 4, loss: "NaN".into(), grad_norm: "inf".into(), ranks: vec![found, nothing] };
-        for (action, evidence) in [(Action::Stop, Some(evidence)), (Action::RollBack, None)] {
+        for (action, evidence) in [(StepAction::Stop, Some(evidence)), (StepAction::RollBack, None)] {
             let divergence = Divergence { step: 4, action, why: "a spike".into(), evidence };
             assert_eq!(Divergence::try_from(v1::Divergence::from(divergence.clone())), Ok(divergence));
         }

@@ -12,7 +12,7 @@ use crate::files::UNFINISHED_SUFFIX;
 /// [`UNFINISHED_SUFFIX`]. A folder without that ending keeps its name.
 ///
 /// **Errors**: what the system says.
-pub fn place_weights(dir: &Path, files: &[ExportedFile], model_config: &str) -> io::Result<()> {
+pub fn publish_weights(dir: &Path, files: &[ExportedFile], model_config: &str) -> io::Result<()> {
     let map: serde_json::Map<String, serde_json::Value> = files
         .iter()
         .flat_map(|file| file.tensors.iter().map(|tensor| (tensor.clone(), file.file.clone().into())))

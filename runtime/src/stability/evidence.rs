@@ -159,7 +159,7 @@ impl Evidence {
     }
 }
 
-/// Whoever comes first in the published list comes first: by weight, by gradient, then by rank.
+/// In the order of the published list: by weight, by gradient, then by rank.
 fn in_order(mut ranks: Vec<RankEvidence>, names: &[String]) -> Vec<RankEvidence> {
     let place = |tensor: &Option<NamedTensor>| {
         let name = tensor.as_ref().map(|tensor| &tensor.name);
@@ -174,7 +174,7 @@ pub fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 
-fn tensor_words(what: &str, rank: usize, tensor: &NamedTensor) -> String {
+fn tensor_label(what: &str, rank: usize, tensor: &NamedTensor) -> String {
     let NamedTensor { name, layer, num_values } = tensor;
     let layer = layer.map_or_else(String::new, |layer| format!(" (layer {layer})"));
     let values =
@@ -185,13 +185,13 @@ fn tensor_words(what: &str, rank: usize, tensor: &NamedTensor) -> String {
 impl fmt::Display for Evidence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let first = |words: fn(&RankEvidence) -> Option<String>| self.ranks.iter().find_map(words);
-        let weight = first(|at| at.weight.as_ref().map(|tensor| tensor_words("weight", at.rank, tensor)));
+        let weight = first(|at| at.weight.as_ref().map(|tensor| tensor_label("weight", at.rank, tensor)));
         let losses = self.ranks.iter().filter_map(|at| Some((at.micro_batch?, at.rank))).min();
         let loss = losses.map(|(micro_batch, rank)| {
             format!("the loss of micro-batch {micro_batch} on rank {rank} is not finite")
         });
         let gradient =
-            first(|at| at.first_gradient.as_ref().map(|tensor| tensor_words("gradient of", at.rank, tensor)));
+            first(|at| at.first_gradient.as_ref().map(|tensor| tensor_label("gradient of", at.rank, tensor)));
         let found: Vec<String> = [weight, loss, gradient].into_iter().flatten().collect();
         let found = match found.as_slice() {
             [] => format!(

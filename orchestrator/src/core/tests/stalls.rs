@@ -1,9 +1,9 @@
-//! Ranks that do not get on although every worker is there.
+//! Ranks that make no progress although every worker is alive.
 
 use super::*;
 use contraflow_runtime::topology::Rank;
 
-/// So long every worker beats, and tells how far its rank is: operations, and whether it is at work.
+/// Meanwhile every worker sends heartbeats with the progress of its rank: operations, and whether it is at work.
 fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
     let mut effects = Vec::new();
     for _ in 0..ms / BEAT_MS {
@@ -19,7 +19,7 @@ fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
     effects
 }
 
-/// Rank 1 hangs in what it is about; rank 0 goes on until it needs it.
+/// Rank 1 hangs in what it is about; rank 0 continues until it needs it.
 fn hanging() -> World {
     let mut world = training();
     drop(beat(&mut world, 1_000, [(10, false), (10, true)]));
@@ -28,28 +28,28 @@ fn hanging() -> World {
 }
 
 #[test]
-fn the_rank_that_is_at_work_while_the_others_wait_is_named() {
+fn the_rank_that_works_while_the_others_wait_is_named() {
     let mut world = hanging();
-    drop(beat(&mut world, STANDSTILL_MS - BEAT_MS, [(14, false), (10, true)]));
+    drop(beat(&mut world, STALL_WARN_MS - BEAT_MS, [(14, false), (10, true)]));
     assert_eq!(world.core.waiting_for(JOB), "");
     drop(beat(&mut world, BEAT_MS, [(14, false), (10, true)]));
     let waits = world.core.waiting_for(JOB);
-    assert_eq!(waits, "rank 1 does not get on for 11 s, in step 3 after 10 operations");
+    assert_eq!(waits, "rank 1 has made no progress for 11 s, in step 3 after 10 operations");
 }
 
 #[test]
-fn a_worker_whose_rank_hangs_is_to_end_and_the_rank_goes_on_elsewhere() {
+fn a_worker_with_a_stalled_rank_must_exit_and_the_rank_moves() {
     let mut world = hanging();
-    let effects = beat(&mut world, HANG_MS - BEAT_MS, [(14, false), (10, true)]);
-    assert_eq!((words(&effects), world.places()), (Vec::new(), vec![1, 2]));
+    let effects = beat(&mut world, STALL_MS - BEAT_MS, [(14, false), (10, true)]);
+    assert_eq!((commands(&effects), world.places()), (Vec::new(), vec![1, 2]));
     let effects = beat(&mut world, BEAT_MS, [(14, false), (10, true)]);
-    let refused = words(&effects).into_iter().find_map(|(worker, word)| match word {
-        Word::Refused { why } => Some((worker, why.as_str())),
+    let refused = commands(&effects).into_iter().find_map(|(worker, command)| match command {
+        WorkerCommand::Reject { why } => Some((worker, why.as_str())),
         _ => None,
     });
     let (worker, why) = refused.unwrap();
     assert_eq!(worker, 2);
-    assert!(why.contains("rank 1 does not get on for 61 s") && why.ends_with("start it again"), "{why}");
+    assert!(why.contains("rank 1 has made no progress for 61 s") && why.ends_with("start it again"), "{why}");
     assert!(world.core.member(2).is_none());
     drop(world.pass(LEFT_MS, &[1, 3]));
     assert_eq!(world.places(), [1, 3]);
@@ -57,10 +57,10 @@ fn a_worker_whose_rank_hangs_is_to_end_and_the_rank_goes_on_elsewhere() {
 }
 
 #[test]
-fn ranks_that_all_wait_for_each_other_are_formed_anew_with_the_same_workers() {
+fn ranks_that_all_wait_for_each_other_re_form_with_the_same_workers() {
     let mut world = training();
-    let effects = beat(&mut world, HANG_MS + BEAT_MS, [(14, false), (10, false)]);
-    assert!(!words(&effects).iter().any(|(_, word)| matches!(word, Word::Refused { .. })));
+    let effects = beat(&mut world, STALL_MS + BEAT_MS, [(14, false), (10, false)]);
+    assert!(!commands(&effects).iter().any(|(_, command)| matches!(command, WorkerCommand::Reject { .. })));
     drop(world.pass(LEFT_MS, &[1, 2, 3]));
     assert_eq!((world.places(), world.core.jobs().all[&JOB].generation().number()), (vec![1, 2], 2));
 }
@@ -72,27 +72,27 @@ fn ranks_that_have_been_slow_before_are_given_ten_times_as_long() {
     drop(beat(&mut world, 20_000, [(14, false), (10, true)]));
     drop(beat(&mut world, 1_000, [(14, false), (11, true)]));
     let slow = [(14, false), (11, true)];
-    drop(beat(&mut world, HANG_GAPS * 20_000 - 1_000, slow));
+    drop(beat(&mut world, STALL_FACTOR * 20_000 - 1_000, slow));
     assert_eq!(world.core.jobs().all[&JOB].generation().number(), 1);
     drop(beat(&mut world, 2_000, slow));
     assert_eq!(world.core.jobs().all[&JOB].losses, 1);
 }
 
 #[test]
-fn a_rank_that_hangs_while_nobody_trains_is_not_judged() {
+fn no_stall_is_reported_outside_of_training() {
     let mut world = World::new();
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(spec(2, 0))));
     drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
-    drop(beat(&mut world, 2 * HANG_MS, [(0, false), (0, true)]));
+    drop(beat(&mut world, 2 * STALL_MS, [(0, false), (0, true)]));
     assert_eq!(world.core.jobs().all[&JOB].generation().number(), 1);
     assert!(world.core.member(2).is_some());
 }
 
 #[test]
-fn what_is_told_of_an_earlier_formation_moves_no_mark() {
+fn progress_of_an_earlier_formation_is_ignored() {
     let mut world = hanging();
-    for _ in 0..HANG_MS / BEAT_MS {
+    for _ in 0..STALL_MS / BEAT_MS {
         drop(beat(&mut world, BEAT_MS, [(14, false), (10, true)]));
         let address = RankAddress { formation: of(0), rank: Rank::new(1) };
         let progress = vec![Progress { rank: address, step: 9, operations: world.now, is_at_work: true }];
