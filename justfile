@@ -36,6 +36,10 @@ cli:
 bench-peer *MODELS:
     tests/bench_peer.sh {{MODELS}}
 
+# Files and lines of the release binary's code, for addr2line and profilers: target/symbols/contraflow
+symbols:
+    cargo build --profile symbols
+
 # All figures quoted in the documents
 figures:
     cargo build --release
