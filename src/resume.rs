@@ -151,7 +151,7 @@ fn without_link(path: &Path) -> PathBuf {
     }
 }
 
-/// The way on from a damaged checkpoint, if there is one.
+/// How to resume from before a damaged checkpoint, if possible.
 fn earlier(run: &Path, damaged: &Path) -> String {
     let folder = CheckpointFolder::of_run(run);
     let steps = folder.list().unwrap_or_default();

@@ -7,7 +7,7 @@ use crate::math;
 
 const LANES: usize = 16;
 
-/// The largest value, or minus infinity for an empty row. A NaN is passed over: it reaches the sum instead.
+/// The largest value, or minus infinity for an empty row. A NaN is ignored: it reaches the sum instead.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

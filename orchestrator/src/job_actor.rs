@@ -30,19 +30,19 @@ pub enum JobMessage {
     Stop,
     /// A checkpoint has been committed, or not.
     Committed {
-        /// Which one.
+        /// Step of the checkpoint.
         step: u64,
         /// Whether it stands.
         result: Result<(), String>,
     },
     /// The exported weights have been put in place, or not.
     WeightsPublished {
-        /// Why not.
+        /// The error, if it failed.
         result: Result<(), String>,
     },
     /// End at once.
     Cancel {
-        /// Why.
+        /// Shown as the outcome of the job.
         reason: String,
     },
     /// Time is up for the answers to an abort.
@@ -52,7 +52,7 @@ pub enum JobMessage {
 /// How checkpoints are committed.
 #[derive(Clone, Debug)]
 pub struct Commits {
-    /// Where.
+    /// Where checkpoints are committed.
     pub folder: CheckpointFolder,
     /// How many of the newest are kept.
     pub keep: usize,

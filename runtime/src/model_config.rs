@@ -99,7 +99,7 @@ pub struct Yarn {
 
 impl ModelConfig {
     /// Reads a `config.json` as published, in every spelling of the rotary parameters that transformers reads
-    /// (`rope_theta`, `rope_scaling`, `rope_parameters`). Keys it has no use for are passed over.
+    /// (`rope_theta`, `rope_scaling`, `rope_parameters`). Keys it has no use for are ignored.
     ///
     /// **Errors**: every missing key, wrong type, unsupported value and contradiction of the file, all at
     /// once.

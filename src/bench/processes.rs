@@ -1,6 +1,6 @@
 //! A bench of several processes: the command starts itself once for each rank, and the ranks come to know each other.
 //!
-//! What a process does stands in its `--part`. Its first line on stdout is its address, and those of all come by its stdin,
+//! The `--part` argument says what a process does. Its first line on stdout is its address, and those of all come by its stdin,
 //! which is closed when all have ended. Knows no figures.
 
 use std::error::Error;
@@ -76,7 +76,7 @@ impl Processes {
 
 /// In a process that was started as a rank: joins the others.
 ///
-/// **Errors**: whoever started this process has ended; those of the fabric.
+/// **Errors**: the process that started this one has ended; those of the fabric.
 pub fn join(
     rank: usize,
     transport: Transport,

@@ -56,7 +56,7 @@ fn an_orchestrator_killed_and_restarted_loses_no_step() {
     cluster.orchestrator.kill();
     // The ranks continue meanwhile: a checkpoint waits in its unfinished folder until it is committed.
     let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
-    until("ranks that go on alone", || {
+    until("ranks that continue alone", || {
         let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
         names.into_iter().any(|name| name.to_string_lossy().ends_with(".part")).then_some(())
     });
@@ -138,13 +138,13 @@ fn a_worker_lost_while_the_orchestrator_is_away_takes_no_report_with_it() {
     cluster.orchestrator.kill();
     // Reports of the ranks are lost from here on.
     let checkpoints = cluster.path().join(format!("storage/jobs/{job}/checkpoints"));
-    until("ranks that go on alone", || {
+    until("ranks that continue alone", || {
         let names = std::fs::read_dir(&checkpoints).ok()?.map(|entry| entry.unwrap().file_name());
         names.into_iter().any(|name| name.to_string_lossy().starts_with("step-00000100")).then_some(())
     });
     cluster.workers[victim].as_mut().unwrap().kill();
     cluster.start_orchestrator(&[]);
-    // Known as lost, and formed anew.
+    // Known to be lost, and re-formed.
     until("another generation", || (cluster.status(&job)?["generation"].as_u64()? >= 2).then_some(()));
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&changes, steps.len())));
@@ -161,11 +161,13 @@ fn a_terminating_worker_has_its_ranks_moved_and_is_no_loss() {
     let leaver = cluster.workers[leaver].as_mut().unwrap();
     leaver.signal(rustix::process::Signal::TERM);
     assert_eq!(leaver.wait(), Some(0), "{}", leaver.stderr());
+    until("another generation", || (cluster.status(&job)?["generation"].as_u64()? >= 2).then_some(()));
+    // Before it is cancelled, which ranks may see as a lost peer.
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    assert!(log.contains("is leaving; step ") && !log.contains("lost"), "{log}");
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&[ENDLESS], steps.len())));
     assert_eq!(steps.last().unwrap()["generation"], 2);
-    let (_, log, _) = cluster.run(&["logs", &job]);
-    assert!(log.contains("is leaving; step ") && !log.contains("lost"), "{log}");
 }
 
 #[test]
@@ -176,7 +178,7 @@ fn a_second_signal_ends_a_worker_whose_orchestrator_does_not_answer() {
     cluster.orchestrator.signal(rustix::process::Signal::STOP);
     let leaver = cluster.workers[0].as_mut().unwrap();
     leaver.signal(rustix::process::Signal::TERM);
-    until("a word on what it waits for", || {
+    until("what it waits for in status", || {
         leaver.stderr().contains("leaving: waiting up to 25s").then_some(())
     });
     let reported = Instant::now();
@@ -225,7 +227,7 @@ fn a_stalled_rank_in_a_live_process_is_found_and_moved() {
     let generation = |cluster: &Cluster| cluster.status(&job)?["generation"].as_u64();
     until("a formation", || generation(&cluster).filter(|generation| *generation == 1));
     let rank = (0..4).find(|&rank| cluster.host_of(&job, rank) == 3).unwrap();
-    let waits = until("a word on what it waits for", || {
+    let waits = until("what it waits for in status", || {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
         waits.contains("has made no progress").then_some(waits)
     });
@@ -255,7 +257,7 @@ fn without_a_spare_the_job_continues_with_fewer_ranks() {
     cluster.until_step(&job, 6);
     let reported = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
     cluster.workers[3].as_mut().unwrap().kill();
-    let waits = until("a word on what it waits for", || {
+    let waits = until("what it waits for in status", || {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();
         waits.starts_with("needs").then_some(waits)
     });

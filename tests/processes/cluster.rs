@@ -282,7 +282,7 @@ impl Cluster {
         steps
     }
 
-    /// The first steps of a job that goes on for longer, as they are watched; it is cancelled then.
+    /// The first steps of a job that continues for longer, as they are watched; it is cancelled then.
     pub fn first_steps(&self, job: &str, count: usize) -> Vec<Value> {
         let mut command = self.command(&["watch", job, "--format", "json"]);
         let mut child = deadline::spawn(command.stdout(Stdio::piped()));

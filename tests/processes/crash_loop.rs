@@ -40,7 +40,7 @@ fn a_rank_that_fits_into_no_worker_is_not_placed_and_status_says_why() {
         cluster.run(&["submit", "base", "--set", "training.steps=2", "--format", "json"]);
     assert_eq!(code, 0, "{stderr}");
     let job = serde_json::from_str::<serde_json::Value>(&out).unwrap()["job"].as_str().unwrap().to_owned();
-    let waits = until("a word on what it waits for", || {
+    let waits = until("what it waits for in status", || {
         let status = cluster.status(&job)?;
         Some(status["waiting_for"].as_str()?.to_owned()).filter(|waits| !waits.is_empty())
     });

@@ -40,7 +40,7 @@ fn a_spike_takes_the_run_back_to_its_checkpoint_and_past_the_batch() {
         assert!(step % 4 == 0 && *sequences > 0 && sequences % 8 == 0, "{returns:?}");
     }
     let steps: Vec<u64> = place.curve("runs/recipe").iter().map(|(step, _)| *step).collect();
-    assert_eq!(steps, (1..=60).collect::<Vec<_>>(), "every step is told once");
+    assert_eq!(steps, (1..=60).collect::<Vec<_>>(), "every step is reported once");
     let manifest =
         std::fs::read_to_string(place.checkpoint("runs/recipe", 60).join("manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();

@@ -15,7 +15,7 @@ pub enum Missing {
     /// Something of a chunk.
     #[error("missing {what} of chunk {chunk} layer {layer}: the program runs it too early")]
     OfChunk {
-        /// The value.
+        /// Name of the value.
         what: &'static str,
         /// Its chunk.
         chunk: Chunk,
@@ -25,7 +25,7 @@ pub enum Missing {
     /// Something of the update.
     #[error("missing {what} of bucket {bucket}: the program runs it too early")]
     OfBucket {
-        /// The value.
+        /// Name of the value.
         what: &'static str,
         /// Its bucket.
         bucket: usize,
@@ -33,7 +33,7 @@ pub enum Missing {
     /// The program has an update, and no optimizer came with it.
     #[error("missing {what} of the step: the program runs it too early")]
     OfStep {
-        /// The value.
+        /// Name of the value.
         what: &'static str,
     },
 }
@@ -64,7 +64,7 @@ pub enum RankError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     File {
-        /// Which one.
+        /// Path of the file.
         path: String,
         /// The error of the system.
         source: std::io::Error,
@@ -72,7 +72,7 @@ pub enum RankError {
     /// A file does not hold what it should.
     #[error("{path}: {message}")]
     Content {
-        /// Which one.
+        /// Path of the file.
         path: String,
         /// What was expected and what came.
         message: String,
@@ -92,7 +92,7 @@ pub enum RankError {
     /// A child actor is gone.
     #[error("{actor} is gone")]
     ActorGone {
-        /// Its name.
+        /// Name of the actor.
         actor: &'static str,
     },
 }

@@ -20,7 +20,7 @@ pub enum Event {
     Cancel {
         /// One that is over stays as it is.
         job: JobId,
-        /// Why.
+        /// Shown in the log.
         reason: String,
     },
     /// A node is drained.
@@ -45,24 +45,24 @@ pub enum Event {
     },
     /// A worker has left a formation.
     Left {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
         /// What it has left, and what it keeps.
         left: Left,
     },
     /// A worker asks to leave.
     LeaveRequested {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
     },
     /// A worker's stream has ended.
     Detached {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
     },
     /// A worker is alive.
     Beat {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
         /// How far its ranks are.
         progress: Vec<Progress>,
@@ -71,9 +71,9 @@ pub enum Event {
     Rank {
         /// Who hosts it.
         worker: u64,
-        /// Which rank.
+        /// Address of the rank.
         from: RankAddress,
-        /// What.
+        /// What the rank reports.
         event: Box<RankEvent>,
     },
     /// Result of a commit or a publication.
@@ -84,7 +84,7 @@ pub enum Event {
         formation: FormationId,
         /// Of the checkpoint; `None`: the exported weights.
         position: Option<Position>,
-        /// Why not.
+        /// The error, if it failed.
         result: Result<(), String>,
     },
     /// Time has passed.
@@ -116,7 +116,7 @@ pub struct Left {
 /// How far a rank is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Which rank.
+    /// Address of the rank.
     pub rank: RankAddress,
     /// The running step.
     pub step: u64,
@@ -133,9 +133,9 @@ pub enum Effect {
     Persist(Fact),
     /// Send a command to a worker.
     Send {
-        /// Whom.
+        /// Id of the recipient.
         worker: u64,
-        /// What.
+        /// What it has to do.
         command: WorkerCommand,
     },
     /// Put a rank's report with those of the other ranks.
@@ -149,7 +149,7 @@ pub enum Effect {
     Log {
         /// Whose log it is.
         job: JobId,
-        /// What.
+        /// Text of the line.
         line: String,
     },
 }
@@ -161,7 +161,7 @@ pub enum WorkerCommand {
     Welcome,
     /// Leave the cluster.
     Reject {
-        /// Why.
+        /// Shown in the log.
         why: String,
     },
     /// Its lease has expired: its stream ends, and it may attach again.
@@ -175,16 +175,16 @@ pub enum WorkerCommand {
     },
     /// To a rank.
     Rank {
-        /// Which rank.
+        /// Address of the rank.
         to: RankAddress,
-        /// What.
+        /// What it has to do.
         command: RankCommand,
     },
     /// Leave a formation, and all earlier ones of the job.
     Release {
         /// Earlier ones of its job end with it.
         formation: FormationId,
-        /// Why.
+        /// Shown in the log.
         reason: String,
         /// Whether the worker keeps its replicas of the ranks' state in memory and reports them.
         keep: bool,

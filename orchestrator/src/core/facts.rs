@@ -15,7 +15,7 @@ use crate::recovery::InMemory;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "SpecText", into = "SpecText")]
 pub struct JobSpec {
-    /// For people.
+    /// Display name.
     pub name: String,
     /// Jobs of a higher priority start first.
     pub priority: i32,
@@ -168,7 +168,7 @@ pub enum Fact {
     Formed {
         /// Was in line, or had lost its formation.
         job: JobId,
-        /// Where.
+        /// The formation and its places.
         formed: Formed,
     },
     /// A formation has ended, the job has not.
@@ -197,7 +197,7 @@ pub enum Fact {
     },
     /// The watch sent a job back to its newest checkpoint.
     RolledBack {
-        /// Forms anew from there.
+        /// Re-forms from there.
         job: JobId,
         /// Sequences used when it went.
         cursor: u64,

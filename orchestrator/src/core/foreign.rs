@@ -55,7 +55,7 @@ impl Core {
             || !self.has_slots_for(worker, hosted)
             || self.foreign.get(&of).is_some_and(|foreign| foreign.world != world)
         {
-            let reason = "nobody knows of this formation".to_owned();
+            let reason = "unknown formation".to_owned();
             return self.send(worker, WorkerCommand::Release { formation: of, reason, keep: false });
         }
         if !self.foreign.contains_key(&of) {

@@ -12,7 +12,7 @@ use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
 pub struct Registration {
     /// Drawn at the start of its process.
     pub worker: u64,
-    /// For people.
+    /// Display name.
     pub name: String,
     /// Ranks it can host.
     pub slots: usize,

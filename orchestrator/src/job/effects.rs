@@ -29,9 +29,9 @@ pub struct JobSetup {
 pub enum JobEffect {
     /// Send a command to a rank.
     Command {
-        /// Whom.
+        /// The recipient.
         rank: Rank,
-        /// What.
+        /// What it has to do.
         command: RankCommand,
     },
     /// Pass a report on.

@@ -159,7 +159,7 @@ proptest! {
         let Ok(placement) = place(&supply, &topology, schedule) else { return Ok(()) };
         let at = |rank: usize| supply.slots.iter().find(|slots| slots.worker == placement.of_rank[rank]).unwrap();
         let world = topology.world();
-        // No more ranks can have a keeper elsewhere than there are others for the largest lot of ranks, twice.
+        // No more ranks can have a buddy elsewhere than there are others for the largest lot of ranks, twice.
         let most = |equal: &dyn Fn(usize, usize) -> bool| {
             let largest = (0..world).map(|rank| (0..world).filter(|other| equal(rank, *other)).count()).max().unwrap();
             world.min(2 * (world - largest))

@@ -40,7 +40,7 @@ pub enum HubMessage {
     Event(Event),
     /// A worker's stream is open; its registration follows.
     Linked {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
         /// Counts the streams of this process.
         link: u64,
@@ -49,7 +49,7 @@ pub enum HubMessage {
     },
     /// A worker's stream has ended.
     Unlinked {
-        /// Who.
+        /// Id of the worker.
         worker: u64,
         /// Which of its streams.
         link: u64,
@@ -81,7 +81,7 @@ pub struct LogRecord {
     pub level: String,
     /// Ranks that said it; none: the orchestrator.
     pub ranks: Vec<u32>,
-    /// What.
+    /// Text of the line.
     pub message: String,
 }
 

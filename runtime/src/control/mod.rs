@@ -37,7 +37,7 @@ pub enum RankCommand {
     },
     /// Give up what is under way.
     Abort {
-        /// Why.
+        /// The reason, as it is reported to the job.
         reason: String,
     },
     /// End.
@@ -49,7 +49,7 @@ pub enum RankCommand {
 pub enum RankEvent {
     /// The rank has its model and waits for commands.
     Ready {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
     },
     /// An update has been made.
@@ -59,14 +59,14 @@ pub enum RankEvent {
     },
     /// The ranks have agreed to stop after this step.
     Stopped {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// The last step.
         step: u64,
     },
     /// The rank's part of a checkpoint is on disk, synced, in the unfinished folder of its step.
     ShardSaved {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// Position of the run.
         position: Position,
@@ -77,7 +77,7 @@ pub enum RankEvent {
     },
     /// The validation sequences have been run.
     Validated {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// This rank's share of the mean loss, in nats per token.
         loss: f64,
@@ -86,19 +86,19 @@ pub enum RankEvent {
     },
     /// The rank's weights are on disk.
     Exported {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// What it wrote.
         file: ExportedFile,
     },
     /// The rank gave up on command.
     Aborted {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
     },
     /// The watch has stopped a step: no rank has updated its weights, every rank says the same and waits for a command.
     Diverged {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// Which step and why.
         divergence: Box<Divergence>,
@@ -107,7 +107,7 @@ pub enum RankEvent {
     },
     /// The rank cannot continue.
     Failed {
-        /// Who.
+        /// The reporting rank.
         rank: Rank,
         /// What it was doing.
         action: String,

@@ -50,7 +50,7 @@ pub enum FabricError {
     /// The rank gave up.
     #[error("aborted: {reason}")]
     Aborted {
-        /// Why.
+        /// What ended it.
         reason: String,
     },
     /// Two frames with one tag.
@@ -76,7 +76,7 @@ pub enum FabricError {
     /// A formation cannot be joined.
     #[error("{message}")]
     Formation {
-        /// Why not.
+        /// What is wrong with it.
         message: String,
     },
     /// A frame does not hold what its tag promises.

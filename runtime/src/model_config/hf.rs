@@ -1,6 +1,6 @@
 //! Reading and writing the HF `config.json` of a model.
 //!
-//! Files carry many keys of no consequence here: those are passed over. What would change the model's arithmetic and
+//! Files carry many keys of no consequence here: those are ignored. What would change the model's arithmetic and
 //! is not built is refused by name. The rotary settings, which have many spellings, are read in `rope`.
 
 mod rope;

@@ -89,7 +89,7 @@ pub struct NamedTensor {
 /// What one rank has found, by name. A rank that has found nothing is left out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankEvidence {
-    /// Who.
+    /// The rank that saw it.
     pub rank: usize,
     /// See [`Found::weight`].
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,5 +1,5 @@
-//! Which rank, and which formation of a job, is meant. Ids are types of their own, so that none is taken for another or for a count: displayed as
-//! people write them, kept as bare numbers. What a number from outside may be is checked where it comes in (`control::wire`).
+//! Ids of ranks and formations. Types of their own, so that no id is taken for another one or for a count; displayed as people
+//! write them, stored as bare numbers. Numbers from the wire are checked in `control::wire`.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::JobId;
 
-/// How often a job has been formed: 1 is its first formation, 0 stands for the time before it.
+/// Count of a job's formations: 1 is the first, 0 the time before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Generation(u32);
@@ -26,13 +26,13 @@ impl Generation {
         self.0
     }
 
-    /// Of the formation after it. Four billion formations are not made: the last has none after it but itself.
+    /// The next formation's; saturates.
     #[must_use]
     pub const fn next(self) -> Self {
         Generation(self.0.saturating_add(1))
     }
 
-    /// Of the formation before it; of the first, 0.
+    /// The previous formation's; saturates at 0.
     #[must_use]
     pub const fn previous(self) -> Self {
         Generation(self.0.saturating_sub(1))
@@ -45,14 +45,13 @@ impl fmt::Display for Generation {
     }
 }
 
-/// A rank of a job: who it is, not where it stands among others. Whoever counts over ranks, or indexes by them, uses
-/// [`Rank::index`].
+/// Identifies a rank of a job. Code that computes with ranks uses [`Rank::index`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Rank(u32);
 
 impl Rank {
-    /// The one that does for all what only one may do.
+    /// The rank that does what only one rank may do.
     pub const ZERO: Rank = Rank(0);
 
     /// The rank of this number.
@@ -60,18 +59,17 @@ impl Rank {
         Rank(number)
     }
 
-    /// The rank at this place among those of its job. No job has so many that one is beyond the numbers; the last of these
-    /// stands for it.
+    /// The rank with this index; saturates.
     pub fn at(index: usize) -> Self {
         Rank(u32::try_from(index).unwrap_or(u32::MAX))
     }
 
-    /// The ranks of a job that has so many, in order.
+    /// All ranks of a job of `world` ranks, in order.
     pub fn all(world: usize) -> impl DoubleEndedIterator<Item = Rank> {
         (0..world).map(Rank::at)
     }
 
-    /// Its place among the ranks of its job.
+    /// Its index among the ranks of its job.
     pub const fn index(self) -> usize {
         self.0 as usize
     }

@@ -117,7 +117,7 @@ fn a_door_that_does_not_know_the_secret() {
     let mut stream = Played { replies: [&[1_u8; 65][..], &[2]].concat(), reply: Vec::new() };
     let error = shake(&mut stream, &hello(), &SECRET).err().unwrap().to_string();
     assert_eq!(error, "the other end does not know the secret of this formation");
-    assert_eq!(stream.reply.len(), HELLO_BYTES, "it proved itself to somebody who had not");
+    assert_eq!(stream.reply.len(), HELLO_BYTES, "it proved itself to a peer that had not");
 }
 
 /// A connection that says what it was given and notes what is said to it.

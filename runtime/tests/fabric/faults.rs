@@ -134,7 +134,7 @@ fn frames_that_come_without_credit() {
 fn two_frames_under_one_tag() {
     let frame = bytes_of(header(tag(9, 1, FrameKind::Combine), 0, 0));
     let twice = [frame.clone(), frame].concat();
-    // The peer is not lost but wrong: whoever waits cannot know which frame is meant.
+    // The peer is not lost but wrong: a waiter cannot know which frame is meant.
     let (error, reason) = after(&twice, |site, act| ended(site, act));
     assert!(matches!(error, FabricError::Duplicate { tag } if tag.kind == FrameKind::Combine), "{error}");
     assert!(reason.starts_with("a second frame came for Combine"), "{reason}");

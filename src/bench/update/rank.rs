@@ -1,4 +1,4 @@
-//! One rank of a measured run, in a process of its own: trains from fresh weights, with nobody to command it but this file.
+//! One rank of a measured run, in a process of its own: trains from fresh weights, commanded by this file alone.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,7 @@ async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<T
         probe: recorder(recorded.clone(), WARM_UP as u64 + 1..last),
     });
     let (tell, mut events) = mpsc::unbounded_channel();
-    // Once this is over nobody asks any more.
+    // The receiver is gone once this has ended.
     let (worker, _) = Actor::spawn(None, Worker, Arc::new(move |event| drop(tell.send(event)))).await?;
     let rank = Rank::at(part.rank);
     worker.cast(WorkerMessage::Host { rank, assignment })?;

@@ -20,7 +20,7 @@ const NOWHERE: Chunk = Chunk { stage: 0, micro_batch: 0 };
 pub struct Collectives<'a> {
     /// This rank's end of the fabric.
     pub endpoint: &'a Endpoint,
-    /// Which step.
+    /// The step it belongs to.
     pub id: StepId,
 }
 

@@ -46,14 +46,14 @@ pub enum PipelineMessage {
     Lane(LaneEvent),
     /// End every wait of the running program at once.
     Abort {
-        /// Why.
+        /// What caused it.
         reason: String,
     },
 }
 
 /// A task and what it works on.
 pub struct PipelineOrder {
-    /// Which step.
+    /// The step it belongs to.
     pub id: StepId,
     /// What is done.
     pub kind: TaskKind,
@@ -75,7 +75,7 @@ pub struct PipelineOrder {
 
 /// What a task that has ended leaves.
 pub struct TaskDone {
-    /// Which step.
+    /// The step it belongs to.
     pub id: StepId,
     /// The parameters.
     pub params: RankParams,

@@ -15,7 +15,7 @@ pub enum ProbePoint<'a> {
     Op {
         /// Whose lane.
         rank: usize,
-        /// Which step.
+        /// The step under way.
         step: u64,
         /// The operation.
         op: &'a Op,
@@ -24,7 +24,7 @@ pub enum ProbePoint<'a> {
     Gradients {
         /// Whose gradients.
         rank: usize,
-        /// Which step.
+        /// The step under way.
         step: u64,
         /// Which bucket; those of others may not be complete yet, or on their way already.
         bucket: usize,
@@ -46,9 +46,9 @@ pub enum ProbePoint<'a> {
     Actor {
         /// Whose actor.
         rank: usize,
-        /// Which step.
+        /// The step under way.
         step: u64,
-        /// Its name.
+        /// Name of the actor.
         name: &'static str,
     },
 }

@@ -1,7 +1,7 @@
 //! Weights in files: HF directories of safetensors under the published names, read and written.
 //!
 //! Reads F32, BF16 and F16 from one file or from several with an index; converts to f32. Buffers that follow from the
-//! configuration are passed over. Knows names and shapes, no layers.
+//! configuration are skipped. Knows names and shapes, no layers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -125,7 +125,7 @@ impl HfWeights {
         self.tensors.keys().map(String::as_str).chain(kept.map(|(name, _)| name))
     }
 
-    /// Names of the tensors that were passed over: buffers that follow from the configuration.
+    /// Names of the tensors that were skipped: buffers that follow from the configuration.
     pub fn buffers(&self) -> &BTreeSet<String> {
         &self.buffers
     }

@@ -67,7 +67,7 @@ pub struct Settings {
     pub node: String,
     /// Nodes that are near each other.
     pub block: String,
-    /// For people.
+    /// Display name.
     pub name: String,
     /// Where data connections are accepted.
     pub listen: SocketAddr,

@@ -17,14 +17,14 @@ use super::{EventSink, RankActor, RankMessage};
 pub enum WorkerMessage {
     /// Host a rank of a job.
     Host {
-        /// Which one.
+        /// The addressed rank.
         rank: Rank,
         /// The command.
         assignment: Box<Assignment>,
     },
     /// A command of the orchestrator to a rank.
     Command {
-        /// Which one.
+        /// The addressed rank.
         rank: Rank,
         /// The command.
         command: RankCommand,

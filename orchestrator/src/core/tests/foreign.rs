@@ -57,7 +57,7 @@ fn both() -> World {
     let begun = |to: &(u64, &WorkerCommand)| {
         matches!(to.1, WorkerCommand::Rank { command: RankCommand::BeginStep { .. }, .. })
     };
-    assert!(!commands(&effects).iter().any(begun), "nobody here knows where they would begin");
+    assert!(!commands(&effects).iter().any(begun), "where they would begin is unknown here");
     Rank::all(2).for_each(|rank| drop(report(&mut world, step_done(rank, 11))));
     world
 }
