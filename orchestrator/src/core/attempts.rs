@@ -5,8 +5,11 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Formations in a row that end without a step, after which a job is given up.
+/// Formations in a row that end without a step, after which a job is given up; a large job has more.
 pub const MAX_IDLE: u32 = 6;
+
+/// So many workers may well lose one before the first step of a formation, without the job being to blame.
+const WORKERS_PER_CHANCE: usize = 32;
 
 /// Formations in a row that make steps and get no further than one before, after which a job is given up.
 pub const MAX_STUCK: u32 = 50;
@@ -64,9 +67,9 @@ impl Attempts {
         self.losses.push(why.to_owned());
     }
 
-    /// Why the job is not to be formed again, if it is not.
-    pub fn given_up(&self) -> Option<String> {
-        if self.idle >= MAX_IDLE {
+    /// Why the job is not to be formed again, if it is not; its latest formation had `workers`.
+    pub fn given_up(&self, workers: usize) -> Option<String> {
+        if self.idle >= MAX_IDLE + by_chance(workers) {
             let losses = self.losses.join("; ");
             return Some(format!("formed {} times in a row without completing a step: {losses}", self.idle));
         }
@@ -76,13 +79,18 @@ impl Attempts {
         (stuck >= MAX_STUCK).then(words)
     }
 
-    /// How long the next formation waits. **Units**: ms.
-    pub fn pause_ms(&self) -> u64 {
-        match self.idle {
+    /// How long the next formation waits, after one of `workers`. **Units**: ms.
+    pub fn pause_ms(&self, workers: usize) -> u64 {
+        match self.idle.saturating_sub(by_chance(workers)) {
             0 | 1 => 0,
             idle => PAUSE_MS << (idle - 2).min(MAX_IDLE),
         }
     }
+}
+
+/// Formations in a row that a job on so many workers may lose before a first step by chance.
+fn by_chance(workers: usize) -> u32 {
+    u32::try_from(workers / WORKERS_PER_CHANCE).unwrap_or(u32::MAX - MAX_IDLE)
 }
 
 #[cfg(test)]
@@ -102,13 +110,13 @@ mod tests {
     fn formations_without_a_step_are_counted_and_wait_longer_and_longer() {
         let mut attempts = Attempts::default();
         let mut pauses = Vec::new();
-        while attempts.given_up().is_none() {
+        while attempts.given_up(4).is_none() {
             lose(&mut attempts, 4, 4);
-            pauses.push(attempts.pause_ms());
+            pauses.push(attempts.pause_ms(4));
         }
         assert_eq!(pauses[..5], [0, 1_000, 2_000, 4_000, 8_000]);
         assert_eq!(attempts.idle, MAX_IDLE);
-        let words = attempts.given_up().unwrap();
+        let words = attempts.given_up(4).unwrap();
         assert!(
             words.starts_with("formed 6 times in a row without completing a step: lost; lost"),
             "{words}"
@@ -121,8 +129,23 @@ mod tests {
         for step in 0..10 * u64::from(MAX_STUCK) {
             (1..MAX_IDLE).for_each(|_| lose(&mut attempts, step, step));
             lose(&mut attempts, step, step + 1);
-            assert_eq!((attempts.given_up(), attempts.pause_ms()), (None, 0));
+            assert_eq!((attempts.given_up(4), attempts.pause_ms(4)), (None, 0));
         }
+    }
+
+    #[test]
+    fn a_large_job_loses_more_formations_by_chance() {
+        let workers = 1_250;
+        let mut attempts = Attempts::default();
+        for _ in 0..workers / WORKERS_PER_CHANCE {
+            lose(&mut attempts, 4, 4);
+            assert_eq!((attempts.given_up(workers), attempts.pause_ms(workers)), (None, 0));
+        }
+        assert!(attempts.given_up(4).is_some());
+        (1..MAX_IDLE).for_each(|_| lose(&mut attempts, 4, 4));
+        assert_eq!(attempts.given_up(workers), None);
+        lose(&mut attempts, 4, 4);
+        assert!(attempts.given_up(workers).is_some());
     }
 
     #[test]
@@ -131,10 +154,10 @@ mod tests {
         lose(&mut attempts, 0, 40);
         for _ in 1..MAX_STUCK {
             lose(&mut attempts, 0, 40);
-            assert_eq!(attempts.given_up(), None);
+            assert_eq!(attempts.given_up(4), None);
         }
         lose(&mut attempts, 0, 39);
         let words = "formed 50 times in a row without getting past step 40: lost";
-        assert_eq!(attempts.given_up().as_deref(), Some(words));
+        assert_eq!(attempts.given_up(4).as_deref(), Some(words));
     }
 }

@@ -422,12 +422,14 @@ impl Core {
         let idle = counts && !record.attempts.has_stepped && reached <= resumed;
         let mut attempts = record.attempts.clone();
         attempts.ended(reached, idle, &format!("generation {generation}: {why}"));
-        if let Some(words) = attempts.given_up() {
+        let workers: BTreeSet<u64> =
+            record.formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
+        if let Some(words) = attempts.given_up(workers.len()) {
             return self.end(job, End::Failed, (words, None), now);
         }
         self.release(job, &why, true);
         self.log(job, why.clone());
-        self.paused_until.insert(job, now + attempts.pause_ms());
+        self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
         self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
         self.query_survivors(job, now);
     }

@@ -57,6 +57,8 @@ pub struct Report {
     pub formations: u64,
     /// Faults by kind.
     pub faults: BTreeMap<SimFault, u64>,
+    /// How the jobs have ended that are still known, in words.
+    pub outcomes: Vec<String>,
     /// What happened, line by line, if that was asked for.
     pub lines: Vec<String>,
 }
@@ -185,6 +187,7 @@ impl World {
             steps: 0,
             formations: 0,
             faults: BTreeMap::new(),
+            outcomes: Vec::new(),
             lines: Vec::new(),
         };
         World {
@@ -218,6 +221,8 @@ impl World {
             self.check_liveness();
         }
         self.report.ended_ms = self.now;
+        let ended = self.store.jobs.all.iter().filter(|(_, record)| record.has_ended());
+        self.report.outcomes = ended.map(|(job, record)| format!("{job}: {}", record.why)).collect();
         self.report
     }
 

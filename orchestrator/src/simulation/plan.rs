@@ -243,9 +243,14 @@ impl SimJob {
     }
 }
 
+/// Sequences of the largest batch that a recipe may have.
+const MAX_BATCH: usize = 1 << 20;
+
 /// A recipe that can be cut along data and experts in many ways, on these axes and with these changes.
 fn recipe(axes: Topology, changes: &[String]) -> Arc<Recipe> {
-    let batch = format!("training.global_batch_size={}", 840 * axes.world());
+    // 840 is divisible by 1 to 8: fewer ranks find a share too. Very large jobs do not shrink.
+    let per_rank = 840.min(MAX_BATCH / axes.world());
+    let batch = format!("training.global_batch_size={}", per_rank * axes.world());
     let fixed = ["parallel.schedule=1f1b", "training.micro_batch_size=1", &batch].map(str::to_owned);
     let changes = [&fixed[..], &axes_overrides(&axes), changes].concat();
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes);
