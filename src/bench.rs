@@ -1,33 +1,36 @@
 //! `contraflow bench`: figures about this machine, each in one run, as rates and as shares of a measured limit.
 
+mod balance;
 mod checkpoint;
 mod fabric;
 mod infer;
 mod load;
 mod placement;
 mod processes;
+mod rate;
 mod simulation;
+mod step;
 mod store;
 mod update;
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
-use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
-use contraflow_runtime::cost;
+use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::topology::Generation;
+use contraflow_workers::data::PackedDataset;
 use contraflow_workers::data::batches::Datasets;
-use contraflow_workers::data::{Corpus, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
+use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::local::{LocalCluster, LocalClusterSpec};
-use crate::machine::measure_peak;
 use crate::output::{Format, print};
 
 /// Arguments of `contraflow bench`.
@@ -35,6 +38,9 @@ use crate::output::{Format, print};
 pub struct BenchArgs {
     #[command(subcommand)]
     what: BenchCommand,
+    /// Output format; in JSON units are in the names of the figures
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    format: Format,
 }
 
 #[derive(clap::Subcommand, Debug)]
@@ -116,9 +122,6 @@ enum BenchCommand {
         /// Steps of a run that are measured, after two that are not
         #[arg(long, default_value_t = 10)]
         steps: usize,
-        /// Output format
-        #[arg(long, value_enum, default_value_t = Format::Text)]
-        format: Format,
         /// Internal arguments of child processes
         #[arg(long, hide = true)]
         part: Option<String>,
@@ -129,20 +132,43 @@ enum BenchCommand {
 ///
 /// **Errors**: code 2 for a model that is not built in; code 1 if a run fails.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    let format = args.format;
     match &args.what {
-        BenchCommand::Step { model, threads, steps } => step(model, *threads, *steps),
-        BenchCommand::Infer { model, threads, repeats } => infer::run(model, *threads, *repeats),
-        BenchCommand::Checkpoint { model, threads, saves } => checkpoint::run(model, *threads, *saves),
-        BenchCommand::Balance { steps } => balance(*steps),
-        BenchCommand::Placement => placement::run(),
-        BenchCommand::Load => load::run(),
-        BenchCommand::Store => store::run(),
-        BenchCommand::Simulation { ranks, steps, seed } => simulation::run(*ranks, *steps, *seed),
-        BenchCommand::Fabric { repeats, part } => fabric::run(*repeats, part.as_deref()),
-        BenchCommand::Update { rounds, steps, format, part } => {
-            update::run(*rounds, *steps, *format, part.as_deref())
+        BenchCommand::Step { model, threads, steps } => show(format, &step::run(model, *threads, *steps)?),
+        BenchCommand::Infer { model, threads, repeats } => {
+            show(format, &infer::run(model, *threads, *repeats)?)
+        }
+        BenchCommand::Checkpoint { model, threads, saves } => {
+            show(format, &checkpoint::run(model, *threads, *saves)?)
+        }
+        BenchCommand::Balance { steps } => show(format, &balance::run(*steps)?),
+        BenchCommand::Placement => show(format, &placement::run()?),
+        BenchCommand::Load => show(format, &load::run()?),
+        BenchCommand::Store => show(format, &store::run()?),
+        BenchCommand::Simulation { ranks, steps, seed } => {
+            let figures = simulation::run(*ranks, *steps, *seed)?;
+            show(format, &figures)?;
+            figures.verdict()
+        }
+        BenchCommand::Fabric { part: Some(part), .. } => fabric::be(part),
+        BenchCommand::Fabric { repeats, part: None } => show(format, &fabric::run(*repeats)?),
+        BenchCommand::Update { part: Some(part), .. } => update::be(part),
+        BenchCommand::Update { rounds, steps, part: None } => {
+            let figures = update::run(*rounds, *steps)?;
+            show(format, &figures)?;
+            figures.verdict()
         }
     }
+}
+
+/// Prints the figures of a command.
+fn show(format: Format, figures: &(impl Serialize + Display)) -> Result<(), Failure> {
+    print(&match format {
+        Format::Text => figures.to_string(),
+        Format::Json => {
+            serde_json::to_string(figures).map_err(|error| Failure::run(error.to_string()))? + "\n"
+        }
+    })
 }
 
 /// Steps that warm caches and memory up.
@@ -169,35 +195,6 @@ fn seeded_datasets(recipe: &Recipe) -> Datasets {
     Datasets { train, validation: PackedDataset::from_tokens(Vec::new(), length) }
 }
 
-fn step(model: &str, threads: usize, steps: usize) -> Result<(), Failure> {
-    let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP)?;
-    let length = recipe.training.sequence_length;
-    let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
-    let peak = measure_peak(threads);
-    let tokens = (recipe.training.global_batch_size * length) as f64;
-    let (records, cpu_seconds) = train_quietly(recipe, datasets)?;
-    let mut seconds: Vec<f64> = records.iter().skip(WARM_UP).map(|record| record.seconds).collect();
-    seconds.sort_by(f64::total_cmp);
-    let (median, best) = (seconds[seconds.len() / 2], seconds[0]);
-    // From the end of the warm-up on: making the model is no part of a step.
-    let spent = cpu_seconds[cpu_seconds.len() - 1] - cpu_seconds[WARM_UP - 1];
-    let cpu_rate = tokens * seconds.len() as f64 / spent.max(1e-9);
-    let mfu = |seconds: f64| 100.0 * tokens * flops_per_token / seconds / peak;
-    print(&format!(
-        "{model}, {threads} thread(s), {} steps of {tokens} tokens\n\
-         tokens/s: {:.0} median, {:.0} best; {cpu_rate:.0} per CPU second\n\
-         MFU: {:.0}% median, {:.0}% best, of {:.0} GFLOP/s (f32 product of 1024 x 1024 on the same threads)\n\
-         FLOP per token: {:.2} M (matrix products, causal half of attention, three times forward, no MTP)\n",
-        seconds.len(),
-        tokens / median,
-        tokens / best,
-        mfu(median),
-        mfu(best),
-        peak / 1e9,
-        flops_per_token / 1e6,
-    ))
-}
-
 /// Token ids that depend on nothing but their number.
 fn seeded_ids(len: usize, vocab_size: usize) -> Vec<u32> {
     let mut state = 1_u64;
@@ -206,35 +203,6 @@ fn seeded_ids(len: usize, vocab_size: usize) -> Vec<u32> {
         ((state >> 33) % vocab_size as u64) as u32
     };
     (0..len).map(|_| next()).collect()
-}
-
-fn balance(steps: usize) -> Result<(), Failure> {
-    let corpus = Corpus::load_default();
-    let mut lines = String::new();
-    for words in ["off", "on"] {
-        let mut overrides = vec![
-            format!("training.steps={steps}"),
-            "balance.sequence_alpha=0".to_owned(),
-            "checkpoint.save_model=false".to_owned(),
-        ];
-        if words == "off" {
-            overrides.push("balance.bias_speed=0".to_owned());
-        }
-        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".to_owned()), &overrides)?;
-        let length = recipe.training.sequence_length;
-        let datasets = Datasets {
-            train: PackedDataset::pack(&corpus.train, length),
-            validation: PackedDataset::pack(&corpus.validation, length),
-        };
-        let (records, _) = train_quietly(recipe, datasets)?;
-        let mean =
-            |part: &[StepRecord]| part.iter().map(mean_max_vio).sum::<f64>() / part.len().max(1) as f64;
-        let quarter = (records.len() / 4).max(1);
-        let (early, late) = (mean(&records[quarter..2 * quarter]), mean(&records[records.len() - quarter..]));
-        lines +=
-            &format!("balance {words}: MaxVio {early:.2} in the second quarter, {late:.2} in the last\n");
-    }
-    print(&lines)
 }
 
 /// Runs a recipe without a folder; returns its step records, and the process's CPU seconds at the end of each step.

@@ -3,6 +3,7 @@
 //!
 //! Every other step is followed by a checkpoint, so that steps with and without one alternate in one run.
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,20 +14,36 @@ use contraflow_runtime::cost;
 use contraflow_workers::checkpoint::provenance::{companions, manifest};
 use contraflow_workers::data::Tokenizer;
 use parking_lot::Mutex;
+use serde::Serialize;
 
 use super::{benchmark, run_quietly};
 use crate::failure::Failure;
-use crate::output::print;
-
 use crate::run_dir;
 
 /// Steps before the first that is measured.
 const WARM_UP: usize = 2;
 
-/// Runs the command; figures go to stdout.
+/// What checkpoints cost.
+#[derive(Debug, Serialize)]
+pub(super) struct CheckpointCost {
+    model: String,
+    threads: usize,
+    saves: usize,
+    checkpoint_bytes: u64,
+    parameters: u64,
+    /// Medians.
+    step_alone_s: f64,
+    step_beside_checkpoint_s: f64,
+    /// Share of a step that one beside a checkpoint loses.
+    stall: f64,
+    peak_memory_before_bytes: u64,
+    extra_memory_bytes: u64,
+}
+
+/// Measures them.
 ///
 /// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
-pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
+pub(super) fn run(model: &str, threads: usize, saves: usize) -> Result<CheckpointCost, Failure> {
     let steps = WARM_UP + 2 * saves;
     let (mut recipe, datasets) = benchmark(model, threads, steps)?;
     recipe.checkpoint.every = 2;
@@ -55,17 +72,46 @@ pub fn run(model: &str, threads: usize, saves: usize) -> Result<(), Failure> {
     let measured = &seconds[WARM_UP - 1..];
     let (beside, alone) = (median(measured.iter().step_by(2)), median(measured.iter().skip(1).step_by(2)));
     let extra = marks[marks.len() - 1].1.saturating_sub(marks[WARM_UP - 1].1);
-    print(&format!(
-        "{model}, {threads} thread(s), one rank, {saves} checkpoints of {:.2} GiB ({:.1} M parameters with two moments)\n\
-         step alone {alone:.3} s, beside a checkpoint {beside:.3} s: stall {:.1}% of that step, {:.2}% with one every 100 steps\n\
-         peak memory {:.2} GiB before the first checkpoint, {:.2} GiB more with them\n",
-        gib(written.unwrap_or(0)),
-        (parameters.total + parameters.mtp) as f64 / 1e6,
-        100.0 * (beside / alone - 1.0),
-        beside / alone - 1.0,
-        gib(marks[WARM_UP - 1].1),
-        gib(extra),
-    ))
+    Ok(CheckpointCost {
+        model: model.to_owned(),
+        threads,
+        saves,
+        checkpoint_bytes: written.unwrap_or(0),
+        parameters: parameters.total + parameters.mtp,
+        step_alone_s: alone,
+        step_beside_checkpoint_s: beside,
+        stall: beside / alone - 1.0,
+        peak_memory_before_bytes: marks[WARM_UP - 1].1,
+        extra_memory_bytes: extra,
+    })
+}
+
+impl fmt::Display for CheckpointCost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}, {} thread(s), one rank, {} checkpoints of {:.2} GiB ({:.1} M parameters with two moments)",
+            self.model,
+            self.threads,
+            self.saves,
+            gib(self.checkpoint_bytes),
+            self.parameters as f64 / 1e6
+        )?;
+        writeln!(
+            f,
+            "step alone {:.3} s, beside a checkpoint {:.3} s: stall {:.1}% of that step, {:.2}% with one every 100 steps",
+            self.step_alone_s,
+            self.step_beside_checkpoint_s,
+            100.0 * self.stall,
+            self.stall
+        )?;
+        writeln!(
+            f,
+            "peak memory {:.2} GiB before the first checkpoint, {:.2} GiB more with them",
+            gib(self.peak_memory_before_bytes),
+            gib(self.extra_memory_bytes)
+        )
+    }
 }
 
 fn median<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {

@@ -4,15 +4,16 @@
 //! them together, per payload byte, in units of one copy of 64 MiB in the same run. Frames are received where they arrive and
 //! are not read.
 
+use std::fmt;
 use std::time::Instant;
 
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Phase, Region, Tag, Transport};
 use contraflow_runtime::topology::FormationId;
+use serde::{Deserialize, Serialize};
 
 use super::cpu_seconds;
 use super::processes::{self, Processes};
 use crate::failure::Failure;
-use crate::output::print;
 
 const WIRES: [(&str, Transport); 3] =
     [("tcp", Transport::Tcp), ("unix", Transport::Socket), ("shm", Transport::SharedMemory)];
@@ -23,7 +24,7 @@ const SIZES: [usize; 7] = [8, 512, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 2
 const ALL_TO_ALL: [usize; 4] = [1, 4, 16, 64];
 
 /// Role of a child process.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Part {
     rank: usize,
     world: usize,
@@ -31,36 +32,108 @@ struct Part {
     repeats: usize,
 }
 
-/// Runs the command, or the part of one rank in it; figures go to stdout.
-///
-/// **Errors**: code 1 if a process cannot be started or a rank fails.
-pub fn run(repeats: usize, part: Option<&str>) -> Result<(), Failure> {
-    if let Some(part) = part {
-        let part = serde_json::from_str(part).map_err(|error| Failure::run(error.to_string()))?;
-        return be(&part).map_err(|error| Failure::run(error.to_string()));
-    }
-    for world in WORLDS {
-        for (wire, (name, _)) in WIRES.iter().enumerate() {
-            print(&format!("{name}, {world} processes\n"))?;
-            let part = |rank| Part { rank, world, wire, repeats };
-            together(&(0..world).map(part).collect::<Vec<_>>())
-                .map_err(|error| Failure::run(format!("{name}: {error}")))?;
-        }
-    }
-    Ok(())
+/// All measurements.
+#[derive(Debug, Serialize)]
+pub(super) struct FabricFigures {
+    runs: Vec<WireFigures>,
 }
 
-/// Runs one process for each part; the first one's lines go to stdout.
-fn together(parts: &[Part]) -> Result<(), Box<dyn std::error::Error>> {
+/// Those of one transport between some processes.
+#[derive(Debug, Serialize)]
+struct WireFigures {
+    wire: &'static str,
+    processes: usize,
+    rows: Vec<Row>,
+}
+
+/// What the first rank of a run prints, a line each.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Row {
+    /// One copy of 64 MiB.
+    CopyGibPerCpuSecond(f64),
+    Frames(FrameFigures),
+}
+
+/// What frames of one size took.
+#[derive(Debug, Serialize, Deserialize)]
+struct FrameFigures {
+    what: String,
+    /// One way.
+    best_us: f64,
+    median_us: f64,
+    gib_per_second: f64,
+    /// Of all ranks together.
+    cpu_us: f64,
+    /// CPU time per payload byte, in copies; meaningless for small frames.
+    copies: Option<f64>,
+}
+
+/// Measures everything.
+///
+/// **Errors**: code 1 if a process cannot be started or a rank fails.
+pub(super) fn run(repeats: usize) -> Result<FabricFigures, Failure> {
+    let mut runs = Vec::new();
+    for processes in WORLDS {
+        for (number, (wire, _)) in WIRES.into_iter().enumerate() {
+            let part = |rank| Part { rank, world: processes, wire: number, repeats };
+            let rows = together(&(0..processes).map(part).collect::<Vec<_>>());
+            let rows = rows.map_err(|error| Failure::run(format!("{wire}: {error}")))?;
+            runs.push(WireFigures { wire, processes, rows });
+        }
+    }
+    Ok(FabricFigures { runs })
+}
+
+/// The part of one rank in it, given as JSON.
+///
+/// **Errors**: code 1 if the rank fails.
+pub(super) fn be(part: &str) -> Result<(), Failure> {
+    let part = serde_json::from_str(part).map_err(|error| Failure::run(error.to_string()))?;
+    measure(&part).map_err(|error| Failure::run(error.to_string()))
+}
+
+/// Runs one process for each part: what the first one prints.
+fn together(parts: &[Part]) -> Result<Vec<Row>, Box<dyn std::error::Error>> {
     let mut processes = Processes::start("fabric", parts)?;
+    let mut rows = Vec::new();
     loop {
         let line = processes.line(0)?;
         if line.is_empty() {
             break;
         }
-        print(&line).map_err(|_| "stdout is closed")?;
+        rows.push(serde_json::from_str(&line)?);
     }
-    processes.end()
+    processes.end()?;
+    Ok(rows)
+}
+
+impl fmt::Display for FabricFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for WireFigures { wire, processes, rows } in &self.runs {
+            writeln!(f, "{wire}, {processes} processes")?;
+            rows.iter().try_for_each(|row| row.fmt(f))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Row::CopyGibPerCpuSecond(rate) => {
+                writeln!(f, "  one copy of 64 MiB: {rate:.2} GiB per CPU second")
+            }
+            Row::Frames(FrameFigures { what, best_us, median_us, gib_per_second, cpu_us, copies }) => {
+                let copies = copies.map_or_else(String::new, |copies| format!(" {copies:>5.2} copies"));
+                writeln!(
+                    f,
+                    "  {what:<24} {best_us:>9.1} us best {median_us:>9.1} us median {gib_per_second:>7.2} GiB/s \
+                     {cpu_us:>9.1} us CPU{copies}"
+                )
+            }
+        }
+    }
 }
 
 /// One rank of a measurement.
@@ -82,12 +155,12 @@ struct Taken {
     cpu: f64,
 }
 
-fn be(part: &Part) -> Result<(), Box<dyn std::error::Error>> {
+fn measure(part: &Part) -> Result<(), Box<dyn std::error::Error>> {
     let network = processes::join(part.rank, WIRES[part.wire].1, None)?;
     let end = network.join(part.rank)?;
     let mut rank = Rank { end, world: part.world, repeats: part.repeats, step: 0, copy: copy_cost() };
     if part.rank == 0 {
-        println!("  one copy of 64 MiB: {:.2} GiB per CPU second", 1.0 / rank.copy / (1_u64 << 30) as f64);
+        print_row(&Row::CopyGibPerCpuSecond(1.0 / rank.copy / (1_u64 << 30) as f64))?;
     }
     if part.world == 2 {
         rank.there_and_back()?;
@@ -177,7 +250,7 @@ impl Rank {
         Ok(Taken { seconds, cpu: cpu[cpu.len() / 2] })
     }
 
-    fn there_and_back(&mut self) -> Result<(), FabricError> {
+    fn there_and_back(&mut self) -> Result<(), Box<dyn std::error::Error>> {
         let peer = 1 - self.end.rank();
         for size in SIZES {
             let payload = Region::new(vec![1_u8; size]);
@@ -192,12 +265,12 @@ impl Rank {
                     rank.send(peer, &payload)
                 }
             })?;
-            self.print_row(&format!("{size:>9} B there and back"), &taken, 2 * size, 0.5, size);
+            self.report(format!("{size:>9} B there and back"), &taken, 2 * size, 0.5, size)?;
         }
         Ok(())
     }
 
-    fn all_to_all(&mut self) -> Result<(), FabricError> {
+    fn all_to_all(&mut self) -> Result<(), Box<dyn std::error::Error>> {
         for mib in ALL_TO_ALL {
             let share = (mib << 20) / self.world;
             let payload = Region::new(vec![1_u8; share]);
@@ -209,25 +282,38 @@ impl Rank {
                 others().try_for_each(|other| rank.receive(other).map(drop))
             })?;
             let sent = (self.world - 1) * share;
-            self.print_row(&format!("{mib:>2} MiB all to all"), &taken, self.world * sent, 1.0, sent);
+            self.report(format!("{mib:>2} MiB all to all"), &taken, self.world * sent, 1.0, sent)?;
         }
         Ok(())
     }
 
     /// `bytes` of all ranks in a round; `part` of a round is one way, which takes `one_way` bytes.
-    fn print_row(&self, what: &str, taken: &Taken, bytes: usize, part: f64, one_way: usize) {
+    fn report(
+        &self,
+        what: String,
+        taken: &Taken,
+        bytes: usize,
+        part: f64,
+        one_way: usize,
+    ) -> serde_json::Result<()> {
         if self.end.rank() > 0 {
-            return;
+            return Ok(());
         }
         let (best, median) = (taken.seconds[0] * part, taken.seconds[taken.seconds.len() / 2] * part);
         let copies = taken.cpu / bytes as f64 / self.copy;
-        let rate = one_way as f64 / best / (1_u64 << 30) as f64;
-        println!(
-            "  {what:<24} {:>9.1} us best {:>9.1} us median {rate:>7.2} GiB/s {:>9.1} us CPU {}",
-            best * 1e6,
-            median * 1e6,
-            taken.cpu * part * 1e6,
-            if one_way < 64 << 10 { String::new() } else { format!("{copies:>5.2} copies") },
-        );
+        print_row(&Row::Frames(FrameFigures {
+            what,
+            best_us: best * 1e6,
+            median_us: median * 1e6,
+            gib_per_second: one_way as f64 / best / (1_u64 << 30) as f64,
+            cpu_us: taken.cpu * part * 1e6,
+            copies: (one_way >= 64 << 10).then_some(copies),
+        }))
     }
+}
+
+/// To the process that has started this one.
+fn print_row(row: &Row) -> serde_json::Result<()> {
+    println!("{}", serde_json::to_string(row)?);
+    Ok(())
 }

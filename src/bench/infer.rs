@@ -2,44 +2,74 @@
 //!
 //! Knows the generator alone; no rank, no data.
 
+use std::fmt;
 use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::sampling::{Sampling, sample};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::infer::generate::{Cache, Generator};
+use serde::Serialize;
 
+use super::rate::Rate;
 use super::{cpu_seconds, seeded_ids};
 use crate::failure::Failure;
-use crate::output::print;
 
 /// Tokens in the cache before the first one that is written, and how many are.
 const CONTEXT: usize = 128;
 const WRITTEN: usize = 32;
 
-/// Measures both and prints the figures.
+/// How fast a prompt is read and a text is written.
+#[derive(Debug, Serialize)]
+pub(super) struct InferSpeed {
+    model: String,
+    threads: usize,
+    repeats: usize,
+    prefill_tokens: usize,
+    prefill_tokens_per_second: Rate,
+    /// Tokens in the cache before the first one that is written, and behind the last one.
+    decode_context: [usize; 2],
+    decode_tokens_per_second: Rate,
+}
+
+/// Measures both.
 ///
 /// **Errors**: code 2 for a model that is not built in.
-pub fn run(model: &str, threads: usize, repeats: usize) -> Result<(), Failure> {
+pub(super) fn run(model: &str, threads: usize, repeats: usize) -> Result<InferSpeed, Failure> {
     let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &[])?;
     let (config, training) = (recipe.model_config, recipe.training);
     let ids = seeded_ids(training.sequence_length, config.vocab_size);
     let generator = Generator::fresh(config, training.seed, training.init_std).map_err(Failure::run)?;
     let (prefill, decode) = Threads::new(threads).run(|| {
-        let prefill = Figure::of(repeats, ids.len(), || {
+        let prefill = rate(repeats, ids.len(), || {
             let clock = Clock::start();
             generator.read(&mut Cache::default(), &ids);
             clock.stop()
         });
-        (prefill, Figure::of(repeats, WRITTEN, || write(&generator, &ids[..CONTEXT])))
+        (prefill, rate(repeats, WRITTEN, || write(&generator, &ids[..CONTEXT])))
     });
-    let end = CONTEXT + WRITTEN;
-    print(&format!(
-        "{model}, {threads} thread(s), {repeats} repeats\n\
-         prefill of {} tokens, tokens/s: {prefill}\n\
-         decode at context {CONTEXT} to {end}, tokens/s: {decode}\n",
-        ids.len(),
-    ))
+    Ok(InferSpeed {
+        model: model.to_owned(),
+        threads,
+        repeats,
+        prefill_tokens: ids.len(),
+        prefill_tokens_per_second: prefill,
+        decode_context: [CONTEXT, CONTEXT + WRITTEN],
+        decode_tokens_per_second: decode,
+    })
+}
+
+impl fmt::Display for InferSpeed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [begin, end] = self.decode_context;
+        writeln!(f, "{}, {} thread(s), {} repeats", self.model, self.threads, self.repeats)?;
+        writeln!(
+            f,
+            "prefill of {} tokens, tokens/s: {:.1}",
+            self.prefill_tokens, self.prefill_tokens_per_second
+        )?;
+        writeln!(f, "decode at context {begin} to {end}, tokens/s: {:.1}", self.decode_tokens_per_second)
+    }
 }
 
 /// The time to write after a prompt, that of the prompt itself not counted.
@@ -75,31 +105,11 @@ impl Clock {
     }
 }
 
-/// Tokens per second over the repeats of one measurement.
-struct Figure {
-    median: f64,
-    best: f64,
-    per_cpu_second: f64,
-}
-
-impl Figure {
-    fn of(repeats: usize, tokens: usize, work: impl Fn() -> Spent) -> Figure {
-        work();
-        let spent: Vec<Spent> = (0..repeats.max(1)).map(|_| work()).collect();
-        let sorted = |seconds: fn(&Spent) -> f64| {
-            let mut seconds: Vec<f64> = spent.iter().map(seconds).collect();
-            seconds.sort_by(f64::total_cmp);
-            seconds
-        };
-        let (wall, cpu) = (sorted(|spent| spent.wall), sorted(|spent| spent.cpu));
-        let (middle, tokens) = (wall.len() / 2, tokens as f64);
-        Figure { median: tokens / wall[middle], best: tokens / wall[0], per_cpu_second: tokens / cpu[middle] }
-    }
-}
-
-impl std::fmt::Display for Figure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Figure { median, best, per_cpu_second } = self;
-        write!(f, "{median:.1} median, {best:.1} best; {per_cpu_second:.1} per CPU second")
-    }
+/// Tokens per second over the repeats of one measurement, after one that warms up.
+fn rate(repeats: usize, tokens: usize, work: impl Fn() -> Spent) -> Rate {
+    work();
+    let spent: Vec<Spent> = (0..repeats.max(1)).map(|_| work()).collect();
+    let mut cpu: Vec<f64> = spent.iter().map(|spent| spent.cpu).collect();
+    cpu.sort_by(f64::total_cmp);
+    Rate::new(tokens as f64, spent.iter().map(|spent| spent.wall).collect(), cpu[cpu.len() / 2])
 }

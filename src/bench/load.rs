@@ -3,6 +3,7 @@
 //! The orchestrator is a process of its own, started by this command, so that its CPU time can be separated from that of the
 //! clients. The workers are fakes: real streams, real beats, no ranks.
 
+use std::fmt;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,7 +22,6 @@ use v1::job_service_client::JobServiceClient;
 
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::output::print;
 
 /// Clients that submit at the same time.
 const CLIENTS: usize = 32;
@@ -103,10 +104,26 @@ impl Server {
     }
 }
 
-/// Runs the command; figures go to stdout.
+/// What the orchestrator made of it.
+#[derive(Debug, Serialize)]
+pub(super) struct LoadFigures {
+    clients: usize,
+    /// Each one durable: the median and the slowest of the rounds.
+    submissions_per_second_median: f64,
+    submissions_per_second_slowest: f64,
+    finished_jobs: usize,
+    /// A page of 100 jobs.
+    list_ms_median: f64,
+    list_ms_longest: f64,
+    workers: u64,
+    /// Share of one core, with a beat of each worker a second.
+    cores: f64,
+}
+
+/// Measures it.
 ///
 /// **Errors**: code 1 if the orchestrator cannot be started or does not answer.
-pub fn run() -> Result<(), Failure> {
+pub(super) fn run() -> Result<LoadFigures, Failure> {
     let server = Server::start()?;
     interrupt::runtime()?.block_on(async {
         let jobs = JobServiceClient::new(server.channel().await?);
@@ -121,24 +138,45 @@ pub fn run() -> Result<(), Failure> {
         let mut times = Vec::new();
         for _ in 0..LISTS {
             let began = Instant::now();
-            let listed = jobs.clone().list(v1::ListRequest::default()).await.map_err(|status| answer(&status))?;
+            let listed =
+                jobs.clone().list(v1::ListRequest::default()).await.map_err(|status| answer(&status))?;
             assert_eq!(listed.into_inner().jobs.len(), 100, "a page of the list");
             times.push(began.elapsed().as_secs_f64());
         }
         times.sort_by(f64::total_cmp);
         let share = beats(&server).await?;
-        print(&format!(
-            "{:.0} submissions/s (median of {ROUNDS} rounds of {ROUND}; slowest {:.0}), {CLIENTS} at a time, each durable\n\
-             list of 100 among {} finished jobs: {:.1} ms median, {:.1} ms longest\n\
-             {WORKERS} workers that beat once a second: {:.0}% of one core\n",
-            rates[ROUNDS / 2],
-            rates[0],
-            ROUND * ROUNDS,
-            1e3 * times[LISTS / 2],
-            1e3 * times[LISTS - 1],
-            100.0 * share,
-        ))
+        Ok(LoadFigures {
+            clients: CLIENTS,
+            submissions_per_second_median: rates[ROUNDS / 2],
+            submissions_per_second_slowest: rates[0],
+            finished_jobs: ROUND * ROUNDS,
+            list_ms_median: 1e3 * times[LISTS / 2],
+            list_ms_longest: 1e3 * times[LISTS - 1],
+            workers: WORKERS,
+            cores: share,
+        })
     })
+}
+
+impl fmt::Display for LoadFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:.0} submissions/s (median of {ROUNDS} rounds of {ROUND}; slowest {:.0}), {} at a time, each durable",
+            self.submissions_per_second_median, self.submissions_per_second_slowest, self.clients
+        )?;
+        writeln!(
+            f,
+            "list of 100 among {} finished jobs: {:.1} ms median, {:.1} ms longest",
+            self.finished_jobs, self.list_ms_median, self.list_ms_longest
+        )?;
+        writeln!(
+            f,
+            "{} workers that beat once a second: {:.0}% of one core",
+            self.workers,
+            100.0 * self.cores
+        )
+    }
 }
 
 fn answer(status: &tonic::Status) -> Failure {

@@ -1,14 +1,15 @@
 //! `contraflow bench placement`: how long it takes to find places for the ranks of a job, and how good they are.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Instant;
 
 use contraflow_orchestrator::placement::{Placement, Slots, Supply, buddies, place, refill};
 use contraflow_runtime::schedule::ScheduleKind;
 use contraflow_runtime::topology::Topology;
+use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::print;
 
 /// Runs of each case; the fastest counts, because what else the machine does only adds.
 const REPEATS: usize = 5;
@@ -16,51 +17,89 @@ const REPEATS: usize = 5;
 /// Nodes of a block.
 const NODES: usize = 16;
 
-/// Runs the command; figures go to stdout.
+/// All cases.
+#[derive(Debug, Serialize)]
+pub(super) struct PlacementFigures {
+    cases: Vec<PlacementCase>,
+}
+
+/// One job on 4,096 slots: places for all its ranks, then for those of a worker that is lost.
+#[derive(Debug, Serialize)]
+struct PlacementCase {
+    what: &'static str,
+    topology: Topology,
+    place_ms: f64,
+    lost_ranks: usize,
+    refill_ms: f64,
+    buddies_ms: f64,
+    /// The terms that placement minimizes, in their order of weight, before and after the loss.
+    score: Vec<[String; 2]>,
+}
+
+/// Measures all cases.
 ///
 /// **Errors**: code 1 if a job is refused.
-pub fn run() -> Result<(), Failure> {
-    let mut lines = String::new();
+pub(super) fn run() -> Result<PlacementFigures, Failure> {
     let wide = Topology { pipeline: 16, expert: 8, data: 16 };
     let huge = Topology { pipeline: 16, expert: 64, data: 2 };
     let dense = Topology { pipeline: 16, expert: 1, data: 128 };
-    for (what, topology, slots) in [
+    let cases = [
         ("expert groups of a node's size", wide, 8),
         ("expert groups of 8 nodes", huge, 8),
         ("nodes of uneven size", wide, 0),
         ("no expert groups", dense, 8),
         ("one slot a node, no expert groups", dense, 1),
-    ] {
-        lines += &case(what, &topology, slots)?;
-    }
-    print(&lines)
+    ];
+    let cases = cases.into_iter().map(|(what, topology, slots)| case(what, topology, slots));
+    Ok(PlacementFigures { cases: cases.collect::<Result<_, _>>()? })
 }
 
-fn case(what: &str, topology: &Topology, slots: usize) -> Result<String, Failure> {
+fn case(what: &'static str, topology: Topology, slots: usize) -> Result<PlacementCase, Failure> {
     let supply = supply(4096, slots);
     let refused = |refusal: contraflow_orchestrator::placement::Refusal| Failure::run(refusal.to_string());
-    let (placed, seconds) = fastest(|| place(&supply, topology, ScheduleKind::Dualpipe));
+    let (placed, seconds) = fastest(|| place(&supply, &topology, ScheduleKind::Dualpipe));
     let placed = placed.map_err(refused)?;
     let (left, lost) = after_loss(&supply, &placed);
     let (refilled, again) =
-        fastest(|| refill(&left, topology, ScheduleKind::Dualpipe, &placed.of_rank, &lost));
+        fastest(|| refill(&left, &topology, ScheduleKind::Dualpipe, &placed.of_rank, &lost));
     let refilled = refilled.map_err(refused)?;
     let (_, replica_holders) = fastest(|| buddies(&supply, &placed.of_rank));
-    let mut lines = format!(
-        "{what}: {} ranks ({} x {} x {}) on 4096 slots in {:.1} ms; {} lost in {:.1} ms; buddies in {:.1} ms\n",
-        topology.world(),
-        topology.pipeline,
-        topology.expert,
-        topology.data,
-        1e3 * seconds,
-        lost.len(),
-        1e3 * again,
-        1e3 * replica_holders
-    );
-    for (term, after) in placed.score.iter().zip(&refilled.score) {
-        lines += &format!("  {} (after the loss: {})\n", term.words, after.words);
+    let terms = placed.score.into_iter().zip(refilled.score);
+    Ok(PlacementCase {
+        what,
+        topology,
+        place_ms: 1e3 * seconds,
+        lost_ranks: lost.len(),
+        refill_ms: 1e3 * again,
+        buddies_ms: 1e3 * replica_holders,
+        score: terms.map(|(before, after)| [before.words, after.words]).collect(),
+    })
+}
+
+impl fmt::Display for PlacementFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cases.iter().try_for_each(|case| case.fmt(f))
     }
-    Ok(lines)
+}
+
+impl fmt::Display for PlacementCase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Topology { pipeline, expert, data } = self.topology;
+        writeln!(
+            f,
+            "{}: {} ranks ({pipeline} x {expert} x {data}) on 4096 slots in {:.1} ms; {} lost in {:.1} ms; buddies in {:.1} ms",
+            self.what,
+            self.topology.world(),
+            self.place_ms,
+            self.lost_ranks,
+            self.refill_ms,
+            self.buddies_ms
+        )?;
+        for [before, after] in &self.score {
+            writeln!(f, "  {before} (after the loss: {after})")?;
+        }
+        Ok(())
+    }
 }
 
 /// The last answer, and the fewest seconds that one took.

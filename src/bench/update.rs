@@ -10,6 +10,7 @@ mod rank;
 
 use std::collections::BTreeSet;
 use std::error::Error;
+use std::fmt;
 use std::time::Duration;
 
 use contraflow_runtime::fabric::DelayInjection;
@@ -24,7 +25,6 @@ use self::rank::Trained;
 use super::WARM_UP;
 use super::processes::Processes;
 use crate::failure::Failure;
-use crate::output::{Format, print};
 
 const RECIPE: &str = "tiny";
 /// Each frame is held back for up to 2 ms.
@@ -61,7 +61,7 @@ impl ProcessRole {
 
 /// What the command prints as JSON. Units are in the names.
 #[derive(Debug, Serialize)]
-struct UpdateFigures {
+pub(super) struct UpdateFigures {
     recipe: &'static str,
     /// Each frame is held back for a seeded time up to this.
     max_frame_delay_ms: f64,
@@ -91,31 +91,34 @@ struct Same {
     weights_equal: bool,
 }
 
-/// Runs the command, or the part of one rank in it; figures go to stdout.
+/// Measures it.
 ///
-/// **Errors**: code 1 if a process cannot be started, a rank fails, or the bits differ.
-pub fn run(rounds: usize, steps: usize, format: Format, part: Option<&str>) -> Result<(), Failure> {
-    let failed = |error: Box<dyn Error>| Failure::run(error.to_string());
-    if let Some(part) = part {
-        let part = serde_json::from_str(part).map_err(|error| Failure::run(error.to_string()))?;
-        return rank::be(&part).map_err(failed);
-    }
+/// **Errors**: code 2 without rounds or steps; code 1 if a process cannot be started or a rank fails.
+pub(super) fn run(rounds: usize, steps: usize) -> Result<UpdateFigures, Failure> {
     if rounds == 0 || steps == 0 {
         return Err(Failure::input("--rounds and --steps: expected at least 1"));
     }
-    let report = measure(rounds, steps).map_err(failed)?;
-    print(&match format {
-        Format::Json => {
-            serde_json::to_string(&report).map_err(|error| Failure::run(error.to_string()))? + "\n"
-        }
-        Format::Text => text(&report),
-    })?;
-    let differs = [&report.two_processes.same, &report.four_processes]
-        .into_iter()
-        .find(|same| !same.losses_and_norms_equal || !same.weights_equal);
-    differs.map_or(Ok(()), |same| {
-        Err(Failure::run(format!("with and without overlap {:?} come to different bits", same.axes)))
-    })
+    measure(rounds, steps).map_err(|error| Failure::run(error.to_string()))
+}
+
+/// The part of one rank in it, given as JSON.
+///
+/// **Errors**: code 1 if the rank fails.
+pub(super) fn be(part: &str) -> Result<(), Failure> {
+    let part = serde_json::from_str(part).map_err(|error| Failure::run(error.to_string()))?;
+    rank::be(&part).map_err(|error| Failure::run(error.to_string()))
+}
+
+impl UpdateFigures {
+    /// **Errors**: code 1 if the bits differ.
+    pub(super) fn verdict(&self) -> Result<(), Failure> {
+        let differs = [&self.two_processes.same, &self.four_processes]
+            .into_iter()
+            .find(|same| !same.losses_and_norms_equal || !same.weights_equal);
+        differs.map_or(Ok(()), |same| {
+            Err(Failure::run(format!("with and without overlap {:?} come to different bits", same.axes)))
+        })
+    }
 }
 
 fn measure(rounds: usize, steps: usize) -> Result<UpdateFigures, Box<dyn Error>> {
@@ -178,30 +181,33 @@ fn compare(axes: Axes, runs: &[Vec<Trained>]) -> Same {
     Same { axes, losses_and_norms_equal: losses.len() == 1, weights_equal: weights.len() == 1 }
 }
 
-fn text(report: &UpdateFigures) -> String {
-    let Two { same, with_overlap, without_overlap, .. } = &report.two_processes;
-    let line = |what: &str, figures: &Figures| {
-        format!(
-            "  {what:<16} {:>7.1} ms exposed ({:.1} by the walk) of a step of {:.1} ms ({:.1} by the walk)\n",
-            figures.exposed_communication_ms,
-            figures.walk_exposed_communication_ms,
-            figures.step_ms,
-            figures.walk_step_ms
+impl fmt::Display for UpdateFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Two { same, with_overlap, without_overlap, .. } = &self.two_processes;
+        let line = |what: &str, figures: &Figures| {
+            format!(
+                "  {what:<16} {:>7.1} ms exposed ({:.1} by the walk) of a step of {:.1} ms ({:.1} by the walk)\n",
+                figures.exposed_communication_ms,
+                figures.walk_exposed_communication_ms,
+                figures.step_ms,
+                figures.walk_step_ms
+            )
+        };
+        let bits = |same: &Same| {
+            let equal = |equal: bool| if equal { "equal" } else { "DIFFERENT" };
+            let (losses, weights) = (equal(same.losses_and_norms_equal), equal(same.weights_equal));
+            format!("  with and without overlap: losses and norms {losses}, weights {weights}\n")
+        };
+        write!(
+            f,
+            "{}, frames delayed by up to {:.0} ms, medians over {} steps\ntwo processes\n{}{}{}four processes\n{}",
+            self.recipe,
+            self.max_frame_delay_ms,
+            self.measured_steps,
+            line("with overlap", with_overlap),
+            line("without overlap", without_overlap),
+            bits(same),
+            bits(&self.four_processes),
         )
-    };
-    let bits = |same: &Same| {
-        let equal = |equal: bool| if equal { "equal" } else { "DIFFERENT" };
-        let (losses, weights) = (equal(same.losses_and_norms_equal), equal(same.weights_equal));
-        format!("  with and without overlap: losses and norms {losses}, weights {weights}\n")
-    };
-    format!(
-        "{}, frames delayed by up to {:.0} ms, medians over {} steps\ntwo processes\n{}{}{}four processes\n{}",
-        report.recipe,
-        report.max_frame_delay_ms,
-        report.measured_steps,
-        line("with overlap", with_overlap),
-        line("without overlap", without_overlap),
-        bits(same),
-        bits(&report.four_processes),
-    )
+    }
 }

@@ -1,0 +1,74 @@
+//! `contraflow bench step`: training steps of a benchmark model on one rank.
+
+use std::fmt;
+
+use contraflow_runtime::cost;
+use serde::Serialize;
+
+use super::rate::Rate;
+use super::{WARM_UP, benchmark, train_quietly};
+use crate::failure::Failure;
+use crate::machine::measure_peak;
+
+/// What the steps made of the machine.
+#[derive(Debug, Serialize)]
+pub(super) struct StepSpeed {
+    model: String,
+    threads: usize,
+    steps: usize,
+    tokens_per_step: f64,
+    tokens_per_second: Rate,
+    /// Shares of the peak.
+    mfu_median: f64,
+    mfu_best: f64,
+    /// f32 product of 1024 x 1024 on the same threads.
+    peak_gflops: f64,
+    mflop_per_token: f64,
+}
+
+/// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
+pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed, Failure> {
+    let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP)?;
+    let length = recipe.training.sequence_length;
+    let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
+    let peak = measure_peak(threads);
+    let tokens = (recipe.training.global_batch_size * length) as f64;
+    let (records, cpu_seconds) = train_quietly(recipe, datasets)?;
+    let seconds: Vec<f64> = records.iter().skip(WARM_UP).map(|record| record.seconds).collect();
+    let steps = seconds.len();
+    // From the end of the warm-up on: making the model is no part of a step.
+    let cpu_seconds = cpu_seconds[cpu_seconds.len() - 1] - cpu_seconds[WARM_UP - 1];
+    let tokens_per_second = Rate::new(tokens, seconds, cpu_seconds / steps as f64);
+    let mfu = |rate: f64| rate * flops_per_token / peak;
+    Ok(StepSpeed {
+        model: model.to_owned(),
+        threads,
+        steps,
+        tokens_per_step: tokens,
+        tokens_per_second,
+        mfu_median: mfu(tokens_per_second.median),
+        mfu_best: mfu(tokens_per_second.best),
+        peak_gflops: peak / 1e9,
+        mflop_per_token: flops_per_token / 1e6,
+    })
+}
+
+impl fmt::Display for StepSpeed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StepSpeed { model, threads, steps, tokens_per_step, tokens_per_second, .. } = self;
+        writeln!(f, "{model}, {threads} thread(s), {steps} steps of {tokens_per_step} tokens")?;
+        writeln!(f, "tokens/s: {tokens_per_second}")?;
+        writeln!(
+            f,
+            "MFU: {:.0}% median, {:.0}% best, of {:.0} GFLOP/s (f32 product of 1024 x 1024 on the same threads)",
+            100.0 * self.mfu_median,
+            100.0 * self.mfu_best,
+            self.peak_gflops
+        )?;
+        writeln!(
+            f,
+            "FLOP per token: {:.2} M (matrix products, causal half of attention, three times forward, no MTP)",
+            self.mflop_per_token
+        )
+    }
+}
