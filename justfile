@@ -36,7 +36,7 @@ cli:
 bench-peer *MODELS:
     tests/bench_peer.sh {{MODELS}}
 
-# Files and lines of the release binary's code, for addr2line and profilers: target/symbols/contraflow
+# The release build with files and lines, for backtraces, debuggers and profilers: target/symbols/contraflow
 symbols:
     cargo build --profile symbols
 
