@@ -15,7 +15,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const LEGEND: &str = "\
 Terms in the output:
   bubble   share of the step in which a rank's compute thread was blocked on a message; with more ranks than
-           cores this includes the wait for a core
+           cores this includes the sender's wait for a core
   MaxVio   imbalance of the experts' load: (largest load - mean) / mean, averaged over the layers; 0 is even
   MFU      FLOP of the model's matrix products per second (forward, twice that backward, nothing recomputed),
            as a share of what this machine's matrix multiplication was measured to reach";

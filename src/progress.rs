@@ -29,7 +29,7 @@ pub struct Frame {
     pub flops_per_token: f64,
     /// Measured peak of the cores in use, FLOP/s.
     pub peak_flops: f64,
-    /// More ranks than cores: the bubble holds time in which other ranks used the core.
+    /// More ranks than cores: the bubble includes time in which a sender had no core.
     pub oversubscribed: bool,
 }
 

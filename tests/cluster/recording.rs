@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use contraflow_runtime::schedule::{Idle, Lane, Program, Span, Timeline, Work};
+use contraflow_runtime::schedule::{Chunk, Component, Idle, Lane, Op, Pass, Program, Span, Timeline, Work};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
@@ -23,8 +23,8 @@ struct Record {
 /// By rank and step; the validation is step 0.
 type Records = BTreeMap<(usize, u64), Record>;
 
-/// Runs a layout in which every first operation of a compute lane takes a while.
-fn record(lab: &Lab, layout: Layout, pause: Duration) -> Records {
+/// Runs a layout in which every operation of a rank that `is_slow` takes a while longer.
+fn record(lab: &Lab, layout: Layout, pause: Duration, is_slow: fn(usize, &Op) -> bool) -> Records {
     let records: Arc<Mutex<Records>> = Arc::default();
     let noted = records.clone();
     let probe = Probe::new(move |point| match point {
@@ -37,14 +37,17 @@ fn record(lab: &Lab, layout: Layout, pause: Duration) -> Records {
             };
             noted.lock().unwrap().insert((rank, step), record);
         }
-        ProbePoint::Op { op, .. } if op.lane == Lane::Compute && op.action == Some(0) => {
-            std::thread::sleep(pause);
-        }
+        ProbePoint::Op { rank, op, .. } if is_slow(rank, op) => std::thread::sleep(pause),
         _ => {}
     });
     let finished = lab.run(Setup { probe, ..lab.setup(layout, &["training.steps=3"]) });
     assert_eq!(finished.losses().len(), 3);
     std::mem::take(&mut records.lock().unwrap())
+}
+
+/// An operation of the compute lane for the plan's first action.
+fn is_first_compute(_: usize, op: &Op) -> bool {
+    op.lane == Lane::Compute && op.action == Some(0)
 }
 
 /// Every operation began when what it waits for had ended, and no lane did two at once.
@@ -68,7 +71,7 @@ fn a_recorded_task_has_exactly_the_operations_of_its_programs() {
         let mut plans = Plans::new(&recipe).unwrap();
         let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
         let training = plans.get(micro_batches, TaskKind::Train).unwrap();
-        let records = record(&lab, layout, Duration::ZERO);
+        let records = record(&lab, layout, Duration::ZERO, |_, _| false);
         assert!(records.keys().filter(|(_, step)| *step > 0).count() == 3 * topology.world(), "{layout:?}");
         for ((rank, step), Record { programs, timeline, idle, seconds }) in records {
             let pipeline = topology.coordinates(rank).pipeline;
@@ -106,11 +109,40 @@ fn a_recorded_task_has_exactly_the_operations_of_its_programs() {
 #[test]
 fn the_makespan_of_a_recorded_step_is_the_time_that_the_rank_reports() {
     let lab = Lab::new();
-    let records = record(&lab, FOUR_RANKS, Duration::from_millis(20));
+    let records = record(&lab, FOUR_RANKS, Duration::from_millis(20), is_first_compute);
     let steps = || records.iter().filter(|((_, step), _)| *step > 0).map(|(_, record)| record);
     let (makespan, seconds) = steps().fold((0.0, 0.0), |(makespan, seconds), record| {
         (makespan + record.timeline.makespan, seconds + record.seconds)
     });
     assert!(seconds > 12.0 * 0.1, "the pauses are not in it: {seconds} s in 12 steps");
     assert!(makespan <= seconds && makespan >= 0.99 * seconds, "{makespan} of {seconds} s");
+}
+
+/// Two ranks in a pipeline: the second one waits for the first activation of a step while it is held back on its way, and for
+/// no longer computation of its own.
+#[test]
+fn a_message_that_is_late_is_in_the_bubble_and_a_long_operation_is_not() {
+    let lab = Lab::new();
+    let (pipeline, pause) = (layout("1f1b", (2, 1, 1)), Duration::from_millis(200));
+    let is_sending = |rank: usize, op: &Op| {
+        rank == 0 && matches!(op.work, Work::Send { chunk: Chunk { micro_batch: 0, .. }, .. })
+    };
+    let is_computing = |rank: usize, op: &Op| {
+        let Work::Component { pass: Pass::Forward, component: Component::Head, chunk, .. } = op.work else {
+            return false;
+        };
+        rank == 1 && chunk.micro_batch == 0
+    };
+    let second = |is_slow| {
+        let records = record(&lab, pipeline, pause, is_slow);
+        let second = records.into_iter().filter(|((rank, step), _)| (*rank, *step > 0) == (1, true));
+        second.map(|(_, record)| (record.idle.passes, record.timeline.compute_busy[0])).collect::<Vec<_>>()
+    };
+    let (late, long) = (second(is_sending), second(is_computing));
+    let pause = pause.as_secs_f64();
+    assert!(late.len() == 3 && late.iter().all(|(bubble, _)| *bubble >= pause), "{late:?}");
+    assert!(long.len() == 3 && long.iter().all(|(_, busy)| *busy >= pause), "{long:?}");
+    // A machine under load may hold up one step's messages as long.
+    let least = long.iter().map(|(bubble, _)| *bubble).fold(f64::MAX, f64::min);
+    assert!(least < pause, "{long:?}");
 }

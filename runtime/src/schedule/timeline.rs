@@ -25,7 +25,9 @@ impl Span {
     }
 }
 
-/// Time in which a compute lane had nothing to do, by what it waited for.
+/// Time in which a compute lane was free and could not go on, because something that its next operation needs from another
+/// lane, and so mostly from another rank, was missing. What passes between the moment in which an operation could start and
+/// its start is none of it: that is the cost of issuing and, where ranks outnumber cores, the wait for a core.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Idle {
     /// Before operations of the passes: the bubble.
@@ -62,7 +64,7 @@ impl Timeline {
         Timeline { spans, makespan, compute_busy }
     }
 
-    /// How long the compute lane stood idle in the programs `which`, one after the other, from `begin` until the end of their
+    /// How long the compute lane was blocked in the programs `which`, one after the other, from `begin` until the end of their
     /// last operation.
     ///
     /// # Panics
@@ -71,14 +73,16 @@ impl Timeline {
         let mut idle = Idle::default();
         let (mut free, mut end) = (begin, begin);
         for index in which {
-            let ops = &programs[index].borrow().ops;
-            for (op, span) in ops.iter().zip(&self.spans[index]) {
+            let (ops, spans) = (&programs[index].borrow().ops, &self.spans[index]);
+            let begun = end;
+            for (op, span) in ops.iter().zip(spans) {
                 end = f64::max(end, span.end);
                 if op.lane == Lane::Compute {
-                    let waited = f64::max(span.start - free, 0.0);
+                    let ready = op.after.iter().map(|&needed| spans[needed].end).fold(begun, f64::max);
+                    let blocked = f64::max(f64::min(ready, span.start) - free, 0.0);
                     match op.work {
-                        Work::Component { .. } => idle.passes += waited,
-                        _ => idle.update += waited,
+                        Work::Component { .. } => idle.passes += blocked,
+                        _ => idle.update += blocked,
                     }
                     free = f64::max(free, span.end);
                 }

@@ -14,7 +14,7 @@ pub struct Recording {
     pub programs: Vec<Arc<Program>>,
     /// When. **Units**: seconds since the rank began the task.
     pub timeline: Timeline,
-    /// How long the compute lane stood idle since the first program began. **Units**: seconds.
+    /// How long the compute lane was blocked since the first program began. **Units**: seconds.
     pub idle: Idle,
 }
 
@@ -65,42 +65,46 @@ mod tests {
 
     use super::*;
 
-    fn op(lane: Lane, work: Work) -> Op {
-        Op { lane, work, after: Vec::new(), action: None }
+    fn op(lane: Lane, work: Work, after: &[OpId]) -> Op {
+        Op { lane, work, after: after.to_vec(), action: None }
     }
 
     #[test]
-    fn idle_time_belongs_to_the_operation_that_it_precedes() {
+    fn idle_is_what_an_operation_lacks_from_other_lanes_and_no_late_start() {
         let chunk = Chunk { stage: 0, micro_batch: 0 };
         let pass =
             |layer| Work::Component { pass: Pass::Forward, chunk, layer, component: Component::Attention };
         let passes = Program::of(vec![
-            op(Lane::Compute, pass(0)),
-            op(Lane::Expert, pass(1)),
-            op(Lane::Compute, pass(2)),
-            op(Lane::Compute, Work::GradNorm { bucket: 0 }),
+            op(Lane::Compute, pass(0), &[]),
+            op(Lane::Expert, pass(1), &[0]),
+            op(Lane::Compute, pass(2), &[1]),
+            op(Lane::Collective, Work::Reduce { bucket: 0 }, &[2]),
+            op(Lane::Compute, pass(3), &[0]),
+            op(Lane::Compute, Work::GradNorm { bucket: 0 }, &[3]),
         ]);
         let update = Program::of(vec![
-            op(Lane::Compute, Work::Balance),
-            op(Lane::Collective, Work::Gather { bucket: 0 }),
+            op(Lane::Compute, Work::Balance, &[]),
+            op(Lane::Collective, Work::Gather { bucket: 0 }, &[0]),
         ]);
         let zero = Instant::now();
         let at = |ms| zero + Duration::from_millis(ms);
         let mut recorder = Recorder { began: 0.010, ..Recorder::new(zero) };
         recorder.begin(Arc::new(passes));
-        for (op, (began, ended)) in [(12, 20), (20, 30), (31, 41), (50, 60)].into_iter().enumerate() {
+        let spans = [(12, 20), (21, 30), (31, 41), (41, 58), (47, 50), (60, 70)];
+        for (op, (began, ended)) in spans.into_iter().enumerate() {
             recorder.note(op, at(began), at(ended));
         }
         recorder.begin(Arc::new(update));
-        recorder.note(0, at(70), at(75));
+        recorder.note(0, at(73), at(75));
         recorder.note(1, at(75), at(90));
         let Recording { timeline, idle, programs } = recorder.finish();
         let ms = |seconds: f64| (seconds * 1e3).round();
-        // 2 before the first pass, 11 between the two; 9 before the norm, 10 before the biases, 15 behind them.
-        assert_eq!([idle.passes, idle.update].map(ms), [13.0, 34.0]);
+        // 10 from the first pass to what it gave the experts and got back, nothing before the first and the third, which could
+        // have started earlier; 8 until the reduction's end, and 15 behind the biases.
+        assert_eq!([idle.passes, idle.update].map(ms), [10.0, 23.0]);
         assert_eq!(programs.len(), 2);
         let lengths: Vec<usize> = timeline.spans.iter().map(Vec::len).collect();
-        assert_eq!((lengths, ms(timeline.makespan)), (vec![4, 2], 90.0));
-        assert_eq!(timeline.compute_busy.iter().copied().map(ms).collect::<Vec<_>>(), [28.0, 5.0]);
+        assert_eq!((lengths, ms(timeline.makespan)), (vec![6, 2], 90.0));
+        assert_eq!(timeline.compute_busy.iter().copied().map(ms).collect::<Vec<_>>(), [31.0, 2.0]);
     }
 }
