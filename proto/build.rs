@@ -3,8 +3,8 @@
 use std::path::Path;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files =
-        ["report", "jobs", "cluster", "control", "state"].map(|name| format!("contraflow/v1/{name}.proto"));
+    let files = ["report", "jobs", "cluster", "events", "control", "state"]
+        .map(|name| format!("contraflow/v1/{name}.proto"));
     let mut compiler = protox::Compiler::new(["."])?;
     compiler.include_source_info(true).include_imports(true).open_files(files)?;
     // What reflection answers with.

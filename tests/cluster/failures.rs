@@ -42,7 +42,7 @@ fn cancel_during(lab: &Lab, is_it: impl Fn(&ProbePoint) -> bool + Send + Sync + 
     let finished = lab.run(Setup { probe, cancel, ..lab.setup(FOUR_RANKS, &[]) });
     assert_eq!(finished.message(), "the user has seen enough");
     let took = finished.since_cancel.unwrap();
-    assert!(took < Duration::from_millis(100), "the abort was answered after {took:?}");
+    assert!(took < LONG_KERNEL / 2, "the abort was answered after {took:?}");
 }
 
 #[test]

@@ -11,6 +11,23 @@ use super::facts::{Fact, JobSpec};
 use super::members::Registration;
 use crate::recovery::ReplicaShard;
 
+/// What a worker says when its stream opens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Attachment {
+    /// Who it is.
+    pub registration: Registration,
+    /// Formations it hosts ranks of.
+    pub hosted: Vec<Hosted>,
+    /// Formations it has left and of whose state it keeps something.
+    pub left: Vec<Left>,
+    /// The state of the orchestrator whose member it was last; 0: none so far.
+    pub state: u64,
+    /// The highest incarnation of that state it has seen.
+    pub incarnation: u64,
+    /// The id of its storage.
+    pub storage_id: String,
+}
+
 /// Something has happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -29,20 +46,7 @@ pub enum Event {
         node: String,
     },
     /// A worker's stream is open.
-    Attached {
-        /// Who it is.
-        registration: Box<Registration>,
-        /// Formations it hosts ranks of.
-        hosted: Vec<Hosted>,
-        /// Formations it has left and of whose state it keeps something.
-        left: Vec<Left>,
-        /// The state of the orchestrator whose member it was last; 0: none so far.
-        state: u64,
-        /// The highest incarnation of that state it has seen.
-        incarnation: u64,
-        /// The id of its storage.
-        storage_id: String,
-    },
+    Attached(Box<Attachment>),
     /// A worker has left a formation.
     Left {
         /// Id of the worker.

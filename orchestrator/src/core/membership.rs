@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::schedule::size;
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
-use super::events::{Hosted, Left, WorkerCommand};
+use super::events::{Attachment, Hosted, WorkerCommand};
 use super::facts::Fact;
 use super::formation::Formation;
 use super::jobs::JobRecord;
@@ -15,14 +15,8 @@ use super::stall::Stall;
 use super::{Core, list};
 
 impl Core {
-    pub(super) fn attached(
-        &mut self,
-        registration: Registration,
-        hosted: &[Hosted],
-        (state, incarnation, storage_id): (u64, u64, String),
-        left: Vec<Left>,
-        now: u64,
-    ) {
+    pub(super) fn attached(&mut self, attachment: Attachment, now: u64) {
+        let Attachment { registration, hosted, left, state, incarnation, storage_id } = attachment;
         let worker = registration.worker;
         if let Err(why) = self.admit(&registration, (state, incarnation), &storage_id) {
             return self.send(worker, WorkerCommand::Reject { why });
@@ -35,7 +29,7 @@ impl Core {
         self.is_open = true;
         self.send(worker, WorkerCommand::Welcome);
         let is_current = |hosted: &Hosted| self.formed(hosted.formation).is_some();
-        let (current, stale): (Vec<_>, Vec<_>) = hosted.iter().cloned().partition(is_current);
+        let (current, stale): (Vec<_>, Vec<_>) = hosted.into_iter().partition(is_current);
         let is_known = |hosted: &Hosted| {
             let newest = self.jobs.all.get(&hosted.formation.job).map(JobRecord::generation);
             newest.is_some_and(|newest| hosted.formation.generation <= newest)

@@ -29,7 +29,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
-pub use self::events::{Effect, Event, Hosted, Left, Progress, WorkerCommand};
+pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, WorkerCommand};
 use self::facts::{End, Fact, JobSpec};
 use self::foreign::Foreign;
 use self::formation::Formation;
@@ -207,9 +207,7 @@ impl Core {
             Event::Submit(spec) => self.submit(spec, now),
             Event::Cancel { job, reason } => self.cancel(job, &reason, now),
             Event::Drain { node } => self.drain(node, now),
-            Event::Attached { registration, hosted, left, state, incarnation, storage_id } => {
-                self.attached(*registration, &hosted, (state, incarnation, storage_id), left, now);
-            }
+            Event::Attached(attachment) => self.attached(*attachment, now),
             Event::Left { worker, left } => {
                 self.members.renew(worker, now);
                 self.left(worker, left);

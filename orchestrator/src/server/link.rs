@@ -18,7 +18,7 @@ use v1::from_worker::Message;
 
 use super::Handle;
 use super::hub::{HubMessage, LogRecord};
-use crate::core::{Event, Hosted, Left, Progress, Registration};
+use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration};
 use crate::recovery::ReplicaShard;
 
 /// Messages that a worker may leave unread before it is disconnected.
@@ -130,17 +130,8 @@ fn registration(hello: v1::Hello) -> Result<(u64, Event), String> {
     let v1::Hello { hosted, left, state, incarnation, storage_id, .. } = hello;
     let hosted = hosted.into_iter().map(hosted_of).collect::<Result<_, _>>()?;
     let left = left.into_iter().map(left_of).collect::<Result<_, _>>()?;
-    Ok((
-        worker,
-        Event::Attached {
-            registration: Box::new(registration),
-            hosted,
-            left,
-            state,
-            incarnation,
-            storage_id,
-        },
-    ))
+    let attachment = Attachment { registration, hosted, left, state, incarnation, storage_id };
+    Ok((worker, Event::Attached(Box::new(attachment))))
 }
 
 /// **Errors**: more than anything here is counted to.

@@ -353,7 +353,7 @@ impl World {
         }
         let (worker, all) = match event {
             Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
-            Event::Attached { registration, left, .. } => (registration.worker, &left[..]),
+            Event::Attached(attachment) => (attachment.registration.worker, &attachment.left[..]),
             _ => return,
         };
         for left in all {

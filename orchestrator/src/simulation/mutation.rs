@@ -83,7 +83,9 @@ impl World {
                     *worker = formed.place_of(from.rank).unwrap_or(*worker);
                 }
             }
-            (Some(Mutation::IgnoresIncarnations), Event::Attached { incarnation, .. }) => *incarnation = 0,
+            (Some(Mutation::IgnoresIncarnations), Event::Attached(attachment)) => {
+                attachment.incarnation = 0;
+            }
             (Some(Mutation::IgnoresKeys), Event::Submit(spec)) => spec.key.clear(),
             (Some(Mutation::BlamesNobody), Event::Beat { progress, .. }) => {
                 progress.iter_mut().for_each(|progress| progress.is_at_work = false);

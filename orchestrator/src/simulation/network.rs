@@ -12,7 +12,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use super::server::Input;
 use super::{SimEvent, World};
 use crate::core::facts::Formed;
-use crate::core::{Event, Hosted, Left, Progress, Registration};
+use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration};
 
 /// Stands for the orchestrator where nodes are paired.
 pub(super) const ORCHESTRATOR: usize = usize::MAX;
@@ -154,8 +154,9 @@ impl World {
         let event = match up {
             FromWorker::Hello { registration, hosted, left, state, incarnation } => {
                 self.deliver_at(server, Input::Linked { worker, link: id });
-                let (registration, storage_id) = (Box::new(registration), "mark".into());
-                Event::Attached { registration, hosted, left, state, incarnation, storage_id }
+                let storage_id = "mark".into();
+                let attachment = Attachment { registration, hosted, left, state, incarnation, storage_id };
+                Event::Attached(Box::new(attachment))
             }
             FromWorker::Released(left) => Event::Left { worker, left },
             FromWorker::Beat(progress) => Event::Beat { worker, progress },

@@ -6,15 +6,15 @@ use contraflow_runtime::schedule::OpId;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// One event per operation of a program.
-#[derive(Default)]
 pub(super) struct Events {
     state: Mutex<EventState>,
     changed: Condvar,
 }
 
-#[derive(Default)]
 struct EventState {
     done: Vec<bool>,
+    /// When the latest operation completed.
+    latest: Instant,
     aborted: Option<String>,
 }
 
@@ -22,14 +22,14 @@ struct EventState {
 pub(super) enum WaitError {
     /// All waits were aborted, with this reason.
     Aborted(String),
-    /// The deadline has passed.
+    /// Nothing of the program has completed for that long.
     Late { op: OpId, waited: Duration },
 }
 
 impl Events {
     /// Of a program with that many operations.
     pub fn new(num_ops: usize) -> Self {
-        let state = EventState { done: vec![false; num_ops], aborted: None };
+        let state = EventState { done: vec![false; num_ops], latest: Instant::now(), aborted: None };
         Events { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -39,7 +39,9 @@ impl Events {
 
     /// An operation has completed.
     pub fn complete(&self, op: OpId) {
-        self.lock().done[op] = true;
+        let mut state = self.lock();
+        (state.done[op], state.latest) = (true, Instant::now());
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -49,20 +51,45 @@ impl Events {
         self.changed.notify_all();
     }
 
-    /// Waits until all of `ops` have completed.
+    /// Waits until all of `ops` have completed, as long as anything completes within `timeout`: a lane may stand at an operation
+    /// that is due at the end of a long step.
     pub fn wait(&self, ops: &[OpId], timeout: Duration) -> Result<(), WaitError> {
-        let started = Instant::now();
         let mut state = self.lock();
         loop {
             if let Some(reason) = &state.aborted {
                 return Err(WaitError::Aborted(reason.clone()));
             }
             let Some(&missing) = ops.iter().find(|&&op| !state.done[op]) else { return Ok(()) };
-            let left = timeout.saturating_sub(started.elapsed());
+            let left = timeout.saturating_sub(state.latest.elapsed());
             if left.is_zero() {
                 return Err(WaitError::Late { op: missing, waited: timeout });
             }
             self.changed.wait_for(&mut state, left);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_wait_lasts_as_long_as_something_completes_and_then_names_what_is_missing() {
+        let events = Events::new(8);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| events.wait(&[7], TIMEOUT));
+            for op in 0..5 {
+                std::thread::sleep(TIMEOUT / 4);
+                events.complete(op);
+            }
+            let late = waiting.join().unwrap();
+            assert!(matches!(late, Err(WaitError::Late { op: 7, waited: TIMEOUT })));
+        });
+        let since = events.lock().latest.elapsed();
+        assert!(since >= TIMEOUT, "given up {since:?} after the last operation");
+        events.complete(7);
+        assert!(events.wait(&[7], TIMEOUT).is_ok());
     }
 }

@@ -6,6 +6,7 @@
 pub mod compute;
 mod events;
 pub mod in_flight;
+mod issue;
 pub mod lanes;
 mod operations;
 pub mod pipeline;

@@ -1,5 +1,5 @@
-//! The pipeline actor, the DualPipe scheduler of a rank: it issues the programs of a task to the lanes, in order, ahead of
-//! completion within a bound, and gives the model back when the task has ended.
+//! The pipeline actor, the DualPipe scheduler of a rank: it issues the programs of a task to the lanes, each lane's
+//! operations in order and within a bound ahead of completion, and gives the model back when the task has ended.
 //!
 //! Completion events serve progress, abort and the timeline; what runs next is in the program, and which program is next in
 //! [`super::step`]. Knows no schedule by name.
@@ -17,6 +17,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::compute::Compute;
 use super::in_flight::InFlight;
+use super::issue::Unissued;
 use super::lanes::{LaneEvent, Lanes, ReportLane};
 use super::plans::Planned;
 use super::probe::ProbePoint;
@@ -34,9 +35,6 @@ use crate::model::micro_batch::{LossScales, MicroBatch};
 use crate::model::params::RankParams;
 use crate::optimizer::totals::{GlobalTotals, Totals};
 use crate::optimizer::update::OptimizerState;
-
-/// Operations issued and not yet completed; it bounds what an abort has to wait for and what lies in the lanes' queues.
-const IN_FLIGHT: usize = 64;
 
 /// Messages of the pipeline actor.
 pub enum PipelineMessage {
@@ -136,7 +134,7 @@ pub struct PipelineSetup {
 struct Current {
     running: Arc<RunningProgram>,
     part: ProgramKind,
-    next: OpId,
+    unissued: Unissued,
     completed: usize,
     planned: Arc<Planned>,
     span: tracing::Span,
@@ -188,8 +186,8 @@ impl PipelineState {
         let recorder = Recorder::new(began);
         let program = planned.program(self.pipeline, part);
         let running = self.running(part, id, program, workload, &span);
-        self.current = Some(Current { running, part, next: 0, completed: 0, planned, span, recorder });
-        self.start();
+        let unissued = Unissued::default();
+        self.start(Current { running, part, unissued, completed: 0, planned, span, recorder });
         Ok(())
     }
 
@@ -215,21 +213,13 @@ impl PipelineState {
         Arc::new(RunningProgram::new(&self.context, (id, program), workload, span))
     }
 
-    /// Begins the program that is current.
-    fn start(&mut self) {
-        let Some(current) = &mut self.current else { return };
+    /// Begins the running program.
+    fn start(&mut self, mut current: Current) {
+        let (unissued, at_once) = Unissued::begin(&current.running.program);
+        (current.unissued, current.completed) = (unissued, 0);
         current.recorder.begin(current.running.program.clone());
-        self.issue();
-    }
-
-    /// Issues operations up to the bound.
-    fn issue(&mut self) {
-        let Some(current) = &mut self.current else { return };
-        let end = current.running.program.ops.len().min(current.completed + IN_FLIGHT);
-        while current.next < end {
-            self.lanes.issue(&current.running, current.next);
-            current.next += 1;
-        }
+        at_once.into_iter().for_each(|op| self.lanes.issue(&current.running, op));
+        self.current = Some(current);
     }
 
     /// Takes note of a completed operation; returns what is left once it was the last of the task.
@@ -245,7 +235,10 @@ impl PipelineState {
         current.recorder.note(op, began, ended);
         current.completed += 1;
         if current.completed < current.running.program.ops.len() {
-            self.issue();
+            let lane = current.running.program.ops[op].lane;
+            if let Some(op) = current.unissued.next(lane) {
+                self.lanes.issue(&current.running, op);
+            }
             return Ok(None);
         }
         self.advance()
@@ -272,9 +265,7 @@ impl PipelineState {
                 workload.in_flight.forget_buckets();
             }
             current.running = self.running(current.part, id, program, workload, &current.span);
-            (current.next, current.completed) = (0, 0);
-            self.current = Some(current);
-            self.start();
+            self.start(current);
             return Ok(None);
         };
         Ok(Some(self.end(id, current.recorder.finish(), workload, diverged)))

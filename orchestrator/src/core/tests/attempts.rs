@@ -149,26 +149,15 @@ fn a_job_whose_ranks_cannot_reach_each_other_ends() {
 #[test]
 fn of_jobs_on_one_worker_the_one_with_the_largest_ranks_is_suspected_and_a_training_one_never() {
     let mut world = World::new();
-    let registration = |worker: u64| Registration {
-        worker,
-        name: format!("w{worker}"),
-        slots: 3,
-        node: format!("n{worker}"),
-        memory_bytes: 4 << 30,
-        memory_limit: "its cgroup".into(),
-        ..Registration::default()
-    };
-    let attach = |world: &mut World, worker| {
-        let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
-        let attached = Event::Attached {
-            registration: Box::new(registration(worker)),
-            hosted,
-            left,
-            state: 0,
-            incarnation: 0,
-            storage_id,
+    let attach = |world: &mut World, worker: u64| {
+        let registration = Registration {
+            name: format!("w{worker}"),
+            slots: 3,
+            memory_bytes: 4 << 30,
+            memory_limit: "its cgroup".into(),
+            ..registration(worker)
         };
-        drop(world.step(attached));
+        drop(world.join(Attachment { registration, ..Attachment::default() }));
     };
     attach(&mut world, 1);
     // One that trains, one that is small, and one that takes them down.
@@ -206,23 +195,12 @@ fn a_loss_that_memory_may_explain_says_what_a_rank_needs_and_what_the_worker_had
         let mut world = World::new();
         for worker in 1..=2 {
             let registration = Registration {
-                worker,
                 name: "host-7".into(),
-                slots: 1,
-                node: format!("n{worker}"),
                 memory_bytes: 4 << 30,
                 memory_limit: "RLIMIT_AS".into(),
-                ..Registration::default()
+                ..registration(worker)
             };
-            let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
-            drop(world.step(Event::Attached {
-                registration: Box::new(registration),
-                hosted,
-                left,
-                state: 0,
-                incarnation: 0,
-                storage_id,
-            }));
+            drop(world.join(Attachment { registration, ..Attachment::default() }));
         }
         drop(world.step(Event::Submit(Box::new(JobSpec { rank_bytes: gibibytes << 30, ..*spec(1, 0) }))));
         assert_eq!(world.places(), [1]);

@@ -8,20 +8,14 @@ fn fresh() -> World {
     World::of(Core::new(Jobs::default(), 1, 0).identified(7, 99), 0)
 }
 
+fn of_another_state(worker: u64, hosted: Vec<Hosted>) -> Attachment {
+    let registration = registration(worker);
+    Attachment { registration, hosted, state: 6, incarnation: 5, ..Attachment::default() }
+}
+
 /// A worker that hosts a rank of a job of another state, in a formation of two.
 fn attach(world: &mut World, rank: u32) -> Vec<Effect> {
-    let worker = u64::from(rank) + 1;
-    let registration =
-        Registration { worker, slots: 1, node: format!("n{worker}"), ..Registration::default() };
-    let (hosted, left, storage_id) = (hosted(3, &[rank]), Vec::new(), "mark".into());
-    world.step(Event::Attached {
-        registration: Box::new(registration),
-        hosted,
-        left,
-        state: 6,
-        incarnation: 5,
-        storage_id,
-    })
+    world.join(of_another_state(u64::from(rank) + 1, hosted(3, &[rank])))
 }
 
 fn report(world: &mut World, event: RankEvent) -> Vec<Effect> {
@@ -131,18 +125,9 @@ fn a_step_that_cannot_be_saved_is_released_in_time() {
 fn a_formation_with_impossible_ranks_is_released_at_once() {
     for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
         let mut world = fresh();
-        let registration = Registration { worker: 1, slots: 1, ..Registration::default() };
         let hosted =
             vec![Hosted { formation: of(3), ranks: vec![Rank::new(rank)], world: world_size, steps: 9 }];
-        let (left, storage_id) = (Vec::new(), "mark".into());
-        let effects = world.step(Event::Attached {
-            registration: Box::new(registration),
-            hosted,
-            left,
-            state: 6,
-            incarnation: 5,
-            storage_id,
-        });
+        let effects = world.join(of_another_state(1, hosted));
         assert_eq!(released(&effects), [1]);
     }
 }

@@ -108,17 +108,8 @@ fn an_orchestrator_restarted_while_a_job_is_broken_learns_of_its_replicas() {
     let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
     drop(again.attach(3, Vec::new()));
     assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
-    let registration = Registration { worker: 1, slots: 1, node: "n1".into(), ..Registration::default() };
     let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];
-    let storage_id = "mark".into();
-    drop(again.step(Event::Attached {
-        registration: Box::new(registration),
-        hosted: Vec::new(),
-        left,
-        state: 0,
-        incarnation: 0,
-        storage_id,
-    }));
+    drop(again.join(Attachment { registration: registration(1), left, ..Attachment::default() }));
     assert_eq!((formed(&again).generation.number(), formed(&again).resume_step), (2, 6));
 }
 
@@ -157,17 +148,8 @@ fn a_worker_that_learns_late_of_the_new_formation_keeps_the_replicas_it_has_to_s
     drop(world.pass(LEASE_MS + TICK_MS, &[1, 3]));
     // Its stream breaks before it learns of the new formation, and it reports its replicas again.
     drop(world.step(Event::Detached { worker: 1 }));
-    let registration = Registration { worker: 1, slots: 1, node: "n1".into(), ..Registration::default() };
     let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];
-    let storage_id = "mark".into();
-    let effects = world.step(Event::Attached {
-        registration: Box::new(registration),
-        hosted: Vec::new(),
-        left,
-        state: 0,
-        incarnation: 0,
-        storage_id,
-    });
+    let effects = world.join(Attachment { registration: registration(1), left, ..Attachment::default() });
     let sent = commands(&effects);
     assert!(sent.iter().any(|(worker, command)| *worker == 1
         && matches!(command, WorkerCommand::Assign { formation, .. } if *formation == of(2))));

@@ -73,6 +73,11 @@ struct World {
     now: u64,
 }
 
+/// Of a worker with one slot on a node of its own.
+fn registration(worker: u64) -> Registration {
+    Registration { worker, slots: 1, node: format!("n{worker}"), ..Registration::default() }
+}
+
 impl World {
     fn new() -> Self {
         World::of(Core::new(Jobs::default(), 1, 0), 0)
@@ -93,17 +98,12 @@ impl World {
     }
 
     fn attach(&mut self, worker: u64, hosted: Vec<Hosted>) -> Vec<Effect> {
-        let registration =
-            Registration { worker, slots: 1, node: format!("n{worker}"), ..Registration::default() };
-        let (left, storage_id) = (Vec::new(), "mark".into());
-        self.step(Event::Attached {
-            registration: Box::new(registration),
-            hosted,
-            left,
-            state: 0,
-            incarnation: 0,
-            storage_id,
-        })
+        self.join(Attachment { registration: registration(worker), hosted, ..Attachment::default() })
+    }
+
+    /// A worker attaches that has the cluster's storage.
+    fn join(&mut self, attachment: Attachment) -> Vec<Effect> {
+        self.step(Event::Attached(Box::new(Attachment { storage_id: "mark".into(), ..attachment })))
     }
 
     fn event(&mut self, event: RankEvent) -> Vec<Effect> {
@@ -383,19 +383,12 @@ fn without_a_spare_a_job_shrinks_if_it_may_and_waits_if_not() {
 #[test]
 fn an_older_orchestrator_and_a_foreign_storage_are_refused_with_a_message() {
     let mut world = training();
-    let registration = Registration { worker: 9, ..Registration::default() };
     for (incarnation, mark, expected) in
         [(5, "mark", "another one has taken over"), (0, "other", "--storage")]
     {
-        let attached = Event::Attached {
-            registration: Box::new(registration.clone()),
-            hosted: Vec::new(),
-            left: Vec::new(),
-            state: 0,
-            incarnation,
-            storage_id: mark.into(),
-        };
-        let effects = world.step(attached);
+        let (registration, storage_id) = (registration(9), mark.into());
+        let attachment = Attachment { registration, incarnation, storage_id, ..Attachment::default() };
+        let effects = world.step(Event::Attached(Box::new(attachment)));
         let [(9, WorkerCommand::Reject { why })] = &commands(&effects)[..] else { panic!("{effects:?}") };
         assert!(why.contains(expected), "{why}");
         assert!(world.core.member(9).is_none());

@@ -6,23 +6,13 @@ const GIB: u64 = 1 << 30;
 
 fn attach(world: &mut World, worker: u64, (slots, memory_bytes): (usize, u64)) {
     let registration = Registration {
-        worker,
         name: format!("w{worker}"),
         slots,
-        node: format!("n{worker}"),
         memory_bytes,
         memory_limit: "RLIMIT_AS".into(),
-        ..Registration::default()
+        ..registration(worker)
     };
-    let (hosted, left, storage_id) = (Vec::new(), Vec::new(), "mark".into());
-    drop(world.step(Event::Attached {
-        registration: Box::new(registration),
-        hosted,
-        left,
-        state: 0,
-        incarnation: 0,
-        storage_id,
-    }));
+    drop(world.join(Attachment { registration, ..Attachment::default() }));
 }
 
 fn submit(world: &mut World, ranks: usize, rank_bytes: u64) {

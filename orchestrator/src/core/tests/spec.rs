@@ -59,15 +59,7 @@ fn a_formation_knows_the_peak_of_its_hosts() {
             peak_flops: 4_000,
             ..Registration::default()
         };
-        let (left, storage_id) = (Vec::new(), "mark".into());
-        drop(world.step(Event::Attached {
-            registration: Box::new(registration),
-            hosted: Vec::new(),
-            left,
-            state: 0,
-            incarnation: 0,
-            storage_id,
-        }));
+        drop(world.join(Attachment { registration, ..Attachment::default() }));
     }
     drop(world.step(Event::Submit(spec(2, 0))));
     // Two of the host's four cores.
