@@ -36,9 +36,11 @@ cli:
 bench-peer *MODELS:
     tests/bench_peer.sh {{MODELS}}
 
-# The release build with files and lines, for backtraces, debuggers and profilers: target/symbols/contraflow
+# Files and lines of the release build's very code, for addresses and debuggers: target/release/contraflow.debug
 symbols:
-    cargo build --profile symbols
+    cargo rustc --release --bin contraflow -- -C strip=none
+    cp target/release/contraflow target/release/contraflow.debug
+    cargo build --release
 
 # All figures quoted in the documents
 figures:
