@@ -85,7 +85,7 @@ fn a_run_killed_at_fifty_seeded_moments_resumes_with_the_same_bits() {
     let train = ["train", "recipe.toml", "--name", "killed", "--set", steps, "--set", each];
     let resume = ["train", "--resume", "runs/killed", "--set", steps];
     let mut random = 20_261_124_u64;
-    let mut num_killed = 0;
+    let (mut num_killed, mut num_resumed) = (0, 0);
     let committed = || {
         std::fs::read_dir(place.path("runs/killed/checkpoints"))
             .is_ok_and(|entries| entries.into_iter().any(|entry| entry.unwrap().path().extension().is_none()))
@@ -93,6 +93,7 @@ fn a_run_killed_at_fifty_seeded_moments_resumes_with_the_same_bits() {
     for _ in 0..KILLS {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let begun = committed();
+        num_resumed += u64::from(begun);
         let lines = || {
             std::fs::read_to_string(place.path("runs/killed/metrics.jsonl"))
                 .unwrap_or_default()
@@ -101,11 +102,12 @@ fn a_run_killed_at_fifty_seeded_moments_resumes_with_the_same_bits() {
         };
         let before = lines();
         let mut child = place.start(if begun { &resume } else { &train }, "");
-        // From its first step on, so that every kill hits a running run; a finished run is not killed.
+        // From its first step on, so that every kill hits a running run, before or after a commit; a finished run is not killed.
+        let steps = 1 + (random >> 24) as usize % 6;
         let begins = std::time::Instant::now();
-        while lines() <= before && child.try_wait().unwrap().is_none() {
-            assert!(begins.elapsed() < Duration::from_secs(60), "no step within a minute");
-            std::thread::yield_now();
+        while lines() < before + steps && child.try_wait().unwrap().is_none() {
+            assert!(begins.elapsed() < Duration::from_secs(60), "no {steps} steps within a minute");
+            std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
         drop(child.kill());
@@ -118,6 +120,7 @@ fn a_run_killed_at_fifty_seeded_moments_resumes_with_the_same_bits() {
         }
     }
     assert!(num_killed >= KILLS * 9 / 10, "the run was over after {num_killed} kills");
+    assert!(num_resumed >= KILLS / 2, "{num_resumed} of {KILLS} kills hit a run that had a checkpoint");
     place.succeed(&resume);
     assert_eq!(place.curve("runs/killed"), place.curve("runs/whole"));
 }
