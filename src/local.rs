@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use contraflow_orchestrator::job::{JobSetup, Outcome};
 use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
@@ -47,6 +48,9 @@ pub struct LocalClusterSpec {
     /// Subscribers to the record of every step.
     pub subscribers: Vec<Subscriber>,
 }
+
+/// How long the last checkpoint is tried to be written while storage fails: who sees the run may make room.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running cluster.
 pub struct LocalCluster {
@@ -129,6 +133,7 @@ impl LocalCluster {
                 replicator: None,
                 overlap,
                 checkpoints: folder.clone(),
+                save_timeout: SAVE_TIMEOUT,
                 trace: trace::current(),
                 probe: probe.clone(),
             });

@@ -202,7 +202,10 @@ impl Run {
                         attempt.resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.tokens);
                     totals().tokens = kept - self.position().tokens;
                 }
-                Outcome::Failed { message, kind: ErrorKind::Config | ErrorKind::Node } => {
+                Outcome::Failed {
+                    message,
+                    kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Damaged,
+                } => {
                     return Err(Failure::input(format!("{message}{}", self.resume_hint())));
                 }
                 Outcome::Failed { message, .. } => {

@@ -161,6 +161,16 @@ impl Job {
         matches!(self.state, State::Aborting { .. })
     }
 
+    /// Whether some rank is not ready yet.
+    pub fn is_starting(&self) -> bool {
+        matches!(self.state, State::Starting { .. })
+    }
+
+    /// Whether a checkpoint is whole and not yet committed.
+    pub fn is_committing(&self) -> bool {
+        !self.whole.is_empty()
+    }
+
     /// Whether the ranks train: a rank that waits for nothing is to be on its way.
     pub fn is_training(&self) -> bool {
         matches!(self.state, State::Training { .. })
@@ -195,7 +205,7 @@ impl Job {
                 }
                 Vec::new()
             }
-            (_, RankEvent::Failed { rank, action, cause, kind }) => {
+            (_, RankEvent::Failed { rank, action, cause, kind, .. }) => {
                 let message = format!("rank {rank}, {action}: {cause}");
                 let others = Rank::all(world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind })
@@ -257,7 +267,8 @@ impl Job {
                 let others = Rank::all(world).filter(|&other| other != rank).collect();
                 self.abort(others, Outcome::Failed { message, kind: ErrorKind::Lost })
             }
-            (_, RankEvent::Ready { .. }) => Vec::new(),
+            // It is tried again.
+            (_, RankEvent::Ready { .. } | RankEvent::SaveFailed { .. }) => Vec::new(),
             (_, event) => {
                 self.early.push(event);
                 Vec::new()
@@ -313,7 +324,8 @@ impl Job {
         if self.whole.len() == 1 { self.commit_next() } else { Vec::new() }
     }
 
-    fn commit_next(&self) -> Vec<JobEffect> {
+    /// The commit that is due, if one is.
+    pub fn commit_next(&self) -> Vec<JobEffect> {
         let next = self.whole.front().cloned();
         let effect = |(position, watch, shards)| JobEffect::CommitCheckpoint { position, watch, shards };
         next.map(effect).into_iter().collect()
@@ -334,11 +346,19 @@ impl Job {
                 self.take_early(before, effects)
             }
             Err(_) if matches!(self.state, State::Over | State::Aborting { .. }) => Vec::new(),
+            // The training does not depend on it: the next one may stand.
+            Err(_) if !self.is_last(step) => self.commit_next(),
             Err(error) => {
                 let message = format!("committing the checkpoint of step {step}: {error}");
                 self.abort_all(Outcome::Failed { message, kind: ErrorKind::Node })
             }
         }
+    }
+
+    /// Whether a checkpoint is that of the last step of this run, which has to be kept.
+    fn is_last(&self, step: u64) -> bool {
+        let State::Training { done, .. } = &self.state else { return true };
+        step == self.step && done.len() == self.setup.world
     }
 
     /// The weights have been given their name, or not: the last that a job waits for.

@@ -177,7 +177,12 @@ impl Actor for JobActor {
         let effects = match message {
             JobMessage::Event(event) => state.job.step(event),
             JobMessage::Stop => state.job.stop(),
-            JobMessage::Committed { step, result } => state.job.committed(step, result),
+            JobMessage::Committed { step, result } => {
+                if let Err(cause) = &result {
+                    tracing::warn!(step, "the checkpoint could not be committed: {cause}");
+                }
+                state.job.committed(step, result)
+            }
             JobMessage::WeightsPublished { result } => state.job.weights_published(result),
             JobMessage::Cancel { reason } => state.job.cancel(&reason),
             JobMessage::Tick => state.job.give_up_waiting(),

@@ -5,7 +5,7 @@ use contraflow_runtime::stability::{Divergence, StepAction};
 use serde::{Deserialize, Serialize};
 
 /// A checkpoint that a run can go back to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// Optimizer updates made.
     pub step: u64,

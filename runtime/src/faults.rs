@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Lost,
     /// The node of a rank does not do its part (its disk, a mount): its operator acts, and the job continues elsewhere.
     Node,
+    /// A checkpoint is damaged or gone: the one before it is taken.
+    Damaged,
     /// A number is not finite: stop or roll back, keep the evidence.
     Numeric,
     /// A broken invariant: a defect of this program.
@@ -25,11 +27,12 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    const NAMES: [(ErrorKind, &str); 6] = [
+    const NAMES: [(ErrorKind, &str); 7] = [
         (ErrorKind::Config, "config"),
         (ErrorKind::Transient, "transient"),
         (ErrorKind::Lost, "lost"),
         (ErrorKind::Node, "node"),
+        (ErrorKind::Damaged, "damaged"),
         (ErrorKind::Numeric, "numeric"),
         (ErrorKind::Bug, "bug"),
     ];

@@ -7,6 +7,7 @@ mod chaos;
 mod cluster;
 mod collector;
 mod crash_loop;
+mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod python;
@@ -15,5 +16,6 @@ mod refusals;
 mod retention;
 mod security;
 mod states;
+mod storage;
 mod telemetry;
 mod tokenizer;

@@ -6,6 +6,7 @@ use contraflow_runtime::checkpoint::{CheckpointError, FolderError};
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::schedule::Chunk;
+use contraflow_runtime::topology::Rank;
 
 use crate::data::from_recipe::TextFaults;
 
@@ -77,6 +78,14 @@ pub enum RankError {
         /// What was expected and what came.
         message: String,
     },
+    /// The checkpoint to resume from does not hold what was written.
+    #[error("the checkpoint in {dir} is damaged: {message}")]
+    Damaged {
+        /// Its folder.
+        dir: String,
+        /// Every fault, with its file.
+        message: String,
+    },
     /// What this process is asked to do only another one can.
     #[error("{message}")]
     Node {
@@ -127,12 +136,21 @@ impl From<TextFaults> for RankError {
 }
 
 impl RankError {
+    /// The rank that was not reached, if that is the error.
+    pub fn peer(&self) -> Option<Rank> {
+        match self {
+            RankError::Fabric(FabricError::Lost { rank, .. }) => Some(Rank::at(*rank)),
+            _ => None,
+        }
+    }
+
     /// Who has to act.
     pub fn kind(&self) -> ErrorKind {
         match self {
             RankError::Fabric(error) => kind_of(error),
             RankError::File { .. } | RankError::Node { .. } => ErrorKind::Node,
             RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
+            RankError::Damaged { .. } => ErrorKind::Damaged,
             RankError::Late { .. } => ErrorKind::Lost,
             RankError::Missing(_) | RankError::Panic { .. } | RankError::ActorGone { .. } => ErrorKind::Bug,
         }

@@ -95,6 +95,25 @@ pub enum Event {
     Tick,
 }
 
+impl Event {
+    /// Whether a worker was heard.
+    pub(super) fn is_from_worker(&self) -> bool {
+        match self {
+            Event::Attached(_)
+            | Event::Left { .. }
+            | Event::LeaveRequested { .. }
+            | Event::Beat { .. }
+            | Event::Rank { .. }
+            | Event::Committed { .. } => true,
+            Event::Submit(_)
+            | Event::Cancel { .. }
+            | Event::Drain { .. }
+            | Event::Detached { .. }
+            | Event::Tick => false,
+        }
+    }
+}
+
 /// A formation of which a worker hosts ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hosted {
@@ -128,6 +147,8 @@ pub struct Progress {
     pub operations: u64,
     /// Whether something is under way that needs no other rank.
     pub is_at_work: bool,
+    /// Whether it reads from storage or writes to it.
+    pub uses_storage: bool,
 }
 
 /// Something is to be done.

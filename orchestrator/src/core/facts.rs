@@ -221,6 +221,13 @@ pub enum Fact {
         #[serde(default)]
         cursor: u64,
     },
+    /// The newest checkpoint of a job is damaged: the one before is the newest now.
+    CheckpointDamaged {
+        /// In whose folder.
+        job: JobId,
+        /// Of the damaged one.
+        step: u64,
+    },
     /// A job has ended.
     Ended {
         /// Known until it is forgotten.
@@ -257,6 +264,7 @@ impl Fact {
             | Fact::Requeued { job, .. }
             | Fact::RolledBack { job, .. }
             | Fact::CheckpointCommitted { job, .. }
+            | Fact::CheckpointDamaged { job, .. }
             | Fact::Ended { job, .. }
             | Fact::Forgotten { job } => Some(*job),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } => None,

@@ -208,7 +208,7 @@ impl Core {
                 "{job} has moved on to generation {generation}, which this state does not know: it is older than \
                  the storage; {why}"
             );
-            self.end(job, End::Failed, (outcome, None), self.awake_ms);
+            self.end(job, End::Failed, (outcome, None));
         }
     }
 }

@@ -14,8 +14,9 @@ use contraflow_runtime::topology::{JobId, Rank};
 
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
-use super::stall::{Stall, StallDetector};
-use super::{ABORT_MS, Core, Effect, Progress, STALL_WARN_MS, VERDICT_MS, WorkerCommand};
+use super::stall::{Stall, StallDetector, StallOf};
+use super::storage::StorageFaults;
+use super::{ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, VERDICT_MS, WorkerCommand};
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
 
@@ -24,11 +25,16 @@ pub(super) struct Formation {
     machine: Job,
     /// A rank has reported a lost peer: when, and its message.
     suspicion: Option<(u64, String)>,
+    /// Ranks, each with one that it could not reach.
+    apart: Vec<(Rank, Rank)>,
+    /// When the latest rank became ready; before that, when time first passed.
+    ready_ms: Option<u64>,
     /// When the ranks were told to abort.
     aborting_ms: Option<u64>,
     /// Why the job is to give up its places after the running step.
     moves: Option<String>,
     stalls: StallDetector,
+    storage: StorageFaults,
     /// The step that it resumed from, and the furthest that a rank has reported since.
     resumed: u64,
     reached: u64,
@@ -61,9 +67,12 @@ impl Formation {
         Formation {
             machine: Job::new(setup).with_committed(committed),
             suspicion: None,
+            apart: Vec::new(),
+            ready_ms: None,
             aborting_ms: None,
             moves: None,
             stalls: StallDetector::default(),
+            storage: StorageFaults::default(),
             resumed,
             reached: resumed,
         }
@@ -87,18 +96,40 @@ impl Formation {
     }
 
     pub(super) fn waiting_for(&self, now: u64) -> String {
-        match &self.suspicion {
-            Some((_, why)) => format!("a verdict on: {why}"),
-            None if self.is_training() => {
-                self.stalls.stalled_for(now, STALL_WARN_MS).map_or_else(String::new, |stall| stall.why)
+        if let Some((_, why)) = &self.suspicion {
+            return format!("a verdict on: {why}");
+        }
+        if let Some(words) = self.storage.describe(now) {
+            return words;
+        }
+        match self.stalls.stalled_for(now, STALL_WARN_MS) {
+            _ if !self.is_training() => self.machine.describe(),
+            Some(stall) if stall.of == StallOf::Everyone && self.machine.is_committing() => {
+                "the storage: a checkpoint is being committed".into()
             }
-            None => self.machine.describe(),
+            stall => stall.map_or_else(String::new, |stall| stall.why),
         }
     }
 
-    /// Which rank has stalled, if they train and none makes progress.
+    /// Which rank has stalled, if they train and none makes progress. Waiting for storage is no stall.
     pub(super) fn stalled(&self, now: u64) -> Option<Stall> {
-        self.stalls.stalled(now).filter(|_| self.is_training())
+        let stall = self.stalls.stalled(now).filter(|_| self.is_training())?;
+        match stall.of {
+            StallOf::Storage => None,
+            StallOf::Everyone if self.machine.is_committing() => None,
+            _ => Some(stall),
+        }
+    }
+
+    /// Notes that a checkpoint could not be committed, to be tried again; returns what to log.
+    pub(super) fn commit_failed(&mut self, step: u64, cause: &str, now: u64) -> String {
+        self.storage.commit_failed(step, cause.to_owned(), now);
+        format!("the checkpoint of step {step} could not be committed, tried again: {cause}")
+    }
+
+    /// The rank whose place cannot write what others can, or commit, for long; and why.
+    pub(super) fn bad_place(&self, now: u64) -> Option<(Rank, String)> {
+        self.storage.bad_place(now)
     }
 
     pub(super) fn is_training(&self) -> bool {
@@ -122,12 +153,24 @@ impl Formation {
     pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<JobEffect> {
         self.reached = self.own_step(&event).unwrap_or_default().max(self.reached);
         match event {
-            // A rank that lost a peer is a victim: the leases show which worker is to blame.
-            RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost } => {
-                self.suspicion.get_or_insert((now, format!("rank {rank}, {action}: {cause}")));
+            RankEvent::SaveFailed { rank, step, cause } => {
+                self.storage.save_failed(rank, step, cause, now);
                 Vec::new()
             }
-            event => self.machine.step(event),
+            // A rank that lost a peer is a victim: the leases show which worker is to blame.
+            RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost, peer } => {
+                self.suspicion.get_or_insert((now, format!("rank {rank}, {action}: {cause}")));
+                self.apart.extend(peer.map(|peer| (rank, peer)));
+                Vec::new()
+            }
+            event => {
+                match event {
+                    RankEvent::ShardSaved { rank, .. } => self.storage.saved(rank, now),
+                    RankEvent::Ready { .. } => self.ready_ms = Some(now),
+                    _ => {}
+                }
+                self.machine.step(event)
+            }
         }
     }
 
@@ -137,9 +180,24 @@ impl Formation {
         result: Result<(), String>,
     ) -> Vec<JobEffect> {
         match position {
-            Some(position) => self.machine.committed(position.step, result),
+            Some(position) => {
+                self.storage.committed();
+                self.machine.committed(position.step, result)
+            }
             None => self.machine.weights_published(result),
         }
+    }
+
+    /// Ranks, each with one that it could not reach.
+    pub(super) fn apart(&self) -> Vec<(Rank, Rank)> {
+        self.apart.clone()
+    }
+
+    /// Why it is given up while it forms: no rank has become ready for too long.
+    pub(super) fn is_forming_late(&mut self, now: u64) -> Option<String> {
+        let since = *self.ready_ms.get_or_insert(now);
+        let is_late = self.machine.is_starting() && since + FORMING_MS <= now;
+        is_late.then(|| format!("{} for {} s", self.machine.describe(), (now - since) / 1000))
     }
 
     pub(super) fn progress(&mut self, progress: &Progress, now: u64) {
@@ -149,12 +207,13 @@ impl Formation {
     /// Why it cannot continue although no lease has expired, if that has lasted long enough.
     pub(super) fn is_broken(&self, now: u64) -> Option<String> {
         let (since, why) = self.suspicion.as_ref()?;
-        (since + VERDICT_MS <= now).then(|| format!("{why}; all workers are alive: re-forming"))
+        (since + VERDICT_MS <= now).then(|| why.clone())
     }
 
     pub(super) fn tick(&mut self, now: u64) -> Vec<JobEffect> {
         if !self.machine.is_aborting() {
-            return Vec::new();
+            let is_due = self.storage.is_retry_due(now);
+            return if is_due { self.machine.commit_next() } else { Vec::new() };
         }
         let since = *self.aborting_ms.get_or_insert(now);
         if since + ABORT_MS <= now { self.machine.give_up_waiting() } else { Vec::new() }
@@ -205,7 +264,7 @@ impl Core {
                 let loss = validation.map(|(loss, _)| loss);
                 let words = loss
                     .map_or_else(|| "trained".into(), |loss| format!("trained, validation loss {loss:.4}"));
-                self.end(job, End::Done, (words, loss), now);
+                self.end(job, End::Done, (words, loss));
             }
             Outcome::Stopped { step } => {
                 let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
@@ -213,16 +272,16 @@ impl Core {
                 self.log(job, format!("{why}; step {step} is saved, back in the queue"));
                 self.persist(Fact::Requeued { job, why });
             }
-            Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor, now),
+            Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
                 self.break_formation(job, Vec::new(), message, true, now)
             }
-            Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None), now),
+            Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None)),
         }
     }
 
     /// Back to the newest checkpoint, past the sequences that led to the divergence, or to the end of the job.
-    fn diverged(&mut self, job: JobId, mut divergence: Divergence, cursor: u64, now: u64) {
+    fn diverged(&mut self, job: JobId, mut divergence: Divergence, cursor: u64) {
         if divergence.evidence.is_some() {
             divergence.why += &format!("; see {EVIDENCE_FILE} in the job's folder");
         }
@@ -235,7 +294,7 @@ impl Core {
                 self.log(job, why);
                 self.persist(Fact::RolledBack { job, cursor, why: divergence.why });
             }
-            Err(why) => self.end(job, End::Failed, (why, None), now),
+            Err(why) => self.end(job, End::Failed, (why, None)),
         }
     }
 }

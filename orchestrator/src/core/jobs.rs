@@ -43,6 +43,9 @@ pub struct JobRecord {
     /// Sequences used when the newest checkpoint was made.
     #[serde(default)]
     pub last_checkpoint_cursor: u64,
+    /// The checkpoint before the newest one, which is retained beside it; as long as the newest is not damaged.
+    #[serde(default)]
+    pub earlier_checkpoint: Option<Checkpoint>,
     /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
@@ -149,6 +152,7 @@ impl Jobs {
             broken_ms: 0,
             last_checkpoint: 0,
             last_checkpoint_cursor: 0,
+            earlier_checkpoint: None,
             in_memory: false,
             cursor: 0,
             returns: RollBackCount::default(),
@@ -197,9 +201,19 @@ impl JobRecord {
             Fact::Stepped { step, .. } => self.attempts.stepped(*step),
             Fact::CheckpointCommitted { step, cursor, .. } => {
                 self.attempts.advanced(*step);
+                if *step > self.last_checkpoint {
+                    self.earlier_checkpoint = self.checkpoint();
+                }
                 (self.last_checkpoint, self.last_checkpoint_cursor) = (*step, *cursor);
                 // The checkpoint holds the cursor from here on.
                 self.cursor = 0;
+            }
+            Fact::CheckpointDamaged { step, .. } => {
+                if let Some(Checkpoint { step, cursor }) =
+                    self.earlier_checkpoint.take().filter(|_| *step == self.last_checkpoint)
+                {
+                    (self.last_checkpoint, self.last_checkpoint_cursor) = (step, cursor);
+                }
             }
             Fact::Ended { end, outcome, validation_loss, at_ms, .. } => {
                 self.phase = Phase::Ended(*end);

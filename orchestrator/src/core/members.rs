@@ -53,6 +53,8 @@ pub struct Member {
     pub heard_ms: u64,
     /// When it stops being a member unless a heartbeat arrives.
     pub until_ms: u64,
+    /// Until when it may come back, its stream open or not: the orchestrator was cut off or paused.
+    pub expected_until_ms: u64,
 }
 
 impl Member {
@@ -81,13 +83,16 @@ pub struct Members {
 impl Members {
     /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
     pub fn expect(&mut self, worker: u64, now: u64) {
-        let registration = Registration { worker, ..Registration::default() };
+        // Its name and node come with it.
+        let (name, node) = (format!("{worker:016x}"), "unknown".to_owned());
+        let registration = Registration { worker, name, node, ..Registration::default() };
         let member = Member {
             registration,
             is_attached: false,
             is_leaving: false,
             heard_ms: now,
             until_ms: now + ADOPTION_MS,
+            expected_until_ms: 0,
         };
         self.all.entry(worker).or_insert(member);
     }
@@ -101,6 +106,7 @@ impl Members {
             is_leaving: false,
             heard_ms: now,
             until_ms: now + LEASE_MS,
+            expected_until_ms: 0,
         };
         self.all.insert(worker, member);
     }
@@ -109,8 +115,21 @@ impl Members {
     pub fn detach(&mut self, worker: u64, now: u64) {
         if let Some(member) = self.all.get_mut(&worker) {
             member.is_attached = false;
-            member.until_ms = member.until_ms.min(now + RETURN_MS);
+            member.until_ms = member.until_ms.min(now + RETURN_MS).max(member.expected_until_ms);
         }
+    }
+
+    /// The orchestrator was cut off or paused: everybody may still be there.
+    pub fn expect_back(&mut self, now: u64) {
+        for member in self.all.values_mut() {
+            member.expected_until_ms = now + ADOPTION_MS;
+            member.until_ms = member.until_ms.max(now + ADOPTION_MS);
+        }
+    }
+
+    /// Whether some member has been heard since the orchestrator started.
+    pub fn any_heard(&self) -> bool {
+        self.all.values().any(Member::is_known)
     }
 
     /// A worker asks to leave; returns its name, if it is a member.
@@ -125,6 +144,7 @@ impl Members {
         if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
             member.heard_ms = now;
             member.until_ms = now + LEASE_MS;
+            member.expected_until_ms = 0;
         }
     }
 

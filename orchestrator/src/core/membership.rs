@@ -1,17 +1,17 @@
 //! Who comes and who goes: workers that attach, leave, are drained, or are lost, and what that means for the formations that
 //! have ranks on them. How a formation breaks and who takes its places is not known here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::schedule::size;
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use super::events::{Attachment, Hosted, WorkerCommand};
-use super::facts::Fact;
+use super::facts::{Fact, Formed};
 use super::formation::Formation;
 use super::jobs::JobRecord;
 use super::members::{Member, Registration};
-use super::stall::Stall;
+use super::stall::{Stall, StallOf};
 use super::{Core, list};
 
 impl Core {
@@ -37,6 +37,7 @@ impl Core {
         let (stale, foreign): (Vec<_>, Vec<_>) = stale.into_iter().partition(is_known);
         for Hosted { formation, .. } in stale {
             let keep = self.jobs.all.get(&formation.job).is_some_and(|record| record.in_memory);
+            self.await_survivor(worker, formation, now);
             let reason = "superseded by another formation".to_owned();
             self.send(worker, WorkerCommand::Release { formation, reason, keep });
         }
@@ -142,40 +143,91 @@ impl Core {
         }
     }
 
-    /// A worker is not a member any more: every job that has ranks on it re-forms.
-    pub(super) fn lost(&mut self, member: &Member, now: u64) {
-        let silent = now.saturating_sub(member.heard_ms);
-        let how = if member.is_attached { "is silent" } else { "has left, last seen" };
-        let ago = if member.is_attached { format!("for {silent} ms") } else { format!("{silent} ms ago") };
-        let Registration { name, node, .. } = &member.registration;
-        let why =
-            |lost: &[Rank]| format!("rank {} lost: worker {name} on node {node} {how} {ago}", list(lost));
-        self.lose(&member.registration, why, now);
+    /// Workers are not members any more: every job that has ranks on them re-forms.
+    pub(super) fn lost(&mut self, members: &[Member], now: u64) {
+        let why = |member: &Member, lost: &[Rank]| {
+            let silent = now.saturating_sub(member.heard_ms);
+            let how = match (member.is_known(), member.is_attached) {
+                (false, _) => "has not come back since the orchestrator started".into(),
+                (true, true) => format!("is silent for {silent} ms"),
+                (true, false) => format!("has left, last seen {silent} ms ago"),
+            };
+            let Registration { name, node, .. } = &member.registration;
+            format!("rank {} lost: worker {name} on node {node} {how}", list(lost))
+        };
+        let hit = self.lose(members, why, now);
+        if members.iter().any(|member| member.is_attached) {
+            // A process may live and keep the state of its ranks: its network or ours is gone.
+            hit.into_iter().for_each(|job| self.expect_keepers(job, now));
+        }
     }
 
-    /// Breaks every formation that has ranks on a worker, which is not a member any more; the reason is given per job, by
-    /// its ranks.
-    fn lose(&mut self, registration: &Registration, why: impl Fn(&[Rank]) -> String, now: u64) {
-        self.forget_survivor(registration.worker);
-        self.lose_foreign(registration.worker);
-        let hit: Vec<(JobId, Vec<Rank>)> = self
-            .running()
-            .map(|(job, formed)| {
-                let lost = formed.ranks().filter(|(_, place)| *place == registration.worker);
-                (job, lost.map(|(rank, _)| rank).collect())
-            })
-            .filter(|(_, lost): &(JobId, Vec<Rank>)| !lost.is_empty())
-            .collect();
-        let suspect = self.suspect(&hit);
-        for (job, lost) in hit {
-            let is_suspect = suspect == Some(job);
-            let mut why = why(&lost);
-            if is_suspect {
-                why += &self.short_of_memory(job, lost.len(), registration).unwrap_or_default();
-                self.avoided.entry(job).or_default().insert(registration.node.clone());
+    /// Breaks every formation that has ranks on workers which are not members any more; the reason is given per worker and job,
+    /// by its ranks. Returns the jobs.
+    fn lose(&mut self, members: &[Member], why: impl Fn(&Member, &[Rank]) -> String, now: u64) -> Vec<JobId> {
+        let mut lost: BTreeMap<JobId, (Vec<Rank>, Vec<String>)> = BTreeMap::new();
+        let mut suspects = BTreeSet::new();
+        for member in members {
+            let registration = &member.registration;
+            self.forget_survivor(registration.worker);
+            self.lose_foreign(registration.worker);
+            let hit = self.ranks_on(registration.worker);
+            let suspect = self.suspect(&hit);
+            for (job, ranks) in hit {
+                let mut why = why(member, &ranks);
+                if suspect == Some(job) {
+                    why += &self.short_of_memory(job, ranks.len(), registration).unwrap_or_default();
+                    self.avoided.entry(job).or_default().nodes.insert(registration.node.clone());
+                    suspects.insert(job);
+                }
+                let (all, reasons) = lost.entry(job).or_default();
+                all.extend(ranks);
+                reasons.push(why);
             }
-            self.break_formation(job, lost, why, is_suspect, now);
         }
+        let jobs = lost.keys().copied().collect();
+        for (job, (mut ranks, reasons)) in lost {
+            ranks.sort_unstable();
+            self.break_formation(job, ranks, reasons.join("; "), suspects.contains(&job), now);
+        }
+        jobs
+    }
+
+    /// The ranks of running formations on a worker, by job.
+    fn ranks_on(&self, worker: u64) -> Vec<(JobId, Vec<Rank>)> {
+        let on_it = |(job, formed): (JobId, &Formed)| {
+            let ranks = formed.ranks().filter(|(_, place)| *place == worker);
+            (job, ranks.map(|(rank, _)| rank).collect::<Vec<_>>())
+        };
+        self.running().map(on_it).filter(|(_, ranks)| !ranks.is_empty()).collect()
+    }
+
+    /// Ranks of a job do not reach one another. Workers of it whose streams are not open are lost, whatever their leases say. If
+    /// all are there, and it has happened before, the worker that most of the others do not reach is avoided for the job.
+    pub(super) fn unreachable(&mut self, job: JobId, why: &str, now: u64) {
+        let formed = self.jobs.all.get(&job).and_then(|record| record.running());
+        let places: BTreeSet<u64> = formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
+        let is_away = |worker: &u64| self.members.get(*worker).is_some_and(|member| !member.is_attached);
+        let away: Vec<u64> = places.into_iter().filter(is_away).collect();
+        if !away.is_empty() {
+            let gone: Vec<Member> =
+                away.into_iter().filter_map(|worker| self.members.remove(worker)).collect();
+            return self.lost(&gone, now);
+        }
+        let apart = self.formations.get(&job).map(Formation::apart).unwrap_or_default();
+        let place = |rank| formed.and_then(|formed| formed.place_of(rank));
+        let apart = apart.into_iter().filter_map(|(from, to)| Some((place(from)?, place(to)?)));
+        let apart: Vec<(u64, u64)> = apart.collect();
+        let suspect = self.avoided.entry(job).or_default().broken(apart);
+        let ranks = suspect.map(|worker| self.ranks_on(worker)).unwrap_or_default();
+        let lost = ranks.into_iter().find(|(of, _)| *of == job).map(|(_, lost)| lost).unwrap_or_default();
+        let why = match suspect.and_then(|worker| self.members.get(worker)) {
+            Some(Member { registration: Registration { name, node, .. }, .. }) => {
+                format!("{why}; worker {name} on node {node} is avoided: others do not reach it")
+            }
+            None => format!("{why}; all workers are alive: re-forming"),
+        };
+        self.break_formation(job, lost, why, true, now);
     }
 
     /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
@@ -201,14 +253,15 @@ impl Core {
 
     /// The ranks of a job make no progress although all workers are alive. The one that holds them up may hang where no message
     /// reaches, and would again in the next formation: its process has to end.
-    pub(super) fn rank_stalled(&mut self, job: JobId, Stall { rank, why }: Stall, now: u64) {
+    pub(super) fn rank_stalled(&mut self, job: JobId, Stall { of, why }: Stall, now: u64) {
         let place = |rank| self.jobs.all.get(&job)?.running()?.place_of(rank);
+        let rank = if let StallOf::Rank(rank) = of { Some(rank) } else { None };
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
             return self.break_formation(job, Vec::new(), format!("{why}: re-forming"), true, now);
         };
         let Registration { worker, name, node, .. } = &member.registration;
         let why = format!("{why}; worker {name} on node {node} must exit");
         self.send(*worker, WorkerCommand::Reject { why: format!("{why}: start it again") });
-        self.lose(&member.registration, |_| why.clone(), now);
+        drop(self.lose(&[member], |_, _| why.clone(), now));
     }
 }

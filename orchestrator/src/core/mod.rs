@@ -6,6 +6,9 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod attempts;
+mod avoided;
+mod breaking;
+mod clock;
 mod events;
 pub mod facts;
 mod foreign;
@@ -17,11 +20,12 @@ mod peak;
 mod reshard;
 mod schedule;
 mod stall;
+mod storage;
 mod survivors;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
@@ -29,6 +33,8 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
+use self::avoided::Avoided;
+use self::clock::Clock;
 pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, WorkerCommand};
 use self::facts::{End, Fact, JobSpec};
 use self::foreign::Foreign;
@@ -53,6 +59,9 @@ pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
 pub const LEFT_MS: u64 = 3_000;
 /// How long workers may take to write down what they keep in memory.
 pub const RESHARD_MS: u64 = 60_000;
+/// How long a formation may take until the first of its ranks is ready, and until each further one is: data and checkpoints are
+/// read, weights drawn.
+pub const FORMING_MS: u64 = 600_000;
 /// How long ranks may take to answer an abort.
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it continues with fewer, if it may.
@@ -81,16 +90,14 @@ pub struct Core {
     formations: BTreeMap<JobId, Formation>,
     /// Broken formations whose workers are asked what they keep.
     survivors: BTreeMap<JobId, Survivors>,
-    /// What the clock showed last.
-    wall_ms: u64,
-    /// Time in which it was awake: leases run by it. Neither a clock that is set nor a pause ends or lengthens one.
-    awake_ms: u64,
+    /// Leases and deadlines run by it.
+    clock: Clock,
     /// Formations of which this state knows nothing.
     foreign: BTreeMap<FormationId, Foreign>,
     /// Until when jobs wait whose formations came to nothing.
     paused_until: BTreeMap<JobId, u64>,
     /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
-    avoided: BTreeMap<JobId, BTreeSet<String>>,
+    avoided: BTreeMap<JobId, Avoided>,
     /// Why jobs in line wait.
     reasons: BTreeMap<JobId, String>,
     /// Finished jobs to retain.
@@ -115,8 +122,7 @@ impl Core {
             foreign: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
-            wall_ms: now,
-            awake_ms: now,
+            clock: Clock::new(now),
             reasons: BTreeMap::new(),
             is_open: true,
             effects: Vec::new(),
@@ -183,12 +189,25 @@ impl Core {
         known.chain(self.held_by_foreign()).filter(|place| *place == worker).count()
     }
 
+    /// Whether nobody is heard who should be: nothing is concluded from that, and nobody is placed.
+    pub fn is_cut_off(&self) -> bool {
+        self.clock.is_cut_off() && self.members.any_heard()
+    }
+
+    /// For how long a member has not been heard. **Units**: ms.
+    pub fn silent_ms(&self, member: &Member) -> u64 {
+        self.clock.since(member.heard_ms)
+    }
+
     /// What a job waits for; empty if for nothing.
     pub fn waiting_for(&self, job: JobId) -> String {
         let Some(record) = self.jobs.all.get(&job) else { return String::new() };
+        if self.is_cut_off() && !record.has_ended() {
+            return "the orchestrator hears no worker: its network or theirs is cut".into();
+        }
         match (&record.phase, self.formations.get(&job)) {
             (Phase::Ended(_), _) => String::new(),
-            (Phase::Formed, Some(formation)) => formation.waiting_for(self.awake_ms),
+            (Phase::Formed, Some(formation)) => formation.waiting_for(self.clock.now()),
             _ => self.why_without_place(job),
         }
     }
@@ -200,12 +219,14 @@ impl Core {
 
     /// Takes an event and says what is to be done.
     pub fn step(&mut self, event: Event, now: u64) -> Vec<Effect> {
-        self.awake_ms += now.saturating_sub(self.wall_ms).min(BEAT_MS);
-        self.wall_ms = now;
-        let now = self.awake_ms;
+        self.clock.advance(now, self.members.any_heard());
+        let now = self.clock.now();
+        if event.is_from_worker() {
+            self.heard(now);
+        }
         match event {
-            Event::Submit(spec) => self.submit(spec, now),
-            Event::Cancel { job, reason } => self.cancel(job, &reason, now),
+            Event::Submit(spec) => self.submit(spec),
+            Event::Cancel { job, reason } => self.cancel(job, &reason),
             Event::Drain { node } => self.drain(node, now),
             Event::Attached(attachment) => self.attached(*attachment, now),
             Event::Left { worker, left } => {
@@ -213,7 +234,10 @@ impl Core {
                 self.left(worker, left);
             }
             Event::LeaveRequested { worker } => self.request_leave(worker, now),
-            Event::Detached { worker } => self.members.detach(worker, now),
+            Event::Detached { worker } => {
+                self.clock.closed();
+                self.members.detach(worker, now);
+            }
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
                 self.members.renew(worker, now);
@@ -225,11 +249,19 @@ impl Core {
             }
             Event::Tick => self.tick(now),
         }
-        while std::mem::take(&mut self.is_open) {
+        // Nobody is placed on workers that nobody hears.
+        while !self.is_cut_off() && std::mem::take(&mut self.is_open) {
             self.schedule(now);
         }
         self.forget();
         std::mem::take(&mut self.effects)
+    }
+
+    /// A worker is heard. After a time in which nobody was, all have some time to come back, as after a start of the orchestrator.
+    fn heard(&mut self, now: u64) {
+        if self.clock.hear() >= LEASE_MS {
+            self.members.expect_back(now);
+        }
     }
 
     fn persist(&mut self, fact: Fact) {
@@ -237,6 +269,7 @@ impl Core {
         let gives_no_room = matches!(
             fact,
             Fact::CheckpointCommitted { .. }
+                | Fact::CheckpointDamaged { .. }
                 | Fact::Stepped { .. }
                 | Fact::Formed { .. }
                 | Fact::StorageIdentified { .. }
@@ -254,26 +287,28 @@ impl Core {
         self.effects.push(Effect::Log { job, line });
     }
 
-    fn submit(&mut self, spec: Box<JobSpec>, now: u64) {
+    fn submit(&mut self, spec: Box<JobSpec>) {
         if !self.jobs.by_key.contains_key(&spec.key) {
             let job = JobId::new(self.jobs.newest.number() + 1, self.nonce);
-            self.persist(Fact::Submitted { job, spec, at_ms: now });
+            let at_ms = self.clock.wall_ms();
+            self.persist(Fact::Submitted { job, spec, at_ms });
         }
     }
 
-    fn cancel(&mut self, job: JobId, reason: &str, now: u64) {
+    fn cancel(&mut self, job: JobId, reason: &str) {
         let is_open = self.jobs.all.get(&job).is_some_and(|record| !record.has_ended());
         if is_open {
             let outcome = if reason.is_empty() { "cancelled" } else { reason };
-            self.end(job, End::Cancelled, (outcome.to_owned(), None), now);
+            self.end(job, End::Cancelled, (outcome.to_owned(), None));
         }
     }
 
-    fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>), now: u64) {
+    fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>)) {
         self.release(job, &outcome, false);
         self.avoided.remove(&job);
         self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
-        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms: now });
+        let at_ms = self.clock.wall_ms();
+        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms });
     }
 
     /// Bounds the number of retained jobs.
@@ -342,14 +377,20 @@ impl Core {
             return;
         }
         let job = from.formation.job;
-        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node } = &event {
+        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node, .. } = &event {
             return self.node_failed(job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
+        }
+        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Damaged, .. } = &event
+            && self.falls_back(job, &format!("rank {rank}, {action}: {cause}"), now)
+        {
+            return;
         }
         let Some(formation) = self.formations.get_mut(&job) else { return };
         let step = formation.own_step(&event);
         let effects = formation.event(event, now);
         if let Some(step) = step.filter(|_| !self.jobs.all[&job].attempts.has_stepped) {
             self.persist(Fact::Stepped { job, step });
+            self.avoided.entry(job).or_default().stepped();
         }
         self.apply_effects(job, effects, now);
     }
@@ -373,12 +414,14 @@ impl Core {
         if let Err(cause) = &result
             && !formation.is_aborting()
         {
-            let what = position.map_or_else(
-                || "the weights".into(),
-                |position| format!("the checkpoint of step {}", position.step),
-            );
-            let words = format!("committing {what}: {cause}");
-            return self.node_failed(job, Rank::ZERO, &words, now);
+            // A checkpoint can wait, the weights are the last of a job.
+            return match position {
+                Some(position) => {
+                    let line = formation.commit_failed(position.step, cause, now);
+                    self.log(job, line);
+                }
+                None => self.node_failed(job, Rank::ZERO, &format!("committing the weights: {cause}"), now),
+            };
         }
         let effects = formation.committed(position, result);
         let last_checkpoint = self.jobs.all[&job].last_checkpoint;
@@ -390,17 +433,22 @@ impl Core {
     }
 
     fn tick(&mut self, now: u64) {
-        for member in self.members.expire(now) {
+        let expired = self.members.expire(now);
+        for member in &expired {
             self.send(member.registration.worker, WorkerCommand::Disconnect);
-            self.lost(&member, now);
         }
+        self.lost(&expired, now);
         // Time alone may let a job continue with fewer ranks.
         self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();
         for job in jobs {
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
+                self.unreachable(job, &why, now);
+            } else if let Some(why) = formation.is_forming_late(now) {
                 self.break_formation(job, Vec::new(), why, true, now);
+            } else if let Some((rank, why)) = formation.bad_place(now) {
+                self.node_failed(job, rank, &why, now);
             } else if let Some(stall) = formation.stalled(now) {
                 self.rank_stalled(job, stall, now);
             } else {
@@ -409,38 +457,6 @@ impl Core {
             }
         }
         self.tick_foreign(now);
-    }
-
-    /// A formation has ended: the job re-forms, unless it has failed too often. `counts`: no external cause is known.
-    fn break_formation(&mut self, job: JobId, lost: Vec<Rank>, why: String, counts: bool, now: u64) {
-        let record = &self.jobs.all[&job];
-        let generation = record.generation();
-        let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
-        let reached = self.formations.get(&job).map_or(0, Formation::reached).max(resumed);
-        let idle = counts && !record.attempts.has_stepped && reached <= resumed;
-        let mut attempts = record.attempts.clone();
-        attempts.ended(reached, idle, &format!("generation {generation}: {why}"));
-        let workers: BTreeSet<u64> =
-            record.formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
-        if let Some(words) = attempts.given_up(workers.len()) {
-            return self.end(job, End::Failed, (words, None), now);
-        }
-        self.release(job, &why, true);
-        self.log(job, why.clone());
-        self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
-        self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
-        self.query_survivors(job, now);
-    }
-
-    /// A rank's node cannot do its part: the rank goes to another one, if there is room.
-    fn node_failed(&mut self, job: JobId, rank: Rank, what: &str, now: u64) {
-        let place = self.jobs.all[&job].running().and_then(|formed| formed.place_of(rank));
-        let registration =
-            place.and_then(|worker| self.members.get(worker)).map(|member| member.registration.clone());
-        let Registration { name, node, .. } = registration.unwrap_or_default();
-        let why = format!("{what}; on worker {name}, node {node}");
-        self.avoided.entry(job).or_default().insert(node);
-        self.break_formation(job, vec![rank], why, true, now);
     }
 }
 

@@ -8,6 +8,7 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::RankFigures;
 use contraflow_runtime::topology::{JobId, Rank, Topology};
 
+use super::avoided::Avoided;
 use super::facts::{Fact, Formed, JobSpec};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
@@ -24,6 +25,7 @@ impl Core {
                 continue;
             }
             if let Some((topology, places)) = self.place_again(job, now)
+                && !self.awaits_keepers(job, &topology, &places, now)
                 && !self.reshards(job, &topology, now)
             {
                 self.form(job, topology, places, false);
@@ -287,7 +289,7 @@ impl Core {
         if let Some(reason) = self.reasons.get(&job).filter(|_| record.phase == Phase::Queued) {
             return reason.clone();
         }
-        if let Some(left) = self.pauses(job, self.awake_ms) {
+        if let Some(left) = self.pauses(job, self.clock.now()) {
             let (idle, seconds) = (record.attempts.idle, left.div_ceil(1000));
             return format!(
                 "formed {idle} times in a row without completing a step, again in {seconds} s; {}",
@@ -311,9 +313,10 @@ fn free_slots(supply: &Supply) -> usize {
     supply.slots.iter().map(|slots| slots.free).sum()
 }
 
-/// What is left of a supply where nothing is to go to these nodes.
-fn without(mut supply: Supply, nodes: &BTreeSet<String>) -> Supply {
-    supply.slots.iter_mut().filter(|slots| nodes.contains(&slots.node)).for_each(|slots| slots.free = 0);
+/// What is left of a supply where nothing is to go to these places.
+fn without(mut supply: Supply, Avoided { nodes, workers, .. }: &Avoided) -> Supply {
+    let is_avoided = |slots: &&mut Slots| nodes.contains(&slots.node) || workers.contains(&slots.worker);
+    supply.slots.iter_mut().filter(is_avoided).for_each(|slots| slots.free = 0);
     supply
 }
 

@@ -5,7 +5,7 @@
 use contraflow_runtime::topology::Rank;
 use std::collections::BTreeMap;
 
-use super::{Progress, STALL_FACTOR, STALL_MS};
+use super::{Progress, STALL_FACTOR, STALL_MS, list};
 
 /// A rank's position at its last progress, and whether it has been working since or waits for others.
 #[derive(Clone, Copy, Debug)]
@@ -13,14 +13,26 @@ struct Watermark {
     step: u64,
     operations: u64,
     is_at_work: bool,
+    uses_storage: bool,
     since_ms: u64,
 }
 
-/// A formation without progress for so long that it will not recover.
+/// What a formation without progress waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StallOf {
+    /// A rank that blocks the others.
+    Rank(Rank),
+    /// Storage that some rank reads or writes.
+    Storage,
+    /// Each rank waits for another one.
+    Everyone,
+}
+
+/// A formation without progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stall {
-    /// The rank that blocks the others; `None` if each waits for another.
-    pub(super) rank: Option<Rank>,
+    /// What it waits for.
+    pub(super) of: StallOf,
     /// Human-readable.
     pub(super) why: String,
 }
@@ -38,7 +50,7 @@ pub(super) struct StallDetector {
 impl StallDetector {
     /// Records a rank's progress report.
     pub(super) fn note(&mut self, progress: &Progress, now: u64) {
-        let &Progress { rank, step, operations, is_at_work } = progress;
+        let &Progress { rank, step, operations, is_at_work, uses_storage } = progress;
         let before = self.by_rank.get(&rank.rank);
         let before = before.filter(|mark| (mark.step, mark.operations) == (step, operations));
         let since_ms = before.map_or(now, |mark| mark.since_ms);
@@ -49,20 +61,28 @@ impl StallDetector {
             }
             self.latest = Some((now, step));
         }
-        self.by_rank.insert(rank.rank, Watermark { step, operations, is_at_work, since_ms });
+        self.by_rank.insert(rank.rank, Watermark { step, operations, is_at_work, uses_storage, since_ms });
     }
 
     /// If no rank has made progress for `for_ms`: of the ranks that are working, the one that stopped first. The others wait
-    /// for it, sooner or later.
+    /// for it, sooner or later. Where none is working but some use storage, all wait for that.
     pub(super) fn stalled_for(&self, now: u64, for_ms: u64) -> Option<Stall> {
         let (latest, _) = self.latest.filter(|(latest, _)| latest + for_ms <= now)?;
         let at_work = self.by_rank.iter().filter(|(_, mark)| mark.is_at_work);
         let first = at_work.min_by_key(|(_, mark)| (mark.since_ms, mark.step, mark.operations));
         let Some((&rank, mark)) = first else {
             let seconds = (now - latest) / 1000;
-            return Some(Stall {
-                rank: None,
-                why: format!("no progress for {seconds} s: every rank waits for another one"),
+            let users = self.by_rank.iter().filter(|(_, mark)| mark.uses_storage);
+            let users: Vec<Rank> = users.map(|(&rank, _)| rank).collect();
+            return Some(match users.is_empty() {
+                true => Stall {
+                    of: StallOf::Everyone,
+                    why: format!("no progress for {seconds} s: every rank waits for another one"),
+                },
+                false => Stall {
+                    of: StallOf::Storage,
+                    why: format!("the storage: rank {} reads or writes for {seconds} s", list(&users)),
+                },
             });
         };
         let &Watermark { step, operations, since_ms, .. } = mark;
@@ -70,7 +90,7 @@ impl StallDetector {
         let why = format!(
             "rank {rank} has made no progress for {seconds} s, in step {step} after {operations} operations"
         );
-        Some(Stall { rank: Some(rank), why })
+        Some(Stall { of: StallOf::Rank(rank), why })
     }
 
     /// If no rank has made progress for much longer than ever before: which rank has stalled.

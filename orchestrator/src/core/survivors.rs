@@ -22,6 +22,8 @@ pub(super) struct Survivors {
     replicas: BTreeMap<u64, Vec<ReplicaShard>>,
     /// Deadline of the wait for them.
     until_ms: u64,
+    /// Until when workers that are not members may come back with what they keep.
+    keepers_until_ms: u64,
     /// What is written down from memory, for another layout.
     pub(super) reshard: Option<Reshard>,
     /// It could not be written down.
@@ -30,7 +32,14 @@ pub(super) struct Survivors {
 
 impl Survivors {
     fn new(waiting: BTreeSet<u64>, until_ms: u64) -> Self {
-        Survivors { waiting, replicas: BTreeMap::new(), until_ms, reshard: None, has_failed: false }
+        Survivors {
+            waiting,
+            replicas: BTreeMap::new(),
+            until_ms,
+            keepers_until_ms: 0,
+            reshard: None,
+            has_failed: false,
+        }
     }
 
     fn is_waiting(&self, now: u64) -> bool {
@@ -44,6 +53,33 @@ impl Core {
         let Some(places) = self.survivor_places(job) else { return };
         let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
         self.survivors.insert(job, Survivors::new(waiting, now + LEFT_MS));
+    }
+
+    /// A worker that was lost is back with ranks of a broken formation: it will say what it keeps.
+    pub(super) fn await_survivor(&mut self, worker: u64, formation: FormationId, now: u64) {
+        let record = self.jobs.all.get(&formation.job);
+        let is_latest = record.is_some_and(|record| record.generation() == formation.generation);
+        if let Some(survivors) = self.survivors.get_mut(&formation.job).filter(|_| is_latest) {
+            survivors.waiting.insert(worker);
+            survivors.until_ms = survivors.until_ms.max(now + LEFT_MS);
+        }
+    }
+
+    /// A worker of a broken formation has fallen silent: it may be back, with state that nobody else has.
+    pub(super) fn expect_keepers(&mut self, job: JobId, now: u64) {
+        if let Some(survivors) = self.survivors.get_mut(&job) {
+            survivors.keepers_until_ms = now + ADOPTION_MS;
+        }
+    }
+
+    /// Whether a job that would lose its state in memory waits for workers that may come back with it.
+    pub(super) fn awaits_keepers(&self, job: JobId, topology: &Topology, places: &[u64], now: u64) -> bool {
+        let may_return = |survivors: &Survivors| now < survivors.keepers_until_ms;
+        let record = &self.jobs.all[&job];
+        let was_in_memory = record.formed.as_ref().is_some_and(|formed| formed.memory.is_some());
+        (record.attempts.has_stepped || was_in_memory)
+            && self.survivors.get(&job).is_some_and(may_return)
+            && self.in_memory(job, topology, places).is_err()
     }
 
     /// A restarted orchestrator finds a job broken: workers of its formation may still hold replicas.

@@ -65,6 +65,7 @@ fn the_first_failure_stops_all_ranks_and_is_the_one_reported() {
         action: "action B1.0".into(),
         cause: cause.to_owned(),
         kind: ErrorKind::Bug,
+        peer: None,
     };
     let effects = job.step(failed(1, "out of luck"));
     let ranks: Vec<u32> = commands(&effects).into_iter().map(|(rank, _)| rank).collect();
@@ -198,11 +199,15 @@ fn a_finished_run_is_only_validated_and_written_again() {
 fn a_checkpoint_that_cannot_be_committed_ends_the_job_with_the_file() {
     let mut job = with_checkpoints(1);
     drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
-    drop(job.step(saved(0, 15)));
+    drop(job.step(saved(0, 13)));
+    // The training depends on the last one alone.
+    assert_eq!(job.committed(13, Err("manifest.json: no space".into())), []);
+    drop(job.step(step_done(0, 20)));
+    drop(job.step(saved(0, 20)));
     let full = Err("manifest.json: no space".into());
-    assert!(matches!(commands(&job.committed(15, full))[..], [(0, RankCommand::Abort { .. })]));
+    assert!(matches!(commands(&job.committed(20, full))[..], [(0, RankCommand::Abort { .. })]));
     let effects = job.step(RankEvent::Aborted { rank: Rank::new(0) });
-    let message = "committing the checkpoint of step 15: manifest.json: no space".into();
+    let message = "committing the checkpoint of step 20: manifest.json: no space".into();
     let reported = Outcome::Failed { message, kind: ErrorKind::Node };
     assert_eq!(effects.last().unwrap(), &JobEffect::End(reported));
 }

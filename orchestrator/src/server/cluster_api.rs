@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status};
 use v1::cluster_service_server::ClusterService;
 
 use super::Handle;
-use super::hub::{Hub, HubMessage, now_ms};
+use super::hub::{Hub, HubMessage};
 use crate::core::Event;
 
 /// The service.
@@ -48,7 +48,7 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
             slots: member.registration.slots as u64,
             used: core.used(member.registration.worker) as u64,
             draining: core.is_draining(member),
-            silent_ms: now_ms().saturating_sub(member.heard_ms),
+            silent_ms: core.silent_ms(member),
             address: member
                 .registration
                 .fabric

@@ -155,9 +155,9 @@ fn left_of(released: v1::Released) -> Result<Left, String> {
 }
 
 fn progress_of(progress: v1::Progress) -> Result<Progress, String> {
-    let v1::Progress { job, rank, generation, step, operations, is_at_work } = progress;
+    let v1::Progress { job, rank, generation, step, operations, is_at_work, uses_storage } = progress;
     let rank = RankAddress { formation: formation_of(job, generation)?, rank: rank_of(rank)? };
-    Ok(Progress { rank, step, operations, is_at_work })
+    Ok(Progress { rank, step, operations, is_at_work, uses_storage })
 }
 
 /// A message as an event of the core; `None` if it is empty.

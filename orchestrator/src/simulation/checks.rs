@@ -163,6 +163,10 @@ impl World {
     /// The first job in the queue gets what is free, and soon what is lent.
     pub(super) fn check_line(&mut self, server: usize) {
         let core = &self.servers[server].core;
+        if core.is_cut_off() {
+            // It places nobody.
+            return self.checks.lent = None;
+        }
         let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
         let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
         let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology().world()));
@@ -285,6 +289,9 @@ impl World {
                     return self.violate(format!("{job} is forgotten where {oldest:?} ended first"));
                 }
                 self.checks.forgotten += 1;
+            }
+            Fact::CheckpointDamaged { job, step } => {
+                self.violate(format!("{job}: the checkpoint of step {step} is whole and taken for damaged"));
             }
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } => {}

@@ -24,10 +24,11 @@ impl World {
         let world = world.or_else(|| self.checks.world(of)).unwrap_or(0);
         let retention = self.retention(last_checkpoint);
         let (is_full, is_said) = (self.plan.fills_up, self.breaks(Mutation::CommitsInWords));
+        let now = self.now;
         let Some(folder) = self.folder(job) else { return };
         let result = match step {
             _ if is_said => Ok(()),
-            Some(step) if is_full && finds_it_full(job, step, generation) => {
+            Some(step) if is_full && finds_it_full(job, step, generation, now) => {
                 Err("the storage is full".into())
             }
             Some(step) => match folder.commit((step, generation), world, retention) {
@@ -102,7 +103,9 @@ impl World {
     }
 }
 
-/// Whether a commit finds the storage full: one in some hundreds does.
-fn finds_it_full(job: JobId, step: u64, generation: Generation) -> bool {
-    mix((job.number() << 40) ^ (step << 16) ^ u64::from(generation.number())).is_multiple_of(300)
+/// Whether a commit finds the storage full: one in some tens does, and when it is tried again some seconds later mostly not.
+fn finds_it_full(job: JobId, step: u64, generation: Generation, now: u64) -> bool {
+    let seconds = now / 4_000;
+    mix((job.number() << 56) ^ (seconds << 32) ^ (step << 16) ^ u64::from(generation.number()))
+        .is_multiple_of(40)
 }

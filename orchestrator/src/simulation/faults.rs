@@ -23,9 +23,12 @@ impl World {
         *self.report.faults.entry(fault).or_default() += 1;
         self.note([30, number as u64, 0], || format!("fault: {fault:?}"));
         match fault {
-            SimFault::Crash | SimFault::Double | SimFault::Pause | SimFault::Clock | SimFault::Disk => {
-                self.fault_of_server(fault)
-            }
+            SimFault::Crash
+            | SimFault::Double
+            | SimFault::Pause
+            | SimFault::Clock
+            | SimFault::Disk
+            | SimFault::Silence => self.fault_of_server(fault),
             SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
             SimFault::Loss => self.lose_state(),
             _ => self.fault_of_worker(fault),
@@ -124,6 +127,12 @@ impl World {
                 });
             }
             SimFault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
+            SimFault::Silence => {
+                self.note([35, server as u64, takes], || format!("nobody is heard for {takes} ms"));
+                let nodes: Vec<(u64, usize)> =
+                    self.workers.iter().map(|(&id, worker)| (id, worker.node)).collect();
+                nodes.into_iter().for_each(|(id, node)| self.cut_off(id, node, takes));
+            }
             _ => {}
         }
     }

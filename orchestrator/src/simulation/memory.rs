@@ -263,7 +263,11 @@ impl World {
         group.give_up();
         for rank in group.ranks.clone() {
             let (action, cause) = ("building the model".to_owned(), cause.to_owned());
-            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+            self.send_event(
+                id,
+                of,
+                RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost, peer: None },
+            );
         }
     }
 }

@@ -49,10 +49,12 @@ pub enum SimFault {
     SubmitAgain,
     /// The orchestrator's state is lost, and it begins with another one.
     Loss,
+    /// Nobody reaches the orchestrator for a while.
+    Silence,
 }
 
 impl SimFault {
-    /// All that a plan draws from, but for [`SimFault::Hang`] and [`SimFault::Loss`], which came later.
+    /// All that a plan draws from, but for [`SimFault::Hang`], [`SimFault::Loss`] and [`SimFault::Silence`], which came later.
     pub(super) const ALL: [SimFault; 16] = [
         SimFault::Kill,
         SimFault::PowerLoss,
@@ -79,6 +81,7 @@ impl SimFault {
             SimFault::Double | SimFault::Clock => random.between(8_000, 40_000),
             SimFault::Hang => random.between(20_000, 60_000),
             SimFault::Loss => random.between(25_000, 90_000),
+            SimFault::Silence => random.between(10_000, 40_000),
             _ => random.between(2_000, 30_000),
         }
     }
@@ -156,6 +159,8 @@ impl Plan {
             let crashes = later.between(0, jobs.len() as u64) as usize;
             jobs[crashes].crashes = true;
         }
+        let is_silent = later.is_one_in(3);
+        faults.extend(is_silent.then(|| (SimFault::Silence, SimFault::Silence.mean_ms(&mut later))));
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         let settle_ms = 120_000 + 2 * work + hanging;

@@ -442,7 +442,11 @@ impl World {
         group.state = GangState::Over;
         for rank in group.ranks.clone() {
             let (action, cause) = ("F0.0".to_owned(), "a peer is gone".to_owned());
-            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost });
+            self.send_event(
+                id,
+                of,
+                RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost, peer: None },
+            );
         }
     }
 
@@ -452,6 +456,6 @@ impl World {
         group.state = GangState::Over;
         let rank = group.ranks[0];
         let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-        self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug });
+        self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug, peer: None });
     }
 }

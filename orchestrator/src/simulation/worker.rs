@@ -361,7 +361,11 @@ impl World {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
         for rank in ranks {
             let (action, cause) = ("joining the formation".to_owned(), cause.to_owned());
-            self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config });
+            self.send_event(
+                id,
+                of,
+                RankEvent::Failed { rank, action, cause, kind: ErrorKind::Config, peer: None },
+            );
         }
     }
 
@@ -426,6 +430,7 @@ impl SimFormation {
             step,
             operations: step,
             is_at_work,
+            uses_storage: false,
         })
     }
 }

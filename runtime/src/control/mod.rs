@@ -75,6 +75,15 @@ pub enum RankEvent {
         /// What was written.
         shard: ShardFile,
     },
+    /// The rank's part of a checkpoint could not be written. It continues, and tries again with a later step.
+    SaveFailed {
+        /// The reporting rank.
+        rank: Rank,
+        /// Of which step.
+        step: u64,
+        /// The cause.
+        cause: String,
+    },
     /// The validation sequences have been run.
     Validated {
         /// The reporting rank.
@@ -115,6 +124,8 @@ pub enum RankEvent {
         cause: String,
         /// Who has to act.
         kind: ErrorKind,
+        /// The rank that it could not reach, if that is the cause.
+        peer: Option<Rank>,
     },
 }
 
@@ -125,6 +136,7 @@ impl RankEvent {
             RankEvent::Ready { rank }
             | RankEvent::Stopped { rank, .. }
             | RankEvent::ShardSaved { rank, .. }
+            | RankEvent::SaveFailed { rank, .. }
             | RankEvent::Validated { rank, .. }
             | RankEvent::Exported { rank, .. }
             | RankEvent::Aborted { rank }

@@ -35,6 +35,10 @@ impl Outbox {
             self.reports.push_back(event.clone());
             return;
         }
+        // It is tried again, and then said again.
+        if let RankEvent::SaveFailed { .. } = event {
+            return;
+        }
         self.events.push(event.clone());
         if let RankEvent::ShardSaved { rank, .. } = event {
             let of_rank = |event: &RankEvent| matches!(event, RankEvent::ShardSaved { rank: other, .. } if other == rank);

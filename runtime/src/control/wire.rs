@@ -79,10 +79,14 @@ pub fn encode_event(formation: FormationId, event: &RankEvent) -> v1::RankEvent 
             let divergence = Some((**divergence).clone().into());
             Event::Diverged(v1::Diverged { divergence, cursor: *cursor })
         }
-        RankEvent::Failed { action, cause, kind, .. } => Event::Failed(v1::Failed {
+        RankEvent::SaveFailed { step, cause, .. } => {
+            Event::SaveFailed(v1::SaveFailed { step: *step, cause: cause.clone() })
+        }
+        RankEvent::Failed { action, cause, kind, peer, .. } => Event::Failed(v1::Failed {
             action: action.clone(),
             cause: cause.clone(),
             kind: kind.name().to_owned(),
+            peer: peer.map(|peer| peer.number().into()),
         }),
     };
     v1::RankEvent { job, generation, rank, event: Some(event) }
@@ -115,9 +119,11 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
             let divergence = divergence.ok_or("a stopped step without a reason")?;
             RankEvent::Diverged { rank, divergence: Box::new(divergence.try_into()?), cursor }
         }
-        Event::Failed(v1::Failed { action, cause, kind }) => {
+        Event::SaveFailed(v1::SaveFailed { step, cause }) => RankEvent::SaveFailed { rank, step, cause },
+        Event::Failed(v1::Failed { action, cause, kind, peer }) => {
             let kind = ErrorKind::of_name(&kind).ok_or_else(|| format!("a failure of the kind {kind:?}"))?;
-            RankEvent::Failed { rank, action, cause, kind }
+            let peer = peer.map(rank_of).transpose()?;
+            RankEvent::Failed { rank, action, cause, kind, peer }
         }
     };
     Ok((address, event))
@@ -265,7 +271,14 @@ mod tests {
             },
             RankEvent::Aborted { rank },
             RankEvent::Diverged { rank, divergence: Box::new(divergence), cursor: 64 },
-            RankEvent::Failed { rank, action: "a".into(), cause: "c".into(), kind: ErrorKind::Lost },
+            RankEvent::SaveFailed { rank, step: 9, cause: "c".into() },
+            RankEvent::Failed {
+                rank,
+                action: "a".into(),
+                cause: "c".into(),
+                kind: ErrorKind::Lost,
+                peer: Some(Rank::new(3)),
+            },
         ];
         for event in events {
             let (address, back) = decode_event(encode_event(FORMATION, &event)).unwrap();

@@ -13,6 +13,8 @@ pub struct Progress {
     pub operations: u64,
     /// Whether something is under way that needs no other rank.
     pub is_at_work: bool,
+    /// Whether something is read from storage or written to it.
+    pub uses_storage: bool,
 }
 
 /// The counts of one rank.
@@ -22,6 +24,8 @@ pub struct Activity {
     operations: AtomicU64,
     /// Threads at work, without those among them that wait for a frame.
     at_work: AtomicI64,
+    /// Threads that read from storage or write to it.
+    at_storage: AtomicI64,
 }
 
 impl Activity {
@@ -37,6 +41,7 @@ impl Activity {
             step: self.step.load(Ordering::Relaxed),
             operations: self.operations.load(Ordering::Relaxed),
             is_at_work: self.at_work.load(Ordering::Relaxed) > 0,
+            uses_storage: self.at_storage.load(Ordering::Relaxed) > 0,
         }
     }
 
@@ -60,6 +65,24 @@ impl AtWork {
 impl Drop for AtWork {
     fn drop(&mut self) {
         self.0.end(-1);
+    }
+}
+
+/// A rank reads from storage or writes to it while this guard lives: however long that takes, it is no stall.
+#[derive(Debug)]
+pub struct StorageUse(Arc<Activity>);
+
+impl StorageUse {
+    pub(super) fn begin(activity: Arc<Activity>) -> Self {
+        activity.at_storage.fetch_add(1, Ordering::Relaxed);
+        StorageUse(activity)
+    }
+}
+
+impl Drop for StorageUse {
+    fn drop(&mut self) {
+        self.0.operations.fetch_add(1, Ordering::Relaxed);
+        self.0.at_storage.fetch_add(-1, Ordering::Relaxed);
     }
 }
 

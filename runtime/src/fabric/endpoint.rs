@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::activity::{Activity, AtWork, Wait};
+use super::activity::{Activity, AtWork, StorageUse, Wait};
 use super::inbox::Inbox;
 use super::local::LocalNetwork;
 use super::wired::WiredNetwork;
@@ -79,6 +79,11 @@ impl Endpoint {
     /// The rank is at work, except while it waits for frames, until the end of what is returned.
     pub fn work(&self) -> AtWork {
         AtWork::begin(self.activity.clone())
+    }
+
+    /// The rank reads from storage or writes to it, until the end of what is returned.
+    pub fn use_storage(&self) -> StorageUse {
+        StorageUse::begin(self.activity.clone())
     }
 
     /// How long a wait on this network may last.

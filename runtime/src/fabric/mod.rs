@@ -24,7 +24,7 @@ mod window;
 pub mod wire;
 mod wired;
 
-pub use activity::{Activity, AtWork, Progress};
+pub use activity::{Activity, AtWork, Progress, StorageUse};
 pub use arrived::ArrivedPart;
 pub use delays::DelayInjection;
 pub use endpoint::Endpoint;
@@ -174,7 +174,12 @@ mod tests {
         endpoint.send(0, tag(4, 0), bytes(1)).unwrap();
         thread.join().unwrap().unwrap();
         // The computation, the wait and the work around it.
-        assert_eq!(progress(), Progress { step: 4, operations: 3, is_at_work: false });
+        let idle = Progress { step: 4, operations: 3, is_at_work: false, uses_storage: false };
+        assert_eq!(progress(), idle);
+        let storage = endpoint.use_storage();
+        assert!(progress().uses_storage && !progress().is_at_work);
+        drop(storage);
+        assert_eq!(progress(), Progress { operations: 4, ..idle });
     }
 
     #[test]

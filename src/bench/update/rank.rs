@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{Endpoint, Transport};
@@ -75,6 +76,7 @@ async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<T
         replicator: None,
         overlap: part.overlap,
         checkpoints: None,
+        save_timeout: Duration::ZERO,
         trace: TraceContext::default(),
         probe: recorder(recorded.clone(), WARM_UP as u64 + 1..last),
     });

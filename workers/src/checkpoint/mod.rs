@@ -7,6 +7,7 @@
 
 pub mod provenance;
 mod read;
+pub mod saves;
 mod shard;
 mod snapshot;
 #[cfg(test)]

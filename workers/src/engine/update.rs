@@ -9,6 +9,7 @@ use contraflow_runtime::stability::Seen;
 use contraflow_runtime::stability::evidence::{Evidence, Found};
 
 use crate::checkpoint::Snapshot;
+use crate::checkpoint::saves::Saves;
 use crate::error::Missing;
 use crate::optimizer::totals::GlobalTotals;
 use crate::optimizer::update::{OptimizerState, UpdateRates};
@@ -22,6 +23,8 @@ pub struct UpdateOrder {
     pub stop: Arc<AtomicBool>,
     /// When the state after the update is written to storage.
     pub save: SaveWhen,
+    /// How this rank's saves go.
+    pub saves: Arc<Saves>,
     /// Whether the state after the update is replicated in memory, unless the ranks stop after it.
     pub replicate: bool,
     /// Whether the update is gathered at once; otherwise the next step does it, unless the ranks stop after this one.
@@ -36,8 +39,10 @@ pub struct UpdateOrder {
 pub enum SaveWhen {
     /// Not at all: there is nowhere to keep it.
     Never,
-    /// If the ranks stop after this step.
+    /// If the ranks stop after this step, or a save has failed and is tried again.
     AtStop,
+    /// After this step, unless a rank still writes the one before and takes long.
+    Due,
     /// After this step.
     Now,
 }
@@ -74,9 +79,11 @@ impl Update {
 
     /// Whether the state after the step is written to storage.
     pub fn saves(&self) -> bool {
+        let wish = self.global.as_ref().map(|global| global.save).unwrap_or_default();
         match self.order.save {
             SaveWhen::Never => false,
-            SaveWhen::AtStop => self.stops(),
+            SaveWhen::AtStop => self.stops() || (wish.retries && !wish.skips),
+            SaveWhen::Due => self.stops() || !wish.skips,
             SaveWhen::Now => true,
         }
     }

@@ -104,8 +104,8 @@ impl RunningProgram {
             let squares = update.optimizer.sum_squares(|bucket| {
                 self.in_flight.bucket(bucket, |in_flight| in_flight.squares.take().unwrap_or_default())
             });
-            let stop = update.order.stop.load(Ordering::Relaxed);
-            Ok(update.optimizer.layout.encode(squares, &own, stop))
+            let wishes = (update.order.stop.load(Ordering::Relaxed), update.order.saves.wish());
+            Ok(update.optimizer.layout.encode(squares, &own, wishes))
         })?;
         let sums = self.collectives(self.id.step).all_reduce(&self.context.world, TOTALS, numbers)?;
         self.with_update(|update| {

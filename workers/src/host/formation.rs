@@ -26,6 +26,9 @@ use crate::replica::{Recovered, ReplicaStore, Replicator};
 /// Timeout of a wait between ranks: a lost peer ends it at once; this covers what went unnoticed.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
+/// How long the last checkpoint of a job is tried to be written: storage that is full or away may come back.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// A formation.
 pub(super) struct Formation {
     pub(super) id: FormationId,
@@ -76,8 +79,9 @@ impl Formation {
         let (job, generation) = formation_numbers(self.id);
         let endpoints = self.running.iter().flat_map(|running| &running.endpoints);
         endpoints.map(move |endpoint| {
-            let Progress { step, operations, is_at_work } = endpoint.activity().progress();
-            v1::Progress { job, rank: endpoint.rank() as u64, generation, step, operations, is_at_work }
+            let Progress { step, operations, is_at_work, uses_storage } = endpoint.activity().progress();
+            let rank = endpoint.rank() as u64;
+            v1::Progress { job, rank, generation, step, operations, is_at_work, uses_storage }
         })
     }
 
@@ -126,6 +130,7 @@ impl Formation {
                 replicator,
                 overlap: true,
                 checkpoints: Some(prepared.folder.clone()),
+                save_timeout: SAVE_TIMEOUT,
                 trace: TraceContext::parse(&assign.traceparent),
                 probe: Probe::default(),
             });
@@ -153,7 +158,7 @@ impl Formation {
     pub(super) fn fail(&self, error: &RankError, inputs: &mpsc::UnboundedSender<Input>) {
         for &rank in &self.ranks {
             let (action, cause) = ("joining the formation".to_owned(), error.to_string());
-            let event = RankEvent::Failed { rank, action, cause, kind: error.kind() };
+            let event = RankEvent::Failed { rank, action, cause, kind: error.kind(), peer: error.peer() };
             drop(inputs.send(Input::Rank { formation: self.id, event }));
         }
     }

@@ -15,6 +15,8 @@ pub(super) fn event(job: JobId, event: &RankEvent) {
         RankEvent::Validated { .. } => tracing::info!(job, rank, "has run the validation sequences"),
         RankEvent::Exported { .. } => tracing::info!(job, rank, "its weights are on disk"),
         RankEvent::Diverged { divergence, .. } => tracing::warn!(job, rank, "{}", divergence.why),
+        // The rank itself logs it.
+        RankEvent::SaveFailed { .. } => {}
         RankEvent::Failed { action, cause, .. } => tracing::error!(job, rank, "{action}: {cause}"),
         RankEvent::StepDone { report } => {
             if let Some(warning) = &report.warning {

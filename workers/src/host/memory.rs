@@ -122,6 +122,7 @@ pub(super) fn write_shards(prepared: &Prepared, store: &ReplicaStore, order: &Wr
             action: format!("writing the state after step {}", order.step),
             cause: error.to_string(),
             kind: error.kind(),
+            peer: None,
         }));
     }
     events

@@ -8,6 +8,7 @@ use contraflow_proto::GradientNorms;
 use contraflow_runtime::model_config::ModelConfig;
 
 use super::squares::{SquaresByPlace, gradient_norms};
+use crate::checkpoint::saves::SaveWish;
 
 /// What a rank counts while a program runs.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -52,6 +53,8 @@ pub struct GlobalTotals {
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
     /// Some rank was told to stop: this step is the last.
     pub stop: bool,
+    /// What some rank wants of a save after this step.
+    pub save: SaveWish,
     /// Whether no update was made: the watch skipped the batch.
     pub skipped: bool,
     /// Warnings of the stability watch about the step.
@@ -65,7 +68,8 @@ impl GlobalTotals {
     }
 }
 
-/// How the numbers lie: squares of the gradient by place, losses and the wish to stop, tokens per expert of each layer.
+/// How the numbers lie: squares of the gradient by place, losses, the wish to stop and those about saves, tokens per expert of
+/// each layer.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalsLayout {
     /// Routed experts of the model.
@@ -82,9 +86,15 @@ impl TotalsLayout {
     }
 
     /// What a rank gives into the sum.
-    pub fn encode(&self, squares: SquaresByPlace, totals: &Totals, stop: bool) -> Vec<f64> {
+    pub fn encode(
+        &self,
+        squares: SquaresByPlace,
+        totals: &Totals,
+        (stop, save): (bool, SaveWish),
+    ) -> Vec<f64> {
         let mut numbers = squares.into_sums();
-        numbers.extend([totals.loss, totals.mtp_loss, totals.balance_loss, f64::from(u8::from(stop))]);
+        numbers.extend([totals.loss, totals.mtp_loss, totals.balance_loss]);
+        numbers.extend([stop, save.skips, save.retries].map(|wish| f64::from(u8::from(wish))));
         let first_count = numbers.len();
         numbers.resize(first_count + self.num_experts * self.num_layers, 0.0);
         for (&layer, counts) in &totals.expert_counts {
@@ -100,7 +110,7 @@ impl TotalsLayout {
     /// If the numbers are fewer than the layout says.
     pub fn decode(&self, sums: &[f64], layers: impl Iterator<Item = usize>) -> GlobalTotals {
         let (squares, rest) = sums.split_at(SquaresByPlace::len(self.num_layers));
-        let (&[loss, mtp_loss, balance_loss, stop], counts) =
+        let (&[loss, mtp_loss, balance_loss, stop, skips, retries], counts) =
             rest.split_first_chunk().expect("the losses follow the squares");
         let counts_of = |layer: usize| {
             let counts = &counts[layer * self.num_experts..(layer + 1) * self.num_experts];
@@ -114,6 +124,7 @@ impl TotalsLayout {
             balance_loss,
             expert_counts: layers.map(counts_of).collect(),
             stop: stop > 0.0,
+            save: SaveWish { skips: skips > 0.0, retries: retries > 0.0 },
             skipped: false,
             warning: None,
         }
@@ -139,13 +150,14 @@ mod tests {
             squares.add(&[(place, square)]);
             squares
         };
-        let one = layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), false);
-        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), true);
-        assert_eq!(one.len(), 4 + 4 + 6);
+        let wish = SaveWish { skips: false, retries: true };
+        let one = layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), (false, SaveWish::default()));
+        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), (true, wish));
+        assert_eq!(one.len(), 4 + 6 + 6);
         let sums: Vec<f64> = one.iter().zip(&other).map(|(one, other)| one + other).collect();
         let global = layout.decode(&sums, [0, 1].into_iter());
         assert_eq!((global.loss, global.mtp_loss, global.balance_loss), (0.75, 1.5, 3.0));
-        assert_eq!((global.grad_norm, global.stop), (5.0, true));
+        assert_eq!((global.grad_norm, global.stop, global.save), (5.0, true, wish));
         let norms = GradientNorms { embedding: 0.0, layers: vec![3.0, 0.0], head: 4.0 };
         assert_eq!(global.gradient_norms, norms);
         assert_eq!(global.expert_counts, BTreeMap::from([(0, vec![0; 3]), (1, vec![5, 2, 10])]));

@@ -3,6 +3,7 @@
 //! Knows no actors; may take seconds, so it runs beside them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use contraflow_kernels::par::Threads;
 use contraflow_proto::StepReport;
@@ -48,6 +49,8 @@ pub struct Assignment {
     pub overlap: bool,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<CheckpointFolder>,
+    /// For how long writing the last checkpoint is tried again while storage fails.
+    pub save_timeout: Duration,
     /// The span below which the rank's belong.
     pub trace: TraceContext,
     /// For tests.

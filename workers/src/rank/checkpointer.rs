@@ -5,14 +5,17 @@
 //! files and parameters; when something is saved is the rank's business.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::fabric::StorageUse;
 use contraflow_runtime::failpoint::failpoint;
 use contraflow_runtime::model_config::ModelConfig;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
+use crate::checkpoint::saves::backoff;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::error::RankError;
@@ -31,6 +34,10 @@ pub enum CheckpointerMessage {
         position: Position,
         /// What is written.
         snapshot: Box<Snapshot>,
+        /// The rank uses its storage until it is written.
+        storage: StorageUse,
+        /// For how long a failure is tried again; each is reported as [`RankMessage::SaveFailed`].
+        retry: Duration,
     },
     /// Write the weights; the answer is [`RankMessage::Exported`].
     Export {
@@ -121,6 +128,35 @@ fn save(dir: &Path, rank: usize, snapshot: Snapshot) -> Result<ShardFile, RankEr
     write_shard(dir, &shard_name(rank), snapshot)
 }
 
+/// The same, tried again for `retry` while storage fails and `failed`, which gets to know each failure, says that it is wanted.
+///
+/// **Errors**: those of the last try.
+fn save_until(
+    dir: &Path,
+    rank: usize,
+    snapshot: Snapshot,
+    retry: Duration,
+    failed: impl Fn(String) -> bool,
+) -> Result<ShardFile, RankError> {
+    if retry.is_zero() {
+        return save(dir, rank, snapshot);
+    }
+    let began = Instant::now();
+    for failures in 0.. {
+        match save(dir, rank, snapshot.clone()) {
+            Err(RankError::File { path, source }) if began.elapsed() < retry => {
+                let wait = backoff(failures);
+                if !failed(format!("{path}: {source}; tried again in {} s", wait.as_secs())) {
+                    return Err(RankError::File { path, source });
+                }
+                std::thread::sleep(wait);
+            }
+            result => return result,
+        }
+    }
+    unreachable!("a loop without an end")
+}
+
 /// The checkpointer actor.
 pub struct Checkpointer;
 
@@ -144,13 +180,18 @@ impl Actor for Checkpointer {
         (rank_actor, probe): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CheckpointerMessage::Save { dir, rank, position, snapshot } => {
+            CheckpointerMessage::Save { dir, rank, position, snapshot, storage, retry } => {
                 probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 let write = move || {
                     yield_to_training();
                     let watch = snapshot.watch.clone();
-                    let result = RankError::catch(|| Ok((watch, save(&dir, rank, *snapshot)?)));
+                    let failed = |cause| {
+                        rank_actor.cast(RankMessage::SaveFailed { step: position.step, cause }).is_ok()
+                    };
+                    let result =
+                        RankError::catch(|| Ok((watch, save_until(&dir, rank, *snapshot, retry, failed)?)));
+                    drop(storage);
                     // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
                 };

@@ -70,8 +70,10 @@ struct BatchSource {
 impl BatchSource {
     /// Reads this data-parallel rank's share, and sums the loss weights over the group where the shapes do not determine them.
     fn load(&self, step: u64, task: Task) -> Result<Batch, FabricError> {
-        let _at_work = self.endpoint.work();
+        let reading = self.endpoint.use_storage();
         let share = self.batches.load(task);
+        drop(reading);
+        let _at_work = self.endpoint.work();
         let weights = match self.batches.known_weights(task) {
             Some(weights) => weights,
             None => self.sum(step, task, share.weights)?,

@@ -16,6 +16,7 @@ use super::checkpointer::{Checkpointer, CheckpointerMessage};
 use super::expert_shard::{ExpertShard, ExpertShardMessage, ExpertShardSetup};
 use super::loader::{Loader, LoaderMessage, LoaderSetup};
 use crate::checkpoint::Snapshot;
+use crate::checkpoint::saves::Saves;
 use crate::comm::address::StepId;
 use crate::comm::all_to_all::ExpertGroup;
 use crate::data::batches::{Batch, Task};
@@ -84,8 +85,8 @@ pub struct JoinedRank {
     pub upcoming: Upcoming,
     /// Whether the weights are whole, and not left to the next step to be gathered.
     pub is_gathered: bool,
-    /// A checkpoint is being written.
-    pub is_saving: bool,
+    /// How its saves go.
+    pub saves: Arc<Saves>,
     /// When the running step began.
     pub began: Instant,
     /// **Units**: bytes sent before the running step.
@@ -124,7 +125,8 @@ impl JoinedRank {
     pub fn save_when(&self, step: u64) -> SaveWhen {
         match self.assignment.checkpoints {
             None => SaveWhen::Never,
-            Some(_) if self.assignment.recipe.saves_after(step) => SaveWhen::Now,
+            Some(_) if self.is_last(step) => SaveWhen::Now,
+            Some(_) if self.assignment.recipe.saves_after(step) => SaveWhen::Due,
             Some(_) => SaveWhen::AtStop,
         }
     }
@@ -148,6 +150,7 @@ impl JoinedRank {
             rates,
             stop,
             save: self.save_when(step),
+            saves: self.saves.clone(),
             replicate: self.replicator.is_some() && !self.is_last(step),
             gather: !self.plans.sharding.overlap || self.is_last(step),
             buddy: replicator.map(|replicator| replicator.buddy),
@@ -281,7 +284,7 @@ pub async fn join(
         replicator,
         upcoming: Upcoming::default(),
         is_gathered: true,
-        is_saving: false,
+        saves: Arc::default(),
         began: Instant::now(),
         sent_before: 0,
     };

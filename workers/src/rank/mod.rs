@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::fabric::{AtWork, FabricError};
+use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
@@ -70,6 +70,18 @@ pub enum RankMessage {
         /// State of the stability watch, and what was written.
         result: Box<Result<(StabilityWatch, ShardFile), RankError>>,
     },
+    /// The last checkpoint could not be written; it is tried again.
+    SaveFailed {
+        /// Of which step.
+        step: u64,
+        /// The cause.
+        cause: String,
+    },
+    /// The save of a step has waited for the one before for long enough.
+    SkipSave {
+        /// The step.
+        step: u64,
+    },
     /// A part of the rank could not do its work.
     ChildFailed {
         /// What it was doing.
@@ -100,7 +112,6 @@ enum Status {
     /// The checkpoint before this one is still being written: a rank keeps at most one beside its own state.
     AwaitSaved {
         then: AfterSave,
-        _at_work: AtWork,
     },
     /// The checkpointer needs the experts before it writes.
     Lend {
@@ -114,6 +125,7 @@ enum Status {
 /// The actor's state.
 pub struct RankState {
     id: Rank,
+    myself: ActorRef<RankMessage>,
     events: EventSink,
     joined: Option<JoinedRank>,
     status: Status,
@@ -252,6 +264,7 @@ impl RankState {
             action,
             cause: error.to_string(),
             kind: error.kind(),
+            peer: error.peer(),
         });
         if let Some(joined) = &self.joined {
             joined.assignment.endpoint.abort(&format!("rank {} failed", self.id));
@@ -269,12 +282,13 @@ impl Actor for RankActor {
 
     async fn pre_start(
         &self,
-        _myself: ActorRef<RankMessage>,
+        myself: ActorRef<RankMessage>,
         (id, events): (Rank, EventSink),
     ) -> Result<RankState, ActorProcessingErr> {
         let (life, doing, commanded) = (Span::none(), Span::none(), TraceContext::default());
         Ok(RankState {
             id,
+            myself,
             events,
             joined: None,
             status: Status::Idle,
@@ -311,6 +325,11 @@ impl Actor for RankActor {
             RankMessage::Pipeline(event) => state.pipeline_event(event),
             RankMessage::Exported { params, result } => state.exported(*params, result),
             RankMessage::Saved { position, result } => state.saved(position, *result),
+            RankMessage::SaveFailed { step, cause } => {
+                state.save_failed(step, cause);
+                Ok(())
+            }
+            RankMessage::SkipSave { step } => state.skip_save(step),
             RankMessage::ChildFailed { action, error } => {
                 state.fail(action, &error);
                 Ok(())

@@ -4,6 +4,7 @@
 //! When something is saved is the recipe's business, and how the checkpointer's.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankEvent};
@@ -14,8 +15,9 @@ use tracing::{Span, info_span};
 use super::checkpointer::CheckpointerMessage;
 use super::expert_shard::ExpertShardMessage;
 use super::member::gone;
-use super::{RankState, Status};
+use super::{RankMessage, RankState, Status};
 use crate::checkpoint::Snapshot;
+use crate::checkpoint::saves::PATIENCE;
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
 
@@ -28,21 +30,26 @@ pub(super) enum AfterSave {
 }
 
 impl RankState {
-    /// Hands a snapshot to the checkpointer and continues while it writes.
+    /// Hands a snapshot to the checkpointer and continues while it writes. The step waits for the one before, but not for long
+    /// unless it is the last.
     pub(super) fn save(&mut self, snapshot: Box<Snapshot>, goes_on: bool) -> Result<(), RankError> {
         let rank = self.id.index();
         let joined = self.joined()?;
-        if joined.is_saving {
-            let _at_work = joined.assignment.endpoint.work();
-            self.status = Status::AwaitSaved { then: AfterSave::Save { snapshot, goes_on }, _at_work };
+        let position = joined.position;
+        if joined.saves.is_under_way() {
+            self.status = Status::AwaitSaved { then: AfterSave::Save { snapshot, goes_on } };
+            if goes_on {
+                self.myself.send_after(PATIENCE, move || RankMessage::SkipSave { step: position.step });
+            }
             return Ok(());
         }
-        joined.is_saving = true;
-        let position = joined.position;
+        joined.saves.begin();
         let folder =
             joined.assignment.checkpoints.as_ref().ok_or(RankError::ActorGone { actor: "the storage" })?;
-        let save =
-            CheckpointerMessage::Save { dir: folder.unfinished(position.step), rank, position, snapshot };
+        let dir = folder.unfinished(position.step);
+        let storage = joined.assignment.endpoint.use_storage();
+        let retry = if goes_on { Duration::ZERO } else { joined.assignment.save_timeout };
+        let save = CheckpointerMessage::Save { dir, rank, position, snapshot, storage, retry };
         joined.children.checkpointer.cast(save).map_err(gone("the checkpointer"))?;
         self.go_on(goes_on)
     }
@@ -53,19 +60,54 @@ impl RankState {
         result: Result<(StabilityWatch, ShardFile), RankError>,
     ) -> Result<(), RankError> {
         let rank = self.id;
+        let is_last = self.joined()?.position.step == position.step && matches!(self.status, Status::Idle);
         match result {
-            Ok((watch, shard)) => (self.events)(RankEvent::ShardSaved { rank, position, watch, shard }),
+            Ok((watch, shard)) => {
+                self.joined()?.saves.succeed();
+                (self.events)(RankEvent::ShardSaved { rank, position, watch, shard });
+            }
+            // The training does not depend on one checkpoint, but on the last one.
+            Err(RankError::File { path, source }) if !is_last => {
+                let wait = self.joined()?.saves.fail();
+                let cause = format!("{path}: {source}; tried again in {} s", wait.as_secs());
+                self.save_failed(position.step, cause);
+            }
             Err(error) => {
                 self.fail(format!("saving step {}", position.step), &error);
                 return Ok(());
             }
         }
-        self.joined()?.is_saving = false;
+        self.after_save()
+    }
+
+    /// Says that a checkpoint could not be written; it is tried again.
+    pub(super) fn save_failed(&mut self, step: u64, cause: String) {
+        let (job, rank) = (self.job(), self.id);
+        tracing::warn!(job, rank = rank.number(), step, "the checkpoint could not be written: {cause}");
+        (self.events)(RankEvent::SaveFailed { rank, step, cause });
+    }
+
+    /// Continues without the checkpoint of a step that has waited too long for the one before.
+    pub(super) fn skip_save(&mut self, step: u64) -> Result<(), RankError> {
+        let Status::AwaitSaved { then: AfterSave::Save { goes_on: true, .. } } = self.status else {
+            return Ok(());
+        };
+        if self.joined()?.position.step != step {
+            return Ok(());
+        }
+        let (job, rank) = (self.job(), self.id.number());
+        tracing::warn!(job, rank, step, "the checkpoint is skipped: the one before is still being written");
+        self.status = Status::Idle;
+        self.go_on(true)
+    }
+
+    fn after_save(&mut self) -> Result<(), RankError> {
+        let rank = self.id;
         match std::mem::replace(&mut self.status, Status::Idle) {
-            Status::AwaitSaved { then: AfterSave::Save { snapshot, goes_on }, .. } => {
+            Status::AwaitSaved { then: AfterSave::Save { snapshot, goes_on } } => {
                 self.save(snapshot, goes_on)
             }
-            Status::AwaitSaved { then: AfterSave::Diverge { divergence, cursor }, .. } => {
+            Status::AwaitSaved { then: AfterSave::Diverge { divergence, cursor } } => {
                 (self.events)(RankEvent::Diverged { rank, divergence, cursor });
                 Ok(())
             }
@@ -79,10 +121,8 @@ impl RankState {
     /// Nothing was updated: the rank waits for what the orchestrator makes of it.
     pub(super) fn diverged(&mut self, divergence: Box<Divergence>, cursor: u64) -> Result<(), RankError> {
         let rank = self.id;
-        let joined = self.joined()?;
-        if joined.is_saving {
-            let _at_work = joined.assignment.endpoint.work();
-            self.status = Status::AwaitSaved { then: AfterSave::Diverge { divergence, cursor }, _at_work };
+        if self.joined()?.saves.is_under_way() {
+            self.status = Status::AwaitSaved { then: AfterSave::Diverge { divergence, cursor } };
         } else {
             (self.events)(RankEvent::Diverged { rank, divergence, cursor });
         }

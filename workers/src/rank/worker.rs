@@ -42,7 +42,13 @@ pub struct WorkerState {
 
 impl WorkerState {
     fn failed(&self, rank: Rank, action: &str, cause: String) {
-        (self.events)(RankEvent::Failed { rank, action: action.to_owned(), cause, kind: ErrorKind::Bug });
+        (self.events)(RankEvent::Failed {
+            rank,
+            action: action.to_owned(),
+            cause,
+            kind: ErrorKind::Bug,
+            peer: None,
+        });
     }
 }
 

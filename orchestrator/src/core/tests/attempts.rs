@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::core::attempts::{MAX_IDLE, MAX_STUCK};
+use crate::core::storage::GIVE_UP_MS;
 use contraflow_runtime::topology::Rank;
 
 fn step_done(step: u64) -> RankEvent {
@@ -138,7 +139,13 @@ fn a_job_whose_ranks_cannot_reach_each_other_ends() {
     let mut world = training();
     for _ in 0..MAX_IDLE {
         let (action, cause) = ("building the model".to_owned(), "cannot be reached: refused".to_owned());
-        drop(world.event(RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Lost }));
+        drop(world.event(RankEvent::Failed {
+            rank: Rank::new(0),
+            action,
+            cause,
+            kind: ErrorKind::Lost,
+            peer: None,
+        }));
         drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));
         until_formed(&mut world, JOB);
     }
@@ -221,7 +228,7 @@ fn a_rank_whose_node_fails_goes_elsewhere_and_comes_back_where_there_is_nowhere_
     let fail = |world: &mut World, rank: u32| {
         let rank = Rank::new(rank);
         let (action, cause) = ("saving step 4".to_owned(), "disk: Input/output error".to_owned());
-        drop(world.event(RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node }));
+        drop(world.event(RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node, peer: None }));
         drop(world.pass(LEFT_MS + TICK_MS, &[1, 2, 3]));
     };
     fail(&mut world, 1);
@@ -239,7 +246,7 @@ fn a_rank_whose_node_fails_goes_elsewhere_and_comes_back_where_there_is_nowhere_
 }
 
 #[test]
-fn a_failed_commit_is_its_workers_fault_and_a_job_without_progress_ends() {
+fn a_commit_that_fails_for_long_is_its_workers_fault_and_a_job_without_progress_ends() {
     let mut world = training();
     let commit = |world: &mut World, step| {
         drop(save(world, step));
@@ -252,7 +259,7 @@ fn a_failed_commit_is_its_workers_fault_and_a_job_without_progress_ends() {
             position: Some(position(step)),
             result,
         }));
-        drop(world.pass(LEFT_MS + TICK_MS, &[1, 2, 3]));
+        drop(world.pass(GIVE_UP_MS + LEFT_MS + TICK_MS, &[1, 2, 3]));
     };
     commit(&mut world, 4);
     assert_eq!((world.places(), generation(&world, JOB)), (vec![3, 2], 2));
@@ -269,7 +276,13 @@ fn a_failed_commit_is_its_workers_fault_and_a_job_without_progress_ends() {
 fn a_defect_ends_a_job_at_once() {
     let mut world = training();
     let (action, cause) = ("F0.1".to_owned(), "expected rows, got ids".to_owned());
-    drop(world.event(RankEvent::Failed { rank: Rank::new(1), action, cause, kind: ErrorKind::Bug }));
+    drop(world.event(RankEvent::Failed {
+        rank: Rank::new(1),
+        action,
+        cause,
+        kind: ErrorKind::Bug,
+        peer: None,
+    }));
     drop(world.event(RankEvent::Aborted { rank: Rank::new(0) }));
     assert_eq!(outcome(&world, JOB), "rank 1, F0.1: expected rows, got ids");
     assert_eq!(generation(&world, JOB), 1);

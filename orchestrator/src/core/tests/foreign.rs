@@ -116,7 +116,10 @@ fn a_step_that_cannot_be_saved_is_released_in_time() {
     // One cannot continue.
     let mut world = both();
     let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-    drop(report(&mut world, RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Bug }));
+    drop(report(
+        &mut world,
+        RankEvent::Failed { rank: Rank::new(0), action, cause, kind: ErrorKind::Bug, peer: None },
+    ));
     let effects = report(&mut world, RankEvent::Aborted { rank: Rank::new(1) });
     assert_eq!(released(&effects), [1, 2]);
 }

@@ -1,5 +1,6 @@
 //! What a job resumes from when a rank is lost: the memory of its workers, or the newest checkpoint.
 
+use contraflow_proto::StepReport;
 use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::{Generation, Rank};
 
@@ -48,7 +49,7 @@ fn a_formation_that_breaks_before_its_first_step_resumes_from_the_same_replicas(
     let shard = |step, rank| ReplicaShard { generation: Generation::FIRST, step, rank: Rank::new(rank) };
     world.replicas.insert(1, vec![shard(7, 0), shard(7, 1)]);
     drop(world.attach(5, Vec::new()));
-    drop(world.pass(LEASE_MS + 2_000 + TICK_MS, &[1, 5]));
+    drop(world.pass(LEASE_MS + ADOPTION_MS + TICK_MS, &[1, 5]));
     assert_eq!((formed(&world).generation.number(), formed(&world).resume_step), (4, 0));
 }
 
@@ -60,7 +61,12 @@ fn losing_owner_and_buddy_is_logged_and_the_checkpoint_used() {
     world
         .replicas
         .insert(1, vec![ReplicaShard { generation: Generation::FIRST, step: 6, rank: Rank::new(0) }]);
-    let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
+    drop(
+        world.event(RankEvent::StepDone { report: StepReport { rank: 0, step: 5, ..StepReport::default() } }),
+    );
+    let mut effects = world.pass(LEASE_MS + ADOPTION_MS, &[1, 3]);
+    assert!(world.places().is_empty(), "the worker of its buddy is silent: it may come back");
+    effects.extend(world.pass(TICK_MS, &[1, 3]));
     let again = formed(&world);
     assert_eq!((again.generation.number(), again.resume_step, again.memory), (2, 4, None));
     let logged_line = effects.iter().find_map(|effect| match effect {
@@ -218,7 +224,13 @@ fn a_failed_reshard_is_logged_and_the_checkpoint_used() {
     drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
     let from = RankAddress { formation: of(1), rank: Rank::new(1) };
     let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
-    let event = Box::new(RankEvent::Failed { rank: Rank::new(1), action, cause, kind: ErrorKind::Config });
+    let event = Box::new(RankEvent::Failed {
+        rank: Rank::new(1),
+        action,
+        cause,
+        kind: ErrorKind::Config,
+        peer: None,
+    });
     let effects = world.step(Event::Rank { worker: 1, from, event });
     let logged_line =
         |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));

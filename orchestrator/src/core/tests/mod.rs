@@ -1,6 +1,7 @@
 //! The cluster's decisions, event by event.
 
 mod attempts;
+mod cut_off;
 mod foreign;
 mod memory;
 mod placing;
@@ -288,6 +289,7 @@ fn a_victim_that_has_lost_a_peer_is_not_blamed() {
         action: "F1.0".into(),
         cause: "rank 1 is lost".into(),
         kind: ErrorKind::Lost,
+        peer: None,
     };
     drop(world.event(lost));
     drop(world.pass(VERDICT_MS - TICK_MS, &[1, 3]));
@@ -303,6 +305,7 @@ fn ranks_that_lose_each_other_while_all_workers_are_alive_re_form() {
         action: "F1.0".into(),
         cause: "connection reset".into(),
         kind: ErrorKind::Lost,
+        peer: None,
     };
     drop(world.event(lost));
     drop(world.pass(VERDICT_MS + TICK_MS, &[1, 2, 3]));

@@ -10,7 +10,8 @@ fn beat(world: &mut World, ms: u64, ranks: [(u64, bool); 2]) -> Vec<Effect> {
         world.now += BEAT_MS;
         for (rank, (operations, is_at_work)) in ranks.into_iter().enumerate() {
             let address = RankAddress { formation: of(1), rank: Rank::at(rank) };
-            let progress = vec![Progress { rank: address, step: 3, operations, is_at_work }];
+            let progress =
+                vec![Progress { rank: address, step: 3, operations, is_at_work, uses_storage: false }];
             effects.extend(world.step(Event::Beat { worker: rank as u64 + 1, progress }));
         }
         effects.extend(world.step(Event::Beat { worker: 3, progress: Vec::new() }));
@@ -95,7 +96,13 @@ fn progress_of_an_earlier_formation_is_ignored() {
     for _ in 0..STALL_MS / BEAT_MS {
         drop(beat(&mut world, BEAT_MS, [(14, false), (10, true)]));
         let address = RankAddress { formation: of(0), rank: Rank::new(1) };
-        let progress = vec![Progress { rank: address, step: 9, operations: world.now, is_at_work: true }];
+        let progress = vec![Progress {
+            rank: address,
+            step: 9,
+            operations: world.now,
+            is_at_work: true,
+            uses_storage: false,
+        }];
         drop(world.step(Event::Beat { worker: 2, progress }));
     }
     assert_eq!(world.core.jobs().all[&JOB].losses, 1);

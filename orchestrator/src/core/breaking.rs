@@ -1,0 +1,64 @@
+//! How a formation breaks, and what is noted of it: who was lost, which place is not used again, which checkpoint is left out. When
+//! and where the job is formed again is not known here.
+
+use std::collections::BTreeSet;
+
+use contraflow_runtime::topology::{JobId, Rank};
+
+use super::facts::{End, Fact};
+use super::formation::Formation;
+use super::{Core, Registration};
+
+impl Core {
+    /// A formation has ended: the job re-forms, unless it has failed too often. `counts`: no external cause is known.
+    pub(super) fn break_formation(
+        &mut self,
+        job: JobId,
+        lost: Vec<Rank>,
+        why: String,
+        counts: bool,
+        now: u64,
+    ) {
+        let record = &self.jobs.all[&job];
+        let generation = record.generation();
+        let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
+        let reached = self.formations.get(&job).map_or(0, Formation::reached).max(resumed);
+        let idle = counts && !record.attempts.has_stepped && reached <= resumed;
+        let mut attempts = record.attempts.clone();
+        attempts.ended(reached, idle, &format!("generation {generation}: {why}"));
+        let workers: BTreeSet<u64> =
+            record.formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
+        if let Some(words) = attempts.given_up(workers.len()) {
+            return self.end(job, End::Failed, (words, None));
+        }
+        self.release(job, &why, true);
+        self.log(job, why.clone());
+        self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
+        self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
+        self.query_survivors(job, now);
+    }
+
+    /// The checkpoint that a formation resumes from is damaged: the next one takes the checkpoint before, if there is one. Returns
+    /// whether there is.
+    pub(super) fn falls_back(&mut self, job: JobId, why: &str, now: u64) -> bool {
+        let record = &self.jobs.all[&job];
+        let (newest, resumed) =
+            (record.last_checkpoint, record.running().map_or(0, |formed| formed.resume_step));
+        let Some(earlier) = record.earlier_checkpoint.filter(|_| resumed == newest) else { return false };
+        self.persist(Fact::CheckpointDamaged { job, step: newest });
+        let why = format!("{why}; going back to the checkpoint of step {}", earlier.step);
+        self.break_formation(job, Vec::new(), why, true, now);
+        true
+    }
+
+    /// A rank's node cannot do its part: the rank goes to another one, if there is room.
+    pub(super) fn node_failed(&mut self, job: JobId, rank: Rank, what: &str, now: u64) {
+        let place = self.jobs.all[&job].running().and_then(|formed| formed.place_of(rank));
+        let registration =
+            place.and_then(|worker| self.members.get(worker)).map(|member| member.registration.clone());
+        let Registration { name, node, .. } = registration.unwrap_or_default();
+        let why = format!("{what}; on worker {name}, node {node}");
+        self.avoided.entry(job).or_default().nodes.insert(node);
+        self.break_formation(job, vec![rank], why, true, now);
+    }
+}
