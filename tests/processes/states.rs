@@ -95,3 +95,45 @@ fn two_clusters_on_one_storage_keep_out_of_each_others_folders() {
         assert_eq!(committed(&one.path().join("storage/jobs").join(folder)).last(), Some(&60));
     }
 }
+
+/// All files of a folder, in another one.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+#[test]
+fn an_older_copy_of_the_state_is_refused_by_what_the_workers_have_seen() {
+    let mut cluster = Cluster::start(4);
+    let changes = [ENDLESS, "checkpoint.every=10"];
+    let job = cluster.submit(&changes, &[]);
+    cluster.until_step(&job, 10);
+    let kept = |name: &str| cluster.path().join(name);
+    let (state, old, new) = (kept("state"), kept("old"), kept("new"));
+    cluster.orchestrator.kill();
+    copy(&state, &old);
+    cluster.start_orchestrator(&[]);
+    let reached = until("the job", || cluster.status(&job)?["step"].as_u64());
+    cluster.until_step(&job, reached + 20);
+    cluster.orchestrator.kill();
+    std::fs::rename(&state, &new).unwrap();
+    std::fs::rename(&old, &state).unwrap();
+    cluster.start_orchestrator(&[]);
+    assert_eq!(cluster.orchestrator.wait(), Some(1));
+    let words = cluster.orchestrator.stderr();
+    assert!(
+        words.contains("the state is an older copy: it has ") && words.contains("newest copy"),
+        "{words}"
+    );
+    // Nothing has come of it: with the newest copy the same formation continues.
+    std::fs::remove_dir_all(&state).unwrap();
+    std::fs::rename(&new, &state).unwrap();
+    cluster.start_orchestrator(&[]);
+    until("the job", || (cluster.status(&job)?["state"] == "running").then_some(()));
+    assert_eq!(cluster.status(&job).unwrap()["generation"], 1);
+    let steps = cluster.ten_more_steps(&job);
+    assert_eq!(curve(&steps), curve(&cluster.undisturbed(&changes, steps.len())));
+}

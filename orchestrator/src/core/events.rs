@@ -24,6 +24,8 @@ pub struct Attachment {
     pub state: u64,
     /// The highest incarnation of that state it has seen.
     pub incarnation: u64,
+    /// The most facts of that state it has seen.
+    pub facts: u64,
     /// The id of its storage.
     pub storage_id: String,
 }
@@ -125,6 +127,8 @@ pub struct Hosted {
     pub world: usize,
     /// Steps of the recipe; 0: not known.
     pub steps: u64,
+    /// The last step whose reports it knows to be durable.
+    pub durable: u64,
 }
 
 /// A formation that a worker has left.

@@ -101,6 +101,9 @@ pub struct Jobs {
     pub storage_id: String,
     /// The newest job.
     pub newest: JobId,
+    /// Facts taken in since the state was made.
+    #[serde(default)]
+    pub facts: u64,
     /// Finished jobs, in the order in which they ended.
     #[serde(default)]
     pub ended: VecDeque<JobId>,
@@ -117,6 +120,7 @@ impl Jobs {
 
     /// Takes a fact in.
     pub fn apply(&mut self, fact: &Fact) {
+        self.facts += 1;
         match fact {
             Fact::StorageIdentified { storage_id } => self.storage_id.clone_from(storage_id),
             Fact::Drained { node } => drop(self.drained.insert(node.clone())),

@@ -16,7 +16,7 @@ use super::{Core, list};
 
 impl Core {
     pub(super) fn attached(&mut self, attachment: Attachment, now: u64) {
-        let Attachment { registration, hosted, left, state, incarnation, storage_id } = attachment;
+        let Attachment { registration, hosted, left, state, incarnation, storage_id, .. } = attachment;
         let worker = registration.worker;
         if let Err(why) = self.admit(&registration, (state, incarnation), &storage_id) {
             return self.send(worker, WorkerCommand::Reject { why });

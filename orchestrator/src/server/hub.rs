@@ -15,6 +15,7 @@ use tonic::Status;
 
 use super::encode::{encode, span_of};
 use super::log_dedup::LogDedup;
+use super::outdated::outdated_by;
 use super::steps::Steps;
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::jobs::Jobs;
@@ -111,6 +112,8 @@ pub struct Hub {
     /// Lines of ranks that wait for their like.
     log_dedup: LogDedup,
     facts_since_snapshot: u64,
+    /// Why it has to end: it must not act on what it does not know.
+    outdated: Option<String>,
 }
 
 /// The time that the core sees: that of the wall when the process began, and from then on of a monotonic clock, for
@@ -166,6 +169,7 @@ impl Hub {
             steps: BTreeMap::new(),
             log_dedup: LogDedup::default(),
             facts_since_snapshot,
+            outdated: None,
         };
         let all: Vec<JobId> = hub.core.jobs().all.keys().copied().collect();
         for job in all {
@@ -210,13 +214,16 @@ impl Hub {
 
     /// Runs until all senders are gone.
     ///
-    /// **Errors**: the state cannot be written.
+    /// **Errors**: the state cannot be written, or is an older copy of what a worker has seen.
     pub async fn run(mut self, mut messages: mpsc::Receiver<HubMessage>) -> Result<(), String> {
         let mut waiting = Vec::with_capacity(BATCH);
         while messages.recv_many(&mut waiting, BATCH).await > 0 {
             let mut batch = CommitBatch::default();
             for message in waiting.drain(..) {
                 self.take(message, &mut batch);
+                if let Some(why) = self.outdated.take() {
+                    return Err(why);
+                }
             }
             for (job, line) in self.log_dedup.due(now_ms()) {
                 self.log(job, vec![line], &mut batch);
@@ -229,6 +236,13 @@ impl Hub {
 
     fn take(&mut self, message: HubMessage, batch: &mut CommitBatch) {
         match message {
+            HubMessage::Event(Event::Attached(attachment)) => {
+                let last_step = |job| self.steps.get(&job).map(|steps| steps.last);
+                self.outdated = outdated_by(&self.core, last_step, &attachment);
+                if self.outdated.is_none() {
+                    self.step(Event::Attached(attachment), batch);
+                }
+            }
             HubMessage::Event(event) => self.step(event, batch),
             HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
             HubMessage::Unlinked { worker, link } => {
@@ -417,7 +431,8 @@ impl Hub {
 
     fn send(&mut self, worker: u64, message: Option<v1::to_worker::Message>, is_last: bool) {
         let (Some(message), Some((_, down))) = (message, self.links.get(&worker)) else { return };
-        let sent = down.try_send(Ok(v1::ToWorker { message: Some(message) }));
+        let facts = self.core.jobs().facts;
+        let sent = down.try_send(Ok(v1::ToWorker { message: Some(message), facts }));
         if sent.is_err() || is_last {
             // It does not read, or shall not any more: the stream ends, and it may come back.
             self.links.remove(&worker);

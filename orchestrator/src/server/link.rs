@@ -127,10 +127,10 @@ fn registration(hello: v1::Hello) -> Result<(u64, Event), String> {
         memory_bytes,
         memory_limit,
     };
-    let v1::Hello { hosted, left, state, incarnation, storage_id, .. } = hello;
+    let v1::Hello { hosted, left, state, incarnation, storage_id, facts, .. } = hello;
     let hosted = hosted.into_iter().map(hosted_of).collect::<Result<_, _>>()?;
     let left = left.into_iter().map(left_of).collect::<Result<_, _>>()?;
-    let attachment = Attachment { registration, hosted, left, state, incarnation, storage_id };
+    let attachment = Attachment { registration, hosted, left, state, incarnation, facts, storage_id };
     Ok((worker, Event::Attached(Box::new(attachment))))
 }
 
@@ -140,9 +140,9 @@ fn count_of(field: &str, number: u64) -> Result<usize, String> {
 }
 
 fn hosted_of(hosted: v1::Hosted) -> Result<Hosted, String> {
-    let v1::Hosted { job, generation, ranks, world, steps } = hosted;
+    let v1::Hosted { job, generation, ranks, world, steps, durable } = hosted;
     let formation = formation_of(job, generation)?;
-    Ok(Hosted { formation, ranks: ranks_of(&ranks)?, world: count_of("world", world)?, steps })
+    Ok(Hosted { formation, ranks: ranks_of(&ranks)?, world: count_of("world", world)?, steps, durable })
 }
 
 fn left_of(released: v1::Released) -> Result<Left, String> {

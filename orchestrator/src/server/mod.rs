@@ -12,6 +12,7 @@ mod hub;
 mod jobs_api;
 mod link;
 mod log_dedup;
+mod outdated;
 mod rate;
 mod security;
 pub(crate) mod steps;

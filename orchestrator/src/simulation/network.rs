@@ -155,7 +155,8 @@ impl World {
             FromWorker::Hello { registration, hosted, left, state, incarnation } => {
                 self.deliver_at(server, Input::Linked { worker, link: id });
                 let storage_id = "mark".into();
-                let attachment = Attachment { registration, hosted, left, state, incarnation, storage_id };
+                let attachment =
+                    Attachment { registration, hosted, left, state, incarnation, facts: 0, storage_id };
                 Event::Attached(Box::new(attachment))
             }
             FromWorker::Released(left) => Event::Left { worker, left },

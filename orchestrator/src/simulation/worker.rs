@@ -410,6 +410,7 @@ impl Worker {
             ranks: hosted.group.ranks.clone(),
             world: hosted.formed.places.len(),
             steps: hosted.steps,
+            durable: 0,
         });
         let hosted = hosted.collect();
         let left = self.memory.iter().filter(|(job, _)| !self.hosted.contains_key(job));

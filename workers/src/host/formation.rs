@@ -33,6 +33,8 @@ const SAVE_TIMEOUT: Duration = Duration::from_secs(600);
 pub(super) struct Formation {
     pub(super) id: FormationId,
     pub(super) outbox: Outbox,
+    /// The last step that an orchestrator has called durable.
+    pub(super) durable: u64,
     /// The last answer to a commit.
     pub(super) committed: Option<v1::Committed>,
     pub(super) prepared: Option<Arc<Prepared>>,
@@ -58,6 +60,7 @@ impl Formation {
         Ok(Formation {
             id,
             outbox: Outbox::default(),
+            durable: 0,
             committed: None,
             prepared: None,
             ranks: ranks_of(&assign.ranks)?,
@@ -71,7 +74,7 @@ impl Formation {
         let (ranks, world) = (rank_numbers(&self.ranks), self.world as u64);
         let steps = self.prepared.as_ref().map_or(0, |prepared| prepared.recipe.training.steps as u64);
         let (job, generation) = formation_numbers(self.id);
-        v1::Hosted { job, generation, ranks, world, steps }
+        v1::Hosted { job, generation, ranks, world, steps, durable: self.durable }
     }
 
     /// How far its ranks are.

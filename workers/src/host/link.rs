@@ -125,7 +125,7 @@ async fn attach(
             ];
             if refusals.contains(&status.code()) {
                 let message = v1::to_worker::Message::Refused(status.message().to_owned());
-                drop(inputs.send(Input::Down(number, v1::ToWorker { message: Some(message) })));
+                drop(inputs.send(Input::Down(number, v1::ToWorker { message: Some(message), facts: 0 })));
             }
             return Err(describe(&status));
         }

@@ -111,6 +111,8 @@ struct Host {
     state: u64,
     /// The highest incarnation seen of that state.
     incarnation: u64,
+    /// The most facts seen in that state.
+    facts: u64,
     /// What the process may use.
     limit: Option<MemoryLimit>,
     formations: BTreeMap<JobId, Formation>,
@@ -143,6 +145,7 @@ pub async fn run(
         num_links: 0,
         state: 0,
         incarnation: 0,
+        facts: 0,
         limit: MemoryLimit::of_process(),
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
@@ -195,6 +198,7 @@ impl Host {
                     hosted: self.formations.values().map(Formation::hosted).collect(),
                     state: self.state,
                     incarnation: self.incarnation,
+                    facts: self.facts,
                     memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
                     memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
                     storage_id: self.storage_id.clone(),
@@ -281,8 +285,9 @@ impl Host {
             }
             // Messages of a stream that was given up are dropped.
             Input::Down(link, _) | Input::Broken { link, .. } if !self.is_current(link) => {}
-            Input::Down(_, v1::ToWorker { message }) => {
-                return message.map_or(Ok(()), |message| self.handle(message));
+            Input::Down(_, v1::ToWorker { message, facts }) => {
+                message.map_or(Ok(()), |message| self.handle(message))?;
+                self.facts = self.facts.max(facts);
             }
             Input::Broken { why, .. } => {
                 tracing::warn!("the orchestrator is out of reach: {why}");

@@ -35,6 +35,7 @@ impl Host {
                 let job = job_of(job)?;
                 if let Some(formation) = self.formations.get_mut(&job) {
                     formation.outbox.durable(step);
+                    formation.durable = formation.durable.max(step);
                 }
                 self.memory.durable(job, step);
             }
@@ -60,6 +61,9 @@ impl Host {
             // Another orchestrator has taken over; this one has not noticed.
             self.link = None;
             return;
+        }
+        if welcome.state != self.state {
+            self.facts = 0;
         }
         (self.state, self.incarnation) = (welcome.state, welcome.incarnation);
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");

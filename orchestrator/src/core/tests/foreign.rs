@@ -128,8 +128,13 @@ fn a_step_that_cannot_be_saved_is_released_in_time() {
 fn a_formation_with_impossible_ranks_is_released_at_once() {
     for (world_size, rank) in [(0, 0), (2, 2), (usize::MAX, 0)] {
         let mut world = fresh();
-        let hosted =
-            vec![Hosted { formation: of(3), ranks: vec![Rank::new(rank)], world: world_size, steps: 9 }];
+        let hosted = vec![Hosted {
+            formation: of(3),
+            ranks: vec![Rank::new(rank)],
+            world: world_size,
+            steps: 9,
+            durable: 0,
+        }];
         let effects = world.join(of_another_state(1, hosted));
         assert_eq!(released(&effects), [1]);
     }

@@ -156,6 +156,7 @@ fn hosted(generation: u32, ranks: &[u32]) -> Vec<Hosted> {
         ranks: ranks.iter().copied().map(Rank::new).collect(),
         world: 2,
         steps: 9,
+        durable: 0,
     }]
 }
 
