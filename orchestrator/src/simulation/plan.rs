@@ -163,7 +163,8 @@ impl Plan {
         faults.extend(is_silent.then(|| (SimFault::Silence, SimFault::Silence.mean_ms(&mut later))));
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
-        let settle_ms = 120_000 + 2 * work + hanging;
+        // Commits that find the storage full are tried again, with growing pauses.
+        let settle_ms = 240_000 + 2 * work + hanging;
         Plan {
             nodes,
             jobs,
