@@ -132,6 +132,10 @@ impl Formation {
         self.storage.bad_place(now)
     }
 
+    pub(super) fn is_starting(&self) -> bool {
+        self.machine.is_starting()
+    }
+
     pub(super) fn is_training(&self) -> bool {
         self.machine.is_training()
     }
@@ -196,7 +200,7 @@ impl Formation {
     /// Why it is given up while it forms: no rank has become ready for too long.
     pub(super) fn is_forming_late(&mut self, now: u64) -> Option<String> {
         let since = *self.ready_ms.get_or_insert(now);
-        let is_late = self.machine.is_starting() && since + FORMING_MS <= now;
+        let is_late = self.is_starting() && since + FORMING_MS <= now;
         is_late.then(|| format!("{} for {} s", self.machine.describe(), (now - since) / 1000))
     }
 

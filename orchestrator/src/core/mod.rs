@@ -212,6 +212,11 @@ impl Core {
         }
     }
 
+    /// Whether the ranks of a job are all ready: they train, validate or write their weights.
+    pub fn is_running(&self, job: JobId) -> bool {
+        self.formations.get(&job).is_some_and(|formation| !formation.is_starting())
+    }
+
     /// Whether the ranks of a job train.
     pub fn is_training(&self, job: JobId) -> bool {
         self.formations.get(&job).is_some_and(Formation::is_training)

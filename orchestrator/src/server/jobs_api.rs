@@ -251,7 +251,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         job: job.to_string(),
         name: record.spec.name.clone(),
         priority: record.spec.priority,
-        state: state(record, core.is_training(job)).into(),
+        state: state(record, core.is_running(job)).into(),
         step: steps.map_or(0, |steps| steps.last),
         steps: record.spec.steps(),
         generation: record.generation().number(),
@@ -266,10 +266,10 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
     }
 }
 
-fn state(record: &JobRecord, is_training: bool) -> v1::JobState {
+fn state(record: &JobRecord, is_running: bool) -> v1::JobState {
     match record.phase {
         Phase::Queued => v1::JobState::Queued,
-        Phase::Formed if is_training => v1::JobState::Running,
+        Phase::Formed if is_running => v1::JobState::Running,
         Phase::Formed if record.losses > 0 => v1::JobState::Recovering,
         Phase::Formed => v1::JobState::Forming,
         Phase::Broken => v1::JobState::Recovering,

@@ -328,6 +328,25 @@ fn messages_of_an_earlier_generation_are_dropped() {
 }
 
 #[test]
+fn a_job_that_validates_is_running() {
+    let mut world = World::new();
+    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    drop(world.event(RankEvent::Ready { rank: Rank::new(0) }));
+    assert!(!world.core.is_running(JOB));
+    drop(world.event(RankEvent::Ready { rank: Rank::new(1) }));
+    assert!(world.core.is_running(JOB) && world.core.is_training(JOB));
+    let steps = world.core.jobs().all[&JOB].spec.steps();
+    for rank in 0..2 {
+        let report = contraflow_proto::StepReport { rank, step: steps, ..Default::default() };
+        drop(world.event(RankEvent::StepDone { report }));
+    }
+    checkpoint(&mut world, steps);
+    assert!(world.core.is_running(JOB) && !world.core.is_training(JOB));
+    assert_eq!(world.core.waiting_for(JOB), "validating, waiting for rank 0, 1");
+}
+
+#[test]
 fn a_restarted_orchestrator_adopts_running_jobs() {
     let world = training();
     let mut jobs = Jobs::default();
