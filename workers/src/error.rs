@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use contraflow_runtime::checkpoint::{CheckpointError, FolderError};
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::files::Refused;
 use contraflow_runtime::schedule::Chunk;
 use contraflow_runtime::topology::Rank;
 
@@ -148,6 +149,8 @@ impl RankError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             RankError::Fabric(error) => kind_of(error),
+            // What a path names is the user's, whatever node looks it up.
+            RankError::File { source, .. } if Refused::of(source).is_some() => ErrorKind::Config,
             RankError::File { .. } | RankError::Node { .. } => ErrorKind::Node,
             RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
             RankError::Damaged { .. } => ErrorKind::Damaged,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{sync_dir, write_synced};
+use crate::files::{self, sync_dir, write_synced};
 use crate::random::from_system;
 use crate::topology::{Generation, JobId};
 
@@ -162,7 +162,7 @@ impl JobFolder {
     /// The contents of its owner file; `None` if there is none that can be read.
     fn read(&self) -> Result<Option<OwnerFile>, FolderError> {
         let path = self.dir.join(OWNER_FILE);
-        match std::fs::read(&path) {
+        match files::read(&path) {
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(file(&path)(error)),

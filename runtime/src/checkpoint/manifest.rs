@@ -1,13 +1,13 @@
 //! The manifest of a checkpoint: the position of the run, what it belongs to, and the shards with sizes and checksums.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointError, is_unfinished};
+use crate::files;
 use crate::recipe::Recipe;
 use crate::schedule::ScheduleKind;
 use crate::stability::StabilityWatch;
@@ -160,7 +160,7 @@ impl Manifest {
 fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     let failed = |error: std::io::Error| CheckpointError::of_system(path, error);
     let mut text = Vec::new();
-    let file = File::open(path).map_err(failed)?;
+    let file = files::reader(path).map_err(failed)?;
     file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_MANIFEST_BYTES {
         return Err(CheckpointError::new(
@@ -174,7 +174,7 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
 impl ShardFile {
     fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
-        let got = std::fs::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
+        let got = files::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
         if got != self.bytes {
             let message = format!("expected {} bytes, got {got}: the shard is damaged", self.bytes);
             return Err(CheckpointError::new(&path, message));
@@ -189,7 +189,7 @@ impl ShardFile {
         let path = dir.join(&self.file);
         let failed = |error: std::io::Error| CheckpointError::of_system(&path, error);
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(File::open(&path).map_err(failed)?).map_err(failed)?;
+        hasher.update_reader(files::reader(&path).map_err(failed)?).map_err(failed)?;
         let got = hasher.finalize().to_hex();
         if got.as_str() != self.blake3 {
             let message = format!("expected blake3 {}, got {got}: the shard is damaged", self.blake3);

@@ -14,6 +14,8 @@ pub use folder::{CheckpointFolder, Companions, is_unfinished};
 pub use job_folder::{FolderError, JobFolder, Owner};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 
+use crate::files::Refused;
+
 /// A checkpoint that cannot be used, or not be written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{path}: {message}")]
@@ -32,11 +34,11 @@ impl CheckpointError {
         CheckpointError { path: path.display().to_string(), message: message.to_string(), is_of_node: false }
     }
 
-    /// What the system says about a path. One that is not there, or too short, is not what it should be; all else is the
-    /// node's.
+    /// What the system says about a path. One that is not there, too short or no regular file is not what it should be; all
+    /// else is the node's.
     pub fn of_system(path: &std::path::Path, error: std::io::Error) -> Self {
         use std::io::ErrorKind::{NotFound, UnexpectedEof};
-        let is_of_node = !matches!(error.kind(), NotFound | UnexpectedEof);
+        let is_of_node = !matches!(error.kind(), NotFound | UnexpectedEof) && Refused::of(&error).is_none();
         CheckpointError { is_of_node, ..CheckpointError::new(path, error) }
     }
 }

@@ -12,6 +12,7 @@ mod log;
 mod log_levels;
 mod memory;
 mod orders;
+mod reading;
 mod storage_id;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -174,6 +175,7 @@ pub async fn run(
 impl Host {
     /// Beats, or tries to reach the orchestrator.
     fn tick(&mut self) {
+        self.give_up_stuck();
         match &mut self.link {
             Some(link) => {
                 let progress = self.formations.values().flat_map(Formation::progress);

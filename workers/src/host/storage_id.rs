@@ -24,5 +24,5 @@ pub(super) fn storage_id(storage: &Path) -> Result<String, String> {
             _ => {}
         }
     }
-    std::fs::read_to_string(&path).map_err(words)
+    contraflow_runtime::files::read_to_string(&path).map_err(words)
 }

@@ -1,0 +1,57 @@
+//! Places that are not what a job expects: data that is no file, or is elsewhere than it seems.
+
+use std::path::Path;
+
+use rustix::fs::{CWD, Mode, mkfifoat};
+
+use crate::cluster::{Cluster, Process, spawn, until};
+
+/// A cluster with one worker, of four slots, that reads data in the folder `data`.
+fn with_data() -> (Cluster, Process) {
+    let cluster = Cluster::start(0);
+    let data = cluster.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("text.txt"), include_str!("cluster.rs")).unwrap();
+    let worker = data_worker(cluster.path(), &cluster.address);
+    until("the worker", || (cluster.nodes().len() == 1).then_some(()));
+    (cluster, worker)
+}
+
+fn data_worker(dir: &Path, address: &str) -> Process {
+    let arguments =
+        ["worker", "--join", address, "--storage", "storage", "--data-root", "data", "--slots", "4"];
+    spawn(dir, "worker", &arguments)
+}
+
+/// How a job has ended, and in which words.
+fn outcome(cluster: &Cluster, job: &str) -> (String, String) {
+    until("the end of the job", || {
+        let status = cluster.status(job)?;
+        let text = |key: &str| status[key].as_str().unwrap().to_owned();
+        ["done", "failed"].contains(&text("state").as_str()).then(|| (text("state"), text("outcome")))
+    })
+}
+
+#[test]
+fn data_that_is_no_file_fails_its_job_in_words_and_holds_no_slot() {
+    let (cluster, _worker) = with_data();
+    let data = cluster.path().join("data");
+    std::fs::create_dir(data.join("folder")).unwrap();
+    for pipe in ["pipe", "rows.jsonl", "tokenizer.json", "folder/pipe"] {
+        mkfifoat(CWD, data.join(pipe), Mode::RUSR | Mode::WUSR).unwrap();
+    }
+    std::os::unix::fs::symlink("pipe", data.join("link")).unwrap();
+    for (change, named) in [
+        ("data.paths=[\"pipe\"]", "data/pipe: expected a file or a folder, got a named pipe"),
+        ("data.paths=[\"link\"]", "data/link: expected a file or a folder, got a named pipe"),
+        ("data.paths=[\"rows.jsonl\"]", "data/rows.jsonl: expected a file or a folder, got a named pipe"),
+        ("data.paths=[\"folder\"]", "data/folder/pipe: expected a file or a folder, got a named pipe"),
+        ("tokenizer.path=\"tokenizer.json\"", "data/tokenizer.json: expected a tokenizer.json, got a named pipe"),
+    ] {
+        let (state, words) = outcome(&cluster, &cluster.submit(&[change], &[]));
+        assert_eq!(state, "failed", "{change}: {words}");
+        assert!(words.contains(named), "{change}: {words}");
+    }
+    let last = cluster.submit(&["training.steps=2", "data.paths=[\"text.txt\"]"], &[]);
+    assert_eq!(outcome(&cluster, &last).0, "done");
+}
