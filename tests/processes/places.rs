@@ -46,7 +46,10 @@ fn data_that_is_no_file_fails_its_job_in_words_and_holds_no_slot() {
         ("data.paths=[\"link\"]", "data/link: expected a file or a folder, got a named pipe"),
         ("data.paths=[\"rows.jsonl\"]", "data/rows.jsonl: expected a file or a folder, got a named pipe"),
         ("data.paths=[\"folder\"]", "data/folder/pipe: expected a file or a folder, got a named pipe"),
-        ("tokenizer.path=\"tokenizer.json\"", "data/tokenizer.json: expected a tokenizer.json, got a named pipe"),
+        (
+            "tokenizer.path=\"tokenizer.json\"",
+            "data/tokenizer.json: expected a tokenizer.json, got a named pipe",
+        ),
     ] {
         let (state, words) = outcome(&cluster, &cluster.submit(&[change], &[]));
         assert_eq!(state, "failed", "{change}: {words}");
@@ -54,4 +57,28 @@ fn data_that_is_no_file_fails_its_job_in_words_and_holds_no_slot() {
     }
     let last = cluster.submit(&["training.steps=2", "data.paths=[\"text.txt\"]"], &[]);
     assert_eq!(outcome(&cluster, &last).0, "done");
+}
+
+#[test]
+fn links_lead_nowhere_outside_of_the_data_root() {
+    use std::os::unix::fs::symlink;
+    let (cluster, _worker) = with_data();
+    let (data, outside) = (cluster.path().join("data"), cluster.path().join("outside"));
+    std::fs::create_dir_all(data.join("folder/more")).unwrap();
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::copy(data.join("text.txt"), outside.join("secret.txt")).unwrap();
+    std::fs::copy(data.join("text.txt"), data.join("folder/more/own.txt")).unwrap();
+    symlink(outside.join("secret.txt"), data.join("file")).unwrap();
+    symlink("../outside", data.join("away")).unwrap();
+    symlink("../../outside/secret.txt", data.join("folder/found")).unwrap();
+    symlink("folder/more", data.join("near")).unwrap();
+    for path in ["file", "away", "away/secret.txt", "folder"] {
+        let (state, words) = outcome(&cluster, &cluster.submit(&[&format!("data.paths=[{path:?}]")], &[]));
+        assert_eq!(state, "failed", "{path}: {words}");
+        assert!(words.contains("got a link that leads out of ") && words.contains(path), "{path}: {words}");
+    }
+    let (state, words) = outcome(&cluster, &cluster.submit(&["tokenizer.path=\"file\""], &[]));
+    assert!(state == "failed" && words.contains("got a link that leads out of "), "{words}");
+    let own = cluster.submit(&["training.steps=2", "data.paths=[\"near\"]"], &[]);
+    assert_eq!(outcome(&cluster, &own).0, "done", "links within the root are followed");
 }

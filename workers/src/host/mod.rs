@@ -24,6 +24,7 @@ use contraflow_proto::v1;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::files;
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, JobId};
@@ -135,6 +136,7 @@ pub async fn run(
 ) -> Result<(), String> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
+    settings.data_root.iter().for_each(|root| files::confine(root));
     let mut host = Host {
         id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),
         storage_id: storage_id(&settings.storage)?,
