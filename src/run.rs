@@ -204,7 +204,7 @@ impl Run {
                 }
                 Outcome::Failed {
                     message,
-                    kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Damaged,
+                    kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Storage | ErrorKind::Damaged,
                 } => {
                     return Err(Failure::input(format!("{message}{}", self.resume_hint())));
                 }

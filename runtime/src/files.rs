@@ -23,6 +23,16 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
+/// Makes a folder in one that is there, unless it is there itself.
+///
+/// **Errors**: what the system says, also where the parent is missing: it may be a file system that is not mounted.
+pub fn make_dir(path: &Path) -> io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
 /// Makes the names in a folder durable.
 ///
 /// **Errors**: what the system says.

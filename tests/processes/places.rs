@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, mkfifoat};
 
-use crate::cluster::{Cluster, Process, spawn, until};
+use crate::cluster::{Cluster, ENDLESS, Process, spawn, until};
 
 /// A cluster with one worker, of four slots, that reads data in the folder `data`.
 fn with_data() -> (Cluster, Process) {
@@ -18,8 +18,19 @@ fn with_data() -> (Cluster, Process) {
 }
 
 fn data_worker(dir: &Path, address: &str) -> Process {
-    let arguments =
-        ["worker", "--join", address, "--storage", "storage", "--data-root", "data", "--slots", "4"];
+    let arguments = [
+        "worker",
+        "--join",
+        address,
+        "--storage",
+        "storage",
+        "--data-root",
+        "data",
+        "--slots",
+        "4",
+        "--labels",
+        "node=here",
+    ];
     spawn(dir, "worker", &arguments)
 }
 
@@ -81,4 +92,21 @@ fn links_lead_nowhere_outside_of_the_data_root() {
     assert!(state == "failed" && words.contains("got a link that leads out of "), "{words}");
     let own = cluster.submit(&["training.steps=2", "data.paths=[\"near\"]"], &[]);
     assert_eq!(outcome(&cluster, &own).0, "done", "links within the root are followed");
+}
+
+#[test]
+fn a_storage_that_goes_away_is_named_with_its_mark_and_not_made_anew() {
+    let (cluster, _worker) = with_data();
+    let (storage, away) = (cluster.path().join("storage"), cluster.path().join("away"));
+    let job = cluster.submit(&[ENDLESS, "checkpoint.every=1000000"], &[]);
+    cluster.until_step(&job, 1);
+    let mark = std::fs::read_to_string(storage.join(".contraflow-storage")).unwrap();
+    // As if it were unmounted: an empty folder is left in its place.
+    std::fs::rename(&storage, &away).unwrap();
+    std::fs::create_dir(&storage).unwrap();
+    assert_eq!(cluster.run(&["drain", "here"]).0, 0, "a drained job saves its step");
+    let words =
+        format!("the storage is gone: expected the mark {mark} in .contraflow-storage, got no such file");
+    until("the words of the storage", || cluster.run(&["logs", &job]).1.contains(&words).then_some(()));
+    assert_eq!(std::fs::read_dir(&storage).unwrap().count(), 0, "nothing is made on the bare mount point");
 }

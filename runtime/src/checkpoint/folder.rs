@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::{MANIFEST_FILE, Manifest};
 use super::{CheckpointError, JobFolder, Position};
 use crate::failpoint::failpoint;
-use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
+use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
 use crate::topology::Generation;
 
 /// Name of the folder in a run's folder.
@@ -148,18 +148,33 @@ impl CheckpointFolder {
     ) -> Result<(), CheckpointError> {
         let Position { step, .. } = manifest.position;
         let (from, to) = (self.unfinished(step), self.committed(step));
-        self.verify().map_err(|error| CheckpointError::new(&self.dir, error))?;
+        self.verify()?;
         if to.exists() {
             // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
-            return remove(&from).map_err(|error| CheckpointError::of_system(&from, error));
+            return remove(&from).map_err(|error| CheckpointError::of_storage(&from, error));
         }
         self.rename_finished((manifest, companions), &from, &to)
-            .map_err(|error| CheckpointError::of_system(&to, error))?;
-        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_system(&self.dir, error))
+            .map_err(|error| CheckpointError::of_storage(&to, error))?;
+        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))
     }
 
-    /// Checks that it is in the folder of its job, if it is to be in one.
-    fn verify(&self) -> Result<(), super::FolderError> {
+    /// Makes the folder into which ranks write the shards of a checkpoint, unless another rank has. The run's or the job's
+    /// own folder is never made anew.
+    ///
+    /// **Errors**: what the system says; the storage is gone, or the folder is another job's.
+    pub fn make_unfinished(&self, step: u64) -> Result<PathBuf, CheckpointError> {
+        self.verify()?;
+        let dir = self.unfinished(step);
+        for dir in [&self.dir, &dir] {
+            make_dir(dir).map_err(|error| CheckpointError::of_storage(dir, error))?;
+        }
+        Ok(dir)
+    }
+
+    /// Checks that it is in the folder of its job in the storage, if it is to be in one.
+    ///
+    /// **Errors**: as [`JobFolder::verify`].
+    pub fn verify(&self) -> Result<(), super::FolderError> {
         self.job.as_ref().map_or(Ok(()), JobFolder::verify)
     }
 

@@ -17,7 +17,7 @@ use safetensors::tensor::Metadata;
 
 use super::shard::RECORDS_KEY;
 use super::{Kind, Record, Storage};
-use crate::error::RankError;
+use crate::error::{ErrorKind, RankError};
 use crate::model::params::{Param, Params, gate_bias_name};
 
 /// A committed checkpoint, found whole.
@@ -87,7 +87,7 @@ impl fmt::Display for CheckpointFaults {
 
 impl From<CheckpointFaults> for RankError {
     fn from(faults: CheckpointFaults) -> Self {
-        match faults.0.iter().all(|fault| fault.is_of_node) {
+        match faults.0.iter().all(|fault| fault.kind == ErrorKind::Node) {
             true => RankError::Node { message: faults.to_string() },
             false => RankError::Model { faults: faults.0.iter().map(ToString::to_string).collect() },
         }

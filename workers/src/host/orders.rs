@@ -97,7 +97,7 @@ impl Host {
         let Some(task) = task else { return Ok(()) };
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
-        let roots = Roots { storage: self.settings.storage.clone(), data: self.settings.data_root.clone() };
+        let roots = Roots { storage: self.storage.clone(), data: self.settings.data_root.clone() };
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
@@ -158,8 +158,11 @@ impl Host {
         };
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
-            let error = prepared.commit(what).err().unwrap_or_default();
-            let answer = v1::Committed { job, generation, position, error };
+            let failed = RankError::catch(|| prepared.commit(what)).err();
+            let (error, kind) = failed.map_or_else(Default::default, |failed| {
+                (failed.to_string(), failed.kind().name().to_owned())
+            });
+            let answer = v1::Committed { job, generation, position, error, kind };
             drop(inputs.send(Input::Committed { formation, answer }));
         });
         Ok(())
