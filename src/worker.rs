@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use contraflow_workers::host::{self, LogLevels, Settings};
+use rustix::fs::Mode;
 
 use crate::access::Access;
 use crate::failure::Failure;
@@ -41,6 +42,7 @@ pub struct WorkerArgs {
 ///
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
+    close_to_others();
     let log_levels = LogLevels::default();
     let (lines, _spans) = telemetry::init_worker("contraflow-worker", &log_levels)?;
     let settings = settings(args, log_levels)?;
@@ -57,6 +59,14 @@ pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
     // A rank may hang where it cannot be interrupted: the process does not wait for it.
     runtime.shutdown_background();
     ended
+}
+
+/// From now on what this process creates is closed to users outside of its group: checkpoints, models and the logs beside
+/// them are a user's own. What the group may do is what the process's umask leaves it, as the users of one storage need it.
+fn close_to_others() {
+    use rustix::process::umask;
+    let inherited = umask(Mode::RWXO);
+    umask(inherited | Mode::RWXO);
 }
 
 fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failure> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, mkfifoat};
 
-use crate::cluster::{Cluster, ENDLESS, Process, spawn, until};
+use crate::cluster::{Cluster, ENDLESS, Process, spawn, spawn_after, until};
 
 /// A cluster with one worker, of four slots, that reads data in the folder `data`.
 fn with_data() -> (Cluster, Process) {
@@ -109,4 +109,40 @@ fn a_storage_that_goes_away_is_named_with_its_mark_and_not_made_anew() {
         format!("the storage is gone: expected the mark {mark} in .contraflow-storage, got no such file");
     until("the words of the storage", || cluster.run(&["logs", &job]).1.contains(&words).then_some(()));
     assert_eq!(std::fs::read_dir(&storage).unwrap().count(), 0, "nothing is made on the bare mount point");
+}
+
+/// Permission bits of everything below a folder, by path.
+fn modes(folder: &Path) -> Vec<(String, u32)> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = std::fs::symlink_metadata(&path).unwrap();
+        found.push((path.display().to_string(), metadata.permissions().mode() & 0o777));
+        if metadata.is_dir() {
+            found.extend(modes(&path));
+        }
+    }
+    found
+}
+
+#[test]
+fn a_workers_files_are_closed_to_others_and_open_to_the_group_as_the_umask_says() {
+    for (umask, group) in [("002", 0o060), ("022", 0o040), ("077", 0)] {
+        let cluster = Cluster::start(0);
+        let workers: Vec<Process> =
+            (0..4).map(|number| spawn_after(&cluster, number, &format!("umask {umask}"))).collect();
+        until("all workers", || (cluster.nodes().len() == workers.len()).then_some(()));
+        let job = cluster.submit(&["training.steps=4", "checkpoint.save_model=true"], &[]);
+        assert_eq!(outcome(&cluster, &job).0, "done");
+        let modes = modes(&cluster.path().join("storage"));
+        for what in
+            ["model.safetensors.index.json", "rank-00003.safetensors", "manifest.json", "owner.json", "jobs"]
+        {
+            assert!(modes.iter().any(|(path, _)| path.ends_with(what)), "{what}: {modes:?}");
+        }
+        let wrong = modes.iter().filter(|(_, mode)| mode & 0o067 != group);
+        let wrong: Vec<String> = wrong.map(|(path, mode)| format!("{mode:o} {path}")).collect();
+        assert!(wrong.is_empty(), "umask {umask}: {wrong:#?}");
+    }
 }
