@@ -126,6 +126,18 @@ impl CheckpointFolder {
         self.drop_oldest(keep, None)
     }
 
+    /// Takes a damaged checkpoint out of the way, so that its step can be committed anew: where it is now. What is left of it
+    /// stays for whoever wants to look at it.
+    ///
+    /// **Errors**: what the system says.
+    pub fn set_aside(&self, step: u64) -> io::Result<PathBuf> {
+        let to = self.dir.join(format!("damaged-step-{step:08}"));
+        remove(&to)?;
+        std::fs::rename(self.committed(step), &to)?;
+        sync_dir(&self.dir)?;
+        Ok(to)
+    }
+
     /// Whether a later formation writes it: a process that stood still may be the one that is late.
     fn is_of_later(&self, path: &Path) -> bool {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
