@@ -43,6 +43,7 @@ pub struct WorkerArgs {
 /// **Errors**: code 2 with every fault of the arguments, or the reason why the orchestrator refuses the worker.
 pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
     close_to_others();
+    raise_file_limit();
     let log_levels = LogLevels::default();
     let (lines, _spans) = telemetry::init_worker("contraflow-worker", &log_levels)?;
     let settings = settings(args, log_levels)?;
@@ -67,6 +68,14 @@ fn close_to_others() {
     use rustix::process::umask;
     let inherited = umask(Mode::RWXO);
     umask(inherited | Mode::RWXO);
+}
+
+/// A crowd at the data port, or a large formation, needs more files than the 1,024 that many systems begin with.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limits = getrlimit(Resource::Nofile);
+    // What is refused here shows where a file is missing.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, ..limits });
 }
 
 /// Refuses an address for data that workers on other hosts cannot reach, where the orchestrator is on a network: every worker
