@@ -7,7 +7,7 @@ use rustix::fs::{CWD, Mode, mkfifoat};
 use crate::cluster::{Cluster, ENDLESS, Process, spawn, spawn_after, until};
 
 /// A cluster with one worker, of four slots, that reads data in the folder `data`.
-fn with_data() -> (Cluster, Process) {
+pub fn with_data() -> (Cluster, Process) {
     let cluster = Cluster::start(0);
     let data = cluster.path().join("data");
     std::fs::create_dir(&data).unwrap();
@@ -35,7 +35,7 @@ fn data_worker(dir: &Path, address: &str) -> Process {
 }
 
 /// How a job has ended, and in which words.
-fn outcome(cluster: &Cluster, job: &str) -> (String, String) {
+pub fn outcome(cluster: &Cluster, job: &str) -> (String, String) {
     until("the end of the job", || {
         let status = cluster.status(job)?;
         let text = |key: &str| status[key].as_str().unwrap().to_owned();
@@ -145,4 +145,34 @@ fn a_workers_files_are_closed_to_others_and_open_to_the_group_as_the_umask_says(
         let wrong: Vec<String> = wrong.map(|(path, mode)| format!("{mode:o} {path}")).collect();
         assert!(wrong.is_empty(), "umask {umask}: {wrong:#?}");
     }
+}
+
+/// Threads, open files and resident memory of a process. **Units**: the last in KiB.
+pub fn resources(process: &Process) -> [u64; 3] {
+    let proc = Path::new("/proc").join(process.id().to_string());
+    let count = |what: &str| std::fs::read_dir(proc.join(what)).unwrap().count() as u64;
+    let status = std::fs::read_to_string(proc.join("status")).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    [count("task"), count("fd"), resident.trim().trim_end_matches(" kB").parse().unwrap()]
+}
+
+#[test]
+fn a_worker_needs_no_more_after_many_jobs_than_after_a_few() {
+    let (cluster, worker) = with_data();
+    let run_jobs = |count: usize| {
+        for number in 0..count {
+            let (steps, data) = ("training.steps=2", "data.paths=[\"text.txt\"]");
+            // Some fail while they form.
+            let data = if number % 4 == 3 { "data.paths=[\"missing\"]" } else { data };
+            outcome(&cluster, &cluster.submit(&[steps, data], &[]));
+        }
+        // Threads without work end after ten seconds.
+        std::thread::sleep(std::time::Duration::from_secs(12));
+        resources(&worker)
+    };
+    let [threads, files, memory] = run_jobs(12);
+    let [threads_after, files_after, memory_after] = run_jobs(36);
+    assert!(threads_after <= threads + 2, "threads: {threads}, then {threads_after}");
+    assert!(files_after <= files + 2, "open files: {files}, then {files_after}");
+    assert!(memory_after <= memory + (16 << 10), "KiB: {memory}, then {memory_after}");
 }
