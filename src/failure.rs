@@ -58,7 +58,9 @@ impl From<RankError> for Failure {
     /// Files are the user's, all else is ours.
     fn from(error: RankError) -> Self {
         match error.kind() {
-            ErrorKind::Config | ErrorKind::Node | ErrorKind::Damaged => Failure::input(error.to_string()),
+            ErrorKind::Config | ErrorKind::Node | ErrorKind::Storage | ErrorKind::Damaged => {
+                Failure::input(error.to_string())
+            }
             _ => Failure::run(error.to_string()),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::files::sync_dir;
+use contraflow_runtime::files::{self, sync_dir};
 use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;
@@ -36,7 +36,7 @@ pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
     let notes = [buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let config = args.dir.join("config.json");
-    let config_json = std::fs::read_to_string(&config)
+    let config_json = files::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
     let make =
         |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);

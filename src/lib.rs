@@ -6,6 +6,7 @@
 pub mod access;
 pub mod bench;
 pub mod certs;
+pub mod checkpoint;
 pub mod client;
 pub mod data;
 pub mod eval;

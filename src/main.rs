@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use contraflow::{
-    bench, certs, client, data, eval, export, generate, import, orchestrator, plan, recipes, train, worker,
+    bench, certs, checkpoint, client, data, eval, export, generate, import, orchestrator, plan, recipes,
+    train, worker,
 };
 
 /// Frees and hands out faster than the system's allocator where many threads do.
@@ -50,6 +51,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Prepare text for training: train a tokenizer, tokenize a large corpus once
     Data(data::DataArgs),
+    /// Check checkpoints for damage
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Run the orchestrator of a cluster: accepts jobs and places their ranks
     Orchestrator(orchestrator::OrchestratorArgs),
     /// Run a worker of a cluster: hosts ranks of jobs
@@ -91,6 +94,7 @@ fn main() -> ExitCode {
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Data(args) => data::run(&args),
+        Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Orchestrator(args) => orchestrator::run(&args),
         Command::Worker(args) => worker::run(&args),
         Command::Submit(args) => client::submit(&args),

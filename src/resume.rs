@@ -8,7 +8,7 @@ use contraflow_runtime::checkpoint::{CheckpointFolder, MANIFEST_FILE, MadeBy, is
 use contraflow_runtime::faults::Faults;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
-use contraflow_workers::checkpoint::Checkpoint;
+use contraflow_workers::checkpoint::{Checkpoint, NewestWhole};
 
 use crate::failure::Failure;
 use crate::run_dir;
@@ -21,30 +21,57 @@ pub struct Resumed {
     pub checkpoint: Arc<Checkpoint>,
     /// Keeps other processes out of the run; `None` if the checkpoint is not the run's newest: then a new run begins.
     pub lock: Option<File>,
+    /// Steps of later checkpoints that are damaged: they have to leave their place before these steps are made again.
+    pub damaged: Vec<u64>,
     model: ModelConfig,
 }
 
 impl Resumed {
-    /// Opens a run (its folder or its name) at its newest checkpoint, or the folder of a checkpoint.
+    /// Opens a run (its folder or its name) at its newest whole checkpoint, or the folder of a checkpoint.
     ///
     /// **Errors**: code 2 with every fault: no such run, no checkpoint, another process at work in the run, a checkpoint that
     /// is unfinished, damaged or of a newer format.
     pub fn open(name: &str) -> Result<Self, Failure> {
-        let (run, dir) = find(name)?;
+        match find(name)? {
+            Found::Run(run) => Self::open_newest(run),
+            Found::Checkpoint { run, dir } => Self::open_checkpoint(run, &dir),
+        }
+    }
+
+    /// A damaged checkpoint is passed over, with a warning.
+    fn open_newest(run: PathBuf) -> Result<Self, Failure> {
+        let lock = run_dir::lock(&run)?;
+        let newest = NewestWhole::find(&CheckpointFolder::of_run(&run), u64::MAX);
+        let NewestWhole { checkpoint, damaged } =
+            newest.map_err(|faults| Failure::faults("checkpoint", &faults.0))?;
+        let Some(checkpoint) = checkpoint else {
+            let faults: Vec<_> = damaged.iter().flat_map(|(_, faults)| &faults.0).collect();
+            return Err(Failure::faults("checkpoint", &faults));
+        };
+        let resumes_at = checkpoint.manifest.position.step;
+        for (step, faults) in &damaged {
+            eprintln!(
+                "warning: the checkpoint of step {step} is damaged, resuming from that of step {resumes_at}:\n  {}",
+                faults.to_string().replace('\n', "\n  ")
+            );
+        }
+        let damaged = damaged.into_iter().map(|(step, _)| step).collect();
+        let model = model_of(&checkpoint)?;
+        Ok(Resumed { run, checkpoint: Arc::new(checkpoint), lock: Some(lock), damaged, model })
+    }
+
+    fn open_checkpoint(run: PathBuf, dir: &Path) -> Result<Self, Failure> {
         let newest = CheckpointFolder::of_run(&run).list().ok().and_then(|steps| steps.last().copied());
-        let is_newest = newest
-            .is_some_and(|step| CheckpointFolder::of_run(&run).committed(step).ends_with(name_of(&dir)));
+        let is_newest =
+            newest.is_some_and(|step| CheckpointFolder::of_run(&run).committed(step).ends_with(name_of(dir)));
         let lock = if is_newest { Some(run_dir::lock(&run)?) } else { None };
-        let checkpoint = Checkpoint::open(&dir).map_err(|faults| {
+        let checkpoint = Checkpoint::open(dir).map_err(|faults| {
             let mut failure = Failure::faults("checkpoint", &faults.0);
-            failure.message += &earlier(&run, &dir);
+            failure.message += &earlier(&run, dir);
             failure
         })?;
-        let config = checkpoint.manifest.model.to_string();
-        let manifest = dir.join(MANIFEST_FILE);
-        let model = ModelConfig::from_hf_json(&config)
-            .map_err(|faults| Failure::input(format!("{}: model: {faults}", manifest.display())))?;
-        Ok(Resumed { run, checkpoint: Arc::new(checkpoint), lock, model })
+        let model = model_of(&checkpoint)?;
+        Ok(Resumed { run, checkpoint: Arc::new(checkpoint), lock, damaged: Vec::new(), model })
     }
 
     /// Name of the run.
@@ -111,18 +138,31 @@ impl Resumed {
     }
 }
 
+fn model_of(checkpoint: &Checkpoint) -> Result<ModelConfig, Failure> {
+    let manifest = checkpoint.dir().join(MANIFEST_FILE);
+    ModelConfig::from_hf_json(&checkpoint.manifest.model.to_string())
+        .map_err(|faults| Failure::input(format!("{}: model: {faults}", manifest.display())))
+}
+
 fn name_of(path: &Path) -> String {
     let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// The run and the checkpoint that a name refers to.
-fn find(name: &str) -> Result<(PathBuf, PathBuf), Failure> {
+/// What a name refers to.
+enum Found {
+    /// A run with a checkpoint.
+    Run(PathBuf),
+    /// One checkpoint of a run.
+    Checkpoint { run: PathBuf, dir: PathBuf },
+}
+
+fn find(name: &str) -> Result<Found, Failure> {
     let direct = PathBuf::from(name);
     if direct.join(MANIFEST_FILE).is_file() || is_unfinished(&direct) {
         let whole = direct.canonicalize().unwrap_or_else(|_| direct.clone());
         let run = whole.ancestors().nth(2).unwrap_or(&direct).to_owned();
-        return Ok((run, direct));
+        return Ok(Found::Checkpoint { run, dir: direct });
     }
     let tried = [direct, Path::new(run_dir::RUNS).join(name)];
     let Some(run) = tried.iter().find(|path| path.is_dir()).map(|path| without_link(path)) else {
@@ -132,7 +172,7 @@ fn find(name: &str) -> Result<(PathBuf, PathBuf), Failure> {
     let folder = CheckpointFolder::of_run(&run);
     let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", folder.path().display()));
     match folder.list().map_err(failed)?.last() {
-        Some(&step) => Ok((run, folder.committed(step))),
+        Some(_) => Ok(Found::Run(run)),
         None => {
             let message = format!(
                 "{}: expected a committed checkpoint to resume from, got none",
@@ -155,9 +195,11 @@ fn without_link(path: &Path) -> PathBuf {
 fn earlier(run: &Path, damaged: &Path) -> String {
     let folder = CheckpointFolder::of_run(run);
     let steps = folder.list().unwrap_or_default();
-    let earlier =
-        steps.iter().map(|&step| folder.committed(step)).rfind(|dir| name_of(dir) < name_of(damaged));
-    earlier.map_or_else(String::new, |dir| format!("\nan earlier one is there: --resume {}", dir.display()))
+    let before = steps.into_iter().rfind(|&step| name_of(&folder.committed(step)) < name_of(damaged));
+    let newest = before.and_then(|step| NewestWhole::find(&folder, step).ok()?.step());
+    newest
+        .map(|step| folder.committed(step))
+        .map_or_else(String::new, |dir| format!("\nan earlier one is there: --resume {}", dir.display()))
 }
 
 /// The tokens that begin and end a text are the tokenizer's and no part of the model.

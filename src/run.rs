@@ -90,7 +90,7 @@ impl Run {
     pub fn resume(resumed: Resumed, recipe: Recipe, text: Text) -> Result<Self, Failure> {
         resumed.compare_origin(&made_by(&recipe));
         let name = resumed.name();
-        let Resumed { run: from, checkpoint, lock, .. } = resumed;
+        let Resumed { run: from, checkpoint, lock, damaged, .. } = resumed;
         let (dir, lock) = match lock {
             Some(lock) => (from.clone(), lock),
             None => {
@@ -100,7 +100,9 @@ impl Run {
             }
         };
         let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
-        CheckpointFolder::of_run(&dir).tidy(recipe.checkpoint.keep, None).map_err(failed)?;
+        let folder = CheckpointFolder::of_run(&dir);
+        damaged.into_iter().try_for_each(|step| folder.set_aside(step).map(drop)).map_err(failed)?;
+        folder.tidy(recipe.checkpoint.keep, None).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
         // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest.
         drop(std::fs::remove_dir_all(dir.join("model")));
@@ -204,7 +206,7 @@ impl Run {
                 }
                 Outcome::Failed {
                     message,
-                    kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Damaged,
+                    kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Storage | ErrorKind::Damaged,
                 } => {
                     return Err(Failure::input(format!("{message}{}", self.resume_hint())));
                 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::checkpoint::CheckpointFolder;
+use contraflow_runtime::files;
 use contraflow_runtime::recipe::TokenizerSection;
 
 use crate::failure::Failure;
@@ -99,7 +100,7 @@ pub const METRICS: &str = "metrics.jsonl";
 ///
 /// **Errors**: what the system says.
 pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
-    let text = match std::fs::read_to_string(from.join(METRICS)) {
+    let text = match files::read_to_string(&from.join(METRICS)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
@@ -116,7 +117,7 @@ pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
 
 /// The last line of a run's metrics.
 pub fn last_record(run: &Path) -> Option<StepRecord> {
-    let text = std::fs::read_to_string(run.join(METRICS)).ok()?;
+    let text = files::read_to_string(&run.join(METRICS)).ok()?;
     serde_json::from_str(text.lines().last()?).ok()
 }
 
@@ -155,7 +156,7 @@ pub fn recipe_of(dir: &Path) -> io::Result<Option<PathBuf>> {
 
 /// What the recipe of a model's run says about its tokenizer. `None` where there is no recipe that names one, be it bytes.
 pub fn tokenizer_of(dir: &Path) -> Option<TokenizerSection> {
-    let text = std::fs::read_to_string(recipe_of(dir).ok()??).ok()?;
+    let text = files::read_to_string(&recipe_of(dir).ok()??).ok()?;
     let recipe: toml::Table = text.parse().ok()?;
     let key = |name: &str| Some(recipe.get("tokenizer")?.get(name)?.as_str()?.to_owned());
     Some(TokenizerSection { path: key("path")?, end_of_document: key("end_of_document").unwrap_or_default() })

@@ -18,6 +18,9 @@ pub enum ErrorKind {
     Lost,
     /// The node of a rank does not do its part (its disk, a mount): its operator acts, and the job continues elsewhere.
     Node,
+    /// The shared storage is gone, or does not take what is to be written: the job goes on from memory, and what was to be
+    /// written is tried again.
+    Storage,
     /// A checkpoint is damaged or gone: the one before it is taken.
     Damaged,
     /// A number is not finite: stop or roll back, keep the evidence.
@@ -27,11 +30,12 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    const NAMES: [(ErrorKind, &str); 7] = [
+    const NAMES: [(ErrorKind, &str); 8] = [
         (ErrorKind::Config, "config"),
         (ErrorKind::Transient, "transient"),
         (ErrorKind::Lost, "lost"),
         (ErrorKind::Node, "node"),
+        (ErrorKind::Storage, "storage"),
         (ErrorKind::Damaged, "damaged"),
         (ErrorKind::Numeric, "numeric"),
         (ErrorKind::Bug, "bug"),

@@ -1,8 +1,15 @@
-//! What makes a file whole once it has its name: written under another one, synced, renamed. Knows no contents.
+//! Files as this program reads and writes them: only regular ones are opened, waits for a file system are noted, and a file
+//! is whole once it has its name (written under another one, synced, renamed). Knows no contents.
+
+mod calls;
+mod open;
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
+
+pub use calls::{FileCall, STUCK, StuckCall, call, in_task, map_parallel, new_task, stuck};
+pub use open::{Reader, Refused, confine, metadata, open, read, read_dir, read_to_string, reader};
 
 /// Ending of a file or folder that is being written or removed.
 pub const UNFINISHED_SUFFIX: &str = ".part";
@@ -14,6 +21,16 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     file.sync_all()
+}
+
+/// Makes a folder in one that is there, unless it is there itself.
+///
+/// **Errors**: what the system says, also where the parent is missing: it may be a file system that is not mounted.
+pub fn make_dir(path: &Path) -> io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
 }
 
 /// Makes the names in a folder durable.

@@ -21,6 +21,8 @@ const BEFORE: u64 = 3;
 
 /// Keeps checkpoints in a run's folder.
 pub fn commits(run: &Path, recipe: &Recipe) -> Commits {
+    // A run makes its folder before it trains.
+    std::fs::create_dir_all(run).unwrap();
     let manifest = manifest(recipe, "").unwrap();
     Commits {
         folder: CheckpointFolder::of_run(run),

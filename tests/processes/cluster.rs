@@ -45,6 +45,11 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Any signal.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
@@ -345,7 +350,12 @@ fn address_of(orchestrator: &Process) -> Option<String> {
 
 /// A worker that may use so much address space. **Units**: KiB.
 pub fn spawn_in_memory(cluster: &Cluster, number: usize, kibibytes: u64) -> Process {
-    let limited = format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\"");
+    spawn_after(cluster, number, &format!("ulimit -v {kibibytes}"))
+}
+
+/// A worker whose process has run a command of the shell before.
+pub fn spawn_after(cluster: &Cluster, number: usize, command: &str) -> Process {
+    let limited = format!("{command}; exec \"$0\" \"$@\"");
     let label = format!("node=n{number}");
     let arguments = ["worker", "--join", &cluster.address, "--storage", "storage", "--labels", &label];
     let mut command = Command::new("sh");

@@ -10,6 +10,8 @@ mod crash_loop;
 mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
+mod hung;
+mod places;
 mod python;
 mod record;
 mod refusals;

@@ -26,13 +26,14 @@ fn damaged_checkpoints_are_refused_by_file_and_the_earlier_one_is_offered() {
     place.succeed(&["train", "recipe.toml"]);
     let shard = |rank: usize| place.checkpoint("runs/recipe", 12).join(format!("rank-{rank:05}.safetensors"));
     let whole = std::fs::read(shard(1)).unwrap();
-    let resume = ["train", "--resume"];
+    let resume = ["train", "--resume", "runs/recipe/checkpoints/step-00000012"];
     change(&shard(1), |bytes| bytes.truncate(bytes.len() - 3));
     let error_text = refused(&place, &resume);
     let sizes = format!("rank-00001.safetensors: expected {} bytes, got {}", whole.len(), whole.len() - 3);
     assert!(error_text.contains(&sizes), "{error_text}");
     assert!(
-        error_text.contains("an earlier one is there: --resume runs/recipe/checkpoints/step-00000008"),
+        error_text.contains("\nan earlier one is there: --resume ")
+            && error_text.contains("/runs/recipe/checkpoints/step-00000008"),
         "{error_text}"
     );
     change(&shard(1), |bytes| {
@@ -47,6 +48,93 @@ fn damaged_checkpoints_are_refused_by_file_and_the_earlier_one_is_offered() {
     assert!(error_text.contains("rank-00000.safetensors: No such file"), "{error_text}");
     assert!(error_text.contains("rank-00001.safetensors: No such file"), "all at once: {error_text}");
     place.succeed(&["train", "--resume", "runs/recipe/checkpoints/step-00000008"]);
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_passed_over_in_words_and_the_curve_stays_the_same() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml"]);
+    let undisturbed = place.curve("runs/recipe");
+    change(&place.checkpoint("runs/recipe", 12).join("rank-00001.safetensors"), |bytes| {
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 16;
+    });
+    let output = place.run(&["train", "--resume"]);
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    let words = "warning: the checkpoint of step 12 is damaged, resuming from that of step 8:";
+    assert!(said.contains(words) && said.contains("rank-00001.safetensors: expected blake3"), "{said}");
+    assert_eq!(place.curve("runs/recipe"), undisturbed);
+    assert!(place.path("runs/recipe/checkpoints/damaged-step-00000012/rank-00001.safetensors").is_file());
+    place.succeed(&["checkpoint", "verify", "runs/recipe"]);
+    for step in [8, 12] {
+        std::fs::remove_file(place.checkpoint("runs/recipe", step).join("manifest.json")).unwrap();
+    }
+    let error_text = refused(&place, &["train", "--resume", "runs/recipe"]);
+    assert!(error_text.contains("step-00000008/manifest.json: No such file"), "{error_text}");
+    assert!(error_text.contains("step-00000012/manifest.json: No such file"), "all at once: {error_text}");
+}
+
+#[test]
+fn verify_says_of_each_checkpoint_whether_it_is_whole() {
+    let place = Workplace::new();
+    place.succeed(&["train", "recipe.toml"]);
+    let verify = |arguments: &[&str]| {
+        let output = place.run(&[&["checkpoint", "verify"], arguments].concat());
+        (output.status.code(), String::from_utf8(output.stdout.clone()).unwrap(), stderr(&output))
+    };
+    std::fs::create_dir_all(place.path("storage/jobs")).unwrap();
+    std::os::unix::fs::symlink("../../runs/recipe", place.path("storage/jobs/job-7")).unwrap();
+    let names = [
+        &["runs/recipe"][..],
+        &["recipe"],
+        &["job-7", "--storage", "storage"],
+        &["7", "--storage", "storage"],
+    ];
+    for name in names {
+        let (code, out, _) = verify(name);
+        let lines: Vec<&str> = out.lines().collect();
+        assert_eq!((code, lines.len()), (Some(0), 2), "{out}");
+        for (line, step) in lines.iter().zip(["step-00000008", "step-00000012"]) {
+            assert!(line.contains(step) && line.contains(": whole, 2 shards, "), "{out}");
+        }
+    }
+    let shard = place.checkpoint("runs/recipe", 12).join("rank-00000.safetensors");
+    let whole = std::fs::read(&shard).unwrap();
+    let manifest = shard.with_file_name("manifest.json");
+    let said = std::fs::read_to_string(&manifest).unwrap();
+    // One bit anywhere, a missing end, no file, a manifest that leaves a rank out.
+    let damages: [(&dyn Fn(), &str); 4] = [
+        (&|| change(&shard, |bytes| bytes[whole.len() - 1] ^= 1), "rank-00000.safetensors: expected blake3"),
+        (&|| std::fs::write(&shard, &whole[..100]).unwrap(), "rank-00000.safetensors: expected "),
+        (&|| std::fs::remove_file(&shard).unwrap(), "rank-00000.safetensors: No such file"),
+        (
+            &|| {
+                let mut whole: serde_json::Value = serde_json::from_str(&said).unwrap();
+                whole["shards"].as_array_mut().unwrap().pop();
+                std::fs::write(&manifest, whole.to_string()).unwrap();
+            },
+            "step-00000012: damaged: ",
+        ),
+    ];
+    for (damage, words) in damages {
+        damage();
+        let (code, out, errors) = verify(&["runs/recipe"]);
+        assert_eq!(code, Some(1), "{words}: {out}");
+        assert!(out.contains("step-00000008: whole") && out.contains("step-00000012: damaged: "), "{out}");
+        assert!(out.contains(words) && out.lines().count() == 2, "{words}: {out}");
+        assert!(errors.contains("1 of 2 checkpoints damaged"), "{errors}");
+        let (_, out, _) = verify(&["runs/recipe/checkpoints/step-00000012", "--format", "json"]);
+        let record: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(record["whole"], false);
+        assert!(!record["faults"][0]["path"].as_str().unwrap().is_empty(), "{out}");
+        std::fs::write(&shard, &whole).unwrap();
+        std::fs::write(&manifest, &said).unwrap();
+    }
+    assert_eq!(verify(&["runs/recipe"]).0, Some(0));
+    let (code, out, errors) = verify(&["nothing"]);
+    assert_eq!((code, out.as_str()), (Some(2), ""));
+    assert!(errors.contains("nothing: expected a run or a job with a committed checkpoint"), "{errors}");
 }
 
 #[test]
@@ -85,7 +173,7 @@ fn a_manifest_of_another_format_or_model_or_of_other_data_is_refused_by_field() 
         "{error_text}"
     );
     std::fs::write(&manifest, "{").unwrap();
-    let error_text = refused(&place, &["train", "--resume"]);
+    let error_text = refused(&place, &["train", "--resume", "runs/recipe/checkpoints/step-00000012"]);
     assert!(error_text.contains("manifest.json: expected a manifest, got a damaged file"), "{error_text}");
 }
 

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use contraflow_runtime::checkpoint::{CheckpointError, FolderError};
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::files::Refused;
 use contraflow_runtime::schedule::Chunk;
 use contraflow_runtime::topology::Rank;
 
@@ -86,6 +87,12 @@ pub enum RankError {
         /// Every fault, with its file.
         message: String,
     },
+    /// The shared storage is gone, or does not take what is to be written.
+    #[error("{message}")]
+    Storage {
+        /// The path, what was expected and what came.
+        message: String,
+    },
     /// What this process is asked to do only another one can.
     #[error("{message}")]
     Node {
@@ -108,21 +115,17 @@ pub enum RankError {
 
 impl From<CheckpointError> for RankError {
     fn from(error: CheckpointError) -> Self {
-        match error.is_of_node {
-            true => RankError::Node { message: error.to_string() },
-            false => RankError::Content { path: error.path, message: error.message },
+        match error.kind {
+            ErrorKind::Storage => RankError::Storage { message: error.to_string() },
+            ErrorKind::Node => RankError::Node { message: error.to_string() },
+            _ => RankError::Content { path: error.path, message: error.message },
         }
     }
 }
 
 impl From<FolderError> for RankError {
     fn from(error: FolderError) -> Self {
-        match error {
-            FolderError::File { path, source } => RankError::file(&path)(source),
-            FolderError::Foreign { path, message } => {
-                RankError::Content { path: path.display().to_string(), message }
-            }
-        }
+        CheckpointError::from(error).into()
     }
 }
 
@@ -148,7 +151,10 @@ impl RankError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             RankError::Fabric(error) => kind_of(error),
+            // What a path names is the user's, whatever node looks it up.
+            RankError::File { source, .. } if Refused::of(source).is_some() => ErrorKind::Config,
             RankError::File { .. } | RankError::Node { .. } => ErrorKind::Node,
+            RankError::Storage { .. } => ErrorKind::Storage,
             RankError::Content { .. } | RankError::Model { .. } => ErrorKind::Config,
             RankError::Damaged { .. } => ErrorKind::Damaged,
             RankError::Late { .. } => ErrorKind::Lost,
@@ -167,6 +173,14 @@ impl RankError {
     pub fn file(path: &std::path::Path) -> impl Fn(std::io::Error) -> RankError + use<> {
         let path = path.display().to_string();
         move |source| RankError::File { path: path.clone(), source }
+    }
+
+    /// An error of writing to the storage: of the shared one if it is one of the file system.
+    pub fn in_storage(self) -> Self {
+        match self {
+            RankError::File { .. } => RankError::Storage { message: self.to_string() },
+            other => other,
+        }
     }
 
     fn from_panic(payload: &(dyn std::any::Any + Send)) -> Self {

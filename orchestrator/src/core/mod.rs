@@ -382,7 +382,10 @@ impl Core {
             return;
         }
         let job = from.formation.job;
-        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node, .. } = &event {
+        if let RankEvent::Failed {
+            rank, action, cause, kind: ErrorKind::Node | ErrorKind::Storage, ..
+        } = &event
+        {
             return self.node_failed(job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
         }
         if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Damaged, .. } = &event

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::{MANIFEST_FILE, Manifest};
 use super::{CheckpointError, JobFolder, Position};
 use crate::failpoint::failpoint;
-use crate::files::{UNFINISHED_SUFFIX, sync_dir, write_synced};
+use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
 use crate::topology::Generation;
 
 /// Name of the folder in a run's folder.
@@ -126,6 +126,18 @@ impl CheckpointFolder {
         self.drop_oldest(keep, None)
     }
 
+    /// Takes a damaged checkpoint out of the way, so that its step can be committed anew: where it is now. What is left of it
+    /// stays for whoever wants to look at it.
+    ///
+    /// **Errors**: what the system says.
+    pub fn set_aside(&self, step: u64) -> io::Result<PathBuf> {
+        let to = self.dir.join(format!("damaged-step-{step:08}"));
+        remove(&to)?;
+        std::fs::rename(self.committed(step), &to)?;
+        sync_dir(&self.dir)?;
+        Ok(to)
+    }
+
     /// Whether a later formation writes it: a process that stood still may be the one that is late.
     fn is_of_later(&self, path: &Path) -> bool {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -148,18 +160,33 @@ impl CheckpointFolder {
     ) -> Result<(), CheckpointError> {
         let Position { step, .. } = manifest.position;
         let (from, to) = (self.unfinished(step), self.committed(step));
-        self.verify().map_err(|error| CheckpointError::new(&self.dir, error))?;
+        self.verify()?;
         if to.exists() {
             // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
-            return remove(&from).map_err(|error| CheckpointError::of_system(&from, error));
+            return remove(&from).map_err(|error| CheckpointError::of_storage(&from, error));
         }
         self.rename_finished((manifest, companions), &from, &to)
-            .map_err(|error| CheckpointError::of_system(&to, error))?;
-        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_system(&self.dir, error))
+            .map_err(|error| CheckpointError::of_storage(&to, error))?;
+        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))
     }
 
-    /// Checks that it is in the folder of its job, if it is to be in one.
-    fn verify(&self) -> Result<(), super::FolderError> {
+    /// Makes the folder into which ranks write the shards of a checkpoint, unless another rank has. The run's or the job's
+    /// own folder is never made anew.
+    ///
+    /// **Errors**: what the system says; the storage is gone, or the folder is another job's.
+    pub fn make_unfinished(&self, step: u64) -> Result<PathBuf, CheckpointError> {
+        self.verify()?;
+        let dir = self.unfinished(step);
+        for dir in [&self.dir, &dir] {
+            make_dir(dir).map_err(|error| CheckpointError::of_storage(dir, error))?;
+        }
+        Ok(dir)
+    }
+
+    /// Checks that it is in the folder of its job in the storage, if it is to be in one.
+    ///
+    /// **Errors**: as [`JobFolder::verify`].
+    pub fn verify(&self) -> Result<(), super::FolderError> {
         self.job.as_ref().map_or(Ok(()), JobFolder::verify)
     }
 

@@ -6,12 +6,14 @@
 //! earlier one, of a state that was put back from a copy or of a process that stood still, does not begin after it. Knows no
 //! rank.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{sync_dir, write_synced};
+use super::Storage;
+use crate::faults::ErrorKind;
+use crate::files::{self, make_dir, sync_dir, write_synced};
 use crate::random::from_system;
 use crate::topology::{Generation, JobId};
 
@@ -33,6 +35,7 @@ pub struct Owner {
 /// The folder of a job that has claimed it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobFolder {
+    storage: Storage,
     dir: PathBuf,
     owner: Owner,
 }
@@ -48,6 +51,14 @@ pub enum FolderError {
         /// What the system says.
         source: io::Error,
     },
+    /// The storage is gone, or the folder in it.
+    #[error("{}: {message}", path.display())]
+    Gone {
+        /// The storage or the folder.
+        path: PathBuf,
+        /// What was expected and what is there.
+        message: String,
+    },
     /// It is not this job's, or not this formation's.
     #[error("{}: {message}", path.display())]
     Foreign {
@@ -56,6 +67,16 @@ pub enum FolderError {
         /// What was expected and what is there.
         message: String,
     },
+}
+
+impl FolderError {
+    /// Who has to act.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            FolderError::File { .. } | FolderError::Gone { .. } => ErrorKind::Storage,
+            FolderError::Foreign { .. } => ErrorKind::Config,
+        }
+    }
 }
 
 /// What the owner file says; ids in hex, as not every reader of JSON holds 64 bits.
@@ -85,11 +106,13 @@ impl JobFolder {
     /// The job's folder in a storage: the one that it has, or a fresh one of its own.
     ///
     /// # Errors
-    /// The storage cannot be read or written; what has the last name that is left is not the job's.
-    pub fn claim(storage: &Path, owner: Owner) -> Result<JobFolder, FolderError> {
-        let jobs = storage.join(JOBS);
-        std::fs::create_dir_all(&jobs).map_err(file(&jobs))?;
-        let [usual, own] = owner.names().map(|name| JobFolder { dir: jobs.join(name), owner });
+    /// The storage is gone, or cannot be read or written; what has the last name that is left is not the job's.
+    pub fn claim(storage: &Storage, owner: Owner) -> Result<JobFolder, FolderError> {
+        storage.verify()?;
+        let jobs = storage.path().join(JOBS);
+        make_dir(&jobs).map_err(file(&jobs))?;
+        let folder = |name| JobFolder { storage: storage.clone(), dir: jobs.join(name), owner };
+        let [usual, own] = owner.names().map(folder);
         // The own name first: the usual one may have come free since.
         for folder in [&own, &usual] {
             if folder.read()?.is_some_and(|found| folder.is_own(&found)) {
@@ -110,10 +133,10 @@ impl JobFolder {
         &self.dir
     }
 
-    /// Checks that it is still the job's.
+    /// Checks that the storage is there and the folder still the job's.
     ///
     /// # Errors
-    /// It cannot be read; it is another job's, or has no owner file any more.
+    /// It is gone or cannot be read; it is another job's, or has no owner file any more.
     pub fn verify(&self) -> Result<(), FolderError> {
         self.latest().map(drop)
     }
@@ -139,8 +162,13 @@ impl JobFolder {
 
     /// Latest formation that has begun in it, if it is the job's.
     fn latest(&self) -> Result<Generation, FolderError> {
+        self.storage.verify()?;
         match self.read()? {
             Some(found) if self.is_own(&found) => Ok(found.generation),
+            None if !self.dir.exists() => {
+                let message = "expected the folder of the job, got none: it was removed".into();
+                Err(FolderError::Gone { path: self.dir.clone(), message })
+            }
             found => {
                 let of = |found: OwnerFile| format!("that of job {} of state {}", found.job, found.state);
                 let got = found.map_or_else(|| "one without an owner".into(), of);
@@ -162,9 +190,9 @@ impl JobFolder {
     /// The contents of its owner file; `None` if there is none that can be read.
     fn read(&self) -> Result<Option<OwnerFile>, FolderError> {
         let path = self.dir.join(OWNER_FILE);
-        match std::fs::read(&path) {
+        match files::read(&path) {
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(file(&path)(error)),
         }
     }
@@ -188,7 +216,9 @@ impl JobFolder {
             Err(error) => {
                 std::fs::remove_dir_all(&fresh).map_err(file(&fresh))?;
                 match error.kind() {
-                    ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory => {
+                    io::ErrorKind::AlreadyExists
+                    | io::ErrorKind::DirectoryNotEmpty
+                    | io::ErrorKind::NotADirectory => {
                         Ok(self.read()?.is_some_and(|found| self.is_own(&found)))
                     }
                     _ => Err(file(&self.dir)(error)),
@@ -217,7 +247,7 @@ mod tests {
     }
 
     fn claim(storage: &Path, owner: Owner) -> JobFolder {
-        JobFolder::claim(storage, owner).unwrap()
+        JobFolder::claim(&Storage::open(storage).unwrap(), owner).unwrap()
     }
 
     fn name(folder: &JobFolder) -> String {
@@ -288,6 +318,24 @@ mod tests {
         assert!(
             folder.begin(Generation::new(4)).unwrap_err().to_string().contains("got one without an owner")
         );
+    }
+
+    #[test]
+    fn a_folder_that_was_removed_is_gone_and_so_is_one_in_a_storage_that_is() {
+        let storage = tempfile::tempdir().unwrap();
+        let folder = claim(storage.path(), owner(1, 1, 5));
+        std::fs::remove_dir_all(folder.path()).unwrap();
+        let error = folder.verify().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Storage);
+        assert!(
+            error.to_string().ends_with("expected the folder of the job, got none: it was removed"),
+            "{error}"
+        );
+        std::fs::remove_file(storage.path().join(crate::checkpoint::storage::MARK_FILE)).unwrap();
+        for error in [folder.verify().unwrap_err(), folder.begin(Generation::new(1)).unwrap_err()] {
+            assert_eq!(error.kind(), ErrorKind::Storage);
+            assert!(error.to_string().contains("the storage is gone: expected the mark "), "{error}");
+        }
     }
 
     #[test]

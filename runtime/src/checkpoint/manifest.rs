@@ -1,13 +1,14 @@
 //! The manifest of a checkpoint: the position of the run, what it belongs to, and the shards with sizes and checksums.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::{CheckpointError, is_unfinished};
+use crate::faults::ErrorKind;
+use crate::files;
 use crate::recipe::Recipe;
 use crate::schedule::ScheduleKind;
 use crate::stability::StabilityWatch;
@@ -107,6 +108,17 @@ pub struct Manifest {
     pub shards: Vec<ShardFile>,
 }
 
+/// A text that is no manifest for this program.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestFault {
+    /// Of a later format.
+    #[error("expected format version {FORMAT_VERSION} or earlier, got {0}: written by a newer contraflow")]
+    Newer(u32),
+    /// Of no format.
+    #[error("{0}")]
+    Damaged(String),
+}
+
 impl Manifest {
     /// Reads and checks the manifest of a checkpoint's folder; the shards must be there and have their sizes.
     ///
@@ -120,8 +132,14 @@ impl Manifest {
         }
         let path = dir.join(MANIFEST_FILE);
         let text = read_bounded(&path).map_err(|error| vec![error])?;
-        let manifest =
-            Manifest::parse(&text).map_err(|message| vec![CheckpointError::new(&path, message)])?;
+        let manifest = Manifest::parse(&text).map_err(|fault| {
+            let kind = match fault {
+                // Another program reads it: that says nothing of what it holds.
+                ManifestFault::Newer(_) => ErrorKind::Node,
+                ManifestFault::Damaged(_) => ErrorKind::Config,
+            };
+            vec![CheckpointError { kind, ..CheckpointError::new(&path, fault) }]
+        })?;
         let faults: Vec<CheckpointError> =
             manifest.shards.iter().filter_map(|shard| shard.check_size(dir).err()).collect();
         if faults.is_empty() { Ok(manifest) } else { Err(faults) }
@@ -130,28 +148,29 @@ impl Manifest {
     /// Reads the text of a manifest.
     ///
     /// **Errors**: no JSON of this form, a newer format, shards under names that are no plain file names or twice.
-    pub fn parse(text: &[u8]) -> Result<Self, String> {
+    pub fn parse(text: &[u8]) -> Result<Self, ManifestFault> {
         #[derive(Deserialize)]
         struct Version {
             format_version: u32,
         }
-        let damaged = |error: serde_json::Error| format!("expected a manifest, got a damaged file: {error}");
+        let damaged = |error: serde_json::Error| {
+            ManifestFault::Damaged(format!("expected a manifest, got a damaged file: {error}"))
+        };
         let Version { format_version } = serde_json::from_slice(text).map_err(damaged)?;
         if format_version > FORMAT_VERSION {
-            return Err(format!(
-                "expected format version {FORMAT_VERSION} or earlier, got {format_version}: written by a newer contraflow"
-            ));
+            return Err(ManifestFault::Newer(format_version));
         }
         let manifest: Manifest = serde_json::from_slice(text).map_err(damaged)?;
         let mut names = BTreeSet::new();
         for shard in &manifest.shards {
             let is_plain = Path::new(&shard.file).file_name().is_some_and(|name| name == shard.file.as_str());
             if !is_plain || !names.insert(&shard.file) {
-                return Err(format!("expected a file name for each shard, each once, got {:?}", shard.file));
+                let message = format!("expected a file name for each shard, each once, got {:?}", shard.file);
+                return Err(ManifestFault::Damaged(message));
             }
         }
         if manifest.shards.is_empty() {
-            return Err("expected at least one shard, got none".into());
+            return Err(ManifestFault::Damaged("expected at least one shard, got none".into()));
         }
         Ok(manifest)
     }
@@ -160,7 +179,7 @@ impl Manifest {
 fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     let failed = |error: std::io::Error| CheckpointError::of_system(path, error);
     let mut text = Vec::new();
-    let file = File::open(path).map_err(failed)?;
+    let file = files::reader(path).map_err(failed)?;
     file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
     if text.len() as u64 > MAX_MANIFEST_BYTES {
         return Err(CheckpointError::new(
@@ -174,7 +193,7 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
 impl ShardFile {
     fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
-        let got = std::fs::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
+        let got = files::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
         if got != self.bytes {
             let message = format!("expected {} bytes, got {got}: the shard is damaged", self.bytes);
             return Err(CheckpointError::new(&path, message));
@@ -189,7 +208,7 @@ impl ShardFile {
         let path = dir.join(&self.file);
         let failed = |error: std::io::Error| CheckpointError::of_system(&path, error);
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(File::open(&path).map_err(failed)?).map_err(failed)?;
+        hasher.update_reader(files::reader(&path).map_err(failed)?).map_err(failed)?;
         let got = hasher.finalize().to_hex();
         if got.as_str() != self.blake3 {
             let message = format!("expected blake3 {}, got {got}: the shard is damaged", self.blake3);

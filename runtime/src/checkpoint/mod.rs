@@ -7,12 +7,17 @@
 pub mod folder;
 pub mod job_folder;
 pub mod manifest;
+pub mod storage;
 #[cfg(test)]
 mod tests;
 
 pub use folder::{CheckpointFolder, Companions, is_unfinished};
 pub use job_folder::{FolderError, JobFolder, Owner};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
+pub use storage::Storage;
+
+use crate::faults::ErrorKind;
+use crate::files::Refused;
 
 /// A checkpoint that cannot be used, or not be written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,21 +27,43 @@ pub struct CheckpointError {
     pub path: String,
     /// What was expected and what came.
     pub message: String,
-    /// Whether the system cannot read or write it here, which says nothing of what it holds.
-    pub is_of_node: bool,
+    /// Who has to act: [`ErrorKind::Config`] where it is not what it should be, [`ErrorKind::Node`] where the system cannot
+    /// read it here, [`ErrorKind::Storage`] where it cannot be written.
+    pub kind: ErrorKind,
 }
 
 impl CheckpointError {
     /// A message about a path.
     pub fn new(path: &std::path::Path, message: impl std::fmt::Display) -> Self {
-        CheckpointError { path: path.display().to_string(), message: message.to_string(), is_of_node: false }
+        CheckpointError {
+            path: path.display().to_string(),
+            message: message.to_string(),
+            kind: ErrorKind::Config,
+        }
     }
 
-    /// What the system says about a path. One that is not there, or too short, is not what it should be; all else is the
-    /// node's.
+    /// What the system says about a path. One that is not there, too short or no regular file is not what it should be; all
+    /// else is the node's.
     pub fn of_system(path: &std::path::Path, error: std::io::Error) -> Self {
         use std::io::ErrorKind::{NotFound, UnexpectedEof};
-        let is_of_node = !matches!(error.kind(), NotFound | UnexpectedEof);
-        CheckpointError { is_of_node, ..CheckpointError::new(path, error) }
+        let is_content = matches!(error.kind(), NotFound | UnexpectedEof) || Refused::of(&error).is_some();
+        let kind = if is_content { ErrorKind::Config } else { ErrorKind::Node };
+        CheckpointError { kind, ..CheckpointError::new(path, error) }
+    }
+
+    /// What the system says about a path that is to be written.
+    pub fn of_storage(path: &std::path::Path, error: std::io::Error) -> Self {
+        CheckpointError { kind: ErrorKind::Storage, ..CheckpointError::new(path, error) }
+    }
+}
+
+impl From<FolderError> for CheckpointError {
+    fn from(error: FolderError) -> Self {
+        let kind = error.kind();
+        let (path, message) = match error {
+            FolderError::File { path, source } => (path, source.to_string()),
+            FolderError::Gone { path, message } | FolderError::Foreign { path, message } => (path, message),
+        };
+        CheckpointError { path: path.display().to_string(), message, kind }
     }
 }

@@ -2,18 +2,20 @@
 //!
 //! Who connects has to name a formation and prove its secret before anything it says reaches a rank. A connection that
 //! cannot is refused with a message, counted and logged; a connection for a formation that is not joined yet waits a while.
+//! Those that have said nothing and those that wait are bounded by peer, TCP and Unix sockets apart.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::FabricError;
 use super::handshake::{self, HandshakeError, Hello};
 use super::stream::{self, Address, Stream, Until};
+use super::unproven::{Bounds, Peer, Place, Unproven};
 use super::wired::WiredNetwork;
 use crate::random::from_system;
 use crate::topology::{FormationId, Generation, JobId};
@@ -22,8 +24,35 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 /// How long a handshake may take, however slowly its bytes come.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
-/// Connections that have not proven themselves yet; more are turned away.
-const MAX_UNPROVEN: usize = 1024;
+/// Connections that have not said a whole hello, or not proven it: one takes a round trip. The oldest makes room.
+const SILENT: Bounds = Bounds { of_peer: 192, in_all: 384 };
+
+/// Connections that wait for their formation to be joined here; more are turned away.
+const WAITING: Bounds = Bounds { of_peer: 128, in_all: 256 };
+
+/// How often a refusal is logged, at most: a crowd must not fill the log too.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What has come in by one kind of socket and has not proven itself.
+struct Entrance {
+    silent: Mutex<Unproven<Arc<Stream>>>,
+    waiting: Mutex<Unproven<()>>,
+}
+
+impl Default for Entrance {
+    fn default() -> Self {
+        Entrance { silent: Mutex::new(Unproven::new(SILENT)), waiting: Mutex::new(Unproven::new(WAITING)) }
+    }
+}
+
+/// An accepted connection.
+struct Caller {
+    entrance: Arc<Entrance>,
+    peer: Peer,
+    stream: Arc<Stream>,
+    /// Among the silent ones.
+    place: Place,
+}
 
 #[derive(Default)]
 struct ListenerState {
@@ -32,13 +61,28 @@ struct ListenerState {
     newest: HashMap<JobId, Generation>,
 }
 
+impl ListenerState {
+    /// A formation that is joined; nothing if it may still be.
+    ///
+    /// **Errors**: it has ended.
+    fn find(&self, id: FormationId) -> Result<Option<Arc<WiredNetwork>>, String> {
+        if let Some(network) = self.formations.get(&id) {
+            return Ok(Some(network.clone()));
+        }
+        match self.newest.get(&id.job).filter(|&&newest| newest >= id.generation) {
+            Some(newest) => Err(format!("{id} has ended, the newest here is {newest}")),
+            None => Ok(None),
+        }
+    }
+}
+
 struct Shared {
     address: Address,
     join_wait: Duration,
     state: Mutex<ListenerState>,
     joined: Condvar,
     refused: AtomicU64,
-    unproven: AtomicUsize,
+    logged: Mutex<Option<Instant>>,
     tcp: TcpListener,
     unix: UnixListener,
 }
@@ -66,17 +110,13 @@ impl Listener {
             state: Mutex::default(),
             joined: Condvar::new(),
             refused: AtomicU64::new(0),
-            unproven: AtomicUsize::new(0),
+            logged: Mutex::default(),
             tcp,
             unix,
         });
         let (by_tcp, by_unix) = (shared.clone(), shared.clone());
-        std::thread::spawn(move || {
-            accept(&by_tcp, || Ok(by_tcp.tcp.accept()?.0), Stream::tcp);
-        });
-        std::thread::spawn(move || {
-            accept(&by_unix, || Ok(by_unix.unix.accept()?.0), Stream::unix);
-        });
+        std::thread::spawn(move || accept(&by_tcp, || accept_tcp(&by_tcp.tcp)));
+        std::thread::spawn(move || accept(&by_unix, || accept_unix(&by_unix.unix)));
         Ok(Listener { shared })
     }
 
@@ -120,14 +160,22 @@ impl Listener {
     }
 }
 
-fn accept<S>(
-    shared: &Arc<Shared>,
-    mut next: impl FnMut() -> io::Result<S>,
-    wrap: impl Fn(S) -> io::Result<Stream>,
-) {
+fn accept_tcp(listener: &TcpListener) -> io::Result<(Stream, Peer)> {
+    let (stream, from) = listener.accept()?;
+    Ok((Stream::tcp(stream)?, from.ip().into()))
+}
+
+fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, Peer)> {
+    let (stream, _) = listener.accept()?;
+    let user = rustix::net::sockopt::socket_peercred(&stream)?.uid.as_raw();
+    Ok((Stream::unix(stream)?, Peer::User(user)))
+}
+
+fn accept(shared: &Arc<Shared>, next: impl Fn() -> io::Result<(Stream, Peer)>) {
+    let entrance = Arc::<Entrance>::default();
     loop {
-        let stream = match next().and_then(&wrap) {
-            Ok(stream) => stream,
+        let (stream, peer) = match next() {
+            Ok(accepted) => accepted,
             // The listener has been stopped.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
             Err(error) => {
@@ -137,13 +185,14 @@ fn accept<S>(
                 continue;
             }
         };
-        if shared.unproven.fetch_add(1, Ordering::Relaxed) >= MAX_UNPROVEN {
-            shared.unproven.fetch_sub(1, Ordering::Relaxed);
-            shared.refuse(&stream, &format!("{MAX_UNPROVEN} others have not authenticated yet"));
-            continue;
+        let stream = Arc::new(stream);
+        let (place, oldest) = entrance.silent.lock().enter(peer, stream.clone());
+        if let Some(oldest) = oldest {
+            oldest.shutdown(std::net::Shutdown::Both);
         }
+        let caller = Caller { entrance: entrance.clone(), peer, stream, place };
         let its = shared.clone();
-        std::thread::spawn(move || its.shake(stream));
+        std::thread::spawn(move || its.shake(caller));
     }
 }
 
@@ -153,9 +202,12 @@ impl Shared {
     }
 
     /// Finds out who is there and hands a proven connection to its formation, which reads it to its end.
-    fn shake(&self, stream: Stream) {
-        let proven = self.prove(&stream);
-        self.unproven.fetch_sub(1, Ordering::Relaxed);
+    fn shake(&self, caller: Caller) {
+        let proven = self.prove(&caller);
+        let Caller { entrance, stream, place, .. } = caller;
+        drop(entrance.silent.lock().leave(&place));
+        // Whoever ends it for being too many still holds it for a moment.
+        let Some(stream) = Arc::into_inner(stream) else { return };
         let (hello, network) = match proven {
             Ok(proven) => proven,
             Err(error) => return self.refuse(&stream, &error.to_string()),
@@ -166,26 +218,43 @@ impl Shared {
         }
     }
 
-    fn prove(&self, stream: &Stream) -> Result<(Hello, Arc<WiredNetwork>), HandshakeError> {
+    fn prove(&self, caller: &Caller) -> Result<(Hello, Arc<WiredNetwork>), HandshakeError> {
+        let stream = &*caller.stream;
         let mut until = Until { stream, deadline: Instant::now() + HANDSHAKE };
         let hello = handshake::read_hello(&mut until)?;
-        let network = self.find(&hello).map_err(HandshakeError::Refused)?;
+        let network = match self.joined(&hello).map_err(HandshakeError::Refused)? {
+            Some(network) => network,
+            None => self.wait_for(&hello, caller).map_err(HandshakeError::Refused)?,
+        };
         let mut until = Until { stream, deadline: Instant::now() + HANDSHAKE };
         handshake::challenge(&mut until, &hello, network.secret())?;
         Ok((hello, network))
     }
 
-    /// The formation that a connection names, as soon as it is joined.
-    fn find(&self, hello: &Hello) -> Result<Arc<WiredNetwork>, String> {
-        let id @ FormationId { job, generation } = hello.formation;
+    /// The formation that a connection names, if it is joined.
+    fn joined(&self, hello: &Hello) -> Result<Option<Arc<WiredNetwork>>, String> {
+        self.lock().find(hello.formation)
+    }
+
+    /// The formation that a connection names, as soon as it is joined. Meanwhile the connection is one of those that wait.
+    fn wait_for(&self, hello: &Hello, caller: &Caller) -> Result<Arc<WiredNetwork>, String> {
+        let Caller { entrance, peer, place, .. } = caller;
+        let id = hello.formation;
+        let waiting = entrance.waiting.lock().try_enter(*peer, ());
+        let waiting =
+            waiting.ok_or_else(|| format!("{id} has not been joined here, and too many others wait"))?;
+        drop(entrance.silent.lock().leave(place));
+        let found = self.until_joined(id);
+        entrance.waiting.lock().leave(&waiting);
+        found
+    }
+
+    fn until_joined(&self, id: FormationId) -> Result<Arc<WiredNetwork>, String> {
         let deadline = Instant::now() + self.join_wait;
         let mut state = self.lock();
         loop {
-            if let Some(network) = state.formations.get(&id) {
-                return Ok(network.clone());
-            }
-            if let Some(newest) = state.newest.get(&job).filter(|&&newest| newest >= generation) {
-                return Err(format!("{id} has ended, the newest here is {newest}"));
+            if let Some(network) = state.find(id)? {
+                return Ok(network);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -196,8 +265,13 @@ impl Shared {
     }
 
     fn refuse(&self, stream: &Stream, reason: &str) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(reason, "refused a data connection");
+        let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut logged = self.logged.lock();
+        if logged.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
+            *logged = Some(Instant::now());
+            tracing::warn!(reason, refused, "refused a data connection");
+        }
+        drop(logged);
         // Who does not wait for the answer does not get it.
         let mut until = Until { stream, deadline: Instant::now() + HANDSHAKE };
         drop(handshake::refuse(&mut until, reason));

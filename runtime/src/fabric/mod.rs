@@ -20,6 +20,7 @@ mod segment;
 mod shm_memory;
 mod stream;
 mod tag;
+mod unproven;
 mod window;
 pub mod wire;
 mod wired;

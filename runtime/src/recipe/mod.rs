@@ -29,6 +29,7 @@ pub use sections::{
 pub use step_table::{StepTable, TableStep};
 
 use crate::faults::Faults;
+use crate::files;
 use crate::model_config::{ModelConfig, builtin as models};
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
@@ -348,7 +349,7 @@ fn read_model(table: &mut RecipeTable) -> ModelConfig {
     if let Some(model) = models::model(&name) {
         return model;
     }
-    let read = match std::fs::read_to_string(&name) {
+    let read = match files::read_to_string(Path::new(&name)) {
         Ok(text) => ModelConfig::from_hf_json(&text),
         Err(error) => {
             let names = models::model_names();

@@ -4,9 +4,10 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
+use std::time::{Duration, Instant};
 
 use contraflow_runtime::fabric::handshake::{HELLO_BYTES, Hello, connect as shake};
-use contraflow_runtime::fabric::{FrameKind, Region, Transport};
+use contraflow_runtime::fabric::{FrameKind, Listener, Region, Transport};
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use crate::lab::{
@@ -231,4 +232,34 @@ fn a_formation_is_joined_once_and_a_newer_one_lets_no_old_peer_in() {
     assert_eq!(new.faults.recv_timeout(DEADLINE).unwrap().ranks, [1]);
     other.stop();
     assert_eq!(close(vec![new]), []);
+}
+
+#[test]
+fn a_crowd_at_the_port_keeps_nobody_from_a_formation() {
+    let wait = DEADLINE;
+    let listeners = [(); 2].map(|()| Listener::bind("127.0.0.1:0".parse().unwrap(), wait).unwrap());
+    let ranks = vec![listeners[0].address(), listeners[1].address()];
+    let other = FormationId::new(JobId::new(8, 0), generation(3).generation);
+    let hello = Hello { formation: other, ..hello() }.encode();
+    let limits = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limits.maximum, ..limits };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    // Nothing, half a hello, and whole ones for a formation that does not exist: many times what is let in.
+    let mut crowd: Vec<TcpStream> = Vec::new();
+    for number in 0..1500 {
+        let mut stream = connect(&listeners[0].address());
+        let said = [0, HELLO_BYTES / 2, HELLO_BYTES][number % 3];
+        drop(stream.write_all(&hello[..said]));
+        crowd.push(stream);
+    }
+    let began = Instant::now();
+    let part = |rank: usize| form(&listeners[rank], formation(ranks.clone(), &[rank], Transport::Tcp));
+    let sites = vec![part(0), part(1)];
+    let ends = [sites[0].network.join(0).unwrap(), sites[1].network.join(1).unwrap()];
+    ends[1].send(0, tag(1, 1, FrameKind::Combine), vec![Region::new(noise(5000, 1))]).unwrap();
+    assert!(ends[0].receive(tag(1, 1, FrameKind::Combine)).unwrap()[0].bytes() == noise(5000, 1));
+    assert_eq!(close(sites), []);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().count();
+    assert!(threads < 700, "{threads} threads for {} connections", crowd.len());
 }

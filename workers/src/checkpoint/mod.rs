@@ -5,6 +5,7 @@
 //! ranks hold is cut along its ZeRO-1 shards, and what first and last stage share is stored once. So any layout can read
 //! what any other has written. Knows tensors and files; the manifest and the folder are the runtime's.
 
+mod newest;
 pub mod provenance;
 mod read;
 pub mod saves;
@@ -17,6 +18,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+pub use newest::NewestWhole;
 pub use read::{Checkpoint, CheckpointFaults, Records, parse_header};
 pub use shard::{shard_bytes, shard_name, write_shard, write_shard_bytes};
 pub use snapshot::{RecordValues, Snapshot, SnapshotPiece};

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use contraflow_kernels::host::HostValuesMut;
 use contraflow_kernels::tensor::ViewMut;
 use contraflow_runtime::checkpoint::{CheckpointError, Manifest};
+use contraflow_runtime::files;
 use safetensors::tensor::Metadata;
 
 use super::shard::RECORDS_KEY;
 use super::{Kind, Record, Storage};
-use crate::error::RankError;
+use crate::error::{ErrorKind, RankError};
 use crate::model::params::{Param, Params, gate_bias_name};
 
 /// A committed checkpoint, found whole.
@@ -86,7 +87,7 @@ impl fmt::Display for CheckpointFaults {
 
 impl From<CheckpointFaults> for RankError {
     fn from(faults: CheckpointFaults) -> Self {
-        match faults.0.iter().all(|fault| fault.is_of_node) {
+        match faults.0.iter().all(|fault| fault.kind == ErrorKind::Node) {
             true => RankError::Node { message: faults.to_string() },
             false => RankError::Model { faults: faults.0.iter().map(ToString::to_string).collect() },
         }
@@ -105,7 +106,7 @@ impl Checkpoint {
         let mut records = Records { of: dir.display().to_string(), ..Records::default() };
         for shard in &manifest.shards {
             let path = dir.join(&shard.file);
-            let opened = File::open(&path).map_err(|error| error.to_string());
+            let opened = files::open(&path).map_err(|error| error.to_string());
             let source = opened.map(|file| ShardSource::File { file, path: path.clone() });
             if let Err(message) = source.and_then(|source| records.add(source, shard.bytes)) {
                 faults.push(CheckpointError::new(&path, message));
@@ -268,9 +269,8 @@ impl Records {
 
 /// Compares the checksums of all shards, on as many threads as there are cores.
 fn verify_all(manifest: &Manifest, dir: &Path) -> Result<(), Vec<CheckpointError>> {
-    use rayon::prelude::*;
-    let faults: Vec<CheckpointError> =
-        manifest.shards.par_iter().filter_map(|shard| shard.verify(dir).err()).collect();
+    let checked = files::map_parallel(&manifest.shards, |shard| shard.verify(dir));
+    let faults: Vec<CheckpointError> = checked.into_iter().filter_map(Result::err).collect();
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
 

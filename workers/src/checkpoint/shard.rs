@@ -48,14 +48,13 @@ pub fn shard_bytes(mut snapshot: Snapshot, mut buffer: Vec<u8>) -> io::Result<Ve
     Ok(buffer)
 }
 
-/// Writes the bytes of a rank's shard into a folder, which is made if it is not there; synced.
+/// Writes the bytes of a rank's shard into an existing folder, synced.
 ///
 /// **Errors**: what the system says, with the path.
 pub fn write_shard_bytes(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, RankError> {
     let file = shard_name(rank);
     let path = dir.join(&file);
     let write = || {
-        std::fs::create_dir_all(dir)?;
         let mut out = HashedFile::create(&path)?;
         out.write(bytes)?;
         out.finish()

@@ -7,6 +7,7 @@
 //! pins all of it. Nothing is ever downloaded.
 
 use super::corpus::Document;
+use contraflow_runtime::files;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -135,7 +136,7 @@ impl ListedCrate {
             if self.skip.iter().any(|prefix| path.starts_with(prefix)) {
                 continue;
             }
-            let text = std::fs::read(folder.join(&path)).map_err(unreadable(folder.join(&path)))?;
+            let text = files::read(&folder.join(&path)).map_err(unreadable(folder.join(&path)))?;
             num_bytes += text.len();
             if num_bytes > CRATE_LIMIT_BYTES {
                 break;

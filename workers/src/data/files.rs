@@ -6,6 +6,7 @@
 use super::corpus::Document;
 use super::jsonl::{self, LineFault};
 use super::parquet_file;
+use contraflow_runtime::files::{self, Refused};
 use std::collections::HashSet;
 use std::fs;
 use std::io::{self, Read};
@@ -27,6 +28,14 @@ pub enum DataFault {
         path: PathBuf,
         /// What the system said.
         reason: String,
+    },
+    /// It is neither a regular file nor a folder, or a link leads out of the data root.
+    #[error("{}: expected a file or a folder, got {why}", path.display())]
+    Refused {
+        /// The path as given, or the one inside the folder.
+        path: PathBuf,
+        /// What is there.
+        why: Refused,
     },
     /// A file without a byte.
     #[error("{}: expected text, the file is empty", path.display())]
@@ -113,7 +122,7 @@ pub(super) fn read(paths: &[PathBuf]) -> Result<Found, Vec<DataFault>> {
 impl Found {
     fn read_named(&mut self, path: &Path) -> Result<(), DataFault> {
         let path = path.to_path_buf();
-        match fs::metadata(&path) {
+        match files::metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DataFault::Missing { path }),
             Err(error) => Err(unreadable(&path, &error)),
             Ok(metadata) if metadata.is_dir() => self.read_named_folder(path),
@@ -125,7 +134,7 @@ impl Found {
                 }
             }
             Ok(_) => {
-                let text = fs::read(&path).map_err(|error| unreadable(&path, &error))?;
+                let text = files::read(&path).map_err(|error| unreadable(&path, &error))?;
                 if text.is_empty() {
                     return Err(DataFault::Empty { path });
                 }
@@ -147,21 +156,21 @@ impl Found {
         Err(DataFault::NoText { path, num_not_text, num_hidden })
     }
 
-    /// Reads a folder in sorted order and says whether any text was in it. A link to a folder is not
-    /// followed: it may lead back to where we came from.
+    /// Reads a folder in sorted order and says whether any text was in it.
     fn read_folder(&mut self, folder: &Path) -> Result<bool, DataFault> {
         let mut any_text = false;
         for entry in sorted_entries(folder)? {
             let path = entry.path();
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                self.num_hidden += 1;
-            } else if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                any_text |= self.read_folder(&path)?;
-            } else if FileFormat::of(&path) != FileFormat::Text && path.is_file() {
-                any_text |= self.read_rows(&path)?;
-            } else if path.is_file() {
-                any_text |= self.read_found_file(&path).map_err(|error| unreadable(&path, &error))?;
-            }
+            any_text |= match Entry::of(&entry)? {
+                Entry::Hidden => {
+                    self.num_hidden += 1;
+                    false
+                }
+                Entry::Skipped => false,
+                Entry::Folder => self.read_folder(&path)?,
+                Entry::File if FileFormat::of(&path) != FileFormat::Text => self.read_rows(&path)?,
+                Entry::File => self.read_found_file(&path).map_err(|error| unreadable(&path, &error))?,
+            };
         }
         Ok(any_text)
     }
@@ -179,7 +188,7 @@ impl Found {
 
     fn read_found_file(&mut self, path: &Path) -> io::Result<bool> {
         // A look at the head keeps weights and archives, which may be huge, out of memory.
-        let mut file = fs::File::open(path)?;
+        let mut file = files::reader(path)?;
         let mut text = Vec::new();
         file.by_ref().take(HEAD_BYTES).read_to_end(&mut text)?;
         if !text.contains(&0) {
@@ -248,7 +257,7 @@ fn each_piece<E: From<DataFault>>(
     path: &Path,
     emit: &mut dyn FnMut(Document) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut file = fs::File::open(path).map_err(|error| unreadable(path, &error))?;
+    let mut file = files::reader(path).map_err(|error| unreadable(path, &error))?;
     let (mut text, mut offset) = (Vec::new(), 0);
     loop {
         let wanted = PIECE_BYTES - text.len() as u64;
@@ -285,59 +294,91 @@ fn cut_within(text: &[u8]) -> usize {
 ///
 /// **Errors**: all faults, in the order of the paths.
 pub(super) fn list(paths: &[PathBuf]) -> Result<Vec<PathBuf>, Vec<DataFault>> {
-    let (mut files, mut faults) = (Vec::new(), Vec::new());
+    let (mut found, mut faults) = (Vec::new(), Vec::new());
     for path in paths {
-        let before = files.len();
-        let listed = match fs::metadata(path) {
+        let before = found.len();
+        let listed = match files::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(DataFault::Missing { path: path.clone() })
             }
             Err(error) => Err(unreadable(path, &error)),
-            Ok(metadata) if metadata.is_dir() => list_folder(path, &mut files),
-            Ok(_) => {
-                files.push(path.clone());
-                Ok(())
-            }
+            Ok(metadata) if metadata.is_dir() => list_folder(path, &mut found),
+            Ok(_) => match files::open(path) {
+                Err(error) => Err(unreadable(path, &error)),
+                Ok(_) => {
+                    found.push(path.clone());
+                    Ok(())
+                }
+            },
         };
         faults.extend(listed.err());
-        if faults.is_empty() && files.len() == before {
+        if faults.is_empty() && found.len() == before {
             faults.push(DataFault::NoText { path: path.clone(), num_not_text: 0, num_hidden: 0 });
         }
     }
-    if faults.is_empty() { Ok(files) } else { Err(faults) }
+    if faults.is_empty() { Ok(found) } else { Err(faults) }
 }
 
-fn list_folder(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), DataFault> {
+fn list_folder(folder: &Path, found: &mut Vec<PathBuf>) -> Result<(), DataFault> {
     for entry in sorted_entries(folder)? {
         let path = entry.path();
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
-        }
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            list_folder(&path, files)?;
-        } else if path.is_file() {
-            let mut head = Vec::new();
-            let read = fs::File::open(&path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head));
-            read.map_err(|error| unreadable(&path, &error))?;
-            if FileFormat::of(&path) == FileFormat::Parquet || !head.contains(&0) {
-                files.push(path);
+        match Entry::of(&entry)? {
+            Entry::Hidden | Entry::Skipped => {}
+            Entry::Folder => list_folder(&path, found)?,
+            Entry::File => {
+                let mut head = Vec::new();
+                let read = files::reader(&path).and_then(|file| file.take(HEAD_BYTES).read_to_end(&mut head));
+                read.map_err(|error| unreadable(&path, &error))?;
+                if FileFormat::of(&path) == FileFormat::Parquet || !head.contains(&0) {
+                    found.push(path);
+                }
             }
         }
     }
     Ok(())
 }
 
+/// What an entry of a folder is to a walk.
+enum Entry {
+    /// Its name begins with a dot.
+    Hidden,
+    /// A link to a folder, which may lead back to where the walk came from, or to nothing.
+    Skipped,
+    Folder,
+    /// Whatever else is there: one that is no regular file is refused when it is opened.
+    File,
+}
+
+impl Entry {
+    fn of(entry: &fs::DirEntry) -> Result<Self, DataFault> {
+        let path = entry.path();
+        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+            return Ok(Self::Hidden);
+        }
+        let kind = entry.file_type().map_err(|error| unreadable(&path, &error))?;
+        if kind.is_dir() {
+            return Ok(Self::Folder);
+        }
+        match files::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => Ok(Self::Skipped),
+            Ok(_) => Ok(Self::File),
+            Err(error) if kind.is_symlink() && error.kind() != io::ErrorKind::TimedOut => Ok(Self::Skipped),
+            Err(error) => Err(unreadable(&path, &error)),
+        }
+    }
+}
+
 fn sorted_entries(folder: &Path) -> Result<Vec<fs::DirEntry>, DataFault> {
-    let entries = fs::read_dir(folder).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
-    let mut entries = entries.map_err(|error| unreadable(folder, &error))?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    Ok(entries)
+    files::read_dir(folder).map_err(|error| unreadable(folder, &error))
 }
 
 const HEAD_BYTES: u64 = 8192;
 
 pub(super) fn unreadable(path: &Path, error: &io::Error) -> DataFault {
-    DataFault::Unreadable { path: path.into(), reason: error.to_string() }
+    match Refused::of(error) {
+        Some(why) => DataFault::Refused { path: path.into(), why: why.clone() },
+        None => DataFault::Unreadable { path: path.into(), reason: error.to_string() },
+    }
 }
 
 /// The first sign that `bytes` are no text, and where it is.
@@ -349,82 +390,4 @@ fn first_binary(bytes: &[u8]) -> Option<(&'static str, usize)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn folder_with(files: &[(&str, &[u8])]) -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        for (path, text) in files {
-            let path = folder.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-        folder
-    }
-
-    #[test]
-    fn folders_are_read_recursively_in_sorted_order_and_the_rest_is_counted() {
-        let folder = folder_with(&[
-            ("b.txt", b"b"),
-            ("a/z.md", b"z"),
-            ("a/c.rs", b"c"),
-            ("a/copy.rs", b"b"),
-            ("empty.txt", b""),
-            (".hidden/x", b"x"),
-            (".dot", b"x"),
-            ("nul.bin", b"ab\0"),
-            ("latin1.txt", b"caf\xe9"),
-        ]);
-        let found = read(&[folder.path().into()]).unwrap();
-        let texts: Vec<&[u8]> = found.documents.iter().map(|document| document.text.as_slice()).collect();
-        // a/copy.rs comes before b.txt, so it is the one that is kept.
-        assert_eq!(texts, [b"c", b"b", b"z"]);
-        assert_eq!((found.num_hidden, found.num_not_text), (2, 2));
-    }
-
-    #[test]
-    fn files_come_in_the_order_named_and_once() {
-        let folder = folder_with(&[("a", b"first"), (".b", b"second")]);
-        let (a, b) = (folder.path().join("a"), folder.path().join(".b"));
-        let found = read(&[b.clone(), a.clone(), folder.path().into()]).unwrap();
-        let names: Vec<_> = found.documents.iter().map(|document| document.name.clone()).collect();
-        assert_eq!(names, [b.display().to_string(), a.display().to_string()]);
-    }
-
-    #[test]
-    fn all_faults_are_reported_at_once_each_with_its_path() {
-        let folder = folder_with(&[
-            ("empty", b""),
-            ("nul", b"ab\0c"),
-            ("bad", b"abc\xff"),
-            ("bin/x", b"\0"),
-            ("ok", b"ok"),
-        ]);
-        let paths: Vec<PathBuf> = ["missing", "empty", "ok", "nul", "bad", "bin"]
-            .iter()
-            .map(|name| folder.path().join(name))
-            .collect();
-        let error_text: Vec<String> = read(&paths).unwrap_err().iter().map(ToString::to_string).collect();
-        let root = folder.path().display();
-        assert_eq!(
-            error_text,
-            [
-                format!("{root}/missing: no such file or folder"),
-                format!("{root}/empty: expected text, the file is empty"),
-                format!("{root}/nul: expected UTF-8 text, found a NUL byte at byte 2"),
-                format!("{root}/bad: expected UTF-8 text, found invalid UTF-8 at byte 3"),
-                format!(
-                    "{root}/bin: expected at least one text file, found none (binary files 1, hidden entries 0)"
-                ),
-            ]
-        );
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn a_link_back_to_the_folder_does_not_loop() {
-        let folder = folder_with(&[("a", b"text")]);
-        std::os::unix::fs::symlink(folder.path(), folder.path().join("loop")).unwrap();
-        assert_eq!(read(&[folder.path().into()]).unwrap().documents.len(), 1);
-    }
-}
+mod tests;

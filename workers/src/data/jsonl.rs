@@ -2,10 +2,10 @@
 //!
 //! Read a line at a time, so that a file of any size passes through bounded memory. Knows nothing of how documents are used.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use contraflow_runtime::files::reader;
 use serde::Deserialize;
 
 use super::corpus::Document;
@@ -59,11 +59,11 @@ pub(super) fn each<E: From<DataFault>>(
     emit: &mut dyn FnMut(Document) -> Result<(), E>,
 ) -> Result<(), E> {
     let broken = |fault| DataFault::Line { path: path.into(), fault };
-    let mut reader = BufReader::new(File::open(path).map_err(|error| unreadable(path, &error))?);
+    let mut lines = BufReader::new(reader(path).map_err(|error| unreadable(path, &error))?);
     let mut bytes = Vec::new();
     for line in 1.. {
         bytes.clear();
-        let read = reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
+        let read = lines.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
         let read = read.map_err(|error| unreadable(path, &error))?;
         if read == 0 {
             break;

@@ -4,19 +4,20 @@
 //! read at any place. Knows nothing of what the bytes mean.
 #![allow(unsafe_code)]
 
-use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
+
+use contraflow_runtime::files;
 
 /// The bytes of a file, read only.
 #[derive(Debug)]
 pub(super) struct MappedFile(memmap2::Mmap);
 
 impl MappedFile {
-    /// Maps a whole file. **Errors**: what the system says.
+    /// Maps a whole file. **Errors**: as [`files::open`].
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = files::open(path)?;
         // SAFETY: the mapping is read only and private to this value. Shards come into being by a rename of a finished
         // file and nothing of ours writes to one again; no one else is to cut a file short under a running job.
         Ok(Self(unsafe { memmap2::Mmap::map(&file)? }))

@@ -80,8 +80,8 @@ pub fn tokenizer_files(dir: &Path) -> Result<Vec<String>, TokenizerFault> {
         got: error.to_string(),
     };
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        names.extend(entry.map_err(failed)?.file_name().into_string().ok());
+    for entry in contraflow_runtime::files::read_dir(dir).map_err(failed)? {
+        names.extend(entry.file_name().into_string().ok());
     }
     names.retain(|name| is_tokenizer_file(name));
     names.sort();
@@ -162,7 +162,7 @@ fn read_json(dir: &Path, file: &str) -> Result<Option<Map<String, Value>>, Token
         expected: expected.into(),
         got,
     };
-    let text = match std::fs::read_to_string(&path) {
+    let text = match contraflow_runtime::files::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(fault("a file that can be read", error.to_string())),

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use contraflow_runtime::files;
 use parquet::basic::Type;
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
@@ -30,7 +31,7 @@ pub(super) fn each<E: From<DataFault>>(
         path: path.into(),
         reason: error.to_string(),
     };
-    let file = File::open(path).map_err(|error| unreadable(path, &error))?;
+    let file = files::open(path).map_err(|error| unreadable(path, &error))?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let column = find_column(path, &reader)?;
     let mut row_number = 0;
@@ -47,8 +48,10 @@ pub(super) fn each<E: From<DataFault>>(
         loop {
             levels.clear();
             values.clear();
+            let call = files::call(path).map_err(|error| unreadable(path, &error))?;
             let (rows, ..) =
                 column.read_records(ROWS, Some(&mut levels), None, &mut values).map_err(broken)?;
+            drop(call);
             if rows == 0 {
                 break;
             }

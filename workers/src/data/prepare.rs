@@ -168,7 +168,7 @@ const CLAIM: &str = "preparing";
 
 fn claim(to: &Path, input: &str) -> Result<(), PrepareFault> {
     let path = to.join(CLAIM);
-    match fs::read_to_string(&path) {
+    match contraflow_runtime::files::read_to_string(&path) {
         Ok(claimed) if claimed == input => Ok(()),
         Ok(_) => Err(other_contents(to)),
         Err(_) => {
@@ -230,7 +230,7 @@ impl<'a> Writer<'a> {
     ) -> Result<Self, PrepareFault> {
         let mut units: Vec<Unit> = Vec::new();
         // A record that cannot be read ends what is kept: the unit is made again.
-        while let Some(unit) = fs::read(unit_path(&preparation.to, units.len()))
+        while let Some(unit) = contraflow_runtime::files::read(&unit_path(&preparation.to, units.len()))
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok())
         {

@@ -51,7 +51,7 @@ impl Tokenizer {
             expected: "a tokenizer.json".into(),
             got,
         };
-        let json = std::fs::read(path).map_err(|error| fault(error.to_string()))?;
+        let json = contraflow_runtime::files::read(path).map_err(|error| fault(error.to_string()))?;
         let tokenizer = HfTokenizer::from_json(&json, end_of_document)
             .map_err(|wrong| TokenizerFault { file: path.display().to_string(), ..wrong })?;
         Ok(Self::Hf(std::sync::Arc::new(tokenizer)))

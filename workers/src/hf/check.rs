@@ -3,9 +3,9 @@
 //! Knows files, names and shapes; no layers and no ranks.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::Path;
 
+use contraflow_runtime::files;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use serde::{Deserialize, Serialize};
 
@@ -75,8 +75,7 @@ pub fn check_against(config: &ModelConfig, dir: &Path) -> Result<(), Vec<String>
 /// **Errors**: every fault, with the file.
 pub fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
     let path = dir.join("config.json");
-    let text =
-        std::fs::read_to_string(&path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
+    let text = files::read_to_string(&path).map_err(|error| vec![format!("{}: {error}", path.display())])?;
     ModelConfig::from_hf_json(&text).map_err(|faults| {
         faults.to_string().lines().map(|fault| format!("{}: {fault}", path.display())).collect()
     })
@@ -85,7 +84,7 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig, Vec<String>> {
 /// The faults of the files that a [`Checksums`] names; none where there is no seal.
 fn checksum_faults(dir: &Path) -> Vec<String> {
     let path = dir.join(CHECKSUMS_FILE);
-    let text = match std::fs::read_to_string(&path) {
+    let text = match files::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => return vec![format!("{}: {error}", path.display())],
@@ -123,7 +122,7 @@ fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
         return reported(format!("expected {} bytes, got {size}{word}", checksums.bytes));
     }
     let mut hasher = blake3::Hasher::new();
-    match File::open(path).and_then(|file| hasher.update_reader(file).map(|_| ())) {
+    match files::reader(path).and_then(|file| hasher.update_reader(file).map(|_| ())) {
         Err(error) => reported(error.to_string()),
         Ok(()) => {
             let got = hasher.finalize().to_hex();

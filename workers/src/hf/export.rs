@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::files::sync_dir;
+use contraflow_runtime::files::{self, sync_dir};
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use safetensors::Dtype;
 
@@ -141,7 +141,7 @@ impl Export<'_> {
         files
             .map(|name| {
                 let path = self.companions.join(&name);
-                Ok((name, std::fs::read(&path).map_err(file_error(&path))?))
+                Ok((name, files::read(&path).map_err(file_error(&path))?))
             })
             .collect()
     }

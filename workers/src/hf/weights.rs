@@ -12,6 +12,7 @@ use contraflow_kernels::host::{HostValues, HostValuesMut};
 use contraflow_kernels::tensor::{Tensor, View};
 use contraflow_runtime::checkpoint::MANIFEST_FILE;
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::files;
 use contraflow_runtime::model_config::is_derived_buffer;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -155,7 +156,7 @@ impl HfWeights {
         }
         let (from, to) = place.info.data_offsets;
         let mut bytes = vec![0; to - from];
-        let mut file = File::open(&place.file).map_err(file_error(&place.file))?;
+        let mut file = files::open(&place.file).map_err(file_error(&place.file))?;
         file.seek(SeekFrom::Start(place.start)).map_err(file_error(&place.file))?;
         file.read_exact(&mut bytes).map_err(file_error(&place.file))?;
         Ok(to_f32(&bytes, place.info.dtype))
@@ -187,7 +188,7 @@ fn single_file() -> Listed {
 }
 
 fn indexed_tensors(index: &Path) -> Result<Listed, RankError> {
-    let text = std::fs::read_to_string(index).map_err(file_error(index))?;
+    let text = files::read_to_string(index).map_err(file_error(index))?;
     parse_index(&text).map_err(|message| content_error(index, message))
 }
 
@@ -214,7 +215,7 @@ pub fn parse_index(text: &str) -> Result<Listed, String> {
 }
 
 fn open_header(path: &Path) -> Result<Vec<(String, TensorLocation)>, RankError> {
-    let mut file = File::open(path).map_err(file_error(path))?;
+    let mut file = files::open(path).map_err(file_error(path))?;
     let size = file.metadata().map_err(file_error(path))?.len();
     let (length, metadata) = read_header(&mut file, size).map_err(|message| content_error(path, message))?;
     let place = |(name, info): (String, &TensorInfo)| {

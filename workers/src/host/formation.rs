@@ -38,6 +38,8 @@ pub(super) struct Formation {
     /// The last answer to a commit.
     pub(super) committed: Option<v1::Committed>,
     pub(super) prepared: Option<Arc<Prepared>>,
+    /// The task that reads what it needs, until that is done or given up.
+    pub(super) reading: Option<u64>,
     ranks: Vec<Rank>,
     /// Of the whole formation.
     world: usize,
@@ -63,6 +65,7 @@ impl Formation {
             durable: 0,
             committed: None,
             prepared: None,
+            reading: None,
             ranks: ranks_of(&assign.ranks)?,
             world: assign.workers.len(),
             running: None,

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_proto::v1;
-use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, JobFolder, Manifest, Owner, Position};
+use contraflow_runtime::checkpoint::{
+    CheckpointFolder, Companions, JobFolder, Manifest, Owner, Position, Storage,
+};
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
@@ -17,7 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::provenance::{companions, manifest};
 use crate::data::batches::Datasets;
 use crate::data::from_recipe::{Text, load_text};
-use crate::error::RankError;
+use crate::error::{ErrorKind, RankError};
 
 /// Minimum number of retained checkpoints: that of the newest commit, and the previous one, which the orchestrator resumes
 /// from if it never learns of the commit.
@@ -27,7 +29,7 @@ const LEAST_KEPT: usize = 2;
 #[derive(Clone, Debug)]
 pub struct Roots {
     /// Shared by all workers.
-    pub storage: PathBuf,
+    pub storage: Storage,
     /// What paths of recipes are relative to, if any may be named.
     pub data: Option<PathBuf>,
 }
@@ -129,7 +131,7 @@ impl Prepared {
         // From memory it continues the history in which everything here was committed.
         let newest = assign.memory.is_none().then_some(assign.resume_step);
         let dir = self.job.path();
-        self.tidy(&assign.recipe, newest).map_err(RankError::file(dir))
+        self.tidy(&assign.recipe, newest).map_err(|error| RankError::file(dir)(error).in_storage())
     }
 
     fn tidy(&self, recipe: &str, newest: Option<u64>) -> std::io::Result<()> {
@@ -146,19 +148,23 @@ impl Prepared {
 
     /// Puts in place what the ranks have written.
     ///
-    /// **Errors**: a message.
-    pub fn commit(&self, what: What) -> Result<(), String> {
+    /// **Errors**: the storage is gone or cannot be written; the folder is another job's; a malformed command.
+    pub fn commit(&self, what: What) -> Result<(), RankError> {
+        let missing = |what: &str| RankError::Content {
+            path: "the commit".into(),
+            message: format!("expected {what}"),
+        };
         match what {
             What::Checkpoint(v1::Checkpoint { position, watch, shards, last_checkpoint }) => {
-                let position: Position = position.ok_or("a checkpoint without a position")?.into();
-                let watch = watch.ok_or("a checkpoint without a stability state")?.into();
+                let position: Position = position.ok_or_else(|| missing("a position"))?.into();
+                let watch = watch.ok_or_else(|| missing("a stability state"))?.into();
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
                 let folder = self.folder.clone().pinning(last_checkpoint);
-                folder.commit(&manifest, &self.companions, self.keep).map_err(|error| error.to_string())
+                Ok(folder.commit(&manifest, &self.companions, self.keep)?)
             }
             What::Weights(v1::Weights { files }) => {
-                self.job.verify().map_err(|error| error.to_string())?;
+                self.job.verify()?;
                 let dir = self.export_dir();
                 if !dir.exists() && self.job.path().join("model").exists() {
                     // Done before, with an answer that was lost.
@@ -166,7 +172,7 @@ impl Prepared {
                 }
                 let files: Vec<ExportedFile> = files.into_iter().map(Into::into).collect();
                 publish_weights(&dir, &files, &self.recipe.model_config.to_hf_json())
-                    .map_err(|error| format!("{}: {error}", dir.display()))
+                    .map_err(|error| RankError::file(&dir)(error).in_storage())
             }
         }
     }
@@ -193,7 +199,7 @@ fn resume(
     }
     let dir = folder.committed(assign.resume_step);
     let mut checkpoint =
-        Checkpoint::open(&dir).map_err(|faults| match faults.0.iter().any(|f| f.is_of_node) {
+        Checkpoint::open(&dir).map_err(|faults| match faults.0.iter().any(|fault| fault.kind == ErrorKind::Node) {
             true => RankError::from(faults),
             false => RankError::Damaged { dir: dir.display().to_string(), message: faults.to_string() },
         })?;

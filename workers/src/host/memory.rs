@@ -138,8 +138,9 @@ fn write_part(
         path: "memory".into(),
         message: format!("has no state of rank {rank} after step {}", order.step),
     })?;
-    let dir = prepared.folder.unfinished(order.step);
-    let shard = crate::checkpoint::write_shard_bytes(&dir, rank.index(), &replica.bytes)?;
+    let dir = prepared.folder.make_unfinished(order.step)?;
+    let written = crate::checkpoint::write_shard_bytes(&dir, rank.index(), &replica.bytes);
+    let shard = written.map_err(RankError::in_storage)?;
     let (position, watch) = (replica.position, replica.watch.clone());
     Ok(RankEvent::ShardSaved { rank, position, watch, shard })
 }

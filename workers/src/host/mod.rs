@@ -12,7 +12,7 @@ mod log;
 mod log_levels;
 mod memory;
 mod orders;
-mod storage_id;
+mod reading;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -20,9 +20,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
+use contraflow_runtime::checkpoint::Storage;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::files;
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, JobId};
@@ -35,7 +37,6 @@ use self::formation::Formation;
 use self::job::{LoadedData, Prepared};
 use self::link::{Link, LinkTarget};
 use self::memory::Memory;
-use self::storage_id::storage_id;
 use crate::error::RankError;
 
 pub use self::link::describe;
@@ -101,7 +102,7 @@ enum Input {
 struct Host {
     settings: Settings,
     id: u64,
-    storage_id: String,
+    storage: Storage,
     listener: Listener,
     inputs: mpsc::UnboundedSender<Input>,
     link: Option<Link>,
@@ -136,9 +137,11 @@ pub async fn run(
 ) -> Result<(), String> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
+    let storage = |error: std::io::Error| format!("--storage {}: {error}", settings.storage.display());
+    settings.data_root.iter().for_each(|root| files::confine(root));
     let mut host = Host {
         id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),
-        storage_id: storage_id(&settings.storage)?,
+        storage: Storage::open(&settings.storage).map_err(storage)?,
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,
         link: None,
@@ -177,6 +180,7 @@ pub async fn run(
 impl Host {
     /// Beats, or tries to reach the orchestrator.
     fn tick(&mut self) {
+        self.give_up_stuck();
         match &mut self.link {
             Some(link) => {
                 let progress = self.formations.values().flat_map(Formation::progress);
@@ -201,7 +205,7 @@ impl Host {
                     facts: self.facts,
                     memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
                     memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
-                    storage_id: self.storage_id.clone(),
+                    storage_id: self.storage.mark().to_owned(),
                     left: self.memory.of_left(|job| self.formations.contains_key(&job)),
                     cores: self.settings.cores as u64,
                     peak_flops: self.settings.peak_flops,

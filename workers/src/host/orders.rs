@@ -3,6 +3,7 @@
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{decode_command, encode_event, formation_of, job_of};
+use contraflow_runtime::files::in_task;
 use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 use v1::from_worker::Message as Up;
@@ -11,7 +12,7 @@ use v1::to_worker::Message as Down;
 use super::formation::Formation;
 use super::job::{Prepared, Roots};
 use super::memory::WriteShards;
-use super::{Host, Input, memory};
+use super::{Host, Input, memory, reading};
 use crate::error::RankError;
 
 impl Host {
@@ -86,7 +87,7 @@ impl Host {
     fn assign(&mut self, assign: v1::Assign) -> Result<(), String> {
         let id = formation_of(assign.job, assign.generation)?;
         let FormationId { job, generation } = id;
-        let formation = Formation::new(id, &assign)?;
+        let mut formation = Formation::new(id, &assign)?;
         if let Some(before) = self.formations.get(&job) {
             if before.id >= id {
                 return Ok(());
@@ -95,14 +96,17 @@ impl Host {
             self.leave(before, "superseded by another formation");
         }
         self.memory.enter(id, assign.memory.as_ref());
+        let task = reading::begin(&mut formation, &self.inputs);
         self.formations.insert(job, formation);
+        let Some(task) = task else { return Ok(()) };
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
-        let roots = Roots { storage: self.settings.storage.clone(), data: self.settings.data_root.clone() };
+        let roots = Roots { storage: self.storage.clone(), data: self.settings.data_root.clone() };
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
-            let result = RankError::catch(|| Prepared::new(id, &assign, &roots, loaded));
+            let prepare = || RankError::catch(|| Prepared::new(id, &assign, &roots, loaded));
+            let result = in_task(task, prepare);
             let (assign, result) = (Box::new(assign), result.map(Box::new));
             drop(inputs.send(Input::Prepared { formation: id, assign, result }));
         });
@@ -119,6 +123,10 @@ impl Host {
         let Some(formation) = self.formations.get_mut(&job).filter(|formation| formation.id == id) else {
             return;
         };
+        if formation.reading.take().is_none() {
+            // Given up before: it has been reported as failed.
+            return;
+        }
         let started = result.and_then(|prepared| {
             self.loaded.insert(job, prepared.loaded());
             self.settings.log_levels.set(job, prepared.recipe.log.level);
@@ -154,8 +162,11 @@ impl Host {
         };
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
-            let error = prepared.commit(what).err().unwrap_or_default();
-            let answer = v1::Committed { job, generation, position, error };
+            let failed = RankError::catch(|| prepared.commit(what)).err();
+            let (error, kind) = failed.map_or_else(Default::default, |failed| {
+                (failed.to_string(), failed.kind().name().to_owned())
+            });
+            let answer = v1::Committed { job, generation, position, error, kind };
             drop(inputs.send(Input::Committed { formation, answer }));
         });
         Ok(())

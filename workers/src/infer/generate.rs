@@ -51,7 +51,7 @@ impl Generator {
     pub fn load(dir: &Path) -> Result<Self, RankError> {
         let path = dir.join("config.json");
         let content = |message: String| RankError::Content { path: path.display().to_string(), message };
-        let text = std::fs::read_to_string(&path)
+        let text = contraflow_runtime::files::read_to_string(&path)
             .map_err(|source| RankError::File { path: path.display().to_string(), source })?;
         let config = ModelConfig::from_hf_json(&text).map_err(|faults| content(faults.to_string()))?;
         // Before memory is taken for what the configuration says.

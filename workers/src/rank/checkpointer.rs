@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Position, ShardFile};
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::fabric::StorageUse;
 use contraflow_runtime::failpoint::failpoint;
@@ -26,8 +26,8 @@ use crate::model::params::{Params, RankParams, gate_bias_name};
 pub enum CheckpointerMessage {
     /// Write the rank's part of a checkpoint; the answer is [`RankMessage::Saved`].
     Save {
-        /// The folder; it is made if it is not there.
-        dir: PathBuf,
+        /// Where checkpoints are kept.
+        folder: CheckpointFolder,
         /// This rank.
         rank: usize,
         /// Position of the run.
@@ -43,6 +43,8 @@ pub enum CheckpointerMessage {
     Export {
         /// The folder; it exists.
         dir: PathBuf,
+        /// Where checkpoints are kept beside it, if anywhere.
+        folder: Option<CheckpointFolder>,
         /// This rank.
         rank: usize,
         /// All ranks of the job.
@@ -120,34 +122,42 @@ fn yield_to_training() {
 
 /// Writes a rank's part of a checkpoint into its folder.
 ///
-/// **Errors**: what the system says, with the path.
-fn save(dir: &Path, rank: usize, snapshot: Snapshot) -> Result<ShardFile, RankError> {
-    let path = || dir.display().to_string();
-    std::fs::create_dir_all(dir).map_err(|source| RankError::File { path: path(), source })?;
+/// **Errors**: what the system says, with the path, or that the storage is gone.
+fn save(
+    folder: &CheckpointFolder,
+    (step, rank): (u64, usize),
+    snapshot: Snapshot,
+) -> Result<ShardFile, RankError> {
+    let dir = folder.make_unfinished(step)?;
     failpoint("checkpoint.folder-made");
-    write_shard(dir, &shard_name(rank), snapshot)
+    write_shard(&dir, &shard_name(rank), snapshot).map_err(|error| blame(folder, error))
+}
+
+/// A storage that went away while something was written is the cause of whatever else was said.
+fn blame(folder: &CheckpointFolder, error: RankError) -> RankError {
+    folder.verify().map_or_else(RankError::from, |()| error.in_storage())
 }
 
 /// The same, tried again for `retry` while storage fails and `failed`, which gets to know each failure, says that it is wanted.
 ///
 /// **Errors**: those of the last try.
 fn save_until(
-    dir: &Path,
-    rank: usize,
+    folder: &CheckpointFolder,
+    (step, rank): (u64, usize),
     snapshot: Snapshot,
     retry: Duration,
     failed: impl Fn(String) -> bool,
 ) -> Result<ShardFile, RankError> {
     if retry.is_zero() {
-        return save(dir, rank, snapshot);
+        return save(folder, (step, rank), snapshot);
     }
     let began = Instant::now();
     for failures in 0.. {
-        match save(dir, rank, snapshot.clone()) {
-            Err(RankError::File { path, source }) if began.elapsed() < retry => {
+        match save(folder, (step, rank), snapshot.clone()) {
+            Err(RankError::Storage { message }) if began.elapsed() < retry => {
                 let wait = backoff(failures);
-                if !failed(format!("{path}: {source}; tried again in {} s", wait.as_secs())) {
-                    return Err(RankError::File { path, source });
+                if !failed(format!("{message}; tried again in {} s", wait.as_secs())) {
+                    return Err(RankError::Storage { message });
                 }
                 std::thread::sleep(wait);
             }
@@ -180,17 +190,18 @@ impl Actor for Checkpointer {
         (rank_actor, probe): &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CheckpointerMessage::Save { dir, rank, position, snapshot, storage, retry } => {
+            CheckpointerMessage::Save { folder, rank, position, snapshot, storage, retry } => {
                 probe.at(ProbePoint::Actor { rank, step: position.step, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 let write = move || {
                     yield_to_training();
                     let watch = snapshot.watch.clone();
+                    let id = (position.step, rank);
                     let failed = |cause| {
                         rank_actor.cast(RankMessage::SaveFailed { step: position.step, cause }).is_ok()
                     };
                     let result =
-                        RankError::catch(|| Ok((watch, save_until(&dir, rank, *snapshot, retry, failed)?)));
+                        RankError::catch(|| Ok((watch, save_until(&folder, id, *snapshot, retry, failed)?)));
                     drop(storage);
                     // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));
@@ -198,11 +209,19 @@ impl Actor for Checkpointer {
                 // A thread of its own: a priority that has been lowered cannot be raised again.
                 std::thread::Builder::new().name("checkpoint".into()).spawn(write)?;
             }
-            CheckpointerMessage::Export { dir, rank, world, config, params } => {
+            CheckpointerMessage::Export { dir, folder, rank, world, config, params } => {
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
-                    let result = RankError::catch(|| export(&dir, rank, world, &config, &params));
+                    let write = || {
+                        folder.iter().try_for_each(CheckpointFolder::verify)?;
+                        let exported = export(&dir, rank, world, &config, &params);
+                        exported.map_err(|error| match &folder {
+                            Some(folder) => blame(folder, error),
+                            None => error,
+                        })
+                    };
+                    let result = RankError::catch(write);
                     // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Exported { params, result }));
                 });

@@ -46,10 +46,10 @@ impl RankState {
         joined.saves.begin();
         let folder =
             joined.assignment.checkpoints.as_ref().ok_or(RankError::ActorGone { actor: "the storage" })?;
-        let dir = folder.unfinished(position.step);
+        let folder = folder.clone();
         let storage = joined.assignment.endpoint.use_storage();
         let retry = if goes_on { Duration::ZERO } else { joined.assignment.save_timeout };
-        let save = CheckpointerMessage::Save { dir, rank, position, snapshot, storage, retry };
+        let save = CheckpointerMessage::Save { folder, rank, position, snapshot, storage, retry };
         joined.children.checkpointer.cast(save).map_err(gone("the checkpointer"))?;
         self.go_on(goes_on)
     }
@@ -67,9 +67,9 @@ impl RankState {
                 (self.events)(RankEvent::ShardSaved { rank, position, watch, shard });
             }
             // The training does not depend on one checkpoint, but on the last one.
-            Err(RankError::File { path, source }) if !is_last => {
+            Err(RankError::Storage { message }) if !is_last => {
                 let wait = self.joined()?.saves.fail();
-                let cause = format!("{path}: {source}; tried again in {} s", wait.as_secs());
+                let cause = format!("{message}; tried again in {} s", wait.as_secs());
                 self.save_failed(position.step, cause);
             }
             Err(error) => {
@@ -145,7 +145,8 @@ impl RankState {
         let params = Box::new(joined.take_params(experts)?);
         let world = joined.assignment.recipe.topology().world();
         let config = Box::new(joined.assignment.recipe.model_config.clone());
-        let export = CheckpointerMessage::Export { dir, rank, world, config, params };
+        let folder = joined.assignment.checkpoints.clone();
+        let export = CheckpointerMessage::Export { dir, folder, rank, world, config, params };
         joined.children.checkpointer.cast(export).map_err(gone("the checkpointer"))
     }
 
