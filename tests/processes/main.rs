@@ -10,6 +10,9 @@ mod crash_loop;
 mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
+mod hostile;
+mod http2;
+mod operators;
 mod python;
 mod record;
 mod refusals;
@@ -19,3 +22,4 @@ mod states;
 mod storage;
 mod telemetry;
 mod tokenizer;
+mod withdrawn;
