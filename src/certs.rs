@@ -3,13 +3,13 @@
 //! A folder appears whole under its name or not at all, and nothing is ever overwritten.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use contraflow_orchestrator::server::access::{Role, Token, parse_tokens};
-use contraflow_orchestrator::server::files;
+use contraflow_orchestrator::server::access::{Revoked, Role, Token, fingerprint, parse_tokens};
+use contraflow_orchestrator::server::{files, fingerprint_of};
 use contraflow_runtime::random::from_system;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -38,6 +38,8 @@ enum CertsCommand {
     Init(Init),
     /// Issue a certificate for a client or worker, and print its token
     Issue(Issue),
+    /// Revoke a certificate and its token: calls are refused at once, open streams end within seconds
+    Revoke(Revoke),
 }
 
 #[derive(clap::Args, Debug)]
@@ -66,6 +68,16 @@ struct Issue {
     expires: u64,
 }
 
+#[derive(clap::Args, Debug)]
+struct Revoke {
+    /// Folder of the CA
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Name of the client or worker
+    #[arg(long)]
+    name: String,
+}
+
 /// Runs the command.
 ///
 /// **Errors**: code 2; something is there already, or the folder cannot be read or written.
@@ -73,6 +85,7 @@ pub fn run(args: &CertsArgs) -> Result<(), Failure> {
     match &args.command {
         CertsCommand::Init(args) => init(args),
         CertsCommand::Issue(args) => issue(args),
+        CertsCommand::Revoke(args) => revoke(args),
     }
 }
 
@@ -94,7 +107,11 @@ fn init(args: &Init) -> Result<(), Failure> {
             (files::CA_KEY, 0o600, ca_key.serialize_pem()),
             (files::SERVER, 0o644, server.pem()),
             (files::SERVER_KEY, 0o600, key.serialize_pem()),
-            (files::TOKENS, 0o600, "# NAME ROLE EXPIRES HASH; removing a line revokes its token\n".into()),
+            (
+                files::TOKENS,
+                0o600,
+                "# NAME ROLE EXPIRES HASH FINGERPRINT; removing a line revokes its token\n".into(),
+            ),
         ],
     )
     .map_err(|error| is_taken(dir, "--dir", &error))?;
@@ -133,14 +150,16 @@ fn issue(args: &Issue) -> Result<(), Failure> {
         .map_err(|error| Failure::input(format!("{}: {error}", dir.display())))?;
     let secret = secret().map_err(|error| Failure::run(error.to_string()))?;
     let since = until.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let token = Token { name: name.clone(), role: *role, expires: since, hash: Token::hash(&secret) };
+    let certificate = Some(fingerprint(own.der()));
+    let token =
+        Token { name: name.clone(), role: *role, expires: since, hash: Token::hash(&secret), certificate };
     let own_dir = dir.join(name);
     new_folder(
         &own_dir,
-        &[(files::CA, 0o644, ca), (files::CLIENT, 0o644, own), (files::CLIENT_KEY, 0o600, own_key)],
+        &[(files::CA, 0o644, ca), (files::CLIENT, 0o644, own.pem()), (files::CLIENT_KEY, 0o600, own_key)],
     )
     .map_err(|error| is_taken(&own_dir, "--name", &error))?;
-    append(&dir.join(files::TOKENS), &tokens, &token).map_err(|error| {
+    append(&dir.join(files::TOKENS), &token).map_err(|error| {
         // Without its token the certificate is good for nothing.
         drop(fs::remove_dir_all(&own_dir));
         Failure::input(format!("{}: {error}", dir.join(files::TOKENS).display()))
@@ -152,13 +171,41 @@ fn issue(args: &Issue) -> Result<(), Failure> {
     print(&format!("{secret}\n"))
 }
 
-/// A new certificate for `name` and its key, both as PEM.
-fn certificate(ca_key: &str, name: &str, until: SystemTime) -> Result<(String, String), rcgen::Error> {
+/// Takes the lines of a name out of the tokens, and puts its certificate on the list of those that are not accepted.
+fn revoke(args: &Revoke) -> Result<(), Failure> {
+    let Revoke { dir, name } = args;
+    let path = dir.join(files::TOKENS);
+    let failed =
+        |path: &Path, error: &dyn std::fmt::Display| Failure::input(format!("{}: {error}", path.display()));
+    let text = fs::read_to_string(&path).map_err(|error| failed(&path, &error))?;
+    let tokens = parse_tokens(&text).map_err(|faults| Failure::faults("tokens", &faults))?;
+    let own = tokens.iter().find(|token| token.name == *name);
+    let certificate = match own.and_then(|token| token.certificate) {
+        Some(certificate) => certificate,
+        None => fingerprint_of(&dir.join(name).join(files::CLIENT)).map_err(|error| {
+            Failure::input(format!("--name: expected one that was issued, got {name:?}: {error}"))
+        })?,
+    };
+    let revoked = dir.join(files::REVOKED);
+    append(&revoked, &Revoked { name: name.clone(), certificate })
+        .map_err(|error| failed(&revoked, &error))?;
+    let is_other = |line: &&str| line.split_whitespace().next() != Some(name.as_str());
+    let kept: String = text.lines().filter(is_other).map(|line| format!("{line}\n")).collect();
+    replace(&path, &kept).map_err(|error| failed(&path, &error))?;
+    print(&format!("{name}: its certificate and its token are revoked\n"))
+}
+
+/// A new certificate for `name`, and its key as PEM.
+fn certificate(
+    ca_key: &str,
+    name: &str,
+    until: SystemTime,
+) -> Result<(rcgen::Certificate, String), rcgen::Error> {
     // The name and the key are all that an issuer's certificate is asked for.
     let issuer = Issuer::new(ca_params(until), KeyPair::from_pem(ca_key)?);
     let key = KeyPair::generate()?;
     let own = params(Vec::new(), name, ExtendedKeyUsagePurpose::ClientAuth, until)?;
-    Ok((own.signed_by(&key, &issuer)?.pem(), key.serialize_pem()))
+    Ok((own.signed_by(&key, &issuer)?, key.serialize_pem()))
 }
 
 fn ca_params(until: SystemTime) -> CertificateParams {
@@ -224,9 +271,20 @@ fn is_taken(dir: &Path, flag: &str, error: &io::Error) -> Failure {
     Failure::input(format!("{flag}: {}: {expected}: {error}", dir.display()))
 }
 
-fn append(path: &Path, before: &str, token: &Token) -> io::Result<()> {
+/// Adds a line to a list, which is begun if need be.
+fn append(path: &Path, line: &dyn std::fmt::Display) -> io::Result<()> {
+    let mut file = fs::File::options().read(true).append(true).create(true).mode(0o600).open(path)?;
+    let mut before = String::new();
+    file.read_to_string(&mut before)?;
     let newline = if before.is_empty() || before.ends_with('\n') { "" } else { "\n" };
-    let mut file = fs::File::options().append(true).open(path)?;
-    file.write_all(format!("{newline}{token}\n").as_bytes())?;
+    file.write_all(format!("{newline}{line}\n").as_bytes())?;
     file.sync_all()
+}
+
+/// Gives a file another text, all of it or none.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let part = path.with_extension(format!("{}.part", std::process::id()));
+    let mut file = fs::File::options().write(true).create_new(true).mode(0o600).open(&part)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    written.and_then(|()| fs::rename(&part, path)).inspect_err(|_| drop(fs::remove_file(&part)))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table};
 use contraflow_proto::{StepRecord, v1};
+use contraflow_runtime::control::text::printable;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::describe;
@@ -66,6 +67,20 @@ pub struct Submit {
     pub common: Common,
 }
 
+/// Arguments of `contraflow jobs`.
+#[derive(clap::Args, Debug)]
+pub struct List {
+    /// Only jobs submitted before this one: the way to the next page
+    #[arg(long, value_name = "JOB", default_value = "", hide_default_value = true)]
+    pub before: String,
+    /// List at most this many
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub limit: u32,
+    /// Connection and output format
+    #[command(flatten)]
+    pub common: Common,
+}
+
 /// Arguments of commands about one job.
 #[derive(clap::Args, Debug)]
 pub struct OfJob {
@@ -97,19 +112,21 @@ pub struct Logs {
 pub struct Drain {
     /// Label of the node
     pub node: String,
+    /// Take the node back into use
+    #[arg(long)]
+    pub undo: bool,
     /// Connection and output format
     #[command(flatten)]
     pub common: Common,
 }
 
 fn refused(status: &tonic::Status) -> Failure {
-    let words = status.message().to_owned();
+    // Line ends are those between faults.
+    let lines: Vec<String> = status.message().lines().map(|line| printable(line).into_owned()).collect();
+    let words = lines.join("\n  ");
     match status.code() {
-        tonic::Code::InvalidArgument => {
-            let lines: Vec<String> = words.lines().map(str::to_owned).collect();
-            Failure::faults("recipe", &lines)
-        }
-        tonic::Code::NotFound
+        tonic::Code::InvalidArgument
+        | tonic::Code::NotFound
         | tonic::Code::FailedPrecondition
         | tonic::Code::Unauthenticated
         | tonic::Code::PermissionDenied => Failure::input(words),
@@ -150,8 +167,18 @@ async fn cluster(common: &Common) -> Result<ClusterServiceClient<AuthChannel>, F
 fn show(common: &Common, json: &Value, text: &str) -> Result<(), Failure> {
     match common.format {
         Format::Json => print(&format!("{json}\n")),
-        Format::Text => print(text),
+        Format::Text => print(&lines_of(text)),
     }
+}
+
+/// A text for a terminal: line ends are ours, all other control characters are somebody else's.
+fn lines_of(text: &str) -> String {
+    text.split_inclusive('\n')
+        .flat_map(|line| match line.strip_suffix('\n') {
+            Some(line) => [printable(line), "\n".into()],
+            None => [printable(line), "".into()],
+        })
+        .collect()
 }
 
 /// Runs `contraflow submit`.
@@ -178,14 +205,15 @@ pub fn submit(args: &Submit) -> Result<(), Failure> {
     })
 }
 
-/// Runs `contraflow jobs`.
+/// Runs `contraflow jobs`: a page, and where the next one begins.
 ///
-/// **Errors**: code 1 if the orchestrator is out of reach.
-pub fn list(common: &Common) -> Result<(), Failure> {
+/// **Errors**: code 2 if there is no job to begin before; code 1 if the orchestrator is out of reach.
+pub fn list(args: &List) -> Result<(), Failure> {
+    let List { before, limit, common } = args;
     interrupt::runtime()?.block_on(async {
-        let request = v1::ListRequest::default();
+        let request = v1::ListRequest { before: before.clone(), limit: *limit };
         let answer = jobs(common).await?.list(request).await.map_err(|status| refused(&status))?;
-        let all = answer.into_inner().jobs;
+        let v1::ListResponse { jobs: all, more } = answer.into_inner();
         let json: Vec<Value> = all.iter().map(job_json).collect();
         let rows = all.iter().map(|job| {
             let loss = job.loss.map_or_else(String::new, |loss| format!("{loss:.4}"));
@@ -193,7 +221,11 @@ pub fn list(common: &Common) -> Result<(), Failure> {
             [job.job.clone(), job.name.clone(), state_of(job), step, generation, loss]
         });
         let text = table(["JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"], 3..6, rows);
-        show(common, &json!({"jobs": json}), &text)
+        show(common, &json!({"jobs": json}), &text)?;
+        if let Some(last) = all.last().filter(|_| more && common.format == Format::Text) {
+            eprintln!("older ones: contraflow jobs --before {}", printable(&last.job));
+        }
+        Ok(())
     })
 }
 
@@ -245,7 +277,7 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
                 print(&format!("{line}\n"))?;
             }
             Format::Text => {
-                record.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                record.warnings.iter().for_each(|warning| eprintln!("warning: {}", printable(warning)));
                 let StepRecord { step, seconds, generation, .. } = record;
                 let figures = figures(&record, "");
                 print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))?;
@@ -261,10 +293,13 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
 fn ended(job: &v1::Job) -> Result<(), Failure> {
     match job.state() {
         v1::JobState::Done => {
-            eprintln!("{}: {}", job.job, job.outcome);
+            eprintln!("{}: {}", printable(&job.job), printable(&job.outcome));
             Ok(())
         }
-        _ => Err(Failure::run(format!("{} {}: {}", job.job, state_of(job), job.outcome))),
+        _ => {
+            let outcome = printable(&job.outcome);
+            Err(Failure::run(format!("{} {}: {outcome}", printable(&job.job), state_of(job))))
+        }
     }
 }
 
@@ -334,13 +369,16 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
 
 /// Runs `contraflow drain`.
 ///
-/// **Errors**: code 2 if there is no such node; code 1 if the orchestrator is out of reach.
+/// **Errors**: code 2 if there is no such node, or it is not drained; code 1 if the orchestrator is out of reach.
 pub fn drain(args: &Drain) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let request = v1::DrainRequest { node: args.node.clone() };
+        let request = v1::DrainRequest { node: args.node.clone(), undo: args.undo };
         let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
         let v1::DrainResponse { workers, ranks } = answer.into_inner();
-        let text = format!("{}: {workers} worker(s) take no new ranks, {ranks} rank(s) move\n", args.node);
+        let text = match args.undo {
+            false => format!("{}: {workers} worker(s) take no new ranks, {ranks} rank(s) move\n", args.node),
+            true => format!("{}: {workers} worker(s) take ranks again\n", args.node),
+        };
         show(&args.common, &json!({"node": args.node, "workers": workers, "ranks": ranks}), &text)
     })
 }

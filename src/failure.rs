@@ -4,14 +4,11 @@
 
 use std::fmt;
 
-use contraflow_runtime::faults::{ErrorKind, Faults};
+use contraflow_runtime::faults::{ErrorKind, Faults, MAX_FAULTS};
 use contraflow_workers::error::RankError;
 
 /// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
 pub const INTERRUPTED: u8 = 130;
-
-/// A limit of readable output: a directory of another model has a fault for each of its thousands of tensors.
-const MAX_FAULTS: usize = 100;
 
 /// A command that did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,19 +35,22 @@ impl Failure {
         Failure { code: INTERRUPTED, message: message.into() }
     }
 
-    /// Several things the user has to fix, all at once; `what` has them.
+    /// Several things the user has to fix, all at once; `what` has them. A directory of another model has one for each of
+    /// its thousands of tensors: the first are listed.
     pub fn faults<T: fmt::Display>(what: &str, faults: &[T]) -> Self {
-        match faults {
-            [only] => Failure::input(format!("{what}: {only}")),
-            _ => {
-                let shown = faults.len().min(MAX_FAULTS);
-                let mut lines: String = faults[..shown].iter().map(|fault| format!("\n  {fault}")).collect();
-                if shown < faults.len() {
-                    lines += &format!("\n  and {} more", faults.len() - shown);
-                }
-                Failure::input(format!("{what}: {} faults{lines}", faults.len()))
-            }
+        let shown = faults.len().min(MAX_FAULTS);
+        Self::listed(what, &faults[..shown], faults.len() - shown)
+    }
+
+    fn listed<T: fmt::Display>(what: &str, faults: &[T], more: usize) -> Self {
+        if let ([only], 0) = (faults, more) {
+            return Failure::input(format!("{what}: {only}"));
         }
+        let mut lines: String = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+        if more > 0 {
+            lines += &format!("\n  and {more} more");
+        }
+        Failure::input(format!("{what}: {} faults{lines}", faults.len() + more))
     }
 }
 
@@ -69,8 +69,7 @@ impl From<RankError> for Failure {
 impl From<Faults> for Failure {
     /// The faults of a recipe.
     fn from(faults: Faults) -> Self {
-        let lines: Vec<String> = faults.to_string().lines().map(str::to_owned).collect();
-        Failure::faults("recipe", &lines)
+        Failure::listed("recipe", &faults.list, faults.more)
     }
 }
 

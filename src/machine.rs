@@ -1,10 +1,21 @@
-//! This machine: how fast its matrix products are.
+//! This machine: how fast its matrix products are, and what the system grants this process.
 
 use std::time::{Duration, Instant};
 
 use contraflow_kernels::linear;
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
+use rustix::process::{Resource, Rlimit};
+
+/// Lets this process have as many files open as it may; their number, where there is a limit.
+pub fn raise_file_limit() -> Option<u64> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match rustix::process::setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(_) => limit.current,
+    }
+}
 
 /// Cores that this process may use.
 pub fn cores() -> usize {

@@ -60,7 +60,7 @@ enum Command {
     /// Submit a job to a cluster's queue
     Submit(client::Submit),
     /// List the jobs of a cluster
-    Jobs(client::Common),
+    Jobs(client::List),
     /// Show the status of a job
     Status(client::OfJob),
     /// Follow a job step by step, from the first step
@@ -71,7 +71,7 @@ enum Command {
     Cancel(client::OfJob),
     /// List the workers of a cluster
     Nodes(client::Common),
-    /// Drain a node: its ranks move to other nodes
+    /// Drain a node: its ranks move to other nodes; or undo it
     Drain(client::Drain),
     /// Create the certificates and tokens of a cluster
     Certs(certs::CertsArgs),
@@ -98,7 +98,7 @@ fn main() -> ExitCode {
         Command::Orchestrator(args) => orchestrator::run(&args),
         Command::Worker(args) => worker::run(&args),
         Command::Submit(args) => client::submit(&args),
-        Command::Jobs(common) => client::list(&common),
+        Command::Jobs(args) => client::list(&args),
         Command::Status(args) => client::status(&args),
         Command::Watch(args) => client::watch(&args),
         Command::Logs(args) => client::logs(&args),

@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use contraflow_orchestrator::core::RETAINED_JOBS;
 use contraflow_orchestrator::server::{Orchestrator, Security};
 use contraflow_runtime::recipe::LogLevel;
+use rustix::fs::Mode;
 
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
-use crate::telemetry;
+use crate::{machine, telemetry};
 
 /// Arguments of `contraflow orchestrator`.
 #[derive(clap::Args, Debug)]
@@ -34,10 +35,16 @@ pub struct OrchestratorArgs {
 pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
+    // What is kept here is for its user alone.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
     interrupt::runtime()?.block_on(async {
         let keep_jobs = usize::try_from(args.keep_jobs).unwrap_or(usize::MAX);
         let orchestrator =
             Orchestrator::open(&args.state, args.listen, keep_jobs).await.map_err(Failure::input)?;
+        let orchestrator = match machine::raise_file_limit() {
+            Some(files) => orchestrator.with_files(files),
+            None => orchestrator,
+        };
         let orchestrator = match security {
             Some(security) => orchestrator.secured(security),
             None => orchestrator,

@@ -22,7 +22,7 @@ fn ground() -> &'static (PathBuf, Vec<u8>) {
             for size in [10, 700, 5000] {
                 store.append(&vec![vec![b'r'; size]; 4]).expect("room");
             }
-            store.snapshot(3, b"state").expect("a record");
+            store.snapshot(3, std::iter::once(b"state".to_vec())).expect("a record");
             store.append_steps(1, &[(1, vec![b's'; 90])]).expect("room");
             store.append_lines(1, &[b"a line".to_vec()]).expect("room");
         }

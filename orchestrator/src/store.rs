@@ -18,10 +18,14 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHand
 use error::contain;
 pub use error::{StoreError, StoreErrorKind};
 
-/// Version of what the tables hold; a file of another one is refused. Since 2 jobs go by [`JobId`]s.
+/// Version of what the tables hold; a file of another one is refused. Since 2 jobs go by [`JobId`]s, since 3 a snapshot is in
+/// parts.
 ///
 /// [`JobId`]: contraflow_runtime::topology::JobId
-pub const FORMAT: u64 = 2;
+pub const FORMAT: u64 = 3;
+
+/// A format that is still read, and written as [`FORMAT`] from then on.
+const READABLE: u64 = 2;
 
 /// The file within the state folder.
 pub const FILE_NAME: &str = "events.redb";
@@ -32,21 +36,24 @@ pub const LINES_PER_JOB: u64 = 100_000;
 /// Step records kept of a job; with more of them the oldest go.
 pub const STEPS_PER_JOB: u64 = 1_000_000;
 
-/// The longest record of a fact or a step, or log line. **Units**: bytes.
+/// The longest record of a fact or a step, log line, or part of a snapshot. **Units**: bytes.
 pub const MAX_RECORD: usize = 16 << 20;
 
-/// The longest snapshot. **Units**: bytes.
-pub const MAX_SNAPSHOT: usize = 1 << 30;
+/// Parts of a snapshot that are written at once: between two writes others have their turn. **Units**: bytes.
+const SNAPSHOT_WRITE: usize = 4 << 20;
 
 /// Pages that are kept in memory. **Units**: bytes.
 const CACHE: usize = 64 << 20;
 
-/// Numbers about the file itself, by name: [`FORMAT_KEY`] and [`INCARNATION_KEY`].
+/// Numbers about the file itself, by name: [`FORMAT_KEY`], [`INCARNATION_KEY`] and [`SNAPSHOT_KEY`].
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 /// The record of a sequence number, for all that the snapshot does not cover.
 const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
-/// At most one entry: the state after the record of that sequence number.
-const SNAPSHOT: TableDefinition<u64, &[u8]> = TableDefinition::new("snapshot");
+/// The part of (sequence number, index): the state after the record of that number. Only those of the number under
+/// [`SNAPSHOT_KEY`] count; others are of a snapshot that is being written, or was not finished.
+const PARTS: TableDefinition<(u64, u64), &[u8]> = TableDefinition::new("snapshot_parts");
+/// Where format 2 has its snapshot, as one value.
+const WHOLE: TableDefinition<u64, &[u8]> = TableDefinition::new("snapshot");
 /// The record of (job, step).
 const STEPS: JobTable = TableDefinition::new("steps");
 /// The log line of (job, number).
@@ -54,6 +61,8 @@ const LINES: JobTable = TableDefinition::new("lines");
 
 const FORMAT_KEY: &str = "format";
 const INCARNATION_KEY: &str = "incarnation";
+/// The record up to which the snapshot holds everything; absent as long as there is none.
+const SNAPSHOT_KEY: &str = "snapshot";
 
 type JobTable = TableDefinition<'static, (u64, u64), &'static [u8]>;
 
@@ -84,8 +93,8 @@ pub struct Removals {
 /// What a store held when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replay {
-    /// The state after the record of that number; 0 where it was taken before the first.
-    pub snapshot: Option<Numbered>,
+    /// The state after the record of that number, in parts; 0 where it was taken before the first.
+    pub snapshot: Option<(u64, Vec<Vec<u8>>)>,
     /// The records after it, in order and without a gap.
     pub records: Vec<Numbered>,
     /// How many times the folder was opened, this one included. On disk before it is announced.
@@ -134,14 +143,16 @@ impl Store {
             let mut meta = write.open_table(META)?;
             let format =
                 if is_new { FORMAT } else { meta.get(FORMAT_KEY)?.map_or(0, |format| format.value()) };
-            if format != FORMAT {
-                return Ok(Err(StoreErrorKind::Format { got: format }));
+            match format {
+                FORMAT => {}
+                READABLE => part_whole_snapshot(&write, &mut meta)?,
+                got => return Ok(Err(StoreErrorKind::Format { got })),
             }
             let before = meta.get(INCARNATION_KEY)?.map_or(0, |before| before.value());
             let Some(incarnation) = before.checked_add(1) else {
                 return Ok(Err(StoreErrorKind::Damaged(format!("expected an incarnation, got {before}"))));
             };
-            meta.insert(FORMAT_KEY, format)?;
+            meta.insert(FORMAT_KEY, FORMAT)?;
             meta.insert(INCARNATION_KEY, incarnation)?;
             incarnation
         };
@@ -149,10 +160,19 @@ impl Store {
             let numbered = |entry: Result<Entry<'_, u64>, redb::StorageError>| {
                 entry.map(|(number, bytes)| (number.value(), bytes.value().to_vec()))
             };
-            let snapshot = write.open_table(SNAPSHOT)?.last().transpose().map(numbered).transpose()?;
+            let snapshot = match covered(&write)? {
+                Some(number) => {
+                    let table = write.open_table(PARTS)?;
+                    let parts = table.range((number, 0)..=(number, u64::MAX))?;
+                    let parts = parts.map(|entry| entry.map(|(_, bytes)| bytes.value().to_vec()));
+                    Some((number, parts.collect::<Result<_, _>>()?))
+                }
+                None => None,
+            };
             let records = write.open_table(LOG)?.iter()?.map(numbered).collect::<Result<_, _>>()?;
             (snapshot, records)
         };
+        write.open_table(PARTS)?;
         write.open_table(STEPS)?;
         write.open_table(LINES)?;
         write.commit()?;
@@ -193,31 +213,62 @@ impl Store {
         })
     }
 
-    /// Keeps `state`, the state after the record `number`, in place of the snapshot before and of all records up to and
-    /// including that one.
+    /// Keeps the state after the record `number`, in parts, in place of the snapshot before and of all records up to and
+    /// including that one; returns what it takes in bytes. It is written piece by piece, and takes that place when it is whole:
+    /// until then, and if anything fails, everything stands as before.
     ///
     /// # Errors
-    /// There is no such record yet; there is a newer snapshot; the snapshot is too long; the disk fails.
-    pub fn snapshot(&self, number: u64, state: &[u8]) -> Result<(), StoreError> {
-        self.check_length(state.len(), MAX_SNAPSHOT)?;
-        let refused = self.write(|write| {
-            let next = next_number(write)?;
-            let mut snapshots = write.open_table(SNAPSHOT)?;
-            let before = snapshots.last()?.map_or(0, |(before, _)| before.value());
-            if number < before || number >= next {
-                return Ok(Some((before, next - 1)));
-            }
-            snapshots.retain(|_, _| false)?;
-            snapshots.insert(number, state)?;
-            write.open_table(LOG)?.retain_in(..=number, |_, _| false)?;
-            Ok(None)
+    /// There is no such record yet; there is a newer snapshot; a part is too long; the disk fails.
+    pub fn snapshot(&self, number: u64, parts: impl Iterator<Item = Vec<u8>>) -> Result<u64, StoreError> {
+        let (before, next) = self.write(|write| {
+            let before = covered(write)?;
+            // Parts of one that was not finished.
+            write.open_table(PARTS)?.retain(|(of, _), _| Some(of) == before)?;
+            Ok((before, next_number(write)?))
         })?;
-        match refused {
-            None => Ok(()),
-            Some((least, most)) => Err(self.refuse(format!(
-                "expected a snapshot at a record from {least} to {most}, got one at {number}"
-            ))),
+        let least = before.unwrap_or(0);
+        if number < least || number >= next {
+            return Err(self.refuse(format!(
+                "expected a snapshot at a record from {least} to {}, got one at {number}",
+                next - 1
+            )));
         }
+        if before == Some(number) {
+            return Ok(0);
+        }
+        let bytes = self.write_parts(number, parts)?;
+        self.write(|write| {
+            write.open_table(META)?.insert(SNAPSHOT_KEY, number)?;
+            write.open_table(PARTS)?.retain(|(of, _), _| of == number)?;
+            write.open_table(LOG)?.retain_in(..=number, |_, _| false)?;
+            Ok(bytes)
+        })
+    }
+
+    /// Writes parts under a number, some at a time; returns their bytes.
+    fn write_parts(&self, number: u64, parts: impl Iterator<Item = Vec<u8>>) -> Result<u64, StoreError> {
+        let (mut piece, mut piece_bytes, mut bytes) = (Vec::new(), 0, 0);
+        let keep = |piece: &mut Vec<(u64, Vec<u8>)>| {
+            self.write(|write| {
+                let mut table = write.open_table(PARTS)?;
+                for (index, part) in piece.drain(..) {
+                    table.insert((number, index), part.as_slice())?;
+                }
+                Ok(())
+            })
+        };
+        for (index, part) in (0..).zip(parts) {
+            self.check_length(part.len(), MAX_RECORD)?;
+            piece_bytes += part.len();
+            bytes += part.len() as u64;
+            piece.push((index, part));
+            if piece_bytes >= SNAPSHOT_WRITE {
+                keep(&mut piece)?;
+                piece_bytes = 0;
+            }
+        }
+        keep(&mut piece)?;
+        Ok(bytes)
     }
 
     /// Keeps records of steps of a job; one of the same step takes the place of the one before. Those more than
@@ -343,8 +394,26 @@ impl DoubleEndedIterator for Entries {
 /// The number of the record that comes next.
 fn next_number(write: &WriteTransaction) -> Result<u64, redb::Error> {
     let logged = write.open_table(LOG)?.last()?.map_or(0, |(number, _)| number.value());
-    let covered = write.open_table(SNAPSHOT)?.last()?.map_or(0, |(number, _)| number.value());
-    Ok(logged.max(covered).saturating_add(1))
+    Ok(logged.max(covered(write)?.unwrap_or(0)).saturating_add(1))
+}
+
+/// The record up to which the snapshot holds everything, if there is one.
+fn covered(write: &WriteTransaction) -> Result<Option<u64>, redb::Error> {
+    Ok(write.open_table(META)?.get(SNAPSHOT_KEY)?.map(|number| number.value()))
+}
+
+/// Turns the snapshot of format 2 into one of a single part.
+fn part_whole_snapshot(
+    write: &WriteTransaction,
+    meta: &mut redb::Table<'_, &str, u64>,
+) -> Result<(), redb::Error> {
+    if let Some((number, state)) = write.open_table(WHOLE)?.last()? {
+        let number = number.value();
+        write.open_table(PARTS)?.insert((number, 0), state.value())?;
+        meta.insert(SNAPSHOT_KEY, number)?;
+    }
+    write.delete_table(WHOLE)?;
+    Ok(())
 }
 
 /// Where the records do not follow the snapshot and one another by one.

@@ -36,7 +36,8 @@ fn record(number: u64) -> Vec<u8> {
 fn write_and_print(dir: &Path) {
     let (store, replay) = Store::open(dir).unwrap();
     let mut out = std::io::stdout();
-    let mut next = 1 + replay.records.last().or(replay.snapshot.as_ref()).map_or(0, |(number, _)| *number);
+    let covered = replay.snapshot.as_ref().map_or(0, |(number, _)| *number);
+    let mut next = 1 + replay.records.last().map_or(covered, |(number, _)| *number);
     let mut seeded = Seeded(replay.incarnation);
     writeln!(out, "opened {}", replay.incarnation).unwrap();
     loop {
@@ -49,7 +50,8 @@ fn write_and_print(dir: &Path) {
         writeln!(out, "step {next}").unwrap();
         if seeded.below(8) == 0 {
             let covered = next - 1 - seeded.below(count);
-            store.snapshot(covered, &record(covered)).unwrap();
+            let (state, cut) = (record(covered), 1 + seeded.below(40) as usize);
+            store.snapshot(covered, state.chunks(cut).map(<[u8]>::to_vec)).unwrap();
             writeln!(out, "snapshot {covered}").unwrap();
         }
     }
@@ -117,8 +119,8 @@ fn check(dir: &Path, reported: &mut Acknowledged) -> Result<(), StoreError> {
     reported.incarnation = replay.incarnation;
     let covered = replay.snapshot.as_ref().map_or(0, |(number, _)| *number);
     assert!(covered >= reported.snapshot, "snapshot {covered}, told {}", reported.snapshot);
-    if let Some((number, bytes)) = &replay.snapshot {
-        assert_eq!(*bytes, record(*number));
+    if let Some((number, parts)) = &replay.snapshot {
+        assert_eq!(parts.concat(), record(*number));
     }
     let last = replay.records.last().map_or(covered, |(number, _)| *number);
     assert!(last >= reported.record, "the last record is {last}, told {}", reported.record);

@@ -9,6 +9,8 @@ pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/contraflow.v1.rs"));
 }
 
+/// Encodes and decodes messages.
+pub use prost::Message;
 pub use v1::{GradientNorms, LayerLoad, StepRecord, StepReport};
 
 /// Numbers of a step as JSON has them: what is not finite is written as null, and null is read as NaN.

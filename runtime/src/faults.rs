@@ -61,17 +61,38 @@ pub struct Fault {
     pub message: String,
 }
 
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let colon = if self.path.is_empty() { "" } else { ": " };
+        write!(f, "{}{colon}{}", self.path, self.message)
+    }
+}
+
+/// Faults that are listed; further ones are counted. More than these help nobody, and each costs time and memory.
+pub const MAX_FAULTS: usize = 100;
+
 /// Everything that is wrong, in the order it was found. Nothing is wrong with an empty list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
-    /// The faults.
+    /// The first [`MAX_FAULTS`].
     pub list: Vec<Fault>,
+    /// How many more there are.
+    pub more: usize,
 }
 
 impl Faults {
     /// Adds a fault with a message of its own.
     pub fn push(&mut self, path: impl Into<String>, message: impl Into<String>) {
-        self.list.push(Fault { path: path.into(), message: message.into() });
+        self.push_with(path, || message.into());
+    }
+
+    /// The same of a message that takes time: it is made only if the fault is listed.
+    pub fn push_with(&mut self, path: impl Into<String>, message: impl FnOnce() -> String) {
+        if self.list.len() < MAX_FAULTS {
+            self.list.push(Fault { path: path.into(), message: message() });
+        } else {
+            self.more += 1;
+        }
     }
 
     /// Notes a fault as "expected ..., got ...".
@@ -81,20 +102,22 @@ impl Faults {
 
     /// Takes over the faults of a part, whose paths continue `prefix`.
     pub fn adopt(&mut self, prefix: &str, part: Faults) {
-        self.list.extend(part.list.into_iter().map(|fault| {
+        for fault in part.list {
             let separator = if fault.path.is_empty() { "" } else { "." };
-            Fault { path: format!("{prefix}{separator}{}", fault.path), message: fault.message }
-        }));
+            self.push(format!("{prefix}{separator}{}", fault.path), fault.message);
+        }
+        self.more += part.more;
     }
 
     /// Whether none of these paths, nor anything under them, has a fault yet: only then does a relation
-    /// between their values mean something.
+    /// between their values mean something. Faults that are not listed may be of any path.
     pub fn spare(&self, paths: &[&str]) -> bool {
-        !self.list.iter().any(|fault| {
-            paths.iter().any(|path| {
-                fault.path.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        self.more == 0
+            && !self.list.iter().any(|fault| {
+                paths.iter().any(|path| {
+                    fault.path.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                })
             })
-        })
     }
 
     /// The value, if nothing is wrong.
@@ -109,12 +132,14 @@ impl Faults {
 }
 
 impl fmt::Display for Faults {
-    /// One line per fault.
+    /// One line per fault, and one for those that are not listed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, fault) in self.list.iter().enumerate() {
             let separator = if index == 0 { "" } else { "\n" };
-            let colon = if fault.path.is_empty() { "" } else { ": " };
-            write!(f, "{separator}{}{colon}{}", fault.path, fault.message)?;
+            write!(f, "{separator}{fault}")?;
+        }
+        if self.more > 0 {
+            write!(f, "\nand {} more", self.more)?;
         }
         Ok(())
     }

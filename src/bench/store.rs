@@ -86,7 +86,7 @@ fn measure(dir: &Path) -> Result<StoreFigures, StoreError> {
     let (store, replay) = Store::open(dir)?;
     let reopen_s = began.elapsed().as_secs_f64();
     let began = Instant::now();
-    store.snapshot(total_records as u64, &vec![b'x'; 1 << 20])?;
+    store.snapshot(total_records as u64, std::iter::once(vec![b'x'; 1 << 20]))?;
     let snapshot_s = began.elapsed().as_secs_f64();
     drop(store);
     let began = Instant::now();

@@ -62,6 +62,13 @@ impl Process {
         until("the end of a process", ended).code()
     }
 
+    /// What it has in memory. **Units**: bytes.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    }
+
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -361,6 +368,15 @@ pub fn spawn_after(cluster: &Cluster, number: usize, command: &str) -> Process {
     let mut command = Command::new("sh");
     command.args(["-c", &limited, env!("CARGO_BIN_EXE_contraflow")]).args(arguments);
     start(command, cluster.path(), &format!("worker-{number}"), &cluster.environment)
+}
+
+/// The orchestrator once more, at the same address, with the same state, where it may have so many files open.
+pub fn spawn_with_files(cluster: &Cluster, files: u64) -> Process {
+    let limited = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+    let arguments = ["orchestrator", "--state", "state", "--listen", &cluster.address];
+    let mut command = Command::new("sh");
+    command.args(["-c", &limited, env!("CARGO_BIN_EXE_contraflow")]).args(arguments);
+    start(command, cluster.path(), "orchestrator", &cluster.environment)
 }
 
 pub fn spawn(dir: &Path, name: &str, arguments: &[&str]) -> Process {

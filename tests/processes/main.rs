@@ -10,7 +10,10 @@ mod crash_loop;
 mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
+mod hostile;
+mod http2;
 mod hung;
+mod operators;
 mod places;
 mod python;
 mod record;
@@ -21,3 +24,4 @@ mod states;
 mod storage;
 mod telemetry;
 mod tokenizer;
+mod withdrawn;

@@ -86,21 +86,25 @@ fn refused_for_their_tokens(cluster: &Cluster, job: &str) {
     let tokens = std::fs::read_to_string(dir.join("certs/tokens")).unwrap();
     assert!(!tokens.contains(&view.token), "only a hash is kept");
     let kept: Vec<&str> = tokens.lines().filter(|line| !line.starts_with("gone ")).collect();
-    let old = Token { name: "old".into(), role: Role::Admin, expires: 1_000, hash: Token::hash("old") };
+    let (role, hash) = (Role::Admin, Token::hash("old"));
+    let old = Token { name: "old".into(), role, expires: 1_000, hash, certificate: None };
     std::fs::write(dir.join("certs/tokens"), format!("{}\n{old}\n", kept.join("\n"))).unwrap();
 
     let drain = &["drain", "n0"][..];
-    for (arguments, token, words) in [
-        (&["jobs"][..], None, "token: expected one (--token, CONTRAFLOW_TOKEN), got none"),
-        (&["jobs"], Some("guess"), "token: expected one issued by this cluster, got another"),
-        (&["jobs"], Some(&gone.token), "token: expected one issued by this cluster, got another"),
-        (&["jobs"], Some("old"), "token: that of old has expired"),
-        (&["cancel", job], Some(&view.token), "JobService/Cancel needs the role submit, that of v has view"),
-        (drain, Some(&submit.token), "ClusterService/Drain needs the role admin, that of s has submit"),
-        (&["nodes"], Some(&worker.token), "ClusterService/Nodes needs the role view, that of w has worker"),
+    let as_admin = "ClusterService/Drain needs the role admin, that of s has submit";
+    let as_view = "ClusterService/Nodes needs the role view, that of w has worker";
+    for (arguments, who, token, words) in [
+        (&["jobs"][..], &view, None, "token: expected one (--token, CONTRAFLOW_TOKEN), got none"),
+        (&["jobs"], &view, Some("guess"), "token: expected one issued by this cluster, got another"),
+        (&["jobs"], &view, Some(&gone.token), "token: expected one issued by this cluster, got another"),
+        (&["jobs"], &view, Some("old"), "token: that of old has expired"),
+        (&["jobs"], &view, Some(&submit.token), "token: that of s is good with its own certificate only"),
+        (&["cancel", job], &view, Some(&view.token), "Cancel needs the role submit, that of v has view"),
+        (drain, &submit, Some(&submit.token), as_admin),
+        (&["nodes"], &worker, Some(&worker.token), as_view),
     ] {
         let token = token.map_or_else(Vec::new, |token| vec!["--token", token]);
-        let (code, out, stderr) = cluster.run_as_nobody(&[arguments, &["--tls", &view.tls], &token].concat());
+        let (code, out, stderr) = cluster.run_as_nobody(&[arguments, &["--tls", &who.tls], &token].concat());
         assert_eq!((code, out.as_str()), (2, ""), "{arguments:?} {token:?}: {stderr}");
         assert!(stderr.contains(words), "{stderr}");
         until_logged(&cluster.orchestrator, words);
@@ -262,7 +266,7 @@ fn a_refused_call_names_the_field_and_the_reason() {
     });
     for (refused, (code, words)) in refused.iter().zip([
         (Code::InvalidArgument, "slots: expected 1 to 1024, got 0"),
-        (Code::InvalidArgument, "node: expected at most 1024 bytes, got 2000"),
+        (Code::InvalidArgument, "node: expected at most 256 bytes, got 2000"),
         (Code::InvalidArgument, "name: expected at most 256 bytes, got 2000"),
         (Code::InvalidArgument, "idempotency_key: expected at most 256 bytes, got 2000"),
         (Code::InvalidArgument, "min_ranks: expected at most"),

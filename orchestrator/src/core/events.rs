@@ -47,6 +47,11 @@ pub enum Event {
         /// Its label.
         node: String,
     },
+    /// A drained node takes ranks again.
+    Undrain {
+        /// Its label.
+        node: String,
+    },
     /// A worker's stream is open.
     Attached(Box<Attachment>),
     /// A worker has left a formation.
@@ -65,6 +70,13 @@ pub enum Event {
     Detached {
         /// Id of the worker.
         worker: u64,
+    },
+    /// A worker may not be a member any more: its token or its certificate was taken back.
+    Expelled {
+        /// Id of the worker.
+        worker: u64,
+        /// Shown in the log.
+        why: String,
     },
     /// A worker is alive.
     Beat {
@@ -110,7 +122,9 @@ impl Event {
             Event::Submit(_)
             | Event::Cancel { .. }
             | Event::Drain { .. }
+            | Event::Undrain { .. }
             | Event::Detached { .. }
+            | Event::Expelled { .. }
             | Event::Tick => false,
         }
     }

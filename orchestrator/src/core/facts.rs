@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::recovery::InMemory;
 
+/// What a job takes besides the texts and lists of its recipe, and an entry of a list besides its text. **Units**: bytes.
+const PER_JOB: usize = 4 << 10;
+const PER_ENTRY: usize = 32;
+
 /// A job as it was submitted. What the orchestrator has to know of the training it reads from the recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "SpecText", into = "SpecText")]
@@ -23,6 +27,8 @@ pub struct JobSpec {
     pub min_ranks: usize,
     /// A second submission with the same key is the same job; empty: no key.
     pub key: String,
+    /// Whose token submitted it; empty where nobody needs one.
+    pub user: String,
     /// What is trained, and how.
     pub recipe: Arc<Recipe>,
     /// What the rank that needs most of it needs of memory at least, in bytes; 0: not known.
@@ -42,6 +48,24 @@ impl JobSpec {
         self.recipe.training.steps as u64
     }
 
+    /// What it takes in memory and in a snapshot, roughly. **Units**: bytes.
+    pub fn bytes(&self) -> u64 {
+        let Recipe { model, data, tokenizer, balance, mtp, model_config, .. } = &*self.recipe;
+        let texts = [
+            &self.name,
+            &self.key,
+            &self.user,
+            &self.traceparent,
+            &model.config,
+            &model.init,
+            &tokenizer.path,
+        ];
+        let texts = texts.into_iter().chain(&data.paths).map(|text| text.len() + PER_ENTRY).sum::<usize>();
+        let entries = data.weights.len() + model_config.eos_token_id.len();
+        let entries = entries + balance.bias_speed.num_steps() + mtp.weight.num_steps();
+        (PER_JOB + texts + PER_ENTRY * entries) as u64
+    }
+
     /// The recipe on the axes of a formation, which may have fewer ranks than were asked for.
     pub fn recipe_on(&self, axes: &Topology) -> Recipe {
         let mut recipe = (*self.recipe).clone();
@@ -58,6 +82,8 @@ struct SpecText {
     priority: i32,
     min_ranks: usize,
     key: String,
+    #[serde(default)]
+    user: String,
     /// Resolved.
     recipe: String,
     /// HF config.json.
@@ -69,9 +95,9 @@ struct SpecText {
 
 impl From<JobSpec> for SpecText {
     fn from(spec: JobSpec) -> Self {
-        let JobSpec { name, priority, min_ranks, key, recipe, rank_bytes, traceparent } = spec;
+        let JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent } = spec;
         let (recipe, model_config) = (recipe.resolved_toml(), recipe.model_config.to_hf_json());
-        SpecText { name, priority, min_ranks, key, recipe, model_config, rank_bytes, traceparent }
+        SpecText { name, priority, min_ranks, key, user, recipe, model_config, rank_bytes, traceparent }
     }
 }
 
@@ -79,13 +105,15 @@ impl TryFrom<SpecText> for JobSpec {
     type Error = String;
 
     fn try_from(text: SpecText) -> Result<Self, String> {
-        let SpecText { name, priority, min_ranks, key, recipe, model_config, rank_bytes, traceparent } = text;
+        let SpecText { name, priority, min_ranks, key, user, recipe, model_config, rank_bytes, traceparent } =
+            text;
         let read = || {
             let model = ModelConfig::from_hf_json(&model_config)?;
             Recipe::submitted(&recipe, &name, &[], Some(model))
         };
         let recipe = read().map_err(|faults| format!("the recipe of the job {name:?}: {faults}"))?;
-        Ok(JobSpec { name, priority, min_ranks, key, recipe: Arc::new(recipe), rank_bytes, traceparent })
+        let recipe = Arc::new(recipe);
+        Ok(JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent })
     }
 }
 
@@ -251,6 +279,11 @@ pub enum Fact {
         /// Its label.
         node: String,
     },
+    /// A drained node takes ranks again.
+    Undrained {
+        /// Its label.
+        node: String,
+    },
 }
 
 impl Fact {
@@ -267,7 +300,7 @@ impl Fact {
             | Fact::CheckpointDamaged { job, .. }
             | Fact::Ended { job, .. }
             | Fact::Forgotten { job } => Some(*job),
-            Fact::StorageIdentified { .. } | Fact::Drained { .. } => None,
+            Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => None,
         }
     }
 }

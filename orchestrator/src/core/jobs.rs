@@ -124,6 +124,7 @@ impl Jobs {
         match fact {
             Fact::StorageIdentified { storage_id } => self.storage_id.clone_from(storage_id),
             Fact::Drained { node } => drop(self.drained.insert(node.clone())),
+            Fact::Undrained { node } => drop(self.drained.remove(node)),
             Fact::Submitted { job, spec, at_ms } => self.submitted(*job, spec, *at_ms),
             Fact::Forgotten { job } => {
                 // Its key goes with it: reusing it creates another job.
@@ -227,6 +228,7 @@ impl JobRecord {
             }
             Fact::StorageIdentified { .. }
             | Fact::Drained { .. }
+            | Fact::Undrained { .. }
             | Fact::Submitted { .. }
             | Fact::Forgotten { .. } => {}
         }

@@ -117,6 +117,28 @@ impl Core {
         self.vacate(|member| member.registration.node == node, &format!("node {node} is drained"), now);
     }
 
+    pub(super) fn undrain(&mut self, node: String) {
+        if self.jobs.drained.contains(&node) {
+            self.persist(Fact::Undrained { node });
+        }
+    }
+
+    /// The drained nodes, for a job that waits: why their slots do not count, and how they would again.
+    pub(super) fn drained_nodes(&self) -> String {
+        /// As many as a line has room for.
+        const NAMED: usize = 5;
+        let drained = &self.jobs.drained;
+        if drained.is_empty() {
+            return String::new();
+        }
+        let named: Vec<&str> = drained.iter().take(NAMED).map(String::as_str).collect();
+        let more = match drained.len() - named.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        format!("; drained: {}{more}, to be undone by contraflow drain --undo NODE", named.join(", "))
+    }
+
     /// A worker asks to leave: it takes no new ranks, and its jobs continue elsewhere.
     pub(super) fn request_leave(&mut self, worker: u64, now: u64) {
         self.members.renew(worker, now);
@@ -141,6 +163,15 @@ impl Core {
         for job in moved {
             self.requeue(job, why.to_owned(), now);
         }
+    }
+
+    /// A worker may not be a member any more, though it is there.
+    pub(super) fn expelled(&mut self, worker: u64, why: &str, now: u64) {
+        let Some(member) = self.members.remove(worker) else { return };
+        let why = |Member { registration: Registration { name, node, .. }, .. }: &Member, lost: &[Rank]| {
+            format!("rank {} lost: worker {name} on node {node} is no member any more: {why}", list(lost))
+        };
+        self.lose(&[member], why, now);
     }
 
     /// Workers are not members any more: every job that has ranks on them re-forms.

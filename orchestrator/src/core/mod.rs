@@ -74,6 +74,8 @@ pub const STALL_MS: u64 = 60_000;
 pub const STALL_FACTOR: u64 = 10;
 /// Finished jobs to retain, by default.
 pub const RETAINED_JOBS: usize = 10_000;
+/// What the specifications of all known jobs take at most; for more than that finished jobs are removed. **Units**: bytes.
+pub const RETAINED_BYTES: u64 = 512 << 20;
 /// How often the machine needs [`Event::Tick`].
 pub const TICK_MS: u64 = 100;
 
@@ -102,6 +104,8 @@ pub struct Core {
     reasons: BTreeMap<JobId, String>,
     /// Finished jobs to retain.
     retained_jobs: usize,
+    /// What the specifications of all known jobs take. **Units**: bytes.
+    spec_bytes: u64,
     /// Something has changed that may give a job its ranks.
     is_open: bool,
     effects: Vec<Effect>,
@@ -115,6 +119,7 @@ impl Core {
             state: 0,
             nonce: 0,
             retained_jobs: RETAINED_JOBS,
+            spec_bytes: jobs.all.values().map(|record| record.spec.bytes()).sum(),
             jobs,
             members: Members::default(),
             formations: BTreeMap::new(),
@@ -208,7 +213,7 @@ impl Core {
         match (&record.phase, self.formations.get(&job)) {
             (Phase::Ended(_), _) => String::new(),
             (Phase::Formed, Some(formation)) => formation.waiting_for(self.clock.now()),
-            _ => self.why_without_place(job),
+            _ => self.why_without_place(job) + &self.drained_nodes(),
         }
     }
 
@@ -233,6 +238,7 @@ impl Core {
             Event::Submit(spec) => self.submit(spec),
             Event::Cancel { job, reason } => self.cancel(job, &reason),
             Event::Drain { node } => self.drain(node, now),
+            Event::Undrain { node } => self.undrain(node),
             Event::Attached(attachment) => self.attached(*attachment, now),
             Event::Left { worker, left } => {
                 self.members.renew(worker, now);
@@ -243,6 +249,7 @@ impl Core {
                 self.clock.closed();
                 self.members.detach(worker, now);
             }
+            Event::Expelled { worker, why } => self.expelled(worker, &why, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
                 self.members.renew(worker, now);
@@ -270,6 +277,14 @@ impl Core {
     }
 
     fn persist(&mut self, fact: Fact) {
+        match &fact {
+            Fact::Submitted { spec, .. } => self.spec_bytes += spec.bytes(),
+            Fact::Forgotten { job } => {
+                let bytes = self.jobs.all.get(job).map_or(0, |record| record.spec.bytes());
+                self.spec_bytes = self.spec_bytes.saturating_sub(bytes);
+            }
+            _ => {}
+        }
         self.jobs.apply(&fact);
         let gives_no_room = matches!(
             fact,
@@ -316,10 +331,11 @@ impl Core {
         self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms });
     }
 
-    /// Bounds the number of retained jobs.
+    /// Bounds the number of retained jobs, and what they take.
     fn forget(&mut self) {
-        while let Some(&job) = self.jobs.ended.front().filter(|_| self.jobs.ended.len() > self.retained_jobs)
-        {
+        let is_too_much =
+            |core: &Self| core.jobs.ended.len() > core.retained_jobs || core.spec_bytes > RETAINED_BYTES;
+        while let Some(&job) = self.jobs.ended.front().filter(|_| is_too_much(self)) {
             self.persist(Fact::Forgotten { job });
         }
     }
@@ -382,9 +398,8 @@ impl Core {
             return;
         }
         let job = from.formation.job;
-        if let RankEvent::Failed {
-            rank, action, cause, kind: ErrorKind::Node | ErrorKind::Storage, ..
-        } = &event
+        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node | ErrorKind::Storage, .. } =
+            &event
         {
             return self.node_failed(job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
         }

@@ -1,6 +1,8 @@
-//! Who may call what: roles, the one table of methods, and the lines of the tokens file. Knows no connection and no clock.
+//! Who may call what: roles, the one table of methods, and the lines of the files of tokens and of revoked certificates. Knows no
+//! connection and no clock.
 //!
-//! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file reveals no token.
+//! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file reveals no token. It is
+//! good only with the certificate that it was issued with.
 
 use std::fmt;
 use std::str::FromStr;
@@ -85,6 +87,49 @@ pub struct Token {
     pub expires: u64,
     /// Of the token's text; its comparison takes the same time whatever is compared.
     pub hash: blake3::Hash,
+    /// [`fingerprint`] of the certificate it was issued with; none: any certificate of the authority will do.
+    pub certificate: Option<blake3::Hash>,
+}
+
+/// Identifies a certificate: of its DER form.
+pub fn fingerprint(der: &[u8]) -> blake3::Hash {
+    blake3::hash(der)
+}
+
+/// A certificate that is not accepted any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Revoked {
+    /// Whom it was issued to.
+    pub name: String,
+    /// Its [`fingerprint`].
+    pub certificate: blake3::Hash,
+}
+
+impl Revoked {
+    fn parse(line: &str) -> Result<Self, String> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [name, certificate] = fields[..] else {
+            return Err(format!("expected NAME FINGERPRINT, got {} fields", fields.len()));
+        };
+        if !Token::is_name(name) {
+            return Err(BAD_NAME.into());
+        }
+        let certificate = hash(certificate).map_err(|reason| format!("fingerprint: {reason}"))?;
+        Ok(Revoked { name: name.to_owned(), certificate })
+    }
+}
+
+impl fmt::Display for Revoked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.certificate.to_hex())
+    }
+}
+
+const BAD_NAME: &str = "name: expected letters, digits, '-', '_' and '.', 64 at most";
+
+/// The text is not repeated: it may be the token itself.
+fn hash(text: &str) -> Result<blake3::Hash, &'static str> {
+    blake3::Hash::from_hex(text).map_err(|_| "expected 64 hexadecimal digits")
 }
 
 impl Token {
@@ -101,27 +146,34 @@ impl Token {
 
     fn parse(line: &str) -> Result<Token, String> {
         let reason: Vec<&str> = line.split_whitespace().collect();
-        let [name, role, expires, hash] = reason[..] else {
-            return Err(format!("expected NAME ROLE EXPIRES HASH, got {} fields", reason.len()));
+        let (name, role, expires, own, certificate) = match reason[..] {
+            [name, role, expires, own] => (name, role, expires, own, None),
+            [name, role, expires, own, certificate] => (name, role, expires, own, Some(certificate)),
+            _ => {
+                let expected = "expected NAME ROLE EXPIRES HASH FINGERPRINT";
+                return Err(format!("{expected}, got {} fields", reason.len()));
+            }
         };
         if !Token::is_name(name) {
-            return Err("name: expected letters, digits, '-', '_' and '.', 64 at most".into());
+            return Err(BAD_NAME.into());
         }
-        // The text in place of the hash is not repeated: it may be the token itself.
+        let certificate = certificate.map(hash).transpose();
         Ok(Token {
             name: name.to_owned(),
             role: role.parse().map_err(|error| format!("role: {error}"))?,
             expires: expires
                 .parse()
                 .map_err(|_| format!("expires: expected seconds since 1970, got {expires:?}"))?,
-            hash: blake3::Hash::from_hex(hash).map_err(|_| "hash: expected 64 hexadecimal digits")?,
+            hash: hash(own).map_err(|reason| format!("hash: {reason}"))?,
+            certificate: certificate.map_err(|reason| format!("fingerprint: {reason}"))?,
         })
     }
 }
 
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {} {}", self.name, self.role.name(), self.expires, self.hash.to_hex())
+        write!(f, "{} {} {} {}", self.name, self.role.name(), self.expires, self.hash.to_hex())?;
+        self.certificate.iter().try_for_each(|certificate| write!(f, " {}", certificate.to_hex()))
     }
 }
 
@@ -129,24 +181,60 @@ impl fmt::Display for Token {
 ///
 /// **Errors**: every line that makes no sense.
 pub fn parse_tokens(text: &str) -> Result<Vec<Token>, Vec<String>> {
+    parse_lines(text, Token::parse)
+}
+
+/// Reads a list of revoked certificates, one a line, as [`parse_tokens`] does.
+///
+/// **Errors**: every line that makes no sense.
+pub fn parse_revoked(text: &str) -> Result<Vec<Revoked>, Vec<String>> {
+    parse_lines(text, Revoked::parse)
+}
+
+fn parse_lines<T>(text: &str, parse: fn(&str) -> Result<T, String>) -> Result<Vec<T>, Vec<String>> {
     let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
-    let (mut tokens, mut faults) = (Vec::new(), Vec::new());
+    let (mut found, mut faults) = (Vec::new(), Vec::new());
     for (number, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
-        match Token::parse(line) {
-            Ok(token) => tokens.push(token),
+        match parse(line) {
+            Ok(entry) => found.push(entry),
             Err(fault) => faults.push(format!("line {number}: {fault}")),
         }
     }
-    if faults.is_empty() { Ok(tokens) } else { Err(faults) }
+    if faults.is_empty() { Ok(found) } else { Err(faults) }
 }
 
-/// Whether the sender of this `authorization` header may call `method` at `now` (**units**: seconds since 1970).
+/// What a caller shows.
+#[derive(Clone, Debug, Default)]
+pub struct Credentials {
+    /// The `authorization` header.
+    pub authorization: Option<String>,
+    /// [`fingerprint`] of its certificate.
+    pub certificate: Option<blake3::Hash>,
+}
+
+/// **Errors**: `UNAUTHENTICATED`; the certificate is revoked.
+pub fn judge_certificate(revoked: &[Revoked], certificate: Option<blake3::Hash>) -> Result<(), Status> {
+    match revoked.iter().find(|revoked| Some(revoked.certificate) == certificate) {
+        Some(Revoked { name, .. }) => {
+            Err(Status::unauthenticated(format!("certificate: that of {name} is revoked")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether somebody with these credentials may call `method` at `now` (**units**: seconds since 1970): the token that gives the
+/// right, `None` where none is needed.
 ///
 /// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`, with a message that never contains the token.
-pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u64) -> Result<(), Status> {
-    let Some(needed) = needed(method) else { return Ok(()) };
+pub fn judge<'a>(
+    tokens: &'a [Token],
+    credentials: &Credentials,
+    method: &str,
+    now: u64,
+) -> Result<Option<&'a Token>, Status> {
+    let Some(needed) = needed(method) else { return Ok(None) };
     let unknown = |why: &str| Status::unauthenticated(format!("token: {why}"));
-    let Some(authorization) = authorization else {
+    let Some(authorization) = &credentials.authorization else {
         return Err(unknown("expected one (--token, CONTRAFLOW_TOKEN), got none"));
     };
     let Some(secret) = authorization.strip_prefix("Bearer ") else {
@@ -162,6 +250,9 @@ pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u
         let ago = now - token.expires;
         return Err(unknown(&format!("that of {} has expired {ago} s ago", token.name)));
     }
+    if token.certificate.is_some() && token.certificate != credentials.certificate {
+        return Err(unknown(&format!("that of {} is good with its own certificate only", token.name)));
+    }
     if !token.role.covers(needed) {
         let method = method.rsplit(['/', '.']).take(2).collect::<Vec<_>>();
         let method = method.into_iter().rev().collect::<Vec<_>>().join("/");
@@ -172,7 +263,7 @@ pub fn judge(tokens: &[Token], authorization: Option<&str>, method: &str, now: u
             token.role.name()
         )));
     }
-    Ok(())
+    Ok(Some(token))
 }
 
 #[cfg(test)]
@@ -200,11 +291,48 @@ mod tests {
     ];
 
     fn token(role: Role, secret: &str) -> Token {
-        Token { name: role.name().into(), role, expires: 100, hash: Token::hash(secret) }
+        Token { name: role.name().into(), role, expires: 100, hash: Token::hash(secret), certificate: None }
+    }
+
+    fn header(text: &str) -> Credentials {
+        Credentials { authorization: Some(text.into()), certificate: None }
     }
 
     fn code(tokens: &[Token], secret: &str, method: &str, now: u64) -> Option<Code> {
-        judge(tokens, Some(&format!("Bearer {secret}")), method, now).err().map(|status| status.code())
+        judge(tokens, &header(&format!("Bearer {secret}")), method, now).err().map(|status| status.code())
+    }
+
+    #[test]
+    fn a_token_is_good_with_the_certificate_it_was_issued_with() {
+        let [own, other] = [b"own", b"not"].map(|der| fingerprint(der));
+        let tokens = [Token { certificate: Some(own), ..token(Role::Admin, "secret") }];
+        let with = |certificate| {
+            let credentials = Credentials { certificate, ..header("Bearer secret") };
+            judge(&tokens, &credentials, SUBMIT, 0).map(|token| token.map(|token| token.name.as_str()))
+        };
+        assert_eq!(with(Some(own)).unwrap(), Some("admin"));
+        for certificate in [Some(other), None] {
+            let refused = with(certificate).unwrap_err();
+            assert_eq!(refused.code(), Code::Unauthenticated);
+            assert_eq!(refused.message(), "token: that of admin is good with its own certificate only");
+        }
+    }
+
+    #[test]
+    fn a_revoked_certificate_is_good_for_nothing() {
+        let [own, other] = [b"own", b"not"].map(|der| fingerprint(der));
+        let revoked = Revoked { name: "ann".into(), certificate: own };
+        let list = parse_revoked(&format!("# comment\n{revoked}\n")).unwrap();
+        assert_eq!(list, std::slice::from_ref(&revoked));
+        let refused = judge_certificate(&list, Some(own)).unwrap_err();
+        assert_eq!(
+            (refused.code(), refused.message()),
+            (Code::Unauthenticated, "certificate: that of ann is revoked")
+        );
+        assert!(judge_certificate(&list, Some(other)).is_ok() && judge_certificate(&list, None).is_ok());
+        let faults = parse_revoked("ann\n../b 00\nann 00").unwrap_err();
+        assert_eq!(faults[0], "line 1: expected NAME FINGERPRINT, got 1 fields");
+        assert_eq!(faults[2], "line 3: fingerprint: expected 64 hexadecimal digits");
     }
 
     #[test]
@@ -255,18 +383,19 @@ mod tests {
             (Some("Bearer "), 0, "issued by this cluster"),
             (Some("Bearer right"), 103, "that of view has expired 3 s ago"),
         ] {
-            let refused = judge(&tokens, header, method, now).unwrap_err();
+            let credentials = Credentials { authorization: header.map(str::to_owned), certificate: None };
+            let refused = judge(&tokens, &credentials, method, now).unwrap_err();
             assert_eq!(refused.code(), Code::Unauthenticated);
             assert!(refused.message().contains(reason), "{refused:?}");
         }
-        assert!(judge(&tokens, Some("Bearer right"), method, 99).is_ok());
+        assert!(judge(&tokens, &header("Bearer right"), method, 99).is_ok());
         assert_eq!(code(&tokens, "right", method, 100), Some(Code::Unauthenticated));
-        let refused = judge(&tokens, Some("Bearer right"), SUBMIT, 0).unwrap_err();
+        let refused = judge(&tokens, &header("Bearer right"), SUBMIT, 0).unwrap_err();
         assert_eq!(
             refused.message(),
             "token: JobService/Submit needs the role submit, that of view has view"
         );
-        assert!(judge(&[], None, "/grpc.health.v1.Health/Check", 0).is_ok());
+        assert!(judge(&[], &Credentials::default(), "/grpc.health.v1.Health/Check", 0).is_ok());
     }
 
     #[test]
@@ -281,7 +410,7 @@ mod tests {
         let faults = parse_tokens(&text).unwrap_err();
         assert_eq!(faults.len(), 5);
         for (fault, reason) in faults.iter().zip([
-            "line 1: expected NAME ROLE EXPIRES HASH, got 2 fields",
+            "line 1: expected NAME ROLE EXPIRES HASH FINGERPRINT, got 2 fields",
             "line 2: role: expected view, submit, admin or worker, got \"boss\"",
             "line 4: name: expected letters",
             "line 5: expires: expected seconds since 1970, got \"soon\"",
@@ -295,13 +424,15 @@ mod tests {
         #[test]
         fn garbage_is_no_token(text in "\\PC{0,200}", header in "\\PC{0,80}") {
             let tokens = parse_tokens(&text).unwrap_or_default();
-            prop_assert!(judge(&tokens, Some(&header), SUBMIT, 0).is_err());
+            let credentials = Credentials { authorization: Some(header), certificate: None };
+            prop_assert!(judge(&tokens, &credentials, SUBMIT, 0).is_err());
         }
 
         #[test]
-        fn a_line_round_trips(name in "[a-z][a-z0-9._-]{0,20}", role in 0..4usize, expires: u64, secret: u64) {
+        fn a_line_round_trips(name in "[a-z][a-z0-9._-]{0,20}", role in 0..4usize, expires: u64, secret: u64, is_bound: bool) {
             let hash = Token::hash(&secret.to_string());
-            let token = Token { name, role: Role::ALL[role], expires, hash };
+            let certificate = is_bound.then(|| fingerprint(&secret.to_le_bytes()));
+            let token = Token { name, role: Role::ALL[role], expires, hash, certificate };
             prop_assert_eq!(parse_tokens(&token.to_string()).unwrap(), [token]);
         }
     }

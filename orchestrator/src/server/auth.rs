@@ -6,8 +6,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use parking_lot::{Mutex, MutexGuard};
 use tonic::Status;
@@ -17,9 +18,9 @@ use tower::Service;
 use tracing::Instrument;
 
 use super::acceptor::Peer;
-use super::access::{self, SUBMIT};
+use super::access::{self, Credentials, SUBMIT};
 use super::rate::{Buckets, Rate};
-use super::security::TokenFile;
+use super::security::Grants;
 
 /// Submissions of one address, where tokens are asked for.
 const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
@@ -27,9 +28,15 @@ const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
 /// Refusals of one address that are logged and answered with their reason.
 const FAILURES: Rate = Rate { burst: 20, per_second: 1 };
 
+/// How often the credentials behind an open stream are looked at again.
+const RECHECK: Duration = Duration::from_secs(2);
+
+/// What is logged of a method. **Units**: bytes.
+const MAX_METHOD: usize = 128;
+
 struct Shared {
     /// None: every client has full access.
-    tokens: Option<TokenFile>,
+    grants: Option<Grants>,
     submits: Mutex<Buckets>,
     failures: Mutex<Buckets>,
 }
@@ -45,9 +52,9 @@ fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
 }
 
 impl AuthLayer {
-    pub(super) fn new(tokens: Option<TokenFile>) -> Self {
+    pub(super) fn new(grants: Option<Grants>) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
-        AuthLayer { shared: Arc::new(Shared { tokens, submits, failures }) }
+        AuthLayer { shared: Arc::new(Shared { grants, submits, failures }) }
     }
 
     /// A connection came to nothing.
@@ -57,33 +64,99 @@ impl AuthLayer {
         }
     }
 
+    /// **Errors**: its certificate is revoked.
+    pub(super) fn check_certificate(&self, certificate: Option<blake3::Hash>) -> Result<(), String> {
+        let Some(grants) = &self.shared.grants else { return Ok(()) };
+        let judged = access::judge_certificate(&grants.revoked.current(), certificate);
+        judged.map_err(|refused| refused.message().to_owned())
+    }
+
     /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, with a message.
-    fn check(&self, head: &http::request::Parts) -> Result<(), Status> {
-        let Some(tokens) = &self.shared.tokens else { return Ok(()) };
-        let method = head.uri.path();
-        let peer = head.extensions.get::<Peer>().map(|Peer(peer)| *peer);
-        let address = peer.map_or(IpAddr::from([0; 4]), |peer| peer.ip());
+    fn check(&self, head: &http::request::Parts) -> Result<Session, Status> {
+        let peer = head.extensions.get::<Peer>();
+        let address = peer.map_or(IpAddr::from([0; 4]), |peer| peer.address.ip());
         // A header that is no text is no token.
         let authorization = head.headers.get(http::header::AUTHORIZATION);
-        let authorization = authorization.map(|value| value.to_str().unwrap_or(""));
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        if let Err(refused) = access::judge(&tokens.current(), authorization, method, unix) {
-            if !lock(&self.shared.failures).take(address, Instant::now()) {
-                let Rate { per_second, .. } = FAILURES;
-                return Err(Status::resource_exhausted(format!(
-                    "token: expected at most {per_second} refused call a second from {address}, got more"
-                )));
-            }
-            tracing::warn!(%address, method, code = ?refused.code(), "refused a call: {}", refused.message());
-            return Err(refused);
+        let authorization = authorization.map(|value| value.to_str().unwrap_or("").to_owned());
+        let certificate = peer.and_then(|peer| peer.certificate);
+        let credentials = Credentials { authorization, certificate };
+        let method = head.uri.path();
+        let mut session = Session {
+            shared: self.shared.clone(),
+            credentials,
+            method: method.to_owned(),
+            user: String::new(),
+        };
+        match session.judge() {
+            Ok(user) => session.user = user,
+            Err(refused) => return Err(self.refuse(address, method, refused)),
         }
-        if method == SUBMIT && !lock(&self.shared.submits).take(address, Instant::now()) {
+        let is_limited = self.shared.grants.is_some() && method == SUBMIT;
+        if is_limited && !lock(&self.shared.submits).take(address, Instant::now()) {
             let Rate { burst, per_second } = SUBMITS;
             return Err(Status::resource_exhausted(format!(
                 "submissions: expected at most {per_second} a second from {address} after the first {burst}, got more"
             )));
         }
-        Ok(())
+        Ok(session)
+    }
+
+    /// What a refused caller is told: the reason, unless there are too many of them.
+    fn refuse(&self, address: IpAddr, method: &str, refused: Status) -> Status {
+        if !lock(&self.shared.failures).take(address, Instant::now()) {
+            let Rate { per_second, .. } = FAILURES;
+            return Status::resource_exhausted(format!(
+                "token: expected at most {per_second} refused call a second from {address}, got more"
+            ));
+        }
+        let mut method = method.to_owned();
+        tidy(&mut method, MAX_METHOD);
+        tracing::warn!(%address, method, code = ?refused.code(), "refused a call: {}", refused.message());
+        refused
+    }
+}
+
+/// Who makes a call, and whether they still may; found among a request's extensions.
+#[derive(Clone)]
+pub(super) struct Session {
+    shared: Arc<Shared>,
+    credentials: Credentials,
+    method: String,
+    user: String,
+}
+
+impl Session {
+    /// Of a call that has passed the guard.
+    pub(super) fn of<T>(request: &tonic::Request<T>) -> Self {
+        let session = request.extensions().get::<Session>();
+        session.cloned().expect("the guard is before every service")
+    }
+
+    /// Whose token it is; empty where none is needed.
+    pub(super) fn user(&self) -> String {
+        self.user.clone()
+    }
+
+    /// Completes once the caller may not make this call any more, with the refusal: a stream may outlive its token.
+    pub(super) async fn withdrawn(&self) -> Status {
+        loop {
+            tokio::time::sleep(RECHECK).await;
+            if let Err(refused) = self.judge() {
+                return refused;
+            }
+        }
+    }
+
+    /// The name of the caller's token as the files have it now.
+    ///
+    /// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`.
+    fn judge(&self) -> Result<String, Status> {
+        let Some(grants) = &self.shared.grants else { return Ok(String::new()) };
+        access::judge_certificate(&grants.revoked.current(), self.credentials.certificate)?;
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let tokens = grants.tokens.current();
+        let token = access::judge(&tokens, &self.credentials, &self.method, unix)?;
+        Ok(token.map_or_else(String::new, |token| token.name.clone()))
     }
 }
 
@@ -119,9 +192,10 @@ where
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
         match self.auth.check(&head) {
-            Ok(()) => {
+            Ok(session) => {
+                head.extensions.insert(session);
                 let span = span_of(&head);
                 Box::pin(self.inner.call(http::Request::from_parts(head, body)).instrument(span))
             }

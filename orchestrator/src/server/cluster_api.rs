@@ -1,11 +1,11 @@
-//! ClusterService: who is a member, and taking a node out of use.
+//! ClusterService: who is a member, and taking a node out of use and back.
 
 use contraflow_proto::v1;
 use tonic::{Request, Response, Status};
 use v1::cluster_service_server::ClusterService;
 
-use super::Handle;
 use super::hub::{Hub, HubMessage};
+use super::{Handle, bounds, refused};
 use crate::core::Event;
 
 /// The service.
@@ -20,7 +20,13 @@ impl ClusterService for ClusterApi {
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        let node = request.into_inner().node;
+        let request = request.into_inner();
+        bounds::drain(&request).map_err(|faults| refused(&faults))?;
+        let v1::DrainRequest { node, undo } = request;
+        let is_drained = {
+            let node = node.clone();
+            self.hub.ask(move |hub| hub.core().jobs().drained.contains(&node)).await?
+        };
         let label = node.clone();
         let on_node = move |hub: &Hub| {
             let workers = hub.core().members().filter(|member| member.registration.node == label);
@@ -28,6 +34,13 @@ impl ClusterService for ClusterApi {
             used.fold((0, 0), |(workers, ranks), used| (workers + 1, ranks + used))
         };
         let (workers, ranks) = self.hub.ask(on_node).await?;
+        if undo {
+            if !is_drained {
+                return Err(Status::not_found(format!("node: expected one that is drained, got {node:?}")));
+            }
+            self.hub.send(HubMessage::Event(Event::Undrain { node })).await?;
+            return Ok(Response::new(v1::DrainResponse { workers, ranks: 0 }));
+        }
         if workers == 0 {
             return Err(Status::not_found(format!("node: expected that of a member, got {node:?}")));
         }

@@ -3,34 +3,42 @@
 //! One batch is one write to the disk, however many facts it holds: that is what makes a thousand submissions a second
 //! cheap. Streams to workers are bounded; a worker that does not read is cut off.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1;
+use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::JobId;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use super::admission::Admission;
 use super::encode::{encode, span_of};
 use super::log_dedup::LogDedup;
 use super::outdated::outdated_by;
+use super::snapshot::Snapshots;
 use super::steps::Steps;
 use crate::core::facts::{Fact, JobSpec};
-use crate::core::jobs::Jobs;
 use crate::core::{Core, Effect, Event, WorkerCommand};
 use crate::metrics::record::StepRecord;
-use crate::store::{Removals, Replay, Store};
+use crate::store::{Removals, Replay, Store, StoreError};
 
 /// Messages that are taken at once.
 const BATCH: usize = 1024;
 
-/// Facts after which a snapshot takes their place.
-const SNAPSHOT_EVERY: u64 = 10_000;
+/// The longest line of a job's log. **Units**: bytes.
+const MAX_LINE: usize = 64 << 10;
 
 /// A stream to a worker.
 pub type WorkerSender = mpsc::Sender<Result<v1::ToWorker, Status>>;
+
+/// The id of a job that is in line, or why no more jobs are taken.
+pub type Submitted = Result<JobId, String>;
 
 /// A query; it sends its own answer.
 pub type Question = Box<dyn FnOnce(&Hub) + Send>;
@@ -54,16 +62,20 @@ pub enum HubMessage {
         worker: u64,
         /// Which of its streams.
         link: u64,
+        /// Why it may not come back, if that is so.
+        expelled: Option<String>,
     },
     /// A job for the queue; answered with its id once that is durable.
     Submit {
         /// The job.
         spec: Box<JobSpec>,
-        /// Where the id goes.
-        reply: oneshot::Sender<JobId>,
+        /// Where the outcome goes.
+        reply: oneshot::Sender<Submitted>,
     },
     /// Lines of a job's ranks.
     Lines {
+        /// Who sends them: of ranks that it does not host they are dropped.
+        worker: u64,
         /// Of one that may be forgotten by now.
         job: JobId,
         /// The lines.
@@ -97,7 +109,7 @@ struct CommitBatch {
     steps: BTreeMap<JobId, Vec<(u64, Vec<u8>)>>,
     lines: BTreeMap<JobId, Vec<Vec<u8>>>,
     commands: Vec<(u64, WorkerCommand)>,
-    replies: Vec<(oneshot::Sender<JobId>, JobId)>,
+    replies: Vec<(oneshot::Sender<Submitted>, Submitted)>,
     questions: Vec<Question>,
 }
 
@@ -111,9 +123,10 @@ pub struct Hub {
     steps: BTreeMap<JobId, Steps>,
     /// Lines of ranks that wait for their like.
     log_dedup: LogDedup,
-    facts_since_snapshot: u64,
     /// Why it has to end: it must not act on what it does not know.
     outdated: Option<String>,
+    admission: Admission,
+    snapshots: Snapshots,
 }
 
 /// The time that the core sees: that of the wall when the process began, and from then on of a monotonic clock, for
@@ -145,18 +158,8 @@ impl Hub {
     ///
     /// **Errors**: a record that this version cannot read.
     pub fn new(store: Store, replay: Replay, key: [u8; 32], retained_jobs: usize) -> Result<Self, String> {
-        let mut jobs: Jobs = match &replay.snapshot {
-            Some((_, bytes)) => {
-                serde_json::from_slice(bytes).map_err(|error| format!("snapshot: {error}"))?
-            }
-            None => Jobs::default(),
-        };
-        for (number, bytes) in &replay.records {
-            let fact: Fact =
-                serde_json::from_slice(bytes).map_err(|error| format!("record {number}: {error}"))?;
-            jobs.apply(&fact);
-        }
-        let facts_since_snapshot = replay.records.len() as u64;
+        let (jobs, snapshots) = Snapshots::replay(&replay)?;
+        let admission = Admission::of(&jobs);
         let nonce = u32::from_le_bytes(from_system().map_err(|error| error.to_string())?);
         let core = Core::new(jobs, replay.incarnation, now_ms()).retaining(retained_jobs);
         let core = core.identified(state_of(&key), nonce);
@@ -168,8 +171,9 @@ impl Hub {
             links: BTreeMap::new(),
             steps: BTreeMap::new(),
             log_dedup: LogDedup::default(),
-            facts_since_snapshot,
             outdated: None,
+            admission,
+            snapshots,
         };
         let all: Vec<JobId> = hub.core.jobs().all.keys().copied().collect();
         for job in all {
@@ -180,7 +184,7 @@ impl Hub {
 
     fn restore_steps(&mut self, job: JobId) -> Result<(), String> {
         let record = &self.core.jobs().all[&job];
-        let commands = |error: crate::store::StoreError| error.to_string();
+        let commands = |error: StoreError| error.to_string();
         let last =
             self.store.steps(job.bits(), 0).map_err(commands)?.next_back().transpose().map_err(commands)?;
         let loss = last.as_ref().and_then(|(_, bytes)| serde_json::from_slice::<StepRecord>(bytes).ok());
@@ -245,23 +249,38 @@ impl Hub {
             }
             HubMessage::Event(event) => self.step(event, batch),
             HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
-            HubMessage::Unlinked { worker, link } => {
+            HubMessage::Unlinked { worker, link, expelled } => {
                 if self.links.get(&worker).is_some_and(|(current, _)| *current == link) {
                     self.links.remove(&worker);
-                    self.step(Event::Detached { worker }, batch);
+                    let event = match expelled {
+                        Some(why) => Event::Expelled { worker, why },
+                        None => Event::Detached { worker },
+                    };
+                    self.step(event, batch);
                 }
             }
             HubMessage::Submit { spec, reply } => {
-                let key = spec.key.clone();
-                self.step(Event::Submit(spec), batch);
-                let jobs = self.core.jobs();
-                batch.replies.push((reply, jobs.by_key.get(&key).copied().unwrap_or(jobs.newest)));
+                let outcome = self.submit(spec, batch);
+                batch.replies.push((reply, outcome));
             }
-            HubMessage::Lines { job, lines } => {
-                lines.into_iter().for_each(|line| self.log_dedup.take(job, line, now_ms()));
+            HubMessage::Lines { worker, job, lines } => {
+                let Some(steps) = self.steps.get(&job) else { return };
+                let own =
+                    lines.into_iter().filter(|line| line.ranks.iter().all(|&rank| steps.hosts(worker, rank)));
+                own.for_each(|line| self.log_dedup.take(job, line, now_ms()));
             }
             HubMessage::Ask(question) => batch.questions.push(question),
         }
+    }
+
+    /// **Errors**: too many jobs are open.
+    fn submit(&mut self, spec: Box<JobSpec>, batch: &mut CommitBatch) -> Result<JobId, String> {
+        if let Some(&job) = self.core.jobs().by_key.get(&spec.key) {
+            return Ok(job);
+        }
+        self.admission.admit(&spec)?;
+        self.step(Event::Submit(spec), batch);
+        Ok(self.core.jobs().newest)
     }
 
     fn step(&mut self, event: Event, batch: &mut CommitBatch) {
@@ -281,7 +300,8 @@ impl Hub {
                         batch.steps.entry(job).or_default().push((record.step, bytes));
                     }
                 }
-                Effect::Log { job, line } => {
+                Effect::Log { job, mut line } => {
+                    tidy(&mut line, MAX_LINE);
                     tracing::info!(%job, "{line}");
                     let (unix_ms, level) = (now_ms(), "INFO".to_owned());
                     self.log(
@@ -296,7 +316,11 @@ impl Hub {
 
     fn apply_fact(&mut self, fact: &Fact, batch: &mut CommitBatch) {
         match fact {
-            Fact::Submitted { job, .. } => drop(self.steps.insert(*job, Steps::new(0, None, 0, false))),
+            Fact::Submitted { job, spec, .. } => {
+                self.admission.opened(*job, spec);
+                self.steps.insert(*job, Steps::new(0, None, 0, false));
+            }
+            Fact::Ended { job, .. } => self.admission.ended(*job),
             Fact::Formed { job, formed } => {
                 let record = self.core.jobs().all.get(job);
                 if let (Some(steps), Some(record)) = (self.steps.get_mut(job), record) {
@@ -336,12 +360,7 @@ impl Hub {
         if batch.facts.is_empty() && batch.steps.is_empty() && batch.lines.is_empty() {
             return Ok(());
         }
-        self.facts_since_snapshot += batch.facts.len() as u64;
-        let is_long = self.facts_since_snapshot >= SNAPSHOT_EVERY;
-        let snapshot = is_long.then(|| serde_json::to_vec(self.core.jobs()).unwrap_or_default());
-        if is_long {
-            self.facts_since_snapshot = 0;
-        }
+        self.snapshots.count(&batch.facts);
         let store = self.store.clone();
         let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
         let lines = batch.lines.clone();
@@ -357,20 +376,20 @@ impl Hub {
             for (job, lines) in &lines {
                 store.append_lines(job.bits(), lines)?;
             }
-            if !facts.is_empty() {
-                let first = store.append_and_forget(&facts, &gone)?;
-                if let Some(snapshot) = snapshot {
-                    store.snapshot(first + facts.len() as u64 - 1, &snapshot)?;
-                }
+            if facts.is_empty() {
+                return Ok(None);
             }
-            Ok(())
+            let first = store.append_and_forget(&facts, &gone)?;
+            Ok(Some(first + facts.len() as u64 - 1))
         };
-        let written: Result<Result<(), crate::store::StoreError>, _> =
-            tokio::task::spawn_blocking(write).await;
-        match written {
-            Ok(result) => result.map_err(|error| error.to_string()),
-            Err(panic) => Err(format!("the store: {panic}")),
+        let written: Result<Result<Option<u64>, StoreError>, _> = tokio::task::spawn_blocking(write).await;
+        let last =
+            written.map_err(|panic| format!("the store: {panic}"))?.map_err(|error| error.to_string())?;
+        self.snapshots.look().await;
+        if let Some(last) = last.filter(|_| self.snapshots.is_due()) {
+            self.snapshots.begin(self.store.clone(), last, self.core.jobs().clone());
         }
+        Ok(())
     }
 
     fn apply_effects(&mut self, mut batch: CommitBatch) {

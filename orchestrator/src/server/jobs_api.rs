@@ -3,26 +3,23 @@
 use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use contraflow_proto::v1;
-use contraflow_runtime::faults::Faults;
-use contraflow_runtime::layout::recipe_figures;
-use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::RankFigures;
+use contraflow_proto::{Message as _, v1};
+use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::topology::JobId;
-use contraflow_runtime::trace;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use v1::job_service_server::JobService;
 
-use super::Handle;
+use super::auth::Session;
 use super::hub::{Hub, HubMessage, LogRecord};
 use super::steps::StepProgress;
+use super::{Handle, bounds, refused, submission};
 use crate::core::Event;
-use crate::core::facts::{End, JobSpec};
+use crate::core::facts::End;
 use crate::core::jobs::{JobRecord, Phase};
 use crate::metrics::record::StepRecord;
 use crate::store::{Numbered, Store, StoreError};
@@ -33,11 +30,23 @@ const PAGE: usize = 100;
 /// Most jobs of one list.
 const MAX_PAGE: usize = 1_000;
 
-/// Messages of a stream that wait for its reader.
-const MAX_UNREAD: usize = 64;
+/// Messages of a stream that wait for its reader: there may be thousands of streams, and readers that do not read.
+const MAX_UNREAD: usize = 4;
 
-/// Longest name of a job, and longest idempotency key, in bytes.
-const MAX_TEXT: usize = 256;
+/// Entries that are read at once for a stream.
+const READ_AT_ONCE: usize = 16;
+
+/// What an answer with a list may hold before the rest is left to the next page. **Units**: bytes.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// How long the last message of a stream waits for its reader.
+const LEAVE: Duration = Duration::from_secs(5);
+
+/// The longest text of an answer. **Units**: bytes.
+const MAX_SHOWN: usize = 64 << 10;
+
+/// Reads of the state that are under way at once.
+static READERS: Semaphore = Semaphore::const_new(8);
 
 /// The service.
 pub(super) struct JobsApi {
@@ -53,48 +62,62 @@ impl JobService for JobsApi {
     type LogsStream = Answers<v1::LogsResponse>;
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Reply<v1::SubmitResponse> {
-        let spec = Box::new(spec(request.into_inner()).map_err(|faults| refused(&faults))?);
+        let user = Session::of(&request).user();
+        let spec = submission::check(request.into_inner(), user).await?;
         let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         let ending = |_| Status::unavailable("the orchestrator is ending");
-        Ok(Response::new(v1::SubmitResponse { job: id.await.map_err(ending)?.to_string() }))
+        let job = id.await.map_err(ending)?.map_err(Status::resource_exhausted)?;
+        Ok(Response::new(v1::SubmitResponse { job: job.to_string() }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Reply<v1::GetResponse> {
-        let job = self.id(&request.into_inner().job).await?;
+        let request = request.into_inner();
+        bounds::get(&request).map_err(|faults| refused(&faults))?;
+        let job = self.id(&request.job).await?;
         let job = self.hub.ask(move |hub| describe(hub, job)).await?;
         Ok(Response::new(v1::GetResponse { job: Some(job) }))
     }
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
-        let v1::ListRequest { limit, before } = request.into_inner();
+        let request = request.into_inner();
+        bounds::list_of(&request).map_err(|faults| refused(&faults))?;
+        let v1::ListRequest { limit, before } = request;
         let limit = if limit == 0 { PAGE } else { (limit as usize).min(MAX_PAGE) };
         let before =
             if before.is_empty() { Bound::Unbounded } else { Bound::Excluded(self.id(&before).await?) };
-        let page = move |hub: &Hub| -> Vec<v1::Job> {
-            let numbers = hub.core().jobs().all.range((Bound::Unbounded, before)).rev().take(limit);
-            numbers.map(|(&job, _)| describe(hub, job)).collect()
+        let answer = move |hub: &Hub| {
+            let all = &hub.core().jobs().all;
+            let older = all.range((Bound::Unbounded, before)).rev();
+            let jobs = page(older.clone().take(limit).map(|(&job, _)| describe(hub, job)));
+            v1::ListResponse { more: older.count() > jobs.len(), jobs }
         };
-        Ok(Response::new(v1::ListResponse { jobs: self.hub.ask(page).await? }))
+        Ok(Response::new(self.hub.ask(answer).await?))
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Reply<Self::WatchStream> {
-        let v1::WatchRequest { job, from_step } = request.into_inner();
+        let session = Session::of(&request);
+        let request = request.into_inner();
+        bounds::watch(&request).map_err(|faults| refused(&faults))?;
+        let v1::WatchRequest { job, from_step } = request;
         let first = from_step.max(1);
         let follow = self.follow(&job).await?;
         let follow = Follow { next: first, until_end: true, first_step: Some(first), ..follow };
         let read = |store: &Store, job: JobId, next: u64| {
-            store.steps(job.bits(), next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+            store.steps(job.bits(), next)?.take(READ_AT_ONCE).collect::<Result<Vec<_>, _>>()
         };
         let decode = |bytes: &[u8]| {
-            let record = Some(serde_json::from_slice::<StepRecord>(bytes).ok()?);
-            Some(v1::WatchResponse { record })
+            let mut record = serde_json::from_slice::<StepRecord>(bytes).ok()?;
+            record.warnings.iter_mut().for_each(show);
+            Some(v1::WatchResponse { record: Some(record) })
         };
-        Ok(Response::new(stream(follow, read, decode)))
+        Ok(Response::new(stream(follow, read, decode, session)))
     }
 
     async fn cancel(&self, request: Request<v1::CancelRequest>) -> Reply<v1::CancelResponse> {
-        let v1::CancelRequest { job, reason } = request.into_inner();
+        let request = request.into_inner();
+        bounds::cancel(&request).map_err(|faults| refused(&faults))?;
+        let v1::CancelRequest { job, reason } = request;
         let job = self.id(&job).await?;
         self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
         let job = self.hub.ask(move |hub| describe(hub, job)).await?;
@@ -102,18 +125,22 @@ impl JobService for JobsApi {
     }
 
     async fn logs(&self, request: Request<v1::LogsRequest>) -> Reply<Self::LogsStream> {
-        let v1::LogsRequest { job, rank, follow: until_end } = request.into_inner();
+        let session = Session::of(&request);
+        let request = request.into_inner();
+        bounds::logs(&request).map_err(|faults| refused(&faults))?;
+        let v1::LogsRequest { job, rank, follow: until_end } = request;
         let follow = Follow { next: 0, until_end, ..self.follow(&job).await? };
         let read = |store: &Store, job: JobId, next: u64| {
-            store.lines(job.bits(), next)?.take(MAX_UNREAD).collect::<Result<Vec<_>, _>>()
+            store.lines(job.bits(), next)?.take(READ_AT_ONCE).collect::<Result<Vec<_>, _>>()
         };
         let decode = move |bytes: &[u8]| {
             let line = serde_json::from_slice::<LogRecord>(bytes).ok()?;
             let wanted = rank.is_none_or(|rank| line.ranks.contains(&rank));
-            let LogRecord { unix_ms, level, ranks, message } = line;
+            let LogRecord { unix_ms, level, ranks, mut message } = line;
+            show(&mut message);
             wanted.then_some(v1::LogsResponse { unix_ms, level, ranks, message })
         };
-        Ok(Response::new(stream(follow, read, decode)))
+        Ok(Response::new(stream(follow, read, decode, session)))
     }
 }
 
@@ -157,6 +184,17 @@ struct Follow {
 }
 
 impl Follow {
+    /// The next entries. However many follow, few threads read.
+    ///
+    /// **Errors**: the state cannot be read.
+    async fn read(&self, read: Read) -> Result<Vec<Numbered>, Status> {
+        let failed = || Status::internal("the state cannot be read");
+        let _turn = READERS.acquire().await.map_err(|_| failed())?;
+        let (store, job, next) = (self.store.clone(), self.job, self.next);
+        let entries = tokio::task::spawn_blocking(move || read(&store, job, next)).await;
+        entries.map_err(|_| failed())?.map_err(|_| failed())
+    }
+
     /// Takes note of how much is kept by now.
     fn look(&mut self, returns: &mut u64) -> StepProgress {
         let progress = *self.progress.borrow_and_update();
@@ -168,73 +206,72 @@ impl Follow {
     }
 }
 
-/// Sends what is kept, and continues with what comes.
+/// Sends what is kept, and continues with what comes, as long as the caller may hear it.
 fn stream<T: Send + 'static>(
-    mut follow: Follow,
+    follow: Follow,
     read: Read,
     decode: impl Fn(&[u8]) -> Option<T> + Send + 'static,
+    session: Session,
 ) -> Answers<T> {
     let (sender, answers) = mpsc::channel(MAX_UNREAD);
     tokio::spawn(async move {
-        let mut returns = follow.progress.borrow().returns;
-        loop {
-            let progress = follow.look(&mut returns);
-            loop {
-                let (store, job, next) = (follow.store.clone(), follow.job, follow.next);
-                let entries = tokio::task::spawn_blocking(move || read(&store, job, next)).await;
-                let Ok(Ok(entries)) = entries else {
-                    return drop(sender.send(Err(Status::internal("the state cannot be read"))).await);
-                };
-                let Some((last, _)) = entries.last() else { break };
-                follow.next = last + 1;
-                let answers: Vec<T> = entries.iter().filter_map(|(_, bytes)| decode(bytes)).collect();
-                for answer in answers {
-                    if sender.send(Ok(answer)).await.is_err() {
-                        return;
-                    }
-                }
-            }
-            // What was kept when it ended has been read since.
-            if progress.has_ended || !follow.until_end || follow.progress.changed().await.is_err() {
-                return;
-            }
+        let refused = tokio::select! {
+            ended = feed(follow, read, decode, &sender) => ended.err(),
+            refused = session.withdrawn() => Some(refused),
+        };
+        if let Some(refused) = refused {
+            // Who does not read does not get it.
+            drop(tokio::time::timeout(LEAVE, sender.send(Err(refused))).await);
         }
     });
     Box::pin(ReceiverStream::new(answers))
 }
 
-fn refused(faults: &Faults) -> Status {
-    Status::invalid_argument(faults.to_string())
-}
-
-/// Checks a request.
-fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
-    let v1::SubmitRequest { recipe, overrides, model_config, name, priority, idempotency_key, min_ranks } =
-        request;
-    let name = if name.is_empty() { "recipe".to_owned() } else { name };
-    let model = if model_config.is_empty() { None } else { Some(ModelConfig::from_hf_json(&model_config)?) };
-    let recipe = Recipe::submitted(&recipe, &name, &overrides, model)?;
-    let world = recipe.topology().world();
-    let mut faults = Faults::default();
-    let figures = recipe_figures(&recipe).map_err(|words| faults.push("parallel", words)).unwrap_or_default();
-    let rank_bytes = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
-    for (field, text) in [("name", &name), ("idempotency_key", &idempotency_key)] {
-        if text.len() > MAX_TEXT {
-            faults.expected(field, format!("at most {MAX_TEXT} bytes"), text.len());
+/// Ends where the reader has everything, or is gone.
+///
+/// **Errors**: the state cannot be read.
+async fn feed<T>(
+    mut follow: Follow,
+    read: Read,
+    decode: impl Fn(&[u8]) -> Option<T>,
+    sender: &mpsc::Sender<Result<T, Status>>,
+) -> Result<(), Status> {
+    let mut returns = follow.progress.borrow().returns;
+    loop {
+        let progress = follow.look(&mut returns);
+        loop {
+            let entries = follow.read(read).await?;
+            let Some((last, _)) = entries.last() else { break };
+            follow.next = last + 1;
+            let answers: Vec<T> = entries.iter().filter_map(|(_, bytes)| decode(bytes)).collect();
+            drop(entries);
+            for answer in answers {
+                if sender.send(Ok(answer)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        // What was kept when it ended has been read since.
+        if progress.has_ended || !follow.until_end || follow.progress.changed().await.is_err() {
+            return Ok(());
         }
     }
-    if min_ranks as usize > world {
-        faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
-    }
-    faults.into_result(JobSpec {
-        name,
-        priority,
-        min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
-        key: idempotency_key,
-        recipe: Arc::new(recipe),
-        rank_bytes,
-        traceparent: trace::current().to_string(),
-    })
+}
+
+/// The first of these jobs, as many as one answer holds; at least one.
+fn page(jobs: impl Iterator<Item = v1::Job>) -> Vec<v1::Job> {
+    let mut bytes = 0;
+    let mut fits = |job: &v1::Job| {
+        let is_first = bytes == 0;
+        bytes += job.encoded_len();
+        is_first || bytes <= MAX_ANSWER
+    };
+    jobs.take_while(|job| fits(job)).collect()
+}
+
+/// Texts that were kept by an earlier version are as they came.
+fn show(text: &mut String) {
+    tidy(text, MAX_SHOWN);
 }
 
 fn describe(hub: &Hub, job: JobId) -> v1::Job {
@@ -247,7 +284,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
         v1::RankPlace { rank: rank as u64, worker: registration.name, node: registration.node, step }
     };
-    v1::Job {
+    let mut described = v1::Job {
         job: job.to_string(),
         name: record.spec.name.clone(),
         priority: record.spec.priority,
@@ -263,7 +300,9 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         submitted_unix_ms: record.submitted_ms,
         ended_unix_ms: record.ended_ms,
         losses: record.losses,
-    }
+    };
+    [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
+    described
 }
 
 fn state(record: &JobRecord, is_running: bool) -> v1::JobState {
@@ -276,5 +315,19 @@ fn state(record: &JobRecord, is_running: bool) -> v1::JobState {
         Phase::Ended(End::Done) => v1::JobState::Done,
         Phase::Ended(End::Failed) => v1::JobState::Failed,
         Phase::Ended(End::Cancelled) => v1::JobState::Cancelled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_has_as_many_jobs_as_fit_and_at_least_one() {
+        let job = |bytes| v1::Job { outcome: "o".repeat(bytes), ..v1::Job::default() };
+        let listed = |bytes: usize| page((0..100).map(|_| job(bytes))).len();
+        assert_eq!(listed(10), 100);
+        assert_eq!(listed(MAX_ANSWER / 10), 9);
+        assert_eq!(listed(2 * MAX_ANSWER), 1);
     }
 }

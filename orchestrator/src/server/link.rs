@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use contraflow_proto::v1;
+use contraflow_runtime::control::text::printable;
 use contraflow_runtime::control::wire::{
     RankAddress, decode_event, formation_of, generation_of, job_of, rank_of, ranks_of,
 };
@@ -16,8 +17,10 @@ use tonic::{Request, Response, Status, Streaming};
 use v1::control_service_server::ControlService;
 use v1::from_worker::Message;
 
-use super::Handle;
+use super::acceptor::Peer;
+use super::auth::Session;
 use super::hub::{HubMessage, LogRecord};
+use super::{Handle, bounds};
 use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration};
 use crate::recovery::ReplicaShard;
 
@@ -30,8 +33,8 @@ const HELLO: Duration = Duration::from_secs(5);
 /// Most ranks of one worker.
 const MAX_SLOTS: u32 = 1_024;
 
-/// Longest name, label or address of a worker, in bytes.
-const MAX_TEXT: usize = 1_024;
+/// How long the last message of a stream waits for its reader.
+const LEAVE: Duration = Duration::from_secs(5);
 
 /// Counts the streams of this process.
 static LINKS: AtomicU64 = AtomicU64::new(0);
@@ -49,10 +52,14 @@ impl ControlService for ControlApi {
         &self,
         request: Request<Streaming<v1::FromWorker>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
+        let session = Session::of(&request);
+        let peer = request.extensions().get::<Peer>().cloned();
         let mut up = request.into_inner();
         let first = tokio::time::timeout(HELLO, up.next()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("expected Hello within 5 s"))?;
-        let Some(Ok(v1::FromWorker { message: Some(Message::Hello(hello)) })) = first else {
+        let mut first = first.and_then(Result::ok).unwrap_or_default();
+        bounds::from_worker(&mut first).map_err(Status::invalid_argument)?;
+        let Some(Message::Hello(hello)) = first.message else {
             return Err(Status::invalid_argument("expected Hello as the first message of a worker"));
         };
         let version = env!("CARGO_PKG_VERSION");
@@ -66,49 +73,58 @@ impl ControlService for ControlApi {
         let (worker, attached) = registration(hello).map_err(Status::invalid_argument)?;
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
         let (down, reason) = mpsc::channel(MAX_UNREAD);
+        // The stream ends when the hub lets go of it.
+        let last_words = down.downgrade();
         self.hub.send(HubMessage::Linked { worker, link, down }).await?;
         self.hub.send(HubMessage::Event(attached)).await?;
+        if let Some(peer) = peer {
+            peer.place.attached();
+        }
         let hub = self.hub.clone();
         tokio::spawn(async move {
-            while let Some(Ok(message)) = up.next().await {
-                if handle_message(&hub, worker, message).await.is_err() {
-                    break;
+            let (refused, expelled) = tokio::select! {
+                ended = hear(&hub, worker, up) => (ended.err(), None),
+                refused = session.withdrawn() => {
+                    let why = refused.message().to_owned();
+                    (Some(refused), Some(why))
                 }
-            }
+            };
+            let down = last_words.upgrade();
             // If the hub is gone the orchestrator is ending.
-            drop(hub.send(HubMessage::Unlinked { worker, link }).await);
+            drop(hub.send(HubMessage::Unlinked { worker, link, expelled }).await);
+            if let (Some(down), Some(refused)) = (down, refused) {
+                tracing::warn!(worker, "the stream of a worker is ended: {}", refused.message());
+                // Who does not read does not get it.
+                drop(tokio::time::timeout(LEAVE, down.send(Err(refused))).await);
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(reason))))
     }
 }
 
-/// **Errors**: `INVALID_ARGUMENT`; a field is empty or too large.
-fn sound(hello: &v1::Hello) -> Result<(), Status> {
-    let wrong = |field: &str, expected: String, got: String| {
-        Err(Status::invalid_argument(format!("{field}: expected {expected}, got {got}")))
-    };
-    if !(1..=MAX_SLOTS).contains(&hello.slots) {
-        return wrong("slots", format!("1 to {MAX_SLOTS}"), hello.slots.to_string());
-    }
-    let address = hello
-        .fabric
-        .as_ref()
-        .ok_or_else(|| Status::invalid_argument("fabric: expected an address, got none"))?;
-    let texts = [
-        ("name", &hello.name),
-        ("node", &hello.node),
-        ("block", &hello.block),
-        ("fabric.host", &address.host),
-        ("fabric.tcp", &address.tcp),
-        ("fabric.unix", &address.unix),
-        ("memory_limit", &hello.memory_limit),
-    ];
-    for (field, text) in texts {
-        if text.len() > MAX_TEXT {
-            return wrong(field, format!("at most {MAX_TEXT} bytes"), text.len().to_string());
+/// Takes a worker's messages until its stream ends.
+///
+/// **Errors**: `INVALID_ARGUMENT`; one of them is out of bounds.
+async fn hear(hub: &Handle, worker: u64, mut up: Streaming<v1::FromWorker>) -> Result<(), Status> {
+    while let Some(Ok(mut message)) = up.next().await {
+        bounds::from_worker(&mut message).map_err(Status::invalid_argument)?;
+        if handle_message(hub, worker, message).await.is_err() {
+            break;
         }
     }
     Ok(())
+}
+
+/// **Errors**: `INVALID_ARGUMENT`; what a worker has to have is not there.
+fn sound(hello: &v1::Hello) -> Result<(), Status> {
+    if !(1..=MAX_SLOTS).contains(&hello.slots) {
+        let words = format!("slots: expected 1 to {MAX_SLOTS}, got {}", hello.slots);
+        return Err(Status::invalid_argument(words));
+    }
+    match hello.fabric {
+        Some(_) => Ok(()),
+        None => Err(Status::invalid_argument("fabric: expected an address, got none")),
+    }
 }
 
 /// **Errors**: the address is none, or a number out of range.
@@ -193,7 +209,7 @@ async fn handle_message(hub: &Handle, worker: u64, message: v1::FromWorker) -> R
             Ok(Some(event)) => hub.send(HubMessage::Event(event)).await,
             Ok(None) => Ok(()),
             Err(reason) => {
-                tracing::warn!(worker, "an invalid message: {reason}");
+                tracing::warn!(worker, "an invalid message: {}", printable(&reason));
                 Ok(())
             }
         },
@@ -211,7 +227,7 @@ async fn keep_lines(hub: &Handle, worker: u64, logs: v1::LogLines) -> Result<(),
             }
         };
         let lines = vec![LogRecord { unix_ms, level, ranks: vec![rank], message }];
-        hub.send(HubMessage::Lines { job, lines }).await?;
+        hub.send(HubMessage::Lines { worker, job, lines }).await?;
     }
     Ok(())
 }

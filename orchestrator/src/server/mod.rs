@@ -5,7 +5,9 @@
 
 mod acceptor;
 pub mod access;
+mod admission;
 mod auth;
+pub mod bounds;
 mod cluster_api;
 mod encode;
 mod hub;
@@ -13,11 +15,14 @@ mod jobs_api;
 mod link;
 mod log_dedup;
 mod outdated;
+mod places;
 mod rate;
 mod security;
+mod snapshot;
 pub(crate) mod steps;
+mod submission;
 
-pub use self::security::{Security, files};
+pub use self::security::{Security, files, fingerprint_of};
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -26,9 +31,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use contraflow_proto::v1;
+use contraflow_runtime::control::text::tidy;
+use contraflow_runtime::faults::Faults;
 use contraflow_runtime::random::from_system;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
 use tonic::transport::Server;
 use v1::cluster_service_server::ClusterServiceServer;
 use v1::control_service_server::ControlServiceServer;
@@ -36,11 +44,21 @@ use v1::job_service_server::JobServiceServer;
 
 use self::auth::{AuthLayer, AuthService};
 use self::hub::{Hub, HubMessage};
+use self::places::Limits;
 use crate::core::{Event, TICK_MS};
 use crate::store::Store;
 
 /// Largest message that is taken from a client: a recipe, a model's configuration and some.
 const MAX_MESSAGE: usize = 4 << 20;
+
+/// All headers of a call together: a token and a trace context, and some. **Units**: bytes.
+const MAX_HEADERS: u32 = 8 << 10;
+
+/// A refusal travels in a header, where each space and line end takes three bytes. **Units**: bytes.
+const MAX_REFUSAL: usize = 4 << 10;
+
+/// One fault of a refusal. **Units**: bytes.
+const MAX_FAULT: usize = 512;
 
 /// Calls of one connection that are under way at once.
 const MAX_STREAMS: u32 = 256;
@@ -52,6 +70,7 @@ const MAX_WAITING: usize = 16_384;
 pub struct Orchestrator {
     listener: TcpListener,
     security: Option<Security>,
+    limits: Limits,
     hub: Hub,
     messages: mpsc::Receiver<HubMessage>,
     handle: Handle,
@@ -98,12 +117,18 @@ impl Orchestrator {
         let hub = Hub::new(store, replay, key, retained_jobs)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         let handle = Handle { messages: sender };
-        Ok(Orchestrator { listener, security: None, hub, messages, handle })
+        Ok(Orchestrator { listener, security: None, limits: Limits::of(None), hub, messages, handle })
     }
 
     /// Requires clients to authenticate; without it, every client that can connect has full access.
     pub fn secured(mut self, security: Security) -> Self {
         self.security = Some(security);
+        self
+    }
+
+    /// Takes no more connections than leave it some of the files that the process may have open.
+    pub fn with_files(mut self, files: u64) -> Self {
+        self.limits = Limits::of(Some(files));
         self
     }
 
@@ -123,7 +148,7 @@ impl Orchestrator {
     ///
     /// **Errors**: the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
-        let Orchestrator { listener, security, hub, messages, handle } = self;
+        let Orchestrator { listener, security, limits, hub, messages, handle } = self;
         let ticks = tokio::spawn(tick(handle.clone()));
         let (stopped, is_stopped) = oneshot::channel();
         let hub = tokio::spawn(async move {
@@ -141,13 +166,14 @@ impl Orchestrator {
         health.set_serving::<JobServiceServer<jobs_api::JobsApi>>().await;
         let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone() });
         let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
-        let (tls, tokens) = security.map(|Security { tls, tokens }| (tls, tokens)).unzip();
-        let auth = AuthLayer::new(tokens);
-        let connections = acceptor::open(listener, tls, auth.clone());
+        let (tls, grants) = security.map(|Security { tls, grants }| (tls, grants)).unzip();
+        let auth = AuthLayer::new(grants);
+        let connections = acceptor::open(listener, tls, auth.clone(), limits);
         let serve = Server::builder()
             .layer(tower::layer::layer_fn(move |inner| AuthService { auth: auth.clone(), inner }))
             .max_concurrent_streams(Some(MAX_STREAMS))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_max_header_list_size(MAX_HEADERS)
             .add_service(health_service)
             .add_service(reflection)
             .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
@@ -168,6 +194,26 @@ impl Orchestrator {
             Err(_) => served,
         }
     }
+}
+
+/// A request that is refused for what is in it, fault by fault, as many as a header has room for.
+fn refused(faults: &Faults) -> Status {
+    let mut words = String::new();
+    let mut more = faults.more;
+    for fault in &faults.list {
+        let mut line = fault.to_string();
+        tidy(&mut line, MAX_FAULT);
+        if words.len() + line.len() > MAX_REFUSAL {
+            more += 1;
+        } else {
+            words.push_str(if words.is_empty() { "" } else { "\n" });
+            words.push_str(&line);
+        }
+    }
+    if more > 0 {
+        words += &format!("\nand {more} more");
+    }
+    Status::invalid_argument(words)
 }
 
 async fn tick(hub: Handle) {

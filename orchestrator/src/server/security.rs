@@ -1,4 +1,5 @@
-//! What an orchestrator reads from the folder of its certificates: who it is, whom it lets in, and the tokens.
+//! What an orchestrator reads from the folder of its certificates: who it is, whom it lets in, the tokens, and the certificates that were
+//! revoked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
 
-use super::access::{Token, parse_tokens};
+use super::access::{Revoked, Token, fingerprint, parse_revoked, parse_tokens};
 
 /// The files of a folder of certificates, as the command `certs` makes them.
 pub mod files {
@@ -27,19 +28,27 @@ pub mod files {
     pub const SERVER_KEY: &str = "server.key";
     /// Hashes of the tokens.
     pub const TOKENS: &str = "tokens";
+    /// Certificates that are not accepted any more.
+    pub const REVOKED: &str = "revoked";
     /// A client's or a worker's certificate, in a folder of its own.
     pub const CLIENT: &str = "client.pem";
     /// Its key.
     pub const CLIENT_KEY: &str = "client.key";
 }
 
-/// Largest tokens file that is read.
-const MAX_TOKENS: u64 = 4 << 20;
+/// Largest file of tokens or revoked certificates that is read. **Units**: bytes.
+const MAX_LIST: u64 = 4 << 20;
 
 /// How an orchestrator proves itself, and who may talk to it.
 pub struct Security {
     pub(super) tls: TlsAcceptor,
-    pub(super) tokens: TokenFile,
+    pub(super) grants: Grants,
+}
+
+/// Whom an orchestrator serves.
+pub(super) struct Grants {
+    pub(super) tokens: ListFile<Token>,
+    pub(super) revoked: ListFile<Revoked>,
 }
 
 impl Security {
@@ -47,10 +56,13 @@ impl Security {
     ///
     /// **Errors**: every missing or invalid file.
     pub fn load(dir: &Path) -> Result<Self, Vec<String>> {
-        match (tls(dir), TokenFile::open(dir.join(files::TOKENS))) {
-            (Ok(tls), Ok(tokens)) => Ok(Security { tls, tokens }),
-            (tls, tokens) => {
-                Err(tls.err().into_iter().flatten().chain(tokens.err().into_iter().flatten()).collect())
+        let tokens = ListFile::open(dir.join(files::TOKENS), parse_tokens);
+        let revoked = ListFile::open_or_empty(dir.join(files::REVOKED), parse_revoked);
+        match (tls(dir), tokens, revoked) {
+            (Ok(tls), Ok(tokens), Ok(revoked)) => Ok(Security { tls, grants: Grants { tokens, revoked } }),
+            (tls, tokens, revoked) => {
+                let faults = [tls.err(), tokens.err(), revoked.err()];
+                Err(faults.into_iter().flatten().flatten().collect())
             }
         }
     }
@@ -100,28 +112,41 @@ fn acceptor(
 /// Identifies a version of a file: its modification time and length.
 type Stamp = (Option<SystemTime>, u64);
 
-/// The tokens file; read again when it changes, so that a token can be issued or taken back while the cluster runs.
-pub(super) struct TokenFile {
+/// What the lines of a file are.
+type Parse<T> = fn(&str) -> Result<Vec<T>, Vec<String>>;
+
+/// A list in a file; read again when the file changes, so that tokens can be issued and certificates revoked while the cluster
+/// runs.
+pub(super) struct ListFile<T> {
     path: PathBuf,
-    read: Mutex<(Stamp, Arc<Vec<Token>>)>,
+    parse: Parse<T>,
+    read: Mutex<(Stamp, Arc<Vec<T>>)>,
 }
 
-impl TokenFile {
-    fn open(path: PathBuf) -> Result<Self, Vec<String>> {
+impl<T> ListFile<T> {
+    fn open(path: PathBuf, parse: Parse<T>) -> Result<Self, Vec<String>> {
         let stamp = stamp(&path).map_err(|fault| vec![fault])?;
-        let read = Mutex::new((stamp, Arc::new(read(&path)?)));
-        Ok(TokenFile { path, read })
+        let read = Mutex::new((stamp, Arc::new(read(&path, parse)?)));
+        Ok(ListFile { path, parse, read })
     }
 
-    /// The tokens as the file has them now; as it had them last if it makes no sense any more, which is logged.
-    pub(super) fn current(&self) -> Arc<Vec<Token>> {
+    /// A list that may not have been begun.
+    fn open_or_empty(path: PathBuf, parse: Parse<T>) -> Result<Self, Vec<String>> {
+        if path.exists() {
+            return Self::open(path, parse);
+        }
+        Ok(ListFile { path, parse, read: Mutex::new((Stamp::default(), Arc::default())) })
+    }
+
+    /// The list as the file has it now; as it had it last if it makes no sense any more, which is logged.
+    pub(super) fn current(&self) -> Arc<Vec<T>> {
         let mut known = self.read.lock();
         let stamp = stamp(&self.path).unwrap_or_default();
         if stamp != known.0 {
             known.0 = stamp;
-            match read(&self.path) {
-                Ok(tokens) => known.1 = Arc::new(tokens),
-                Err(faults) => tracing::warn!("the tokens stay as they were: {}", faults.join("; ")),
+            match read(&self.path, self.parse) {
+                Ok(list) => known.1 = Arc::new(list),
+                Err(faults) => tracing::warn!("the list stays as it was: {}", faults.join("; ")),
             }
         }
         known.1.clone()
@@ -133,12 +158,20 @@ fn stamp(path: &Path) -> Result<Stamp, String> {
     Ok((found.modified().ok(), found.len()))
 }
 
-fn read(path: &Path) -> Result<Vec<Token>, Vec<String>> {
+fn read<T>(path: &Path, parse: Parse<T>) -> Result<Vec<T>, Vec<String>> {
     let fault = |what: &dyn std::fmt::Display| vec![format!("{}: {what}", path.display())];
     let (_, length) = stamp(path).map_err(|fault| vec![fault])?;
-    if length > MAX_TOKENS {
-        return Err(fault(&format!("expected at most {MAX_TOKENS} bytes, got {length}")));
+    if length > MAX_LIST {
+        return Err(fault(&format!("expected at most {MAX_LIST} bytes, got {length}")));
     }
     let text = fs::read_to_string(path).map_err(|error| fault(&error))?;
-    parse_tokens(&text).map_err(|faults| faults.into_iter().flat_map(|line| fault(&line)).collect())
+    parse(&text).map_err(|faults| faults.into_iter().flat_map(|line| fault(&line)).collect())
+}
+
+/// [`fingerprint`] of the certificate in a PEM file.
+///
+/// **Errors**: there is none.
+pub fn fingerprint_of(path: &Path) -> Result<blake3::Hash, String> {
+    let certificate = CertificateDer::from_pem_file(path);
+    certificate.map(|der| fingerprint(&der)).map_err(|error| format!("{}: {error}", path.display()))
 }

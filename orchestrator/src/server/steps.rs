@@ -32,6 +32,8 @@ pub struct Steps {
     pub loss: Option<f64>,
     /// By rank, the latest step that it has reported.
     pub by_rank: Vec<u64>,
+    /// By rank, the workers of the latest formation and of the one before: its lines may come late.
+    places: [Vec<u64>; 2],
     /// Wakes watchers.
     pub progress: watch::Sender<StepProgress>,
 }
@@ -45,6 +47,7 @@ impl Steps {
             last,
             loss,
             by_rank: Vec::new(),
+            places: Default::default(),
             progress: watch::Sender::new(StepProgress {
                 step: last,
                 lines,
@@ -61,6 +64,13 @@ impl Steps {
         self.collector.reform(JobConstants::new(&spec.recipe, world, peak_flops));
         self.generation = formed.generation;
         self.by_rank = vec![0; world];
+        self.places.swap(0, 1);
+        self.places[0].clone_from(&formed.places);
+    }
+
+    /// Whether a worker hosts a rank of the job, or did so in the formation before.
+    pub fn hosts(&self, worker: u64, rank: u32) -> bool {
+        self.places.iter().any(|places| places.get(rank as usize) == Some(&worker))
     }
 
     /// The job goes back to the checkpoint of this step: those after it are of a history that was left, and will be made
@@ -103,6 +113,7 @@ mod tests {
             priority: 0,
             min_ranks: 1,
             key: String::new(),
+            user: String::new(),
             recipe: Arc::new(recipe.unwrap()),
             rank_bytes: 0,
             traceparent: String::new(),
@@ -127,6 +138,20 @@ mod tests {
 
     fn report(generation: u32, rank: u32, step: u64) -> StepReport {
         StepReport { generation, rank, step, tokens: 100, seconds: 2.0, loss: 3.0, ..StepReport::default() }
+    }
+
+    #[test]
+    fn lines_of_a_rank_come_from_who_hosts_it_or_did_so_last() {
+        let mut steps = Steps::new(0, None, 0, false);
+        assert!(!steps.hosts(0, 0));
+        steps.formed(&spec(), &Formed { places: vec![7, 8], ..formed(1, 2) });
+        steps.formed(&spec(), &Formed { places: vec![9, 8], ..formed(2, 2) });
+        let hosts = |steps: &Steps, rank| [7, 8, 9, 10].map(|worker| steps.hosts(worker, rank));
+        assert_eq!(hosts(&steps, 0), [true, false, true, false]);
+        assert_eq!(hosts(&steps, 1), [false, true, false, false]);
+        assert_eq!(hosts(&steps, 2), [false; 4]);
+        steps.formed(&spec(), &Formed { places: vec![10, 8], ..formed(3, 2) });
+        assert_eq!(hosts(&steps, 0), [false, false, true, true]);
     }
 
     #[test]

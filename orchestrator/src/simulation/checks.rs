@@ -294,7 +294,7 @@ impl World {
                 self.violate(format!("{job}: the checkpoint of step {step} is whole and taken for damaged"));
             }
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
-            Fact::StorageIdentified { .. } | Fact::Drained { .. } => {}
+            Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => {}
         }
     }
 

@@ -236,6 +236,7 @@ impl SimJob {
                 priority,
                 min_ranks,
                 key,
+                user: String::new(),
                 recipe,
                 rank_bytes: 0,
                 traceparent: String::new(),

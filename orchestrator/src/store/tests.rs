@@ -171,7 +171,7 @@ impl Model {
         let numbers: Vec<u64> = replay.records.iter().map(|(number, _)| *number).collect();
         assert_eq!(numbers, (self.covered + 1..=self.history.len() as u64).collect::<Vec<_>>());
         let tail: Vec<Vec<u8>> = replay.records.iter().map(|(_, bytes)| bytes.clone()).collect();
-        let begin = replay.snapshot.clone().map(|(_, state)| state).unwrap_or_default();
+        let begin = replay.snapshot.clone().map(|(_, parts)| parts.concat()).unwrap_or_default();
         assert_eq!(Model::fold(begin, &tail), self.state(self.history.len() as u64));
     }
 
@@ -197,9 +197,12 @@ impl Model {
                 let end = self.history.len() as u64;
                 self.covered += (end - self.covered) * u64::from(share) / 255;
                 self.has_snapshot = true;
-                store.snapshot(self.covered, &self.state(self.covered)).unwrap();
-                assert!(store.snapshot(end + 1, b"").is_err());
-                assert!(store.snapshot(self.covered.wrapping_sub(1), b"").is_err());
+                let state = self.state(self.covered);
+                let parts = state.chunks(1 + usize::from(share)).map(<[u8]>::to_vec);
+                store.snapshot(self.covered, parts).unwrap();
+                let none = std::iter::empty;
+                assert!(store.snapshot(end + 1, none()).is_err());
+                assert!(store.snapshot(self.covered.wrapping_sub(1), none()).is_err());
             }
             Act::Steps(job, steps) => {
                 store.append_steps(job, &steps).unwrap();
@@ -346,11 +349,67 @@ fn what_is_too_long_is_refused_and_nothing_of_it_written() {
     assert!(store.append_steps(1, &[(1, vec![0; MAX_RECORD + 1])]).is_err());
     assert!(store.append_lines(1, &[vec![0; MAX_RECORD + 1]]).is_err());
     assert_eq!(store.append(&[vec![1]]).unwrap(), 1);
-    let error = store.snapshot(2, b"").unwrap_err();
+    let error = store.snapshot(2, std::iter::empty()).unwrap_err();
     assert_eq!(
         error.to_string(),
         "state/events.redb: expected a snapshot at a record from 0 to 1, got one at 2"
     );
+}
+
+#[test]
+fn a_snapshot_that_fails_leaves_records_and_the_snapshot_before() {
+    let disk = Disk::default();
+    let (store, _) = disk.open().unwrap();
+    let records: Vec<Vec<u8>> = (1..=9).map(|number| vec![number; 3]).collect();
+    store.append(&records[..4]).unwrap();
+    assert_eq!(store.snapshot(2, [b"ab".to_vec(), b"c".to_vec()].into_iter()).unwrap(), 3);
+    // More than one write, and then a part that is too long.
+    let large = std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 3).chain([vec![0; MAX_RECORD + 1]]);
+    let error = store.snapshot(4, large).unwrap_err();
+    assert!(error.to_string().contains("expected at most 16777216 bytes at once, got 16777217"), "{error}");
+    let expected = |replay: &Replay, last: usize| {
+        assert_eq!(replay.snapshot, Some((2, vec![b"ab".to_vec(), b"c".to_vec()])));
+        let tail: Vec<Vec<u8>> = replay.records.iter().map(|(_, bytes)| bytes.clone()).collect();
+        assert_eq!(tail, records[2..last]);
+    };
+    assert_eq!(store.append(&records[4..5]).unwrap(), 5, "it goes on");
+    drop(store);
+    let (store, replay) = disk.open().unwrap();
+    expected(&replay, 5);
+    // The power goes between two of its writes.
+    let room = disk.state().now.len();
+    disk.state().room = Some(room + SNAPSHOT_WRITE);
+    assert!(store.snapshot(5, std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 8)).is_err());
+    drop(store);
+    disk.state().room = None;
+    let (store, replay) = disk.open().unwrap();
+    expected(&replay, 5);
+    store.snapshot(5, [b"abcde".to_vec()].into_iter()).unwrap();
+    drop(store);
+    let (_, replay) = disk.open().unwrap();
+    assert_eq!((replay.snapshot, replay.records), (Some((5, vec![b"abcde".to_vec()])), Vec::new()));
+}
+
+#[test]
+fn a_state_of_format_2_is_read_with_its_snapshot_in_one_value() {
+    let disk = Disk::default();
+    drop(disk.open().unwrap());
+    let database = Database::builder().create_with_backend(disk.clone()).unwrap();
+    let write = database.begin_write().unwrap();
+    write.open_table(META).unwrap().insert(FORMAT_KEY, READABLE).unwrap();
+    write.open_table(WHOLE).unwrap().insert(7, b"state".as_slice()).unwrap();
+    write.open_table(LOG).unwrap().insert(8, b"eight".as_slice()).unwrap();
+    write.delete_table(PARTS).unwrap();
+    write.commit().unwrap();
+    drop(database);
+    for _ in 0..2 {
+        let (store, replay) = disk.open().unwrap();
+        assert_eq!(replay.snapshot, Some((7, vec![b"state".to_vec()])));
+        assert_eq!(replay.records, [(8, b"eight".to_vec())]);
+        drop(store);
+    }
+    let (store, _) = disk.open().unwrap();
+    assert_eq!(store.append(&[b"nine".to_vec()]).unwrap(), 9);
 }
 
 #[test]
@@ -386,14 +445,14 @@ fn files_of_others_and_of_other_formats_are_refused_and_left_alone() {
     };
     let disk = Disk::default();
     drop(disk.open().unwrap());
-    for format in [FORMAT - 1, FORMAT + 7] {
+    for format in [READABLE - 1, FORMAT + 7] {
         set_format(&disk, META, format);
         let reported = disk.open().unwrap_err().to_string();
         let words =
             format!("state/events.redb: expected format {FORMAT}, got {format}: written by another version");
         assert!(reported.starts_with(&words) && reported.contains("choose a new state folder"), "{reported}");
     }
-    set_format(&disk, META, FORMAT);
+    set_format(&disk, META, READABLE);
     assert_eq!(disk.open().unwrap().1.incarnation, 2, "a refused opening must not count");
 
     let other = Disk::default();

@@ -5,6 +5,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 pub mod outbox;
+pub mod text;
 pub mod wire;
 
 use std::path::PathBuf;

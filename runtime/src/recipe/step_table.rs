@@ -39,6 +39,11 @@ impl StepTable {
         begun.last().map_or(0.0, |step| step.value)
     }
 
+    /// How many numbers it is made of.
+    pub fn num_steps(&self) -> usize {
+        self.steps.len()
+    }
+
     /// Whether the value is 0 throughout.
     pub fn is_zero(&self) -> bool {
         self.steps.iter().all(|step| step.value == 0.0)

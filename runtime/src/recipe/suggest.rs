@@ -80,11 +80,17 @@ const FOLLOWS: &str =
 const IN_MODEL: &str = "the architecture is set in the config.json that model.config names";
 const NO_SPLIT: &str = "layers are not split across ranks: the axes are parallel.pipeline, expert and data";
 
+/// No key is nearly as long as this, and comparing a longer name takes time for nothing. **Units**: bytes.
+const MAX_NAME: usize = 80;
+
 /// Below this likeness a suggestion would puzzle more than help.
 const LIKENESS: f64 = 0.7;
 
 /// A hint for an unknown key, as the rest of a sentence; empty where nothing is like it.
 pub(super) fn for_key(path: &str) -> String {
+    if path.len() > MAX_NAME {
+        return String::new();
+    }
     let folded = path.trim_start_matches('-').to_lowercase().replace('-', "_");
     let name = folded.rsplit('.').next().unwrap_or(&folded);
     let look_up = |table: &[(&str, &'static str)]| {

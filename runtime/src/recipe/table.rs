@@ -27,9 +27,10 @@ impl RecipeTable {
     /// `faults`: overrides that are no `section.key=value`, unknown keys, missing ones, wrong types, values
     /// out of range.
     pub(super) fn read(name: &str, text: &str, overrides: &[String]) -> Result<Self, Faults> {
+        let lines = LineStarts::of(text);
         let values = text.parse::<Table>().map_err(|error| {
             let at =
-                error.span().map_or(String::new(), |span| format!(" in line {}", line(text, span.start)));
+                error.span().map_or(String::new(), |span| format!(" in line {}", lines.line(span.start)));
             let mut faults = Faults::default();
             faults.expected(
                 name,
@@ -39,7 +40,7 @@ impl RecipeTable {
             faults
         })?;
         let mut table = Self { values, faults: Faults::default(), origins: BTreeMap::new() };
-        table.note_lines(text);
+        table.note_lines(text, &lines);
         for entry in overrides {
             table.override_with(entry);
         }
@@ -141,15 +142,15 @@ impl RecipeTable {
         }
     }
 
-    fn note_lines(&mut self, text: &str) {
+    fn note_lines(&mut self, text: &str, lines: &LineStarts) {
         let Ok(root) = DeTable::parse(text) else { return };
         for (section, value) in root.get_ref() {
-            let at = line(text, section.span().start);
+            let at = lines.line(section.span().start);
             self.origins.insert(section.get_ref().to_string(), Some(at));
             let DeValue::Table(entries) = value.get_ref() else { continue };
             for key in entries.keys() {
                 let path = format!("{}.{}", section.get_ref(), key.get_ref());
-                self.origins.insert(path, Some(line(text, key.span().start)));
+                self.origins.insert(path, Some(lines.line(key.span().start)));
             }
         }
     }
@@ -189,8 +190,8 @@ impl RecipeTable {
             }
         }
         for path in unknown {
-            let hint = suggest::for_key(&path);
-            self.faults.push(&path, format!("unknown key{}{hint}", self.origin(&path)));
+            let origin = self.origin(&path);
+            self.faults.push_with(&path, || format!("unknown key{origin}{}", suggest::for_key(&path)));
         }
     }
 
@@ -204,9 +205,19 @@ impl RecipeTable {
     }
 }
 
-/// The line, counted from 1, of a place in a text.
-fn line(text: &str, at: usize) -> usize {
-    1 + text.bytes().take(at).filter(|&byte| byte == b'\n').count()
+/// Where the lines of a text begin, so that finding one does not mean to read the text again.
+struct LineStarts(Vec<usize>);
+
+impl LineStarts {
+    fn of(text: &str) -> Self {
+        let ends = text.bytes().enumerate().filter(|&(_, byte)| byte == b'\n');
+        LineStarts(std::iter::once(0).chain(ends.map(|(at, _)| at + 1)).collect())
+    }
+
+    /// The line, counted from 1, of a place.
+    fn line(&self, at: usize) -> usize {
+        self.0.partition_point(|&start| start <= at)
+    }
 }
 
 /// A value as a reader of the message would name it.

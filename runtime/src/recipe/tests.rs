@@ -273,6 +273,31 @@ training.sequence_length: expected at most the model's max_position_embeddings (
     assert_eq!(faults.kind(), crate::faults::ErrorKind::Config);
 }
 
+/// As many as a text of half a megabyte has room for: 100 are listed, and the time does not grow with the square of their number.
+#[test]
+fn many_faults_are_counted_and_take_linear_time() {
+    const KEYS: usize = 60_000;
+    let text: String = (0..KEYS).map(|number| format!("k{number}=1\n")).collect();
+    let (text, began) = (format!("[training]\nsteps=1\n[a]\n{text}"), std::time::Instant::now());
+    let faults = read(&text, &[]).unwrap_err();
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(faults.list.len(), crate::faults::MAX_FAULTS);
+    let required = KEYS_REQUIRED - 1;
+    assert_eq!(faults.more, KEYS + required - crate::faults::MAX_FAULTS);
+    let shown = faults.to_string();
+    assert!(
+        shown.starts_with("a.k0: unknown key (line 4)\n") && shown.ends_with("\nand 59905 more"),
+        "{shown}"
+    );
+    // A name of half a megabyte is compared with none of ours.
+    let (long, began) = ("n".repeat(500_000), std::time::Instant::now());
+    assert!(read(&format!("[a]\n{long}=1"), &[]).is_err());
+    assert!(began.elapsed() < std::time::Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// Keys that every recipe has to set.
+const KEYS_REQUIRED: usize = 6;
+
 #[test]
 fn broken_toml_and_missing_files() {
     let broken = read("[model\n", &[]).unwrap_err().to_string();

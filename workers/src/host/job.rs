@@ -198,11 +198,12 @@ fn resume(
         return Ok(None);
     }
     let dir = folder.committed(assign.resume_step);
-    let mut checkpoint =
-        Checkpoint::open(&dir).map_err(|faults| match faults.0.iter().any(|fault| fault.kind == ErrorKind::Node) {
+    let mut checkpoint = Checkpoint::open(&dir).map_err(|faults| {
+        match faults.0.iter().any(|fault| fault.kind == ErrorKind::Node) {
             true => RankError::from(faults),
             false => RankError::Damaged { dir: dir.display().to_string(), message: faults.to_string() },
-        })?;
+        }
+    })?;
     if checkpoint.manifest.corpus_hash != own.corpus_hash {
         let message = format!(
             "expected data of blake3 {}, as in the run so far, got {}",

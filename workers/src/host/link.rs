@@ -119,6 +119,7 @@ async fn attach(
         Ok(response) => response.into_inner(),
         Err(status) => {
             let refusals = [
+                tonic::Code::InvalidArgument,
                 tonic::Code::FailedPrecondition,
                 tonic::Code::Unauthenticated,
                 tonic::Code::PermissionDenied,

@@ -59,6 +59,7 @@ fn spec_with(ranks: usize, priority: i32, changes: &[&str]) -> Box<JobSpec> {
         priority,
         min_ranks: ranks,
         key: String::new(),
+        user: String::new(),
         recipe: Arc::new(Recipe::submitted(RECIPE, "job", &changes, None).unwrap()),
         rank_bytes: 0,
         traceparent: String::new(),

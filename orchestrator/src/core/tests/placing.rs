@@ -74,3 +74,19 @@ fn a_lost_rank_goes_only_where_it_fits() {
     attach(&mut world, 4, (1, 4 * GIB));
     assert_eq!(places(&world, JOB), [1, 4]);
 }
+
+#[test]
+fn a_node_that_is_drained_no_more_takes_ranks_again() {
+    let mut world = World::new();
+    attach(&mut world, 1, (1, 0));
+    drop(world.step(Event::Drain { node: "n1".into() }));
+    drop(world.step(Event::Submit(spec(1, 0))));
+    let waits = world.core.waiting_for(JOB);
+    assert!(waits.ends_with("; drained: n1, to be undone by contraflow drain --undo NODE"), "{waits}");
+    drop(world.step(Event::Undrain { node: "n1".into() }));
+    assert_eq!(world.places(), [1]);
+    assert!(world.core.jobs().drained.is_empty() && !world.core.waiting_for(JOB).contains("drained"));
+    let mut jobs = Jobs::default();
+    world.facts.iter().for_each(|fact| jobs.apply(fact));
+    assert_eq!(&jobs, world.core.jobs());
+}

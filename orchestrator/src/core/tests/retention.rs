@@ -53,3 +53,23 @@ fn a_restart_with_a_lower_limit_removes_the_others() {
     assert_eq!(again.core.jobs().all.keys().copied().collect::<Vec<_>>(), [2, 4].map(id));
     assert_eq!(again.core.jobs().newest, id(4));
 }
+
+#[test]
+fn the_recipes_of_retained_jobs_take_no_more_than_a_bound() {
+    let mut world = World::new();
+    let mut large = *spec(9, 0);
+    Arc::make_mut(&mut large.recipe).data.paths = vec!["p".repeat(64 << 20)];
+    let fit = RETAINED_BYTES / large.bytes();
+    for number in 1..=fit {
+        drop(world.step(Event::Submit(Box::new(large.clone()))));
+        cancel(&mut world, id(number));
+    }
+    assert!(forgotten(&world.facts).is_empty());
+    drop(world.step(Event::Submit(Box::new(large.clone()))));
+    assert_eq!(forgotten(&world.facts), [id(1)]);
+    // Counted anew at a start.
+    let core = Core::new(world.core.jobs().clone(), 2, 0);
+    let mut again = World::of(core, 0);
+    drop(again.step(Event::Submit(Box::new(large))));
+    assert_eq!(forgotten(&again.facts), [id(2)]);
+}

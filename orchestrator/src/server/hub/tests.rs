@@ -1,0 +1,67 @@
+//! The hub by itself: what it takes, what it refuses, and what it keeps.
+
+use contraflow_runtime::recipe::{Recipe, RecipeSource};
+
+use super::*;
+use crate::server::admission::MAX_OPEN_OF_USER;
+
+fn open(dir: &std::path::Path) -> Hub {
+    let (store, replay) = Store::open(dir).unwrap();
+    Hub::new(store, replay, [7; 32], 10_000).unwrap()
+}
+
+fn spec(user: &str, key: &str) -> Box<JobSpec> {
+    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+    Box::new(JobSpec {
+        name: "job".into(),
+        priority: 0,
+        min_ranks: 1,
+        key: key.into(),
+        user: user.into(),
+        recipe: Arc::new(recipe),
+        rank_bytes: 0,
+        traceparent: String::new(),
+    })
+}
+
+#[tokio::test]
+async fn a_user_with_too_many_open_jobs_may_submit_again_once_one_has_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut hub, one) = (open(dir.path()), spec("ann", ""));
+    let mut batch = CommitBatch::default();
+    let first = hub.submit(spec("ann", "first"), &mut batch).unwrap();
+    for _ in 1..MAX_OPEN_OF_USER {
+        hub.submit(one.clone(), &mut batch).unwrap();
+    }
+    let refused = hub.submit(one.clone(), &mut batch).unwrap_err();
+    assert!(refused.starts_with("jobs: expected at most 1000 of ann that have not ended"), "{refused}");
+    assert_eq!(hub.core().jobs().all.len(), MAX_OPEN_OF_USER, "nothing of it is kept");
+    assert_eq!(hub.submit(spec("ann", "first"), &mut batch), Ok(first), "a job that is known is no new one");
+    assert!(hub.submit(spec("bob", ""), &mut batch).is_ok());
+    // The same after a restart.
+    hub.keep(&mut batch).await.unwrap();
+    drop(hub);
+    let mut hub = open(dir.path());
+    let mut batch = CommitBatch::default();
+    assert!(hub.submit(one.clone(), &mut batch).is_err());
+    hub.step(Event::Cancel { job: first, reason: String::new() }, &mut batch);
+    assert!(hub.submit(one.clone(), &mut batch).is_ok());
+    assert!(hub.submit(one, &mut batch).is_err());
+}
+
+/// What comes from the ranks of a job and from elsewhere, as lines of its log.
+#[tokio::test]
+async fn a_line_of_the_log_is_bounded_and_printable() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut hub = open(dir.path());
+    let mut batch = CommitBatch::default();
+    let job = hub.submit(spec("", ""), &mut batch).unwrap();
+    let reason = format!("\u{1b}[2J{}", "r".repeat(20 << 20));
+    hub.step(Event::Cancel { job, reason }, &mut batch);
+    let line: LogRecord = serde_json::from_slice(&batch.lines[&job][0]).unwrap();
+    assert!(
+        line.message.starts_with("cancelled: \\u{1b}[2Jrrr") && line.message.len() == MAX_LINE,
+        "{}",
+        line.message.len()
+    );
+}

@@ -1,0 +1,75 @@
+//! What operators do and see: nodes out of use and back, lists in pages, files that are nobody else's.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::cluster::{Cluster, until};
+
+/// A job of one rank.
+const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
+
+#[test]
+fn a_job_that_waits_for_drained_nodes_says_so_and_starts_when_that_is_undone() {
+    let mut cluster = Cluster::start(1);
+    assert_eq!(cluster.run(&["drain", "n0"]).0, 0);
+    let job = cluster.submit(&ALONE, &[]);
+    let waiting_for =
+        |cluster: &Cluster| cluster.status(&job).unwrap()["waiting_for"].as_str().unwrap().to_owned();
+    let words = "; drained: n0, to be undone by contraflow drain --undo NODE";
+    assert!(waiting_for(&cluster).ends_with(words), "{}", waiting_for(&cluster));
+    cluster.orchestrator.kill();
+    cluster.start_orchestrator(&[]);
+    until("the worker", || (cluster.nodes().len() == 1).then_some(()));
+    assert!(waiting_for(&cluster).ends_with(words), "{}", waiting_for(&cluster));
+    let (code, out, _) = cluster.run(&["drain", "--undo", "n0"]);
+    assert_eq!((code, out.as_str()), (0, "n0: 1 worker(s) take ranks again\n"));
+    assert_eq!(cluster.finish(&job).len(), 60);
+    let (code, _, stderr) = cluster.run(&["drain", "--undo", "n0"]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("node: expected one that is drained, got \"n0\""), "{stderr}");
+}
+
+#[test]
+fn jobs_are_listed_in_pages() {
+    let cluster = Cluster::start(0);
+    for _ in 0..5 {
+        cluster.submit(&[], &[]);
+    }
+    let page = |options: &[&str]| {
+        let (code, out, stderr) = cluster.run(&[&["jobs", "--format", "json"], options].concat());
+        assert_eq!(code, 0, "{stderr}");
+        let jobs: serde_json::Value = serde_json::from_str(&out).unwrap();
+        let jobs = jobs["jobs"].as_array().unwrap().iter();
+        jobs.map(|job| job["job"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(page(&["--limit", "2"]), ["job-5", "job-4"]);
+    assert_eq!(page(&["--limit", "2", "--before", "job-4"]), ["job-3", "job-2"]);
+    assert_eq!(page(&["--before", "job-2"]), ["job-1"]);
+    let (_, _, stderr) = cluster.run(&["jobs", "--limit", "2"]);
+    assert_eq!(stderr, "older ones: contraflow jobs --before job-4\n");
+    assert_eq!(cluster.run(&["jobs"]).2, "");
+}
+
+/// Every file and folder below one, with its rights.
+fn modes(dir: &Path) -> Vec<(String, u32)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        all.push((path.display().to_string(), path.metadata().unwrap().permissions().mode() & 0o777));
+        if path.is_dir() {
+            all.extend(modes(&path));
+        }
+    }
+    all
+}
+
+#[test]
+fn the_state_is_for_its_owner_alone() {
+    let cluster = Cluster::start(0);
+    cluster.submit(&[], &[]);
+    let all = modes(&cluster.path().join("state"));
+    assert!(all.iter().any(|(path, _)| path.ends_with("events.redb")), "{all:?}");
+    let open: Vec<_> = all.iter().filter(|(_, mode)| mode & 0o077 != 0).collect();
+    assert!(open.is_empty(), "{open:?}");
+    assert_eq!(cluster.path().join("state").metadata().unwrap().permissions().mode() & 0o777, 0o700);
+}
