@@ -50,6 +50,7 @@ pub(super) fn run(model: &str, threads: usize, saves: usize) -> Result<Checkpoin
     recipe.checkpoint.keep = 1;
     let parameters = cost::parameters(&recipe.model_config);
     let dir = Path::new(run_dir::RUNS).join(format!(".bench-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).map_err(|error| Failure::run(format!("{}: {error}", dir.display())))?;
     let folder = CheckpointFolder::of_run(&dir);
     let commits = Commits {
         folder: folder.clone(),
