@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use contraflow_workers::host::{self, LogLevels, Settings};
 use rustix::fs::Mode;
+use tonic::transport::Endpoint;
 
 use crate::access::Access;
 use crate::failure::Failure;
@@ -78,6 +79,18 @@ fn raise_file_limit() {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, ..limits });
 }
 
+/// The way to the orchestrator, once this worker may be a member of its cluster.
+///
+/// **Errors**: code 2, with every fault of the addresses and the credentials.
+fn orchestrator(args: &WorkerArgs) -> Result<Endpoint, Failure> {
+    let listen = check_listen(&args.join, args.listen);
+    match (args.access.endpoint("--join", &args.join), listen) {
+        (Ok(endpoint), Ok(())) => Ok(endpoint),
+        (Err(one), Err(other)) => Err(Failure::input(format!("{}\n{}", one.message, other.message))),
+        (Err(failure), Ok(())) | (Ok(_), Err(failure)) => Err(failure),
+    }
+}
+
 /// Refuses an address for data that workers on other hosts cannot reach, where the orchestrator is on a network: every worker
 /// is told that address.
 ///
@@ -128,11 +141,11 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
     if !faults.is_empty() {
         return Err(Failure::faults("--labels", &faults));
     }
-    check_listen(&args.join, args.listen)?;
+    let orchestrator = orchestrator(args)?;
     let cores = machine::cores();
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     Ok(Settings {
-        orchestrator: args.access.endpoint("--join", &args.join)?,
+        orchestrator,
         token: args.access.bearer()?.0,
         storage: absolute(&args.storage),
         data_root: args.data_root.as_ref().map(absolute),
