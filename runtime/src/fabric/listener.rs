@@ -4,7 +4,7 @@
 //! cannot is refused with a message, counted and logged; a connection for a formation that is not joined yet waits a while.
 //! Those that have said nothing and those that wait are bounded by peer, TCP and Unix sockets apart.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
@@ -30,8 +30,8 @@ const SILENT: Bounds = Bounds { of_peer: 192, in_all: 384 };
 /// Connections that wait for their formation to be joined here; more are turned away.
 const WAITING: Bounds = Bounds { of_peer: 128, in_all: 256 };
 
-/// How often a refusal is logged, at most: a crowd must not fill the log too.
-const LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// Refusals that are logged in a second, at most: a crowd must not fill the log too.
+const MAX_LOGGED: usize = 16;
 
 /// What has come in by one kind of socket and has not proven itself.
 struct Entrance {
@@ -82,7 +82,8 @@ struct Shared {
     state: Mutex<ListenerState>,
     joined: Condvar,
     refused: AtomicU64,
-    logged: Mutex<Option<Instant>>,
+    /// When the last ones were logged.
+    logged: Mutex<VecDeque<Instant>>,
     tcp: TcpListener,
     unix: UnixListener,
 }
@@ -267,8 +268,11 @@ impl Shared {
     fn refuse(&self, stream: &Stream, reason: &str) {
         let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
         let mut logged = self.logged.lock();
-        if logged.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
-            *logged = Some(Instant::now());
+        while logged.front().is_some_and(|first| first.elapsed() >= Duration::from_secs(1)) {
+            logged.pop_front();
+        }
+        if logged.len() < MAX_LOGGED {
+            logged.push_back(Instant::now());
             tracing::warn!(reason, refused, "refused a data connection");
         }
         drop(logged);
