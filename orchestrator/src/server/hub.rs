@@ -250,7 +250,8 @@ impl Hub {
             HubMessage::Event(event) => self.step(event, batch),
             HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
             HubMessage::Unlinked { worker, link, expelled } => {
-                if self.links.get(&worker).is_some_and(|(current, _)| *current == link) {
+                // The hub may have let go of it before; one that came later counts.
+                if self.links.get(&worker).is_none_or(|(current, _)| *current == link) {
                     self.links.remove(&worker);
                     let event = match expelled {
                         Some(why) => Event::Expelled { worker, why },

@@ -386,8 +386,16 @@ fn a_snapshot_that_fails_leaves_records_and_the_snapshot_before() {
     expected(&replay, 5);
     store.snapshot(5, [b"abcde".to_vec()].into_iter()).unwrap();
     drop(store);
-    let (_, replay) = disk.open().unwrap();
+    let (store, replay) = disk.open().unwrap();
     assert_eq!((replay.snapshot, replay.records), (Some((5, vec![b"abcde".to_vec()])), Vec::new()));
+    // Parts of one that failed do not come back in the next one at the same record.
+    store.append(&records[5..6]).unwrap();
+    let large = std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 3).chain([vec![0; MAX_RECORD + 1]]);
+    assert!(store.snapshot(6, large).is_err());
+    store.snapshot(6, [b"abcdef".to_vec()].into_iter()).unwrap();
+    drop(store);
+    let (_, replay) = disk.open().unwrap();
+    assert_eq!((replay.snapshot, replay.records), (Some((6, vec![b"abcdef".to_vec()])), Vec::new()));
 }
 
 #[test]

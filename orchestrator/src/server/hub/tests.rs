@@ -65,3 +65,34 @@ async fn a_line_of_the_log_is_bounded_and_printable() {
         line.message.len()
     );
 }
+
+#[tokio::test]
+async fn a_stream_that_ends_after_the_hub_has_let_go_of_it_ends_its_workers_membership() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut hub = open(dir.path());
+    let mut batch = CommitBatch::default();
+    let attach = |hub: &mut Hub, batch: &mut CommitBatch, link| {
+        let (down, reader) = mpsc::channel(4);
+        hub.take(HubMessage::Linked { worker: 7, link, down }, batch);
+        let registration = crate::core::Registration { worker: 7, slots: 1, ..Default::default() };
+        let attachment = crate::core::Attachment { registration, ..Default::default() };
+        hub.take(HubMessage::Event(Event::Attached(Box::new(attachment))), batch);
+        reader
+    };
+    let unlinked = |link, expelled: Option<&str>| HubMessage::Unlinked {
+        worker: 7,
+        link,
+        expelled: expelled.map(str::to_owned),
+    };
+    drop(attach(&mut hub, &mut batch, 1));
+    // Nobody reads any more.
+    hub.send(7, Some(v1::to_worker::Message::Refused(String::new())), false);
+    assert!(hub.links.is_empty());
+    let reader = attach(&mut hub, &mut batch, 2);
+    hub.take(unlinked(1, None), &mut batch);
+    assert!(hub.core().member(7).unwrap().is_attached, "an earlier stream does not count");
+    drop(reader);
+    hub.send(7, Some(v1::to_worker::Message::Refused(String::new())), false);
+    hub.take(unlinked(2, Some("token: gone")), &mut batch);
+    assert!(hub.core().member(7).is_none());
+}
