@@ -29,7 +29,7 @@ const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
 const FAILURES: Rate = Rate { burst: 20, per_second: 1 };
 
 /// How often the credentials behind an open stream are looked at again.
-const RECHECK: Duration = Duration::from_secs(2);
+const RECHECK: Duration = Duration::from_secs(1);
 
 /// What is logged of a method. **Units**: bytes.
 const MAX_METHOD: usize = 128;
