@@ -370,7 +370,7 @@ fn readers_that_do_not_read_cost_bounded_memory_and_hold_up_nobody() {
     cluster.until_step(&job, 100);
     assert_serves(&cluster);
     // HTTP/2 buffers up to 400 KiB of each stream before its sender waits; beside it little more than a record is held.
-    let bound = (streams.len() as u64 * STREAMS * 400 >> 10) + 64;
+    let bound = streams.len() as u64 * STREAMS * 400 / 1024 + 64;
     let grown = cluster.orchestrator.memory().saturating_sub(before) >> 20;
     assert!(grown < bound, "{grown} MiB for {} connections, expected less than {bound}", streams.len());
 }
