@@ -126,15 +126,7 @@ impl Rank {
         compute.totals = Totals { expert_counts, ..Totals::default() };
         let rates = UpdateRates { step, learning_rate: 0.1, bias_speed: 0.1 };
         let save = SaveWhen::Never;
-        let order = UpdateOrder {
-            rates,
-            stop: Arc::default(),
-            save,
-            saves: Arc::default(),
-            replicate: false,
-            gather: true,
-            buddy: None,
-        };
+        let order = UpdateOrder::alone(rates, save);
         let update = Some(Update::new(order, self.optimizer.take().unwrap()));
         let in_flight = InFlight::default();
         let mut workload = Workload { batches: Vec::new(), in_flight, compute, update };

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::deadline;
+use crate::network::{Network, address};
 
 /// How long anything may take, on a machine that builds something else meanwhile.
 pub const DEADLINE: Duration = Duration::from_secs(120);
@@ -136,6 +137,8 @@ pub struct Cluster {
     pub workers: Vec<Option<Process>>,
     parties: Option<Parties>,
     environment: Environment,
+    /// None where all processes are on one host.
+    network: Option<Network>,
 }
 
 impl Cluster {
@@ -144,23 +147,33 @@ impl Cluster {
     }
 
     pub fn start_with(workers: usize, environment: Environment) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), workers, None, environment)
+        Self::start_in(tempfile::tempdir().unwrap(), workers, None, environment, None)
     }
 
     /// Another cluster with the storage of one.
     pub fn start_beside(one: &Cluster, workers: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(one.path().join("storage"), dir.path().join("storage")).unwrap();
-        Self::start_in(dir, workers, None, Environment::new())
+        Self::start_in(dir, workers, None, Environment::new(), None)
     }
 
     /// With TLS and tokens; its certificates are in the folder `certs`, its clients are an admin.
     pub fn secured(workers: usize) -> Self {
+        Self::secured_on(workers, None)
+    }
+
+    /// The same, on the hosts of a network.
+    pub fn secured_on(workers: usize, network: Option<Network>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(spawn(dir.path(), "init", &["certs", "init", "--dir", "certs"]).wait(), Some(0));
+        let host = address(0);
+        let mut arguments = vec!["certs", "init", "--dir", "certs"];
+        if network.is_some() {
+            arguments.extend(["--host", &host]);
+        }
+        assert_eq!(spawn(dir.path(), "init", &arguments).wait(), Some(0));
         let [client, worker] =
             ["admin", "worker"].map(|role| Who::issue(dir.path(), "certs", &format!("the-{role}"), role));
-        Self::start_in(dir, workers, Some(Parties { client, worker }), Environment::new())
+        Self::start_in(dir, workers, Some(Parties { client, worker }), Environment::new(), network)
     }
 
     fn start_in(
@@ -168,15 +181,20 @@ impl Cluster {
         workers: usize,
         parties: Option<Parties>,
         environment: Environment,
+        network: Option<Network>,
     ) -> Self {
         std::fs::write(dir.path().join("model.json"), MODEL).unwrap();
-        let mut arguments = vec!["orchestrator", "--state", "state", "--listen", "127.0.0.1:0"];
+        let listen = network.as_ref().map_or_else(|| "127.0.0.1:0".into(), |_| format!("{}:0", address(0)));
+        let mut arguments = vec!["orchestrator", "--state", "state", "--listen", &listen];
         if parties.is_some() {
             arguments.extend(["--tls", "certs"]);
         }
-        let orchestrator = spawn_with(dir.path(), "orchestrator", &arguments, &environment);
+        let mut command = program(network.as_ref(), 0);
+        command.args(arguments);
+        let orchestrator = start(command, dir.path(), "orchestrator", &environment);
         let address = until("the orchestrator's address", || address_of(&orchestrator));
-        let mut cluster = Cluster { dir, address, orchestrator, workers: Vec::new(), parties, environment };
+        let mut cluster =
+            Cluster { dir, address, orchestrator, workers: Vec::new(), parties, environment, network };
         for number in 0..workers {
             let worker = cluster.worker(number);
             cluster.workers.push(Some(worker));
@@ -198,8 +216,20 @@ impl Cluster {
         if let Some(Parties { worker, .. }) = &self.parties {
             arguments.extend(worker.arguments());
         }
+        let host = number + 1;
+        let listen = format!("{}:0", address(host));
+        if self.network.is_some() {
+            arguments.extend(["--listen", &listen]);
+        }
+        let mut command = program(self.network.as_ref(), host);
+        command.args(arguments);
         let environment = [&self.environment[..], environment].concat();
-        spawn_with(self.path(), &format!("worker-{number}"), &arguments, &environment)
+        start(command, self.path(), &format!("worker-{number}"), &environment)
+    }
+
+    /// What is between the hosts.
+    pub fn network(&mut self) -> &mut Network {
+        self.network.as_mut().unwrap()
     }
 
     /// The orchestrator once more, at the same address, with another state.
@@ -222,7 +252,7 @@ impl Cluster {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_contraflow"));
+        let mut command = program(self.network.as_ref(), 0);
         command.args(arguments).current_dir(self.path()).env("CONTRAFLOW_ORCHESTRATOR", &self.address);
         command.env("NO_COLOR", "1").envs(self.environment.clone());
         if let Some(Parties { client, .. }) = &self.parties {
@@ -353,6 +383,12 @@ fn address_of(orchestrator: &Process) -> Option<String> {
     let rest = stderr.split("orchestrator at ").nth(1)?;
     // It may be written only in part by now.
     Some(rest.split_once(',')?.0.to_owned())
+}
+
+/// The binary, on a host of the network if there is one.
+fn program(network: Option<&Network>, host: usize) -> Command {
+    let binary = env!("CARGO_BIN_EXE_contraflow");
+    network.map_or_else(|| Command::new(binary), |network| network.program(host, binary))
 }
 
 /// A worker that may use so much address space. **Units**: KiB.

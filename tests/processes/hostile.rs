@@ -208,7 +208,6 @@ fn what_a_worker_says_for_people_is_cut_and_printable() {
             line(of_other, 0, "not its job"),
         ];
         worker.say(Message::Logs(v1::LogLines { lines })).await;
-        tokio::time::sleep(Duration::from_secs(1)).await;
         let failed = v1::Failed {
             action: "\u{1b}[2Jmultiplying".into(),
             cause: "\u{1}".repeat(1_900_000),

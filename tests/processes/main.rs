@@ -13,6 +13,7 @@ mod deadline;
 mod hostile;
 mod http2;
 mod hung;
+mod network;
 mod operators;
 mod places;
 mod python;

@@ -46,6 +46,9 @@ pub struct JobRecord {
     /// The checkpoint before the newest one, which is retained beside it; as long as the newest is not damaged.
     #[serde(default)]
     pub earlier_checkpoint: Option<Checkpoint>,
+    /// [`JobRecord::cursor`] as it was with that checkpoint.
+    #[serde(default)]
+    pub earlier_cursor: u64,
     /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
@@ -158,6 +161,7 @@ impl Jobs {
             last_checkpoint: 0,
             last_checkpoint_cursor: 0,
             earlier_checkpoint: None,
+            earlier_cursor: 0,
             in_memory: false,
             cursor: 0,
             returns: RollBackCount::default(),
@@ -207,7 +211,7 @@ impl JobRecord {
             Fact::CheckpointCommitted { step, cursor, .. } => {
                 self.attempts.advanced(*step);
                 if *step > self.last_checkpoint {
-                    self.earlier_checkpoint = self.checkpoint();
+                    (self.earlier_checkpoint, self.earlier_cursor) = (self.checkpoint(), self.cursor);
                 }
                 (self.last_checkpoint, self.last_checkpoint_cursor) = (*step, *cursor);
                 // The checkpoint holds the cursor from here on.
@@ -218,6 +222,8 @@ impl JobRecord {
                     self.earlier_checkpoint.take().filter(|_| *step == self.last_checkpoint)
                 {
                     (self.last_checkpoint, self.last_checkpoint_cursor) = (step, cursor);
+                    // What led astray after the damaged one is met again.
+                    self.cursor = self.earlier_cursor;
                 }
             }
             Fact::Ended { end, outcome, validation_loss, at_ms, .. } => {

@@ -81,7 +81,12 @@ impl StorageFaults {
             .saves
             .iter()
             .map(|(rank, fault)| failing(format!("writing rank {rank}'s part of the checkpoint"), fault));
-        commit.chain(saves).next()
+        let mut all = commit.chain(saves);
+        let first = all.next()?;
+        Some(match all.count() {
+            0 => first,
+            more => format!("{first}; and {more} more"),
+        })
     }
 
     /// The rank whose place is at fault, and what failed there.

@@ -30,9 +30,13 @@ pub(super) struct Checks {
     owners: BTreeMap<(FormationId, Rank), u64>,
     pub(super) lines: BTreeMap<FormationId, Line>,
     /// By job, every step up to the newest kept checkpoint.
-    kept: BTreeMap<JobId, Vec<Trained>>,
+    pub(super) kept: BTreeMap<JobId, Vec<Trained>>,
+    /// By job, what was kept before its newest checkpoint, and how far the watch had sent it back past that.
+    pub(super) kept_before: BTreeMap<JobId, (Vec<Trained>, Option<u64>)>,
+    /// By job and workers that do not reach each other, formations on both that broke of it since the orchestrator was started.
+    pub(super) apart: BTreeMap<(JobId, u64, u64), u32>,
     /// By job, sequences used when the watch sent it back, unless a later checkpoint holds that.
-    rolled_back: BTreeMap<JobId, u64>,
+    pub(super) rolled_back: BTreeMap<JobId, u64>,
     /// By job, the latest generation whose state in memory is of no history any more.
     left_behind: BTreeMap<JobId, Generation>,
     /// By formation, workers that have said what they keep, and to which orchestrator.
@@ -276,6 +280,9 @@ impl World {
             }
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
             Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
+                if let Fact::Broken { why, .. } = fact {
+                    self.check_apart(*job, why);
+                }
                 if matches!(fact, Fact::Requeued { .. }) {
                     self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
                 }
@@ -290,9 +297,7 @@ impl World {
                 }
                 self.checks.forgotten += 1;
             }
-            Fact::CheckpointDamaged { job, step } => {
-                self.violate(format!("{job}: the checkpoint of step {step} is whole and taken for damaged"));
-            }
+            Fact::CheckpointDamaged { job, step } => self.check_damaged(*job, *step),
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => {}
         }
@@ -409,8 +414,9 @@ impl World {
         let stands = self.storage.of(job).and_then(|folder| folder.stands(step));
         match (made, stands) {
             (Some(made), Some(stands)) if made.last() == Some(&stands) && stands.cursor == cursor => {
-                self.checks.kept.insert(job, made);
-                self.checks.rolled_back.remove(&job);
+                let before = self.checks.kept.insert(job, made).unwrap_or_default();
+                let rolled_back = self.checks.rolled_back.remove(&job);
+                self.checks.kept_before.insert(job, (before, rolled_back));
             }
             (made, _) => {
                 let made = made.and_then(|made| made.last().copied());

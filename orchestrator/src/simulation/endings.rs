@@ -5,6 +5,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
 use super::World;
 use super::checks::Checks;
+use super::storage::Folder;
 use crate::core::attempts::{MAX_IDLE, MAX_STUCK};
 use crate::core::facts::End;
 
@@ -12,6 +13,7 @@ impl Checks {
     /// A new orchestrator knows of nothing so far.
     pub(super) fn forget_delivered(&mut self) {
         self.heard.clear();
+        self.apart.clear();
     }
 
     /// Whether an observer that counts formations knows that one has completed a step.
@@ -37,6 +39,10 @@ impl World {
                     && (is_placed || !saves_model)
             }),
             End::Failed if outcome.starts_with("formed ") => self.came_to_nothing(job),
+            End::Failed if outcome.contains("is damaged") => {
+                let is_damaged = |folder: &Folder| folder.damaged(record.last_checkpoint).is_some();
+                record.earlier_checkpoint.is_none() && self.storage.of(job).is_some_and(is_damaged)
+            }
             End::Failed => {
                 let is_bad = self.job_plan(job).is_some_and(|planned| !planned.bad.is_empty());
                 self.checks.excused.contains(&job) || is_bad && outcome.contains("spike")

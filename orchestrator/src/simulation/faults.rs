@@ -1,9 +1,10 @@
 //! What goes wrong, and when all is well again.
 
-use contraflow_runtime::topology::{FormationId, JobId};
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use super::network::ORCHESTRATOR;
 use super::plan::SimFault;
+use super::ranks::Gang;
 use super::{SimEvent, World};
 use crate::core::Event;
 
@@ -31,6 +32,8 @@ impl World {
             | SimFault::Silence => self.fault_of_server(fault),
             SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
             SimFault::Loss => self.lose_state(),
+            SimFault::Rot => self.rot(),
+            SimFault::Apart => self.part_nodes(),
             _ => self.fault_of_worker(fault),
         }
     }
@@ -83,8 +86,45 @@ impl World {
                 self.network.slow.insert(node);
                 self.plan_in(takes, SimEvent::Quickens(node));
             }
+            SimFault::Full => {
+                self.storage.full.insert(node);
+                self.plan_in(takes, SimEvent::Writes(node));
+            }
             _ => {}
         }
+    }
+
+    /// A part of the newest checkpoint of a job is not any more what was written.
+    fn rot(&mut self) {
+        let open = self.store.jobs.all.iter().filter(|(_, record)| !record.has_ended());
+        let open: Vec<JobId> = open.map(|(&job, _)| job).collect();
+        let (job, rank) = (self.random.pick(&open), Rank::at(self.random.between(0, 8) as usize));
+        let Some(job) = job else { return };
+        if let Some(step) = self.storage.of_mut(job).and_then(|folder| folder.rot(rank)) {
+            self.note([36, job.bits(), step], || format!("{job}: the checkpoint of step {step} is damaged"));
+        }
+    }
+
+    /// The ranks of two nodes lose each other, and find each other later.
+    fn part_nodes(&mut self) {
+        let nodes: Vec<usize> = (0..self.plan.nodes.len()).collect();
+        let (Some(one), Some(other)) = (self.random.pick(&nodes), self.random.pick(&nodes)) else { return };
+        let takes = self.random.between(1_000, 90_000);
+        if one == other || self.network.apart.is_some() {
+            return;
+        }
+        self.network.apart = Some((one, other));
+        self.note([37, one as u64, other as u64], || {
+            format!("nodes {one} and {other} are apart for {takes} ms")
+        });
+        self.plan_in(takes, SimEvent::Meet(one, other));
+        let gangs: Vec<FormationId> =
+            self.gangs.iter().filter(|(_, gang)| self.is_apart(gang)).map(|(&of, _)| of).collect();
+        gangs.into_iter().for_each(|of| self.break_gang(of, 0, 3_000));
+    }
+
+    fn is_apart(&self, gang: &Gang) -> bool {
+        gang.workers.keys().any(|&id| self.out_of_reach(id, gang.workers.keys().copied()).is_some())
     }
 
     /// A worker and the orchestrator do not reach each other: streams break, or what they carry is late.
@@ -187,6 +227,8 @@ impl World {
         self.servers[newest].is_disk_slow = false;
         self.network.cuts.clear();
         self.network.slow.clear();
+        self.network.apart = None;
+        self.storage.full.clear();
         let workers: Vec<u64> = self.workers.keys().copied().collect();
         workers.into_iter().for_each(|id| self.thaw(id));
         (0..self.plan.nodes.len()).for_each(|node| self.start_worker(node));

@@ -8,11 +8,13 @@
 mod checks;
 mod commits;
 mod endings;
+mod failures;
 mod faults;
 mod lost_state;
 mod memory;
 mod mutation;
 mod network;
+mod places;
 mod plan;
 mod random;
 mod ranks;
@@ -101,6 +103,8 @@ enum SimEvent {
     Submit(usize),
     Heals(usize, usize),
     Quickens(usize),
+    Writes(usize),
+    Meet(usize, usize),
     Faulty(usize),
     Calm,
 }
@@ -291,6 +295,8 @@ impl World {
             SimEvent::Submit(job) => self.submit(job),
             SimEvent::Heals(one, other) => drop(self.network.cuts.remove(&(one, other))),
             SimEvent::Quickens(node) => drop(self.network.slow.remove(&node)),
+            SimEvent::Writes(node) => drop(self.storage.full.remove(&node)),
+            SimEvent::Meet(one, other) => drop(self.network.apart.take_if(|pair| *pair == (one, other))),
             SimEvent::Faulty(fault) => self.faulty(fault),
             SimEvent::Calm => self.calm_down(),
         }

@@ -6,6 +6,7 @@
 use contraflow_proto::StepReport;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::Rank;
 
 use super::World;
@@ -63,8 +64,20 @@ pub enum Mutation {
     BlamesNobody,
     /// A job takes the folder of its number for its own, even another job's.
     TakesAnyFolder,
+    /// A rank that cannot write its part of a checkpoint ends the job.
+    EndsOnFailedSave,
+    /// What a rank reads of a checkpoint is not compared with what was written.
+    ReadsDamage,
+    /// A damaged checkpoint is taken for a fault of the recipe.
+    EndsOnDamage,
+    /// Ranks do not say which peer they could not reach.
+    HidesPeers,
     /// Failed formations are counted as ones that complete steps.
     CountsNothing,
+}
+
+fn failed(rank: Rank, cause: &str, kind: ErrorKind) -> RankEvent {
+    RankEvent::Failed { rank, action: "saving".into(), cause: cause.to_owned(), kind, peer: None }
 }
 
 impl World {
@@ -89,6 +102,23 @@ impl World {
             (Some(Mutation::IgnoresKeys), Event::Submit(spec)) => spec.key.clear(),
             (Some(Mutation::BlamesNobody), Event::Beat { progress, .. }) => {
                 progress.iter_mut().for_each(|progress| progress.is_at_work = false);
+            }
+            (Some(Mutation::EndsOnFailedSave), Event::Rank { event, .. }) => {
+                if let RankEvent::SaveFailed { rank, cause, .. } = &**event {
+                    **event = failed(*rank, cause, ErrorKind::Config);
+                }
+            }
+            (Some(Mutation::EndsOnDamage), Event::Rank { event, .. }) => {
+                if let RankEvent::Failed { kind, .. } = &mut **event
+                    && *kind == ErrorKind::Damaged
+                {
+                    *kind = ErrorKind::Config;
+                }
+            }
+            (Some(Mutation::HidesPeers), Event::Rank { event, .. }) => {
+                if let RankEvent::Failed { peer, .. } = &mut **event {
+                    *peer = None;
+                }
             }
             (Some(Mutation::CountsNothing), Event::Tick) => return self.with_steps(core),
             (Some(Mutation::CommitsEarly), Event::Rank { from, event: original, .. }) => {

@@ -63,6 +63,8 @@ pub(super) struct Network {
     pub(super) cuts: BTreeSet<(usize, usize)>,
     /// Nodes that compute slowly.
     pub(super) slow: BTreeSet<usize>,
+    /// Two nodes whose ranks do not reach each other.
+    pub(super) apart: Option<(usize, usize)>,
 }
 
 impl Network {

@@ -51,10 +51,16 @@ pub enum SimFault {
     Loss,
     /// Nobody reaches the orchestrator for a while.
     Silence,
+    /// A node cannot write to the storage for a while.
+    Full,
+    /// A part of the newest checkpoint of a job is damaged.
+    Rot,
+    /// The ranks of two nodes do not reach each other for a while, however often they try.
+    Apart,
 }
 
 impl SimFault {
-    /// All that a plan draws from, but for [`SimFault::Hang`], [`SimFault::Loss`] and [`SimFault::Silence`], which came later.
+    /// All that a plan draws from, but for those that came later.
     pub(super) const ALL: [SimFault; 16] = [
         SimFault::Kill,
         SimFault::PowerLoss,
@@ -81,7 +87,7 @@ impl SimFault {
             SimFault::Double | SimFault::Clock => random.between(8_000, 40_000),
             SimFault::Hang => random.between(20_000, 60_000),
             SimFault::Loss => random.between(25_000, 90_000),
-            SimFault::Silence => random.between(10_000, 40_000),
+            SimFault::Silence | SimFault::Apart => random.between(10_000, 40_000),
             _ => random.between(2_000, 30_000),
         }
     }
@@ -161,6 +167,10 @@ impl Plan {
         }
         let is_silent = later.is_one_in(3);
         faults.extend(is_silent.then(|| (SimFault::Silence, SimFault::Silence.mean_ms(&mut later))));
+        for fault in [SimFault::Full, SimFault::Rot, SimFault::Apart] {
+            let happens = later.is_one_in(4);
+            faults.extend(happens.then(|| (fault, fault.mean_ms(&mut later))));
+        }
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         // Commits that find the storage full are tried again, with growing pauses.

@@ -7,7 +7,6 @@ use std::rc::Rc;
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
-use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::random::mix;
 use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
@@ -23,7 +22,7 @@ use crate::core::facts::Formed;
 #[derive(Clone, Debug)]
 pub(super) struct Group {
     pub(super) ranks: Vec<Rank>,
-    state: GangState,
+    pub(super) state: GangState,
     /// After the last step.
     pub(super) trained: Trained,
     /// Ranks that have been told to begin.
@@ -31,6 +30,10 @@ pub(super) struct Group {
     /// Some rank was told to stop after the running step.
     stop: bool,
     is_saving: bool,
+    /// The save under way is the last one: training does not go on.
+    is_last: bool,
+    /// The latest save has failed: it is tried again after the next step, by all.
+    saves_again: bool,
     /// What waits until the checkpoint before is written.
     parked: Option<Parked>,
     /// Workers that have not yet said that they keep the latest step.
@@ -40,7 +43,7 @@ pub(super) struct Group {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum GangState {
+pub(super) enum GangState {
     /// Reads recipe and data.
     Preparing,
     /// Makes the model.
@@ -65,10 +68,11 @@ pub(super) struct Gang {
     /// Workers, and whether they wait for the others in the running step.
     pub(super) workers: BTreeMap<u64, bool>,
     waiting: usize,
-    is_broken: bool,
+    pub(super) is_broken: bool,
     /// What came of the running step.
     made: Trained,
     stops: bool,
+    saves_again: bool,
     diverges: bool,
 }
 
@@ -88,6 +92,8 @@ impl Group {
             begun: 0,
             stop: false,
             is_saving: false,
+            is_last: false,
+            saves_again: false,
             parked,
             unacknowledged,
             reports,
@@ -121,12 +127,19 @@ impl World {
         let job = of.job;
         let Some(folder) = self.folder(job) else { return };
         let (stands, oldest) = (folder.stands(formed.resume_step), folder.oldest());
+        let damaged =
+            folder.damaged(formed.resume_step).map(|rank| Rank::at(rank.index() % formed.places.len()));
+        let is_damaged = damaged.is_some_and(|rank| formed.place_of(rank) == Some(id));
+        let reads_damage = self.breaks(Mutation::ReadsDamage);
         let mut trained = Trained::default();
         if formed.resume_step > 0 && formed.memory.is_none() {
             match stands {
                 Some(_) if self.mutation == Some(Mutation::ResumesEarlier) => {
                     trained = oldest.unwrap_or_default();
                 }
+                Some(_) if is_damaged && !reads_damage => return self.fail_damaged(id, of),
+                // What it cannot tell from the rest it takes for the state.
+                Some(stands) if is_damaged => trained = Trained { digest: !stands.digest, ..stands },
                 Some(stands) => trained = stands,
                 // A worker that was cut off for long finds that others have moved on.
                 None if !self.is_running(of) => return self.fail_all(id, of, "no such checkpoint"),
@@ -182,6 +195,10 @@ impl World {
         group.state = GangState::Idle;
         if self.job_plan(of.job).is_some_and(|planned| planned.crashes) {
             return self.crash_worker(id);
+        }
+        if let Some(peer) = self.out_of_reach(id, formed.places.iter().copied()) {
+            let peer = formed.ranks().find(|(_, worker)| *worker == peer).map(|(rank, _)| rank);
+            return self.fail_apart(id, of, peer);
         }
         let Some(group) = self.group(id, of) else { return };
         let ranks = group.ranks.clone();
@@ -276,7 +293,7 @@ impl World {
             return self.plan_in(50, SimEvent::StepMade(of));
         }
         let waits = !self.breaks(Mutation::OutrunsBuddies);
-        let mut stops = false;
+        let (mut stops, mut saves_again) = (false, false);
         for &id in &workers {
             match self.group(id, of) {
                 // What a rank gives to the step says that its buddy has the one before.
@@ -285,7 +302,10 @@ impl World {
                 {
                     return self.plan_in(5, SimEvent::StepMade(of));
                 }
-                Some(group) if group.state == GangState::InStep => stops |= group.stop,
+                Some(group) if group.state == GangState::InStep => {
+                    stops |= group.stop;
+                    saves_again |= group.saves_again;
+                }
                 // Aborted: the others wait until they are, too.
                 _ => return,
             }
@@ -296,7 +316,7 @@ impl World {
         let batch = cursor..cursor + BATCH;
         let digest = feed(digest, step + 1, cursor);
         gang.diverges = bad.iter().any(|sequence| batch.contains(sequence));
-        gang.stops = stops;
+        (gang.stops, gang.saves_again) = (stops, saves_again);
         gang.made = Trained { step: step + 1, cursor: batch.end, digest };
         gang.waiting = 0;
         gang.workers.values_mut().for_each(|waits| *waits = false);
@@ -319,7 +339,7 @@ impl World {
     /// A worker's ranks have the result of the step.
     pub(super) fn step_done(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>) {
         let Some(gang) = self.gangs.get(&of) else { return };
-        let (made, stops, diverges) = (gang.made, gang.stops, gang.diverges);
+        let (made, stops, diverges, saves_again) = (gang.made, gang.stops, gang.diverges, gang.saves_again);
         let (every, steps) = self.job_plan(of.job).map_or((1, 0), |job| (job.every, job.spec.steps()));
         let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else { return };
         group.state = GangState::Idle;
@@ -342,7 +362,7 @@ impl World {
         if !is_last && !formed.buddies.is_empty() {
             self.keep_step(id, of, formed, &ranks);
         }
-        if is_last || made.step.is_multiple_of(every) {
+        if is_last || saves_again || made.step.is_multiple_of(every) {
             self.save(id, of, !is_last);
         } else {
             self.arrive(id, of);
@@ -365,7 +385,7 @@ impl World {
             group.parked = Some(Parked::Save { goes_on });
             return;
         }
-        group.is_saving = true;
+        (group.is_saving, group.is_last, group.saves_again) = (true, !goes_on, false);
         let (trained, ranks) = (group.trained, group.ranks.clone());
         let takes = self.random.between(1, 900);
         self.plan_own(id, of, takes, RankTask::Saved(Box::new((trained, ranks))));
@@ -377,6 +397,10 @@ impl World {
     /// Shards are on disk; their writers may have left the formation meanwhile.
     pub(super) fn saved(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<Rank>)) {
         let FormationId { job, generation } = of;
+        let node = self.workers.get(&id).map(|worker| worker.node);
+        if node.is_some_and(|node| self.storage.full.contains(&node)) {
+            return self.save_failed(id, of, (trained, ranks));
+        }
         for &rank in &ranks {
             let Some(folder) = self.folder(job) else { return };
             folder.save(generation, rank, trained);
@@ -395,11 +419,33 @@ impl World {
                 RankEvent::ShardSaved { rank, position, watch: Default::default(), shard },
             );
         }
-        match parked.filter(|_| !is_over) {
+        self.go_on_after_save(id, of, parked.filter(|_| !is_over));
+    }
+
+    fn go_on_after_save(&mut self, id: u64, of: FormationId, parked: Option<Parked>) {
+        match parked {
             Some(Parked::Save { goes_on }) => self.save(id, of, goes_on),
             Some(Parked::Diverge { cursor }) => self.diverge(id, of, cursor),
             None => {}
         }
+    }
+
+    /// Nothing could be written: the last save is tried again at once, others after the next step.
+    fn save_failed(&mut self, id: u64, of: FormationId, (trained, ranks): (Trained, Vec<Rank>)) {
+        let Some(group) = self.group(id, of).filter(|group| group.state != GangState::Over) else { return };
+        let is_last = group.is_last;
+        group.saves_again = true;
+        let parked = if is_last { None } else { group.parked.take() };
+        group.is_saving = is_last;
+        for &rank in &ranks {
+            let cause = "no space left".to_owned();
+            self.send_event(id, of, RankEvent::SaveFailed { rank, step: trained.step, cause });
+        }
+        if is_last {
+            let wait = self.random.between(1_000, 4_000);
+            self.plan_own(id, of, wait, RankTask::Saved(Box::new((trained, ranks))));
+        }
+        self.go_on_after_save(id, of, parked);
     }
 
     pub(super) fn validated(&mut self, id: u64, of: FormationId, rank: Rank) {
@@ -417,45 +463,5 @@ impl World {
             let file = ExportedFile { file: format!("rank-{rank}"), ..ExportedFile::default() };
             self.send_event(id, of, RankEvent::Exported { rank, file });
         }
-    }
-
-    /// The connections to a worker end: the others notice within `within_ms`.
-    pub(super) fn break_gang(&mut self, of: FormationId, gone: u64, within_ms: u64) {
-        let Some(gang) = self.gangs.get_mut(&of).filter(|gang| !gang.is_broken) else { return };
-        gang.is_broken = true;
-        let left: Vec<u64> = gang.workers.keys().copied().filter(|id| *id != gone).collect();
-        for id in left {
-            let after = self.random.between(1, within_ms + 1);
-            self.plan_own(id, of, after, RankTask::PeerLost);
-        }
-    }
-
-    pub(super) fn peer_lost(&mut self, id: u64, of: FormationId) {
-        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else {
-            // No rank waits for a peer: it is noticed in the next step.
-            if let Some(group) = self.group(id, of).filter(|group| group.state != GangState::Over) {
-                let _ = group;
-                self.plan_own(id, of, 500, RankTask::PeerLost);
-            }
-            return;
-        };
-        group.state = GangState::Over;
-        for rank in group.ranks.clone() {
-            let (action, cause) = ("F0.0".to_owned(), "a peer is gone".to_owned());
-            self.send_event(
-                id,
-                of,
-                RankEvent::Failed { rank, action, cause, kind: ErrorKind::Lost, peer: None },
-            );
-        }
-    }
-
-    /// A rank of a worker finds a defect.
-    pub(super) fn find_defect(&mut self, id: u64, of: FormationId) {
-        let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else { return };
-        group.state = GangState::Over;
-        let rank = group.ranks[0];
-        let (action, cause) = ("F0.0".to_owned(), "a defect".to_owned());
-        self.send_event(id, of, RankEvent::Failed { rank, action, cause, kind: ErrorKind::Bug, peer: None });
     }
 }

@@ -15,7 +15,7 @@ pub(super) struct Trained {
     pub(super) digest: u64,
 }
 
-/// Which checkpoints stay: this many of the newest, and the one of this step.
+/// Which checkpoints stay: this many of the newest up to that of this step, and all after it; 0: of all.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Retention {
     pub(super) keep: usize,
@@ -26,6 +26,8 @@ pub(super) struct Retention {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Storage {
     folders: BTreeMap<String, Folder>,
+    /// Nodes on which nothing can be written.
+    pub(super) full: BTreeSet<usize>,
 }
 
 impl Storage {
@@ -42,10 +44,25 @@ impl Storage {
         self.folders.entry(name).or_insert_with(|| Folder { owner: job, ..Folder::default() })
     }
 
+    /// The folder that is a job's, to change it.
+    pub(super) fn of_mut(&mut self, job: JobId) -> Option<&mut Folder> {
+        self.folders.values_mut().find(|folder| folder.owner == job)
+    }
+
     /// The folder that is a job's.
     pub(super) fn of(&self, job: JobId) -> Option<&Folder> {
         self.folders.values().find(|folder| folder.owner == job)
     }
+}
+
+/// A checkpoint.
+#[derive(Clone, Copy, Debug)]
+struct Committed {
+    trained: Trained,
+    /// The generation that made it.
+    generation: Generation,
+    /// Whose part is not what was written, if one is not.
+    damaged: Option<Rank>,
 }
 
 /// One job's folder.
@@ -55,8 +72,8 @@ pub(super) struct Folder {
     pub(super) owner: JobId,
     /// The latest formation that has begun in it.
     begun: Generation,
-    /// By step: the state, and the generation that made it.
-    committed: BTreeMap<u64, (Trained, Generation)>,
+    /// By step.
+    committed: BTreeMap<u64, Committed>,
     /// By step and generation: shards by rank.
     unfinished: BTreeMap<(u64, Generation), BTreeMap<Rank, Trained>>,
     /// Exported files by generation and rank.
@@ -68,12 +85,24 @@ pub(super) struct Folder {
 impl Folder {
     /// The checkpoint of a step.
     pub(super) fn stands(&self, step: u64) -> Option<Trained> {
-        self.committed.get(&step).map(|(trained, _)| *trained)
+        self.committed.get(&step).map(|committed| committed.trained)
     }
 
     /// The oldest checkpoint.
     pub(super) fn oldest(&self) -> Option<Trained> {
-        self.committed.first_key_value().map(|(_, (trained, _))| *trained)
+        self.committed.first_key_value().map(|(_, committed)| committed.trained)
+    }
+
+    /// The part of a checkpoint that is damaged, if one is.
+    pub(super) fn damaged(&self, step: u64) -> Option<Rank> {
+        self.committed.get(&step)?.damaged
+    }
+
+    /// A part of the newest checkpoint rots; returns which checkpoint that is.
+    pub(super) fn rot(&mut self, rank: Rank) -> Option<u64> {
+        let (&step, newest) = self.committed.iter_mut().next_back()?;
+        newest.damaged = Some(rank);
+        Some(step)
     }
 
     /// A formation begins in it; whether none after it has.
@@ -88,14 +117,17 @@ impl Folder {
         self.unfinished.retain(|(_, of), _| *of > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
-            .retain(|step, (_, of)| newest.is_none_or(|newest| *step <= newest) || *of >= generation);
+            .retain(|step, by| newest.is_none_or(|newest| *step <= newest) || by.generation >= generation);
         self.drop_oldest(retention, None);
     }
 
     fn drop_oldest(&mut self, Retention { keep, pinned }: Retention, fresh: Option<u64>) {
-        let old = self.committed.len().saturating_sub(keep);
-        let old: BTreeSet<u64> = self.committed.keys().copied().take(old).collect();
-        self.committed.retain(|step, _| *step == pinned || Some(*step) == fresh || !old.contains(step));
+        let known = match pinned {
+            0 => self.committed.len(),
+            pinned => self.committed.range(..=pinned).count(),
+        };
+        let old: BTreeSet<u64> = self.committed.keys().copied().take(known.saturating_sub(keep)).collect();
+        self.committed.retain(|step, _| Some(*step) == fresh || !old.contains(step));
     }
 
     pub(super) fn save(&mut self, generation: Generation, rank: Rank, trained: Trained) {
@@ -130,7 +162,7 @@ impl Folder {
         if shards.values().any(|shard| *shard != one) {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
-        self.committed.insert(step, (one, generation));
+        self.committed.insert(step, Committed { trained: one, generation, damaged: None });
         self.drop_oldest(retention, Some(step));
         Ok(one)
     }

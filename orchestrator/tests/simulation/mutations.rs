@@ -4,10 +4,10 @@ use contraflow_orchestrator::simulation::Mutation::{self, *};
 use contraflow_orchestrator::simulation::run_broken;
 
 /// Seeds within which a broken rule has to show.
-const SEEDS: u64 = 4_000;
+const SEEDS: u64 = 2_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 25] = [
+const CAUGHT: [(Mutation, &str); 29] = [
     (TakesAnyFolder, "for its own"),
     (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
@@ -33,6 +33,10 @@ const CAUGHT: [(Mutation, &str); 25] = [
     (RecoversInSilence, "is next"),
     (PinsNothing, "which is kept, is gone"),
     (BlamesNobody, "after the last fault"),
+    (EndsOnFailedSave, "has ended without cause"),
+    (ReadsDamage, "next is step"),
+    (EndsOnDamage, "has ended without cause"),
+    (HidesPeers, "both are used again"),
 ];
 
 #[test]

@@ -51,8 +51,8 @@ impl CheckpointFolder {
         CheckpointFolder { generation, ..self }
     }
 
-    /// The same folder, in which the checkpoint of this step stays, unless that of a later one does: the orchestrator, which
-    /// decides where the job resumes, knows of no later one.
+    /// The same folder, in which the newest checkpoints up to this step stay, whatever is committed after it: the orchestrator,
+    /// which decides where the job resumes, knows of no later one.
     pub fn pinning(self, step: u64) -> Self {
         CheckpointFolder { pinned: self.pinned.max(step), ..self }
     }
@@ -101,8 +101,8 @@ impl CheckpointFolder {
     }
 
     /// Removes what an earlier process left behind: unfinished checkpoints, those after step `newest` that an earlier formation
-    /// has committed, and all beyond the newest `keep` that are not pinned. What is after `newest` is of a history that was left, and would pass for
-    /// the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
+    /// has committed, and all before the newest `keep` up to the pinned one. What is after `newest` is of a history that was left,
+    /// and would pass for the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
     /// suffer by it. An earlier one cannot commit any more afterwards: its folders are gone.
     ///
     /// **Errors**: what the system says; the folder is another job's.
@@ -148,8 +148,7 @@ impl CheckpointFolder {
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and
-    /// renames the folder. Afterwards only the newest `keep` checkpoints remain, and the
-    /// pinned one.
+    /// renames the folder. Afterwards only the newest `keep` checkpoints remain: of those up to the pinned one, with all after it.
     ///
     /// **Errors**: what the system says, with the path; the folder is another job's; the checkpoint is not committed then.
     pub fn commit(
@@ -212,12 +211,16 @@ impl CheckpointFolder {
         Ok(())
     }
 
-    /// All but the newest, the pinned one, and the one that has just been committed: those of later steps may be older.
+    /// All but the newest up to the pinned one, those after it, and the one that has just been committed: those of later steps may
+    /// be older. What the orchestrator knows of has to be there with the one before it, should it be damaged.
     fn drop_oldest(&self, keep: usize, fresh: Option<u64>) -> io::Result<()> {
         let steps = self.list()?;
-        let old = &steps[..steps.len().saturating_sub(keep.max(1))];
-        let stays = |step: &u64| *step == self.pinned || Some(*step) == fresh;
-        old.iter().filter(|step| !stays(step)).try_for_each(|&step| self.drop(step))
+        let known = match self.pinned {
+            0 => steps.len(),
+            pinned => steps.partition_point(|step| *step <= pinned),
+        };
+        let old = &steps[..known.saturating_sub(keep.max(1))];
+        old.iter().filter(|step| Some(**step) != fresh).try_for_each(|&step| self.drop(step))
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {

@@ -4,7 +4,7 @@
 //! cannot is refused with a message, counted and logged; a connection for a formation that is not joined yet waits a while.
 //! Those that have said nothing and those that wait are bounded by peer, TCP and Unix sockets apart.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
@@ -29,6 +29,9 @@ const SILENT: Bounds = Bounds { of_peer: 192, in_all: 384 };
 
 /// Connections that wait for their formation to be joined here; more are turned away.
 const WAITING: Bounds = Bounds { of_peer: 128, in_all: 256 };
+
+/// Jobs whose ended formations are told from those that are still to be joined: connections for others wait in vain.
+const KNOWN_JOBS: usize = 1_024;
 
 /// Refusals that are logged in a second, at most: a crowd must not fill the log too.
 const MAX_LOGGED: usize = 16;
@@ -57,8 +60,8 @@ struct Caller {
 #[derive(Default)]
 struct ListenerState {
     formations: HashMap<FormationId, Arc<WiredNetwork>>,
-    /// The newest generation that each job has had here.
-    newest: HashMap<JobId, Generation>,
+    /// The newest generation that each job has had here, of the last [`KNOWN_JOBS`].
+    newest: BTreeMap<JobId, Generation>,
 }
 
 impl ListenerState {
@@ -149,6 +152,9 @@ impl Listener {
         state.formations.insert(id, network.clone());
         let newest = state.newest.entry(job).or_default();
         *newest = generation.max(*newest);
+        if state.newest.len() > KNOWN_JOBS {
+            state.newest.pop_first();
+        }
         drop(state);
         self.shared.joined.notify_all();
         Ok(())

@@ -34,6 +34,21 @@ pub struct UpdateOrder {
     pub buddy: Option<usize>,
 }
 
+impl UpdateOrder {
+    /// Of a rank that goes on alone: it is not told to stop, keeps nothing in memory and gathers at once.
+    pub fn alone(rates: UpdateRates, save: SaveWhen) -> Self {
+        UpdateOrder {
+            rates,
+            stop: Arc::default(),
+            save,
+            saves: Arc::default(),
+            replicate: false,
+            gather: true,
+            buddy: None,
+        }
+    }
+}
+
 /// When the state after an update is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SaveWhen {

@@ -164,15 +164,7 @@ impl OneRank {
         let mut compute = Compute::new(self.arch.clone(), self.stages.clone(), self.take_params(), kind);
         compute.totals = totals;
         let save = SaveWhen::Never;
-        let order = UpdateOrder {
-            rates,
-            stop: Arc::default(),
-            save,
-            saves: Arc::default(),
-            replicate: false,
-            gather: true,
-            buddy: None,
-        };
+        let order = UpdateOrder::alone(rates, save);
         let update = Some(Update::new(order, optimizer.take().unwrap()));
         let workload = Workload { batches: Vec::new(), in_flight: InFlight::default(), compute, update };
         let look = &mut |_: &Op, _: &InFlight| {};

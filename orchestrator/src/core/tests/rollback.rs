@@ -43,6 +43,21 @@ fn a_rollback_logs_its_step_and_the_number_of_skipped_sequences() {
 }
 
 #[test]
+fn from_before_a_damaged_checkpoint_the_run_goes_past_what_it_went_past_then_and_no_further() {
+    let mut world = training();
+    checkpoint(&mut world, 4);
+    drop(diverge(&mut world, &spike(6), 6 * 72));
+    ready(&mut world);
+    checkpoint(&mut world, 8);
+    drop(diverge(&mut world, &spike(11), 11 * 72));
+    let (action, cause, kind) = ("reading".into(), "shard-1 is damaged".into(), ErrorKind::Damaged);
+    drop(world.event(RankEvent::Failed { rank: Rank::new(0), action, cause, kind, peer: None }));
+    drop(world.pass(LEFT_MS + TICK_MS, &[1, 2, 3]));
+    let formed = world.core.jobs().all[&JOB].formed.as_ref().unwrap();
+    assert_eq!((formed.generation.number(), formed.resume_step, formed.cursor), (4, 4, 6 * 72));
+}
+
+#[test]
 fn a_restarted_orchestrator_continues_the_count() {
     let mut world = training();
     checkpoint(&mut world, 4);
