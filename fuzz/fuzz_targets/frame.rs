@@ -65,7 +65,10 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(hello) = handshake::read_hello(&mut Stranger(bytes)) {
         assert_eq!(hello.encode(), bytes[..handshake::HELLO_BYTES]);
         let rest = &bytes[handshake::HELLO_BYTES..];
-        assert!(handshake::challenge(&mut Stranger(rest), &hello, &SECRET).is_err(), "let in without the secret");
+        assert!(
+            handshake::challenge(&mut Stranger(rest), &hello, &SECRET).is_err(),
+            "let in without the secret"
+        );
     }
     for bytes in [bytes.to_vec(), frame_with_checksum(bytes), signal_with_checksum(bytes)] {
         if let Ok(message) = wire::read_message(&mut &bytes[..]) {

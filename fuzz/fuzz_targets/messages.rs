@@ -43,7 +43,9 @@ fn of_worker(bytes: &[u8]) {
     assert_eq!(again.encode_to_vec(), message.encode_to_vec());
     match message.message {
         Some(Message::Event(event)) => drop(decode_event(event)),
-        Some(Message::Logs(logs)) => assert!(!logs.lines.iter().any(|line| line.message.contains(is_control))),
+        Some(Message::Logs(logs)) => {
+            assert!(!logs.lines.iter().any(|line| line.message.contains(is_control)))
+        }
         _ => {}
     }
 }

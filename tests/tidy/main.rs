@@ -69,7 +69,9 @@ fn crates_import_only_those_below_them() {
     for package in packages {
         let name = package["name"].as_str().unwrap();
         let Some((_, allowed)) = EDGES.iter().find(|(known, _)| *known == name) else {
-            assert_eq!(name, "contraflow", "a crate that has no place among the import rules");
+            // They may import everything, and nothing imports them.
+            let is_on_top = ["contraflow", "contraflow-fuzz"].contains(&name);
+            assert!(is_on_top, "{name} has no place among the import rules");
             continue;
         };
         seen += 1;

@@ -9,12 +9,18 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixStream};
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt;
 use serde::{Deserialize, Serialize};
 
 /// What the system may buffer of one direction of a connection.
 ///
 /// **Units**: bytes.
 const SOCKET_BUFFER: usize = 1 << 20;
+
+/// How long what was sent may stay unanswered, or a silent connection a probe, until it counts as broken: a network that swallows
+/// everything says nothing itself.
+const UNANSWERED: Duration = Duration::from_millis(UNANSWERED_MS as u64);
+const UNANSWERED_MS: u32 = 20_000;
 
 /// Where the data connections of a process are accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -70,6 +76,11 @@ impl Stream {
     /// **Errors**: the system's.
     pub fn tcp(stream: TcpStream) -> io::Result<Stream> {
         stream.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, UNANSWERED / 2)?;
+        sockopt::set_tcp_keepintvl(&stream, UNANSWERED / 4)?;
+        sockopt::set_tcp_keepcnt(&stream, 2)?;
+        sockopt::set_tcp_user_timeout(&stream, UNANSWERED_MS)?;
         Ok(Stream::Tcp(stream))
     }
 
@@ -77,7 +88,7 @@ impl Stream {
     ///
     /// **Errors**: the system's.
     pub fn unix(stream: UnixStream) -> io::Result<Stream> {
-        rustix::net::sockopt::set_socket_send_buffer_size(&stream, SOCKET_BUFFER)?;
+        sockopt::set_socket_send_buffer_size(&stream, SOCKET_BUFFER)?;
         Ok(Stream::Unix(stream))
     }
 
