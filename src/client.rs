@@ -1,7 +1,7 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, nodes, drain.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, Table};
 use contraflow_proto::{StepRecord, v1};
@@ -24,6 +24,9 @@ use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long `watch` waits for an orchestrator that is away.
+const AWAY: Duration = Duration::from_secs(60);
 
 /// A connection, and what goes with every call.
 type AuthChannel = InterceptedService<Channel, Bearer>;
@@ -130,6 +133,10 @@ fn refused(status: &tonic::Status) -> Failure {
         | tonic::Code::FailedPrecondition
         | tonic::Code::Unauthenticated
         | tonic::Code::PermissionDenied => Failure::input(words),
+        // The client's own time limit.
+        tonic::Code::Cancelled | tonic::Code::DeadlineExceeded if words == "Timeout expired" => {
+            Failure::run(format!("the orchestrator has not answered within {} s", TIMEOUT.as_secs()))
+        }
         code => match std::error::Error::source(status) {
             // TLS 1.3 lets a client begin before its certificate is judged: its refusal may be seen as a mere end.
             Some(cause) => Failure::run(format!(
@@ -150,7 +157,13 @@ async fn reach(common: &Common) -> Result<AuthChannel, Failure> {
             common.orchestrator
         ))
     };
-    let channel = endpoint.connect_timeout(TIMEOUT).connect().await.map_err(|error| {
+    // The limit holds for the beginning of an answer; a stream ends when the other side is gone.
+    let endpoint = endpoint
+        .connect_timeout(TIMEOUT)
+        .timeout(TIMEOUT)
+        .http2_keep_alive_interval(TIMEOUT)
+        .keep_alive_timeout(TIMEOUT);
+    let channel = endpoint.connect().await.map_err(|error| {
         failed(&std::error::Error::source(&error).map_or_else(|| error.to_string(), describe))
     })?;
     Ok(InterceptedService::new(channel, bearer))
@@ -241,23 +254,24 @@ pub fn status(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
-/// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the connection is waited out:
-/// the orchestrator may be started again.
+/// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the
+/// connection is waited out: the orchestrator may be started again.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
 pub fn watch(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let mut from_step = 1;
-        let mut away = Duration::ZERO;
+        let mut heard = Instant::now();
         loop {
-            match watch_once(args, &mut from_step).await {
+            let before = from_step;
+            let watched = watch_once(args, &mut from_step).await;
+            if from_step > before {
+                heard = Instant::now();
+            }
+            match watched {
                 Ok(job) => return ended(&job),
-                Err(failure) if failure.code == 2 || away >= 6 * TIMEOUT => return Err(failure),
-                Err(_) => {
-                    let pause = Duration::from_millis(500);
-                    tokio::time::sleep(pause).await;
-                    away += pause;
-                }
+                Err(failure) if failure.code == 2 || heard.elapsed() >= AWAY => return Err(failure),
+                Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
             }
         }
     })

@@ -46,8 +46,20 @@ pub async fn watch(mut signals: Signals, stop: impl Fn()) {
 ///
 /// **Errors**: the system gives no threads.
 pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.map_err(|error| Failure::run(error.to_string()))
+    built(tokio::runtime::Builder::new_multi_thread().worker_threads(2))
+}
+
+/// The same for an orchestrator: what blocks there is bounded, and a crowd that reads leaves no crowd of threads.
+///
+/// **Errors**: the system gives no threads.
+pub fn runtime_of_orchestrator() -> Result<tokio::runtime::Runtime, Failure> {
+    // Recipes are checked on half of the cores at once; the rest is for what reads and writes the state.
+    let blocking = std::thread::available_parallelism().map_or(1, usize::from) + 16;
+    built(tokio::runtime::Builder::new_multi_thread().worker_threads(2).max_blocking_threads(blocking))
+}
+
+fn built(builder: &mut tokio::runtime::Builder) -> Result<tokio::runtime::Runtime, Failure> {
+    builder.enable_all().build().map_err(|error| Failure::run(error.to_string()))
 }
 
 #[cfg(test)]

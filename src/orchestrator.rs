@@ -37,7 +37,7 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let security = security(args)?;
     // What is kept here is for its user alone.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
-    interrupt::runtime()?.block_on(async {
+    interrupt::runtime_of_orchestrator()?.block_on(async {
         let keep_jobs = usize::try_from(args.keep_jobs).unwrap_or(usize::MAX);
         let orchestrator =
             Orchestrator::open(&args.state, args.listen, keep_jobs).await.map_err(Failure::input)?;

@@ -57,6 +57,10 @@ impl Process {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Its exit code, once it has ended.
     pub fn wait(&mut self) -> Option<i32> {
         let ended = || self.child.try_wait().unwrap();

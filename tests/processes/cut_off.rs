@@ -9,13 +9,13 @@ use std::time::Duration;
 use crate::cluster::{Cluster, curve, spawn, until};
 
 /// Forwards connections to an address. While it is cut nothing passes, and connections stay open.
-struct Gate {
-    address: String,
+pub struct Gate {
+    pub address: String,
     is_cut: Arc<AtomicBool>,
 }
 
 impl Gate {
-    fn open(to: &str) -> Self {
+    pub fn open(to: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, to) = (listener.local_addr().unwrap().to_string(), to.to_owned());
         let is_cut = Arc::new(AtomicBool::new(false));
@@ -31,6 +31,10 @@ impl Gate {
             }
         });
         Gate { address, is_cut }
+    }
+
+    pub fn cut(&self, is_cut: bool) {
+        self.is_cut.store(is_cut, Ordering::Relaxed);
     }
 }
 
@@ -63,7 +67,7 @@ fn an_orchestrator_that_nobody_reaches_for_a_while_loses_nobody() {
     let endless = ["training.steps=100000", "checkpoint.every=0"];
     let job = cluster.submit(&endless, &[]);
     cluster.until_step(&job, 10);
-    let cut = |is_cut: bool| gates.iter().for_each(|gate| gate.is_cut.store(is_cut, Ordering::Relaxed));
+    let cut = |is_cut: bool| gates.iter().for_each(|gate| gate.cut(is_cut));
     cut(true);
     until("status that says that nobody is heard", || {
         let waits = cluster.status(&job)?["waiting_for"].as_str()?.to_owned();

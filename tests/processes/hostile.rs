@@ -21,16 +21,16 @@ use crate::http2::{
 };
 
 /// A job of one rank.
-const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
+pub const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
 
 /// How long anybody else may have to wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-async fn plain(cluster: &Cluster) -> Channel {
+pub async fn plain(cluster: &Cluster) -> Channel {
     Channel::from_shared(format!("http://{}", cluster.address)).unwrap().connect().await.unwrap()
 }
 

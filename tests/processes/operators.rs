@@ -73,3 +73,13 @@ fn the_state_is_for_its_owner_alone() {
     assert!(open.is_empty(), "{open:?}");
     assert_eq!(cluster.path().join("state").metadata().unwrap().permissions().mode() & 0o777, 0o700);
 }
+
+#[test]
+fn an_orchestrator_that_does_not_answer_costs_its_clients_seconds_and_not_a_wait_for_ever() {
+    let cluster = Cluster::start(0);
+    cluster.orchestrator.signal(rustix::process::Signal::STOP);
+    let (code, _, stderr) = cluster.run(&["jobs"]);
+    assert_eq!((code, stderr.trim()), (1, "error: the orchestrator has not answered within 10 s"));
+    cluster.orchestrator.signal(rustix::process::Signal::CONT);
+    assert_eq!(cluster.run(&["jobs"]).0, 0);
+}

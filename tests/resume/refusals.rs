@@ -42,6 +42,11 @@ fn damaged_checkpoints_are_refused_by_file_and_the_earlier_one_is_offered() {
     });
     let error_text = refused(&place, &resume);
     assert!(error_text.contains("rank-00001.safetensors: expected blake3"), "{error_text}");
+    change(&shard(1), |bytes| bytes[whole.len() / 2] ^= 16);
+    let config = shard(0).with_file_name("config.json");
+    change(&config, |bytes| *bytes.last_mut().unwrap() ^= 1);
+    let error_text = refused(&place, &resume);
+    assert!(error_text.contains("config.json: expected blake3"), "{error_text}");
     std::fs::remove_file(shard(0)).unwrap();
     std::fs::remove_file(shard(1)).unwrap();
     let error_text = refused(&place, &resume);
@@ -166,10 +171,10 @@ fn a_manifest_of_another_format_or_model_or_of_other_data_is_refused_by_field() 
     assert!(error_text.contains("training.global_batch_size: expected a multiple of 2"), "{error_text}");
     let manifest = place.checkpoint("runs/recipe", 12).join("manifest.json");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replace("\"format_version\": 1", "\"format_version\": 2")).unwrap();
+    std::fs::write(&manifest, text.replace("\"format_version\": 2", "\"format_version\": 3")).unwrap();
     let error_text = refused(&place, &["train", "--resume"]);
     assert!(
-        error_text.contains("manifest.json: expected format version 1 or earlier, got 2"),
+        error_text.contains("manifest.json: expected format version 2 or earlier, got 3"),
         "{error_text}"
     );
     std::fs::write(&manifest, "{").unwrap();

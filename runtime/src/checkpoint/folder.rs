@@ -6,7 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::manifest::{MANIFEST_FILE, Manifest};
+use super::manifest::{MANIFEST_FILE, Manifest, ShardFile};
 use super::{CheckpointError, JobFolder, Position};
 use crate::failpoint::failpoint;
 use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
@@ -196,10 +196,12 @@ impl CheckpointFolder {
         to: &Path,
     ) -> io::Result<()> {
         failpoint("checkpoint.shards-saved");
-        let text = serde_json::to_string_pretty(manifest).map_err(io::Error::other)?;
         for (name, bytes) in companions.iter() {
             write_synced(&from.join(name), bytes)?;
         }
+        let companions = companions.iter().map(|(name, bytes)| ShardFile::of(name, bytes)).collect();
+        let manifest = Manifest { companions, ..manifest.clone() };
+        let text = serde_json::to_string_pretty(&manifest).map_err(io::Error::other)?;
         failpoint("checkpoint.manifest-begins");
         write_synced(&from.join(MANIFEST_FILE), text.as_bytes())?;
         sync_dir(from)?;

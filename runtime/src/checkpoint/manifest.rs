@@ -18,7 +18,7 @@ use crate::topology::{Generation, Topology};
 pub const MANIFEST_FILE: &str = "manifest.json";
 
 /// What this program writes, and the newest it reads.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// No manifest comes near it: a shard takes some 150 bytes of it.
 const MAX_MANIFEST_BYTES: u64 = 64 << 20;
@@ -71,7 +71,7 @@ pub struct MadeBy {
     pub instruction_set: String,
 }
 
-/// One rank's file of a checkpoint.
+/// A file of a checkpoint: one rank's, or one beside them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardFile {
@@ -106,6 +106,9 @@ pub struct Manifest {
     pub made_by: MadeBy,
     /// By rank.
     pub shards: Vec<ShardFile>,
+    /// The model's configuration and its tokenizer, for other programs; format 1 does not name them.
+    #[serde(default)]
+    pub companions: Vec<ShardFile>,
 }
 
 /// A text that is no manifest for this program.
@@ -141,8 +144,13 @@ impl Manifest {
             vec![CheckpointError { kind, ..CheckpointError::new(&path, fault) }]
         })?;
         let faults: Vec<CheckpointError> =
-            manifest.shards.iter().filter_map(|shard| shard.check_size(dir).err()).collect();
+            manifest.files().filter_map(|file| file.check_size(dir).err()).collect();
         if faults.is_empty() { Ok(manifest) } else { Err(faults) }
+    }
+
+    /// All files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &ShardFile> {
+        self.shards.iter().chain(&self.companions)
     }
 
     /// Reads the text of a manifest.
@@ -162,10 +170,11 @@ impl Manifest {
         }
         let manifest: Manifest = serde_json::from_slice(text).map_err(damaged)?;
         let mut names = BTreeSet::new();
-        for shard in &manifest.shards {
+        for shard in manifest.files() {
             let is_plain = Path::new(&shard.file).file_name().is_some_and(|name| name == shard.file.as_str());
             if !is_plain || !names.insert(&shard.file) {
-                let message = format!("expected a file name for each shard, each once, got {:?}", shard.file);
+                let message =
+                    format!("expected a plain file name for each file, each once, got {:?}", shard.file);
                 return Err(ManifestFault::Damaged(message));
             }
         }
@@ -191,11 +200,17 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, CheckpointError> {
 }
 
 impl ShardFile {
+    /// Of a file with these bytes.
+    pub fn of(file: &str, bytes: &[u8]) -> Self {
+        let blake3 = blake3::hash(bytes).to_hex().to_string();
+        ShardFile { file: file.to_owned(), bytes: bytes.len() as u64, blake3 }
+    }
+
     fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
         let got = files::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
         if got != self.bytes {
-            let message = format!("expected {} bytes, got {got}: the shard is damaged", self.bytes);
+            let message = format!("expected {} bytes, got {got}: the file is damaged", self.bytes);
             return Err(CheckpointError::new(&path, message));
         }
         Ok(())
@@ -211,7 +226,7 @@ impl ShardFile {
         hasher.update_reader(files::reader(&path).map_err(failed)?).map_err(failed)?;
         let got = hasher.finalize().to_hex();
         if got.as_str() != self.blake3 {
-            let message = format!("expected blake3 {}, got {got}: the shard is damaged", self.blake3);
+            let message = format!("expected blake3 {}, got {got}: the file is damaged", self.blake3);
             return Err(CheckpointError::new(&path, message));
         }
         Ok(())

@@ -9,7 +9,7 @@ use crate::topology::Generation;
 fn shard(dir: &Path, rank: usize, bytes: &[u8]) -> ShardFile {
     let file = format!("rank-{rank:05}.safetensors");
     std::fs::write(dir.join(&file), bytes).unwrap();
-    ShardFile { file, bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() }
+    ShardFile::of(&file, bytes)
 }
 
 fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
@@ -24,6 +24,7 @@ fn manifest(step: u64, shards: Vec<ShardFile>) -> Manifest {
         corpus_hash: "0".repeat(64),
         made_by: MadeBy { layout: Layout::of(&recipe), binary: "b".into(), instruction_set: "i".into() },
         shards,
+        companions: Vec::new(),
     }
 }
 
@@ -33,7 +34,7 @@ fn commit(folder: &CheckpointFolder, step: u64, keep: usize) -> Manifest {
     let shards = vec![shard(&part, 0, b"first"), shard(&part, 1, b"second")];
     let manifest = Manifest { generation: folder.generation(), ..manifest(step, shards) };
     folder.commit(&manifest, &[("config.json", b"{}".to_vec())].into(), keep).unwrap();
-    manifest
+    Manifest { companions: vec![ShardFile::of("config.json", b"{}")], ..manifest }
 }
 
 #[test]
@@ -88,10 +89,10 @@ fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
         manifest["format_version"] = 7.into();
         manifest["something new"] = true.into();
     });
-    assert!(newer.contains("expected format version 1 or earlier, got 7"), "{newer}");
+    assert!(newer.contains("expected format version 2 or earlier, got 7"), "{newer}");
     for name in ["", "../other/file", "/etc/passwd", "a/b", ".."] {
         let reported = reported(&|manifest| manifest["shards"][0]["file"] = name.into());
-        assert!(reported.contains("a file name for each shard"), "{name}: {reported}");
+        assert!(reported.contains("a plain file name for each file"), "{name}: {reported}");
     }
     assert!(reported(&|manifest| manifest["shards"] = serde_json::json!([])).contains("at least one shard"));
     assert!(reported(&|manifest| manifest["position"] = 4.into()).contains("a damaged file"));

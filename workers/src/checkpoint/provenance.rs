@@ -45,5 +45,6 @@ pub fn manifest(recipe: &Recipe, corpus_hash: &str) -> Result<Manifest, serde_js
         corpus_hash: corpus_hash.to_owned(),
         made_by: made_by(recipe),
         shards: Vec::new(),
+        companions: Vec::new(),
     })
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use contraflow_kernels::host::HostValuesMut;
 use contraflow_kernels::tensor::ViewMut;
-use contraflow_runtime::checkpoint::{CheckpointError, Manifest};
+use contraflow_runtime::checkpoint::{CheckpointError, Manifest, ShardFile};
 use contraflow_runtime::files;
 use safetensors::tensor::Metadata;
 
@@ -269,7 +269,8 @@ impl Records {
 
 /// Compares the checksums of all shards, on as many threads as there are cores.
 fn verify_all(manifest: &Manifest, dir: &Path) -> Result<(), Vec<CheckpointError>> {
-    let checked = files::map_parallel(&manifest.shards, |shard| shard.verify(dir));
+    let all: Vec<&ShardFile> = manifest.files().collect();
+    let checked = files::map_parallel(&all, |file| file.verify(dir));
     let faults: Vec<CheckpointError> = checked.into_iter().filter_map(Result::err).collect();
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }

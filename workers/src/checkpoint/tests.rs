@@ -31,7 +31,7 @@ fn write(dir: &Path, ranges: [Range<usize>; 2]) -> Vec<ShardFile> {
 fn commit(dir: &Path, shards: Vec<ShardFile>) {
     let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
     let manifest = Manifest {
-        format_version: 1,
+        format_version: 2,
         generation: Generation::default(),
         position: Position::default(),
         watch: Default::default(),
@@ -44,6 +44,7 @@ fn commit(dir: &Path, shards: Vec<ShardFile>) {
             instruction_set: String::new(),
         },
         shards,
+        companions: Vec::new(),
     };
     std::fs::write(dir.join(MANIFEST_FILE), serde_json::to_string(&manifest).unwrap()).unwrap();
 }

@@ -141,6 +141,9 @@ impl Prepared {
         if dir.exists() {
             std::fs::remove_dir_all(&dir)?;
         }
+        if !self.recipe.checkpoint.save_model {
+            return Ok(());
+        }
         std::fs::create_dir(&dir)?;
         let mut files = self.text.tokenizer.files().into_iter();
         files.try_for_each(|(name, bytes)| std::fs::write(dir.join(name), bytes))
