@@ -1,4 +1,4 @@
-//! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, nodes, drain.
+//! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -132,7 +132,8 @@ fn refused(status: &tonic::Status) -> Failure {
         | tonic::Code::NotFound
         | tonic::Code::FailedPrecondition
         | tonic::Code::Unauthenticated
-        | tonic::Code::PermissionDenied => Failure::input(words),
+        | tonic::Code::PermissionDenied
+        | tonic::Code::AlreadyExists => Failure::input(words),
         // The client's own time limit.
         tonic::Code::Cancelled | tonic::Code::DeadlineExceeded if words == "Timeout expired" => {
             Failure::run(format!("the orchestrator has not answered within {} s", TIMEOUT.as_secs()))
@@ -353,6 +354,19 @@ pub fn cancel(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
+/// Runs `contraflow retry`.
+///
+/// **Errors**: code 2 if there is no such job, or it has not failed and was not cancelled; code 1 if the orchestrator is out of
+/// reach.
+pub fn retry(args: &OfJob) -> Result<(), Failure> {
+    interrupt::runtime()?.block_on(async {
+        let request = v1::RetryRequest { job: args.job.clone() };
+        let answer = jobs(&args.common).await?.retry(request).await.map_err(|status| refused(&status))?;
+        let job = answer.into_inner().job.unwrap_or_default();
+        show(&args.common, &job_json(&job), &format!("{} {}\n", job.job, state_of(&job)))
+    })
+}
+
 /// Runs `contraflow nodes`.
 ///
 /// **Errors**: code 1 if the orchestrator is out of reach.
@@ -367,14 +381,18 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
                 json!({
                     "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
                     "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
-                    "memory_bytes": worker.memory_bytes,
+                    "memory_bytes": worker.memory_bytes, "unreachable": worker.unreachable,
                 })
             })
             .collect();
         let rows = workers.into_iter().map(|worker| {
             let (slots, used) = (worker.slots.to_string(), worker.used.to_string());
-            let draining = if worker.draining { "draining" } else { "" };
-            [worker.node, worker.block, worker.worker, slots, used, draining.into()]
+            let note = match (worker.draining, worker.unreachable) {
+                (true, _) => "draining",
+                (false, true) => "data port does not answer",
+                (false, false) => "",
+            };
+            [worker.node, worker.block, worker.worker, slots, used, note.into()]
         });
         let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
         show(common, &json!({"incarnation": incarnation, "workers": json}), &text)

@@ -69,6 +69,8 @@ enum Command {
     Logs(client::Logs),
     /// Cancel a job
     Cancel(client::OfJob),
+    /// Take a job up again that has failed or was cancelled, from its newest checkpoint
+    Retry(client::OfJob),
     /// List the workers of a cluster
     Nodes(client::Common),
     /// Drain a node: its ranks move to other nodes; or undo it
@@ -103,6 +105,7 @@ fn main() -> ExitCode {
         Command::Watch(args) => client::watch(&args),
         Command::Logs(args) => client::logs(&args),
         Command::Cancel(args) => client::cancel(&args),
+        Command::Retry(args) => client::retry(&args),
         Command::Nodes(common) => client::nodes(&common),
         Command::Drain(args) => client::drain(&args),
         Command::Certs(args) => certs::run(&args),

@@ -26,6 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
         7 => drop(v1::DrainRequest::decode(bytes).map(|request| bounds::drain(&request))),
         _ => {
             drop(v1::GetRequest::decode(bytes).map(|request| bounds::get(&request)));
+            drop(v1::RetryRequest::decode(bytes).map(|request| bounds::retry(&request)));
             drop(v1::WatchRequest::decode(bytes).map(|request| bounds::watch(&request)));
             drop(v1::LogsRequest::decode(bytes).map(|request| bounds::logs(&request)));
         }

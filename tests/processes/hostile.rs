@@ -194,6 +194,9 @@ fn what_a_worker_says_for_people_is_cut_and_printable() {
     let ended = runtime().block_on(async {
         let mut worker = Impostor::attach(&cluster).await;
         let id = worker.assigned().await;
+        // There is no other place.
+        assert_eq!(cluster.nodes()[0]["unreachable"], true);
+        assert!(cluster.run(&["nodes"]).1.contains("data port does not answer"));
         let of_other = id - (1 << 24);
         let line = |job, rank, message: &str| v1::LogLine {
             job,

@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::cluster::{Cluster, until};
+use crate::cluster::{Cluster, curve, until};
 
 /// A job of one rank.
 const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
@@ -82,4 +82,44 @@ fn an_orchestrator_that_does_not_answer_costs_its_clients_seconds_and_not_a_wait
     assert_eq!((code, stderr.trim()), (1, "error: the orchestrator has not answered within 10 s"));
     cluster.orchestrator.signal(rustix::process::Signal::CONT);
     assert_eq!(cluster.run(&["jobs"]).0, 0);
+}
+
+#[test]
+fn what_is_done_is_audited_with_who_did_it() {
+    let cluster = Cluster::secured(1);
+    let job = cluster.submit(&[], &[]);
+    assert_eq!(cluster.run(&["cancel", &job]).0, 0);
+    assert_eq!(cluster.run(&["cancel", "job-99"]).0, 2);
+    assert_eq!(cluster.run(&["drain", "n0"]).0, 0);
+    assert_eq!(cluster.run(&["drain", "n0", "--undo"]).0, 0);
+    let log = std::fs::read_to_string(cluster.path().join("state/audit.jsonl")).unwrap();
+    let calls: Vec<[String; 4]> = log
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|call| ["user", "call", "target", "result"].map(|key| call[key].as_str().unwrap().to_owned()))
+        .collect();
+    let done = |call: &str, target: &str| ["the-admin", call, target, "ok"].map(str::to_owned);
+    assert_eq!((calls[0][0].as_str(), calls[0][1].as_str()), ("the-worker", "attach"), "{log}");
+    assert_eq!(calls[1..3], [done("submit", &job), done("cancel", &job)]);
+    assert!(calls[3][2] == "job-99" && calls[3][3].starts_with("job: expected the id of a job"), "{log}");
+    assert_eq!(calls[4..], [done("drain", "n0"), done("undrain", "n0")]);
+}
+
+#[test]
+fn a_cancelled_job_is_taken_up_again_from_its_checkpoint_and_a_finished_one_is_not() {
+    let cluster = Cluster::start(4);
+    let whole = curve(&cluster.finish(&cluster.submit(&[], &[])));
+    let job = cluster.submit(&["training.steps=60"], &[]);
+    let (code, _, stderr) = cluster.run(&["retry", &job]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains(&format!("got {job}, one that has not ended")), "{stderr}");
+    cluster.until_step(&job, 20);
+    assert_eq!(cluster.run(&["cancel", &job]).0, 0);
+    assert_eq!(cluster.run(&["retry", &job]).0, 0);
+    assert_eq!(curve(&cluster.finish(&job)), whole);
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    assert!(log.contains("taken up again, from the checkpoint of step "), "{log}");
+    let (code, _, stderr) = cluster.run(&["retry", &job]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains(&format!("got {job}, one that is done")), "{stderr}");
 }

@@ -7,9 +7,14 @@ use contraflow_runtime::topology::{JobId, Rank};
 
 use super::facts::{End, Fact};
 use super::formation::Formation;
-use super::{Core, Registration};
+use super::{Core, Effect, Registration, Severity};
 
 impl Core {
+    /// A line in a job's log.
+    pub(super) fn log_as(&mut self, severity: Severity, job: JobId, line: String) {
+        self.effects.push(Effect::Log { job, severity, line });
+    }
+
     /// A formation has ended: the job re-forms, unless it has failed too often. `counts`: no external cause is known.
     pub(super) fn break_formation(
         &mut self,
@@ -32,7 +37,7 @@ impl Core {
             return self.end(job, End::Failed, (words, None));
         }
         self.release(job, &why, true);
-        self.log(job, why.clone());
+        self.log_as(Severity::Warn, job, why.clone());
         self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
         self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
         self.query_survivors(job, now);

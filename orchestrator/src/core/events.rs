@@ -42,6 +42,11 @@ pub enum Event {
         /// Shown in the log.
         reason: String,
     },
+    /// A job that has failed or was cancelled is taken up again.
+    Retry {
+        /// Any other one stays as it is.
+        job: JobId,
+    },
     /// A node is drained.
     Drain {
         /// Its label.
@@ -121,6 +126,7 @@ impl Event {
             | Event::Committed { .. } => true,
             Event::Submit(_)
             | Event::Cancel { .. }
+            | Event::Retry { .. }
             | Event::Drain { .. }
             | Event::Undrain { .. }
             | Event::Detached { .. }
@@ -192,9 +198,33 @@ pub enum Effect {
     Log {
         /// Whose log it is.
         job: JobId,
+        /// Whether somebody should look at it.
+        severity: Severity,
         /// Text of the line.
         line: String,
     },
+}
+
+/// How bad it is what a line of a log says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// All is as it should be.
+    Info,
+    /// Something was lost or has failed, and the job goes on.
+    Warn,
+    /// A job has failed.
+    Error,
+}
+
+impl Severity {
+    /// As it stands in a log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Severity::Info => "INFO",
+            Severity::Warn => "WARN",
+            Severity::Error => "ERROR",
+        }
+    }
 }
 
 /// A command to a worker.

@@ -269,6 +269,11 @@ pub enum Fact {
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
     },
+    /// A job that had failed or was cancelled is in the queue again.
+    Retried {
+        /// It goes on from its newest checkpoint.
+        job: JobId,
+    },
     /// A finished job is removed with its data.
     Forgotten {
         /// No other one gets its id.
@@ -299,6 +304,7 @@ impl Fact {
             | Fact::CheckpointCommitted { job, .. }
             | Fact::CheckpointDamaged { job, .. }
             | Fact::Ended { job, .. }
+            | Fact::Retried { job }
             | Fact::Forgotten { job } => Some(*job),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => None,
         }

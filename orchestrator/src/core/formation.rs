@@ -16,7 +16,9 @@ use super::facts::{End, Fact};
 use super::jobs::JobRecord;
 use super::stall::{Stall, StallDetector, StallOf};
 use super::storage::StorageFaults;
-use super::{ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, VERDICT_MS, WorkerCommand};
+use super::{
+    ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, Severity, VERDICT_MS, WorkerCommand,
+};
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
 
@@ -295,7 +297,7 @@ impl Core {
         match roll_back.decide(&divergence, cursor) {
             Ok(RollBackTarget { why, .. }) => {
                 self.release(job, &why, false);
-                self.log(job, why);
+                self.log_as(Severity::Warn, job, why);
                 self.persist(Fact::RolledBack { job, cursor, why: divergence.why });
             }
             Err(why) => self.end(job, End::Failed, (why, None)),

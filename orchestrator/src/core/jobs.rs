@@ -139,8 +139,10 @@ impl Jobs {
                 if let Some(record) = fact.job().and_then(|job| self.all.get_mut(&job)) {
                     record.apply(fact);
                 }
-                if let Fact::Ended { job, .. } = fact {
-                    self.ended.push_back(*job);
+                match fact {
+                    Fact::Ended { job, .. } => self.ended.push_back(*job),
+                    Fact::Retried { job } => self.ended.retain(|ended| ended != job),
+                    _ => {}
                 }
             }
         }
@@ -206,6 +208,13 @@ impl JobRecord {
                 self.lost.clear();
                 self.returns = self.returns.and_one_more(self.last_checkpoint);
                 self.why.clone_from(why);
+            }
+            Fact::Retried { .. } => {
+                self.phase = Phase::Queued;
+                (self.attempts, self.returns) = Default::default();
+                self.in_memory = false;
+                self.lost.clear();
+                (self.validation_loss, self.ended_ms) = (None, 0);
             }
             Fact::Stepped { step, .. } => self.attempts.stepped(*step),
             Fact::CheckpointCommitted { step, cursor, .. } => {

@@ -30,6 +30,8 @@ pub struct Registration {
     pub memory_bytes: u64,
     /// What limits it, for people.
     pub memory_limit: String,
+    /// Whether its data port has not answered the orchestrator.
+    pub is_unreachable: bool,
 }
 
 impl Registration {

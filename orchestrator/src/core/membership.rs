@@ -82,7 +82,7 @@ impl Core {
         let expected = &self.jobs.storage_id;
         if !expected.is_empty() && expected != storage_id {
             return Err(format!(
-                "--storage of worker {}: expected the cluster's shared storage (id {expected}), got one with id {storage_id}",
+                "--storage of worker {}: expected the cluster's shared storage (id {expected}), got one with id {storage_id}; the same one, moved or copied, has its id in .contraflow-storage: copy that file too",
                 registration.name
             ));
         }

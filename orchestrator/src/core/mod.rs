@@ -14,6 +14,7 @@ pub mod facts;
 mod foreign;
 mod formation;
 pub mod jobs;
+mod lifecycle;
 mod members;
 mod membership;
 mod peak;
@@ -35,8 +36,8 @@ use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
 use self::avoided::Avoided;
 use self::clock::Clock;
-pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, WorkerCommand};
-use self::facts::{End, Fact, JobSpec};
+pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, WorkerCommand};
+use self::facts::Fact;
 use self::foreign::Foreign;
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
@@ -237,6 +238,7 @@ impl Core {
         match event {
             Event::Submit(spec) => self.submit(spec),
             Event::Cancel { job, reason } => self.cancel(job, &reason),
+            Event::Retry { job } => self.retry(job),
             Event::Drain { node } => self.drain(node, now),
             Event::Undrain { node } => self.undrain(node),
             Event::Attached(attachment) => self.attached(*attachment, now),
@@ -304,40 +306,7 @@ impl Core {
     }
 
     fn log(&mut self, job: JobId, line: String) {
-        self.effects.push(Effect::Log { job, line });
-    }
-
-    fn submit(&mut self, spec: Box<JobSpec>) {
-        if !self.jobs.by_key.contains_key(&spec.key) {
-            let job = JobId::new(self.jobs.newest.number() + 1, self.nonce);
-            let at_ms = self.clock.wall_ms();
-            self.persist(Fact::Submitted { job, spec, at_ms });
-        }
-    }
-
-    fn cancel(&mut self, job: JobId, reason: &str) {
-        let is_open = self.jobs.all.get(&job).is_some_and(|record| !record.has_ended());
-        if is_open {
-            let outcome = if reason.is_empty() { "cancelled" } else { reason };
-            self.end(job, End::Cancelled, (outcome.to_owned(), None));
-        }
-    }
-
-    fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>)) {
-        self.release(job, &outcome, false);
-        self.avoided.remove(&job);
-        self.log(job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
-        let at_ms = self.clock.wall_ms();
-        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms });
-    }
-
-    /// Bounds the number of retained jobs, and what they take.
-    fn forget(&mut self) {
-        let is_too_much =
-            |core: &Self| core.jobs.ended.len() > core.retained_jobs || core.spec_bytes > RETAINED_BYTES;
-        while let Some(&job) = self.jobs.ended.front().filter(|_| is_too_much(self)) {
-            self.persist(Fact::Forgotten { job });
-        }
+        self.log_as(Severity::Info, job, line);
     }
 
     /// Ends the latest formation of a job on every worker that is still alive. `keep`: whether their replicas of its state
@@ -441,7 +410,7 @@ impl Core {
             return match position {
                 Some(position) => {
                     let line = formation.commit_failed(position.step, cause, now);
-                    self.log(job, line);
+                    self.log_as(Severity::Warn, job, line);
                 }
                 None => self.node_failed(job, Rank::ZERO, &format!("committing the weights: {cause}"), now),
             };

@@ -10,7 +10,7 @@ use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
 use super::facts::Fact;
-use super::{Core, Effect, RESHARD_MS, WorkerCommand};
+use super::{Core, Effect, RESHARD_MS, Severity, WorkerCommand};
 
 /// A state that is being written down.
 #[derive(Debug)]
@@ -142,7 +142,11 @@ impl Core {
         if let Some(survivors) = self.survivors.get_mut(&job) {
             (survivors.reshard, survivors.has_failed) = (None, true);
         }
-        self.log(job, format!("the state in memory cannot be written as a checkpoint: {cause}"));
+        self.log_as(
+            Severity::Warn,
+            job,
+            format!("the state in memory cannot be written as a checkpoint: {cause}"),
+        );
         self.is_open = true;
     }
 }

@@ -58,7 +58,8 @@ impl Core {
         let spec = &self.jobs.all[&job].spec;
         let topology = spec.topology();
         let schedule = spec.recipe.parallel.schedule;
-        match place(&self.supply(None, spec.rank_bytes), &topology, schedule) {
+        let supply = self.supply(None, spec.rank_bytes);
+        match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
             Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
             Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
         }
@@ -158,12 +159,10 @@ impl Core {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let supply = self.supply(Some(job), before.rank_bytes);
-        if let Some(avoided) = self.avoided.get(&job)
-            && let Some(places) = refill_lost(&without(supply.clone(), avoided), record, before)
-        {
-            return Some((before.topology, places));
-        }
-        if let Some(places) = refill_lost(&supply, record, before) {
+        let refilled = |supply: &Supply| refill_lost(supply, record, before).ok_or(());
+        let elsewhere = self.avoided.get(&job).map(|avoided| without(supply.clone(), avoided));
+        let places = elsewhere.and_then(|supply| self.reachable(&supply, refilled).ok());
+        if let Some(places) = places.or_else(|| self.reachable(&supply, refilled).ok()) {
             return Some((before.topology, places));
         }
         if now < record.broken_ms + SHRINK_MS {
@@ -174,8 +173,21 @@ impl Core {
         let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &fits)?;
         let rank_bytes = rank_bytes(&record.spec, &record.spec.recipe_on(&smaller));
         let supply = self.supply(Some(job), rank_bytes);
-        let placement = place(&supply, &smaller, record.spec.recipe.parallel.schedule).ok()?;
+        let schedule = record.spec.recipe.parallel.schedule;
+        let placement = self.reachable(&supply, |supply| place(supply, &smaller, schedule)).ok()?;
         Some((smaller, placement.of_rank))
+    }
+
+    /// What comes of a supply without workers whose data port does not answer; if nothing does, with them.
+    fn reachable<T, E>(&self, supply: &Supply, take: impl Fn(&Supply) -> Result<T, E>) -> Result<T, E> {
+        let is_away =
+            |worker| self.members.get(worker).is_some_and(|member| member.registration.is_unreachable);
+        if !supply.slots.iter().any(|slots| is_away(slots.worker)) {
+            return take(supply);
+        }
+        let mut answering = supply.clone();
+        answering.slots.iter_mut().filter(|slots| is_away(slots.worker)).for_each(|slots| slots.free = 0);
+        take(&answering).or_else(|_| take(supply))
     }
 
     /// The slots that a job may take for ranks that need this much memory: the free ones, and its own where it has lost

@@ -68,7 +68,7 @@ pub fn needed(method: &str) -> Option<Role> {
         | "/contraflow.v1.JobService/Logs"
         | "/contraflow.v1.ClusterService/Nodes"
         | "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Role::View,
-        SUBMIT | "/contraflow.v1.JobService/Cancel" => Role::Submit,
+        SUBMIT | "/contraflow.v1.JobService/Cancel" | "/contraflow.v1.JobService/Retry" => Role::Submit,
         "/contraflow.v1.ClusterService/Drain" => Role::Admin,
         "/contraflow.v1.ControlService/Attach" => Role::Worker,
         "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/Watch" => return None,
@@ -285,7 +285,7 @@ mod tests {
                 "ClusterService/Nodes",
             ],
         ),
-        (Role::Submit, &["JobService/Submit", "JobService/Cancel"]),
+        (Role::Submit, &["JobService/Submit", "JobService/Cancel", "JobService/Retry"]),
         (Role::Admin, &["ClusterService/Drain"]),
         (Role::Worker, &["ControlService/Attach"]),
     ];

@@ -19,6 +19,8 @@ use tracing::Instrument;
 
 use super::acceptor::Peer;
 use super::access::{self, Credentials, SUBMIT};
+use super::audit::{Audit, Call};
+use super::hub::now_ms;
 use super::rate::{Buckets, Rate};
 use super::security::Grants;
 
@@ -34,11 +36,15 @@ const RECHECK: Duration = Duration::from_secs(1);
 /// What is logged of a method. **Units**: bytes.
 const MAX_METHOD: usize = 128;
 
+/// What the audit log has of a text. **Units**: bytes.
+const MAX_AUDITED: usize = 256;
+
 struct Shared {
     /// None: every client has full access.
     grants: Option<Grants>,
     submits: Mutex<Buckets>,
     failures: Mutex<Buckets>,
+    audit: Audit,
 }
 
 /// The guard. Clones are the same.
@@ -52,9 +58,9 @@ fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
 }
 
 impl AuthLayer {
-    pub(super) fn new(grants: Option<Grants>) -> Self {
+    pub(super) fn new(grants: Option<Grants>, audit: Audit) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
-        AuthLayer { shared: Arc::new(Shared { grants, submits, failures }) }
+        AuthLayer { shared: Arc::new(Shared { grants, submits, failures, audit }) }
     }
 
     /// A connection came to nothing.
@@ -86,10 +92,11 @@ impl AuthLayer {
             credentials,
             method: method.to_owned(),
             user: String::new(),
+            address,
         };
         match session.judge() {
             Ok(user) => session.user = user,
-            Err(refused) => return Err(self.refuse(address, method, refused)),
+            Err(refused) => return Err(self.refuse(session, refused)),
         }
         let is_limited = self.shared.grants.is_some() && method == SUBMIT;
         if is_limited && !lock(&self.shared.submits).take(address, Instant::now()) {
@@ -102,7 +109,9 @@ impl AuthLayer {
     }
 
     /// What a refused caller is told: the reason, unless there are too many of them.
-    fn refuse(&self, address: IpAddr, method: &str, refused: Status) -> Status {
+    fn refuse(&self, session: Session, refused: Status) -> Status {
+        let Session { address, method, .. } = &session;
+        let address = *address;
         if !lock(&self.shared.failures).take(address, Instant::now()) {
             let Rate { per_second, .. } = FAILURES;
             return Status::resource_exhausted(format!(
@@ -112,6 +121,8 @@ impl AuthLayer {
         let mut method = method.to_owned();
         tidy(&mut method, MAX_METHOD);
         tracing::warn!(%address, method, code = ?refused.code(), "refused a call: {}", refused.message());
+        let (words, audited) = (refused.message().to_owned(), session.clone());
+        tokio::task::spawn_blocking(move || audited.audit(&method, "", &words));
         refused
     }
 }
@@ -123,6 +134,7 @@ pub(super) struct Session {
     credentials: Credentials,
     method: String,
     user: String,
+    address: IpAddr,
 }
 
 impl Session {
@@ -135,6 +147,24 @@ impl Session {
     /// Whose token it is; empty where none is needed.
     pub(super) fn user(&self) -> String {
         self.user.clone()
+    }
+
+    /// Notes a call that changes something, what it was about, and what came of it.
+    pub(super) async fn note<T>(&self, call: &'static str, target: &str, result: &Result<T, Status>) {
+        let result = result.as_ref().map_or_else(|refused| refused.message().to_owned(), |_| "ok".to_owned());
+        let (session, target) = (self.clone(), target.to_owned());
+        // It is written before the caller has the answer.
+        drop(tokio::task::spawn_blocking(move || session.audit(call, &target, &result)).await);
+    }
+
+    fn audit(&self, call: &str, target: &str, result: &str) {
+        let Session { user, address, .. } = self;
+        let (mut target, mut result) = (target.to_owned(), result.to_owned());
+        tidy(&mut target, MAX_AUDITED);
+        tidy(&mut result, MAX_AUDITED);
+        let call =
+            Call { unix_ms: now_ms(), user, address: *address, call, target: &target, result: &result };
+        self.shared.audit.write(&call);
     }
 
     /// Completes once the caller may not make this call any more, with the refusal: a stream may outlive its token.

@@ -73,6 +73,7 @@ const BEFORE: Bound = text("ListRequest.before", 64);
 const WATCH: Bound = text("WatchRequest.job", 64);
 const LOGS: Bound = text("LogsRequest.job", 64);
 const CANCEL: Bound = text("CancelRequest.job", 64);
+const RETRY: Bound = text("RetryRequest.job", 64);
 const REASON: Bound = text("CancelRequest.reason", 1 << 10);
 const DRAIN: Bound = text("DrainRequest.node", 256);
 
@@ -240,6 +241,11 @@ pub fn cancel(request: &v1::CancelRequest) -> Result<(), Faults> {
     check.text(CANCEL, &request.job);
     check.text(REASON, &request.reason);
     check.of_client()
+}
+
+/// **Errors**: the job's id is out of bounds.
+pub fn retry(request: &v1::RetryRequest) -> Result<(), Faults> {
+    one(RETRY, &request.job)
 }
 
 /// **Errors**: the label is out of bounds.

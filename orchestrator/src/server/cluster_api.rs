@@ -4,6 +4,7 @@ use contraflow_proto::v1;
 use tonic::{Request, Response, Status};
 use v1::cluster_service_server::ClusterService;
 
+use super::auth::Session;
 use super::hub::{Hub, HubMessage};
 use super::{Handle, bounds, refused};
 use crate::core::Event;
@@ -20,8 +21,18 @@ impl ClusterService for ClusterApi {
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        let request = request.into_inner();
+        let (session, request) = (Session::of(&request), request.into_inner());
         bounds::drain(&request).map_err(|faults| refused(&faults))?;
+        let (call, node) = (if request.undo { "undrain" } else { "drain" }, request.node.clone());
+        let drained = self.drained(request).await;
+        session.note(call, &node, &drained).await;
+        drained.map(Response::new)
+    }
+}
+
+impl ClusterApi {
+    /// **Errors**: `NOT_FOUND`.
+    async fn drained(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, Status> {
         let v1::DrainRequest { node, undo } = request;
         let is_drained = {
             let node = node.clone();
@@ -39,13 +50,13 @@ impl ClusterService for ClusterApi {
                 return Err(Status::not_found(format!("node: expected one that is drained, got {node:?}")));
             }
             self.hub.send(HubMessage::Event(Event::Undrain { node })).await?;
-            return Ok(Response::new(v1::DrainResponse { workers, ranks: 0 }));
+            return Ok(v1::DrainResponse { workers, ranks: 0 });
         }
         if workers == 0 {
             return Err(Status::not_found(format!("node: expected that of a member, got {node:?}")));
         }
         self.hub.send(HubMessage::Event(Event::Drain { node })).await?;
-        Ok(Response::new(v1::DrainResponse { workers, ranks }))
+        Ok(v1::DrainResponse { workers, ranks })
     }
 }
 
@@ -68,6 +79,7 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
                 .as_ref()
                 .map_or_else(String::new, |address| address.tcp.to_string()),
             memory_bytes: member.registration.memory_bytes,
+            unreachable: member.registration.is_unreachable,
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));

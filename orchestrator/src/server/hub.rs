@@ -23,8 +23,9 @@ use super::log_dedup::LogDedup;
 use super::outdated::outdated_by;
 use super::snapshot::Snapshots;
 use super::steps::Steps;
+use super::submission;
 use crate::core::facts::{Fact, JobSpec};
-use crate::core::{Core, Effect, Event, WorkerCommand};
+use crate::core::{Core, Effect, Event, Severity, WorkerCommand};
 use crate::metrics::record::StepRecord;
 use crate::store::{Removals, Replay, Store, StoreError};
 
@@ -37,8 +38,8 @@ const MAX_LINE: usize = 64 << 10;
 /// A stream to a worker.
 pub type WorkerSender = mpsc::Sender<Result<v1::ToWorker, Status>>;
 
-/// The id of a job that is in line, or why no more jobs are taken.
-pub type Submitted = Result<JobId, String>;
+/// The id of a job that is in line, or why it is not taken.
+pub type Submitted = Result<JobId, Status>;
 
 /// A query; it sends its own answer.
 pub type Question = Box<dyn FnOnce(&Hub) + Send>;
@@ -69,6 +70,13 @@ pub enum HubMessage {
     Submit {
         /// The job.
         spec: Box<JobSpec>,
+        /// Where the outcome goes.
+        reply: oneshot::Sender<Submitted>,
+    },
+    /// A job is to be taken up again; answered once that is durable.
+    Retry {
+        /// One that has failed or was cancelled.
+        job: JobId,
         /// Where the outcome goes.
         reply: oneshot::Sender<Submitted>,
     },
@@ -264,6 +272,10 @@ impl Hub {
                 let outcome = self.submit(spec, batch);
                 batch.replies.push((reply, outcome));
             }
+            HubMessage::Retry { job, reply } => {
+                let outcome = self.retry(job, batch);
+                batch.replies.push((reply, outcome));
+            }
             HubMessage::Lines { worker, job, lines } => {
                 let Some(steps) = self.steps.get(&job) else { return };
                 let own =
@@ -274,14 +286,24 @@ impl Hub {
         }
     }
 
-    /// **Errors**: too many jobs are open.
-    fn submit(&mut self, spec: Box<JobSpec>, batch: &mut CommitBatch) -> Result<JobId, String> {
+    /// **Errors**: `ALREADY_EXISTS`, another job has its key; `RESOURCE_EXHAUSTED`, too many jobs are open.
+    fn submit(&mut self, spec: Box<JobSpec>, batch: &mut CommitBatch) -> Submitted {
         if let Some(&job) = self.core.jobs().by_key.get(&spec.key) {
-            return Ok(job);
+            return submission::same_job(job, &self.core.jobs().all[&job].spec, &spec);
         }
-        self.admission.admit(&spec)?;
+        self.admission.admit(&spec).map_err(Status::resource_exhausted)?;
         self.step(Event::Submit(spec), batch);
         Ok(self.core.jobs().newest)
+    }
+
+    /// **Errors**: `FAILED_PRECONDITION`, it has not ended, or is done; `RESOURCE_EXHAUSTED`, too many jobs are open.
+    fn retry(&mut self, job: JobId, batch: &mut CommitBatch) -> Submitted {
+        let record = self.core.jobs().all.get(&job);
+        let record = record.ok_or_else(|| Status::not_found(format!("job: {job} is no longer retained")))?;
+        submission::may_be_retried(job, &record.phase)?;
+        self.admission.admit(&record.spec).map_err(Status::resource_exhausted)?;
+        self.step(Event::Retry { job }, batch);
+        Ok(job)
     }
 
     fn step(&mut self, event: Event, batch: &mut CommitBatch) {
@@ -301,10 +323,14 @@ impl Hub {
                         batch.steps.entry(job).or_default().push((record.step, bytes));
                     }
                 }
-                Effect::Log { job, mut line } => {
+                Effect::Log { job, severity, mut line } => {
                     tidy(&mut line, MAX_LINE);
-                    tracing::info!(%job, "{line}");
-                    let (unix_ms, level) = (now_ms(), "INFO".to_owned());
+                    match severity {
+                        Severity::Info => tracing::info!(%job, "{line}"),
+                        Severity::Warn => tracing::warn!(%job, "{line}"),
+                        Severity::Error => tracing::error!(%job, "{line}"),
+                    }
+                    let (unix_ms, level) = (now_ms(), severity.name().to_owned());
                     self.log(
                         job,
                         vec![LogRecord { unix_ms, level, ranks: Vec::new(), message: line }],
@@ -322,6 +348,11 @@ impl Hub {
                 self.steps.insert(*job, Steps::new(0, None, 0, false));
             }
             Fact::Ended { job, .. } => self.admission.ended(*job),
+            Fact::Retried { job } => {
+                if let Some(record) = self.core.jobs().all.get(job) {
+                    self.admission.opened(*job, &record.spec);
+                }
+            }
             Fact::Formed { job, formed } => {
                 let record = self.core.jobs().all.get(job);
                 if let (Some(steps), Some(record)) = (self.steps.get_mut(job), record) {

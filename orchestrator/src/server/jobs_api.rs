@@ -62,13 +62,11 @@ impl JobService for JobsApi {
     type LogsStream = Answers<v1::LogsResponse>;
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Reply<v1::SubmitResponse> {
-        let user = Session::of(&request).user();
-        let spec = submission::check(request.into_inner(), user).await?;
-        let (reply, id) = oneshot::channel();
-        self.hub.send(HubMessage::Submit { spec, reply }).await?;
-        let ending = |_| Status::unavailable("the orchestrator is ending");
-        let job = id.await.map_err(ending)?.map_err(Status::resource_exhausted)?;
-        Ok(Response::new(v1::SubmitResponse { job: job.to_string() }))
+        let session = Session::of(&request);
+        let submitted = self.submitted(request.into_inner(), session.user()).await;
+        let job = submitted.as_ref().map_or_else(|_| String::new(), JobId::to_string);
+        session.note("submit", &job, &submitted).await;
+        submitted.map(|_| Response::new(v1::SubmitResponse { job }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Reply<v1::GetResponse> {
@@ -115,13 +113,20 @@ impl JobService for JobsApi {
     }
 
     async fn cancel(&self, request: Request<v1::CancelRequest>) -> Reply<v1::CancelResponse> {
-        let request = request.into_inner();
+        let (session, request) = (Session::of(&request), request.into_inner());
         bounds::cancel(&request).map_err(|faults| refused(&faults))?;
-        let v1::CancelRequest { job, reason } = request;
-        let job = self.id(&job).await?;
-        self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
-        let job = self.hub.ask(move |hub| describe(hub, job)).await?;
-        Ok(Response::new(v1::CancelResponse { job: Some(job) }))
+        let name = request.job.clone();
+        let cancelled = self.cancelled(request).await;
+        session.note("cancel", &name, &cancelled).await;
+        cancelled.map(|job| Response::new(v1::CancelResponse { job: Some(job) }))
+    }
+
+    async fn retry(&self, request: Request<v1::RetryRequest>) -> Reply<v1::RetryResponse> {
+        let (session, request) = (Session::of(&request), request.into_inner());
+        bounds::retry(&request).map_err(|faults| refused(&faults))?;
+        let retried = self.retried(&request.job).await;
+        session.note("retry", &request.job, &retried).await;
+        retried.map(|job| Response::new(v1::RetryResponse { job: Some(job) }))
     }
 
     async fn logs(&self, request: Request<v1::LogsRequest>) -> Reply<Self::LogsStream> {
@@ -145,6 +150,30 @@ impl JobService for JobsApi {
 }
 
 impl JobsApi {
+    async fn submitted(&self, request: v1::SubmitRequest, user: String) -> Result<JobId, Status> {
+        let spec = submission::check(request, user).await?;
+        let (reply, id) = oneshot::channel();
+        self.hub.send(HubMessage::Submit { spec, reply }).await?;
+        id.await.map_err(|_| Status::unavailable("the orchestrator is ending"))?
+    }
+
+    async fn cancelled(
+        &self,
+        v1::CancelRequest { job, reason }: v1::CancelRequest,
+    ) -> Result<v1::Job, Status> {
+        let job = self.id(&job).await?;
+        self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
+        self.hub.ask(move |hub| describe(hub, job)).await
+    }
+
+    async fn retried(&self, name: &str) -> Result<v1::Job, Status> {
+        let job = self.id(name).await?;
+        let (reply, outcome) = oneshot::channel();
+        self.hub.send(HubMessage::Retry { job, reply }).await?;
+        outcome.await.map_err(|_| Status::unavailable("the orchestrator is ending"))??;
+        self.hub.ask(move |hub| describe(hub, job)).await
+    }
+
     /// **Errors**: `NOT_FOUND`.
     async fn id(&self, name: &str) -> Result<JobId, Status> {
         let unknown = || Status::not_found(format!("job: expected the id of a job, got {name:?}"));

@@ -10,6 +10,7 @@ use contraflow_runtime::control::wire::{
     RankAddress, decode_event, formation_of, generation_of, job_of, rank_of, ranks_of,
 };
 use contraflow_runtime::fabric::Address;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
@@ -29,6 +30,9 @@ const MAX_UNREAD: usize = 4_096;
 
 /// How long a worker may take to introduce itself.
 const HELLO: Duration = Duration::from_secs(5);
+
+/// How long a worker's data port may take to answer.
+const PROBE: Duration = Duration::from_secs(2);
 
 /// Most ranks of one worker.
 const MAX_SLOTS: u32 = 1_024;
@@ -70,13 +74,18 @@ impl ControlService for ControlApi {
             )));
         }
         sound(&hello)?;
-        let (worker, attached) = registration(hello).map_err(Status::invalid_argument)?;
+        let (worker, mut attachment) = attachment(hello).map_err(Status::invalid_argument)?;
+        probe(&mut attachment.registration).await;
         let link = LINKS.fetch_add(1, Ordering::Relaxed);
         let (down, reason) = mpsc::channel(MAX_UNREAD);
         // The stream ends when the hub lets go of it.
         let last_words = down.downgrade();
+        let Registration { name, node, .. } = &attachment.registration;
+        session.note("attach", name, &Ok(())).await;
+        let named = format!("worker {} on node {}", printable(name), printable(node));
+        tracing::info!("{named} joins");
         self.hub.send(HubMessage::Linked { worker, link, down }).await?;
-        self.hub.send(HubMessage::Event(attached)).await?;
+        self.hub.send(HubMessage::Event(Event::Attached(Box::new(attachment)))).await?;
         if let Some(peer) = peer {
             peer.place.attached();
         }
@@ -90,10 +99,11 @@ impl ControlService for ControlApi {
                 }
             };
             let down = last_words.upgrade();
+            tracing::info!("the stream of {named} has ended");
             // If the hub is gone the orchestrator is ending.
             drop(hub.send(HubMessage::Unlinked { worker, link, expelled }).await);
             if let (Some(down), Some(refused)) = (down, refused) {
-                tracing::warn!(worker, "the stream of a worker is ended: {}", refused.message());
+                tracing::warn!("the stream of {named} is refused: {}", refused.message());
                 // Who does not read does not get it.
                 drop(tokio::time::timeout(LEAVE, down.send(Err(refused))).await);
             }
@@ -128,7 +138,7 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
 }
 
 /// **Errors**: the address is none, or a number out of range.
-fn registration(hello: v1::Hello) -> Result<(u64, Event), String> {
+fn attachment(hello: v1::Hello) -> Result<(u64, Attachment), String> {
     let v1::Hello { worker, name, node, block, peak_flops, memory_bytes, memory_limit, .. } = hello;
     let fabric = hello.fabric.map(Address::try_from).transpose();
     let registration = Registration {
@@ -142,12 +152,26 @@ fn registration(hello: v1::Hello) -> Result<(u64, Event), String> {
         peak_flops,
         memory_bytes,
         memory_limit,
+        is_unreachable: false,
     };
     let v1::Hello { hosted, left, state, incarnation, storage_id, facts, .. } = hello;
     let hosted = hosted.into_iter().map(hosted_of).collect::<Result<_, _>>()?;
     let left = left.into_iter().map(left_of).collect::<Result<_, _>>()?;
-    let attachment = Attachment { registration, hosted, left, state, incarnation, facts, storage_id };
-    Ok((worker, Event::Attached(Box::new(attachment))))
+    Ok((worker, Attachment { registration, hosted, left, state, incarnation, facts, storage_id }))
+}
+
+/// Notes whether the worker's data port answers. One that does not may still be reached by other workers, over a network of theirs.
+async fn probe(registration: &mut Registration) {
+    let Registration { name, node, fabric: Some(address), is_unreachable, .. } = registration else { return };
+    let connected = tokio::time::timeout(PROBE, TcpStream::connect(address.tcp)).await;
+    let fault = match connected {
+        Ok(Ok(_)) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {} s", PROBE.as_secs()),
+    };
+    *is_unreachable = true;
+    let (name, node) = (printable(name), printable(node));
+    tracing::warn!("worker {name} on node {node}: its data port {} does not answer: {fault}", address.tcp);
 }
 
 /// **Errors**: more than anything here is counted to.

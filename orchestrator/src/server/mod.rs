@@ -6,6 +6,7 @@
 mod acceptor;
 pub mod access;
 mod admission;
+mod audit;
 mod auth;
 pub mod bounds;
 mod cluster_api;
@@ -42,6 +43,7 @@ use v1::cluster_service_server::ClusterServiceServer;
 use v1::control_service_server::ControlServiceServer;
 use v1::job_service_server::JobServiceServer;
 
+use self::audit::Audit;
 use self::auth::{AuthLayer, AuthService};
 use self::hub::{Hub, HubMessage};
 use self::places::Limits;
@@ -71,6 +73,7 @@ pub struct Orchestrator {
     listener: TcpListener,
     security: Option<Security>,
     limits: Limits,
+    audit: Audit,
     hub: Hub,
     messages: mpsc::Receiver<HubMessage>,
     handle: Handle,
@@ -117,7 +120,8 @@ impl Orchestrator {
         let hub = Hub::new(store, replay, key, retained_jobs)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         let handle = Handle { messages: sender };
-        Ok(Orchestrator { listener, security: None, limits: Limits::of(None), hub, messages, handle })
+        let (limits, audit) = (Limits::of(None), Audit::in_folder(dir));
+        Ok(Orchestrator { listener, security: None, limits, audit, hub, messages, handle })
     }
 
     /// Requires clients to authenticate; without it, every client that can connect has full access.
@@ -148,7 +152,7 @@ impl Orchestrator {
     ///
     /// **Errors**: the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
-        let Orchestrator { listener, security, limits, hub, messages, handle } = self;
+        let Orchestrator { listener, security, limits, audit, hub, messages, handle } = self;
         let ticks = tokio::spawn(tick(handle.clone()));
         let (stopped, is_stopped) = oneshot::channel();
         let hub = tokio::spawn(async move {
@@ -167,7 +171,7 @@ impl Orchestrator {
         let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone() });
         let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
         let (tls, grants) = security.map(|Security { tls, grants }| (tls, grants)).unzip();
-        let auth = AuthLayer::new(grants);
+        let auth = AuthLayer::new(grants, audit);
         let connections = acceptor::open(listener, tls, auth.clone(), limits);
         let serve = Server::builder()
             .layer(tower::layer::layer_fn(move |inner| AuthService { auth: auth.clone(), inner }))

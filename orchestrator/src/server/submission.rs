@@ -1,6 +1,7 @@
 //! From a request to a job: everything that a submission is checked for. The checks run beside the threads that serve, a few at
 //! once, so that nobody waits for another one's recipe but who submits one too.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -10,12 +11,14 @@ use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::RankFigures;
+use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::{bounds, refused};
-use crate::core::facts::JobSpec;
+use crate::core::facts::{End, JobSpec};
+use crate::core::jobs::Phase;
 
 /// How long a submission waits for its turn to be checked.
 const TURN: Duration = Duration::from_secs(10);
@@ -47,6 +50,62 @@ pub(super) async fn check(request: v1::SubmitRequest, user: String) -> Result<Bo
         checked.await.map_err(|panic| Status::internal(format!("the check of the recipe: {panic}")))?;
     let spec = spec.map_err(|faults| refused(&faults))?;
     Ok(Box::new(JobSpec { user, traceparent, ..spec }))
+}
+
+/// The job of a key that is submitted again.
+///
+/// **Errors**: `ALREADY_EXISTS`; it is another job, and what differs.
+pub(super) fn same_job(job: JobId, known: &JobSpec, again: &JobSpec) -> Result<JobId, Status> {
+    match difference(known, again) {
+        None => Ok(job),
+        Some(field) => Err(Status::already_exists(format!(
+            "idempotency_key: {:?} is that of {job}, which has another {field}; submit this one under another key",
+            again.key
+        ))),
+    }
+}
+
+/// **Errors**: `FAILED_PRECONDITION`; the job has neither failed nor was it cancelled.
+pub(super) fn may_be_retried(job: JobId, phase: &Phase) -> Result<(), Status> {
+    let state = match phase {
+        Phase::Ended(End::Failed | End::Cancelled) => return Ok(()),
+        Phase::Ended(End::Done) => "one that is done",
+        _ => "one that has not ended",
+    };
+    let words = format!("job: expected one that has failed or was cancelled, got {job}, {state}");
+    Err(Status::failed_precondition(words))
+}
+
+/// The first field in which two jobs differ. Whose token submitted them, and under which span, makes no difference.
+fn difference(one: &JobSpec, other: &JobSpec) -> Option<String> {
+    let of_job = [
+        ("name", one.name != other.name),
+        ("priority", one.priority != other.priority),
+        ("min_ranks", one.min_ranks != other.min_ranks),
+        ("model.config", one.recipe.model_config != other.recipe.model_config),
+    ];
+    let of_job = of_job.into_iter().find(|(_, differs)| *differs).map(|(field, _)| field.to_owned());
+    of_job.or_else(|| {
+        let (one, other) = (one.recipe.resolved_toml(), other.recipe.resolved_toml());
+        let (one, other) = (keys(&one), keys(&other));
+        let changed = one.iter().find(|(key, value)| other.get(*key) != Some(value));
+        let added = || other.iter().find(|(key, _)| !one.contains_key(*key));
+        changed.or_else(added).map(|(key, _)| key.clone())
+    })
+}
+
+/// By key, section and all, the value of each line of a recipe.
+fn keys(recipe: &str) -> BTreeMap<String, &str> {
+    let mut section = "";
+    let mut keys = BTreeMap::new();
+    for line in recipe.lines() {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            section = name;
+        } else if let Some((key, value)) = line.split_once(" = ") {
+            keys.insert(format!("{section}.{key}"), value);
+        }
+    }
+    keys
 }
 
 fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {

@@ -299,6 +299,8 @@ impl World {
             }
             Fact::CheckpointDamaged { job, step } => self.check_damaged(*job, *step),
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
+            // Nobody asks for it here.
+            Fact::Retried { job } => self.violate(format!("{job} is taken up again")),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => {}
         }
     }

@@ -244,7 +244,7 @@ impl World {
                         batch.steps.entry(job).or_default().push(record.step);
                     }
                 }
-                Effect::Log { job, line } => self.note([3, job.bits(), 0], || format!("{job}: {line}")),
+                Effect::Log { job, line, .. } => self.note([3, job.bits(), 0], || format!("{job}: {line}")),
             }
         }
     }

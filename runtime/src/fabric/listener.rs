@@ -217,6 +217,8 @@ impl Shared {
         let Some(stream) = Arc::into_inner(stream) else { return };
         let (hello, network) = match proven {
             Ok(proven) => proven,
+            // Somebody who looks whether anybody is here, and goes.
+            Err(HandshakeError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return,
             Err(error) => return self.refuse(&stream, &error.to_string()),
         };
         // Refused while the connection is still at hand: it is the network's from then on.

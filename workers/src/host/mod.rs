@@ -4,6 +4,7 @@
 //! waits for any of them. The stream to the orchestrator may break and come back; the ranks do not notice.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+mod absence;
 mod evidence;
 mod formation;
 mod job;
@@ -33,6 +34,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 
+use self::absence::Absence;
 use self::formation::Formation;
 use self::job::{LoadedData, Prepared};
 use self::link::{Link, LinkTarget};
@@ -106,6 +108,8 @@ struct Host {
     listener: Listener,
     inputs: mpsc::UnboundedSender<Input>,
     link: Option<Link>,
+    /// Of the orchestrator, as the log tells it.
+    absence: Absence,
     /// Streams that have been opened.
     num_links: u64,
     /// The state of the orchestrator whose member it was last; 0: none so far.
@@ -145,6 +149,7 @@ pub async fn run(
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,
         link: None,
+        absence: Absence::default(),
         num_links: 0,
         state: 0,
         incarnation: 0,
@@ -294,7 +299,11 @@ impl Host {
                 self.facts = self.facts.max(facts);
             }
             Input::Broken { why, .. } => {
-                tracing::warn!("the orchestrator is out of reach: {why}");
+                if self.absence.note(Instant::now()) {
+                    tracing::warn!(
+                        "the orchestrator is out of reach, tried again several times a second: {why}"
+                    );
+                }
                 self.link = None;
             }
         }

@@ -1,6 +1,8 @@
 //! Handlers of the orchestrator's commands: formations are joined, commanded and left, states put
 //! in place and written down. What takes long runs beside the loop and comes back as its input.
 
+use std::time::Instant;
+
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{decode_command, encode_event, formation_of, job_of};
 use contraflow_runtime::files::in_task;
@@ -67,6 +69,9 @@ impl Host {
             self.facts = 0;
         }
         (self.state, self.incarnation) = (welcome.state, welcome.incarnation);
+        if let Some(away) = self.absence.end(Instant::now()) {
+            tracing::info!("the orchestrator is back after {:.1} s", away.as_secs_f64());
+        }
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
         let Some(link) = &mut self.link else { return };
         link.welcomed(welcome.beat_ms);

@@ -90,3 +90,17 @@ fn a_node_that_is_drained_no_more_takes_ranks_again() {
     world.facts.iter().for_each(|fact| jobs.apply(fact));
     assert_eq!(&jobs, world.core.jobs());
 }
+
+#[test]
+fn a_worker_whose_data_port_does_not_answer_is_the_last_to_get_ranks() {
+    let mut world = World::new();
+    for worker in 1..=3 {
+        let registration = Registration { is_unreachable: worker == 1, ..registration(worker) };
+        drop(world.join(Attachment { registration, ..Attachment::default() }));
+    }
+    submit(&mut world, 2, 0);
+    assert_eq!(places(&world, JOB), [2, 3]);
+    // Where there is no other place it is one.
+    submit(&mut world, 1, 0);
+    assert_eq!(places(&world, SECOND), [1]);
+}

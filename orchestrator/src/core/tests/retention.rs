@@ -73,3 +73,22 @@ fn the_recipes_of_retained_jobs_take_no_more_than_a_bound() {
     drop(again.step(Event::Submit(Box::new(large))));
     assert_eq!(forgotten(&again.facts), [id(2)]);
 }
+
+#[test]
+fn a_job_that_is_taken_up_again_goes_on_from_its_checkpoint_and_is_forgotten_only_after_it_has_ended_again() {
+    let mut world = training();
+    checkpoint(&mut world, 4);
+    drop(world.step(Event::Retry { job: JOB }));
+    assert!(world.core.is_training(JOB), "one that has not ended stays as it is");
+    drop(world.step(Event::Cancel { job: JOB, reason: String::new() }));
+    assert_eq!(world.core.jobs().ended, [JOB]);
+    let effects = world.step(Event::Retry { job: JOB });
+    assert_eq!(logged(&effects)[0], "taken up again, from the checkpoint of step 4");
+    let record = &world.core.jobs().all[&JOB];
+    let formed = record.running().unwrap();
+    assert_eq!((formed.generation.number(), formed.resume_step, record.ended_ms), (2, 4, 0));
+    assert!(world.core.jobs().ended.is_empty());
+    let mut jobs = Jobs::default();
+    world.facts.iter().for_each(|fact| jobs.apply(fact));
+    assert_eq!(&jobs, world.core.jobs());
+}

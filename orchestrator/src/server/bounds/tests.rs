@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 55] = [
+const ALL: [Bound; 56] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -18,6 +18,7 @@ const ALL: [Bound; 55] = [
     WATCH,
     LOGS,
     CANCEL,
+    RETRY,
     REASON,
     DRAIN,
     PATHS,
@@ -179,6 +180,7 @@ fn pass(root: &str, bytes: &[u8]) -> Result<Vec<u8>, String> {
         "ListRequest" => refused(bytes, list_of),
         "WatchRequest" => refused(bytes, watch),
         "CancelRequest" => refused(bytes, cancel),
+        "RetryRequest" => refused(bytes, retry),
         "LogsRequest" => refused(bytes, logs),
         "DrainRequest" => refused(bytes, drain),
         "FromWorker" => {

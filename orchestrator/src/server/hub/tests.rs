@@ -2,6 +2,8 @@
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 
+use tonic::Code;
+
 use super::*;
 use crate::server::admission::MAX_OPEN_OF_USER;
 
@@ -34,9 +36,12 @@ async fn a_user_with_too_many_open_jobs_may_submit_again_once_one_has_ended() {
         hub.submit(one.clone(), &mut batch).unwrap();
     }
     let refused = hub.submit(one.clone(), &mut batch).unwrap_err();
-    assert!(refused.starts_with("jobs: expected at most 1000 of ann that have not ended"), "{refused}");
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    let words = refused.message();
+    assert!(words.starts_with("jobs: expected at most 1000 of ann that have not ended"), "{words}");
     assert_eq!(hub.core().jobs().all.len(), MAX_OPEN_OF_USER, "nothing of it is kept");
-    assert_eq!(hub.submit(spec("ann", "first"), &mut batch), Ok(first), "a job that is known is no new one");
+    let again = hub.submit(spec("ann", "first"), &mut batch).unwrap();
+    assert_eq!(again, first, "a job that is known is no new one");
     assert!(hub.submit(spec("bob", ""), &mut batch).is_ok());
     // The same after a restart.
     hub.keep(&mut batch).await.unwrap();
@@ -47,6 +52,37 @@ async fn a_user_with_too_many_open_jobs_may_submit_again_once_one_has_ended() {
     hub.step(Event::Cancel { job: first, reason: String::new() }, &mut batch);
     assert!(hub.submit(one.clone(), &mut batch).is_ok());
     assert!(hub.submit(one, &mut batch).is_err());
+}
+
+#[tokio::test]
+async fn a_key_is_that_of_one_job_and_another_one_is_refused_with_what_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut hub, mut batch) = (open(dir.path()), CommitBatch::default());
+    let job = hub.submit(spec("ann", "nightly"), &mut batch).unwrap();
+    hub.keep(&mut batch).await.unwrap();
+    drop(hub);
+    // As it is read back from the state, too.
+    let mut hub = open(dir.path());
+    assert_eq!(hub.submit(spec("bob", "nightly"), &mut batch).unwrap(), job);
+    let changed = |change: &dyn Fn(&mut JobSpec)| {
+        let mut spec = spec("ann", "nightly");
+        change(&mut spec);
+        spec
+    };
+    let with = |set: &str| {
+        Recipe::load(&RecipeSource::Builtin("tiny".into()), &[set.to_owned()]).map(Arc::new).unwrap()
+    };
+    for (other, field) in [
+        (changed(&|spec| spec.name = "other".into()), "name"),
+        (changed(&|spec| spec.min_ranks = 2), "min_ranks"),
+        (changed(&|spec| spec.recipe = with("training.steps=7")), "training.steps"),
+    ] {
+        let refused = hub.submit(other, &mut batch).unwrap_err();
+        let words = format!(
+            "idempotency_key: \"nightly\" is that of {job}, which has another {field}; submit this one under another key"
+        );
+        assert_eq!((refused.code(), refused.message()), (Code::AlreadyExists, words.as_str()));
+    }
 }
 
 /// What comes from the ranks of a job and from elsewhere, as lines of its log.
