@@ -1,9 +1,11 @@
-//! The simulated cluster over many seeds. `SEEDS=1000` runs more of them, `SEED=7` one with a readable trace.
+//! The simulated cluster over many seeds. `SEEDS=1000` runs more of them, `SEEDS=1001..2000` those, `SEED=7` one with a readable
+//! trace.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod mutations;
 
+use std::ops::RangeInclusive;
 use std::panic::catch_unwind;
 
 use contraflow_orchestrator::simulation::{Report, run, run_large};
@@ -16,6 +18,15 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
+/// Those that are asked for.
+fn seeds() -> RangeInclusive<u64> {
+    let seeds = std::env::var("SEEDS").unwrap_or_else(|_| "50".into());
+    match seeds.split_once("..") {
+        Some((first, last)) => first.parse().unwrap()..=last.parse().unwrap(),
+        None => 1..=seeds.parse().unwrap(),
+    }
+}
+
 #[test]
 fn no_seed_breaks_a_promise() {
     if let Some(seed) = number("SEED") {
@@ -25,7 +36,7 @@ fn no_seed_breaks_a_promise() {
         assert_eq!(report.violation, None, "SEED={seed}");
         return;
     }
-    let seeds = FOUND.into_iter().chain(1..=number("SEEDS").unwrap_or(50));
+    let seeds = FOUND.into_iter().chain(seeds());
     let mut failed = Vec::new();
     for seed in seeds {
         let report = catch_unwind(|| run(seed, false));
