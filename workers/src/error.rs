@@ -178,7 +178,9 @@ impl RankError {
     /// An error of writing to the storage: of the shared one if it is one of the file system.
     pub fn in_storage(self) -> Self {
         match self {
-            RankError::File { .. } => RankError::Storage { message: self.to_string() },
+            RankError::File { .. } | RankError::Node { .. } => {
+                RankError::Storage { message: self.to_string() }
+            }
             other => other,
         }
     }

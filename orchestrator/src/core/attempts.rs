@@ -14,9 +14,26 @@ const WORKERS_PER_CHANCE: usize = 32;
 /// Formations in a row that make steps and get no further than one before, after which a job is given up.
 pub const MAX_STUCK: u32 = 50;
 
+/// Formations in a row that end without a step because their storage cannot be read, after which a job is given up: some ten minutes.
+pub const MAX_UNREADABLE: u32 = 16;
+
+/// The longest pause before another formation tries to read a storage that could not be read. **Units**: ms.
+const MAX_PAUSE_MS: u64 = 60_000;
+
 /// The second formation in a row that ended without a step waits this long until the next, and each one after it twice as
 /// long: what was in its way may pass. **Units**: ms.
 const PAUSE_MS: u64 = 1_000;
+
+/// What the end of a formation says of its job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// It came to nothing, and no external cause is known.
+    Job,
+    /// It came to nothing because its storage could not be read.
+    Storage,
+    /// It has made a step, or something else ended it.
+    Nobody,
+}
 
 /// How a job's formations have ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -29,6 +46,9 @@ pub struct Attempts {
     has_advanced: bool,
     /// How many in a row, including the latest, have ended without a step.
     pub idle: u32,
+    /// How many in a row, including the latest, have ended without a step because the storage could not be read.
+    #[serde(default)]
+    pub unreadable: u32,
     /// How many in a row, including the latest, have ended without getting further than an earlier one.
     pub stuck: u32,
     /// What ended the latest that got no further.
@@ -44,7 +64,7 @@ impl Attempts {
     /// The formation has made a step, the first of its own.
     pub fn stepped(&mut self, step: u64) {
         self.has_stepped = true;
-        self.idle = 0;
+        (self.idle, self.unreadable) = (0, 0);
         self.advanced(step);
     }
 
@@ -56,11 +76,12 @@ impl Attempts {
         }
     }
 
-    /// The formation has ended after this step; `idle`: as one that came to nothing.
-    pub fn ended(&mut self, reached: u64, idle: bool, why: &str) {
+    /// The formation has ended after this step.
+    pub fn ended(&mut self, reached: u64, blame: Blame, why: &str) {
         self.advanced(reached);
-        self.stuck += u32::from(!self.has_advanced);
-        self.idle += u32::from(idle);
+        self.stuck += u32::from(!self.has_advanced && blame != Blame::Storage);
+        self.idle += u32::from(blame == Blame::Job);
+        self.unreadable += u32::from(blame == Blame::Storage);
         if self.losses.len() == MAX_IDLE as usize {
             self.losses.remove(0);
         }
@@ -74,6 +95,13 @@ impl Attempts {
             return Some(format!("formed {} times in a row without completing a step: {losses}", self.idle));
         }
         let last = self.losses.last().map_or("", String::as_str);
+        if self.unreadable >= MAX_UNREADABLE {
+            let last = self.losses.last().map_or("", String::as_str);
+            return Some(format!(
+                "formed {} times in a row while the storage could not be read: {last}",
+                self.unreadable
+            ));
+        }
         let (stuck, furthest) = (self.stuck, self.furthest);
         let words = || format!("formed {stuck} times in a row without getting past step {furthest}: {last}");
         (stuck >= MAX_STUCK).then(words)
@@ -81,10 +109,15 @@ impl Attempts {
 
     /// How long the next formation waits, after one of `workers`. **Units**: ms.
     pub fn pause_ms(&self, workers: usize) -> u64 {
-        match self.idle.saturating_sub(by_chance(workers)) {
+        let of_job = match self.idle.saturating_sub(by_chance(workers)) {
             0 | 1 => 0,
             idle => PAUSE_MS << (idle - 2).min(MAX_IDLE),
-        }
+        };
+        let of_storage = match self.unreadable {
+            0 => 0,
+            times => (PAUSE_MS << (times - 1).min(MAX_UNREADABLE)).min(MAX_PAUSE_MS),
+        };
+        of_job.max(of_storage)
     }
 }
 
@@ -103,7 +136,28 @@ mod tests {
         if to > from {
             attempts.stepped(from + 1);
         }
-        attempts.ended(to, to == from, "lost");
+        attempts.ended(to, if to == from { Blame::Job } else { Blame::Nobody }, "lost");
+    }
+
+    #[test]
+    fn a_storage_that_cannot_be_read_is_tried_for_long_and_is_not_held_against_the_job() {
+        let mut attempts = Attempts::default();
+        let mut waited = 0;
+        while attempts.given_up(4).is_none() {
+            attempts.formed();
+            attempts.ended(4, Blame::Storage, "manifest.json: Input/output error");
+            waited += attempts.pause_ms(4);
+        }
+        assert!((600_000..900_000).contains(&waited), "{waited} ms");
+        let words = attempts.given_up(4).unwrap();
+        assert!(
+            words.ends_with("while the storage could not be read: manifest.json: Input/output error"),
+            "{words}"
+        );
+        assert_eq!((attempts.idle, attempts.unreadable, attempts.stuck), (0, MAX_UNREADABLE, 0));
+        attempts.formed();
+        attempts.stepped(5);
+        assert_eq!((attempts.given_up(4), attempts.pause_ms(4)), (None, 0));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use contraflow_runtime::topology::{JobId, Rank};
 
+use super::attempts::Blame;
 use super::facts::{End, Fact};
 use super::formation::Formation;
 use super::{Core, Effect, Registration, Severity};
@@ -15,22 +16,23 @@ impl Core {
         self.effects.push(Effect::Log { job, severity, line });
     }
 
-    /// A formation has ended: the job re-forms, unless it has failed too often. `counts`: no external cause is known.
+    /// A formation has ended: the job re-forms, unless it has failed too often. `blame`: who is, if it has come to nothing.
     pub(super) fn break_formation(
         &mut self,
         job: JobId,
         lost: Vec<Rank>,
         why: String,
-        counts: bool,
+        blame: Blame,
         now: u64,
     ) {
         let record = &self.jobs.all[&job];
         let generation = record.generation();
         let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
         let reached = self.formations.get(&job).map_or(0, Formation::reached).max(resumed);
-        let idle = counts && !record.attempts.has_stepped && reached <= resumed;
+        let is_idle = !record.attempts.has_stepped && reached <= resumed;
+        let blame = if is_idle { blame } else { Blame::Nobody };
         let mut attempts = record.attempts.clone();
-        attempts.ended(reached, idle, &format!("generation {generation}: {why}"));
+        attempts.ended(reached, blame, &format!("generation {generation}: {why}"));
         let workers: BTreeSet<u64> =
             record.formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
         if let Some(words) = attempts.given_up(workers.len()) {
@@ -39,7 +41,8 @@ impl Core {
         self.release(job, &why, true);
         self.log_as(Severity::Warn, job, why.clone());
         self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
-        self.persist(Fact::Broken { job, generation, lost, reached, idle, why, at_ms: now });
+        let (idle, unreadable) = (blame == Blame::Job, blame == Blame::Storage);
+        self.persist(Fact::Broken { job, generation, lost, reached, idle, unreadable, why, at_ms: now });
         self.query_survivors(job, now);
     }
 
@@ -52,18 +55,18 @@ impl Core {
         let Some(earlier) = record.earlier_checkpoint.filter(|_| resumed == newest) else { return false };
         self.persist(Fact::CheckpointDamaged { job, step: newest });
         let why = format!("{why}; going back to the checkpoint of step {}", earlier.step);
-        self.break_formation(job, Vec::new(), why, true, now);
+        self.break_formation(job, Vec::new(), why, Blame::Job, now);
         true
     }
 
     /// A rank's node cannot do its part: the rank goes to another one, if there is room.
-    pub(super) fn node_failed(&mut self, job: JobId, rank: Rank, what: &str, now: u64) {
+    pub(super) fn node_failed(&mut self, job: JobId, rank: Rank, (what, blame): (&str, Blame), now: u64) {
         let place = self.jobs.all[&job].running().and_then(|formed| formed.place_of(rank));
         let registration =
             place.and_then(|worker| self.members.get(worker)).map(|member| member.registration.clone());
         let Registration { name, node, .. } = registration.unwrap_or_default();
         let why = format!("{what}; on worker {name}, node {node}");
         self.avoided.entry(job).or_default().nodes.insert(node);
-        self.break_formation(job, vec![rank], why, true, now);
+        self.break_formation(job, vec![rank], why, blame, now);
     }
 }

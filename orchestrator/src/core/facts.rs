@@ -211,6 +211,9 @@ pub enum Fact {
         reached: u64,
         /// Whether it counts as failed: it completed no step, and no external cause ended it.
         idle: bool,
+        /// Whether it completed no step because its storage could not be read.
+        #[serde(default)]
+        unreadable: bool,
         /// Human-readable.
         why: String,
         /// **Units**: milliseconds since 1970.

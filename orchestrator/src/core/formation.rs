@@ -12,6 +12,7 @@ use contraflow_runtime::stability::Divergence;
 use contraflow_runtime::stability::evidence::EVIDENCE_FILE;
 use contraflow_runtime::topology::{JobId, Rank};
 
+use super::attempts::Blame;
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
 use super::stall::{Stall, StallDetector, StallOf};
@@ -280,7 +281,7 @@ impl Core {
             }
             Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
-                self.break_formation(job, Vec::new(), message, true, now)
+                self.break_formation(job, Vec::new(), message, Blame::Job, now)
             }
             Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None)),
         }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use contraflow_runtime::topology::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
 
-use super::attempts::Attempts;
+use super::attempts::{Attempts, Blame};
 use super::facts::{End, Fact, Formed, JobSpec};
 use crate::rollback::{Checkpoint, RollBackCount};
 
@@ -188,8 +188,13 @@ impl JobRecord {
                 self.why.clear();
                 self.attempts.formed();
             }
-            Fact::Broken { generation, lost, why, at_ms, reached, idle, .. } => {
-                self.attempts.ended(*reached, *idle, &format!("generation {generation}: {why}"));
+            Fact::Broken { generation, lost, why, at_ms, reached, idle, unreadable, .. } => {
+                let blame = match (idle, unreadable) {
+                    (true, _) => Blame::Job,
+                    (false, true) => Blame::Storage,
+                    (false, false) => Blame::Nobody,
+                };
+                self.attempts.ended(*reached, blame, &format!("generation {generation}: {why}"));
                 self.phase = Phase::Broken;
                 self.losses += u32::from(!lost.is_empty());
                 self.lost.clone_from(lost);

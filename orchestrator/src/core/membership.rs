@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use contraflow_runtime::schedule::size;
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
+use super::attempts::Blame;
 use super::events::{Attachment, Hosted, WorkerCommand};
 use super::facts::{Fact, Formed};
 use super::formation::Formation;
@@ -203,7 +204,9 @@ impl Core {
             self.forget_survivor(registration.worker);
             self.lose_foreign(registration.worker);
             let hit = self.ranks_on(registration.worker);
-            let suspect = self.suspect(&hit);
+            // Ranks may end their process; they do not cut it off.
+            let has_ended = member.is_known() && !member.is_attached;
+            let suspect = if has_ended { self.suspect(&hit) } else { None };
             for (job, ranks) in hit {
                 let mut why = why(member, &ranks);
                 if suspect == Some(job) {
@@ -219,7 +222,8 @@ impl Core {
         let jobs = lost.keys().copied().collect();
         for (job, (mut ranks, reasons)) in lost {
             ranks.sort_unstable();
-            self.break_formation(job, ranks, reasons.join("; "), suspects.contains(&job), now);
+            let blame = if suspects.contains(&job) { Blame::Job } else { Blame::Nobody };
+            self.break_formation(job, ranks, reasons.join("; "), blame, now);
         }
         jobs
     }
@@ -258,7 +262,7 @@ impl Core {
             }
             None => format!("{why}; all workers are alive: re-forming"),
         };
-        self.break_formation(job, lost, why, true, now);
+        self.break_formation(job, lost, why, Blame::Job, now);
     }
 
     /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
@@ -288,7 +292,7 @@ impl Core {
         let place = |rank| self.jobs.all.get(&job)?.running()?.place_of(rank);
         let rank = if let StallOf::Rank(rank) = of { Some(rank) } else { None };
         let Some(member) = rank.and_then(place).and_then(|worker| self.members.remove(worker)) else {
-            return self.break_formation(job, Vec::new(), format!("{why}: re-forming"), true, now);
+            return self.break_formation(job, Vec::new(), format!("{why}: re-forming"), Blame::Job, now);
         };
         let Registration { worker, name, node, .. } = &member.registration;
         let why = format!("{why}; worker {name} on node {node} must exit");

@@ -34,6 +34,7 @@ use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
+use self::attempts::Blame;
 use self::avoided::Avoided;
 use self::clock::Clock;
 pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, WorkerCommand};
@@ -367,10 +368,11 @@ impl Core {
             return;
         }
         let job = from.formation.job;
-        if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Node | ErrorKind::Storage, .. } =
-            &event
+        if let RankEvent::Failed { rank, action, cause, kind, .. } = &event
+            && matches!(kind, ErrorKind::Node | ErrorKind::Storage)
         {
-            return self.node_failed(job, *rank, &format!("rank {rank}, {action}: {cause}"), now);
+            let blame = if *kind == ErrorKind::Storage { Blame::Storage } else { Blame::Job };
+            return self.node_failed(job, *rank, (&format!("rank {rank}, {action}: {cause}"), blame), now);
         }
         if let RankEvent::Failed { rank, action, cause, kind: ErrorKind::Damaged, .. } = &event
             && self.falls_back(job, &format!("rank {rank}, {action}: {cause}"), now)
@@ -412,7 +414,10 @@ impl Core {
                     let line = formation.commit_failed(position.step, cause, now);
                     self.log_as(Severity::Warn, job, line);
                 }
-                None => self.node_failed(job, Rank::ZERO, &format!("committing the weights: {cause}"), now),
+                None => {
+                    let what = format!("committing the weights: {cause}");
+                    self.node_failed(job, Rank::ZERO, (&what, Blame::Job), now);
+                }
             };
         }
         let effects = formation.committed(position, result);
@@ -438,9 +443,9 @@ impl Core {
             if let Some(why) = formation.is_broken(now) {
                 self.unreachable(job, &why, now);
             } else if let Some(why) = formation.is_forming_late(now) {
-                self.break_formation(job, Vec::new(), why, true, now);
+                self.break_formation(job, Vec::new(), why, Blame::Job, now);
             } else if let Some((rank, why)) = formation.bad_place(now) {
-                self.node_failed(job, rank, &why, now);
+                self.node_failed(job, rank, (&why, Blame::Job), now);
             } else if let Some(stall) = formation.stalled(now) {
                 self.rank_stalled(job, stall, now);
             } else {

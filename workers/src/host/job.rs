@@ -92,7 +92,7 @@ impl Prepared {
             .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation, ..manifest };
         let companions = companions(&recipe, &text.tokenizer);
-        let resume = resume(assign, &folder, &manifest)?;
+        let resume = resume(assign, &folder, &manifest).map_err(RankError::in_storage)?;
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
         let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, job, keep };
