@@ -43,7 +43,11 @@ fn whole_sequences(place: &Place, data: &str) -> String {
             let lines: Vec<&str> = text.lines().collect();
             let (last, before) = lines.split_last().unwrap();
             assert!(last.contains("sequence length or text"));
-            [before.join("\n"), json!({"text": "sequence"}).to_string()].join("\n")
+            [
+                before.join("\n"),
+                json!({"text": "sequence length or text is refused; other chang"}).to_string(),
+            ]
+            .join("\n")
         }
         other => panic!("{other}"),
     };
