@@ -64,13 +64,13 @@ pub(super) fn cut_end(document: Document, share: f64) -> (Document, Document) {
     (Document { name: name.clone(), text }, Document { name, text: end })
 }
 
-/// How a text that does not fit into memory is split; found by a [`Survey`].
+/// How a text that does not fit into memory is split.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rule {
     /// Nothing is held back.
     Nothing,
-    /// Documents whose [`number`] is below this are held back.
+    /// Documents whose number, the first eight bytes of their blake3, is below this are held back.
     Below(u64),
     /// Every document gives this share of it, its end.
     Ends(f64),

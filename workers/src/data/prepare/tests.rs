@@ -295,7 +295,9 @@ fn a_folder_carries_its_tokenizer_and_the_bytes_of_its_text() {
     }
     let all: usize = texts(input.path()).iter().map(Vec::len).sum();
     let encoder = DocumentEncoder::plain(tokenizer);
-    let whole = |part| load_whole(&[to.clone()], WholeRequest { field: "text", encoder: &encoder, part }, 16);
+    let whole = |part| {
+        load_whole(std::slice::from_ref(&to), WholeRequest { field: "text", encoder: &encoder, part }, 16)
+    };
     assert_eq!(whole(Part::All).unwrap().sequences.text_bytes(), Some(all as u64));
     let [(_, train), (_, validation)] = sides_of(&index);
     assert_eq!(whole(Part::Train).unwrap().sequences.num_tokens() as u64, train);
