@@ -1,5 +1,7 @@
 //! `contraflow recipes`: what is built in, and where to find every key.
 
+use clap::builder::PossibleValuesParser;
+use contraflow_runtime::model_config::builtin as models;
 use contraflow_runtime::recipe::{builtin, reference};
 
 use crate::failure::Failure;
@@ -11,13 +13,25 @@ pub struct RecipesArgs {
     /// Print every key of a recipe with its default and its meaning, as TOML
     #[arg(long)]
     pub keys: bool,
+    /// Print the config.json of a built-in model, to make one of your own from
+    #[arg(long, value_name = "NAME", conflicts_with = "keys", value_parser = models())]
+    pub model: Option<String>,
 }
 
-/// Lists the built-in recipes, or all keys.
+fn models() -> PossibleValuesParser {
+    PossibleValuesParser::new(models::model_names())
+}
+
+/// Lists the built-in recipes, or all keys, or prints a model.
 ///
 /// **Errors**: stdout cannot be written.
 pub fn run(args: &RecipesArgs) -> Result<(), Failure> {
-    print(&if args.keys { reference() } else { list() })
+    let model = args.model.as_deref().and_then(models::model);
+    print(&match model {
+        Some(model) => model.to_hf_json(),
+        None if args.keys => reference(),
+        None => list(),
+    })
 }
 
 fn list() -> String {
@@ -31,7 +45,8 @@ fn list() -> String {
         "{}\n{default} is the default of `contraflow train`. A recipe of your own is a TOML file: \
          `contraflow train FILE.toml`.\n\
          Every key, with its default and its meaning: `contraflow recipes --keys`.\n\
-         A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n",
+         A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n\
+         A built-in model's config.json, to change: `contraflow recipes --model {default}`.\n",
         lines.concat()
     )
 }

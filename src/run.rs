@@ -31,6 +31,7 @@ use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
+use crate::output::quoted;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
@@ -330,7 +331,7 @@ impl Run {
             Some(step) => {
                 format!(
                     "; step {step} is saved, resume with: contraflow train --resume {}",
-                    self.dir.display()
+                    quoted(&self.dir)
                 )
             }
             None => "; no checkpoint has been made".into(),

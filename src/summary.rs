@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::generate;
-use crate::output::print;
+use crate::output::{print, quoted};
 use crate::progress::minutes;
 use crate::run::{Run, Tally};
 
@@ -128,9 +128,9 @@ impl Run {
             let sample = generate::sample(&self.dir.join("model"), self.recipe.training.seed)?;
             text += &format!("a sample, after \"{}\":\n", generate::SAMPLE_PROMPT.trim_end());
             sample.lines().for_each(|line| text += &format!("  | {line}\n"));
-            let dir = self.dir.display();
+            let (run, dir) = (quoted(&self.dir), self.dir.display());
             text += &format!(
-                "next: contraflow generate {dir} --prompt \"impl \"   (weights in HF format: {dir}/model)\n"
+                "next: contraflow generate {run} --prompt \"impl \"   (weights in HF format: {dir}/model)\n"
             );
         }
         print(&text)

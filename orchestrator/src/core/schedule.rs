@@ -91,7 +91,11 @@ impl Core {
             on_loan,
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
-        let notes = if is_same_layout { Vec::new() } else { record.spec.recipe_on(&topology).fallbacks() };
+        let recipe = record.spec.recipe_on(&topology);
+        let notes = if is_same_layout { Vec::new() } else { recipe.fallbacks() };
+        // How much text there is to validate on, the workers know alone.
+        let notes = notes.into_iter().chain(recipe.no_validation(usize::MAX).filter(|_| !is_same_layout));
+        let notes: Vec<String> = notes.collect();
         let (formation, places) = (formed.id(job), formed.places.clone());
         let why_not = why_not.map(|why_not| format!("; {why_not}")).unwrap_or_default();
         self.log(

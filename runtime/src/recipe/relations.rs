@@ -93,7 +93,9 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
         let expected = format!("at most the model's max_position_embeddings ({longest})");
         faults.expected("training.sequence_length", expected, length);
     }
-    let is_bytes = recipe.tokenizer.path.is_empty();
+    // Prepared folders and the weights that training starts from may bring a tokenizer: it is checked where it is read.
+    let is_bytes =
+        recipe.tokenizer.path.is_empty() && recipe.data.paths.is_empty() && recipe.model.init_dir().is_none();
     if is_bytes && faults.spare(&["tokenizer.path"]) && model.vocab_size < BYTE_TOKENS {
         let expected = format!("at least {BYTE_TOKENS} for the byte tokenizer");
         faults.expected("model.config.vocab_size", expected, model.vocab_size);

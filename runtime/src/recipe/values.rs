@@ -71,6 +71,32 @@ impl Recipe {
         small.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
     }
 
+    /// Sequences of a round of validation, the least that it can read.
+    pub fn validation_unit(&self) -> usize {
+        self.training.micro_batch_size * self.topology().dp_size()
+    }
+
+    /// Why nothing is validated where the text has so many sequences to validate on; `None` if something is.
+    pub fn no_validation(&self, available: usize) -> Option<String> {
+        let (wanted, unit) = (self.training.validation_sequences, self.validation_unit());
+        let round = format!(
+            "a round of {unit} (micro_batch_size {} x expert {} x data {})",
+            self.training.micro_batch_size, self.parallel.expert, self.parallel.data
+        );
+        let length = self.training.sequence_length;
+        match () {
+            () if wanted == 0 => Some("no validation: training.validation_sequences is 0".into()),
+            () if wanted < unit => {
+                Some(format!("no validation: training.validation_sequences is {wanted}, less than {round}"))
+            }
+            () if available < unit => Some(format!(
+                "no validation: the text to validate on has {available} sequences of {length} tokens, less than {round}; \
+                 data.validation names a text, data.validation_share holds back more"
+            )),
+            () => None,
+        }
+    }
+
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
     pub fn saves_after(&self, step: u64) -> bool {
         let every = self.checkpoint.every;
@@ -188,6 +214,26 @@ mod tests {
         let short = load(&[&entries[..], &["training.steps=3"]].concat());
         assert_eq!(short.fallbacks(), [note(4)]);
         assert_eq!(report().fallbacks(), [""; 0]);
+    }
+
+    #[test]
+    fn validation_that_does_not_take_place_has_a_reason() {
+        // A round is of two sequences: one for each expert rank.
+        let load = |sequences: usize| {
+            let entries = [
+                format!("training.validation_sequences={sequences}"),
+                "training.micro_batch_size=1".to_owned(),
+                "parallel.expert=2".to_owned(),
+            ];
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        let reason = |sequences, available| load(sequences).no_validation(available).unwrap_or_default();
+        assert_eq!(reason(64, 2), "");
+        assert_eq!(reason(2, usize::MAX), "");
+        assert_eq!(reason(0, 100), "no validation: training.validation_sequences is 0");
+        let round = "less than a round of 2 (micro_batch_size 1 x expert 2 x data 1)";
+        assert_eq!(reason(1, 100), format!("no validation: training.validation_sequences is 1, {round}"));
+        assert!(reason(64, 1).starts_with("no validation: the text to validate on has 1 sequences"));
     }
 
     #[test]

@@ -117,6 +117,6 @@ fn a_repeated_answer_to_an_earlier_commit_does_not_keep_a_failed_one_from_being_
     drop(world.step(Event::Committed { worker: 1, formation, position: Some(position(4)), result }));
     committed(&mut world, 2);
     let effects = world.pass(1_000 + TICK_MS, &[1, 2, 3]);
-    let again = |(_, command): &(u64, WorkerCommand)| matches!(command, WorkerCommand::CommitCheckpoint { position, .. } if position.step == 4);
-    assert_eq!(commands(&effects).iter().filter(|command| again(command)).count(), 1);
+    let again = |(_, command): &(u64, &WorkerCommand)| matches!(command, WorkerCommand::CommitCheckpoint { position, .. } if position.step == 4);
+    assert_eq!(commands(&effects).into_iter().filter(again).count(), 1);
 }
