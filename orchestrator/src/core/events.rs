@@ -1,7 +1,7 @@
 //! Inputs and outputs of the core: events, effects, and commands to workers. Plain values; the decisions are the core's.
 
 use contraflow_proto::StepReport;
-use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::checkpoint::{Pinned, Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::stability::StabilityWatch;
@@ -272,8 +272,8 @@ pub enum WorkerCommand {
         watch: StabilityWatch,
         /// By rank.
         shards: Vec<ShardFile>,
-        /// Step of the newest checkpoint that is known to stand: it stays.
-        last_checkpoint: u64,
+        /// The checkpoints that are known to stand: they stay.
+        pinned: Pinned,
     },
     /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
     WriteShards {

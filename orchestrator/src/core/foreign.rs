@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::topology::{FormationId, Rank};
@@ -144,14 +144,9 @@ impl Core {
                 JobEffect::CommitCheckpoint { position, watch, shards } => {
                     if let Some(&worker) = foreign.places.get(&Rank::ZERO) {
                         // What its own orchestrator has pinned its workers know.
-                        let (formation, last_checkpoint) = (of, 0);
-                        let command = WorkerCommand::CommitCheckpoint {
-                            formation,
-                            position,
-                            watch,
-                            shards,
-                            last_checkpoint,
-                        };
+                        let (formation, pinned) = (of, Pinned::default());
+                        let command =
+                            WorkerCommand::CommitCheckpoint { formation, position, watch, shards, pinned };
                         self.send(worker, command);
                     }
                 }

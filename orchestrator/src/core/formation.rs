@@ -236,8 +236,7 @@ impl Core {
         for effect in effects {
             let Some(record) = self.jobs.all.get(&job) else { return };
             let Some(formed) = record.running() else { return };
-            let (formation, places, last_checkpoint) =
-                (formed.id(job), &formed.places, record.last_checkpoint);
+            let (formation, places, pinned) = (formed.id(job), &formed.places, record.pinned());
             match effect {
                 JobEffect::Command { rank, command } => {
                     let to = RankAddress { formation, rank };
@@ -248,13 +247,8 @@ impl Core {
                     self.effects.push(Effect::Record { job, report: Box::new(report) });
                 }
                 JobEffect::CommitCheckpoint { position, watch, shards } => {
-                    let command = WorkerCommand::CommitCheckpoint {
-                        formation,
-                        position,
-                        watch,
-                        shards,
-                        last_checkpoint,
-                    };
+                    let command =
+                        WorkerCommand::CommitCheckpoint { formation, position, watch, shards, pinned };
                     let worker = places[0];
                     self.send(worker, command);
                 }

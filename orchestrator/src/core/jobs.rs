@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use contraflow_runtime::checkpoint::Pinned;
 use contraflow_runtime::topology::{Generation, JobId, Rank};
 use serde::{Deserialize, Serialize};
 
@@ -82,6 +83,12 @@ impl JobRecord {
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         matches!(self.phase, Phase::Ended(_))
+    }
+
+    /// The checkpoints that it may be sent back to.
+    pub fn pinned(&self) -> Pinned {
+        let earlier = self.earlier_checkpoint.map_or(0, |earlier| earlier.step);
+        Pinned { newest: self.last_checkpoint, earlier }
     }
 
     /// The newest checkpoint, if there is one.

@@ -10,6 +10,7 @@ use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 
 use super::facts::Fact;
+use super::jobs::JobRecord;
 use super::{Core, Effect, RESHARD_MS, Severity, WorkerCommand};
 
 /// A state that is being written down.
@@ -106,11 +107,8 @@ impl Core {
         reshard.shards.insert(rank, shard);
         if reshard.shards.len() == reshard.world {
             let shards = reshard.shards.values().cloned().collect();
-            let last_checkpoint = self.jobs.all.get(&job).map_or(0, |record| record.last_checkpoint);
-            self.send(
-                worker,
-                WorkerCommand::CommitCheckpoint { formation, position, watch, shards, last_checkpoint },
-            );
+            let pinned = self.jobs.all.get(&job).map(JobRecord::pinned).unwrap_or_default();
+            self.send(worker, WorkerCommand::CommitCheckpoint { formation, position, watch, shards, pinned });
         }
     }
 

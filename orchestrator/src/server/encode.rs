@@ -46,6 +46,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Opt
                 secret: secret(key, formation).to_vec(),
                 resume_step: formed.resume_step,
                 last_checkpoint: record.last_checkpoint,
+                earlier_checkpoint: record.pinned().earlier,
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
                 buddies: rank_numbers(&formed.buddies),
@@ -66,13 +67,14 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Opt
             let (job, generation) = formation_numbers(formation);
             Message::Release(v1::Release { job, generation, reason, keep })
         }
-        WorkerCommand::CommitCheckpoint { formation, position, watch, shards, last_checkpoint } => {
+        WorkerCommand::CommitCheckpoint { formation, position, watch, shards, pinned } => {
             let (job, generation) = formation_numbers(formation);
             let checkpoint = v1::Checkpoint {
                 position: Some(position.into()),
                 watch: Some(watch.into()),
                 shards: shards.into_iter().map(Into::into).collect(),
-                last_checkpoint,
+                last_checkpoint: pinned.newest,
+                earlier_checkpoint: pinned.earlier,
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }

@@ -1,7 +1,7 @@
 //! The last change in the storage of a checkpoint or of weights, made by one worker for all. What the storage then holds is
 //! in [`super::storage`].
 
-use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::random::mix;
 use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
@@ -9,6 +9,7 @@ use super::World;
 use super::mutation::Mutation;
 use super::network::FromWorker;
 use super::storage::{Folder, Retention};
+use crate::core::jobs::JobRecord;
 
 impl World {
     /// The checkpoint's or the weights' last change in the storage.
@@ -16,13 +17,13 @@ impl World {
         &mut self,
         id: u64,
         of: FormationId,
-        (position, last_checkpoint): (Option<Position>, u64),
+        (position, pinned): (Option<Position>, Pinned),
         world: Option<usize>,
     ) {
         let FormationId { job, generation } = of;
         let step = position.map(|position| position.step);
         let world = world.or_else(|| self.checks.world(of)).unwrap_or(0);
-        let retention = self.retention(last_checkpoint);
+        let retention = self.retention(pinned);
         let (is_full, is_said) = (self.plan.fills_up, self.breaks(Mutation::CommitsInWords));
         let now = self.now;
         let Some(folder) = self.folder(job) else { return };
@@ -63,18 +64,20 @@ impl World {
         Some(self.storage.claim(job, takes_any))
     }
 
-    /// The checkpoint in a job's event log exists, whatever has changed in its folder.
+    /// The checkpoints in a job's event log exist, whatever has changed in its folder.
     pub(super) fn check_known(&mut self, job: JobId) {
-        let last_checkpoint = self.store.jobs.all.get(&job).map_or(0, |record| record.last_checkpoint);
-        let stands = self.storage.of(job).is_some_and(|folder| folder.stands(last_checkpoint).is_some());
-        if last_checkpoint > 0 && !stands {
-            self.violate(format!("{job}: the checkpoint of step {last_checkpoint}, which is kept, is gone"));
+        let Pinned { newest, earlier } =
+            self.store.jobs.all.get(&job).map(JobRecord::pinned).unwrap_or_default();
+        let folder = self.storage.of(job);
+        let is_gone = |step: &u64| *step > 0 && folder.is_none_or(|folder| folder.stands(*step).is_none());
+        if let Some(step) = [newest, earlier].into_iter().find(is_gone) {
+            self.violate(format!("{job}: the checkpoint of step {step}, which is kept, is gone"));
         }
     }
 
     /// Which checkpoints stay where one is known to stand.
-    pub(super) fn retention(&self, last_checkpoint: u64) -> Retention {
-        let pinned = if self.breaks(Mutation::PinsNothing) { 0 } else { last_checkpoint };
+    pub(super) fn retention(&self, pinned: Pinned) -> Retention {
+        let pinned = if self.breaks(Mutation::PinsNothing) { Pinned::default() } else { pinned };
         Retention { keep: self.plan.keep, pinned }
     }
 
@@ -83,12 +86,12 @@ impl World {
         &mut self,
         id: u64,
         of: FormationId,
-        (position, last_checkpoint): (Position, u64),
+        (position, pinned): (Position, Pinned),
     ) {
         let FormationId { job, generation } = of;
         let step = position.step;
         let world = self.checks.world(of).unwrap_or(0);
-        let retention = self.retention(last_checkpoint);
+        let retention = self.retention(pinned);
         let Some(folder) = self.folder(job) else { return };
         let result = match folder.commit((step, generation.next()), world, retention) {
             Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),

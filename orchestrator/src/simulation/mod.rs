@@ -26,7 +26,7 @@ mod worker;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
-use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::random::mix;
 use contraflow_runtime::topology::{FormationId, Generation, Rank};
 
@@ -132,9 +132,9 @@ enum RankTask {
     Validated(Rank),
     Exported(Rank),
     /// A commit reaches the storage: of a checkpoint, or the weights, and which checkpoint is known to stand.
-    Commits(Option<Position>, u64),
+    Commits(Option<Position>, Pinned),
     /// The same for what was written down from memory.
-    CommitsWritten(Position, u64),
+    CommitsWritten(Position, Pinned),
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use contraflow_runtime::checkpoint::Position;
+use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
@@ -32,12 +32,12 @@ pub(super) enum FromWorker {
 pub(super) enum ToWorker {
     Welcome { state: u64, incarnation: u64 },
     Refused,
-    Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, last_checkpoint: u64 },
+    Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, pinned: Pinned },
     Command { to: RankAddress, command: RankCommand },
     Release { formation: FormationId, keep: bool },
     Write { formation: FormationId, of: (Generation, u64), ranks: Vec<Rank> },
     Durable { job: JobId, step: u64 },
-    Commit { formation: FormationId, position: Option<Position>, last_checkpoint: u64 },
+    Commit { formation: FormationId, position: Option<Position>, pinned: Pinned },
 }
 
 /// A stream.

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use contraflow_runtime::checkpoint::{Position, ShardFile};
+use contraflow_runtime::checkpoint::{Pinned, Position, ShardFile};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
 use contraflow_runtime::random::mix;
@@ -122,7 +122,7 @@ impl World {
         id: u64,
         of: FormationId,
         formed: &Formed,
-        (last_checkpoint, is_reachable): (u64, bool),
+        (pinned, is_reachable): (Pinned, bool),
     ) {
         let job = of.job;
         let Some(folder) = self.folder(job) else { return };
@@ -159,7 +159,7 @@ impl World {
         }
         group.state = GangState::Building;
         if tidies {
-            let retention = self.retention(last_checkpoint);
+            let retention = self.retention(pinned);
             let newest = formed.memory.is_none().then_some(formed.resume_step);
             let Some(folder) = self.folder(job) else { return };
             if !folder.begin(of.generation) {

@@ -1,6 +1,7 @@
 //! An orchestrator's process: the real core, what it keeps, and in which order. Follows `server::hub`: batches, facts kept
 //! before commands go out, steps assembled. Its store outlives it.
 
+use contraflow_runtime::checkpoint::Pinned;
 use contraflow_runtime::random::mix;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -376,17 +377,17 @@ fn encode(
         WorkerCommand::Assign { formation: FormationId { job, generation }, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;
-            let last_checkpoint = core.jobs().all.get(&job)?.last_checkpoint;
-            ToWorker::Assign { job, ranks, formed, is_reachable, last_checkpoint }
+            let pinned = core.jobs().all.get(&job)?.pinned();
+            ToWorker::Assign { job, ranks, formed, is_reachable, pinned }
         }
         WorkerCommand::Rank { to, command } => ToWorker::Command { to, command },
         WorkerCommand::Release { formation, keep, .. } => ToWorker::Release { formation, keep },
-        WorkerCommand::CommitCheckpoint { formation, position, last_checkpoint, .. } => {
-            ToWorker::Commit { formation, position: Some(position), last_checkpoint }
+        WorkerCommand::CommitCheckpoint { formation, position, pinned, .. } => {
+            ToWorker::Commit { formation, position: Some(position), pinned }
         }
         WorkerCommand::WriteShards { formation, of, ranks } => ToWorker::Write { formation, of, ranks },
         WorkerCommand::PublishWeights { formation, .. } => {
-            ToWorker::Commit { formation, position: None, last_checkpoint: 0 }
+            ToWorker::Commit { formation, position: None, pinned: Pinned::default() }
         }
     })
 }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use contraflow_runtime::checkpoint::Pinned;
 use contraflow_runtime::topology::{Generation, JobId, Rank};
 
 /// The state after a step, identified by how it came about.
@@ -15,11 +16,11 @@ pub(super) struct Trained {
     pub(super) digest: u64,
 }
 
-/// Which checkpoints stay: this many of the newest up to that of this step, and all after it; 0: of all.
+/// Which checkpoints stay: this many of the newest up to the pinned one, all after it, and the one pinned before it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Retention {
     pub(super) keep: usize,
-    pub(super) pinned: u64,
+    pub(super) pinned: Pinned,
 }
 
 /// All folders, by name.
@@ -122,12 +123,13 @@ impl Folder {
     }
 
     fn drop_oldest(&mut self, Retention { keep, pinned }: Retention, fresh: Option<u64>) {
-        let known = match pinned {
+        let known = match pinned.newest {
             0 => self.committed.len(),
             pinned => self.committed.range(..=pinned).count(),
         };
         let old: BTreeSet<u64> = self.committed.keys().copied().take(known.saturating_sub(keep)).collect();
-        self.committed.retain(|step, _| Some(*step) == fresh || !old.contains(step));
+        self.committed
+            .retain(|step, _| Some(*step) == fresh || *step == pinned.earlier || !old.contains(step));
     }
 
     pub(super) fn save(&mut self, generation: Generation, rank: Rank, trained: Trained) {

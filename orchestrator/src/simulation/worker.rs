@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use contraflow_runtime::checkpoint::Pinned;
 use contraflow_runtime::control::outbox::Outbox;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
@@ -51,7 +52,7 @@ pub(super) struct SimFormation {
     /// Steps of the recipe.
     steps: u64,
     /// Step of the checkpoint that was known to stand when it was assigned.
-    last_checkpoint: u64,
+    pinned: Pinned,
     pub(super) group: Group,
     outbox: Outbox,
     pub(super) committed: Option<FromWorker>,
@@ -177,8 +178,8 @@ impl World {
                 let after = self.random.between(500, 3_000);
                 self.plan_in(after, SimEvent::WorkerStarts(node));
             }
-            ToWorker::Assign { job, ranks, formed, is_reachable, last_checkpoint } => {
-                self.assigned(id, (job, ranks), formed, (last_checkpoint, is_reachable));
+            ToWorker::Assign { job, ranks, formed, is_reachable, pinned } => {
+                self.assigned(id, (job, ranks), formed, (pinned, is_reachable));
             }
             ToWorker::Command { to, command } => self.commanded(id, to, command),
             ToWorker::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
@@ -195,13 +196,13 @@ impl World {
                     replicas.durable(step);
                 }
             }
-            ToWorker::Commit { formation, position, last_checkpoint } => {
+            ToWorker::Commit { formation, position, pinned } => {
                 if worker.hosted_mut(formation).is_some() {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, formation, takes, RankTask::Commits(position, last_checkpoint));
+                    self.plan_own(id, formation, takes, RankTask::Commits(position, pinned));
                 } else if let Some(position) = position.filter(|_| worker.has_left(formation)) {
                     let takes = self.random.between(1, 400);
-                    self.plan_own(id, formation, takes, RankTask::CommitsWritten(position, last_checkpoint));
+                    self.plan_own(id, formation, takes, RankTask::CommitsWritten(position, pinned));
                 }
             }
         }
@@ -237,7 +238,7 @@ impl World {
         id: u64,
         (job, ranks): (JobId, Vec<Rank>),
         formed: Rc<Formed>,
-        (last_checkpoint, is_reachable): (u64, bool),
+        (pinned, is_reachable): (Pinned, bool),
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let of @ FormationId { generation, .. } = formed.id(job);
@@ -254,16 +255,8 @@ impl World {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (outbox, committed) = (Outbox::default(), None);
         let group = Group::new(ranks);
-        let hosted = SimFormation {
-            generation,
-            formed,
-            is_reachable,
-            steps,
-            last_checkpoint,
-            group,
-            outbox,
-            committed,
-        };
+        let hosted =
+            SimFormation { generation, formed, is_reachable, steps, pinned, group, outbox, committed };
         worker.hosted.insert(job, hosted);
         let used: usize = worker.hosted.values().map(|hosted| hosted.group.ranks.len()).sum();
         if used > worker.slots {
@@ -326,17 +319,17 @@ impl World {
         let Own { formation: of, what } = own;
         let hosted = worker.hosted_mut(of);
         match (what, hosted) {
-            (RankTask::Commits(position, last_checkpoint), hosted) => {
+            (RankTask::Commits(position, pinned), hosted) => {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
-                self.commit(id, of, (position, last_checkpoint), world);
+                self.commit(id, of, (position, pinned), world);
             }
-            (RankTask::CommitsWritten(position, last_checkpoint), _) => {
-                self.commit_written(id, of, (position, last_checkpoint))
+            (RankTask::CommitsWritten(position, pinned), _) => {
+                self.commit_written(id, of, (position, pinned))
             }
             (RankTask::Saved(what), _) => self.saved(id, of, *what),
             (RankTask::WrittenDown(what), _) => self.reshard_event(id, of, *what),
             (RankTask::Prepared, Some(hosted)) => {
-                let (formed, known) = (hosted.formed.clone(), (hosted.last_checkpoint, hosted.is_reachable));
+                let (formed, known) = (hosted.formed.clone(), (hosted.pinned, hosted.is_reachable));
                 self.prepared(id, of, &formed, known);
             }
             (RankTask::Built, Some(hosted)) => {

@@ -23,14 +23,23 @@ pub fn is_unfinished(dir: &Path) -> bool {
     dir.file_name().is_some_and(|name| name.to_string_lossy().ends_with(UNFINISHED_SUFFIX))
 }
 
+/// Steps of the checkpoints that the orchestrator, which decides where a job resumes, knows of; 0: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pinned {
+    /// The newest.
+    pub newest: u64,
+    /// The one before it, should the newest be damaged.
+    pub earlier: u64,
+}
+
 /// Where a run keeps its checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointFolder {
     dir: PathBuf,
     /// Part of the names of what is not finished: what an earlier formation still writes is never in the way.
     generation: Generation,
-    /// Step of a checkpoint that stays, however old it is.
-    pinned: u64,
+    /// Checkpoints that stay, however old they are.
+    pinned: Pinned,
     /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
     job: Option<JobFolder>,
 }
@@ -38,7 +47,12 @@ pub struct CheckpointFolder {
 impl CheckpointFolder {
     /// Of a run's folder; nothing is made yet.
     pub fn of_run(run: &Path) -> Self {
-        CheckpointFolder { dir: run.join(FOLDER), generation: Generation::default(), pinned: 0, job: None }
+        CheckpointFolder {
+            dir: run.join(FOLDER),
+            generation: Generation::default(),
+            pinned: Pinned::default(),
+            job: None,
+        }
     }
 
     /// Of the folder of a cluster's job.
@@ -51,10 +65,9 @@ impl CheckpointFolder {
         CheckpointFolder { generation, ..self }
     }
 
-    /// The same folder, in which the newest checkpoints up to this step stay, whatever is committed after it: the orchestrator,
-    /// which decides where the job resumes, knows of no later one.
-    pub fn pinning(self, step: u64) -> Self {
-        CheckpointFolder { pinned: self.pinned.max(step), ..self }
+    /// The same folder, in which these stay, and the newest checkpoints up to them, whatever is committed after them.
+    pub fn pinning(self, pinned: Pinned) -> Self {
+        CheckpointFolder { pinned: self.pinned.max(pinned), ..self }
     }
 
     /// Whose formation's ranks it is for.
@@ -214,15 +227,16 @@ impl CheckpointFolder {
     }
 
     /// All but the newest up to the pinned one, those after it, and the one that has just been committed: those of later steps may
-    /// be older. What the orchestrator knows of has to be there with the one before it, should it be damaged.
+    /// be older. The one before the pinned one stays too, if others that the orchestrator never heard of are between them.
     fn drop_oldest(&self, keep: usize, fresh: Option<u64>) -> io::Result<()> {
         let steps = self.list()?;
-        let known = match self.pinned {
+        let known = match self.pinned.newest {
             0 => steps.len(),
             pinned => steps.partition_point(|step| *step <= pinned),
         };
         let old = &steps[..known.saturating_sub(keep.max(1))];
-        old.iter().filter(|step| Some(**step) != fresh).try_for_each(|&step| self.drop(step))
+        let stays = |step: u64| Some(step) == fresh || step == self.pinned.earlier;
+        old.iter().filter(|step| !stays(**step)).try_for_each(|&step| self.drop(step))
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {

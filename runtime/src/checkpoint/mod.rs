@@ -11,7 +11,7 @@ pub mod storage;
 #[cfg(test)]
 mod tests;
 
-pub use folder::{CheckpointFolder, Companions, is_unfinished};
+pub use folder::{CheckpointFolder, Companions, Pinned, is_unfinished};
 pub use job_folder::{FolderError, JobFolder, Owner};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
 pub use storage::Storage;

@@ -140,13 +140,22 @@ fn a_rollback_leaves_no_checkpoint_of_the_abandoned_history() {
 #[test]
 fn the_checkpoint_that_a_job_would_resume_from_is_retained_however_many_are_newer() {
     let run = tempfile::tempdir().unwrap();
-    let folder = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1)).pinning(4);
+    let folder = CheckpointFolder::of_run(run.path())
+        .in_generation(Generation::new(1))
+        .pinning(Pinned { newest: 4, earlier: 2 });
     [2, 4, 6, 8, 10].into_iter().for_each(|step| drop(commit(&folder, step, 2)));
     // With the one before it, should it be damaged.
     assert_eq!(folder.list().unwrap(), [2, 4, 6, 8, 10]);
     folder.clone().in_generation(Generation::new(2)).tidy(2, None).unwrap();
     assert_eq!(folder.list().unwrap(), [2, 4, 6, 8, 10]);
-    // By now a later one is known to be committed.
-    commit(&folder.clone().pinning(10), 12, 2);
-    assert_eq!(folder.list().unwrap(), [8, 10, 12]);
+    // By now a later one is known to be committed; of the commit of step 8 nobody has heard.
+    commit(&folder.clone().pinning(Pinned { newest: 10, earlier: 6 }), 12, 2);
+    assert_eq!(folder.list().unwrap(), [6, 8, 10, 12]);
+    // Later words of an earlier checkpoint take nothing back.
+    commit(
+        &folder.clone().pinning(Pinned { newest: 12, earlier: 10 }).pinning(Pinned { newest: 4, earlier: 2 }),
+        14,
+        1,
+    );
+    assert_eq!(folder.list().unwrap(), [10, 12, 14]);
 }

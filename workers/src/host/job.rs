@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use contraflow_proto::v1;
 use contraflow_runtime::checkpoint::{
-    CheckpointFolder, Companions, JobFolder, Manifest, Owner, Position, Storage,
+    CheckpointFolder, Companions, JobFolder, Manifest, Owner, Pinned, Position, Storage,
 };
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
@@ -87,7 +87,8 @@ impl Prepared {
         recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
         let owner = Owner { state: assign.state, job };
         let job = JobFolder::claim(&roots.storage, owner)?;
-        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(assign.last_checkpoint);
+        let pinned = Pinned { newest: assign.last_checkpoint, earlier: assign.earlier_checkpoint };
+        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(pinned);
         let manifest = manifest(&submitted, &text.corpus.hash)
             .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation, ..manifest };
@@ -158,12 +159,18 @@ impl Prepared {
             message: format!("expected {what}"),
         };
         match what {
-            What::Checkpoint(v1::Checkpoint { position, watch, shards, last_checkpoint }) => {
+            What::Checkpoint(v1::Checkpoint {
+                position,
+                watch,
+                shards,
+                last_checkpoint: newest,
+                earlier_checkpoint: earlier,
+            }) => {
                 let position: Position = position.ok_or_else(|| missing("a position"))?.into();
                 let watch = watch.ok_or_else(|| missing("a stability state"))?.into();
                 let shards = shards.into_iter().map(Into::into).collect();
                 let manifest = Manifest { position, watch, shards, ..self.manifest.clone() };
-                let folder = self.folder.clone().pinning(last_checkpoint);
+                let folder = self.folder.clone().pinning(Pinned { newest, earlier });
                 Ok(folder.commit(&manifest, &self.companions, self.keep)?)
             }
             What::Weights(v1::Weights { files }) => {
