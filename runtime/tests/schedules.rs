@@ -84,7 +84,7 @@ fn memory_is_what_the_schedule_promises_and_no_more_in_the_fallback() {
                 _ => rank,
             };
             match (plan.schedule.as_str(), kind) {
-                ("sequential", _) => assert!(live < peak && report.queue_depth[rank] == 0, "{what}"),
+                ("one-way" | "two-way", _) => assert!(live < peak && report.queue_depth[rank] == 0, "{what}"),
                 (_, ScheduleKind::OneFOneB) => {
                     assert_eq!(live, (pipeline - rank).min(plan.micro_batches), "{what}");
                     assert_eq!(report.queue_depth[rank], 0, "{what}");
