@@ -63,7 +63,7 @@ impl Recipe {
         Some((needed * full).div_ceil(growth.max(1)).min(full))
     }
 
-    /// Notes on batches that the schedule cannot run and the sequential plan does, each with its reason.
+    /// Notes on batches that the schedule cannot run and another plan does, each with its reason.
     pub fn fallbacks(&self) -> Vec<String> {
         let reason = |size| self.parallel.schedule.fallback(self.parallel.pipeline, self.micro_batches(size));
         // Batches only grow, and so do their chances to fill the pipeline.
@@ -71,10 +71,50 @@ impl Recipe {
         small.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
     }
 
+    /// Sequences of a validation are a multiple of this: a micro-batch for each data-parallel rank.
+    pub fn validation_round(&self) -> usize {
+        self.training.micro_batch_size * self.topology().dp_size()
+    }
+
+    /// Why a run of which `available` sequences are for validation has none, if that is so.
+    pub fn no_validation(&self, available: usize) -> Option<String> {
+        let (asked, round) = (self.training.validation_sequences, self.validation_round());
+        if asked.min(available) >= round {
+            return None;
+        }
+        let (size, parallel) = (self.training.micro_batch_size, &self.parallel);
+        let takes = format!(
+            "a round takes {round} (micro_batch_size {size} x expert {} x data {})",
+            parallel.expert, parallel.data
+        );
+        let why = match asked {
+            0 => "training.validation_sequences is 0".to_owned(),
+            _ if asked < round => format!("training.validation_sequences is {asked}, {takes}"),
+            _ => format!("the data has {available} sequences for it, {takes}"),
+        };
+        Some(format!("no validation: {why}"))
+    }
+
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
     pub fn saves_after(&self, step: u64) -> bool {
         let every = self.checkpoint.every;
-        step == self.training.steps as u64 || (every > 0 && step.is_multiple_of(every))
+        let may_be_best = self.checkpoint.keep_best && self.validates_after(step);
+        step == self.training.steps as u64
+            || (every > 0 && step.is_multiple_of(every))
+            || may_be_best
+            || self.samples_after(step)
+    }
+
+    /// Whether a sample is made of the state after step `step` (from 1) while the run goes on.
+    pub fn samples_after(&self, step: u64) -> bool {
+        let every = self.sample.every;
+        every > 0 && step > 0 && step < self.training.steps as u64 && step.is_multiple_of(every)
+    }
+
+    /// Whether the state after step `step` (from 1) is validated while the run goes on.
+    pub fn validates_after(&self, step: u64) -> bool {
+        let every = self.validate.every;
+        every > 0 && step > 0 && step < self.training.steps as u64 && step.is_multiple_of(every)
     }
 
     /// Change of a gate bias in a step before which `tokens` tokens have been seen.
@@ -181,13 +221,52 @@ mod tests {
         let note = |size| {
             format!(
                 "batches of {size} sequences: dualpipe on 4 pipeline ranks needs at least 8 micro-batches, got {size}; \
-                 the sequential plan runs instead"
+                 a plan of the kind of 1f1b runs instead"
             )
         };
         assert_eq!(recipe.fallbacks(), [note(4), note(6)]);
         let short = load(&[&entries[..], &["training.steps=3"]].concat());
         assert_eq!(short.fallbacks(), [note(4)]);
         assert_eq!(report().fallbacks(), [""; 0]);
+    }
+
+    #[test]
+    fn a_run_without_validation_says_why() {
+        let load = |entries: &[&str]| {
+            let entries: Vec<String> = entries.iter().map(|entry| entry.to_string()).collect();
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        // tiny: micro-batches of 2 sequences, expert 2, data 1.
+        let recipe = load(&["training.validation_sequences=3"]);
+        assert_eq!(
+            recipe.no_validation(100).unwrap(),
+            "no validation: training.validation_sequences is 3, a round takes 4 (micro_batch_size 2 x expert 2 x data 1)"
+        );
+        let recipe = load(&[]);
+        assert_eq!(
+            recipe.no_validation(3).unwrap(),
+            "no validation: the data has 3 sequences for it, a round takes 4 (micro_batch_size 2 x expert 2 x data 1)"
+        );
+        assert_eq!((recipe.no_validation(4), recipe.no_validation(usize::MAX)), (None, None));
+        let none = load(&["training.validation_sequences=0"]).no_validation(usize::MAX);
+        assert_eq!(none.unwrap(), "no validation: training.validation_sequences is 0");
+    }
+
+    #[test]
+    fn validations_come_between_the_first_step_and_the_last_and_checkpoints_with_them() {
+        let load = |entry: &str| {
+            let entries =
+                ["training.steps=10", "validate.every=4", "checkpoint.every=0", entry].map(String::from);
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        let steps = |recipe: &Recipe, is_one: fn(&Recipe, u64) -> bool| {
+            (0..=12).filter(|&step| is_one(recipe, step)).collect::<Vec<u64>>()
+        };
+        let recipe = load("checkpoint.keep_best=true");
+        assert_eq!(steps(&recipe, Recipe::validates_after), [4, 8]);
+        assert_eq!(steps(&recipe, Recipe::saves_after), [4, 8, 10]);
+        assert_eq!(steps(&load("checkpoint.keep_best=false"), Recipe::saves_after), [10]);
+        assert_eq!(steps(&load("validate.every=5"), Recipe::validates_after), [5]);
     }
 
     #[test]
