@@ -10,7 +10,7 @@ use contraflow_workers::data::shards::{ShardIndex, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{count, print};
 
 /// Arguments of `contraflow data`.
 #[derive(clap::Args, Debug)]
@@ -106,7 +106,7 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
     let index = prepare(&preparation, &mut |progress: Progress| {
         bar.set_length(progress.bytes);
         bar.set_position(progress.bytes_read);
-        bar.set_message(format!("{} shards, {} tokens", progress.units, progress.tokens));
+        bar.set_message(format!("{}, {}", count(progress.units, "shard"), count(progress.tokens, "token")));
         true
     });
     bar.finish_and_clear();
@@ -117,7 +117,8 @@ fn print_figures(dir: &Path, index: &ShardIndex) -> Result<(), Failure> {
     let side = |name: &str, shards: &[ShardRecord]| {
         let tokens: u64 = shards.iter().map(|shard| shard.tokens).sum();
         let documents: u64 = shards.iter().map(|shard| shard.documents).sum();
-        format!("{name}{tokens} tokens, {documents} documents, {} shards\n", shards.len())
+        let [tokens, documents] = [count(tokens, "token"), count(documents, "document")];
+        format!("{name}{tokens}, {documents}, {}\n", count(shards.len(), "shard"))
     };
     print(&format!(
         "{}: ids below {}, {} bytes each\n{}{}",
@@ -151,7 +152,7 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
     let tokenizer = Tokenizer::load(&args.to, &end).map_err(|fault| Failure::input(fault.to_string()))?;
     let path = args.to.display();
     print(&format!(
-        "{path}: {} tokens\nnext: contraflow train --set tokenizer.path={path}\n",
-        tokenizer.id_limit()
+        "{path}: {}\nnext: contraflow train --set tokenizer.path={path}\n",
+        count(tokenizer.id_limit(), "token")
     ))
 }

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::record::max_vio;
@@ -17,10 +19,12 @@ use contraflow_workers::infer::evaluate::Evaluation;
 use contraflow_workers::infer::generate::Generator;
 use indicatif::ProgressBar;
 use serde::Serialize;
+use signal_hook::consts::SIGINT;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, INTERRUPTED};
 use crate::generate::load;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print, say};
+use crate::progress::Lines;
 use crate::run_dir;
 
 /// Tokens that go through the model at once, if a sequence has no more.
@@ -41,6 +45,9 @@ pub struct EvalArgs {
     /// Tokens per sequence; default: the run's recipe, or the model's context up to 4096
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
+    /// Measure at most this many sequences, evenly spread over the text [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub sequences: Option<u64>,
     /// Compute threads [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
@@ -55,6 +62,7 @@ pub struct EvalArgs {
 /// What the model made of the text, and how much text it was.
 #[derive(Default)]
 struct Measured {
+    sequences: usize,
     evaluation: Evaluation,
     predicted: Predicted,
 }
@@ -102,8 +110,23 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
         let written = threads.run(|| model.write_logits(path, first));
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
-    let measured = threads.run(|| measure(&model, &tokenizer, &dataset, across));
-    print_figures(args.format, &report(&dir, &dataset, &measured))
+    let taken = args.sequences.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+    let taken = taken.min(dataset.num_sequences());
+    // A second Ctrl-C ends the process.
+    let stop = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.clone())
+        .and_then(|_| signal_hook::flag::register(SIGINT, stop.clone()))
+        .map_err(|error| Failure::run(format!("signals: {error}")))?;
+    let measured = threads.run(|| measure(&model, &tokenizer, (&dataset, taken), across, &stop));
+    if measured.sequences == 0 {
+        return Err(Failure::interrupted("interrupted before the first sequence"));
+    }
+    print_figures(args.format, &report(&dir, &dataset, &measured))?;
+    if measured.sequences < taken {
+        let of = count(taken, "sequence");
+        return Err(Failure::interrupted(format!("interrupted: {} of {of} measured", measured.sequences)));
+    }
+    Ok(())
 }
 
 /// The length of the sequences that the model was trained on, unless the user says another.
@@ -133,30 +156,47 @@ fn rows_at_once(length: usize) -> usize {
     (BATCH_TOKENS / length).max(1)
 }
 
-fn measure(model: &Generator, tokenizer: &Tokenizer, dataset: &PackedDataset, across: bool) -> Measured {
+/// Goes on until all that are `taken` are measured or `stop` is set; says how far it is.
+fn measure(
+    model: &Generator,
+    tokenizer: &Tokenizer,
+    (dataset, taken): (&PackedDataset, usize),
+    across: bool,
+    stop: &AtomicBool,
+) -> Measured {
     let mut measured = Measured::default();
-    let num_sequences = dataset.num_sequences();
     let rows = rows_at_once(dataset.sequence_length());
-    let bar = ProgressBar::new(num_sequences as u64);
-    for first in (0..num_sequences).step_by(rows) {
-        let end = num_sequences.min(first + rows);
-        let sequences = batches::measured(dataset, first..end, across);
+    let (bar, mut lines) = (ProgressBar::new(taken as u64), Lines::new());
+    say(format_args!("measuring {}", count(taken, "sequence")));
+    for first in (0..taken).step_by(rows) {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let end = taken.min(first + rows);
+        let ids = (first..end).map(|place| batches::validation_index(place, taken, dataset.num_sequences()));
+        let sequences = batches::measured(dataset, ids, across);
         measured.predicted.add(&sequences, tokenizer);
         model.measure(sequences, &mut measured.evaluation);
+        measured.sequences = end;
         bar.set_position(end as u64);
+        lines.show(
+            "sequence",
+            (end as u64, taken as u64),
+            &format!("loss {:.3}", measured.evaluation.loss()),
+        );
     }
     bar.finish_and_clear();
     measured
 }
 
 fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
-    let Measured { evaluation, predicted } = measured;
+    let Measured { evaluation, predicted, .. } = measured;
     let max_vio: BTreeMap<usize, f64> =
         evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
     Report {
         model: dir.display().to_string(),
         sequence_length: dataset.sequence_length(),
-        sequences: dataset.num_sequences(),
+        sequences: measured.sequences,
         tokens: evaluation.num_tokens,
         bytes: predicted.bytes as u64,
         loss: evaluation.loss(),
@@ -173,12 +213,12 @@ fn print_figures(format: Format, report: &Report) -> Result<(), Failure> {
         return print(&format!("{text}\n"));
     }
     let mut text = format!(
-        "{} on {} bytes in {} sequences of {} tokens\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
+        "{} on {} in {} of {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
          perplexity     {:.3}\n",
         report.model,
-        report.bytes,
-        report.sequences,
-        report.sequence_length,
+        count(report.bytes, "byte"),
+        count(report.sequences, "sequence"),
+        count(report.sequence_length, "token"),
         report.loss,
         report.bits_per_byte.map_or("-".into(), |bits| format!("{bits:.4}")),
         report.perplexity

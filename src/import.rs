@@ -11,7 +11,7 @@ use contraflow_workers::hf::export::{Export, ExportFormat, Written, staged};
 use contraflow_workers::hf::weights::HfWeights;
 
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{count, print, quoted, say};
 use crate::run_dir;
 
 /// Largest weight file of an imported model.
@@ -41,12 +41,12 @@ pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let make =
         |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
-    notes.iter().flatten().for_each(|note| eprintln!("note: {note}"));
-    let run = run.display();
+    notes.iter().flatten().for_each(|note| say(format_args!("note: {note}")));
+    let run = quoted(run.display());
     print(&format!(
-        "{run}: {} tensors, {:.1} MB, every one checked\n\
+        "{run}: {}, {:.1} MB, every one checked\n\
          next: contraflow eval {run} --data TEXT   contraflow generate {run}   contraflow train RECIPE --init {run}\n",
-        written.num_tensors,
+        count(written.num_tensors, "tensor"),
         written.bytes as f64 / 1e6
     ))
 }
@@ -92,10 +92,7 @@ impl From<ImportError> for Failure {
 fn run_name(args: &ImportArgs) -> Result<String, Failure> {
     let own = || args.dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let name = args.name.clone().or_else(own).unwrap_or_else(|| "import".into());
-    let is_plain = Path::new(&name).file_name() == Some(name.as_ref());
-    if !is_plain || name.starts_with('.') || name == "latest" {
-        return Err(Failure::input(format!("--name: expected the name of a folder in runs/, got {name:?}")));
-    }
+    run_dir::check_name(&name).map_err(|fault| Failure::input(format!("--name: {fault}")))?;
     Ok(name)
 }
 

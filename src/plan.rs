@@ -18,7 +18,7 @@ use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print};
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -76,6 +76,8 @@ struct Overview {
     report: PlanReport,
     /// Every plan that was proved.
     checked: Vec<Checked>,
+    /// Why nothing is validated, if that is so; a bare schedule says nothing of it.
+    no_validation: Option<String>,
 }
 
 /// What a recipe asks for.
@@ -137,7 +139,7 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
         operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
         note: report.note.clone(),
     };
-    Ok(Overview { layout: None, report, checked: vec![checked] })
+    Ok(Overview { layout: None, report, checked: vec![checked], no_validation: None })
 }
 
 fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
@@ -165,7 +167,8 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         peak_live_chunks: &planned.report.peak_activations,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
-    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked })
+    let no_validation = recipe.no_validation(usize::MAX);
+    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked, no_validation })
 }
 
 /// What a training step costs the first rank of each pipeline coordinate; the others there differ by the rounding of shards.
@@ -225,7 +228,8 @@ impl Layout {
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Topology { pipeline, expert, data } = self.topology;
-        writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {} ranks", self.world)?;
+        let ranks = count(self.world, "rank");
+        writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {ranks}")?;
         writeln!(
             f,
             "model {}: {} parameters, {} of them at work on a token; {} FLOP a token in training",
@@ -242,9 +246,10 @@ impl fmt::Display for Checked {
         let Checked { purpose, micro_batches, schedule, operations, .. } = self;
         write!(f, "  {purpose}")?;
         if let Some(sequences) = self.sequences {
-            write!(f, " on {sequences} sequences")?;
+            write!(f, " on {}", count(sequences, "sequence"))?;
         }
-        write!(f, ": {micro_batches} micro-batches, {schedule}, {operations} operations")?;
+        let micro_batches = count(micro_batches, "micro-batch");
+        write!(f, ": {micro_batches}, {schedule}, {}", count(operations, "operation"))?;
         self.note.as_ref().map_or(Ok(()), |note| write!(f, "\n    note: {note}"))
     }
 }
@@ -259,7 +264,8 @@ impl fmt::Display for Overview {
             f,
             "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers"
         )?;
-        self.checked.iter().try_for_each(|checked| writeln!(f, "{checked}"))
+        self.checked.iter().try_for_each(|checked| writeln!(f, "{checked}"))?;
+        self.no_validation.as_ref().map_or(Ok(()), |note| writeln!(f, "  {note}"))
     }
 }
 
@@ -306,7 +312,7 @@ mod tests {
 
     #[test]
     fn every_batch_of_the_ramp_is_proved_and_the_fallback_is_named() {
-        let small = ("training", Some(8), 2, "sequential".to_string(), true);
+        let small = ("training", Some(8), 2, "two-way".to_string(), true);
         let full = ("training", Some(16), 4, "dualpipe".to_string(), false);
         let validation = ("validation", Some(64), 16, "dualpipe".to_string(), false);
         assert_eq!(proved(&RAMP), [small.clone(), full.clone(), validation.clone()]);

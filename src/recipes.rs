@@ -1,5 +1,7 @@
 //! `contraflow recipes`: what is built in, and where to find every key.
 
+use clap::builder::PossibleValuesParser;
+use contraflow_runtime::model_config::builtin as models;
 use contraflow_runtime::recipe::{builtin, reference};
 
 use crate::failure::Failure;
@@ -11,13 +13,21 @@ pub struct RecipesArgs {
     /// Print every key of a recipe with its default and its meaning, as TOML
     #[arg(long)]
     pub keys: bool,
+    /// Print the config.json of a built-in model, to start one of your own from
+    #[arg(long, value_name = "MODEL", conflicts_with = "keys", value_parser = PossibleValuesParser::new(models::model_names()))]
+    pub config: Option<String>,
 }
 
-/// Lists the built-in recipes, or all keys.
+/// Lists the built-in recipes, or all keys, or prints a model.
 ///
 /// **Errors**: stdout cannot be written.
 pub fn run(args: &RecipesArgs) -> Result<(), Failure> {
-    print(&if args.keys { reference() } else { list() })
+    let config = args.config.as_deref().and_then(models::text);
+    print(&match config {
+        Some(config) => config.to_owned(),
+        None if args.keys => reference(),
+        None => list(),
+    })
 }
 
 fn list() -> String {
@@ -31,7 +41,10 @@ fn list() -> String {
         "{}\n{default} is the default of `contraflow train`. A recipe of your own is a TOML file: \
          `contraflow train FILE.toml`.\n\
          Every key, with its default and its meaning: `contraflow recipes --keys`.\n\
-         A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n",
-        lines.concat()
+         A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n\
+         A model to start your own from ({}): `contraflow recipes --config NAME`; single keys of it: \
+         `--set model.hidden_size=256`.\n",
+        lines.concat(),
+        models::model_names().join(", ")
     )
 }
