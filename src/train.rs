@@ -72,9 +72,6 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if args.print_recipe {
         return print(&recipe.resolved_toml());
     }
-    if let Some(done) = resumed.as_ref().and_then(|resumed| nothing_to_do(resumed, &recipe)) {
-        return print(&done);
-    }
     let _spans = telemetry::init(recipe.log.level, "contraflow-train")?;
     let _train = tracing::info_span!(target: SPAN, "train").entered();
     let began = Instant::now();
@@ -84,6 +81,10 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     text.corpus.warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
     if let Some(resumed) = &resumed {
         resumed.check(&recipe, &text.corpus.hash)?;
+    }
+    // What is refused is refused also where nothing is left to do.
+    if let Some(done) = resumed.as_ref().and_then(|resumed| nothing_to_do(resumed, &recipe)) {
+        return print(&done);
     }
     print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
