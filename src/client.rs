@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::control::text::printable;
-use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::describe;
 use serde_json::{Value, json};
@@ -51,6 +51,9 @@ pub struct Submit {
     /// Change a key of the recipe: section.key=value
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Files or folders to train on, below the workers' data root, which this machine does not look into
+    #[arg(long, num_args = 1.., value_name = "PATH")]
+    pub data: Vec<String>,
     /// Name of the job; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
@@ -198,10 +201,14 @@ fn lines_of(text: &str) -> String {
 /// **Errors**: code 2 with every fault of the recipe; code 1 if the orchestrator is out of reach.
 pub fn submit(args: &Submit) -> Result<(), Failure> {
     let source = RecipeSource::parse(&args.recipe);
-    let (recipe, model_config) = Recipe::to_submit(&source, &args.overrides)?;
+    let mut overrides = args.overrides.clone();
+    if !args.data.is_empty() {
+        overrides.push(paths_override(&args.data));
+    }
+    let (recipe, model_config) = Recipe::to_submit(&source, &overrides)?;
     let request = v1::SubmitRequest {
         recipe,
-        overrides: args.overrides.clone(),
+        overrides,
         model_config,
         name: args.name.clone().unwrap_or_else(|| source.name()),
         priority: args.priority,

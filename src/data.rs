@@ -2,15 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::model_config::builtin as models;
+use contraflow_runtime::recipe::{Recipe, RecipeSource, builtin};
 use contraflow_workers::data::Tokenizer;
+use contraflow_workers::data::corpus::VALIDATION_SHARE;
 use contraflow_workers::data::documents::DocumentEncoder;
 use contraflow_workers::data::hf_tokenizer::{self, EndOfDocument, MIN_VOCAB_SIZE};
-use contraflow_workers::data::prepare::{Preparation, Progress, prepare};
+use contraflow_workers::data::prepare::{Preparation, Prepared, Progress, Rule, prepare};
 use contraflow_workers::data::shards::{ShardIndex, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
-use crate::output::{count, print};
+use crate::output::{count, print, quoted, say};
 
 /// Arguments of `contraflow data`.
 #[derive(clap::Args, Debug)]
@@ -34,9 +37,18 @@ enum DataCommand {
 
 #[derive(clap::Args, Debug)]
 struct PrepareArgs {
-    /// Text, JSONL and Parquet files, or folders of them
+    /// Text, JSONL, JSON and Parquet files (also in gzip, zstd, bzip2), or folders of them
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     data: Vec<PathBuf>,
+    /// The field of JSON objects, or the Parquet column, that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    field: String,
+    /// Files or folders to validate on; without, a share of --data is held back
+    #[arg(long, num_args = 1.., value_name = "PATH")]
+    validation: Vec<PathBuf>,
+    /// Share of the text that is held back for validation
+    #[arg(long, default_value_t = VALIDATION_SHARE, value_name = "SHARE", conflicts_with = "validation")]
+    validation_share: f64,
     /// bytes, or the path of a tokenizer.json
     #[arg(long, default_value = "bytes")]
     tokenizer: String,
@@ -56,9 +68,12 @@ struct PrepareArgs {
 
 #[derive(clap::Args, Debug)]
 struct TokenizerArgs {
-    /// Text, JSONL and Parquet files, or folders of them
+    /// Text, JSONL, JSON and Parquet files (also in gzip, zstd, bzip2), or folders of them
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     data: Vec<PathBuf>,
+    /// The field of JSON objects, or the Parquet column, that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    field: String,
     /// Maximum number of tokens
     #[arg(long, value_name = "N")]
     vocab_size: usize,
@@ -79,11 +94,16 @@ pub fn run(args: &DataArgs) -> Result<(), Failure> {
 }
 
 fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
+    let mut faults = Vec::new();
     if !(0.0..=1.0).contains(&args.fim_rate) {
-        return Err(Failure::input(format!(
-            "--fim-rate: expected a number from 0 to 1, got {}",
-            args.fim_rate
-        )));
+        faults.push(format!("--fim-rate: expected a number from 0 to 1, got {}", args.fim_rate));
+    }
+    if !(0.0..1.0).contains(&args.validation_share) {
+        let got = args.validation_share;
+        faults.push(format!("--validation-share: expected a number from 0 to below 1, got {got}"));
+    }
+    if !faults.is_empty() {
+        return Err(Failure::faults("arguments", &faults));
     }
     let refused = |fault| Failure::faults("--tokenizer", &[fault]);
     let tokenizer = match args.tokenizer.as_str() {
@@ -95,7 +115,11 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
     };
     let preparation = Preparation {
         paths: args.data.clone(),
-        encoder: DocumentEncoder::with_fim(tokenizer, args.fim_rate).map_err(refused)?,
+        validation: args.validation.clone(),
+        validation_share: args.validation_share,
+        field: args.field.clone(),
+        encoder: DocumentEncoder::with_fim(tokenizer, args.fim_rate)
+            .map_err(|fault| Failure::input(fault.to_string().replacen("data.fim_rate", "--fim-rate", 1)))?,
         to: args.to.clone(),
         shard_tokens: usize::try_from(args.shard_tokens).unwrap_or(usize::MAX),
     };
@@ -103,14 +127,38 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
     if let Ok(style) = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {eta} {msg}") {
         bar.set_style(style);
     }
-    let index = prepare(&preparation, &mut |progress: Progress| {
-        bar.set_length(progress.bytes);
-        bar.set_position(progress.bytes_read);
-        bar.set_message(format!("{}, {}", count(progress.units, "shard"), count(progress.tokens, "token")));
+    let prepared = prepare(&preparation, &mut |progress: Progress| {
+        match progress.bytes {
+            0 => bar.set_message(format!("checking the text: {} MB", progress.bytes_checked / 1_000_000)),
+            bytes => {
+                bar.set_length(bytes);
+                bar.set_position(progress.bytes_read);
+                bar.set_message(format!(
+                    "{}, {}",
+                    count(progress.units, "shard"),
+                    count(progress.tokens, "token")
+                ));
+            }
+        }
         true
     });
     bar.finish_and_clear();
-    print_figures(&args.to, &index.map_err(|faults| Failure::faults("data", &faults))?)
+    let Prepared { index, skipped, rule } = prepared.map_err(|faults| Failure::faults("data", &faults))?;
+    skipped.warnings().iter().for_each(|warning| say(format_args!("warning: {warning}")));
+    rule.and_then(|rule| of_rule(rule, args)).iter().for_each(|note| say(format_args!("note: {note}")));
+    print_figures(&args.to, &index)
+}
+
+/// What is said of how the text was split, where it is not by whole documents.
+fn of_rule(rule: Rule, args: &PrepareArgs) -> Option<String> {
+    match rule {
+        Rule::Nothing if args.validation.is_empty() => Some("nothing is held back for validation".into()),
+        Rule::Nothing | Rule::Below(_) => None,
+        Rule::Ends(share) => Some(format!(
+            "the documents are few, or of very different sizes: the last {:.1}% of each are held back for validation",
+            100.0 * share
+        )),
+    }
 }
 
 fn print_figures(dir: &Path, index: &ShardIndex) -> Result<(), Failure> {
@@ -142,7 +190,7 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
         let got = args.vocab_size;
         return Err(Failure::input(format!("--vocab-size: expected at least {MIN_VOCAB_SIZE}, got {got}")));
     }
-    let json = hf_tokenizer::train(&args.data, args.vocab_size)
+    let json = hf_tokenizer::train(&args.data, &args.field, args.vocab_size)
         .map_err(|faults| Failure::faults("data", &faults))?;
     let fresh = args.to.with_extension("partial");
     std::fs::write(&fresh, json)
@@ -150,9 +198,28 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
         .map_err(|error| Failure::input(format!("{}: {error}", args.to.display())))?;
     let end = EndOfDocument::named("", "tokenizer.end_of_document");
     let tokenizer = Tokenizer::load(&args.to, &end).map_err(|fault| Failure::input(fault.to_string()))?;
-    let path = args.to.display();
-    print(&format!(
-        "{path}: {}\nnext: contraflow train --set tokenizer.path={path}\n",
-        count(tokenizer.id_limit(), "token")
-    ))
+    let (path, tokens) = (args.to.display(), tokenizer.id_limit());
+    print(&format!("{path}: {}\nnext: {}\n", count(tokens, "token"), next(args, tokens)))
+}
+
+/// A command that trains with a tokenizer of so many tokens on the text that it is made of.
+fn next(args: &TokenizerArgs, tokens: usize) -> String {
+    let data: Vec<String> = args.data.iter().map(|path| quoted(path.display())).collect();
+    let field =
+        if args.field == "text" { String::new() } else { format!(" --set data.field={}", args.field) };
+    let recipe = builtin::recipe_names().into_iter().find(|name| {
+        let recipe = Recipe::load(&RecipeSource::Builtin((*name).to_owned()), &[]);
+        recipe.is_ok_and(|recipe| recipe.model_config.vocab_size >= tokens)
+    });
+    let tokenizer = quoted(format_args!("tokenizer.path={}", args.to.display()));
+    match recipe {
+        Some(recipe) => {
+            format!("contraflow train {recipe} --set {tokenizer} --data {}{field}", data.join(" "))
+        }
+        None => format!(
+            "contraflow recipes --model {} > config.json, with a vocab_size of {tokens} or more; it is the model.config of a \
+             recipe of your own",
+            models::model_names().last().copied().unwrap_or_default()
+        ),
+    }
 }

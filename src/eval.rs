@@ -1,6 +1,7 @@
 //! `contraflow eval`: what a trained model makes of a text.
 //!
-//! The text is cut into sequences as for training, and the forward pass is that of training, on one rank.
+//! The text is cut into sequences as for training, the rest of it is a shorter one, and the forward pass is that of training, on
+//! one rank.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,8 +13,10 @@ use contraflow_orchestrator::metrics::record::max_vio;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
 use contraflow_workers::data::batches::{self, Predicted};
 use contraflow_workers::data::documents::DocumentEncoder;
-use contraflow_workers::data::load::load_whole;
+use contraflow_workers::data::load::{Whole, WholeRequest, load_whole};
 use contraflow_workers::data::model_tokenizer::ModelTokenizer;
+use contraflow_workers::data::sequences::Sequences;
+use contraflow_workers::data::shards::{Part, ShardIndex};
 use contraflow_workers::data::{PackedDataset, Tokenizer};
 use contraflow_workers::infer::evaluate::Evaluation;
 use contraflow_workers::infer::generate::Generator;
@@ -39,9 +42,15 @@ pub struct EvalArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// Text files or folders to measure on
+    /// Files or folders to measure on: text, JSONL, JSON, Parquet (also in gzip, zstd, bzip2), or prepared folders
     #[arg(long, num_args = 1.., required = true, value_name = "PATH")]
     pub data: Vec<PathBuf>,
+    /// The field of JSON objects, or the Parquet column, that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub field: String,
+    /// Part of the prepared folders to measure on [default: validation]
+    #[arg(long, value_enum)]
+    pub split: Option<Split>,
     /// Tokens per sequence; default: the run's recipe, or the model's context up to 4096
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
@@ -59,6 +68,36 @@ pub struct EvalArgs {
     pub logits: Option<PathBuf>,
 }
 
+/// Part of a prepared folder.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// What was held back when it was prepared
+    Validation,
+    /// What runs train on
+    Train,
+    /// Both
+    All,
+}
+
+impl Split {
+    fn part(self) -> Part {
+        match self {
+            Split::Validation => Part::Validation,
+            Split::Train => Part::Train,
+            Split::All => Part::All,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Split::Validation => "the validation part",
+            Split::Train => "the training part",
+            Split::All => "both parts",
+        }
+    }
+}
+
 /// What the model made of the text, and how much text it was.
 #[derive(Default)]
 struct Measured {
@@ -71,6 +110,8 @@ struct Measured {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
+    /// Of prepared folders; text is read whole.
+    split: Option<Split>,
     sequence_length: usize,
     sequences: usize,
     tokens: u64,
@@ -92,11 +133,17 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let length = sequence_length(args, recipe.as_ref(), &model)?;
     let across = recipe.is_none_or(|recipe| recipe.data.attend_across_documents);
     let encoder = DocumentEncoder::plain(tokenizer.clone());
-    let dataset =
-        load_whole(&args.data, &encoder, length).map_err(|faults| Failure::faults("--data", &faults))?;
-    if dataset.num_sequences() == 0 {
-        let got = dataset.num_tokens();
-        let message = format!("--data: expected more than {length} tokens, one sequence, got {got}");
+    let split = split(args)?;
+    let part = split.map_or(Part::All, Split::part);
+    let wanted = WholeRequest { field: &args.field, encoder: &encoder, part };
+    let loaded = load_whole(&args.data, wanted, length);
+    let Whole { sequences: dataset, warnings, .. } =
+        loaded.map_err(|faults| Failure::faults("--data", &faults))?;
+    warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
+    let mut tails = batches::measured_tails(&dataset, across);
+    if dataset.num_sequences() == 0 && tails.iter().all(|tail| tail.loss_weight() == 0.0) {
+        let message =
+            "--data: expected text of at least two tokens, of which one predicts the other, got less";
         return Err(Failure::input(message));
     }
     let threads = match args.threads {
@@ -106,27 +153,44 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     };
     let threads = Threads::new(threads);
     if let Some(path) = &args.logits {
-        let first = batches::measured(&dataset, 0..rows_at_once(length).min(dataset.num_sequences()), across);
+        let first = match dataset.num_sequences() {
+            0 => tails[0].clone(),
+            whole => batches::measured(&dataset, 0..rows_at_once(length).min(whole), across),
+        };
         let written = threads.run(|| model.write_logits(path, first));
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
-    let taken = args.sequences.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
-    let taken = taken.min(dataset.num_sequences());
+    let most = args.sequences.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+    let taken = most.min(dataset.num_sequences());
+    tails.truncate(most - taken);
+    let wanted = taken + tails.len();
     // A second Ctrl-C ends the process.
     let stop = Arc::new(AtomicBool::new(false));
     signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.clone())
         .and_then(|_| signal_hook::flag::register(SIGINT, stop.clone()))
         .map_err(|error| Failure::run(format!("signals: {error}")))?;
-    let measured = threads.run(|| measure(&model, &tokenizer, (&dataset, taken), across, &stop));
+    let measured = threads.run(|| measure(&model, &tokenizer, (&dataset, taken), tails, across, &stop));
     if measured.sequences == 0 {
         return Err(Failure::interrupted("interrupted before the first sequence"));
     }
-    print_figures(args.format, &report(&dir, &dataset, &measured))?;
-    if measured.sequences < taken {
-        let of = count(taken, "sequence");
+    let report = Report { split, ..report(&dir, &dataset, &measured) };
+    print_figures(args.format, &report, &args.data)?;
+    if measured.sequences < wanted {
+        let of = count(wanted, "sequence");
         return Err(Failure::interrupted(format!("interrupted: {} of {of} measured", measured.sequences)));
     }
     Ok(())
+}
+
+/// Which part of the prepared folders is read, if there are any.
+fn split(args: &EvalArgs) -> Result<Option<Split>, Failure> {
+    match (args.data.iter().any(|path| ShardIndex::is_in(path)), args.split) {
+        (true, split) => Ok(Some(split.unwrap_or(Split::Validation))),
+        (false, None) => Ok(None),
+        (false, Some(_)) => Err(Failure::input(
+            "--split: expected a prepared folder in --data, got text alone, which is read whole",
+        )),
+    }
 }
 
 /// The length of the sequences that the model was trained on, unless the user says another.
@@ -156,36 +220,38 @@ fn rows_at_once(length: usize) -> usize {
     (BATCH_TOKENS / length).max(1)
 }
 
-/// Goes on until all that are `taken` are measured or `stop` is set; says how far it is.
+/// Goes on until all that are `taken` and the tails are measured or `stop` is set; says how far it is.
 fn measure(
     model: &Generator,
     tokenizer: &Tokenizer,
     (dataset, taken): (&PackedDataset, usize),
+    tails: Vec<Sequences>,
     across: bool,
     stop: &AtomicBool,
 ) -> Measured {
     let mut measured = Measured::default();
     let rows = rows_at_once(dataset.sequence_length());
-    let (bar, mut lines) = (ProgressBar::new(taken as u64), Lines::new());
-    say(format_args!("measuring {}", count(taken, "sequence")));
-    for first in (0..taken).step_by(rows) {
+    let wanted = taken + tails.len();
+    let (bar, mut lines) = (ProgressBar::new(wanted as u64), Lines::new());
+    say(format_args!("measuring {}", count(wanted, "sequence")));
+    let whole = (0..taken).step_by(rows).map(|first| {
+        let end = taken.min(first + rows);
+        let ids = (first..end).map(|place| batches::validation_index(place, taken, dataset.num_sequences()));
+        (batches::measured(dataset, ids, across), end - first)
+    });
+    for (sequences, size) in whole.chain(tails.into_iter().map(|tail| (tail, 1))) {
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let end = taken.min(first + rows);
-        let ids = (first..end).map(|place| batches::validation_index(place, taken, dataset.num_sequences()));
-        let sequences = batches::measured(dataset, ids, across);
         measured.predicted.add(&sequences, tokenizer);
         model.measure(sequences, &mut measured.evaluation);
-        measured.sequences = end;
-        bar.set_position(end as u64);
-        lines.show(
-            "sequence",
-            (end as u64, taken as u64),
-            &format!("loss {:.3}", measured.evaluation.loss()),
-        );
+        measured.sequences += size;
+        let done = measured.sequences as u64;
+        bar.set_position(done);
+        lines.show("sequence", (done, wanted as u64), &format!("loss {:.3}", measured.evaluation.loss()));
     }
     bar.finish_and_clear();
+    measured.predicted = measured.predicted.of_text(dataset, tokenizer);
     measured
 }
 
@@ -195,6 +261,7 @@ fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
         evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
     Report {
         model: dir.display().to_string(),
+        split: None,
         sequence_length: dataset.sequence_length(),
         sequences: measured.sequences,
         tokens: evaluation.num_tokens,
@@ -207,13 +274,17 @@ fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
     }
 }
 
-fn print_figures(format: Format, report: &Report) -> Result<(), Failure> {
+fn print_figures(format: Format, report: &Report, data: &[PathBuf]) -> Result<(), Failure> {
     if format == Format::Json {
         let text = serde_json::to_string_pretty(report).map_err(|error| Failure::run(error.to_string()))?;
         return print(&format!("{text}\n"));
     }
+    let of_part = report.split.map_or_else(String::new, |split| {
+        let dirs = data.iter().filter(|path| ShardIndex::is_in(path)).map(|path| path.display().to_string());
+        format!(" of {} of {}", split.name(), dirs.collect::<Vec<_>>().join(", "))
+    });
     let mut text = format!(
-        "{} on {} in {} of {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
+        "{} on {}{of_part} in {} of at most {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
          perplexity     {:.3}\n",
         report.model,
         count(report.bytes, "byte"),

@@ -1,6 +1,7 @@
 //! `contraflow generate`: text from a run or from any HF directory of the architecture.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
 
 use contraflow_kernels::sampling::{Sampling, sample as sample_token};
@@ -11,7 +12,7 @@ use contraflow_workers::hf::check::{check_against, read_config};
 use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::failure::Failure;
-use crate::output::ModelText;
+use crate::output::{ModelText, say};
 use crate::run_dir;
 
 /// What the sample at the end of a training run on the default corpus begins with.
@@ -23,7 +24,7 @@ pub struct GenerateArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// Text to continue [default: what the sample of the run begins with]
+    /// Text to continue; -: what comes on stdin; empty: a text from its beginning [default: what the sample of the run begins with]
     #[arg(long)]
     pub prompt: Option<String>,
     /// Maximum number of tokens to add
@@ -45,9 +46,6 @@ pub struct GenerateArgs {
 /// **Errors**: code 2 with the file and what is wrong with it, or with an argument.
 pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let mut faults = Vec::new();
-    if args.prompt.as_deref() == Some("") {
-        faults.push("--prompt: expected at least one byte, got none".to_owned());
-    }
     if !args.temperature.is_finite() || args.temperature < 0.0 {
         faults.push(format!("--temperature: expected a number of at least 0, got {}", args.temperature));
     }
@@ -60,20 +58,51 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
     let (generator, text) = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
-    let of_run = || run_dir::sample_prompt(&dir).unwrap_or_else(|| SAMPLE_PROMPT.to_owned());
-    let prompt = args.prompt.clone().unwrap_or_else(of_run);
-    let tokens = Continuation::new(&generator, &text, &prompt, sampling, args.seed).ok_or_else(|| {
-        let message =
-            "--prompt: expected text of at least one token, got text of which the tokenizer leaves nothing";
-        Failure::input(message)
-    })?;
+    let of_run = || run_dir::sample_prompt(&dir).unwrap_or_else(|| SAMPLE_PROMPT.to_owned()).into_bytes();
+    let prompt = args.prompt.as_deref().map(prompt).transpose()?.unwrap_or_else(of_run);
+    let ids = prompt_ids(&text, &prompt, generator.max_len()).map_err(Failure::input)?;
     let mut shown = ModelText::to_stdout();
-    shown.print(prompt.as_bytes())?;
+    shown.print(&prompt)?;
+    let mut tokens = Continuation::new(&generator, &text, &ids, sampling, args.seed);
     let mut decode = text.tokenizer.stream();
-    for token in tokens.take(args.tokens) {
+    for token in tokens.by_ref().take(args.tokens) {
         shown.print(&decode(token))?;
     }
-    shown.print(b"\n")
+    shown.print(b"\n")?;
+    if tokens.is_cut_off && args.tokens > generator.max_len() - ids.len() + 1 {
+        let context = generator.max_len();
+        say(format_args!(
+            "note: the text ends where the model's context does, at {context} tokens with those of the prompt"
+        ));
+    }
+    Ok(())
+}
+
+/// The bytes of a prompt: the argument's, or those on stdin.
+fn prompt(argument: &str) -> Result<Vec<u8>, Failure> {
+    let mut bytes = argument.as_bytes().to_vec();
+    if argument == "-" {
+        bytes.clear();
+        let read = std::io::stdin().lock().read_to_end(&mut bytes);
+        read.map_err(|error| Failure::input(format!("--prompt -: stdin: {error}")))?;
+    }
+    Ok(bytes)
+}
+
+/// The tokens of a prompt; before a text that has not begun stands the end of another one.
+///
+/// **Errors**: the tokenizer leaves nothing of it, or it is longer than the model's context.
+fn prompt_ids(text: &ModelTokenizer, prompt: &[u8], longest: usize) -> Result<Vec<u32>, String> {
+    let tokenizer = &text.tokenizer;
+    let ids = if prompt.is_empty() { vec![tokenizer.end_of_document()] } else { tokenizer.encode(prompt) };
+    match ids.len() {
+        0 => Err("--prompt: expected text of at least one token, or none at all, got text of which the tokenizer leaves nothing"
+            .into()),
+        got if got > longest => {
+            Err(format!("--prompt: expected at most {longest} tokens, the model's context, got {got}"))
+        }
+        _ => Ok(ids),
+    }
 }
 
 /// The model of a directory with its tokenizer.
@@ -97,8 +126,11 @@ pub fn load(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
 pub fn sample(dir: &Path, prompt: &str, seed: u64) -> Result<String, Failure> {
     let (generator, text) = load(dir)?;
     let sampling = Sampling { temperature: 0.6, top_p: 0.95 };
-    let tokens = Continuation::new(&generator, &text, prompt, sampling, seed);
-    let tokens: Vec<u32> = tokens.into_iter().flatten().take(240).collect();
+    // A sample is no more than that: a context that is shorter than its prompt has none.
+    let Ok(ids) = prompt_ids(&text, prompt.as_bytes(), generator.max_len()) else {
+        return Ok(prompt.to_owned());
+    };
+    let tokens: Vec<u32> = Continuation::new(&generator, &text, &ids, sampling, seed).take(240).collect();
     Ok(format!("{prompt}{}", String::from_utf8_lossy(&text.tokenizer.decode(&tokens))))
 }
 
@@ -122,36 +154,26 @@ struct Continuation<'a> {
     /// Ids from here on are no token's.
     id_limit: usize,
     ends: &'a BTreeSet<u32>,
+    /// Whether the context was full before the text had ended.
+    is_cut_off: bool,
     sampling: Sampling,
     random: SplitMix64,
 }
 
 impl<'a> Continuation<'a> {
-    /// `None` if the prompt is no token.
+    /// After these tokens, of which there are some, and no more than the context has.
     fn new(
         generator: &'a Generator,
         text: &'a ModelTokenizer,
-        prompt: &str,
+        ids: &[u32],
         sampling: Sampling,
         seed: u64,
-    ) -> Option<Self> {
+    ) -> Self {
         let mut cache = Cache::default();
-        let mut ids = text.tokenizer.encode(prompt.as_bytes());
-        if ids.is_empty() {
-            return None;
-        }
-        ids.truncate(generator.max_len());
-        let logits = Some(generator.read(&mut cache, &ids));
+        let logits = Some(generator.read(&mut cache, ids));
         let (id_limit, ends) = (text.tokenizer.id_limit(), &text.ends);
-        Some(Continuation {
-            generator,
-            cache,
-            logits,
-            id_limit,
-            ends,
-            sampling,
-            random: SplitMix64::new(seed),
-        })
+        let random = SplitMix64::new(seed);
+        Continuation { generator, cache, logits, id_limit, ends, is_cut_off: false, sampling, random }
     }
 }
 
@@ -165,7 +187,8 @@ impl Iterator for Continuation<'_> {
         if self.ends.contains(&token) {
             return None;
         }
-        if self.cache.len < self.generator.max_len() {
+        self.is_cut_off = self.cache.len >= self.generator.max_len();
+        if !self.is_cut_off {
             self.logits = Some(self.generator.read(&mut self.cache, &[token]));
         }
         Some(token)

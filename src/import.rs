@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use contraflow_runtime::files::{self, sync_dir};
+use contraflow_runtime::model_config::ModelConfig;
 use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;
@@ -34,18 +35,18 @@ pub struct ImportArgs {
 pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
-    let notes = [buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let config = args.dir.join("config.json");
+    let notes = [config_note(&config), buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let config_json = files::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
     let make =
         |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
     notes.iter().flatten().for_each(|note| say(format_args!("note: {note}")));
-    let run = quoted(run.display());
+    let (next, run) = (quoted(run.display()), run.display());
     print(&format!(
         "{run}: {}, {:.1} MB, every one checked\n\
-         next: contraflow eval {run} --data TEXT   contraflow generate {run}   contraflow train RECIPE --init {run}\n",
+         next: contraflow eval {next} --data TEXT   contraflow generate {next}   contraflow train RECIPE --init {next}\n",
         count(written.num_tensors, "tensor"),
         written.bytes as f64 / 1e6
     ))
@@ -59,6 +60,14 @@ pub fn buffers_note(weights: &HfWeights) -> Option<String> {
         more => format!(" and {more} more"),
     };
     Some(format!("{first}{more}: skipped, as config.json implies them"))
+}
+
+/// What is said of keys of a `config.json` that change nothing.
+pub fn config_note(config: &Path) -> Option<String> {
+    // One that cannot be read is a fault, and reported as such.
+    let ignored = ModelConfig::ignored_keys(&files::read_to_string(config).ok()?);
+    (!ignored.is_empty())
+        .then(|| format!("{}: keys without effect: {}", config.display(), ignored.join(", ")))
 }
 
 /// What is said of a tokenizer that is not read.
@@ -92,7 +101,7 @@ impl From<ImportError> for Failure {
 fn run_name(args: &ImportArgs) -> Result<String, Failure> {
     let own = || args.dir.canonicalize().ok()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let name = args.name.clone().or_else(own).unwrap_or_else(|| "import".into());
-    run_dir::check_name(&name).map_err(|fault| Failure::input(format!("--name: {fault}")))?;
+    run_dir::check_name(&name)?;
     Ok(name)
 }
 

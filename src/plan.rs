@@ -18,6 +18,7 @@ use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_
 use serde::Serialize;
 
 use crate::failure::Failure;
+use crate::import::config_note;
 use crate::output::{Format, count, print};
 
 /// Arguments of the command.
@@ -76,8 +77,8 @@ struct Overview {
     report: PlanReport,
     /// Every plan that was proved.
     checked: Vec<Checked>,
-    /// Why nothing is validated, if that is so; a bare schedule says nothing of it.
-    no_validation: Option<String>,
+    /// What the user should know of the recipe, in sentences.
+    notes: Vec<String>,
 }
 
 /// What a recipe asks for.
@@ -139,7 +140,7 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
         operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
         note: report.note.clone(),
     };
-    Ok(Overview { layout: None, report, checked: vec![checked], no_validation: None })
+    Ok(Overview { layout: None, report, checked: vec![checked], notes: Vec::new() })
 }
 
 fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
@@ -167,8 +168,9 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         peak_live_chunks: &planned.report.peak_activations,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
-    let no_validation = recipe.no_validation(usize::MAX);
-    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked, no_validation })
+    let of_config = config_note(Path::new(&recipe.model.config));
+    let notes = of_config.into_iter().chain(recipe.no_validation(usize::MAX)).collect();
+    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked, notes })
 }
 
 /// What a training step costs the first rank of each pipeline coordinate; the others there differ by the rounding of shards.
@@ -265,7 +267,7 @@ impl fmt::Display for Overview {
             "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers"
         )?;
         self.checked.iter().try_for_each(|checked| writeln!(f, "{checked}"))?;
-        self.no_validation.as_ref().map_or(Ok(()), |note| writeln!(f, "  {note}"))
+        self.notes.iter().try_for_each(|note| writeln!(f, "note: {note}"))
     }
 }
 

@@ -13,18 +13,22 @@ pub struct RecipesArgs {
     /// Print every key of a recipe with its default and its meaning, as TOML
     #[arg(long)]
     pub keys: bool,
-    /// Print the config.json of a built-in model, to start one of your own from
-    #[arg(long, value_name = "MODEL", conflicts_with = "keys", value_parser = PossibleValuesParser::new(models::model_names()))]
-    pub config: Option<String>,
+    /// Print the config.json of a built-in model, to make one of your own from
+    #[arg(long, value_name = "NAME", conflicts_with = "keys", value_parser = models())]
+    pub model: Option<String>,
+}
+
+fn models() -> PossibleValuesParser {
+    PossibleValuesParser::new(models::model_names())
 }
 
 /// Lists the built-in recipes, or all keys, or prints a model.
 ///
 /// **Errors**: stdout cannot be written.
 pub fn run(args: &RecipesArgs) -> Result<(), Failure> {
-    let config = args.config.as_deref().and_then(models::text);
-    print(&match config {
-        Some(config) => config.to_owned(),
+    let model = args.model.as_deref().and_then(models::model);
+    print(&match model {
+        Some(model) => model.to_hf_json(),
         None if args.keys => reference(),
         None => list(),
     })
@@ -42,7 +46,7 @@ fn list() -> String {
          `contraflow train FILE.toml`.\n\
          Every key, with its default and its meaning: `contraflow recipes --keys`.\n\
          A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n\
-         A model to start your own from ({}): `contraflow recipes --config NAME`; single keys of it: \
+         A built-in model's config.json ({}), to change: `contraflow recipes --model NAME`; single keys of it: \
          `--set model.hidden_size=256`.\n",
         lines.concat(),
         models::model_names().join(", ")

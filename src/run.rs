@@ -179,7 +179,7 @@ impl Run {
             }
         ));
         if let Some(note) = self.no_validation(datasets) {
-            say(format_args!("note: {note}"));
+            say(format_args!("warning: {note}"));
         }
         let before = run_dir::records(&self.dir.join(run_dir::METRICS)).unwrap_or_default();
         let validated = before.iter().filter_map(|record| Some((record.validation_loss?, record.step - 1)));

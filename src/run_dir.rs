@@ -20,6 +20,18 @@ pub const RUNS: &str = "runs";
 /// Name of the link to the newest run.
 pub const LATEST: &str = "latest";
 
+/// Refuses what is no name of a folder in `runs`.
+///
+/// **Errors**: code 2 with the name.
+pub fn check_name(name: &str) -> Result<(), Failure> {
+    let is_plain = Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(is_control);
+    if is_plain && !name.starts_with('.') && name != LATEST {
+        return Ok(());
+    }
+    let expected = "the name of a folder in runs/, which does not begin with a dot and is not \"latest\"";
+    Err(Failure::input(format!("--name: expected {expected}, got {name:?}")))
+}
+
 /// Makes the folder of a new run and points `latest` at it.
 ///
 /// **Errors**: what the system says.
@@ -30,7 +42,7 @@ pub fn create(runs: &Path, name: &str) -> io::Result<PathBuf> {
         let path = runs.join(&folder);
         match std::fs::create_dir(&path) {
             Ok(()) => {
-                point_latest(runs, &folder)?;
+                point_latest(runs, &folder);
                 return Ok(path);
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -54,19 +66,8 @@ pub fn adopt<T, E: From<io::Error>>(
     let folder = folder.expect("the numbers do not end");
     let path = runs.join(&folder);
     let made = make(&path)?;
-    point_latest(runs, &folder)?;
+    point_latest(runs, &folder);
     Ok((path, made))
-}
-
-/// Refuses what is no name of a run's folder.
-///
-/// **Errors**: what was expected, and the name.
-pub fn check_name(name: &str) -> Result<(), String> {
-    let is_plain = Path::new(name).file_name() == Some(name.as_ref());
-    if is_plain && !name.starts_with('.') && name != LATEST && !name.contains(is_control) {
-        return Ok(());
-    }
-    Err(format!("expected the name of a folder in {RUNS}/, without slashes and not {LATEST:?}, got {name:?}"))
 }
 
 /// Every run, by name: the folders in the folder of all runs, without the link to the latest.
@@ -123,7 +124,10 @@ pub fn repair_latest(runs: &Path) -> io::Result<()> {
     }
     let newest = list(runs)?.into_iter().max_by_key(|run| (last_change(run), run.clone()));
     match newest.as_deref().and_then(Path::file_name) {
-        Some(name) => point_latest(runs, &name.to_string_lossy()),
+        Some(name) => {
+            point_latest(runs, &name.to_string_lossy());
+            Ok(())
+        }
         None => match std::fs::remove_file(link) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -131,14 +135,37 @@ pub fn repair_latest(runs: &Path) -> io::Result<()> {
     }
 }
 
-/// Replaces the link in one step, so that there is always one.
-fn point_latest(runs: &Path, folder: &str) -> io::Result<()> {
+/// Replaces the link in one step, so that there is always one. A run is as good without: what stands in the way is said.
+fn point_latest(runs: &Path, folder: &str) {
+    let latest = runs.join(LATEST);
     let fresh = runs.join(format!(".latest-{}", std::process::id()));
-    #[cfg(unix)]
-    std::os::unix::fs::symlink(folder, &fresh)?;
-    #[cfg(not(unix))]
-    std::fs::write(&fresh, folder)?;
-    std::fs::rename(&fresh, runs.join(LATEST))
+    let is_folder = std::fs::symlink_metadata(&latest).is_ok_and(|metadata| metadata.is_dir());
+    let pointed = if is_folder {
+        Err("it is a folder and no link, and stays as it is; commands without a run's name mean it"
+            .to_owned())
+    } else {
+        link(folder, &fresh)
+            .and_then(|()| std::fs::rename(&fresh, &latest))
+            .map_err(|error| error.to_string())
+    };
+    if let Err(why) = pointed {
+        drop(std::fs::remove_file(&fresh));
+        say(format_args!(
+            "note: {} does not point at {}: {why}",
+            latest.display(),
+            runs.join(folder).display()
+        ));
+    }
+}
+
+#[cfg(unix)]
+fn link(folder: &str, to: &Path) -> io::Result<()> {
+    std::os::unix::fs::symlink(folder, to)
+}
+
+#[cfg(not(unix))]
+fn link(folder: &str, to: &Path) -> io::Result<()> {
+    std::fs::write(to, folder)
 }
 
 /// Name of the lock file of a run in use.
@@ -330,18 +357,6 @@ mod tests {
     }
 
     #[test]
-    fn names_of_runs_are_plain_and_latest_is_none() {
-        for name in ["tiny", "x y", "größer", "a.b"] {
-            assert_eq!(check_name(name), Ok(()));
-        }
-        for name in ["a/b", "", ".", "..", ".x", "latest", "a/", "/x", "a\nb"] {
-            let refusal = check_name(name).unwrap_err();
-            assert!(refusal.starts_with("expected the name of a folder in runs/, "), "{refusal}");
-            assert!(refusal.ends_with(&format!("got {name:?}")), "{refusal}");
-        }
-    }
-
-    #[test]
     fn latest_is_repaired_once_its_run_is_gone_and_goes_with_the_last_run() {
         let root = tempfile::tempdir().unwrap();
         let runs = root.path().join("runs");
@@ -352,6 +367,30 @@ mod tests {
         std::fs::remove_dir(first).unwrap();
         repair_latest(&runs).unwrap();
         assert_eq!(runs.read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_folder_in_the_place_of_the_link_stays_and_the_run_is_made() {
+        let root = tempfile::tempdir().unwrap();
+        let runs = root.path().join("runs");
+        std::fs::create_dir_all(runs.join("latest")).unwrap();
+        std::fs::write(runs.join("latest/plan.txt"), "x").unwrap();
+        assert_eq!(create(&runs, "tiny").unwrap(), runs.join("tiny"));
+        assert!(runs.join("latest/plan.txt").is_file());
+        let mut names: Vec<_> = runs.read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["latest", "tiny"]);
+    }
+
+    #[test]
+    fn a_name_is_that_of_a_folder_in_runs() {
+        for name in ["tiny", "x y", "\u{e9}t\u{e9}", "a.b", "latest-2"] {
+            assert_eq!(check_name(name), Ok(()));
+        }
+        for name in ["../x", "a/b", "", ".hidden", ".", "..", "a/", "/a", "latest", "a\nb", "a\u{1b}[2J"] {
+            let failure = check_name(name).unwrap_err();
+            assert!(failure.code == 2 && failure.message.starts_with("--name: expected "), "{failure}");
+        }
     }
 
     #[test]

@@ -9,11 +9,12 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_over
 use contraflow_runtime::schedule::{RankFigures, size};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::batches::TaskKind;
-use contraflow_workers::data::from_recipe::load_text;
+use contraflow_workers::data::from_recipe::{Text, load_text};
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
 use crate::failure::Failure;
+use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
 use crate::resume::Resumed;
 use crate::run::Run;
@@ -27,7 +28,8 @@ pub struct TrainArgs {
     /// Change a key of the recipe: section.key=value
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Text files or folders to train on, instead of the default corpus
+    /// Files or folders to train on, instead of the default corpus: text, JSONL, JSON, Parquet (also in gzip, zstd, bzip2), or
+    /// prepared folders
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
     /// Start from the weights of a run or of an HF directory, with a fresh optimizer; also its model, unless model.config
@@ -51,7 +53,7 @@ pub struct TrainArgs {
 /// interrupted.
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if let Some(name) = &args.name {
-        run_dir::check_name(name).map_err(|fault| Failure::input(format!("--name: {fault}")))?;
+        run_dir::check_name(name)?;
     }
     let overrides = overrides(args)?;
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
@@ -62,6 +64,11 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
             (source.name(), Recipe::load(&source, &overrides)?)
         }
     };
+    let name = args.name.clone().unwrap_or(name);
+    if resumed.is_none() && !args.print_recipe {
+        // A recipe's file may have a name that no run can have.
+        run_dir::check_name(&name)?;
+    }
     if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
         check::check_against(&recipe.model_config, dir).map_err(|faults| {
             let mut failure = Failure::faults("model.init", &faults);
@@ -79,22 +86,30 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         load_text(&recipe).map_err(|faults| Failure::faults(faults.key, &faults.faults))?;
     recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
     text.corpus.warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
-    if let Some(resumed) = &resumed {
-        resumed.check(&recipe, &text.corpus.hash)?;
+    match &resumed {
+        Some(resumed) => resumed.check(&recipe, &text.corpus.hash)?,
+        None => say_of_start(&recipe, &text),
     }
     // What is refused is refused also where nothing is left to do.
     if let Some(done) = resumed.as_ref().and_then(|resumed| nothing_to_do(resumed, &recipe)) {
         return print(&done);
     }
+    recipe.tokenizer = text.tokenizer_section.clone();
     print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
-        None => Run::create(&args.name.clone().unwrap_or(name), recipe, text)?,
+        None => Run::create(&name, recipe, text)?,
     };
     let datasets = Arc::new(datasets);
     let tally = run.train(&datasets)?;
     run.finish(&datasets, tally, began)
+}
+
+/// What a fresh run takes along or leaves out.
+fn say_of_start(recipe: &Recipe, text: &Text) {
+    let of_config = config_note(Path::new(&recipe.model.config));
+    of_config.iter().chain(&text.notes).for_each(|note| say(format_args!("note: {note}")));
 }
 
 /// What the command line changes in the recipe.

@@ -118,8 +118,16 @@ fn a_run_on_prepared_tokens_trains_resumes_generates_and_is_evaluated() {
     assert!(per_byte < per_token / 1.5, "{of_model}");
     assert!(measure("runs/recipe", "tokens")["tokens"].as_u64() > of_model["tokens"].as_u64());
 
-    let stderr = refused(dir, &["train", "recipe.toml", "--set", "tokenizer.path="]);
-    assert!(stderr.contains("tokens/index.json: expected tokens of the run's tokenizer (bytes)"), "{stderr}");
+    // The folder brings the tokenizer: the recipe need not name it.
+    let unnamed = succeed(dir, &["train", "recipe.toml", "--set", "tokenizer.path=", "--name", "unnamed"]);
+    assert!(
+        String::from_utf8_lossy(&unnamed.stderr).contains("note: the tokenizer is that of the prepared data")
+    );
+    let loss = |run: &str| {
+        let metrics = std::fs::read_to_string(dir.join(run).join("metrics.jsonl")).unwrap();
+        serde_json::from_str::<serde_json::Value>(metrics.lines().nth(5).unwrap()).unwrap()["loss"].clone()
+    };
+    assert_eq!(loss("runs/unnamed"), loss("runs/recipe"));
     let small = MODEL.replace("\"vocab_size\": 512", "\"vocab_size\": 300");
     std::fs::write(dir.join("model.json"), small).unwrap();
     let stderr = refused(dir, &["train", "recipe.toml"]);

@@ -166,6 +166,11 @@ impl Job {
         matches!(self.state, State::Starting { .. })
     }
 
+    /// Whether the checkpoint of this step is the one that is being committed.
+    pub fn commits(&self, step: u64) -> bool {
+        self.whole.front().is_some_and(|(position, ..)| position.step == step)
+    }
+
     /// Whether a checkpoint is whole and not yet committed.
     pub fn is_committing(&self) -> bool {
         !self.whole.is_empty()

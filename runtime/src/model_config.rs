@@ -127,6 +127,12 @@ impl ModelConfig {
         written.into_iter().map(|(key, _)| key).filter(|key| !names.contains(&key.as_str())).collect()
     }
 
+    /// Keys of a `config.json` that change nothing here, though their writer may have meant something by them; none of a text that
+    /// is no such file. Those that change nothing anywhere are left out.
+    pub fn ignored_keys(text: &str) -> Vec<String> {
+        hf::ignored_keys(text)
+    }
+
     /// The `config.json` of this model in the spelling of the published DeepSeek-V3 checkpoints.
     pub fn to_hf_json(&self) -> String {
         hf::write(self)

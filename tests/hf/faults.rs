@@ -61,6 +61,30 @@ fn without_checksums_truncated_and_missing_files_and_a_broken_index_are_reported
 }
 
 #[test]
+fn a_configuration_that_was_edited_is_told_from_a_file_that_is_cut_off() {
+    let place = Place::new();
+    exported(&place);
+    let config = place.path("hf/config.json");
+    let sealed = std::fs::read_to_string(&config).unwrap();
+    for edited in [
+        sealed.replace("\"use_cache\": true", "\"use_cache\": false"),
+        sealed.replace("\"use_cache\": true", "\"use_cache\": null"),
+    ] {
+        assert_ne!(edited, sealed);
+        std::fs::write(&config, edited).unwrap();
+        let stderr = place.refused(&["import", "hf"]);
+        assert_contains(
+            &stderr,
+            &["hf/config.json: expected ", "edited or damaged; if it was edited, remove contraflow.json"],
+        );
+        assert!(!stderr.contains("truncated"), "{stderr}");
+    }
+    // Which is a way on.
+    std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
+    place.done(&["import", "hf"]);
+}
+
+#[test]
 fn a_newer_form_of_the_checksums_is_refused() {
     let place = Place::new();
     exported(&place);
@@ -221,10 +245,14 @@ fn eval_says_what_it_cannot_measure() {
         &place.refused(&["eval", "--data", "missing.txt"]),
         &["--data: ", "missing.txt: no such file"],
     );
-    std::fs::write(place.path("short.txt"), "short").unwrap();
+    std::fs::write(place.path("short.txt"), "s").unwrap();
     assert_contains(
         &place.refused(&["eval", "--data", "short.txt"]),
-        &["--data: expected more than 32 tokens", "got 6"],
+        &["--data: expected text of at least two tokens"],
+    );
+    assert_contains(
+        &place.refused(&["eval", "--data", "text.txt", "--split", "train"]),
+        &["--split: expected a prepared folder in --data"],
     );
     let too_long = ["eval", "--data", "text.txt", "--sequence-length", "257"];
     assert_contains(&place.refused(&too_long), &["--sequence-length: expected 2 to 256", "got 257"]);

@@ -33,10 +33,32 @@ fn write(place: &Place, path: &str, value: &Value) {
     std::fs::write(place.path(path), value.to_string()).unwrap();
 }
 
+/// The text as far as it fills sequences of 32 tokens, and the token behind them, which is the last target: what transformers
+/// was given to measure.
+fn whole_sequences(place: &Place, data: &str) -> String {
+    let text = std::fs::read_to_string(fixture(data)).unwrap();
+    let whole = match data {
+        "text.txt" => text[..14 * 32 + 1].to_owned(),
+        "text.jsonl" => {
+            let lines: Vec<&str> = text.lines().collect();
+            let (last, before) = lines.split_last().unwrap();
+            assert!(last.contains("sequence length or text"));
+            [
+                before.join("\n"),
+                json!({"text": "sequence length or text is refused; other chang"}).to_string(),
+            ]
+            .join("\n")
+        }
+        other => panic!("{other}"),
+    };
+    let name = format!("whole-{data}");
+    std::fs::write(place.path(&name), whole).unwrap();
+    name
+}
+
 fn measured(place: &Place, model: &str, data: &str) -> Value {
-    let data = fixture(data);
-    let args =
-        ["eval", model, "--data", data.to_str().unwrap(), "--sequence-length", "32", "--format", "json"];
+    let data = whole_sequences(place, data);
+    let args = ["eval", model, "--data", &data, "--sequence-length", "32", "--format", "json"];
     serde_json::from_str(&place.done(&args)).unwrap()
 }
 

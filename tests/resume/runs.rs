@@ -63,7 +63,8 @@ fn names_of_runs_are_refused_by_words_and_quoted_where_they_need_it() {
     for name in ["a/b", "..", "latest"] {
         let output = place.run(&["train", "recipe.toml", "--name", name]);
         let expected = format!(
-            "error: --name: expected the name of a folder in runs/, without slashes and not \"latest\", got {name:?}\n"
+            "error: --name: expected the name of a folder in runs/, which does not begin with a dot and is not \"latest\", \
+             got {name:?}\n"
         );
         assert_eq!((output.status.code(), stderr(&output)), (Some(2), expected));
     }
@@ -299,7 +300,7 @@ fn single_keys_of_the_model_come_from_the_command_line() {
     assert!(recipe.contains("vocab_size = 300\n"), "{recipe}");
     place.succeed(&["train", "--resume", "--set", "training.steps=13"]);
 
-    let printed = place.run(&["recipes", "--config", "tiny"]);
+    let printed = place.run(&["recipes", "--model", "tiny"]);
     std::fs::write(place.path("mine.json"), &printed.stdout).unwrap();
     let output = place.run(&["plan", "recipe.toml", "--set", "model.config=mine.json"]);
     assert!(output.status.success(), "{}", stderr(&output));

@@ -132,14 +132,14 @@ fn a_run_without_validation_says_so_before_it_begins() {
     let none = ["--set", "training.validation_sequences=0"];
     let note = "no validation: training.validation_sequences is";
     for (set, why) in
-        [(&too_few[..], "3, a round takes 4 (micro_batch_size 4 x expert 1 x data 1)"), (&none, "0")]
+        [(&too_few[..], "3, less than a round of 4 (micro_batch_size 4 x expert 1 x data 1)"), (&none, "0")]
     {
         let planned = place.run(&[&["plan", "recipe.toml"][..], set].concat());
         let planned = String::from_utf8_lossy(&planned.stdout).into_owned();
-        assert!(planned.contains(&format!("  {note} {why}\n")), "{planned}");
+        assert!(planned.contains(&format!("note: {note} {why}\n")), "{planned}");
         let output = place.run(&[&["train", "recipe.toml"][..], set].concat());
         assert!(output.status.success(), "{}", stderr(&output));
-        assert!(stderr(&output).contains(&format!("note: {note} {why}\n")), "{}", stderr(&output));
+        assert!(stderr(&output).contains(&format!("warning: {note} {why}\n")), "{}", stderr(&output));
         assert!(String::from_utf8_lossy(&output.stdout).contains(&format!("{note} {why}\n")));
     }
     let output = place.run(&[&["train", "recipe.toml", "--set", "validate.every=2"][..], &none].concat());

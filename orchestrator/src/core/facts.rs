@@ -59,8 +59,10 @@ impl JobSpec {
             &model.config,
             &model.init,
             &tokenizer.path,
+            &data.field,
         ];
-        let texts = texts.into_iter().chain(&data.paths).map(|text| text.len() + PER_ENTRY).sum::<usize>();
+        let texts = texts.into_iter().chain(&data.paths).chain(&data.validation);
+        let texts = texts.map(|text| text.len() + PER_ENTRY).sum::<usize>();
         let entries = data.weights.len() + model_config.eos_token_id.len();
         let entries = entries + balance.bias_speed.num_steps() + mtp.weight.num_steps();
         (PER_JOB + texts + PER_ENTRY * entries) as u64

@@ -188,7 +188,10 @@ impl Formation {
     ) -> Vec<JobEffect> {
         match position {
             Some(position) => {
-                self.storage.committed();
+                // A repeated answer to an earlier commit says nothing of the one that is to be tried again.
+                if self.machine.commits(position.step) {
+                    self.storage.committed();
+                }
                 self.machine.committed(position.step, result)
             }
             None => self.machine.weights_published(result),

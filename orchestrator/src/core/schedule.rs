@@ -93,6 +93,7 @@ impl Core {
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
         let recipe = record.spec.recipe_on(&topology);
+        // How much text there is to validate on, the workers know alone.
         let notes = || recipe.fallbacks().into_iter().chain(recipe.no_validation(usize::MAX)).collect();
         let notes: Vec<String> = if is_same_layout { Vec::new() } else { notes() };
         let (formation, places) = (formed.id(job), formed.places.clone());

@@ -79,6 +79,8 @@ const DRAIN: Bound = text("DrainRequest.node", 256);
 
 // Of a recipe, once it is read.
 const PATHS: Bound = Bound { field: "data.paths", kind: Kind::Text, entries: 4_096, bytes: 4_096 };
+const VALIDATION: Bound = Bound { field: "data.validation", kind: Kind::Text, entries: 4_096, bytes: 4_096 };
+const FIELD: Bound = text("data.field", 256);
 const WEIGHTS: Bound = list("data.weights", 4_096);
 const TOKENIZER: Bound = text("tokenizer.path", 4_096);
 const END_OF_DOCUMENT: Bound = text("tokenizer.end_of_document", 256);
@@ -198,6 +200,8 @@ pub fn submit(request: &v1::SubmitRequest) -> Result<(), Faults> {
 pub fn recipe(recipe: &Recipe) -> Result<(), Faults> {
     let mut check = Check::default();
     check.texts(PATHS, recipe.data.paths.iter());
+    check.texts(VALIDATION, recipe.data.validation.iter());
+    check.text(FIELD, &recipe.data.field);
     check.entries(WEIGHTS, recipe.data.weights.len());
     check.text(TOKENIZER, &recipe.tokenizer.path);
     check.text(END_OF_DOCUMENT, &recipe.tokenizer.end_of_document);

@@ -56,6 +56,51 @@ pub(super) fn read_with(text: &str, keys: &Map<String, Value>) -> Result<(ModelC
     Ok((config, faults))
 }
 
+/// Keys of published files that change nothing: they name classes, versions and types, or repeat what is fixed.
+const WITHOUT_EFFECT: [&str; 21] = [
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "dtype",
+    "ep_size",
+    "head_dim",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "qk_head_dim",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+];
+
+/// Keys that other programs train by, and the recipe's that do it here.
+const OF_TRAINING: [(&str, &str); 2] =
+    [("aux_loss_alpha", "balance.sequence_alpha"), ("seq_aux", "balance.sequence_alpha")];
+
+/// Keys of a file that are not read, in order; each with the key of the recipe that is instead, if there is one.
+pub(super) fn ignored_keys(text: &str) -> Vec<String> {
+    let Ok(Value::Object(object)) = serde_json::from_str(text) else { return Vec::new() };
+    let own = super::builtin::model("tiny").map(|model| write(&model)).unwrap_or_default();
+    let Ok(Value::Object(own)) = serde_json::from_str(&own) else { return Vec::new() };
+    // "rope_" begins the keys of every spelling of the rotary settings, which are checked one by one.
+    let is_read =
+        |key: &str| own.contains_key(key) || key.starts_with("rope_") || key == "quantization_config";
+    let ignored = object.keys().filter(|key| !is_read(key) && !WITHOUT_EFFECT.contains(&key.as_str()));
+    let named = |key: &String| match OF_TRAINING.iter().find(|(known, _)| known == key) {
+        Some((_, instead)) => format!("{key} (the recipe's {instead} counts)"),
+        None => key.clone(),
+    };
+    ignored.map(named).collect()
+}
+
 /// Takes typed values out of one JSON object and notes what is wrong with them.
 struct ConfigReader<'a> {
     object: &'a Map<String, Value>,

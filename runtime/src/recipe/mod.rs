@@ -252,6 +252,7 @@ impl Recipe {
     pub fn under(mut self, root: &Path) -> Self {
         let join = |path: &mut String| *path = root.join(&*path).to_string_lossy().into_owned();
         self.data.paths.iter_mut().for_each(join);
+        self.data.validation.iter_mut().for_each(join);
         if !self.tokenizer.path.is_empty() {
             join(&mut self.tokenizer.path);
         }
@@ -269,6 +270,7 @@ impl Recipe {
     /// Every path that is looked up where the job runs, with its key.
     fn paths(&self) -> Vec<(&'static str, &str)> {
         let mut paths: Vec<_> = self.data.paths.iter().map(|path| ("data.paths", path.as_str())).collect();
+        paths.extend(self.data.validation.iter().map(|path| ("data.validation", path.as_str())));
         if !self.tokenizer.path.is_empty() {
             paths.push(("tokenizer.path", &self.tokenizer.path));
         }

@@ -101,7 +101,9 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
         let expected = format!("at most the model's max_position_embeddings ({longest})");
         faults.expected("training.sequence_length", expected, length);
     }
-    let is_bytes = recipe.tokenizer.path.is_empty();
+    // Prepared folders and the weights that training starts from may bring a tokenizer: it is checked where it is read.
+    let is_bytes =
+        recipe.tokenizer.path.is_empty() && recipe.data.paths.is_empty() && recipe.model.init_dir().is_none();
     let is_known = faults.spare(&["tokenizer.path"]) && knows(faults, &["vocab_size"]);
     if is_bytes && is_known && model.vocab_size < BYTE_TOKENS {
         let expected = format!("at least {BYTE_TOKENS} for the byte tokenizer");

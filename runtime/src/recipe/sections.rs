@@ -132,8 +132,14 @@ pub struct MtpSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
-    /// Text, JSONL and Parquet files, folders of them, prepared folders; none: our dependencies' Rust source.
+    /// Text, JSONL, JSON and Parquet files (also in gzip, zstd, bzip2), folders of them, prepared folders; none: our dependencies' Rust source.
     pub paths: Vec<String>,
+    /// The field of JSON objects, or the Parquet column, that holds the text.
+    pub field: String,
+    /// Files and folders to validate on, read whole; none: what is held back of data.paths.
+    pub validation: Vec<String>,
+    /// Share of the text held back where data.validation is empty; prepared folders have held back theirs.
+    pub validation_share: f64,
     /// Shares of the paths in the order of training, one for each; none: all paths are one source.
     pub weights: Vec<u32>,
     /// Whether tokens see the documents before their own in a sequence.
@@ -146,7 +152,7 @@ pub struct DataSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerSection {
-    /// An HF tokenizer.json; empty: one token per byte, and one for the end of a document.
+    /// An HF tokenizer.json; empty: that of a prepared folder, or of model.init, or one token per byte.
     pub path: String,
     /// Its token that ends a document; empty: found among the names that published tokenizers have for it.
     pub end_of_document: String,

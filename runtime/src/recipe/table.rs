@@ -109,10 +109,12 @@ impl RecipeTable {
         {
             resolved.push(("tokenizer.path", Value::String(resolve("tokenizer.path", name))));
         }
-        if let Some(Value::Array(names)) = self.get("data.paths") {
-            let names = names.iter().filter_map(Value::as_str);
-            let list = names.map(|name| Value::String(resolve("data.paths", name))).collect();
-            resolved.push(("data.paths", Value::Array(list)));
+        for path in ["data.paths", "data.validation"] {
+            if let Some(Value::Array(names)) = self.get(path) {
+                let names = names.iter().filter_map(Value::as_str);
+                let list = names.map(|name| Value::String(resolve(path, name))).collect();
+                resolved.push((path, Value::Array(list)));
+            }
         }
         for (path, value) in resolved {
             self.set(path, value);

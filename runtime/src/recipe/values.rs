@@ -71,28 +71,30 @@ impl Recipe {
         small.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
     }
 
-    /// Sequences of a validation are a multiple of this: a micro-batch for each data-parallel rank.
-    pub fn validation_round(&self) -> usize {
+    /// Sequences of a round of validation, the least that it can read.
+    pub fn validation_unit(&self) -> usize {
         self.training.micro_batch_size * self.topology().dp_size()
     }
 
-    /// Why a run of which `available` sequences are for validation has none, if that is so.
+    /// Why nothing is validated where the text has so many sequences to validate on; `None` if something is.
     pub fn no_validation(&self, available: usize) -> Option<String> {
-        let (asked, round) = (self.training.validation_sequences, self.validation_round());
-        if asked.min(available) >= round {
-            return None;
-        }
-        let (size, parallel) = (self.training.micro_batch_size, &self.parallel);
-        let takes = format!(
-            "a round takes {round} (micro_batch_size {size} x expert {} x data {})",
-            parallel.expert, parallel.data
+        let (wanted, unit) = (self.training.validation_sequences, self.validation_unit());
+        let round = format!(
+            "a round of {unit} (micro_batch_size {} x expert {} x data {})",
+            self.training.micro_batch_size, self.parallel.expert, self.parallel.data
         );
-        let why = match asked {
-            0 => "training.validation_sequences is 0".to_owned(),
-            _ if asked < round => format!("training.validation_sequences is {asked}, {takes}"),
-            _ => format!("the data has {available} sequences for it, {takes}"),
-        };
-        Some(format!("no validation: {why}"))
+        let length = self.training.sequence_length;
+        match () {
+            () if wanted == 0 => Some("no validation: training.validation_sequences is 0".into()),
+            () if wanted < unit => {
+                Some(format!("no validation: training.validation_sequences is {wanted}, less than {round}"))
+            }
+            () if available < unit => Some(format!(
+                "no validation: the text to validate on has {available} sequences of {length} tokens, less than {round}; \
+                 data.validation names a text, data.validation_share holds back more"
+            )),
+            () => None,
+        }
     }
 
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
@@ -231,28 +233,6 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_validation_says_why() {
-        let load = |entries: &[&str]| {
-            let entries: Vec<String> = entries.iter().map(|entry| entry.to_string()).collect();
-            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
-        };
-        // tiny: micro-batches of 2 sequences, expert 2, data 1.
-        let recipe = load(&["training.validation_sequences=3"]);
-        assert_eq!(
-            recipe.no_validation(100).unwrap(),
-            "no validation: training.validation_sequences is 3, a round takes 4 (micro_batch_size 2 x expert 2 x data 1)"
-        );
-        let recipe = load(&[]);
-        assert_eq!(
-            recipe.no_validation(3).unwrap(),
-            "no validation: the data has 3 sequences for it, a round takes 4 (micro_batch_size 2 x expert 2 x data 1)"
-        );
-        assert_eq!((recipe.no_validation(4), recipe.no_validation(usize::MAX)), (None, None));
-        let none = load(&["training.validation_sequences=0"]).no_validation(usize::MAX);
-        assert_eq!(none.unwrap(), "no validation: training.validation_sequences is 0");
-    }
-
-    #[test]
     fn validations_come_between_the_first_step_and_the_last_and_checkpoints_with_them() {
         let load = |entry: &str| {
             let entries =
@@ -267,6 +247,26 @@ mod tests {
         assert_eq!(steps(&recipe, Recipe::saves_after), [4, 8, 10]);
         assert_eq!(steps(&load("checkpoint.keep_best=false"), Recipe::saves_after), [10]);
         assert_eq!(steps(&load("validate.every=5"), Recipe::validates_after), [5]);
+    }
+
+    #[test]
+    fn validation_that_does_not_take_place_has_a_reason() {
+        // A round is of two sequences: one for each expert rank.
+        let load = |sequences: usize| {
+            let entries = [
+                format!("training.validation_sequences={sequences}"),
+                "training.micro_batch_size=1".to_owned(),
+                "parallel.expert=2".to_owned(),
+            ];
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        let reason = |sequences, available| load(sequences).no_validation(available).unwrap_or_default();
+        assert_eq!(reason(64, 2), "");
+        assert_eq!(reason(2, usize::MAX), "");
+        assert_eq!(reason(0, 100), "no validation: training.validation_sequences is 0");
+        let round = "less than a round of 2 (micro_batch_size 1 x expert 2 x data 1)";
+        assert_eq!(reason(1, 100), format!("no validation: training.validation_sequences is 1, {round}"));
+        assert!(reason(64, 1).starts_with("no validation: the text to validate on has 1 sequences"));
     }
 
     #[test]

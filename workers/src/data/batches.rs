@@ -189,7 +189,22 @@ fn validation(datasets: &Datasets, places: std::ops::Range<usize>, taken: usize,
 /// Sequences with these numbers to be measured on: only text is predicted, not the ends of documents, as the baselines do
 /// it. `across` says whether tokens see the documents before their own.
 pub fn measured(dataset: &PackedDataset, ids: impl Iterator<Item = usize>, across: bool) -> Sequences {
-    let mut sequences = read(dataset, ids, across);
+    without_ends(dataset, read(dataset, ids, across))
+}
+
+/// What no whole sequence takes, to be measured on: each tail a sequence of its own length.
+pub fn measured_tails(dataset: &PackedDataset, across: bool) -> Vec<Sequences> {
+    let tail = |(ids, targets): (Vec<u32>, Vec<u32>)| {
+        let length = ids.len();
+        let sequences = Sequences::new(ids, targets, length);
+        let sequences = if across { sequences } else { sequences.cut_at(dataset.end_of_document()) };
+        without_ends(dataset, sequences)
+    };
+    dataset.tails().into_iter().map(tail).collect()
+}
+
+/// Ends of documents are read and not predicted.
+fn without_ends(dataset: &PackedDataset, mut sequences: Sequences) -> Sequences {
     for (weight, target) in sequences.loss_weights.iter_mut().zip(&sequences.targets) {
         if *target == dataset.end_of_document() {
             *weight = 0.0;
@@ -198,7 +213,7 @@ pub fn measured(dataset: &PackedDataset, ids: impl Iterator<Item = usize>, acros
     sequences
 }
 
-/// How much text `taken` validation sequences predict.
+/// How much text some sequences predict.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Predicted {
     /// Targets that count: the loss is their mean.
@@ -208,22 +223,48 @@ pub struct Predicted {
 }
 
 impl Predicted {
-    /// Counts what the loader would give weight.
+    /// Counts what the loader would give weight of `taken` validation sequences.
     pub fn count(datasets: &Datasets, taken: usize, tokenizer: &Tokenizer, across: bool) -> Self {
         let mut predicted = Self::default();
         for place in 0..taken {
             predicted.add(&validation(datasets, place..place + 1, taken, across), tokenizer);
         }
-        predicted
+        predicted.of_text(&datasets.validation, tokenizer)
     }
 
-    /// Adds sequences.
+    /// Adds sequences, with the bytes that their tokens stand for by themselves.
     pub fn add(&mut self, sequences: &Sequences, tokenizer: &Tokenizer) {
         let targets = sequences.targets.iter().zip(&sequences.loss_weights);
         for (&target, _) in targets.filter(|(_, weight)| **weight > 0.0) {
             self.tokens += 1;
             self.bytes += tokenizer.byte_length(target);
         }
+    }
+
+    /// The same in bytes of the text as it was given. A tokenizer may add white space, drop some, or change characters; what its
+    /// tokens seem to stand for is scaled so that all of them together stand for all of the text.
+    pub fn of_text(self, dataset: &PackedDataset, tokenizer: &Tokenizer) -> Self {
+        let Some(text_bytes) = dataset.text_bytes() else { return self };
+        let end = dataset.end_of_document();
+        let length = |id: usize| tokenizer.byte_length(u32::try_from(id).unwrap_or(end)) as u64;
+        let lengths: Vec<u64> = (0..tokenizer.id_limit()).map(length).collect();
+        let (mut num_tokens, mut token_bytes) = (0, 0);
+        dataset.each_piece(|ids| {
+            for &id in ids.iter().filter(|id| **id != end) {
+                num_tokens += 1;
+                token_bytes += lengths.get(id as usize).copied().unwrap_or(0);
+            }
+        });
+        // Where no token stands for a byte, as unknown ones do not, all count alike.
+        let (part, whole) = match token_bytes {
+            0 => (self.tokens as u64, num_tokens),
+            _ => (self.bytes as u64, token_bytes),
+        };
+        if whole == 0 || (whole == text_bytes && token_bytes > 0) {
+            return self;
+        }
+        let bytes = (u128::from(text_bytes) * u128::from(part) + u128::from(whole) / 2) / u128::from(whole);
+        Predicted { bytes: bytes as usize, ..self }
     }
 
     /// Bits per byte of a mean loss in nats per token. `None` where no byte is predicted.
@@ -345,5 +386,28 @@ mod tests {
             Some(1.0)
         );
         assert_eq!(Predicted::default().bits_per_byte(1.0), None);
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_text_whatever_the_tokens_seem_to_stand_for() {
+        use crate::data::documents::DocumentEncoder;
+        use crate::data::{Document, hf_tokenizer};
+        let tokenizer = hf_tokenizer::tests::trained();
+        let encoder = DocumentEncoder::plain(tokenizer.clone());
+        let texts = ["some text", "caf\u{e9} and more", "end"];
+        let documents = texts.map(|text| Document { name: String::new(), text: text.as_bytes().to_vec() });
+        let packed = PackedDataset::encode(&documents, &encoder, 4);
+        let mut predicted = Predicted::default();
+        let whole = (0..packed.num_sequences()).map(|id| measured(&packed, id..id + 1, true));
+        for sequences in whole.chain(measured_tails(&packed, true)) {
+            predicted.add(&sequences, &tokenizer);
+        }
+        let first = tokenizer.byte_length(packed.tokens().unwrap()[0]);
+        let bytes = texts.iter().map(|text| text.len()).sum::<usize>();
+        assert_eq!(predicted.bytes, bytes - first);
+        // Known exactly: nothing is scaled. Without the text nothing is known.
+        assert_eq!(predicted.of_text(&packed, &tokenizer), predicted);
+        let tokens = PackedDataset::from_tokens(packed.tokens().unwrap().to_vec(), 4);
+        assert_eq!(predicted.of_text(&tokens, &tokenizer), predicted);
     }
 }

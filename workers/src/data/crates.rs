@@ -6,7 +6,7 @@
 //! and not including the first file that would bring the crate above [`CRATE_LIMIT_BYTES`]. The list's blake3
 //! pins all of it. Nothing is ever downloaded.
 
-use super::corpus::Document;
+use super::text::Document;
 use contraflow_runtime::files;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};

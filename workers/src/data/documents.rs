@@ -3,6 +3,7 @@
 //! Pure: what a document becomes depends on its bytes, the tokenizer and the rate alone. Both ways to token streams
 //! (packing in memory, `data prepare`) go through here.
 
+use super::hf_tokenizer::fim_names;
 use super::tokenizer::{FimTokens, Tokenizer, TokenizerFault};
 
 /// How documents become tokens.
@@ -29,8 +30,8 @@ impl DocumentEncoder {
             Some(tokens) => Ok(Self { tokenizer, fim: Some((rate, tokens)) }),
             None => Err(TokenizerFault {
                 file: "data.fim_rate".into(),
-                expected: "0 where the tokenizer has no tokens for filling in (fim begin, hole, end)".into(),
-                got: rate.to_string(),
+                expected: format!("0, or a tokenizer with the tokens for filling in: {}", fim_names()),
+                got: format!("{rate} and a tokenizer without them"),
             }),
         }
     }
@@ -136,10 +137,9 @@ mod tests {
 
     #[test]
     fn bytes_have_no_tokens_for_it() {
-        assert_eq!(
-            DocumentEncoder::with_fim(Tokenizer::Bytes, 0.1).unwrap_err().to_string(),
-            "data.fim_rate: expected 0 where the tokenizer has no tokens for filling in (fim begin, hole, end), got 0.1"
-        );
+        let refused = DocumentEncoder::with_fim(Tokenizer::Bytes, 0.1).unwrap_err().to_string();
+        let expected = "data.fim_rate: expected 0, or a tokenizer with the tokens for filling in: ";
+        assert!(refused.starts_with(expected) && refused.ends_with(", got 0.1 and a tokenizer without them"));
         assert_eq!(DocumentEncoder::with_fim(Tokenizer::Bytes, 0.0).unwrap().encode(b"a"), [97, 256]);
     }
 }

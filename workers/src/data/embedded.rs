@@ -1,7 +1,7 @@
 //! What the build script put into the binary: the list of crates, and the project's own sources for where
 //! they are missing.
 
-use super::corpus::Document;
+use super::text::Document;
 
 /// `recipes/corpus.toml` as it stood at build time; empty where this crate was built outside its workspace.
 pub(super) const MANIFEST: &str = include_str!(concat!(env!("OUT_DIR"), "/corpus.toml"));

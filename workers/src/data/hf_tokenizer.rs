@@ -11,8 +11,10 @@ use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
-use super::corpus::Document;
-use super::files::{self, DataFault, FileFormat};
+use super::fault::DataFault;
+use super::files;
+use super::format::{PIECE_BYTES, Reading};
+use super::text::Document;
 use super::tokenizer::{FimTokens, TokenizerFault};
 
 /// Names of the end of a document among published tokenizers, the first of which is taken: DeepSeek's, GPT-2's, Llama's
@@ -26,12 +28,26 @@ const END_NAMES: [&str; 6] = [
     "<eos>",
 ];
 
-/// Names of the three tokens of filling in, as published for DeepSeek-V3.
-const FIM_NAMES: [&str; 3] = [
-    "<\u{ff5c}fim\u{2581}begin\u{ff5c}>",
-    "<\u{ff5c}fim\u{2581}hole\u{ff5c}>",
-    "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
+/// Names of the three tokens of filling in, by the published models that have them: before the prefix, before the suffix,
+/// before the middle. The first that a tokenizer has whole are taken; those that are trained here have DeepSeek's.
+const FIM_NAMES: [(&str, [&str; 3]); 3] = [
+    (
+        "DeepSeek",
+        [
+            "<\u{ff5c}fim\u{2581}begin\u{ff5c}>",
+            "<\u{ff5c}fim\u{2581}hole\u{ff5c}>",
+            "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
+        ],
+    ),
+    ("Qwen", ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]),
+    ("StarCoder", ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]),
 ];
+
+/// The names as a user reads them.
+pub(super) fn fim_names() -> String {
+    let words = FIM_NAMES.map(|(model, names)| format!("{} ({model})", names.join(" ")));
+    words.join(", ")
+}
 
 /// Letters, marks, white space, accents, ideographs and an emoji: a tokenizer that has no way out for what it does not know
 /// fails on one of them.
@@ -166,11 +182,16 @@ impl HfTokenizer {
         self.end_of_document
     }
 
+    /// The name of the token that ends a document.
+    pub(super) fn end_name(&self) -> String {
+        self.inner.id_to_token(self.end_of_document).unwrap_or_default()
+    }
+
     /// `tokenizer_config.json` beside the tokenizer: transformers and [`super::model_tokenizer`] find the end of a document
     /// there.
     pub(super) fn config_json(&self) -> Vec<u8> {
-        let end = self.inner.id_to_token(self.end_of_document);
-        let config = serde_json::json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end});
+        let config =
+            serde_json::json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_name()});
         format!("{config:#}\n").into_bytes()
     }
 
@@ -190,8 +211,10 @@ impl HfTokenizer {
     }
 
     pub(super) fn fim_tokens(&self) -> Option<FimTokens> {
-        let [begin, hole, end] = FIM_NAMES.map(|name| self.inner.token_to_id(name));
-        Some(FimTokens { begin: begin?, hole: hole?, end: end? })
+        FIM_NAMES.iter().find_map(|(_, names)| {
+            let [begin, hole, end] = names.map(|name| self.inner.token_to_id(name));
+            Some(FimTokens { begin: begin?, hole: hole?, end: end? })
+        })
     }
 
     /// In a byte-level tokenizer a letter is a byte; elsewhere U+2581 is a space and `<0xNN>` a byte.
@@ -212,22 +235,23 @@ impl HfTokenizer {
 }
 
 /// Fewest tokens of a byte-level tokenizer: the bytes, the end of a document, and three to fill in.
-pub const MIN_VOCAB_SIZE: usize = 256 + 1 + FIM_NAMES.len();
+pub const MIN_VOCAB_SIZE: usize = 256 + 1 + FIM_NAMES[0].1.len();
 
 /// Documents under way from the reader to the trainer.
 const QUEUE: usize = 64;
 
-/// Trains a byte-level BPE of at most `vocab_size` tokens on the documents of `paths`; returns the tokenizer.json. Its
+/// Trains a byte-level BPE of at most `vocab_size` tokens on the documents of `paths`, which are in this `field` of rows; returns
+/// the tokenizer.json. Its
 /// first ids are the end of a document and the tokens for filling in, by the names of DeepSeek-V3.
 ///
 /// **Errors**: all faults of the paths, or what the trainer says.
-pub fn train(paths: &[PathBuf], vocab_size: usize) -> Result<Vec<u8>, Vec<String>> {
+pub fn train(paths: &[PathBuf], field: &str, vocab_size: usize) -> Result<Vec<u8>, Vec<String>> {
     let words = |faults: Vec<DataFault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let files = files::list(paths).map_err(words)?;
+    let files = files::list(paths, field).map_err(words)?;
     let special = |name: &str| AddedToken::from(name, true);
     let trainer = BpeTrainerBuilder::new()
         .vocab_size(vocab_size)
-        .special_tokens(std::iter::once(END_NAMES[0]).chain(FIM_NAMES).map(special).collect())
+        .special_tokens(std::iter::once(END_NAMES[0]).chain(FIM_NAMES[0].1).map(special).collect())
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .show_progress(false)
         .build();
@@ -236,9 +260,10 @@ pub fn train(paths: &[PathBuf], vocab_size: usize) -> Result<Vec<u8>, Vec<String
     let byte_level = ByteLevel::new(false, true, true);
     tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
     let (send, documents) = std::sync::mpsc::sync_channel::<String>(QUEUE);
+    let reading = Reading { field, piece_bytes: PIECE_BYTES };
     let read = move || -> Result<(), DataFault> {
         for file in files {
-            FileFormat::of(&file).each(&file, &mut |document: Document| {
+            file.format.each(&file.path, reading, &mut |document: Document| {
                 // The trainer takes every document; if it has failed, its own error is reported.
                 drop(send.send(String::from_utf8_lossy(&document.text).into_owned()));
                 Ok::<_, DataFault>(())
@@ -274,7 +299,7 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("text.rs");
         std::fs::write(&path, include_str!("packing.rs")).unwrap();
-        let json = train(&[path], 400).unwrap();
+        let json = train(&[path], "text", 400).unwrap();
         Tokenizer::Hf(Arc::new(HfTokenizer::from_json(&json, &usual()).unwrap()))
     }
 
@@ -286,6 +311,25 @@ pub(super) mod tests {
         assert_eq!(one.fim_tokens(), Some(FimTokens { begin: 1, hole: 2, end: 3 }));
         let text = include_str!("packing.rs").as_bytes();
         assert!(one.encode(text).len() * 3 < text.len() * 2, "it has learnt some of the text");
+    }
+
+    #[test]
+    fn the_tokens_for_filling_in_go_by_the_names_of_published_models() {
+        let Tokenizer::Hf(hf) = trained() else { unreachable!() };
+        let json = String::from_utf8(hf.json().to_vec()).unwrap();
+        let own = FIM_NAMES[0].1;
+        let renamed = |names: [&str; 3]| {
+            let json = own.iter().zip(names).fold(json.clone(), |json, (old, new)| json.replace(old, new));
+            HfTokenizer::from_json(json.as_bytes(), &usual()).unwrap().fim_tokens()
+        };
+        for names in [
+            ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+            ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+        ] {
+            assert_eq!(renamed(names), Some(FimTokens { begin: 1, hole: 2, end: 3 }));
+            assert!(fim_names().contains(&names.join(" ")));
+        }
+        assert_eq!(renamed(["<fim_prefix>", "<|fim_suffix|>", "<fim_middle>"]), None);
     }
 
     #[test]
@@ -330,7 +374,7 @@ pub(super) mod tests {
                 .map(|tokenizer| tokenizer.end_of_document)
                 .map_err(|fault| fault.to_string())
         };
-        assert_eq!(end(vec![name(FIM_NAMES[1]), EndToken::Usual]), Ok(2));
+        assert_eq!(end(vec![name(FIM_NAMES[0].1[1]), EndToken::Usual]), Ok(2));
         assert_eq!(end(vec![name("[SEP]"), EndToken::Id(400), EndToken::Id(3), EndToken::Usual]), Ok(3));
         let error_text = end(vec![name("[SEP]"), EndToken::Id(400)]).unwrap_err();
         assert_eq!(

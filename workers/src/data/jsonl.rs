@@ -1,54 +1,50 @@
-//! JSONL: one JSON object a line, its `text` field a document.
+//! JSONL: one JSON object a line, one of its fields a document.
 //!
 //! Read a line at a time, so that a file of any size passes through bounded memory. Knows nothing of how documents are used.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, Read};
 use std::path::Path;
 
-use contraflow_runtime::files::reader;
-use serde::Deserialize;
+use serde::de::DeserializeSeed;
 
-use super::corpus::Document;
-use super::files::{DataFault, unreadable};
+use super::fault::{DataFault, RowFault};
+use super::input::Input;
+use super::row::{Row, RowSeed};
+use super::text::Document;
 
 /// No document is as long; a line without an end must not fill the memory.
 const MAX_LINE_BYTES: u64 = 1 << 28;
 
-/// What a line must hold; other fields are passed by.
-#[derive(Deserialize)]
-struct Line {
-    text: String,
-}
-
-/// A line that is not what it should be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: expected a JSON object with a text in the field `text`, got {got}")]
-pub struct LineFault {
-    /// Counted from 1.
-    pub line: usize,
-    /// What is wrong.
-    pub got: String,
-}
-
 /// The documents of a JSONL file in memory; blank lines are none.
 ///
 /// **Errors**: the first broken line.
-pub fn read(bytes: &[u8]) -> Result<Vec<String>, LineFault> {
+pub fn read(bytes: &[u8], field: &str) -> Result<Vec<String>, RowFault> {
     let lines = bytes.split(|&byte| byte == b'\n').enumerate();
-    lines.filter_map(|(index, line)| parse(index + 1, line).transpose()).collect()
+    lines.filter_map(|(index, line)| parse(index + 1, line, field).transpose()).collect()
 }
 
-fn parse(line: usize, bytes: &[u8]) -> Result<Option<String>, LineFault> {
+fn parse(line: usize, bytes: &[u8], field: &str) -> Result<Option<String>, RowFault> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);
     }
-    match serde_json::from_slice::<Line>(bytes) {
-        Ok(parsed) => Ok(Some(parsed.text)),
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let row = RowSeed { field }.deserialize(&mut deserializer).and_then(|row| {
+        deserializer.end()?;
+        Ok(row)
+    });
+    let got = match row {
+        Ok(Row::Text(text)) => return Ok(Some(text)),
+        Ok(Row::Object(got)) => got,
+        Ok(Row::Bare(_)) => "a text by itself".into(),
+        Ok(Row::Other(got)) => got.into(),
         // The parser saw one line only and counts from there.
-        Err(error) => {
-            Err(LineFault { line, got: error.to_string().replace(" at line 1 column", " at column") })
-        }
-    }
+        Err(error) => error.to_string().replace(" at line 1 column", " at column"),
+    };
+    Err(fault(line, field, got))
+}
+
+fn fault(line: usize, field: &str, got: String) -> RowFault {
+    RowFault { place: format!("line {line}"), field: field.to_owned(), got }
 }
 
 /// Passes the documents of a file on, one by one.
@@ -56,23 +52,25 @@ fn parse(line: usize, bytes: &[u8]) -> Result<Option<String>, LineFault> {
 /// **Errors**: the file cannot be read, the first broken line, or what `emit` says.
 pub(super) fn each<E: From<DataFault>>(
     path: &Path,
+    field: &str,
     emit: &mut dyn FnMut(Document) -> Result<(), E>,
 ) -> Result<(), E> {
-    let broken = |fault| DataFault::Line { path: path.into(), fault };
-    let mut lines = BufReader::new(reader(path).map_err(|error| unreadable(path, &error))?);
+    let broken = |fault| DataFault::Row { path: path.into(), fault };
+    let mut input = Input::open(path)?;
     let mut bytes = Vec::new();
     for line in 1.. {
         bytes.clear();
-        let read = lines.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
-        let read = read.map_err(|error| unreadable(path, &error))?;
+        let read = input.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
+        let read = read.map_err(|error| input.fault(&error))?;
         if read == 0 {
             break;
         }
         if read as u64 == MAX_LINE_BYTES {
             let got = format!("a line of {MAX_LINE_BYTES} bytes or more");
-            return Err(broken(LineFault { line, got }).into());
+            return Err(broken(fault(line, field, got)).into());
         }
-        if let Some(text) = parse(line, bytes.strip_suffix(b"\n").unwrap_or(&bytes)).map_err(broken)? {
+        let text = parse(line, bytes.strip_suffix(b"\n").unwrap_or(&bytes), field).map_err(broken)?;
+        if let Some(text) = text {
             emit(Document { name: format!("{}:{line}", path.display()), text: text.into_bytes() })?;
         }
     }
@@ -88,32 +86,38 @@ mod tests {
     #[test]
     fn every_line_is_a_document_and_blank_ones_are_not() {
         let text = b"{\"text\": \"a\\nb\", \"id\": 7}\r\n\n  \n{\"id\": [1, {}], \"text\": \"caf\\u00e9\"}";
-        assert_eq!(read(text).unwrap(), ["a\nb", "caf\u{e9}"]);
+        assert_eq!(read(text, "text").unwrap(), ["a\nb", "caf\u{e9}"]);
+        assert_eq!(read(b"{\"text\": 1, \"content\": \"a\"}", "content").unwrap(), ["a"]);
     }
 
     #[test]
     fn a_broken_line_is_reported_with_its_number() {
-        let error_text = |text: &str| read(text.as_bytes()).unwrap_err().to_string();
+        let error_text = |text: &str| read(text.as_bytes(), "text").unwrap_err().to_string();
         let expected = "expected a JSON object with a text in the field `text`, got";
         assert_eq!(
             error_text("{\"text\":\"a\"}\n\n{\"text\":\"b"),
             format!("line 3: {expected} EOF while parsing a string at column 10")
         );
-        assert_eq!(
-            error_text("{\"txt\":\"a\"}"),
-            format!("line 1: {expected} missing field `text` at column 11")
-        );
-        let got = error_text("{\"text\":\"a\"}\n{\"text\":5}");
-        assert!(got.starts_with("line 2:") && got.contains("invalid type: integer `5`"), "{got}");
+        for (line, got) in [
+            ("{\"txt\":\"a\"}", "the fields txt; data.field (--field) names another"),
+            ("{\"text\":5}", "a number in `text`"),
+            ("\"a\"", "a text by itself"),
+            ("{\"text\":\"a\"} x", "trailing characters at column 14"),
+        ] {
+            assert_eq!(
+                error_text(&format!("{{\"text\":\"a\"}}\n{line}")),
+                format!("line 2: {expected} {got}")
+            );
+        }
     }
 
     #[test]
     fn a_file_is_read_as_the_same_bytes_in_memory() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
-        std::fs::write(&path, "{\"text\":\"one\"}\n\n{\"text\":\"two\"}\nnope\n").unwrap();
+        std::fs::write(&path, "\u{feff}{\"text\":\"one\"}\n\n{\"text\":\"two\"}\nnope\n").unwrap();
         let mut documents = Vec::new();
-        let fault = each::<DataFault>(&path, &mut |document| {
+        let fault = each::<DataFault>(&path, "text", &mut |document| {
             documents.push(document);
             Ok(())
         });
@@ -128,12 +132,12 @@ mod tests {
         fn what_json_writes_is_read_back(texts in prop::collection::vec(any::<String>(), 0..8)) {
             let line = |text: &String| format!("{}\n", serde_json::json!({ "text": text }));
             let file: String = texts.iter().map(line).collect();
-            prop_assert_eq!(read(file.as_bytes()).unwrap(), texts);
+            prop_assert_eq!(read(file.as_bytes(), "text").unwrap(), texts);
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = read(&bytes);
+            let _ = read(&bytes, "text");
         }
     }
 }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::corpus::Corpus;
 use super::documents::DocumentEncoder;
-use super::files::DataFault;
+use super::fault::DataFault;
 use super::packing::PackedDataset;
-use super::shards::{ShardIndex, ShardRecord, Shards};
+use super::shards::{Part, ShardIndex, Shards};
 
 /// Which sequences are wanted.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +17,12 @@ pub struct DataRequest<'a> {
     pub paths: &'a [PathBuf],
     /// Share of each path in the order of training; none: all paths are one source.
     pub weights: &'a [u32],
+    /// The field or column of rows that holds the text.
+    pub field: &'a str,
+    /// Files and folders to validate on, prepared or not; none: what is held back of the others.
+    pub validation: &'a [PathBuf],
+    /// Share of the text that is held back, where no paths are to validate on. Prepared folders have held back theirs.
+    pub validation_share: f64,
     /// How documents become tokens.
     pub encoder: &'a DocumentEncoder,
     /// Targets per sequence.
@@ -42,6 +48,34 @@ pub struct Loaded {
 ///
 /// **Errors**: every fault of every path at once.
 pub fn load(wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
+    if wanted.validation.is_empty() {
+        return load_sources(wanted);
+    }
+    let plain = DocumentEncoder::plain(wanted.encoder.tokenizer().clone());
+    let whole = WholeRequest { field: wanted.field, encoder: &plain, part: Part::All };
+    let train = load_sources(DataRequest { validation_share: 0.0, ..wanted });
+    let validation = load_whole(wanted.validation, whole, wanted.sequence_length);
+    match (train, validation) {
+        (Ok(train), Ok(validation)) => Ok(with_validation(train, validation)),
+        (train, validation) => Err([train.err(), validation.err()].into_iter().flatten().flatten().collect()),
+    }
+}
+
+/// Takes other sequences to validate on than those that were held back.
+fn with_validation(train: Loaded, validation: Whole) -> Loaded {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(train.hash.as_bytes());
+    hasher.update(validation.hash.as_bytes());
+    let mut warnings = [train.warnings, validation.warnings].concat();
+    if train.validation.num_tokens() > 0 {
+        warnings
+            .push("what was held back for validation is not read: data.validation names another text".into());
+    }
+    let hash = hasher.finalize().to_hex().to_string();
+    Loaded { hash, validation: validation.sequences, warnings, ..train }
+}
+
+fn load_sources(wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
     if wanted.weights.is_empty() {
         return load_source(wanted.paths, wanted);
     }
@@ -93,13 +127,9 @@ fn load_source(paths: &[PathBuf], wanted: DataRequest) -> Result<Loaded, Vec<Dat
 
 fn load_prepared(dir: &Path, wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
     let DataRequest { encoder, sequence_length, .. } = wanted;
-    let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
-    index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
-    let side = |records: &[ShardRecord]| -> Result<PackedDataset, Vec<DataFault>> {
-        let shards = Shards::open(dir, &index, records)?;
-        Ok(PackedDataset::from_shards(shards, index.end_of_document, sequence_length))
-    };
-    let (train, validation) = match (side(&index.train), side(&index.validation)) {
+    let index = checked_index(dir, encoder)?;
+    let side = |part: Part| open_part(dir, &index, part, sequence_length);
+    let (train, validation) = match (side(Part::Train), side(Part::Validation)) {
         (Ok(train), Ok(validation)) => (train, validation),
         (train, validation) => {
             let faults = |side: Result<PackedDataset, Vec<DataFault>>| side.err().unwrap_or_default();
@@ -109,35 +139,128 @@ fn load_prepared(dir: &Path, wanted: DataRequest) -> Result<Loaded, Vec<DataFaul
     Ok(Loaded { name: "prepared".into(), hash: index.hash(), train, validation, warnings: Vec::new() })
 }
 
-/// All sequences of files and folders, or of a prepared folder, in one piece and in order: to be measured on.
-///
-/// **Errors**: as [`load`].
-pub fn load_whole(
-    paths: &[PathBuf],
-    encoder: &DocumentEncoder,
+/// The index of a folder that this encoder has prepared.
+fn checked_index(dir: &Path, encoder: &DocumentEncoder) -> Result<ShardIndex, Vec<DataFault>> {
+    let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
+    index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
+    Ok(index)
+}
+
+fn open_part(
+    dir: &Path,
+    index: &ShardIndex,
+    part: Part,
     sequence_length: usize,
 ) -> Result<PackedDataset, Vec<DataFault>> {
-    match paths {
-        [dir] if ShardIndex::is_in(dir) => {
-            let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
-            index.check_matches(dir, encoder.tokenizer(), encoder.fim_rate()).map_err(|fault| vec![fault])?;
-            let shards = Shards::open(dir, &index, &[&index.train[..], &index.validation].concat())?;
-            Ok(PackedDataset::from_shards(shards, index.end_of_document, sequence_length))
+    let shards = Shards::open(dir, index, &index.records(part))?;
+    Ok(PackedDataset::from_shards(shards, index.end_of_document, sequence_length))
+}
+
+/// How paths are read that are not split.
+#[derive(Clone, Copy, Debug)]
+pub struct WholeRequest<'a> {
+    /// The field or column of rows that holds the text.
+    pub field: &'a str,
+    /// How documents become tokens.
+    pub encoder: &'a DocumentEncoder,
+    /// What of prepared folders is read; text is read whole.
+    pub part: Part,
+}
+
+/// All sequences of some paths, in order: to be measured on.
+#[derive(Clone, Debug)]
+pub struct Whole {
+    /// The sequences.
+    pub sequences: PackedDataset,
+    /// Hash of what a loss depends on.
+    pub hash: String,
+    /// What the user should know, in sentences.
+    pub warnings: Vec<String>,
+}
+
+/// Loads files and folders of text in one piece, and prepared folders each as a piece of its own.
+///
+/// **Errors**: every fault of every path at once; a prepared folder has nothing in the part that is wanted.
+pub fn load_whole(
+    paths: &[PathBuf],
+    wanted: WholeRequest,
+    sequence_length: usize,
+) -> Result<Whole, Vec<DataFault>> {
+    let (mut pieces, mut faults, mut warnings) = (Vec::new(), Vec::new(), Vec::new());
+    let mut hasher = blake3::Hasher::new();
+    let mut keep = |piece: PackedDataset, hash: &str| {
+        hasher.update(hash.as_bytes());
+        pieces.push(piece);
+    };
+    let is_same_kind = |one: &PathBuf, other: &PathBuf| !ShardIndex::is_in(one) && !ShardIndex::is_in(other);
+    for run in paths.chunk_by(is_same_kind) {
+        let loaded = match run {
+            [dir] if ShardIndex::is_in(dir) => load_part(dir, wanted, sequence_length),
+            _ => load_text_whole(run, wanted, sequence_length),
+        };
+        match loaded {
+            Ok((piece, hash, more)) => {
+                keep(piece, &hash);
+                warnings.extend(more);
+            }
+            Err(found) => faults.extend(found),
         }
-        _ => Ok(PackedDataset::encode(&Corpus::read_whole(paths)?, encoder, sequence_length)),
     }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    let weights = vec![1; pieces.len()];
+    let hash = hasher.finalize().to_hex().to_string();
+    Ok(Whole { sequences: PackedDataset::join(pieces, &weights), hash, warnings })
+}
+
+type Piece = (PackedDataset, String, Vec<String>);
+
+fn load_part(dir: &Path, wanted: WholeRequest, sequence_length: usize) -> Result<Piece, Vec<DataFault>> {
+    // What is measured on is never rearranged: a folder of any rate will do, but for its part to train on.
+    let index = ShardIndex::read(dir).map_err(|fault| vec![fault])?;
+    let rate = if wanted.part == Part::Validation { index.fim_rate } else { wanted.encoder.fim_rate() };
+    index.check_matches(dir, wanted.encoder.tokenizer(), rate).map_err(|fault| vec![fault])?;
+    if index.records(wanted.part).is_empty() {
+        let (expected, other) = match wanted.part {
+            Part::Train => ("a part to train on", "validation"),
+            _ => ("a part to validate on", "train"),
+        };
+        let fault = DataFault::Prepared {
+            path: dir.into(),
+            expected: expected.into(),
+            got: format!("none (--split {other} and --split all read the other one)"),
+        };
+        return Err(vec![fault]);
+    }
+    Ok((open_part(dir, &index, wanted.part, sequence_length)?, index.hash(), Vec::new()))
+}
+
+fn load_text_whole(
+    paths: &[PathBuf],
+    wanted: WholeRequest,
+    sequence_length: usize,
+) -> Result<Piece, Vec<DataFault>> {
+    let (documents, skipped) = Corpus::read_whole(paths, wanted.field)?;
+    let mut hasher = blake3::Hasher::new();
+    for document in &documents {
+        hasher.update(&(document.text.len() as u64).to_le_bytes());
+        hasher.update(&document.text);
+    }
+    let sequences = PackedDataset::encode(&documents, wanted.encoder, sequence_length);
+    Ok((sequences, hasher.finalize().to_hex().to_string(), skipped.warnings()))
 }
 
 fn load_text(paths: &[PathBuf], wanted: DataRequest) -> Result<Loaded, Vec<DataFault>> {
-    let DataRequest { encoder, sequence_length, .. } = wanted;
-    let corpus = Corpus::load(paths)?;
+    let DataRequest { field, validation_share, encoder, sequence_length, .. } = wanted;
+    let corpus = Corpus::load(paths, field, validation_share)?;
     let plain = DocumentEncoder::plain(encoder.tokenizer().clone());
     Ok(Loaded {
         hash: hash(&corpus, encoder),
         train: PackedDataset::encode(&corpus.train, encoder, sequence_length),
         validation: PackedDataset::encode(&corpus.validation, &plain, sequence_length),
         name: corpus.name,
-        warnings: corpus.warning.into_iter().collect(),
+        warnings: corpus.warnings,
     })
 }
 

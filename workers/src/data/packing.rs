@@ -4,9 +4,9 @@
 //! permutes sequence indices), so that what a sequence holds depends on the corpus and the sequence length
 //! alone, never on a seed.
 
-use super::corpus::Document;
 use super::documents::DocumentEncoder;
 use super::shards::Shards;
+use super::text::Document;
 use super::tokenizer::{END_OF_DOCUMENT, Tokenizer};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -35,6 +35,8 @@ pub struct SequencePlace {
 struct WeightedStream {
     tokens: Tokens,
     weight: u32,
+    /// Bytes of the text that became the tokens, if that is known.
+    text_bytes: Option<u64>,
 }
 
 /// Where the tokens of a stream are.
@@ -84,22 +86,25 @@ impl PackedDataset {
         let encoded: Vec<Vec<u32>> =
             documents.par_iter().map(|document| encoder.encode(&document.text)).collect();
         let end_of_document = encoder.tokenizer().end_of_document();
-        Self { end_of_document, ..Self::from_tokens(encoded.concat(), sequence_length) }
+        let text_bytes = documents.iter().map(|document| document.text.len() as u64).sum();
+        Self::new(Tokens::Memory(encoded.concat().into()), Some(text_bytes), end_of_document, sequence_length)
     }
 
     /// Cuts a ready stream of tokens, whose end of document is that of bytes.
     pub fn from_tokens(tokens: Vec<u32>, sequence_length: usize) -> Self {
-        Self::new(Tokens::Memory(tokens.into()), END_OF_DOCUMENT, sequence_length)
+        Self::new(Tokens::Memory(tokens.into()), None, END_OF_DOCUMENT, sequence_length)
     }
 
     /// Cuts the tokens of a prepared folder.
     pub fn from_shards(shards: Shards, end_of_document: u32, sequence_length: usize) -> Self {
-        Self::new(Tokens::Mapped(Arc::new(shards)), end_of_document, sequence_length)
+        let text_bytes = shards.text_bytes;
+        Self::new(Tokens::Mapped(Arc::new(shards)), text_bytes, end_of_document, sequence_length)
     }
 
-    fn new(tokens: Tokens, end_of_document: u32, sequence_length: usize) -> Self {
+    fn new(tokens: Tokens, text_bytes: Option<u64>, end_of_document: u32, sequence_length: usize) -> Self {
         assert!(sequence_length > 0, "a sequence has at least one token");
-        Self { sources: vec![WeightedStream { tokens, weight: 1 }], sequence_length, end_of_document }
+        let sources = vec![WeightedStream { tokens, weight: 1, text_bytes }];
+        Self { sources, sequence_length, end_of_document }
     }
 
     /// Puts sources side by side; no sequence reaches from one into the next. `weights` are their shares in the order of
@@ -191,6 +196,35 @@ impl PackedDataset {
         found.into_iter().map(place).collect()
     }
 
+    /// What no whole sequence takes: of every source that has such a tail its inputs and targets, which are fewer than a
+    /// sequence has. They are measured on, and never trained on.
+    pub fn tails(&self) -> Vec<(Vec<u32>, Vec<u32>)> {
+        let tail = |source: &WeightedStream| {
+            let start = self.sequences_in(source) * self.sequence_length;
+            let mut ids = source.tokens.read(start..source.tokens.len());
+            let targets = ids.get(1..).filter(|targets| !targets.is_empty())?.to_vec();
+            ids.pop();
+            Some((ids, targets))
+        };
+        self.sources.iter().filter_map(tail).collect()
+    }
+
+    /// Bytes of the text that became the tokens, if that is known.
+    pub fn text_bytes(&self) -> Option<u64> {
+        self.sources.iter().map(|source| source.text_bytes).sum()
+    }
+
+    /// Passes all tokens on, a piece at a time, dropped tails included.
+    pub fn each_piece(&self, mut take: impl FnMut(&[u32])) {
+        const PIECE: usize = 1 << 20;
+        for source in &self.sources {
+            let len = source.tokens.len();
+            (0..len)
+                .step_by(PIECE)
+                .for_each(|start| take(&source.tokens.read(start..len.min(start + PIECE))));
+        }
+    }
+
     /// The whole stream, the dropped tail included, where it is a single one in memory.
     pub fn tokens(&self) -> Option<&[u32]> {
         match &self.sources[..] {
@@ -251,6 +285,21 @@ mod tests {
         for i in 0..packed.num_sequences() {
             assert_eq!(tokens[packed.target_positions(i)], packed.sequence(i).1);
         }
+    }
+
+    #[test]
+    fn sequences_and_tails_together_predict_every_token_but_the_first() {
+        for length in 1..12 {
+            let packed = PackedDataset::pack(&documents(&["one", "", "three", "x"]), length);
+            let whole = (0..packed.num_sequences()).flat_map(|i| packed.sequence(i).1);
+            let tails = packed.tails();
+            assert!(tails.iter().all(|(ids, targets)| ids.len() == targets.len() && ids.len() < length));
+            let targets: Vec<u32> = whole.chain(tails.into_iter().flat_map(|tail| tail.1)).collect();
+            assert_eq!(targets, packed.tokens().unwrap()[1..]);
+        }
+        assert_eq!(PackedDataset::pack(&[], 3).tails(), []);
+        assert_eq!(PackedDataset::from_tokens(vec![7], 3).tails(), []);
+        assert_eq!(PackedDataset::pack(&documents(&["one", "caf\u{e9}"]), 3).text_bytes(), Some(8));
     }
 
     #[test]

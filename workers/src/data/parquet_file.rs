@@ -1,4 +1,4 @@
-//! Parquet: the rows of the column `text`, each a document.
+//! Parquet: the rows of one column of texts, each a document.
 //!
 //! Read a few rows of a row group at a time; other columns are not touched. Knows nothing of how documents are used.
 
@@ -6,25 +6,23 @@ use std::fs::File;
 use std::path::Path;
 
 use contraflow_runtime::files;
-use parquet::basic::Type;
+use parquet::basic::{Compression, Type};
 use parquet::column::reader::ColumnReader;
 use parquet::data_type::ByteArray;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
-use super::corpus::Document;
-use super::files::{DataFault, unreadable};
-
-/// The column that is read.
-pub const COLUMN: &str = "text";
+use super::fault::{DataFault, of_fields, unreadable};
+use super::text::Document;
 
 /// Rows in memory at a time.
 const ROWS: usize = 256;
 
 /// Passes the documents of a file on, one by one; rows without a text are none.
 ///
-/// **Errors**: the file cannot be read or is no Parquet, has no column `text` of texts, or what `emit` says.
+/// **Errors**: the file cannot be read or is no Parquet, has no such column of texts, or what `emit` says.
 pub(super) fn each<E: From<DataFault>>(
     path: &Path,
+    column: &str,
     emit: &mut dyn FnMut(Document) -> Result<(), E>,
 ) -> Result<(), E> {
     let broken = |error: parquet::errors::ParquetError| DataFault::Parquet {
@@ -33,16 +31,14 @@ pub(super) fn each<E: From<DataFault>>(
     };
     let file = files::open(path).map_err(|error| unreadable(path, &error))?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
-    let column = find_column(path, &reader)?;
+    let column = find_column(path, column, &reader)?;
     let mut row_number = 0;
     for group in 0..reader.num_row_groups() {
         let group = reader.get_row_group(group).map_err(broken)?;
         let ColumnReader::ByteArrayColumnReader(mut column) =
             group.get_column_reader(column).map_err(broken)?
         else {
-            return Err(
-                DataFault::Column { path: path.into(), found: "a column of another type".into() }.into()
-            );
+            unreachable!("the column is one of byte arrays")
         };
         let (mut levels, mut values) = (Vec::new(), Vec::new());
         loop {
@@ -76,29 +72,30 @@ fn document(path: &Path, number: usize, value: &ByteArray) -> Result<Document, D
     }
 }
 
-/// The number of the column `text`.
-fn find_column(path: &Path, reader: &SerializedFileReader<File>) -> Result<usize, DataFault> {
+/// The number of the column of this name, once it is known that it can be read.
+fn find_column(path: &Path, wanted: &str, reader: &SerializedFileReader<File>) -> Result<usize, DataFault> {
+    let other = |found: String| DataFault::Column { path: path.into(), column: wanted.to_owned(), found };
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let names: Vec<String> = schema.columns().iter().map(|column| column.path().string()).collect();
-    let Some(index) = names.iter().position(|name| name == COLUMN) else {
-        return Err(DataFault::Column {
-            path: path.into(),
-            found: format!("the columns {}", names.join(", ")),
-        });
+    let Some(index) = names.iter().position(|name| name == wanted) else {
+        return Err(other(of_fields("columns", &names)));
     };
     let column = schema.column(index);
     if column.physical_type() != Type::BYTE_ARRAY || column.max_rep_level() > 0 {
-        let found = format!("`{COLUMN}` of {}", column.physical_type());
-        return Err(DataFault::Column { path: path.into(), found });
+        return Err(other(format!("`{wanted}` of {}", column.physical_type())));
     }
-    Ok(index)
+    let codecs = reader.metadata().row_groups().iter().map(|group| group.column(index).compression());
+    match codecs.into_iter().find(|codec| *codec == Compression::LZO) {
+        Some(codec) => Err(DataFault::Codec { path: path.into(), codec: codec.to_string() }),
+        None => Ok(index),
+    }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use std::sync::Arc;
 
-    use parquet::basic::{Compression, ZstdLevel};
+    use parquet::basic::ZstdLevel;
     use parquet::data_type::{ByteArrayType, Int64Type};
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
@@ -135,7 +132,7 @@ pub(super) mod tests {
 
     fn read(path: &Path) -> Result<Vec<String>, DataFault> {
         let mut texts = Vec::new();
-        each(path, &mut |document| {
+        each(path, "text", &mut |document| {
             texts.push(String::from_utf8(document.text).unwrap());
             Ok::<_, DataFault>(())
         })?;
@@ -147,8 +144,16 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let many: Vec<String> = (0..1000).map(|i| format!("row {i}")).collect();
         let many: Vec<Option<&str>> = many.iter().map(|text| Some(text.as_str())).collect();
-        let zstd = Compression::ZSTD(ZstdLevel::default());
-        for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, zstd] {
+        let codecs = [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::ZSTD(ZstdLevel::default()),
+            Compression::GZIP(Default::default()),
+            Compression::BROTLI(Default::default()),
+            Compression::LZ4,
+            Compression::LZ4_RAW,
+        ];
+        for compression in codecs {
             let path = folder.path().join("a.parquet");
             write(&path, "text", &[&[Some("one"), None, Some("caf\u{e9}")], &many], compression);
             let texts = read(&path).unwrap();
@@ -167,8 +172,17 @@ pub(super) mod tests {
         write(&path, "content", &[&[Some("one")]], Compression::UNCOMPRESSED);
         assert_eq!(
             read(&path).unwrap_err().to_string(),
-            format!("{}: expected a column `text` of texts, found the columns id, content", path.display())
+            format!(
+                "{}: expected a column `text` of texts, found the columns id, content; data.field (--field) names \
+                 another",
+                path.display()
+            )
         );
+        each(&path, "content", &mut |document| {
+            assert_eq!(document.text, b"one");
+            Ok::<_, DataFault>(())
+        })
+        .unwrap();
     }
 
     #[test]

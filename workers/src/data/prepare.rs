@@ -5,24 +5,32 @@
 //! unit that has a record and continues behind it. So the folder does not depend on how often the work was interrupted.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::files::sync_dir;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::corpus::Document;
 use super::documents::DocumentEncoder;
-use super::files::{self, DataFault, FileFormat};
+use super::fault::DataFault;
+use super::files::{self, InputFile, Skipped};
+use super::format::{PIECE_BYTES, Reading};
+use super::shard_writer::{ShardWriter, WriteFault, cannot_write, write_whole};
 use super::shards::{INDEX, ShardIndex, ShardRecord};
-use crate::hashed_file::HashedFile;
+pub use super::split::Rule;
+use super::split::{Survey, cut_end, number};
+use super::text::Document;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
 pub struct Preparation {
-    /// Files and folders of text, JSONL and Parquet.
+    /// Files and folders of text, JSONL, JSON and Parquet.
     pub paths: Vec<PathBuf>,
+    /// The same, to validate on; none: a share of the others.
+    pub validation: Vec<PathBuf>,
+    /// Share of the text that is held back for validation where no paths are.
+    pub validation_share: f64,
+    /// The field or column of rows that holds the text.
+    pub field: String,
     /// How documents become tokens.
     pub encoder: DocumentEncoder,
     /// The folder that comes into being.
@@ -31,9 +39,22 @@ pub struct Preparation {
     pub shard_tokens: usize,
 }
 
+/// A folder that is ready.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// What is in it.
+    pub index: ShardIndex,
+    /// What was passed by; unknown where it was ready, or begun, before.
+    pub skipped: Skipped,
+    /// How the text was split; unknown where it was ready before.
+    pub rule: Option<Rule>,
+}
+
 /// How far the work is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
+    /// Bytes of text that have been looked through, before anything is written.
+    pub bytes_checked: u64,
     /// Bytes of the files that have been read whole.
     pub bytes_read: u64,
     /// Bytes of all files.
@@ -51,20 +72,12 @@ pub enum PrepareFault {
     #[error(transparent)]
     Data(#[from] DataFault),
     /// The system refuses to write.
-    #[error("{}: {reason}", path.display())]
-    Write {
-        /// The file or folder.
-        path: PathBuf,
-        /// What the system said.
-        reason: String,
-    },
+    #[error(transparent)]
+    Write(#[from] WriteFault),
     /// The watcher asked for an end; what is finished is kept.
     #[error("stopped: finished shards are kept; run the same command again to continue")]
     Stopped,
 }
-
-/// One document in this many is held out for validation.
-const DOCUMENTS_PER_VALIDATION: u64 = 10;
 
 /// Text that is encoded at a time, over all cores.
 const BATCH_BYTES: usize = 4 << 20;
@@ -80,78 +93,208 @@ struct Unit {
 
 /// Prepares a folder, or finishes one. `watch` receives the progress and says whether to continue.
 ///
-/// **Errors**: everything wrong with the paths at once; a folder of other contents; what the system says; a broken line
-/// or file at the point where it is reached, with the units before it kept.
+/// All text is read once before anything is written, to find its faults and how it is split.
+///
+/// **Errors**: everything wrong with the paths at once, and nothing is left behind; a folder of other contents; what the system
+/// says, with the units before it kept.
 pub fn prepare(
     preparation: &Preparation,
     watch: &mut dyn FnMut(Progress) -> bool,
-) -> Result<ShardIndex, Vec<PrepareFault>> {
+) -> Result<Prepared, Vec<PrepareFault>> {
     let all = |faults: Vec<DataFault>| faults.into_iter().map(PrepareFault::from).collect::<Vec<_>>();
-    let files = files::list(&preparation.paths).map_err(all)?;
-    let input = describe(preparation, &files).map_err(|fault| vec![fault.into()])?;
-    run(preparation, &files, input, watch).map_err(|fault| vec![fault])
+    let one = |fault: PrepareFault| vec![fault];
+    let field = &preparation.field;
+    let (train, validation) =
+        match (files::list(&preparation.paths, field), files::list(&preparation.validation, field)) {
+            (Ok(train), Ok(validation)) => (train, validation),
+            (train, validation) => {
+                // What is wrong inside of the other files comes with it.
+                let faults = || [train.err(), validation.err()].into_iter().flatten().flatten().collect();
+                return Err(all(survey(preparation, watch).err().unwrap_or_else(faults)));
+            }
+        };
+    let input = describe(preparation, [&train, &validation]).map_err(|fault| one(fault.into()))?;
+    let known = look_at(&preparation.to, &input).map_err(one)?;
+    let (claim, skipped) = match known {
+        Known::Ready(index) => return Ok(Prepared { index, skipped: Skipped::default(), rule: None }),
+        Known::Begun(claim) => (claim, Skipped::default()),
+        Known::Free => {
+            let (rule, skipped) = survey(preparation, watch).map_err(all)?;
+            (Claim { input, rule }, skipped)
+        }
+    };
+    let rule = Some(claim.rule);
+    let index = in_folder(preparation, [&train, &validation], &claim, watch).map_err(one)?;
+    Ok(Prepared { index, skipped, rule })
+}
+
+/// Reads everything once.
+fn survey(
+    preparation: &Preparation,
+    watch: &mut dyn FnMut(Progress) -> bool,
+) -> Result<(Rule, Skipped), Vec<DataFault>> {
+    let share = if preparation.validation.is_empty() { preparation.validation_share } else { 0.0 };
+    let (mut survey, mut bytes_checked) = (Survey::new(share), 0);
+    let reading = reading(preparation);
+    let mut look = |document: &Document| {
+        bytes_checked += document.text.len() as u64;
+        // Whether to go on is asked once there is something to be kept.
+        watch(Progress { bytes_checked, ..Progress::default() });
+    };
+    let train = files::visit(&preparation.paths, reading, &mut |document| {
+        look(&document);
+        survey.add(&document.text);
+    });
+    let validation = files::visit(&preparation.validation, reading, &mut |document| look(&document));
+    match (train, validation) {
+        (Ok(train), Ok(validation)) => Ok((survey.rule(), train + validation)),
+        (train, validation) => Err([train.err(), validation.err()].into_iter().flatten().flatten().collect()),
+    }
+}
+
+fn reading(preparation: &Preparation) -> Reading<'_> {
+    Reading { field: &preparation.field, piece_bytes: PIECE_BYTES }
 }
 
 /// blake3 of what the folder's contents follow from, short of reading the files: their names and sizes.
-fn describe(preparation: &Preparation, files: &[PathBuf]) -> Result<String, DataFault> {
+fn describe(preparation: &Preparation, files: [&[InputFile]; 2]) -> Result<String, DataFault> {
     let mut hasher = blake3::Hasher::new();
-    let encoder = &preparation.encoder;
-    let parameters =
-        format!("{}\n{}\n{}\n", encoder.tokenizer().hash(), encoder.fim_rate(), preparation.shard_tokens);
+    let Preparation { encoder, shard_tokens, validation_share, field, .. } = preparation;
+    let parameters = format!(
+        "{}\n{}\n{shard_tokens}\n{validation_share}\n{field}\n",
+        encoder.tokenizer().hash(),
+        encoder.fim_rate()
+    );
     hasher.update(parameters.as_bytes());
-    for file in files {
-        let size = fs::metadata(file).map_err(|error| files::unreadable(file, &error))?.len();
-        hasher.update(format!("{}\n{size}\n", file.display()).as_bytes());
+    for side in files {
+        hasher.update(&(side.len() as u64).to_le_bytes());
+        for file in side {
+            hasher.update(format!("{}\n{}\n", file.path.display(), file.size()?).as_bytes());
+        }
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-fn run(
-    preparation: &Preparation,
-    files: &[PathBuf],
+/// The file that says whose folder an unfinished one is.
+const CLAIM: &str = "preparing";
+
+/// Its contents.
+#[derive(Debug, Serialize, Deserialize)]
+struct Claim {
+    /// See [`describe`].
     input: String,
+    /// How the text is split.
+    rule: Rule,
+}
+
+/// What a folder is before anything is done.
+enum Known {
+    /// It is finished.
+    Ready(ShardIndex),
+    /// A call that was stopped has left it.
+    Begun(Claim),
+    /// It is not there, or empty.
+    Free,
+}
+
+/// Looks at a folder and leaves it as it is.
+///
+/// **Errors**: it holds something else.
+fn look_at(to: &Path, input: &str) -> Result<Known, PrepareFault> {
+    if ShardIndex::is_in(to) {
+        let index = ShardIndex::read(to)?;
+        return if index.input == input { Ok(Known::Ready(index)) } else { Err(other_contents(to)) };
+    }
+    match contraflow_runtime::files::read(&to.join(CLAIM)) {
+        Ok(text) => match serde_json::from_slice::<Claim>(&text) {
+            Ok(claim) if claim.input == input => Ok(Known::Begun(claim)),
+            _ => Err(other_contents(to)),
+        },
+        Err(_) => match contraflow_runtime::files::read_dir(to) {
+            Ok(entries) if !entries.iter().all(is_unfinished) => Err(other_contents(to)),
+            Ok(_) => Ok(Known::Free),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Known::Free),
+            Err(error) => Err(cannot_write(to, &error).into()),
+        },
+    }
+}
+
+/// Makes the folder, or goes on with it. What fails before a unit is finished leaves nothing.
+fn in_folder(
+    preparation: &Preparation,
+    files: [&[InputFile]; 2],
+    claim: &Claim,
     watch: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<ShardIndex, PrepareFault> {
     let to = &preparation.to;
+    let is_new = !to.exists();
     fs::create_dir_all(to).map_err(|error| cannot_write(to, &error))?;
     let lock_path = to.join("lock");
     let lock = File::create(&lock_path).map_err(|error| cannot_write(&lock_path, &error))?;
     lock.try_lock()
         .map_err(|_| occupied(to, "a folder that no other process is preparing", "one at work"))?;
-    if ShardIndex::is_in(to) {
-        let index = ShardIndex::read(to)?;
-        return if index.input == input { Ok(index) } else { Err(other_contents(to)) };
+    // Somebody else may have been quicker.
+    if let Known::Ready(index) = look_at(to, &claim.input)? {
+        drop(fs::remove_file(lock_path));
+        return Ok(index);
     }
-    claim(to, &input)?;
-    let mut writer = Writer::resume(preparation, files, watch)?;
-    for file in files {
-        FileFormat::of(file).each(file, &mut |document| writer.take(document))?;
-        writer.flush()?;
-        writer.progress.bytes_read += fs::metadata(file).map_or(0, |metadata| metadata.len());
-        writer.report_progress()?;
+    let done = write_whole(&to.join(CLAIM), &serde_json::to_vec(claim).unwrap_or_default())
+        .map_err(PrepareFault::from)
+        .and_then(|()| run(preparation, files, claim, watch));
+    match &done {
+        Ok(_) => drop((fs::remove_file(to.join(CLAIM)), fs::remove_file(lock_path))),
+        Err(PrepareFault::Stopped) => {}
+        Err(_) if unit_path(to, 0).exists() => {}
+        Err(_) => clear(to, is_new),
+    }
+    done
+}
+
+/// Removes what has been written into a folder that held nothing before. The first error is the one that is reported.
+fn clear(to: &Path, is_new: bool) {
+    for entry in fs::read_dir(to).into_iter().flatten().flatten() {
+        drop(fs::remove_file(entry.path()));
+    }
+    if is_new {
+        drop(fs::remove_dir(to));
+    }
+}
+
+fn run(
+    preparation: &Preparation,
+    [train, validation]: [&[InputFile]; 2],
+    claim: &Claim,
+    watch: &mut dyn FnMut(Progress) -> bool,
+) -> Result<ShardIndex, PrepareFault> {
+    let to = &preparation.to;
+    let bytes = train.iter().chain(validation).map(|file| file.size().unwrap_or(0)).sum();
+    let mut writer = Writer::resume(preparation, claim.rule, bytes, watch);
+    for (files, is_held) in [(train, false), (validation, true)] {
+        for file in files {
+            file.format
+                .each(&file.path, reading(preparation), &mut |document| writer.take(document, is_held))?;
+            writer.flush()?;
+            writer.progress.bytes_read += file.size().unwrap_or(0);
+            writer.report_progress()?;
+        }
     }
     let units = writer.finish()?;
-    let mut index = ShardIndex::new(input, preparation.encoder.tokenizer(), preparation.encoder.fim_rate());
+    let tokenizer = preparation.encoder.tokenizer();
+    let mut index = ShardIndex::new(claim.input.clone(), tokenizer, preparation.encoder.fim_rate());
     let is_filled = |shard: &ShardRecord| shard.tokens > 0;
     let number = units.len();
     for unit in units {
         index.train.extend(Some(unit.train).filter(is_filled));
         index.validation.extend(Some(unit.validation).filter(is_filled));
     }
-    if index.train.is_empty() {
-        return Err(occupied(to, "at least one document to train on", "none"));
-    }
+    // A run reads the folder with the very tokenizer.
+    tokenizer.files().iter().try_for_each(|(name, bytes)| write_whole(&to.join(name), bytes))?;
     write_whole(&to.join(INDEX), &serde_json::to_vec_pretty(&index).unwrap_or_default())?;
     for number in 0..number {
         // Left-overs do no harm: the index is what counts from here on.
         drop(fs::remove_file(unit_path(to, number)));
     }
-    drop((fs::remove_file(to.join(CLAIM)), fs::remove_file(lock_path)));
     Ok(index)
-}
-
-fn cannot_write(path: &Path, error: &io::Error) -> PrepareFault {
-    PrepareFault::Write { path: path.into(), reason: error.to_string() }
 }
 
 fn occupied(to: &Path, expected: &str, got: &str) -> PrepareFault {
@@ -161,22 +304,6 @@ fn occupied(to: &Path, expected: &str, got: &str) -> PrepareFault {
 fn other_contents(to: &Path) -> PrepareFault {
     let expected = "a new folder, or one of the same files, tokenizer, shard size and rate";
     occupied(to, expected, "one that holds something else")
-}
-
-/// The file that says whose folder an unfinished one is.
-const CLAIM: &str = "preparing";
-
-fn claim(to: &Path, input: &str) -> Result<(), PrepareFault> {
-    let path = to.join(CLAIM);
-    match contraflow_runtime::files::read_to_string(&path) {
-        Ok(claimed) if claimed == input => Ok(()),
-        Ok(_) => Err(other_contents(to)),
-        Err(_) => {
-            let entries = fs::read_dir(to).map_err(|error| cannot_write(to, &error))?;
-            let others = entries.flatten().filter(|entry| !is_unfinished(entry)).count();
-            if others > 0 { Err(other_contents(to)) } else { write_whole(&path, input.as_bytes()) }
-        }
-    }
 }
 
 /// What a call that was killed before it claimed the folder may have left.
@@ -189,33 +316,17 @@ fn unit_path(to: &Path, number: usize) -> PathBuf {
     to.join(format!("unit-{number:05}.json"))
 }
 
-/// Writes a file so that it is there whole or not at all.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), PrepareFault> {
-    let fresh = path.with_extension("partial");
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&fresh)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        put_in_place(&fresh, path)
-    };
-    write().map_err(|error| cannot_write(path, &error))
-}
-
-/// Renames a flushed file and flushes its folder.
-fn put_in_place(fresh: &Path, path: &Path) -> io::Result<()> {
-    fs::rename(fresh, path)?;
-    path.parent().map_or(Ok(()), sync_dir)
-}
-
 /// Where documents go.
 struct Writer<'a> {
     preparation: &'a Preparation,
+    rule: Rule,
     watch: &'a mut dyn FnMut(Progress) -> bool,
     progress: Progress,
     units: Vec<Unit>,
     /// Documents that finished units hold and that are only counted.
     to_skip: u64,
-    batch: Vec<Document>,
+    /// Documents that wait, and whether they are of the files to validate on.
+    batch: Vec<(Document, bool)>,
     batch_bytes: usize,
     /// Documents of the input so far.
     documents: u64,
@@ -225,9 +336,10 @@ struct Writer<'a> {
 impl<'a> Writer<'a> {
     fn resume(
         preparation: &'a Preparation,
-        files: &[PathBuf],
+        rule: Rule,
+        bytes: u64,
         watch: &'a mut dyn FnMut(Progress) -> bool,
-    ) -> Result<Self, PrepareFault> {
+    ) -> Self {
         let mut units: Vec<Unit> = Vec::new();
         // A record that cannot be read ends what is kept: the unit is made again.
         while let Some(unit) = contraflow_runtime::files::read(&unit_path(&preparation.to, units.len()))
@@ -236,38 +348,28 @@ impl<'a> Writer<'a> {
         {
             units.push(unit);
         }
-        let size = |file: &PathBuf| fs::metadata(file).map_or(0, |metadata| metadata.len());
         let progress = Progress {
-            bytes: files.iter().map(size).sum(),
+            bytes,
             units: units.len(),
             tokens: units.iter().map(|unit| unit.train.tokens + unit.validation.tokens).sum(),
-            bytes_read: 0,
+            ..Progress::default()
         };
         let to_skip = units.last().map_or(0, |unit| unit.documents);
-        Ok(Self {
-            preparation,
-            watch,
-            progress,
-            units,
-            to_skip,
-            batch: Vec::new(),
-            batch_bytes: 0,
-            documents: to_skip,
-            open: None,
-        })
+        let (batch, batch_bytes, documents) = (Vec::new(), 0, to_skip);
+        Self { preparation, rule, watch, progress, units, to_skip, batch, batch_bytes, documents, open: None }
     }
 
     fn report_progress(&mut self) -> Result<(), PrepareFault> {
         if (self.watch)(self.progress) { Ok(()) } else { Err(PrepareFault::Stopped) }
     }
 
-    fn take(&mut self, document: Document) -> Result<(), PrepareFault> {
+    fn take(&mut self, document: Document, is_held: bool) -> Result<(), PrepareFault> {
         if self.to_skip > 0 {
             self.to_skip -= 1;
             return Ok(());
         }
         self.batch_bytes += document.text.len();
-        self.batch.push(document);
+        self.batch.push((document, is_held));
         if self.batch_bytes >= BATCH_BYTES { self.flush() } else { Ok(()) }
     }
 
@@ -275,25 +377,24 @@ impl<'a> Writer<'a> {
     fn flush(&mut self) -> Result<(), PrepareFault> {
         let batch = std::mem::take(&mut self.batch);
         self.batch_bytes = 0;
-        let encoder = &self.preparation.encoder;
+        let (encoder, rule) = (&self.preparation.encoder, self.rule);
         let plain = DocumentEncoder::plain(encoder.tokenizer().clone());
-        let encoded: Vec<(bool, Vec<u32>)> = batch
-            .par_iter()
-            .map(|document| {
-                let validates = validates(&document.text);
-                let encoder = if validates { &plain } else { encoder };
-                (validates, encoder.encode(&document.text))
+        let encoded: Vec<[Encoded; 2]> = batch
+            .into_par_iter()
+            .map(|(document, is_held)| {
+                let [train, validation] = sides(document, is_held, rule);
+                [encode(train, encoder), encode(validation, &plain)]
             })
             .collect();
-        for (document, (validates, ids)) in batch.iter().zip(encoded) {
+        for [for_train, for_validation] in encoded {
             self.documents += 1;
-            if document.text.is_empty() {
+            if for_train.text_bytes + for_validation.text_bytes == 0 {
                 continue;
             }
             let (train, validation) = self.open()?;
-            let side = if validates { validation } else { train };
-            side.push(&ids)?;
-            if !validates && self.open()?.0.tokens >= self.preparation.shard_tokens as u64 {
+            for_train.push_to(train)?;
+            for_validation.push_to(validation)?;
+            if for_train.text_bytes > 0 && train.tokens >= self.preparation.shard_tokens as u64 {
                 self.close_unit()?;
             }
         }
@@ -332,61 +433,35 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// By the document's bytes alone, so that a text validates wherever it is.
-fn validates(text: &[u8]) -> bool {
-    let hash = blake3::hash(text);
-    let number = u64::from_le_bytes(std::array::from_fn(|byte| hash.as_bytes()[byte]));
-    number.is_multiple_of(DOCUMENTS_PER_VALIDATION)
-}
-
-/// A shard that is being written; its memory is the ends of its documents.
-struct ShardWriter {
-    path: PathBuf,
-    fresh: PathBuf,
-    file: HashedFile,
-    id_bytes: usize,
-    tokens: u64,
-    ends: Vec<u64>,
-    bytes: Vec<u8>,
-}
-
-impl ShardWriter {
-    fn create(path: PathBuf, id_bytes: usize) -> Result<Self, PrepareFault> {
-        let fresh = path.with_extension("partial");
-        let file = HashedFile::create(&fresh).map_err(|error| cannot_write(&fresh, &error))?;
-        let (ends, bytes) = (Vec::new(), Vec::new());
-        Ok(Self { path, fresh, file, id_bytes, tokens: 0, ends, bytes })
-    }
-
-    fn push(&mut self, ids: &[u32]) -> Result<(), PrepareFault> {
-        self.tokens += ids.len() as u64;
-        self.ends.push(self.tokens);
-        self.bytes.clear();
-        for id in ids {
-            self.bytes.extend(&id.to_le_bytes()[..self.id_bytes]);
+/// What of a document is trained on, and what is held back.
+fn sides(document: Document, is_held: bool, rule: Rule) -> [Option<Document>; 2] {
+    match rule {
+        _ if is_held => [None, Some(document)],
+        Rule::Nothing => [Some(document), None],
+        Rule::Below(bound) if number(&document.text) < bound => [None, Some(document)],
+        Rule::Below(_) => [Some(document), None],
+        Rule::Ends(share) => {
+            let (train, end) = cut_end(document, share);
+            [Some(train), Some(end)]
         }
-        self.write()
     }
+}
 
-    fn write(&mut self) -> Result<(), PrepareFault> {
-        self.file.write(&self.bytes).map_err(|error| cannot_write(&self.path, &error))
-    }
+/// A document, or none.
+struct Encoded {
+    ids: Vec<u32>,
+    text_bytes: usize,
+}
 
-    fn close(mut self) -> Result<ShardRecord, PrepareFault> {
-        self.bytes = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
-        self.write()?;
-        let path = self.path;
-        let sealed = self.file.finish().and_then(|sealed| {
-            put_in_place(&self.fresh, &path)?;
-            Ok(sealed)
-        });
-        let sealed = sealed.map_err(|error| cannot_write(&path, &error))?;
-        Ok(ShardRecord {
-            file: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            tokens: self.tokens,
-            documents: self.ends.len() as u64,
-            blake3: sealed.blake3,
-        })
+fn encode(document: Option<Document>, encoder: &DocumentEncoder) -> Encoded {
+    let text = document.map(|document| document.text).unwrap_or_default();
+    let ids = if text.is_empty() { Vec::new() } else { encoder.encode(&text) };
+    Encoded { ids, text_bytes: text.len() }
+}
+
+impl Encoded {
+    fn push_to(&self, shard: &mut ShardWriter) -> Result<(), WriteFault> {
+        if self.text_bytes == 0 { Ok(()) } else { shard.push(&self.ids, self.text_bytes) }
     }
 }
 

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use contraflow_runtime::files;
 use serde::{Deserialize, Serialize};
 
-use super::files::{DataFault, unreadable};
+use super::fault::{DataFault, unreadable};
 use super::mmap::MappedFile;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{self, Tokenizer};
 
 /// Name of the index in its folder.
 pub const INDEX: &str = "index.json";
@@ -19,8 +19,8 @@ pub const INDEX: &str = "index.json";
 /// What the index calls itself.
 const FORMAT: &str = "contraflow tokens";
 
-/// The newest version that is read, and the one that is written.
-const VERSION: u32 = 1;
+/// The newest version that is read, and the one that is written. The first one had no bytes of text.
+const VERSION: u32 = 2;
 
 /// Bytes of a document's end.
 pub(super) const END_BYTES: usize = 8;
@@ -49,6 +49,17 @@ pub struct ShardIndex {
     pub validation: Vec<ShardRecord>,
 }
 
+/// Which part of a prepared folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// What is learnt from.
+    Train,
+    /// What is only measured on.
+    Validation,
+    /// Both.
+    All,
+}
+
 /// One shard, as the index knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +70,9 @@ pub struct ShardRecord {
     pub tokens: u64,
     /// Number of documents.
     pub documents: u64,
+    /// Bytes of the documents' text, if that is known.
+    #[serde(default)]
+    pub text_bytes: Option<u64>,
     /// Checksum of the whole file.
     pub blake3: String,
 }
@@ -89,6 +103,16 @@ impl ShardIndex {
             fim_rate,
             train: Vec::new(),
             validation: Vec::new(),
+        }
+    }
+
+    /// Shards of one part of the folder, or of both: those to train on, then those to validate on.
+    pub fn records(&self, part: Part) -> Vec<ShardRecord> {
+        let (train, validation) = (&self.train[..], &self.validation[..]);
+        match part {
+            Part::Train => train.to_vec(),
+            Part::Validation => validation.to_vec(),
+            Part::All => [train, validation].concat(),
         }
     }
 
@@ -134,7 +158,12 @@ impl ShardIndex {
     pub fn check_matches(&self, dir: &Path, tokenizer: &Tokenizer, fim_rate: f64) -> Result<(), DataFault> {
         if self.tokenizer != tokenizer.hash() {
             let expected = format!("tokens of the run's tokenizer ({})", tokenizer.hash());
-            return Err(wrong(&dir.join(INDEX), expected, format!("tokens of {}", self.tokenizer)));
+            let own = dir.join(tokenizer::FILE);
+            let got = match files::metadata(&own) {
+                Ok(_) => format!("those of {}, which a run takes that names no other", own.display()),
+                Err(_) => format!("tokens of {}", self.tokenizer),
+            };
+            return Err(wrong(&dir.join(INDEX), expected, got));
         }
         if self.fim_rate != fim_rate {
             let expected = format!("tokens prepared with data.fim_rate {fim_rate}");
@@ -163,6 +192,8 @@ impl ShardIndex {
 pub struct Shards {
     files: Vec<Shard>,
     id_bytes: usize,
+    /// Bytes of text that the tokens stand for, if that is known of all shards.
+    pub text_bytes: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -188,7 +219,8 @@ impl Shards {
             }
             first += tokens;
         }
-        if faults.is_empty() { Ok(Self { files, id_bytes: index.id_bytes }) } else { Err(faults) }
+        let text_bytes = records.iter().map(|record| record.text_bytes).sum();
+        if faults.is_empty() { Ok(Self { files, id_bytes: index.id_bytes, text_bytes }) } else { Err(faults) }
     }
 
     /// Number of tokens.

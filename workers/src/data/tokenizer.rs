@@ -89,6 +89,14 @@ impl Tokenizer {
         }
     }
 
+    /// The name of that token; bytes have none.
+    pub fn end_name(&self) -> String {
+        match self {
+            Self::Bytes => String::new(),
+            Self::Hf(tokenizer) => tokenizer.end_name(),
+        }
+    }
+
     /// Every id is below this.
     pub fn id_limit(&self) -> usize {
         match self {
@@ -97,7 +105,8 @@ impl Tokenizer {
         }
     }
 
-    /// Bytes of text that a token encodes; special tokens encode none.
+    /// Bytes of text that a token encodes as far as it is known without the text: white space that the tokenizer adds or drops, a
+    /// character that it changes or does not know, are counted as they come out. Special tokens encode none.
     pub fn byte_length(&self, id: u32) -> usize {
         match self {
             Self::Bytes => usize::from(id < END_OF_DOCUMENT),

@@ -138,7 +138,7 @@ pub fn train_shape(recipe: &Recipe, global_batch: usize) -> BatchShape {
 /// How the validation sequences are cut: as many as the recipe asks for and the corpus has, less what the layout cannot
 /// divide. `None` if there are too few.
 pub fn validation_shape(recipe: &Recipe, available: usize) -> Option<BatchShape> {
-    let unit = recipe.validation_round();
+    let unit = recipe.validation_unit();
     let micro_batches = recipe.training.validation_sequences.min(available) / unit;
     let shape = train_shape(recipe, micro_batches * unit);
     (micro_batches > 0).then_some(BatchShape { micro_batches, ..shape })

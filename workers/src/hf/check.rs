@@ -111,12 +111,25 @@ pub fn parse_checksums(text: &str) -> Result<Checksums, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
+/// What is said of a file that people change by hand, and its seal does not know.
+fn edited(path: &Path, sealed: String, got: String) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    format!(
+        "expected {sealed}, as in {CHECKSUMS_FILE}, got {got}: edited or damaged; if it was edited, remove {CHECKSUMS_FILE}, or \
+         its line of {name}"
+    )
+}
+
 fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
     let reported = |message: String| Some(format!("{}: {message}", path.display()));
     let size = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
         Err(error) => return reported(format!("{error}, although {CHECKSUMS_FILE} names it")),
     };
+    let is_weights = path.extension().is_some_and(|ending| ending == "safetensors");
+    if size != checksums.bytes && !is_weights {
+        return reported(edited(path, format!("{} bytes", checksums.bytes), format!("{size} bytes")));
+    }
     if size != checksums.bytes {
         let word = if size < checksums.bytes { ": truncated" } else { "" };
         return reported(format!("expected {} bytes, got {size}{word}", checksums.bytes));
@@ -126,10 +139,12 @@ fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
         Err(error) => reported(error.to_string()),
         Ok(()) => {
             let got = hasher.finalize().to_hex();
-            let differs = got.as_str() != checksums.blake3;
-            differs.then(|| {
-                format!("{}: expected blake3 {}, got {got}: damaged", path.display(), checksums.blake3)
-            })
+            let sealed = &checksums.blake3;
+            match got.as_str() == sealed {
+                true => None,
+                false if is_weights => reported(format!("expected blake3 {sealed}, got {got}: damaged")),
+                false => reported(edited(path, format!("blake3 {sealed}"), format!("blake3 {got}"))),
+            }
         }
     }
 }

@@ -107,3 +107,16 @@ fn progress_of_an_earlier_formation_is_ignored() {
     }
     assert_eq!(world.core.jobs().all[&JOB].losses, 1);
 }
+
+#[test]
+fn a_repeated_answer_to_an_earlier_commit_does_not_keep_a_failed_one_from_being_tried_again() {
+    let mut world = training();
+    checkpoint(&mut world, 2);
+    drop(save(&mut world, 4));
+    let (formation, result) = (FormationId::new(JOB, Generation::FIRST), Err("full".to_owned()));
+    drop(world.step(Event::Committed { worker: 1, formation, position: Some(position(4)), result }));
+    committed(&mut world, 2);
+    let effects = world.pass(1_000 + TICK_MS, &[1, 2, 3]);
+    let again = |(_, command): &(u64, &WorkerCommand)| matches!(command, WorkerCommand::CommitCheckpoint { position, .. } if position.step == 4);
+    assert_eq!(commands(&effects).into_iter().filter(again).count(), 1);
+}

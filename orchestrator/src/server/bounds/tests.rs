@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 56] = [
+const ALL: [Bound; 58] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -22,6 +22,8 @@ const ALL: [Bound; 56] = [
     REASON,
     DRAIN,
     PATHS,
+    VALIDATION,
+    FIELD,
     WEIGHTS,
     TOKENIZER,
     END_OF_DOCUMENT,
@@ -245,9 +247,21 @@ fn the_texts_of_a_recipe_are_bounded() {
         super::recipe(&Recipe::submitted(text, "tiny", &changes, None).unwrap())
     };
     let long = "p".repeat(4_097);
-    for key in ["data.paths", "tokenizer.path", "model.init", "tokenizer.end_of_document"] {
+    let keys = [
+        "data.paths",
+        "data.validation",
+        "data.field",
+        "tokenizer.path",
+        "model.init",
+        "tokenizer.end_of_document",
+    ];
+    for key in keys {
         let value = |text: &str| {
-            if key == "data.paths" { format!("{key}=[{text}]") } else { format!("{key}={text}") }
+            if ["data.paths", "data.validation"].contains(&key) {
+                format!("{key}=[{text}]")
+            } else {
+                format!("{key}={text}")
+            }
         };
         assert_eq!(load(value("\"data.txt\"")), Ok(()), "{key}");
         let refused = load(value(&format!("{long:?}"))).unwrap_err().to_string();

@@ -222,3 +222,17 @@ fn any_json() -> impl Strategy<Value = Value> {
         ),
     ]
 }
+
+#[test]
+fn keys_that_change_nothing_are_named() {
+    let text = crate::model_config::builtin::model("tiny").unwrap().to_hf_json();
+    assert_eq!(ModelConfig::ignored_keys(&text), [""; 0]);
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["my_new_knob"] = 3.into();
+    config["aux_loss_alpha"] = 0.001.into();
+    config["rope_parameters"] = Value::Null;
+    config["transformers_version"] = "5.0".into();
+    let expected = ["aux_loss_alpha (the recipe's balance.sequence_alpha counts)", "my_new_knob"];
+    assert_eq!(ModelConfig::ignored_keys(&config.to_string()), expected);
+    assert_eq!(ModelConfig::ignored_keys("no file"), [""; 0]);
+}

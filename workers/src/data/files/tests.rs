@@ -1,6 +1,7 @@
 //! Tests of reading the files and folders that a user names.
 
 use super::*;
+use crate::data::input::tests::{bzip2, gzip};
 
 fn folder_with(files: &[(&str, &[u8])]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
@@ -25,20 +26,24 @@ fn folders_are_read_recursively_in_sorted_order_and_the_rest_is_counted() {
         ("nul.bin", b"ab\0"),
         ("latin1.txt", b"caf\xe9"),
     ]);
-    let found = read(&[folder.path().into()]).unwrap();
+    let found = read(&[folder.path().into()], "text").unwrap();
     let texts: Vec<&[u8]> = found.documents.iter().map(|document| document.text.as_slice()).collect();
-    // a/copy.rs comes before b.txt, so it is the one that is kept.
-    assert_eq!(texts, [b"c", b"b", b"z"]);
-    assert_eq!((found.num_hidden, found.num_not_text), (2, 2));
+    // A text that comes twice is read twice: how often something is learnt from is the user's choice.
+    assert_eq!(texts, [b"c", b"b", b"z", b"b"]);
+    assert_eq!(found.skipped, Skipped { hidden: 2, not_text: 2, json_as_text: 0 });
+    assert_eq!(
+        found.skipped.warnings(),
+        ["skipped in the folders of --data: binary files 2, hidden entries 2"]
+    );
 }
 
 #[test]
-fn files_come_in_the_order_named_and_once() {
+fn files_come_in_the_order_named_and_as_often() {
     let folder = folder_with(&[("a", b"first"), (".b", b"second")]);
     let (a, b) = (folder.path().join("a"), folder.path().join(".b"));
-    let found = read(&[b.clone(), a.clone(), folder.path().into()]).unwrap();
+    let found = read(&[b.clone(), a.clone(), folder.path().into()], "text").unwrap();
     let names: Vec<_> = found.documents.iter().map(|document| document.name.clone()).collect();
-    assert_eq!(names, [b.display().to_string(), a.display().to_string()]);
+    assert_eq!(names, [&b, &a, &a].map(|path| path.display().to_string()));
 }
 
 #[test]
@@ -52,7 +57,7 @@ fn all_faults_are_reported_at_once_each_with_its_path() {
     ]);
     let paths: Vec<PathBuf> =
         ["missing", "empty", "ok", "nul", "bad", "bin"].iter().map(|name| folder.path().join(name)).collect();
-    let error_text: Vec<String> = read(&paths).unwrap_err().iter().map(ToString::to_string).collect();
+    let error_text: Vec<String> = read(&paths, "text").unwrap_err().iter().map(ToString::to_string).collect();
     let root = folder.path().display();
     assert_eq!(
         error_text,
@@ -73,7 +78,7 @@ fn all_faults_are_reported_at_once_each_with_its_path() {
 fn a_link_back_to_the_folder_does_not_loop() {
     let folder = folder_with(&[("a", b"text")]);
     std::os::unix::fs::symlink(folder.path(), folder.path().join("loop")).unwrap();
-    assert_eq!(read(&[folder.path().into()]).unwrap().documents.len(), 1);
+    assert_eq!(read(&[folder.path().into()], "text").unwrap().documents.len(), 1);
 }
 
 #[test]
@@ -102,8 +107,82 @@ fn what_is_no_regular_file_is_refused_with_its_path_and_nobody_waits_for_it() {
     })
     .to_vec();
     let texts = |faults: Vec<DataFault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert_eq!(texts(read(&named).unwrap_err()), expected);
-    assert_eq!(texts(list(&named).unwrap_err()), expected);
+    assert_eq!(texts(read(&named, "text").unwrap_err()), expected);
+    assert_eq!(texts(list(&named, "text").unwrap_err()), expected);
     std::fs::remove_file(at("walked/b/pipe")).unwrap();
-    assert_eq!(read(&[at("walked")]).unwrap().documents.len(), 2);
+    assert_eq!(read(&[at("walked")], "text").unwrap().documents.len(), 2);
+}
+
+/// The same two texts in every form that is read.
+fn forms() -> Vec<(&'static str, Vec<u8>)> {
+    let lines = b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n".to_vec();
+    let array = b"[{\"text\": \"one\"}, {\"text\": \"two\"}]".to_vec();
+    let marked = [b"\xef\xbb\xbf".to_vec(), lines.clone()].concat();
+    let zstd = |bytes: &[u8]| zstd::encode_all(bytes, 3).unwrap();
+    vec![
+        ("a.jsonl", lines.clone()),
+        ("a.ndjson", lines.clone()),
+        ("A.JSONL", lines.clone()),
+        ("a.json", lines.clone()),
+        ("b.json", array.clone()),
+        ("marked.jsonl", marked.clone()),
+        ("marked.json", marked),
+        ("a.jsonl.gz", gzip(&lines)),
+        ("a.jsonl.zst", zstd(&lines)),
+        ("a.jsonl.bz2", bzip2(&lines)),
+        ("a.json.gz", gzip(&array)),
+        // The first bytes say it too.
+        ("b.jsonl", gzip(&lines)),
+    ]
+}
+
+#[test]
+fn rows_are_read_in_every_form_named_or_in_a_folder() {
+    for (name, bytes) in forms() {
+        let folder = folder_with(&[(name, &bytes)]);
+        for path in [folder.path().to_path_buf(), folder.path().join(name)] {
+            let found = read(&[path], "text").unwrap();
+            let texts: Vec<&[u8]> = found.documents.iter().map(|document| document.text.as_slice()).collect();
+            assert_eq!(texts, [b"one", b"two"], "{name}");
+        }
+    }
+}
+
+#[test]
+fn texts_are_read_compressed_and_archives_are_named_or_counted() {
+    let mut tar = vec![b'a'; 600];
+    tar[257..262].copy_from_slice(b"ustar");
+    let (text, packed) = (gzip(b"one"), gzip(&tar));
+    let folder = folder_with(&[("a.txt.gz", &text), ("b.tar.gz", &packed), ("c.xz", b"\xfd7zXZ\0")]);
+    let found = read(&[folder.path().into()], "text").unwrap();
+    assert_eq!((found.documents.len(), found.skipped.not_text), (1, 2));
+    assert_eq!(found.documents[0].text, b"one");
+    let named = ["b.tar.gz", "c.xz"].map(|name| folder.path().join(name));
+    let error_text: Vec<String> = read(&named, "text").unwrap_err().iter().map(ToString::to_string).collect();
+    assert!(error_text[0].ends_with("got a tar archive: unpack it"), "{error_text:?}");
+    assert!(error_text[1].ends_with("got a file compressed with xz"), "{error_text:?}");
+    // A file that is cut short is not passed by.
+    let cut = folder_with(&[("a.txt.gz", &text[..text.len() - 3])]);
+    let fault = read(&[cut.path().into()], "text").unwrap_err();
+    assert!(matches!(fault[..], [DataFault::Compressed { form: "gzip", .. }]), "{fault:?}");
+}
+
+#[test]
+fn a_json_without_the_field_is_refused_if_named_and_a_text_with_a_word_in_a_folder() {
+    let folder = folder_with(&[
+        ("package.json", b"{\n  \"name\": \"a package\"\n}\n"),
+        ("rows.json", b"[{\"content\": \"one\"}, {\"content\": \"two\"}]"),
+    ]);
+    let found = read(&[folder.path().into()], "text").unwrap();
+    assert_eq!((found.documents.len(), found.skipped.json_as_text), (2, 1));
+    assert!(found.skipped.warnings()[0].starts_with("1 .json file(s) in the folders of --data hold rows"));
+    let at = |name: &str| folder.path().join(name);
+    assert_eq!(read(&[at("package.json")], "text").unwrap().documents.len(), 1);
+    let error_text = read(&[at("rows.json")], "text").unwrap_err()[0].to_string();
+    assert!(
+        error_text.contains(
+            "text 1: expected a JSON object with a text in the field `text`, got the fields content;"
+        )
+    );
+    assert_eq!(read(&[at("rows.json")], "content").unwrap().documents.len(), 2);
 }
