@@ -198,6 +198,7 @@ fn a_storm_of_everything_does_not_show_in_any_curve() {
             storm.strike(&job);
             storm.heal(Instant::now());
             let wait = Duration::from_millis(100 + storm.below(1_500));
+            // The time between two faults.
             std::thread::sleep(wait);
         }
         let long_over = Instant::now() + Duration::from_secs(3_600);

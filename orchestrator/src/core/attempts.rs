@@ -11,7 +11,8 @@ pub const MAX_IDLE: u32 = 6;
 /// So many workers may well lose one before the first step of a formation, without the job being to blame.
 const WORKERS_PER_CHANCE: usize = 32;
 
-/// Formations in a row that make steps and get no further than one before, after which a job is given up.
+/// Formations in a row that make steps and get no further than one before, after which a job is given up; a job on N times
+/// as many workers loses N times as many on the way to the same step.
 pub const MAX_STUCK: u32 = 50;
 
 /// Formations in a row that end without a step because their storage cannot be read, after which a job is given up: some ten minutes.
@@ -104,7 +105,7 @@ impl Attempts {
         }
         let (stuck, furthest) = (self.stuck, self.furthest);
         let words = || format!("formed {stuck} times in a row without getting past step {furthest}: {last}");
-        (stuck >= MAX_STUCK).then(words)
+        (stuck >= MAX_STUCK.saturating_mul(1 + by_chance(workers))).then(words)
     }
 
     /// How long the next formation waits, after one of `workers`. **Units**: ms.
@@ -213,5 +214,8 @@ mod tests {
         lose(&mut attempts, 0, 39);
         let words = "formed 50 times in a row without getting past step 40: lost";
         assert_eq!(attempts.given_up(4).as_deref(), Some(words));
+        assert_eq!(attempts.given_up(2 * WORKERS_PER_CHANCE), None, "a large job may lose as many by chance");
+        (0..2 * MAX_STUCK).for_each(|_| lose(&mut attempts, 0, 39));
+        assert!(attempts.given_up(2 * WORKERS_PER_CHANCE).is_some());
     }
 }

@@ -22,8 +22,7 @@ impl World {
     pub(super) fn peer_lost(&mut self, id: u64, of: FormationId) {
         let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else {
             // No rank waits for a peer: it is noticed in the next step.
-            if let Some(group) = self.group(id, of).filter(|group| group.state != GangState::Over) {
-                let _ = group;
+            if self.group(id, of).is_some_and(|group| group.state != GangState::Over) {
                 self.plan_own(id, of, 500, RankTask::PeerLost);
             }
             return;
