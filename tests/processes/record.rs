@@ -87,7 +87,7 @@ fn one_recipe_gives_the_same_step_records_in_one_process_and_in_a_cluster() {
 fn validations_and_an_early_end_are_the_same_in_one_process_and_in_a_cluster() {
     let cluster = Cluster::start(4);
     // The weights stay as they are, so that no validation is lower than the first.
-    let still = ["lr.peak=1e-30", "optimizer.weight_decay=0", "balance.bias_speed=0"];
+    let still = ["lr.peak=1e-30", "lr.floor=0", "optimizer.weight_decay=0", "balance.bias_speed=0"];
     let changes = [&still[..], &["training.steps=12", "validate.every=2", "validate.patience=2"]].concat();
     let (code, stderr) = train(&cluster, "alone", &changes);
     assert_eq!(code, 0, "{stderr}");
