@@ -31,7 +31,7 @@ fn step_record_as_json(config: &mut prost_build::Config) {
     for name in ["loss", "balance_loss", "grad_norm"] {
         config.field_attribute(format!(".contraflow.v1.StepRecord.{name}"), or_nan("number"));
     }
-    for name in ["mtp_loss", "mfu"] {
+    for name in ["mtp_loss", "mfu", "validation_loss"] {
         let field = format!(".contraflow.v1.StepRecord.{name}");
         config.field_attribute(field, "#[serde(skip_serializing_if = \"Option::is_none\")]");
     }

@@ -17,7 +17,7 @@ use rcgen::{
 };
 
 use crate::failure::Failure;
-use crate::output::print;
+use crate::output::{print, say};
 
 /// How long the authority and the orchestrator's certificate hold.
 const YEARS_10: Duration = Duration::from_secs(3652 * 86_400);
@@ -164,10 +164,10 @@ fn issue(args: &Issue) -> Result<(), Failure> {
         drop(fs::remove_dir_all(&own_dir));
         Failure::input(format!("{}: {error}", dir.join(files::TOKENS).display()))
     })?;
-    eprintln!(
+    say(format_args!(
         "{}: for {name} alone, as --tls; the token, as CONTRAFLOW_TOKEN, is shown this once",
         own_dir.display()
-    );
+    ));
     print(&format!("{secret}\n"))
 }
 

@@ -7,7 +7,7 @@ use contraflow_workers::checkpoint::{Checkpoint, CheckpointFaults};
 use serde_json::json;
 
 use crate::failure::Failure;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print};
 use crate::run_dir;
 
 /// Arguments of `contraflow checkpoint`.
@@ -70,7 +70,7 @@ fn line(dir: &Path, checked: &Checked) -> String {
     match checked {
         Ok(checkpoint) => {
             let (shards, bytes) = size(checkpoint);
-            format!("{dir}: whole, {shards} shards, {:.1} MB\n", bytes as f64 / 1e6)
+            format!("{dir}: whole, {}, {:.1} MB\n", count(shards, "shard"), bytes as f64 / 1e6)
         }
         Err(faults) => format!("{dir}: damaged: {}\n", faults.to_string().replace('\n', "; ")),
     }

@@ -1,9 +1,7 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use comfy_table::{CellAlignment, Table};
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::control::text::printable;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
@@ -18,7 +16,7 @@ use v1::job_service_client::JobServiceClient;
 
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print, say, table};
 use crate::progress::figures;
 use crate::{interrupt, telemetry};
 
@@ -244,7 +242,7 @@ pub fn list(args: &List) -> Result<(), Failure> {
         let text = table(["JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"], 3..6, rows);
         show(common, &json!({"jobs": json}), &text)?;
         if let Some(last) = all.last().filter(|_| more && common.format == Format::Text) {
-            eprintln!("older ones: contraflow jobs --before {}", printable(&last.job));
+            say(format_args!("older ones: contraflow jobs --before {}", printable(&last.job)));
         }
         Ok(())
     })
@@ -299,7 +297,8 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
                 print(&format!("{line}\n"))?;
             }
             Format::Text => {
-                record.warnings.iter().for_each(|warning| eprintln!("warning: {}", printable(warning)));
+                let warn = |warning: &String| say(format_args!("warning: {}", printable(warning)));
+                record.warnings.iter().for_each(warn);
                 let StepRecord { step, seconds, generation, .. } = record;
                 let figures = figures(&record, "");
                 print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))?;
@@ -315,7 +314,7 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
 fn ended(job: &v1::Job) -> Result<(), Failure> {
     match job.state() {
         v1::JobState::Done => {
-            eprintln!("{}: {}", printable(&job.job), printable(&job.outcome));
+            say(format_args!("{}: {}", printable(&job.job), printable(&job.outcome)));
             Ok(())
         }
         _ => {
@@ -415,8 +414,11 @@ pub fn drain(args: &Drain) -> Result<(), Failure> {
         let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
         let v1::DrainResponse { workers, ranks } = answer.into_inner();
         let text = match args.undo {
-            false => format!("{}: {workers} worker(s) take no new ranks, {ranks} rank(s) move\n", args.node),
-            true => format!("{}: {workers} worker(s) take ranks again\n", args.node),
+            false => {
+                let (workers, ranks) = (count(workers, "worker"), count(ranks, "rank"));
+                format!("{}: {workers} to take no new ranks, {ranks} to move\n", args.node)
+            }
+            true => format!("{}: {} to take ranks again\n", args.node, count(workers, "worker")),
         };
         show(&args.common, &json!({"node": args.node, "workers": workers, "ranks": ranks}), &text)
     })
@@ -464,19 +466,6 @@ fn job_text(job: &v1::Job) -> String {
             &format!("  rank {:>3}  step {:>6}  {} on {}\n", rank.rank, rank.step, rank.worker, rank.node);
     }
     text
-}
-
-/// Columns as wide as what they hold; those of `numbers` end where they end.
-fn table<const N: usize>(
-    header: [&str; N],
-    numbers: Range<usize>,
-    rows: impl Iterator<Item = [String; N]>,
-) -> String {
-    let mut table = Table::new();
-    table.load_preset(comfy_table::presets::NOTHING).set_header(header).add_rows(rows);
-    let of_numbers = table.column_iter_mut().enumerate().filter(|(index, _)| numbers.contains(index));
-    of_numbers.for_each(|(_, column)| column.set_cell_alignment(CellAlignment::Right));
-    format!("{}\n", table.trim_fmt())
 }
 
 /// Date and time of day, UTC.

@@ -13,7 +13,7 @@ use contraflow_workers::data::shards::{ShardIndex, ShardRecord, Shards};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::failure::Failure;
-use crate::output::{print, quoted};
+use crate::output::{count, print, quoted, say};
 
 /// Arguments of `contraflow data`.
 #[derive(clap::Args, Debug)]
@@ -133,15 +133,19 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
             bytes => {
                 bar.set_length(bytes);
                 bar.set_position(progress.bytes_read);
-                bar.set_message(format!("{} shards, {} tokens", progress.units, progress.tokens));
+                bar.set_message(format!(
+                    "{}, {}",
+                    count(progress.units, "shard"),
+                    count(progress.tokens, "token")
+                ));
             }
         }
         true
     });
     bar.finish_and_clear();
     let Prepared { index, skipped, rule } = prepared.map_err(|faults| Failure::faults("data", &faults))?;
-    skipped.warnings().iter().for_each(|warning| eprintln!("warning: {warning}"));
-    rule.and_then(|rule| of_rule(rule, args)).iter().for_each(|note| eprintln!("note: {note}"));
+    skipped.warnings().iter().for_each(|warning| say(format_args!("warning: {warning}")));
+    rule.and_then(|rule| of_rule(rule, args)).iter().for_each(|note| say(format_args!("note: {note}")));
     print_figures(&args.to, &index)
 }
 
@@ -161,7 +165,8 @@ fn print_figures(dir: &Path, index: &ShardIndex) -> Result<(), Failure> {
     let side = |name: &str, shards: &[ShardRecord]| {
         let tokens: u64 = shards.iter().map(|shard| shard.tokens).sum();
         let documents: u64 = shards.iter().map(|shard| shard.documents).sum();
-        format!("{name}{tokens} tokens, {documents} documents, {} shards\n", shards.len())
+        let [tokens, documents] = [count(tokens, "token"), count(documents, "document")];
+        format!("{name}{tokens}, {documents}, {}\n", count(shards.len(), "shard"))
     };
     print(&format!(
         "{}: ids below {}, {} bytes each\n{}{}",
@@ -194,19 +199,19 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
     let end = EndOfDocument::named("", "tokenizer.end_of_document");
     let tokenizer = Tokenizer::load(&args.to, &end).map_err(|fault| Failure::input(fault.to_string()))?;
     let (path, tokens) = (args.to.display(), tokenizer.id_limit());
-    print(&format!("{path}: {tokens} tokens\nnext: {}\n", next(args, tokens)))
+    print(&format!("{path}: {}\nnext: {}\n", count(tokens, "token"), next(args, tokens)))
 }
 
 /// A command that trains with a tokenizer of so many tokens on the text that it is made of.
 fn next(args: &TokenizerArgs, tokens: usize) -> String {
-    let data: Vec<String> = args.data.iter().map(|path| quoted(path)).collect();
+    let data: Vec<String> = args.data.iter().map(|path| quoted(path.display())).collect();
     let field =
         if args.field == "text" { String::new() } else { format!(" --set data.field={}", args.field) };
     let recipe = builtin::recipe_names().into_iter().find(|name| {
         let recipe = Recipe::load(&RecipeSource::Builtin((*name).to_owned()), &[]);
         recipe.is_ok_and(|recipe| recipe.model_config.vocab_size >= tokens)
     });
-    let tokenizer = quoted(Path::new(&format!("tokenizer.path={}", args.to.display())));
+    let tokenizer = quoted(format_args!("tokenizer.path={}", args.to.display()));
     match recipe {
         Some(recipe) => {
             format!("contraflow train {recipe} --set {tokenizer} --data {}{field}", data.join(" "))

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::record::max_vio;
@@ -20,10 +22,12 @@ use contraflow_workers::infer::evaluate::Evaluation;
 use contraflow_workers::infer::generate::Generator;
 use indicatif::ProgressBar;
 use serde::Serialize;
+use signal_hook::consts::SIGINT;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, INTERRUPTED};
 use crate::generate::load;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print, say};
+use crate::progress::Lines;
 use crate::run_dir;
 
 /// Tokens that go through the model at once, if a sequence has no more.
@@ -50,6 +54,9 @@ pub struct EvalArgs {
     /// Tokens per sequence; default: the run's recipe, or the model's context up to 4096
     #[arg(long, value_name = "TOKENS")]
     pub sequence_length: Option<usize>,
+    /// Measure at most this many sequences, evenly spread over the text [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub sequences: Option<u64>,
     /// Compute threads [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
@@ -94,6 +101,7 @@ impl Split {
 /// What the model made of the text, and how much text it was.
 #[derive(Default)]
 struct Measured {
+    sequences: usize,
     evaluation: Evaluation,
     predicted: Predicted,
 }
@@ -131,8 +139,8 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let loaded = load_whole(&args.data, wanted, length);
     let Whole { sequences: dataset, warnings, .. } =
         loaded.map_err(|faults| Failure::faults("--data", &faults))?;
-    warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
-    let tails = batches::measured_tails(&dataset, across);
+    warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
+    let mut tails = batches::measured_tails(&dataset, across);
     if dataset.num_sequences() == 0 && tails.iter().all(|tail| tail.loss_weight() == 0.0) {
         let message =
             "--data: expected text of at least two tokens, of which one predicts the other, got less";
@@ -152,10 +160,26 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
         let written = threads.run(|| model.write_logits(path, first));
         written.map_err(|error| Failure::run(error.to_string()))?;
     }
-    let num_sequences = dataset.num_sequences() + tails.len();
-    let measured = threads.run(|| measure(&model, &tokenizer, &dataset, tails, across));
-    let report = Report { split, sequences: num_sequences, ..report(&dir, &dataset, &measured) };
-    print_figures(args.format, &report, &args.data)
+    let most = args.sequences.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+    let taken = most.min(dataset.num_sequences());
+    tails.truncate(most - taken);
+    let wanted = taken + tails.len();
+    // A second Ctrl-C ends the process.
+    let stop = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.clone())
+        .and_then(|_| signal_hook::flag::register(SIGINT, stop.clone()))
+        .map_err(|error| Failure::run(format!("signals: {error}")))?;
+    let measured = threads.run(|| measure(&model, &tokenizer, (&dataset, taken), tails, across, &stop));
+    if measured.sequences == 0 {
+        return Err(Failure::interrupted("interrupted before the first sequence"));
+    }
+    let report = Report { split, ..report(&dir, &dataset, &measured) };
+    print_figures(args.format, &report, &args.data)?;
+    if measured.sequences < wanted {
+        let of = count(wanted, "sequence");
+        return Err(Failure::interrupted(format!("interrupted: {} of {of} measured", measured.sequences)));
+    }
+    Ok(())
 }
 
 /// Which part of the prepared folders is read, if there are any.
@@ -196,25 +220,35 @@ fn rows_at_once(length: usize) -> usize {
     (BATCH_TOKENS / length).max(1)
 }
 
+/// Goes on until all that are `taken` and the tails are measured or `stop` is set; says how far it is.
 fn measure(
     model: &Generator,
     tokenizer: &Tokenizer,
-    dataset: &PackedDataset,
+    (dataset, taken): (&PackedDataset, usize),
     tails: Vec<Sequences>,
     across: bool,
+    stop: &AtomicBool,
 ) -> Measured {
     let mut measured = Measured::default();
-    let num_sequences = dataset.num_sequences();
     let rows = rows_at_once(dataset.sequence_length());
-    let bar = ProgressBar::new((num_sequences + tails.len()) as u64);
-    let whole = (0..num_sequences).step_by(rows).map(|first| {
-        let end = num_sequences.min(first + rows);
-        (batches::measured(dataset, first..end, across), end - first)
+    let wanted = taken + tails.len();
+    let (bar, mut lines) = (ProgressBar::new(wanted as u64), Lines::new());
+    say(format_args!("measuring {}", count(wanted, "sequence")));
+    let whole = (0..taken).step_by(rows).map(|first| {
+        let end = taken.min(first + rows);
+        let ids = (first..end).map(|place| batches::validation_index(place, taken, dataset.num_sequences()));
+        (batches::measured(dataset, ids, across), end - first)
     });
-    for (sequences, count) in whole.chain(tails.into_iter().map(|tail| (tail, 1))) {
+    for (sequences, size) in whole.chain(tails.into_iter().map(|tail| (tail, 1))) {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
         measured.predicted.add(&sequences, tokenizer);
         model.measure(sequences, &mut measured.evaluation);
-        bar.inc(count as u64);
+        measured.sequences += size;
+        let done = measured.sequences as u64;
+        bar.set_position(done);
+        lines.show("sequence", (done, wanted as u64), &format!("loss {:.3}", measured.evaluation.loss()));
     }
     bar.finish_and_clear();
     measured.predicted = measured.predicted.of_text(dataset, tokenizer);
@@ -222,14 +256,14 @@ fn measure(
 }
 
 fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
-    let Measured { evaluation, predicted } = measured;
+    let Measured { evaluation, predicted, .. } = measured;
     let max_vio: BTreeMap<usize, f64> =
         evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
     Report {
         model: dir.display().to_string(),
         split: None,
         sequence_length: dataset.sequence_length(),
-        sequences: dataset.num_sequences(),
+        sequences: measured.sequences,
         tokens: evaluation.num_tokens,
         bytes: predicted.bytes as u64,
         loss: evaluation.loss(),
@@ -250,12 +284,12 @@ fn print_figures(format: Format, report: &Report, data: &[PathBuf]) -> Result<()
         format!(" of {} of {}", split.name(), dirs.collect::<Vec<_>>().join(", "))
     });
     let mut text = format!(
-        "{} on {} bytes{of_part} in {} sequences of at most {} tokens\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
+        "{} on {}{of_part} in {} of at most {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
          perplexity     {:.3}\n",
         report.model,
-        report.bytes,
-        report.sequences,
-        report.sequence_length,
+        count(report.bytes, "byte"),
+        count(report.sequences, "sequence"),
+        count(report.sequence_length, "token"),
         report.loss,
         report.bits_per_byte.map_or("-".into(), |bits| format!("{bits:.4}")),
         report.perplexity

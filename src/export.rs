@@ -11,7 +11,7 @@ use contraflow_workers::hf::export::{self, Export, part_of, staged};
 
 use crate::failure::Failure;
 use crate::import::buffers_note;
-use crate::output::print;
+use crate::output::{count, print, say};
 use crate::run_dir;
 
 /// Arguments of `contraflow export`.
@@ -84,14 +84,13 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         shard_bytes: args.shard_size,
     };
     let written = staged(&args.to, |part| export.write(part)).map_err(Failure::from)?;
-    buffers_note(&model.weights).iter().for_each(|note| eprintln!("note: {note}"));
+    buffers_note(&model.weights).iter().for_each(|note| say(format_args!("note: {note}")));
     print(&format!(
-        "{}: {} tensors, {:.1} MB in {} weight file{}, {}\n",
+        "{}: {}, {:.1} MB in {}, {}\n",
         args.to.display(),
-        written.num_tensors,
+        count(written.num_tensors, "tensor"),
         written.bytes as f64 / 1e6,
-        written.num_shards,
-        if written.num_shards == 1 { "" } else { "s" },
+        count(written.num_shards, "weight file"),
         name
     ))
 }

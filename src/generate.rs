@@ -12,10 +12,10 @@ use contraflow_workers::hf::check::{check_against, read_config};
 use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::failure::Failure;
-use crate::output::print_bytes as print;
+use crate::output::{ModelText, say};
 use crate::run_dir;
 
-/// What the sample at the end of a training run begins with.
+/// What the sample at the end of a training run on the default corpus begins with.
 pub const SAMPLE_PROMPT: &str = "/// Returns ";
 
 /// Arguments of `contraflow generate`.
@@ -24,9 +24,9 @@ pub struct GenerateArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// Text to continue; -: what comes on stdin; empty: a text from its beginning
-    #[arg(long, default_value = SAMPLE_PROMPT)]
-    pub prompt: String,
+    /// Text to continue; -: what comes on stdin; empty: a text from its beginning [default: what the sample of the run begins with]
+    #[arg(long)]
+    pub prompt: Option<String>,
     /// Maximum number of tokens to add
     #[arg(long, default_value_t = 300)]
     pub tokens: usize,
@@ -58,20 +58,22 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
     let (generator, text) = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
-    let prompt = prompt(&args.prompt)?;
+    let of_run = || run_dir::sample_prompt(&dir).unwrap_or_else(|| SAMPLE_PROMPT.to_owned()).into_bytes();
+    let prompt = args.prompt.as_deref().map(prompt).transpose()?.unwrap_or_else(of_run);
     let ids = prompt_ids(&text, &prompt, generator.max_len()).map_err(Failure::input)?;
-    print(&prompt)?;
+    let mut shown = ModelText::to_stdout();
+    shown.print(&prompt)?;
     let mut tokens = Continuation::new(&generator, &text, &ids, sampling, args.seed);
     let mut decode = text.tokenizer.stream();
     for token in tokens.by_ref().take(args.tokens) {
-        print(&decode(token))?;
+        shown.print(&decode(token))?;
     }
-    print(b"\n")?;
+    shown.print(b"\n")?;
     if tokens.is_cut_off && args.tokens > generator.max_len() - ids.len() + 1 {
         let context = generator.max_len();
-        eprintln!(
+        say(format_args!(
             "note: the text ends where the model's context does, at {context} tokens with those of the prompt"
-        );
+        ));
     }
     Ok(())
 }
@@ -118,18 +120,29 @@ pub fn load(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
     Ok((generator, text))
 }
 
-/// A few lines after [`SAMPLE_PROMPT`], lossily as text.
+/// A few lines after a prompt, lossily as text.
 ///
 /// **Errors**: as [`run`].
-pub fn sample(dir: &Path, seed: u64) -> Result<String, Failure> {
+pub fn sample(dir: &Path, prompt: &str, seed: u64) -> Result<String, Failure> {
     let (generator, text) = load(dir)?;
     let sampling = Sampling { temperature: 0.6, top_p: 0.95 };
     // A sample is no more than that: a context that is shorter than its prompt has none.
-    let Ok(ids) = prompt_ids(&text, SAMPLE_PROMPT.as_bytes(), generator.max_len()) else {
-        return Ok(SAMPLE_PROMPT.to_owned());
+    let Ok(ids) = prompt_ids(&text, prompt.as_bytes(), generator.max_len()) else {
+        return Ok(prompt.to_owned());
     };
     let tokens: Vec<u32> = Continuation::new(&generator, &text, &ids, sampling, seed).take(240).collect();
-    Ok(format!("{SAMPLE_PROMPT}{}", String::from_utf8_lossy(&text.tokenizer.decode(&tokens))))
+    Ok(format!("{prompt}{}", String::from_utf8_lossy(&text.tokenizer.decode(&tokens))))
+}
+
+/// The first words of a text, of its first line that has some: what a sample of it may begin with.
+pub fn opening(text: &[u8]) -> Option<String> {
+    /// Enough for a few words.
+    const CHARACTERS: usize = 32;
+    let text = String::from_utf8_lossy(text);
+    let line = text.lines().map(str::trim).find(|line| line.chars().any(char::is_alphanumeric))?;
+    let cut = line.char_indices().nth(CHARACTERS).map_or(line.len(), |(end, _)| end);
+    let whole = if cut == line.len() { cut } else { line[..cut].rfind(char::is_whitespace).unwrap_or(cut) };
+    Some(line[..whole].trim_end().to_owned())
 }
 
 /// The tokens after a prompt, until one that ends a text or the end of the model's context.
@@ -179,5 +192,24 @@ impl Iterator for Continuation<'_> {
             self.logits = Some(self.generator.read(&mut self.cache, &[token]));
         }
         Some(token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_begins_with_whole_words_of_the_text() {
+        let cases = [
+            ("the 0 quick brown foxes jump over 0 lazy dogs\n", "the 0 quick brown foxes jump"),
+            ("\n\n  ---\n  Guten Tag\n", "Guten Tag"),
+            ("Donaudampfschifffahrtsgesellschaftskapitän", "Donaudampfschifffahrtsgesellscha"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(opening(text.as_bytes()).as_deref(), Some(expected));
+        }
+        assert_eq!(opening(b"\n--\n"), None);
+        assert_eq!(opening(b""), None);
     }
 }

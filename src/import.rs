@@ -12,7 +12,7 @@ use contraflow_workers::hf::export::{Export, ExportFormat, Written, staged};
 use contraflow_workers::hf::weights::HfWeights;
 
 use crate::failure::Failure;
-use crate::output::{print, quoted};
+use crate::output::{count, print, quoted, say};
 use crate::run_dir;
 
 /// Largest weight file of an imported model.
@@ -42,12 +42,12 @@ pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let make =
         |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
-    notes.iter().flatten().for_each(|note| eprintln!("note: {note}"));
-    let (next, run) = (quoted(&run), run.display());
+    notes.iter().flatten().for_each(|note| say(format_args!("note: {note}")));
+    let (next, run) = (quoted(run.display()), run.display());
     print(&format!(
-        "{run}: {} tensors, {:.1} MB, every one checked\n\
+        "{run}: {}, {:.1} MB, every one checked\n\
          next: contraflow eval {next} --data TEXT   contraflow generate {next}   contraflow train RECIPE --init {next}\n",
-        written.num_tensors,
+        count(written.num_tensors, "tensor"),
         written.bytes as f64 / 1e6
     ))
 }

@@ -1,18 +1,31 @@
-//! What Ctrl-C and SIGTERM do to a run: the first lets it finish its step and keep it, the second ends the process.
+//! What Ctrl-C, SIGTERM and SIGHUP (a lost terminal) do to a run: the first lets it finish its step and keep it, a second of
+//! the first two ends the process.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::{Failure, INTERRUPTED};
+use crate::output::say;
 
-/// Ctrl-C and SIGTERM, caught from construction on: one that arrives between two waits is kept for the next.
+/// Which signal came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Ctrl-C or SIGTERM.
+    Asked,
+    /// SIGHUP: the terminal is gone. Shell and kernel may both say so.
+    HungUp,
+}
+
+/// Ctrl-C, SIGTERM and SIGHUP, caught from construction on: one that arrives between two waits is kept for the next.
 #[derive(Debug)]
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// None where the command was started to outlive its terminal.
+    hang_up: Option<Signal>,
 }
 
 impl Signals {
-    /// Installs the handlers, replacing the default actions.
+    /// Installs the handlers, replacing the default actions. Under `nohup` a lost terminal stays without an effect.
     ///
     /// **Errors**: the system gives no signals.
     pub fn listen() -> Result<Self, Failure> {
@@ -20,24 +33,55 @@ impl Signals {
         Ok(Signals {
             interrupt: install(SignalKind::interrupt())?,
             terminate: install(SignalKind::terminate())?,
+            hang_up: (!ignores_hang_up()).then(|| install(SignalKind::hangup())).transpose()?,
         })
     }
 
-    /// Waits for the next of either.
-    pub async fn next(&mut self) {
+    /// Waits for the next of them.
+    pub async fn next(&mut self) -> Cause {
+        let hang_up = self.hang_up.as_mut();
         tokio::select! {
-            _ = self.interrupt.recv() => (),
-            _ = self.terminate.recv() => (),
+            _ = self.interrupt.recv() => Cause::Asked,
+            _ = self.terminate.recv() => Cause::Asked,
+            () = next_of(hang_up) => Cause::HungUp,
         }
     }
+
+    /// Waits for a first one and for a second that asks: a terminal that is gone may be heard of twice.
+    pub async fn twice(&mut self) {
+        self.next().await;
+        while self.next().await == Cause::HungUp {}
+    }
+}
+
+async fn next_of(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether this process was started with SIGHUP ignored.
+fn ignores_hang_up() -> bool {
+    // Elsewhere than on Linux there is no such file, and a lost terminal stops the run.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.is_some_and(has_hang_up)
+}
+
+/// Whether SIGHUP, the first signal, is in a set as the system prints it: a bit for each, in hex.
+fn has_hang_up(set: &str) -> bool {
+    u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & 1 == 1)
 }
 
 /// Calls `stop` at the first signal and ends the process at the second. Runs until it is aborted.
 pub async fn watch(mut signals: Signals, stop: impl Fn()) {
-    signals.next().await;
-    eprintln!("interrupted: finishing and saving the step; Ctrl-C again quits now");
+    match signals.next().await {
+        Cause::Asked => say("interrupted: finishing and saving the step; Ctrl-C again quits now"),
+        Cause::HungUp => say("the terminal is gone: finishing and saving the step"),
+    }
     stop();
-    signals.next().await;
+    while signals.next().await == Cause::HungUp {}
     // The last committed checkpoint is safe, whatever is cut off now.
     std::process::exit(INTERRUPTED.into())
 }
@@ -71,11 +115,21 @@ mod tests {
     #[tokio::test]
     async fn a_signal_that_comes_between_two_waits_is_not_lost() {
         let (mut signals, mut delivered) = (Signals::listen().unwrap(), Signals::listen().unwrap());
-        for signal in [Signal::INT, Signal::TERM, Signal::INT] {
+        let sent = [Signal::INT, Signal::TERM, Signal::HUP, Signal::INT];
+        // Whoever runs this test may have started it to outlive a terminal.
+        for signal in sent.into_iter().filter(|signal| *signal != Signal::HUP || !ignores_hang_up()) {
             kill_process(getpid(), signal).unwrap();
             delivered.next().await;
             let at_once = std::time::Duration::ZERO;
-            assert!(tokio::time::timeout(at_once, signals.next()).await.is_ok(), "{signal:?}");
+            let cause = if signal == Signal::HUP { Cause::HungUp } else { Cause::Asked };
+            let next = tokio::time::timeout(at_once, signals.next()).await;
+            assert_eq!(next, Ok(cause), "{signal:?}");
         }
+    }
+
+    #[test]
+    fn a_set_of_signals_is_read() {
+        assert!(has_hang_up("\t0000000000000001") && has_hang_up("0000000000001001"));
+        assert!(!has_hang_up("0000000000001000") && !has_hang_up("") && !has_hang_up("x"));
     }
 }

@@ -26,6 +26,7 @@ pub mod recipes;
 pub mod resume;
 pub mod run;
 pub mod run_dir;
+pub mod runs;
 pub mod summary;
 pub mod telemetry;
 pub mod train;

@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use contraflow::output::say;
 use contraflow::{
     bench, certs, checkpoint, client, data, eval, export, generate, import, orchestrator, plan, recipes,
-    train, worker,
+    runs, train, worker,
 };
 
 /// Frees and hands out faster than the system's allocator where many threads do.
@@ -44,7 +45,11 @@ enum Command {
     Export(export::ExportArgs),
     /// Import a Hugging Face directory as a run, checking every file and tensor
     Import(import::ImportArgs),
-    /// List the built-in recipes
+    /// List the runs of this folder; compare, measure and remove them
+    Runs(runs::RunsArgs),
+    /// Draw the curves of runs over one another: loss, validation, gradient norm
+    Plot(runs::plot::PlotArgs),
+    /// List the built-in recipes and models
     Recipes(recipes::RecipesArgs),
     /// Benchmark this machine: training steps, prompts and tokens, balance of the experts
     #[command(after_long_help = LEGEND)]
@@ -84,7 +89,7 @@ fn main() -> ExitCode {
     // A file that grows beyond the system's limit is an error of that file, not the end of the process.
     let file_too_large = std::sync::Arc::default();
     if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, file_too_large) {
-        eprintln!("warning: SIGXFSZ cannot be caught: {error}");
+        say(format_args!("warning: SIGXFSZ cannot be caught: {error}"));
     }
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
@@ -93,6 +98,8 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Import(args) => import::run(&args),
+        Command::Runs(args) => runs::run(&args),
+        Command::Plot(args) => runs::plot::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Data(args) => data::run(&args),
@@ -113,7 +120,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{failure}");
+            say(&failure);
             ExitCode::from(failure.code)
         }
     }

@@ -10,6 +10,7 @@ use rustix::fs::Mode;
 
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
+use crate::output::say;
 use crate::{machine, telemetry};
 
 /// Arguments of `contraflow orchestrator`.
@@ -51,8 +52,8 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
         };
         let mut signals = Signals::listen()?;
         let address = orchestrator.address().map_err(|error| Failure::run(error.to_string()))?;
-        eprintln!("orchestrator at {address}, incarnation {}", orchestrator.incarnation());
-        orchestrator.serve(async move { signals.next().await }).await.map_err(Failure::run)
+        say(format_args!("orchestrator at {address}, incarnation {}", orchestrator.incarnation()));
+        orchestrator.serve(async move { _ = signals.next().await }).await.map_err(Failure::run)
     })
 }
 
@@ -65,7 +66,7 @@ fn security(args: &OrchestratorArgs) -> Result<Option<Security>, Failure> {
                 args.listen
             )));
         }
-        eprintln!("no --tls: any local user has full access");
+        say("no --tls: any local user has full access");
         return Ok(None);
     };
     Security::load(dir).map(Some).map_err(|faults| Failure::faults("--tls", &faults))

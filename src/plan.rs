@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::import::config_note;
-use crate::output::{Format, print};
+use crate::output::{Format, count, print};
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -230,7 +230,8 @@ impl Layout {
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Topology { pipeline, expert, data } = self.topology;
-        writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {} ranks", self.world)?;
+        let ranks = count(self.world, "rank");
+        writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {ranks}")?;
         writeln!(
             f,
             "model {}: {} parameters, {} of them at work on a token; {} FLOP a token in training",
@@ -247,9 +248,10 @@ impl fmt::Display for Checked {
         let Checked { purpose, micro_batches, schedule, operations, .. } = self;
         write!(f, "  {purpose}")?;
         if let Some(sequences) = self.sequences {
-            write!(f, " on {sequences} sequences")?;
+            write!(f, " on {}", count(sequences, "sequence"))?;
         }
-        write!(f, ": {micro_batches} micro-batches, {schedule}, {operations} operations")?;
+        let micro_batches = count(micro_batches, "micro-batch");
+        write!(f, ": {micro_batches}, {schedule}, {}", count(operations, "operation"))?;
         self.note.as_ref().map_or(Ok(()), |note| write!(f, "\n    note: {note}"))
     }
 }
@@ -312,7 +314,7 @@ mod tests {
 
     #[test]
     fn every_batch_of_the_ramp_is_proved_and_the_fallback_is_named() {
-        let small = ("training", Some(8), 2, "sequential".to_string(), true);
+        let small = ("training", Some(8), 2, "two-way".to_string(), true);
         let full = ("training", Some(16), 4, "dualpipe".to_string(), false);
         let validation = ("validation", Some(64), 16, "dualpipe".to_string(), false);
         assert_eq!(proved(&RAMP), [small.clone(), full.clone(), validation.clone()]);

@@ -3,6 +3,8 @@
 //!
 //! Everything here goes to stderr or a file; results go to stdout elsewhere.
 
+pub mod samples;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -12,6 +14,8 @@ use std::time::{Duration, Instant};
 use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use self::samples::{Sample, Samples};
+use crate::output::{escaped, say};
 use crate::run_dir::METRICS;
 
 /// Without a terminal a line is written at most this often.
@@ -41,13 +45,21 @@ pub struct Progress {
     /// Tokens and seconds of the latest steps.
     recent: VecDeque<(u64, f64)>,
     last_line: Option<Instant>,
+    /// What is done once the last step is made.
+    afterwards: String,
+    samples: Option<Samples>,
 }
 
 impl Progress {
-    /// Begins; adds to metrics.jsonl in the run's folder.
+    /// Begins; adds to metrics.jsonl in the run's folder. Says `afterwards` after the last step: what follows takes its time.
     ///
     /// **Errors**: what the system says about the file.
-    pub fn new(run_dir: &Path, frame: Frame) -> std::io::Result<Self> {
+    pub fn new(
+        run_dir: &Path,
+        frame: Frame,
+        afterwards: String,
+        samples: Option<Samples>,
+    ) -> std::io::Result<Self> {
         let is_terminal = std::io::stderr().is_terminal();
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let bar = ProgressBar::with_draw_target(Some(frame.steps), target);
@@ -55,7 +67,7 @@ impl Progress {
             bar.set_style(style);
         }
         let file = File::options().create(true).append(true).open(run_dir.join(METRICS))?;
-        Ok(Progress { frame, bar, file, recent: VecDeque::new(), last_line: None })
+        Ok(Progress { frame, bar, file, recent: VecDeque::new(), last_line: None, afterwards, samples })
     }
 
     /// Takes note of a step.
@@ -69,7 +81,7 @@ impl Progress {
             let _ = writeln!(self.file, "{line}");
         }
         for warning in &record.warnings {
-            self.bar.suspend(|| eprintln!("warning: {warning}"));
+            self.bar.suspend(|| say(format_args!("warning: {warning}")));
         }
         let crowded = if self.frame.oversubscribed { " (oversubscribed)" } else { "" };
         let message = format!("{}  {} left", figures(record, crowded), minutes(self.seconds_left(record)));
@@ -77,12 +89,24 @@ impl Progress {
         self.bar.set_position(record.step);
         let now = Instant::now();
         let is_due = self.last_line.is_none_or(|last| now.duration_since(last) >= LINE_EVERY);
-        if self.bar.is_hidden() && (is_due || record.step == self.frame.steps) {
-            self.last_line = Some(now);
-            eprintln!("step {}/{}  {message}", record.step, self.frame.steps);
+        match self.samples.as_mut().and_then(|samples| samples.after(record.step)) {
+            Some(Ok(Sample { step, text })) => self.bar.suspend(|| {
+                let lines: String = escaped(&text).lines().map(|line| format!("\n  | {line}")).collect();
+                say(format_args!("a sample after step {step}:{lines}"));
+            }),
+            Some(Err(why)) => self.bar.suspend(|| say(format_args!("warning: {why}"))),
+            None => {}
         }
-        if record.step == self.frame.steps {
-            self.bar.finish();
+        let is_last = record.step == self.frame.steps || record.ends_early;
+        if is_last {
+            self.bar.finish_and_clear();
+        }
+        if is_last || (self.bar.is_hidden() && (is_due || record.validation_loss.is_some())) {
+            self.last_line = Some(now);
+            say(format_args!("step {}/{}  {message}", record.step, self.frame.steps));
+        }
+        if is_last && !self.afterwards.is_empty() {
+            say(&self.afterwards);
         }
     }
 
@@ -98,20 +122,91 @@ impl Progress {
 pub fn figures(record: &StepRecord, crowded: &str) -> String {
     let skipped = if record.skipped { "skipped  " } else { "" };
     let mtp = record.mtp_loss.map_or_else(String::new, |loss| format!("  mtp {loss:.3}"));
+    let validation =
+        record.validation_loss.map_or_else(String::new, |loss| format!("  validation {loss:.3}"));
     let mfu = record.mfu.map_or_else(String::new, |mfu| format!("  MFU {:.0}%", 100.0 * mfu));
     format!(
-        "{skipped}loss {:.3}{mtp}  |g| {:.2}  lr {:.1e}  {:.1}k tok/s{mfu}  bubble {:.0}%{crowded}  MaxVio {:.2}",
+        "{skipped}loss {:.3}{mtp}{validation}  |g| {:.2}  lr {:.1e}  {}{mfu}  bubble {:.0}%{crowded}  MaxVio {:.2}",
         record.loss,
         record.grad_norm,
         record.learning_rate,
-        record.tokens_per_second / 1e3,
+        rate(record.tokens_per_second),
         100.0 * record.bubble_share,
         mean_max_vio(record),
     )
+}
+
+/// Tokens per second, with two or more digits that count: `12.3k tok/s`, `48 tok/s`, `0.7 tok/s`.
+pub fn rate(tokens_per_second: f64) -> String {
+    match tokens_per_second {
+        1e3.. => format!("{:.1}k tok/s", tokens_per_second / 1e3),
+        10.0.. => format!("{tokens_per_second:.0} tok/s"),
+        _ => format!("{tokens_per_second:.1} tok/s"),
+    }
+}
+
+/// A line of progress at most every few seconds, where no bar shows it.
+pub struct Lines {
+    began: Instant,
+    last: Option<Instant>,
+    is_hidden: bool,
+}
+
+impl Lines {
+    /// From now on; none where stderr is a terminal, which has the bar.
+    pub fn new() -> Self {
+        Lines { began: Instant::now(), last: None, is_hidden: std::io::stderr().is_terminal() }
+    }
+
+    /// Says how far `what` is, with `figure` and the time that is left, if a line is due.
+    pub fn show(&mut self, what: &str, (done, all): (u64, u64), figure: &str) {
+        let now = Instant::now();
+        let since = now.duration_since(self.last.unwrap_or(self.began));
+        if self.is_hidden || since < LINE_EVERY || done == 0 {
+            return;
+        }
+        self.last = Some(now);
+        let left = self.began.elapsed().as_secs_f64() * (all - done) as f64 / done as f64;
+        say(format_args!("{what} {done}/{all}  {figure}  {} left", minutes(left)));
+    }
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Lines::new()
+    }
 }
 
 /// Seconds as minutes and seconds.
 pub fn minutes(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     format!("{}:{:02}", whole / 60, whole % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_has_digits_that_count_however_slow_it_is() {
+        let cases =
+            [(12_345.0, "12.3k tok/s"), (1_000.0, "1.0k tok/s"), (48.3, "48 tok/s"), (0.69, "0.7 tok/s")];
+        for (tokens_per_second, words) in cases {
+            assert_eq!(rate(tokens_per_second), words);
+        }
+    }
+
+    #[test]
+    fn a_step_that_was_validated_shows_it() {
+        let record = StepRecord {
+            loss: 2.0,
+            validation_loss: Some(2.25),
+            tokens_per_second: 5.0,
+            ..StepRecord::default()
+        };
+        assert_eq!(
+            figures(&record, ""),
+            "loss 2.000  validation 2.250  |g| 0.00  lr 0.0e0  5.0 tok/s  bubble 0%  MaxVio 0.00"
+        );
+    }
 }

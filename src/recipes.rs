@@ -46,7 +46,9 @@ fn list() -> String {
          `contraflow train FILE.toml`.\n\
          Every key, with its default and its meaning: `contraflow recipes --keys`.\n\
          A recipe with every default written out: `contraflow train RECIPE --print-recipe`.\n\
-         A built-in model's config.json, to change: `contraflow recipes --model {default}`.\n",
-        lines.concat()
+         A built-in model's config.json ({}), to change: `contraflow recipes --model NAME`; single keys of it: \
+         `--set model.hidden_size=256`.\n",
+        lines.concat(),
+        models::model_names().join(", ")
     )
 }

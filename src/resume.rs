@@ -11,7 +11,8 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_workers::checkpoint::{Checkpoint, NewestWhole};
 
 use crate::failure::Failure;
-use crate::run_dir;
+use crate::output::say;
+use crate::run_dir::{self, name_of, without_link};
 
 /// A run that can be resumed.
 pub struct Resumed {
@@ -50,10 +51,10 @@ impl Resumed {
         };
         let resumes_at = checkpoint.manifest.position.step;
         for (step, faults) in &damaged {
-            eprintln!(
+            say(format_args!(
                 "warning: the checkpoint of step {step} is damaged, resuming from that of step {resumes_at}:\n  {}",
                 faults.to_string().replace('\n', "\n  ")
-            );
+            ));
         }
         let damaged = damaged.into_iter().map(|(step, _)| step).collect();
         let model = model_of(&checkpoint)?;
@@ -121,7 +122,7 @@ impl Resumed {
         if !faults.list.is_empty() {
             return Err(faults.into());
         }
-        changes(&before, recipe).iter().for_each(|change| eprintln!("note: {change}"));
+        changes(&before, recipe).iter().for_each(|change| say(format_args!("note: {change}")));
         Ok(())
     }
 
@@ -131,8 +132,8 @@ impl Resumed {
         if then.layout == now.layout
             && (then.binary != now.binary || then.instruction_set != now.instruction_set)
         {
-            eprintln!(
-                "note: the checkpoint was written by another build or on another machine: losses agree within rounding, not bit for bit"
+            say(
+                "note: the checkpoint was written by another build or on another machine: losses agree within rounding, not bit for bit",
             );
         }
     }
@@ -142,11 +143,6 @@ fn model_of(checkpoint: &Checkpoint) -> Result<ModelConfig, Failure> {
     let manifest = checkpoint.dir().join(MANIFEST_FILE);
     ModelConfig::from_hf_json(&checkpoint.manifest.model.to_string())
         .map_err(|faults| Failure::input(format!("{}: model: {faults}", manifest.display())))
-}
-
-fn name_of(path: &Path) -> String {
-    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
 }
 
 /// What a name refers to.
@@ -171,8 +167,11 @@ fn find(name: &str) -> Result<Found, Failure> {
     };
     let folder = CheckpointFolder::of_run(&run);
     let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", folder.path().display()));
-    match folder.list().map_err(failed)?.last() {
-        Some(_) => Ok(Found::Run(run)),
+    let has_checkpoint =
+        |run: &Path| CheckpointFolder::of_run(run).list().is_ok_and(|steps| !steps.is_empty());
+    let instead = || run_dir::instead_of_latest(name, "checkpoint", has_checkpoint);
+    match folder.list().map_err(failed)?.last().map(|_| run).or_else(instead) {
+        Some(run) => Ok(Found::Run(run)),
         None => {
             let message = format!(
                 "{}: expected a committed checkpoint to resume from, got none",
@@ -180,14 +179,6 @@ fn find(name: &str) -> Result<Found, Failure> {
             );
             Err(Failure::input(message))
         }
-    }
-}
-
-/// The run that `runs/latest` points at, under its own name.
-fn without_link(path: &Path) -> PathBuf {
-    match (path.parent(), std::fs::read_link(path)) {
-        (Some(parent), Ok(target)) => parent.join(target),
-        _ => path.to_owned(),
     }
 }
 

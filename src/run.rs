@@ -23,7 +23,7 @@ use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
 use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::from_recipe::Text;
-use contraflow_workers::engine::plans::{Plans, train_shape};
+use contraflow_workers::engine::plans::{Plans, train_shape, validation_shape};
 use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
 
@@ -31,7 +31,8 @@ use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
-use crate::output::quoted;
+use crate::output::{count, quoted, say};
+use crate::progress::samples::Samples;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
@@ -49,8 +50,10 @@ pub struct Tally {
     pub steps: u64,
     /// From the start of the cluster to the end of the last update, in seconds.
     pub seconds: f64,
-    /// Mean validation loss in nats per byte.
+    /// Mean validation loss at the end, in nats per token.
     pub validation_loss: Option<f64>,
+    /// Lowest validation loss while it trained, in nats per token, and after which step.
+    pub best_validation: Option<(f64, u64)>,
 }
 
 /// One formation of the cluster: the first, or one after a roll-back.
@@ -105,8 +108,10 @@ impl Run {
         damaged.into_iter().try_for_each(|step| folder.set_aside(step).map(drop)).map_err(failed)?;
         folder.tidy(recipe.checkpoint.keep, None).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
-        // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest.
+        // The model of the steps so far is in the checkpoint; under its own name it would pass for the newest, and a summary for
+        // that of a run that has ended.
         drop(std::fs::remove_dir_all(dir.join("model")));
+        drop(std::fs::remove_file(dir.join("summary.json")));
         Run::new((dir, lock), recipe, text, Some(checkpoint))
     }
 
@@ -158,23 +163,29 @@ impl Run {
     /// **Errors**: code 1 if the run failed, 2 if it could not write, 130 if it was interrupted; with a hint how to resume.
     pub fn train(&self, datasets: &Arc<Datasets>) -> Result<Tally, Failure> {
         let parallel = &self.recipe.parallel;
-        eprintln!(
-            "training {} in {}: {} ranks (pipeline {} x expert {} x data {}), {}, {} steps{}",
+        say(format_args!(
+            "training {} in {}: {} (pipeline {} x expert {} x data {}), {}, {}{}",
             self.name,
             self.dir.display(),
-            self.recipe.topology().world(),
+            count(self.recipe.topology().world(), "rank"),
             parallel.pipeline,
             parallel.expert,
             parallel.data,
             parallel.schedule,
-            self.frame.steps,
+            count(self.frame.steps, "step"),
             match self.position().step {
                 0 => String::new(),
                 step => format!(", {step} of them before this run"),
             }
-        );
-        let last = run_dir::last_record(&self.dir).unwrap_or_default();
-        let tally = Arc::new(Mutex::new(Tally { last, ..Tally::default() }));
+        ));
+        if let Some(note) = self.no_validation(datasets) {
+            say(format_args!("warning: {note}"));
+        }
+        let before = run_dir::records(&self.dir.join(run_dir::METRICS)).unwrap_or_default();
+        let validated = before.iter().filter_map(|record| Some((record.validation_loss?, record.step - 1)));
+        let best_validation = validated.min_by(|a, b| a.0.total_cmp(&b.0));
+        let last = before.last().cloned().unwrap_or_default();
+        let tally = Arc::new(Mutex::new(Tally { last, best_validation, ..Tally::default() }));
         let mut attempt = Attempt {
             resume: self.resume.clone(),
             generation: Generation::FIRST,
@@ -218,6 +229,19 @@ impl Run {
         }
     }
 
+    /// Why nothing is validated, if that is so.
+    pub(crate) fn no_validation(&self, datasets: &Datasets) -> Option<String> {
+        self.recipe.no_validation(datasets.validation.num_sequences())
+    }
+
+    /// What follows the last step, before the figures are there.
+    fn afterwards(&self, datasets: &Datasets) -> String {
+        let shape = validation_shape(&self.recipe, datasets.validation.num_sequences());
+        let validates = shape.map(|shape| format!("validating on {}", count(shape.global_batch, "sequence")));
+        let writes = self.recipe.checkpoint.save_model.then(|| "writing the weights".to_owned());
+        validates.into_iter().chain(writes).collect::<Vec<_>>().join(", ")
+    }
+
     /// What the cluster is started with.
     fn cluster(
         &self,
@@ -225,7 +249,8 @@ impl Run {
         attempt: &Attempt,
         tally: &Arc<Mutex<Tally>>,
     ) -> Result<LocalClusterSpec, Failure> {
-        let mut progress = Progress::new(&self.dir, self.frame)
+        let samples = Samples::of(&self.recipe, &self.dir, self.sample_prompt(datasets));
+        let mut progress = Progress::new(&self.dir, self.frame, self.afterwards(datasets), samples)
             .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
         let shared = tally.clone();
         let began = Instant::now();
@@ -238,6 +263,11 @@ impl Run {
             tally.bubble += record.bubble_share;
             tally.seconds = before + began.elapsed().as_secs_f64();
             tally.last = record.clone();
+            let lowest = tally.best_validation.map_or(f64::INFINITY, |(loss, _)| loss);
+            if let Some(loss) = record.validation_loss.filter(|loss| *loss < lowest) {
+                // It was measured before this step's update.
+                tally.best_validation = Some((loss, record.step - 1));
+            }
         });
         Ok(LocalClusterSpec {
             recipe: self.recipe.clone(),
@@ -280,7 +310,7 @@ impl Run {
         let checkpoint = Checkpoint::open(&folder.committed(returned.to));
         let mut checkpoint = checkpoint.map_err(|faults| Failure::run(faults.to_string()))?;
         checkpoint.manifest.position.cursor = cursor;
-        eprintln!("{}", returned.why);
+        say(&returned.why);
         run_dir::keep_metrics(&self.dir, &self.dir, returned.to)
             .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
         Ok(Attempt {
@@ -329,10 +359,8 @@ impl Run {
         let steps = CheckpointFolder::of_run(&self.dir).list().unwrap_or_default();
         match steps.last() {
             Some(step) => {
-                format!(
-                    "; step {step} is saved, resume with: contraflow train --resume {}",
-                    quoted(&self.dir)
-                )
+                let dir = quoted(self.dir.display());
+                format!("; step {step} is saved, resume with: contraflow train --resume {dir}")
             }
             None => "; no checkpoint has been made".into(),
         }

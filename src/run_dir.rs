@@ -3,25 +3,28 @@
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::checkpoint::CheckpointFolder;
+use contraflow_runtime::control::text::is_control;
 use contraflow_runtime::files;
 use contraflow_runtime::recipe::TokenizerSection;
 
 use crate::failure::Failure;
+use crate::output::say;
 
 /// Folder of all runs, in the working directory.
 pub const RUNS: &str = "runs";
 
 /// Name of the link to the newest run.
-const LATEST: &str = "latest";
+pub const LATEST: &str = "latest";
 
 /// Refuses what is no name of a folder in `runs`.
 ///
 /// **Errors**: code 2 with the name.
 pub fn check_name(name: &str) -> Result<(), Failure> {
-    let is_plain = Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(char::is_control);
+    let is_plain = Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(is_control);
     if is_plain && !name.starts_with('.') && name != LATEST {
         return Ok(());
     }
@@ -67,6 +70,71 @@ pub fn adopt<T, E: From<io::Error>>(
     Ok((path, made))
 }
 
+/// Every run, by name: the folders in the folder of all runs, without the link to the latest.
+///
+/// **Errors**: what the system says; where there is no such folder there are no runs.
+pub fn list(runs: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(runs) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        // Of a link this is false, whatever it leads to.
+        if entry.file_type()?.is_dir() && !entry.file_name().to_string_lossy().starts_with('.') {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// When a run last made something: a step, a checkpoint, its model.
+pub fn last_change(run: &Path) -> SystemTime {
+    let parts = [METRICS, "checkpoints", "model", "recipe.toml"].map(|part| run.join(part));
+    let times = parts.iter().filter_map(|part| std::fs::metadata(part).ok()?.modified().ok());
+    times.max().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// The newest run that has what is looked for, where `latest` leads to one that has not: it may have failed at once. Says so.
+///
+/// A name that is not that of the latest run means the run of that name alone.
+pub fn instead_of_latest(name: &str, what: &str, has: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let latest = Path::new(RUNS).join(LATEST);
+    if Path::new(name) != latest && name != LATEST {
+        return None;
+    }
+    let others = list(Path::new(RUNS)).ok()?.into_iter().filter(|run| has(run));
+    let other = others.max_by_key(|run| (last_change(run), run.clone()))?;
+    let latest =
+        std::fs::read_link(latest).map_or_else(|_| "-".into(), |target| target.display().to_string());
+    say(format_args!("note: the latest run, {latest}, has no {what}; taking {}", other.display()));
+    Some(other)
+}
+
+/// Points `latest` at the newest run that is left, once the one that it leads to is gone.
+///
+/// **Errors**: what the system says.
+pub fn repair_latest(runs: &Path) -> io::Result<()> {
+    let link = runs.join(LATEST);
+    if link.exists() {
+        return Ok(());
+    }
+    let newest = list(runs)?.into_iter().max_by_key(|run| (last_change(run), run.clone()));
+    match newest.as_deref().and_then(Path::file_name) {
+        Some(name) => {
+            point_latest(runs, &name.to_string_lossy());
+            Ok(())
+        }
+        None => match std::fs::remove_file(link) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        },
+    }
+}
+
 /// Replaces the link in one step, so that there is always one. A run is as good without: what stands in the way is said.
 fn point_latest(runs: &Path, folder: &str) {
     let latest = runs.join(LATEST);
@@ -82,7 +150,11 @@ fn point_latest(runs: &Path, folder: &str) {
     };
     if let Err(why) = pointed {
         drop(std::fs::remove_file(&fresh));
-        eprintln!("note: {} does not point at {}: {why}", latest.display(), runs.join(folder).display());
+        say(format_args!(
+            "note: {} does not point at {}: {why}",
+            latest.display(),
+            runs.join(folder).display()
+        ));
     }
 }
 
@@ -107,7 +179,7 @@ pub fn lock(run: &Path) -> Result<File, Failure> {
     let failed = |error: io::Error| Failure::input(format!("{}: {error}", path.display()));
     let mut file =
         File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match file.try_lock() {
+    match try_lock(&file) {
         Ok(()) => {
             file.set_len(0).map_err(failed)?;
             write!(file, "{}", std::process::id()).map_err(failed)?;
@@ -125,6 +197,23 @@ pub fn lock(run: &Path) -> Result<File, Failure> {
         }
         Err(TryLockError::Error(error)) => Err(failed(error)),
     }
+}
+
+/// Tries again for a moment: whoever lists runs holds the lock for as long as it takes to find that it is free.
+fn try_lock(file: &File) -> Result<(), TryLockError> {
+    for _ in 0..10 {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            result => return result,
+        }
+    }
+    file.try_lock()
+}
+
+/// Whether a process is at work in a run.
+pub fn is_in_use(run: &Path) -> bool {
+    let Ok(file) = File::open(run.join(LOCK)) else { return false };
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
 /// File with one line per step.
@@ -149,34 +238,83 @@ pub fn keep_metrics(from: &Path, to: &Path, last_step: u64) -> io::Result<()> {
     std::fs::rename(part, to.join(METRICS))
 }
 
-/// The last line of a run's metrics.
+/// The last line of a run's metrics that is whole.
 pub fn last_record(run: &Path) -> Option<StepRecord> {
     let text = files::read_to_string(&run.join(METRICS)).ok()?;
-    serde_json::from_str(text.lines().last()?).ok()
+    text.lines().rev().find_map(|line| serde_json::from_str(line).ok())
+}
+
+/// Every step in a file of metrics. A line that a crash has cut off is none.
+///
+/// **Errors**: what the system says.
+pub fn records(metrics: &Path) -> io::Result<Vec<StepRecord>> {
+    let text = files::read_to_string(metrics)?;
+    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
+/// The folder of a run, given by itself or by its name.
+///
+/// **Errors**: where it was looked for.
+pub fn find_run(name: &str) -> Result<PathBuf, String> {
+    let tried = [PathBuf::from(name), Path::new(RUNS).join(name)];
+    let found = tried.iter().find(|path| is_run(path));
+    found.cloned().ok_or_else(|| {
+        format!("{name}: expected a run; looked in {}, {}", tried[0].display(), tried[1].display())
+    })
+}
+
+/// Name of a run's folder, also where the path is a link or ends in dots.
+pub fn name_of(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The run that `runs/latest` points at, under its own name.
+pub fn without_link(path: &Path) -> PathBuf {
+    match (path.parent(), std::fs::read_link(path)) {
+        (Some(parent), Ok(target)) => parent.join(target),
+        _ => path.to_owned(),
+    }
+}
+
+/// Whether a folder holds what a run leaves, or an imported model.
+pub fn is_run(dir: &Path) -> bool {
+    [METRICS, "recipe.toml", "model/config.json"].iter().any(|part| dir.join(part).is_file())
 }
 
 /// Finds a model: the folder itself if it holds one, or that of a run, given by its folder or its name: what it has
 /// finished with, or else its newest checkpoint.
 pub fn find_model(name: &str) -> Result<PathBuf, String> {
     let direct = PathBuf::from(name);
-    let of_run = |run: PathBuf| {
-        let folder = CheckpointFolder::of_run(&run);
-        let newest = folder.list().ok().and_then(|steps| steps.last().map(|&step| folder.committed(step)));
-        [Some(run.join("model")), newest]
-    };
     let tried: Vec<PathBuf> = std::iter::once(Some(direct.clone()))
-        .chain(of_run(direct))
-        .chain(of_run(Path::new(RUNS).join(name)))
+        .chain(models_of(&direct))
+        .chain(models_of(&Path::new(RUNS).join(name)))
         .flatten()
         .collect();
-    let found = tried.iter().find(|path| path.join("config.json").is_file());
-    found.cloned().ok_or_else(|| {
+    let has_model = |run: &Path| models_of(run).iter().flatten().any(|path| is_model(path));
+    let found = tried.iter().find(|path| is_model(path)).cloned();
+    let found = found.or_else(|| {
+        let other = instead_of_latest(name, "model and no checkpoint", has_model)?;
+        models_of(&other).into_iter().flatten().find(|path| is_model(path))
+    });
+    found.ok_or_else(|| {
         let tried: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
         format!(
             "{name}: expected a run or a folder with config.json and weights; looked in {}",
             tried.join(", ")
         )
     })
+}
+
+fn is_model(dir: &Path) -> bool {
+    dir.join("config.json").is_file()
+}
+
+/// Where a run has models: what it has finished with, and its newest checkpoint.
+fn models_of(run: &Path) -> [Option<PathBuf>; 2] {
+    let folder = CheckpointFolder::of_run(run);
+    let newest = folder.list().ok().and_then(|steps| steps.last().map(|&step| folder.committed(step)));
+    [Some(run.join("model")), newest]
 }
 
 /// The recipe of the run that a model's or a checkpoint's folder belongs to, if it belongs to one.
@@ -186,6 +324,13 @@ pub fn recipe_of(dir: &Path) -> io::Result<Option<PathBuf>> {
     let whole = dir.canonicalize()?;
     let mut above = whole.ancestors().skip(1).take(2).map(|folder| folder.join("recipe.toml"));
     Ok(above.find(|recipe| recipe.is_file()))
+}
+
+/// What the sample of the run began with that a model's or a checkpoint's folder belongs to.
+pub fn sample_prompt(dir: &Path) -> Option<String> {
+    let summary = recipe_of(dir).ok()??.with_file_name("summary.json");
+    let summary: serde_json::Value = serde_json::from_str(&files::read_to_string(&summary).ok()?).ok()?;
+    summary["sample_prompt"].as_str().filter(|prompt| !prompt.is_empty()).map(str::to_owned)
 }
 
 /// What the recipe of a model's run says about its tokenizer. `None` where there is no recipe that names one, be it bytes.
@@ -209,6 +354,19 @@ mod tests {
             assert_eq!(path, runs.join(expected));
             assert_eq!(runs.join("latest").canonicalize().unwrap(), path.canonicalize().unwrap());
         }
+    }
+
+    #[test]
+    fn latest_is_repaired_once_its_run_is_gone_and_goes_with_the_last_run() {
+        let root = tempfile::tempdir().unwrap();
+        let runs = root.path().join("runs");
+        let (first, second) = (create(&runs, "a").unwrap(), create(&runs, "b").unwrap());
+        std::fs::remove_dir(second).unwrap();
+        repair_latest(&runs).unwrap();
+        assert_eq!(runs.join(LATEST).canonicalize().unwrap(), first.canonicalize().unwrap());
+        std::fs::remove_dir(first).unwrap();
+        repair_latest(&runs).unwrap();
+        assert_eq!(runs.read_dir().unwrap().count(), 0);
     }
 
     #[test]

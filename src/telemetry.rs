@@ -18,6 +18,7 @@ use tracing_subscriber::{EnvFilter, fmt};
 use self::by_job::{ByJob, RankLines};
 use crate::failure::Failure;
 use crate::otlp::{self, Exporting};
+use crate::output::is_coloured;
 
 /// Spans on their way, if any are: to be kept as long as the command runs.
 pub type Spans = Option<Exporting>;
@@ -75,7 +76,9 @@ fn to_stderr<S: Subscriber + for<'a> LookupSpan<'a>>() -> impl Layer<S> {
     fmt::layer()
         .fmt_fields(fields)
         .with_writer(std::io::stderr)
-        .with_ansi(std::env::var_os("NO_COLOR").is_none())
+        .with_ansi(is_coloured())
+        // It would say so on stderr, which is what is gone, and end the process.
+        .log_internal_errors(false)
 }
 
 /// Our lines from this level on. Targets are matched by prefix: all crates of this workspace begin alike.

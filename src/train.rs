@@ -15,7 +15,7 @@ use contraflow_workers::hf::check;
 
 use crate::failure::Failure;
 use crate::import::config_note;
-use crate::output::print;
+use crate::output::{count, print, quoted, say};
 use crate::resume::Resumed;
 use crate::run::Run;
 use crate::{run_dir, telemetry};
@@ -33,7 +33,7 @@ pub struct TrainArgs {
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
     /// Start from the weights of a run or of an HF directory, with a fresh optimizer; also its model, unless model.config
-    /// names another
+    /// names another or the recipe is a file, which says its own
     #[arg(long, value_name = "RUN|DIR")]
     pub init: Option<String>,
     /// Name of the run's folder in runs/; the recipe's name if not given
@@ -52,19 +52,10 @@ pub struct TrainArgs {
 /// **Errors**: code 2 with every fault of recipe, data and checkpoint at once; code 1 if the run failed; 130 if it was
 /// interrupted.
 pub fn run(args: &TrainArgs) -> Result<(), Failure> {
-    let mut overrides = args.overrides.clone();
-    if !args.data.is_empty() {
-        overrides.push(paths_override(&args.data));
-    }
-    if let Some(model) = &args.init {
-        let dir = run_dir::find_model(model).map_err(Failure::input)?;
-        // In front: what the user sets by hand comes last and holds.
-        let config = path_override("model.config", &dir.join("config.json"));
-        overrides.splice(0..0, [config, path_override("model.init", &dir)]);
-    }
     if let Some(name) = &args.name {
         run_dir::check_name(name)?;
     }
+    let overrides = overrides(args)?;
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
     let (name, mut recipe) = match (&args.recipe, &resumed) {
         (None, Some(resumed)) => (resumed.name(), resumed.recipe(&overrides)?),
@@ -79,8 +70,11 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         run_dir::check_name(&name)?;
     }
     if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
-        check::check_against(&recipe.model_config, dir)
-            .map_err(|faults| Failure::faults("model.init", &faults))?;
+        check::check_against(&recipe.model_config, dir).map_err(|faults| {
+            let mut failure = Failure::faults("model.init", &faults);
+            failure.message += &config_hint(args, &recipe, dir);
+            failure
+        })?;
     }
     if args.print_recipe {
         return print(&recipe.resolved_toml());
@@ -91,14 +85,16 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     let (text, datasets) =
         load_text(&recipe).map_err(|faults| Failure::faults(faults.key, &faults.faults))?;
     recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
-    text.corpus.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    text.corpus.warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
     match &resumed {
         Some(resumed) => resumed.check(&recipe, &text.corpus.hash)?,
         None => say_of_start(&recipe, &text),
     }
+    // What is refused is refused also where nothing is left to do.
+    if let Some(done) = resumed.as_ref().and_then(|resumed| nothing_to_do(resumed, &recipe)) {
+        return print(&done);
+    }
     recipe.tokenizer = text.tokenizer_section.clone();
-    let no_validation = recipe.no_validation(datasets.validation.num_sequences());
-    no_validation.iter().for_each(|why| eprintln!("warning: {why}"));
     print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
     let run = match resumed {
@@ -113,7 +109,68 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
 /// What a fresh run takes along or leaves out.
 fn say_of_start(recipe: &Recipe, text: &Text) {
     let of_config = config_note(Path::new(&recipe.model.config));
-    of_config.iter().chain(&text.notes).for_each(|note| eprintln!("note: {note}"));
+    of_config.iter().chain(&text.notes).for_each(|note| say(format_args!("note: {note}")));
+}
+
+/// What the command line changes in the recipe.
+///
+/// **Errors**: code 2 if there is no model where `--init` says.
+fn overrides(args: &TrainArgs) -> Result<Vec<String>, Failure> {
+    let mut overrides = args.overrides.clone();
+    if !args.data.is_empty() {
+        overrides.push(paths_override(&args.data));
+    }
+    if let Some(model) = &args.init {
+        let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        // In front: what the user sets by hand comes last and holds.
+        overrides.insert(0, path_override("model.init", &dir));
+        // A recipe of the user's own says which model it is for; a built-in one is taken for all else that it says.
+        if !is_own_recipe(args) {
+            overrides.insert(0, path_override("model.config", &dir.join("config.json")));
+        }
+    }
+    Ok(overrides)
+}
+
+fn is_own_recipe(args: &TrainArgs) -> bool {
+    args.recipe.as_deref().is_some_and(|recipe| matches!(RecipeSource::parse(recipe), RecipeSource::File(_)))
+}
+
+/// The way out where the weights are of another model than the user's recipe.
+fn config_hint(args: &TrainArgs, recipe: &Recipe, dir: &Path) -> String {
+    if args.init.is_none() || !is_own_recipe(args) {
+        return String::new();
+    }
+    let config = dir.join("config.json");
+    format!(
+        "\nthe recipe's own model counts ({}); --set model.config={} takes that of the weights",
+        recipe.model.config,
+        quoted(config.display())
+    )
+}
+
+/// What is said of a run that has made all its steps and ended; its checkpoint is there, and so is its model, if it wants one.
+fn nothing_to_do(resumed: &Resumed, recipe: &Recipe) -> Option<String> {
+    let (run, manifest) = (&resumed.run, &resumed.checkpoint.manifest);
+    let is_whole = run.join("summary.json").is_file()
+        && (!recipe.checkpoint.save_model || run.join("model/config.json").is_file());
+    // Only the run's newest checkpoint is resumed in its own folder.
+    if !is_whole || resumed.lock.is_none() {
+        return None;
+    }
+    let (step, dir) = (manifest.position.step, quoted(run.display()));
+    if step >= recipe.training.steps as u64 {
+        let made = count(step, "step");
+        return Some(format!("nothing to do: {dir} has made its {made}; --set training.steps=N goes on\n"));
+    }
+    let patience = recipe.validate.patience;
+    manifest.watch.validation.is_exhausted(patience).then(|| {
+        format!(
+            "nothing to do: {dir} has ended after step {step}, as its validation loss had not fallen {} in a row; \
+             a larger validate.patience goes on, 0 makes all steps\n",
+            count(patience, "time")
+        )
+    })
 }
 
 /// Makes and checks every plan that the run will need, and notes where a fallback runs.
@@ -123,7 +180,7 @@ fn print_fallbacks(recipe: &Recipe) -> Result<(), Failure> {
         let shape = train_shape(recipe, size);
         plans.get(shape.micro_batches, TaskKind::Train).map_err(Failure::input)?;
     }
-    recipe.fallbacks().iter().for_each(|note| eprintln!("note: {note}"));
+    recipe.fallbacks().iter().for_each(|note| say(format_args!("note: {note}")));
     Ok(())
 }
 
@@ -136,7 +193,7 @@ fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failu
     match limit {
         Some(MemoryLimit { bytes, by }) if bytes < needed => {
             let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
-            let ranks = if ranks == 1 { "rank".to_owned() } else { format!("{ranks} ranks") };
+            let ranks = if ranks == 1 { "rank".to_owned() } else { count(ranks, "rank") };
             Err(Failure::input(format!(
                 "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
                  contraflow plan shows what each needs"

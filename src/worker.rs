@@ -51,12 +51,8 @@ pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
     let runtime = interrupt::runtime()?;
     let ended = runtime.block_on(async {
         let (mut once, mut twice) = (Signals::listen()?, Signals::listen()?);
-        let stop = once.next();
-        let end = async {
-            twice.next().await;
-            twice.next().await;
-        };
-        host::run(settings, lines, (stop, end)).await.map_err(Failure::input)
+        let stop = async { _ = once.next().await };
+        host::run(settings, lines, (stop, twice.twice())).await.map_err(Failure::input)
     });
     // A rank may hang where it cannot be interrupted: the process does not wait for it.
     runtime.shutdown_background();

@@ -103,7 +103,7 @@ fn a_run_leaves_all_its_files_and_its_model_generates() {
     assert_eq!(std::fs::read_link(dir.path().join("runs/latest")).unwrap(), Path::new("tiny-2"));
     // The same layout, the same bits.
     let weights = |run: &str| {
-        std::fs::read(dir.path().join(run).join("model/model-00001-of-00004.safetensors")).unwrap()
+        std::fs::read(dir.path().join(run).join("model/model-00001-of-00002.safetensors")).unwrap()
     };
     assert!(weights("runs/tiny") == weights("runs/tiny-2"));
 }
@@ -151,6 +151,14 @@ fn a_run_that_is_not_finite_ends_with_evidence_and_skipped_batches_are_on_record
     let name = evidence["ranks"][0]["first_gradient"]["name"].as_str().unwrap();
     assert!(last.contains(&format!("gradient of {name} on rank ")), "{stderr}");
     assert_eq!(read("tiny/metrics.jsonl").lines().count(), 1);
+    // The batch of that step: each sequence once, and the documents that it is from.
+    let batch = evidence["sequences"].as_array().unwrap();
+    assert_eq!(batch.len(), 16);
+    let sequences: std::collections::BTreeSet<u64> =
+        batch.iter().map(|found| found["sequence"].as_u64().unwrap()).collect();
+    assert_eq!(sequences.len(), 16);
+    assert_eq!((&batch[0]["dp_rank"], &batch[0]["micro_batch"]), (&0.into(), &0.into()));
+    assert_eq!(batch[0]["documents"], serde_json::json!([0, 0]));
 
     let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=skip"]].concat());
     let stderr = text(&output.stderr);

@@ -105,7 +105,7 @@ impl Job {
             }
             State::Placing { .. } => "publishing the weights".into(),
             State::Aborting { waiting, .. } => {
-                format!("stopping, waiting for rank {{{}}}", list(waiting.iter().copied().collect()))
+                format!("stopping, waiting for rank {}", list(waiting.iter().copied().collect()))
             }
             State::Over => "over".into(),
         }
@@ -235,6 +235,10 @@ impl Job {
             }
             (_, RankEvent::StepDone { report }) => {
                 let (rank, step) = (Rank::new(report.rank), report.step);
+                if report.ends_early {
+                    // On all ranks alike: to the job it is as if the recipe had asked for so many.
+                    self.setup.steps = step;
+                }
                 let mut effects = vec![JobEffect::Record(report)];
                 if step == self.setup.steps {
                     // As if the ranks had agreed to stop after it.

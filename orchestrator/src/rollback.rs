@@ -1,6 +1,7 @@
 //! Decides about a run whose step the stability watch has stopped: it rolls back to its newest checkpoint and skips the
 //! sequences that led there, or it ends. Pure: the one policy of runs in one process and of jobs in a cluster.
 
+use contraflow_runtime::faults::count;
 use contraflow_runtime::stability::{Divergence, StepAction};
 use serde::{Deserialize, Serialize};
 
@@ -71,7 +72,8 @@ impl RollBack {
             return Err(format!("{why}; the run rolled back to step {step} {most} times (watch.max_skips)"));
         }
         let skipped = cursor.saturating_sub(before);
-        let why = format!("{why}; rolling back to step {step}, skipping {skipped} sequences");
+        let left_out = count(skipped, "sequence");
+        let why = format!("{why}; rolling back to step {step}, skipping {left_out}");
         Ok(RollBackTarget { to: step, returns, skipped, why })
     }
 }

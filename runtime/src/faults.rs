@@ -52,6 +52,17 @@ impl ErrorKind {
     }
 }
 
+/// A number of things: `1 rank`, `4 ranks`.
+pub fn count(number: impl fmt::Display, thing: &str) -> String {
+    let number = number.to_string();
+    let plural = match number.as_str() {
+        "1" => "",
+        _ if thing.ends_with("ch") => "es",
+        _ => "s",
+    };
+    format!("{number} {thing}{plural}")
+}
+
 /// One fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {

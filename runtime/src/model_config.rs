@@ -10,6 +10,8 @@ mod weights;
 pub use hf::token_ids;
 pub use weights::{WeightShape, is_derived_buffer};
 
+use serde_json::{Map, Value};
+
 use crate::faults::Faults;
 use crate::schedule::program::LayerKind;
 
@@ -105,6 +107,24 @@ impl ModelConfig {
     /// once.
     pub fn from_hf_json(text: &str) -> Result<Self, Faults> {
         hf::read(text)
+    }
+
+    /// The same of a file in which some keys are set anew, with what is right in it beside what is wrong: a key that is
+    /// wrong has a value that stands in for it.
+    ///
+    /// **Errors**: text that is no JSON object.
+    pub fn with_keys(text: &str, keys: &Map<String, Value>) -> Result<(Self, Faults), Faults> {
+        hf::read_with(text, keys)
+    }
+
+    /// The keys of a `config.json` that mean something here.
+    pub fn keys() -> Vec<String> {
+        let any = builtin::model("tiny").expect("a built-in model");
+        let written: Map<String, Value> =
+            serde_json::from_str(&any.to_hf_json()).expect("what was written reads back");
+        // Keys in the written form that say nothing of the arithmetic.
+        let names = ["architectures", "model_type", "torch_dtype", "use_cache"];
+        written.into_iter().map(|(key, _)| key).filter(|key| !names.contains(&key.as_str())).collect()
     }
 
     /// Keys of a `config.json` that change nothing here, though their writer may have meant something by them; none of a text that

@@ -103,10 +103,11 @@ pub fn figures(stdout: &str, side: &str) -> (u64, u64) {
     let line = stdout.lines().find(|line| line.trim_start().starts_with(side)).unwrap();
     let words: Vec<&str> = line.split_whitespace().collect();
     let number = |unit: &str| {
-        let at = words.iter().position(|word| word.trim_end_matches(',') == unit).unwrap();
+        let at =
+            words.iter().position(|word| word.trim_end_matches(',').trim_end_matches('s') == unit).unwrap();
         words[at - 1].parse().unwrap()
     };
-    (number("tokens"), number("documents"))
+    (number("token"), number("document"))
 }
 
 /// All that was prepared, in order, shard by shard.

@@ -22,7 +22,7 @@ fn a_job_that_waits_for_drained_nodes_says_so_and_starts_when_that_is_undone() {
     until("the worker", || (cluster.nodes().len() == 1).then_some(()));
     assert!(waiting_for(&cluster).ends_with(words), "{}", waiting_for(&cluster));
     let (code, out, _) = cluster.run(&["drain", "--undo", "n0"]);
-    assert_eq!((code, out.as_str()), (0, "n0: 1 worker(s) take ranks again\n"));
+    assert_eq!((code, out.as_str()), (0, "n0: 1 worker to take ranks again\n"));
     assert_eq!(cluster.finish(&job).len(), 60);
     let (code, _, stderr) = cluster.run(&["drain", "--undo", "n0"]);
     assert_eq!(code, 2);

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::cluster::{Cluster, JOB, until};
 
 /// Fields that hold a time, or follow from one.
-const TIMES: [&str; 4] = ["seconds", "bubble_share", "tokens_per_second", "mfu"];
+const TIMES: [&str; 5] = ["seconds", "bubble_share", "tokens_per_second", "mfu", "unix_ms"];
 
 /// Runs [`JOB`] with changes in one process, in the folder of the cluster: exit code and stderr.
 fn train(cluster: &Cluster, name: &str, changes: &[&str]) -> (i32, String) {
@@ -84,6 +84,27 @@ fn one_recipe_gives_the_same_step_records_in_one_process_and_in_a_cluster() {
 }
 
 #[test]
+fn validations_and_an_early_end_are_the_same_in_one_process_and_in_a_cluster() {
+    let cluster = Cluster::start(4);
+    // The weights stay as they are, so that no validation is lower than the first.
+    let still = ["lr.peak=1e-30", "lr.floor=0", "optimizer.weight_decay=0", "balance.bias_speed=0"];
+    let changes = [&still[..], &["training.steps=12", "validate.every=2", "validate.patience=2"]].concat();
+    let (code, stderr) = train(&cluster, "alone", &changes);
+    assert_eq!(code, 0, "{stderr}");
+    let alone = metrics(&cluster, "alone");
+    let job = cluster.submit(&changes, &[]);
+    let steps = cluster.finish(&job);
+    assert_same_records(&steps, &alone);
+    let validated = |step: &&Value| step["validation_loss"].as_f64().is_some();
+    let validated: Vec<u64> =
+        steps.iter().filter(validated).map(|step| step["step"].as_u64().unwrap()).collect();
+    assert_eq!((validated, steps.len()), (vec![3, 5, 7], 7));
+    assert_eq!(steps[6]["ends_early"], true);
+    let status = cluster.status(&job).unwrap();
+    assert!(status["validation_loss"].as_f64().is_some(), "{status}");
+}
+
+#[test]
 fn evidence_of_a_step_that_is_not_finite_is_left_in_the_jobs_folder() {
     let cluster = Cluster::start(4);
     let changes = ["lr.peak=1e30", "lr.warmup_steps=0", "watch.on_nan=skip", "watch.max_skips=2"];
@@ -156,7 +177,7 @@ fn a_fallback_plan_is_noted_in_the_jobs_log() {
     assert_eq!(code, 0, "{stderr}");
     let note =
         stderr.lines().find_map(|line| line.strip_prefix("note: ")).unwrap_or_else(|| panic!("{stderr}"));
-    assert!(note.contains("the sequential plan runs instead"), "{note}");
+    assert!(note.contains("a plan of the kind of 1f1b runs instead"), "{note}");
     let job = cluster.submit(&changes, &[]);
     cluster.finish(&job);
     let log = log(&cluster, &job);

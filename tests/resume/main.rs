@@ -1,11 +1,14 @@
-//! The binary across interruptions: what was committed survives every end of a process, and the run continues as if nothing
-//! had happened.
+//! Runs from their first step to what is left of them: what was committed survives every end of a process, and the run continues
+//! as if nothing had happened; they are validated, listed, drawn and compared.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod crashes;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod interrupts;
+mod readers;
 mod refusals;
 mod rollback;
+mod runs;
+mod validation;
 mod workplace;

@@ -115,6 +115,23 @@ fn unsafe_code_stands_in_kernels_and_where_memory_is_mapped_and_says_why_it_is_s
     assert_none("unsafe code", &faults);
 }
 
+/// A macro that ends the process where nobody reads: a run would be lost with its terminal.
+#[test]
+fn stderr_is_written_in_one_place() {
+    let macros = ["!(", "ln!("].map(|end| ["eprint", end].concat());
+    let mut faults = Vec::new();
+    for (path, text) in sources().into_iter().filter(|(path, _)| path.contains("src/")) {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for (index, line) in code.lines().enumerate() {
+            let words = line.trim_start();
+            if !words.starts_with("//") && macros.iter().any(|name| words.contains(name.as_str())) {
+                faults.push(format!("{path}:{}: {words}", index + 1));
+            }
+        }
+    }
+    assert_none("written elsewhere than by src/output.rs", &faults);
+}
+
 #[test]
 fn nothing_is_left_for_later() {
     // In two halves, so that this file does not find itself.

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use contraflow_runtime::faults::count;
 use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::RankFigures;
@@ -92,15 +93,18 @@ impl Core {
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
         let recipe = record.spec.recipe_on(&topology);
-        let notes = if is_same_layout { Vec::new() } else { recipe.fallbacks() };
         // How much text there is to validate on, the workers know alone.
-        let notes = notes.into_iter().chain(recipe.no_validation(usize::MAX).filter(|_| !is_same_layout));
-        let notes: Vec<String> = notes.collect();
+        let notes = || recipe.fallbacks().into_iter().chain(recipe.no_validation(usize::MAX)).collect();
+        let notes: Vec<String> = if is_same_layout { Vec::new() } else { notes() };
         let (formation, places) = (formed.id(job), formed.places.clone());
         let why_not = why_not.map(|why_not| format!("; {why_not}")).unwrap_or_default();
         self.log(
             job,
-            format!("generation {}: {} ranks formed{from}{why_not}", formed.generation, places.len()),
+            format!(
+                "generation {}: {} formed{from}{why_not}",
+                formed.generation,
+                count(places.len(), "rank")
+            ),
         );
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
         self.released(job, &places);
@@ -246,7 +250,7 @@ impl Core {
             let bytes = self.jobs.all[&job.job].spec.rank_bytes;
             let (room, too_small) = rooms.entry(bytes).or_insert_with(|| self.room_for(bytes));
             if *room < job.ranks && job.ranks <= *room + too_small.slots {
-                let words = format!("needs {} ranks, room for {room}{too_small}", job.ranks);
+                let words = format!("needs {}, room for {room}{too_small}", count(job.ranks, "rank"));
                 self.reasons.insert(job.job, words);
             } else {
                 fit.push(job);
@@ -319,8 +323,10 @@ impl Core {
         let supply = self.supply(Some(job), bytes);
         let (world, free, draining) = (topology.world(), free_slots(&supply), supply.draining);
         format!(
-            "needs {world} ranks, {free} healthy, {draining} draining{}; {}",
-            supply.too_small, record.why
+            "needs {}, {free} healthy, {draining} draining{}; {}",
+            count(world, "rank"),
+            supply.too_small,
+            record.why
         )
     }
 }

@@ -95,7 +95,8 @@ impl Collector {
             learning_rate: first.learning_rate,
             seconds,
             tokens_per_second,
-            mfu: self.constants.peak_flops.map(mfu),
+            // More than all of the peak shows that it was measured while others were at work.
+            mfu: self.constants.peak_flops.map(mfu).filter(|mfu| *mfu <= 1.0),
             bubble_share: ratio(total(|report| report.bubble_seconds), total(|report| report.seconds)),
             max_vio: loads.map(|load| (load.layer, max_vio(&load.counts))).collect(),
             sent_bytes: reports.iter().map(|report| report.sent_bytes).sum(),
@@ -103,6 +104,9 @@ impl Collector {
             gradient_norms: first.gradient_norms.clone(),
             skipped: first.skipped,
             warnings: first.warning.iter().cloned().collect(),
+            unix_ms: reports.iter().map(|report| report.unix_ms).max().unwrap_or(0),
+            validation_loss: first.validation_loss,
+            ends_early: first.ends_early,
         }
     }
 
@@ -152,6 +156,8 @@ mod tests {
             peak_live_chunks: 3 - rank,
             loads: vec![LayerLoad { layer: rank, counts: vec![6, 2, 0, 0] }],
             gradient_norms: (rank == 0).then_some(norms),
+            unix_ms: 1_000 + u64::from(rank),
+            validation_loss: Some(1.25),
             ..StepReport::default()
         }
     }
@@ -169,6 +175,7 @@ mod tests {
         // 600 tokens in the 3 s of the slower rank, 50 FLOP each, of 20,000 FLOP/s.
         assert_eq!((record.tokens_per_second, record.mfu), (200.0, Some(0.5)));
         assert_eq!(record.max_vio, BTreeMap::from([(0, 2.0), (1, 2.0)]));
+        assert_eq!((record.unix_ms, record.validation_loss, record.ends_early), (1_001, Some(1.25), false));
         assert_eq!((record.sent_bytes, record.peak_live_chunks), (20, 3));
         assert_eq!(record.gradient_norms.as_ref().unwrap().layers, [2.0]);
         assert_eq!(mean_max_vio(&record), 2.0);
@@ -180,6 +187,16 @@ mod tests {
         let record = Collector::new(constants).record(report(0, 0.0, 0.0)).unwrap();
         assert_eq!((record.tokens_per_second, record.mfu, record.bubble_share), (0.0, None, 0.0));
         assert_eq!((max_vio(&[]), max_vio(&[0, 0]), mean_max_vio(&StepRecord::default())), (0.0, 0.0, 0.0));
+    }
+
+    #[test]
+    fn a_peak_that_was_passed_was_none() {
+        // 300 tokens/s of 50 FLOP each: 15,000 FLOP/s.
+        let mfu = |peak| {
+            let constants = JobConstants { peak_flops: Some(peak), ..constants(1) };
+            Collector::new(constants).record(report(0, 2.0, 0.0)).unwrap().mfu
+        };
+        assert_eq!((mfu(20_000.0), mfu(15_000.0), mfu(14_000.0)), (Some(0.75), Some(1.0), None));
     }
 
     #[test]

@@ -227,16 +227,26 @@ impl CheckpointFolder {
     }
 
     /// All but the newest up to the pinned one, those after it, and the one that has just been committed: those of later steps may
-    /// be older. The one before the pinned one stays too, if others that the orchestrator never heard of are between them.
+    /// be older. The one before the pinned one stays too, if others that the orchestrator never heard of are between them, and so
+    /// does that with the lowest validation loss.
     fn drop_oldest(&self, keep: usize, fresh: Option<u64>) -> io::Result<()> {
         let steps = self.list()?;
         let known = match self.pinned.newest {
             0 => steps.len(),
             pinned => steps.partition_point(|step| *step <= pinned),
         };
-        let old = &steps[..known.saturating_sub(keep.max(1))];
-        let stays = |step: u64| Some(step) == fresh || step == self.pinned.earlier;
-        old.iter().filter(|step| !stays(**step)).try_for_each(|&step| self.drop(step))
+        let best = steps.last().and_then(|&step| self.best_of(step));
+        let old = steps[..known.saturating_sub(keep.max(1))].iter();
+        let stays = |step: u64| Some(step) == fresh || step == self.pinned.earlier || Some(step) == best;
+        old.filter(|step| !stays(**step)).try_for_each(|&step| self.drop(step))
+    }
+
+    /// The step after which the validation loss was lowest, as the checkpoint of a step knows it, if its recipe keeps that one.
+    fn best_of(&self, step: u64) -> Option<u64> {
+        let manifest = Manifest::read(&self.committed(step)).ok()?;
+        let recipe: toml::Table = manifest.recipe.parse().ok()?;
+        let keeps = recipe.get("checkpoint")?.get("keep_best")?.as_bool()?;
+        manifest.watch.validation.best.filter(|_| keeps).map(|best| best.step)
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {

@@ -15,8 +15,12 @@ pub fn model_names() -> Vec<&'static str> {
     MODELS.iter().map(|(name, _)| *name).collect()
 }
 
+/// The `config.json` of a built-in model, as a file to start from.
+pub fn text(name: &str) -> Option<&'static str> {
+    MODELS.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+}
+
 /// A built-in model.
 pub fn model(name: &str) -> Option<ModelConfig> {
-    let text = MODELS.iter().find(|(known, _)| *known == name)?.1;
-    Some(ModelConfig::from_hf_json(text).expect("built-in models are valid: a test reads them all"))
+    Some(ModelConfig::from_hf_json(text(name)?).expect("built-in models are valid: a test reads them all"))
 }

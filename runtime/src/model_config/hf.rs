@@ -25,8 +25,14 @@ const TABLE_ROWS: RangeInclusive<usize> = 1..=1 << 24;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
 
 pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
+    let (config, faults) = read_with(text, &Map::new())?;
+    faults.into_result(config)
+}
+
+/// The file with some keys in place of its own.
+pub(super) fn read_with(text: &str, keys: &Map<String, Value>) -> Result<(ModelConfig, Faults), Faults> {
     let mut faults = Faults::default();
-    let object = match serde_json::from_str(text) {
+    let mut object = match serde_json::from_str(text) {
         Ok(Value::Object(object)) => object,
         Ok(other) => {
             faults.expected("", "an object with the keys of an HF config.json", value_text(&other));
@@ -37,12 +43,17 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, Faults> {
             return Err(faults);
         }
     };
+    if keys.contains_key("num_attention_heads") {
+        // It says the same once more.
+        object.remove("num_key_value_heads");
+    }
+    object.extend(keys.clone());
     let mut reader = ConfigReader { object: &object, prefix: "", faults };
     reader.refuse_unsupported();
     let config = reader.config();
     let mut faults = reader.faults;
     check_relations(&config, &mut faults);
-    faults.into_result(config)
+    Ok((config, faults))
 }
 
 /// Keys of published files that change nothing: they name classes, versions and types, or repeat what is fixed.

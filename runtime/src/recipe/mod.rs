@@ -6,6 +6,8 @@
 
 pub mod builtin;
 mod keys;
+#[cfg(test)]
+mod model_tests;
 mod relations;
 mod sections;
 mod step_table;
@@ -24,7 +26,7 @@ pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
     LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
-    TokenizerSection, TrainingSection, WatchSection,
+    SampleSection, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 
@@ -66,13 +68,20 @@ pub struct Recipe {
     pub data: DataSection,
     /// How text becomes tokens.
     pub tokenizer: TokenizerSection,
+    /// Measuring on validation sequences while it trains.
+    pub validate: ValidateSection,
+    /// What the model writes, to see what it has learnt.
+    pub sample: SampleSection,
     /// What is kept.
     pub checkpoint: CheckpointSection,
     /// The action on steps whose numbers are out of bounds.
     pub watch: WatchSection,
     /// What is said while it runs.
     pub log: LogSection,
-    /// The architecture that `model.config` names.
+    /// Keys of the model's `config.json` that the recipe sets by itself, as `model.<key>`.
+    #[serde(skip)]
+    pub model_keys: toml::Table,
+    /// The architecture that `model.config` names, with these keys.
     #[serde(skip, default = "stand_in_model")]
     pub model_config: ModelConfig,
 }
@@ -198,7 +207,7 @@ impl Recipe {
             None
         } else {
             table.resolve_paths(source.folder());
-            let model = read_model(&mut table);
+            let model = read_model(&mut table, None);
             Some(table.faults.into_result(model)?)
         };
         Recipe::submitted(&text, &source.name(), overrides, model.clone())?;
@@ -283,11 +292,12 @@ impl Recipe {
     }
 
     fn finish(mut table: RecipeTable, model: Option<ModelConfig>) -> Result<Self, Faults> {
-        let model = model.unwrap_or_else(|| read_model(&mut table));
+        let model = read_model(&mut table, model);
         derive(&mut table, &model);
         let mut recipe: Recipe =
             Value::Table(table.sections()).try_into().expect("a checked table has the types of the sections");
         recipe.model_config = model;
+        recipe.model_keys = table.model_keys;
         let mut faults = table.faults;
         relations::check(&recipe, &mut faults);
         faults.into_result(recipe)
@@ -297,13 +307,23 @@ impl Recipe {
     /// recipe.
     pub fn resolved_toml(&self) -> String {
         let values = Value::try_from(self).expect("a recipe is numbers, texts and lists of them");
-        keys::document(|key| {
+        let text = keys::document(|key| {
             let (section, name) = key.parts();
             match &values[section][name] {
                 Value::Float(small) if *small != 0.0 && *small < 1e-3 => format!("{name} = {small:e}"),
                 value => format!("{name} = {value}"),
             }
-        })
+        });
+        if self.model_keys.is_empty() {
+            return text;
+        }
+        let set = |(key, value): (&String, &Value)| format!("{key} = {value}\n");
+        let keys: String = self.model_keys.iter().map(set).collect();
+        text.replacen(
+            "\n[parallel]\n",
+            &format!("# Keys of its config.json that are set here.\n{keys}\n[parallel]\n"),
+            1,
+        )
     }
 
     /// The axes of the run.
@@ -341,31 +361,57 @@ fn is_below(path: &str) -> bool {
     Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
-/// The model that `model.config` names; the stand-in, with the faults noted, where there is none.
-fn read_model(table: &mut RecipeTable) -> ModelConfig {
+/// The model that `model.config` names, or `base` in place of it, with the keys that the recipe sets by itself. The stand-in,
+/// with the faults noted, where there is none; where single keys are wrong the rest of it is what the file says.
+fn read_model(table: &mut RecipeTable, base: Option<ModelConfig>) -> ModelConfig {
     const PATH: &str = "model.config";
+    if let Some(base) = &base
+        && table.model_keys.is_empty()
+    {
+        return base.clone();
+    }
     let name = table.text(PATH);
-    if !table.faults.spare(&[PATH]) {
-        return stand_in_model();
-    }
-    if let Some(model) = models::model(&name) {
-        return model;
-    }
-    let read = match files::read_to_string(Path::new(&name)) {
-        Ok(text) => ModelConfig::from_hf_json(&text),
-        Err(error) => {
-            let names = models::model_names();
-            let mut faults = Faults::default();
-            let expected = format!("a built-in model ({}) or an HF config.json", names.join(", "));
-            let stem = Path::new(&name).file_stem().map_or("".into(), |stem| stem.to_string_lossy());
-            faults.expected("", expected, format!("{error}: {name}{}", suggest::for_name(&stem, &names)));
-            Err(faults)
-        }
+    let built_in = models::text(&name).map(str::to_owned);
+    let text = match base.map(|base| base.to_hf_json()).or(built_in) {
+        Some(text) => text,
+        None if !table.faults.spare(&[PATH]) => return stand_in_model(),
+        None => match files::read_to_string(Path::new(&name)) {
+            Ok(text) => text,
+            Err(error) => {
+                let names = models::model_names();
+                let expected = format!("a built-in model ({}) or an HF config.json", names.join(", "));
+                let stem = Path::new(&name).file_stem().map_or("".into(), |stem| stem.to_string_lossy());
+                let got = format!("{error}: {name}{}", suggest::for_name(&stem, &names));
+                table.faults.expected(PATH, expected, got);
+                return stand_in_model();
+            }
+        },
     };
-    read.unwrap_or_else(|faults| {
-        table.faults.adopt(PATH, faults);
-        stand_in_model()
-    })
+    match ModelConfig::with_keys(&text, &json_of(&table.model_keys)) {
+        Ok((model, faults)) => {
+            // A key that is set here is called by the path that it was set with.
+            for fault in faults.list {
+                let key = fault.path.split('.').next().unwrap_or_default();
+                let prefix = if table.model_keys.contains_key(key) { "model" } else { PATH };
+                table.faults.push(format!("{prefix}.{}", fault.path), fault.message);
+            }
+            table.faults.more += faults.more;
+            model
+        }
+        Err(faults) => {
+            table.faults.adopt(PATH, faults);
+            stand_in_model()
+        }
+    }
+}
+
+/// Values as a `config.json` has them; TOML has no null.
+fn json_of(keys: &toml::Table) -> serde_json::Map<String, serde_json::Value> {
+    let json = |value: &Value| match value.as_str() {
+        Some("null") => serde_json::Value::Null,
+        _ => serde_json::to_value(value).unwrap_or_default(),
+    };
+    keys.iter().map(|(key, value)| (key.clone(), json(value))).collect()
 }
 
 /// Fills in what follows from other values.

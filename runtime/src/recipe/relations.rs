@@ -4,6 +4,14 @@ use super::Recipe;
 use super::sections::BYTE_TOKENS;
 use crate::faults::Faults;
 
+/// Whether these keys of the model are what its file says: a key that is wrong, or a file that is not there, has a stand-in.
+fn knows(faults: &Faults, keys: &[&str]) -> bool {
+    let is_wrong = |key: &&str| !faults.spare(&[&format!("model.config.{key}"), &format!("model.{key}")]);
+    faults.more == 0
+        && !faults.list.iter().any(|fault| fault.path == "model.config")
+        && !keys.iter().any(is_wrong)
+}
+
 /// **Errors** (into `faults`): every contradiction between values that are right by themselves.
 pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
     check_stages(recipe, faults);
@@ -13,6 +21,7 @@ pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
     check_model(recipe, faults);
     check_rates(recipe, faults);
     check_data(recipe, faults);
+    check_validation(recipe, faults);
 }
 
 fn check_stages(recipe: &Recipe, faults: &mut Faults) {
@@ -22,7 +31,7 @@ fn check_stages(recipe: &Recipe, faults: &mut Faults) {
     let (pipeline, layers) = (recipe.parallel.pipeline, recipe.model_config.num_hidden_layers);
     if let Err(message) = recipe.parallel.schedule.validate(pipeline) {
         faults.push("parallel.pipeline", message.to_string());
-    } else if faults.spare(&["model.config"]) && recipe.stages() > layers {
+    } else if knows(faults, &["num_hidden_layers"]) && recipe.stages() > layers {
         let expected = format!("at most one stage for each of the {layers} layers of the model");
         let got = format!("{} stages ({} over {pipeline} ranks)", recipe.stages(), recipe.parallel.schedule);
         faults.expected("parallel.pipeline", expected, got);
@@ -31,7 +40,8 @@ fn check_stages(recipe: &Recipe, faults: &mut Faults) {
 
 fn check_experts(recipe: &Recipe, faults: &mut Faults) {
     let (expert, experts) = (recipe.parallel.expert, recipe.model_config.n_routed_experts);
-    if faults.spare(&["parallel.expert", "model.config"]) && experts % expert != 0 {
+    let is_known = faults.spare(&["parallel.expert"]) && knows(faults, &["n_routed_experts"]);
+    if is_known && experts % expert != 0 {
         faults.expected(
             "parallel.expert",
             format!("a divisor of the model's {experts} routed experts"),
@@ -84,23 +94,23 @@ fn check_ramp(recipe: &Recipe, faults: &mut Faults) {
 }
 
 fn check_model(recipe: &Recipe, faults: &mut Faults) {
-    if !faults.spare(&["model.config"]) {
-        return;
-    }
     let model = &recipe.model_config;
     let (length, longest) = (recipe.training.sequence_length, model.max_position_embeddings);
-    if faults.spare(&["training.sequence_length"]) && length > longest {
+    let is_known = faults.spare(&["training.sequence_length"]) && knows(faults, &["max_position_embeddings"]);
+    if is_known && length > longest {
         let expected = format!("at most the model's max_position_embeddings ({longest})");
         faults.expected("training.sequence_length", expected, length);
     }
     // Prepared folders and the weights that training starts from may bring a tokenizer: it is checked where it is read.
     let is_bytes =
         recipe.tokenizer.path.is_empty() && recipe.data.paths.is_empty() && recipe.model.init_dir().is_none();
-    if is_bytes && faults.spare(&["tokenizer.path"]) && model.vocab_size < BYTE_TOKENS {
+    let is_known = faults.spare(&["tokenizer.path"]) && knows(faults, &["vocab_size"]);
+    if is_bytes && is_known && model.vocab_size < BYTE_TOKENS {
         let expected = format!("at least {BYTE_TOKENS} for the byte tokenizer");
         faults.expected("model.config.vocab_size", expected, model.vocab_size);
     }
-    if faults.spare(&["mtp.weight"]) && model.num_nextn_predict_layers == 0 && !recipe.mtp.weight.is_zero() {
+    let is_known = faults.spare(&["mtp.weight"]) && knows(faults, &["num_nextn_predict_layers"]);
+    if is_known && model.num_nextn_predict_layers == 0 && !recipe.mtp.weight.is_zero() {
         let got = "a weight above 0";
         faults.expected("mtp.weight", "0, as the model has no multi-token prediction", got);
     }
@@ -121,5 +131,21 @@ fn check_data(recipe: &Recipe, faults: &mut Faults) {
     let (paths, weights) = (data.paths.len(), data.weights.len());
     if weights != 0 && weights != paths {
         faults.expected("data.weights", format!("one for each of the {paths} paths, or none"), weights);
+    }
+}
+
+fn check_validation(recipe: &Recipe, faults: &mut Faults) {
+    let (validate, sequences) = (&recipe.validate, recipe.training.validation_sequences);
+    if faults.spare(&["validate.every", "training.validation_sequences"])
+        && validate.every > 0
+        && sequences == 0
+    {
+        let expected = "0 where training.validation_sequences is 0";
+        faults.expected("validate.every", expected, validate.every);
+    }
+    if faults.spare(&["validate.every", "validate.patience"]) && validate.patience > 0 && validate.every == 0
+    {
+        let expected = "0 where validate.every is 0";
+        faults.expected("validate.patience", expected, validate.patience);
     }
 }

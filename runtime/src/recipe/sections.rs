@@ -10,7 +10,7 @@ use crate::schedule::ScheduleKind;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
-    /// A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json.
+    /// A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json; other keys here replace its own.
     pub config: String,
     /// fresh: weights are drawn; or the HF directory whose weights training starts from.
     pub init: String,
@@ -58,7 +58,7 @@ pub struct TrainingSection {
     pub ramp_start_batch_size: usize,
     /// Tokens over which the batch grows to its full size; 0: no ramp.
     pub ramp_tokens: u64,
-    /// Sequences the final validation reads; 0: no validation.
+    /// Sequences a validation reads, at the end and with validate.every also before; 0: no validation.
     pub validation_sequences: usize,
     /// Standard deviation of fresh weights.
     pub init_std: f64,
@@ -164,6 +164,26 @@ pub const END_OF_DOCUMENT: usize = 256;
 /// Number of tokens of the byte tokenizer.
 pub const BYTE_TOKENS: usize = END_OF_DOCUMENT + 1;
 
+/// `[validate]`: measuring on validation sequences while it trains.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidateSection {
+    /// Steps between validations while it trains; 0: only at the end.
+    pub every: u64,
+    /// Validations in a row without a lower loss after which the run ends; 0: it makes all its steps.
+    pub patience: u64,
+}
+
+/// `[sample]`: what the model writes, to see what it has learnt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SampleSection {
+    /// Steps between samples while it trains, each of a checkpoint of that step; 0: only at the end. In one process.
+    pub every: u64,
+    /// What samples begin with; empty: the first words of the text that is held out.
+    pub prompt: String,
+}
+
 /// `[checkpoint]`: what is kept.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,6 +192,8 @@ pub struct CheckpointSection {
     pub every: u64,
     /// How many of the newest checkpoints are kept.
     pub keep: usize,
+    /// Whether the checkpoint with the lowest validation loss is kept as well, where validate.every is set.
+    pub keep_best: bool,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
     /// In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter.

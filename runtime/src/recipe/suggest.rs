@@ -1,6 +1,7 @@
 //! What the writer of an unknown key may have meant: by spelling, and by the names other trainers use.
 
 use super::keys::KEYS;
+use crate::model_config::ModelConfig;
 
 /// Names of torchtitan, Megatron-LM, DeepSpeed and the HF trainer, and what they are called here. Dashes and
 /// capitals have been folded.
@@ -69,22 +70,18 @@ const NOTES: &[(&str, &str)] = &[
     ("expert_tensor_parallel_degree", NO_SPLIT),
     ("expert_tensor_parallel_size", NO_SPLIT),
     ("gradient_accumulation_steps", FOLLOWS),
-    ("hidden_size", IN_MODEL),
     ("layers", IN_MODEL),
     ("mtp_num_layers", IN_MODEL),
-    ("n_routed_experts", IN_MODEL),
     ("num_experts", IN_MODEL),
-    ("num_hidden_layers", IN_MODEL),
     ("num_layers", IN_MODEL),
     ("num_microbatches", FOLLOWS),
     ("tensor_model_parallel_size", NO_SPLIT),
     ("tensor_parallel_degree", NO_SPLIT),
-    ("vocab_size", IN_MODEL),
 ];
 
 const FOLLOWS: &str =
     "the number of micro-batches follows: global_batch_size / (micro_batch_size x expert x data)";
-const IN_MODEL: &str = "the architecture is set in the config.json that model.config names";
+const IN_MODEL: &str = "the architecture is in the model: model.<key> sets a key of its config.json";
 const NO_SPLIT: &str = "layers are not split across ranks: the axes are parallel.pipeline, expert and data";
 
 /// No key is nearly as long as this, and comparing a longer name takes time for nothing. **Units**: bytes.
@@ -103,8 +100,14 @@ pub(super) fn for_key(path: &str) -> String {
     let look_up = |table: &[(&str, &'static str)]| {
         table.iter().find(|(foreign, _)| *foreign == name).map(|&(_, answer)| answer)
     };
+    if ModelConfig::keys().iter().any(|key| key == name) {
+        return did_you_mean(&format!("model.{name}"));
+    }
     if let Some(note) = look_up(NOTES) {
         return format!("; {note}");
+    }
+    if let Some(key) = folded.strip_prefix("model.").and_then(likest_model_key) {
+        return did_you_mean(&format!("model.{key}"));
     }
     let same_name = || KEYS.iter().map(|key| key.path).find(|path| path.ends_with(&format!(".{name}")));
     let known = look_up(ALIASES).or_else(same_name).or_else(|| likest_key(&folded, name));
@@ -119,6 +122,13 @@ pub(super) fn for_name(name: &str, names: &[&'static str]) -> String {
 
 fn did_you_mean(known: &str) -> String {
     format!("; did you mean `{known}`?")
+}
+
+/// The key of a model's `config.json` that is spelled most alike.
+fn likest_model_key(name: &str) -> Option<String> {
+    let scored = ModelConfig::keys().into_iter().map(|key| (likeness(&key, name), key));
+    let (likeness, key) = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (likeness >= LIKENESS).then_some(key)
 }
 
 /// The known path whose whole or last part is spelled most alike.

@@ -12,11 +12,13 @@ use toml::{Table, Value};
 use super::keys::{KEYS, KeyDefault, KeyDoc};
 use super::{FRESH, suggest};
 use crate::faults::Faults;
-use crate::model_config::builtin as models;
+use crate::model_config::{ModelConfig, builtin as models};
 
 /// A recipe on its way from text to types.
 pub(super) struct RecipeTable {
     pub(super) values: Table,
+    /// Keys of the model's `config.json` that stand in its section.
+    pub(super) model_keys: Table,
     pub(super) faults: Faults,
     /// Paths the recipe itself sets, and where: the line of the file, or `None` for `--set`.
     origins: BTreeMap<String, Option<usize>>,
@@ -39,11 +41,13 @@ impl RecipeTable {
             );
             faults
         })?;
-        let mut table = Self { values, faults: Faults::default(), origins: BTreeMap::new() };
+        let (faults, origins) = (Faults::default(), BTreeMap::new());
+        let mut table = Self { values, model_keys: Table::new(), faults, origins };
         table.note_lines(text, &lines);
         for entry in overrides {
             table.override_with(entry);
         }
+        table.take_model_keys();
         table.refuse_unknown_keys();
         for key in KEYS {
             table.check(key);
@@ -171,6 +175,15 @@ impl RecipeTable {
         let value = text.parse().unwrap_or_else(|_| Value::String(text.to_string()));
         self.set(path, value);
         self.origins.insert(path.to_string(), None);
+    }
+
+    /// Sets those apart that are the model's own.
+    fn take_model_keys(&mut self) {
+        let Some(Value::Table(model)) = self.values.get_mut("model") else { return };
+        let known = ModelConfig::keys();
+        let (own, rest): (Table, Table) =
+            std::mem::take(model).into_iter().partition(|(key, _)| known.contains(key));
+        (self.model_keys, *model) = (own, rest);
     }
 
     fn refuse_unknown_keys(&mut self) {

@@ -164,7 +164,9 @@ fn unknown_keys_get_the_name_that_was_meant() {
             "parallelism.tensor_parallel_degree",
             "; layers are not split across ranks: the axes are parallel.pipeline, expert and data",
         ),
-        ("model.hidden_size", "; the architecture is set in the config.json that model.config names"),
+        ("model.layers", "; the architecture is in the model: model.<key> sets a key of its config.json"),
+        ("training.hidden_size", "; did you mean `model.hidden_size`?"),
+        ("model.hiden_size", "; did you mean `model.hidden_size`?"),
         ("profiling.xyzzy", ""),
     ];
     for (path, hint) in cases {
@@ -327,7 +329,7 @@ fn model_files_are_found_from_the_recipe_and_their_faults_join_in() {
         Recipe::from_toml(&text, "test.toml", &fixture, &[]).unwrap_err().to_string()
     };
     let unknown = "model.layers: unknown key (line 4); \
-        the architecture is set in the config.json that model.config names\n";
+        the architecture is in the model: model.<key> sets a key of its config.json\n";
     let small_vocabulary = "\
 training.sequence_length: expected at most the model's max_position_embeddings (128), got 256
 model.config.vocab_size: expected at least 257 for the byte tokenizer, got 192";

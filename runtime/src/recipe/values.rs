@@ -63,7 +63,7 @@ impl Recipe {
         Some((needed * full).div_ceil(growth.max(1)).min(full))
     }
 
-    /// Notes on batches that the schedule cannot run and the sequential plan does, each with its reason.
+    /// Notes on batches that the schedule cannot run and another plan does, each with its reason.
     pub fn fallbacks(&self) -> Vec<String> {
         let reason = |size| self.parallel.schedule.fallback(self.parallel.pipeline, self.micro_batches(size));
         // Batches only grow, and so do their chances to fill the pipeline.
@@ -100,7 +100,23 @@ impl Recipe {
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
     pub fn saves_after(&self, step: u64) -> bool {
         let every = self.checkpoint.every;
-        step == self.training.steps as u64 || (every > 0 && step.is_multiple_of(every))
+        let may_be_best = self.checkpoint.keep_best && self.validates_after(step);
+        step == self.training.steps as u64
+            || (every > 0 && step.is_multiple_of(every))
+            || may_be_best
+            || self.samples_after(step)
+    }
+
+    /// Whether a sample is made of the state after step `step` (from 1) while the run goes on.
+    pub fn samples_after(&self, step: u64) -> bool {
+        let every = self.sample.every;
+        every > 0 && step > 0 && step < self.training.steps as u64 && step.is_multiple_of(every)
+    }
+
+    /// Whether the state after step `step` (from 1) is validated while the run goes on.
+    pub fn validates_after(&self, step: u64) -> bool {
+        let every = self.validate.every;
+        every > 0 && step > 0 && step < self.training.steps as u64 && step.is_multiple_of(every)
     }
 
     /// Change of a gate bias in a step before which `tokens` tokens have been seen.
@@ -207,13 +223,30 @@ mod tests {
         let note = |size| {
             format!(
                 "batches of {size} sequences: dualpipe on 4 pipeline ranks needs at least 8 micro-batches, got {size}; \
-                 the sequential plan runs instead"
+                 a plan of the kind of 1f1b runs instead"
             )
         };
         assert_eq!(recipe.fallbacks(), [note(4), note(6)]);
         let short = load(&[&entries[..], &["training.steps=3"]].concat());
         assert_eq!(short.fallbacks(), [note(4)]);
         assert_eq!(report().fallbacks(), [""; 0]);
+    }
+
+    #[test]
+    fn validations_come_between_the_first_step_and_the_last_and_checkpoints_with_them() {
+        let load = |entry: &str| {
+            let entries =
+                ["training.steps=10", "validate.every=4", "checkpoint.every=0", entry].map(String::from);
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &entries).unwrap()
+        };
+        let steps = |recipe: &Recipe, is_one: fn(&Recipe, u64) -> bool| {
+            (0..=12).filter(|&step| is_one(recipe, step)).collect::<Vec<u64>>()
+        };
+        let recipe = load("checkpoint.keep_best=true");
+        assert_eq!(steps(&recipe, Recipe::validates_after), [4, 8]);
+        assert_eq!(steps(&recipe, Recipe::saves_after), [4, 8, 10]);
+        assert_eq!(steps(&load("checkpoint.keep_best=false"), Recipe::saves_after), [10]);
+        assert_eq!(steps(&load("validate.every=5"), Recipe::validates_after), [5]);
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl fmt::Display for Action {
 /// Per pipeline rank, what it does in one step, in order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
-    /// Name of the schedule that made it (`dualpipe`, `dualpipev`, `1f1b`, `sequential`, or the user's own).
+    /// Name of the schedule that made it (`dualpipe`, `dualpipev`, `1f1b`, `one-way`, `two-way`, or the user's own).
     pub schedule: String,
     /// Number of pipeline stages.
     pub stages: usize,

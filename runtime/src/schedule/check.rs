@@ -17,7 +17,7 @@ use super::walk::walk;
 /// How many chunks that never run are listed one by one.
 const MAX_LISTED: usize = 1000;
 
-/// What a sound plan costs in memory, per pipeline rank.
+/// What a sound plan costs in memory, per pipeline rank. A plan without backward passes keeps nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Chunks alive at the same time, from their forward until their input gradient is done.
@@ -266,13 +266,21 @@ fn order_fault(
     Some((place, text))
 }
 
-/// By rank, chunks that are alive at the same time at most, until their input gradient is done.
+/// By rank, chunks that are alive at the same time at most, until their input gradient is done; none without a backward pass.
 pub fn peak_activations(plan: &Plan) -> Vec<usize> {
-    plan.actions.iter().map(|list| Load::of(list).peak_until_input).collect()
+    loads(plan).iter().map(|load| load.peak_until_input).collect()
+}
+
+/// Activations are kept for a backward pass alone.
+fn loads(plan: &Plan) -> Vec<Load> {
+    if plan.is_forward_only() {
+        return vec![Load { in_order: true, ..Load::default() }; plan.ranks()];
+    }
+    plan.actions.iter().map(|list| Load::of(list)).collect()
 }
 
 fn report(plan: &Plan) -> Report {
-    let loads: Vec<Load> = plan.actions.iter().map(|list| Load::of(list)).collect();
+    let loads = loads(plan);
     Report {
         peak_activations: loads.iter().map(|load| load.peak_until_input).collect(),
         peak_activations_until_weight: loads.iter().map(|load| load.peak_until_weight).collect(),
@@ -282,7 +290,7 @@ fn report(plan: &Plan) -> Report {
 }
 
 /// What a rank keeps alive at most. A pair counts its new forward before its backward is freed.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Load {
     peak_until_input: usize,
     peak_until_weight: usize,

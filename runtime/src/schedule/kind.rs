@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::action::Plan;
-use super::{dualpipe, one_f_one_b, sequential};
+use super::{dualpipe, fallback, one_f_one_b};
+use crate::faults::count;
 
 /// A schedule with a generator of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,7 +54,7 @@ pub enum ScheduleError {
     )]
     OddMicroBatches(usize),
     /// Too few micro-batches to fill the pipeline.
-    #[error("{schedule} on {pipeline} pipeline ranks needs at least {needed} micro-batches, got {got}")]
+    #[error("{schedule} on {} needs at least {needed} micro-batches, got {got}", count(.pipeline, "pipeline rank"))]
     TooFewMicroBatches {
         /// Which schedule.
         schedule: ScheduleKind,
@@ -112,19 +113,19 @@ impl ScheduleKind {
         }
     }
 
-    /// Why a step of this many micro-batches (both directions together) falls back to [`sequential`], if it does: the batch
+    /// Why a step of this many micro-batches (both directions together) falls back to the plan of [`fallback`], if it does: the batch
     /// is too small or too uneven for the schedule.
     pub fn fallback(self, pipeline: usize, micro_batches: usize) -> Option<String> {
         match self.validate_batch(pipeline, micro_batches) {
             Err(why @ (ScheduleError::TooFewMicroBatches { .. } | ScheduleError::OddMicroBatches(_))) => {
-                Some(format!("{why}; the sequential plan runs instead"))
+                Some(format!("{why}; a plan of the kind of 1f1b runs instead"))
             }
             Ok(()) | Err(_) => None,
         }
     }
 
     /// The plan for a step of `micro_batches` (both directions together). Where the batch is too small or too uneven
-    /// for the schedule, the plan of [`sequential`] on the same placement, and why.
+    /// for the schedule, the plan of [`fallback`] on the same placement, and why.
     ///
     /// # Errors
     /// See [`ScheduleKind::validate`]; also no micro-batches.
@@ -135,7 +136,7 @@ impl ScheduleKind {
         mode: Mode,
     ) -> Result<(Plan, Option<String>), ScheduleError> {
         if let Some(why) = self.fallback(pipeline, micro_batches) {
-            return Ok((sequential::sequential(self, pipeline, micro_batches, mode)?, Some(why)));
+            return Ok((fallback::fallback(self, pipeline, micro_batches, mode)?, Some(why)));
         }
         let plan = match self {
             ScheduleKind::Dualpipe => dualpipe::dualpipe(pipeline, micro_batches, mode),
@@ -213,10 +214,10 @@ mod tests {
     #[test]
     fn small_and_uneven_batches_fall_back_and_say_why() {
         let (plan, why) = ScheduleKind::Dualpipe.plan(4, 6, Mode::Train).unwrap();
-        assert_eq!(plan.schedule, "sequential");
+        assert!(["one-way", "two-way"].contains(&plan.schedule.as_str()), "{}", plan.schedule);
         assert_eq!(
             why.unwrap(),
-            "dualpipe on 4 pipeline ranks needs at least 8 micro-batches, got 6; the sequential plan runs instead"
+            "dualpipe on 4 pipeline ranks needs at least 8 micro-batches, got 6; a plan of the kind of 1f1b runs instead"
         );
         let (plan, why) = ScheduleKind::Dualpipe.plan(4, 9, Mode::Train).unwrap();
         assert_eq!(plan.placement, ScheduleKind::Dualpipe.placement(4));

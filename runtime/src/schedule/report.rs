@@ -11,6 +11,7 @@ use super::check::{PlanFault, check};
 use super::lower::lower;
 use super::messages::{Message, messages};
 use super::program::TransferKind;
+use crate::faults::count;
 
 /// Width at which lists of actions are wrapped.
 const WIDTH: usize = 110;
@@ -144,7 +145,9 @@ impl PlanReport {
     fn write_layout(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (ranks, stages, micro_batches) = (self.ranks.len(), self.stages, self.micro_batches);
         let schedule = &self.schedule;
-        writeln!(f, "{schedule}: {ranks} pipeline ranks, {stages} stages, {micro_batches} micro-batches")?;
+        let ranks = count(ranks, "pipeline rank");
+        let (stages, batches) = (count(stages, "stage"), count(micro_batches, "micro-batch"));
+        writeln!(f, "{schedule}: {ranks}, {stages}, {batches}")?;
         if let Some(note) = &self.note {
             writeln!(f, "note: {note}")?;
         }

@@ -107,7 +107,22 @@ pub struct RankEvidence {
     pub num_gradients: u64,
 }
 
-/// Everything that is known about a step that is not finite. [`Display`](fmt::Display) is the one sentence.
+/// A sequence of the batch, in the order of the batch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SequenceEvidence {
+    /// Which data-parallel ranks read it.
+    pub dp_rank: usize,
+    /// In which of their micro-batches.
+    pub micro_batch: usize,
+    /// Its number in the training part of the data.
+    pub sequence: usize,
+    /// Number of the path that it is from, where `data.weights` sets their shares; else 0.
+    pub source: usize,
+    /// First and last document of that source's training part that it has a part of, counted from 0.
+    pub documents: [usize; 2],
+}
+
+/// Everything that is known about a step that is not finite or has a spike. [`Display`](fmt::Display) is the one sentence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Evidence {
     /// Optimizer update that was not made.
@@ -118,6 +133,9 @@ pub struct Evidence {
     pub grad_norm: String,
     /// By rank.
     pub ranks: Vec<RankEvidence>,
+    /// The batch. Rank 0 has it written; it does not travel.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sequences: Vec<SequenceEvidence>,
 }
 
 impl Evidence {
@@ -143,6 +161,7 @@ impl Evidence {
             loss: loss.to_string(),
             grad_norm: grad_norm.to_string(),
             ranks: in_order(ranks.collect(), names),
+            sequences: Vec::new(),
         }
     }
 

@@ -1,13 +1,15 @@
 //! The stability watch: decides about steps whose numbers are not finite or far from those before.
 //!
 //! Pure decisions over the totals of a step, which are the same on every rank: so all ranks come to one verdict without
-//! further communication. [`evidence`] names what was not finite, [`gate`] watches the experts' loads. Knows no tensors and
+//! further communication. [`evidence`] names what was not finite, [`gate`] watches the experts' loads,
+//! [`validation`] the validation loss. Knows no tensors and
 //! no actor.
 
 pub mod evidence;
 pub mod gate;
 #[cfg(test)]
 mod tests;
+pub mod validation;
 mod wire;
 
 use std::collections::VecDeque;
@@ -15,6 +17,7 @@ use std::collections::VecDeque;
 use serde::{Deserialize, Serialize};
 
 use self::evidence::Evidence;
+use self::validation::ValidationWatch;
 use crate::recipe::{OnFault, OnSpike, WatchSection};
 
 /// From a standard deviation to the median absolute deviation of a normal distribution.
@@ -83,6 +86,9 @@ pub struct StabilityWatch {
     skips_in_a_row: u64,
     /// Steps skipped since the start.
     skipped: u64,
+    /// What the validations of the run have shown so far.
+    #[serde(default, skip_serializing_if = "ValidationWatch::is_new")]
+    pub validation: ValidationWatch,
 }
 
 impl StabilityWatch {

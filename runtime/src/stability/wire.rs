@@ -5,19 +5,38 @@
 use contraflow_proto::v1;
 
 use super::evidence::{Evidence, NamedTensor, RankEvidence};
+use super::validation::{Validated, ValidationWatch};
 use super::{Divergence, StabilityWatch, StepAction};
 
 impl From<StabilityWatch> for v1::StabilityState {
     fn from(watch: StabilityWatch) -> Self {
-        let StabilityWatch { losses, grad_norms, skips_in_a_row, skipped } = watch;
-        v1::StabilityState { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
+        let StabilityWatch { losses, grad_norms, skips_in_a_row, skipped, validation } = watch;
+        let ValidationWatch { step, best, without_lower } = validation;
+        let validation = v1::ValidationState {
+            step,
+            best_step: best.map(|best| best.step),
+            best_loss: best.map(|best| best.loss),
+            without_lower,
+        };
+        let validation = (step > 0).then_some(validation);
+        let (losses, grad_norms) = (losses.into(), grad_norms.into());
+        v1::StabilityState { losses, grad_norms, skips_in_a_row, skipped, validation }
     }
 }
 
 impl From<v1::StabilityState> for StabilityWatch {
     fn from(state: v1::StabilityState) -> Self {
-        let v1::StabilityState { losses, grad_norms, skips_in_a_row, skipped } = state;
-        StabilityWatch { losses: losses.into(), grad_norms: grad_norms.into(), skips_in_a_row, skipped }
+        let v1::StabilityState { losses, grad_norms, skips_in_a_row, skipped, validation } = state;
+        let v1::ValidationState { step, best_step, best_loss, without_lower } =
+            validation.unwrap_or_default();
+        let best = best_step.zip(best_loss).map(|(step, loss)| Validated { step, loss });
+        StabilityWatch {
+            losses: losses.into(),
+            grad_norms: grad_norms.into(),
+            skips_in_a_row,
+            skipped,
+            validation: ValidationWatch { step, best, without_lower },
+        }
     }
 }
 
@@ -52,7 +71,7 @@ impl TryFrom<v1::Divergence> for Divergence {
 
 impl From<Evidence> for v1::Evidence {
     fn from(evidence: Evidence) -> Self {
-        let Evidence { step, loss, grad_norm, ranks } = evidence;
+        let Evidence { step, loss, grad_norm, ranks, .. } = evidence;
         let rank = |found: RankEvidence| v1::RankEvidence {
             rank: found.rank as u32,
             weight: found.weight.map(Into::into),
@@ -76,7 +95,13 @@ impl From<v1::Evidence> for Evidence {
             last_gradient: found.last_gradient.map(Into::into),
             num_gradients: found.num_gradients,
         };
-        Evidence { step, loss, grad_norm, ranks: ranks.into_iter().map(rank).collect() }
+        Evidence {
+            step,
+            loss,
+            grad_norm,
+            ranks: ranks.into_iter().map(rank).collect(),
+            sequences: Vec::new(),
+        }
     }
 }
 
@@ -105,8 +130,13 @@ mod tests {
             grad_norms: [f64::MAX, 3.0].into(),
             skips_in_a_row: 2,
             skipped: 7,
+            validation: ValidationWatch::default(),
         };
-        assert_eq!(StabilityWatch::from(v1::StabilityState::from(watch.clone())), watch);
+        let best = Some(Validated { step: 20, loss: 0.1 + 0.2 });
+        let validation = ValidationWatch { step: 30, best, without_lower: 1 };
+        for watch in [watch.clone(), StabilityWatch { validation, ..watch }] {
+            assert_eq!(StabilityWatch::from(v1::StabilityState::from(watch.clone())), watch);
+        }
     }
 
     #[test]
@@ -128,8 +158,13 @@ mod tests {
             last_gradient: named("lm_head.weight", None),
             num_gradients: 1,
         };
-        let evidence =
-            Evidence { step: 4, loss: "NaN".into(), grad_norm: "inf".into(), ranks: vec![found, nothing] };
+        let evidence = Evidence {
+            step: 4,
+            loss: "NaN".into(),
+            grad_norm: "inf".into(),
+            ranks: vec![found, nothing],
+            sequences: vec![],
+        };
         for (action, evidence) in [(StepAction::Stop, Some(evidence)), (StepAction::RollBack, None)] {
             let divergence = Divergence { step: 4, action, why: "a spike".into(), evidence };
             assert_eq!(Divergence::try_from(v1::Divergence::from(divergence.clone())), Ok(divergence));

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::stability::evidence::SequenceEvidence;
 
-use super::packing::PackedDataset;
+use super::packing::{PackedDataset, SequencePlace};
 use super::sampler::Order;
 use super::sequences::Sequences;
 use super::tokenizer::Tokenizer;
@@ -145,6 +146,25 @@ impl Batches {
         let every_target_counts = task.kind == TaskKind::Train && self.attend_across_documents;
         every_target_counts.then(|| [all as f64, (all - task.shape.global_batch) as f64])
     }
+}
+
+/// The sequences of a training batch, in the order of the batch, with their documents: what to look for where a step went wrong.
+pub fn batch_evidence(datasets: &Datasets, seed: u64, task: Task) -> Vec<SequenceEvidence> {
+    let order = Order::new(&datasets.train.sources(), seed);
+    let BatchShape { global_batch, micro_batches, micro_batch_size } = task.shape;
+    let ids: Vec<usize> = (0..global_batch as u64).map(|place| order.index_at(task.start + place)).collect();
+    let places = datasets.train.places(&ids);
+    let evidence =
+        |(place, (sequence, SequencePlace { source, documents })): (usize, (usize, SequencePlace))| {
+            SequenceEvidence {
+                dp_rank: place / (micro_batches * micro_batch_size),
+                micro_batch: place / micro_batch_size % micro_batches,
+                sequence,
+                source,
+                documents: [*documents.start(), *documents.end()],
+            }
+        };
+    ids.into_iter().zip(places).enumerate().map(evidence).collect()
 }
 
 /// Sequences with these numbers.
@@ -316,6 +336,19 @@ mod tests {
             let order = crate::data::Sampler::new(num_sequences, seed);
             prop_assert_eq!(&drawn, &order.batch(0, drawn.len()));
         }
+    }
+
+    #[test]
+    fn the_evidence_of_a_batch_names_what_the_ranks_have_read() {
+        let datasets = Datasets { train: numbered(20), validation: numbered(1) };
+        let shape = BatchShape { global_batch: 8, micro_batches: 2, micro_batch_size: 2 };
+        let evidence = batch_evidence(&datasets, 7, Task { kind: TaskKind::Train, shape, start: 16 });
+        let sequences: Vec<usize> = evidence.iter().map(|found| found.sequence).collect();
+        assert_eq!(sequences, read_by_all(20, 7, 16, 2, (2, 2)));
+        let places: Vec<(usize, usize)> =
+            evidence.iter().map(|found| (found.dp_rank, found.micro_batch)).collect();
+        assert_eq!(places, [(0, 0), (0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (1, 1), (1, 1)]);
+        assert!(evidence.iter().all(|found| (found.source, found.documents) == (0, [0, 0])));
     }
 
     #[test]

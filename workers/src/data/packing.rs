@@ -9,7 +9,8 @@ use super::shards::Shards;
 use super::text::Document;
 use super::tokenizer::{END_OF_DOCUMENT, Tokenizer};
 use rayon::prelude::*;
-use std::ops::Range;
+use std::collections::HashMap;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 /// One or more streams of tokens, read as sequences of a fixed length. Cloning shares the tokens.
@@ -18,6 +19,15 @@ pub struct PackedDataset {
     sources: Vec<WeightedStream>,
     sequence_length: usize,
     end_of_document: u32,
+}
+
+/// Where a sequence is in the data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequencePlace {
+    /// Number of the source.
+    pub source: usize,
+    /// Numbers of the documents of this part of the source.
+    pub documents: RangeInclusive<usize>,
 }
 
 /// A stream, and its share in the order of training.
@@ -41,6 +51,14 @@ impl Tokens {
         match self {
             Self::Memory(tokens) => tokens.len(),
             Self::Mapped(shards) => shards.len(),
+        }
+    }
+
+    /// How many documents end in a range.
+    fn documents_in(&self, range: Range<usize>, end_of_document: u32) -> usize {
+        match self {
+            Self::Memory(tokens) => tokens[range].iter().filter(|id| **id == end_of_document).count(),
+            Self::Mapped(shards) => shards.documents_before(range.end) - shards.documents_before(range.start),
         }
     }
 
@@ -142,6 +160,40 @@ impl PackedDataset {
             place -= num_sequences;
         }
         panic!("sequence {sequence_id} of {}", self.num_sequences())
+    }
+
+    /// Of which source each of these sequences is, and of which documents it has a part.
+    pub fn places(&self, sequences: &[usize]) -> Vec<SequencePlace> {
+        let length = self.sequence_length;
+        let mut found = Vec::with_capacity(sequences.len());
+        for &sequence in sequences {
+            let (mut source, mut place) = (0, sequence);
+            while place >= self.sequences_in(&self.sources[source]) {
+                place -= self.sequences_in(&self.sources[source]);
+                source += 1;
+            }
+            found.push((source, place * length));
+        }
+        // In one walk over each source, which may be long.
+        let mut edges: Vec<(usize, usize)> =
+            found.iter().flat_map(|&(source, start)| [(source, start), (source, start + length)]).collect();
+        edges.sort_unstable();
+        edges.dedup();
+        let mut documents = HashMap::new();
+        let (mut at, mut before) = ((0, 0), 0);
+        for (source, token) in edges {
+            if source != at.0 {
+                (at, before) = ((source, 0), 0);
+            }
+            before += self.sources[source].tokens.documents_in(at.1..token, self.end_of_document);
+            at.1 = token;
+            documents.insert((source, token), before);
+        }
+        let place = |(source, start): (usize, usize)| SequencePlace {
+            source,
+            documents: documents[&(source, start)]..=documents[&(source, start + length)],
+        };
+        found.into_iter().map(place).collect()
     }
 
     /// What no whole sequence takes: of every source that has such a tail its inputs and targets, which are fewer than a
@@ -254,6 +306,24 @@ mod tests {
     fn documents_end_with_their_end() {
         assert_eq!(document_lengths(&[1, 2, END, 3, END, END, 4], END), [3, 2, 1, 1]);
         assert_eq!(document_lengths(&[1, END], END), [2]);
+    }
+
+    #[test]
+    fn a_sequence_knows_its_source_and_documents() {
+        // a b END c d e END | f END g END: sequences of two with the token behind them.
+        let (one, two) = (
+            PackedDataset::pack(&documents(&["ab", "cde"]), 2),
+            PackedDataset::pack(&documents(&["f", "g"]), 3),
+        );
+        let places = one.places(&[2, 0, 1, 0]);
+        assert_eq!(
+            places.iter().map(|place| place.documents.clone()).collect::<Vec<_>>(),
+            [1..=1, 0..=0, 0..=1, 0..=0]
+        );
+        let joined =
+            PackedDataset::join(vec![one.clone(), PackedDataset { sequence_length: 2, ..two }], &[1, 1]);
+        let place = |source, documents| SequencePlace { source, documents };
+        assert_eq!(joined.places(&[3, 1]), [place(1, 0..=1), place(0, 0..=1)]);
     }
 
     #[test]

@@ -233,6 +233,17 @@ impl Shards {
         self.len() == 0
     }
 
+    /// How many documents end before a token.
+    pub fn documents_before(&self, token: usize) -> usize {
+        let mut documents = 0;
+        for shard in self.files.iter().take_while(|shard| shard.first < token) {
+            let (ends, _) = shard.bytes[shard.tokens * self.id_bytes..].as_chunks::<END_BYTES>();
+            let within = (token - shard.first) as u64;
+            documents += ends.partition_point(|&end| u64::from_le_bytes(end) <= within);
+        }
+        documents
+    }
+
     /// The tokens of a range, over the edges of shards.
     pub fn read(&self, range: Range<usize>) -> Vec<u32> {
         let mut tokens = Vec::with_capacity(range.len());

@@ -2,6 +2,7 @@
 //!
 //! Every rank has the same totals, evidence and memory of earlier steps, and so takes the same way.
 
+use contraflow_runtime::stability::evidence::Evidence;
 use contraflow_runtime::stability::{Divergence, StepAction, Verdict};
 
 use super::update::Update;
@@ -64,7 +65,10 @@ fn judge(update: &mut Update) -> Result<Next, RankError> {
             Ok(Next::Run(ProgramKind::Skip))
         }
         StepAction::Stop | StepAction::RollBack => {
-            let (why, evidence) = (why.unwrap_or_default(), update.evidence.take());
+            // Of a spike there is nothing to find on the ranks, but the batch.
+            let of_spike = || Evidence::new(seen.step, (seen.loss, seen.grad_norm), &[], &[]);
+            let evidence = Some(update.evidence.take().unwrap_or_else(of_spike));
+            let why = why.unwrap_or_default();
             Ok(Next::Diverged(Box::new(Divergence { step: seen.step, action, why, evidence })))
         }
     }

@@ -29,6 +29,10 @@ pub struct UpdateOrder {
     pub replicate: bool,
     /// Whether the update is gathered at once; otherwise the next step does it, unless the ranks stop after this one.
     pub gather: bool,
+    /// This rank's share of the validation loss of the weights that the step begins with, if they were validated.
+    pub validated: Option<f64>,
+    /// `validate.patience`: for how many validations in a row the run waits for a lower loss; 0: for ever.
+    pub patience: u64,
     /// Who must have this rank's state of the step before in memory: what is sent into the totals says so, and so no rank makes
     /// this update before every buddy has that state.
     pub buddy: Option<usize>,
@@ -44,6 +48,8 @@ impl UpdateOrder {
             saves: Arc::default(),
             replicate: false,
             gather: true,
+            validated: None,
+            patience: 0,
             buddy: None,
         }
     }
@@ -114,7 +120,7 @@ impl Update {
     }
 
     fn stops(&self) -> bool {
-        self.global.as_ref().is_some_and(|global| global.stop)
+        self.global.as_ref().is_some_and(|global| global.stop || global.ends_early)
     }
 
     /// The totals.

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::Work;
+use contraflow_runtime::stability::validation::Validated;
 
 use super::probe::ProbePoint;
 use super::running::RunningProgram;
@@ -105,12 +106,19 @@ impl RunningProgram {
                 self.in_flight.bucket(bucket, |in_flight| in_flight.squares.take().unwrap_or_default())
             });
             let wishes = (update.order.stop.load(Ordering::Relaxed), update.order.saves.wish());
-            Ok(update.optimizer.layout.encode(squares, &own, wishes))
+            let validated = update.order.validated.unwrap_or_default();
+            Ok(update.optimizer.layout.encode(squares, &own, wishes, validated))
         })?;
         let sums = self.collectives(self.id.step).all_reduce(&self.context.world, TOTALS, numbers)?;
         self.with_update(|update| {
             let layers = own.expert_counts.keys().copied();
-            update.global = Some(update.optimizer.layout.decode(&sums, layers));
+            let mut global = update.optimizer.layout.decode(&sums, layers);
+            if update.order.validated.is_some() {
+                let step = update.order.rates.step - 1;
+                update.optimizer.watch.validation.note(Validated { step, loss: global.validation_loss });
+            }
+            global.ends_early = update.optimizer.watch.validation.is_exhausted(update.order.patience);
+            update.global = Some(global);
             Ok(())
         })
     }

@@ -35,7 +35,13 @@ mod tests {
     use super::*;
 
     fn diverged(rank: Rank, step: u64) -> RankEvent {
-        let evidence = Evidence { step, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: Vec::new() };
+        let evidence = Evidence {
+            step,
+            loss: "NaN".into(),
+            grad_norm: "NaN".into(),
+            ranks: Vec::new(),
+            sequences: Vec::new(),
+        };
         let (action, why, evidence) = (StepAction::Stop, "not finite".to_owned(), Some(evidence));
         RankEvent::Diverged {
             rank,

@@ -55,6 +55,10 @@ pub struct GlobalTotals {
     pub stop: bool,
     /// What some rank wants of a save after this step.
     pub save: SaveWish,
+    /// Sum of what the ranks have measured on validation sequences before the step, in nats per token; 0 where they have not.
+    pub validation_loss: f64,
+    /// Whether the run ends after this step, as that has not fallen for long.
+    pub ends_early: bool,
     /// Whether no update was made: the watch skipped the batch.
     pub skipped: bool,
     /// Warnings of the stability watch about the step.
@@ -68,8 +72,8 @@ impl GlobalTotals {
     }
 }
 
-/// How the numbers lie: squares of the gradient by place, losses, the wish to stop and those about saves, tokens per expert of
-/// each layer.
+/// How the numbers lie: squares of the gradient by place, losses, the wish to stop and those about saves, the validation loss,
+/// tokens per expert of each layer.
 #[derive(Clone, Copy, Debug)]
 pub struct TotalsLayout {
     /// Routed experts of the model.
@@ -91,10 +95,12 @@ impl TotalsLayout {
         squares: SquaresByPlace,
         totals: &Totals,
         (stop, save): (bool, SaveWish),
+        validation_loss: f64,
     ) -> Vec<f64> {
         let mut numbers = squares.into_sums();
         numbers.extend([totals.loss, totals.mtp_loss, totals.balance_loss]);
         numbers.extend([stop, save.skips, save.retries].map(|wish| f64::from(u8::from(wish))));
+        numbers.push(validation_loss);
         let first_count = numbers.len();
         numbers.resize(first_count + self.num_experts * self.num_layers, 0.0);
         for (&layer, counts) in &totals.expert_counts {
@@ -110,7 +116,7 @@ impl TotalsLayout {
     /// If the numbers are fewer than the layout says.
     pub fn decode(&self, sums: &[f64], layers: impl Iterator<Item = usize>) -> GlobalTotals {
         let (squares, rest) = sums.split_at(SquaresByPlace::len(self.num_layers));
-        let (&[loss, mtp_loss, balance_loss, stop, skips, retries], counts) =
+        let (&[loss, mtp_loss, balance_loss, stop, skips, retries, validation_loss], counts) =
             rest.split_first_chunk().expect("the losses follow the squares");
         let counts_of = |layer: usize| {
             let counts = &counts[layer * self.num_experts..(layer + 1) * self.num_experts];
@@ -125,6 +131,8 @@ impl TotalsLayout {
             expert_counts: layers.map(counts_of).collect(),
             stop: stop > 0.0,
             save: SaveWish { skips: skips > 0.0, retries: retries > 0.0 },
+            validation_loss,
+            ends_early: false,
             skipped: false,
             warning: None,
         }
@@ -151,13 +159,15 @@ mod tests {
             squares
         };
         let wish = SaveWish { skips: false, retries: true };
-        let one = layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), (false, SaveWish::default()));
-        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), (true, wish));
-        assert_eq!(one.len(), 4 + 6 + 6);
+        let one =
+            layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), (false, SaveWish::default()), 1.5);
+        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), (true, wish), 0.25);
+        assert_eq!(one.len(), 4 + 7 + 6);
         let sums: Vec<f64> = one.iter().zip(&other).map(|(one, other)| one + other).collect();
         let global = layout.decode(&sums, [0, 1].into_iter());
         assert_eq!((global.loss, global.mtp_loss, global.balance_loss), (0.75, 1.5, 3.0));
         assert_eq!((global.grad_norm, global.stop, global.save), (5.0, true, wish));
+        assert_eq!(global.validation_loss, 1.75);
         let norms = GradientNorms { embedding: 0.0, layers: vec![3.0, 0.0], head: 4.0 };
         assert_eq!(global.gradient_norms, norms);
         assert_eq!(global.expert_counts, BTreeMap::from([(0, vec![0; 3]), (1, vec![5, 2, 10])]));

@@ -105,7 +105,8 @@ pub fn export(
     if entries.is_empty() {
         return Ok(ExportedFile::default());
     }
-    write_file(dir, &format!("model-{:05}-of-{world:05}.safetensors", rank + 1), entries)
+    // Only some ranks write one: they are numbered through once all are there.
+    write_file(dir, &format!("rank-{rank:05}-of-{world:05}.safetensors"), entries)
 }
 
 /// In the system's count, in which 0 is what a process begins with.

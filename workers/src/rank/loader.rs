@@ -121,7 +121,7 @@ impl Actor for Loader {
         let (rank, source) = (state.rank.clone(), state.source.clone());
         tokio::task::spawn_blocking(move || {
             let answer = match RankError::catch(|| Ok(source.load(step, task)?)) {
-                Ok(batch) => RankMessage::BatchLoaded { step, batch: Box::new(batch) },
+                Ok(batch) => RankMessage::BatchLoaded { step, kind: task.kind, batch: Box::new(batch) },
                 Err(error) => RankMessage::ChildFailed { action: format!("loading step {step}"), error },
             };
             // The rank may be gone if the job has ended.

@@ -19,9 +19,9 @@ use crate::checkpoint::Snapshot;
 use crate::checkpoint::saves::Saves;
 use crate::comm::address::StepId;
 use crate::comm::all_to_all::ExpertGroup;
-use crate::data::batches::{Batch, Task};
+use crate::data::batches::{Batch, BatchShape, Task};
 use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
-use crate::engine::plans::Plans;
+use crate::engine::plans::{Plans, validation_shape};
 use crate::engine::running::RankContext;
 use crate::engine::update::{SaveWhen, UpdateOrder};
 use crate::error::{Missing, RankError};
@@ -85,6 +85,8 @@ pub struct JoinedRank {
     pub upcoming: Upcoming,
     /// Whether the weights are whole, and not left to the next step to be gathered.
     pub is_gathered: bool,
+    /// The latest validation while it trains: before which step, and this rank's share of the loss.
+    pub validated: Option<(u64, f64)>,
     /// How its saves go.
     pub saves: Arc<Saves>,
     /// When the running step began.
@@ -152,9 +154,21 @@ impl JoinedRank {
             save: self.save_when(step),
             saves: self.saves.clone(),
             replicate: self.replicator.is_some() && !self.is_last(step),
-            gather: !self.plans.sharding.overlap || self.is_last(step),
+            gather: !self.plans.sharding.overlap || self.is_last(step) || recipe.validates_after(step),
+            validated: self.validated.filter(|(before, _)| *before == step).map(|(_, loss)| loss),
+            patience: recipe.validate.patience,
             buddy: replicator.map(|replicator| replicator.buddy),
         }
+    }
+
+    /// How the validation before a step is cut, if one is due that has not been made.
+    pub fn validation_before(&self, step: u64) -> Option<BatchShape> {
+        let recipe = &self.assignment.recipe;
+        let is_made = self.validated.is_some_and(|(before, _)| before == step);
+        if is_made || !recipe.validates_after(step - 1) {
+            return None;
+        }
+        validation_shape(recipe, self.assignment.datasets.validation.num_sequences())
     }
 
     /// Divisors and factors of a batch's losses.
@@ -198,6 +212,8 @@ impl JoinedRank {
             gradient_norms: (rank == 0).then_some(global.gradient_norms),
             skipped: global.skipped,
             warning: global.warning,
+            validation_loss: self.validated.filter(|(at, _)| *at == id.step).map(|_| global.validation_loss),
+            ends_early: global.ends_early,
             ..StepReport::default()
         }
     }
@@ -284,6 +300,7 @@ pub async fn join(
         replicator,
         upcoming: Upcoming::default(),
         is_gathered: true,
+        validated: None,
         saves: Arc::default(),
         began: Instant::now(),
         sent_before: 0,

@@ -29,7 +29,7 @@ use self::build::{Assignment, Built, build_rank};
 use self::member::{JoinedRank, join};
 use self::saving::AfterSave;
 use crate::comm::address::StepId;
-use crate::data::batches::{Batch, Task};
+use crate::data::batches::{Batch, Task, TaskKind};
 use crate::engine::pipeline::{PipelineEvent, PipelineMessage};
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
@@ -49,6 +49,8 @@ pub enum RankMessage {
     BatchLoaded {
         /// For which step.
         step: u64,
+        /// For which of its tasks.
+        kind: TaskKind,
         /// This rank's share.
         batch: Box<Batch>,
     },
@@ -320,7 +322,7 @@ impl Actor for RankActor {
                 Ok(())
             }
             RankMessage::Command(command, trace) => state.command(command, trace),
-            RankMessage::BatchLoaded { step, batch } => state.batch_loaded(step, batch),
+            RankMessage::BatchLoaded { step, kind, batch } => state.batch_loaded(step, kind, batch),
             RankMessage::ExpertsLent(experts) => state.experts_lent(experts),
             RankMessage::Pipeline(event) => state.pipeline_event(event),
             RankMessage::Exported { params, result } => state.exported(*params, result),

@@ -3,11 +3,13 @@
 //!
 //! Tensors only pass through: what a task does is in its programs, which [`crate::engine`] runs.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::stability::Divergence;
+use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::SPAN;
 use tracing::{Span, info_span};
 
@@ -16,15 +18,40 @@ use super::loader::LoaderMessage;
 use super::member::{Upcoming, gone};
 use super::{RankState, Status};
 use crate::comm::address::StepId;
-use crate::data::batches::{Batch, BatchShape, Task, TaskKind};
+use crate::data::batches::{Batch, BatchShape, Task, TaskKind, batch_evidence};
 use crate::engine::pipeline::{PipelineMessage, PipelineOrder, TaskDone, Updated};
 use crate::engine::plans::{train_shape, validation_shape};
 use crate::engine::probe::ProbePoint;
 use crate::error::RankError;
 use crate::model::params::Params;
 
+/// The step of the validation after the last one: no step has this number.
+const AT_END: u64 = 0;
+
+/// Milliseconds since 1970, by this machine's clock.
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 impl RankState {
+    /// Begins a step: with a validation of the weights that the step begins with, if one is due.
     pub(super) fn begin_step(&mut self, step: u64) -> Result<(), RankError> {
+        match self.joined()?.validation_before(step) {
+            Some(shape) => self.validate_before(step, shape),
+            None => self.train(step),
+        }
+    }
+
+    fn validate_before(&mut self, step: u64, shape: BatchShape) -> Result<(), RankError> {
+        let rank = self.id.index();
+        self.begin(info_span!(target: SPAN, parent: &self.life, "validate", rank, step));
+        let joined = self.joined()?;
+        joined.weights_are_whole()?;
+        joined.assignment.endpoint.activity().begin_step(step);
+        self.gather(step, Task { kind: TaskKind::Evaluate, shape, start: 0 })
+    }
+
+    fn train(&mut self, step: u64) -> Result<(), RankError> {
         let rank = self.id.index();
         self.begin(info_span!(target: SPAN, parent: &self.life, "step", rank, step));
         let joined = self.joined()?;
@@ -43,7 +70,7 @@ impl RankState {
         joined.weights_are_whole()?;
         let available = joined.assignment.datasets.validation.num_sequences();
         match validation_shape(&joined.assignment.recipe, available) {
-            Some(shape) => self.gather(0, Task { kind: TaskKind::Evaluate, shape, start: 0 }),
+            Some(shape) => self.gather(AT_END, Task { kind: TaskKind::Evaluate, shape, start: 0 }),
             None => {
                 (self.events)(RankEvent::Validated { rank: self.id, loss: 0.0, tokens: 0 });
                 Ok(())
@@ -86,9 +113,16 @@ impl RankState {
         joined.children.loader.cast(load).map_err(gone("the loader"))
     }
 
-    pub(super) fn batch_loaded(&mut self, step: u64, loaded: Box<Batch>) -> Result<(), RankError> {
+    pub(super) fn batch_loaded(
+        &mut self,
+        step: u64,
+        kind: TaskKind,
+        loaded: Box<Batch>,
+    ) -> Result<(), RankError> {
         match &mut self.status {
-            Status::Gather { id, batch, .. } if id.step == step => *batch = Some(loaded),
+            Status::Gather { id, task, batch, .. } if id.step == step && task.kind == kind => {
+                *batch = Some(loaded);
+            }
             _ => self.joined()?.upcoming.batch = Some(loaded),
         }
         self.run_if_gathered()
@@ -146,37 +180,60 @@ impl RankState {
         let recorded = ProbePoint::Recorded { rank, step, recording: &recording, seconds };
         joined.assignment.probe.at(recorded);
         let Some(Updated { order, result, saved, replicated }) = update else {
-            return self.evaluated(totals.loss, task.shape);
+            return self.evaluated(step, totals.loss, task.shape);
         };
         let cursor = joined.position.cursor + task.shape.global_batch as u64;
         let global = match result {
             Ok(global) => global,
-            Err(divergence) => return self.diverged(divergence, cursor),
+            Err(divergence) => {
+                let divergence = self.with_batch(divergence, task)?;
+                return self.diverged(divergence, cursor);
+            }
         };
-        let stop = global.stop;
+        let (stop, ends_early) = (global.stop, global.ends_early);
         let report = StepReport {
             tokens,
             learning_rate: order.rates.learning_rate,
             seconds,
             bubble_seconds: recording.idle.passes,
             peak_live_chunks: totals.peak_live_chunks as u32,
+            unix_ms: unix_ms(),
             ..joined.report((rank, id), global)
         };
         let tokens = joined.position.tokens + tokens;
         joined.position = Position { step, cursor, tokens };
-        let goes_on = !joined.is_last(step) && !stop;
+        let goes_on = !joined.is_last(step) && !stop && !ends_early;
         if let Some(snapshot) = replicated {
             joined.keep(snapshot, &report);
         }
-        self.report(report, stop);
+        self.report(report, stop && !ends_early);
         match saved {
             Some(snapshot) => self.save(Box::new(snapshot), goes_on),
             None => self.go_on(goes_on),
         }
     }
 
-    fn evaluated(&mut self, loss: f64, shape: BatchShape) -> Result<(), RankError> {
+    /// The same divergence, with the sequences of the batch in its evidence: those that rank 0 has written are enough.
+    fn with_batch(
+        &mut self,
+        mut divergence: Box<Divergence>,
+        task: Task,
+    ) -> Result<Box<Divergence>, RankError> {
+        let is_first = self.id == Rank::ZERO;
+        let assignment = &self.joined()?.assignment;
+        if let Some(evidence) = divergence.evidence.as_mut().filter(|_| is_first) {
+            evidence.sequences = batch_evidence(&assignment.datasets, assignment.recipe.training.seed, task);
+        }
+        Ok(divergence)
+    }
+
+    /// A validation at the end is reported, one before a step goes into its totals.
+    fn evaluated(&mut self, step: u64, loss: f64, shape: BatchShape) -> Result<(), RankError> {
         let rank = self.id;
+        if step != AT_END {
+            self.joined()?.validated = Some((step, loss));
+            return self.train(step);
+        }
         let length = self.joined()?.assignment.recipe.training.sequence_length;
         let tokens = (shape.global_batch * length) as u64;
         (self.events)(RankEvent::Validated { rank, loss, tokens });

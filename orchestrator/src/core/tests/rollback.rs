@@ -88,7 +88,13 @@ fn a_job_that_is_stopped_names_the_evidence_where_there_is_some() {
         last_gradient: None,
         num_gradients: 0,
     };
-    let evidence = Evidence { step: 3, loss: "NaN".into(), grad_norm: "NaN".into(), ranks: vec![found] };
+    let evidence = Evidence {
+        step: 3,
+        loss: "NaN".into(),
+        grad_norm: "NaN".into(),
+        ranks: vec![found],
+        sequences: vec![],
+    };
     for (evidence, outcome) in
         [(Some(evidence), "not finite; see evidence.json in the job's folder"), (None, "not finite")]
     {

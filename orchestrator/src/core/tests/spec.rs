@@ -35,8 +35,8 @@ fn a_fallback_is_noted_when_a_job_is_formed_in_a_layout_and_not_again_in_the_sam
     // Two micro-batches a pipeline, where dualpipe needs four.
     let changes = ["parallel.schedule=dualpipe", "parallel.pipeline=2", "training.global_batch_size=2"];
     let effects = world.step(Event::Submit(spec_with(1, 0, &changes)));
-    let note = "batches of 2 sequences: dualpipe on 2 pipeline ranks needs at least 4 micro-batches, got 2; the \
-                sequential plan runs instead";
+    let note = "batches of 2 sequences: dualpipe on 2 pipeline ranks needs at least 4 micro-batches, got 2; a \
+                plan of the kind of 1f1b runs instead";
     assert_eq!(notes(&effects), [note]);
     assert_eq!(world.places(), [1, 2]);
     let effects = world.pass(LEASE_MS + TICK_MS, &[1, 3]);
