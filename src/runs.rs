@@ -131,12 +131,29 @@ fn disk(names: &[String], format: Format) -> Result<(), Failure> {
     print(&table(["RUN", "CHECKPOINTS", "MODEL", "REST", "ALL"], 1..5, rows))
 }
 
+/// Why a folder is not removed: what passes for a run elsewhere may be a folder of the user's with a recipe in it.
+fn not_to_remove(folder: &Path) -> Option<String> {
+    let path = quoted(folder.display());
+    if !["recipe.toml", "plan.txt"].iter().all(|part| folder.join(part).is_file()) {
+        return Some(format!(
+            "{path}: expected a run's folder, with recipe.toml and plan.txt, got another one"
+        ));
+    }
+    let whole = folder.canonicalize().ok()?;
+    let is_within = std::env::current_dir().is_ok_and(|dir| dir.starts_with(&whole));
+    is_within.then(|| format!("{path}: expected a run's folder, got the current one or one around it"))
+}
+
 /// All are found and locked before the first is removed.
 fn remove(names: &[String]) -> Result<(), Failure> {
     let mut folders = find_all(names)?;
     folders.iter_mut().for_each(|folder| *folder = run_dir::without_link(folder));
     folders.sort();
     folders.dedup();
+    let faults: Vec<String> = folders.iter().filter_map(|folder| not_to_remove(folder)).collect();
+    if !faults.is_empty() {
+        return Err(Failure::faults("runs", &faults));
+    }
     let locks: Vec<_> = folders.iter().map(|folder| run_dir::lock(folder)).collect();
     let faults: Vec<&str> =
         locks.iter().filter_map(|lock| Some(lock.as_ref().err()?.message.as_str())).collect();

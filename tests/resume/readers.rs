@@ -44,6 +44,7 @@ fn a_run_that_was_started_to_outlive_its_terminal_does() {
     command.args(["-c", script, env!("CARGO_BIN_EXE_contraflow")]).current_dir(place.path(""));
     let mut child = deadline::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
     while !place.path("runs/recipe/metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its first step");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     kill_process(Pid::from_child(&child), Signal::HUP).unwrap();

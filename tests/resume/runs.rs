@@ -127,6 +127,15 @@ fn runs_are_listed_compared_measured_and_removed() {
         stderr(&output)
     );
     assert!(place.path("runs/recipe-2").exists(), "nothing is removed where something is wrong");
+    // The user's own folder has a recipe in it too.
+    let output = place.run(&["runs", "rm", "recipe-2", "."]);
+    let refusal = "\".\": expected a run's folder, with recipe.toml and plan.txt, got another one";
+    assert!(output.status.code() == Some(2) && stderr(&output).contains(refusal), "{}", stderr(&output));
+    std::fs::write(place.path("plan.txt"), "").unwrap();
+    let output = place.run(&["runs", "rm", "."]);
+    assert!(stderr(&output).contains("got the current one or one around it"), "{}", stderr(&output));
+    std::fs::remove_file(place.path("plan.txt")).unwrap();
+    assert!(place.path("runs/recipe-2").exists() && place.path("recipe.toml").exists());
     place.succeed(&["runs", "rm", "recipe-2"]);
     assert!(!place.path("runs/recipe-2").exists());
     assert!(std::fs::read_link(place.path("runs/latest")).unwrap().ends_with("other"));
@@ -138,6 +147,7 @@ fn a_run_in_use_is_listed_as_training_and_not_removed() {
     let mut child = place.start(&["train", "recipe.toml", "--set", "training.steps=1000000"], "");
     let run = place.path("runs/recipe");
     while !run.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before its first step");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     let list = stdout(&place.run(&["runs"]));
