@@ -129,7 +129,7 @@ fn runs_are_listed_compared_measured_and_removed() {
     assert!(place.path("runs/recipe-2").exists(), "nothing is removed where something is wrong");
     // The user's own folder has a recipe in it too.
     let output = place.run(&["runs", "rm", "recipe-2", "."]);
-    let refusal = "\".\": expected a run's folder, with recipe.toml and plan.txt, got another one";
+    let refusal = "runs: .: expected a run's folder, with recipe.toml and plan.txt, got another one";
     assert!(output.status.code() == Some(2) && stderr(&output).contains(refusal), "{}", stderr(&output));
     std::fs::write(place.path("plan.txt"), "").unwrap();
     let output = place.run(&["runs", "rm", "."]);

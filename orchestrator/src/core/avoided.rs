@@ -38,8 +38,11 @@ impl Avoided {
             return None;
         }
         self.tries += 1;
-        self.apart.extend(apart);
-        let suspect = self.suspect().filter(|_| self.tries >= TRIES);
+        self.apart.extend(&apart);
+        // One that is avoided was used again for want of others: by now there may be room elsewhere.
+        let named = apart.iter().flat_map(|(one, other)| [*one, *other]);
+        let again = named.filter(|worker| self.workers.contains(worker)).max();
+        let suspect = again.or_else(|| self.suspect().filter(|_| self.tries >= TRIES));
         self.workers.extend(suspect);
         suspect
     }
@@ -73,6 +76,15 @@ mod tests {
         assert_eq!(avoided.broken([(1, 2), (2, 1)]), None);
         assert_eq!(avoided.broken([(1, 2)]), Some(2));
         assert_eq!(avoided.broken([(1, 5)]), Some(1));
+    }
+
+    #[test]
+    fn one_that_is_used_again_for_want_of_others_moves_as_soon_as_there_is_room() {
+        let mut avoided = Avoided::default();
+        assert_eq!((avoided.broken([(1, 2)]), avoided.broken([(1, 2)])), (None, Some(2)));
+        assert_eq!(avoided.broken([(1, 2)]), Some(2), "there was no room, and there may be now");
+        avoided.stepped();
+        assert_eq!(avoided.broken([(2, 1)]), Some(2), "it needs not be shown twice again");
     }
 
     #[test]

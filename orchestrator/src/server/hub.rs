@@ -256,7 +256,11 @@ impl Hub {
                 }
             }
             HubMessage::Event(event) => self.step(event, batch),
-            HubMessage::Linked { worker, link, down } => drop(self.links.insert(worker, (link, down))),
+            HubMessage::Linked { worker, link, down } => {
+                // What was decided for the stream before does not come ahead of the welcome on this one, which repeats it.
+                batch.commands.retain(|(to, _)| *to != worker);
+                self.links.insert(worker, (link, down));
+            }
             HubMessage::Unlinked { worker, link, expelled } => {
                 // The hub may have let go of it before; one that came later counts.
                 if self.links.get(&worker).is_none_or(|(current, _)| *current == link) {

@@ -281,7 +281,7 @@ impl World {
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
             Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
                 if let Fact::Broken { why, .. } = fact {
-                    self.check_apart(*job, why);
+                    self.note_apart(*job, why);
                 }
                 if matches!(fact, Fact::Requeued { .. }) {
                     self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());

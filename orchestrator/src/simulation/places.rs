@@ -7,7 +7,8 @@ use super::World;
 use crate::core::facts::Formed;
 use crate::core::jobs::Phase;
 
-/// Formations that two workers which do not reach each other may break before one of them is left out.
+/// Formations that two workers which do not reach each other may break before one of them is left out: one in the middle of a step,
+/// of which nobody knows the cause, and one that does not connect; the next is the one after which a place is left out.
 const TRIES: u32 = 2;
 
 impl World {
@@ -23,16 +24,21 @@ impl World {
         self.checks.rolled_back.extend(rolled_back.map(|cursor| (job, cursor)));
     }
 
-    /// A formation breaks although all of its workers are alive: not again and again because of the same two, while there is room
-    /// for the job on others.
-    pub(super) fn check_apart(&mut self, job: JobId, why: &str) {
+    /// A formation breaks although all of its workers are alive: counted, if two of them do not reach each other.
+    pub(super) fn note_apart(&mut self, job: JobId, why: &str) {
         let record = &self.store.jobs.all[&job];
         let Some(formed) = record.running().filter(|_| why.ends_with("re-forming")) else { return };
+        if let Some((one, other)) = self.workers_apart(formed) {
+            *self.checks.apart.entry((job, one, other)).or_default() += 1;
+        }
+    }
+
+    /// An orchestrator forms a job: not again and again on the same two that do not reach each other, while there is room for it
+    /// on others.
+    pub(super) fn check_reused(&mut self, server: usize, job: JobId, formed: &Formed) {
         let Some((one, other)) = self.workers_apart(formed) else { return };
-        let has_room = self.free_beside(job, [one, other]) >= formed.places.len();
-        let tries = self.checks.apart.entry((job, one, other)).or_default();
-        *tries += 1;
-        if *tries > TRIES && has_room {
+        let tries = self.checks.apart.get(&(job, one, other)).copied().unwrap_or(0);
+        if tries > TRIES && self.free_beside(server, job, [one, other]) >= formed.places.len() {
             let words = format!(
                 "workers {one} and {other} do not reach each other, {tries} formations have shown it"
             );
@@ -47,8 +53,8 @@ impl World {
     }
 
     /// Slots that a job could have without these workers.
-    fn free_beside(&self, job: JobId, without: [u64; 2]) -> usize {
-        let core = &self.servers[self.newest_server()].core;
+    fn free_beside(&self, server: usize, job: JobId, without: [u64; 2]) -> usize {
+        let core = &self.servers[server].core;
         let is_held = |phase: &Phase| matches!(phase, Phase::Formed | Phase::Broken);
         let others = core.jobs().all.iter().filter(|(of, record)| **of != job && is_held(&record.phase));
         let held = others

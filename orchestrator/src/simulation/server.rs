@@ -179,7 +179,10 @@ impl World {
             for input in inputs {
                 match input {
                     Input::Event(event) => self.step_core(server, *event, &mut batch),
-                    Input::Linked { worker, link } => drop(self.servers[server].links.insert(worker, link)),
+                    Input::Linked { worker, link } => {
+                        batch.commands.retain(|(to, _)| *to != worker);
+                        self.servers[server].links.insert(worker, link);
+                    }
                     Input::Unlinked { worker, link } => {
                         if self.servers[server].links.get(&worker) == Some(&link) {
                             self.servers[server].links.remove(&worker);
@@ -266,6 +269,7 @@ impl World {
                 }
                 self.check_slots(server);
                 self.check_cost(server, *job, formed);
+                self.check_reused(server, *job, formed);
             }
             Fact::RolledBack { job, .. } => {
                 let acting = &mut self.servers[server];

@@ -103,6 +103,25 @@ async fn a_line_of_the_log_is_bounded_and_printable() {
 }
 
 #[tokio::test]
+async fn a_new_stream_carries_nothing_that_was_decided_for_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut hub = open(dir.path());
+    let mut batch = CommitBatch::default();
+    let (down, mut reader) = mpsc::channel(4);
+    // Decided while the worker's earlier stream was broken, which nobody had noticed.
+    batch.commands = vec![(7, WorkerCommand::Disconnect), (8, WorkerCommand::Disconnect)];
+    hub.take(HubMessage::Linked { worker: 7, link: 2, down }, &mut batch);
+    let registration = crate::core::Registration { worker: 7, slots: 1, ..Default::default() };
+    let attachment = crate::core::Attachment { registration, ..Default::default() };
+    hub.take(HubMessage::Event(Event::Attached(Box::new(attachment))), &mut batch);
+    assert_eq!(batch.commands[0], (8, WorkerCommand::Disconnect), "others' are still sent");
+    hub.apply_effects(batch);
+    let first = reader.try_recv().unwrap().unwrap();
+    assert!(matches!(first.message, Some(v1::to_worker::Message::Welcome(_))), "{first:?}");
+    assert!(hub.links.contains_key(&7), "the new stream is not the one that was let go of");
+}
+
+#[tokio::test]
 async fn a_stream_that_ends_after_the_hub_has_let_go_of_it_ends_its_workers_membership() {
     let dir = tempfile::tempdir().unwrap();
     let mut hub = open(dir.path());
