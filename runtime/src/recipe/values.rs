@@ -247,6 +247,10 @@ mod tests {
         assert_eq!(steps(&recipe, Recipe::saves_after), [4, 8, 10]);
         assert_eq!(steps(&load("checkpoint.keep_best=false"), Recipe::saves_after), [10]);
         assert_eq!(steps(&load("validate.every=5"), Recipe::validates_after), [5]);
+        // A sample is made from a checkpoint, so there is one, beside those of validation.
+        let recipe = load("sample.every=3");
+        assert_eq!(steps(&recipe, Recipe::samples_after), [3, 6, 9]);
+        assert_eq!(steps(&recipe, Recipe::saves_after), [3, 4, 6, 8, 9, 10]);
     }
 
     #[test]
