@@ -6,21 +6,10 @@ use std::process::Child;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::deadline;
-use crate::workplace::{Workplace, stderr};
+use crate::workplace::{Workplace, stderr, wait_for};
 
 fn interrupt(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).unwrap();
-}
-
-/// Waits for a line of stderr that holds a text; the lines after it.
-fn wait_for(child: &mut Child, text: &str) -> BufReader<std::process::ChildStderr> {
-    let mut lines = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    while !line.contains(text) {
-        line.clear();
-        assert!(lines.read_line(&mut line).unwrap() > 0, "stderr ended before {text:?}");
-    }
-    lines
 }
 
 fn rest(mut lines: BufReader<std::process::ChildStderr>) -> String {

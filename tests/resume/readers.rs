@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::deadline;
-use crate::workplace::Workplace;
+use crate::workplace::{Workplace, wait_for};
 
 #[test]
 fn a_run_ends_well_though_nobody_reads_what_it_says() {
@@ -42,11 +42,8 @@ fn a_run_that_was_started_to_outlive_its_terminal_does() {
     let script = "trap '' HUP; exec \"$0\" train recipe.toml --set training.steps=200";
     let mut command = Command::new("sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_contraflow")]).current_dir(place.path(""));
-    let mut child = deadline::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
-    while !place.path("runs/recipe/metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its first step");
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let mut child = deadline::spawn(command.stdout(Stdio::null()).stderr(Stdio::piped()));
+    let _rest = wait_for(&mut child, "step 1/");
     kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert_eq!(place.curve("runs/recipe").len(), 200);

@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use crate::workplace::{Workplace, stderr};
+use crate::workplace::{Workplace, stderr, wait_for};
 
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -146,10 +146,7 @@ fn a_run_in_use_is_listed_as_training_and_not_removed() {
     let place = Workplace::new();
     let mut child = place.start(&["train", "recipe.toml", "--set", "training.steps=1000000"], "");
     let run = place.path("runs/recipe");
-    while !run.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
-        assert!(child.try_wait().unwrap().is_none(), "it ended before its first step");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    let _rest = wait_for(&mut child, "step 1/");
     let list = stdout(&place.run(&["runs"]));
     let output = place.run(&["runs", "rm", "recipe"]);
     child.kill().unwrap();
