@@ -1,6 +1,7 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
 
 mod nodes;
+mod removal;
 
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,22 @@ pub struct Submit {
 }
 
 /// Arguments of `contraflow jobs`.
+#[derive(clap::Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Jobs {
+    #[command(subcommand)]
+    command: Option<JobsCommand>,
+    #[command(flatten)]
+    list: List,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum JobsCommand {
+    /// Remove jobs that have ended, with their folders in the storage and every checkpoint in them
+    Rm(removal::Remove),
+}
+
+/// Which jobs are listed.
 #[derive(clap::Args, Debug)]
 pub struct List {
     /// Only jobs submitted before this one: the way to the next page
@@ -227,10 +244,20 @@ pub fn submit(args: &Submit) -> Result<(), Failure> {
     })
 }
 
-/// Runs `contraflow jobs`: a page, and where the next one begins.
+/// Runs `contraflow jobs`.
+///
+/// **Errors**: code 2 if a job is not there or cannot be removed; code 1 if the orchestrator is out of reach.
+pub fn of_jobs(args: &Jobs) -> Result<(), Failure> {
+    match &args.command {
+        Some(JobsCommand::Rm(args)) => removal::remove(args),
+        None => list(&args.list),
+    }
+}
+
+/// A page, and where the next one begins.
 ///
 /// **Errors**: code 2 if there is no job to begin before; code 1 if the orchestrator is out of reach.
-pub fn list(args: &List) -> Result<(), Failure> {
+fn list(args: &List) -> Result<(), Failure> {
     let List { before, limit, common } = args;
     interrupt::runtime()?.block_on(async {
         let request = v1::ListRequest { before: before.clone(), limit: *limit };
@@ -395,6 +422,7 @@ fn job_json(job: &v1::Job) -> Value {
         "steps": job.steps, "generation": job.generation, "loss": job.loss, "validation_loss": job.validation_loss,
         "ranks": ranks, "waiting_for": job.waiting_for, "outcome": job.outcome, "losses": job.losses,
         "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": job.ended_unix_ms,
+        "warning": job.warning,
     })
 }
 
@@ -408,7 +436,9 @@ fn job_text(job: &v1::Job) -> String {
         job.steps,
         job.generation
     );
-    for (what, value) in [("waiting for", &job.waiting_for), ("outcome", &job.outcome)] {
+    for (what, value) in
+        [("waiting for", &job.waiting_for), ("outcome", &job.outcome), ("warning", &job.warning)]
+    {
         if !value.is_empty() {
             text += &format!("  {what}: {value}\n");
         }

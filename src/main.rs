@@ -64,8 +64,8 @@ enum Command {
     Worker(worker::WorkerArgs),
     /// Submit a job to a cluster's queue
     Submit(client::Submit),
-    /// List the jobs of a cluster
-    Jobs(client::List),
+    /// List the jobs of a cluster, or remove some
+    Jobs(client::Jobs),
     /// Show the status of a job
     Status(client::OfJob),
     /// Follow a job step by step, from the first step
@@ -107,7 +107,7 @@ fn main() -> ExitCode {
         Command::Orchestrator(args) => orchestrator::run(&args),
         Command::Worker(args) => worker::run(&args),
         Command::Submit(args) => client::submit(&args),
-        Command::Jobs(args) => client::list(&args),
+        Command::Jobs(args) => client::of_jobs(&args),
         Command::Status(args) => client::status(&args),
         Command::Watch(args) => client::watch(&args),
         Command::Logs(args) => client::logs(&args),

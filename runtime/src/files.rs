@@ -35,6 +35,14 @@ pub fn make_dir(path: &Path) -> io::Result<()> {
     }
 }
 
+/// What may still be written in the file system of a path. **Units**: bytes.
+///
+/// **Errors**: what the system says.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let found = rustix::fs::statvfs(path)?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
 /// Makes the names in a folder durable.
 ///
 /// **Errors**: what the system says.

@@ -99,6 +99,29 @@ pub enum Event {
         /// What the rank reports.
         event: Box<RankEvent>,
     },
+    /// A job that has ended is to be removed with its files.
+    Remove {
+        /// Which one.
+        job: JobId,
+    },
+    /// A worker has removed a job's folder, or could not.
+    Removed {
+        /// Id of the worker.
+        worker: u64,
+        /// Whose folder it was.
+        job: JobId,
+        /// The error, if it failed.
+        result: Result<(), String>,
+    },
+    /// What room the storage has after a commit.
+    Space {
+        /// Id of the worker.
+        worker: u64,
+        /// In whose folder.
+        formation: FormationId,
+        /// What room there is.
+        space: Space,
+    },
     /// Result of a commit or a publication.
     Committed {
         /// Who did it.
@@ -123,10 +146,13 @@ impl Event {
             | Event::LeaveRequested { .. }
             | Event::Beat { .. }
             | Event::Rank { .. }
-            | Event::Committed { .. } => true,
+            | Event::Committed { .. }
+            | Event::Removed { .. }
+            | Event::Space { .. } => true,
             Event::Submit(_)
             | Event::Cancel { .. }
             | Event::Retry { .. }
+            | Event::Remove { .. }
             | Event::Drain { .. }
             | Event::Undrain { .. }
             | Event::Detached { .. }
@@ -134,6 +160,15 @@ impl Event {
             | Event::Tick => false,
         }
     }
+}
+
+/// What room a storage has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// What may still be written. **Units**: bytes.
+    pub free: u64,
+    /// What a checkpoint takes. **Units**: bytes.
+    pub checkpoint: u64,
 }
 
 /// A formation of which a worker hosts ranks.
@@ -283,6 +318,15 @@ pub enum WorkerCommand {
         of: (Generation, u64),
         /// Whose parts.
         ranks: Vec<Rank>,
+    },
+    /// Remove files of a job that has ended.
+    Discard {
+        /// Which job.
+        job: JobId,
+        /// Its latest formation: what a later one has written stays.
+        last: Generation,
+        /// The whole folder; otherwise only what was not finished in it.
+        everything: bool,
     },
     /// Put exported weights in place.
     PublishWeights {

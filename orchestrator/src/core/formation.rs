@@ -18,7 +18,7 @@ use super::jobs::JobRecord;
 use super::stall::{Stall, StallDetector, StallOf};
 use super::storage::StorageFaults;
 use super::{
-    ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, Severity, VERDICT_MS, WorkerCommand,
+    ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, Severity, Space, VERDICT_MS, WorkerCommand,
 };
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
@@ -38,6 +38,8 @@ pub(super) struct Formation {
     moves: Option<String>,
     stalls: StallDetector,
     storage: StorageFaults,
+    /// What room the storage had after the latest commit.
+    pub(super) space: Option<Space>,
     /// The step that it resumed from, and the furthest that a rank has reported since.
     resumed: u64,
     reached: u64,
@@ -76,6 +78,7 @@ impl Formation {
             moves: None,
             stalls: StallDetector::default(),
             storage: StorageFaults::default(),
+            space: None,
             resumed,
             reached: resumed,
         }

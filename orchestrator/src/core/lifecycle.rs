@@ -25,6 +25,7 @@ impl Core {
 
     pub(super) fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>)) {
         self.release(job, &outcome, false);
+        self.discard_unfinished(job);
         self.avoided.remove(&job);
         let severity = if end == End::Failed { Severity::Error } else { Severity::Info };
         self.log_as(severity, job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));

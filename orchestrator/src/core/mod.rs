@@ -18,6 +18,7 @@ mod lifecycle;
 mod members;
 mod membership;
 mod peak;
+mod removal;
 mod reshard;
 mod schedule;
 mod stall;
@@ -37,7 +38,7 @@ use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 use self::attempts::Blame;
 use self::avoided::Avoided;
 use self::clock::Clock;
-pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, WorkerCommand};
+pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, Space, WorkerCommand};
 use self::facts::Fact;
 use self::foreign::Foreign;
 use self::formation::Formation;
@@ -240,6 +241,9 @@ impl Core {
             Event::Submit(spec) => self.submit(spec),
             Event::Cancel { job, reason } => self.cancel(job, &reason),
             Event::Retry { job } => self.retry(job),
+            Event::Remove { job } => self.remove(job),
+            Event::Removed { job, result, .. } => self.removed(job, result),
+            Event::Space { worker, formation, space } => self.space(worker, formation, space),
             Event::Drain { node } => self.drain(node, now),
             Event::Undrain { node } => self.undrain(node),
             Event::Attached(attachment) => self.attached(*attachment, now),

@@ -16,7 +16,7 @@ pub enum Role {
     View,
     /// Also submit and cancel jobs.
     Submit,
-    /// Also take nodes out of use.
+    /// Also take nodes out of use, and remove jobs with their files.
     Admin,
     /// Host ranks, and nothing else.
     Worker,
@@ -69,7 +69,7 @@ pub fn needed(method: &str) -> Option<Role> {
         | "/contraflow.v1.ClusterService/Nodes"
         | "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Role::View,
         SUBMIT | "/contraflow.v1.JobService/Cancel" | "/contraflow.v1.JobService/Retry" => Role::Submit,
-        "/contraflow.v1.ClusterService/Drain" => Role::Admin,
+        "/contraflow.v1.ClusterService/Drain" | "/contraflow.v1.JobService/Remove" => Role::Admin,
         "/contraflow.v1.ControlService/Attach" => Role::Worker,
         "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/Watch" => return None,
         _ => Role::Admin,
@@ -288,7 +288,7 @@ mod tests {
             ],
         ),
         (Role::Submit, &["JobService/Submit", "JobService/Cancel", "JobService/Retry"]),
-        (Role::Admin, &["ClusterService/Drain"]),
+        (Role::Admin, &["ClusterService/Drain", "JobService/Remove"]),
         (Role::Worker, &["ControlService/Attach"]),
     ];
 

@@ -74,6 +74,7 @@ const WATCH: Bound = text("WatchRequest.job", 64);
 const LOGS: Bound = text("LogsRequest.job", 64);
 const CANCEL: Bound = text("CancelRequest.job", 64);
 const RETRY: Bound = text("RetryRequest.job", 64);
+const REMOVE: Bound = text("RemoveRequest.job", 64);
 const REASON: Bound = text("CancelRequest.reason", 1 << 10);
 const DRAIN: Bound = text("DrainRequest.node", 256);
 
@@ -108,6 +109,7 @@ const LINES: Bound = list("LogLines.lines", 10_000);
 const LEVEL: Bound = prose("LogLine.level", 16);
 const LINE: Bound = prose("LogLine.message", 8 << 10);
 const ERROR: Bound = prose("Committed.error", 4 << 10);
+const DISCARDED: Bound = prose("Discarded.error", 4 << 10);
 const LOADS: Bound = list("StepReport.loads", LAYERS);
 const WARNING: Bound = prose("StepReport.warning", 1 << 10);
 const COUNTS: Bound = list("LayerLoad.counts", 1 << 12);
@@ -252,6 +254,11 @@ pub fn retry(request: &v1::RetryRequest) -> Result<(), Faults> {
     one(RETRY, &request.job)
 }
 
+/// **Errors**: the job's id is out of bounds.
+pub fn remove(request: &v1::RemoveRequest) -> Result<(), Faults> {
+    one(REMOVE, &request.job)
+}
+
 /// **Errors**: the label is out of bounds.
 pub fn drain(request: &v1::DrainRequest) -> Result<(), Faults> {
     one(DRAIN, &request.node)
@@ -273,7 +280,8 @@ pub fn from_worker(message: &mut v1::FromWorker) -> Result<(), String> {
         }
         Some(Message::Logs(logs)) => check.lines(logs),
         Some(Message::Committed(done)) => prose_of(ERROR, &mut done.error),
-        Some(Message::LeaveRequest(_)) | None => {}
+        Some(Message::Discarded(done)) => prose_of(DISCARDED, &mut done.error),
+        Some(Message::LeaveRequest(_) | Message::Space(_)) | None => {}
     }
     check.of_worker()
 }

@@ -84,6 +84,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Opt
             let ranks = rank_numbers(&ranks);
             Message::WriteShards(v1::WriteShards { job, generation, of_generation, step, ranks })
         }
+        WorkerCommand::Discard { job, last, everything } => Message::Discard(v1::Discard {
+            job: job.bits(),
+            state: core.state(),
+            generation: last.number(),
+            everything,
+        }),
         WorkerCommand::PublishWeights { formation, files } => {
             let (job, generation) = formation_numbers(formation);
             let weights = v1::Weights { files: files.into_iter().map(Into::into).collect() };

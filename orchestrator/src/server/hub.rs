@@ -62,6 +62,8 @@ pub struct Hub {
     key: [u8; 32],
     pub(super) links: BTreeMap<u64, WorkerLink>,
     steps: BTreeMap<JobId, Steps>,
+    /// By job, the worker that is to remove its files, and who waits for that.
+    removals: BTreeMap<JobId, (u64, Vec<oneshot::Sender<Submitted>>)>,
     /// Lines of ranks that wait for their like.
     log_dedup: LogDedup,
     /// Why it has to end: it must not act on what it does not know.
@@ -111,6 +113,7 @@ impl Hub {
             key,
             links: BTreeMap::new(),
             steps: BTreeMap::new(),
+            removals: BTreeMap::new(),
             log_dedup: LogDedup::default(),
             outdated: None,
             admission,
@@ -188,6 +191,9 @@ impl Hub {
                     self.step(Event::Attached(attachment), batch);
                 }
             }
+            HubMessage::Event(Event::Removed { worker, job, result }) => {
+                self.removed((worker, job), result, batch);
+            }
             HubMessage::Event(event) => self.step(event, batch),
             HubMessage::Linked { worker, link } => {
                 // What was decided for the stream before does not come ahead of the welcome on this one, which repeats it.
@@ -213,6 +219,15 @@ impl Hub {
                 let outcome = self.retry(job, batch);
                 batch.replies.push((reply, outcome));
             }
+            HubMessage::Remove { job, reply } => match self.core.may_be_removed(job) {
+                Ok(worker) => {
+                    let (asked, waiting) = self.removals.entry(job).or_default();
+                    *asked = worker;
+                    waiting.push(reply);
+                    self.step(Event::Remove { job }, batch);
+                }
+                Err(why) => batch.replies.push((reply, Err(Status::failed_precondition(why)))),
+            },
             HubMessage::Lines { worker, job, lines } => {
                 let Some(steps) = self.steps.get(&job) else { return };
                 let own =
@@ -238,9 +253,25 @@ impl Hub {
         let record = self.core.jobs().all.get(&job);
         let record = record.ok_or_else(|| Status::not_found(format!("job: {job} is no longer retained")))?;
         submission::may_be_retried(job, &record.phase)?;
+        if self.removals.get(&job).is_some_and(|(_, waiting)| waiting.iter().any(|reply| !reply.is_closed()))
+        {
+            return Err(Status::failed_precondition(format!("job: the files of {job} are being removed")));
+        }
         self.admission.admit(&record.spec).map_err(Status::resource_exhausted)?;
         self.step(Event::Retry { job }, batch);
         Ok(job)
+    }
+
+    /// A worker has removed the folder of a job, or could not; counts if it was asked to.
+    fn removed(&mut self, (worker, job): (u64, JobId), result: Result<(), String>, batch: &mut CommitBatch) {
+        if self.removals.get(&job).is_none_or(|(asked, _)| *asked != worker) {
+            return;
+        }
+        let failed = |why| Status::unavailable(format!("the files of {job}: {why}"));
+        let answer = result.clone().map(|()| job).map_err(failed);
+        let (_, waiting) = self.removals.remove(&job).unwrap_or_default();
+        batch.replies.extend(waiting.into_iter().map(|reply| (reply, answer.clone())));
+        self.step(Event::Removed { worker, job, result }, batch);
     }
 
     fn step(&mut self, event: Event, batch: &mut CommitBatch) {

@@ -42,6 +42,9 @@ const MAX_ANSWER: usize = 1 << 20;
 /// How long the last message of a stream waits for its reader.
 const LEAVE: Duration = Duration::from_secs(5);
 
+/// How long a worker may take to put a job's folder out of the way: less than a client waits.
+const REMOVAL: Duration = Duration::from_secs(8);
+
 /// The longest text of an answer. **Units**: bytes.
 const MAX_SHOWN: usize = 64 << 10;
 
@@ -129,6 +132,14 @@ impl JobService for JobsApi {
         retried.map(|job| Response::new(v1::RetryResponse { job: Some(job) }))
     }
 
+    async fn remove(&self, request: Request<v1::RemoveRequest>) -> Reply<v1::RemoveResponse> {
+        let (session, request) = (Session::of(&request), request.into_inner());
+        bounds::remove(&request).map_err(|faults| refused(&faults))?;
+        let removed = self.removed(&request.job).await;
+        session.note("remove", &request.job, &removed).await;
+        removed.map(|_| Response::new(v1::RemoveResponse {}))
+    }
+
     async fn logs(&self, request: Request<v1::LogsRequest>) -> Reply<Self::LogsStream> {
         let session = Session::of(&request);
         let request = request.into_inner();
@@ -172,6 +183,19 @@ impl JobsApi {
         self.hub.send(HubMessage::Retry { job, reply }).await?;
         outcome.await.map_err(|_| Status::unavailable("the orchestrator is ending"))??;
         self.hub.ask(move |hub| describe(hub, job)).await
+    }
+
+    async fn removed(&self, name: &str) -> Result<JobId, Status> {
+        let job = self.id(name).await?;
+        let (reply, outcome) = oneshot::channel();
+        self.hub.send(HubMessage::Remove { job, reply }).await?;
+        let answered = tokio::time::timeout(REMOVAL, outcome).await.map_err(|_| {
+            let seconds = REMOVAL.as_secs();
+            Status::unavailable(format!(
+                "the files of {job}: no worker has answered within {seconds} s; ask again"
+            ))
+        })?;
+        answered.map_err(|_| Status::unavailable("the orchestrator is ending"))?
     }
 
     /// **Errors**: `NOT_FOUND`.
@@ -329,6 +353,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         submitted_unix_ms: record.submitted_ms,
         ended_unix_ms: record.ended_ms,
         losses: record.losses,
+        warning: core.warning(job),
     };
     [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
     described

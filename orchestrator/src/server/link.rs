@@ -23,7 +23,7 @@ use super::auth::Session;
 use super::hub::{HubMessage, LogRecord};
 use super::worker_link::{Shown, WorkerLink};
 use super::{Handle, bounds};
-use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration};
+use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration, Space};
 use crate::recovery::ReplicaShard;
 
 /// Messages that a worker may leave unread before it is disconnected.
@@ -222,6 +222,14 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
             position: done.position.map(Into::into),
             result: if done.error.is_empty() { Ok(()) } else { Err(done.error) },
         },
+        Message::Discarded(v1::Discarded { job, error }) => {
+            let result = if error.is_empty() { Ok(()) } else { Err(error) };
+            Event::Removed { worker, job: job_of(job)?, result }
+        }
+        Message::Space(v1::StorageSpace { job, generation, free_bytes, checkpoint_bytes }) => {
+            let space = Space { free: free_bytes, checkpoint: checkpoint_bytes };
+            Event::Space { worker, formation: formation_of(job, generation)?, space }
+        }
         Message::LeaveRequest(_) => Event::LeaveRequested { worker },
         Message::Released(released) => Event::Left { worker, left: left_of(released)? },
         Message::Hello(_) | Message::Logs(_) => return Ok(None),

@@ -377,7 +377,8 @@ fn encode(
     Some(match command {
         WorkerCommand::Welcome => ToWorker::Welcome { state: core.state(), incarnation: core.incarnation() },
         WorkerCommand::Reject { .. } => ToWorker::Refused,
-        WorkerCommand::Disconnect => return None,
+        // Files of jobs that have ended are not simulated.
+        WorkerCommand::Disconnect | WorkerCommand::Discard { .. } => return None,
         WorkerCommand::Assign { formation: FormationId { job, generation }, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;

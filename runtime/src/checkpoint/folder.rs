@@ -12,6 +12,9 @@ use crate::failpoint::failpoint;
 use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
 use crate::topology::Generation;
 
+/// Ending of the name of a folder that is being removed; it counts as unfinished.
+const REMOVED: &str = ".removed.part";
+
 /// Name of the folder in a run's folder.
 const FOLDER: &str = "checkpoints";
 
@@ -179,7 +182,37 @@ impl CheckpointFolder {
         }
         self.rename_finished((manifest, companions), &from, &to)
             .map_err(|error| CheckpointError::of_storage(&to, error))?;
-        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))
+        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))?;
+        // Ranks write one after the other: none of them is still at one of an earlier step. It costs room only.
+        if let Err(error) = self.drop_unfinished(|unfinished| unfinished < step) {
+            tracing::warn!("{}: unfinished checkpoints stay: {error}", self.dir.display());
+        }
+        Ok(())
+    }
+
+    /// Removes the unfinished checkpoints of a job that has ended, but for those of later formations.
+    ///
+    /// **Errors**: what the system says; the folder is another job's.
+    pub fn drop_all_unfinished(&self) -> io::Result<()> {
+        self.verify().map_err(io::Error::other)?;
+        self.drop_unfinished(|_| true)
+    }
+
+    fn drop_unfinished(&self, is_past: impl Fn(u64) -> bool) -> io::Result<()> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let path = entry?.path();
+            let step = path
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_prefix("step-")?.split('.').next()?.parse().ok());
+            if is_unfinished(&path) && !self.is_of_later(&path) && step.is_some_and(&is_past) {
+                remove_renamed(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the folder into which ranks write the shards of a checkpoint, unless another rank has. The run's or the job's
@@ -257,6 +290,19 @@ impl CheckpointFolder {
         failpoint("checkpoint.dropped");
         std::fs::remove_dir_all(doomed)
     }
+}
+
+/// Removes a folder in which somebody may still create files: by another name first, so that nobody finds it.
+pub(super) fn remove_renamed(dir: &Path) -> io::Result<()> {
+    let mut doomed = dir.as_os_str().to_owned();
+    doomed.push(REMOVED);
+    let doomed = PathBuf::from(doomed);
+    remove(&doomed)?;
+    match std::fs::rename(dir, &doomed) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed?,
+    }
+    std::fs::remove_dir_all(doomed)
 }
 
 /// Removes a folder, if it is there.

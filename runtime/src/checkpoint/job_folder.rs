@@ -23,6 +23,9 @@ pub const OWNER_FILE: &str = "owner.json";
 /// Where jobs have their folders, in the storage.
 const JOBS: &str = "jobs";
 
+/// How the name of a folder begins that was taken away and is being removed.
+const REMOVED: &str = ".removed-";
+
 /// Who may change a job's folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
@@ -126,6 +129,64 @@ impl JobFolder {
             }
         }
         Err(own.foreign("expected a free name for the folder of this job, got one that is taken".into()))
+    }
+
+    /// The job's folder in a storage, if it has one.
+    ///
+    /// # Errors
+    /// The storage is gone or cannot be read.
+    pub fn find(storage: &Storage, owner: Owner) -> Result<Option<JobFolder>, FolderError> {
+        storage.verify()?;
+        let jobs = storage.path().join(JOBS);
+        for name in owner.names() {
+            let folder = JobFolder { storage: storage.clone(), dir: jobs.join(name), owner };
+            if folder.read()?.is_some_and(|found| folder.is_own(&found)) {
+                return Ok(Some(folder));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes the folder of a job that has ended away, if no formation after generation `last` has begun in it. Where its files are from now
+    /// on: they are still to be removed, see [`JobFolder::sweep`].
+    ///
+    /// # Errors
+    /// The storage is gone or cannot be changed; a later formation has begun.
+    pub fn take_away(&self, last: Generation) -> Result<(), FolderError> {
+        let latest = self.latest()?;
+        if latest > last {
+            return Err(self
+                .foreign(format!("expected no formation after generation {last}, got generation {latest}")));
+        }
+        let random = u64::from_le_bytes(from_system().map_err(file(&self.dir))?);
+        let jobs = self.storage.path().join(JOBS);
+        std::fs::rename(&self.dir, jobs.join(format!("{REMOVED}{random:016x}"))).map_err(file(&self.dir))?;
+        sync_dir(&jobs).map_err(file(&jobs))
+    }
+
+    /// Removes the files of folders that were taken away, also by processes that were killed meanwhile.
+    ///
+    /// # Errors
+    /// The storage cannot be read or changed.
+    pub fn sweep(storage: &Storage) -> Result<(), FolderError> {
+        let jobs = storage.path().join(JOBS);
+        let entries = match std::fs::read_dir(&jobs) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(file(&jobs))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(file(&jobs))?;
+            if entry.file_name().to_string_lossy().starts_with(REMOVED) {
+                match std::fs::remove_dir_all(entry.path()) {
+                    // Another worker is at it, too.
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(file(&entry.path())(error));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Where it is.
@@ -336,6 +397,32 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Storage);
             assert!(error.to_string().contains("the storage is gone: expected the mark "), "{error}");
         }
+    }
+
+    #[test]
+    fn a_folder_is_taken_away_from_its_own_job_alone_and_not_under_a_later_formation() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = Storage::open(dir.path()).unwrap();
+        assert_eq!(JobFolder::find(&storage, owner(1, 1, 5)).unwrap(), None);
+        JobFolder::sweep(&storage).unwrap();
+        let [own, other] = [1, 2].map(|state| claim(dir.path(), owner(state, 1, 5)));
+        std::fs::write(own.path().join("file"), "some").unwrap();
+        own.begin(Generation::new(3)).unwrap();
+        let found = JobFolder::find(&storage, owner(1, 1, 5)).unwrap().unwrap();
+        assert_eq!(found, own);
+        let late = found.take_away(Generation::new(2)).unwrap_err().to_string();
+        assert!(late.contains("expected no formation after generation 2, got generation 3"), "{late}");
+        assert!(own.path().join("file").exists());
+        found.take_away(Generation::new(3)).unwrap();
+        assert_eq!(JobFolder::find(&storage, owner(1, 1, 5)).unwrap(), None);
+        let names = || {
+            let entries = std::fs::read_dir(dir.path().join("jobs")).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(names().len(), 2, "{:?}", names());
+        JobFolder::sweep(&storage).unwrap();
+        assert_eq!(names(), [name(&other)]);
+        other.verify().unwrap();
     }
 
     #[test]

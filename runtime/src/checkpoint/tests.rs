@@ -159,3 +159,26 @@ fn the_checkpoint_that_a_job_would_resume_from_is_retained_however_many_are_newe
     );
     assert_eq!(folder.list().unwrap(), [10, 12, 14]);
 }
+
+#[test]
+fn a_commit_removes_what_was_not_finished_before_it_and_nothing_that_may_still_be_written() {
+    let run = tempfile::tempdir().unwrap();
+    let folder = CheckpointFolder::of_run(run.path());
+    let of = |generation| folder.clone().in_generation(Generation::new(generation));
+    let left = |parts: &[(u32, u64)]| {
+        let is_there = |(generation, step): &&(u32, u64)| of(*generation).unfinished(*step).exists();
+        parts.iter().filter(is_there).copied().collect::<Vec<_>>()
+    };
+    let parts = [(1, 4), (2, 8), (2, 16), (3, 8)];
+    for (generation, step) in parts {
+        std::fs::create_dir_all(of(generation).unfinished(step)).unwrap();
+        std::fs::write(of(generation).unfinished(step).join("shard"), "some").unwrap();
+    }
+    commit(&of(2), 12, 2);
+    // The next step of this formation, and all of a later one.
+    assert_eq!(left(&parts), [(2, 16), (3, 8)]);
+    of(2).drop_all_unfinished().unwrap();
+    assert_eq!(left(&parts), [(3, 8)]);
+    assert_eq!(folder.list().unwrap(), [12]);
+    CheckpointFolder::of_run(&run.path().join("none")).drop_all_unfinished().unwrap();
+}

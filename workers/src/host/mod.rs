@@ -5,6 +5,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod absence;
+mod discard;
 mod evidence;
 mod formation;
 mod job;
@@ -95,8 +96,10 @@ enum Input {
     Prepared { formation: FormationId, assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
     /// Parts of a formation that was left have been written down, or not: what is to be said.
     ShardsWritten { formation: FormationId, events: Vec<RankEvent> },
-    /// Result of a commit or a publication.
-    Committed { formation: FormationId, answer: v1::Committed },
+    /// Result of a commit or a publication, and what room there is after it.
+    Committed { formation: FormationId, answer: v1::Committed, space: Option<v1::StorageSpace> },
+    /// The folder of a job was removed, or not.
+    Discarded(v1::Discarded),
     /// From the orchestrator, by the stream of this number.
     Down(u64, v1::ToWorker),
     /// The files of this worker have another certificate than before.
@@ -128,6 +131,10 @@ struct Host {
     limit: Option<MemoryLimit>,
     formations: BTreeMap<JobId, Formation>,
     loaded: BTreeMap<JobId, LoadedData>,
+    /// Jobs of which a checkpoint is being committed, each as often as it is.
+    committing: Vec<JobId>,
+    /// What is to be removed once nothing is being committed there.
+    discards: Vec<v1::Discard>,
     /// What is kept in memory of the state of jobs.
     memory: Memory,
     /// Log lines that wait for the orchestrator; the oldest are dropped.
@@ -165,6 +172,8 @@ pub async fn run(
         limit: MemoryLimit::of_process(),
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
+        committing: Vec::new(),
+        discards: Vec::new(),
         memory: Memory::default(),
         lines: VecDeque::new(),
         leaves_by: None,
@@ -305,11 +314,21 @@ impl Host {
                     self.send(Up::Event(encode_event(formation, &event)));
                 }
             }
-            Input::Committed { formation, answer } => {
+            Input::Discarded(answer) => self.send(Up::Discarded(answer)),
+            Input::Committed { formation, answer, space } => {
+                if let Some(at) = self.committing.iter().position(|job| *job == formation.job) {
+                    self.committing.remove(at);
+                }
+                for discard in std::mem::take(&mut self.discards) {
+                    self.discard(discard)?;
+                }
                 if let Some(formation) = self.running_mut(formation) {
                     formation.committed = Some(answer.clone());
                 }
                 self.send(Up::Committed(answer));
+                if let Some(space) = space {
+                    self.send(Up::Space(space));
+                }
             }
             // Messages of a stream that was given up are dropped.
             Input::Down(link, _) | Input::Broken { link, .. } if !self.is_current(link) => {}

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{decode_command, encode_event, formation_of, job_of};
-use contraflow_runtime::files::in_task;
+use contraflow_runtime::files::{free_bytes, in_task};
 use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 use v1::from_worker::Message as Up;
@@ -49,6 +49,7 @@ impl Host {
             }
             Down::Commit(commit) => self.commit(commit)?,
             Down::WriteShards(order) => self.write_shards(&order)?,
+            Down::Discard(order) => self.discard(order)?,
             Down::Refused(_) => {}
         }
         Ok(())
@@ -157,7 +158,7 @@ impl Host {
         }
     }
 
-    fn commit(&self, commit: v1::Commit) -> Result<(), String> {
+    fn commit(&mut self, commit: v1::Commit) -> Result<(), String> {
         let v1::Commit { job, generation, what } = commit;
         let formation = formation_of(job, generation)?;
         let prepared = match self.running(formation) {
@@ -171,12 +172,21 @@ impl Host {
             v1::commit::What::Checkpoint(checkpoint) => checkpoint.position,
             v1::commit::What::Weights(_) => None,
         };
+        self.committing.push(formation.job);
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
+            let checkpoint_bytes = checkpoint_bytes(&what);
             let failed = RankError::catch(|| prepared.commit(what)).err();
             let error = failed.map_or_else(String::new, |failed| failed.to_string());
+            let free = checkpoint_bytes.and_then(|bytes| Some((bytes, free_bytes(prepared.dir()).ok()?)));
+            let space = free.map(|(checkpoint_bytes, free_bytes)| v1::StorageSpace {
+                job,
+                generation,
+                free_bytes,
+                checkpoint_bytes,
+            });
             let answer = v1::Committed { job, generation, position, error };
-            drop(inputs.send(Input::Committed { formation, answer }));
+            drop(inputs.send(Input::Committed { formation, answer, space }));
         });
         Ok(())
     }
@@ -225,5 +235,15 @@ impl Host {
             self.memory.note_left(formation.id, formation.prepared.clone());
             formation.leave(reason);
         }
+    }
+}
+
+/// What a checkpoint takes in the storage; none: it is no checkpoint.
+fn checkpoint_bytes(what: &v1::commit::What) -> Option<u64> {
+    match what {
+        v1::commit::What::Checkpoint(checkpoint) => {
+            Some(checkpoint.shards.iter().map(|shard| shard.bytes).sum())
+        }
+        v1::commit::What::Weights(_) => None,
     }
 }

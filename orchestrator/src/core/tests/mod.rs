@@ -5,6 +5,7 @@ mod cut_off;
 mod foreign;
 mod memory;
 mod placing;
+mod removal;
 mod retention;
 mod rollback;
 mod spec;

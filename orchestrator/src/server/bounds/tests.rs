@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 58] = [
+const ALL: [Bound; 60] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -19,6 +19,7 @@ const ALL: [Bound; 58] = [
     LOGS,
     CANCEL,
     RETRY,
+    REMOVE,
     REASON,
     DRAIN,
     PATHS,
@@ -47,6 +48,7 @@ const ALL: [Bound; 58] = [
     LEVEL,
     LINE,
     ERROR,
+    DISCARDED,
     LOADS,
     WARNING,
     COUNTS,
@@ -183,6 +185,7 @@ fn pass(root: &str, bytes: &[u8]) -> Result<Vec<u8>, String> {
         "WatchRequest" => refused(bytes, watch),
         "CancelRequest" => refused(bytes, cancel),
         "RetryRequest" => refused(bytes, retry),
+        "RemoveRequest" => refused(bytes, remove),
         "LogsRequest" => refused(bytes, logs),
         "DrainRequest" => refused(bytes, drain),
         "FromWorker" => {

@@ -49,6 +49,13 @@ pub enum HubMessage {
         /// Where the outcome goes.
         reply: oneshot::Sender<Submitted>,
     },
+    /// A job that has ended is to be removed with its files; answered once that is durable.
+    Remove {
+        /// Which one.
+        job: JobId,
+        /// Where the outcome goes.
+        reply: oneshot::Sender<Submitted>,
+    },
     /// Lines of a job's ranks.
     Lines {
         /// Who sends them: of ranks that it does not host they are dropped.

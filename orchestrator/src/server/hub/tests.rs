@@ -152,3 +152,48 @@ async fn a_stream_that_ends_after_the_hub_has_let_go_of_it_ends_its_workers_memb
     hub.take(unlinked(2, Some("token: gone")), &mut batch);
     assert!(hub.core().member(7).is_none());
 }
+
+#[tokio::test]
+async fn a_removal_is_answered_by_the_worker_that_was_asked_and_no_retry_comes_between() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut hub, mut batch) = (open(dir.path()), CommitBatch::default());
+    let (down, mut reader) = mpsc::channel(4);
+    hub.take(HubMessage::Linked { worker: 7, link: WorkerLink { number: 1, down, shown: None } }, &mut batch);
+    let registration = crate::core::Registration { worker: 7, slots: 1, ..Default::default() };
+    let attachment = crate::core::Attachment { registration, ..Default::default() };
+    hub.take(HubMessage::Event(Event::Attached(Box::new(attachment))), &mut batch);
+    let job = hub.submit(Box::new(JobSpec { min_ranks: 4, ..*spec("ann", "") }), &mut batch).unwrap();
+    let remove = |hub: &mut Hub, batch: &mut CommitBatch| {
+        let (reply, outcome) = oneshot::channel();
+        hub.take(HubMessage::Remove { job, reply }, batch);
+        hub.apply_effects(std::mem::take(batch));
+        outcome
+    };
+    let refused = remove(&mut hub, &mut batch).try_recv().unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    hub.step(Event::Cancel { job, reason: String::new() }, &mut batch);
+    let mut waiting = remove(&mut hub, &mut batch);
+    let sent = std::iter::from_fn(|| reader.try_recv().ok()?.ok()?.message);
+    assert!(matches!(
+        sent.last(),
+        Some(v1::to_worker::Message::Discard(v1::Discard { everything: true, .. }))
+    ));
+    let busy = hub.retry(job, &mut batch).unwrap_err();
+    assert!(busy.message().contains("are being removed"), "{}", busy.message());
+    let answer = |hub: &mut Hub, batch: &mut CommitBatch, worker| {
+        hub.take(HubMessage::Event(Event::Removed { worker, job, result: Ok(()) }), batch);
+        hub.apply_effects(std::mem::take(batch));
+    };
+    answer(&mut hub, &mut batch, 8);
+    assert!(waiting.try_recv().is_err() && hub.core().jobs().all.contains_key(&job), "nobody asked it");
+    answer(&mut hub, &mut batch, 7);
+    assert_eq!(waiting.try_recv().unwrap().unwrap(), job);
+    assert!(!hub.core().jobs().all.contains_key(&job));
+    // Whoever asked has gone: the job may be taken up again.
+    let job = hub.submit(spec("ann", ""), &mut batch).unwrap();
+    hub.step(Event::Cancel { job, reason: String::new() }, &mut batch);
+    let (reply, outcome) = oneshot::channel();
+    hub.take(HubMessage::Remove { job, reply }, &mut batch);
+    drop(outcome);
+    assert!(hub.retry(job, &mut batch).is_ok());
+}

@@ -1,0 +1,148 @@
+//! What becomes of the files of jobs that have ended: what was not finished goes at once, everything when somebody asks for it. Workers
+//! remove them, since they alone have the storage.
+
+use std::path::{Component, Path};
+
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::size;
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
+
+use super::events::{Space, WorkerCommand};
+use super::facts::Fact;
+use super::{Core, Severity};
+
+impl Core {
+    /// The worker that can remove the files of a job.
+    ///
+    /// **Errors**: it has not ended, another job is to read them, or no worker is there.
+    pub fn may_be_removed(&self, job: JobId) -> Result<u64, String> {
+        let record = self.jobs.all.get(&job).ok_or_else(|| format!("job: {job} is no longer retained"))?;
+        if !record.has_ended() {
+            return Err(format!(
+                "job: expected one that has ended, got {job}; contraflow cancel {job} ends it"
+            ));
+        }
+        let open = self.jobs.all.iter().filter(|(_, record)| !record.has_ended());
+        if let Some((reader, _)) = open.into_iter().find(|(_, record)| reads_from(&record.spec.recipe, job)) {
+            return Err(format!("job: {reader}, which has not ended, reads from the folder of {job}"));
+        }
+        let words = || format!("the files of {job}: expected a worker that can remove them, got none");
+        self.members
+            .iter()
+            .find(|(_, member)| member.is_attached)
+            .map(|(&worker, _)| worker)
+            .ok_or_else(words)
+    }
+
+    /// Has the folder of a job removed. The job is forgotten once that is done: until then it can be asked for again.
+    pub(super) fn remove(&mut self, job: JobId) {
+        if let Ok(worker) = self.may_be_removed(job) {
+            let last = self.jobs.all[&job].generation();
+            self.send(worker, WorkerCommand::Discard { job, last, everything: true });
+        }
+    }
+
+    /// A worker has removed the folder of a job, or could not.
+    pub(super) fn removed(&mut self, job: JobId, result: Result<(), String>) {
+        // It may have been taken up again meanwhile, by a state that is an older copy.
+        if self.jobs.all.get(&job).is_none_or(|record| !record.has_ended()) {
+            return;
+        }
+        match result {
+            Ok(()) => self.persist(Fact::Forgotten { job }),
+            Err(why) => self.log_as(Severity::Warn, job, format!("its files could not be removed: {why}")),
+        }
+    }
+
+    /// Has the unfinished checkpoints of a job that ends removed, where rank 0 was or else where somebody is.
+    pub(super) fn discard_unfinished(&mut self, job: JobId) {
+        let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
+        let is_there = |worker: &u64| self.members.get(*worker).is_some_and(|member| member.is_attached);
+        let own = formed.place_of(Rank::ZERO).filter(is_there);
+        let any = || self.members.iter().map(|(&worker, _)| worker).find(is_there);
+        let last = formed.generation;
+        if let Some(worker) = own.or_else(any) {
+            self.send(worker, WorkerCommand::Discard { job, last, everything: false });
+        }
+    }
+
+    /// A worker says what room the storage has.
+    pub(super) fn space(&mut self, worker: u64, of: FormationId, space: Space) {
+        if self.formed(of).and_then(|formed| formed.place_of(Rank::ZERO)) != Some(worker) {
+            return;
+        }
+        let Some(formation) = self.formations.get_mut(&of.job) else { return };
+        let before = formation.space.replace(space).and_then(low);
+        match (before, low(space)) {
+            (None, Some(words)) => self.log_as(Severity::Warn, of.job, words),
+            (Some(_), None) => self.log_as(Severity::Info, of.job, "the storage has room again".into()),
+            _ => {}
+        }
+    }
+
+    /// What an operator should look at, though the job goes on; empty if nothing.
+    pub fn warning(&self, job: JobId) -> String {
+        let space = self.formations.get(&job).and_then(|formation| formation.space);
+        space.and_then(low).unwrap_or_default()
+    }
+}
+
+/// Says that there is little room: less than the next two checkpoints need, which are written before older ones go.
+fn low(Space { free, checkpoint }: Space) -> Option<String> {
+    (free < 2 * checkpoint).then(|| {
+        format!("the storage has room for {} more, and a checkpoint takes {}", size(free), size(checkpoint))
+    })
+}
+
+/// Whether a recipe names something in the folder of a job.
+fn reads_from(recipe: &Recipe, job: JobId) -> bool {
+    let Recipe { data, model, tokenizer, .. } = recipe;
+    let texts = [&model.init, &model.config, &tokenizer.path].into_iter();
+    let folder = job.to_string();
+    let is_folder = |part: Component<'_>| {
+        let Component::Normal(name) = part else { return false };
+        let rest = name.to_str().and_then(|name| name.strip_prefix(&folder));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    texts.chain(&data.paths).chain(&data.validation).any(|path| Path::new(path).components().any(is_folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_low_when_the_next_two_checkpoints_do_not_fit() {
+        let low = |free, checkpoint| low(Space { free, checkpoint });
+        assert_eq!((low(200, 100), low(u64::MAX, 0)), (None, None));
+        let words = low(3 << 20, 2 << 20).unwrap();
+        assert_eq!(
+            words,
+            format!(
+                "the storage has room for {} more, and a checkpoint takes {}",
+                size(3 << 20),
+                size(2 << 20)
+            )
+        );
+    }
+
+    #[test]
+    fn a_recipe_reads_from_the_folder_it_names() {
+        let recipe = |init: &str| {
+            let source = contraflow_runtime::recipe::RecipeSource::Builtin("tiny".into());
+            let mut recipe = Recipe::load(&source, &[]).unwrap();
+            recipe.model.init = init.into();
+            recipe
+        };
+        let job = JobId::new(7, 1);
+        for (init, expected) in [
+            ("/shared/jobs/job-7/model", true),
+            ("jobs/job-7-00000000000000ab-000005/checkpoints/step-00000008", true),
+            ("/shared/jobs/job-77/model", false),
+            ("/shared/jobs/old-job-7/model", false),
+            ("", false),
+        ] {
+            assert_eq!(reads_from(&recipe(init), job), expected, "{init}");
+        }
+    }
+}
