@@ -33,7 +33,11 @@ fn models() -> Vec<(&'static str, String)> {
     let flat = flat.replace("\"n_group\": 2", "\"n_group\": 1");
     let yarn = r#""rope_scaling": {"type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7,
       "mscale_all_dim": 0.7, "original_max_position_embeddings": 32}, "hidden_act""#;
-    vec![("grouped", MODEL.into()), ("flat", flat), ("yarn", MODEL.replace("\"hidden_act\"", yarn))]
+    let v2 = flat.replace("deepseek_v3", "deepseek_v2").replace("\"n_group\": 1, ", "\"n_group\": 2, ");
+    let v2 = v2.replace("\"norm_topk_prob\": true", "\"norm_topk_prob\": false");
+    let v2 = v2.replace("\"num_nextn_predict_layers\": 1", "\"topk_method\": \"group_limited_greedy\"");
+    let yarn = MODEL.replace("\"hidden_act\"", yarn);
+    vec![("grouped", MODEL.into()), ("flat", flat), ("yarn", yarn), ("v2", v2)]
 }
 
 #[test]

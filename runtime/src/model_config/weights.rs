@@ -115,7 +115,9 @@ impl WeightList<'_> {
     fn add_experts(&mut self) {
         let c = self.config;
         self.add("mlp.gate.weight", &[c.n_routed_experts, c.hidden_size]);
-        self.add("mlp.gate.e_score_correction_bias", &[c.n_routed_experts]);
+        if c.has_gate_bias() {
+            self.add("mlp.gate.e_score_correction_bias", &[c.n_routed_experts]);
+        }
         for expert in 0..c.n_routed_experts {
             self.add_ffn(&format!("mlp.experts.{expert}"), c.moe_intermediate_size);
         }
@@ -151,7 +153,9 @@ mod tests {
     #[test]
     fn names_and_shapes_equal_those_of_the_parity_checkpoints() {
         let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity");
-        for fixture in ["qlora_grouped", "noqlora_flat", "yarn_mtp"] {
+        for fixture in
+            ["qlora_grouped", "noqlora_flat", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2"]
+        {
             let text = std::fs::read_to_string(parity.join(fixture).join("config.json")).unwrap();
             let weights = ModelConfig::from_hf_json(&text).unwrap().weights();
             let listed: BTreeMap<_, _> = weights.iter().map(|w| (w.name.clone(), w.shape.clone())).collect();

@@ -336,7 +336,7 @@ model.config.vocab_size: expected at least 257 for the byte tokenizer, got 192";
     assert_eq!(load("config.json"), format!("{unknown}{small_vocabulary}"));
     let no_config = load("meta.json");
     assert!(
-        no_config.contains("\nmodel.config.model_type: expected \"deepseek_v3\", got nothing\n"),
+        no_config.contains("\nmodel.config.model_type: expected \"deepseek_v3\", \"deepseek_v2\" or \"kimi_k2\", got nothing\n"),
         "{no_config}"
     );
     assert!(
