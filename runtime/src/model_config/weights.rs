@@ -217,6 +217,18 @@ mod tests {
         assert_eq!(total, 671_026_419_200);
     }
 
+    #[test]
+    fn models_of_other_architectures_have_their_published_sizes() {
+        let total = |name: &str| -> u64 {
+            let config = crate::model_config::builtin::model(name).unwrap();
+            config.weights().iter().map(WeightShape::num_elements).sum()
+        };
+        // The published index says 31,412,968,448 bytes in 16 bits.
+        assert_eq!(2 * total("deepseek-v2-lite"), 31_412_968_448);
+        // Moonlight is published as one of 15.96 billion.
+        assert_eq!(total("moonlight") / 10_000_000, 1596);
+    }
+
     /// The published files hold 8-bit matrices with one f32 scale per 128 x 128 block, 16-bit norms, tables,
     /// gates and joins, and f32 gate biases: 91,991 tensors of 688,574,839,360 bytes.
     #[test]

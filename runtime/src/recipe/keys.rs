@@ -85,7 +85,7 @@ const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'stat
 #[rustfmt::skip]
 pub const KEYS: &[KeyDoc] = &[
     key("model.config", Text, Required,
-        "A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json; other keys here replace its own."),
+        "A built-in model (tiny, small, base, deepseek-v3, deepseek-v2-lite, moonlight) or the path of an HF config.json; other keys here replace its own."),
     key("model.init", Text, Fixed("\"fresh\""),
         "fresh: weights are drawn; or the HF directory whose weights training starts from."),
     key("parallel.pipeline", Count(1, AXIS), Fixed("1"), "Pipeline ranks."),

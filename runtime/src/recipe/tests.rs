@@ -316,8 +316,7 @@ fn broken_toml_and_missing_files() {
 
     assert!(error_text(&["model.config=tinny"]).ends_with("/tinny; did you mean `tiny`?"));
     let model = error_text(&["model.config=\"no/such.json\""]);
-    let expected =
-        "model.config: expected a built-in model (tiny, small, base, deepseek-v3) or an HF config.json, got ";
+    let expected = "model.config: expected a built-in model (tiny, small, base, deepseek-v3, deepseek-v2-lite, moonlight) or an HF config.json, got ";
     assert!(model.starts_with(expected) && model.ends_with("no/such.json"), "{model}");
 }
 
