@@ -427,6 +427,10 @@ fn derive(table: &mut RecipeTable, model: &ModelConfig) {
         let weight = if model.num_nextn_predict_layers > 0 { 0.3 } else { 0.0 };
         table.set("mtp.weight", Value::Float(weight));
     }
+    if !table.is_given("balance.bias_speed") {
+        let speed = if model.has_gate_bias() { 0.001 } else { 0.0 };
+        table.set("balance.bias_speed", Value::Float(speed));
+    }
     if !table.is_given("lr.floor") {
         let decays = table.get("lr.cosine_tokens").and_then(Value::as_integer) != Some(0);
         if decays && table.faults.spare(&["lr.cosine_tokens"]) {
