@@ -1,5 +1,6 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
 
+mod nodes;
 pub mod submit;
 
 use std::time::{Duration, Instant};
@@ -14,10 +15,11 @@ use tonic::transport::Channel;
 use v1::cluster_service_client::ClusterServiceClient;
 use v1::job_service_client::JobServiceClient;
 
+pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::output::{Format, count, print, say, table};
+use crate::output::{Format, print, say, table};
 use crate::progress::figures;
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
@@ -214,12 +216,15 @@ pub fn watch(args: &OfJob) -> Result<(), Failure> {
         let mut heard = Instant::now();
         loop {
             let before = from_step;
+            let stamps = args.common.access.stamps();
             let watched = watch_once(args, &mut from_step).await;
             if from_step > before {
                 heard = Instant::now();
             }
             match watched {
                 Ok(job) => return ended(&job),
+                // The right to the stream has ended, and may have been renewed meanwhile.
+                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => {}
                 Err(failure) if failure.code == 2 || heard.elapsed() >= AWAY => return Err(failure),
                 Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
             }
@@ -314,57 +319,6 @@ pub fn retry(args: &OfJob) -> Result<(), Failure> {
         let answer = jobs(&args.common).await?.retry(request).await.map_err(|status| refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
         show(&args.common, &job_json(&job), &format!("{} {}\n", job.job, state_of(&job)))
-    })
-}
-
-/// Runs `contraflow nodes`.
-///
-/// **Errors**: code 1 if the orchestrator is out of reach.
-pub fn nodes(common: &Common) -> Result<(), Failure> {
-    interrupt::runtime()?.block_on(async {
-        let answer =
-            cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| refused(&status))?;
-        let v1::NodesResponse { workers, incarnation } = answer.into_inner();
-        let json: Vec<Value> = workers
-            .iter()
-            .map(|worker| {
-                json!({
-                    "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
-                    "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
-                    "memory_bytes": worker.memory_bytes, "unreachable": worker.unreachable,
-                })
-            })
-            .collect();
-        let rows = workers.into_iter().map(|worker| {
-            let (slots, used) = (worker.slots.to_string(), worker.used.to_string());
-            let note = match (worker.draining, worker.unreachable) {
-                (true, _) => "draining",
-                (false, true) => "data port does not answer",
-                (false, false) => "",
-            };
-            [worker.node, worker.block, worker.worker, slots, used, note.into()]
-        });
-        let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
-        show(common, &json!({"incarnation": incarnation, "workers": json}), &text)
-    })
-}
-
-/// Runs `contraflow drain`.
-///
-/// **Errors**: code 2 if there is no such node, or it is not drained; code 1 if the orchestrator is out of reach.
-pub fn drain(args: &Drain) -> Result<(), Failure> {
-    interrupt::runtime()?.block_on(async {
-        let request = v1::DrainRequest { node: args.node.clone(), undo: args.undo };
-        let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
-        let v1::DrainResponse { workers, ranks } = answer.into_inner();
-        let text = match args.undo {
-            false => {
-                let (workers, ranks) = (count(workers, "worker"), count(ranks, "rank"));
-                format!("{}: {workers} to take no new ranks, {ranks} to move\n", args.node)
-            }
-            true => format!("{}: {} to take ranks again\n", args.node, count(workers, "worker")),
-        };
-        show(&args.common, &json!({"node": args.node, "workers": workers, "ranks": ranks}), &text)
     })
 }
 
