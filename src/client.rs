@@ -2,13 +2,12 @@
 
 mod nodes;
 mod removal;
+pub mod submit;
 
 use std::time::{Duration, Instant};
 
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::control::text::printable;
-use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
-use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::describe;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -20,9 +19,9 @@ use v1::job_service_client::JobServiceClient;
 pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
+use crate::interrupt;
 use crate::output::{Format, print, say, table};
 use crate::progress::figures;
-use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,34 +44,6 @@ pub struct Common {
     /// Client certificate and token
     #[command(flatten)]
     pub access: Access,
-}
-
-/// Arguments of `contraflow submit`.
-#[derive(clap::Args, Debug)]
-pub struct Submit {
-    /// A built-in recipe, or the path of a recipe file
-    pub recipe: String,
-    /// Change a key of the recipe: section.key=value
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
-    /// Files or folders to train on, below the workers' data root, which this machine does not look into
-    #[arg(long, num_args = 1.., value_name = "PATH")]
-    pub data: Vec<String>,
-    /// Name of the job; the recipe's name if not given
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Jobs of a higher priority start first and preempt lower ones
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    pub priority: i32,
-    /// Minimum number of ranks with which the job continues when lost ranks cannot be replaced [default: all of them]
-    #[arg(long, value_name = "N")]
-    pub min_ranks: Option<u32>,
-    /// A second submission with the same key is answered with the job of the first
-    #[arg(long, value_name = "KEY")]
-    pub key: Option<String>,
-    /// Connection and output format
-    #[command(flatten)]
-    pub common: Common,
 }
 
 /// Arguments of `contraflow jobs`.
@@ -214,34 +185,6 @@ fn lines_of(text: &str) -> String {
             None => [printable(line), "".into()],
         })
         .collect()
-}
-
-/// Runs `contraflow submit`.
-///
-/// **Errors**: code 2 with every fault of the recipe; code 1 if the orchestrator is out of reach.
-pub fn submit(args: &Submit) -> Result<(), Failure> {
-    let source = RecipeSource::parse(&args.recipe);
-    let mut overrides = args.overrides.clone();
-    if !args.data.is_empty() {
-        overrides.push(paths_override(&args.data));
-    }
-    let (recipe, model_config) = Recipe::to_submit(&source, &overrides)?;
-    let request = v1::SubmitRequest {
-        recipe,
-        overrides,
-        model_config,
-        name: args.name.clone().unwrap_or_else(|| source.name()),
-        priority: args.priority,
-        idempotency_key: args.key.clone().unwrap_or_default(),
-        min_ranks: args.min_ranks.unwrap_or(0),
-    };
-    let _spans = telemetry::init_client("contraflow-submit")?;
-    let _submit = tracing::info_span!(target: SPAN, "submit", otel.kind = "client").entered();
-    interrupt::runtime()?.block_on(async {
-        let mut jobs = jobs(&args.common).await?;
-        let job = jobs.submit(request).await.map_err(|status| refused(&status))?.into_inner().job;
-        show(&args.common, &json!({"job": job}), &format!("{job}\n"))
-    })
 }
 
 /// Runs `contraflow jobs`.

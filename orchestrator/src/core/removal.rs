@@ -8,7 +8,7 @@ use contraflow_runtime::schedule::size;
 use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use super::events::{Space, WorkerCommand};
-use super::facts::Fact;
+use super::facts::{Fact, JobSpec, Origin};
 use super::{Core, Severity};
 
 impl Core {
@@ -23,7 +23,7 @@ impl Core {
             ));
         }
         let open = self.jobs.all.iter().filter(|(_, record)| !record.has_ended());
-        if let Some((reader, _)) = open.into_iter().find(|(_, record)| reads_from(&record.spec.recipe, job)) {
+        if let Some((reader, _)) = open.into_iter().find(|(_, record)| reads_from(&record.spec, job)) {
             return Err(format!("job: {reader}, which has not ended, reads from the folder of {job}"));
         }
         let words = || format!("the files of {job}: expected a worker that can remove them, got none");
@@ -94,17 +94,25 @@ fn low(Space { free, checkpoint }: Space) -> Option<String> {
     })
 }
 
-/// Whether a recipe names something in the folder of a job.
-fn reads_from(recipe: &Recipe, job: JobId) -> bool {
-    let Recipe { data, model, tokenizer, .. } = recipe;
+/// Whether a job resumes from another one, or names something in its folder.
+fn reads_from(spec: &JobSpec, job: JobId) -> bool {
+    let resumes = |origin: &Origin| origin.job == Some(job) || is_in_folder(&origin.folder, job);
+    spec.origin.as_ref().is_some_and(resumes) || names_folder(&spec.recipe, job)
+}
+
+fn names_folder(Recipe { data, model, tokenizer, .. }: &Recipe, job: JobId) -> bool {
     let texts = [&model.init, &model.config, &tokenizer.path].into_iter();
+    texts.chain(&data.paths).chain(&data.validation).any(|path| is_in_folder(path, job))
+}
+
+/// Whether a path leads through a folder with one of the names that the job's may have.
+fn is_in_folder(path: &str, job: JobId) -> bool {
     let folder = job.to_string();
-    let is_folder = |part: Component<'_>| {
+    Path::new(path).components().any(|part| {
         let Component::Normal(name) = part else { return false };
         let rest = name.to_str().and_then(|name| name.strip_prefix(&folder));
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-    };
-    texts.chain(&data.paths).chain(&data.validation).any(|path| Path::new(path).components().any(is_folder))
+    })
 }
 
 #[cfg(test)]
@@ -142,7 +150,7 @@ mod tests {
             ("/shared/jobs/old-job-7/model", false),
             ("", false),
         ] {
-            assert_eq!(reads_from(&recipe(init), job), expected, "{init}");
+            assert_eq!(names_folder(&recipe(init), job), expected, "{init}");
         }
     }
 }

@@ -55,6 +55,12 @@ fn a_job_whose_files_another_one_reads_and_one_without_a_worker_stay() {
     let refused = world.core.may_be_removed(JOB).unwrap_err();
     assert!(refused.contains("which has not ended, reads from the folder of job-1"), "{refused}");
     drop(world.step(Event::Cancel { job: id(2), reason: String::new() }));
+    let checkpoint = crate::rollback::Checkpoint { step: 4, cursor: 16 };
+    let origin = Some(facts::Origin { job: Some(JOB), folder: String::new(), checkpoint, cursor: 0 });
+    drop(world.step(Event::Submit(Box::new(JobSpec { origin, ..*spec(9, 0) }))));
+    let refused = world.core.may_be_removed(JOB).unwrap_err();
+    assert!(refused.starts_with("job: job-3, which has not ended"), "{refused}");
+    drop(world.step(Event::Cancel { job: id(3), reason: String::new() }));
     world.core.may_be_removed(JOB).unwrap();
     let workers: Vec<u64> = world.core.members().map(|member| member.registration.worker).collect();
     workers.into_iter().for_each(|worker| drop(world.step(Event::Detached { worker })));

@@ -23,6 +23,7 @@ fn spec(user: &str, key: &str) -> Box<JobSpec> {
         recipe: Arc::new(recipe),
         rank_bytes: 0,
         traceparent: String::new(),
+        origin: None,
     })
 }
 
