@@ -3,6 +3,7 @@
 
 mod calls;
 mod open;
+mod reloaded;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -10,6 +11,7 @@ use std::path::Path;
 
 pub use calls::{FileCall, STUCK, StuckCall, call, in_task, map_parallel, new_task, stuck};
 pub use open::{Reader, Refused, confine, metadata, open, read, read_dir, read_to_string, reader};
+pub use reloaded::{Reloaded, Stamp, stamps};
 
 /// Ending of a file or folder that is being written or removed.
 pub const UNFINISHED_SUFFIX: &str = ".part";
