@@ -3,6 +3,8 @@
 //! Files carry many keys of no consequence here: those are ignored. What would change the model's arithmetic and
 //! is not built is refused by name. The rotary settings, which have many spellings, are read in `rope`.
 
+#[cfg(test)]
+mod published;
 mod rope;
 #[cfg(test)]
 mod tests;
