@@ -93,7 +93,10 @@ impl World {
         let world = self.checks.world(of).unwrap_or(0);
         let retention = self.retention(pinned);
         let Some(folder) = self.folder(job) else { return };
+        // The next formation has made the folder ready: what is there comes late, and only some of it.
+        let is_late = folder.has_begun(generation.next());
         let result = match folder.commit((step, generation.next()), world, retention) {
+            Err(Err(words)) if is_late => Err(words),
             Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
             Err(Ok(words)) => Err(words),
             Ok(_) => Ok(()),

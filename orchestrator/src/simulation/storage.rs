@@ -113,6 +113,11 @@ impl Folder {
         is_next
     }
 
+    /// Whether this formation, or one after it, has begun in it.
+    pub(super) fn has_begun(&self, generation: Generation) -> bool {
+        self.begun >= generation
+    }
+
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: Generation, retention: Retention, newest: Option<u64>) {
         self.unfinished.retain(|(_, of), _| *of > generation);

@@ -166,7 +166,8 @@ impl CheckpointFolder {
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and
     /// renames the folder. Afterwards only the newest `keep` checkpoints remain: of those up to the pinned one, with all after it.
     ///
-    /// **Errors**: what the system says, with the path; the folder is another job's; the checkpoint is not committed then.
+    /// **Errors**: what the system says, with the path; a shard that is not there with its size; the folder is another job's. The
+    /// checkpoint is not committed then.
     pub fn commit(
         &self,
         manifest: &Manifest,
@@ -180,6 +181,8 @@ impl CheckpointFolder {
             // Committed before, by an earlier formation or with an answer that was lost: the state after a step is one.
             return remove(&from).map_err(|error| CheckpointError::of_storage(&from, error));
         }
+        // The order may come late, after a later formation has tidied some of the shards away.
+        manifest.shards.iter().try_for_each(|shard| shard.check_size(&from))?;
         self.rename_finished((manifest, companions), &from, &to)
             .map_err(|error| CheckpointError::of_storage(&to, error))?;
         self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))?;

@@ -206,7 +206,10 @@ impl ShardFile {
         ShardFile { file: file.to_owned(), bytes: bytes.len() as u64, blake3 }
     }
 
-    fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
+    /// Looks whether the file is there, as long as it was written.
+    ///
+    /// **Errors**: it is not, with its path.
+    pub(super) fn check_size(&self, dir: &Path) -> Result<(), CheckpointError> {
         let path = dir.join(&self.file);
         let got = files::metadata(&path).map_err(|error| CheckpointError::of_system(&path, error))?.len();
         if got != self.bytes {

@@ -78,6 +78,30 @@ fn every_damaged_shard_is_named_at_once() {
 }
 
 #[test]
+fn a_checkpoint_is_committed_with_all_its_shards_or_not_at_all() {
+    let run = tempfile::tempdir().unwrap();
+    let folder = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(2));
+    let part = folder.make_unfinished(10).unwrap();
+    let shards: Vec<ShardFile> = (0..3).map(|rank| shard(&part, rank, b"state")).collect();
+    let manifest = manifest(10, shards);
+    let commit = || folder.commit(&manifest, &Companions::default(), 1);
+    // The formation that comes next makes the folder ready; one rank of those before it still writes its part.
+    folder.tidy(1, None).unwrap();
+    shard(&folder.make_unfinished(10).unwrap(), 1, b"state");
+    let reported = commit().unwrap_err().to_string();
+    assert!(reported.contains("rank-00000.safetensors: No such file"), "{reported}");
+    for (rank, bytes) in [(0, &b"state"[..]), (2, b"sta")] {
+        shard(&part, rank, bytes);
+    }
+    let reported = commit().unwrap_err().to_string();
+    assert!(reported.contains("rank-00002.safetensors: expected 5 bytes, got 3"), "{reported}");
+    assert_eq!(folder.list().unwrap(), [0_u64; 0]);
+    shard(&part, 2, b"state");
+    commit().unwrap();
+    assert_eq!(folder.list().unwrap(), [10]);
+}
+
+#[test]
 fn a_manifest_of_a_newer_format_or_with_foreign_paths_is_refused() {
     let whole = serde_json::to_value(manifest(1, vec![ShardFile::default()])).unwrap();
     let reported = |change: &dyn Fn(&mut serde_json::Value)| {
