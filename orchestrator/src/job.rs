@@ -293,10 +293,12 @@ impl Job {
         self.leave_training()
     }
 
-    /// Once all ranks have made their last step and it is kept: on to the validation, or to the end if the run was stopped.
+    /// Once all ranks have made their last step and it is kept: on to the validation, or to the end if the run was stopped. One
+    /// that has diverged waits for checkpoints that are whole: a rank that says so writes none any more, so that others stay as
+    /// they are.
     fn leave_training(&mut self) -> Vec<JobEffect> {
         let State::Training { done, diverged } = &self.state else { return Vec::new() };
-        if diverged.len() == self.setup.world && self.shards.is_empty() && self.whole.is_empty() {
+        if diverged.len() == self.setup.world && self.whole.is_empty() {
             let outcome = diverged.first_key_value().map(|(_, outcome)| outcome.clone());
             return outcome.map_or_else(Vec::new, |outcome| self.end(outcome));
         }

@@ -147,6 +147,27 @@ fn a_job_that_diverges_ends_once_its_checkpoints_are_committed() {
 }
 
 #[test]
+fn a_job_that_diverges_waits_for_no_checkpoint_of_which_a_rank_could_not_write_its_part() {
+    let mut job = with_checkpoints(2);
+    Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
+    drop(job.step(saved(0, 12)));
+    let cause = "no space left".to_owned();
+    drop(job.step(RankEvent::SaveFailed { rank: Rank::new(1), step: 12, cause }));
+    let divergence = Box::new(Divergence {
+        step: 13,
+        action: StepAction::RollBack,
+        why: "a spike".into(),
+        evidence: None,
+    });
+    let diverged =
+        |rank| RankEvent::Diverged { rank: Rank::new(rank), divergence: divergence.clone(), cursor: 7 };
+    assert_eq!(job.step(diverged(0)), [], "the other one may still write its part");
+    let effects = job.step(diverged(1));
+    let outcome = Outcome::Diverged { divergence: divergence.clone(), cursor: 7 };
+    assert_eq!(effects.last(), Some(&JobEffect::End(outcome)));
+}
+
+#[test]
 fn checkpoints_are_committed_one_at_a_time_and_in_order() {
     let mut job = with_checkpoints(1);
     drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
