@@ -81,6 +81,8 @@ impl World {
         let resumed = self.checks.lines.get(&of).map_or(0, |line| line.resumed as u64);
         let has_stepped = matches!(event, RankEvent::StepDone { report } if report.step > resumed);
         if has_stepped && server == self.newest_server() {
+            // Its workers reach one another by now.
+            self.checks.apart.retain(|(job, ..), _| *job != of.job);
             self.checks.heard.insert(of);
         }
     }
