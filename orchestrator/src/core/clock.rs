@@ -22,8 +22,11 @@ pub(super) struct Clock {
 }
 
 impl Clock {
-    pub(super) fn new(wall_ms: u64) -> Self {
-        Clock { wall_ms, awake_ms: wall_ms, heard_ms: wall_ms, held_ms: 0 }
+    /// The system's clock shows `wall_ms`. Time does not begin before `known_ms`, the latest that was kept: the system's clock may
+    /// have been set back since.
+    pub(super) fn new(wall_ms: u64, known_ms: u64) -> Self {
+        let awake_ms = wall_ms.max(known_ms);
+        Clock { wall_ms, awake_ms, heard_ms: awake_ms, held_ms: 0 }
     }
 
     /// The time that counts.
@@ -76,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_silence_of_everybody_and_a_pause_are_no_time() {
-        let mut clock = Clock::new(1_000_000);
+        let mut clock = Clock::new(1_000_000, 0);
         for at in 1..=600 {
             clock.advance(1_000_000 + 100 * at, true);
         }
@@ -94,7 +97,7 @@ mod tests {
 
     #[test]
     fn time_passes_while_somebody_is_heard_or_nobody_could_be() {
-        let mut clock = Clock::new(0);
+        let mut clock = Clock::new(0, 0);
         for at in 1..=100 {
             clock.advance(100 * at, true);
             assert_eq!(clock.hear(), 0);
@@ -104,7 +107,7 @@ mod tests {
             clock.advance(100 * at, false);
         }
         assert_eq!(clock.now(), 20_000);
-        let mut clock = Clock::new(0);
+        let mut clock = Clock::new(0, 0);
         clock.advance(BEAT_MS, true);
         clock.closed();
         (1..=20).for_each(|at| clock.advance(BEAT_MS + 100 * at, true));

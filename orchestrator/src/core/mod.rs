@@ -117,6 +117,9 @@ pub struct Core {
 impl Core {
     /// A state built from what was stored.
     pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
+        let broken_ms = jobs.all.values().map(|record| record.broken_ms).max();
+        let clock = Clock::new(now, broken_ms.unwrap_or_default());
+        let now = clock.now();
         let mut core = Core {
             incarnation,
             state: 0,
@@ -130,7 +133,7 @@ impl Core {
             foreign: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
-            clock: Clock::new(now),
+            clock,
             reasons: BTreeMap::new(),
             is_open: true,
             effects: Vec::new(),
