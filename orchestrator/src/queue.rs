@@ -11,7 +11,8 @@
 //! time in which a job that was sent away stops. No estimate of a job's length is needed, and none is believed.
 //!
 //! **Preemption**: a job sends away those of strictly lower priority, and those on loan behind it in line. Among jobs of one
-//! priority none that started in its turn is ever sent away.
+//! priority none that started in its turn is ever sent away. One that has lost ranks holds the slots of the others, and gives
+//! them up like any other job.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 #[cfg(test)]

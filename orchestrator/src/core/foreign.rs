@@ -83,7 +83,7 @@ impl Core {
     fn has_slots_for(&self, worker: u64, hosted: &Hosted) -> bool {
         let slots = self.members.get(worker).map_or(0, |member| member.registration.slots);
         // An older generation of the same job has given its slots up to this one.
-        let (held, _) = self.held(Some(hosted.formation.job)).get(&worker).copied().unwrap_or_default();
+        let (held, _) = self.held(&[hosted.formation.job]).get(&worker).copied().unwrap_or_default();
         let known = self.foreign.get(&hosted.formation);
         let known =
             known.map_or(0, |foreign| foreign.places.values().filter(|place| **place == worker).count());

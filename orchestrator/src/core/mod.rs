@@ -13,6 +13,7 @@ mod events;
 pub mod facts;
 mod foreign;
 mod formation;
+mod giving_way;
 pub mod jobs;
 mod lifecycle;
 mod members;
@@ -330,14 +331,6 @@ impl Core {
         workers.dedup();
         for worker in workers {
             self.send(worker, WorkerCommand::Release { formation, reason: reason.to_owned(), keep });
-        }
-    }
-
-    /// Stops a job after the running step, keeps it, and puts it into the queue again.
-    fn requeue(&mut self, job: JobId, why: String, now: u64) {
-        if let Some(formation) = self.formations.get_mut(&job) {
-            let effects = formation.requeue(why);
-            self.apply_effects(job, effects, now);
         }
     }
 

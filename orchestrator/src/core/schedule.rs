@@ -21,16 +21,9 @@ use crate::queue::{self, Decision, Running, Waiting};
 impl Core {
     /// Forms every job that can be formed, and makes room for those that may ask for it.
     pub(super) fn schedule(&mut self, now: u64) {
-        for job in self.recovering() {
-            if self.awaits_survivors(job, now) || self.pauses(job, now).is_some() {
-                continue;
-            }
-            if let Some((topology, places)) = self.place_again(job, now)
-                && !self.awaits_keepers(job, &topology, &places, now)
-                && !self.reshards(job, &topology, now)
-            {
-                self.form(job, topology, places, false);
-            }
+        if self.recover(now) {
+            // What has come free is for them first.
+            return;
         }
         let (waiting, running, missing) = self.line();
         self.reasons.clear();
@@ -38,7 +31,7 @@ impl Core {
         if waiting.is_empty() {
             return;
         }
-        let free = free_slots(&self.supply(None, 0));
+        let free = free_slots(&self.supply(&[], 0));
         // Slots that a job which has lost ranks waits for are not for others.
         for decision in queue::decide(&waiting, &running, free.saturating_sub(missing)) {
             match decision {
@@ -55,11 +48,32 @@ impl Core {
         }
     }
 
+    /// Forms jobs that have lost ranks again. Returns whether some of them have given way to others of them.
+    fn recover(&mut self, now: u64) -> bool {
+        let mut short = Vec::new();
+        for job in self.recovering() {
+            if self.awaits_survivors(job, now) || self.pauses(job, now).is_some() {
+                continue;
+            }
+            match self.place_again(job, now) {
+                None => short.push(job),
+                Some((topology, places)) => {
+                    if !self.awaits_keepers(job, &topology, &places, now)
+                        && !self.reshards(job, &topology, now)
+                    {
+                        self.form(job, topology, places, false);
+                    }
+                }
+            }
+        }
+        self.break_deadlock(&short, now)
+    }
+
     fn start(&mut self, job: JobId, on_loan: bool) {
         let spec = &self.jobs.all[&job].spec;
         let topology = spec.topology();
         let schedule = spec.recipe.parallel.schedule;
-        let supply = self.supply(None, spec.rank_bytes);
+        let supply = self.supply(&[], spec.rank_bytes);
         match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
             Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
             Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
@@ -137,7 +151,7 @@ impl Core {
 
     /// By rank, whose worker holds its replica; none if all ranks are on one worker.
     fn buddies(&self, job: JobId, places: &[u64]) -> Vec<Rank> {
-        let buddies = buddies(&self.supply(Some(job), 0), places).unwrap_or_default();
+        let buddies = buddies(&self.supply(&[job], 0), places).unwrap_or_default();
         buddies.into_iter().map(Rank::at).collect()
     }
 
@@ -173,7 +187,7 @@ impl Core {
     fn place_again(&self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
-        let supply = self.supply(Some(job), before.rank_bytes);
+        let supply = self.supply(&[job], before.rank_bytes);
         let refilled = |supply: &Supply| refill_lost(supply, record, before).ok_or(());
         let elsewhere = self.avoided.get(&job).map(|avoided| without(supply.clone(), avoided));
         let places = elsewhere.and_then(|supply| self.reachable(&supply, refilled).ok());
@@ -187,7 +201,7 @@ impl Core {
         let fits = |topology: &Topology| on_axes(&record.spec, &text, topology).is_some();
         let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &fits)?;
         let rank_bytes = rank_bytes(&record.spec, &record.spec.recipe_on(&smaller));
-        let supply = self.supply(Some(job), rank_bytes);
+        let supply = self.supply(&[job], rank_bytes);
         let schedule = record.spec.recipe.parallel.schedule;
         let placement = self.reachable(&supply, |supply| place(supply, &smaller, schedule)).ok()?;
         Some((smaller, placement.of_rank))
@@ -207,7 +221,7 @@ impl Core {
 
     /// The slots that a job may take for ranks that need this much memory: the free ones, and its own where it has lost
     /// its formation.
-    fn supply(&self, own: Option<JobId>, rank_bytes: u64) -> Supply {
+    pub(super) fn supply(&self, own: &[JobId], rank_bytes: u64) -> Supply {
         let held = self.held(own);
         let mut supply = Supply::default();
         for (&worker, member) in self.members.iter().filter(|(_, member)| member.is_attached) {
@@ -232,14 +246,14 @@ impl Core {
 
     /// Slots by worker that formations hold, and those that survivors of a broken one keep, and what memory their ranks need;
     /// but for those of `own`.
-    pub(super) fn held(&self, own: Option<JobId>) -> BTreeMap<u64, (usize, u64)> {
+    pub(super) fn held(&self, own: &[JobId]) -> BTreeMap<u64, (usize, u64)> {
         let mut held: BTreeMap<u64, (usize, u64)> = BTreeMap::new();
         let mut hold = |worker: u64, bytes: u64| {
             let (slots, held) = held.entry(worker).or_default();
             (*slots, *held) = (*slots + 1, held.saturating_add(bytes));
         };
         for (&job, record) in &self.jobs.all {
-            if own != Some(job) {
+            if !own.contains(&job) {
                 let bytes = record.formed.as_ref().map_or(0, |formed| formed.rank_bytes);
                 survivors(record).for_each(|worker| hold(worker, bytes));
             }
@@ -327,7 +341,7 @@ impl Core {
             Some(formed) => (formed.topology, formed.rank_bytes),
             None => (record.spec.topology(), record.spec.rank_bytes),
         };
-        let supply = self.supply(Some(job), bytes);
+        let supply = self.supply(&[job], bytes);
         let (world, free, draining) = (topology.world(), free_slots(&supply), supply.draining);
         format!(
             "needs {}, {free} healthy, {draining} draining{}; {}",
@@ -350,7 +364,7 @@ fn without(mut supply: Supply, Avoided { nodes, workers, .. }: &Avoided) -> Supp
 }
 
 /// Places for a formation's lost ranks; the others stay where they are.
-fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) -> Option<Vec<u64>> {
+pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) -> Option<Vec<u64>> {
     let index: BTreeMap<u64, usize> =
         supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
     let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());

@@ -11,10 +11,7 @@ use super::storage::Trained;
 use super::worker::Worker;
 use crate::core::facts::{Fact, Formed};
 use crate::core::jobs::{JobRecord, Jobs, Phase};
-use crate::core::{Core, Effect, Event, Member};
-
-/// How long a job on loan may take until it has given way: it finishes its step, and a checkpoint or two. **Units**: ms.
-const GIVES_WAY_MS: u64 = 30_000;
+use crate::core::{Core, Effect, Event};
 
 /// What has been seen so far.
 #[derive(Default)]
@@ -40,7 +37,7 @@ pub(super) struct Checks {
     /// By job, the latest generation whose state in memory is of no history any more.
     left_behind: BTreeMap<JobId, Generation>,
     /// By formation, workers that have said what they keep, and to which orchestrator.
-    reported: BTreeMap<FormationId, BTreeSet<(u64, usize)>>,
+    pub(super) reported: BTreeMap<FormationId, BTreeSet<(u64, usize)>>,
     /// Formations known to have completed a step: by a stored fact, or by the newest orchestrator.
     pub(super) stepped: BTreeSet<FormationId>,
     pub(super) heard: BTreeSet<FormationId>,
@@ -48,7 +45,7 @@ pub(super) struct Checks {
     pub(super) cancelled: BTreeSet<JobId>,
     pub(super) excused: BTreeSet<JobId>,
     /// Who is first in line and could have slots that are lent, and since when.
-    lent: Option<(JobId, u64)>,
+    pub(super) lent: Option<(JobId, u64)>,
     /// All jobs of the plan have ended.
     pub(super) is_over: bool,
     /// Jobs whose state is lost, and those of the plan that have ended in any state.
@@ -164,61 +161,6 @@ impl World {
         }
     }
 
-    /// The first job in the queue gets what is free, and soon what is lent.
-    pub(super) fn check_line(&mut self, server: usize) {
-        let core = &self.servers[server].core;
-        if core.is_cut_off() {
-            // It places nobody.
-            return self.checks.lent = None;
-        }
-        let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
-        let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
-        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology().world()));
-        let Some((head, priority, ranks)) = head else { return self.checks.lent = None };
-        let (mut held, mut missing, mut lent): (BTreeMap<u64, usize>, _, _) = (BTreeMap::new(), 0, 0);
-        for (&job, record) in &core.jobs().all {
-            let Some(formed) =
-                record.formed.as_ref().filter(|_| matches!(record.phase, Phase::Formed | Phase::Broken))
-            else {
-                continue;
-            };
-            let is_lost =
-                |rank: &usize| record.phase == Phase::Broken && record.lost.contains(&Rank::at(*rank));
-            let (lost, left): (Vec<usize>, Vec<usize>) = (0..formed.places.len()).partition(is_lost);
-            missing += lost.len();
-            let is_behind = (-record.spec.priority, job) > (-priority, head);
-            lent += if formed.on_loan && is_behind { left.len() } else { 0 };
-            left.iter().for_each(|&rank| *held.entry(formed.places[rank]).or_default() += 1);
-        }
-        let drained = &core.jobs().drained;
-        // Ranks of a lost state hold their slots until they are released.
-        core.held_by_foreign().for_each(|worker| *held.entry(worker).or_default() += 1);
-        let takes = core
-            .members()
-            .filter(|member| member.is_attached && !drained.contains(&member.registration.node));
-        let free = |member: &Member| {
-            member
-                .registration
-                .slots
-                .saturating_sub(held.get(&member.registration.worker).copied().unwrap_or(0))
-        };
-        let free = takes.map(free).sum::<usize>().saturating_sub(missing);
-        if free >= ranks {
-            return self
-                .violate(format!("{head} is first in line, needs {ranks} slots, and {free} are free"));
-        }
-        // A stalled job is preempted once the stall has been detected.
-        let is_stalled = self.workers.values().any(|worker| worker.is_stalled);
-        if !self.is_calm || is_stalled || free + lent < ranks {
-            return self.checks.lent = None;
-        }
-        let since = self.checks.lent.filter(|(of, _)| *of == head).map_or(self.now, |(_, since)| since);
-        self.checks.lent = Some((head, since));
-        if self.now > since + GIVES_WAY_MS {
-            self.violate(format!("{head} is first in line and waits for {lent} slots that are lent"));
-        }
-    }
-
     /// Data of finished jobs is bounded, and nothing remains of removed ones.
     pub(super) fn check_retention(&mut self) {
         let ended = self.store.jobs.all.values().filter(|record| record.has_ended()).count();
@@ -283,10 +225,13 @@ impl World {
                 if let Fact::Broken { why, .. } = fact {
                     self.note_apart(*job, why);
                 }
-                if matches!(fact, Fact::Requeued { .. }) {
-                    self.checks.left_behind.insert(*job, self.store.jobs.all[job].generation());
+                let (is_requeued, record) =
+                    (matches!(fact, Fact::Requeued { .. }), &self.store.jobs.all[job]);
+                let has_slots = record.running().is_some() || is_requeued && record.phase == Phase::Broken;
+                if is_requeued {
+                    self.checks.left_behind.insert(*job, record.generation());
                 }
-                if self.running(*job).is_none() {
+                if !has_slots {
                     self.violate(format!("{job} has no formation to lose: {fact:?}"));
                 }
             }

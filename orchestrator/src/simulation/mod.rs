@@ -10,6 +10,7 @@ mod commits;
 mod endings;
 mod failures;
 mod faults;
+mod line;
 mod lost_state;
 mod memory;
 mod mutation;

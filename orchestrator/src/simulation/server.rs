@@ -271,6 +271,8 @@ impl World {
                 self.check_cost(server, *job, formed);
                 self.check_reused(server, *job, formed);
             }
+            // Its workers drop what they keep.
+            Fact::Requeued { job, .. } => self.checks.reported.retain(|of, _| of.job != *job),
             Fact::RolledBack { job, .. } => {
                 let acting = &mut self.servers[server];
                 let to = acting.core.jobs().all.get(job).map_or(0, |record| record.last_checkpoint);

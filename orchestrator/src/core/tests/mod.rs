@@ -3,6 +3,7 @@
 mod attempts;
 mod cut_off;
 mod foreign;
+mod giving_way;
 mod memory;
 mod placing;
 mod removal;

@@ -1,0 +1,70 @@
+//! How a job gives up its slots for another one: a job that trains saves its state first, a job that has lost ranks goes once
+//! waiting has brought it nothing. To whom jobs give way is decided in [`crate::queue`], but for two that have both lost ranks.
+
+use contraflow_runtime::topology::JobId;
+
+use super::facts::Fact;
+use super::jobs::Phase;
+use super::schedule::refill_lost;
+use super::{ADOPTION_MS, Core, Severity};
+
+impl Core {
+    /// Puts a job into the queue again. One that trains stops after the running step, and keeps it. One that has lost ranks goes
+    /// back to its newest checkpoint, but not before its workers had time to come back with its state; to be asked again until then.
+    pub(super) fn requeue(&mut self, job: JobId, why: String, now: u64) {
+        if let Some(formation) = self.formations.get_mut(&job) {
+            let effects = formation.requeue(why);
+            self.apply_effects(job, effects, now);
+        } else if self.has_waited(job, now) {
+            let step = self.jobs.all[&job].last_checkpoint;
+            self.release(job, &why, false);
+            self.log_as(Severity::Warn, job, format!("{why}; back in the queue, to go on after step {step}"));
+            self.persist(Fact::Requeued { job, why });
+        }
+    }
+
+    /// Whether a job has lost ranks for so long that nobody is expected to bring its state back.
+    fn has_waited(&self, job: JobId, now: u64) -> bool {
+        let record = &self.jobs.all[&job];
+        let is_resharding = self.survivors.get(&job).is_some_and(|survivors| survivors.reshard.is_some());
+        let is_expecting = is_resharding || self.awaits_survivors(job, now);
+        record.phase == Phase::Broken && record.broken_ms + ADOPTION_MS <= now && !is_expecting
+    }
+
+    /// Jobs that have lost ranks and wait for slots that others of them hold would wait for ever: the least important give way.
+    /// `short` are those without places, the most important first. Returns whether some have given way.
+    pub(super) fn break_deadlock(&mut self, short: &[JobId], now: u64) -> bool {
+        let waiting: Vec<JobId> = short.iter().copied().filter(|&job| self.has_waited(job, now)).collect();
+        let found = waiting.iter().enumerate().find_map(|(index, &job)| {
+            let holders = self.holders_of_places(job, &waiting[index + 1..])?;
+            Some((job, holders))
+        });
+        let Some((job, holders)) = found else { return false };
+        for holder in holders {
+            self.requeue(holder, format!("gives way to {job}, which has lost ranks too"), now);
+        }
+        true
+    }
+
+    /// Of these jobs, the most important first, those whose slots a job needs for its lost ranks; `None` if it has no place with
+    /// all of them.
+    fn holders_of_places(&self, job: JobId, others: &[JobId]) -> Option<Vec<JobId>> {
+        let record = &self.jobs.all[&job];
+        let before = record.formed.as_ref()?;
+        let fits = |holders: &[JobId]| {
+            let supply = self.supply(&[&[job], holders].concat(), before.rank_bytes);
+            refill_lost(&supply, record, before).is_some()
+        };
+        let mut holders = others.to_vec();
+        if !fits(&holders) {
+            return None;
+        }
+        for spared in others {
+            let fewer: Vec<JobId> = holders.iter().copied().filter(|holder| holder != spared).collect();
+            if fits(&fewer) {
+                holders = fewer;
+            }
+        }
+        Some(holders)
+    }
+}

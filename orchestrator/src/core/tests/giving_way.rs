@@ -1,0 +1,74 @@
+//! Jobs that have lost ranks give up their slots: for jobs before them in line, and for others that have lost ranks.
+
+use super::*;
+
+fn phase(world: &World, job: JobId) -> Phase {
+    world.core.jobs().all[&job].phase.clone()
+}
+
+#[test]
+fn of_two_jobs_that_wait_for_each_others_slots_the_less_important_one_gives_way() {
+    for (first, second) in [(0, 0), (0, 1)] {
+        let mut world = World::new();
+        (1..=6).for_each(|worker| drop(world.attach(worker, Vec::new())));
+        drop(world.step(Event::Submit(spec(3, first))));
+        drop(world.step(Event::Submit(spec(3, second))));
+        assert_eq!(world.places(), [1, 2, 3]);
+        // Each loses a rank for good, and keeps two of the four slots that are left.
+        let left = [1, 2, 4, 5];
+        drop(world.pass(LEASE_MS + TICK_MS, &left));
+        assert_eq!([JOB, SECOND].map(|job| phase(&world, job)), [Phase::Broken, Phase::Broken]);
+        drop(world.pass(ADOPTION_MS - TICK_MS, &left));
+        assert_eq!([JOB, SECOND].map(|job| phase(&world, job)), [Phase::Broken, Phase::Broken]);
+        let effects = world.pass(2 * TICK_MS, &left);
+        let (goes_on, gives_way) = if second > first { (SECOND, JOB) } else { (JOB, SECOND) };
+        assert_eq!((phase(&world, goes_on), phase(&world, gives_way)), (Phase::Formed, Phase::Queued));
+        let words = format!("gives way to {goes_on}, which has lost ranks too; back in the queue");
+        assert!(logged(&effects).iter().any(|line| line.starts_with(&words)), "{effects:?}");
+        // It is formed again as soon as there is room.
+        (7..=8).for_each(|worker| drop(world.attach(worker, Vec::new())));
+        assert_eq!(phase(&world, gives_way), Phase::Formed);
+    }
+}
+
+#[test]
+fn no_more_jobs_give_way_than_it_takes_and_the_least_important_ones() {
+    let mut world = World::new();
+    (1..=8).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    (0..4).for_each(|_| drop(world.step(Event::Submit(spec(2, 0)))));
+    // The first job has lost both ranks, the others one each.
+    drop(world.pass(LEASE_MS + ADOPTION_MS + 2 * TICK_MS, &[3, 5, 7]));
+    let phases = (1..=4).map(|number| phase(&world, id(number)));
+    assert_eq!(phases.collect::<Vec<_>>(), [Phase::Formed, Phase::Broken, Phase::Queued, Phase::Queued]);
+    assert_eq!(world.places(), [5, 7]);
+}
+
+#[test]
+fn a_job_keeps_slots_that_are_not_enough_for_the_one_before_it() {
+    let mut world = World::new();
+    (1..=5).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(3, 0))));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    drop(world.pass(LEASE_MS + 2 * ADOPTION_MS, &[1, 4]));
+    assert_eq!([JOB, SECOND].map(|job| phase(&world, job)), [Phase::Broken, Phase::Broken]);
+    // One more is the second job's.
+    drop(world.attach(6, Vec::new()));
+    drop(world.pass(TICK_MS, &[1, 4, 6]));
+    assert_eq!([JOB, SECOND].map(|job| phase(&world, job)), [Phase::Broken, Phase::Formed]);
+}
+
+#[test]
+fn a_job_that_has_lost_ranks_gives_way_to_one_of_higher_priority() {
+    let mut world = World::new();
+    (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(3, 0))));
+    drop(world.pass(LEASE_MS + TICK_MS, &[1, 2]));
+    drop(world.step(Event::Submit(spec(2, 1))));
+    assert_eq!((phase(&world, JOB), phase(&world, SECOND)), (Phase::Broken, Phase::Queued));
+    assert_eq!(world.core.waiting_for(SECOND), "job-1 to yield");
+    // Its workers have some time to come back with its state.
+    drop(world.pass(ADOPTION_MS - TICK_MS, &[1, 2]));
+    assert_eq!(phase(&world, JOB), Phase::Broken);
+    drop(world.pass(2 * TICK_MS, &[1, 2]));
+    assert_eq!((phase(&world, JOB), phase(&world, SECOND)), (Phase::Queued, Phase::Formed));
+}
