@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use contraflow_runtime::files::objects::{Location, fetch};
 use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::{RankFigures, size};
@@ -70,7 +71,7 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         run_dir::check_name(&name)?;
     }
     if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
-        check::check_against(&recipe.model_config, dir).map_err(|faults| {
+        check::check_against(&recipe.model_config, &fetch(dir)?).map_err(|faults| {
             let mut failure = Failure::faults("model.init", &faults);
             failure.message += &config_hint(args, &recipe, dir);
             failure
@@ -122,8 +123,9 @@ fn overrides(args: &TrainArgs) -> Result<Vec<String>, Failure> {
     }
     if let Some(model) = &args.init {
         let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        let named = if Location::is(model) { Path::new(model) } else { &dir };
         // In front: what the user sets by hand comes last and holds.
-        overrides.insert(0, path_override("model.init", &dir));
+        overrides.insert(0, path_override("model.init", named));
         // A recipe of the user's own says which model it is for; a built-in one is taken for all else that it says.
         if !is_own_recipe(args) {
             overrides.insert(0, path_override("model.config", &dir.join("config.json")));
