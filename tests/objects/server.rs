@@ -29,6 +29,7 @@ struct State {
     faults: Option<Faults>,
     /// Before a request like this an object becomes another one.
     change: Option<(String, String, Vec<u8>)>,
+    ignores_conditions: bool,
 }
 
 /// The server; it ends with the process.
@@ -101,6 +102,11 @@ impl Server {
     pub fn change_before(&self, request: &str, key: &str, bytes: impl Into<Vec<u8>>) {
         let change = (request.to_owned(), format!("bucket/{key}"), bytes.into());
         self.state.lock().unwrap().change = Some(change);
+    }
+
+    /// From now on it is like stores that know no conditional put.
+    pub fn ignore_conditions(&self) {
+        self.state.lock().unwrap().ignores_conditions = true;
     }
 
     pub fn get(&self, key: &str) -> Option<Vec<u8>> {
@@ -248,6 +254,7 @@ impl State {
                     ),
                 )
             }
+            "POST" if has("delete") => self.delete(std::str::from_utf8(&request.body).unwrap()),
             "POST" => {
                 let Some(parts) = self.uploads.remove(&request.query["uploadId"]) else {
                     return Answer::error(404, "NoSuchUpload");
@@ -266,18 +273,25 @@ impl State {
                 self.uploads.remove(&request.query["uploadId"]);
                 Answer::new(204, "")
             }
-            "DELETE" => {
-                self.objects.remove(&request.key);
-                Answer::new(204, "")
-            }
             _ => Answer::error(405, "MethodNotAllowed"),
         }
+    }
+
+    /// Removes the keys that a list names.
+    fn delete(&mut self, list: &str) -> Answer {
+        let keys = list.split("<Key>").skip(1).map(|rest| rest.split("</Key>").next().unwrap());
+        let removed = |key: &str| {
+            self.objects.remove(&format!("bucket/{key}"));
+            format!("<Deleted><Key>{key}</Key></Deleted>")
+        };
+        Answer::new(200, format!("<DeleteResult>{}</DeleteResult>", keys.map(removed).collect::<String>()))
     }
 
     /// A put, which `if-none-match: *` makes conditional.
     fn store(&mut self, request: &Request, bytes: Vec<u8>) -> Answer {
         if request.headers.get("if-none-match").is_some_and(|value| value == "*")
             && self.objects.contains_key(&request.key)
+            && !self.ignores_conditions
         {
             return Answer::error(412, "PreconditionFailed");
         }

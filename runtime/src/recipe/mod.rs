@@ -242,6 +242,10 @@ impl Recipe {
                 faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
             }
         }
+        if !recipe.checkpoint.store.is_empty() {
+            let got = format!("{:?}", recipe.checkpoint.store);
+            faults.expected("checkpoint.store", "nothing: a cluster has its checkpoints in its storage", got);
+        }
         if !models::model_names().contains(&recipe.model.config.as_str()) {
             // The model goes with the recipe; where its file was means nothing elsewhere.
             recipe.model.config = "config.json".into();

@@ -8,7 +8,7 @@ use std::future::Future;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
 use object_store::aws::AmazonS3Builder;
@@ -45,6 +45,11 @@ pub struct Listed {
 }
 
 impl Listed {
+    /// How long ago it was written, by the store's clock.
+    pub fn age(&self) -> Duration {
+        SystemTime::now().duration_since(self.meta.last_modified.into()).unwrap_or_default()
+    }
+
     /// What tells its content from another one under the same name: ETag, size, and when it was written.
     pub(super) fn identity(&self) -> String {
         let ObjectMeta { e_tag, last_modified, size, .. } = &self.meta;
