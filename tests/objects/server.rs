@@ -81,12 +81,17 @@ impl Server {
 
     /// Lets a command find the server, with the credentials that it accepts, and a cache of its own.
     pub fn configure(&self, command: &mut Command, cache: &std::path::Path) {
-        command
-            .env("AWS_ENDPOINT_URL", &self.url)
-            .env("AWS_ACCESS_KEY_ID", KEY)
-            .env("AWS_SECRET_ACCESS_KEY", "test-secret")
-            .env("AWS_REGION", "us-east-1")
-            .env("CONTRAFLOW_CACHE", cache);
+        command.envs(self.environment(cache));
+    }
+
+    pub fn environment(&self, cache: &std::path::Path) -> [(&'static str, String); 5] {
+        [
+            ("AWS_ENDPOINT_URL", self.url.clone()),
+            ("AWS_ACCESS_KEY_ID", KEY.into()),
+            ("AWS_SECRET_ACCESS_KEY", "test-secret".into()),
+            ("AWS_REGION", "us-east-1".into()),
+            ("CONTRAFLOW_CACHE", cache.display().to_string()),
+        ]
     }
 
     pub fn put(&self, key: &str, bytes: impl Into<Vec<u8>>) {

@@ -21,6 +21,9 @@ mod record;
 mod refusals;
 mod retention;
 mod security;
+#[path = "../objects/server.rs"]
+#[allow(dead_code)]
+mod server;
 mod soak;
 mod states;
 mod storage;

@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, SystemTime};
 
-use futures_util::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::path::Path as Key;
 use object_store::{
-    BackoffConfig, Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, RetryConfig, WriteMultipart,
+    BackoffConfig, Error, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, RetryConfig,
 };
 use tokio::runtime::Runtime;
 
@@ -390,38 +391,42 @@ async fn upload(store: Arc<dyn ObjectStore>, key: &Key, from: &Path) -> Result<(
         file.read_to_end(&mut bytes).map_err(Transfer::Disk)?;
         return store.put(key, bytes.into()).await.map(drop).map_err(Transfer::Store);
     }
-    let parts = store.put_multipart(key).await.map_err(Transfer::Store)?;
-    let mut parts = WriteMultipart::new_with_chunk_size(parts, PART);
-    let mut read = || {
-        let mut part = vec![0; PART];
-        let mut filled = 0;
-        while filled < PART {
-            match file.read(&mut part[filled..])? {
-                0 => break,
-                more => filled += more,
-            }
-        }
-        part.truncate(filled);
-        Ok(part)
-    };
-    loop {
-        let part = read();
-        let sent = match part {
-            Ok(part) if part.is_empty() => break,
-            Ok(part) => match parts.wait_for_capacity(PARALLEL).await {
-                Ok(()) => {
-                    parts.put(part.into());
-                    continue;
-                }
-                Err(error) => Transfer::Store(error),
-            },
-            Err(error) => Transfer::Disk(error),
-        };
-        // What is left of an upload that was given up costs its owner money.
+    let mut parts = store.put_multipart(key).await.map_err(Transfer::Store)?;
+    if let Err(fault) = send_parts(&mut *parts, &mut file).await {
+        // What is left of an upload costs its owner money; the first fault is reported.
         drop(parts.abort().await);
-        return Err(sent);
+        return Err(fault);
     }
-    parts.finish().await.map(drop).map_err(Transfer::Store)
+    match parts.complete().await {
+        Ok(_) => Ok(()),
+        // The answer to a request that took effect may have been lost: then the next try finds no upload any more.
+        Err(error) => match store.head(key).await {
+            Ok(meta) if meta.size == size => Ok(()),
+            _ => {
+                drop(parts.abort().await);
+                Err(Transfer::Store(error))
+            }
+        },
+    }
+}
+
+/// Sends a file part by part, a few at a time.
+async fn send_parts(parts: &mut dyn MultipartUpload, file: &mut File) -> Result<(), Transfer> {
+    let mut under_way = FuturesUnordered::new();
+    loop {
+        let mut part = Vec::new();
+        file.take(PART as u64).read_to_end(&mut part).map_err(Transfer::Disk)?;
+        let is_end = part.is_empty();
+        if !is_end {
+            under_way.push(parts.put_part(part.into()));
+        }
+        while under_way.len() >= if is_end { 1 } else { PARALLEL } {
+            under_way.try_next().await.map_err(Transfer::Store)?;
+        }
+        if is_end {
+            return Ok(());
+        }
+    }
 }
 
 /// Runs a request on the threads for it, wherever the caller is.
