@@ -21,7 +21,7 @@ pub struct ExportArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// The new folder
+    /// The new folder, or a prefix in an object store (s3://, gs://, az://)
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
     /// Largest weight file, as 5GB or 500MB

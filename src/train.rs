@@ -30,7 +30,7 @@ pub struct TrainArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// Files or folders to train on, instead of the default corpus: text, JSONL, JSON, Parquet (also in gzip, zstd, bzip2), or
-    /// prepared folders
+    /// prepared folders; also in an object store (s3://, gs://, az://, https://)
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
     /// Start from the weights of a run or of an HF directory, with a fresh optimizer; also its model, unless model.config
@@ -40,7 +40,7 @@ pub struct TrainArgs {
     /// Name of the run's folder in runs/; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
-    /// Resume a run from its newest checkpoint, or from the given checkpoint folder
+    /// Resume a run from its newest checkpoint, from the given checkpoint folder, or from s3://, gs:// or az://
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
     /// Print the recipe with every key resolved, and stop
