@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use contraflow_orchestrator::server::files;
+use contraflow_runtime::files::{Reloaded, Stamp, stamps};
 use contraflow_runtime::trace;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -13,7 +14,7 @@ use tonic::{Request, Status};
 use crate::failure::Failure;
 
 /// Client certificate and token. On this machine alone none of it is needed.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub struct Access {
     /// Folder with the cluster's CA and the client's certificate, from `certs issue`; required unless the orchestrator is on
     /// loopback
@@ -79,6 +80,26 @@ impl Access {
             Failure::input(format!("--tls {}: {}", dir.display(), contraflow_workers::host::describe(&error)))
         };
         endpoint.tls_config(tls).map_err(unsound)
+    }
+
+    /// The same, made anew when the certificate is renewed.
+    ///
+    /// **Errors**: as [`Access::endpoint`].
+    pub fn reloaded(&self, flag: &'static str, address: &str) -> Result<Reloaded<Endpoint>, Failure> {
+        let (access, address) = (self.clone(), address.to_owned());
+        let read = move || access.endpoint(flag, &address).map_err(|failure| vec![failure.message]);
+        let opened = Reloaded::open("certificates", self.files(), read);
+        opened.map_err(|faults| Failure::input(faults.join("\n")))
+    }
+
+    /// The versions of the certificate's files: others once it is renewed.
+    pub fn stamps(&self) -> Vec<Stamp> {
+        stamps(&self.files())
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let names = [files::CA, files::CLIENT, files::CLIENT_KEY];
+        self.tls.iter().flat_map(|dir| names.map(|name| dir.join(name))).collect()
     }
 
     /// What goes with every call.

@@ -1,11 +1,12 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
 
+mod nodes;
+pub mod submit;
+
 use std::time::{Duration, Instant};
 
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::control::text::printable;
-use contraflow_runtime::recipe::{Recipe, RecipeSource, paths_override};
-use contraflow_runtime::trace::SPAN;
 use contraflow_workers::host::describe;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
@@ -14,11 +15,12 @@ use tonic::transport::Channel;
 use v1::cluster_service_client::ClusterServiceClient;
 use v1::job_service_client::JobServiceClient;
 
+pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
-use crate::output::{Format, count, print, say, table};
+use crate::interrupt;
+use crate::output::{Format, print, say, table};
 use crate::progress::figures;
-use crate::{interrupt, telemetry};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,34 +43,6 @@ pub struct Common {
     /// Client certificate and token
     #[command(flatten)]
     pub access: Access,
-}
-
-/// Arguments of `contraflow submit`.
-#[derive(clap::Args, Debug)]
-pub struct Submit {
-    /// A built-in recipe, or the path of a recipe file
-    pub recipe: String,
-    /// Change a key of the recipe: section.key=value
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    pub overrides: Vec<String>,
-    /// Files or folders to train on, below the workers' data root, which this machine does not look into
-    #[arg(long, num_args = 1.., value_name = "PATH")]
-    pub data: Vec<String>,
-    /// Name of the job; the recipe's name if not given
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Jobs of a higher priority start first and preempt lower ones
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    pub priority: i32,
-    /// Minimum number of ranks with which the job continues when lost ranks cannot be replaced [default: all of them]
-    #[arg(long, value_name = "N")]
-    pub min_ranks: Option<u32>,
-    /// A second submission with the same key is answered with the job of the first
-    #[arg(long, value_name = "KEY")]
-    pub key: Option<String>,
-    /// Connection and output format
-    #[command(flatten)]
-    pub common: Common,
 }
 
 /// Arguments of `contraflow jobs`.
@@ -196,34 +170,6 @@ fn lines_of(text: &str) -> String {
         .collect()
 }
 
-/// Runs `contraflow submit`.
-///
-/// **Errors**: code 2 with every fault of the recipe; code 1 if the orchestrator is out of reach.
-pub fn submit(args: &Submit) -> Result<(), Failure> {
-    let source = RecipeSource::parse(&args.recipe);
-    let mut overrides = args.overrides.clone();
-    if !args.data.is_empty() {
-        overrides.push(paths_override(&args.data));
-    }
-    let (recipe, model_config) = Recipe::to_submit(&source, &overrides)?;
-    let request = v1::SubmitRequest {
-        recipe,
-        overrides,
-        model_config,
-        name: args.name.clone().unwrap_or_else(|| source.name()),
-        priority: args.priority,
-        idempotency_key: args.key.clone().unwrap_or_default(),
-        min_ranks: args.min_ranks.unwrap_or(0),
-    };
-    let _spans = telemetry::init_client("contraflow-submit")?;
-    let _submit = tracing::info_span!(target: SPAN, "submit", otel.kind = "client").entered();
-    interrupt::runtime()?.block_on(async {
-        let mut jobs = jobs(&args.common).await?;
-        let job = jobs.submit(request).await.map_err(|status| refused(&status))?.into_inner().job;
-        show(&args.common, &json!({"job": job}), &format!("{job}\n"))
-    })
-}
-
 /// Runs `contraflow jobs`: a page, and where the next one begins.
 ///
 /// **Errors**: code 2 if there is no job to begin before; code 1 if the orchestrator is out of reach.
@@ -270,12 +216,15 @@ pub fn watch(args: &OfJob) -> Result<(), Failure> {
         let mut heard = Instant::now();
         loop {
             let before = from_step;
+            let stamps = args.common.access.stamps();
             let watched = watch_once(args, &mut from_step).await;
             if from_step > before {
                 heard = Instant::now();
             }
             match watched {
                 Ok(job) => return ended(&job),
+                // The right to the stream has ended, and may have been renewed meanwhile.
+                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => {}
                 Err(failure) if failure.code == 2 || heard.elapsed() >= AWAY => return Err(failure),
                 Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
             }
@@ -370,57 +319,6 @@ pub fn retry(args: &OfJob) -> Result<(), Failure> {
         let answer = jobs(&args.common).await?.retry(request).await.map_err(|status| refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
         show(&args.common, &job_json(&job), &format!("{} {}\n", job.job, state_of(&job)))
-    })
-}
-
-/// Runs `contraflow nodes`.
-///
-/// **Errors**: code 1 if the orchestrator is out of reach.
-pub fn nodes(common: &Common) -> Result<(), Failure> {
-    interrupt::runtime()?.block_on(async {
-        let answer =
-            cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| refused(&status))?;
-        let v1::NodesResponse { workers, incarnation } = answer.into_inner();
-        let json: Vec<Value> = workers
-            .iter()
-            .map(|worker| {
-                json!({
-                    "worker": worker.worker, "node": worker.node, "block": worker.block, "slots": worker.slots,
-                    "used": worker.used, "draining": worker.draining, "silent_ms": worker.silent_ms,
-                    "memory_bytes": worker.memory_bytes, "unreachable": worker.unreachable,
-                })
-            })
-            .collect();
-        let rows = workers.into_iter().map(|worker| {
-            let (slots, used) = (worker.slots.to_string(), worker.used.to_string());
-            let note = match (worker.draining, worker.unreachable) {
-                (true, _) => "draining",
-                (false, true) => "data port does not answer",
-                (false, false) => "",
-            };
-            [worker.node, worker.block, worker.worker, slots, used, note.into()]
-        });
-        let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
-        show(common, &json!({"incarnation": incarnation, "workers": json}), &text)
-    })
-}
-
-/// Runs `contraflow drain`.
-///
-/// **Errors**: code 2 if there is no such node, or it is not drained; code 1 if the orchestrator is out of reach.
-pub fn drain(args: &Drain) -> Result<(), Failure> {
-    interrupt::runtime()?.block_on(async {
-        let request = v1::DrainRequest { node: args.node.clone(), undo: args.undo };
-        let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
-        let v1::DrainResponse { workers, ranks } = answer.into_inner();
-        let text = match args.undo {
-            false => {
-                let (workers, ranks) = (count(workers, "worker"), count(ranks, "rank"));
-                format!("{}: {workers} to take no new ranks, {ranks} to move\n", args.node)
-            }
-            true => format!("{}: {} to take ranks again\n", args.node, count(workers, "worker")),
-        };
-        show(&args.common, &json!({"node": args.node, "workers": workers, "ranks": ranks}), &text)
     })
 }
 

@@ -38,12 +38,13 @@ pub fn run(args: &ImportArgs) -> Result<(), Failure> {
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
     let config = args.dir.join("config.json");
     let notes = [config_note(&config), buffers_note(&checked.weights), tokenizer_note(&args.dir)];
-    let config_json = files::read_to_string(&config)
+    let text = files::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
+    let (config_json, numbers_note) = without_quantization(text);
     let make =
         |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
-    notes.iter().flatten().for_each(|note| say(format_args!("note: {note}")));
+    notes.iter().flatten().chain(&numbers_note).for_each(|note| say(format_args!("note: {note}")));
     let (next, run) = (quoted(run.display()), run.display());
     print(&format!(
         "{run}: {}, {:.1} MB, every one checked\n\
@@ -82,6 +83,16 @@ fn tokenizer_note(dir: &Path) -> Option<String> {
             files.join(", ")
         )
     })
+}
+
+/// The configuration of weights that are written as numbers, and what is said of those that came in FP8.
+fn without_quantization(text: String) -> (String, Option<String>) {
+    let Ok(serde_json::Value::Object(mut config)) = serde_json::from_str(&text) else { return (text, None) };
+    if config.remove("quantization_config").is_none_or(|value| value.is_null()) {
+        return (text, None);
+    }
+    let note = "FP8 weights become f32, and config.json has no quantization_config any more";
+    (format!("{:#}\n", serde_json::Value::Object(config)), Some(note.to_owned()))
 }
 
 /// An error on the way into a run's folder.

@@ -63,7 +63,7 @@ enum Command {
     /// Run a worker of a cluster: hosts ranks of jobs
     Worker(worker::WorkerArgs),
     /// Submit a job to a cluster's queue
-    Submit(client::Submit),
+    Submit(client::submit::Arguments),
     /// List the jobs of a cluster
     Jobs(client::List),
     /// Show the status of a job
@@ -106,7 +106,7 @@ fn main() -> ExitCode {
         Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Orchestrator(args) => orchestrator::run(&args),
         Command::Worker(args) => worker::run(&args),
-        Command::Submit(args) => client::submit(&args),
+        Command::Submit(args) => client::submit::run(&args),
         Command::Jobs(args) => client::list(&args),
         Command::Status(args) => client::status(&args),
         Command::Watch(args) => client::watch(&args),

@@ -14,7 +14,7 @@ pub struct RecipesArgs {
     #[arg(long)]
     pub keys: bool,
     /// Print the config.json of a built-in model, to make one of your own from
-    #[arg(long, value_name = "NAME", conflicts_with = "keys", value_parser = models())]
+    #[arg(long, visible_alias = "config", value_name = "NAME", conflicts_with = "keys", value_parser = models())]
     pub model: Option<String>,
 }
 

@@ -1,17 +1,17 @@
-//! Resuming a run: finds its newest checkpoint, and refuses what would not be the same run.
+//! Resuming a run, here or as a job of a cluster: finds its newest checkpoint, and refuses what would not be the same run.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use contraflow_proto::v1;
 use contraflow_runtime::checkpoint::{
     CheckpointError, CheckpointFolder, MANIFEST_FILE, MadeBy, RemoteFolder, is_unfinished,
 };
-use contraflow_runtime::faults::Faults;
 use contraflow_runtime::files;
 use contraflow_runtime::files::objects::Location;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::recipe::{Recipe, continuation};
 use contraflow_workers::checkpoint::{Checkpoint, NewestWhole};
 
 use crate::failure::Failure;
@@ -119,28 +119,9 @@ impl Resumed {
     pub fn check(&self, recipe: &Recipe, corpus_hash: &str) -> Result<(), Failure> {
         let manifest = &self.checkpoint.manifest;
         let before = self.recipe(&[])?;
-        let mut faults = Faults::default();
-        check_model(&self.model, &recipe.model_config, &mut faults);
-        let of_the_run = |value: String| format!("{value}, as in the run so far");
-        let (then, now) = (&before.training, &recipe.training);
-        for (key, then, now) in [
-            ("training.sequence_length", then.sequence_length as u64, now.sequence_length as u64),
-            ("training.seed", then.seed, now.seed),
-        ] {
-            if then != now {
-                faults.expected(key, of_the_run(then.to_string()), now);
-            }
-        }
-        let step = manifest.position.step;
-        if (now.steps as u64) < step {
-            faults.expected(
-                "training.steps",
-                format!("at least {step}, the step of the checkpoint"),
-                now.steps,
-            );
-        }
+        let mut faults = continuation(&before, recipe, manifest.position.step);
         if corpus_hash != manifest.corpus_hash {
-            let expected = of_the_run(format!("data of blake3 {}", manifest.corpus_hash));
+            let expected = format!("data of blake3 {}, as in the run so far", manifest.corpus_hash);
             faults.expected("data.paths", expected, corpus_hash);
         }
         if !faults.list.is_empty() {
@@ -160,6 +141,63 @@ impl Resumed {
                 "note: the checkpoint was written by another build or on another machine: losses agree within rounding, not bit for bit",
             );
         }
+    }
+}
+
+/// A checkpoint that a job of a cluster is to begin with.
+pub struct ToResume {
+    /// Name of its run.
+    pub name: String,
+    /// Its folder, as an absolute path.
+    dir: PathBuf,
+    checkpoint: Checkpoint,
+}
+
+impl ToResume {
+    /// The newest checkpoint of a run (its folder or its name), or the one in this folder.
+    ///
+    /// **Errors**: code 2 with every fault: no such run, no checkpoint, one that is unfinished, damaged or of a newer format.
+    pub fn open(name: &str) -> Result<Self, Failure> {
+        let (run, dir) = match find(name)? {
+            Found::Store(store) => {
+                let message = format!(
+                    "{}: expected a run or a checkpoint in a folder, got an object store",
+                    store.location()
+                );
+                return Err(Failure::input(message));
+            }
+            Found::Checkpoint { run, dir } => (run, dir),
+            Found::Run(run) => {
+                let folder = CheckpointFolder::of_run(&run);
+                let newest = folder.list().ok().and_then(|steps| steps.last().copied()).unwrap_or_default();
+                (run, folder.committed(newest))
+            }
+        };
+        let checkpoint = Checkpoint::open(&dir).map_err(|faults| {
+            let mut failure = Failure::faults("checkpoint", &faults.0);
+            failure.message += &earlier(&run, &dir);
+            failure
+        })?;
+        let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
+        Ok(ToResume { name: name_of(&run), dir: dir.canonicalize().map_err(failed)?, checkpoint })
+    }
+
+    /// Its run's recipe with these overrides, and its model.
+    ///
+    /// **Errors**: code 2 with every fault at once.
+    pub fn to_submit(&self, overrides: &[String]) -> Result<(String, String), Failure> {
+        let text = &self.checkpoint.manifest.recipe;
+        let before = Recipe::reload(text, &self.name, &[], model_of(&self.checkpoint)?)?;
+        let recipe = Recipe::resubmitted(text, &self.name, overrides, before.model_config.clone())?;
+        let request = (recipe.resolved_toml(), recipe.model_config.to_hf_json());
+        Ok(continuation(&before, &recipe, self.checkpoint.manifest.position.step).into_result(request)?)
+    }
+
+    /// Where it is.
+    pub fn resume_from(&self) -> v1::ResumeFrom {
+        let position = &self.checkpoint.manifest.position;
+        let folder = self.dir.display().to_string();
+        v1::ResumeFrom { job: String::new(), folder, step: position.step, cursor: position.cursor }
     }
 }
 
@@ -230,20 +268,6 @@ fn earlier(run: &Path, damaged: &Path) -> String {
     newest
         .map(|step| folder.committed(step))
         .map_or_else(String::new, |dir| format!("\nan earlier one is there: --resume {}", dir.display()))
-}
-
-/// The tokens that begin and end a text are the tokenizer's and no part of the model.
-const TOKEN_IDS: [&str; 2] = ["bos_token_id", "eos_token_id"];
-
-fn check_model(then: &ModelConfig, now: &ModelConfig, faults: &mut Faults) {
-    let fields = |model: &ModelConfig| serde_json::from_str::<serde_json::Value>(&model.to_hf_json());
-    let (Ok(then), Ok(now)) = (fields(then), fields(now)) else { return };
-    for (key, expected) in then.as_object().into_iter().flatten() {
-        let got = &now[key];
-        if got != expected && !TOKEN_IDS.contains(&key.as_str()) {
-            faults.expected(format!("model.config.{key}"), format!("{expected}, as in the checkpoint"), got);
-        }
-    }
 }
 
 /// What is different from the run so far, key by key.

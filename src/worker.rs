@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use contraflow_runtime::files::Reloaded;
 use contraflow_runtime::files::objects::Location;
 use contraflow_workers::host::{self, LogLevels, Settings};
 use rustix::fs::Mode;
@@ -79,9 +81,9 @@ fn raise_file_limit() {
 /// The way to the orchestrator, once this worker may be a member of its cluster.
 ///
 /// **Errors**: code 2, with every fault of the addresses and the credentials.
-fn orchestrator(args: &WorkerArgs) -> Result<Endpoint, Failure> {
+fn orchestrator(args: &WorkerArgs) -> Result<Reloaded<Endpoint>, Failure> {
     let listen = check_listen(&args.join, args.listen);
-    match (args.access.endpoint("--join", &args.join), listen) {
+    match (args.access.reloaded("--join", &args.join), listen) {
         (Ok(endpoint), Ok(())) => Ok(endpoint),
         (Err(one), Err(other)) => Err(Failure::input(format!("{}\n{}", one.message, other.message))),
         (Err(failure), Ok(())) | (Ok(_), Err(failure)) => Err(failure),
@@ -145,7 +147,7 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
         false => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
     };
     Ok(Settings {
-        orchestrator,
+        orchestrator: Arc::new(orchestrator),
         token: args.access.bearer()?.0,
         storage: absolute(&args.storage),
         data_root: args.data_root.as_ref().map(absolute),

@@ -9,14 +9,14 @@ import sys
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LIMIT = 5e-5
 
 
 def main(export, logits):
     config = AutoConfig.from_pretrained(export)
-    model, report = DeepseekV3ForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         export, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     model.eval()

@@ -14,11 +14,33 @@ use crate::{
 /// Keeps the normalising division finite when all chosen scores underflow; far below any f32 rounding otherwise.
 const NORMALISER_FLOOR: f32 = 1e-20;
 
+/// How logits become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// Of each logit by itself (DeepSeek-V3 report, equation 15).
+    Sigmoid,
+    /// Over all experts of a token (DeepSeek-V2 report, equation 22).
+    Softmax,
+}
+
+/// What a group of experts is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// The sum of its two best experts (DeepSeek-V3).
+    TopTwo,
+    /// Its best expert (DeepSeek-V2).
+    Best,
+}
+
 /// The fixed choices of one gate.
 ///
 /// **Source**: DeepSeek-V3 report, equations 13 to 16; group limit, section 2.1.2.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GateSpec {
+    /// How logits become scores.
+    pub scoring: Scoring,
+    /// What a group is chosen by.
+    pub group_score: GroupScore,
     /// E, the routed experts of the layer.
     pub num_experts: usize,
     /// K, the experts each token goes to.
@@ -44,7 +66,7 @@ pub struct Routing {
     ///
     /// **Shapes**: `[T, K]`.
     pub weights: Tensor,
-    /// Sigmoid of the logits.
+    /// Of every expert, by the spec's scoring.
     ///
     /// **Shapes**: `[T, E]`.
     pub scores: Tensor,
@@ -52,13 +74,15 @@ pub struct Routing {
 
 /// Scores, choice and weights of every token.
 ///
-/// The bias decides the choice only; no gradient passes through it. Non-finite logits still give K distinct experts
+/// The bias, where the gate has one, decides the choice only; no gradient passes through it. Non-finite logits still give K distinct experts
 /// per token, so that the fault surfaces as a non-finite loss and not as a wrong index.
 ///
 /// **Shapes**: `logits` `[T, E]`, `bias` `[E]`.
 /// **Errors**: panics if the spec's numbers do not fit each other or the inputs; a recipe is checked long before.
-pub fn forward(logits: &Tensor, bias: &Tensor, spec: &GateSpec) -> Routing {
+pub fn forward(logits: &Tensor, bias: Option<&Tensor>, spec: &GateSpec) -> Routing {
     spec.check();
+    let unbiased = vec![0.0; spec.num_experts];
+    let bias = bias.map_or(unbiased.as_slice(), Tensor::f32);
     assert_eq!(logits.cols(), spec.num_experts, "expected one logit per expert");
     assert_eq!(bias.len(), spec.num_experts, "expected one bias per expert");
     let num_tokens = logits.rows();
@@ -74,8 +98,11 @@ pub fn forward(logits: &Tensor, bias: &Tensor, spec: &GateSpec) -> Routing {
     let tasks: Vec<_> = ranges.iter().zip(outputs).collect();
     par::for_each(tasks, |(tokens, ((scores, ids), weights))| {
         let logits = &logits.f32()[tokens.start * spec.num_experts..tokens.end * spec.num_experts];
-        sigmoid_into(logits, scores);
-        route(scores, bias.f32(), spec, ids, weights);
+        match spec.scoring {
+            Scoring::Sigmoid => sigmoid_into(logits, scores),
+            Scoring::Softmax => softmax_into(logits, scores, spec.num_experts),
+        }
+        route(scores, bias, spec, ids, weights);
     });
     Routing { expert_ids, weights, scores }
 }
@@ -126,10 +153,24 @@ pub fn backward(d_weights: &Tensor, routing: &Routing, spec: &GateSpec) -> Tenso
 /// Turns the gradient of the scores into that of the logits, in place.
 ///
 /// **Shapes**: `d_scores` `[T, E]`.
-pub fn logits_gradient(d_scores: &mut Tensor, routing: &Routing) {
+pub fn logits_gradient(d_scores: &mut Tensor, routing: &Routing, scoring: Scoring) {
     assert_eq!(d_scores.shape(), routing.scores.shape(), "expected one gradient per score");
-    for (gradient, score) in d_scores.f32_mut().iter_mut().zip(routing.scores.f32()) {
-        *gradient *= score * (1.0 - score);
+    match scoring {
+        Scoring::Sigmoid => {
+            for (gradient, score) in d_scores.f32_mut().iter_mut().zip(routing.scores.f32()) {
+                *gradient *= score * (1.0 - score);
+            }
+        }
+        Scoring::Softmax => {
+            let num_experts = routing.scores.cols();
+            let tokens = d_scores.f32_mut().chunks_exact_mut(num_experts);
+            for (gradients, scores) in tokens.zip(routing.scores.f32().chunks_exact(num_experts)) {
+                let mean: f32 = gradients.iter().zip(scores).map(|(gradient, score)| gradient * score).sum();
+                for (gradient, score) in gradients.iter_mut().zip(scores) {
+                    *gradient = score * (*gradient - mean);
+                }
+            }
+        }
     }
 }
 
@@ -238,6 +279,18 @@ fn sigmoid_into(logits: &[f32], scores: &mut [f32]) {
     );
 }
 
+/// Softmax of each row; the largest logit is taken off first, so that none overflows.
+fn softmax_into(logits: &[f32], scores: &mut [f32], num_experts: usize) {
+    for (logits, scores) in logits.chunks_exact(num_experts).zip(scores.chunks_exact_mut(num_experts)) {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for (score, logit) in scores.iter_mut().zip(logits) {
+            *score = (logit - largest).exp();
+        }
+        let sum: f32 = scores.iter().sum();
+        scores.iter_mut().for_each(|score| *score /= sum);
+    }
+}
+
 /// Working memory of the choice, reused from token to token.
 struct Choice {
     groups: Best,
@@ -258,7 +311,7 @@ impl Choice {
         } else {
             for (group, (scores, bias)) in scores.chunks(group_size).zip(bias.chunks(group_size)).enumerate()
             {
-                self.groups.offer(sum_of_top_two(scores, bias), group as u32);
+                self.groups.offer(group_score(scores, bias, spec.group_score), group as u32);
             }
         }
         // Visiting the kept groups by ascending id makes ties fall to the lower expert.
@@ -301,7 +354,7 @@ impl Best {
 }
 
 /// A group's score; a group of one expert has only that one to sum.
-fn sum_of_top_two(scores: &[f32], bias: &[f32]) -> f32 {
+fn group_score(scores: &[f32], bias: &[f32], by: GroupScore) -> f32 {
     let mut top = [f32::NEG_INFINITY; 2];
     for (score, bias) in scores.iter().zip(bias) {
         let value = score + bias;
@@ -311,7 +364,7 @@ fn sum_of_top_two(scores: &[f32], bias: &[f32]) -> f32 {
             top[1] = value;
         }
     }
-    if scores.len() == 1 { top[0] } else { top[0] + top[1] }
+    if scores.len() == 1 || by == GroupScore::Best { top[0] } else { top[0] + top[1] }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use contraflow_kernels::{
-    gate::{self, GateSpec},
+    gate::{self, GateSpec, GroupScore, Scoring},
     host::HostValues,
     tensor::Tensor,
 };
@@ -19,6 +19,8 @@ fn rows(value: &Value) -> Vec<Vec<f64>> {
 fn check(number: usize, case: &Value) {
     let size = |key: &str| case[key].as_u64().unwrap() as usize;
     let spec = GateSpec {
+        scoring: Scoring::Sigmoid,
+        group_score: GroupScore::TopTwo,
         num_experts: size("experts"),
         top_k: size("top_k"),
         num_groups: size("groups"),
@@ -34,7 +36,7 @@ fn check(number: usize, case: &Value) {
 
     let bias = Tensor::from_vec(&[spec.num_experts], narrow(numbers(&case["bias"])));
 
-    let routing = gate::forward(&logits, &bias, &spec);
+    let routing = gate::forward(&logits, Some(&bias), &spec);
 
     let (found_ids, found_weights) = (routing.expert_ids.values::<u32>(), routing.weights.values::<f32>());
 

@@ -76,7 +76,10 @@ pub fn layer_parameters(config: &ModelConfig, kind: LayerKind) -> LayerParameter
     let routed = config.n_routed_experts as u64;
     let (routed, gate_bias) = match kind {
         LayerKind::Dense => (0, 0),
-        LayerKind::Moe => (routed * ffn_matrices(config, config.moe_intermediate_size), routed),
+        LayerKind::Moe => {
+            let gate_bias = if config.has_gate_bias() { routed } else { 0 };
+            (routed * ffn_matrices(config, config.moe_intermediate_size), gate_bias)
+        }
     };
     LayerParameters {
         common: attention_matrices(config) + norms + common_ffn_matrices(config, kind),

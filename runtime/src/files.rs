@@ -4,6 +4,7 @@
 mod calls;
 pub mod objects;
 mod open;
+mod reloaded;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,6 +12,7 @@ use std::path::Path;
 
 pub use calls::{FileCall, STUCK, StuckCall, call, in_task, map_parallel, new_task, stuck};
 pub use open::{Reader, Refused, confine, metadata, open, read, read_dir, read_to_string, reader};
+pub use reloaded::{Reloaded, Stamp, stamps};
 
 /// Ending of a file or folder that is being written or removed.
 pub const UNFINISHED_SUFFIX: &str = ".part";

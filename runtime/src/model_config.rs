@@ -21,7 +21,29 @@ use crate::schedule::program::LayerKind;
 /// value.
 pub const LATENT_NORM_EPS: f64 = 1e-6;
 
-/// A model of the DeepSeek-V3 family. Fields carry the names of the published `config.json`.
+/// How a gate scores experts and chooses among them: `topk_method` and, with it, `scoring_func`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TopkMethod {
+    /// Sigmoid scores, a learnt bias in the choice, groups by their two best experts (DeepSeek-V3).
+    NoauxTc,
+    /// Softmax scores, the best of all experts (DeepSeek-V2-Lite).
+    Greedy,
+    /// Softmax scores, groups by their best expert (DeepSeek-V2).
+    GroupLimitedGreedy,
+}
+
+impl TopkMethod {
+    /// As the files spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            TopkMethod::NoauxTc => "noaux_tc",
+            TopkMethod::Greedy => "greedy",
+            TopkMethod::GroupLimitedGreedy => "group_limited_greedy",
+        }
+    }
+}
+
+/// A model of the DeepSeek-V2 or V3 family. Fields carry the names of the published `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     /// Rows of the embedding and of the head.
@@ -60,6 +82,8 @@ pub struct ModelConfig {
     pub n_group: usize,
     /// Groups a token may choose from.
     pub topk_group: usize,
+    /// How the gate scores and chooses.
+    pub topk_method: TopkMethod,
     /// Whether the chosen scores are divided by their sum.
     pub norm_topk_prob: bool,
     /// Factor on the routing weights.
@@ -133,7 +157,7 @@ impl ModelConfig {
         hf::ignored_keys(text)
     }
 
-    /// The `config.json` of this model in the spelling of the published DeepSeek-V3 checkpoints.
+    /// The `config.json` of this model in the spelling of the published DeepSeek checkpoints.
     pub fn to_hf_json(&self) -> String {
         hf::write(self)
     }
@@ -153,6 +177,11 @@ impl ModelConfig {
     pub fn is_moe_layer(&self, layer: usize) -> bool {
         layer >= self.num_hidden_layers
             || (layer >= self.first_k_dense_replace && layer.is_multiple_of(self.moe_layer_freq))
+    }
+
+    /// Whether gates have a bias, `e_score_correction_bias`, that keeps the experts in balance.
+    pub fn has_gate_bias(&self) -> bool {
+        self.topk_method == TopkMethod::NoauxTc
     }
 
     /// What a layer consists of.

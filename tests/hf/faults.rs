@@ -123,7 +123,7 @@ fn tensors_of_another_model_are_reported_all_at_once() {
     std::fs::write(place.path("hf/config.json"), config.to_string()).unwrap();
     assert_contains(
         &place.refused(&["import", "hf"]),
-        &["config.json: model_type: expected \"deepseek_v3\", got \"llama\""],
+        &["config.json: model_type: expected \"deepseek_v3\", \"deepseek_v2\" or \"kimi_k2\", got \"llama\""],
     );
     assert_contains(&place.refused(&["train", "--init", "hf"]), &["model_type"]);
 }

@@ -4,6 +4,7 @@
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod faults;
+mod fp8;
 mod place;
 mod published;
 mod transformers;

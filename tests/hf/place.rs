@@ -38,7 +38,9 @@ pub struct Place {
 /// The directories of the parity fixtures, each a model in the published form.
 pub fn fixtures() -> Vec<PathBuf> {
     let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity");
-    ["noqlora_flat", "qlora_grouped", "yarn_mtp"].map(|name| parity.join(name)).to_vec()
+    ["noqlora_flat", "qlora_grouped", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2"]
+        .map(|name| parity.join(name))
+        .to_vec()
 }
 
 pub fn text(bytes: impl AsRef<[u8]>) -> String {

@@ -27,24 +27,31 @@ fn compare(python: &PathBuf, place: &Place, export: &str, logits: &str) {
     eprintln!("{export}: {}", text(&output.stdout).trim_end());
 }
 
-/// Models that differ in every way a configuration can: in the query, in the groups, in the rotations.
-fn models() -> Vec<(&'static str, String)> {
+/// Models that differ in every way a configuration can: in the query, in the groups, in the rotations, in the
+/// gate. Each with what its recipe needs.
+fn models() -> Vec<(&'static str, String, &'static [&'static str])> {
     let flat = MODEL.replace("\"q_lora_rank\": 16", "\"q_lora_rank\": null");
     let flat = flat.replace("\"n_group\": 2", "\"n_group\": 1");
     let yarn = r#""rope_scaling": {"type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 0.7,
       "mscale_all_dim": 0.7, "original_max_position_embeddings": 32}, "hidden_act""#;
-    vec![("grouped", MODEL.into()), ("flat", flat), ("yarn", MODEL.replace("\"hidden_act\"", yarn))]
+    let v2 = flat.replace("deepseek_v3", "deepseek_v2").replace("\"n_group\": 1, ", "\"n_group\": 2, ");
+    let v2 = v2.replace("\"norm_topk_prob\": true", "\"norm_topk_prob\": false");
+    let v2 = v2.replace("\"num_nextn_predict_layers\": 1", "\"topk_method\": \"group_limited_greedy\"");
+    let yarn = MODEL.replace("\"hidden_act\"", yarn);
+    let none: &[&str] = &[];
+    let of_v2: &[&str] = &["--set", "mtp.weight=0", "--set", "balance.bias_speed=0"];
+    vec![("grouped", MODEL.into(), none), ("flat", flat, none), ("yarn", yarn, none), ("v2", v2, of_v2)]
 }
 
 #[test]
 fn transformers_computes_the_logits_that_we_compute() {
     let Some(python) = python() else { return };
     let place = Place::new();
-    for (name, model) in models() {
+    for (name, model, more) in models() {
         std::fs::write(place.path("model.json"), model).unwrap();
         let args =
             ["train", "--name", name, "--set", "model.config=model.json", "--set", "training.steps=20"];
-        place.done(&[&args[..], &TRAINING[..]].concat());
+        place.done(&[&args[..], &TRAINING[..], more].concat());
         let (export, logits) = (format!("{name}-hf"), format!("{name}.safetensors"));
         place.done(&["export", name, "--to", &export, "--shard-size", "50KB"]);
         let eval =

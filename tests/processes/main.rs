@@ -19,6 +19,7 @@ mod places;
 mod python;
 mod record;
 mod refusals;
+mod renewal;
 mod retention;
 mod security;
 #[path = "../objects/server.rs"]

@@ -123,3 +123,72 @@ fn a_cancelled_job_is_taken_up_again_from_its_checkpoint_and_a_finished_one_is_n
     assert_eq!(code, 2);
     assert!(stderr.contains(&format!("got {job}, one that is done")), "{stderr}");
 }
+
+/// The job's folder in the storage.
+fn job_folder(cluster: &Cluster, job: &str) -> String {
+    cluster.path().join("storage/jobs").join(job).display().to_string()
+}
+
+#[test]
+fn a_new_job_begins_with_the_checkpoint_of_one_that_has_ended_or_of_a_folder() {
+    let cluster = Cluster::start(4);
+    let whole = curve(&cluster.finish(&cluster.submit(&[], &[])));
+    let first = cluster.submit(&["training.steps=60"], &[]);
+    let resume = |from: &str, options: &[&str]| {
+        let arguments = [&["submit", "--resume", from, "--format", "json"], options].concat();
+        let (code, out, stderr) = cluster.run(&arguments);
+        let id =
+            || serde_json::from_str::<serde_json::Value>(&out).unwrap()["job"].as_str().unwrap().to_owned();
+        if code == 0 { Ok(id()) } else { Err(stderr) }
+    };
+    assert!(resume(&first, &[]).unwrap_err().contains(&format!("got {first}, one that has not ended")));
+    cluster.until_step(&first, 20);
+    assert_eq!(cluster.run(&["cancel", &first]).0, 0);
+    let rest_of = |job: &str| {
+        let rest = curve(&cluster.finish(job));
+        assert!(!rest.is_empty() && rest.len() < whole.len(), "{} steps", rest.len());
+        assert_eq!(rest, whole[whole.len() - rest.len()..]);
+        cluster.run(&["logs", job]).1
+    };
+    let of_job = resume(&first, &[]).unwrap();
+    let log = rest_of(&of_job);
+    assert!(log.contains("formed and resume from the checkpoint of step "), "{log}");
+    assert!(log.contains(&format!(" of {first}\n")), "{log}");
+    let folder = job_folder(&cluster, &first);
+    let log = rest_of(&resume(&folder, &[]).unwrap());
+    assert!(log.contains(&format!(" in {folder}/checkpoints/step-000000")), "{log}");
+    // It has checkpoints of its own by now, and what it began with is not needed any more.
+    std::fs::remove_dir_all(folder).unwrap();
+    let longer = resume(&of_job, &["--set", "training.steps=62"]).unwrap();
+    let steps: Vec<u64> = curve(&cluster.finish(&longer)).into_iter().map(|(step, ..)| step).collect();
+    assert_eq!(steps, [61, 62]);
+    for (options, words) in [
+        (&[][..], "training.steps: expected more than 60, the step of the checkpoint, got 60"),
+        (&["--set", "training.steps=61", "--set", "training.seed=5"], "training.seed: expected "),
+        (
+            &["--set", "training.steps=61", "--set", "model.hidden_size=64"],
+            "model.config.hidden_size: expected ",
+        ),
+    ] {
+        let stderr = resume(&of_job, options).unwrap_err();
+        assert!(stderr.contains(words), "{stderr}");
+    }
+}
+
+#[test]
+fn a_job_begins_with_no_checkpoint_outside_of_what_the_workers_were_given() {
+    let cluster = Cluster::start(4);
+    let first = cluster.submit(&["training.steps=6"], &[]);
+    cluster.finish(&first);
+    let outside = tempfile::tempdir().unwrap();
+    let moved = outside.path().join("moved");
+    std::fs::rename(job_folder(&cluster, &first), &moved).unwrap();
+    let from = moved.display().to_string();
+    let (code, out, stderr) = cluster.run(&["submit", "--resume", &from, "--set", "training.steps=8"]);
+    assert_eq!(code, 0, "{stderr}");
+    let outcome = until("the end", || {
+        let status = cluster.status(out.trim())?;
+        (status["state"] == "failed").then(|| status["outcome"].as_str().unwrap().to_owned())
+    });
+    assert!(outcome.contains("resume: expected a checkpoint below "), "{outcome}");
+}

@@ -10,5 +10,6 @@ mod readers;
 mod refusals;
 mod rollback;
 mod runs;
+mod unbiased;
 mod validation;
 mod workplace;

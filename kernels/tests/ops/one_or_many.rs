@@ -2,7 +2,7 @@
 
 use contraflow_kernels::{
     elementwise::sum_squares,
-    gate::{self, GateSpec},
+    gate::{self, GateSpec, GroupScore, Scoring},
     host::HostValues,
     latent::{LatentHeads, join_keys, split_key_gradients},
     linear,
@@ -48,10 +48,18 @@ fn rows_gathered_and_scattered() {
 fn the_choice_of_experts() {
     let mut random = Random::new(3);
     let (logits, bias) = (random.tensor(&[ROWS, COLS]), random.tensor(&[COLS]));
-    let spec =
-        GateSpec { num_experts: COLS, top_k: 6, num_groups: 8, top_groups: 3, normalise: true, scale: 2.5 };
+    let spec = GateSpec {
+        scoring: Scoring::Sigmoid,
+        group_score: GroupScore::TopTwo,
+        num_experts: COLS,
+        top_k: 6,
+        num_groups: 8,
+        top_groups: 3,
+        normalise: true,
+        scale: 2.5,
+    };
     assert_same_bits(|| {
-        let routing = gate::forward(&logits, &bias, &spec);
+        let routing = gate::forward(&logits, Some(&bias), &spec);
         let ids: Vec<f32> = routing.expert_ids.values::<u32>().iter().map(|&id| id as f32).collect();
         [routing.weights.values(), routing.scores.values(), &ids[..]].concat()
     });

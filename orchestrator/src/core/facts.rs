@@ -10,6 +10,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topolog
 use serde::{Deserialize, Serialize};
 
 use crate::recovery::InMemory;
+use crate::rollback::Checkpoint;
 
 /// What a job takes besides the texts and lists of its recipe, and an entry of a list besides its text. **Units**: bytes.
 const PER_JOB: usize = 4 << 10;
@@ -35,6 +36,21 @@ pub struct JobSpec {
     pub rank_bytes: u64,
     /// The span of its submission, as a W3C traceparent; empty without tracing.
     pub traceparent: String,
+    /// The checkpoint that it begins with, if it does not begin at step 0.
+    pub origin: Option<Origin>,
+}
+
+/// The checkpoint that a job begins with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The job whose checkpoint it is; `None`: the folder says where it is.
+    pub job: Option<JobId>,
+    /// The checkpoint's folder; empty if it is a job's.
+    pub folder: String,
+    /// The checkpoint.
+    pub checkpoint: Checkpoint,
+    /// [`super::jobs::JobRecord::cursor`] of the job.
+    pub cursor: u64,
 }
 
 impl JobSpec {
@@ -61,7 +77,8 @@ impl JobSpec {
             &tokenizer.path,
             &data.field,
         ];
-        let texts = texts.into_iter().chain(&data.paths).chain(&data.validation);
+        let folder = self.origin.iter().map(|origin| &origin.folder);
+        let texts = texts.into_iter().chain(folder).chain(&data.paths).chain(&data.validation);
         let texts = texts.map(|text| text.len() + PER_ENTRY).sum::<usize>();
         let entries = data.weights.len() + model_config.eos_token_id.len();
         let entries = entries + balance.bias_speed.num_steps() + mtp.weight.num_steps();
@@ -93,13 +110,26 @@ struct SpecText {
     rank_bytes: u64,
     #[serde(default)]
     traceparent: String,
+    #[serde(default)]
+    origin: Option<Origin>,
 }
 
 impl From<JobSpec> for SpecText {
     fn from(spec: JobSpec) -> Self {
-        let JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent } = spec;
+        let JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent, origin } = spec;
         let (recipe, model_config) = (recipe.resolved_toml(), recipe.model_config.to_hf_json());
-        SpecText { name, priority, min_ranks, key, user, recipe, model_config, rank_bytes, traceparent }
+        SpecText {
+            name,
+            priority,
+            min_ranks,
+            key,
+            user,
+            recipe,
+            model_config,
+            rank_bytes,
+            traceparent,
+            origin,
+        }
     }
 }
 
@@ -107,15 +137,25 @@ impl TryFrom<SpecText> for JobSpec {
     type Error = String;
 
     fn try_from(text: SpecText) -> Result<Self, String> {
-        let SpecText { name, priority, min_ranks, key, user, recipe, model_config, rank_bytes, traceparent } =
-            text;
+        let SpecText {
+            name,
+            priority,
+            min_ranks,
+            key,
+            user,
+            recipe,
+            model_config,
+            rank_bytes,
+            traceparent,
+            origin,
+        } = text;
         let read = || {
             let model = ModelConfig::from_hf_json(&model_config)?;
             Recipe::submitted(&recipe, &name, &[], Some(model))
         };
         let recipe = read().map_err(|faults| format!("the recipe of the job {name:?}: {faults}"))?;
         let recipe = Arc::new(recipe);
-        Ok(JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent })
+        Ok(JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent, origin })
     }
 }
 

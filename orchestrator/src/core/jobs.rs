@@ -160,6 +160,8 @@ impl Jobs {
             self.by_key.insert(spec.key.clone(), job);
         }
         self.newest = self.newest.max(job);
+        let origin = spec.origin.as_ref();
+        let begins = origin.map(|origin| origin.checkpoint);
         let record = JobRecord {
             spec: spec.clone(),
             submitted_ms: at_ms,
@@ -167,12 +169,12 @@ impl Jobs {
             formed: None,
             lost: Vec::new(),
             broken_ms: 0,
-            last_checkpoint: 0,
-            last_checkpoint_cursor: 0,
+            last_checkpoint: begins.map_or(0, |begins| begins.step),
+            last_checkpoint_cursor: begins.map_or(0, |begins| begins.cursor),
             earlier_checkpoint: None,
             earlier_cursor: 0,
             in_memory: false,
-            cursor: 0,
+            cursor: origin.map_or(0, |origin| origin.cursor),
             returns: RollBackCount::default(),
             losses: 0,
             attempts: Attempts::default(),

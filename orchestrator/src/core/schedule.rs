@@ -76,7 +76,14 @@ impl Core {
         let from = match (&memory, resume_step) {
             (Some(_), step) => format!(" and resume from memory after step {step}"),
             (None, 0) => String::new(),
-            (None, step) => format!(" and resume from the checkpoint of step {step}"),
+            (None, step) => {
+                let origin = record.spec.origin.as_ref().filter(|origin| origin.checkpoint.step == step);
+                let whose = origin.map_or_else(String::new, |origin| match origin.job {
+                    Some(job) => format!(" of {job}"),
+                    None => format!(" in {}", origin.folder),
+                });
+                format!(" and resume from the checkpoint of step {step}{whose}")
+            }
         };
         let keeps_in_memory = record.spec.recipe.checkpoint.in_memory;
         let formed = Formed {

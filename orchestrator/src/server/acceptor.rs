@@ -16,7 +16,6 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
-use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
@@ -100,7 +99,6 @@ impl Opening {
 /// Accepts connections until the receiver is dropped.
 pub(super) fn open(
     listener: TcpListener,
-    tls: Option<TlsAcceptor>,
     auth: AuthLayer,
     limits: Limits,
 ) -> ReceiverStream<io::Result<Connection>> {
@@ -128,10 +126,10 @@ pub(super) fn open(
                 }
             };
             let peer = Peer { address, certificate: None, place };
-            let (tls, auth, sender) = (tls.clone(), auth.clone(), sender.clone());
+            let (auth, sender) = (auth.clone(), sender.clone());
             tokio::spawn(async move {
                 let end = Instant::now() + HANDSHAKE;
-                let admitted = tokio::time::timeout_at(end, admit(tcp, tls, &auth)).await;
+                let admitted = tokio::time::timeout_at(end, admit(tcp, &auth)).await;
                 match admitted.unwrap_or_else(|_| Err(too_late())) {
                     Ok((io, certificate)) => {
                         let clock = Clock {
@@ -157,16 +155,12 @@ fn too_late() -> String {
 /// The connection as it is read from now on, and the fingerprint of its certificate.
 ///
 /// **Errors**: the peer is not a client of this cluster.
-async fn admit(
-    tcp: TcpStream,
-    tls: Option<TlsAcceptor>,
-    auth: &AuthLayer,
-) -> Result<(Box<dyn Io>, Option<blake3::Hash>), String> {
+async fn admit(tcp: TcpStream, auth: &AuthLayer) -> Result<(Box<dyn Io>, Option<blake3::Hash>), String> {
     tcp.set_nodelay(true).map_err(|error| error.to_string())?;
     let mut first = [0; PREFACE.len()];
     let length = tcp.peek(&mut first).await.map_err(|error| error.to_string())?;
     let is_tls = first[0] == TLS_HANDSHAKE;
-    match tls {
+    match auth.acceptor() {
         _ if length == 0 => Err("it sent nothing".into()),
         Some(tls) if is_tls => match tls.accept(tcp).into_fallible().await {
             Ok(stream) => {

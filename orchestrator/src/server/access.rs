@@ -2,7 +2,7 @@
 //! connection and no clock.
 //!
 //! A token is 256 random bits and is handed out once; what is kept of it is its hash, so that the file reveals no token. It is
-//! good only with the certificate that it was issued with.
+//! good only with the certificate that it was issued with; where that was renewed it has a line for each of them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -242,16 +242,18 @@ pub fn judge<'a>(
     };
     let hash = Token::hash(secret);
     // All are compared, so that timing reveals nothing.
-    let found = tokens.iter().fold(None, |found, token| if token.hash == hash { Some(token) } else { found });
-    let Some(token) = found else {
+    let lines: Vec<&Token> = tokens.iter().filter(|token| token.hash == hash).collect();
+    let Some(first) = lines.first() else {
         return Err(unknown("expected one issued by this cluster, got another"));
+    };
+    let is_bound_to =
+        |token: &&&Token| token.certificate.is_none() || token.certificate == credentials.certificate;
+    let Some(token) = lines.iter().filter(is_bound_to).max_by_key(|token| token.expires) else {
+        return Err(unknown(&format!("that of {} is good with its own certificate only", first.name)));
     };
     if token.expires <= now {
         let ago = now - token.expires;
         return Err(unknown(&format!("that of {} has expired {ago} s ago", token.name)));
-    }
-    if token.certificate.is_some() && token.certificate != credentials.certificate {
-        return Err(unknown(&format!("that of {} is good with its own certificate only", token.name)));
     }
     if !token.role.covers(needed) {
         let method = method.rsplit(['/', '.']).take(2).collect::<Vec<_>>();
@@ -315,6 +317,28 @@ mod tests {
             let refused = with(certificate).unwrap_err();
             assert_eq!(refused.code(), Code::Unauthenticated);
             assert_eq!(refused.message(), "token: that of admin is good with its own certificate only");
+        }
+    }
+
+    #[test]
+    fn a_token_is_good_with_each_of_its_certificates_for_as_long_as_that_is() {
+        let [old, new, other] = [b"old", b"new", b"not"].map(|der| fingerprint(der));
+        let line = |certificate, expires| Token {
+            certificate: Some(certificate),
+            expires,
+            ..token(Role::Worker, "secret")
+        };
+        for tokens in [[line(old, 100), line(new, 200)], [line(new, 200), line(old, 100)]] {
+            let expires = |certificate, now| {
+                let credentials = Credentials { certificate: Some(certificate), ..header("Bearer secret") };
+                let judged = judge(&tokens, &credentials, "/contraflow.v1.ControlService/Attach", now);
+                judged.map(|token| token.unwrap().expires).map_err(|refused| refused.message().to_owned())
+            };
+            assert_eq!((expires(old, 99), expires(new, 99)), (Ok(100), Ok(200)));
+            assert_eq!(expires(old, 103), Err("token: that of worker has expired 3 s ago".into()));
+            assert_eq!(expires(new, 103), Ok(200));
+            let refused = "token: that of worker is good with its own certificate only";
+            assert_eq!(expires(other, 99), Err(refused.into()));
         }
     }
 

@@ -101,6 +101,7 @@ mod tests {
             recipe: Arc::new(recipe),
             rank_bytes: 0,
             traceparent: String::new(),
+            origin: None,
         }
     }
 

@@ -6,11 +6,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use parking_lot::{Mutex, MutexGuard};
+use tokio_rustls::TlsAcceptor;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, http};
@@ -18,11 +19,12 @@ use tower::Service;
 use tracing::Instrument;
 
 use super::acceptor::Peer;
-use super::access::{self, Credentials, SUBMIT};
+use super::access::{self, Credentials, SUBMIT, Token};
 use super::audit::{Audit, Call};
 use super::hub::now_ms;
 use super::rate::{Buckets, Rate};
-use super::security::Grants;
+use super::security::Security;
+use super::unix_seconds;
 
 /// Submissions of one address, where tokens are asked for.
 const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
@@ -41,7 +43,7 @@ const MAX_AUDITED: usize = 256;
 
 struct Shared {
     /// None: every client has full access.
-    grants: Option<Grants>,
+    security: Option<Arc<Security>>,
     submits: Mutex<Buckets>,
     failures: Mutex<Buckets>,
     audit: Audit,
@@ -58,9 +60,14 @@ fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
 }
 
 impl AuthLayer {
-    pub(super) fn new(grants: Option<Grants>, audit: Audit) -> Self {
+    pub(super) fn new(security: Option<Arc<Security>>, audit: Audit) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
-        AuthLayer { shared: Arc::new(Shared { grants, submits, failures, audit }) }
+        AuthLayer { shared: Arc::new(Shared { security, submits, failures, audit }) }
+    }
+
+    /// What takes connections in; none without TLS.
+    pub(super) fn acceptor(&self) -> Option<TlsAcceptor> {
+        self.shared.security.as_ref().map(|security| security.acceptor())
     }
 
     /// A connection came to nothing.
@@ -72,8 +79,8 @@ impl AuthLayer {
 
     /// **Errors**: its certificate is revoked.
     pub(super) fn check_certificate(&self, certificate: Option<blake3::Hash>) -> Result<(), String> {
-        let Some(grants) = &self.shared.grants else { return Ok(()) };
-        let judged = access::judge_certificate(&grants.revoked.current(), certificate);
+        let Some(security) = &self.shared.security else { return Ok(()) };
+        let judged = access::judge_certificate(&security.revoked.current(), certificate);
         judged.map_err(|refused| refused.message().to_owned())
     }
 
@@ -92,13 +99,17 @@ impl AuthLayer {
             credentials,
             method: method.to_owned(),
             user: String::new(),
+            expires: None,
             address,
         };
         match session.judge() {
-            Ok(user) => session.user = user,
+            Ok(token) => {
+                session.expires = token.as_ref().map(|token| token.expires);
+                session.user = token.map_or_else(String::new, |token| token.name);
+            }
             Err(refused) => return Err(self.refuse(session, refused)),
         }
-        let is_limited = self.shared.grants.is_some() && method == SUBMIT;
+        let is_limited = self.shared.security.is_some() && method == SUBMIT;
         if is_limited && !lock(&self.shared.submits).take(address, Instant::now()) {
             let Rate { burst, per_second } = SUBMITS;
             return Err(Status::resource_exhausted(format!(
@@ -134,6 +145,7 @@ pub(super) struct Session {
     credentials: Credentials,
     method: String,
     user: String,
+    expires: Option<u64>,
     address: IpAddr,
 }
 
@@ -147,6 +159,11 @@ impl Session {
     /// Whose token it is; empty where none is needed.
     pub(super) fn user(&self) -> String {
         self.user.clone()
+    }
+
+    /// Until when the caller's token is good with its certificate; none where no token is needed. **Units**: seconds since 1970.
+    pub(super) fn expires(&self) -> Option<u64> {
+        self.expires
     }
 
     /// Notes a call that changes something, what it was about, and what came of it.
@@ -177,16 +194,14 @@ impl Session {
         }
     }
 
-    /// The name of the caller's token as the files have it now.
+    /// The caller's token as the files have it now; none where none is needed.
     ///
     /// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`.
-    fn judge(&self) -> Result<String, Status> {
-        let Some(grants) = &self.shared.grants else { return Ok(String::new()) };
-        access::judge_certificate(&grants.revoked.current(), self.credentials.certificate)?;
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let tokens = grants.tokens.current();
-        let token = access::judge(&tokens, &self.credentials, &self.method, unix)?;
-        Ok(token.map_or_else(String::new, |token| token.name.clone()))
+    fn judge(&self) -> Result<Option<Token>, Status> {
+        let Some(security) = &self.shared.security else { return Ok(None) };
+        access::judge_certificate(&security.revoked.current(), self.credentials.certificate)?;
+        let tokens = security.tokens.current();
+        Ok(access::judge(&tokens, &self.credentials, &self.method, unix_seconds())?.cloned())
     }
 }
 

@@ -68,6 +68,8 @@ const OVERRIDES: Bound = document("SubmitRequest.overrides", 1_024, 256 << 10);
 const MODEL_CONFIG: Bound = document("SubmitRequest.model_config", 1, 256 << 10);
 const NAME: Bound = text("SubmitRequest.name", 256);
 const KEY: Bound = text("SubmitRequest.idempotency_key", 256);
+const RESUME_JOB: Bound = text("ResumeFrom.job", 64);
+const RESUME_FOLDER: Bound = text("ResumeFrom.folder", 4_096);
 const GET: Bound = text("GetRequest.job", 64);
 const BEFORE: Bound = text("ListRequest.before", 64);
 const WATCH: Bound = text("WatchRequest.job", 64);
@@ -191,6 +193,10 @@ pub fn submit(request: &v1::SubmitRequest) -> Result<(), Faults> {
     check.text(MODEL_CONFIG, &request.model_config);
     check.text(NAME, &request.name);
     check.text(KEY, &request.idempotency_key);
+    if let Some(resume) = &request.resume {
+        check.text(RESUME_JOB, &resume.job);
+        check.text(RESUME_FOLDER, &resume.folder);
+    }
     check.of_client()
 }
 

@@ -1,23 +1,30 @@
 //! ClusterService: who is a member, and taking a node out of use and back.
 
+use std::sync::Arc;
+
 use contraflow_proto::v1;
 use tonic::{Request, Response, Status};
 use v1::cluster_service_server::ClusterService;
 
 use super::auth::Session;
 use super::hub::{Hub, HubMessage};
+use super::security::Security;
 use super::{Handle, bounds, refused};
 use crate::core::Event;
 
 /// The service.
 pub(super) struct ClusterApi {
     pub(super) hub: Handle,
+    /// None without TLS.
+    pub(super) security: Option<Arc<Security>>,
 }
 
 #[tonic::async_trait]
 impl ClusterService for ClusterApi {
     async fn nodes(&self, _: Request<v1::NodesRequest>) -> Result<Response<v1::NodesResponse>, Status> {
-        Ok(Response::new(self.hub.ask(nodes).await?))
+        let mut nodes = self.hub.ask(nodes).await?;
+        nodes.certificate_expires_unix_s = self.security.as_ref().map(|security| security.expires());
+        Ok(Response::new(nodes))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -80,8 +87,12 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
                 .map_or_else(String::new, |address| address.tcp.to_string()),
             memory_bytes: member.registration.memory_bytes,
             unreachable: member.registration.is_unreachable,
+            token_expires_unix_s: hub
+                .links
+                .get(&member.registration.worker)
+                .and_then(|link| link.shown.as_ref().map(|shown| shown.expires)),
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));
-    v1::NodesResponse { workers, incarnation: core.incarnation() }
+    v1::NodesResponse { workers, incarnation: core.incarnation(), certificate_expires_unix_s: None }
 }

@@ -2,7 +2,7 @@
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, encode_command, formation_numbers, rank_numbers};
-use contraflow_runtime::topology::FormationId;
+use contraflow_runtime::topology::{FormationId, JobId};
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tracing::{Span, info_span};
 use v1::commit::What;
@@ -57,6 +57,12 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Opt
                 }),
                 traceparent: trace::current().to_string(),
                 state: core.state(),
+                origin: record.spec.origin.as_ref().map(|origin| v1::Origin {
+                    job: origin.job.map_or(0, JobId::bits),
+                    folder: origin.folder.clone(),
+                    step: origin.checkpoint.step,
+                    cursor: origin.checkpoint.cursor,
+                }),
             })
         }
         WorkerCommand::Rank { to, command } => {

@@ -3,6 +3,7 @@
 //! One batch is one write to the disk, however many facts it holds: that is what makes a thousand submissions a second
 //! cheap. Streams to workers are bounded; a worker that does not read is cut off.
 
+mod messages;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,8 @@ use contraflow_runtime::topology::JobId;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+pub use self::messages::{HubMessage, LogRecord, Question, Submitted};
+
 use super::admission::Admission;
 use super::encode::{encode, span_of};
 use super::log_dedup::LogDedup;
@@ -24,6 +27,7 @@ use super::outdated::outdated_by;
 use super::snapshot::Snapshots;
 use super::steps::Steps;
 use super::submission;
+use super::worker_link::WorkerLink;
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::{Core, Effect, Event, Severity, WorkerCommand};
 use crate::metrics::record::StepRecord;
@@ -34,77 +38,6 @@ const BATCH: usize = 1024;
 
 /// The longest line of a job's log. **Units**: bytes.
 const MAX_LINE: usize = 64 << 10;
-
-/// A stream to a worker.
-pub type WorkerSender = mpsc::Sender<Result<v1::ToWorker, Status>>;
-
-/// The id of a job that is in line, or why it is not taken.
-pub type Submitted = Result<JobId, Status>;
-
-/// A query; it sends its own answer.
-pub type Question = Box<dyn FnOnce(&Hub) + Send>;
-
-/// Messages of the hub.
-pub enum HubMessage {
-    /// For the core.
-    Event(Event),
-    /// A worker's stream is open; its registration follows.
-    Linked {
-        /// Id of the worker.
-        worker: u64,
-        /// Counts the streams of this process.
-        link: u64,
-        /// The way down.
-        down: WorkerSender,
-    },
-    /// A worker's stream has ended.
-    Unlinked {
-        /// Id of the worker.
-        worker: u64,
-        /// Which of its streams.
-        link: u64,
-        /// Why it may not come back, if that is so.
-        expelled: Option<String>,
-    },
-    /// A job for the queue; answered with its id once that is durable.
-    Submit {
-        /// The job.
-        spec: Box<JobSpec>,
-        /// Where the outcome goes.
-        reply: oneshot::Sender<Submitted>,
-    },
-    /// A job is to be taken up again; answered once that is durable.
-    Retry {
-        /// One that has failed or was cancelled.
-        job: JobId,
-        /// Where the outcome goes.
-        reply: oneshot::Sender<Submitted>,
-    },
-    /// Lines of a job's ranks.
-    Lines {
-        /// Who sends them: of ranks that it does not host they are dropped.
-        worker: u64,
-        /// Of one that may be forgotten by now.
-        job: JobId,
-        /// The lines.
-        lines: Vec<LogRecord>,
-    },
-    /// Runs a query.
-    Ask(Question),
-}
-
-/// A log line as it is kept.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct LogRecord {
-    /// **Units**: milliseconds since 1970.
-    pub unix_ms: u64,
-    /// INFO, WARN and so on.
-    pub level: String,
-    /// Ranks that said it; none: the orchestrator.
-    pub ranks: Vec<u32>,
-    /// Text of the line.
-    pub message: String,
-}
 
 /// What a batch leaves to be kept, and to be done afterwards.
 #[derive(Default)]
@@ -127,7 +60,7 @@ pub struct Hub {
     store: Arc<Store>,
     /// From which the secrets of formations follow.
     key: [u8; 32],
-    links: BTreeMap<u64, (u64, WorkerSender)>,
+    pub(super) links: BTreeMap<u64, WorkerLink>,
     steps: BTreeMap<JobId, Steps>,
     /// Lines of ranks that wait for their like.
     log_dedup: LogDedup,
@@ -256,14 +189,14 @@ impl Hub {
                 }
             }
             HubMessage::Event(event) => self.step(event, batch),
-            HubMessage::Linked { worker, link, down } => {
+            HubMessage::Linked { worker, link } => {
                 // What was decided for the stream before does not come ahead of the welcome on this one, which repeats it.
                 batch.commands.retain(|(to, _)| *to != worker);
-                self.links.insert(worker, (link, down));
+                self.links.insert(worker, link);
             }
             HubMessage::Unlinked { worker, link, expelled } => {
                 // The hub may have let go of it before; one that came later counts.
-                if self.links.get(&worker).is_none_or(|(current, _)| *current == link) {
+                if self.links.get(&worker).is_none_or(|current| current.number == link) {
                     self.links.remove(&worker);
                     let event = match expelled {
                         Some(why) => Event::Expelled { worker, why },
@@ -485,7 +418,9 @@ impl Hub {
     }
 
     fn send(&mut self, worker: u64, message: Option<v1::to_worker::Message>, is_last: bool) {
-        let (Some(message), Some((_, down))) = (message, self.links.get(&worker)) else { return };
+        let (Some(message), Some(WorkerLink { down, .. })) = (message, self.links.get(&worker)) else {
+            return;
+        };
         let facts = self.core.jobs().facts;
         let sent = down.try_send(Ok(v1::ToWorker { message: Some(message), facts }));
         if sent.is_err() || is_last {

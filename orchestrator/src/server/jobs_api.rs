@@ -17,6 +17,7 @@ use v1::job_service_server::JobService;
 use super::auth::Session;
 use super::hub::{Hub, HubMessage, LogRecord};
 use super::steps::StepProgress;
+use super::submission::Resumed;
 use super::{Handle, bounds, refused, submission};
 use crate::core::Event;
 use crate::core::facts::End;
@@ -151,10 +152,22 @@ impl JobService for JobsApi {
 
 impl JobsApi {
     async fn submitted(&self, request: v1::SubmitRequest, user: String) -> Result<JobId, Status> {
-        let spec = submission::check(request, user).await?;
+        bounds::submit(&request).map_err(|faults| refused(&faults))?;
+        let resumed = match &request.resume {
+            Some(resume) if !resume.job.is_empty() => Some(self.resumed(&resume.job).await?),
+            _ => None,
+        };
+        let spec = submission::check(request, resumed, user).await?;
         let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         id.await.map_err(|_| Status::unavailable("the orchestrator is ending"))?
+    }
+
+    async fn resumed(&self, name: &str) -> Result<Resumed, Status> {
+        let job = self.id(name).await?;
+        let resumed =
+            self.hub.ask(move |hub| hub.core().jobs().all.get(&job).map(|record| Resumed::of(job, record)));
+        resumed.await?.unwrap_or_else(|| Err(Status::not_found(format!("job: {name} is no longer retained"))))
     }
 
     async fn cancelled(

@@ -21,6 +21,7 @@ use v1::from_worker::Message;
 use super::acceptor::Peer;
 use super::auth::Session;
 use super::hub::{HubMessage, LogRecord};
+use super::worker_link::{Shown, WorkerLink};
 use super::{Handle, bounds};
 use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration};
 use crate::recovery::ReplicaShard;
@@ -84,7 +85,9 @@ impl ControlService for ControlApi {
         session.note("attach", name, &Ok(())).await;
         let named = format!("worker {} on node {}", printable(name), printable(node));
         tracing::info!("{named} joins");
-        self.hub.send(HubMessage::Linked { worker, link, down }).await?;
+        let shown = |expires| Shown { worker: printable(name).into_owned(), user: session.user(), expires };
+        let opened = WorkerLink { number: link, down, shown: session.expires().map(shown) };
+        self.hub.send(HubMessage::Linked { worker, link: opened }).await?;
         self.hub.send(HubMessage::Event(Event::Attached(Box::new(attachment)))).await?;
         if let Some(peer) = peer {
             peer.place.attached();

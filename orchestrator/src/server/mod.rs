@@ -11,9 +11,11 @@ mod auth;
 pub mod bounds;
 mod cluster_api;
 mod encode;
+mod expiry;
 mod hub;
 mod jobs_api;
 mod link;
+mod lists;
 mod log_dedup;
 mod outdated;
 mod places;
@@ -22,14 +24,19 @@ mod security;
 mod snapshot;
 pub(crate) mod steps;
 mod submission;
+mod worker_link;
+mod x509;
 
-pub use self::security::{Security, files, fingerprint_of};
+pub use self::expiry::NOTICE;
+pub use self::security::{Security, certificate_info, files, fingerprint_of};
+pub use self::x509::CertificateInfo;
 
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::text::tidy;
@@ -153,7 +160,9 @@ impl Orchestrator {
     /// **Errors**: the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
         let Orchestrator { listener, security, limits, audit, hub, messages, handle } = self;
+        let security = security.map(Arc::new);
         let ticks = tokio::spawn(tick(handle.clone()));
+        let notices = security.clone().map(|security| tokio::spawn(security.tell_endings(handle.clone())));
         let (stopped, is_stopped) = oneshot::channel();
         let hub = tokio::spawn(async move {
             let result = hub.run(messages).await;
@@ -170,9 +179,9 @@ impl Orchestrator {
         health.set_serving::<JobServiceServer<jobs_api::JobsApi>>().await;
         let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone() });
         let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
-        let (tls, grants) = security.map(|Security { tls, grants }| (tls, grants)).unzip();
-        let auth = AuthLayer::new(grants, audit);
-        let connections = acceptor::open(listener, tls, auth.clone(), limits);
+        let cluster = cluster_api::ClusterApi { hub: handle.clone(), security: security.clone() };
+        let auth = AuthLayer::new(security, audit);
+        let connections = acceptor::open(listener, auth.clone(), limits);
         let serve = Server::builder()
             .layer(tower::layer::layer_fn(move |inner| AuthService { auth: auth.clone(), inner }))
             .max_concurrent_streams(Some(MAX_STREAMS))
@@ -181,7 +190,7 @@ impl Orchestrator {
             .add_service(health_service)
             .add_service(reflection)
             .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
-            .add_service(ClusterServiceServer::new(cluster_api::ClusterApi { hub: handle.clone() }))
+            .add_service(ClusterServiceServer::new(cluster))
             .add_service(control.max_decoding_message_size(MAX_MESSAGE))
             .serve_with_incoming(connections);
         // Streams of workers never end by themselves: they are cut, and the workers wait for the next orchestrator.
@@ -191,6 +200,7 @@ impl Orchestrator {
             _ = is_stopped => Ok(()),
         };
         ticks.abort();
+        notices.iter().for_each(tokio::task::JoinHandle::abort);
         drop(handle);
         hub.abort();
         match hub.await {
@@ -218,6 +228,11 @@ fn refused(faults: &Faults) -> Status {
         words += &format!("\nand {more} more");
     }
     Status::invalid_argument(words)
+}
+
+/// The time of day. **Units**: seconds since 1970.
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 async fn tick(hub: Handle) {

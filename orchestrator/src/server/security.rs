@@ -1,20 +1,25 @@
 //! What an orchestrator reads from the folder of its certificates: who it is, whom it lets in, the tokens, and the certificates that were
-//! revoked.
+//! revoked. All of it is read again when it changes.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use contraflow_runtime::files::Reloaded;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{self, RootCertStore, ServerConfig};
+use tracing::Level;
 
 use super::access::{Revoked, Token, fingerprint, parse_revoked, parse_tokens};
+use super::expiry::{self, Ending, Notices};
+use super::lists::list;
+use super::worker_link::WorkerLink;
+use super::x509::CertificateInfo;
+use super::{Handle, unix_seconds};
 
 /// The files of a folder of certificates, as the command `certs` makes them.
 pub mod files {
@@ -36,19 +41,20 @@ pub mod files {
     pub const CLIENT_KEY: &str = "client.key";
 }
 
-/// Largest file of tokens or revoked certificates that is read. **Units**: bytes.
-const MAX_LIST: u64 = 4 << 20;
+/// How often files are looked at and ends are thought of, where nobody connects.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// How an orchestrator proves itself, and who may talk to it.
 pub struct Security {
-    pub(super) tls: TlsAcceptor,
-    pub(super) grants: Grants,
+    tls: Reloaded<Tls>,
+    pub(super) tokens: Reloaded<Vec<Token>>,
+    pub(super) revoked: Reloaded<Vec<Revoked>>,
 }
 
-/// Whom an orchestrator serves.
-pub(super) struct Grants {
-    pub(super) tokens: ListFile<Token>,
-    pub(super) revoked: ListFile<Revoked>,
+/// What is made of the orchestrator's certificate and that of the authority.
+struct Tls {
+    acceptor: TlsAcceptor,
+    endings: [Ending; 2],
 }
 
 impl Security {
@@ -56,29 +62,77 @@ impl Security {
     ///
     /// **Errors**: every missing or invalid file.
     pub fn load(dir: &Path) -> Result<Self, Vec<String>> {
-        let tokens = ListFile::open(dir.join(files::TOKENS), parse_tokens);
-        let revoked = ListFile::open_or_empty(dir.join(files::REVOKED), parse_revoked);
-        match (tls(dir), tokens, revoked) {
-            (Ok(tls), Ok(tokens), Ok(revoked)) => Ok(Security { tls, grants: Grants { tokens, revoked } }),
+        let files = [files::CA, files::SERVER, files::SERVER_KEY].map(|name| dir.join(name));
+        let of_folder = dir.to_owned();
+        let tls = Reloaded::open("certificates", files.to_vec(), move || tls(&of_folder));
+        let (tokens, revoked) = (dir.join(files::TOKENS), dir.join(files::REVOKED));
+        let tokens = list("tokens", tokens, parse_tokens, false);
+        let revoked = list("revoked certificates", revoked, parse_revoked, true);
+        match (tls, tokens, revoked) {
+            (Ok(tls), Ok(tokens), Ok(revoked)) => Ok(Security { tls, tokens, revoked }),
             (tls, tokens, revoked) => {
                 let faults = [tls.err(), tokens.err(), revoked.err()];
                 Err(faults.into_iter().flatten().flatten().collect())
             }
         }
     }
+
+    /// What takes connections in, with the certificates as they are now.
+    pub(super) fn acceptor(&self) -> TlsAcceptor {
+        self.tls.current().acceptor.clone()
+    }
+
+    /// The end of the orchestrator's certificate. **Units**: seconds since 1970.
+    pub(super) fn expires(&self) -> u64 {
+        self.tls.current().endings[0].expires
+    }
+
+    /// Logs what ends soon, in time and once a day, until the hub has ended.
+    pub(super) async fn tell_endings(self: Arc<Self>, hub: Handle) {
+        let mut notices = Notices::default();
+        while let Ok(shown) =
+            hub.ask(|hub| hub.links.values().filter_map(WorkerLink::shown).collect::<Vec<_>>()).await
+        {
+            let now = unix_seconds();
+            let tokens = self.tokens.current();
+            let mut endings = self.tls.current().endings.to_vec();
+            endings.extend(expiry::of_tokens(&tokens, now));
+            endings.extend(expiry::of_links(&shown, &tokens));
+            for (level, line) in notices.due(&endings, now) {
+                match level {
+                    Level::ERROR => tracing::error!("{line}"),
+                    _ => tracing::warn!("{line}"),
+                }
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
 }
 
-fn tls(dir: &Path) -> Result<TlsAcceptor, Vec<String>> {
+fn tls(dir: &Path) -> Result<Tls, Vec<String>> {
     let reason = |name: &str, error: &dyn std::fmt::Display| format!("{}: {error}", dir.join(name).display());
-    let certificates = |name: &str| -> Result<Vec<CertificateDer<'static>>, String> {
-        let read = CertificateDer::pem_file_iter(dir.join(name)).and_then(Iterator::collect);
-        read.map_err(|error| reason(name, &error))
+    let certificates = |name: &str| -> Result<(Vec<CertificateDer<'static>>, u64), String> {
+        let read =
+            CertificateDer::pem_file_iter(dir.join(name)).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let chain = read.map_err(|error| reason(name, &error))?;
+        let info = chain.first().and_then(|first| CertificateInfo::of(first));
+        let expires = info.ok_or_else(|| reason(name, &"expected a certificate"))?.expires;
+        Ok((chain, expires))
     };
     let key = PrivateKeyDer::from_pem_file(dir.join(files::SERVER_KEY));
     let key = key.map_err(|error| reason(files::SERVER_KEY, &error));
     match (certificates(files::CA), certificates(files::SERVER), key) {
-        (Ok(ca), Ok(own), Ok(key)) => {
-            acceptor(ca, own, key).map_err(|error| vec![format!("{}: {error}", dir.display())])
+        (Ok((ca, ca_expires)), Ok((own, expires)), Ok(key)) => {
+            let acceptor =
+                acceptor(ca, own, key).map_err(|error| vec![format!("{}: {error}", dir.display())])?;
+            let ending = |whose: &str, expires| Ending {
+                what: format!("the certificate of the {whose}"),
+                remedy: "contraflow certs renew".into(),
+                expires,
+                is_vital: true,
+            };
+            let endings = [ending("orchestrator", expires), ending("authority", ca_expires)];
+            Ok(Tls { acceptor, endings })
         }
         (ca, own, key) => Err([ca.err(), own.err(), key.err()].into_iter().flatten().collect()),
     }
@@ -109,63 +163,14 @@ fn acceptor(
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// Identifies a version of a file: its modification time and length.
-type Stamp = (Option<SystemTime>, u64);
-
-/// What the lines of a file are.
-type Parse<T> = fn(&str) -> Result<Vec<T>, Vec<String>>;
-
-/// A list in a file; read again when the file changes, so that tokens can be issued and certificates revoked while the cluster
-/// runs.
-pub(super) struct ListFile<T> {
-    path: PathBuf,
-    parse: Parse<T>,
-    read: Mutex<(Stamp, Arc<Vec<T>>)>,
-}
-
-impl<T> ListFile<T> {
-    fn open(path: PathBuf, parse: Parse<T>) -> Result<Self, Vec<String>> {
-        let stamp = stamp(&path).map_err(|fault| vec![fault])?;
-        let read = Mutex::new((stamp, Arc::new(read(&path, parse)?)));
-        Ok(ListFile { path, parse, read })
-    }
-
-    /// A list that may not have been begun.
-    fn open_or_empty(path: PathBuf, parse: Parse<T>) -> Result<Self, Vec<String>> {
-        if path.exists() {
-            return Self::open(path, parse);
-        }
-        Ok(ListFile { path, parse, read: Mutex::new((Stamp::default(), Arc::default())) })
-    }
-
-    /// The list as the file has it now; as it had it last if it makes no sense any more, which is logged.
-    pub(super) fn current(&self) -> Arc<Vec<T>> {
-        let mut known = self.read.lock();
-        let stamp = stamp(&self.path).unwrap_or_default();
-        if stamp != known.0 {
-            known.0 = stamp;
-            match read(&self.path, self.parse) {
-                Ok(list) => known.1 = Arc::new(list),
-                Err(faults) => tracing::warn!("the list stays as it was: {}", faults.join("; ")),
-            }
-        }
-        known.1.clone()
-    }
-}
-
-fn stamp(path: &Path) -> Result<Stamp, String> {
-    let found = fs::metadata(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    Ok((found.modified().ok(), found.len()))
-}
-
-fn read<T>(path: &Path, parse: Parse<T>) -> Result<Vec<T>, Vec<String>> {
-    let fault = |what: &dyn std::fmt::Display| vec![format!("{}: {what}", path.display())];
-    let (_, length) = stamp(path).map_err(|fault| vec![fault])?;
-    if length > MAX_LIST {
-        return Err(fault(&format!("expected at most {MAX_LIST} bytes, got {length}")));
-    }
-    let text = fs::read_to_string(path).map_err(|error| fault(&error))?;
-    parse(&text).map_err(|faults| faults.into_iter().flat_map(|line| fault(&line)).collect())
+/// Reads the first certificate of a PEM file.
+///
+/// **Errors**: there is none.
+pub fn certificate_info(path: &Path) -> Result<CertificateInfo, String> {
+    let certificate = CertificateDer::from_pem_file(path).map_err(|error| error.to_string());
+    let info =
+        certificate.and_then(|der| CertificateInfo::of(&der).ok_or_else(|| "expected a certificate".into()));
+    info.map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// [`fingerprint`] of the certificate in a PEM file.

@@ -131,6 +131,7 @@ mod tests {
             recipe: Arc::new(recipe),
             rank_bytes: 0,
             traceparent: String::new(),
+            origin: None,
         };
         Fact::Submitted { job: JobId::new(number, 3), spec: Box::new(spec), at_ms: number }
     }

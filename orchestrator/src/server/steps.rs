@@ -117,6 +117,7 @@ mod tests {
             recipe: Arc::new(recipe.unwrap()),
             rank_bytes: 0,
             traceparent: String::new(),
+            origin: None,
         }
     }
 

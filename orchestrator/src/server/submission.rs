@@ -2,6 +2,7 @@
 //! once, so that nobody waits for another one's recipe but who submits one too.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use contraflow_proto::v1;
 use contraflow_runtime::faults::Faults;
 use contraflow_runtime::layout::recipe_figures;
 use contraflow_runtime::model_config::ModelConfig;
-use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::recipe::{Recipe, continuation};
 use contraflow_runtime::schedule::RankFigures;
 use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace;
@@ -17,8 +18,9 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::{bounds, refused};
-use crate::core::facts::{End, JobSpec};
-use crate::core::jobs::Phase;
+use crate::core::facts::{End, JobSpec, Origin};
+use crate::core::jobs::{JobRecord, Phase};
+use crate::rollback::Checkpoint;
 
 /// How long a submission waits for its turn to be checked.
 const TURN: Duration = Duration::from_secs(10);
@@ -32,17 +34,47 @@ static TURNS: LazyLock<Semaphore> = LazyLock::new(|| {
     Semaphore::new(cores.div_ceil(2))
 });
 
+/// The job whose newest checkpoint a new one begins with.
+pub(super) struct Resumed {
+    /// What it trained, and how.
+    spec: JobSpec,
+    origin: Origin,
+}
+
+impl Resumed {
+    /// **Errors**: `FAILED_PRECONDITION`; the job has not ended, or has no checkpoint.
+    pub(super) fn of(job: JobId, record: &JobRecord) -> Result<Self, Status> {
+        let refused = |got: &str| {
+            let words =
+                format!("resume: expected a job that has ended and has a checkpoint, got {job}, {got}");
+            Err(Status::failed_precondition(words))
+        };
+        match record.checkpoint() {
+            _ if !record.has_ended() => refused("one that has not ended"),
+            None => refused("one without a checkpoint"),
+            Some(checkpoint) => {
+                let origin =
+                    Origin { job: Some(job), folder: String::new(), checkpoint, cursor: record.cursor };
+                Ok(Resumed { spec: record.spec.clone(), origin })
+            }
+        }
+    }
+}
+
 /// A job of this user as it is asked for.
 ///
 /// **Errors**: `INVALID_ARGUMENT` with every fault; `RESOURCE_EXHAUSTED` if too many others are being checked.
-pub(super) async fn check(request: v1::SubmitRequest, user: String) -> Result<Box<JobSpec>, Status> {
-    bounds::submit(&request).map_err(|faults| refused(&faults))?;
+pub(super) async fn check(
+    request: v1::SubmitRequest,
+    resumed: Option<Resumed>,
+    user: String,
+) -> Result<Box<JobSpec>, Status> {
     let busy = "submissions: others are being checked; submit it again in some seconds";
     let turn = tokio::time::timeout(TURN, TURNS.acquire()).await;
     let turn = turn.ok().and_then(Result::ok).ok_or_else(|| Status::resource_exhausted(busy))?;
     let traceparent = trace::current().to_string();
     let checked = tokio::task::spawn_blocking(move || {
-        let spec = spec(request);
+        let spec = spec(request, resumed);
         drop(turn);
         spec
     });
@@ -82,6 +114,7 @@ fn difference(one: &JobSpec, other: &JobSpec) -> Option<String> {
         ("name", one.name != other.name),
         ("priority", one.priority != other.priority),
         ("min_ranks", one.min_ranks != other.min_ranks),
+        ("resume", one.origin != other.origin),
         ("model.config", one.recipe.model_config != other.recipe.model_config),
     ];
     let of_job = of_job.into_iter().find(|(_, differs)| *differs).map(|(field, _)| field.to_owned());
@@ -108,15 +141,39 @@ fn keys(recipe: &str) -> BTreeMap<String, &str> {
     keys
 }
 
-fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
-    let v1::SubmitRequest { recipe, overrides, model_config, name, priority, idempotency_key, min_ranks } =
-        request;
-    let name = if name.is_empty() { "recipe".to_owned() } else { name };
-    let model = if model_config.is_empty() { None } else { Some(ModelConfig::from_hf_json(&model_config)?) };
-    let recipe = Recipe::submitted(&recipe, &name, &overrides, model)?;
+fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>) -> Result<JobSpec, Faults> {
+    let v1::SubmitRequest {
+        recipe,
+        overrides,
+        model_config,
+        mut name,
+        priority,
+        idempotency_key,
+        min_ranks,
+        resume,
+    } = request;
+    if name.is_empty() {
+        name = resumed.as_ref().map_or_else(|| "recipe".to_owned(), |resumed| resumed.spec.name.clone());
+    }
+    let recipe = match &resumed {
+        Some(Resumed { spec, .. }) if recipe.is_empty() => {
+            let (text, model) = (spec.recipe.resolved_toml(), spec.recipe.model_config.clone());
+            Recipe::resubmitted(&text, &name, &overrides, model)?
+        }
+        _ => {
+            let model =
+                if model_config.is_empty() { None } else { Some(ModelConfig::from_hf_json(&model_config)?) };
+            Recipe::submitted(&recipe, &name, &overrides, model)?
+        }
+    };
     bounds::recipe(&recipe)?;
+    let mut faults = match &resumed {
+        Some(Resumed { spec, origin }) => continuation(&spec.recipe, &recipe, origin.checkpoint.step),
+        None => Faults::default(),
+    };
+    let origin = resumed.map(|resumed| resumed.origin).or_else(|| resume.map(in_folder));
+    check_origin(origin.as_ref(), &recipe, &mut faults);
     let world = recipe.topology().world();
-    let mut faults = Faults::default();
     if world > MAX_RANKS {
         faults.expected("parallel", format!("at most {MAX_RANKS} ranks"), world);
         return Err(faults);
@@ -135,5 +192,26 @@ fn spec(request: v1::SubmitRequest) -> Result<JobSpec, Faults> {
         recipe: Arc::new(recipe),
         rank_bytes,
         traceparent: String::new(),
+        origin,
     })
+}
+
+/// The checkpoint in a folder, as the client has read it. The workers look again.
+fn in_folder(v1::ResumeFrom { folder, step, cursor, .. }: v1::ResumeFrom) -> Origin {
+    Origin { job: None, folder, checkpoint: Checkpoint { step, cursor }, cursor: 0 }
+}
+
+fn check_origin(origin: Option<&Origin>, recipe: &Recipe, faults: &mut Faults) {
+    let Some(Origin { job, folder, checkpoint, .. }) = origin else { return };
+    if job.is_none() && !Path::new(folder).is_absolute() {
+        faults.expected("resume", "a job, or the absolute path of a checkpoint", format!("{folder:?}"));
+    }
+    let (step, steps) = (checkpoint.step, recipe.training.steps as u64);
+    if step == 0 {
+        faults.expected("resume", "a checkpoint of a step from 1 on", step);
+    } else if step >= steps {
+        let expected = format!("more than {step}, the step of the checkpoint");
+        faults.list.retain(|fault| fault.path != "training.steps");
+        faults.expected("training.steps", expected, steps);
+    }
 }

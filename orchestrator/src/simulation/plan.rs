@@ -250,6 +250,7 @@ impl SimJob {
                 recipe,
                 rank_bytes: 0,
                 traceparent: String::new(),
+                origin: None,
             },
             at_ms: random.between(0, 20_000),
             step_ms,

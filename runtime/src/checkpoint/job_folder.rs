@@ -112,13 +112,10 @@ impl JobFolder {
         let jobs = storage.path().join(JOBS);
         make_dir(&jobs).map_err(file(&jobs))?;
         let folder = |name| JobFolder { storage: storage.clone(), dir: jobs.join(name), owner };
-        let [usual, own] = owner.names().map(folder);
-        // The own name first: the usual one may have come free since.
-        for folder in [&own, &usual] {
-            if folder.read()?.is_some_and(|found| folder.is_own(&found)) {
-                return Ok(folder.clone());
-            }
+        if let Some(folder) = Self::find(storage, owner)? {
+            return Ok(folder);
         }
+        let [usual, own] = owner.names().map(folder);
         for folder in [usual, own.clone()] {
             // Another worker of the job may have been faster.
             if folder.make(&jobs)? || folder.read()?.is_some_and(|found| folder.is_own(&found)) {
@@ -126,6 +123,24 @@ impl JobFolder {
             }
         }
         Err(own.foreign("expected a free name for the folder of this job, got one that is taken".into()))
+    }
+
+    /// The folder that a job has, if it has one.
+    ///
+    /// # Errors
+    /// The storage is gone, or cannot be read.
+    pub fn find(storage: &Storage, owner: Owner) -> Result<Option<JobFolder>, FolderError> {
+        storage.verify()?;
+        let jobs = storage.path().join(JOBS);
+        let [usual, own] = owner.names();
+        // The own name first: the usual one may have come free since.
+        for name in [own, usual] {
+            let folder = JobFolder { storage: storage.clone(), dir: jobs.join(name), owner };
+            if folder.read()?.is_some_and(|found| folder.is_own(&found)) {
+                return Ok(Some(folder));
+            }
+        }
+        Ok(None)
     }
 
     /// Where it is.

@@ -3,11 +3,13 @@
 use super::ModelConfig;
 
 /// Names and `config.json` texts of the built-in models.
-const MODELS: [(&str, &str); 4] = [
+const MODELS: [(&str, &str); 6] = [
     ("tiny", include_str!("../../../recipes/models/tiny.json")),
     ("small", include_str!("../../../recipes/models/small.json")),
     ("base", include_str!("../../../recipes/models/base.json")),
     ("deepseek-v3", include_str!("../../../recipes/models/deepseek-v3.json")),
+    ("deepseek-v2-lite", include_str!("../../../recipes/models/deepseek-v2-lite.json")),
+    ("moonlight", include_str!("../../../recipes/models/moonlight.json")),
 ];
 
 /// Names of the built-in models.

@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value, json};
 
-use super::ModelConfig;
+use super::{ModelConfig, TopkMethod};
 use crate::faults::Faults;
 
 /// Upper bounds far beyond any model, low enough that no product of sizes overflows 64 bits.
@@ -57,7 +57,7 @@ pub(super) fn read_with(text: &str, keys: &Map<String, Value>) -> Result<(ModelC
 }
 
 /// Keys of published files that change nothing: they name classes, versions and types, or repeat what is fixed.
-const WITHOUT_EFFECT: [&str; 21] = [
+const WITHOUT_EFFECT: [&str; 22] = [
     "_name_or_path",
     "architectures",
     "auto_map",
@@ -68,6 +68,7 @@ const WITHOUT_EFFECT: [&str; 21] = [
     "id2label",
     "is_encoder_decoder",
     "label2id",
+    "mlp_bias",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -100,6 +101,9 @@ pub(super) fn ignored_keys(text: &str) -> Vec<String> {
     };
     ignored.map(named).collect()
 }
+
+/// What `model_type` may say. Kimi K2 is DeepSeek-V3 under another name.
+const FAMILIES: [&str; 3] = ["deepseek_v3", "deepseek_v2", "kimi_k2"];
 
 /// Takes typed values out of one JSON object and notes what is wrong with them.
 struct ConfigReader<'a> {
@@ -185,12 +189,15 @@ impl<'a> ConfigReader<'a> {
 
     /// What the model's arithmetic is built for; anything else must not be read as if it were that.
     fn refuse_unsupported(&mut self) {
-        if self.given("model_type") != Some(&json!("deepseek_v3")) {
-            self.fault("model_type", "\"deepseek_v3\"", self.given("model_type"));
+        let family = self.given("model_type").and_then(Value::as_str);
+        if !family.is_some_and(|family| FAMILIES.contains(&family)) {
+            let expected = "\"deepseek_v3\", \"deepseek_v2\" or \"kimi_k2\"";
+            self.fault("model_type", expected, self.given("model_type"));
         }
+        let scoring = if self.is_v2() { "softmax" } else { "sigmoid" };
         let only = [
-            ("scoring_func", json!("sigmoid")),
-            ("topk_method", json!("noaux_tc")),
+            ("scoring_func", json!(scoring)),
+            ("mlp_bias", json!(false)),
             ("hidden_act", json!("silu")),
             ("attention_bias", json!(false)),
             ("tie_word_embeddings", json!(false)),
@@ -213,13 +220,51 @@ impl<'a> ConfigReader<'a> {
             let expected = "the same as num_attention_heads, as latent attention has no key groups";
             self.fault("num_key_value_heads", expected, Some(heads));
         }
-        if let Some(quantization) = self.given("quantization_config") {
-            let method = quantization.get("quant_method").unwrap_or(quantization);
-            self.fault("quantization_config", "none, as fp8 weights are not supported yet", Some(method));
+        self.refuse_other_quantization();
+    }
+
+    /// Weights in FP8 with a scale per block, as they are published, are read as the numbers they stand for.
+    fn refuse_other_quantization(&mut self) {
+        let Some(quantization) = self.given("quantization_config") else { return };
+        let form = [
+            ("quant_method", json!("fp8"), None),
+            ("weight_block_size", json!([128, 128]), None),
+            ("fmt", json!("e4m3"), Some(json!("e4m3"))),
+        ];
+        for (key, supported, default) in form {
+            let given = quantization.get(key).filter(|value| !value.is_null());
+            if given.or(default.as_ref()) != Some(&supported) {
+                let path = format!("quantization_config.{key}");
+                self.fault(&path, &format!("{supported}, the only form that is supported"), given);
+            }
         }
     }
 
+    /// DeepSeek-V2 has gates of its own; all others have those of DeepSeek-V3.
+    fn is_v2(&self) -> bool {
+        self.given("model_type") == Some(&json!("deepseek_v2"))
+    }
+
+    fn topk_method(&mut self) -> TopkMethod {
+        let given = self.given("topk_method");
+        let methods: &[TopkMethod] = if self.is_v2() {
+            &[TopkMethod::Greedy, TopkMethod::GroupLimitedGreedy]
+        } else {
+            &[TopkMethod::NoauxTc]
+        };
+        let named = |given: &Value| methods.iter().copied().find(|method| given == method.name());
+        given.map_or(Some(methods[0]), named).unwrap_or_else(|| {
+            let names: Vec<_> = methods.iter().map(|method| format!("\"{}\"", method.name())).collect();
+            let only = if names.len() == 1 { ", the only form that is supported" } else { "" };
+            self.fault("topk_method", &(names.join(" or ") + only), given);
+            methods[0]
+        })
+    }
+
     fn config(&mut self) -> ModelConfig {
+        let topk_method = self.topk_method();
+        // Files of models without groups may have none of the two.
+        let one_group = (topk_method == TopkMethod::Greedy).then_some(1);
         let max_position_embeddings = self.count("max_position_embeddings", POSITIONS, None);
         let (rope_theta, rope_scaling) = rope::read(self, max_position_embeddings);
         ModelConfig {
@@ -239,8 +284,9 @@ impl<'a> ConfigReader<'a> {
             n_shared_experts: self.count("n_shared_experts", EXPERTS, None),
             n_routed_experts: self.count("n_routed_experts", EXPERTS, None),
             num_experts_per_tok: self.count("num_experts_per_tok", EXPERTS, None),
-            n_group: self.count("n_group", EXPERTS, None),
-            topk_group: self.count("topk_group", EXPERTS, None),
+            n_group: self.count("n_group", EXPERTS, one_group),
+            topk_group: self.count("topk_group", EXPERTS, one_group),
+            topk_method,
             norm_topk_prob: self.flag("norm_topk_prob"),
             routed_scaling_factor: self.positive("routed_scaling_factor", None),
             rms_norm_eps: self.number("rms_norm_eps", Some(1e-6)),
@@ -261,6 +307,33 @@ fn check_relations(config: &ModelConfig, faults: &mut Faults) {
         faults.expected("qk_rope_head_dim", "an even number", config.qk_rope_head_dim);
     }
     check_groups(config, faults);
+    check_softmax(config, faults);
+}
+
+/// Where published programs disagree or give a key no meaning, nothing is guessed.
+fn check_softmax(config: &ModelConfig, faults: &mut Faults) {
+    if config.has_gate_bias() {
+        return;
+    }
+    if config.num_nextn_predict_layers > 0 && faults.spare(&["num_nextn_predict_layers"]) {
+        let expected = "0, as DeepSeek-V2 has no multi-token prediction";
+        faults.expected("num_nextn_predict_layers", expected, config.num_nextn_predict_layers);
+    }
+    let is_known = faults.spare(&["topk_group", "n_group"]);
+    if is_known && config.topk_method == TopkMethod::Greedy && config.topk_group != config.n_group {
+        let expected = format!("n_group ({}), as topk_method \"greedy\" leaves no group out", config.n_group);
+        faults.expected("topk_group", expected, config.topk_group);
+    }
+    // The published modelling code leaves the factor out where it normalises, others multiply by both.
+    let is_known = faults.spare(&["norm_topk_prob", "routed_scaling_factor"]);
+    if is_known && config.norm_topk_prob && config.routed_scaling_factor != 1.0 {
+        let expected = "1 with softmax scores and norm_topk_prob";
+        faults.expected("routed_scaling_factor", expected, config.routed_scaling_factor);
+    }
+    if config.norm_topk_prob && config.num_experts_per_tok == 1 {
+        let expected = "false where num_experts_per_tok is 1: one weight is left as it is";
+        faults.expected("norm_topk_prob", expected, true);
+    }
 }
 
 fn check_groups(config: &ModelConfig, faults: &mut Faults) {
@@ -279,7 +352,7 @@ fn check_groups(config: &ModelConfig, faults: &mut Faults) {
         faults.expected("n_routed_experts", expected, n_routed_experts);
     }
     let group_size = n_routed_experts / n_group;
-    if n_group > 1 && group_size < 2 {
+    if n_group > 1 && group_size < 2 && config.has_gate_bias() {
         let expected = format!("groups of 2 experts or more (at most {} groups)", n_routed_experts / 2);
         faults.expected("n_group", expected, n_group);
     }
@@ -319,9 +392,14 @@ fn value_text(value: &Value) -> String {
 }
 
 pub(super) fn write(config: &ModelConfig) -> String {
+    let (class, family, scoring) = if config.has_gate_bias() {
+        ("DeepseekV3ForCausalLM", "deepseek_v3", "sigmoid")
+    } else {
+        ("DeepseekV2ForCausalLM", "deepseek_v2", "softmax")
+    };
     let file = json!({
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": [class],
+        "model_type": family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -341,8 +419,8 @@ pub(super) fn write(config: &ModelConfig) -> String {
         "num_experts_per_tok": config.num_experts_per_tok,
         "n_group": config.n_group,
         "topk_group": config.topk_group,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
+        "topk_method": config.topk_method.name(),
+        "scoring_func": scoring,
         "norm_topk_prob": config.norm_topk_prob,
         "routed_scaling_factor": config.routed_scaling_factor,
         "rms_norm_eps": config.rms_norm_eps,

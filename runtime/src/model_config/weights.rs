@@ -115,7 +115,9 @@ impl WeightList<'_> {
     fn add_experts(&mut self) {
         let c = self.config;
         self.add("mlp.gate.weight", &[c.n_routed_experts, c.hidden_size]);
-        self.add("mlp.gate.e_score_correction_bias", &[c.n_routed_experts]);
+        if c.has_gate_bias() {
+            self.add("mlp.gate.e_score_correction_bias", &[c.n_routed_experts]);
+        }
         for expert in 0..c.n_routed_experts {
             self.add_ffn(&format!("mlp.experts.{expert}"), c.moe_intermediate_size);
         }
@@ -151,7 +153,9 @@ mod tests {
     #[test]
     fn names_and_shapes_equal_those_of_the_parity_checkpoints() {
         let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity");
-        for fixture in ["qlora_grouped", "noqlora_flat", "yarn_mtp"] {
+        for fixture in
+            ["qlora_grouped", "noqlora_flat", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2"]
+        {
             let text = std::fs::read_to_string(parity.join(fixture).join("config.json")).unwrap();
             let weights = ModelConfig::from_hf_json(&text).unwrap().weights();
             let listed: BTreeMap<_, _> = weights.iter().map(|w| (w.name.clone(), w.shape.clone())).collect();
@@ -211,6 +215,18 @@ mod tests {
         let total: u64 =
             config.weights().iter().filter(|w| main(&w.name)).map(WeightShape::num_elements).sum();
         assert_eq!(total, 671_026_419_200);
+    }
+
+    #[test]
+    fn models_of_other_architectures_have_their_published_sizes() {
+        let total = |name: &str| -> u64 {
+            let config = crate::model_config::builtin::model(name).unwrap();
+            config.weights().iter().map(WeightShape::num_elements).sum()
+        };
+        // The published index says 31,412,968,448 bytes in 16 bits.
+        assert_eq!(2 * total("deepseek-v2-lite"), 31_412_968_448);
+        // Moonlight is published as one of 15.96 billion.
+        assert_eq!(total("moonlight") / 10_000_000, 1596);
     }
 
     /// The published files hold 8-bit matrices with one f32 scale per 128 x 128 block, 16-bit norms, tables,

@@ -85,7 +85,7 @@ const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'stat
 #[rustfmt::skip]
 pub const KEYS: &[KeyDoc] = &[
     key("model.config", Text, Required,
-        "A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json; other keys here replace its own."),
+        "A built-in model (tiny, small, base, deepseek-v3, deepseek-v2-lite, moonlight) or the path of an HF config.json; other keys here replace its own."),
     key("model.init", Text, Fixed("\"fresh\""),
         "fresh: weights are drawn; or the HF directory whose weights training starts from."),
     key("parallel.pipeline", Count(1, AXIS), Fixed("1"), "Pipeline ranks."),
@@ -127,7 +127,7 @@ pub const KEYS: &[KeyDoc] = &[
         "Tokens of the half cosine from the peak down to the floor."),
     key("lr.floor", Number(NonNegative), Derived("lr.peak: no decay"),
         "Learning rate after the half cosine."),
-    key("balance.bias_speed", Steps, Fixed("0.001"),
+    key("balance.bias_speed", Steps, Derived("0.001, or 0 where gates have no bias"),
         "Change of a gate bias per step: a number, or a list of { from_tokens, value }; 0: none."),
     key("balance.sequence_alpha", Number(NonNegative), Fixed("0.0001"),
         "Weight of the sequence-wise balance loss; 0: none."),

@@ -5,6 +5,7 @@
 //! at once. Knows no ranks at work, no data and no tensors.
 
 pub mod builtin;
+mod continued;
 mod keys;
 #[cfg(test)]
 mod model_tests;
@@ -22,6 +23,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
+pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
@@ -36,6 +38,7 @@ use crate::files::objects::Location;
 use crate::model_config::{ModelConfig, builtin as models};
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
+use continued::{is_set, text_to_continue};
 use table::RecipeTable;
 
 /// Where a recipe comes from.
@@ -173,21 +176,22 @@ impl Recipe {
         overrides: &[String],
         model: ModelConfig,
     ) -> Result<Self, Faults> {
-        let is_set = |path: &str| {
-            overrides.iter().any(|entry| entry.split('=').next().is_some_and(|key| key.trim() == path))
-        };
-        let model = (!is_set("model.config")).then_some(model);
-        let mut text = resolved_toml.to_owned();
-        // The floor of a rate that does not decay was derived from the peak, and follows it.
-        if is_set("lr.peak")
-            && let Ok(mut values) = resolved_toml.parse::<toml::Table>()
-            && let Some(Value::Table(lr)) = values.get_mut("lr")
-            && lr.get("floor") == lr.get("peak")
-        {
-            lr.remove("floor");
-            text = values.to_string();
-        }
+        let model = (!is_set(overrides, "model.config")).then_some(model);
+        let text = text_to_continue(resolved_toml, overrides);
         Self::read((&text, name), Path::new(""), overrides, model)
+    }
+
+    /// The recipe of an earlier job, with overrides, as [`Recipe::submitted`]. The model is the job's.
+    ///
+    /// **Errors**: every fault at once.
+    pub fn resubmitted(
+        resolved_toml: &str,
+        name: &str,
+        overrides: &[String],
+        model: ModelConfig,
+    ) -> Result<Self, Faults> {
+        let model = (!is_set(overrides, "model.config")).then_some(model);
+        Self::submitted(&text_to_continue(resolved_toml, overrides), name, overrides, model)
     }
 
     /// As [`Recipe::load`], from a text that is called `name` in messages and is relative to `folder`.
@@ -429,6 +433,10 @@ fn derive(table: &mut RecipeTable, model: &ModelConfig) {
     if !table.is_given("mtp.weight") {
         let weight = if model.num_nextn_predict_layers > 0 { 0.3 } else { 0.0 };
         table.set("mtp.weight", Value::Float(weight));
+    }
+    if !table.is_given("balance.bias_speed") {
+        let speed = if model.has_gate_bias() { 0.001 } else { 0.0 };
+        table.set("balance.bias_speed", Value::Float(speed));
     }
     if !table.is_given("lr.floor") {
         let decays = table.get("lr.cosine_tokens").and_then(Value::as_integer) != Some(0);

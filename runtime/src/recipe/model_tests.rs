@@ -46,6 +46,35 @@ fn a_key_can_be_taken_out() {
 }
 
 #[test]
+fn gates_without_a_bias_are_not_moved_and_whoever_asks_for_it_is_told() {
+    let keys = [
+        ("deepseek_v3", "deepseek_v2"),
+        ("sigmoid", "softmax"),
+        ("noaux_tc", "group_limited_greedy"),
+        ("\"routed_scaling_factor\": 2.5", "\"routed_scaling_factor\": 1"),
+        ("\"num_nextn_predict_layers\": 1", "\"num_nextn_predict_layers\": 0"),
+    ];
+    let mut text = crate::model_config::builtin::text("tiny").unwrap().to_owned();
+    for (of_v3, of_v2) in keys {
+        assert!(text.contains(of_v3), "{of_v3}");
+        text = text.replace(of_v3, of_v2);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v2.json");
+    std::fs::write(&path, text).unwrap();
+    let model = format!("model.config={}", path.display());
+    let with = |more: &[&str]| tiny(&[&[model.as_str(), "mtp.weight=0"], more].concat());
+    let faults = |more: &[&str]| with(more).unwrap_err().to_string();
+    let message = "balance.bias_speed: expected 0, as gates of topk_method \"group_limited_greedy\" have no bias \
+                   (balance.sequence_alpha balances them), got a speed above 0";
+    // The built-in recipe has a speed of its own.
+    assert_eq!(faults(&[]), message);
+    let later = "balance.bias_speed=[{from_tokens=0, value=0}, {from_tokens=9, value=1}]";
+    assert_eq!(faults(&[later]), message);
+    assert_eq!(with(&["balance.bias_speed=0"]).unwrap().bias_speed_at(0), 0.0);
+}
+
+#[test]
 fn faults_of_such_keys_are_called_by_their_path_and_hide_no_other() {
     let all = faults(&[
         "model.hidden_size=wide",

@@ -116,6 +116,14 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
         let got = "a weight above 0";
         faults.expected("mtp.weight", "0, as the model has no multi-token prediction", got);
     }
+    let is_known = faults.spare(&["balance.bias_speed"]) && knows(faults, &["topk_method", "model_type"]);
+    if is_known && !model.has_gate_bias() && !recipe.balance.bias_speed.is_zero() {
+        let expected = format!(
+            "0, as gates of topk_method \"{}\" have no bias (balance.sequence_alpha balances them)",
+            model.topk_method.name()
+        );
+        faults.expected("balance.bias_speed", expected, "a speed above 0");
+    }
 }
 
 fn check_rates(recipe: &Recipe, faults: &mut Faults) {

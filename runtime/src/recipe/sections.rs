@@ -10,7 +10,7 @@ use crate::schedule::ScheduleKind;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSection {
-    /// A built-in model (tiny, small, base, deepseek-v3) or the path of an HF config.json; other keys here replace its own.
+    /// A built-in model (tiny, small, base, deepseek-v3, deepseek-v2-lite, moonlight) or the path of an HF config.json; other keys here replace its own.
     pub config: String,
     /// fresh: weights are drawn; or the HF directory whose weights training starts from.
     pub init: String,

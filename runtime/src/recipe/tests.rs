@@ -316,8 +316,7 @@ fn broken_toml_and_missing_files() {
 
     assert!(error_text(&["model.config=tinny"]).ends_with("/tinny; did you mean `tiny`?"));
     let model = error_text(&["model.config=\"no/such.json\""]);
-    let expected =
-        "model.config: expected a built-in model (tiny, small, base, deepseek-v3) or an HF config.json, got ";
+    let expected = "model.config: expected a built-in model (tiny, small, base, deepseek-v3, deepseek-v2-lite, moonlight) or an HF config.json, got ";
     assert!(model.starts_with(expected) && model.ends_with("no/such.json"), "{model}");
 }
 
@@ -336,7 +335,7 @@ model.config.vocab_size: expected at least 257 for the byte tokenizer, got 192";
     assert_eq!(load("config.json"), format!("{unknown}{small_vocabulary}"));
     let no_config = load("meta.json");
     assert!(
-        no_config.contains("\nmodel.config.model_type: expected \"deepseek_v3\", got nothing\n"),
+        no_config.contains("\nmodel.config.model_type: expected \"deepseek_v3\", \"deepseek_v2\" or \"kimi_k2\", got nothing\n"),
         "{no_config}"
     );
     assert!(

@@ -163,9 +163,9 @@ impl Records {
         weights.map(|((_, name), pieces)| (name.as_str(), pieces.shape.as_slice()))
     }
 
-    /// Shape of a weight, if there is one of that name.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.tensors.get(&(Kind::Weight, name.to_owned())).map(|pieces| pieces.shape.as_slice())
+    /// Shape of a tensor, if there is one of that kind and name.
+    pub fn shape(&self, kind: Kind, name: &str) -> Option<&[usize]> {
+        self.tensors.get(&(kind, name.to_owned())).map(|pieces| pieces.shape.as_slice())
     }
 
     /// Reads a range of a tensor of this shape into `out`, which has the range's length and is in F32.
@@ -227,9 +227,12 @@ impl Records {
             }
         }
         for (&layer, bias) in &mut params.gate_biases {
-            let (name, len) = (gate_bias_name(layer), bias.len());
-            self.read(Kind::Weight, (&name, &[len]), 0..len, bias.view_mut(0..len))?;
-            params.expert_counts.insert(layer, self.read_counts(&name, len)?);
+            let len = bias.len();
+            let tensor: (&str, &[usize]) = (&gate_bias_name(layer), &[len]);
+            self.read(Kind::Weight, tensor, 0..len, bias.view_mut(0..len))?;
+        }
+        for (&layer, counts) in &mut params.expert_counts {
+            *counts = self.read_counts(&gate_bias_name(layer), counts.len())?;
         }
         Ok(())
     }

@@ -4,4 +4,5 @@
 
 pub mod check;
 pub mod export;
+mod fp8;
 pub mod weights;

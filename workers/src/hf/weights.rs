@@ -1,6 +1,6 @@
 //! Weights in files: HF directories of safetensors under the published names, read and written.
 //!
-//! Reads F32, BF16 and F16 from one file or from several with an index; converts to f32. Buffers that follow from the
+//! Reads F32, BF16, F16 and FP8 with scales from one file or from several with an index; converts to f32. Buffers that follow from the
 //! configuration are skipped. Knows names and shapes, no layers.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +17,7 @@ use contraflow_runtime::model_config::is_derived_buffer;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::fp8;
 use crate::checkpoint::{Checkpoint, CheckpointFaults, Kind};
 use crate::error::RankError;
 use crate::model::params::{Params, gate_bias_name};
@@ -35,6 +36,32 @@ struct TensorLocation {
     /// First byte of the tensor in the file.
     start: u64,
     info: TensorInfo,
+    /// The scales of an FP8 matrix, which may be in another file.
+    scales: Option<Box<TensorLocation>>,
+}
+
+impl TensorLocation {
+    fn bytes(&self) -> Result<Vec<u8>, RankError> {
+        let (from, to) = self.info.data_offsets;
+        let mut bytes = vec![0; to - from];
+        let mut file = files::open(&self.file).map_err(file_error(&self.file))?;
+        file.seek(SeekFrom::Start(self.start)).map_err(file_error(&self.file))?;
+        file.read_exact(&mut bytes).map_err(file_error(&self.file))?;
+        Ok(bytes)
+    }
+
+    fn values(&self) -> Result<Vec<f32>, RankError> {
+        let bytes = self.bytes()?;
+        match &self.scales {
+            None => Ok(to_f32(&bytes, self.info.dtype)),
+            Some(scales) => Ok(fp8::dequantize(&bytes, self.info.shape[1], &scales.values()?)),
+        }
+    }
+
+    /// Type of its values as they are read.
+    fn dtype(&self) -> Dtype {
+        if self.scales.is_some() { Dtype::F32 } else { self.info.dtype }
+    }
 }
 
 /// The weights of an HF directory or of a checkpoint, by name; values are read on demand.
@@ -60,7 +87,7 @@ fn content_error(path: &Path, message: impl Into<String>) -> RankError {
 impl HfWeights {
     /// Reads the headers of all weight files of a directory.
     ///
-    /// **Errors**: a missing or damaged file, by name; an FP8 tensor, by name. The first fault of [`HfWeights::survey`].
+    /// **Errors**: a missing or damaged file, by name; an FP8 tensor without its scales, by name. The first fault of [`HfWeights::survey`].
     pub fn open(dir: &Path) -> Result<Self, RankError> {
         let (weights, faults) = Self::survey(dir);
         faults.into_iter().next().map_or(Ok(weights), Err)
@@ -112,7 +139,32 @@ impl HfWeights {
                 Err(fault) => faults.push(fault),
             }
         }
+        // Scales may be missing because their file is.
+        let without_scales = weights.attach_scales();
+        if faults.is_empty() {
+            faults.extend(without_scales);
+        }
         (weights, faults)
+    }
+
+    /// Gives each FP8 matrix its scales, which are no tensors of the model.
+    ///
+    /// **Errors**: the matrices that have none, or none that fit.
+    fn attach_scales(&mut self) -> Vec<RankError> {
+        let is_fp8 = |place: &TensorLocation| place.info.dtype == Dtype::F8_E4M3;
+        let fp8 = self.tensors.iter().filter(|(_, place)| is_fp8(place));
+        let names: Vec<String> = fp8.map(|(name, _)| name.clone()).collect();
+        let mut faults = Vec::new();
+        for name in names {
+            let scales = self.tensors.remove(&format!("{name}{}", fp8::SCALES));
+            let Some(place) = self.tensors.get_mut(&name) else { continue };
+            let fault = scales_fault(&name, &place.info, scales.as_ref().map(|scales| &scales.info));
+            match fault {
+                Some(message) => faults.push(content_error(&place.file, message)),
+                None => place.scales = scales.map(Box::new),
+            }
+        }
+        faults
     }
 
     /// Where they are.
@@ -131,11 +183,11 @@ impl HfWeights {
         &self.buffers
     }
 
-    /// Shape and type of a tensor, if there is one of that name.
+    /// Shape of a tensor and type of its values as they are read, if there is one of that name.
     pub fn info(&self, name: &str) -> Option<(&[usize], Dtype)> {
         match &self.checkpoint {
-            Some(checkpoint) => checkpoint.records.shape(name).map(|shape| (shape, Dtype::F32)),
-            None => self.tensors.get(name).map(|place| (place.info.shape.as_slice(), place.info.dtype)),
+            Some(checkpoint) => checkpoint.records.shape(Kind::Weight, name).map(|shape| (shape, Dtype::F32)),
+            None => self.tensors.get(name).map(|place| (place.info.shape.as_slice(), place.dtype())),
         }
     }
 
@@ -154,12 +206,7 @@ impl HfWeights {
             let message = format!("{name}: expected shape {shape:?}, got {:?}", place.info.shape);
             return Err(content_error(&place.file, message));
         }
-        let (from, to) = place.info.data_offsets;
-        let mut bytes = vec![0; to - from];
-        let mut file = files::open(&place.file).map_err(file_error(&place.file))?;
-        file.seek(SeekFrom::Start(place.start)).map_err(file_error(&place.file))?;
-        file.read_exact(&mut bytes).map_err(file_error(&place.file))?;
-        Ok(to_f32(&bytes, place.info.dtype))
+        place.values()
     }
 
     /// Fills parameters with the tensors of their names, and the gate biases of their layers.
@@ -220,7 +267,7 @@ fn open_header(path: &Path) -> Result<Vec<(String, TensorLocation)>, RankError> 
     let (length, metadata) = read_header(&mut file, size).map_err(|message| content_error(path, message))?;
     let place = |(name, info): (String, &TensorInfo)| {
         let start = 8 + length + info.data_offsets.0 as u64;
-        (name, TensorLocation { file: path.to_owned(), start, info: info.clone() })
+        (name, TensorLocation { file: path.to_owned(), start, info: info.clone(), scales: None })
     };
     Ok(metadata.tensors().into_iter().map(place).collect())
 }
@@ -252,12 +299,27 @@ pub fn read_header(file: &mut impl Read, size: u64) -> Result<(u64, Metadata), S
 
 fn supported(file: &Path, tensor: &str, dtype: Dtype) -> Result<(), RankError> {
     match dtype {
-        Dtype::F32 | Dtype::BF16 | Dtype::F16 => Ok(()),
-        Dtype::F8_E4M3 | Dtype::F8_E5M2 => Err(content_error(
+        Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F8_E4M3 => Ok(()),
+        other => Err(content_error(
             file,
-            format!("{tensor}: FP8 weights are not supported, expected F32, BF16 or F16"),
+            format!("{tensor}: expected F32, BF16, F16, or F8_E4M3 with scales, got {other:?}"),
         )),
-        other => Err(content_error(file, format!("{tensor}: expected F32, BF16 or F16, got {other:?}"))),
+    }
+}
+
+/// What is wrong with the scales of an FP8 tensor.
+fn scales_fault(name: &str, weight: &TensorInfo, scales: Option<&TensorInfo>) -> Option<String> {
+    let Some(fitting) = fp8::scales_shape(&weight.shape) else {
+        return Some(format!("{name}: expected a matrix, as it is FP8, got shape {:?}", weight.shape));
+    };
+    let block = fp8::BLOCK;
+    let expected = format!("scales {name}{} of shape {fitting:?}, one per {block} x {block}", fp8::SCALES);
+    match scales {
+        None => Some(format!("{name}: FP8, expected {expected}, got none")),
+        Some(TensorInfo { dtype: Dtype::F32, shape, .. }) if *shape == fitting => None,
+        Some(TensorInfo { dtype, shape, .. }) => {
+            Some(format!("{name}: FP8, expected {expected} in F32, got {shape:?} in {dtype:?}"))
+        }
     }
 }
 
@@ -371,7 +433,20 @@ mod tests {
         let data: Vec<u8> = vec![0; 8];
         let f8 = safetensors::tensor::TensorView::new(Dtype::F8_E4M3, vec![8], &data).unwrap();
         std::fs::write(&path, safetensors::serialize([("model.norm.weight", f8)], None).unwrap()).unwrap();
-        assert!(open().contains("model.norm.weight: FP8"));
+        assert!(open().contains("model.norm.weight: expected a matrix, as it is FP8, got shape [8]"));
+        let f8 = safetensors::tensor::TensorView::new(Dtype::F8_E4M3, vec![2, 4], &data).unwrap();
+        let scales = safetensors::tensor::TensorView::new(Dtype::F32, vec![1, 2], &data).unwrap();
+        let both = [("head.weight", f8.clone()), ("head.weight_scale_inv", scales)];
+        for (tensors, got) in [(&both[..1], "none"), (&both[..], "[1, 2] in F32")] {
+            let tensors = tensors.iter().map(|(name, view)| (*name, view.clone()));
+            std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+            let expected =
+                "head.weight: FP8, expected scales head.weight_scale_inv of shape [1, 1], one per 128 x 128";
+            assert!(open().contains(expected) && open().ends_with(&format!("got {got}")), "{}", open());
+        }
+        let e5m2 = safetensors::tensor::TensorView::new(Dtype::F8_E5M2, vec![8], &data).unwrap();
+        std::fs::write(&path, safetensors::serialize([("x", e5m2)], None).unwrap()).unwrap();
+        assert!(open().contains("x: expected F32, BF16, F16, or F8_E4M3 with scales, got F8_E5M2"));
         let bf16 = safetensors::tensor::TensorView::new(Dtype::BF16, vec![4], &data).unwrap();
         let whole = safetensors::serialize([("x", bf16)], None).unwrap();
         std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();

@@ -8,10 +8,12 @@ use contraflow_runtime::checkpoint::{
     CheckpointFolder, Companions, JobFolder, Manifest, Owner, Pinned, Position, Storage,
 };
 use contraflow_runtime::control::ExportedFile;
+use contraflow_runtime::control::wire::job_of;
+use contraflow_runtime::faults::count;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::publish::publish_weights;
-use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::recipe::{Recipe, continuation};
 use contraflow_runtime::topology::{FormationId, Generation};
 use v1::commit::What;
 
@@ -93,7 +95,10 @@ impl Prepared {
             .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation, ..manifest };
         let companions = companions(&recipe, &text.tokenizer);
-        let resume = resume(assign, &folder, &manifest).map_err(RankError::in_storage)?;
+        let resume = match resume_dir(assign, &folder, roots)? {
+            Some(dir) => Some(resume(&dir, assign, &manifest).map_err(RankError::in_storage)?),
+            None => None,
+        };
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
         let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, job, keep };
@@ -199,16 +204,51 @@ fn place(recipe: Recipe, roots: &Roots) -> Result<Recipe, RankError> {
     }
 }
 
-fn resume(
+/// The folder of the checkpoint that a formation resumes from; `None` if it is a fresh start or the state is in memory.
+fn resume_dir(
     assign: &v1::Assign,
     folder: &CheckpointFolder,
-    own: &Manifest,
-) -> Result<Option<Arc<Checkpoint>>, RankError> {
+    roots: &Roots,
+) -> Result<Option<PathBuf>, RankError> {
     if assign.resume_step == 0 || assign.memory.is_some() {
         return Ok(None);
     }
-    let dir = folder.committed(assign.resume_step);
-    let mut checkpoint = Checkpoint::open(&dir).map_err(|faults| {
+    let own = folder.committed(assign.resume_step);
+    match assign.origin.as_ref().filter(|origin| origin.step == assign.resume_step) {
+        // What the job has committed itself comes after what it began with.
+        Some(origin) => origin_dir(origin, assign.state, roots).map(Some),
+        None => Ok(Some(own)),
+    }
+}
+
+fn origin_dir(origin: &v1::Origin, state: u64, roots: &Roots) -> Result<PathBuf, RankError> {
+    let content = |message: String| RankError::Content { path: "resume".into(), message };
+    if origin.job != 0 {
+        let job = job_of(origin.job).map_err(content)?;
+        let found = JobFolder::find(&roots.storage, Owner { state, job })?;
+        let gone =
+            || content(format!("expected the folder of {job} in the storage, got none: it was removed"));
+        return Ok(CheckpointFolder::of_job(&found.ok_or_else(gone)?).committed(origin.step));
+    }
+    // A client names it: nothing is read outside of what the workers were given.
+    let dir = Path::new(&origin.folder).canonicalize().map_err(RankError::file(Path::new(&origin.folder)))?;
+    let allowed: Vec<PathBuf> = std::iter::once(roots.storage.path())
+        .chain(roots.data.as_deref())
+        .filter_map(|root| root.canonicalize().ok())
+        .collect();
+    match allowed.iter().any(|root| dir.starts_with(root)) {
+        true => Ok(dir),
+        false => {
+            let allowed: Vec<String> = allowed.iter().map(|root| root.display().to_string()).collect();
+            let got = dir.display();
+            Err(content(format!("expected a checkpoint below {}, got {got}", allowed.join(" or "))))
+        }
+    }
+}
+
+/// Reads the checkpoint that a formation resumes from, which has to be of the same run.
+fn resume(dir: &Path, assign: &v1::Assign, own: &Manifest) -> Result<Arc<Checkpoint>, RankError> {
+    let mut checkpoint = Checkpoint::open(dir).map_err(|faults| {
         match faults.0.iter().any(|fault| fault.kind == ErrorKind::Node) {
             true => RankError::from(faults),
             false => RankError::Damaged { dir: dir.display().to_string(), message: faults.to_string() },
@@ -221,8 +261,36 @@ fn resume(
         );
         return Err(RankError::Content { path: "data.paths".into(), message });
     }
+    if let Some(origin) = assign.origin.as_ref().filter(|origin| origin.step == assign.resume_step) {
+        same_run(&checkpoint.manifest, own, origin)?;
+    }
     if assign.cursor > 0 {
         checkpoint.manifest.position.cursor = assign.cursor;
     }
-    Ok(Some(Arc::new(checkpoint)))
+    Ok(Arc::new(checkpoint))
+}
+
+/// What a client said of the checkpoint that its job begins with.
+fn same_run(then: &Manifest, own: &Manifest, origin: &v1::Origin) -> Result<(), RankError> {
+    let wrong = |message: String| RankError::Content { path: "resume".into(), message };
+    let recipe_of = |manifest: &Manifest| {
+        let model = ModelConfig::from_hf_json(&manifest.model.to_string())?;
+        Recipe::reload(&manifest.recipe, "the checkpoint", &[], model)
+    };
+    let (before, now) = (recipe_of(then), recipe_of(own));
+    let faults = before.and_then(|before| Ok(continuation(&before, &now?, then.position.step)));
+    let mut faults = faults.map_err(|faults| wrong(faults.to_string()))?;
+    let Position { step, cursor, .. } = then.position;
+    if (step, cursor) != (origin.step, origin.cursor) {
+        let said = format!("{} after {}", count(origin.cursor, "sequence"), count(origin.step, "step"));
+        faults.expected(
+            "checkpoint",
+            said,
+            format!("{} after {}", count(cursor, "sequence"), count(step, "step")),
+        );
+    }
+    match faults.list.is_empty() {
+        true => Ok(()),
+        false => Err(wrong(faults.to_string())),
+    }
 }

@@ -14,10 +14,12 @@ mod log_levels;
 mod memory;
 mod orders;
 mod reading;
+mod route;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
@@ -25,8 +27,8 @@ use contraflow_runtime::checkpoint::Storage;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
-use contraflow_runtime::files;
 use contraflow_runtime::files::objects::Location;
+use contraflow_runtime::files::{self, Reloaded};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, JobId};
@@ -40,6 +42,7 @@ use self::formation::Formation;
 use self::job::{LoadedData, Prepared};
 use self::link::{Link, LinkTarget};
 use self::memory::Memory;
+use self::route::Route;
 use crate::error::RankError;
 
 pub use self::link::describe;
@@ -57,8 +60,8 @@ const MAX_LINES: usize = 10_000;
 /// What a worker process is started with.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The way to the orchestrator.
-    pub orchestrator: Endpoint,
+    /// The way to the orchestrator; read again while the worker runs.
+    pub orchestrator: Arc<Reloaded<Endpoint>>,
     /// What the orchestrator is shown; none where it asks for nothing.
     pub token: Option<MetadataValue<Ascii>>,
     /// Shared by all workers.
@@ -97,6 +100,8 @@ enum Input {
     Committed { formation: FormationId, answer: v1::Committed },
     /// From the orchestrator, by the stream of this number.
     Down(u64, v1::ToWorker),
+    /// The files of this worker have another certificate than before.
+    Renewed(Box<Endpoint>),
     /// The stream of this number has ended.
     Broken { link: u64, why: String },
 }
@@ -108,6 +113,7 @@ struct Host {
     storage: Storage,
     listener: Listener,
     inputs: mpsc::UnboundedSender<Input>,
+    route: Route,
     link: Option<Link>,
     /// Of the orchestrator, as the log tells it.
     absence: Absence,
@@ -145,11 +151,13 @@ pub async fn run(
     let storage = |error: std::io::Error| format!("--storage {}: {error}", settings.storage.display());
     // What is fetched from a store lies elsewhere, under names that nobody chooses.
     settings.data_root.iter().filter(|root| !Location::is_path(root)).for_each(|root| files::confine(root));
+    route::watch(settings.orchestrator.clone(), sender.clone());
     let mut host = Host {
         id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),
         storage: Storage::open(&settings.storage).map_err(storage)?,
         listener: Listener::bind(settings.listen, JOIN_WAIT).map_err(listen)?,
         inputs: sender,
+        route: Route::new(settings.orchestrator.known().as_ref().clone()),
         link: None,
         absence: Absence::default(),
         num_links: 0,
@@ -197,31 +205,42 @@ impl Host {
                     link.send(Up::Logs(v1::LogLines { lines }));
                 }
             }
-            None => {
-                let hello = v1::Hello {
-                    version: env!("CARGO_PKG_VERSION").to_owned(),
-                    worker: self.id,
-                    name: self.settings.name.clone(),
-                    slots: self.settings.slots,
-                    node: self.settings.node.clone(),
-                    block: self.settings.block.clone(),
-                    fabric: Some(self.listener.address().into()),
-                    hosted: self.formations.values().map(Formation::hosted).collect(),
-                    state: self.state,
-                    incarnation: self.incarnation,
-                    facts: self.facts,
-                    memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
-                    memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
-                    storage_id: self.storage.mark().to_owned(),
-                    left: self.memory.of_left(|job| self.formations.contains_key(&job)),
-                    cores: self.settings.cores as u64,
-                    peak_flops: self.settings.peak_flops,
-                };
-                let Settings { orchestrator, token, .. } = &self.settings;
-                let target = LinkTarget { endpoint: orchestrator.clone(), token: token.clone() };
-                self.num_links += 1;
-                self.link = Some(Link::open(self.num_links, target, hello, self.inputs.clone()));
-            }
+            None => self.attach(),
+        }
+        if self.link.as_ref().is_some_and(Link::is_member) && self.route.is_due(Instant::now()) {
+            self.attach();
+        }
+    }
+
+    /// Opens a stream to the orchestrator; one that is open ends.
+    fn attach(&mut self) {
+        let hello = self.hello();
+        let target =
+            LinkTarget { endpoint: self.route.current().clone(), token: self.settings.token.clone() };
+        self.num_links += 1;
+        self.link = Some(Link::open(self.num_links, target, hello, self.inputs.clone()));
+    }
+
+    /// Who it is, and what it hosts.
+    fn hello(&self) -> v1::Hello {
+        v1::Hello {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            worker: self.id,
+            name: self.settings.name.clone(),
+            slots: self.settings.slots,
+            node: self.settings.node.clone(),
+            block: self.settings.block.clone(),
+            fabric: Some(self.listener.address().into()),
+            hosted: self.formations.values().map(Formation::hosted).collect(),
+            state: self.state,
+            incarnation: self.incarnation,
+            facts: self.facts,
+            memory_bytes: self.limit.as_ref().map_or(0, |limit| limit.bytes),
+            memory_limit: self.limit.as_ref().map_or_else(String::new, |limit| limit.by.to_string()),
+            storage_id: self.storage.mark().to_owned(),
+            left: self.memory.of_left(|job| self.formations.contains_key(&job)),
+            cores: self.settings.cores as u64,
+            peak_flops: self.settings.peak_flops,
         }
     }
 
@@ -300,7 +319,13 @@ impl Host {
                 message.map_or(Ok(()), |message| self.handle(message))?;
                 self.facts = self.facts.max(facts);
             }
+            Input::Renewed(endpoint) => {
+                tracing::info!("the certificate was renewed: shown to the orchestrator from now on");
+                self.route.renewed(*endpoint, self.link.as_ref().is_some_and(Link::is_member));
+                self.attach();
+            }
             Input::Broken { why, .. } => {
+                self.route.failed();
                 if self.absence.note(Instant::now()) {
                     tracing::warn!(
                         "the orchestrator is out of reach, tried again several times a second: {why}"

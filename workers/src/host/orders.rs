@@ -20,7 +20,12 @@ use crate::error::RankError;
 impl Host {
     pub(super) fn handle(&mut self, message: Down) -> Result<(), String> {
         if let Down::Refused(why) = message {
-            return Err(why);
+            if !self.route.failed() {
+                return Err(why);
+            }
+            tracing::warn!("the renewed certificate is refused, the one before it is shown again: {why}");
+            self.attach();
+            return Ok(());
         }
         if let Err(words) = self.obey(message) {
             tracing::warn!("ignored a malformed command: {words}");
@@ -75,6 +80,7 @@ impl Host {
         tracing::info!(incarnation = welcome.incarnation, "a member of the cluster");
         let Some(link) = &mut self.link else { return };
         link.welcomed(welcome.beat_ms);
+        self.route.worked(Instant::now());
         if self.leaves_by.is_some() {
             link.send(Up::LeaveRequest(v1::Empty {}));
         }

@@ -129,7 +129,7 @@ impl Generator {
         let (mut output, _) = ffn::forward(&layer.ffn, dense, normed.clone(), &residual);
         if let (Some(gate_weight), Some(experts)) = (weights.gate, &layer.experts) {
             let scores = linear::forward(&normed, dense.weight(gate_weight));
-            let routing = gate::forward(&scores, &dense.gate_biases[&layer.index], &arch.gate);
+            let routing = gate::forward(&scores, dense.gate_biases.get(&layer.index), &arch.gate);
             let arrivals = arrivals(normed, &routing);
             let (routed, _) = experts::forward(experts, &self.model.experts, arrivals);
             add_into(&mut output, &routed);

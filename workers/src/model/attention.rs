@@ -147,7 +147,7 @@ pub fn forward(
     let normed = norm::forward(&residual, params.weight(weights.post_norm), arch.eps());
     let routing = weights.gate.map(|gate_weight| {
         let logits = linear::forward(&normed, params.weight(gate_weight));
-        Arc::new(gate::forward(&logits, &params.gate_biases[&weights.layer], &arch.gate))
+        Arc::new(gate::forward(&logits, params.gate_biases.get(&weights.layer), &arch.gate))
     });
     let output =
         AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
@@ -184,7 +184,7 @@ pub fn backward_input(
             balance_loss =
                 gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
         }
-        gate::logits_gradient(&mut d_scores, routing);
+        gate::logits_gradient(&mut d_scores, routing, arch.gate.scoring);
         add_into(&mut d_normed, &linear::backward_input(&d_scores, params.weight(gate_weight)));
         work.linear(gate_weight, d_scores, saved.normed);
     }

@@ -98,7 +98,10 @@ impl Builder<'_> {
                 let prefix = format!("model.layers.{index}.mlp.shared_experts");
                 let width = config.moe_intermediate_size * config.n_shared_experts;
                 let ffn = ffn(&mut self.dense, arch, &prefix, width, group);
-                self.dense.gate_biases.insert(index, Tensor::zeros(&[config.n_routed_experts]));
+                if config.has_gate_bias() {
+                    self.dense.gate_biases.insert(index, Tensor::zeros(&[config.n_routed_experts]));
+                }
+                self.dense.expert_counts.insert(index, vec![0; config.n_routed_experts]);
                 Layer { index, attention, ffn, experts: Some(self.routed_experts(stage, index)) }
             }
         }

@@ -17,10 +17,10 @@ pub mod params;
 pub mod weight_work;
 
 use contraflow_kernels::attention::Heads;
-use contraflow_kernels::gate::GateSpec;
+use contraflow_kernels::gate::{GateSpec, GroupScore, Scoring};
 use contraflow_kernels::latent::LatentHeads;
 use contraflow_kernels::rope::{Rope, RopeSpec, Yarn, softmax_scale};
-use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::model_config::{ModelConfig, TopkMethod};
 use contraflow_runtime::schedule::{Chunk, Component, StageLayout};
 
 use self::params::ParamId;
@@ -64,7 +64,13 @@ impl Architecture {
             v_dim: config.v_head_dim,
         };
         let rope = Rope::new(&RopeSpec { dim: config.qk_rope_head_dim, theta: config.rope_theta, yarn });
+        let (scoring, group_score) = match config.topk_method {
+            TopkMethod::NoauxTc => (Scoring::Sigmoid, GroupScore::TopTwo),
+            TopkMethod::Greedy | TopkMethod::GroupLimitedGreedy => (Scoring::Softmax, GroupScore::Best),
+        };
         let gate = GateSpec {
+            scoring,
+            group_score,
             num_experts: config.n_routed_experts,
             top_k: config.num_experts_per_tok,
             num_groups: config.n_group,

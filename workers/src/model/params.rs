@@ -101,9 +101,9 @@ impl Param {
 pub struct Params {
     list: Vec<Param>,
     by_name: HashMap<String, ParamId>,
-    /// `e_score_correction_bias` per layer: moved by the balance rule, never by a gradient.
+    /// `e_score_correction_bias` per layer, where gates have one: moved by the balance rule, never by a gradient.
     pub gate_biases: BTreeMap<usize, Tensor>,
-    /// Tokens per routed expert and layer since the start of the run.
+    /// Tokens per routed expert since the start of the run, of every layer that has such experts.
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
 }
 

@@ -31,12 +31,14 @@ impl OptimizerState {
             }
         }
         let rank = self.rank;
-        for (&layer, bias) in &params.dense.gate_biases {
+        for (&layer, counts) in &params.dense.expert_counts {
             if params.dense.gate_holders(layer).is_some_and(|holders| holders[0] == rank) {
-                let (name, len) = (gate_bias_name(layer), bias.len());
-                snapshot.add(Kind::Weight, (&name, &[len], 0..len), (bias.clone(), 0..len));
-                let counts = params.dense.expert_counts.get(&layer).cloned();
-                snapshot.add_counts(name, counts.unwrap_or_else(|| vec![0; len]));
+                // A gate's counts go by the name of its bias, whether it has one or not.
+                let (name, len) = (gate_bias_name(layer), counts.len());
+                if let Some(bias) = params.dense.gate_biases.get(&layer) {
+                    snapshot.add(Kind::Weight, (&name, &[len], 0..len), (bias.clone(), 0..len));
+                }
+                snapshot.add_counts(name, counts.clone());
             }
         }
         snapshot
@@ -105,16 +107,17 @@ impl OptimizerState {
         let (mut biases, mut counts) = (vec![0.0_f64; num_experts * num_layers], Vec::new());
         counts.resize(biases.len(), 0.0_f64);
         let of_layer = |layer: usize| layer * num_experts..(layer + 1) * num_experts;
-        for &layer in params.dense.gate_biases.keys() {
+        for &layer in params.dense.expert_counts.keys() {
             let name = gate_bias_name(layer);
-            if records.shape(&name).is_none() {
-                continue;
+            if records.shape(Kind::Weight, &name).is_some() {
+                let own = records.read_numbers(Kind::Weight, &name, &[num_experts])?;
+                biases[of_layer(layer)].iter_mut().zip(own).for_each(|(bias, own)| *bias = own.into());
             }
-            let own = records.read_numbers(Kind::Weight, &name, &[num_experts])?;
-            let own_counts = records.read_counts(&name, num_experts)?;
-            biases[of_layer(layer)].iter_mut().zip(own).for_each(|(bias, own)| *bias = own.into());
-            // Tokens of a run are far fewer than 2^53.
-            counts[of_layer(layer)].iter_mut().zip(own_counts).for_each(|(count, own)| *count = own as f64);
+            if records.shape(Kind::Count, &name).is_some() {
+                let own = records.read_counts(&name, num_experts)?;
+                // Tokens of a run are far fewer than 2^53.
+                counts[of_layer(layer)].iter_mut().zip(own).for_each(|(count, own)| *count = own as f64);
+            }
         }
         let both = [biases, counts].concat();
         let both = collectives.all_reduce(world, 0, both)?;
@@ -122,8 +125,9 @@ impl OptimizerState {
         for (&layer, own) in &mut params.dense.gate_biases {
             let biases = biases[of_layer(layer)].iter().map(|&bias| bias as f32).collect();
             *own = Tensor::from_vec(&[num_experts], biases);
-            let counts = counts[of_layer(layer)].iter().map(|&count| count as u64).collect();
-            params.dense.expert_counts.insert(layer, counts);
+        }
+        for (&layer, own) in &mut params.dense.expert_counts {
+            *own = counts[of_layer(layer)].iter().map(|&count| count as u64).collect();
         }
         Ok(())
     }

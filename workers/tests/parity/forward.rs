@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use contraflow_kernels::cross_entropy::{Targets, logits};
-use contraflow_kernels::gate::Routing;
+use contraflow_kernels::gate::{GateSpec, Routing, Scoring};
 use contraflow_kernels::host::HostValues;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
@@ -193,6 +193,18 @@ fn attention_values(
     findings.compare(&format!("mla {what}"), key, &truth.values, &found, ACTIVATIONS);
 }
 
+/// Scores of the router's logits, in f64.
+fn scores(logits: &[f64], gate: &GateSpec) -> Vec<f64> {
+    match gate.scoring {
+        Scoring::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
+        Scoring::Softmax => {
+            let tokens = logits.chunks(gate.num_experts);
+            let sum = |token: &[f64]| token.iter().map(|logit| logit.exp()).sum::<f64>();
+            tokens.flat_map(|token| token.iter().map(move |logit| logit.exp() / sum(token))).collect()
+        }
+    }
+}
+
 fn expert_values(
     walk: &Walk,
     findings: &mut Findings,
@@ -211,8 +223,8 @@ fn expert_values(
             let gate = walk.rank.stages[0].layer(layer).attention.gate.unwrap();
             let found = linear::forward(normed, walk.rank.params.dense.weight(gate));
             findings.compare("router logits", key, &truth.values, found.values::<f32>(), ACTIVATIONS);
-            // What the gate really worked with. A sigmoid is nowhere steeper than a quarter.
-            let scores: Vec<f64> = truth.values.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect();
+            // What the gate really worked with. Neither scoring is anywhere steeper than a quarter.
+            let scores = scores(&truth.values, &walk.rank.arch.gate);
             findings.compare(
                 "router scores",
                 key,

@@ -63,6 +63,7 @@ fn spec_with(ranks: usize, priority: i32, changes: &[&str]) -> Box<JobSpec> {
         recipe: Arc::new(Recipe::submitted(RECIPE, "job", &changes, None).unwrap()),
         rank_bytes: 0,
         traceparent: String::new(),
+        origin: None,
     })
 }
 

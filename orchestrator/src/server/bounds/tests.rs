@@ -7,12 +7,14 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 58] = [
+const ALL: [Bound; 60] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
     NAME,
     KEY,
+    RESUME_JOB,
+    RESUME_FOLDER,
     GET,
     BEFORE,
     WATCH,

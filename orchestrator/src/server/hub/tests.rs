@@ -23,6 +23,7 @@ fn spec(user: &str, key: &str) -> Box<JobSpec> {
         recipe: Arc::new(recipe),
         rank_bytes: 0,
         traceparent: String::new(),
+        origin: None,
     })
 }
 
@@ -110,7 +111,7 @@ async fn a_new_stream_carries_nothing_that_was_decided_for_the_one_before() {
     let (down, mut reader) = mpsc::channel(4);
     // Decided while the worker's earlier stream was broken, which nobody had noticed.
     batch.commands = vec![(7, WorkerCommand::Disconnect), (8, WorkerCommand::Disconnect)];
-    hub.take(HubMessage::Linked { worker: 7, link: 2, down }, &mut batch);
+    hub.take(HubMessage::Linked { worker: 7, link: WorkerLink { number: 2, down, shown: None } }, &mut batch);
     let registration = crate::core::Registration { worker: 7, slots: 1, ..Default::default() };
     let attachment = crate::core::Attachment { registration, ..Default::default() };
     hub.take(HubMessage::Event(Event::Attached(Box::new(attachment))), &mut batch);
@@ -128,7 +129,8 @@ async fn a_stream_that_ends_after_the_hub_has_let_go_of_it_ends_its_workers_memb
     let mut batch = CommitBatch::default();
     let attach = |hub: &mut Hub, batch: &mut CommitBatch, link| {
         let (down, reader) = mpsc::channel(4);
-        hub.take(HubMessage::Linked { worker: 7, link, down }, batch);
+        let link = WorkerLink { number: link, down, shown: None };
+        hub.take(HubMessage::Linked { worker: 7, link }, batch);
         let registration = crate::core::Registration { worker: 7, slots: 1, ..Default::default() };
         let attachment = crate::core::Attachment { registration, ..Default::default() };
         hub.take(HubMessage::Event(Event::Attached(Box::new(attachment))), batch);

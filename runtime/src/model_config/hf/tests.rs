@@ -58,6 +58,8 @@ fn what_is_written_reads_back() {
         original_max_position_embeddings: 64,
     });
     configs.push(odd);
+    let architectures = ["v2_lite", "v2_grouped", "moonlight", "kimi_k2"];
+    configs.extend(architectures.map(|name| read(&fixture(&format!("{name}/config.json"))).unwrap()));
     for config in configs {
         assert_eq!(read(&write(&config)).unwrap(), config);
     }
@@ -78,7 +80,12 @@ fn faults_of_a_file() {
     let cases = [
         (json!({"a_key_of_no_consequence": [1]}), "nothing"),
         (json!({"rope_parameters": yarn}), "nothing"),
-        (json!({"model_type": "llama"}), "model_type: expected \"deepseek_v3\", got \"llama\""),
+        (
+            json!({"model_type": "llama"}),
+            "model_type: expected \"deepseek_v3\", \"deepseek_v2\" or \"kimi_k2\", got \"llama\"",
+        ),
+        (json!({"model_type": "kimi_k2"}), "nothing"),
+        (json!({"mlp_bias": true}), "mlp_bias: expected false, the only form that is supported, got true"),
         (json!({"hidden_size": null}), "hidden_size: expected a whole number from 1 to 131072, got nothing"),
         (json!({"hidden_size": 0}), "hidden_size: expected a whole number from 1 to 131072, got 0"),
         (json!({"hidden_size": 8.5}), "hidden_size: expected a whole number from 1 to 131072, got 8.5"),
@@ -135,9 +142,15 @@ fn faults_of_a_file() {
             "num_key_value_heads: expected the same as num_attention_heads, as latent attention has no key \
              groups, got 2",
         ),
+        (json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}), "nothing"),
         (
-            json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
-            "quantization_config: expected none, as fp8 weights are not supported yet, got \"fp8\"",
+            json!({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}),
+            "quantization_config.weight_block_size: expected [128,128], the only form that is supported, got nothing\n\
+             quantization_config.fmt: expected \"e4m3\", the only form that is supported, got \"e5m2\"",
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "int4", "weight_block_size": [128, 128]}}),
+            "quantization_config.quant_method: expected \"fp8\", the only form that is supported, got \"int4\"",
         ),
         (json!({"qk_rope_head_dim": 15}), "qk_rope_head_dim: expected an even number, got 15"),
         (
@@ -165,6 +178,69 @@ fn faults_of_a_file() {
         "expected an object with the keys of an HF config.json, got a list"
     );
     assert!(read("{").unwrap_err().to_string().starts_with("expected valid JSON, got "));
+}
+
+/// What is said about the V2-Lite fixture after some keys were set or, with null, taken away.
+fn error_text_of_v2(changes: Value) -> String {
+    let mut file: Value = serde_json::from_str(&fixture("v2_lite/config.json")).unwrap();
+    file.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    read(&file.to_string()).map_or_else(|faults| faults.to_string(), |_| "nothing".to_string())
+}
+
+#[test]
+fn gates_of_deepseek_v2_and_what_contradicts_them() {
+    let grouped = json!({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2});
+    let cases = [
+        (json!({"n_group": null, "topk_group": null}), "nothing"),
+        (json!({"topk_method": null}), "nothing"),
+        (grouped, "nothing"),
+        // One expert a group is enough where the best one decides.
+        (json!({"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 4}), "nothing"),
+        (json!({"norm_topk_prob": true}), "nothing"),
+        (
+            json!({"topk_method": "noaux_tc"}),
+            "topk_method: expected \"greedy\" or \"group_limited_greedy\", got \"noaux_tc\"",
+        ),
+        (
+            json!({"scoring_func": "sigmoid"}),
+            "scoring_func: expected \"softmax\", the only form that is supported, got \"sigmoid\"",
+        ),
+        (
+            json!({"topk_method": "group_limited_greedy", "n_group": null, "topk_group": null}),
+            "n_group: expected a whole number from 1 to 4096, got nothing\n\
+             topk_group: expected a whole number from 1 to 4096, got nothing",
+        ),
+        (
+            json!({"n_group": 4, "topk_group": 2}),
+            "topk_group: expected n_group (4), as topk_method \"greedy\" leaves no group out, got 2",
+        ),
+        (
+            json!({"num_nextn_predict_layers": 1}),
+            "num_nextn_predict_layers: expected 0, as DeepSeek-V2 has no multi-token prediction, got 1",
+        ),
+        (
+            json!({"norm_topk_prob": true, "routed_scaling_factor": 16}),
+            "routed_scaling_factor: expected 1 with softmax scores and norm_topk_prob, got 16",
+        ),
+        (
+            json!({"norm_topk_prob": true, "num_experts_per_tok": 1}),
+            "norm_topk_prob: expected false where num_experts_per_tok is 1: one weight is left as it is, got true",
+        ),
+    ];
+    for (changes, message) in cases {
+        assert_eq!(error_text_of_v2(changes.clone()), message, "{changes}");
+    }
+}
+
+#[test]
+fn gates_have_a_bias_in_the_family_of_deepseek_v3_alone() {
+    let read = |name: &str| read(&fixture(name)).unwrap();
+    let (v2, kimi) = (read("v2_grouped/config.json"), read("kimi_k2/config.json"));
+    assert_eq!((v2.topk_method, v2.has_gate_bias()), (TopkMethod::GroupLimitedGreedy, false));
+    assert_eq!((kimi.topk_method, kimi.has_gate_bias()), (TopkMethod::NoauxTc, true));
+    let has_bias =
+        |config: &ModelConfig| config.weights().iter().any(|w| w.name.ends_with("correction_bias"));
+    assert_eq!((has_bias(&v2), has_bias(&kimi)), (false, true));
 }
 
 #[test]

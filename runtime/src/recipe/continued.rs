@@ -1,0 +1,61 @@
+//! A recipe that continues a run: what of the earlier recipe is taken over, and what may not change. Pure; knows no checkpoint.
+
+use serde_json::Value as Json;
+use toml::Value;
+
+use super::Recipe;
+use crate::faults::Faults;
+use crate::model_config::ModelConfig;
+
+/// Whether overrides set a key.
+pub(super) fn is_set(overrides: &[String], path: &str) -> bool {
+    overrides.iter().any(|entry| entry.split('=').next().is_some_and(|key| key.trim() == path))
+}
+
+/// The resolved recipe of a run that is to be continued with overrides.
+pub(super) fn text_to_continue(resolved_toml: &str, overrides: &[String]) -> String {
+    // The floor of a rate that does not decay was derived from the peak, and follows it.
+    if is_set(overrides, "lr.peak")
+        && let Ok(mut values) = resolved_toml.parse::<toml::Table>()
+        && let Some(Value::Table(lr)) = values.get_mut("lr")
+        && lr.get("floor") == lr.get("peak")
+    {
+        lr.remove("floor");
+        return values.to_string();
+    }
+    resolved_toml.to_owned()
+}
+
+/// The tokens that begin and end a text are the tokenizer's and no part of the model.
+const TOKEN_IDS: [&str; 2] = ["bos_token_id", "eos_token_id"];
+
+/// What would make it a different run to continue the run of `before` with `now` after `step`; nothing if it stays the same run.
+pub fn continuation(before: &Recipe, now: &Recipe, step: u64) -> Faults {
+    let mut faults = Faults::default();
+    same_model(&before.model_config, &now.model_config, &mut faults);
+    let (then, now) = (&before.training, &now.training);
+    for (key, then, now) in [
+        ("training.sequence_length", then.sequence_length as u64, now.sequence_length as u64),
+        ("training.seed", then.seed, now.seed),
+    ] {
+        if then != now {
+            faults.expected(key, format!("{then}, as in the run so far"), now);
+        }
+    }
+    if (now.steps as u64) < step {
+        let expected = format!("at least {step}, the step of the checkpoint");
+        faults.expected("training.steps", expected, now.steps);
+    }
+    faults
+}
+
+fn same_model(then: &ModelConfig, now: &ModelConfig, faults: &mut Faults) {
+    let fields = |model: &ModelConfig| serde_json::from_str::<Json>(&model.to_hf_json());
+    let (Ok(then), Ok(now)) = (fields(then), fields(now)) else { return };
+    for (key, expected) in then.as_object().into_iter().flatten() {
+        let got = &now[key];
+        if got != expected && !TOKEN_IDS.contains(&key.as_str()) {
+            faults.expected(format!("model.config.{key}"), format!("{expected}, as in the checkpoint"), got);
+        }
+    }
+}
