@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use contraflow_runtime::files::objects::{fetch, fetch_all};
 use contraflow_runtime::model_config::builtin as models;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, builtin};
 use contraflow_workers::data::Tokenizer;
@@ -110,12 +111,14 @@ fn run_prepare(args: &PrepareArgs) -> Result<(), Failure> {
         "bytes" => Tokenizer::Bytes,
         path => {
             let end = EndOfDocument::named(&args.end_of_document, "--end-of-document");
-            Tokenizer::load(Path::new(path), &end).map_err(refused)?
+            Tokenizer::load(&fetch(Path::new(path))?, &end).map_err(refused)?
         }
     };
+    let [paths, validation] = [("--data", &args.data), ("--validation", &args.validation)]
+        .map(|(name, paths)| fetch_all(paths).map_err(|faults| Failure::faults(name, &faults)));
     let preparation = Preparation {
-        paths: args.data.clone(),
-        validation: args.validation.clone(),
+        paths: paths?,
+        validation: validation?,
         validation_share: args.validation_share,
         field: args.field.clone(),
         encoder: DocumentEncoder::with_fim(tokenizer, args.fim_rate)
@@ -190,7 +193,8 @@ fn train_tokenizer(args: &TokenizerArgs) -> Result<(), Failure> {
         let got = args.vocab_size;
         return Err(Failure::input(format!("--vocab-size: expected at least {MIN_VOCAB_SIZE}, got {got}")));
     }
-    let json = hf_tokenizer::train(&args.data, &args.field, args.vocab_size)
+    let data = fetch_all(&args.data).map_err(|faults| Failure::faults("--data", &faults))?;
+    let json = hf_tokenizer::train(&data, &args.field, args.vocab_size)
         .map_err(|faults| Failure::faults("data", &faults))?;
     let fresh = args.to.with_extension("partial");
     std::fs::write(&fresh, json)

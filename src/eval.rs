@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_kernels::par::Threads;
 use contraflow_orchestrator::metrics::record::max_vio;
+use contraflow_runtime::files::objects::fetch_all;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override};
 use contraflow_workers::data::batches::{self, Predicted};
 use contraflow_workers::data::documents::DocumentEncoder;
@@ -133,10 +134,11 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     let length = sequence_length(args, recipe.as_ref(), &model)?;
     let across = recipe.is_none_or(|recipe| recipe.data.attend_across_documents);
     let encoder = DocumentEncoder::plain(tokenizer.clone());
-    let split = split(args)?;
+    let data = fetch_all(&args.data).map_err(|faults| Failure::faults("--data", &faults))?;
+    let split = split(&data, args.split)?;
     let part = split.map_or(Part::All, Split::part);
     let wanted = WholeRequest { field: &args.field, encoder: &encoder, part };
-    let loaded = load_whole(&args.data, wanted, length);
+    let loaded = load_whole(&data, wanted, length);
     let Whole { sequences: dataset, warnings, .. } =
         loaded.map_err(|faults| Failure::faults("--data", &faults))?;
     warnings.iter().for_each(|warning| say(format_args!("warning: {warning}")));
@@ -183,8 +185,8 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
 }
 
 /// Which part of the prepared folders is read, if there are any.
-fn split(args: &EvalArgs) -> Result<Option<Split>, Failure> {
-    match (args.data.iter().any(|path| ShardIndex::is_in(path)), args.split) {
+fn split(data: &[PathBuf], wanted: Option<Split>) -> Result<Option<Split>, Failure> {
+    match (data.iter().any(|path| ShardIndex::is_in(path)), wanted) {
         (true, split) => Ok(Some(split.unwrap_or(Split::Validation))),
         (false, None) => Ok(None),
         (false, Some(_)) => Err(Failure::input(

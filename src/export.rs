@@ -5,9 +5,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use contraflow_runtime::files::objects::{self, Location, Staging};
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_workers::hf::check::check;
-use contraflow_workers::hf::export::{self, Export, part_of, staged};
+use contraflow_workers::hf::export::{self, Export, Written, part_of, staged};
 
 use crate::failure::Failure;
 use crate::import::buffers_note;
@@ -20,7 +21,7 @@ pub struct ExportArgs {
     /// A run (its folder or its name), or an HF directory
     #[arg(default_value = "runs/latest")]
     pub model: String,
-    /// The new folder
+    /// The new folder, or a prefix in an object store (s3://, gs://, az://)
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
     /// Largest weight file, as 5GB or 500MB
@@ -60,7 +61,11 @@ fn shard_bytes(text: &str) -> Result<u64, String> {
 ///
 /// **Errors**: code 2 with every fault of model and target, nothing written; the same if writing failed, nothing left.
 pub fn run(args: &ExportArgs) -> Result<(), Failure> {
-    let target_fault = target_fault(&args.to);
+    let remote = args.to.to_str().and_then(Location::parse).transpose().map_err(Failure::input)?;
+    let target_fault = match &remote {
+        Some(location) => objects::target_fault(location).map(|fault| format!("--to: {fault}")),
+        None => target_fault(&args.to),
+    };
     let dir = run_dir::find_model(&args.model);
     let model = match dir.map_err(|fault| vec![fault]).and_then(|dir| Ok((check(&dir)?, dir))) {
         Ok(model) if target_fault.is_none() => model,
@@ -83,7 +88,10 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         format,
         shard_bytes: args.shard_size,
     };
-    let written = staged(&args.to, |part| export.write(part)).map_err(Failure::from)?;
+    let written = match &remote {
+        Some(location) => publish(&export, location)?,
+        None => staged(&args.to, |part| export.write(part)).map_err(Failure::from)?,
+    };
     buffers_note(&model.weights).iter().for_each(|note| say(format_args!("note: {note}")));
     print(&format!(
         "{}: {}, {:.1} MB in {}, {}\n",
@@ -93,6 +101,14 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         count(written.num_shards, "weight file"),
         name
     ))
+}
+
+/// Writes it beside what is fetched, then sends it; `config.json`, by which it is found, last.
+fn publish(export: &Export, location: &Location) -> Result<Written, Failure> {
+    let staging = Staging::create().map_err(|error| Failure::input(format!("{location}: {error}")))?;
+    let written = export.write(staging.path())?;
+    objects::publish(staging.path(), location, "config.json")?;
+    Ok(written)
 }
 
 /// Why nothing can be written there.

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use contraflow_runtime::faults::{ErrorKind, Faults, MAX_FAULTS};
+use contraflow_runtime::files::objects::{ObjectError, ObjectFault, fetched_name};
 use contraflow_workers::error::RankError;
 
 /// Exit code of an interrupted command, as shells have it: 128 + SIGINT.
@@ -66,6 +67,15 @@ impl From<RankError> for Failure {
     }
 }
 
+impl From<ObjectError> for Failure {
+    fn from(error: ObjectError) -> Self {
+        match error.kind {
+            ObjectFault::Failed => Failure::run(error.to_string()),
+            _ => Failure::input(error.to_string()),
+        }
+    }
+}
+
 impl From<Faults> for Failure {
     /// The faults of a recipe.
     fn from(faults: Faults) -> Self {
@@ -77,7 +87,8 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // To be interrupted is no error.
         let prefix = if self.code == INTERRUPTED { "" } else { "error: " };
-        write!(f, "{prefix}{}", self.message)
+        // What was fetched from a store is known by where it came from.
+        write!(f, "{prefix}{}", fetched_name(&self.message))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use contraflow_runtime::files::{self, sync_dir};
+use contraflow_runtime::files::{self, objects, sync_dir};
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
@@ -33,6 +33,7 @@ pub struct ImportArgs {
 ///
 /// **Errors**: code 2 with every fault of the directory, nothing written; the same if writing failed, nothing left.
 pub fn run(args: &ImportArgs) -> Result<(), Failure> {
+    let args = &ImportArgs { dir: objects::fetch(&args.dir)?, name: args.name.clone() };
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
     let config = args.dir.join("config.json");

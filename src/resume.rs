@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_proto::v1;
-use contraflow_runtime::checkpoint::{CheckpointFolder, MANIFEST_FILE, MadeBy, is_unfinished};
+use contraflow_runtime::checkpoint::{
+    CheckpointError, CheckpointFolder, MANIFEST_FILE, MadeBy, RemoteFolder, is_unfinished,
+};
+use contraflow_runtime::files;
+use contraflow_runtime::files::objects::Location;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Recipe, continuation};
 use contraflow_workers::checkpoint::{Checkpoint, NewestWhole};
@@ -34,14 +38,34 @@ impl Resumed {
     /// is unfinished, damaged or of a newer format.
     pub fn open(name: &str) -> Result<Self, Failure> {
         match find(name)? {
+            Found::Store(store) => Self::open_store(store),
             Found::Run(run) => Self::open_newest(run),
             Found::Checkpoint { run, dir } => Self::open_checkpoint(run, &dir),
         }
     }
 
+    /// A new run, which continues the one whose checkpoints are in the store.
+    fn open_store(store: RemoteFolder) -> Result<Self, Failure> {
+        let refused = |fault: CheckpointError| Failure::faults("checkpoint", &[fault]);
+        let at = store.location().clone();
+        if store.list().map_err(refused)?.is_empty() {
+            return Err(Failure::input(format!(
+                "{at}: expected a committed checkpoint to resume from, got none"
+            )));
+        }
+        run_dir::check_name(at.name())?;
+        let runs = Path::new(run_dir::RUNS);
+        let made = run_dir::create(runs, at.name());
+        let run = made.map_err(|error| Failure::input(format!("{}: {error}", runs.display())))?;
+        CheckpointFolder::of_run(&run).stored_in(Some(store)).pull().map_err(refused)?;
+        Self::open_newest(run)
+    }
+
     /// A damaged checkpoint is passed over, with a warning.
     fn open_newest(run: PathBuf) -> Result<Self, Failure> {
         let lock = run_dir::lock(&run)?;
+        let pulled = CheckpointFolder::of_run(&run).stored_in(store_of(&run)).pull();
+        pulled.map_err(|fault| Failure::faults("checkpoint", &[fault]))?;
         let newest = NewestWhole::find(&CheckpointFolder::of_run(&run), u64::MAX);
         let NewestWhole { checkpoint, damaged } =
             newest.map_err(|faults| Failure::faults("checkpoint", &faults.0))?;
@@ -135,6 +159,13 @@ impl ToResume {
     /// **Errors**: code 2 with every fault: no such run, no checkpoint, one that is unfinished, damaged or of a newer format.
     pub fn open(name: &str) -> Result<Self, Failure> {
         let (run, dir) = match find(name)? {
+            Found::Store(store) => {
+                let message = format!(
+                    "{}: expected a run or a checkpoint in a folder, got an object store",
+                    store.location()
+                );
+                return Err(Failure::input(message));
+            }
             Found::Checkpoint { run, dir } => (run, dir),
             Found::Run(run) => {
                 let folder = CheckpointFolder::of_run(&run);
@@ -178,6 +209,8 @@ fn model_of(checkpoint: &Checkpoint) -> Result<ModelConfig, Failure> {
 
 /// What a name refers to.
 enum Found {
+    /// The checkpoints of a run in an object store.
+    Store(RemoteFolder),
     /// A run with a checkpoint.
     Run(PathBuf),
     /// One checkpoint of a run.
@@ -185,6 +218,10 @@ enum Found {
 }
 
 fn find(name: &str) -> Result<Found, Failure> {
+    if let Some(location) = Location::parse(name) {
+        location.map_err(Failure::input)?;
+        return Ok(RemoteFolder::named(name).map(Found::Store).expect("it has just been read"));
+    }
     let direct = PathBuf::from(name);
     if direct.join(MANIFEST_FILE).is_file() || is_unfinished(&direct) {
         let whole = direct.canonicalize().unwrap_or_else(|_| direct.clone());
@@ -198,10 +235,13 @@ fn find(name: &str) -> Result<Found, Failure> {
     };
     let folder = CheckpointFolder::of_run(&run);
     let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", folder.path().display()));
-    let has_checkpoint =
-        |run: &Path| CheckpointFolder::of_run(run).list().is_ok_and(|steps| !steps.is_empty());
+    let has_checkpoint = |run: &Path| {
+        CheckpointFolder::of_run(run).list().is_ok_and(|steps| !steps.is_empty())
+            || store_of(run).is_some_and(|store| store.list().is_ok_and(|steps| !steps.is_empty()))
+    };
     let instead = || run_dir::instead_of_latest(name, "checkpoint", has_checkpoint);
-    match folder.list().map_err(failed)?.last().map(|_| run).or_else(instead) {
+    folder.list().map_err(failed)?;
+    match has_checkpoint(&run).then_some(run).or_else(instead) {
         Some(run) => Ok(Found::Run(run)),
         None => {
             let message = format!(
@@ -211,6 +251,12 @@ fn find(name: &str) -> Result<Found, Failure> {
             Err(Failure::input(message))
         }
     }
+}
+
+/// The object store in which a run's checkpoints are, by its recipe.
+fn store_of(run: &Path) -> Option<RemoteFolder> {
+    let text = files::read_to_string(&run.join("recipe.toml")).ok()?;
+    RemoteFolder::named(text.parse::<toml::Table>().ok()?.get("checkpoint")?.get("store")?.as_str()?)
 }
 
 /// How to resume from before a damaged checkpoint, if possible.

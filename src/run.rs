@@ -11,7 +11,7 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_orchestrator::rollback::{self, RollBack, RollBackCount};
-use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position};
+use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position, RemoteFolder};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::faults::ErrorKind;
@@ -74,6 +74,8 @@ pub struct Run {
     resume: Option<Arc<Checkpoint>>,
     /// What manifests say of this run.
     manifest: Manifest,
+    /// Where its checkpoints are.
+    folder: CheckpointFolder,
     /// Keeps other processes out of the folder.
     _lock: File,
 }
@@ -83,15 +85,28 @@ impl Run {
     ///
     /// **Errors**: the folder cannot be made.
     pub fn create(name: &str, recipe: Recipe, text: Text) -> Result<Self, Failure> {
+        let store = ready_store(&recipe)?;
+        if let Some(store) = &store
+            && let Some(step) =
+                store.list().map_err(|fault| Failure::faults("checkpoint.store", &[fault]))?.last()
+        {
+            let at = store.location();
+            let message = format!(
+                "checkpoint.store: {at}: expected a prefix without checkpoints, got that of step {step}; --resume {at} goes on \
+                 from it"
+            );
+            return Err(Failure::input(message));
+        }
         let dir = new_folder(name)?;
         let lock = run_dir::lock(&dir)?;
-        Run::new((dir, lock), recipe, text, None)
+        Run::new((dir, lock, store), recipe, text, None)
     }
 
     /// A resumed run: in its own folder from its newest checkpoint, in a new one from an earlier one.
     ///
     /// **Errors**: the folder cannot be made or written.
     pub fn resume(resumed: Resumed, recipe: Recipe, text: Text) -> Result<Self, Failure> {
+        let store = ready_store(&recipe)?;
         resumed.compare_origin(&made_by(&recipe));
         let name = resumed.name();
         let Resumed { run: from, checkpoint, lock, damaged, .. } = resumed;
@@ -104,7 +119,7 @@ impl Run {
             }
         };
         let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", dir.display()));
-        let folder = CheckpointFolder::of_run(&dir);
+        let folder = CheckpointFolder::of_run(&dir).stored_in(store.clone());
         damaged.into_iter().try_for_each(|step| folder.set_aside(step).map(drop)).map_err(failed)?;
         folder.tidy(recipe.checkpoint.keep, None).map_err(failed)?;
         run_dir::keep_metrics(&from, &dir, checkpoint.manifest.position.step).map_err(failed)?;
@@ -112,11 +127,11 @@ impl Run {
         // that of a run that has ended.
         drop(std::fs::remove_dir_all(dir.join("model")));
         drop(std::fs::remove_file(dir.join("summary.json")));
-        Run::new((dir, lock), recipe, text, Some(checkpoint))
+        Run::new((dir, lock, store), recipe, text, Some(checkpoint))
     }
 
     fn new(
-        (dir, lock): (PathBuf, File),
+        (dir, lock, store): (PathBuf, File, Option<RemoteFolder>),
         recipe: Recipe,
         text: Text,
         resume: Option<Arc<Checkpoint>>,
@@ -135,7 +150,9 @@ impl Run {
         let manifest =
             manifest(&recipe, &text.corpus.hash).map_err(|error| Failure::run(error.to_string()))?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let run = Run { name, recipe: Arc::new(recipe), dir, frame, text, resume, manifest, _lock: lock };
+        let folder = CheckpointFolder::of_run(&dir).stored_in(store);
+        let recipe = Arc::new(recipe);
+        let run = Run { name, recipe, dir, frame, text, resume, manifest, folder, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
         run.write("plan.txt", &run.plan_text()?)?;
         Ok(run)
@@ -276,7 +293,7 @@ impl Run {
             peak_flops: Some(self.frame.peak_flops),
             resume: attempt.resume.clone(),
             checkpoints: Some(Commits {
-                folder: CheckpointFolder::of_run(&self.dir),
+                folder: self.folder.clone(),
                 keep: self.recipe.checkpoint.keep,
                 manifest: self.manifest.clone(),
                 companions: companions(&self.recipe, &self.text.tokenizer),
@@ -294,7 +311,7 @@ impl Run {
     ///
     /// **Errors**: code 1 with the reason, where the run was asked to stop or there is no way back.
     fn diverged(&self, divergence: &Divergence, cursor: u64, before: &Attempt) -> Result<Attempt, Failure> {
-        let folder = CheckpointFolder::of_run(&self.dir);
+        let folder = &self.folder;
         let newest = folder.list().unwrap_or_default().last().map(|&step| {
             // One that cannot be read is refused where it is opened.
             let manifest = Manifest::read(&folder.committed(step));
@@ -333,7 +350,7 @@ impl Run {
 
     /// Removes what the end of the run has cut off. What cannot be removed now is when the run is resumed.
     fn clear_unfinished(&self) {
-        drop(CheckpointFolder::of_run(&self.dir).tidy(self.recipe.checkpoint.keep, None));
+        drop(self.folder.tidy(self.recipe.checkpoint.keep, None));
         drop(std::fs::remove_dir_all(self.dir.join(format!("model{UNFINISHED_SUFFIX}"))));
     }
 
@@ -356,7 +373,7 @@ impl Run {
 
     /// A hint how to resume this run, appended to messages.
     fn resume_hint(&self) -> String {
-        let steps = CheckpointFolder::of_run(&self.dir).list().unwrap_or_default();
+        let steps = self.folder.list().unwrap_or_default();
         match steps.last() {
             Some(step) => {
                 let dir = quoted(self.dir.display());
@@ -365,6 +382,16 @@ impl Run {
             None => "; no checkpoint has been made".into(),
         }
     }
+}
+
+/// The object store that a recipe names for its checkpoints, if it names one: access and conditional puts are tried.
+fn ready_store(recipe: &Recipe) -> Result<Option<RemoteFolder>, Failure> {
+    let store = RemoteFolder::named(&recipe.checkpoint.store);
+    store
+        .iter()
+        .try_for_each(RemoteFolder::probe)
+        .map_err(|fault| Failure::faults("checkpoint.store", &[fault]))?;
+    Ok(store)
 }
 
 fn new_folder(name: &str) -> Result<PathBuf, Failure> {

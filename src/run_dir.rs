@@ -9,6 +9,7 @@ use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::control::text::is_control;
 use contraflow_runtime::files;
+use contraflow_runtime::files::objects::{self, Location};
 use contraflow_runtime::recipe::TokenizerSection;
 
 use crate::failure::Failure;
@@ -283,8 +284,14 @@ pub fn is_run(dir: &Path) -> bool {
 }
 
 /// Finds a model: the folder itself if it holds one, or that of a run, given by its folder or its name: what it has
-/// finished with, or else its newest checkpoint.
+/// finished with, or else its newest checkpoint. What lies in an object store is fetched.
 pub fn find_model(name: &str) -> Result<PathBuf, String> {
+    if Location::is(name) {
+        let dir = objects::fetch(Path::new(name)).map_err(|error| error.to_string())?;
+        let missing =
+            || format!("{name}: expected a folder with config.json and weights, got one without config.json");
+        return is_model(&dir).then_some(dir).ok_or_else(missing);
+    }
     let direct = PathBuf::from(name);
     let tried: Vec<PathBuf> = std::iter::once(Some(direct.clone()))
         .chain(models_of(&direct))

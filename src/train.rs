@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use contraflow_runtime::files::objects::{Location, fetch};
 use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
 use contraflow_runtime::schedule::{RankFigures, size};
@@ -29,7 +30,7 @@ pub struct TrainArgs {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// Files or folders to train on, instead of the default corpus: text, JSONL, JSON, Parquet (also in gzip, zstd, bzip2), or
-    /// prepared folders
+    /// prepared folders; also in an object store (s3://, gs://, az://, https://)
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
     /// Start from the weights of a run or of an HF directory, with a fresh optimizer; also its model, unless model.config
@@ -39,7 +40,7 @@ pub struct TrainArgs {
     /// Name of the run's folder in runs/; the recipe's name if not given
     #[arg(long)]
     pub name: Option<String>,
-    /// Resume a run from its newest checkpoint, or from the given checkpoint folder
+    /// Resume a run from its newest checkpoint, from the given checkpoint folder, or from s3://, gs:// or az://
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
     /// Print the recipe with every key resolved, and stop
@@ -70,7 +71,7 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         run_dir::check_name(&name)?;
     }
     if let (Some(dir), None) = (recipe.model.init_dir(), &resumed) {
-        check::check_against(&recipe.model_config, dir).map_err(|faults| {
+        check::check_against(&recipe.model_config, &fetch(dir)?).map_err(|faults| {
             let mut failure = Failure::faults("model.init", &faults);
             failure.message += &config_hint(args, &recipe, dir);
             failure
@@ -122,8 +123,9 @@ fn overrides(args: &TrainArgs) -> Result<Vec<String>, Failure> {
     }
     if let Some(model) = &args.init {
         let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        let named = if Location::is(model) { Path::new(model) } else { &dir };
         // In front: what the user sets by hand comes last and holds.
-        overrides.insert(0, path_override("model.init", &dir));
+        overrides.insert(0, path_override("model.init", named));
         // A recipe of the user's own says which model it is for; a built-in one is taken for all else that it says.
         if !is_own_recipe(args) {
             overrides.insert(0, path_override("model.config", &dir.join("config.json")));

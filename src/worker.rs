@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use contraflow_runtime::files::Reloaded;
+use contraflow_runtime::files::objects::Location;
 use contraflow_workers::host::{self, LogLevels, Settings};
 use rustix::fs::Mode;
 use tonic::transport::Endpoint;
@@ -141,7 +142,10 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
     }
     let orchestrator = orchestrator(args)?;
     let cores = machine::cores();
-    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let absolute = |path: &PathBuf| match Location::is_path(path) {
+        true => path.clone(),
+        false => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+    };
     Ok(Settings {
         orchestrator: Arc::new(orchestrator),
         token: args.access.bearer()?.0,

@@ -2,6 +2,7 @@
 //! is whole once it has its name (written under another one, synced, renamed). Knows no contents.
 
 mod calls;
+pub mod objects;
 mod open;
 mod reloaded;
 

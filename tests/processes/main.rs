@@ -23,6 +23,9 @@ mod removal;
 mod renewal;
 mod retention;
 mod security;
+#[path = "../objects/server.rs"]
+#[allow(dead_code)]
+mod server;
 mod soak;
 mod states;
 mod storage;

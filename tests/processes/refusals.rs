@@ -12,6 +12,11 @@ fn impossible_input_is_refused_with_a_message() {
         (&["submit", "tiny", "--set", "training.stpes=3"], 2, "training.stpes"),
         (&["submit", "tiny", "--set", "data.paths=[\"../secrets\"]"], 2, "below the workers' data root"),
         (&["submit", "tiny", "--set", "data.paths=[\"/etc/passwd\"]"], 2, "below the workers' data root"),
+        (
+            &["submit", "tiny", "--set", "data.paths=[\"s3://bucket/text\"]"],
+            2,
+            "below the workers' data root",
+        ),
         (&["submit", "tiny", "--min-ranks", "99"], 2, "min_ranks: expected at most"),
         (&["jobs", "--orchestrator", "127.0.0.1:1"], 1, "expected an orchestrator"),
     ] {

@@ -6,6 +6,7 @@ use contraflow_runtime::checkpoint::{CheckpointError, FolderError};
 use contraflow_runtime::fabric::FabricError;
 pub use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::Refused;
+use contraflow_runtime::files::objects::{ObjectError, ObjectFault};
 use contraflow_runtime::schedule::Chunk;
 use contraflow_runtime::topology::Rank;
 
@@ -119,6 +120,15 @@ impl From<CheckpointError> for RankError {
             ErrorKind::Storage => RankError::Storage { message: error.to_string() },
             ErrorKind::Node => RankError::Node { message: error.to_string() },
             _ => RankError::Content { path: error.path, message: error.message },
+        }
+    }
+}
+
+impl From<ObjectError> for RankError {
+    fn from(error: ObjectError) -> Self {
+        match error.kind {
+            ObjectFault::Failed => RankError::Node { message: error.to_string() },
+            _ => RankError::Content { path: error.location, message: error.message },
         }
     }
 }

@@ -7,8 +7,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::{MANIFEST_FILE, Manifest, ShardFile};
-use super::{CheckpointError, JobFolder, Position};
+use super::{CheckpointError, JobFolder, Position, RemoteFolder};
 use crate::failpoint::failpoint;
+use crate::faults::ErrorKind;
 use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
 use crate::topology::Generation;
 
@@ -45,6 +46,8 @@ pub struct CheckpointFolder {
     pinned: Pinned,
     /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
     job: Option<JobFolder>,
+    /// Where checkpoints are committed first, if anywhere: this folder then holds what the store has, or had.
+    remote: Option<RemoteFolder>,
 }
 
 impl CheckpointFolder {
@@ -55,6 +58,7 @@ impl CheckpointFolder {
             generation: Generation::default(),
             pinned: Pinned::default(),
             job: None,
+            remote: None,
         }
     }
 
@@ -71,6 +75,11 @@ impl CheckpointFolder {
     /// The same folder, in which these stay, and the newest checkpoints up to them, whatever is committed after them.
     pub fn pinning(self, pinned: Pinned) -> Self {
         CheckpointFolder { pinned: self.pinned.max(pinned), ..self }
+    }
+
+    /// The same folder, whose checkpoints are committed in an object store.
+    pub fn stored_in(self, remote: Option<RemoteFolder>) -> Self {
+        CheckpointFolder { remote, ..self }
     }
 
     /// Whose formation's ranks it is for.
@@ -116,6 +125,25 @@ impl CheckpointFolder {
         Ok(steps)
     }
 
+    /// Brings the newest whole checkpoint of the object store here, unless it is. One that is damaged there is set aside, with a
+    /// warning. Only the process that owns the run may call this.
+    ///
+    /// **Errors**: the store refuses or fails; this folder cannot be written.
+    pub fn pull(&self) -> Result<(), CheckpointError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        let here = self.list().map_err(|error| CheckpointError::of_system(&self.dir, error))?;
+        for step in remote.list()?.into_iter().rev().take_while(|step| !here.contains(step)) {
+            match remote.fetch(step, &self.committed(step)) {
+                Err(error) if error.kind == ErrorKind::Config => {
+                    tracing::warn!(step, "the checkpoint in the store is damaged and set aside: {error}");
+                    remote.set_aside(step)?;
+                }
+                fetched => return fetched,
+            }
+        }
+        Ok(())
+    }
+
     /// Removes what an earlier process left behind: unfinished checkpoints, those after step `newest` that an earlier formation
     /// has committed, and all before the newest `keep` up to the pinned one. What is after `newest` is of a history that was left,
     /// and would pass for the present one's. Only the process that owns the run may call this; if it comes late itself, a later formation does not
@@ -138,6 +166,9 @@ impl CheckpointFolder {
             if manifest.map_or(true, |manifest| manifest.generation < self.generation) {
                 self.drop(step)?;
             }
+        }
+        if let Some(remote) = &self.remote {
+            remote.tidy().map_err(io::Error::other)?;
         }
         self.drop_oldest(keep, None)
     }
@@ -255,6 +286,9 @@ impl CheckpointFolder {
         write_synced(&from.join(MANIFEST_FILE), text.as_bytes())?;
         sync_dir(from)?;
         failpoint("checkpoint.manifest-synced");
+        if let Some(remote) = &self.remote {
+            remote.commit(&manifest, from).map_err(io::Error::other)?;
+        }
         std::fs::rename(from, to)?;
         failpoint("checkpoint.renamed");
         sync_dir(&self.dir)?;
@@ -266,7 +300,12 @@ impl CheckpointFolder {
     /// be older. The one before the pinned one stays too, if others that the orchestrator never heard of are between them, and so
     /// does that with the lowest validation loss.
     fn drop_oldest(&self, keep: usize, fresh: Option<u64>) -> io::Result<()> {
-        let steps = self.list()?;
+        let mut steps = self.list()?;
+        if let Some(remote) = &self.remote {
+            steps.extend(remote.list().map_err(io::Error::other)?);
+            steps.sort_unstable();
+            steps.dedup();
+        }
         let known = match self.pinned.newest {
             0 => steps.len(),
             pinned => steps.partition_point(|step| *step <= pinned),
@@ -286,6 +325,12 @@ impl CheckpointFolder {
     }
 
     fn drop(&self, step: u64) -> io::Result<()> {
+        if let Some(remote) = &self.remote {
+            remote.remove(step).map_err(io::Error::other)?;
+        }
+        if !self.committed(step).exists() {
+            return Ok(());
+        }
         let doomed = self.dir.join(format!("step-{step:08}.dropped{UNFINISHED_SUFFIX}"));
         // A process that was killed here before may have left it.
         remove(&doomed)?;

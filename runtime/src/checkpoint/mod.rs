@@ -7,6 +7,7 @@
 pub mod folder;
 pub mod job_folder;
 pub mod manifest;
+pub mod remote;
 pub mod storage;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ mod tests;
 pub use folder::{CheckpointFolder, Companions, Pinned, is_unfinished};
 pub use job_folder::{FolderError, JobFolder, Owner};
 pub use manifest::{Layout, MANIFEST_FILE, MadeBy, Manifest, Position, ShardFile};
+pub use remote::RemoteFolder;
 pub use storage::Storage;
 
 use crate::faults::ErrorKind;

@@ -164,6 +164,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("checkpoint.keep", Count(1, 1 << 20), Fixed("2"), "How many of the newest checkpoints are kept."),
     key("checkpoint.keep_best", Flag, Fixed("true"),
         "Whether the checkpoint with the lowest validation loss is kept as well, where validate.every is set."),
+    key("checkpoint.store", OptionalText, Fixed("\"\""),
+        "A prefix in an object store where checkpoints are committed, as s3://BUCKET/RUN; empty: in the run's folder. In one process."),
     key("checkpoint.save_model", Flag, Fixed("true"),
         "Whether the run ends by writing the weights as an HF directory."),
     key("checkpoint.in_memory", Flag, Fixed("true"),

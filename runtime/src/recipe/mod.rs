@@ -34,6 +34,7 @@ pub use step_table::{StepTable, TableStep};
 
 use crate::faults::Faults;
 use crate::files;
+use crate::files::objects::Location;
 use crate::model_config::{ModelConfig, builtin as models};
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
@@ -245,6 +246,10 @@ impl Recipe {
                 faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
             }
         }
+        if !recipe.checkpoint.store.is_empty() {
+            let got = format!("{:?}", recipe.checkpoint.store);
+            faults.expected("checkpoint.store", "nothing: a cluster has its checkpoints in its storage", got);
+        }
         if !models::model_names().contains(&recipe.model.config.as_str()) {
             // The model goes with the recipe; where its file was means nothing elsewhere.
             recipe.model.config = "config.json".into();
@@ -362,7 +367,9 @@ impl Recipe {
 /// Whether a path cannot lead out of the folder that it is looked up in.
 fn is_below(path: &str) -> bool {
     use std::path::Component;
-    Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
+    // Nobody who may submit a job chooses what a worker's credentials are used for.
+    !Location::is(path)
+        && Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
 /// The model that `model.config` names, or `base` in place of it, with the keys that the recipe sets by itself. The stand-in,

@@ -3,6 +3,7 @@
 use super::Recipe;
 use super::sections::BYTE_TOKENS;
 use crate::faults::Faults;
+use crate::files::objects::Location;
 
 /// Whether these keys of the model are what its file says: a key that is wrong, or a file that is not there, has a stand-in.
 fn knows(faults: &Faults, keys: &[&str]) -> bool {
@@ -21,6 +22,7 @@ pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
     check_model(recipe, faults);
     check_rates(recipe, faults);
     check_data(recipe, faults);
+    check_store(recipe, faults);
     check_validation(recipe, faults);
 }
 
@@ -128,6 +130,17 @@ fn check_rates(recipe: &Recipe, faults: &mut Faults) {
     let lr = &recipe.lr;
     if faults.spare(&["lr.floor", "lr.peak"]) && lr.floor > lr.peak {
         faults.expected("lr.floor", format!("at most lr.peak ({})", lr.peak), lr.floor);
+    }
+}
+
+fn check_store(recipe: &Recipe, faults: &mut Faults) {
+    let store = recipe.checkpoint.store.as_str();
+    let expected = "s3://BUCKET/RUN, gs://BUCKET/RUN, az://CONTAINER/RUN or nothing";
+    match Location::parse(store) {
+        _ if store.is_empty() => {}
+        Some(Ok(location)) if !location.is_web() => {}
+        Some(Err(why)) => faults.push("checkpoint.store", why),
+        _ => faults.expected("checkpoint.store", expected, format!("{store:?}")),
     }
 }
 

@@ -194,6 +194,8 @@ pub struct CheckpointSection {
     pub keep: usize,
     /// Whether the checkpoint with the lowest validation loss is kept as well, where validate.every is set.
     pub keep_best: bool,
+    /// A prefix in an object store where checkpoints are committed, as s3://BUCKET/RUN; empty: in the run's folder. In one process.
+    pub store: String,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
     /// In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter.

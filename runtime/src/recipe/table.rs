@@ -12,6 +12,7 @@ use toml::{Table, Value};
 use super::keys::{KEYS, KeyDefault, KeyDoc};
 use super::{FRESH, suggest};
 use crate::faults::Faults;
+use crate::files::objects::Location;
 use crate::model_config::{ModelConfig, builtin as models};
 
 /// A recipe on its way from text to types.
@@ -88,6 +89,9 @@ impl RecipeTable {
     /// working directory.
     pub(super) fn resolve_paths(&mut self, folder: &Path) {
         let resolve = |path: &str, name: &str| {
+            if Location::is(name) {
+                return name.to_owned();
+            }
             let start = if self.origins.get(path) == Some(&None) { Path::new("") } else { folder };
             let joined = start.join(name);
             // Only an empty path has no absolute form; it is reported where it is read.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use contraflow_runtime::files::objects::{ObjectError, ObjectFault, fetch_all, fetched_name};
 use contraflow_runtime::recipe::{Recipe, TokenizerSection};
 
 use super::Tokenizer;
@@ -41,11 +42,37 @@ pub struct CorpusName {
 /// **Errors**: every fault of the tokenizer, or of the data, at once: a file that cannot be read or is of the wrong kind, ids
 /// that the model has no row for, too little text.
 pub fn load_text(recipe: &Recipe) -> Result<(Text, Datasets), TextFaults> {
-    let chosen = choose(recipe)?;
-    let (corpus, datasets) = load_data(recipe, &chosen.tokenizer)?;
-    let text =
-        Text { corpus, tokenizer: chosen.tokenizer, tokenizer_section: chosen.section, notes: chosen.notes };
-    Ok((text, datasets))
+    let named = |texts: Vec<String>| texts.iter().map(|text| fetched_name(text)).collect();
+    let loaded = fetched(recipe).and_then(|local| {
+        let chosen = choose(&local)?;
+        let (corpus, datasets) = load_data(&local, &chosen.tokenizer)?;
+        Ok((chosen, corpus, datasets))
+    });
+    let (chosen, corpus, datasets) =
+        loaded.map_err(|faults| TextFaults { faults: named(faults.faults), ..faults })?;
+    let section = TokenizerSection { path: fetched_name(&chosen.section.path), ..chosen.section };
+    let corpus = CorpusName { warnings: named(corpus.warnings), ..corpus };
+    let notes = named(chosen.notes);
+    Ok((Text { corpus, tokenizer: chosen.tokenizer, tokenizer_section: section, notes }, datasets))
+}
+
+/// The same recipe with local paths for what it reads of object stores.
+fn fetched(recipe: &Recipe) -> Result<Recipe, TextFaults> {
+    let mut local = recipe.clone();
+    let fetch = |key: &'static str, texts: &mut [String]| {
+        let faults = |found: Vec<ObjectError>| TextFaults {
+            is_of_node: found.iter().all(|fault| fault.kind == ObjectFault::Failed),
+            ..TextFaults::of(key, &found)
+        };
+        let paths = fetch_all(texts).map_err(faults)?;
+        texts.iter_mut().zip(paths).for_each(|(text, path)| *text = path.to_string_lossy().into_owned());
+        Ok(())
+    };
+    fetch("data.paths", &mut local.data.paths)?;
+    fetch("data.validation", &mut local.data.validation)?;
+    fetch("tokenizer.path", std::slice::from_mut(&mut local.tokenizer.path))?;
+    fetch("model.init", std::slice::from_mut(&mut local.model.init))?;
+    Ok(local)
 }
 
 fn load_data(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<(CorpusName, Datasets), TextFaults> {

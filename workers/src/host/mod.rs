@@ -28,6 +28,7 @@ use contraflow_runtime::checkpoint::Storage;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
+use contraflow_runtime::files::objects::Location;
 use contraflow_runtime::files::{self, Reloaded};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
@@ -155,7 +156,8 @@ pub async fn run(
     let (sender, mut inputs) = mpsc::unbounded_channel();
     let listen = |error: std::io::Error| format!("--listen {}: {error}", settings.listen);
     let storage = |error: std::io::Error| format!("--storage {}: {error}", settings.storage.display());
-    settings.data_root.iter().for_each(|root| files::confine(root));
+    // What is fetched from a store lies elsewhere, under names that nobody chooses.
+    settings.data_root.iter().filter(|root| !Location::is_path(root)).for_each(|root| files::confine(root));
     route::watch(settings.orchestrator.clone(), sender.clone());
     let mut host = Host {
         id: u64::from_le_bytes(from_system().map_err(|error| error.to_string())?),

@@ -9,6 +9,7 @@ use contraflow_kernels::par::Threads;
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
 use contraflow_runtime::fabric::Endpoint;
+use contraflow_runtime::files::objects::fetch;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::FormationId;
@@ -88,7 +89,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         match (&assignment.resume, recipe.model.init_dir()) {
             _ if assignment.recovered.is_some() => {}
             (Some(checkpoint), _) => checkpoint.records.fill(params)?,
-            (None, Some(dir)) => HfWeights::open(dir)?.fill(params)?,
+            (None, Some(dir)) => HfWeights::open(&fetch(dir)?)?.fill(params)?,
             (None, None) => initialise(params, recipe.training.seed, recipe.training.init_std),
         }
     }
