@@ -358,7 +358,12 @@ fn job_json(job: &v1::Job) -> Value {
     let ranks: Vec<Value> = job
         .ranks
         .iter()
-        .map(|rank| json!({"rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step}))
+        .map(|rank| {
+            json!({
+                "rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step,
+                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds, "slow": rank.slow,
+            })
+        })
         .collect();
     json!({
         "job": job.job, "name": job.name, "priority": job.priority, "state": state_of(job), "step": job.step,
@@ -390,8 +395,12 @@ fn job_text(job: &v1::Job) -> String {
         text += &format!("  loss: {loss:.4}\n");
     }
     for rank in &job.ranks {
-        text +=
-            &format!("  rank {:>3}  step {:>6}  {} on {}\n", rank.rank, rank.step, rank.worker, rank.node);
+        let (busy, waited) = (rank.busy_seconds, rank.waited_seconds);
+        let slow = if rank.slow { "  slow" } else { "" };
+        text += &format!(
+            "  rank {:>3}  step {:>6}  busy {busy:>6.2} s  waits {waited:>6.2} s  {} on {}{slow}\n",
+            rank.rank, rank.step, rank.worker, rank.node
+        );
     }
     text
 }

@@ -2,8 +2,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
-use crate::cluster::{Cluster, curve, until};
+use crate::cluster::{Cluster, ENDLESS, curve, until};
 
 /// A job of one rank.
 const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
@@ -191,4 +192,32 @@ fn a_job_begins_with_no_checkpoint_outside_of_what_the_workers_were_given() {
         (status["state"] == "failed").then(|| status["outcome"].as_str().unwrap().to_owned())
     });
     assert!(outcome.contains("resume: expected a checkpoint below "), "{outcome}");
+}
+
+#[test]
+fn a_rank_that_holds_the_others_up_is_named_in_log_and_status() {
+    let cluster = Cluster::start(4);
+    let job = cluster.submit(&[ENDLESS], &[]);
+    cluster.until_step(&job, 2);
+    // Stopped for most of the time, but never for as long as a lease.
+    let (worker, others) =
+        (cluster.workers[3].as_ref().unwrap(), "is slow and holds the others up: it works ");
+    let log = until("the slow rank", || {
+        worker.signal(rustix::process::Signal::STOP);
+        std::thread::sleep(Duration::from_millis(300));
+        worker.signal(rustix::process::Signal::CONT);
+        Some(cluster.run(&["logs", &job]).1).filter(|log| log.contains(others))
+    });
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains(others)).collect();
+    let status = cluster.status(&job).unwrap();
+    let of_worker = status["ranks"].as_array().unwrap().iter().find(|rank| rank["node"] == "n3").unwrap();
+    let rank =
+        format!("rank {} on worker {}, node n3, ", of_worker["rank"], of_worker["worker"].as_str().unwrap());
+    assert!(lines.len() == 1 && lines[0].contains(&rank) && lines[0].contains(" WARN "), "{log}");
+    assert_eq!(of_worker["slow"], true, "{status}");
+    assert!(of_worker["busy_seconds"].as_f64().unwrap() > 0.1, "{status}");
+    assert!(cluster.run(&["status", &job]).1.lines().any(|line| line.ends_with(" on n3  slow")), "{status}");
+    until("the rank that has caught up", || {
+        cluster.run(&["logs", &job]).1.contains(", node n3, holds the others up no more: ").then_some(())
+    });
 }

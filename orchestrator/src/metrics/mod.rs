@@ -1,6 +1,7 @@
 //! The metrics actor of a job in one process: makes the record of each step and hands it to the subscribers. What a record is
-//! is in [`record`].
+//! is in [`record`], which rank holds the others up in [`pace`].
 
+pub mod pace;
 pub mod record;
 
 use contraflow_proto::StepReport;

@@ -30,6 +30,7 @@ use super::submission;
 use super::worker_link::WorkerLink;
 use crate::core::facts::{Fact, JobSpec};
 use crate::core::{Core, Effect, Event, Severity, WorkerCommand};
+use crate::metrics::pace::Change;
 use crate::metrics::record::StepRecord;
 use crate::store::{Removals, Replay, Store, StoreError};
 
@@ -289,22 +290,10 @@ impl Hub {
                         // A record is numbers and texts.
                         let bytes = serde_json::to_vec(&record).unwrap_or_default();
                         batch.steps.entry(job).or_default().push((record.step, bytes));
+                        self.log_pace(job, batch);
                     }
                 }
-                Effect::Log { job, severity, mut line } => {
-                    tidy(&mut line, MAX_LINE);
-                    match severity {
-                        Severity::Info => tracing::info!(%job, "{line}"),
-                        Severity::Warn => tracing::warn!(%job, "{line}"),
-                        Severity::Error => tracing::error!(%job, "{line}"),
-                    }
-                    let (unix_ms, level) = (now_ms(), severity.name().to_owned());
-                    self.log(
-                        job,
-                        vec![LogRecord { unix_ms, level, ranks: Vec::new(), message: line }],
-                        batch,
-                    );
-                }
+                Effect::Log { job, severity, line } => self.log_line(job, severity, line, batch),
             }
         }
     }
@@ -347,6 +336,35 @@ impl Hub {
             }
             _ => {}
         }
+    }
+
+    /// Names ranks that hold the others up, and those that do not any more.
+    fn log_pace(&mut self, job: JobId, batch: &mut CommitBatch) {
+        let changes = self.steps.get_mut(&job).map(Steps::judge).unwrap_or_default();
+        for (worker, Change { rank, time, typical }) in changes {
+            let place =
+                self.core.member(worker).map(|member| member.registration.clone()).unwrap_or_default();
+            let of = format!("rank {rank} on worker {}, node {}", place.name, place.node);
+            let times = format!("works {:.2} s of a step, others like it {typical:.2} s", time.busy);
+            let (severity, words) = match time.is_slow {
+                true => (Severity::Warn, "is slow and holds the others up"),
+                false => (Severity::Info, "holds the others up no more"),
+            };
+            let line = format!("{of}, {words}: it {times}");
+            self.log_line(job, severity, line, batch);
+        }
+    }
+
+    /// A line of the orchestrator's own.
+    fn log_line(&mut self, job: JobId, severity: Severity, mut line: String, batch: &mut CommitBatch) {
+        tidy(&mut line, MAX_LINE);
+        match severity {
+            Severity::Info => tracing::info!(%job, "{line}"),
+            Severity::Warn => tracing::warn!(%job, "{line}"),
+            Severity::Error => tracing::error!(%job, "{line}"),
+        }
+        let (unix_ms, level) = (now_ms(), severity.name().to_owned());
+        self.log(job, vec![LogRecord { unix_ms, level, ranks: Vec::new(), message: line }], batch);
     }
 
     fn log(&mut self, job: JobId, lines: Vec<LogRecord>, batch: &mut CommitBatch) {

@@ -22,6 +22,7 @@ use super::{Handle, bounds, refused, submission};
 use crate::core::Event;
 use crate::core::facts::End;
 use crate::core::jobs::{JobRecord, Phase};
+use crate::metrics::pace::RankTime;
 use crate::metrics::record::StepRecord;
 use crate::store::{Numbered, Store, StoreError};
 
@@ -348,7 +349,17 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
     let rank = |(rank, &worker): (usize, &u64)| {
         let registration = core.member(worker).map(|member| member.registration.clone()).unwrap_or_default();
         let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
-        v1::RankPlace { rank: rank as u64, worker: registration.name, node: registration.node, step }
+        let RankTime { busy, waited, is_slow } =
+            steps.map(|steps| steps.pace.time_of(rank)).unwrap_or_default();
+        v1::RankPlace {
+            rank: rank as u64,
+            worker: registration.name,
+            node: registration.node,
+            step,
+            busy_seconds: busy,
+            waited_seconds: waited,
+            slow: is_slow,
+        }
     };
     let mut described = v1::Job {
         job: job.to_string(),

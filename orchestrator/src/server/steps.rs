@@ -1,10 +1,11 @@
 //! The steps of a job as they are watched: reports of all ranks put together, each step once.
 
 use contraflow_proto::StepReport;
-use contraflow_runtime::topology::Generation;
+use contraflow_runtime::topology::{Generation, Topology};
 use tokio::sync::watch;
 
 use crate::core::facts::{Formed, JobSpec};
+use crate::metrics::pace::{Change, Pace};
 use crate::metrics::record::{Collector, JobConstants, StepRecord};
 
 /// How far a job's kept steps go.
@@ -32,6 +33,8 @@ pub struct Steps {
     pub loss: Option<f64>,
     /// By rank, the latest step that it has reported.
     pub by_rank: Vec<u64>,
+    /// How long they work and wait.
+    pub pace: Pace,
     /// By rank, the workers of the latest formation and of the one before: its lines may come late.
     places: [Vec<u64>; 2],
     /// Wakes watchers.
@@ -47,6 +50,7 @@ impl Steps {
             last,
             loss,
             by_rank: Vec::new(),
+            pace: Pace::new(Topology { pipeline: 0, expert: 0, data: 0 }),
             places: Default::default(),
             progress: watch::Sender::new(StepProgress {
                 step: last,
@@ -64,6 +68,7 @@ impl Steps {
         self.collector.reform(JobConstants::new(&spec.recipe, world, peak_flops));
         self.generation = formed.generation;
         self.by_rank = vec![0; world];
+        self.pace = Pace::new(formed.topology);
         self.places.swap(0, 1);
         self.places[0].clone_from(&formed.places);
     }
@@ -71,6 +76,13 @@ impl Steps {
     /// Whether a worker hosts a rank of the job, or did so in the formation before.
     pub fn hosts(&self, worker: u64, rank: u32) -> bool {
         self.places.iter().any(|places| places.get(rank as usize) == Some(&worker))
+    }
+
+    /// After a step, what has changed of which ranks hold the others up: the worker of each.
+    pub fn judge(&mut self) -> Vec<(u64, Change)> {
+        let [places, _] = &self.places;
+        let changes = self.pace.judge().into_iter();
+        changes.filter_map(|change| Some((*places.get(change.rank)?, change))).collect()
     }
 
     /// The job goes back to the checkpoint of this step: those after it are of a history that was left, and will be made
@@ -88,7 +100,11 @@ impl Steps {
         if let Some(latest) = self.by_rank.get_mut(report.rank as usize) {
             *latest = (*latest).max(report.step);
         }
-        if report.generation != self.generation.number() || report.step <= self.last {
+        if report.generation != self.generation.number() {
+            return None;
+        }
+        self.pace.take(&report);
+        if report.step <= self.last {
             return None;
         }
         let record = self.collector.record(report)?;
