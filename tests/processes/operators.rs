@@ -1,7 +1,9 @@
 //! What operators do and see: nodes out of use and back, lists in pages, files that are nobody else's.
 
 use std::os::unix::fs::PermissionsExt;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::cluster::{Cluster, ENDLESS, curve, until};
@@ -199,24 +201,41 @@ fn a_rank_that_holds_the_others_up_is_named_in_log_and_status() {
     let cluster = Cluster::start(4);
     let job = cluster.submit(&[ENDLESS], &[]);
     cluster.until_step(&job, 2);
-    // Stopped for most of the time, but never for as long as a lease.
-    let (worker, others) =
+    let (worker, words) =
         (cluster.workers[3].as_ref().unwrap(), "is slow and holds the others up: it works ");
-    let log = until("the slow rank", || {
-        worker.signal(rustix::process::Signal::STOP);
-        std::thread::sleep(Duration::from_millis(300));
-        worker.signal(rustix::process::Signal::CONT);
-        Some(cluster.run(&["logs", &job]).1).filter(|log| log.contains(others))
+    let has_been_named = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Stopped for most of the time, but never for as long as a lease.
+        scope.spawn(|| {
+            while !has_been_named.load(Ordering::Relaxed) {
+                worker.signal(rustix::process::Signal::STOP);
+                std::thread::sleep(Duration::from_millis(300));
+                worker.signal(rustix::process::Signal::CONT);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let named = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let rank = until("the slow rank in status", || {
+                let status = cluster.status(&job)?;
+                status["ranks"].as_array()?.iter().find(|rank| rank["slow"] == true).cloned()
+            });
+            assert_eq!(rank["node"], "n3", "{rank}");
+            assert!(rank["busy_seconds"].as_f64().unwrap() > 0.1, "{rank}");
+            until("it in words", || {
+                let text = cluster.run(&["status", &job]).1;
+                text.lines().any(|line| line.ends_with(" on n3  slow")).then_some(())
+            });
+            let log = cluster.run(&["logs", &job]).1;
+            let line = log.lines().find(|line| line.contains(words)).unwrap();
+            let of_rank =
+                format!("rank {} on worker {}, node n3, ", rank["rank"], rank["worker"].as_str().unwrap());
+            assert!(line.contains(&of_rank) && line.contains(" WARN "), "{log}");
+        }));
+        has_been_named.store(true, Ordering::Relaxed);
+        if let Err(panic) = named {
+            std::panic::resume_unwind(panic);
+        }
     });
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains(others)).collect();
-    let status = cluster.status(&job).unwrap();
-    let of_worker = status["ranks"].as_array().unwrap().iter().find(|rank| rank["node"] == "n3").unwrap();
-    let rank =
-        format!("rank {} on worker {}, node n3, ", of_worker["rank"], of_worker["worker"].as_str().unwrap());
-    assert!(lines.len() == 1 && lines[0].contains(&rank) && lines[0].contains(" WARN "), "{log}");
-    assert_eq!(of_worker["slow"], true, "{status}");
-    assert!(of_worker["busy_seconds"].as_f64().unwrap() > 0.1, "{status}");
-    assert!(cluster.run(&["status", &job]).1.lines().any(|line| line.ends_with(" on n3  slow")), "{status}");
     until("the rank that has caught up", || {
         cluster.run(&["logs", &job]).1.contains(", node n3, holds the others up no more: ").then_some(())
     });
