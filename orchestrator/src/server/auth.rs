@@ -47,6 +47,8 @@ struct Shared {
     submits: Mutex<Buckets>,
     failures: Mutex<Buckets>,
     audit: Audit,
+    /// From when on credentials are looked at again, every [`RECHECK`].
+    began: tokio::time::Instant,
 }
 
 /// The guard. Clones are the same.
@@ -62,7 +64,8 @@ fn lock(buckets: &Mutex<Buckets>) -> MutexGuard<'_, Buckets> {
 impl AuthLayer {
     pub(super) fn new(security: Option<Arc<Security>>, audit: Audit) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
-        AuthLayer { shared: Arc::new(Shared { security, submits, failures, audit }) }
+        let began = tokio::time::Instant::now();
+        AuthLayer { shared: Arc::new(Shared { security, submits, failures, audit, began }) }
     }
 
     /// What takes connections in; none without TLS.
@@ -186,8 +189,11 @@ impl Session {
 
     /// Completes once the caller may not make this call any more, with the refusal: a stream may outlive its token.
     pub(super) async fn withdrawn(&self) -> Status {
+        // For all streams at the same times: those of one token end together.
+        let mut times = tokio::time::interval_at(self.shared.began, RECHECK);
+        times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
-            tokio::time::sleep(RECHECK).await;
+            times.tick().await;
             if let Err(refused) = self.judge() {
                 return refused;
             }
