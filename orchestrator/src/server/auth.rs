@@ -49,6 +49,9 @@ struct Shared {
     audit: Audit,
     /// From when on credentials are looked at again, every [`RECHECK`].
     began: tokio::time::Instant,
+    /// The tokens by which a caller was judged last, and a signal to open streams that there are others now.
+    tokens: Mutex<Option<Arc<Vec<Token>>>>,
+    changed: tokio::sync::Notify,
 }
 
 /// The guard. Clones are the same.
@@ -65,7 +68,8 @@ impl AuthLayer {
     pub(super) fn new(security: Option<Arc<Security>>, audit: Audit) -> Self {
         let (submits, failures) = (Mutex::new(Buckets::new(SUBMITS)), Mutex::new(Buckets::new(FAILURES)));
         let began = tokio::time::Instant::now();
-        AuthLayer { shared: Arc::new(Shared { security, submits, failures, audit, began }) }
+        let (tokens, changed) = Default::default();
+        AuthLayer { shared: Arc::new(Shared { security, submits, failures, audit, began, tokens, changed }) }
     }
 
     /// What takes connections in; none without TLS.
@@ -193,7 +197,10 @@ impl Session {
         let mut times = tokio::time::interval_at(self.shared.began, RECHECK);
         times.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
-            times.tick().await;
+            tokio::select! {
+                _ = times.tick() => {}
+                () = self.shared.changed.notified() => {}
+            }
             if let Err(refused) = self.judge() {
                 return refused;
             }
@@ -207,6 +214,10 @@ impl Session {
         let Some(security) = &self.shared.security else { return Ok(None) };
         access::judge_certificate(&security.revoked.current(), self.credentials.certificate)?;
         let tokens = security.tokens.current();
+        let before = self.shared.tokens.lock().replace(tokens.clone());
+        if before.is_some_and(|before| !Arc::ptr_eq(&before, &tokens)) {
+            self.shared.changed.notify_waiters();
+        }
         Ok(access::judge(&tokens, &self.credentials, &self.method, unix_seconds())?.cloned())
     }
 }
