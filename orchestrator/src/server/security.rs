@@ -17,7 +17,6 @@ use tracing::Level;
 use super::access::{Revoked, Token, fingerprint, parse_revoked, parse_tokens};
 use super::expiry::{self, Ending, Notices};
 use super::lists::list;
-use super::worker_link::WorkerLink;
 use super::x509::CertificateInfo;
 use super::{Handle, unix_seconds};
 
@@ -91,7 +90,7 @@ impl Security {
     pub(super) async fn tell_endings(self: Arc<Self>, hub: Handle) {
         let mut notices = Notices::default();
         while let Ok(shown) =
-            hub.ask(|hub| hub.links.values().filter_map(WorkerLink::shown).collect::<Vec<_>>()).await
+            hub.ask(|hub| hub.links.values().filter_map(|link| link.shown.clone()).collect::<Vec<_>>()).await
         {
             let now = unix_seconds();
             let tokens = self.tokens.current();

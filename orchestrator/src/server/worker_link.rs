@@ -27,9 +27,3 @@ pub(super) struct Shown {
     /// Until when it is good with the certificate that the worker has shown. **Units**: seconds since 1970.
     pub(super) expires: u64,
 }
-
-impl WorkerLink {
-    pub(super) fn shown(&self) -> Option<Shown> {
-        self.shown.clone()
-    }
-}
