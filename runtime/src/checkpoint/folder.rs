@@ -187,10 +187,15 @@ impl CheckpointFolder {
     }
 
     /// Takes a damaged checkpoint out of the way, so that its step can be committed anew: where it is now. What is left of it
-    /// stays for whoever wants to look at it.
+    /// stays for whoever wants to look at it. In the object store too, where it would count for what is made anew.
     ///
-    /// **Errors**: what the system says.
+    /// **Errors**: what the system says; the store refuses or fails.
     pub fn set_aside(&self, step: u64) -> io::Result<PathBuf> {
+        if let Some(remote) = &self.remote
+            && remote.list().map_err(io::Error::other)?.contains(&step)
+        {
+            remote.set_aside(step).map_err(io::Error::other)?;
+        }
         let to = self.dir.join(format!("damaged-step-{step:08}"));
         remove(&to)?;
         std::fs::rename(self.committed(step), &to)?;
