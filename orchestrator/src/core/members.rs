@@ -74,9 +74,10 @@ impl Member {
         self.is_known() && !self.is_attached && !self.fell_silent
     }
 
-    /// Whether it stood still or was cut off a moment ago: what others say of it since then proves nothing.
-    pub fn has_just_returned(&self, now: u64) -> bool {
-        self.returned_ms.is_some_and(|returned| now < returned + ADOPTION_MS)
+    /// Whether it stood still or was cut off until a moment ago, and after `since_ms`: what others have said of it since then proves
+    /// nothing.
+    pub fn has_just_returned(&self, since_ms: u64, now: u64) -> bool {
+        self.returned_ms.is_some_and(|returned| returned >= since_ms && now < returned + ADOPTION_MS)
     }
 
     fn is_silent(&self, silent_ms: u64) -> bool {

@@ -278,7 +278,7 @@ impl Core {
                 away.into_iter().filter_map(|worker| self.members.remove(worker)).collect();
             return self.lost(&gone, now);
         }
-        if let Some(name) = self.has_just_returned(&places, now) {
+        if let Some(name) = self.has_just_returned(job, &places, now) {
             let why = format!("{why}; worker {name} was silent a moment before: re-forming");
             return self.break_formation(job, Vec::new(), why, Blame::Pause, now);
         }
@@ -298,10 +298,12 @@ impl Core {
         self.break_formation(job, lost, why, Blame::Job, now);
     }
 
-    /// Of these workers, the name of one that was silent until a moment ago: what its peers say of it was true then.
-    fn has_just_returned(&self, places: &BTreeSet<u64>, now: u64) -> Option<String> {
+    /// Of these workers of a formation, the name of one that was silent in its time, until a moment ago: what its peers say of it was
+    /// true then.
+    fn has_just_returned(&self, job: JobId, places: &BTreeSet<u64>, now: u64) -> Option<String> {
+        let before = self.jobs.all.get(&job)?.broken_ms;
         let mut members = places.iter().filter_map(|worker| self.members.get(*worker));
-        let returned = members.find(|member| member.has_just_returned(now))?;
+        let returned = members.find(|member| member.has_just_returned(before, now))?;
         Some(returned.registration.name.clone())
     }
 

@@ -222,7 +222,8 @@ impl World {
             }
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
             Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
-                if let Fact::Broken { why, .. } = fact {
+                // What was said of a worker that was silent is no evidence.
+                if let Fact::Broken { why, paused: false, .. } = fact {
                     self.note_apart(*job, why);
                 }
                 let (is_requeued, record) =
