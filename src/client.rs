@@ -238,39 +238,72 @@ pub fn status(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
+/// A job that is followed, over breaks of the connection.
+#[derive(Default)]
+struct Followed {
+    /// The latest step that has been shown.
+    step: u64,
+    /// Since when its stream is open, if it is or was the last time.
+    opened: Option<Instant>,
+    /// Since when the orchestrator is away, if it is.
+    away: Option<Instant>,
+}
+
+impl Followed {
+    /// It cannot be followed just now. Whether that is the beginning of an absence, and for how long it lasts.
+    fn broke_off(&mut self, now: Instant) -> (bool, Duration) {
+        // A stream that ends at once is no end of an absence.
+        if self.opened.take().is_some_and(|opened| now - opened >= TIMEOUT) {
+            self.away = None;
+        }
+        let begins = self.away.is_none();
+        (begins, now - *self.away.get_or_insert(now))
+    }
+
+    /// A step has come.
+    fn shows(&mut self, step: u64) {
+        (self.step, self.away) = (step, None);
+    }
+}
+
 /// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the
-/// connection is waited out: the orchestrator may be started again.
+/// connection is waited out, and said once: the orchestrator may be started again.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
 pub fn watch(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let mut from_step = 1;
-        let mut heard = Instant::now();
+        let mut followed = Followed::default();
         loop {
-            let before = from_step;
             let stamps = args.common.access.stamps();
-            let watched = watch_once(args, &mut from_step).await;
-            if from_step > before {
-                heard = Instant::now();
-            }
-            match watched {
+            let failure = match watch_once(args, &mut followed).await {
                 Ok(job) => return ended(&job),
                 // The right to the stream has ended, and may have been renewed meanwhile.
-                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => {}
-                Err(failure) if failure.code == 2 || heard.elapsed() >= AWAY => return Err(failure),
-                Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => continue,
+                Err(failure) if failure.code == 2 => return Err(failure),
+                Err(failure) => failure,
+            };
+            match followed.broke_off(Instant::now()) {
+                (_, away) if away >= AWAY => return Err(failure),
+                (true, _) => say(format_args!(
+                    "the orchestrator is away, waited for up to {} s: {}",
+                    AWAY.as_secs(),
+                    failure.message
+                )),
+                (false, _) => {}
             }
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
     })
 }
 
-async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failure> {
+async fn watch_once(args: &OfJob, followed: &mut Followed) -> Result<v1::Job, Failure> {
     let mut client = jobs(&args.common).await?;
-    let request = v1::WatchRequest { job: args.job.clone(), from_step: *from_step };
+    let request = v1::WatchRequest { job: args.job.clone(), from_step: followed.step + 1 };
     let mut steps = client.watch(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
+    followed.opened = Some(Instant::now());
     while let Some(answer) = steps.message().await.map_err(|status| args.common.refused(&status))? {
         let record = answer.record.unwrap_or_default();
-        *from_step = record.step + 1;
+        followed.shows(record.step);
         match args.common.format {
             // The bytes of a line of metrics.jsonl: a JSON value would have its fields in another order.
             Format::Json => {
@@ -417,4 +450,28 @@ fn job_text(job: &v1::Job) -> String {
 fn clock(unix_ms: u64) -> String {
     let time = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(unix_ms);
     format!("{} {:02}:{:02}:{:02}", time.date(), time.hour(), time.minute(), time.second())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absence_is_said_once_and_ends_with_a_step_or_a_stream_that_lasts() {
+        let (mut followed, begin) = (Followed::default(), Instant::now());
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        assert_eq!(followed.broke_off(at(0)), (true, Duration::ZERO));
+        for seconds in 1..50 {
+            // The stream opens and breaks off again.
+            followed.opened = (seconds % 2 == 0).then(|| at(seconds));
+            assert_eq!(followed.broke_off(at(seconds)), (false, Duration::from_secs(seconds)));
+        }
+        followed.opened = Some(at(50));
+        followed.shows(7);
+        assert_eq!((followed.broke_off(at(51)), followed.step), ((true, Duration::ZERO), 7));
+        // The job made no step for an hour.
+        followed.opened = Some(at(60));
+        assert_eq!(followed.broke_off(at(3660)), (true, Duration::ZERO));
+        assert_eq!(followed.broke_off(at(3719)), (false, Duration::from_secs(59)));
+    }
 }

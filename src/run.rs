@@ -19,8 +19,8 @@ use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::Generation;
-use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
+use contraflow_workers::checkpoint::{Checkpoint, NewestWhole};
 use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::from_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape, validation_shape};
@@ -231,7 +231,8 @@ impl Run {
                     attempt = self.diverged(&divergence, cursor, &attempt)?;
                     let kept =
                         attempt.resume.as_ref().map_or(0, |checkpoint| checkpoint.manifest.position.tokens);
-                    totals().tokens = kept - self.position().tokens;
+                    // It may be an earlier one than that of the beginning, if that is damaged by now.
+                    totals().tokens = kept.saturating_sub(self.position().tokens);
                 }
                 Outcome::Failed {
                     message,
@@ -311,30 +312,51 @@ impl Run {
     ///
     /// **Errors**: code 1 with the reason, where the run was asked to stop or there is no way back.
     fn diverged(&self, divergence: &Divergence, cursor: u64, before: &Attempt) -> Result<Attempt, Failure> {
-        let folder = &self.folder;
-        let newest = folder.list().unwrap_or_default().last().map(|&step| {
-            // One that cannot be read is refused where it is opened.
-            let manifest = Manifest::read(&folder.committed(step));
-            rollback::Checkpoint { step, cursor: manifest.map_or(0, |manifest| manifest.position.cursor) }
+        let rolls_back = divergence.action == StepAction::RollBack;
+        let checkpoint = if rolls_back { self.newest_whole()? } else { None };
+        let newest = checkpoint.as_ref().map(|checkpoint| {
+            let Position { step, cursor, .. } = checkpoint.manifest.position;
+            rollback::Checkpoint { step, cursor }
         });
         let (returns, max_returns) = (before.returns, self.recipe.watch.max_skips);
         let decided =
             RollBack { newest, returns, max_returns }.decide(&self.with_evidence(divergence), cursor);
         let returned = decided.map_err(|why| {
-            let says_all = newest.is_none() && divergence.action == StepAction::RollBack;
+            let says_all = newest.is_none() && rolls_back;
             Failure::run(if says_all { why } else { format!("{why}{}", self.resume_hint()) })
         })?;
-        let checkpoint = Checkpoint::open(&folder.committed(returned.to));
-        let mut checkpoint = checkpoint.map_err(|faults| Failure::run(faults.to_string()))?;
-        checkpoint.manifest.position.cursor = cursor;
         say(&returned.why);
         run_dir::keep_metrics(&self.dir, &self.dir, returned.to)
             .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
-        Ok(Attempt {
-            resume: Some(Arc::new(checkpoint)),
-            generation: before.generation.next(),
-            returns: returned.returns,
-        })
+        let resume = checkpoint.map(|mut checkpoint| {
+            checkpoint.manifest.position.cursor = cursor;
+            Arc::new(checkpoint)
+        });
+        Ok(Attempt { resume, generation: before.generation.next(), returns: returned.returns })
+    }
+
+    /// The newest whole checkpoint, if there is one. Damaged ones after it leave their place, with a warning: their steps are made
+    /// again.
+    ///
+    /// **Errors**: code 1; the folder cannot be read or written.
+    fn newest_whole(&self) -> Result<Option<Checkpoint>, Failure> {
+        let newest = NewestWhole::find(&self.folder, u64::MAX);
+        let NewestWhole { checkpoint, damaged } =
+            newest.map_err(|faults| Failure::run(faults.to_string()))?;
+        for (step, faults) in &damaged {
+            say(format_args!(
+                "warning: the checkpoint of step {step} is damaged, the one before it is looked for:\n  {}",
+                faults.to_string().replace('\n', "\n  ")
+            ));
+        }
+        if checkpoint.is_some() {
+            let failed = |error| Failure::run(format!("{}: {error}", self.folder.path().display()));
+            damaged
+                .iter()
+                .try_for_each(|(step, _)| self.folder.set_aside(*step).map(drop))
+                .map_err(failed)?;
+        }
+        Ok(checkpoint)
     }
 
     /// The same divergence, which says where its evidence is, if there is some.

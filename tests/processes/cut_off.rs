@@ -83,3 +83,24 @@ fn an_orchestrator_that_nobody_reaches_for_a_while_loses_nobody() {
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&endless, steps.len())));
 }
+
+#[test]
+fn a_watcher_says_once_that_the_orchestrator_is_away_and_goes_on() {
+    let mut cluster = Cluster::start(4);
+    let job = cluster.submit(&["training.steps=100000"], &[]);
+    let watcher = spawn(cluster.path(), "watcher", &["watch", &job, "--orchestrator", &cluster.address]);
+    let words = "the orchestrator is away, waited for up to 60 s: ";
+    for absence in 1..=2 {
+        cluster.until_step(&job, 5 * absence);
+        // It has something to show by now.
+        std::thread::sleep(Duration::from_secs(1));
+        cluster.orchestrator.kill();
+        // Several tries of it fail.
+        std::thread::sleep(Duration::from_secs(4));
+        cluster.start_orchestrator(&[]);
+        let told = watcher.stderr().matches(words).count() as u64;
+        assert_eq!(told, absence, "{}", watcher.stderr());
+    }
+    let status = cluster.status(&job).unwrap();
+    assert_eq!(status["losses"], 0, "{status}");
+}

@@ -180,6 +180,20 @@ fn a_worker_that_is_cut_off_in_one_way_or_both_is_replaced_and_comes_back() {
 }
 
 #[test]
+fn a_network_that_is_silent_for_twenty_seconds_costs_no_formation_and_no_step() {
+    let Some((mut cluster, job)) = cluster() else { return };
+    let workers: Vec<usize> = (1..6).collect();
+    cluster.network().cut(0, &workers, [true, true]);
+    // The sleep is the fault itself.
+    std::thread::sleep(Duration::from_secs(20));
+    cluster.network().order("mend");
+    some_more_steps(&cluster, &job);
+    let seen = ["generation", "losses"].map(|field| number(&cluster, &job, field));
+    assert_eq!(seen, [1, 0], "{}", cluster.run(&["logs", &job]).1);
+    assert_same_curve(cluster, &job);
+}
+
+#[test]
 fn two_workers_that_do_not_reach_each_other_are_parted() {
     let Some((mut cluster, job)) = cluster() else { return };
     let pair = [0, 1].map(|rank| cluster.host_of(&job, rank) + 1);

@@ -22,12 +22,15 @@ use crate::cluster::{Cluster, DEADLINE, ENDLESS, Process, Who, curve, spawn, unt
 /// A job of two ranks.
 const TWO: [&str; 3] = ["parallel.pipeline=2", "parallel.expert=1", ENDLESS];
 
-fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
 /// A connection with exactly these credentials.
-async fn channel(cluster: &Cluster, identity: Option<Identity>) -> Result<Channel, tonic::transport::Error> {
+pub async fn channel(
+    cluster: &Cluster,
+    identity: Option<Identity>,
+) -> Result<Channel, tonic::transport::Error> {
     let ca = std::fs::read(cluster.path().join("certs/ca.pem")).unwrap();
     let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
     if let Some(identity) = identity {
@@ -37,7 +40,7 @@ async fn channel(cluster: &Cluster, identity: Option<Identity>) -> Result<Channe
     endpoint.tls_config(tls).unwrap().connect().await
 }
 
-fn with_token<T>(message: T, token: &str) -> Request<T> {
+pub fn with_token<T>(message: T, token: &str) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().unwrap());
     request

@@ -3,7 +3,16 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use tokio::time::timeout;
+use tonic::Code;
+use tonic::codegen::tokio_stream;
+use tonic::transport::Identity;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+
 use crate::cluster::{Cluster, ENDLESS, Process, Who, spawn, until};
+use crate::security::{channel, runtime, with_token};
 
 /// A job of one rank.
 const ALONE: [&str; 4] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b", ENDLESS];
@@ -87,4 +96,46 @@ fn a_revoked_certificate_ends_its_streams_and_opens_no_connection() {
     let (code, _, stderr) = cluster.run(&["certs", "revoke", "--dir", "certs", "--name", "nobody"]);
     assert_eq!(code, 2);
     assert!(stderr.contains("--name: expected one that was issued, got \"nobody\""), "{stderr}");
+}
+
+#[test]
+fn streams_of_services_that_know_no_tokens_end_with_theirs() {
+    let cluster = Cluster::secured(0);
+    let names = ["eve", "bob", "ann"];
+    let [eve, bob, ann] = names.map(|name| Who::issue(cluster.path(), "certs", name, "view"));
+    let identity = |who: &Who| {
+        let read = |name: &str| std::fs::read(cluster.path().join(&who.tls).join(name)).unwrap();
+        Identity::from_pem(read("client.pem"), read("client.key"))
+    };
+    runtime().block_on(async {
+        let mut streams = Vec::new();
+        for (who, words) in
+            [(&eve, "token: expected one issued"), (&bob, "certificate: that of bob"), (&ann, "")]
+        {
+            let channel = channel(&cluster, Some(identity(who))).await.unwrap();
+            let request = with_token(HealthCheckRequest::default(), &who.token);
+            let mut health = HealthClient::new(channel.clone()).watch(request).await.unwrap().into_inner();
+            assert!(health.message().await.unwrap().is_some());
+            let nothing = with_token(tokio_stream::pending(), &who.token);
+            let reflection =
+                ServerReflectionClient::new(channel).server_reflection_info(nothing).await.unwrap();
+            streams.push((health, reflection.into_inner(), words));
+        }
+        remove_lines(&cluster.path().join("certs"), &["eve"]);
+        let revoke = ["certs", "revoke", "--dir", "certs", "--name", "bob"];
+        assert_eq!(cluster.run(&revoke).0, 0);
+        let (mut health, mut reflection, _) = streams.pop().unwrap();
+        for (mut health, mut reflection, words) in streams {
+            let health = timeout(GRACE, health.message()).await.expect(words).map(drop);
+            let reflection = timeout(GRACE, reflection.message()).await.expect(words).map(drop);
+            for ended in [health, reflection] {
+                let refused = ended.unwrap_err();
+                assert_eq!(refused.code(), Code::Unauthenticated);
+                assert!(refused.message().starts_with(words), "{refused}");
+            }
+        }
+        // Those of somebody else go on.
+        assert!(timeout(Duration::from_millis(500), health.message()).await.is_err());
+        assert!(timeout(Duration::from_millis(500), reflection.message()).await.is_err());
+    });
 }

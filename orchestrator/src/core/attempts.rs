@@ -32,6 +32,8 @@ pub enum Blame {
     Job,
     /// It came to nothing because its storage could not be read.
     Storage,
+    /// A worker stood still or was cut off: a job does not do that to a worker.
+    Pause,
     /// It has made a step, or something else ended it.
     Nobody,
 }
@@ -80,7 +82,8 @@ impl Attempts {
     /// The formation has ended after this step.
     pub fn ended(&mut self, reached: u64, blame: Blame, why: &str) {
         self.advanced(reached);
-        self.stuck += u32::from(!self.has_advanced && blame != Blame::Storage);
+        let is_external = matches!(blame, Blame::Storage | Blame::Pause);
+        self.stuck += u32::from(!self.has_advanced && !is_external);
         self.idle += u32::from(blame == Blame::Job);
         self.unreadable += u32::from(blame == Blame::Storage);
         if self.losses.len() == MAX_IDLE as usize {
@@ -158,6 +161,16 @@ mod tests {
         assert_eq!((attempts.idle, attempts.unreadable, attempts.stuck), (0, MAX_UNREADABLE, 0));
         attempts.formed();
         attempts.stepped(5);
+        assert_eq!((attempts.given_up(4), attempts.pause_ms(4)), (None, 0));
+    }
+
+    #[test]
+    fn workers_that_stand_still_are_never_held_against_the_job() {
+        let mut attempts = Attempts::default();
+        for _ in 0..2 * MAX_STUCK {
+            attempts.formed();
+            attempts.ended(4, Blame::Pause, "rank 1 lost: worker w on node n is silent for 1600 ms");
+        }
         assert_eq!((attempts.given_up(4), attempts.pause_ms(4)), (None, 0));
     }
 

@@ -30,7 +30,7 @@ impl Core {
         let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);
         let reached = self.formations.get(&job).map_or(0, Formation::reached).max(resumed);
         let is_idle = !record.attempts.has_stepped && reached <= resumed;
-        let blame = if is_idle { blame } else { Blame::Nobody };
+        let blame = if is_idle || blame == Blame::Pause { blame } else { Blame::Nobody };
         let mut attempts = record.attempts.clone();
         attempts.ended(reached, blame, &format!("generation {generation}: {why}"));
         let workers: BTreeSet<u64> =
@@ -41,8 +41,18 @@ impl Core {
         self.release(job, &why, true);
         self.log_as(Severity::Warn, job, why.clone());
         self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
-        let (idle, unreadable) = (blame == Blame::Job, blame == Blame::Storage);
-        self.persist(Fact::Broken { job, generation, lost, reached, idle, unreadable, why, at_ms: now });
+        let [idle, unreadable, paused] = [Blame::Job, Blame::Storage, Blame::Pause].map(|of| of == blame);
+        self.persist(Fact::Broken {
+            job,
+            generation,
+            lost,
+            reached,
+            idle,
+            unreadable,
+            paused,
+            why,
+            at_ms: now,
+        });
         self.query_survivors(job, now);
     }
 

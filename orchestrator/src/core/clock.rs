@@ -50,6 +50,11 @@ impl Clock {
         std::mem::take(&mut self.held_ms)
     }
 
+    /// When somebody was heard last.
+    pub(super) fn heard_ms(&self) -> u64 {
+        self.heard_ms
+    }
+
     /// A connection has ended that was heard a moment ago: the network works, and a process has ended.
     pub(super) fn closed(&mut self) {
         if !self.is_cut_off() {

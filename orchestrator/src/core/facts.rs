@@ -256,6 +256,9 @@ pub enum Fact {
         /// Whether it completed no step because its storage could not be read.
         #[serde(default)]
         unreadable: bool,
+        /// Whether a worker that stood still or was cut off ended it.
+        #[serde(default)]
+        paused: bool,
         /// Human-readable.
         why: String,
         /// **Units**: milliseconds since 1970.

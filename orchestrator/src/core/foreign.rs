@@ -31,6 +31,11 @@ pub(super) struct Foreign {
 }
 
 impl Foreign {
+    /// The worker of a rank, if it has attached.
+    pub(super) fn place_of(&self, rank: Rank) -> Option<u64> {
+        self.places.get(&rank).copied()
+    }
+
     fn is_complete(&self) -> bool {
         self.places.len() == self.world
     }

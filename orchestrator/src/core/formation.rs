@@ -2,6 +2,7 @@
 //!
 //! Volatile: after a restart of the orchestrator it is rebuilt from what the ranks report again.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use contraflow_runtime::checkpoint::Position;
@@ -15,10 +16,12 @@ use contraflow_runtime::topology::{JobId, Rank};
 use super::attempts::Blame;
 use super::facts::{End, Fact};
 use super::jobs::JobRecord;
+use super::removal::low;
 use super::stall::{Stall, StallDetector, StallOf};
 use super::storage::StorageFaults;
 use super::{
-    ABORT_MS, Core, Effect, FORMING_MS, Progress, STALL_WARN_MS, Severity, Space, VERDICT_MS, WorkerCommand,
+    ABORT_MS, Core, Effect, FORMING_MS, Progress, SLOW_STORAGE_MS, STALL_WARN_MS, Severity, Space,
+    VERDICT_MS, WorkerCommand,
 };
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
@@ -40,6 +43,8 @@ pub(super) struct Formation {
     storage: StorageFaults,
     /// What room the storage had after the latest commit.
     pub(super) space: Option<Space>,
+    /// Workers that spoke of its commits and do not make them.
+    pub(super) refused: BTreeSet<u64>,
     /// The step that it resumed from, and the furthest that a rank has reported since.
     resumed: u64,
     reached: u64,
@@ -79,6 +84,7 @@ impl Formation {
             stalls: StallDetector::default(),
             storage: StorageFaults::default(),
             space: None,
+            refused: BTreeSet::new(),
             resumed,
             reached: resumed,
         }
@@ -125,6 +131,11 @@ impl Formation {
             StallOf::Everyone if self.machine.is_committing() => None,
             _ => Some(stall),
         }
+    }
+
+    /// What an operator should look at, though the job goes on: little room, or storage that takes long.
+    pub(super) fn warning(&self, now: u64) -> Option<String> {
+        self.space.and_then(low).or_else(|| self.stalls.slow_storage(now, SLOW_STORAGE_MS))
     }
 
     /// Notes that a checkpoint could not be committed, to be tried again; returns what to log.
@@ -175,7 +186,10 @@ impl Formation {
             }
             event => {
                 match event {
-                    RankEvent::ShardSaved { rank, .. } => self.storage.saved(rank, now),
+                    RankEvent::ShardSaved { rank, .. } => {
+                        self.storage.saved(rank, now);
+                        self.stalls.saved(rank);
+                    }
                     RankEvent::Ready { .. } => self.ready_ms = Some(now),
                     _ => {}
                 }
@@ -215,6 +229,12 @@ impl Formation {
 
     pub(super) fn progress(&mut self, progress: &Progress, now: u64) {
         self.stalls.note(progress, now);
+    }
+
+    /// Ranks that others have lost for at least so long.
+    pub(super) fn missed_for(&self, now: u64, ms: u64) -> Vec<Rank> {
+        let is_over = self.suspicion.as_ref().is_some_and(|(since, _)| since + ms <= now);
+        if is_over { self.apart.iter().map(|(_, peer)| *peer).collect() } else { Vec::new() }
     }
 
     /// Why it cannot continue although no lease has expired, if that has lasted long enough.

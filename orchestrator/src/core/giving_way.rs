@@ -5,7 +5,7 @@ use contraflow_runtime::topology::JobId;
 
 use super::facts::Fact;
 use super::jobs::Phase;
-use super::schedule::refill_lost;
+use super::schedule::{free_slots, refill_lost};
 use super::{ADOPTION_MS, Core, Severity};
 
 impl Core {
@@ -32,9 +32,18 @@ impl Core {
     }
 
     /// Jobs that have lost ranks and wait for slots that others of them hold would wait for ever: the least important give way.
-    /// `short` are those without places, the most important first. Returns whether some have given way.
+    /// So does one that all workers together have no room for, if somebody else has a use for its slots. `short` are those without
+    /// places, the most important first. Returns whether some have given way.
     pub(super) fn break_deadlock(&mut self, short: &[JobId], now: u64) -> bool {
-        let waiting: Vec<JobId> = short.iter().copied().filter(|&job| self.has_waited(job, now)).collect();
+        let waiting = short.iter().copied().filter(|&job| self.has_waited(job, now));
+        let (mut waiting, too_large): (Vec<JobId>, Vec<JobId>) =
+            waiting.partition(|&job| self.fits_into_cluster(job));
+        if let Some(job) = too_large.iter().copied().find(|&job| self.is_in_the_way(job)) {
+            let why = "needs more slots than all workers together have, and others wait".to_owned();
+            self.requeue(job, why, now);
+            return true;
+        }
+        waiting.extend(too_large);
         let found = waiting.iter().enumerate().find_map(|(index, &job)| {
             let holders = self.holders_of_places(job, &waiting[index + 1..])?;
             Some((job, holders))
@@ -44,6 +53,21 @@ impl Core {
             self.requeue(holder, format!("gives way to {job}, which has lost ranks too"), now);
         }
         true
+    }
+
+    /// Whether a job could have its ranks, or as few as it may have, if no other one held a slot.
+    fn fits_into_cluster(&self, job: JobId) -> bool {
+        let record = &self.jobs.all[&job];
+        let Some(before) = record.formed.as_ref() else { return true };
+        let least = record.spec.min_ranks.min(before.places.len());
+        self.room_for(before.rank_bytes).0 >= least
+    }
+
+    /// Whether a job in the queue could start with the free slots and those that this one holds.
+    fn is_in_the_way(&self, job: JobId) -> bool {
+        let queued = self.jobs.all.values().filter(|record| record.phase == Phase::Queued);
+        let mut queued = queued.map(|record| (record.spec.topology().world(), record.spec.rank_bytes));
+        queued.any(|(ranks, bytes)| free_slots(&self.supply(&[job], bytes)) >= ranks)
     }
 
     /// Of these jobs, the most important first, those whose slots a job needs for its lost ranks; `None` if it has no place with

@@ -197,11 +197,12 @@ impl JobRecord {
                 self.why.clear();
                 self.attempts.formed();
             }
-            Fact::Broken { generation, lost, why, at_ms, reached, idle, unreadable, .. } => {
-                let blame = match (idle, unreadable) {
-                    (true, _) => Blame::Job,
-                    (false, true) => Blame::Storage,
-                    (false, false) => Blame::Nobody,
+            Fact::Broken { generation, lost, why, at_ms, reached, idle, unreadable, paused, .. } => {
+                let blame = match (idle, unreadable, paused) {
+                    (true, ..) => Blame::Job,
+                    (_, true, _) => Blame::Storage,
+                    (.., true) => Blame::Pause,
+                    _ => Blame::Nobody,
                 };
                 self.attempts.ended(*reached, blame, &format!("generation {generation}: {why}"));
                 self.phase = Phase::Broken;

@@ -57,12 +57,31 @@ pub struct Member {
     pub until_ms: u64,
     /// Until when it may come back, its stream open or not: the orchestrator was cut off or paused.
     pub expected_until_ms: u64,
+    /// Whether it was not heard for a lease before its stream ended: that says nothing of its process.
+    pub fell_silent: bool,
+    /// When it was heard again after a longer silence than a lease, if it was.
+    pub returned_ms: Option<u64>,
 }
 
 impl Member {
     /// Whether it has introduced itself to this orchestrator: where it is to be reached is known.
     pub fn is_known(&self) -> bool {
         self.registration.slots > 0
+    }
+
+    /// Whether its process has ended, by all that is known: its stream did, and it was not cut off before.
+    pub fn has_ended(&self) -> bool {
+        self.is_known() && !self.is_attached && !self.fell_silent
+    }
+
+    /// Whether it stood still or was cut off until a moment ago, and after `since_ms`: what others have said of it since then proves
+    /// nothing.
+    pub fn has_just_returned(&self, since_ms: u64, now: u64) -> bool {
+        self.returned_ms.is_some_and(|returned| returned >= since_ms && now < returned + ADOPTION_MS)
+    }
+
+    fn is_silent(&self, silent_ms: u64) -> bool {
+        self.expected_until_ms > 0 || silent_ms >= LEASE_MS
     }
 
     /// How many ranks that need so much memory it has room for, beside those that need `used_bytes`; no limit where either is
@@ -95,6 +114,8 @@ impl Members {
             heard_ms: now,
             until_ms: now + ADOPTION_MS,
             expected_until_ms: 0,
+            fell_silent: false,
+            returned_ms: None,
         };
         self.all.entry(worker).or_insert(member);
     }
@@ -102,6 +123,9 @@ impl Members {
     /// A worker has attached, for the first time or again.
     pub fn attach(&mut self, registration: Registration, now: u64) {
         let worker = registration.worker;
+        let before = self.all.get(&worker).filter(|before| before.is_known());
+        let was_silent = before.is_some_and(|before| before.is_silent(now.saturating_sub(before.heard_ms)));
+        let returned_before = before.and_then(|before| before.returned_ms);
         let member = Member {
             registration,
             is_attached: true,
@@ -109,13 +133,16 @@ impl Members {
             heard_ms: now,
             until_ms: now + LEASE_MS,
             expected_until_ms: 0,
+            fell_silent: false,
+            returned_ms: if was_silent { Some(now) } else { returned_before },
         };
         self.all.insert(worker, member);
     }
 
-    /// A worker's stream has ended: it has little time to come back.
-    pub fn detach(&mut self, worker: u64, now: u64) {
+    /// A worker's stream has ended after a silence of so long: it has little time to come back.
+    pub fn detach(&mut self, worker: u64, silent_ms: u64, now: u64) {
         if let Some(member) = self.all.get_mut(&worker) {
+            member.fell_silent = member.is_silent(silent_ms);
             member.is_attached = false;
             member.until_ms = member.until_ms.min(now + RETURN_MS).max(member.expected_until_ms);
         }
@@ -144,16 +171,22 @@ impl Members {
     /// A sign of life.
     pub fn renew(&mut self, worker: u64, now: u64) {
         if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
+            if member.is_silent(now.saturating_sub(member.heard_ms)) {
+                member.returned_ms = Some(now);
+            }
             member.heard_ms = now;
             member.until_ms = now + LEASE_MS;
             member.expected_until_ms = 0;
         }
     }
 
-    /// Removes those whose lease has expired.
-    pub fn expire(&mut self, now: u64) -> Vec<Member> {
+    /// Removes those whose lease has expired. `heard_ms`: when somebody was heard last. If that was before a lease ran out, all may
+    /// have fallen silent at once, this one a moment before the others.
+    pub fn expire(&mut self, heard_ms: u64, now: u64) -> Vec<Member> {
+        let has_expired =
+            |member: &Member| member.until_ms < now && (!member.is_attached || heard_ms >= member.until_ms);
         let gone: Vec<u64> =
-            self.all.iter().filter(|(_, member)| member.until_ms < now).map(|(&worker, _)| worker).collect();
+            self.all.iter().filter(|(_, member)| has_expired(member)).map(|(&worker, _)| worker).collect();
         gone.iter().filter_map(|worker| self.all.remove(worker)).collect()
     }
 

@@ -13,7 +13,7 @@ use super::formation::Formation;
 use super::jobs::JobRecord;
 use super::members::{Member, Registration};
 use super::stall::{Stall, StallOf};
-use super::{Core, list};
+use super::{Core, RETURN_MS, list};
 
 impl Core {
     pub(super) fn attached(&mut self, attachment: Attachment, now: u64) {
@@ -65,6 +65,13 @@ impl Core {
         for ((formation, worker), ranks) in ranks_of {
             self.send(worker, WorkerCommand::Assign { formation, ranks });
         }
+    }
+
+    /// A worker's stream has ended.
+    pub(super) fn detached(&mut self, worker: u64, now: u64) {
+        let silent_ms = self.members.get(worker).map_or(0, |member| self.silent_ms(member));
+        self.clock.closed();
+        self.members.detach(worker, silent_ms, now);
     }
 
     fn admit(
@@ -172,7 +179,7 @@ impl Core {
         let why = |Member { registration: Registration { name, node, .. }, .. }: &Member, lost: &[Rank]| {
             format!("rank {} lost: worker {name} on node {node} is no member any more: {why}", list(lost))
         };
-        self.lose(&[member], why, now);
+        self.lose((&[member], false), why, now);
     }
 
     /// Workers are not members any more: every job that has ranks on them re-forms.
@@ -187,7 +194,7 @@ impl Core {
             let Registration { name, node, .. } = &member.registration;
             format!("rank {} lost: worker {name} on node {node} {how}", list(lost))
         };
-        let hit = self.lose(members, why, now);
+        let hit = self.lose((members, true), why, now);
         if members.iter().any(|member| member.is_attached) {
             // A process may live and keep the state of its ranks: its network or ours is gone.
             hit.into_iter().for_each(|job| self.expect_keepers(job, now));
@@ -195,19 +202,25 @@ impl Core {
     }
 
     /// Breaks every formation that has ranks on workers which are not members any more; the reason is given per worker and job,
-    /// by its ranks. Returns the jobs.
-    fn lose(&mut self, members: &[Member], why: impl Fn(&Member, &[Rank]) -> String, now: u64) -> Vec<JobId> {
+    /// by its ranks. `is_silence`: they are not heard, that is all. Returns the jobs.
+    fn lose(
+        &mut self,
+        (members, is_silence): (&[Member], bool),
+        why: impl Fn(&Member, &[Rank]) -> String,
+        now: u64,
+    ) -> Vec<JobId> {
         let mut lost: BTreeMap<JobId, (Vec<Rank>, Vec<String>)> = BTreeMap::new();
-        let mut suspects = BTreeSet::new();
+        let (mut suspects, mut paused) = (BTreeSet::new(), BTreeSet::new());
         for member in members {
             let registration = &member.registration;
             self.forget_survivor(registration.worker);
             self.lose_foreign(registration.worker);
             let hit = self.ranks_on(registration.worker);
             // Ranks may end their process; they do not cut it off.
-            let has_ended = member.is_known() && !member.is_attached;
-            let suspect = if has_ended { self.suspect(&hit) } else { None };
+            let suspect = if member.has_ended() { self.suspect(&hit) } else { None };
+            let stands_still = is_silence && member.is_known() && !member.has_ended();
             for (job, ranks) in hit {
+                paused.extend(stands_still.then_some(job));
                 let mut why = why(member, &ranks);
                 if suspect == Some(job) {
                     why += &self.short_of_memory(job, ranks.len(), registration).unwrap_or_default();
@@ -222,7 +235,11 @@ impl Core {
         let jobs = lost.keys().copied().collect();
         for (job, (mut ranks, reasons)) in lost {
             ranks.sort_unstable();
-            let blame = if suspects.contains(&job) { Blame::Job } else { Blame::Nobody };
+            let blame = match (suspects.contains(&job), paused.contains(&job)) {
+                (true, _) => Blame::Job,
+                (false, true) => Blame::Pause,
+                (false, false) => Blame::Nobody,
+            };
             self.break_formation(job, ranks, reasons.join("; "), blame, now);
         }
         jobs
@@ -237,17 +254,33 @@ impl Core {
         self.running().map(on_it).filter(|(_, ranks)| !ranks.is_empty()).collect()
     }
 
+    /// Workers of a job that have not come back since the orchestrator was started, while others say that they have lost them:
+    /// they are members no more.
+    pub(super) fn missed(&mut self, job: JobId, now: u64) -> Vec<Member> {
+        let Some(formation) = self.formations.get(&job) else { return Vec::new() };
+        let formed = self.jobs.all.get(&job).and_then(|record| record.running());
+        let ranks = formation.missed_for(now, RETURN_MS);
+        let places = ranks.into_iter().filter_map(|rank| formed?.place_of(rank));
+        let is_away = |worker: &u64| self.members.get(*worker).is_some_and(|member| !member.is_known());
+        let away: BTreeSet<u64> = places.filter(is_away).collect();
+        away.into_iter().filter_map(|worker| self.members.remove(worker)).collect()
+    }
+
     /// Ranks of a job do not reach one another. Workers of it whose streams are not open are lost, whatever their leases say. If
     /// all are there, and it has happened before, the worker that most of the others do not reach is avoided for the job.
     pub(super) fn unreachable(&mut self, job: JobId, why: &str, now: u64) {
         let formed = self.jobs.all.get(&job).and_then(|record| record.running());
         let places: BTreeSet<u64> = formed.iter().flat_map(|formed| formed.places.iter().copied()).collect();
         let is_away = |worker: &u64| self.members.get(*worker).is_some_and(|member| !member.is_attached);
-        let away: Vec<u64> = places.into_iter().filter(is_away).collect();
+        let away: Vec<u64> = places.iter().copied().filter(is_away).collect();
         if !away.is_empty() {
             let gone: Vec<Member> =
                 away.into_iter().filter_map(|worker| self.members.remove(worker)).collect();
             return self.lost(&gone, now);
+        }
+        if let Some(name) = self.has_just_returned(job, &places, now) {
+            let why = format!("{why}; worker {name} was silent a moment before: re-forming");
+            return self.break_formation(job, Vec::new(), why, Blame::Pause, now);
         }
         let apart = self.formations.get(&job).map(Formation::apart).unwrap_or_default();
         let place = |rank| formed.and_then(|formed| formed.place_of(rank));
@@ -263,6 +296,15 @@ impl Core {
             None => format!("{why}; all workers are alive: re-forming"),
         };
         self.break_formation(job, lost, why, Blame::Job, now);
+    }
+
+    /// Of these workers of a formation, the name of one that was silent in its time, until a moment ago: what its peers say of it was
+    /// true then.
+    fn has_just_returned(&self, job: JobId, places: &BTreeSet<u64>, now: u64) -> Option<String> {
+        let before = self.jobs.all.get(&job)?.broken_ms;
+        let mut members = places.iter().filter_map(|worker| self.members.get(*worker));
+        let returned = members.find(|member| member.has_just_returned(before, now))?;
+        Some(returned.registration.name.clone())
     }
 
     /// Of jobs that had ranks on one worker, the one that may have ended it: among those whose formation has made no step the
@@ -297,6 +339,6 @@ impl Core {
         let Registration { worker, name, node, .. } = &member.registration;
         let why = format!("{why}; worker {name} on node {node} must exit");
         self.send(*worker, WorkerCommand::Reject { why: format!("{why}: start it again") });
-        drop(self.lose(&[member], |_, _| why.clone(), now));
+        drop(self.lose((&[member], false), |_, _| why.clone(), now));
     }
 }

@@ -9,6 +9,7 @@ pub mod attempts;
 mod avoided;
 mod breaking;
 mod clock;
+mod commits;
 mod events;
 pub mod facts;
 mod foreign;
@@ -30,7 +31,6 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::faults::ErrorKind;
@@ -72,6 +72,8 @@ pub const ABORT_MS: u64 = 5_000;
 pub const SHRINK_MS: u64 = 5_000;
 /// Ranks without progress for this long are reported.
 pub const STALL_WARN_MS: u64 = 10_000;
+/// Ranks that read from or write to storage for this long are reported.
+pub const SLOW_STORAGE_MS: u64 = 30_000;
 /// Ranks without progress for this long have stalled, unless they have been nearly as slow before.
 pub const STALL_MS: u64 = 60_000;
 /// A formation has stalled after this multiple of its longest pause so far.
@@ -256,10 +258,7 @@ impl Core {
                 self.left(worker, left);
             }
             Event::LeaveRequested { worker } => self.request_leave(worker, now),
-            Event::Detached { worker } => {
-                self.clock.closed();
-                self.members.detach(worker, now);
-            }
+            Event::Detached { worker } => self.detached(worker, now),
             Event::Expelled { worker, why } => self.expelled(worker, &why, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
@@ -268,7 +267,7 @@ impl Core {
             }
             Event::Committed { worker, formation, position, result } => {
                 self.members.renew(worker, now);
-                self.committed(formation, position, result, now);
+                self.committed((worker, formation), position, result, now);
             }
             Event::Tick => self.tick(now),
         }
@@ -389,48 +388,8 @@ impl Core {
         self.apply_effects(job, effects, now);
     }
 
-    fn committed(
-        &mut self,
-        of: FormationId,
-        position: Option<Position>,
-        result: Result<(), String>,
-        now: u64,
-    ) {
-        let (job, is_current) = (of.job, self.formed(of).is_some());
-        if self.foreign.contains_key(&of) {
-            return self.foreign_committed(of, position, result);
-        }
-        if let Some(position) = position.filter(|_| !is_current) {
-            return self.reshard_committed(of, position, result);
-        }
-        let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
-        let stands = result.is_ok();
-        if let Err(cause) = &result
-            && !formation.is_aborting()
-        {
-            // A checkpoint can wait, the weights are the last of a job.
-            return match position {
-                Some(position) => {
-                    let line = formation.commit_failed(position.step, cause, now);
-                    self.log_as(Severity::Warn, job, line);
-                }
-                None => {
-                    let what = format!("committing the weights: {cause}");
-                    self.node_failed(job, Rank::ZERO, (&what, Blame::Job), now);
-                }
-            };
-        }
-        let effects = formation.committed(position, result);
-        let last_checkpoint = self.jobs.all[&job].last_checkpoint;
-        if let Some(Position { step, cursor, .. }) = position.filter(|at| stands && at.step > last_checkpoint)
-        {
-            self.persist(Fact::CheckpointCommitted { job, step, cursor });
-        }
-        self.apply_effects(job, effects, now);
-    }
-
     fn tick(&mut self, now: u64) {
-        let expired = self.members.expire(now);
+        let expired = self.members.expire(self.clock.heard_ms(), now);
         for member in &expired {
             self.send(member.registration.worker, WorkerCommand::Disconnect);
         }
@@ -439,6 +398,11 @@ impl Core {
         self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();
         for job in jobs {
+            let gone = self.missed(job, now);
+            if !gone.is_empty() {
+                self.lost(&gone, now);
+                continue;
+            }
             let Some(formation) = self.formations.get_mut(&job) else { continue };
             if let Some(why) = formation.is_broken(now) {
                 self.unreachable(job, &why, now);

@@ -82,13 +82,13 @@ impl Core {
 
     /// What an operator should look at, though the job goes on; empty if nothing.
     pub fn warning(&self, job: JobId) -> String {
-        let space = self.formations.get(&job).and_then(|formation| formation.space);
-        space.and_then(low).unwrap_or_default()
+        let formation = self.formations.get(&job);
+        formation.and_then(|formation| formation.warning(self.clock.now())).unwrap_or_default()
     }
 }
 
 /// Says that there is little room: less than the next two checkpoints need, which are written before older ones go.
-fn low(Space { free, checkpoint }: Space) -> Option<String> {
+pub(super) fn low(Space { free, checkpoint }: Space) -> Option<String> {
     (free < 2 * checkpoint).then(|| {
         format!("the storage has room for {} more, and a checkpoint takes {}", size(free), size(checkpoint))
     })

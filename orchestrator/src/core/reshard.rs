@@ -21,6 +21,8 @@ pub(super) struct Reshard {
     shards: BTreeMap<Rank, ShardFile>,
     /// Deadline.
     until_ms: u64,
+    /// The worker that was told to commit it.
+    committer: Option<u64>,
 }
 
 impl Core {
@@ -54,7 +56,8 @@ impl Core {
         }
         if let Some(survivors) = self.survivors.get_mut(&job) {
             let (step, world, shards) = (whole.step, places.len(), BTreeMap::new());
-            survivors.reshard = Some(Reshard { step, world, shards, until_ms: now + RESHARD_MS });
+            survivors.reshard =
+                Some(Reshard { step, world, shards, until_ms: now + RESHARD_MS, committer: None });
         }
         self.log(
             job,
@@ -107,9 +110,16 @@ impl Core {
         reshard.shards.insert(rank, shard);
         if reshard.shards.len() == reshard.world {
             let shards = reshard.shards.values().cloned().collect();
+            reshard.committer = Some(worker);
             let pinned = self.jobs.all.get(&job).map(JobRecord::pinned).unwrap_or_default();
             self.send(worker, WorkerCommand::CommitCheckpoint { formation, position, watch, shards, pinned });
         }
+    }
+
+    /// The worker that commits what a formation's workers have written down.
+    pub(super) fn reshard_committer(&self, of: FormationId) -> Option<u64> {
+        let reshard = || self.survivors.get(&of.job)?.reshard.as_ref()?.committer;
+        self.is_resharding(of).then(reshard).flatten()
     }
 
     /// Result of the commit of a reshard.

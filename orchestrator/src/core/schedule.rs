@@ -282,7 +282,7 @@ impl Core {
 
     /// How many ranks that need so much memory all workers together have room for if they do nothing else, and the slots into
     /// which none fits.
-    fn room_for(&self, rank_bytes: u64) -> (usize, TooSmall) {
+    pub(super) fn room_for(&self, rank_bytes: u64) -> (usize, TooSmall) {
         let (mut room, mut too_small) = (0, TooSmall::default());
         let members = self.members.iter().map(|(_, member)| member);
         for member in members.filter(|member| member.is_attached && !self.is_draining(member)) {
@@ -352,7 +352,7 @@ impl Core {
     }
 }
 
-fn free_slots(supply: &Supply) -> usize {
+pub(super) fn free_slots(supply: &Supply) -> usize {
     supply.slots.iter().map(|slots| slots.free).sum()
 }
 

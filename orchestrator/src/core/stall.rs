@@ -13,7 +13,8 @@ struct Watermark {
     step: u64,
     operations: u64,
     is_at_work: bool,
-    uses_storage: bool,
+    /// Since when it has been reading from or writing to storage.
+    storage_ms: Option<u64>,
     since_ms: u64,
 }
 
@@ -52,6 +53,7 @@ impl StallDetector {
     pub(super) fn note(&mut self, progress: &Progress, now: u64) {
         let &Progress { rank, step, operations, is_at_work, uses_storage } = progress;
         let before = self.by_rank.get(&rank.rank);
+        let storage_ms = before.and_then(|mark| mark.storage_ms).or(Some(now)).filter(|_| uses_storage);
         let before = before.filter(|mark| (mark.step, mark.operations) == (step, operations));
         let since_ms = before.map_or(now, |mark| mark.since_ms);
         if before.is_none() {
@@ -61,7 +63,7 @@ impl StallDetector {
             }
             self.latest = Some((now, step));
         }
-        self.by_rank.insert(rank.rank, Watermark { step, operations, is_at_work, uses_storage, since_ms });
+        self.by_rank.insert(rank.rank, Watermark { step, operations, is_at_work, storage_ms, since_ms });
     }
 
     /// If no rank has made progress for `for_ms`: of the ranks that are working, the one that stopped first. The others wait
@@ -72,7 +74,7 @@ impl StallDetector {
         let first = at_work.min_by_key(|(_, mark)| (mark.since_ms, mark.step, mark.operations));
         let Some((&rank, mark)) = first else {
             let seconds = (now - latest) / 1000;
-            let users = self.by_rank.iter().filter(|(_, mark)| mark.uses_storage);
+            let users = self.by_rank.iter().filter(|(_, mark)| mark.storage_ms.is_some());
             let users: Vec<Rank> = users.map(|(&rank, _)| rank).collect();
             return Some(match users.is_empty() {
                 true => Stall {
@@ -91,6 +93,25 @@ impl StallDetector {
             "rank {rank} has made no progress for {seconds} s, in step {step} after {operations} operations"
         );
         Some(Stall { of: StallOf::Rank(rank), why })
+    }
+
+    /// A rank has written its part of a checkpoint.
+    pub(super) fn saved(&mut self, rank: Rank) {
+        if let Some(mark) = self.by_rank.get_mut(&rank) {
+            mark.storage_ms = None;
+        }
+    }
+
+    /// Ranks that have been reading or writing for so long, whether or not they train meanwhile.
+    pub(super) fn slow_storage(&self, now: u64, for_ms: u64) -> Option<String> {
+        let since = |mark: &Watermark| mark.storage_ms.filter(|since| since + for_ms <= now);
+        let slow = self.by_rank.iter().filter_map(|(&rank, mark)| Some((rank, since(mark)?)));
+        let (ranks, since): (Vec<Rank>, Vec<u64>) = slow.unzip();
+        let seconds = (now - since.into_iter().min()?) / 1000;
+        Some(format!(
+            "the storage: rank {} reads or writes for {seconds} s; checkpoints that become due meanwhile are skipped",
+            list(&ranks)
+        ))
     }
 
     /// If no rank has made progress for much longer than ever before: which rank has stalled.

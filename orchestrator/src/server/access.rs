@@ -223,7 +223,7 @@ pub fn judge_certificate(revoked: &[Revoked], certificate: Option<blake3::Hash>)
 }
 
 /// Whether somebody with these credentials may call `method` at `now` (**units**: seconds since 1970): the token that gives the
-/// right, `None` where none is needed.
+/// right, `None` where none is needed. One that is shown has to be good all the same.
 ///
 /// **Errors**: `UNAUTHENTICATED` or `PERMISSION_DENIED`, with a message that never contains the token.
 pub fn judge<'a>(
@@ -232,7 +232,10 @@ pub fn judge<'a>(
     method: &str,
     now: u64,
 ) -> Result<Option<&'a Token>, Status> {
-    let Some(needed) = needed(method) else { return Ok(None) };
+    let needed = needed(method);
+    if needed.is_none() && credentials.authorization.is_none() {
+        return Ok(None);
+    }
     let unknown = |why: &str| Status::unauthenticated(format!("token: {why}"));
     let Some(authorization) = &credentials.authorization else {
         return Err(unknown("expected one (--token, CONTRAFLOW_TOKEN), got none"));
@@ -255,7 +258,7 @@ pub fn judge<'a>(
         let ago = now - token.expires;
         return Err(unknown(&format!("that of {} has expired {ago} s ago", token.name)));
     }
-    if !token.role.covers(needed) {
+    if let Some(needed) = needed.filter(|needed| !token.role.covers(*needed)) {
         let method = method.rsplit(['/', '.']).take(2).collect::<Vec<_>>();
         let method = method.into_iter().rev().collect::<Vec<_>>().join("/");
         return Err(Status::permission_denied(format!(
@@ -419,7 +422,12 @@ mod tests {
             refused.message(),
             "token: JobService/Submit needs the role submit, that of view has view"
         );
-        assert!(judge(&[], &Credentials::default(), "/grpc.health.v1.Health/Check", 0).is_ok());
+        const CHECK: &str = "/grpc.health.v1.Health/Check";
+        assert!(judge(&[], &Credentials::default(), CHECK, 0).is_ok());
+        let tokens = [token(Role::Worker, "secret")];
+        assert_eq!(code(&tokens, "secret", CHECK, 99), None, "whatever its role");
+        assert_eq!(code(&tokens, "secret", CHECK, 100), Some(Code::Unauthenticated));
+        assert_eq!(code(&tokens, "another", CHECK, 0), Some(Code::Unauthenticated));
     }
 
     #[test]

@@ -25,6 +25,7 @@ use super::hub::now_ms;
 use super::rate::{Buckets, Rate};
 use super::security::Security;
 use super::unix_seconds;
+use super::withdrawal::{self, until_withdrawn};
 
 /// Submissions of one address, where tokens are asked for.
 const SUBMITS: Rate = Rate { burst: 200, per_second: 50 };
@@ -257,9 +258,13 @@ where
         let (mut head, body) = request.into_parts();
         match self.auth.check(&head) {
             Ok(session) => {
-                head.extensions.insert(session);
                 let span = span_of(&head);
-                Box::pin(self.inner.call(http::Request::from_parts(head, body)).instrument(span))
+                let foreign = withdrawal::is_foreign(head.uri.path()).then(|| session.clone());
+                head.extensions.insert(session);
+                let answer = self.inner.call(http::Request::from_parts(head, body)).instrument(span);
+                let Some(session) = foreign else { return Box::pin(answer) };
+                let withdrawn = async move { session.withdrawn().await };
+                Box::pin(async move { Ok(until_withdrawn(answer.await?, withdrawn)) })
             }
             Err(refused) => Box::pin(std::future::ready(Ok(refused.into_http()))),
         }

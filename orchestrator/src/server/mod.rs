@@ -24,6 +24,7 @@ mod security;
 mod snapshot;
 pub(crate) mod steps;
 mod submission;
+mod withdrawal;
 mod worker_link;
 mod x509;
 

@@ -46,6 +46,8 @@ pub(super) struct Checks {
     pub(super) excused: BTreeSet<JobId>,
     /// Who is first in line and could have slots that are lent, and since when.
     pub(super) lent: Option<(JobId, u64)>,
+    /// By which orchestrator, who keeps slots that are of no use to it, and since when.
+    pub(super) useless: Option<(usize, JobId, u64)>,
     /// All jobs of the plan have ended.
     pub(super) is_over: bool,
     /// Jobs whose state is lost, and those of the plan that have ended in any state.
@@ -89,7 +91,7 @@ impl Checks {
     pub(super) fn lose_state(&mut self, jobs: &Jobs) {
         self.lost.extend(jobs.all.keys());
         self.ended.clear();
-        (self.forgotten, self.lent) = (0, None);
+        (self.forgotten, self.lent, self.useless) = (0, None, None);
     }
 
     pub(super) fn world(&self, formation: FormationId) -> Option<usize> {
@@ -99,16 +101,14 @@ impl Checks {
 
 /// The job of a rank that does not belong to the running formation.
 pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
-    let (of, place) = match event {
-        Event::Rank { worker, from, .. } => (from.formation, Some((from.rank, worker))),
-        Event::Committed { formation, .. } => (*formation, None),
+    let (of, (rank, worker)) = match event {
+        Event::Rank { worker, from, .. } => (from.formation, (from.rank, worker)),
+        Event::Committed { worker, formation, .. } => (*formation, (Rank::ZERO, worker)),
         _ => return None,
     };
     let formed = core.jobs().all.get(&of.job).and_then(|record| record.running());
-    let is_current = formed.is_some_and(|formed| {
-        formed.generation == of.generation
-            && place.is_none_or(|(rank, worker)| formed.place_of(rank) == Some(*worker))
-    });
+    let is_current = formed
+        .is_some_and(|formed| formed.generation == of.generation && formed.place_of(rank) == Some(*worker));
     (!is_current && !core.is_resharding(of)).then_some(of.job)
 }
 
@@ -222,7 +222,8 @@ impl World {
             }
             Fact::Ended { job, end, outcome, .. } => self.check_ended(*job, *end, outcome),
             Fact::Broken { job, .. } | Fact::Requeued { job, .. } => {
-                if let Fact::Broken { why, .. } = fact {
+                // What was said of a worker that was silent is no evidence.
+                if let Fact::Broken { why, paused: false, .. } = fact {
                     self.note_apart(*job, why);
                 }
                 let (is_requeued, record) =

@@ -8,7 +8,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use super::World;
 use super::mutation::Mutation;
 use super::network::FromWorker;
-use super::storage::{Folder, Retention};
+use super::storage::{Attempt, Folder, Retention};
 use crate::core::jobs::JobRecord;
 
 impl World {
@@ -32,7 +32,7 @@ impl World {
             Some(step) if is_full && finds_it_full(job, step, generation, now) => {
                 Err("the storage is full".into())
             }
-            Some(step) => match folder.commit((step, generation), world, retention) {
+            Some(step) => match folder.commit((step, generation.into()), world, retention) {
                 Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
                 Err(Ok(words)) => Err(words),
                 Ok(_) => Ok(()),
@@ -95,7 +95,8 @@ impl World {
         let Some(folder) = self.folder(job) else { return };
         // The next formation has made the folder ready: what is there comes late, and only some of it.
         let is_late = folder.has_begun(generation.next());
-        let result = match folder.commit((step, generation.next()), world, retention) {
+        let attempt = Attempt { generation: generation.next(), is_from_memory: true };
+        let result = match folder.commit((step, attempt), world, retention) {
             Err(Err(words)) if is_late => Err(words),
             Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
             Err(Ok(words)) => Err(words),

@@ -8,6 +8,9 @@ use super::ranks::Gang;
 use super::{SimEvent, World};
 use crate::core::Event;
 
+/// For how long nothing passes. **Units**: ms.
+const MUTE_MS: u64 = 20_000;
+
 impl World {
     pub(super) fn plan_fault(&mut self, fault: usize) {
         let (_, mean) = self.plan.faults[fault];
@@ -29,6 +32,7 @@ impl World {
             | SimFault::Pause
             | SimFault::Clock
             | SimFault::Disk
+            | SimFault::Mute
             | SimFault::Silence => self.fault_of_server(fault),
             SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
             SimFault::Loss => self.lose_state(),
@@ -167,6 +171,10 @@ impl World {
                 });
             }
             SimFault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
+            SimFault::Mute => {
+                let all = self.links_of(|_| true);
+                all.into_iter().for_each(|link| self.stall_link(link, MUTE_MS));
+            }
             SimFault::Silence => {
                 self.note([35, server as u64, takes], || format!("nobody is heard for {takes} ms"));
                 let nodes: Vec<(u64, usize)> =

@@ -1,17 +1,37 @@
-//! Whether the first job in line gets its slots: the free ones at once, and those that are lent soon.
+//! Whether the first job in line gets its slots, the free ones at once and those that are lent soon, and whether nobody keeps slots
+//! that are of no use to it.
 
 use std::collections::BTreeMap;
 
-use contraflow_runtime::topology::Rank;
+use contraflow_runtime::topology::{JobId, Rank};
 
 use super::World;
-use crate::core::Member;
-use crate::core::jobs::Phase;
+use crate::core::jobs::{JobRecord, Phase};
+use crate::core::{Core, Member};
 
 /// How long a job on loan may take until it has given way: it finishes its step, and a checkpoint or two. **Units**: ms.
 const GIVES_WAY_MS: u64 = 30_000;
 
+/// How long a job may keep slots that are of no use to it: its workers are waited for. **Units**: ms.
+const GIVES_UP_MS: u64 = 20_000;
+
 impl World {
+    /// A job that the cluster has no room for, even if it held nothing else, does not keep slots with which another could start.
+    pub(super) fn check_useless(&mut self, server: usize) {
+        let core = &self.servers[server].core;
+        let useless = if core.is_cut_off() { None } else { useless(core) };
+        let Some(job) = useless else { return self.checks.useless = None };
+        let since = self.checks.useless.filter(|(by, of, _)| (*by, *of) == (server, job));
+        let since = since.map_or(self.now, |(.., since)| since);
+        self.checks.useless = Some((server, job, since));
+        if self.now > since + GIVES_UP_MS {
+            let reason = core.waiting_for(job);
+            self.violate(format!(
+                "{job} keeps slots that are of no use to it, and another job waits: {reason}"
+            ));
+        }
+    }
+
     /// The first job in the queue gets what is free, and soon what is lent.
     pub(super) fn check_line(&mut self, server: usize) {
         let core = &self.servers[server].core;
@@ -73,4 +93,29 @@ impl World {
             self.violate(format!("{words}: {lenders:?}"));
         }
     }
+}
+
+/// A job that has lost ranks, for which all workers have no room and with whose slots another one could start.
+fn useless(core: &Core) -> Option<JobId> {
+    let drained = &core.jobs().drained;
+    let is_usable = |member: &&Member| member.is_attached && !drained.contains(&member.registration.node);
+    let slots: usize = core.members().filter(is_usable).map(|member| member.registration.slots).sum();
+    let holds = |record: &JobRecord| match (&record.phase, &record.formed) {
+        (Phase::Formed, Some(formed)) => formed.places.len(),
+        (Phase::Broken, Some(formed)) => formed.places.len() - record.lost.len(),
+        _ => 0,
+    };
+    let held: usize = core.jobs().all.values().map(holds).sum::<usize>() + core.held_by_foreign().count();
+    let waiting = core.jobs().all.values().filter(|record| record.phase == Phase::Queued);
+    let least = waiting.map(|record| record.spec.topology().world()).min()?;
+    let is_useless = |record: &JobRecord| {
+        let needed =
+            record.formed.as_ref().map_or(0, |formed| formed.places.len()).min(record.spec.min_ranks);
+        // Others wait because their formations came to nothing.
+        record.phase == Phase::Broken
+            && record.attempts.pause_ms(0) == 0
+            && needed > slots
+            && least + held <= slots + holds(record)
+    };
+    core.jobs().all.iter().find(|(_, record)| is_useless(record)).map(|(&job, _)| job)
 }

@@ -15,7 +15,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use super::mutation::Mutation;
 use super::network::FromWorker;
 use super::plan::BATCH;
-use super::storage::Trained;
+use super::storage::{Attempt, Trained};
 use super::{RankTask, World};
 use crate::core::Left;
 use crate::core::facts::Formed;
@@ -229,7 +229,7 @@ impl World {
             let reported = replicas.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
             let reported: Vec<u64> = reported.map(|(&step, _)| step).collect();
             let Some(folder) = self.folder(job) else { return };
-            folder.save(generation.next(), rank, trained);
+            folder.save(Attempt { generation: generation.next(), is_from_memory: true }, rank, trained);
             let position = Position { step, cursor, tokens: cursor };
             let (watch, shard) = (Default::default(), ShardFile::default());
             let saved = RankEvent::ShardSaved { rank, position, watch, shard };

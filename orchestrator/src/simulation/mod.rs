@@ -80,6 +80,14 @@ pub fn run_broken(seed: u64, rule: Mutation) -> Report {
     World { mutation: Some(rule), ..World::new(plan, random, false) }.run()
 }
 
+/// Runs one job; again and again nothing passes between the orchestrator and its workers for a while, and no stream is closed. With
+/// `verbose`, [`Report::lines`] describes what happened.
+pub fn run_muted(seed: u64, verbose: bool) -> Report {
+    let mut random = Random::new(seed);
+    let plan = Plan::muted(&mut random);
+    World::new(plan, random, verbose).run()
+}
+
 /// Runs one job of this many ranks (eight per worker, rounded down) and steps, with faults all along.
 pub fn run_large(ranks: usize, steps: u64, seed: u64) -> Report {
     World::new(Plan::large(ranks, steps), Random::new(seed), false).run()

@@ -32,6 +32,8 @@ pub enum Mutation {
     TellsStepsAgain,
     /// What a rank of an earlier formation says counts.
     HearsStaleRanks,
+    /// Any worker is believed that says it has committed.
+    BelievesAnybody,
     /// A checkpoint is to be committed as soon as one rank has written its shard.
     CommitsEarly,
     /// A worker reports a commit that it has not made.
@@ -95,6 +97,11 @@ impl World {
                     from.formation.generation = formed.generation;
                     *worker = formed.place_of(from.rank).unwrap_or(*worker);
                 }
+            }
+            (Some(Mutation::BelievesAnybody), Event::Committed { worker, formation, .. }) => {
+                let formed = core.jobs().all.get(&formation.job).and_then(|record| record.running());
+                let committer = formed.and_then(|formed| formed.place_of(Rank::ZERO));
+                *worker = committer.unwrap_or(*worker);
             }
             (Some(Mutation::IgnoresIncarnations), Event::Attached(attachment)) => {
                 attachment.incarnation = 0;

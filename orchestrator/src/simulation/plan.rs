@@ -57,6 +57,8 @@ pub enum SimFault {
     Rot,
     /// The ranks of two nodes do not reach each other for a while, however often they try.
     Apart,
+    /// Nothing passes between the orchestrator and any worker for a while, and no stream is closed.
+    Mute,
 }
 
 impl SimFault {
@@ -188,6 +190,16 @@ impl Plan {
             keep: random.between(2, 4) as usize,
             retained_jobs,
         }
+    }
+
+    /// One job that nothing happens to, but that the orchestrator and all workers do not hear each other for 20 s several times.
+    pub(super) fn muted(random: &mut Random) -> Self {
+        let mut plan = Plan::draw(random);
+        let mut job = SimJob::draw(0, 4, random);
+        (job.spec.min_ranks, job.spec.priority, job.step_ms) = (1, 0, 400);
+        (job.bad, job.at_ms) = (Vec::new(), 1_000);
+        (plan.nodes, plan.jobs, plan.faults) = (vec![1; 6], vec![job], vec![(SimFault::Mute, 60_000)]);
+        Plan { calm_ms: 600_000, settle_ms: 240_000, fills_up: false, ..plan }
     }
 
     /// One job of this many ranks, eight per worker; workers die, streams break, the orchestrator restarts.

@@ -403,7 +403,7 @@ impl World {
         }
         for &rank in &ranks {
             let Some(folder) = self.folder(job) else { return };
-            folder.save(generation, rank, trained);
+            folder.save(generation.into(), rank, trained);
         }
         let Some(group) = self.group(id, of) else { return };
         let is_over = group.state == GangState::Over;

@@ -66,6 +66,19 @@ struct Committed {
     damaged: Option<Rank>,
 }
 
+/// Who writes a checkpoint: a formation, or workers between two before the second one begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Attempt {
+    pub(super) generation: Generation,
+    pub(super) is_from_memory: bool,
+}
+
+impl From<Generation> for Attempt {
+    fn from(generation: Generation) -> Self {
+        Attempt { generation, is_from_memory: false }
+    }
+}
+
 /// One job's folder.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Folder {
@@ -75,8 +88,8 @@ pub(super) struct Folder {
     begun: Generation,
     /// By step.
     committed: BTreeMap<u64, Committed>,
-    /// By step and generation: shards by rank.
-    unfinished: BTreeMap<(u64, Generation), BTreeMap<Rank, Trained>>,
+    /// By step and who writes it: shards by rank.
+    unfinished: BTreeMap<(u64, Attempt), BTreeMap<Rank, Trained>>,
     /// Exported files by generation and rank.
     exported: BTreeMap<Generation, Vec<Rank>>,
     /// Generation whose weights stand.
@@ -120,7 +133,7 @@ impl Folder {
 
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: Generation, retention: Retention, newest: Option<u64>) {
-        self.unfinished.retain(|(_, of), _| *of > generation);
+        self.unfinished.retain(|(_, of), _| of.generation > generation);
         self.exported.retain(|of, _| *of > generation);
         self.committed
             .retain(|step, by| newest.is_none_or(|newest| *step <= newest) || by.generation >= generation);
@@ -137,8 +150,8 @@ impl Folder {
             .retain(|step, _| Some(*step) == fresh || *step == pinned.earlier || !old.contains(step));
     }
 
-    pub(super) fn save(&mut self, generation: Generation, rank: Rank, trained: Trained) {
-        self.unfinished.entry((trained.step, generation)).or_default().insert(rank, trained);
+    pub(super) fn save(&mut self, of: Attempt, rank: Rank, trained: Trained) {
+        self.unfinished.entry((trained.step, of)).or_default().insert(rank, trained);
     }
 
     pub(super) fn export(&mut self, generation: Generation, rank: Rank) {
@@ -150,14 +163,14 @@ impl Folder {
     /// **Errors**: a message. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
     pub(super) fn commit(
         &mut self,
-        (step, generation): (u64, Generation),
+        (step, of): (u64, Attempt),
         world: usize,
         retention: Retention,
     ) -> Result<Trained, Result<String, String>> {
         if let Some(stands) = self.stands(step) {
             return Ok(stands);
         }
-        let shards = self.unfinished.remove(&(step, generation));
+        let shards = self.unfinished.remove(&(step, of));
         let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
         if shards.len() != world || shards.keys().copied().ne(Rank::all(world)) {
             return Err(Err(format!(
@@ -169,7 +182,7 @@ impl Folder {
         if shards.values().any(|shard| *shard != one) {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
-        self.committed.insert(step, Committed { trained: one, generation, damaged: None });
+        self.committed.insert(step, Committed { trained: one, generation: of.generation, damaged: None });
         self.drop_oldest(retention, Some(step));
         Ok(one)
     }

@@ -8,7 +8,7 @@ mod mutations;
 use std::ops::RangeInclusive;
 use std::panic::catch_unwind;
 
-use contraflow_orchestrator::simulation::{Report, run, run_large};
+use contraflow_orchestrator::simulation::{Report, SimFault, run, run_large, run_muted};
 
 /// Seeds that once showed a fault: they always run.
 const FOUND: [u64; 27] = [
@@ -58,6 +58,21 @@ fn the_same_seed_is_the_same_run() {
         assert_eq!((one.trace, one.events), (other.trace, other.events), "SEED={seed}");
         println!("seed {seed}: trace {:016x} of {} events", one.trace, one.events);
     }
+}
+
+#[test]
+fn a_network_that_is_silent_for_twenty_seconds_costs_no_formation_and_no_step() {
+    let mut silences = 0;
+    if let Some(seed) = number("SEED") {
+        run_muted(seed, true).lines.iter().for_each(|line| println!("{line}"));
+    }
+    for seed in 1..=50 {
+        let report = run_muted(seed, false);
+        let done = [report.outcomes.len(), report.formations as usize];
+        assert_eq!((report.violation, done), (None, [1, 1]), "seed {seed}: {:?}", report.outcomes);
+        silences += report.faults.get(&SimFault::Mute).copied().unwrap_or_default();
+    }
+    assert!(silences > 10, "{silences}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 2_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 29] = [
+const CAUGHT: [(Mutation, &str); 30] = [
     (TakesAnyFolder, "for its own"),
     (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
@@ -17,6 +17,7 @@ const CAUGHT: [(Mutation, &str); 29] = [
     (IgnoresIncarnations, "which runs"),
     (ForgetsSteps, "is next"),
     (TellsStepsAgain, "is next"),
+    (BelievesAnybody, "a message of an earlier formation has an effect"),
     (HearsStaleRanks, "a message of an earlier formation has an effect"),
     (CommitsEarly, "is committed with shards of"),
     (CommitsInWords, "None stands"),

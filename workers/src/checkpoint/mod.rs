@@ -13,6 +13,7 @@ mod shard;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+pub mod writers;
 
 use std::ops::Range;
 

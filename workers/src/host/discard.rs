@@ -15,7 +15,7 @@ impl Host {
     pub(super) fn discard(&mut self, discard: v1::Discard) -> Result<(), String> {
         let v1::Discard { job, state, generation, everything } = discard;
         let id = job_of(job)?;
-        if self.committing.contains(&id) {
+        if self.committing.iter().any(|(of, _)| of.job == id) {
             self.discards.push(discard);
             return Ok(());
         }

@@ -17,7 +17,7 @@ mod orders;
 mod reading;
 mod route;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -132,8 +132,8 @@ struct Host {
     limit: Option<MemoryLimit>,
     formations: BTreeMap<JobId, Formation>,
     loaded: BTreeMap<JobId, LoadedData>,
-    /// Jobs of which a checkpoint is being committed, each as often as it is.
-    committing: Vec<JobId>,
+    /// Formations of which something is being committed, and of which step; the weights have none.
+    committing: BTreeSet<(FormationId, Option<u64>)>,
     /// What is to be removed once nothing is being committed there.
     discards: Vec<v1::Discard>,
     /// What is kept in memory of the state of jobs.
@@ -174,7 +174,7 @@ pub async fn run(
         limit: MemoryLimit::of_process(),
         formations: BTreeMap::new(),
         loaded: BTreeMap::new(),
-        committing: Vec::new(),
+        committing: BTreeSet::new(),
         discards: Vec::new(),
         memory: Memory::default(),
         lines: VecDeque::new(),
@@ -330,9 +330,7 @@ impl Host {
             }
             Input::Discarded(answer) => self.send(Up::Discarded(answer)),
             Input::Committed { formation, answer, space } => {
-                if let Some(at) = self.committing.iter().position(|job| *job == formation.job) {
-                    self.committing.remove(at);
-                }
+                self.committing.remove(&(formation, answer.position.map(|position| position.step)));
                 for discard in std::mem::take(&mut self.discards) {
                     self.discard(discard)?;
                 }

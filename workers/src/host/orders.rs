@@ -172,7 +172,10 @@ impl Host {
             v1::commit::What::Checkpoint(checkpoint) => checkpoint.position,
             v1::commit::What::Weights(_) => None,
         };
-        self.committing.push(formation.job);
+        if !self.committing.insert((formation, position.map(|position| position.step))) {
+            // An orchestrator that was started again repeats what it may have lost; the answer is on its way, however long it takes.
+            return Ok(());
+        }
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let checkpoint_bytes = checkpoint_bytes(&what);

@@ -16,6 +16,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
 use crate::checkpoint::saves::backoff;
+use crate::checkpoint::writers;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::error::RankError;
@@ -122,6 +123,7 @@ fn save(
     (step, rank): (u64, usize),
     snapshot: Snapshot,
 ) -> Result<ShardFile, RankError> {
+    let _writer = writers::begin(folder.path(), (step, rank))?;
     let dir = folder.make_unfinished(step)?;
     failpoint("checkpoint.folder-made");
     write_shard(&dir, &shard_name(rank), snapshot).map_err(|error| blame(folder, error))

@@ -120,6 +120,37 @@ fn a_step_that_a_restarted_orchestrator_missed_counts_too() {
 }
 
 #[test]
+fn a_worker_that_stands_still_again_and_again_is_not_held_against_the_job() {
+    let mut world = training();
+    for _ in 0..MAX_STUCK + 1 {
+        let frozen = world.places()[1];
+        let others: Vec<u64> = (1..=3).filter(|worker| *worker != frozen).collect();
+        drop(world.pass(LEASE_MS + 2 * TICK_MS, &others));
+        until_formed(&mut world, JOB);
+        // It wakes up as a member that hosts what was long formed anew.
+        drop(world.attach(frozen, hosted(1, &[1])));
+    }
+    let attempts = &world.core.jobs().all[&JOB].attempts;
+    assert_eq!((attempts.idle, attempts.stuck), (0, 0));
+    assert!(world.core.avoided.get(&JOB).is_none_or(|avoided| avoided.nodes.is_empty()));
+    assert!(generation(&world, JOB) > MAX_STUCK);
+}
+
+#[test]
+fn a_stream_that_ends_after_a_long_silence_is_no_process_that_has_ended() {
+    let mut world = training();
+    drop(world.pass(60_000, &[]));
+    // Given up by keep-alive; one worker is back at once, the other later than is waited for.
+    (1..=3).for_each(|worker| drop(world.step(Event::Detached { worker })));
+    drop(world.attach(1, hosted(1, &[0])));
+    drop(world.attach(3, Vec::new()));
+    drop(world.pass(ADOPTION_MS + LEFT_MS + 2 * TICK_MS, &[1, 3]));
+    let record = &world.core.jobs().all[&JOB];
+    assert_eq!((world.places(), record.attempts.idle, record.attempts.stuck), (vec![1, 3], 0, 0));
+    assert!(world.core.avoided.get(&JOB).is_none_or(|avoided| avoided.nodes.is_empty()));
+}
+
+#[test]
 fn steps_repeated_again_and_again_end_a_job() {
     let mut world = training();
     for generation in 1..=MAX_STUCK + 1 {

@@ -33,6 +33,18 @@ fn an_orchestrator_that_hears_nobody_draws_no_conclusions() {
 }
 
 #[test]
+fn who_falls_silent_a_moment_before_all_others_is_not_lost() {
+    let mut world = training();
+    drop(world.pass(1_000, &[1, 2, 3]));
+    // The last beats of one are on a slow way.
+    drop(world.pass(LEASE_MS - BEAT_MS / 2, &[1, 3]));
+    let effects = silence(&mut world, 20_000);
+    assert_eq!(commands(&effects), []);
+    drop(world.pass(2 * LEASE_MS, &[1, 2, 3]));
+    assert_eq!((world.places(), generation(&world)), (vec![1, 2], 1));
+}
+
+#[test]
 fn who_does_not_come_back_after_a_silence_is_lost() {
     let mut world = training();
     drop(silence(&mut world, 60_000));
@@ -141,6 +153,56 @@ fn a_worker_that_others_do_not_reach_is_avoided_after_two_tries() {
     assert_eq!((world.places(), generation(&world)), (vec![1, 3], 3));
     let why = last_break(&world);
     assert!(why.contains("cannot be reached") && why.contains("node n2 is avoided"), "{why}");
+}
+
+#[test]
+fn a_worker_that_has_ended_with_the_orchestrator_is_missed_as_soon_as_one_that_has_ended_alone() {
+    let (before, began) = (training().core.jobs().clone(), 1_000_000);
+    let lost_peer = |world: &mut World| {
+        drop(world.event(RankEvent::Failed {
+            rank: Rank::new(0),
+            action: "F1.0".into(),
+            cause: "the connection has ended".into(),
+            kind: ErrorKind::Lost,
+            peer: Some(Rank::new(1)),
+        }));
+    };
+    // The worker of rank 2 is gone: its peer says so when it comes back.
+    let mut world = World::of(Core::new(before.clone(), 2, began), began);
+    drop(world.attach(1, hosted(1, &[0])));
+    drop(world.attach(3, Vec::new()));
+    lost_peer(&mut world);
+    drop(world.pass(RETURN_MS - TICK_MS, &[1, 3]));
+    assert_eq!(world.places(), [1, 2], "it may be on its way");
+    drop(world.pass(2 * TICK_MS, &[1, 3]));
+    assert_eq!((world.places(), generation(&world)), (vec![1, 3], 2));
+    assert!(last_break(&world).contains("has not come back since the orchestrator started"));
+    // One that comes back in time is lost for nobody, nor one that no peer misses.
+    let mut world = World::of(Core::new(before, 2, began), began);
+    drop(world.attach(1, hosted(1, &[0])));
+    drop(world.pass(RETURN_MS + TICK_MS, &[1]));
+    lost_peer(&mut world);
+    drop(world.attach(2, hosted(1, &[1])));
+    drop(world.pass(VERDICT_MS - TICK_MS, &[1, 2]));
+    assert_eq!((world.places(), generation(&world)), (vec![1, 2], 1));
+}
+
+#[test]
+fn what_ranks_say_of_a_worker_that_stood_still_a_moment_ago_is_no_try() {
+    let mut world = training();
+    for _ in 0..3 {
+        drop(silence(&mut world, 30_000));
+        (1..=3).for_each(|worker| drop(world.step(Event::Beat { worker, progress: Vec::new() })));
+        apart(&mut world);
+        assert!(last_break(&world).ends_with("was silent a moment before: re-forming"));
+    }
+    assert_eq!((world.places(), generation(&world)), (vec![1, 2], 4));
+    let attempts = &world.core.jobs().all[&JOB].attempts;
+    assert_eq!((attempts.idle, attempts.stuck), (0, 0));
+    // Without a silence before, it counts.
+    drop(world.pass(ADOPTION_MS, &[1, 2, 3]));
+    (0..2).for_each(|_| apart(&mut world));
+    assert_eq!(world.places(), [1, 3]);
 }
 
 #[test]

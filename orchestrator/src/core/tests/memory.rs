@@ -210,6 +210,10 @@ fn for_another_layout_the_state_in_memory_is_written_down_first() {
         matches!(commands(&effects)[..], [(1, WorkerCommand::CommitCheckpoint { formation, .. })] if *formation == of(1)),
         "{effects:?}"
     );
+    // Nobody else has been told to commit it.
+    let (formation, position, result) = (of(1), Some(position(6)), Ok(()));
+    let effects = world.step(Event::Committed { worker: 2, formation, position, result });
+    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Persist(_))), "{effects:?}");
     committed(&mut world, 6);
     let again = formed(&world);
     assert_eq!((again.places, again.resume_step, again.memory), (vec![1], 6, None));

@@ -1,6 +1,7 @@
 //! The cluster's decisions, event by event.
 
 mod attempts;
+mod commits;
 mod cut_off;
 mod foreign;
 mod giving_way;
@@ -219,8 +220,8 @@ fn save(world: &mut World, step: u64) -> Vec<Effect> {
 /// The commit of a checkpoint is reported.
 fn committed(world: &mut World, step: u64) {
     let (formation, result) = (FormationId::new(JOB, world.core.jobs().all[&JOB].generation()), Ok(()));
-    let position = Some(position(step));
-    drop(world.step(Event::Committed { worker: 1, formation, position, result }));
+    let (position, worker) = (Some(position(step)), world.places().first().copied().unwrap_or(1));
+    drop(world.step(Event::Committed { worker, formation, position, result }));
 }
 
 fn checkpoint(world: &mut World, step: u64) {

@@ -120,3 +120,32 @@ fn a_repeated_answer_to_an_earlier_commit_does_not_keep_a_failed_one_from_being_
     let again = |(_, command): &(u64, &WorkerCommand)| matches!(command, WorkerCommand::CommitCheckpoint { position, .. } if position.step == 4);
     assert_eq!(commands(&effects).into_iter().filter(again).count(), 1);
 }
+
+#[test]
+fn a_rank_that_writes_for_long_is_named_though_the_job_goes_on() {
+    let mut world = training();
+    let beat = |world: &mut World, ms: u64, step: u64, uses_storage: bool| {
+        for _ in 0..ms / BEAT_MS {
+            world.now += BEAT_MS;
+            for (worker, rank) in (1..).zip(Rank::all(2)) {
+                let (rank, uses_storage) =
+                    (RankAddress { formation: of(1), rank }, uses_storage && worker == 2);
+                let operations = world.now;
+                let progress = Progress { rank, step, operations, is_at_work: false, uses_storage };
+                drop(world.step(Event::Beat { worker, progress: vec![progress] }));
+            }
+            drop(world.step(Event::Beat { worker: 3, progress: Vec::new() }));
+        }
+        world.core.warning(JOB)
+    };
+    assert_eq!(beat(&mut world, SLOW_STORAGE_MS, 3, true), "");
+    let warning = beat(&mut world, 10_000, 9, true);
+    let words =
+        "the storage: rank 1 reads or writes for 39 s; checkpoints that become due meanwhile are skipped";
+    assert_eq!((warning.as_str(), world.core.waiting_for(JOB).as_str()), (words, ""));
+    // What is written is written: the next one has its own time.
+    drop(save(&mut world, 9));
+    assert_eq!(beat(&mut world, SLOW_STORAGE_MS, 11, true), "");
+    assert_eq!(beat(&mut world, BEAT_MS, 12, false), "");
+    assert_eq!(world.places(), [1, 2]);
+}
