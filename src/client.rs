@@ -233,55 +233,101 @@ pub fn status(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
+/// How far a stream has been read.
+struct Place {
+    /// The first entry that is wanted.
+    next: u64,
+    /// Whether the orchestrator has opened the stream.
+    is_open: bool,
+}
+
+/// Why a stream was not read to its end.
+enum Broken {
+    /// The connection, or what the orchestrator said.
+    Link(Failure),
+    /// What was read could not be written.
+    Output(Failure),
+}
+
+impl From<Failure> for Broken {
+    fn from(failure: Failure) -> Self {
+        Broken::Link(failure)
+    }
+}
+
+/// Reads a stream to its end, again from where it broke off: the orchestrator may be started again, and the right to the stream
+/// may be renewed.
+///
+/// **Errors**: code 2 if there is no such job, or the client may not read it; code 1 if the orchestrator stays away.
+async fn go_on<T>(
+    common: &Common,
+    first: u64,
+    mut read: impl AsyncFnMut(&mut Place) -> Result<T, Broken>,
+) -> Result<T, Failure> {
+    let mut place = Place { next: first, is_open: false };
+    let mut heard = Instant::now();
+    loop {
+        let stamps = common.access.stamps();
+        let ended = read(&mut place).await;
+        if std::mem::take(&mut place.is_open) {
+            heard = Instant::now();
+        }
+        match ended {
+            Ok(end) => return Ok(end),
+            // The right to the stream has ended, and may have been renewed meanwhile.
+            Err(Broken::Link(failure)) if failure.code == 2 && common.access.stamps() != stamps => {}
+            Err(Broken::Link(failure)) if failure.code != 2 && heard.elapsed() < AWAY => {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            Err(Broken::Link(failure) | Broken::Output(failure)) => return Err(failure),
+        }
+    }
+}
+
 /// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the
 /// connection is waited out: the orchestrator may be started again.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
 pub fn watch(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let mut from_step = 1;
-        let mut heard = Instant::now();
-        loop {
-            let before = from_step;
-            let stamps = args.common.access.stamps();
-            let watched = watch_once(args, &mut from_step).await;
-            if from_step > before {
-                heard = Instant::now();
-            }
-            match watched {
-                Ok(job) => return ended(&job),
-                // The right to the stream has ended, and may have been renewed meanwhile.
-                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => {}
-                Err(failure) if failure.code == 2 || heard.elapsed() >= AWAY => return Err(failure),
-                Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
-            }
-        }
+        let job = go_on(&args.common, 1, async |place| watch_once(args, place).await).await?;
+        ended(&job)
     })
 }
 
-async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failure> {
+async fn watch_once(args: &OfJob, place: &mut Place) -> Result<v1::Job, Broken> {
     let mut client = jobs(&args.common).await?;
-    let request = v1::WatchRequest { job: args.job.clone(), from_step: *from_step };
+    let request = v1::WatchRequest { job: args.job.clone(), from_step: place.next };
     let mut steps = client.watch(request).await.map_err(|status| refused(&status))?.into_inner();
+    place.is_open = true;
     while let Some(answer) = steps.message().await.map_err(|status| refused(&status))? {
         let record = answer.record.unwrap_or_default();
-        *from_step = record.step + 1;
+        place.next = record.step + 1;
         match args.common.format {
             // The bytes of a line of metrics.jsonl: a JSON value would have its fields in another order.
             Format::Json => {
-                let line = serde_json::to_string(&record).map_err(|error| Failure::run(error.to_string()))?;
-                print(&format!("{line}\n"))?;
+                let line = serde_json::to_string(&record);
+                let line = line.map_err(|error| Broken::Output(Failure::run(error.to_string())))?;
+                print(&format!("{line}\n")).map_err(Broken::Output)?;
             }
             Format::Text => {
                 let warn = |warning: &String| say(format_args!("warning: {}", printable(warning)));
                 record.warnings.iter().for_each(warn);
                 let StepRecord { step, seconds, generation, .. } = record;
                 let figures = figures(&record, "");
-                print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))?;
+                print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))
+                    .map_err(Broken::Output)?;
             }
         }
     }
-    let request = v1::GetRequest { job: args.job.clone() };
+    Ok(has_ended(&mut client, &args.job).await?)
+}
+
+/// The job whose stream has come to its end.
+///
+/// **Errors**: code 1 if the job goes on.
+async fn has_ended(client: &mut JobServiceClient<AuthChannel>, job: &str) -> Result<v1::Job, Failure> {
+    let request = v1::GetRequest { job: job.to_owned() };
     let answer = client.get(request).await.map_err(|status| refused(&status))?;
     let job = answer.into_inner().job.unwrap_or_default();
     if job.outcome.is_empty() { Err(Failure::run("the stream has ended before the job")) } else { Ok(job) }
@@ -300,28 +346,47 @@ fn ended(job: &v1::Job) -> Result<(), Failure> {
     }
 }
 
-/// Runs `contraflow logs`.
+/// Runs `contraflow logs`; with `--follow`, until the job ends, and a break of the connection is waited out.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
 pub fn logs(args: &Logs) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let request = v1::LogsRequest { job: args.job.clone(), rank: args.rank, follow: args.follow };
-        let mut client = jobs(&args.common).await?;
-        let mut lines = client.logs(request).await.map_err(|status| refused(&status))?.into_inner();
-        while let Some(line) = lines.message().await.map_err(|status| refused(&status))? {
-            let json = json!({
-                "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
-            });
-            let from = match &line.ranks[..] {
-                [] => "orchestrator".to_owned(),
-                [rank] => format!("rank {rank}"),
-                ranks => format!("x{} ranks", ranks.len()),
-            };
-            let text = format!("{} {:<5} {from:<12} {}\n", clock(line.unix_ms), line.level, line.message);
-            show(&args.common, &json, &text)?;
+        match args.follow {
+            true => go_on(&args.common, 0, async |place| follow_once(args, place).await).await,
+            false => match logs_once(args, &mut Place { next: 0, is_open: false }).await {
+                Err(Broken::Link(failure) | Broken::Output(failure)) => Err(failure),
+                Ok(_) => Ok(()),
+            },
         }
-        Ok(())
     })
+}
+
+async fn follow_once(args: &Logs, place: &mut Place) -> Result<(), Broken> {
+    let mut client = logs_once(args, place).await?;
+    has_ended(&mut client, &args.job).await?;
+    Ok(())
+}
+
+async fn logs_once(args: &Logs, place: &mut Place) -> Result<JobServiceClient<AuthChannel>, Broken> {
+    let mut client = jobs(&args.common).await?;
+    let &Logs { rank, follow, .. } = args;
+    let request = v1::LogsRequest { job: args.job.clone(), rank, follow, from_line: place.next };
+    let mut lines = client.logs(request).await.map_err(|status| refused(&status))?.into_inner();
+    place.is_open = true;
+    while let Some(line) = lines.message().await.map_err(|status| refused(&status))? {
+        place.next = line.number + 1;
+        let json = json!({
+            "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
+        });
+        let from = match &line.ranks[..] {
+            [] => "orchestrator".to_owned(),
+            [rank] => format!("rank {rank}"),
+            ranks => format!("x{} ranks", ranks.len()),
+        };
+        let text = format!("{} {:<5} {from:<12} {}\n", clock(line.unix_ms), line.level, line.message);
+        show(&args.common, &json, &text).map_err(Broken::Output)?;
+    }
+    Ok(client)
 }
 
 /// Runs `contraflow cancel`.
@@ -361,7 +426,8 @@ fn job_json(job: &v1::Job) -> Value {
         .map(|rank| {
             json!({
                 "rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step,
-                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds, "slow": rank.slow,
+                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds,
+                "link_seconds": rank.link_seconds, "slow": rank.slow,
             })
         })
         .collect();
@@ -395,10 +461,10 @@ fn job_text(job: &v1::Job) -> String {
         text += &format!("  loss: {loss:.4}\n");
     }
     for rank in &job.ranks {
-        let (busy, waited) = (rank.busy_seconds, rank.waited_seconds);
+        let (busy, waited, link) = (rank.busy_seconds, rank.waited_seconds, rank.link_seconds);
         let slow = if rank.slow { "  slow" } else { "" };
         text += &format!(
-            "  rank {:>3}  step {:>6}  busy {busy:>6.2} s  waits {waited:>6.2} s  {} on {}{slow}\n",
+            "  rank {:>3}  step {:>6}  busy {busy:>6.2} s  waits {waited:>6.2} s  links {link:>6.2} s  {} on {}{slow}\n",
             rank.rank, rank.step, rank.worker, rank.node
         );
     }

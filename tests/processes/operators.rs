@@ -221,6 +221,7 @@ fn a_rank_that_holds_the_others_up_is_named_in_log_and_status() {
             });
             assert_eq!(rank["node"], "n3", "{rank}");
             assert!(rank["busy_seconds"].as_f64().unwrap() > 0.1, "{rank}");
+            assert!(rank["link_seconds"].as_f64().unwrap() > 0.0, "{rank}");
             until("it in words", || {
                 let text = cluster.run(&["status", &job]).1;
                 text.lines().any(|line| line.ends_with(" on n3  slow")).then_some(())

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::fabric::Address;
 use contraflow_runtime::schedule::size;
 
-use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
+use super::Times;
 
 /// How a worker introduces itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub struct Members {
 
 impl Members {
     /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
-    pub fn expect(&mut self, worker: u64, now: u64) {
+    pub fn expect(&mut self, worker: u64, now: u64, times: Times) {
         // Its name and node come with it.
         let (name, node) = (format!("{worker:016x}"), "unknown".to_owned());
         let registration = Registration { worker, name, node, ..Registration::default() };
@@ -93,39 +93,39 @@ impl Members {
             is_attached: false,
             is_leaving: false,
             heard_ms: now,
-            until_ms: now + ADOPTION_MS,
+            until_ms: now + times.adoption_ms(),
             expected_until_ms: 0,
         };
         self.all.entry(worker).or_insert(member);
     }
 
     /// A worker has attached, for the first time or again.
-    pub fn attach(&mut self, registration: Registration, now: u64) {
+    pub fn attach(&mut self, registration: Registration, now: u64, times: Times) {
         let worker = registration.worker;
         let member = Member {
             registration,
             is_attached: true,
             is_leaving: false,
             heard_ms: now,
-            until_ms: now + LEASE_MS,
+            until_ms: now + times.lease_ms(),
             expected_until_ms: 0,
         };
         self.all.insert(worker, member);
     }
 
     /// A worker's stream has ended: it has little time to come back.
-    pub fn detach(&mut self, worker: u64, now: u64) {
+    pub fn detach(&mut self, worker: u64, now: u64, times: Times) {
         if let Some(member) = self.all.get_mut(&worker) {
             member.is_attached = false;
-            member.until_ms = member.until_ms.min(now + RETURN_MS).max(member.expected_until_ms);
+            member.until_ms = member.until_ms.min(now + times.return_ms()).max(member.expected_until_ms);
         }
     }
 
     /// The orchestrator was cut off or paused: everybody may still be there.
-    pub fn expect_back(&mut self, now: u64) {
+    pub fn expect_back(&mut self, now: u64, times: Times) {
         for member in self.all.values_mut() {
-            member.expected_until_ms = now + ADOPTION_MS;
-            member.until_ms = member.until_ms.max(now + ADOPTION_MS);
+            member.expected_until_ms = now + times.adoption_ms();
+            member.until_ms = member.until_ms.max(now + times.adoption_ms());
         }
     }
 
@@ -142,10 +142,10 @@ impl Members {
     }
 
     /// A sign of life.
-    pub fn renew(&mut self, worker: u64, now: u64) {
+    pub fn renew(&mut self, worker: u64, now: u64, times: Times) {
         if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
             member.heard_ms = now;
-            member.until_ms = now + LEASE_MS;
+            member.until_ms = now + times.lease_ms();
             member.expected_until_ms = 0;
         }
     }

@@ -26,7 +26,7 @@ impl Core {
             self.persist(Fact::StorageIdentified { storage_id });
         }
         let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
-        self.members.attach(registration, now);
+        self.members.attach(registration, now, self.times);
         self.is_open = true;
         self.send(worker, WorkerCommand::Welcome);
         let is_current = |hosted: &Hosted| self.formed(hosted.formation).is_some();
@@ -142,7 +142,7 @@ impl Core {
 
     /// A worker asks to leave: it takes no new ranks, and its jobs continue elsewhere.
     pub(super) fn request_leave(&mut self, worker: u64, now: u64) {
-        self.members.renew(worker, now);
+        self.members.renew(worker, now, self.times);
         if let Some(name) = self.members.request_leave(worker) {
             self.vacate(
                 |member| member.registration.worker == worker,

@@ -26,6 +26,11 @@ use super::jobs::{Jobs, Phase};
 use super::*;
 use crate::recovery::ReplicaShard;
 
+/// What follows from the default times.
+const RETURN_MS: u64 = 700;
+const VERDICT_MS: u64 = 2_500;
+const LEFT_MS: u64 = 3_000;
+
 /// The first job, and the second one.
 const JOB: JobId = JobId::new(1, 0);
 const SECOND: JobId = JobId::new(2, 0);
@@ -85,7 +90,7 @@ fn registration(worker: u64) -> Registration {
 
 impl World {
     fn new() -> Self {
-        World::of(Core::new(Jobs::default(), 1, 0), 0)
+        World::of(Core::new(Jobs::default(), 1, 0, Times::default()), 0)
     }
 
     fn of(core: Core, now: u64) -> Self {
@@ -276,6 +281,36 @@ fn a_silent_worker_is_lost_after_three_beats_and_its_rank_moves_to_the_spare_one
 }
 
 #[test]
+fn the_operator_says_how_long_a_worker_may_be_silent_or_away() {
+    let times = Times::new(1_000, Some(4_000)).unwrap();
+    let formed = |world: &mut World| {
+        (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+        drop(world.step(Event::Submit(spec(2, 0))));
+        assert_eq!(world.places(), [1, 2]);
+    };
+    let mut world = World::of(Core::new(Jobs::default(), 1, 0, times), 0);
+    formed(&mut world);
+    drop(world.pass(4_000, &[1, 3]));
+    assert_eq!(world.places(), [1, 2]);
+    drop(world.pass(2 * TICK_MS, &[1, 3]));
+    assert_eq!(world.places(), [1, 3]);
+    let mut world = World::of(Core::new(Jobs::default(), 1, 0, times), 0);
+    formed(&mut world);
+    drop(world.step(Event::Detached { worker: 2 }));
+    drop(world.pass(1_200, &[1, 3]));
+    assert_eq!(world.places(), [1, 2]);
+    drop(world.pass(2 * TICK_MS, &[1, 3]));
+    assert_eq!(world.places(), [1, 3]);
+    // What an earlier orchestrator placed may be that much later, too.
+    let jobs = world.core.jobs().clone();
+    let mut again = World::of(Core::new(jobs, 2, 0, Times::new(5_000, Some(15_000)).unwrap()), 0);
+    drop(again.pass(30_000, &[]));
+    assert_eq!(again.core.members().count(), 2);
+    drop(again.pass(2 * TICK_MS, &[]));
+    assert_eq!(again.core.members().count(), 0);
+}
+
+#[test]
 fn a_broken_stream_is_no_loss_if_the_worker_is_back_in_time() {
     let mut world = training();
     drop(world.step(Event::Detached { worker: 2 }));
@@ -356,7 +391,7 @@ fn a_restarted_orchestrator_adopts_running_jobs() {
     let mut jobs = Jobs::default();
     world.facts.iter().for_each(|fact| jobs.apply(fact));
     assert_eq!(&jobs, world.core.jobs());
-    let mut again = World::of(Core::new(jobs, 2, 50_000), 50_000);
+    let mut again = World::of(Core::new(jobs, 2, 50_000, Times::default()), 50_000);
     drop(again.pass(2_000, &[]));
     let effects = again.attach(1, hosted(1, &[0]));
     assert!(!commands(&effects).iter().any(|(_, command)| matches!(command, WorkerCommand::Assign { .. })));
@@ -374,7 +409,7 @@ fn a_restarted_orchestrator_adopts_running_jobs() {
 #[test]
 fn workers_that_do_not_return_to_a_restarted_orchestrator_are_lost() {
     let world = training();
-    let core = Core::new(world.core.jobs().clone(), 2, 0);
+    let core = Core::new(world.core.jobs().clone(), 2, 0, Times::default());
     let mut again = World::of(core, 0);
     drop(again.attach(1, hosted(1, &[0])));
     drop(again.attach(3, Vec::new()));
