@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use contraflow_runtime::files::objects::{self, Location, Staging};
 use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::schedule::parse_bytes;
 use contraflow_workers::hf::check::check;
 use contraflow_workers::hf::export::{self, Export, Written, part_of, staged};
 
@@ -14,7 +15,6 @@ use crate::failure::Failure;
 use crate::import::buffers_note;
 use crate::output::{count, print, say};
 use crate::run_dir;
-use crate::size::parse_bytes;
 
 /// Arguments of `contraflow export`.
 #[derive(clap::Args, Debug)]

@@ -27,7 +27,6 @@ pub mod resume;
 pub mod run;
 pub mod run_dir;
 pub mod runs;
-pub mod size;
 pub mod summary;
 pub mod telemetry;
 pub mod train;

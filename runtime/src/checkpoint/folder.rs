@@ -296,7 +296,7 @@ impl CheckpointFolder {
     }
 
     /// Removes checkpoints beyond those that the orchestrator may go back to, the oldest first and the best one last, until the
-    /// job's quota takes another one as large as the one that has just been committed.
+    /// job's quota takes the next two: one is written while the other is committed.
     fn make_room(&self, fresh: u64) -> io::Result<()> {
         let (Some(quota), Some(job)) = (self.quota, &self.job) else { return Ok(()) };
         let next = bytes_below(&self.committed(fresh))?;
@@ -306,7 +306,7 @@ impl CheckpointFolder {
         let mut old: Vec<u64> = self.list()?.into_iter().filter(|&step| !is_needed(step)).collect();
         old.sort_by_key(|&step| (Some(step) == best, step));
         for step in old {
-            if bytes_below(job.path())? + next <= quota {
+            if bytes_below(job.path())? + 2 * next <= quota {
                 break;
             }
             tracing::info!(step, "the checkpoint makes room within the job's quota of {}", size(quota));

@@ -223,8 +223,8 @@ fn of_job_within(storage: &Path, checkpoints: u64) -> CheckpointFolder {
 #[test]
 fn a_quota_drops_the_oldest_checkpoints_that_nobody_needs() {
     let storage = tempfile::tempdir().unwrap();
-    // Four, and the next one is a fifth.
-    let folder = of_job_within(storage.path(), 4);
+    // Three, and the next two.
+    let folder = of_job_within(storage.path(), 5);
     for step in 2..=6 {
         commit(&folder.clone().pinning(Pinned { newest: step - 1, earlier: 0 }), step, 20);
         assert!(folder.make_unfinished(step + 1).is_ok());
@@ -232,15 +232,17 @@ fn a_quota_drops_the_oldest_checkpoints_that_nobody_needs() {
     }
     assert_eq!(folder.list().unwrap(), [4, 5, 6]);
     // Those that the orchestrator may go back to stay, whatever they take.
-    commit(&folder.clone().pinning(Pinned { newest: 5, earlier: 4 }), 7, 20);
-    assert_eq!(folder.list().unwrap(), [4, 5, 6, 7]);
-    let refused = folder.make_unfinished(8).unwrap_err();
+    for step in [7, 8] {
+        commit(&folder.clone().pinning(Pinned { newest: 5, earlier: 4 }), step, 20);
+    }
+    assert_eq!(folder.list().unwrap(), [4, 5, 6, 7, 8]);
+    let refused = folder.make_unfinished(9).unwrap_err();
     assert_eq!(refused.kind, ErrorKind::Storage);
     assert!(refused.message.contains("within the job's quota of"), "{refused}");
-    assert!(!folder.unfinished(8).exists());
+    assert!(!folder.unfinished(9).exists());
     // Another rank has begun: it is in time, or none is.
-    std::fs::create_dir(folder.unfinished(8)).unwrap();
-    assert!(folder.make_unfinished(8).is_ok());
+    std::fs::create_dir(folder.unfinished(9)).unwrap();
+    assert!(folder.make_unfinished(9).is_ok());
 }
 
 #[test]

@@ -36,10 +36,10 @@ pub fn checkpoint_bytes(config: &ModelConfig) -> u64 {
     12 * (parameters.total + parameters.mtp)
 }
 
-/// What a job's folder needs: the two checkpoints that it may be sent back to, the newest, the one that is being written, and
-/// as much again for the model, the logs and the best checkpoint. **Units**: bytes.
+/// What a job's folder needs: the two checkpoints that it may be sent back to, the newest, the next two, of which one may be written
+/// while the other is committed, and as much again for everything else. **Units**: bytes.
 pub fn folder_bytes(config: &ModelConfig) -> u64 {
-    5 * checkpoint_bytes(config)
+    6 * checkpoint_bytes(config)
 }
 
 #[cfg(test)]
