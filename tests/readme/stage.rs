@@ -25,9 +25,11 @@ struct Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // All of them may have ended.
-        let _has_ended = kill_process_group(Pid::from_child(&self.shell), Signal::KILL);
-        drop(self.shell.wait());
+        // Once it has been waited for, its number may be another one's.
+        if matches!(self.shell.try_wait(), Ok(None)) {
+            let _has_ended = kill_process_group(Pid::from_child(&self.shell), Signal::KILL);
+            drop(self.shell.wait());
+        }
     }
 }
 
