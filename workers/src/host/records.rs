@@ -217,6 +217,10 @@ mod tests {
         v1::Records { after_step, records, ..v1::Records::default() }
     }
 
+    fn nothing_after(after_step: u64) -> v1::Records {
+        v1::Records { after_step, ..v1::Records::default() }
+    }
+
     fn steps(keeper: &Keeper) -> Vec<(u64, u32)> {
         let text = std::fs::read_to_string(&keeper.path).unwrap();
         let records = text.lines().map(|line| serde_json::from_str::<StepRecord>(line).unwrap());
@@ -271,7 +275,7 @@ mod tests {
         assert_eq!(next(), 0);
         keeper.note(Note::Records(records(0, 1..=2, 1)));
         assert_eq!(next(), 2);
-        keeper.note(Note::Records(records(2, 3..=2, 1)));
+        keeper.note(Note::Records(nothing_after(2)));
         keeper.note(Note::Durable(2));
         keeper.note(Note::Durable(3));
         assert_eq!(next(), 2);
@@ -282,7 +286,7 @@ mod tests {
         assert_eq!(next(), 2);
         keeper.note(Note::Records(records(2, 3..=3, 1)));
         assert_eq!(next(), 3);
-        keeper.note(Note::Records(records(3, 4..=3, 1)));
+        keeper.note(Note::Records(nothing_after(3)));
         keeper.thread.join().unwrap();
         assert_eq!(std::fs::read_to_string(path).unwrap().lines().count(), 3);
     }
