@@ -65,7 +65,7 @@ pub const BLOCKS: [Block; 19] = [
     ),
     here("contraflow status job-1", &[("PID", "{PID}")]),
     here("contraflow certs init", &[("node0.example", "{HOST}")]),
-    terminal("contraflow orchestrator --state state", &[(":7070", ":{PORT}")]),
+    terminal("contraflow orchestrator --state cluster", &[(":7070", ":{PORT}")]),
     terminal(
         "contraflow worker --join node0.example",
         &[

@@ -83,7 +83,7 @@ impl Stage {
                      --set training.steps=2 --set training.validation_sequences=0\nrm -r runs/stored",
                 );
             }
-            "contraflow orchestrator --state state" => {
+            "contraflow orchestrator --state state" | "contraflow orchestrator --state cluster" => {
                 self.end();
                 self.names.insert("PORT", free_port().to_string());
             }
@@ -171,9 +171,11 @@ impl Stage {
     /// What has to come of a block.
     pub fn check(&mut self, block: &Block, out: &str) {
         match block.begins {
-            "contraflow orchestrator --state state" => until("the orchestrator", || {
-                TcpStream::connect(format!("127.0.0.1:{}", self.names["PORT"])).ok().map(drop)
-            }),
+            "contraflow orchestrator --state state" | "contraflow orchestrator --state cluster" => {
+                until("the orchestrator", || {
+                    TcpStream::connect(format!("127.0.0.1:{}", self.names["PORT"])).ok().map(drop)
+                })
+            }
             "for i in 1 2 3 4 5" => self.until_workers("", 5),
             "contraflow status job-1" => {
                 until("a second generation", || {
