@@ -238,19 +238,19 @@ pub fn status(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
-/// A job that is followed, over breaks of the connection.
+/// How far a stream has been read, over breaks of the connection.
 #[derive(Default)]
-struct Followed {
-    /// The latest step that has been shown.
-    step: u64,
-    /// Since when its stream is open, if it is or was the last time.
+struct Place {
+    /// The first entry that is wanted.
+    next: u64,
+    /// Since when the stream is open, if it is or was the last time.
     opened: Option<Instant>,
     /// Since when the orchestrator is away, if it is.
     away: Option<Instant>,
 }
 
-impl Followed {
-    /// It cannot be followed just now. Whether that is the beginning of an absence, and for how long it lasts.
+impl Place {
+    /// The stream cannot be read just now. Whether that is the beginning of an absence, and for how long it lasts.
     fn broke_off(&mut self, now: Instant) -> (bool, Duration) {
         // A stream that ends at once is no end of an absence.
         if self.opened.take().is_some_and(|opened| now - opened >= TIMEOUT) {
@@ -260,67 +260,106 @@ impl Followed {
         (begins, now - *self.away.get_or_insert(now))
     }
 
-    /// A step has come.
-    fn shows(&mut self, step: u64) {
-        (self.step, self.away) = (step, None);
+    /// An entry has come.
+    fn shows(&mut self, entry: u64) {
+        (self.next, self.away) = (entry + 1, None);
+    }
+}
+
+/// Why a stream was not read to its end.
+enum Broken {
+    /// The connection, or what the orchestrator said.
+    Link(Failure),
+    /// What was read could not be written.
+    Output(Failure),
+}
+
+impl From<Failure> for Broken {
+    fn from(failure: Failure) -> Self {
+        Broken::Link(failure)
+    }
+}
+
+/// Reads a stream to its end, again from where it broke off: the orchestrator may be started again, and the right to the stream
+/// may be renewed.
+///
+/// **Errors**: code 2 if there is no such job, or the client may not read it; code 1 if the orchestrator stays away.
+async fn go_on<T>(
+    common: &Common,
+    first: u64,
+    mut read: impl AsyncFnMut(&mut Place) -> Result<T, Broken>,
+) -> Result<T, Failure> {
+    let mut place = Place { next: first, ..Place::default() };
+    loop {
+        let stamps = common.access.stamps();
+        let failure = match read(&mut place).await {
+            Ok(end) => return Ok(end),
+            // The right to the stream has ended, and may have been renewed meanwhile.
+            Err(Broken::Link(failure)) if failure.code == 2 && common.access.stamps() != stamps => continue,
+            Err(Broken::Link(failure)) if failure.code != 2 => failure,
+            Err(Broken::Link(failure) | Broken::Output(failure)) => return Err(failure),
+        };
+        match place.broke_off(Instant::now()) {
+            (_, away) if away >= AWAY => return Err(failure),
+            (true, _) => say(format_args!(
+                "the orchestrator is away, waited for up to {} s: {}",
+                AWAY.as_secs(),
+                failure.message
+            )),
+            (false, _) => {}
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
 
 /// Runs `contraflow watch`: a line a step with its whole record, those before first, until the job ends. A break of the
-/// connection is waited out, and said once: the orchestrator may be started again.
+/// connection is waited out: the orchestrator may be started again.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if it failed or was cancelled, or the orchestrator stays away.
 pub fn watch(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let mut followed = Followed::default();
-        loop {
-            let stamps = args.common.access.stamps();
-            let failure = match watch_once(args, &mut followed).await {
-                Ok(job) => return ended(&job),
-                // The right to the stream has ended, and may have been renewed meanwhile.
-                Err(failure) if failure.code == 2 && args.common.access.stamps() != stamps => continue,
-                Err(failure) if failure.code == 2 => return Err(failure),
-                Err(failure) => failure,
-            };
-            match followed.broke_off(Instant::now()) {
-                (_, away) if away >= AWAY => return Err(failure),
-                (true, _) => say(format_args!(
-                    "the orchestrator is away, waited for up to {} s: {}",
-                    AWAY.as_secs(),
-                    failure.message
-                )),
-                (false, _) => {}
-            }
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        }
+        let job = go_on(&args.common, 1, async |place| watch_once(args, place).await).await?;
+        ended(&job)
     })
 }
 
-async fn watch_once(args: &OfJob, followed: &mut Followed) -> Result<v1::Job, Failure> {
+async fn watch_once(args: &OfJob, place: &mut Place) -> Result<v1::Job, Broken> {
     let mut client = jobs(&args.common).await?;
-    let request = v1::WatchRequest { job: args.job.clone(), from_step: followed.step + 1 };
+    let request = v1::WatchRequest { job: args.job.clone(), from_step: place.next };
     let mut steps = client.watch(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
-    followed.opened = Some(Instant::now());
+    place.opened = Some(Instant::now());
     while let Some(answer) = steps.message().await.map_err(|status| args.common.refused(&status))? {
         let record = answer.record.unwrap_or_default();
-        followed.shows(record.step);
+        place.shows(record.step);
         match args.common.format {
             // The bytes of a line of metrics.jsonl: a JSON value would have its fields in another order.
             Format::Json => {
-                let line = serde_json::to_string(&record).map_err(|error| Failure::run(error.to_string()))?;
-                print(&format!("{line}\n"))?;
+                let line = serde_json::to_string(&record);
+                let line = line.map_err(|error| Broken::Output(Failure::run(error.to_string())))?;
+                print(&format!("{line}\n")).map_err(Broken::Output)?;
             }
             Format::Text => {
                 let warn = |warning: &String| say(format_args!("warning: {}", printable(warning)));
                 record.warnings.iter().for_each(warn);
                 let StepRecord { step, seconds, generation, .. } = record;
                 let figures = figures(&record, "");
-                print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))?;
+                print(&format!("step {step:>6}  {figures}  {seconds:.2} s  generation {generation}\n"))
+                    .map_err(Broken::Output)?;
             }
         }
     }
-    let request = v1::GetRequest { job: args.job.clone() };
-    let answer = client.get(request).await.map_err(|status| args.common.refused(&status))?;
+    Ok(has_ended(&mut client, (&args.job, &args.common)).await?)
+}
+
+/// The job whose stream has come to its end.
+///
+/// **Errors**: code 1 if the job goes on.
+async fn has_ended(
+    client: &mut JobServiceClient<AuthChannel>,
+    (job, common): (&str, &Common),
+) -> Result<v1::Job, Failure> {
+    let request = v1::GetRequest { job: job.to_owned() };
+    let answer = client.get(request).await.map_err(|status| common.refused(&status))?;
     let job = answer.into_inner().job.unwrap_or_default();
     if job.outcome.is_empty() { Err(Failure::run("the stream has ended before the job")) } else { Ok(job) }
 }
@@ -338,29 +377,47 @@ fn ended(job: &v1::Job) -> Result<(), Failure> {
     }
 }
 
-/// Runs `contraflow logs`.
+/// Runs `contraflow logs`; with `--follow`, until the job ends, and a break of the connection is waited out.
 ///
 /// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
 pub fn logs(args: &Logs) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let request = v1::LogsRequest { job: args.job.clone(), rank: args.rank, follow: args.follow };
-        let mut client = jobs(&args.common).await?;
-        let mut lines =
-            client.logs(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
-        while let Some(line) = lines.message().await.map_err(|status| args.common.refused(&status))? {
-            let json = json!({
-                "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
-            });
-            let from = match &line.ranks[..] {
-                [] => "orchestrator".to_owned(),
-                [rank] => format!("rank {rank}"),
-                ranks => format!("x{} ranks", ranks.len()),
-            };
-            let text = format!("{} {:<5} {from:<12} {}\n", clock(line.unix_ms), line.level, line.message);
-            show(&args.common, &json, &text)?;
+        match args.follow {
+            true => go_on(&args.common, 0, async |place| follow_once(args, place).await).await,
+            false => match logs_once(args, &mut Place::default()).await {
+                Err(Broken::Link(failure) | Broken::Output(failure)) => Err(failure),
+                Ok(_) => Ok(()),
+            },
         }
-        Ok(())
     })
+}
+
+async fn follow_once(args: &Logs, place: &mut Place) -> Result<(), Broken> {
+    let mut client = logs_once(args, place).await?;
+    has_ended(&mut client, (&args.job, &args.common)).await?;
+    Ok(())
+}
+
+async fn logs_once(args: &Logs, place: &mut Place) -> Result<JobServiceClient<AuthChannel>, Broken> {
+    let mut client = jobs(&args.common).await?;
+    let &Logs { rank, follow, .. } = args;
+    let request = v1::LogsRequest { job: args.job.clone(), rank, follow, from_line: place.next };
+    let mut lines = client.logs(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
+    place.opened = Some(Instant::now());
+    while let Some(line) = lines.message().await.map_err(|status| args.common.refused(&status))? {
+        place.shows(line.number);
+        let json = json!({
+            "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
+        });
+        let from = match &line.ranks[..] {
+            [] => "orchestrator".to_owned(),
+            [rank] => format!("rank {rank}"),
+            ranks => format!("x{} ranks", ranks.len()),
+        };
+        let text = format!("{} {:<5} {from:<12} {}\n", clock(line.unix_ms), line.level, line.message);
+        show(&args.common, &json, &text).map_err(Broken::Output)?;
+    }
+    Ok(client)
 }
 
 /// Runs `contraflow cancel`.
@@ -402,7 +459,8 @@ fn job_json(job: &v1::Job) -> Value {
         .map(|rank| {
             json!({
                 "rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step,
-                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds, "slow": rank.slow,
+                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds,
+                "link_seconds": rank.link_seconds, "slow": rank.slow,
             })
         })
         .collect();
@@ -436,10 +494,10 @@ fn job_text(job: &v1::Job) -> String {
         text += &format!("  loss: {loss:.4}\n");
     }
     for rank in &job.ranks {
-        let (busy, waited) = (rank.busy_seconds, rank.waited_seconds);
+        let (busy, waited, link) = (rank.busy_seconds, rank.waited_seconds, rank.link_seconds);
         let slow = if rank.slow { "  slow" } else { "" };
         text += &format!(
-            "  rank {:>3}  step {:>6}  busy {busy:>6.2} s  waits {waited:>6.2} s  {} on {}{slow}\n",
+            "  rank {:>3}  step {:>6}  busy {busy:>6.2} s  waits {waited:>6.2} s  links {link:>6.2} s  {} on {}{slow}\n",
             rank.rank, rank.step, rank.worker, rank.node
         );
     }
@@ -458,20 +516,20 @@ mod tests {
 
     #[test]
     fn an_absence_is_said_once_and_ends_with_a_step_or_a_stream_that_lasts() {
-        let (mut followed, begin) = (Followed::default(), Instant::now());
+        let (mut place, begin) = (Place::default(), Instant::now());
         let at = |seconds| begin + Duration::from_secs(seconds);
-        assert_eq!(followed.broke_off(at(0)), (true, Duration::ZERO));
+        assert_eq!(place.broke_off(at(0)), (true, Duration::ZERO));
         for seconds in 1..50 {
             // The stream opens and breaks off again.
-            followed.opened = (seconds % 2 == 0).then(|| at(seconds));
-            assert_eq!(followed.broke_off(at(seconds)), (false, Duration::from_secs(seconds)));
+            place.opened = (seconds % 2 == 0).then(|| at(seconds));
+            assert_eq!(place.broke_off(at(seconds)), (false, Duration::from_secs(seconds)));
         }
-        followed.opened = Some(at(50));
-        followed.shows(7);
-        assert_eq!((followed.broke_off(at(51)), followed.step), ((true, Duration::ZERO), 7));
+        place.opened = Some(at(50));
+        place.shows(7);
+        assert_eq!((place.broke_off(at(51)), place.next), ((true, Duration::ZERO), 8));
         // The job made no step for an hour.
-        followed.opened = Some(at(60));
-        assert_eq!(followed.broke_off(at(3660)), (true, Duration::ZERO));
-        assert_eq!(followed.broke_off(at(3719)), (false, Duration::from_secs(59)));
+        place.opened = Some(at(60));
+        assert_eq!(place.broke_off(at(3660)), (true, Duration::ZERO));
+        assert_eq!(place.broke_off(at(3719)), (false, Duration::from_secs(59)));
     }
 }

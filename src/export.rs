@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use contraflow_runtime::files::objects::{self, Location, Staging};
 use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::schedule::parse_bytes;
 use contraflow_workers::hf::check::check;
 use contraflow_workers::hf::export::{self, Export, Written, part_of, staged};
 
@@ -25,7 +26,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
     /// Largest weight file, as 5GB or 500MB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = shard_bytes)]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_bytes)]
     pub shard_size: u64,
     /// Data type of the written weights
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
@@ -39,22 +40,6 @@ pub enum Dtype {
     F32,
     /// Rounded: half the size
     Bf16,
-}
-
-/// A size with its unit, powers of 1000 as Hugging Face counts them.
-fn shard_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let unit = match unit {
-        "" | "B" => Some(1),
-        "KB" => Some(1_000),
-        "MB" => Some(1_000_000),
-        "GB" => Some(1_000_000_000),
-        _ => None,
-    };
-    let size = unit.and_then(|unit| number.parse::<u64>().ok()?.checked_mul(unit));
-    let expected = || "expected a number above 0 with B, KB, MB or GB, as 5GB".to_owned();
-    size.filter(|&size| size > 0).ok_or_else(expected)
 }
 
 /// Runs the command.
@@ -144,19 +129,4 @@ fn config_json(config: &ModelConfig, dtype: &str) -> Result<String, Failure> {
     let mut json: serde_json::Value = serde_json::from_str(&config.to_hf_json()).map_err(broken)?;
     json["torch_dtype"] = dtype.into();
     Ok(format!("{json:#}\n"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_with_their_units_and_nothing_else() {
-        assert_eq!(shard_bytes("5GB"), Ok(5_000_000_000));
-        assert_eq!(shard_bytes("500MB"), Ok(500_000_000));
-        assert_eq!(shard_bytes("20000"), Ok(20_000));
-        for wrong in ["", "GB", "0GB", "-1", "5GiB", "1.5GB", "99999999999999999999", "99999999999GB"] {
-            assert!(shard_bytes(wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use contraflow_orchestrator::core::RETAINED_JOBS;
-use contraflow_orchestrator::server::{Orchestrator, Security};
+use contraflow_orchestrator::core::{BEAT_MS, RETAINED_JOBS, Times};
+use contraflow_orchestrator::server::{Orchestrator, Security, Settings};
 use contraflow_runtime::recipe::LogLevel;
+use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
 
 use crate::failure::Failure;
@@ -28,6 +29,15 @@ pub struct OrchestratorArgs {
     /// Finished jobs to retain, with their steps and logs; the oldest are removed first
     #[arg(long, value_name = "N", default_value_t = RETAINED_JOBS as u64, value_parser = clap::value_parser!(u64).range(1..))]
     pub keep_jobs: u64,
+    /// How often workers say that they are alive
+    #[arg(long, value_name = "MS", default_value_t = BEAT_MS)]
+    pub beat_ms: u64,
+    /// A worker that is silent for so long is lost [default: three beats]
+    #[arg(long, value_name = "MS")]
+    pub lease_ms: Option<u64>,
+    /// What the folder of a job in the storage may hold, as 50GB; without it, as much as there is room for
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub job_quota: Option<u64>,
 }
 
 /// Runs the command.
@@ -36,12 +46,16 @@ pub struct OrchestratorArgs {
 pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
+    let settings = Settings {
+        retained_jobs: usize::try_from(args.keep_jobs).unwrap_or(usize::MAX),
+        times: Times::new(args.beat_ms, args.lease_ms).map_err(Failure::input)?,
+        job_quota: args.job_quota,
+    };
     // What is kept here is for its user alone.
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     interrupt::runtime_of_orchestrator()?.block_on(async {
-        let keep_jobs = usize::try_from(args.keep_jobs).unwrap_or(usize::MAX);
         let orchestrator =
-            Orchestrator::open(&args.state, args.listen, keep_jobs).await.map_err(Failure::input)?;
+            Orchestrator::open(&args.state, args.listen, &settings).await.map_err(Failure::input)?;
         let orchestrator = match machine::raise_file_limit() {
             Some(files) => orchestrator.with_files(files),
             None => orchestrator,

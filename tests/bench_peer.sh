@@ -3,23 +3,17 @@
 #
 #   tests/bench_peer.sh [small|base ...]     both models if none is named
 #
-# CONTRAFLOW_PEER         the peer's script; it takes `train` and `infer`, --cfg, --threads, --mode eager|compile
-# CONTRAFLOW_PEER_PYTHON  a Python with torch and transformers to run it
+# CONTRAFLOW_PEER_PYTHON  a Python with torch and transformers 5, to run tests/bench_peer.py
 # CONTRAFLOW_PEER_ROUNDS  how often each is run, 2 if not set; the best round of either side counts
 #
-# Without the first two our own figures are printed alone. The wall figures need a quiet machine; on a busy one go by
+# Without the first one our own figures are printed alone. The wall figures need a quiet machine; on a busy one go by
 # those per CPU second, which are given for one thread.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 rounds=${CONTRAFLOW_PEER_ROUNDS:-2}
-peer=${CONTRAFLOW_PEER:-}
 python=${CONTRAFLOW_PEER_PYTHON:-}
-if [ "${peer:+given}" != "${python:+given}" ]; then
-    echo "error: expected CONTRAFLOW_PEER and CONTRAFLOW_PEER_PYTHON together, got one of them" >&2
-    exit 2
-fi
-[ -n "$peer" ] || echo "no peer: set CONTRAFLOW_PEER and CONTRAFLOW_PEER_PYTHON to compare; our figures alone:"
+[ -n "$python" ] || echo "no peer: set CONTRAFLOW_PEER_PYTHON to compare; our figures alone:"
 
 figures=$(mktemp)
 trap 'rm -f "$figures"' EXIT
@@ -33,7 +27,7 @@ ours() { # MODEL THREADS
 }
 
 peers() { # MODEL THREADS
-    local run=(env OMP_WAIT_POLICY=passive "$python" "$peer")
+    local run=(env OMP_WAIT_POLICY=passive "$python" tests/bench_peer.py)
     for mode in eager compile; do
         "${run[@]}" train --cfg "$1" --threads "$2" --mode "$mode" | peer_figures "$1/$2" "$mode"
     done
@@ -78,7 +72,7 @@ for round in $(seq "$rounds"); do
         for threads in 1 2; do
             echo "round $round: $model, $threads thread(s)" >&2
             ours "$model" "$threads"
-            [ -z "$peer" ] || peers "$model" "$threads"
+            [ -z "$python" ] || peers "$model" "$threads"
         done
     done
 done

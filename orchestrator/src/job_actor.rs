@@ -102,7 +102,9 @@ impl JobActorState {
             match effect {
                 JobEffect::Command { rank, command } => (self.send)(rank, command),
                 // If the metrics actor dies, the job learns of it as its supervisor.
-                JobEffect::Record(report) => drop(self.metrics.cast(MetricsMessage::Record(report))),
+                JobEffect::Record(report) => {
+                    drop(self.metrics.cast(MetricsMessage::Record(Box::new(report))))
+                }
                 JobEffect::CommitCheckpoint { position, watch, shards } => {
                     self.commit_checkpoint(myself.clone(), position, (watch, shards));
                 }

@@ -10,6 +10,7 @@ mod crash_loop;
 mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
+mod following;
 mod hostile;
 mod http2;
 mod hung;
@@ -27,6 +28,7 @@ mod security;
 #[path = "../objects/server.rs"]
 #[allow(dead_code)]
 mod server;
+mod silence;
 mod soak;
 mod states;
 mod storage;

@@ -167,6 +167,35 @@ fn a_rollback_logs_the_skipped_sequences_and_records_the_repeated_steps() {
     let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
     let steps: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_same_records(&steps, &metrics(&cluster, "alone"));
+    until_in_folder(&cluster, &job, &out);
+}
+
+/// Waits until the job's folder has its record, as `watch` tells it.
+fn until_in_folder(cluster: &Cluster, job: &str, watched: &str) {
+    let path = cluster.path().join("storage/jobs").join(job).join("metrics.jsonl");
+    until("the record in the job's folder", || {
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        (kept == watched).then_some(())
+    });
+}
+
+#[test]
+fn the_record_is_in_the_jobs_folder_whoever_is_lost_meanwhile() {
+    let mut cluster = Cluster::start(5);
+    let job = cluster.submit(&["training.steps=120", "checkpoint.every=1000000"], &[]);
+    let path = cluster.path().join("storage/jobs").join(&job).join("metrics.jsonl");
+    let kept = || std::fs::read_to_string(&path).unwrap_or_default().lines().count();
+    until("the first steps, while it trains", || (kept() > 3).then_some(()));
+    let first = cluster.host_of(&job, 0);
+    cluster.workers[first].as_mut().unwrap().kill();
+    let reached = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
+    cluster.until_step(&job, reached + 3);
+    cluster.orchestrator.kill();
+    cluster.start_orchestrator(&[]);
+    assert_eq!(cluster.finish(&job).len(), 120);
+    let (_, out, _) = cluster.run(&["watch", &job, "--format", "json"]);
+    assert!(out.lines().any(|line| line.contains("\"generation\":2")), "{out}");
+    until_in_folder(&cluster, &job, &out);
 }
 
 #[test]

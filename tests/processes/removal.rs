@@ -114,6 +114,72 @@ impl Drop for SmallDisk {
     }
 }
 
+/// What all files below a folder take.
+fn bytes_below(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    // What goes meanwhile takes nothing.
+    let bytes = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(found) if found.is_dir() => bytes_below(&entry.path()),
+        found => found.map_or(0, |found| found.len()),
+    };
+    entries.map(bytes).sum()
+}
+
+#[test]
+fn a_job_stays_within_its_quota_and_one_that_cannot_is_refused() {
+    let mut cluster = Cluster::start(1);
+    let job = cluster.submit(&with(&["training.steps=4"]), &[]);
+    cluster.finish(&job);
+    let jobs = cluster.path().join("storage/jobs");
+    let checkpoint = size(&jobs.join(&job).join("checkpoints/step-00000004"));
+    let restart = |cluster: &mut Cluster, quota: u64| {
+        cluster.orchestrator.kill();
+        cluster.start_orchestrator(&["--job-quota", &quota.to_string()]);
+        until("the worker", || (cluster.nodes().len() == 1).then_some(()));
+    };
+    restart(&mut cluster, 3 * checkpoint);
+    let mut submit = vec!["submit", "tiny", "--set", "model.config=model.json"];
+    let changes =
+        with(&["training.steps=60", "training.sequence_length=32", "training.validation_sequences=0"]);
+    changes.iter().for_each(|change| submit.extend(["--set", change]));
+    let (code, _, stderr) = cluster.run(&submit);
+    assert_eq!(code, 2, "{stderr}");
+    assert!(
+        stderr.contains("checkpoint: expected a job whose folder needs ") && stderr.contains("--job-quota"),
+        "{stderr}"
+    );
+    // Twenty checkpoints are asked for, and there is room for seven.
+    let quota = 7 * checkpoint;
+    restart(&mut cluster, quota);
+    let job = cluster.submit(&with(&["checkpoint.keep=20", "checkpoint.every=2"]), &[]);
+    let mut most = 0;
+    until("the end of the job", || {
+        most = most.max(bytes_below(&jobs.join(&job)));
+        let status = cluster.status(&job)?;
+        assert_ne!(status["state"], "failed", "{status}");
+        (status["state"] == "done").then_some(())
+    });
+    assert!(most <= quota && most > 3 * checkpoint, "{most} of {quota}");
+    let left = committed(&jobs.join(&job));
+    assert!(left.contains(&60) && (2..=6).contains(&left.len()), "{left:?}");
+}
+
+#[test]
+fn little_room_is_warned_of_before_the_first_checkpoint() {
+    let mut cluster = Cluster::start(0);
+    // A checkpoint of it takes some 300 KB.
+    let Some(_disk) = SmallDisk::at(cluster.path().join("storage"), 384 << 10) else {
+        return eprintln!("skipped: this process may not mount");
+    };
+    cluster.workers.push(Some(cluster.worker(0)));
+    let job = cluster.submit(&with(&[ENDLESS, "checkpoint.every=1000000"]), &[]);
+    let warning = until("a warning", || {
+        Some(cluster.status(&job)?["warning"].as_str()?.to_owned()).filter(|warning| !warning.is_empty())
+    });
+    assert!(warning.starts_with("the storage has room for "), "{warning}");
+    assert!(committed(&cluster.path().join("storage/jobs").join(&job)).is_empty());
+}
+
 #[test]
 fn little_room_is_warned_of_before_a_write_fails() {
     let cluster = Cluster::start(1);

@@ -59,12 +59,13 @@ fn assert_undisturbed(cluster: &Cluster, job: &str) {
 }
 
 #[test]
-fn a_renewed_certificate_is_taken_up_by_a_running_worker_and_a_watch_before_the_old_one_ends() {
+fn a_renewed_certificate_is_taken_up_by_a_running_worker_and_open_streams_before_the_old_one_ends() {
     let mut cluster = Cluster::secured(1);
     let eve = Who::issue(cluster.path(), "certs", "eve", "view");
     let job = cluster.submit(&ALONE, &[]);
     cluster.until_step(&job, 3);
     let mut watch = follow(&cluster, &eve, "watch", &["watch", &job]);
+    let mut logs = follow(&cluster, &eve, "logs", &["logs", &job, "--follow"]);
     let before = worker_expires(&cluster).unwrap();
     for name in ["the-worker", "eve"] {
         certs(cluster.path(), &["renew", "--dir", "certs", "--name", name, "--expires", "700"]);
@@ -84,6 +85,7 @@ fn a_renewed_certificate_is_taken_up_by_a_running_worker_and_a_watch_before_the_
         worker.stderr()
     );
     assert!(!watch.has_ended(), "{}", watch.stderr());
+    assert!(!logs.has_ended(), "{}", logs.stderr());
     // The next renewal drops what has ended.
     certs(cluster.path(), &["renew", "--dir", "certs", "--name", "eve"]);
     assert_eq!(lines_of(&cluster, "eve").len(), 2);

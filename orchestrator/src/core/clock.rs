@@ -3,10 +3,7 @@
 //! A clock that is set, a process that was paused, and a network on which nobody at all is heard are no time: silence then says
 //! nothing of the workers. Knows no worker.
 
-use super::BEAT_MS;
-
-/// If nobody is heard for so long although several beats are due, the orchestrator itself is cut off. **Units**: ms.
-const SILENCE_MS: u64 = 2 * BEAT_MS;
+use super::Times;
 
 /// The clock.
 #[derive(Clone, Copy, Debug)]
@@ -35,11 +32,11 @@ impl Clock {
     }
 
     /// The system's clock shows `wall_ms`; `listens`: somebody should be heard.
-    pub(super) fn advance(&mut self, wall_ms: u64, listens: bool) {
+    pub(super) fn advance(&mut self, wall_ms: u64, listens: bool, times: Times) {
         let passed = wall_ms.saturating_sub(self.wall_ms);
         self.wall_ms = wall_ms;
-        let limit = if listens { self.heard_ms + SILENCE_MS } else { u64::MAX };
-        let counts = passed.min(BEAT_MS).min(limit.saturating_sub(self.awake_ms));
+        let limit = if listens { self.heard_ms + times.silence_ms() } else { u64::MAX };
+        let counts = passed.min(times.beat_ms()).min(limit.saturating_sub(self.awake_ms));
         self.awake_ms += counts;
         self.held_ms += passed - counts;
     }
@@ -56,15 +53,15 @@ impl Clock {
     }
 
     /// A connection has ended that was heard a moment ago: the network works, and a process has ended.
-    pub(super) fn closed(&mut self) {
-        if !self.is_cut_off() {
+    pub(super) fn closed(&mut self, times: Times) {
+        if !self.is_cut_off(times) {
             self.heard_ms = self.awake_ms;
         }
     }
 
     /// Whether nobody is heard.
-    pub(super) fn is_cut_off(&self) -> bool {
-        self.awake_ms >= self.heard_ms + SILENCE_MS
+    pub(super) fn is_cut_off(&self, times: Times) -> bool {
+        self.awake_ms >= self.heard_ms + times.silence_ms()
     }
 
     /// How long ago a time that counted was, with what has not counted since somebody was heard.
@@ -80,22 +77,25 @@ impl Clock {
 
 #[cfg(test)]
 mod tests {
+    use super::super::BEAT_MS;
     use super::*;
+
+    const SILENCE_MS: u64 = 2 * BEAT_MS;
 
     #[test]
     fn a_silence_of_everybody_and_a_pause_are_no_time() {
         let mut clock = Clock::new(1_000_000, 0);
         for at in 1..=600 {
-            clock.advance(1_000_000 + 100 * at, true);
+            clock.advance(1_000_000 + 100 * at, true, Times::default());
         }
-        assert_eq!((clock.now(), clock.is_cut_off()), (1_000_000 + SILENCE_MS, true));
+        assert_eq!((clock.now(), clock.is_cut_off(Times::default())), (1_000_000 + SILENCE_MS, true));
         assert_eq!(clock.since(1_000_000), 60_000);
         // A connection that ends then says nothing.
-        clock.closed();
-        assert!(clock.is_cut_off());
+        clock.closed(Times::default());
+        assert!(clock.is_cut_off(Times::default()));
         assert_eq!(clock.hear(), 60_000 - SILENCE_MS);
         // Stopped for ten minutes.
-        clock.advance(1_660_000, true);
+        clock.advance(1_660_000, true, Times::default());
         assert_eq!((clock.now(), clock.hear()), (1_000_000 + SILENCE_MS + BEAT_MS, 600_000 - BEAT_MS));
         assert_eq!((clock.wall_ms(), clock.since(clock.now() - 7)), (1_660_000, 7));
     }
@@ -104,18 +104,18 @@ mod tests {
     fn time_passes_while_somebody_is_heard_or_nobody_could_be() {
         let mut clock = Clock::new(0, 0);
         for at in 1..=100 {
-            clock.advance(100 * at, true);
+            clock.advance(100 * at, true, Times::default());
             assert_eq!(clock.hear(), 0);
         }
         assert_eq!(clock.now(), 10_000);
         for at in 101..=200 {
-            clock.advance(100 * at, false);
+            clock.advance(100 * at, false, Times::default());
         }
         assert_eq!(clock.now(), 20_000);
         let mut clock = Clock::new(0, 0);
-        clock.advance(BEAT_MS, true);
-        clock.closed();
-        (1..=20).for_each(|at| clock.advance(BEAT_MS + 100 * at, true));
+        clock.advance(BEAT_MS, true, Times::default());
+        clock.closed(Times::default());
+        (1..=20).for_each(|at| clock.advance(BEAT_MS + 100 * at, true, Times::default()));
         assert_eq!(clock.now(), BEAT_MS + SILENCE_MS);
     }
 }

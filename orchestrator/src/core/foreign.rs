@@ -14,7 +14,7 @@ use contraflow_runtime::topology::{FormationId, Rank};
 use super::events::Hosted;
 use super::facts::End;
 use super::formation::Formation;
-use super::{ADOPTION_MS, Core, RESHARD_MS, WorkerCommand};
+use super::{Core, RESHARD_MS, Times, WorkerCommand};
 use crate::job::{JobEffect, Outcome};
 
 /// Ranks that a formation may have; of a larger one nothing is kept.
@@ -41,13 +41,13 @@ impl Foreign {
     }
 
     /// Why it cannot be stopped in peace.
-    fn is_over(&self, now: u64) -> Option<String> {
+    fn is_over(&self, now: u64, times: Times) -> Option<String> {
         let trains = self.formation.is_training() && self.formation.reached() > 0;
         let is_late = !trains && self.until_ms <= now;
         let stall = || self.formation.stalled(now).map(|stall| stall.why);
         let late =
             || is_late.then(|| "not all of its ranks are present, or none has completed a step".to_owned());
-        self.formation.is_broken(now).or_else(stall).or_else(late)
+        self.formation.is_broken(now, times).or_else(stall).or_else(late)
     }
 }
 
@@ -73,7 +73,7 @@ impl Core {
             formation: Formation::unknown(world, steps),
             world,
             places: BTreeMap::new(),
-            until_ms: now + ADOPTION_MS,
+            until_ms: now + self.times.adoption_ms(),
         });
         foreign.places.extend(hosted.ranks.iter().map(|&rank| (rank, worker)));
         if foreign.is_complete() {
@@ -168,7 +168,8 @@ impl Core {
 
     /// Time has passed.
     pub(super) fn tick_foreign(&mut self, now: u64) {
-        let over = self.foreign.iter().filter_map(|(&of, foreign)| Some((of, foreign.is_over(now)?)));
+        let over =
+            self.foreign.iter().filter_map(|(&of, foreign)| Some((of, foreign.is_over(now, self.times)?)));
         let over: Vec<(FormationId, String)> = over.collect();
         over.into_iter().for_each(|(of, why)| self.release_foreign(of, &why));
         let all: Vec<FormationId> = self.foreign.keys().copied().collect();

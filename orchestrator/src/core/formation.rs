@@ -20,8 +20,8 @@ use super::removal::low;
 use super::stall::{Stall, StallDetector, StallOf};
 use super::storage::StorageFaults;
 use super::{
-    ABORT_MS, Core, Effect, FORMING_MS, Progress, SLOW_STORAGE_MS, STALL_WARN_MS, Severity, Space,
-    VERDICT_MS, WorkerCommand,
+    ABORT_MS, Core, Effect, FORMING_MS, Progress, SLOW_STORAGE_MS, STALL_WARN_MS, Severity, Space, Times,
+    WorkerCommand,
 };
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
@@ -238,9 +238,9 @@ impl Formation {
     }
 
     /// Why it cannot continue although no lease has expired, if that has lasted long enough.
-    pub(super) fn is_broken(&self, now: u64) -> Option<String> {
+    pub(super) fn is_broken(&self, now: u64, times: Times) -> Option<String> {
         let (since, why) = self.suspicion.as_ref()?;
-        (since + VERDICT_MS <= now).then(|| why.clone())
+        (since + times.verdict_ms() <= now).then(|| why.clone())
     }
 
     pub(super) fn tick(&mut self, now: u64) -> Vec<JobEffect> {

@@ -6,7 +6,7 @@ use contraflow_runtime::topology::JobId;
 use super::facts::Fact;
 use super::jobs::Phase;
 use super::schedule::{free_slots, refill_lost};
-use super::{ADOPTION_MS, Core, Severity};
+use super::{Core, Severity};
 
 impl Core {
     /// Puts a job into the queue again. One that trains stops after the running step, and keeps it. One that has lost ranks goes
@@ -28,7 +28,7 @@ impl Core {
         let record = &self.jobs.all[&job];
         let is_resharding = self.survivors.get(&job).is_some_and(|survivors| survivors.reshard.is_some());
         let is_expecting = is_resharding || self.awaits_survivors(job, now);
-        record.phase == Phase::Broken && record.broken_ms + ADOPTION_MS <= now && !is_expecting
+        record.phase == Phase::Broken && record.broken_ms + self.times.adoption_ms() <= now && !is_expecting
     }
 
     /// Jobs that have lost ranks and wait for slots that others of them hold would wait for ever: the least important give way.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use contraflow_runtime::fabric::Address;
 use contraflow_runtime::schedule::size;
 
-use super::{ADOPTION_MS, LEASE_MS, RETURN_MS};
+use super::Times;
 
 /// How a worker introduces itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,12 +76,13 @@ impl Member {
 
     /// Whether it stood still or was cut off until a moment ago, and after `since_ms`: what others have said of it since then proves
     /// nothing.
-    pub fn has_just_returned(&self, since_ms: u64, now: u64) -> bool {
-        self.returned_ms.is_some_and(|returned| returned >= since_ms && now < returned + ADOPTION_MS)
+    pub fn has_just_returned(&self, since_ms: u64, now: u64, times: Times) -> bool {
+        let is_recent = |returned: u64| now < returned + times.adoption_ms();
+        self.returned_ms.is_some_and(|returned| returned >= since_ms && is_recent(returned))
     }
 
-    fn is_silent(&self, silent_ms: u64) -> bool {
-        self.expected_until_ms > 0 || silent_ms >= LEASE_MS
+    fn is_silent(&self, silent_ms: u64, times: Times) -> bool {
+        self.expected_until_ms > 0 || silent_ms >= times.lease_ms()
     }
 
     /// How many ranks that need so much memory it has room for, beside those that need `used_bytes`; no limit where either is
@@ -103,7 +104,7 @@ pub struct Members {
 
 impl Members {
     /// A worker that hosts ranks of a job and may still be there: an earlier orchestrator placed them.
-    pub fn expect(&mut self, worker: u64, now: u64) {
+    pub fn expect(&mut self, worker: u64, now: u64, times: Times) {
         // Its name and node come with it.
         let (name, node) = (format!("{worker:016x}"), "unknown".to_owned());
         let registration = Registration { worker, name, node, ..Registration::default() };
@@ -112,7 +113,7 @@ impl Members {
             is_attached: false,
             is_leaving: false,
             heard_ms: now,
-            until_ms: now + ADOPTION_MS,
+            until_ms: now + times.adoption_ms(),
             expected_until_ms: 0,
             fell_silent: false,
             returned_ms: None,
@@ -121,17 +122,18 @@ impl Members {
     }
 
     /// A worker has attached, for the first time or again.
-    pub fn attach(&mut self, registration: Registration, now: u64) {
+    pub fn attach(&mut self, registration: Registration, now: u64, times: Times) {
         let worker = registration.worker;
         let before = self.all.get(&worker).filter(|before| before.is_known());
-        let was_silent = before.is_some_and(|before| before.is_silent(now.saturating_sub(before.heard_ms)));
+        let silent_ms = |before: &Member| now.saturating_sub(before.heard_ms);
+        let was_silent = before.is_some_and(|before| before.is_silent(silent_ms(before), times));
         let returned_before = before.and_then(|before| before.returned_ms);
         let member = Member {
             registration,
             is_attached: true,
             is_leaving: false,
             heard_ms: now,
-            until_ms: now + LEASE_MS,
+            until_ms: now + times.lease_ms(),
             expected_until_ms: 0,
             fell_silent: false,
             returned_ms: if was_silent { Some(now) } else { returned_before },
@@ -140,19 +142,19 @@ impl Members {
     }
 
     /// A worker's stream has ended after a silence of so long: it has little time to come back.
-    pub fn detach(&mut self, worker: u64, silent_ms: u64, now: u64) {
+    pub fn detach(&mut self, worker: u64, silent_ms: u64, now: u64, times: Times) {
         if let Some(member) = self.all.get_mut(&worker) {
-            member.fell_silent = member.is_silent(silent_ms);
+            member.fell_silent = member.is_silent(silent_ms, times);
             member.is_attached = false;
-            member.until_ms = member.until_ms.min(now + RETURN_MS).max(member.expected_until_ms);
+            member.until_ms = member.until_ms.min(now + times.return_ms()).max(member.expected_until_ms);
         }
     }
 
     /// The orchestrator was cut off or paused: everybody may still be there.
-    pub fn expect_back(&mut self, now: u64) {
+    pub fn expect_back(&mut self, now: u64, times: Times) {
         for member in self.all.values_mut() {
-            member.expected_until_ms = now + ADOPTION_MS;
-            member.until_ms = member.until_ms.max(now + ADOPTION_MS);
+            member.expected_until_ms = now + times.adoption_ms();
+            member.until_ms = member.until_ms.max(now + times.adoption_ms());
         }
     }
 
@@ -169,13 +171,13 @@ impl Members {
     }
 
     /// A sign of life.
-    pub fn renew(&mut self, worker: u64, now: u64) {
+    pub fn renew(&mut self, worker: u64, now: u64, times: Times) {
         if let Some(member) = self.all.get_mut(&worker).filter(|member| member.is_attached) {
-            if member.is_silent(now.saturating_sub(member.heard_ms)) {
+            if member.is_silent(now.saturating_sub(member.heard_ms), times) {
                 member.returned_ms = Some(now);
             }
             member.heard_ms = now;
-            member.until_ms = now + LEASE_MS;
+            member.until_ms = now + times.lease_ms();
             member.expected_until_ms = 0;
         }
     }

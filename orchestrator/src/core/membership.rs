@@ -13,7 +13,7 @@ use super::formation::Formation;
 use super::jobs::JobRecord;
 use super::members::{Member, Registration};
 use super::stall::{Stall, StallOf};
-use super::{Core, RETURN_MS, list};
+use super::{Core, list};
 
 impl Core {
     pub(super) fn attached(&mut self, attachment: Attachment, now: u64) {
@@ -26,7 +26,7 @@ impl Core {
             self.persist(Fact::StorageIdentified { storage_id });
         }
         let is_expected = self.members.get(worker).is_some_and(|member| !member.is_known());
-        self.members.attach(registration, now);
+        self.members.attach(registration, now, self.times);
         self.is_open = true;
         self.send(worker, WorkerCommand::Welcome);
         let is_current = |hosted: &Hosted| self.formed(hosted.formation).is_some();
@@ -70,8 +70,8 @@ impl Core {
     /// A worker's stream has ended.
     pub(super) fn detached(&mut self, worker: u64, now: u64) {
         let silent_ms = self.members.get(worker).map_or(0, |member| self.silent_ms(member));
-        self.clock.closed();
-        self.members.detach(worker, silent_ms, now);
+        self.clock.closed(self.times);
+        self.members.detach(worker, silent_ms, now, self.times);
     }
 
     fn admit(
@@ -149,7 +149,7 @@ impl Core {
 
     /// A worker asks to leave: it takes no new ranks, and its jobs continue elsewhere.
     pub(super) fn request_leave(&mut self, worker: u64, now: u64) {
-        self.members.renew(worker, now);
+        self.members.renew(worker, now, self.times);
         if let Some(name) = self.members.request_leave(worker) {
             self.vacate(
                 |member| member.registration.worker == worker,
@@ -259,7 +259,7 @@ impl Core {
     pub(super) fn missed(&mut self, job: JobId, now: u64) -> Vec<Member> {
         let Some(formation) = self.formations.get(&job) else { return Vec::new() };
         let formed = self.jobs.all.get(&job).and_then(|record| record.running());
-        let ranks = formation.missed_for(now, RETURN_MS);
+        let ranks = formation.missed_for(now, self.times.return_ms());
         let places = ranks.into_iter().filter_map(|rank| formed?.place_of(rank));
         let is_away = |worker: &u64| self.members.get(*worker).is_some_and(|member| !member.is_known());
         let away: BTreeSet<u64> = places.filter(is_away).collect();
@@ -303,7 +303,7 @@ impl Core {
     fn has_just_returned(&self, job: JobId, places: &BTreeSet<u64>, now: u64) -> Option<String> {
         let before = self.jobs.all.get(&job)?.broken_ms;
         let mut members = places.iter().filter_map(|worker| self.members.get(*worker));
-        let returned = members.find(|member| member.has_just_returned(before, now))?;
+        let returned = members.find(|member| member.has_just_returned(before, now, self.times))?;
         Some(returned.registration.name.clone())
     }
 

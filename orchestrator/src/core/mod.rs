@@ -28,6 +28,7 @@ mod storage;
 mod survivors;
 #[cfg(test)]
 mod tests;
+mod times;
 
 use std::collections::BTreeMap;
 
@@ -47,20 +48,14 @@ use self::jobs::{Jobs, Phase};
 use self::members::Members;
 pub use self::members::{Member, Registration};
 use self::survivors::Survivors;
+pub use self::times::Times;
 
-/// How often a worker beats.
+/// How often a worker beats, by default.
 pub const BEAT_MS: u64 = 500;
-/// A worker that is silent for this long is lost: three beats.
+/// A worker that is silent for this long is lost, by default.
 pub const LEASE_MS: u64 = 3 * BEAT_MS;
-/// A worker whose stream has ended is lost unless it is back by then.
-pub const RETURN_MS: u64 = 700;
-/// How long a started orchestrator waits for the workers of the jobs that it finds running.
+/// How long a started orchestrator waits for the workers of the jobs that it finds running, at least.
 pub const ADOPTION_MS: u64 = 10_000;
-/// How long ranks that say they have lost a peer are believed before some worker's lease must have expired: after that the
-/// same members re-form.
-pub const VERDICT_MS: u64 = LEASE_MS + 1_000;
-/// How long workers may take to leave a broken formation and say what they keep of its state.
-pub const LEFT_MS: u64 = 3_000;
 /// How long workers may take to write down what they keep in memory.
 pub const RESHARD_MS: u64 = 60_000;
 /// How long a formation may take until the first of its ranks is ready, and until each further one is: data and checkpoints are
@@ -100,6 +95,7 @@ pub struct Core {
     survivors: BTreeMap<JobId, Survivors>,
     /// Leases and deadlines run by it.
     clock: Clock,
+    times: Times,
     /// Formations of which this state knows nothing.
     foreign: BTreeMap<FormationId, Foreign>,
     /// Until when jobs wait whose formations came to nothing.
@@ -118,8 +114,8 @@ pub struct Core {
 }
 
 impl Core {
-    /// A state built from what was stored.
-    pub fn new(jobs: Jobs, incarnation: u64, now: u64) -> Self {
+    /// A state built from what was stored, with the times by which workers are judged.
+    pub fn new(jobs: Jobs, incarnation: u64, now: u64, times: Times) -> Self {
         let broken_ms = jobs.all.values().map(|record| record.broken_ms).max();
         let clock = Clock::new(now, broken_ms.unwrap_or_default());
         let now = clock.now();
@@ -137,6 +133,7 @@ impl Core {
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
             clock,
+            times,
             reasons: BTreeMap::new(),
             is_open: true,
             effects: Vec::new(),
@@ -146,7 +143,7 @@ impl Core {
         for job in running {
             let record = &core.jobs.all[&job];
             record.running().into_iter().flat_map(|formed| &formed.places).for_each(|&worker| {
-                core.members.expect(worker, now);
+                core.members.expect(worker, now, times);
             });
             core.formations.insert(job, Formation::of(record));
         }
@@ -159,6 +156,11 @@ impl Core {
     pub fn retaining(mut self, jobs: usize) -> Self {
         self.retained_jobs = jobs;
         self
+    }
+
+    /// By which times workers are judged.
+    pub fn times(&self) -> Times {
+        self.times
     }
 
     /// The same state by what was drawn when it was made, and what was drawn now for the ids of jobs that it takes in.
@@ -205,7 +207,7 @@ impl Core {
 
     /// Whether nobody is heard who should be: nothing is concluded from that, and nobody is placed.
     pub fn is_cut_off(&self) -> bool {
-        self.clock.is_cut_off() && self.members.any_heard()
+        self.clock.is_cut_off(self.times) && self.members.any_heard()
     }
 
     /// For how long a member has not been heard. **Units**: ms.
@@ -238,7 +240,7 @@ impl Core {
 
     /// Takes an event and says what is to be done.
     pub fn step(&mut self, event: Event, now: u64) -> Vec<Effect> {
-        self.clock.advance(now, self.members.any_heard());
+        self.clock.advance(now, self.members.any_heard(), self.times);
         let now = self.clock.now();
         if event.is_from_worker() {
             self.heard(now);
@@ -254,7 +256,7 @@ impl Core {
             Event::Undrain { node } => self.undrain(node),
             Event::Attached(attachment) => self.attached(*attachment, now),
             Event::Left { worker, left } => {
-                self.members.renew(worker, now);
+                self.members.renew(worker, now, self.times);
                 self.left(worker, left);
             }
             Event::LeaveRequested { worker } => self.request_leave(worker, now),
@@ -262,11 +264,11 @@ impl Core {
             Event::Expelled { worker, why } => self.expelled(worker, &why, now),
             Event::Beat { worker, progress } => self.beat(worker, &progress, now),
             Event::Rank { worker, from, event } => {
-                self.members.renew(worker, now);
+                self.members.renew(worker, now, self.times);
                 self.rank_event(worker, from, *event, now);
             }
             Event::Committed { worker, formation, position, result } => {
-                self.members.renew(worker, now);
+                self.members.renew(worker, now, self.times);
                 self.committed((worker, formation), position, result, now);
             }
             Event::Tick => self.tick(now),
@@ -281,8 +283,8 @@ impl Core {
 
     /// A worker is heard. After a time in which nobody was, all have some time to come back, as after a start of the orchestrator.
     fn heard(&mut self, now: u64) {
-        if self.clock.hear() >= LEASE_MS {
-            self.members.expect_back(now);
+        if self.clock.hear() >= self.times.lease_ms() {
+            self.members.expect_back(now, self.times);
         }
     }
 
@@ -338,7 +340,7 @@ impl Core {
     }
 
     fn beat(&mut self, worker: u64, progress: &[Progress], now: u64) {
-        self.members.renew(worker, now);
+        self.members.renew(worker, now, self.times);
         for progress in progress {
             let is_current = self.is_current(worker, &progress.rank);
             match self.formations.get_mut(&progress.rank.formation.job).filter(|_| is_current) {
@@ -404,7 +406,7 @@ impl Core {
                 continue;
             }
             let Some(formation) = self.formations.get_mut(&job) else { continue };
-            if let Some(why) = formation.is_broken(now) {
+            if let Some(why) = formation.is_broken(now, self.times) {
                 self.unreachable(job, &why, now);
             } else if let Some(why) = formation.is_forming_late(now) {
                 self.break_formation(job, Vec::new(), why, Blame::Job, now);

@@ -10,7 +10,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topolog
 use super::facts::Formed;
 use super::jobs::{JobRecord, Phase};
 use super::reshard::Reshard;
-use super::{ADOPTION_MS, Core, LEFT_MS, Left, WorkerCommand};
+use super::{Core, Left, WorkerCommand};
 use crate::recovery::{InMemory, ReplicaShard, newest_complete};
 
 /// What is known of the workers of a broken formation.
@@ -52,7 +52,7 @@ impl Core {
     pub(super) fn query_survivors(&mut self, job: JobId, now: u64) {
         let Some(places) = self.survivor_places(job) else { return };
         let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
-        self.survivors.insert(job, Survivors::new(waiting, now + LEFT_MS));
+        self.survivors.insert(job, Survivors::new(waiting, now + self.times.left_ms()));
     }
 
     /// A worker that was lost is back with ranks of a broken formation: it will say what it keeps.
@@ -61,14 +61,14 @@ impl Core {
         let is_latest = record.is_some_and(|record| record.generation() == formation.generation);
         if let Some(survivors) = self.survivors.get_mut(&formation.job).filter(|_| is_latest) {
             survivors.waiting.insert(worker);
-            survivors.until_ms = survivors.until_ms.max(now + LEFT_MS);
+            survivors.until_ms = survivors.until_ms.max(now + self.times.left_ms());
         }
     }
 
     /// A worker of a broken formation has fallen silent: it may be back, with state that nobody else has.
     pub(super) fn expect_keepers(&mut self, job: JobId, now: u64) {
         if let Some(survivors) = self.survivors.get_mut(&job) {
-            survivors.keepers_until_ms = now + ADOPTION_MS;
+            survivors.keepers_until_ms = now + self.times.adoption_ms();
         }
     }
 
@@ -90,8 +90,8 @@ impl Core {
         let ranks = record.formed.iter().flat_map(Formed::ranks);
         let survivors = ranks.filter(|(rank, _)| !record.lost.contains(rank));
         let waiting: BTreeSet<u64> = survivors.map(|(_, worker)| worker).collect();
-        waiting.iter().for_each(|&worker| self.members.expect(worker, now));
-        self.survivors.insert(job, Survivors::new(waiting, now + ADOPTION_MS));
+        waiting.iter().for_each(|&worker| self.members.expect(worker, now, self.times));
+        self.survivors.insert(job, Survivors::new(waiting, now + self.times.adoption_ms()));
     }
 
     /// By rank, the workers of a broken formation that keeps its state in memory.

@@ -15,7 +15,7 @@ pub type Subscriber = Box<dyn FnMut(&StepRecord) + Send>;
 /// Messages of the metrics actor.
 pub enum MetricsMessage {
     /// A rank's report.
-    Record(StepReport),
+    Record(Box<StepReport>),
     /// Adds a subscriber to every record from now on.
     Subscribe(Subscriber),
 }
@@ -57,7 +57,7 @@ impl Actor for Metrics {
         state: &mut MetricsState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            MetricsMessage::Record(report) => state.record(report),
+            MetricsMessage::Record(report) => state.record(*report),
             MetricsMessage::Subscribe(subscriber) => state.subscribers.push(subscriber),
         }
         Ok(())

@@ -25,6 +25,8 @@ pub struct RankTime {
     pub busy: f64,
     /// In which it waited for others.
     pub waited: f64,
+    /// In which its connections carried what it sent; meanwhile it worked or waited.
+    pub link: f64,
     /// Whether it holds the others up.
     pub is_slow: bool,
 }
@@ -44,7 +46,7 @@ pub struct Change {
 #[derive(Debug)]
 pub struct Pace {
     topology: Topology,
-    latest: Vec<VecDeque<(f64, f64)>>,
+    latest: Vec<VecDeque<RankTime>>,
     is_slow: Vec<bool>,
 }
 
@@ -61,7 +63,8 @@ impl Pace {
         if latest.len() == WINDOW {
             latest.pop_front();
         }
-        latest.push_back((report.seconds - report.bubble_seconds, report.bubble_seconds));
+        let StepReport { seconds, bubble_seconds: waited, link_seconds: link, .. } = *report;
+        latest.push_back(RankTime { busy: seconds - waited, waited, link, is_slow: false });
     }
 
     /// A rank's time; zeros as long as nothing is known of it.
@@ -69,8 +72,13 @@ impl Pace {
         let Some(latest) = self.latest.get(rank).filter(|latest| !latest.is_empty()) else {
             return RankTime::default();
         };
-        let of = |part: fn(&(f64, f64)) -> f64| lower_median(latest.iter().map(part).collect());
-        RankTime { busy: of(|step| step.0), waited: of(|step| step.1), is_slow: self.is_slow[rank] }
+        let of = |part: fn(&RankTime) -> f64| lower_median(latest.iter().map(part).collect());
+        RankTime {
+            busy: of(|step| step.busy),
+            waited: of(|step| step.waited),
+            link: of(|step| step.link),
+            is_slow: self.is_slow[rank],
+        }
     }
 
     /// Judges all ranks after a step that all of them have made; those whose verdict has changed.
@@ -111,7 +119,13 @@ mod tests {
         let mut changes = Vec::new();
         for _ in 0..steps {
             for (rank, busy) in (0..).zip(busy) {
-                let times = StepReport { seconds: 5.0, bubble_seconds: 5.0 - busy, ..StepReport::default() };
+                let link_seconds = f64::from(rank);
+                let times = StepReport {
+                    seconds: 5.0,
+                    bubble_seconds: 5.0 - busy,
+                    link_seconds,
+                    ..StepReport::default()
+                };
                 pace.take(&StepReport { rank, ..times });
             }
             changes.extend(pace.judge().iter().map(|change| (change.rank, change.time.is_slow)));
@@ -125,7 +139,7 @@ mod tests {
         let mut pace = Pace::new(Topology { pipeline: 2, expert: 2, data: 1 });
         assert_eq!(make(&mut pace, 20, &[0.5, 0.5, 1.5, 1.5]), []);
         assert_eq!(make(&mut pace, 20, &[0.5, 0.5, 1.5, 4.5]), [(3, true)]);
-        let time = RankTime { busy: 4.5, waited: 0.5, is_slow: true };
+        let time = RankTime { busy: 4.5, waited: 0.5, link: 3.0, is_slow: true };
         assert_eq!((pace.time_of(3), pace.time_of(0).is_slow), (time, false));
         assert_eq!(make(&mut pace, 20, &[0.5, 0.5, 1.5, 2.5]), [], "still more than one and a half");
         assert_eq!(make(&mut pace, 20, &[0.5, 0.5, 1.5, 2.0]), [(3, false)]);

@@ -287,7 +287,7 @@ pub fn from_worker(message: &mut v1::FromWorker) -> Result<(), String> {
         Some(Message::Logs(logs)) => check.lines(logs),
         Some(Message::Committed(done)) => prose_of(ERROR, &mut done.error),
         Some(Message::Discarded(done)) => prose_of(DISCARDED, &mut done.error),
-        Some(Message::LeaveRequest(_) | Message::Space(_)) | None => {}
+        Some(Message::LeaveRequest(_) | Message::Space(_) | Message::RecordsWanted(_)) | None => {}
     }
     check.of_worker()
 }

@@ -10,14 +10,18 @@ use v1::to_worker::Message;
 
 use crate::core::facts::Formed;
 use crate::core::jobs::JobRecord;
-use crate::core::{BEAT_MS, Core, WorkerCommand, axes_overrides};
+use crate::core::{Core, WorkerCommand, axes_overrides};
 
 /// A command as it goes over the wire; `None` if its subject has ended by now.
-pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Option<Message> {
+pub(super) fn encode(
+    core: &Core,
+    (key, quota): (&[u8; 32], Option<u64>),
+    command: WorkerCommand,
+) -> Option<Message> {
     Some(match command {
         WorkerCommand::Welcome => Message::Welcome(v1::Welcome {
             incarnation: core.incarnation(),
-            beat_ms: BEAT_MS,
+            beat_ms: core.times().beat_ms(),
             state: core.state(),
         }),
         WorkerCommand::Reject { why } => Message::Refused(why),
@@ -57,6 +61,7 @@ pub(super) fn encode(core: &Core, key: &[u8; 32], command: WorkerCommand) -> Opt
                 }),
                 traceparent: trace::current().to_string(),
                 state: core.state(),
+                quota_bytes: quota.unwrap_or_default(),
                 origin: record.spec.origin.as_ref().map(|origin| v1::Origin {
                     job: origin.job.map_or(0, JobId::bits),
                     folder: origin.folder.clone(),

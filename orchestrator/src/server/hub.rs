@@ -20,6 +20,7 @@ use tonic::Status;
 
 pub use self::messages::{HubMessage, LogRecord, Question, Submitted};
 
+use super::Settings;
 use super::admission::Admission;
 use super::encode::{encode, span_of};
 use super::log_dedup::LogDedup;
@@ -61,6 +62,8 @@ pub struct Hub {
     store: Arc<Store>,
     /// From which the secrets of formations follow.
     key: [u8; 32],
+    /// What the folder of a job may hold, if there is a limit. **Units**: bytes.
+    job_quota: Option<u64>,
     pub(super) links: BTreeMap<u64, WorkerLink>,
     steps: BTreeMap<JobId, Steps>,
     /// By job, the worker that is to remove its files, and who waits for that.
@@ -98,20 +101,22 @@ fn state_of(key: &[u8; 32]) -> u64 {
 }
 
 impl Hub {
-    /// Resumes from the stored state; this many finished jobs are retained.
+    /// Resumes from the stored state.
     ///
     /// **Errors**: a record that this version cannot read.
-    pub fn new(store: Store, replay: Replay, key: [u8; 32], retained_jobs: usize) -> Result<Self, String> {
+    pub fn new(store: Store, replay: Replay, key: [u8; 32], settings: &Settings) -> Result<Self, String> {
         let (jobs, snapshots) = Snapshots::replay(&replay)?;
         let admission = Admission::of(&jobs);
         let nonce = u32::from_le_bytes(from_system().map_err(|error| error.to_string())?);
-        let core = Core::new(jobs, replay.incarnation, now_ms()).retaining(retained_jobs);
+        let core =
+            Core::new(jobs, replay.incarnation, now_ms(), settings.times).retaining(settings.retained_jobs);
         let core = core.identified(state_of(&key), nonce);
         let store = Arc::new(store);
         let mut hub = Hub {
             core,
             store,
             key,
+            job_quota: settings.job_quota,
             links: BTreeMap::new(),
             steps: BTreeMap::new(),
             removals: BTreeMap::new(),
@@ -419,7 +424,7 @@ impl Hub {
             }
             let is_last = matches!(command, WorkerCommand::Reject { .. });
             let span = span_of(&self.core, &command);
-            let message = span.in_scope(|| encode(&self.core, &self.key, command));
+            let message = span.in_scope(|| encode(&self.core, (&self.key, self.job_quota), command));
             self.send(worker, message, is_last);
         }
         for (job, steps) in &batch.steps {
@@ -463,6 +468,14 @@ impl Hub {
         for worker in workers {
             let durable = v1::to_worker::Message::Durable(v1::Durable { job: job.bits(), step });
             self.send(worker, Some(durable), false);
+        }
+    }
+
+    /// Tells a worker something that it asks for again if it is lost.
+    pub(super) fn tell(&self, worker: u64, message: v1::to_worker::Message) {
+        if let Some(WorkerLink { down, .. }) = self.links.get(&worker) {
+            let facts = self.core.jobs().facts;
+            drop(down.try_send(Ok(v1::ToWorker { message: Some(message), facts })));
         }
     }
 

@@ -56,6 +56,8 @@ static READERS: Semaphore = Semaphore::const_new(8);
 /// The service.
 pub(super) struct JobsApi {
     pub(super) hub: Handle,
+    /// What the folder of a job may hold, if there is a limit. **Units**: bytes.
+    pub(super) job_quota: Option<u64>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -109,7 +111,7 @@ impl JobService for JobsApi {
         let read = |store: &Store, job: JobId, next: u64| {
             store.steps(job.bits(), next)?.take(READ_AT_ONCE).collect::<Result<Vec<_>, _>>()
         };
-        let decode = |bytes: &[u8]| {
+        let decode = |_: u64, bytes: &[u8]| {
             let mut record = serde_json::from_slice::<StepRecord>(bytes).ok()?;
             record.warnings.iter_mut().for_each(show);
             Some(v1::WatchResponse { record: Some(record) })
@@ -146,17 +148,17 @@ impl JobService for JobsApi {
         let session = Session::of(&request);
         let request = request.into_inner();
         bounds::logs(&request).map_err(|faults| refused(&faults))?;
-        let v1::LogsRequest { job, rank, follow: until_end } = request;
-        let follow = Follow { next: 0, until_end, ..self.follow(&job).await? };
+        let v1::LogsRequest { job, rank, follow: until_end, from_line } = request;
+        let follow = Follow { next: from_line, until_end, ..self.follow(&job).await? };
         let read = |store: &Store, job: JobId, next: u64| {
             store.lines(job.bits(), next)?.take(READ_AT_ONCE).collect::<Result<Vec<_>, _>>()
         };
-        let decode = move |bytes: &[u8]| {
+        let decode = move |number: u64, bytes: &[u8]| {
             let line = serde_json::from_slice::<LogRecord>(bytes).ok()?;
             let wanted = rank.is_none_or(|rank| line.ranks.contains(&rank));
             let LogRecord { unix_ms, level, ranks, mut message } = line;
             show(&mut message);
-            wanted.then_some(v1::LogsResponse { unix_ms, level, ranks, message })
+            wanted.then_some(v1::LogsResponse { unix_ms, level, ranks, message, number })
         };
         Ok(Response::new(stream(follow, read, decode, session)))
     }
@@ -169,7 +171,7 @@ impl JobsApi {
             Some(resume) if !resume.job.is_empty() => Some(self.resumed(&resume.job).await?),
             _ => None,
         };
-        let spec = submission::check(request, resumed, user).await?;
+        let spec = submission::check(request, resumed, user, self.job_quota).await?;
         let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         id.await.map_err(|_| Status::unavailable("the orchestrator is ending"))?
@@ -277,7 +279,7 @@ impl Follow {
 fn stream<T: Send + 'static>(
     follow: Follow,
     read: Read,
-    decode: impl Fn(&[u8]) -> Option<T> + Send + 'static,
+    decode: impl Fn(u64, &[u8]) -> Option<T> + Send + 'static,
     session: Session,
 ) -> Answers<T> {
     let (sender, answers) = mpsc::channel(MAX_UNREAD);
@@ -300,7 +302,7 @@ fn stream<T: Send + 'static>(
 async fn feed<T>(
     mut follow: Follow,
     read: Read,
-    decode: impl Fn(&[u8]) -> Option<T>,
+    decode: impl Fn(u64, &[u8]) -> Option<T>,
     sender: &mpsc::Sender<Result<T, Status>>,
 ) -> Result<(), Status> {
     let mut returns = follow.progress.borrow().returns;
@@ -310,7 +312,8 @@ async fn feed<T>(
             let entries = follow.read(read).await?;
             let Some((last, _)) = entries.last() else { break };
             follow.next = last + 1;
-            let answers: Vec<T> = entries.iter().filter_map(|(_, bytes)| decode(bytes)).collect();
+            let answers: Vec<T> =
+                entries.iter().filter_map(|(number, bytes)| decode(*number, bytes)).collect();
             drop(entries);
             for answer in answers {
                 if sender.send(Ok(answer)).await.is_err() {
@@ -349,7 +352,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
     let rank = |(rank, &worker): (usize, &u64)| {
         let registration = core.member(worker).map(|member| member.registration.clone()).unwrap_or_default();
         let step = steps.and_then(|steps| steps.by_rank.get(rank)).copied().unwrap_or_default();
-        let RankTime { busy, waited, is_slow } =
+        let RankTime { busy, waited, link, is_slow } =
             steps.map(|steps| steps.pace.time_of(rank)).unwrap_or_default();
         v1::RankPlace {
             rank: rank as u64,
@@ -359,6 +362,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
             busy_seconds: busy,
             waited_seconds: waited,
             slow: is_slow,
+            link_seconds: link,
         }
     };
     let mut described = v1::Job {

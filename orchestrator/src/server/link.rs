@@ -22,7 +22,7 @@ use super::acceptor::Peer;
 use super::auth::Session;
 use super::hub::{HubMessage, LogRecord};
 use super::worker_link::{Shown, WorkerLink};
-use super::{Handle, bounds};
+use super::{Handle, bounds, records};
 use crate::core::{Attachment, Event, Hosted, Left, Progress, Registration, Space};
 use crate::recovery::ReplicaShard;
 
@@ -232,7 +232,7 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
         }
         Message::LeaveRequest(_) => Event::LeaveRequested { worker },
         Message::Released(released) => Event::Left { worker, left: left_of(released)? },
-        Message::Hello(_) | Message::Logs(_) => return Ok(None),
+        Message::Hello(_) | Message::Logs(_) | Message::RecordsWanted(_) => return Ok(None),
     }))
 }
 
@@ -240,6 +240,7 @@ async fn handle_message(hub: &Handle, worker: u64, message: v1::FromWorker) -> R
     match message.message {
         None => Ok(()),
         Some(Message::Logs(logs)) => keep_lines(hub, worker, logs).await,
+        Some(Message::RecordsWanted(wanted)) => records::answer(hub, worker, wanted).await,
         Some(message) => match event_of(worker, message) {
             Ok(Some(event)) => hub.send(HubMessage::Event(event)).await,
             Ok(None) => Ok(()),

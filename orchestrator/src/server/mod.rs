@@ -20,6 +20,7 @@ mod log_dedup;
 mod outdated;
 mod places;
 mod rate;
+mod records;
 mod security;
 mod snapshot;
 pub(crate) mod steps;
@@ -55,7 +56,7 @@ use self::audit::Audit;
 use self::auth::{AuthLayer, AuthService};
 use self::hub::{Hub, HubMessage};
 use self::places::Limits;
-use crate::core::{Event, TICK_MS};
+use crate::core::{Event, RETAINED_JOBS, TICK_MS, Times};
 use crate::store::Store;
 
 /// Largest message that is taken from a client: a recipe, a model's configuration and some.
@@ -76,12 +77,30 @@ const MAX_STREAMS: u32 = 256;
 /// Messages that wait for the hub, at most.
 const MAX_WAITING: usize = 16_384;
 
+/// What the operator decides.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The jobs that ended last, this many of them, stay known.
+    pub retained_jobs: usize,
+    /// When workers count as silent, away or lost.
+    pub times: Times,
+    /// What the folder of a job in the storage may hold at most, if there is a limit. **Units**: bytes.
+    pub job_quota: Option<u64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { retained_jobs: RETAINED_JOBS, times: Times::default(), job_quota: None }
+    }
+}
+
 /// An orchestrator that has its state and its port.
 pub struct Orchestrator {
     listener: TcpListener,
     security: Option<Security>,
     limits: Limits,
     audit: Audit,
+    job_quota: Option<u64>,
     hub: Hub,
     messages: mpsc::Receiver<HubMessage>,
     handle: Handle,
@@ -117,19 +136,20 @@ impl Handle {
 }
 
 impl Orchestrator {
-    /// Opens the state in `dir` and binds `address`; the `retained_jobs` jobs that ended last stay known.
+    /// Opens the state in `dir` and binds `address`.
     ///
     /// **Errors**: the state is in use, damaged or of another format, or the address cannot be had.
-    pub async fn open(dir: &Path, address: SocketAddr, retained_jobs: usize) -> Result<Self, String> {
+    pub async fn open(dir: &Path, address: SocketAddr, settings: &Settings) -> Result<Self, String> {
         let listener =
             TcpListener::bind(address).await.map_err(|error| format!("--listen {address}: {error}"))?;
         let (store, replay) = Store::open(dir).map_err(|error| error.to_string())?;
         let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-        let hub = Hub::new(store, replay, key, retained_jobs)?;
+        let hub = Hub::new(store, replay, key, settings)?;
         let (sender, messages) = mpsc::channel(MAX_WAITING);
         let handle = Handle { messages: sender };
         let (limits, audit) = (Limits::of(None), Audit::in_folder(dir));
-        Ok(Orchestrator { listener, security: None, limits, audit, hub, messages, handle })
+        let job_quota = settings.job_quota;
+        Ok(Orchestrator { listener, security: None, limits, audit, job_quota, hub, messages, handle })
     }
 
     /// Requires clients to authenticate; without it, every client that can connect has full access.
@@ -160,7 +180,7 @@ impl Orchestrator {
     ///
     /// **Errors**: the state cannot be written any more.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
-        let Orchestrator { listener, security, limits, audit, hub, messages, handle } = self;
+        let Orchestrator { listener, security, limits, audit, job_quota, hub, messages, handle } = self;
         let security = security.map(Arc::new);
         let ticks = tokio::spawn(tick(handle.clone()));
         let notices = security.clone().map(|security| tokio::spawn(security.tell_endings(handle.clone())));
@@ -178,7 +198,7 @@ impl Orchestrator {
             .map_err(failed)?;
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<JobServiceServer<jobs_api::JobsApi>>().await;
-        let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone() });
+        let jobs = JobServiceServer::new(jobs_api::JobsApi { hub: handle.clone(), job_quota });
         let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
         let cluster = cluster_api::ClusterApi { hub: handle.clone(), security: security.clone() };
         let auth = AuthLayer::new(security, audit);

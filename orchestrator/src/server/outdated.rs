@@ -46,16 +46,16 @@ mod tests {
     use contraflow_runtime::topology::Generation;
 
     use super::*;
-    use crate::core::Registration;
     use crate::core::facts::Fact;
     use crate::core::jobs::Jobs;
+    use crate::core::{Registration, Times};
 
     fn core() -> Core {
         let mut jobs = Jobs::default();
         for node in ["n1", "n2", "n3"] {
             jobs.apply(&Fact::Drained { node: node.into() });
         }
-        Core::new(jobs, 2, 0).identified(7, 1)
+        Core::new(jobs, 2, 0, Times::default()).identified(7, 1)
     }
 
     fn attachment(state: u64, facts: u64) -> Attachment {

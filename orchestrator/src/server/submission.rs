@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::faults::Faults;
-use contraflow_runtime::layout::recipe_figures;
+use contraflow_runtime::layout::{checkpoint_bytes, folder_bytes, recipe_figures};
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Recipe, continuation};
-use contraflow_runtime::schedule::RankFigures;
+use contraflow_runtime::schedule::{RankFigures, size};
 use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace;
 use tokio::sync::Semaphore;
@@ -68,13 +68,14 @@ pub(super) async fn check(
     request: v1::SubmitRequest,
     resumed: Option<Resumed>,
     user: String,
+    quota: Option<u64>,
 ) -> Result<Box<JobSpec>, Status> {
     let busy = "submissions: others are being checked; submit it again in some seconds";
     let turn = tokio::time::timeout(TURN, TURNS.acquire()).await;
     let turn = turn.ok().and_then(Result::ok).ok_or_else(|| Status::resource_exhausted(busy))?;
     let traceparent = trace::current().to_string();
     let checked = tokio::task::spawn_blocking(move || {
-        let spec = spec(request, resumed);
+        let spec = spec(request, resumed, quota);
         drop(turn);
         spec
     });
@@ -141,7 +142,7 @@ fn keys(recipe: &str) -> BTreeMap<String, &str> {
     keys
 }
 
-fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>) -> Result<JobSpec, Faults> {
+fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>) -> Result<JobSpec, Faults> {
     let v1::SubmitRequest {
         recipe,
         overrides,
@@ -180,6 +181,7 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>) -> Result<JobSpec,
     }
     let figures = recipe_figures(&recipe).map_err(|words| faults.push("parallel", words)).unwrap_or_default();
     let rank_bytes = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
+    check_quota(quota, &recipe, &mut faults);
     if min_ranks as usize > world {
         faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
     }
@@ -194,6 +196,20 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>) -> Result<JobSpec,
         traceparent: String::new(),
         origin,
     })
+}
+
+fn check_quota(quota: Option<u64>, recipe: &Recipe, faults: &mut Faults) {
+    let needed = folder_bytes(&recipe.model_config);
+    if let Some(quota) = quota.filter(|&quota| quota < needed) {
+        let expected =
+            format!("a job whose folder needs {} at most (the orchestrator's --job-quota)", size(quota));
+        let checkpoint = size(checkpoint_bytes(&recipe.model_config));
+        faults.expected(
+            "checkpoint",
+            expected,
+            format!("{}: six times {checkpoint}, what a checkpoint takes", size(needed)),
+        );
+    }
 }
 
 /// The checkpoint in a folder, as the client has read it. The workers look again.

@@ -8,7 +8,7 @@ use contraflow_runtime::topology::Topology;
 
 use super::random::Random;
 use crate::core::facts::JobSpec;
-use crate::core::{STALL_MS, axes_overrides};
+use crate::core::{STALL_MS, Times, axes_overrides};
 
 /// A fault, or a request of a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -118,6 +118,8 @@ pub(super) struct Plan {
     pub(super) keep: usize,
     /// Finished jobs to retain.
     pub(super) retained_jobs: usize,
+    /// By which workers beat and are judged.
+    pub(super) times: Times,
 }
 
 /// A job of the plan.
@@ -173,6 +175,13 @@ impl Plan {
             let happens = later.is_one_in(4);
             faults.extend(happens.then(|| (fault, fault.mean_ms(&mut later))));
         }
+        let times = if later.is_one_in(4) {
+            let beat_ms = later.between(100, 1_500);
+            let lease_ms = later.between(3 * beat_ms, 6_000);
+            Times::new(beat_ms, Some(lease_ms)).unwrap_or_default()
+        } else {
+            Times::default()
+        };
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         // Commits that find the storage full are tried again, with growing pauses.
@@ -189,6 +198,7 @@ impl Plan {
             fills_up: true,
             keep: random.between(2, 4) as usize,
             retained_jobs,
+            times,
         }
     }
 
@@ -229,6 +239,7 @@ impl Plan {
             fills_up: false,
             keep: 2,
             retained_jobs: 1,
+            times: Times::default(),
         }
     }
 }

@@ -85,7 +85,7 @@ impl World {
         let now = (EPOCH + self.now).saturating_add_signed(clock_ms);
         let nonce = mix(self.store.state << 32 | incarnation) as u32;
         self.servers.push(Server {
-            core: Core::new(jobs, incarnation, now)
+            core: Core::new(jobs, incarnation, now, self.plan.times)
                 .retaining(retained_jobs)
                 .identified(self.store.state, nonce),
             is_alive: true,

@@ -18,7 +18,7 @@ use super::network::{FromWorker, ToWorker};
 use super::ranks::Group;
 use super::{Own, RankTask, SimEvent, World};
 use crate::core::facts::Formed;
-use crate::core::{self, BEAT_MS, Left, Progress, Registration};
+use crate::core::{self, Left, Progress, Registration};
 
 /// How often the loop looks at its clock. **Units**: ms.
 const CLOCK_MS: u64 = 250;
@@ -127,7 +127,7 @@ impl World {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         match worker.link {
             Some((link, true)) if worker.beat_ms <= self.now => {
-                worker.beat_ms = self.now + BEAT_MS * 9 / 10;
+                worker.beat_ms = self.now + self.plan.times.beat_ms() * 9 / 10;
                 let progress = worker
                     .hosted
                     .iter()

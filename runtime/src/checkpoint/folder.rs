@@ -10,7 +10,8 @@ use super::manifest::{MANIFEST_FILE, Manifest, ShardFile};
 use super::{CheckpointError, JobFolder, Position, RemoteFolder};
 use crate::failpoint::failpoint;
 use crate::faults::ErrorKind;
-use crate::files::{UNFINISHED_SUFFIX, make_dir, sync_dir, write_synced};
+use crate::files::{UNFINISHED_SUFFIX, bytes_below, make_dir, sync_dir, write_synced};
+use crate::schedule::size;
 use crate::topology::Generation;
 
 /// Part of the name of a checkpoint that is written down from memory between two formations.
@@ -52,6 +53,8 @@ pub struct CheckpointFolder {
     pinned: Pinned,
     /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
     job: Option<JobFolder>,
+    /// What the job's folder may hold at most, if there is a limit. **Units**: bytes.
+    quota: Option<u64>,
     /// Where checkpoints are committed first, if anywhere: this folder then holds what the store has, or had.
     remote: Option<RemoteFolder>,
 }
@@ -65,6 +68,7 @@ impl CheckpointFolder {
             is_from_memory: false,
             pinned: Pinned::default(),
             job: None,
+            quota: None,
             remote: None,
         }
     }
@@ -87,6 +91,11 @@ impl CheckpointFolder {
     /// The same folder, in which these stay, and the newest checkpoints up to them, whatever is committed after them.
     pub fn pinning(self, pinned: Pinned) -> Self {
         CheckpointFolder { pinned: self.pinned.max(pinned), ..self }
+    }
+
+    /// The same folder of a job that may hold so many bytes at most, if there is a limit.
+    pub fn within(self, quota: Option<u64>) -> Self {
+        CheckpointFolder { quota, ..self }
     }
 
     /// The same folder, whose checkpoints are committed in an object store.
@@ -214,7 +223,8 @@ impl CheckpointFolder {
     }
 
     /// Commits the checkpoint whose shards lie, synced, in the unfinished folder of its step: writes the manifest and
-    /// renames the folder. Afterwards only the newest `keep` checkpoints remain: of those up to the pinned one, with all after it.
+    /// renames the folder. Afterwards only the newest `keep` checkpoints remain: of those up to the pinned one, with all after it;
+    /// fewer where the job's quota would not take another one.
     ///
     /// **Errors**: what the system says, with the path; a shard that is not there with its size; the folder is another job's. The
     /// checkpoint is not committed then.
@@ -235,7 +245,9 @@ impl CheckpointFolder {
         manifest.shards.iter().try_for_each(|shard| shard.check_size(&from))?;
         self.rename_finished((manifest, companions), &from, &to)
             .map_err(|error| CheckpointError::of_storage(&to, error))?;
-        self.drop_oldest(keep, Some(step)).map_err(|error| CheckpointError::of_storage(&self.dir, error))?;
+        self.drop_oldest(keep, Some(step))
+            .and_then(|()| self.make_room(step))
+            .map_err(|error| CheckpointError::of_storage(&self.dir, error))?;
         // Ranks write one after the other: none of them is still at one of an earlier step. It costs room only.
         if let Err(error) = self.drop_unfinished(|unfinished| unfinished < step) {
             tracing::warn!("{}: unfinished checkpoints stay: {error}", self.dir.display());
@@ -271,14 +283,55 @@ impl CheckpointFolder {
     /// Makes the folder into which ranks write the shards of a checkpoint, unless another rank has. The run's or the job's
     /// own folder is never made anew.
     ///
-    /// **Errors**: what the system says; the storage is gone, or the folder is another job's.
+    /// **Errors**: what the system says; the storage is gone, the folder is another job's, or the job's quota is exhausted.
     pub fn make_unfinished(&self, step: u64) -> Result<PathBuf, CheckpointError> {
         self.verify()?;
+        self.check_quota(step)?;
         let dir = self.unfinished(step);
         for dir in [&self.dir, &dir] {
             make_dir(dir).map_err(|error| CheckpointError::of_storage(dir, error))?;
         }
         Ok(dir)
+    }
+
+    /// Checks that the job's quota takes another checkpoint as large as the newest one, before the first rank writes to it.
+    fn check_quota(&self, step: u64) -> Result<(), CheckpointError> {
+        let (Some(quota), Some(job)) = (self.quota, &self.job) else { return Ok(()) };
+        if self.unfinished(step).exists() {
+            return Ok(());
+        }
+        let failed = |error| CheckpointError::of_storage(job.path(), error);
+        let newest =
+            self.list().map_err(failed)?.last().map_or(Ok(0), |&newest| bytes_below(&self.committed(newest)));
+        let (used, next) = (bytes_below(job.path()).map_err(failed)?, newest.map_err(failed)?);
+        if used + next <= quota {
+            return Ok(());
+        }
+        let (quota, used, next) = (size(quota), size(used), size(next));
+        let words = format!(
+            "expected room for a checkpoint of {next} within the job's quota of {quota}, got {used} in use"
+        );
+        Err(failed(io::Error::new(io::ErrorKind::QuotaExceeded, words)))
+    }
+
+    /// Removes checkpoints beyond those that the orchestrator may go back to, the oldest first and the best one last, until the
+    /// job's quota takes the next two: one is written while the other is committed.
+    fn make_room(&self, fresh: u64) -> io::Result<()> {
+        let (Some(quota), Some(job)) = (self.quota, &self.job) else { return Ok(()) };
+        let next = bytes_below(&self.committed(fresh))?;
+        let best = self.best_of(fresh);
+        let is_needed =
+            |step: u64| step >= self.pinned.newest || step == self.pinned.earlier || step == fresh;
+        let mut old: Vec<u64> = self.list()?.into_iter().filter(|&step| !is_needed(step)).collect();
+        old.sort_by_key(|&step| (Some(step) == best, step));
+        for step in old {
+            if bytes_below(job.path())? + 2 * next <= quota {
+                break;
+            }
+            tracing::info!(step, "the checkpoint makes room within the job's quota of {}", size(quota));
+            self.drop(step)?;
+        }
+        Ok(())
     }
 
     /// Checks that it is in the folder of its job in the storage, if it is to be in one.

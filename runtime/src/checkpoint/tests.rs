@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::files::bytes_below;
 use crate::recipe::{Recipe, RecipeSource};
 use crate::topology::Generation;
 
@@ -227,4 +228,51 @@ fn a_commit_removes_what_was_not_finished_before_it_and_nothing_that_may_still_b
     assert_eq!(left(&parts), [(3, 8)]);
     assert_eq!(folder.list().unwrap(), [12]);
     CheckpointFolder::of_run(&run.path().join("none")).drop_all_unfinished().unwrap();
+}
+
+/// The folder of a job in a storage of its own, with a quota of so many checkpoints as [`commit`] makes them, and some.
+fn of_job_within(storage: &Path, checkpoints: u64) -> CheckpointFolder {
+    let job = crate::topology::JobId::new(7, 1);
+    let job = JobFolder::claim(&Storage::open(storage).unwrap(), Owner { state: 1, job }).unwrap();
+    let folder = CheckpointFolder::of_job(&job);
+    let unlimited = folder.clone();
+    unlimited.make_unfinished(1).unwrap();
+    commit(&unlimited, 1, 1);
+    let (one, all) = (bytes_below(&folder.committed(1)).unwrap(), bytes_below(job.path()).unwrap());
+    folder.within(Some(all - one + checkpoints * one + one / 2))
+}
+
+#[test]
+fn a_quota_drops_the_oldest_checkpoints_that_nobody_needs() {
+    let storage = tempfile::tempdir().unwrap();
+    // Three, and the next two.
+    let folder = of_job_within(storage.path(), 5);
+    for step in 2..=6 {
+        commit(&folder.clone().pinning(Pinned { newest: step - 1, earlier: 0 }), step, 20);
+        assert!(folder.make_unfinished(step + 1).is_ok());
+        std::fs::remove_dir_all(folder.unfinished(step + 1)).unwrap();
+    }
+    assert_eq!(folder.list().unwrap(), [4, 5, 6]);
+    // Those that the orchestrator may go back to stay, whatever they take.
+    for step in [7, 8] {
+        commit(&folder.clone().pinning(Pinned { newest: 5, earlier: 4 }), step, 20);
+    }
+    assert_eq!(folder.list().unwrap(), [4, 5, 6, 7, 8]);
+    let refused = folder.make_unfinished(9).unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::Storage);
+    assert!(refused.message.contains("within the job's quota of"), "{refused}");
+    assert!(!folder.unfinished(9).exists());
+    // Another rank has begun: it is in time, or none is.
+    std::fs::create_dir(folder.unfinished(9)).unwrap();
+    assert!(folder.make_unfinished(9).is_ok());
+}
+
+#[test]
+fn without_a_quota_as_many_stay_as_are_to_be_kept() {
+    let storage = tempfile::tempdir().unwrap();
+    let folder = of_job_within(storage.path(), 4).within(None);
+    (2..=9).for_each(|step| {
+        drop(commit(&folder.clone().pinning(Pinned { newest: step - 1, earlier: 0 }), step, 20))
+    });
+    assert_eq!(folder.list().unwrap().len(), 9);
 }

@@ -106,6 +106,15 @@ impl Endpoint {
         self.sent_bytes.load(Ordering::Relaxed)
     }
 
+    /// How long connections to other processes have taken to carry what the rank has sent, but for copies of its state that others
+    /// keep; nothing within a process.
+    pub fn link_time(&self) -> Duration {
+        match &self.network {
+            Network::Local(_) => Duration::ZERO,
+            Network::Wired(network) => network.link_time(self.rank),
+        }
+    }
+
     /// Frames that arrived and were not taken: none, between steps.
     pub fn num_waiting(&self) -> usize {
         self.inbox.len()

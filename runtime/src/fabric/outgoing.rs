@@ -15,7 +15,7 @@ use super::stream::{Stream, Until, write_all_vectored};
 use super::window::{SendWindows, cost};
 use super::wire::{self, FrameHeader, LaneKey, LinkMessage, PartHeader, ReadError, Signal};
 use super::wired::WiredNetwork;
-use super::{Region, Tag};
+use super::{Phase, Region, Tag};
 use crate::trace::TraceContext;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -132,7 +132,7 @@ impl OutLink {
         let (link, listening, its) = (self.clone(), network.clone(), stream.clone());
         let blocks = memory.as_ref().map(segment::Sender::blocks);
         network.spawn(false, move || link.receive_signals(&its, blocks.as_ref(), &listening));
-        if let Err(error) = self.write(&stream, &mut memory, network.timeout()) {
+        if let Err(error) = self.write(&stream, &mut memory, network) {
             // A peer that leaves says so before it closes, and the reading thread knows. Where the peer is silent, this is
             // the thread that knows.
             if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) {
@@ -186,13 +186,19 @@ impl OutLink {
         &self,
         stream: &Stream,
         memory: &mut Option<segment::Sender>,
-        timeout: Duration,
+        network: &WiredNetwork,
     ) -> std::io::Result<()> {
-        let interval = (timeout / 4).min(MAX_BEAT);
+        let interval = (network.timeout() / 4).min(MAX_BEAT);
         let mut last_beat = Instant::now();
         loop {
             match self.next(&mut last_beat, interval) {
-                Next::Frame(frame) => frame.write(stream, memory.as_mut())?,
+                Next::Frame(frame) => {
+                    let began = Instant::now();
+                    frame.write(stream, memory.as_mut())?;
+                    if frame.tag.phase != Phase::Replicate {
+                        network.carried(frame.tag.source as usize, began.elapsed());
+                    }
+                }
                 Next::Beat => write_message(stream, &LinkMessage::Beat)?,
                 Next::Bye => {
                     write_message(stream, &LinkMessage::Bye)?;

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::arrived::BufferPool;
@@ -60,6 +60,8 @@ pub struct WiredNetwork {
     /// By rank.
     site_of: Vec<usize>,
     inboxes: HashMap<usize, Arc<Inbox>>,
+    /// By rank of this process, how long links have taken for what it sent. **Units**: ns.
+    link_nanos: HashMap<usize, AtomicU64>,
     delays: Option<Delays>,
     /// By site.
     peers: Mutex<Vec<Peer>>,
@@ -86,6 +88,7 @@ impl WiredNetwork {
         let network = Arc::new(WiredNetwork {
             peers: Mutex::new(sites.iter().map(peer).collect()),
             inboxes: formation.local.iter().map(|&rank| (rank, Arc::default())).collect(),
+            link_nanos: formation.local.iter().map(|&rank| (rank, AtomicU64::new(0))).collect(),
             delays: formation.delay_injection.map(Delays::new),
             formation,
             sites,
@@ -153,6 +156,18 @@ impl WiredNetwork {
     /// See [`Formation::timeout`].
     pub fn timeout(&self) -> Duration {
         self.formation.timeout
+    }
+
+    /// A frame of a rank of this process has gone to another process, which took so long.
+    pub(super) fn carried(&self, source: usize, took: Duration) {
+        if let Some(carried) = self.link_nanos.get(&source) {
+            carried.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+    }
+
+    /// How long frames of a rank of this process have taken.
+    pub(super) fn link_time(&self, rank: usize) -> Duration {
+        Duration::from_nanos(self.link_nanos.get(&rank).map_or(0, |carried| carried.load(Ordering::Relaxed)))
     }
 
     /// Hands a frame over, or to the link that goes to its rank. Never blocks.

@@ -3,6 +3,8 @@
 //! Data, frames, copies of the state and the process itself come on top.
 
 use super::{MemoryQuery, rank_figures, split_layers};
+use crate::cost;
+use crate::model_config::ModelConfig;
 use crate::recipe::Recipe;
 use crate::schedule::{Mode, RankFigures, peak_activations};
 
@@ -26,6 +28,18 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
         peak_live_chunks: &peak_activations(&plan),
     }))
+}
+
+/// What a checkpoint takes in the storage, but for what is small: weights and both moments, in f32. **Units**: bytes.
+pub fn checkpoint_bytes(config: &ModelConfig) -> u64 {
+    let parameters = cost::parameters(config);
+    12 * (parameters.total + parameters.mtp)
+}
+
+/// What a job's folder needs: the two checkpoints that it may be sent back to, the newest, the next two, of which one may be written
+/// while the other is committed, and as much again for everything else. **Units**: bytes.
+pub fn folder_bytes(config: &ModelConfig) -> u64 {
+    6 * checkpoint_bytes(config)
 }
 
 #[cfg(test)]

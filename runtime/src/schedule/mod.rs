@@ -37,7 +37,7 @@ pub use kind::{Mode, ScheduleError, ScheduleKind};
 pub use lower::lower;
 pub use messages::{Message, messages};
 pub use program::{Component, Lane, LayerKind, Op, OpId, Pass, Program, StageLayout, TransferKind, Work};
-pub use report::{PlanReport, RankFigures, StepCost, size};
+pub use report::{PlanReport, RankFigures, StepCost, parse_bytes, size};
 pub use timeline::{Idle, Span, Timeline};
 pub use update::{Sharding, StepPrograms, buckets};
 pub use walk::walk;

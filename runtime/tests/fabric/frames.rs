@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use contraflow_runtime::fabric::{
-    DelayInjection, Endpoint, FabricError, FrameKind, Memory, Region, Transport,
+    DelayInjection, Endpoint, FabricError, FrameKind, Memory, Phase, Region, Tag, Transport,
 };
 
-use crate::lab::{WIRES, bytes_of, close, noise, sites, sites_with, tag};
+use crate::lab::{DEADLINE, WIRES, bytes_of, close, noise, sites, sites_with, tag};
 
 #[test]
 fn frames_arrive_as_they_were_sent() {
@@ -64,6 +64,33 @@ fn memory_in_several_parts_arrives_in_one() {
         }
         drop((a, b));
         assert_eq!(close(sites), []);
+    }
+}
+
+#[test]
+fn the_time_of_connections_counts_for_the_rank_that_sends() {
+    for wire in WIRES {
+        let sites = sites(&[2, 1], wire);
+        let join = |site: usize, rank| sites[site].network.join(rank).unwrap();
+        let (a, b, c) = (join(0, 0), join(0, 1), join(1, 2));
+        let began = Instant::now();
+        // Within the process, and a copy of the state.
+        b.send(0, tag(1, 1, FrameKind::Dispatch), vec![Region::new(noise(1 << 20, 1))]).unwrap();
+        let copy = Tag { phase: Phase::Replicate, ..tag(1, 0, FrameKind::Dispatch) };
+        a.send(2, copy, vec![Region::new(noise(1 << 20, 2))]).unwrap();
+        drop(c.receive(copy).unwrap());
+        assert_eq!((a.link_time(), b.link_time()), (Duration::ZERO, Duration::ZERO), "{wire:?}");
+        a.send(2, tag(2, 0, FrameKind::Dispatch), vec![Region::new(noise(8 << 20, 3))]).unwrap();
+        drop(c.receive(tag(2, 0, FrameKind::Dispatch)).unwrap());
+        // It may have come before the call that sent it has returned.
+        while a.link_time() == Duration::ZERO {
+            assert!(began.elapsed() < DEADLINE, "{wire:?}: nothing is counted");
+            std::thread::yield_now();
+        }
+        assert!(a.link_time() <= began.elapsed(), "{wire:?}: {:?}", a.link_time());
+        assert_eq!((b.link_time(), c.link_time()), (Duration::ZERO, Duration::ZERO), "{wire:?}");
+        drop((a, b, c));
+        drop(close(sites));
     }
 }
 

@@ -51,7 +51,7 @@ pub struct Prepared {
     manifest: Manifest,
     companions: Companions,
     /// The job's, in the shared storage.
-    job: JobFolder,
+    pub(super) job: JobFolder,
     /// Checkpoints that stay.
     keep: usize,
 }
@@ -90,7 +90,8 @@ impl Prepared {
         let owner = Owner { state: assign.state, job };
         let job = JobFolder::claim(&roots.storage, owner)?;
         let pinned = Pinned { newest: assign.last_checkpoint, earlier: assign.earlier_checkpoint };
-        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(pinned);
+        let quota = Some(assign.quota_bytes).filter(|&bytes| bytes > 0);
+        let folder = CheckpointFolder::of_job(&job).in_generation(generation).pinning(pinned).within(quota);
         let manifest = manifest(&submitted, &text.corpus.hash)
             .map_err(|error| content("model.config")(error.to_string()))?;
         let manifest = Manifest { generation, ..manifest };

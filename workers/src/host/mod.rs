@@ -15,6 +15,7 @@ mod log_levels;
 mod memory;
 mod orders;
 mod reading;
+mod records;
 mod route;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -43,6 +44,7 @@ use self::formation::Formation;
 use self::job::{LoadedData, Prepared};
 use self::link::{Link, LinkTarget};
 use self::memory::Memory;
+use self::records::RecordKeeper;
 use self::route::Route;
 use crate::error::RankError;
 
@@ -99,6 +101,10 @@ enum Input {
     ShardsWritten { formation: FormationId, events: Vec<RankEvent> },
     /// Result of a commit or a publication, and what room there is after it.
     Committed { formation: FormationId, answer: v1::Committed, space: Option<v1::StorageSpace> },
+    /// What room there is before a formation begins.
+    Space(v1::StorageSpace),
+    /// The record of a job's steps is kept here: the next ones.
+    RecordsWanted(v1::RecordsWanted),
     /// The folder of a job was removed, or not.
     Discarded(v1::Discarded),
     /// From the orchestrator, by the stream of this number.
@@ -138,6 +144,8 @@ struct Host {
     discards: Vec<v1::Discard>,
     /// What is kept in memory of the state of jobs.
     memory: Memory,
+    /// Of jobs whose rank 0 is here, or was when they were left.
+    records: BTreeMap<JobId, RecordKeeper>,
     /// Log lines that wait for the orchestrator; the oldest are dropped.
     lines: VecDeque<v1::LogLine>,
     /// Set on termination: it exits when its ranks have moved, at the latest then.
@@ -177,6 +185,7 @@ pub async fn run(
         committing: BTreeSet::new(),
         discards: Vec::new(),
         memory: Memory::default(),
+        records: BTreeMap::new(),
         lines: VecDeque::new(),
         leaves_by: None,
         settings,
@@ -212,6 +221,7 @@ impl Host {
     /// Beats, or tries to reach the orchestrator.
     fn tick(&mut self) {
         self.give_up_stuck();
+        self.records.retain(|_, keeper| !keeper.is_over());
         match &mut self.link {
             Some(link) => {
                 let progress = self.formations.values().flat_map(Formation::progress);
@@ -329,6 +339,8 @@ impl Host {
                 }
             }
             Input::Discarded(answer) => self.send(Up::Discarded(answer)),
+            Input::Space(space) => self.send(Up::Space(space)),
+            Input::RecordsWanted(wanted) => self.send(Up::RecordsWanted(wanted)),
             Input::Committed { formation, answer, space } => {
                 self.committing.remove(&(formation, answer.position.map(|position| position.step)));
                 for discard in std::mem::take(&mut self.discards) {

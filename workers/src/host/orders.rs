@@ -4,16 +4,21 @@
 use std::time::Instant;
 
 use contraflow_proto::v1;
-use contraflow_runtime::control::wire::{decode_command, encode_event, formation_of, job_of};
+use contraflow_runtime::control::wire::{
+    decode_command, encode_event, formation_numbers, formation_of, job_of,
+};
 use contraflow_runtime::files::{free_bytes, in_task};
-use contraflow_runtime::topology::FormationId;
+use contraflow_runtime::layout;
+use contraflow_runtime::topology::{FormationId, JobId};
 use contraflow_runtime::trace::TraceContext;
+use tokio::sync::mpsc::UnboundedSender;
 use v1::from_worker::Message as Up;
 use v1::to_worker::Message as Down;
 
 use super::formation::Formation;
 use super::job::{Prepared, Roots};
 use super::memory::WriteShards;
+use super::records::{Note, RecordKeeper};
 use super::{Host, Input, memory, reading};
 use crate::error::RankError;
 
@@ -45,14 +50,22 @@ impl Host {
                     formation.outbox.durable(step);
                     formation.durable = formation.durable.max(step);
                 }
+                self.note_records(job, Note::Durable(step));
                 self.memory.durable(job, step);
             }
             Down::Commit(commit) => self.commit(commit)?,
             Down::WriteShards(order) => self.write_shards(&order)?,
             Down::Discard(order) => self.discard(order)?,
+            Down::Records(records) => self.note_records(job_of(records.job)?, Note::Records(records)),
             Down::Refused(_) => {}
         }
         Ok(())
+    }
+
+    fn note_records(&self, job: JobId, note: Note) {
+        if let Some(keeper) = self.records.get(&job) {
+            keeper.note(note);
+        }
     }
 
     fn command(&mut self, command: v1::RankCommand) -> Result<(), String> {
@@ -85,6 +98,7 @@ impl Host {
         if self.leaves_by.is_some() {
             link.send(Up::LeaveRequest(v1::Empty {}));
         }
+        self.records.values().for_each(|keeper| keeper.note(Note::AskAgain));
         for formation in self.formations.values() {
             for event in formation.outbox.repeat() {
                 link.send(Up::Event(encode_event(formation.id, event)));
@@ -149,6 +163,12 @@ impl Host {
                     "the files of the job are in {}",
                     prepared.dir().display()
                 );
+            }
+            if assign.ranks.contains(&0) {
+                look_for_room(id, &prepared, self.inputs.clone());
+                let inputs = self.inputs.clone();
+                let ask = move |wanted| drop(inputs.send(Input::RecordsWanted(wanted)));
+                self.records.insert(job, RecordKeeper::start(id, prepared.job.clone(), ask));
             }
             let store = self.memory.of(job);
             formation.start(assign, (*prepared, &store), &self.listener, self.inputs.clone())
@@ -235,10 +255,29 @@ impl Host {
             let generation = formation.id.generation.number();
             tracing::info!(job = job.bits(), generation, "left {job}: {reason}");
             self.settings.log_levels.forget(job);
+            self.note_records(job, Note::Over);
             self.memory.note_left(formation.id, formation.prepared.clone());
             formation.leave(reason);
         }
     }
+}
+
+/// Reports what room the storage has for the checkpoints of a formation that begins.
+fn look_for_room(id: FormationId, prepared: &Prepared, inputs: UnboundedSender<Input>) {
+    let (dir, checkpoint_bytes) =
+        (prepared.dir().to_owned(), layout::checkpoint_bytes(&prepared.recipe.model_config));
+    tokio::task::spawn_blocking(move || {
+        // A storage that does not answer says so where something is written to it.
+        if let Ok(free_bytes) = free_bytes(&dir) {
+            let (job, generation) = formation_numbers(id);
+            drop(inputs.send(Input::Space(v1::StorageSpace {
+                job,
+                generation,
+                free_bytes,
+                checkpoint_bytes,
+            })));
+        }
+    });
 }
 
 /// What a checkpoint takes in the storage; none: it is no checkpoint.

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::checkpoint::Position;
@@ -93,6 +93,8 @@ pub struct JoinedRank {
     pub began: Instant,
     /// **Units**: bytes sent before the running step.
     pub sent_before: u64,
+    /// What its connections had taken before the running step.
+    pub link_before: Duration,
 }
 
 impl JoinedRank {
@@ -208,6 +210,7 @@ impl JoinedRank {
             balance_loss: global.balance_loss,
             grad_norm: global.grad_norm,
             sent_bytes: self.assignment.endpoint.sent_bytes() - self.sent_before,
+            link_seconds: (self.assignment.endpoint.link_time() - self.link_before).as_secs_f64(),
             loads,
             gradient_norms: (rank == 0).then_some(global.gradient_norms),
             skipped: global.skipped,
@@ -304,6 +307,7 @@ pub async fn join(
         saves: Arc::default(),
         began: Instant::now(),
         sent_before: 0,
+        link_before: Duration::ZERO,
     };
     Ok((assemble, reports))
 }

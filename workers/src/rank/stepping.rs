@@ -58,6 +58,7 @@ impl RankState {
         joined.assignment.endpoint.activity().begin_step(step);
         joined.assignment.probe.at(ProbePoint::Actor { rank, step, name: "rank" });
         joined.sent_before = joined.assignment.endpoint.sent_bytes();
+        joined.link_before = joined.assignment.endpoint.link_time();
         let recipe = &joined.assignment.recipe;
         let shape = train_shape(recipe, recipe.batch_size_at(joined.position.tokens));
         let start = joined.position.cursor;

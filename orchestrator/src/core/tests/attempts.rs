@@ -112,7 +112,7 @@ fn a_step_that_a_restarted_orchestrator_missed_counts_too() {
     drop(world.event(step_done_by(1, 1)));
     drop(world.event(step_done(2)));
     assert_eq!(world.facts.iter().filter(|fact| matches!(fact, Fact::Stepped { .. })).count(), 1);
-    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
+    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0, Times::default()), 0);
     drop(again.attach(1, hosted(1, &[0])));
     drop(again.pass(ADOPTION_MS + 2 * TICK_MS, &[1]));
     let record = &again.core.jobs().all[&JOB];

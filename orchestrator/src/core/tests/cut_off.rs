@@ -336,12 +336,12 @@ fn a_damaged_checkpoint_is_followed_by_the_one_before_and_then_by_nothing() {
 
 #[test]
 fn a_clock_that_is_set_back_before_a_restart_holds_up_no_job_that_has_lost_ranks() {
-    let mut world = World::of(Core::new(Jobs::default(), 1, 1_000_000), 1_000_000);
+    let mut world = World::of(Core::new(Jobs::default(), 1, 1_000_000, Times::default()), 1_000_000);
     (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     drop(world.pass(LEASE_MS + TICK_MS, &[1]));
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
-    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 500_000), 500_000);
+    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 500_000, Times::default()), 500_000);
     drop(again.attach(1, Vec::new()));
     drop(again.pass(ADOPTION_MS + SHRINK_MS + TICK_MS, &[1]));
     assert_eq!(again.places(), [1], "{}", again.core.waiting_for(JOB));

@@ -5,7 +5,7 @@ use contraflow_runtime::topology::Rank;
 
 /// A core of state 7 that has had no job; its nonce is that of no id below.
 fn fresh() -> World {
-    World::of(Core::new(Jobs::default(), 1, 0).identified(7, 99), 0)
+    World::of(Core::new(Jobs::default(), 1, 0, Times::default()).identified(7, 99), 0)
 }
 
 fn of_another_state(worker: u64, hosted: Vec<Hosted>) -> Attachment {
@@ -189,7 +189,8 @@ fn a_formation_whose_slot_has_been_reassigned_is_released_at_once() {
     drop(world.attach(1, Vec::new()));
     drop(world.step(Event::Submit(spec(1, 0))));
     // The commands that released it and assigned the next one were lost with the orchestrator.
-    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0).identified(7, 100), 0);
+    let mut again =
+        World::of(Core::new(world.core.jobs().clone(), 2, 0, Times::default()).identified(7, 100), 0);
     let effects = attach(&mut again, 0);
     assert_eq!(released(&effects), [1]);
     let own = JobId::new(1, 99);

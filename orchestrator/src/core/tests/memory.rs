@@ -111,7 +111,7 @@ fn an_orchestrator_restarted_while_a_job_is_broken_learns_of_its_replicas() {
         drop(world.step(Event::Tick));
     }
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
-    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0), 0);
+    let mut again = World::of(Core::new(world.core.jobs().clone(), 2, 0, Times::default()), 0);
     drop(again.attach(3, Vec::new()));
     assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
     let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];

@@ -19,7 +19,8 @@ fn forgotten(facts: &[Fact]) -> Vec<JobId> {
 #[test]
 fn the_latest_finished_jobs_are_retained() {
     let mut world = training();
-    world.core = std::mem::replace(&mut world.core, Core::new(Jobs::default(), 1, 0)).retaining(2);
+    world.core =
+        std::mem::replace(&mut world.core, Core::new(Jobs::default(), 1, 0, Times::default())).retaining(2);
     for number in 2..=5 {
         let key = format!("key {number}");
         drop(world.step(Event::Submit(Box::new(JobSpec { key, ..*spec(9, 0) }))));
@@ -46,7 +47,7 @@ fn a_restart_with_a_lower_limit_removes_the_others() {
     let mut world = World::new();
     (0..4).for_each(|_| drop(world.step(Event::Submit(spec(9, 0)))));
     [3, 1, 2].into_iter().for_each(|number| cancel(&mut world, id(number)));
-    let core = Core::new(world.core.jobs().clone(), 2, 0).retaining(1);
+    let core = Core::new(world.core.jobs().clone(), 2, 0, Times::default()).retaining(1);
     let mut again = World::of(core, 0);
     drop(again.step(Event::Tick));
     assert_eq!(forgotten(&again.facts), [3, 1].map(id));
@@ -68,7 +69,7 @@ fn the_recipes_of_retained_jobs_take_no_more_than_a_bound() {
     drop(world.step(Event::Submit(Box::new(large.clone()))));
     assert_eq!(forgotten(&world.facts), [id(1)]);
     // Counted anew at a start.
-    let core = Core::new(world.core.jobs().clone(), 2, 0);
+    let core = Core::new(world.core.jobs().clone(), 2, 0, Times::default());
     let mut again = World::of(core, 0);
     drop(again.step(Event::Submit(Box::new(large))));
     assert_eq!(forgotten(&again.facts), [id(2)]);

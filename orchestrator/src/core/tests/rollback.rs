@@ -66,7 +66,7 @@ fn a_restarted_orchestrator_continues_the_count() {
     let mut jobs = Jobs::default();
     facts.iter().for_each(|fact| jobs.apply(&serde_json::from_str(fact).unwrap()));
     assert_eq!(&jobs, world.core.jobs());
-    let mut again = World::of(Core::new(jobs, 2, world.now), world.now);
+    let mut again = World::of(Core::new(jobs, 2, world.now, Times::default()), world.now);
     for worker in again.places() {
         let rank = again.places().iter().position(|place| *place == worker).unwrap();
         drop(again.attach(worker, hosted(2, &[rank as u32])));

@@ -9,7 +9,7 @@ use crate::server::admission::MAX_OPEN_OF_USER;
 
 fn open(dir: &std::path::Path) -> Hub {
     let (store, replay) = Store::open(dir).unwrap();
-    Hub::new(store, replay, [7; 32], 10_000).unwrap()
+    Hub::new(store, replay, [7; 32], &Settings::default()).unwrap()
 }
 
 fn spec(user: &str, key: &str) -> Box<JobSpec> {
