@@ -66,13 +66,15 @@ impl Tensor {
         Tensor::over(shape, T::FORMAT, Buffer::copy_of(bytemuck::cast_slice(&values)))
     }
 
-    /// Values that already lie in `memory`; copied when they are to be written. `None` if it does not hold exactly as
-    /// many as the shape, or they are not aligned.
-    pub fn borrowing<T: Element>(shape: &[usize], memory: Arc<dyn HostMemory>) -> Option<Tensor> {
-        let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim))?;
-        let values: &[T] = bytemuck::try_cast_slice(memory.bytes()).ok()?;
-        let storage = Storage::Borrowed(memory.clone());
-        (values.len() == len).then(|| Tensor { shape: shape.to_vec(), format: T::FORMAT, storage })
+    /// Values, and their scales if the format has any, that already lie in `memory`; copied when they are to be written. `None`
+    /// if it does not hold exactly what the shape does, or they are not aligned.
+    pub fn borrowing(format: Format, shape: &[usize], memory: Arc<dyn HostMemory>) -> Option<Tensor> {
+        // Four bytes each, and scales: a bound on what is computed below.
+        shape.iter().try_fold(8_usize, |len, &dim| len.checked_mul(dim.max(1)))?;
+        let is_aligned = memory.bytes().as_ptr().addr().is_multiple_of(size_of::<u32>());
+        let is_whole = memory.bytes().len() == format.num_bytes(shape);
+        let storage = Storage::Borrowed(memory);
+        (is_aligned && is_whole).then(|| Tensor { shape: shape.to_vec(), format, storage })
     }
 
     fn over(shape: &[usize], format: Format, buffer: Buffer) -> Tensor {
@@ -114,12 +116,12 @@ impl Tensor {
         self.format.num_bytes(&self.shape)
     }
 
-    /// The raw payload, little-endian, for the wire and for files: the values, then their scales if the format has any.
+    /// The raw payload, little-endian, for the wire and for files: the values, then their scales if the format has any; codes of
+    /// one byte are filled up to a multiple of four of them.
     pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        let values = self.format.value_bytes(self.len());
-        let scales = self.num_bytes() - 4 * self.format.num_scales(&self.shape);
-        let has_scales = scales < self.num_bytes();
-        std::iter::once(&self.bytes()[..values]).chain(has_scales.then(|| &self.bytes()[scales..]))
+        let first = self.num_bytes() - 4 * self.format.num_scales(&self.shape);
+        let (values, scales) = self.bytes().split_at(first);
+        std::iter::once(values).chain((!scales.is_empty()).then_some(scales))
     }
 
     /// The values as they lie, without scales.
