@@ -106,7 +106,10 @@ impl Access {
     ///
     /// **Errors**: code 2; a token is a line of plain characters.
     pub fn bearer(&self) -> Result<Bearer, Failure> {
-        let Some(token) = &self.token else { return Ok(Bearer(None)) };
+        // A variable that is empty is as good as none.
+        let Some(token) = self.token.as_ref().filter(|token| !token.is_empty()) else {
+            return Ok(Bearer(None));
+        };
         let value = MetadataValue::try_from(format!("Bearer {token}"));
         let mut value = value.map_err(|_| {
             Failure::input(

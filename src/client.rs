@@ -6,9 +6,10 @@ pub mod submit;
 
 use std::time::{Duration, Instant};
 
+use contraflow_orchestrator::server::files;
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::control::text::printable;
-use contraflow_workers::host::describe;
+use contraflow_workers::host::{closed, describe};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use tonic::service::interceptor::InterceptedService;
@@ -115,40 +116,43 @@ pub struct Drain {
     pub common: Common,
 }
 
-fn refused(status: &tonic::Status) -> Failure {
-    // Line ends are those between faults.
-    let lines: Vec<String> = status.message().lines().map(|line| printable(line).into_owned()).collect();
-    let words = lines.join("\n  ");
-    match status.code() {
-        tonic::Code::InvalidArgument
-        | tonic::Code::NotFound
-        | tonic::Code::FailedPrecondition
-        | tonic::Code::Unauthenticated
-        | tonic::Code::PermissionDenied
-        | tonic::Code::AlreadyExists => Failure::input(words),
-        // The client's own time limit.
-        tonic::Code::Cancelled | tonic::Code::DeadlineExceeded if words == "Timeout expired" => {
-            Failure::run(format!("the orchestrator has not answered within {} s", TIMEOUT.as_secs()))
+impl Common {
+    /// What a call that is not answered means for the user.
+    fn refused(&self, status: &tonic::Status) -> Failure {
+        // Line ends are those between faults.
+        let lines: Vec<String> = status.message().lines().map(|line| printable(line).into_owned()).collect();
+        let words = lines.join("\n  ");
+        match status.code() {
+            tonic::Code::InvalidArgument
+            | tonic::Code::NotFound
+            | tonic::Code::FailedPrecondition
+            | tonic::Code::Unauthenticated
+            | tonic::Code::PermissionDenied
+            | tonic::Code::AlreadyExists => Failure::input(words),
+            // The client's own time limit.
+            tonic::Code::Cancelled | tonic::Code::DeadlineExceeded if words == "Timeout expired" => {
+                Failure::run(format!("the orchestrator has not answered within {} s", TIMEOUT.as_secs()))
+            }
+            code => match std::error::Error::source(status) {
+                Some(cause) => Failure::run(closed(cause, self.access.tls.is_some())),
+                None => Failure::run(format!("{words} ({code:?})")),
+            },
         }
-        code => match std::error::Error::source(status) {
-            // TLS 1.3 lets a client begin before its certificate is judged: its refusal may be seen as a mere end.
-            Some(cause) => Failure::run(format!(
-                "the connection was closed: {}; the orchestrator logs the certificates that it refuses",
-                describe(cause)
-            )),
-            None => Failure::run(format!("{words} ({code:?})")),
-        },
     }
 }
 
 async fn reach(common: &Common) -> Result<AuthChannel, Failure> {
     let bearer = common.access.bearer()?;
     let endpoint = common.access.endpoint("--orchestrator", &common.orchestrator)?;
+    let expected = match &common.access.tls {
+        Some(dir) => format!(
+            "an orchestrator with --tls and a certificate that {} vouches for",
+            dir.join(files::CA).display()
+        ),
+        None => "an orchestrator".to_owned(),
+    };
     let failed = |error: &dyn std::fmt::Display| {
-        Failure::run(format!(
-            "--orchestrator {}: expected an orchestrator, got: {error}",
-            common.orchestrator
-        ))
+        Failure::run(format!("--orchestrator {}: expected {expected}, got: {error}", common.orchestrator))
     };
     // The limit holds for the beginning of an answer; a stream ends when the other side is gone.
     let endpoint = endpoint
@@ -204,7 +208,7 @@ fn list(args: &List) -> Result<(), Failure> {
     let List { before, limit, common } = args;
     interrupt::runtime()?.block_on(async {
         let request = v1::ListRequest { before: before.clone(), limit: *limit };
-        let answer = jobs(common).await?.list(request).await.map_err(|status| refused(&status))?;
+        let answer = jobs(common).await?.list(request).await.map_err(|status| common.refused(&status))?;
         let v1::ListResponse { jobs: all, more } = answer.into_inner();
         let json: Vec<Value> = all.iter().map(job_json).collect();
         let rows = all.iter().map(|job| {
@@ -227,7 +231,8 @@ fn list(args: &List) -> Result<(), Failure> {
 pub fn status(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let request = v1::GetRequest { job: args.job.clone() };
-        let answer = jobs(&args.common).await?.get(request).await.map_err(|status| refused(&status))?;
+        let answer =
+            jobs(&args.common).await?.get(request).await.map_err(|status| args.common.refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
         show(&args.common, &job_json(&job), &job_text(&job))
     })
@@ -262,8 +267,8 @@ pub fn watch(args: &OfJob) -> Result<(), Failure> {
 async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failure> {
     let mut client = jobs(&args.common).await?;
     let request = v1::WatchRequest { job: args.job.clone(), from_step: *from_step };
-    let mut steps = client.watch(request).await.map_err(|status| refused(&status))?.into_inner();
-    while let Some(answer) = steps.message().await.map_err(|status| refused(&status))? {
+    let mut steps = client.watch(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
+    while let Some(answer) = steps.message().await.map_err(|status| args.common.refused(&status))? {
         let record = answer.record.unwrap_or_default();
         *from_step = record.step + 1;
         match args.common.format {
@@ -282,7 +287,7 @@ async fn watch_once(args: &OfJob, from_step: &mut u64) -> Result<v1::Job, Failur
         }
     }
     let request = v1::GetRequest { job: args.job.clone() };
-    let answer = client.get(request).await.map_err(|status| refused(&status))?;
+    let answer = client.get(request).await.map_err(|status| args.common.refused(&status))?;
     let job = answer.into_inner().job.unwrap_or_default();
     if job.outcome.is_empty() { Err(Failure::run("the stream has ended before the job")) } else { Ok(job) }
 }
@@ -307,8 +312,9 @@ pub fn logs(args: &Logs) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let request = v1::LogsRequest { job: args.job.clone(), rank: args.rank, follow: args.follow };
         let mut client = jobs(&args.common).await?;
-        let mut lines = client.logs(request).await.map_err(|status| refused(&status))?.into_inner();
-        while let Some(line) = lines.message().await.map_err(|status| refused(&status))? {
+        let mut lines =
+            client.logs(request).await.map_err(|status| args.common.refused(&status))?.into_inner();
+        while let Some(line) = lines.message().await.map_err(|status| args.common.refused(&status))? {
             let json = json!({
                 "unix_ms": line.unix_ms, "level": line.level, "ranks": line.ranks, "message": line.message,
             });
@@ -330,7 +336,8 @@ pub fn logs(args: &Logs) -> Result<(), Failure> {
 pub fn cancel(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let request = v1::CancelRequest { job: args.job.clone(), reason: "cancelled by the user".into() };
-        let answer = jobs(&args.common).await?.cancel(request).await.map_err(|status| refused(&status))?;
+        let answer =
+            jobs(&args.common).await?.cancel(request).await.map_err(|status| args.common.refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
         show(&args.common, &job_json(&job), &format!("{} {}: {}\n", job.job, state_of(&job), job.outcome))
     })
@@ -343,7 +350,8 @@ pub fn cancel(args: &OfJob) -> Result<(), Failure> {
 pub fn retry(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let request = v1::RetryRequest { job: args.job.clone() };
-        let answer = jobs(&args.common).await?.retry(request).await.map_err(|status| refused(&status))?;
+        let answer =
+            jobs(&args.common).await?.retry(request).await.map_err(|status| args.common.refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
         show(&args.common, &job_json(&job), &format!("{} {}\n", job.job, state_of(&job)))
     })

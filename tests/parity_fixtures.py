@@ -45,14 +45,18 @@ SPECS = {
     "moonlight": SMALL | V3 | dict(routed_scaling_factor=2.446, rope_theta=50000.0, rope_scaling=None),
     "kimi_k2": SMALL | V3 | dict(model_type="kimi_k2", q_lora_rank=16, n_shared_experts=1, n_routed_experts=12,
                                  routed_scaling_factor=2.827, rope_theta=50000.0, rope_scaling=yarn(8, 1.0, 1.0, 32)),
+    "tied": SMALL | V3 | dict(tie_word_embeddings=True, q_lora_rank=16, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+                              rope_theta=10000.0, rope_scaling=None),
 }
 SEEDS = {name: 100 + index for index, name in enumerate(SPECS)}
 
 
 def published_names(tensors):
-    """transformers stacks the experts of a layer; the files have one tensor each."""
+    """transformers stacks the experts of a layer; the files have one tensor each. A head that is the embedding is not in them."""
     out = {}
     for name, value in tensors.items():
+        if name == "lm_head.weight" and value.data_ptr() == tensors["model.embed_tokens.weight"].data_ptr():
+            continue
         if name.endswith("experts.gate_up_proj"):
             for expert, pair in enumerate(value):
                 gate, up = pair.chunk(2)
@@ -87,7 +91,10 @@ def fill(model, generator):
             random = 0.15 * random - 0.9
         elif value.dim() == 1:
             random = 1 + 0.15 * random
-        elif "embed_tokens" not in name:
+        elif "embed_tokens" in name:
+            # A large table that is the head as well would predict that every token comes once more.
+            random = 0.25 * random if model.config.tie_word_embeddings else random
+        else:
             random = random * (1.3 if "lm_head" in name or "gate.weight" in name else 1.0) / math.sqrt(value.shape[-1])
         value.data.copy_(random)
 

@@ -51,7 +51,8 @@ pub fn parameters(config: &ModelConfig) -> Parameters {
         let idle = layer.routed - chosen(config, layer.routed);
         (total + layer.total(), active + layer.total() - idle)
     });
-    let ends = 2 * table_parameters(config) + config.hidden_size as u64;
+    let tables = if config.tie_word_embeddings { 1 } else { 2 };
+    let ends = tables * table_parameters(config) + config.hidden_size as u64;
     Parameters {
         total: total + ends,
         active: active + ends,
@@ -64,7 +65,7 @@ fn chosen(config: &ModelConfig, routed: u64) -> u64 {
     routed / config.n_routed_experts as u64 * config.num_experts_per_tok as u64
 }
 
-/// Parameters of the embedding, and as many again of the head.
+/// Parameters of the embedding, and as many again of a head of its own.
 pub fn table_parameters(config: &ModelConfig) -> u64 {
     config.vocab_size as u64 * config.hidden_size as u64
 }
@@ -227,8 +228,11 @@ mod tests {
 
     #[test]
     fn parameters_are_those_of_the_checkpoint() {
-        for name in builtin::model_names() {
-            let config = builtin::model(name).unwrap();
+        let built_in =
+            || builtin::model_names().into_iter().map(|name| (name, builtin::model(name).unwrap()));
+        let tied =
+            built_in().map(|(name, config)| (name, ModelConfig { tie_word_embeddings: true, ..config }));
+        for (name, config) in built_in().chain(tied) {
             let own = config.weights().into_iter().filter(|weight| weight.tied_to.is_none());
             let mtp = config.mtp_layer().map(|layer| format!("model.layers.{layer}."));
             let is_mtp = |name: &str| mtp.as_ref().is_some_and(|prefix| name.starts_with(prefix));

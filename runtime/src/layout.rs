@@ -49,6 +49,7 @@ pub fn split_layers(
             layers: (range[0]..range[1]).map(|layer| config.layer_kind(layer)).collect(),
             embedding: stage == 0,
             head: is_last,
+            tied: is_last && config.tie_word_embeddings,
             mtp_layer: config.mtp_layer().filter(|_| is_last),
         }
     });
@@ -167,7 +168,7 @@ mod tests {
                 }
                 next += stage.layers.len();
                 let is_last = index + 1 == num_stages;
-                assert_eq!((stage.embedding, stage.head), (index == 0, is_last));
+                assert_eq!((stage.embedding, stage.head, stage.tied), (index == 0, is_last, false));
                 assert_eq!(stage.mtp_layer, is_last.then_some(61));
             }
             assert_eq!(next, 61);
@@ -177,6 +178,15 @@ mod tests {
             "expected from 1 to 61 stages, one layer each at least, got 62"
         );
         assert!(split_layers(&config, 0, 4096).is_err());
+    }
+
+    #[test]
+    fn the_last_stage_of_a_tied_model_has_the_embedding_as_its_head() {
+        let config = ModelConfig { tie_word_embeddings: true, ..builtin::model("deepseek-v3").unwrap() };
+        for num_stages in [1, 2, 16] {
+            let stages = split_layers(&config, num_stages, 4096).unwrap();
+            assert!(stages.iter().all(|stage| stage.tied == stage.head), "{num_stages}");
+        }
     }
 
     #[test]

@@ -96,6 +96,8 @@ pub struct ModelConfig {
     pub rope_scaling: Option<Yarn>,
     /// Longest sequence the model is configured for.
     pub max_position_embeddings: usize,
+    /// Whether the head is the embedding: one table, one gradient, one update.
+    pub tie_word_embeddings: bool,
     /// Depth of multi-token prediction: 0 or 1.
     pub num_nextn_predict_layers: usize,
     /// Standard deviation of fresh weights.
@@ -204,5 +206,10 @@ impl ModelConfig {
     /// Every tensor of the checkpoint by its published name, in the order of the layers.
     pub fn weights(&self) -> Vec<WeightShape> {
         weights::list(self)
+    }
+
+    /// The head that files may have beside the embedding where both are one: it is read as a copy and never written.
+    pub fn head_copy(&self) -> Option<WeightShape> {
+        weights::head_copy(self)
     }
 }

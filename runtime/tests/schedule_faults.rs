@@ -29,6 +29,7 @@ fn layouts(stages: usize) -> Vec<StageLayout> {
         layers: layers.clone(),
         embedding: false,
         head: false,
+        tied: false,
         mtp_layer: None,
     };
     (0..stages).map(layout).collect()

@@ -22,6 +22,7 @@ fn layouts(stages: usize) -> Vec<StageLayout> {
                 layers,
                 embedding: stage == 0,
                 head: stage + 1 == stages,
+                tied: false,
                 mtp_layer: (stage + 1 == stages).then_some(100),
             };
             first_layer += num_layers;
@@ -379,6 +380,7 @@ fn a_pair_hides_its_all_to_alls() {
         layers: vec![LayerKind::Moe; 4],
         embedding: false,
         head: false,
+        tied: false,
         mtp_layer: None,
     };
     let layouts: Vec<StageLayout> = (0..8).map(moe).collect();

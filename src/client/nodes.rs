@@ -5,7 +5,7 @@ use contraflow_proto::v1;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{Common, Drain, cluster, refused, show};
+use super::{Common, Drain, cluster, show};
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::output::{Format, count, say, table};
@@ -19,7 +19,7 @@ const DAY: u64 = 86_400;
 pub fn nodes(common: &Common) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let answer =
-            cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| refused(&status))?;
+            cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| common.refused(&status))?;
         let v1::NodesResponse { workers, incarnation, certificate_expires_unix_s: certificate } = answer.into_inner();
         let now = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0);
         let json: Vec<Value> = workers
@@ -76,7 +76,11 @@ fn end_of(expires: u64, now: u64) -> Option<String> {
 pub fn drain(args: &Drain) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let request = v1::DrainRequest { node: args.node.clone(), undo: args.undo };
-        let answer = cluster(&args.common).await?.drain(request).await.map_err(|status| refused(&status))?;
+        let answer = cluster(&args.common)
+            .await?
+            .drain(request)
+            .await
+            .map_err(|status| args.common.refused(&status))?;
         let v1::DrainResponse { workers, ranks } = answer.into_inner();
         let text = match args.undo {
             false => {

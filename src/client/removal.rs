@@ -3,7 +3,7 @@
 use contraflow_proto::v1;
 use serde_json::json;
 
-use super::{Common, jobs, refused, show};
+use super::{Common, jobs, show};
 use crate::failure::Failure;
 use crate::interrupt;
 
@@ -28,7 +28,7 @@ pub fn remove(args: &Remove) -> Result<(), Failure> {
         for job in &args.jobs {
             match client.remove(v1::RemoveRequest { job: job.clone() }).await {
                 Ok(_) => show(&args.common, &json!({"removed": job}), &format!("{job}: removed\n"))?,
-                Err(status) => faults.push(refused(&status)),
+                Err(status) => faults.push(args.common.refused(&status)),
             }
         }
         let code = faults.iter().map(|fault| fault.code).max();

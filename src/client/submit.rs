@@ -6,7 +6,7 @@ use contraflow_runtime::topology::JobId;
 use contraflow_runtime::trace::SPAN;
 use serde_json::json;
 
-use super::{Common, jobs, refused, show};
+use super::{Common, jobs, show};
 use crate::failure::Failure;
 use crate::resume::ToResume;
 use crate::{interrupt, telemetry};
@@ -88,7 +88,7 @@ pub fn run(args: &Arguments) -> Result<(), Failure> {
     let _submit = tracing::info_span!(target: SPAN, "submit", otel.kind = "client").entered();
     interrupt::runtime()?.block_on(async {
         let mut jobs = jobs(&args.common).await?;
-        let job = jobs.submit(request).await.map_err(|status| refused(&status))?.into_inner().job;
+        let job = jobs.submit(request).await.map_err(|status| args.common.refused(&status))?.into_inner().job;
         show(&args.common, &json!({"job": job}), &format!("{job}\n"))
     })
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::deadline;
-use crate::place::{Place, fixtures, text};
+use crate::place::{MODEL, Place, TRAINING, fixtures, text};
 
 /// A sharded export of a fixture, to be damaged.
 fn exported(place: &Place) {
@@ -171,6 +171,47 @@ fn a_copy_that_is_none_is_found() {
     safetensors::serialize_to_file(without, None, &file).unwrap();
     place.done(&["import", "hf"]);
     assert!(crate::tensors(&place.path("runs/hf/model")) == crate::tensors(fixture));
+}
+
+#[test]
+fn a_tied_model_may_come_with_its_head_if_it_is_the_embedding() {
+    let place = Place::new();
+    let tied = MODEL.replace("\"hidden_act\"", "\"tie_word_embeddings\": true, \"hidden_act\"");
+    std::fs::write(place.path("model.json"), tied).unwrap();
+    place.train();
+    place.done(&["export", "tiny", "--to", "hf"]);
+    std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
+    let exported = crate::tensors(&place.path("hf"));
+    let bytes = std::fs::read(place.path("hf/model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let table = tensors.tensor("model.embed_tokens.weight").unwrap();
+    assert!(tensors.tensor("lm_head.weight").is_err(), "one table is exported once");
+    let with_head = |rows: usize, head: &[u8]| {
+        let shape = vec![rows, table.shape()[1]];
+        let head = safetensors::tensor::TensorView::new(table.dtype(), shape, head).unwrap();
+        let all = tensors.tensors().into_iter().chain([("lm_head.weight".to_owned(), head)]);
+        safetensors::serialize_to_file(all, None, &place.path("hf/model.safetensors")).unwrap();
+    };
+    let mut other = table.data().to_vec();
+    other[0] ^= 1;
+    with_head(260, &other);
+    let init = ["train", "--init", "hf", "--set", "model.config=model.json"];
+    let init = [&init[..], &TRAINING].concat();
+    let eval = ["eval", "hf", "--data", "validation.txt"];
+    for command in [&["import", "hf"][..], &eval, &["generate", "hf"], &init] {
+        let words = "lm_head.weight: expected a copy of model.embed_tokens.weight, got other values";
+        assert_contains(&place.refused(command), &[words]);
+    }
+    with_head(130, &table.data()[..table.data().len() / 2]);
+    assert_contains(
+        &place.refused(&["import", "hf"]),
+        &["lm_head.weight: expected shape [260, 32], got [130, 32]"],
+    );
+    // One that is a copy says nothing new, and is not written again.
+    with_head(260, table.data());
+    place.done(&eval);
+    place.done(&["import", "hf"]);
+    assert!(crate::tensors(&place.path("runs/hf/model")) == exported);
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub struct Place {
 /// The directories of the parity fixtures, each a model in the published form.
 pub fn fixtures() -> Vec<PathBuf> {
     let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity");
-    ["noqlora_flat", "qlora_grouped", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2"]
+    ["noqlora_flat", "qlora_grouped", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2", "tied"]
         .map(|name| parity.join(name))
         .to_vec()
 }

@@ -27,7 +27,7 @@ fn compare(python: &PathBuf, place: &Place, export: &str, logits: &str) {
     eprintln!("{export}: {}", text(&output.stdout).trim_end());
 }
 
-/// Models that differ in every way a configuration can: in the query, in the groups, in the rotations, in the
+/// Models that differ in every way a configuration can: in the query, in the groups, in the rotations, in the head, in the
 /// gate. Each with what its recipe needs.
 fn models() -> Vec<(&'static str, String, &'static [&'static str])> {
     let flat = MODEL.replace("\"q_lora_rank\": 16", "\"q_lora_rank\": null");
@@ -38,9 +38,16 @@ fn models() -> Vec<(&'static str, String, &'static [&'static str])> {
     let v2 = v2.replace("\"norm_topk_prob\": true", "\"norm_topk_prob\": false");
     let v2 = v2.replace("\"num_nextn_predict_layers\": 1", "\"topk_method\": \"group_limited_greedy\"");
     let yarn = MODEL.replace("\"hidden_act\"", yarn);
+    let tied = MODEL.replace("\"hidden_act\"", "\"tie_word_embeddings\": true, \"hidden_act\"");
     let none: &[&str] = &[];
     let of_v2: &[&str] = &["--set", "mtp.weight=0", "--set", "balance.bias_speed=0"];
-    vec![("grouped", MODEL.into(), none), ("flat", flat, none), ("yarn", yarn, none), ("v2", v2, of_v2)]
+    vec![
+        ("grouped", MODEL.into(), none),
+        ("flat", flat, none),
+        ("yarn", yarn, none),
+        ("tied", tied, none),
+        ("v2", v2, of_v2),
+    ]
 }
 
 #[test]

@@ -165,6 +165,14 @@ fn a_terminating_worker_has_its_ranks_moved_and_is_no_loss() {
     // Before it is cancelled, which ranks may see as a lost peer.
     let (_, log, _) = cluster.run(&["logs", &job]);
     assert!(log.contains("is leaving; step ") && !log.contains("lost"), "{log}");
+    // The last lines of its rank are there like those of all others, once they have been folded.
+    let saved = log.split("is leaving; step ").nth(1).unwrap().split(' ').next().unwrap();
+    let words = format!("its part of the checkpoint of step {saved} is on disk");
+    until("the last lines of all ranks", || {
+        let (_, log, _) = cluster.run(&["logs", &job]);
+        let of_it = log.lines().filter(|line| line.ends_with(&words));
+        (of_it.map(num_ranks).sum::<usize>() == 4).then_some(())
+    });
     let steps = cluster.ten_more_steps(&job);
     assert_eq!(curve(&steps), curve(&cluster.undisturbed(&[ENDLESS], steps.len())));
     assert_eq!(steps.last().unwrap()["generation"], 2);

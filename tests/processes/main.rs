@@ -13,6 +13,7 @@ mod deadline;
 mod hostile;
 mod http2;
 mod hung;
+mod models;
 mod network;
 mod operators;
 mod places;

@@ -95,6 +95,7 @@ fn refused_for_their_tokens(cluster: &Cluster, job: &str) {
     let as_view = "ClusterService/Nodes needs the role view, that of w has worker";
     for (arguments, who, token, words) in [
         (&["jobs"][..], &view, None, "token: expected one (--token, CONTRAFLOW_TOKEN), got none"),
+        (&["jobs"], &view, Some(""), "token: expected one (--token, CONTRAFLOW_TOKEN), got none"),
         (&["jobs"], &view, Some("guess"), "token: expected one issued by this cluster, got another"),
         (&["jobs"], &view, Some(&gone.token), "token: expected one issued by this cluster, got another"),
         (&["jobs"], &view, Some("old"), "token: that of old has expired"),
@@ -133,7 +134,10 @@ fn refused_for_their_certificates(cluster: &Cluster) {
     // Who trusts another authority does not even talk to this orchestrator.
     let (code, _, stderr) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("certificate"), "{stderr}");
+    assert!(
+        stderr.contains("a certificate that other/stranger/ca.pem vouches for, got: invalid peer"),
+        "{stderr}"
+    );
     // Who trusts this one, and is issued by another.
     std::fs::copy(dir.join("certs/ca.pem"), dir.join("other/stranger/ca.pem")).unwrap();
     let (code, _, stderr) = cluster.run_as_nobody(&[&["jobs"][..], &stranger.arguments()].concat());
@@ -150,6 +154,11 @@ fn refused_for_their_certificates(cluster: &Cluster) {
     // Plain-text clients, and garbage.
     let (code, _, stderr) = cluster.run_as_nobody(&["jobs"]);
     assert_eq!(code, 1, "{stderr}");
+    let hint = "; an orchestrator with --tls closes those of clients and workers without";
+    assert!(stderr.contains("the connection was closed: ") && stderr.trim_end().ends_with(hint), "{stderr}");
+    let plain = spawn(dir, "plain", &["worker", "--join", &cluster.address, "--storage", "storage"]);
+    until_logged(&plain, hint);
+    assert!(!plain.stderr().contains("Unknown error"), "{}", plain.stderr());
     until_logged(&cluster.orchestrator, "refused a connection: expected TLS, got something else");
     let mut almost_tls = vec![22, 3, 1];
     almost_tls.extend(noise());

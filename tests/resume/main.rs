@@ -10,6 +10,7 @@ mod readers;
 mod refusals;
 mod rollback;
 mod runs;
+mod tied;
 mod unbiased;
 mod validation;
 mod workplace;

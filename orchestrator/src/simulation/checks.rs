@@ -316,6 +316,11 @@ impl World {
             _ => return,
         };
         for left in all {
+            // A worker that was away when its job went back to the queue still has what the others have dropped by then.
+            let FormationId { job, generation } = left.formation;
+            if self.checks.left_behind.get(&job).is_some_and(|left| generation <= *left) {
+                continue;
+            }
             self.checks.reported.entry(left.formation).or_default().insert((worker, server));
         }
     }

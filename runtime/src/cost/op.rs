@@ -104,11 +104,12 @@ pub fn bucket_elements(
         return table_parameters(config);
     }
     let of_stage = |&stage: &usize| {
-        let StageLayout { layers, head, mtp_layer, .. } = &stages[stage];
+        let StageLayout { layers, head, tied, mtp_layer, .. } = &stages[stage];
         let layers = layers.iter().map(|&kind| layer_parameters(config, kind));
         let layers = layers.chain(mtp_layer.map(|_| mtp_parameters(config)));
         let (common, routed) = layers.fold((0, 0), |(c, r), layer| (c + layer.common, r + layer.routed));
-        let head = if *head { table_parameters(config) + config.hidden_size as u64 } else { 0 };
+        let table = if *head && !tied { table_parameters(config) } else { 0 };
+        let head = if *head { table + config.hidden_size as u64 } else { 0 };
         if bucket.contents == Contents::Experts { routed / topology.expert as u64 } else { common + head }
     };
     bucket.stages.iter().map(of_stage).sum()
@@ -250,12 +251,23 @@ mod tests {
         topology: Topology,
         look: impl Fn(&Shapes, &[(usize, Work, OpCost)]),
     ) {
-        let config = builtin::model(model).unwrap();
-        let stages = split_layers(&config, schedule.stages(topology.pipeline), 64).unwrap();
+        for tie_word_embeddings in [false, true] {
+            let config = ModelConfig { tie_word_embeddings, ..builtin::model(model).unwrap() };
+            with_step_of(&config, schedule, topology, &look);
+        }
+    }
+
+    fn with_step_of(
+        config: &ModelConfig,
+        schedule: ScheduleKind,
+        topology: Topology,
+        look: impl Fn(&Shapes, &[(usize, Work, OpCost)]),
+    ) {
+        let stages = split_layers(config, schedule.stages(topology.pipeline), 64).unwrap();
         let (plan, _) = schedule.plan(topology.pipeline, MICRO_BATCHES, Mode::Train).unwrap();
         let buckets = buckets(&plan.placement, &stages, &topology);
         let shapes = Shapes {
-            config: &config,
+            config,
             topology,
             stages: &stages,
             buckets: &buckets,

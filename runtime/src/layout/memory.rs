@@ -58,8 +58,8 @@ impl MemoryQuery<'_> {
         let stages = || self.placement[rank].iter().map(|&stage| &self.stages[stage]);
         let gate_biases: u64 = stages().map(|stage| self.gate_biases(stage)).sum();
         // A rank that holds both ends shares embedding and head between them.
-        let has_embedding = stages().any(|stage| stage.embedding || stage.mtp_layer.is_some());
-        let tables = u64::from(has_embedding) + u64::from(stages().any(|stage| stage.head));
+        let has_embedding = stages().any(|stage| stage.embedding || stage.tied || stage.mtp_layer.is_some());
+        let tables = u64::from(has_embedding) + u64::from(stages().any(|stage| stage.head && !stage.tied));
         let narrow = stages().map(|stage| self.narrow_bytes(stage)).sum::<u64>()
             + copies(self.precision.activations, tables * cost::table_parameters(self.config));
         let largest_chunk = stages().map(|stage| self.chunk_bytes(stage)).max().unwrap_or(0);

@@ -181,12 +181,15 @@ impl<'a> ConfigReader<'a> {
         }
     }
 
-    fn flag(&mut self, key: &str) -> bool {
+    fn flag(&mut self, key: &str, default: Option<bool>) -> bool {
         let given = self.given(key);
-        given.and_then(Value::as_bool).unwrap_or_else(|| {
-            self.fault(key, "true or false", given);
-            false
-        })
+        match (given.and_then(Value::as_bool), given, default) {
+            (Some(value), _, _) | (None, None, Some(value)) => value,
+            _ => {
+                self.fault(key, "true or false", given);
+                false
+            }
+        }
     }
 
     /// What the model's arithmetic is built for; anything else must not be read as if it were that.
@@ -202,7 +205,6 @@ impl<'a> ConfigReader<'a> {
             ("mlp_bias", json!(false)),
             ("hidden_act", json!("silu")),
             ("attention_bias", json!(false)),
-            ("tie_word_embeddings", json!(false)),
         ];
         for (key, supported) in only {
             if let Some(given) = self.given(key).filter(|&given| *given != supported) {
@@ -289,12 +291,13 @@ impl<'a> ConfigReader<'a> {
             n_group: self.count("n_group", EXPERTS, one_group),
             topk_group: self.count("topk_group", EXPERTS, one_group),
             topk_method,
-            norm_topk_prob: self.flag("norm_topk_prob"),
+            norm_topk_prob: self.flag("norm_topk_prob", None),
             routed_scaling_factor: self.positive("routed_scaling_factor", None),
             rms_norm_eps: self.number("rms_norm_eps", Some(1e-6)),
             rope_theta,
             rope_scaling,
             max_position_embeddings,
+            tie_word_embeddings: self.flag("tie_word_embeddings", Some(false)),
             num_nextn_predict_layers: self.count("num_nextn_predict_layers", 0..=1, Some(0)),
             initializer_range: self.number("initializer_range", Some(0.02)),
             bos_token_id: self.token_id("bos_token_id"),
@@ -434,7 +437,7 @@ pub(super) fn write(config: &ModelConfig) -> String {
         "hidden_act": "silu",
         "attention_bias": false,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": false,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": token_ids_json(&config.eos_token_id),
         "torch_dtype": "float32",

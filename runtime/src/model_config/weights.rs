@@ -11,8 +11,8 @@ pub struct WeightShape {
     pub name: String,
     /// **Shapes**: matrices are [out, in].
     pub shape: Vec<usize>,
-    /// For a stored copy of a shared tensor (the embedding and the head of multi-token prediction): the name
-    /// of the tensor it must equal.
+    /// For a stored copy of a shared tensor (the embedding and the head of multi-token prediction, a head that is the
+    /// embedding): the name of the tensor it must equal.
     pub tied_to: Option<&'static str>,
 }
 
@@ -51,7 +51,9 @@ pub(super) fn list(config: &ModelConfig) -> Vec<WeightShape> {
     }
     list.prefix.clear();
     list.add("model.norm.weight", &[config.hidden_size]);
-    list.add(HEAD, &table);
+    if !config.tie_word_embeddings {
+        list.add(HEAD, &table);
+    }
     if let Some(layer) = config.mtp_layer() {
         list.prefix = format!("model.layers.{layer}.");
         list.add_tied("embed_tokens.weight", &table, EMBEDDING);
@@ -60,9 +62,17 @@ pub(super) fn list(config: &ModelConfig) -> Vec<WeightShape> {
         list.add("eh_proj.weight", &[config.hidden_size, 2 * config.hidden_size]);
         list.add_block(layer);
         list.add("shared_head.norm.weight", &[config.hidden_size]);
-        list.add_tied("shared_head.head.weight", &table, HEAD);
+        let head = if config.tie_word_embeddings { EMBEDDING } else { HEAD };
+        list.add_tied("shared_head.head.weight", &table, head);
     }
     list.weights
+}
+
+/// The head of a model whose head is the embedding, as some files have it beside the embedding.
+pub(super) fn head_copy(config: &ModelConfig) -> Option<WeightShape> {
+    let shape = vec![config.vocab_size, config.hidden_size];
+    let copy = WeightShape { name: HEAD.into(), shape, tied_to: Some(EMBEDDING) };
+    config.tie_word_embeddings.then_some(copy)
 }
 
 struct WeightList<'a> {
@@ -153,9 +163,16 @@ mod tests {
     #[test]
     fn names_and_shapes_equal_those_of_the_parity_checkpoints() {
         let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/parity");
-        for fixture in
-            ["qlora_grouped", "noqlora_flat", "yarn_mtp", "v2_lite", "v2_grouped", "moonlight", "kimi_k2"]
-        {
+        for fixture in [
+            "qlora_grouped",
+            "noqlora_flat",
+            "yarn_mtp",
+            "v2_lite",
+            "v2_grouped",
+            "moonlight",
+            "kimi_k2",
+            "tied",
+        ] {
             let text = std::fs::read_to_string(parity.join(fixture).join("config.json")).unwrap();
             let weights = ModelConfig::from_hf_json(&text).unwrap().weights();
             let listed: BTreeMap<_, _> = weights.iter().map(|w| (w.name.clone(), w.shape.clone())).collect();
@@ -206,6 +223,22 @@ mod tests {
             let shape = |name| weights.iter().find(|w| w.name == name).map(|w| &w.shape);
             assert_eq!(shape(copy), shape(original));
         }
+    }
+
+    #[test]
+    fn a_tied_model_has_one_table_and_whatever_else_has_it_is_a_copy() {
+        let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
+        let own = config.weights();
+        let tied = ModelConfig { tie_word_embeddings: true, ..config.clone() };
+        let weights = tied.weights();
+        let left_out: Vec<_> = own.iter().filter(|w| weights.iter().all(|t| t.name != w.name)).collect();
+        assert_eq!(left_out.iter().map(|w| w.name.as_str()).collect::<Vec<_>>(), [HEAD]);
+        assert_eq!(weights.len() + 1, own.len());
+        assert!(weights.iter().filter_map(|w| w.tied_to).eq([EMBEDDING, EMBEDDING]));
+        let copy = tied.head_copy().unwrap();
+        assert_eq!((copy.name.as_str(), copy.tied_to), (HEAD, Some(EMBEDDING)));
+        assert_eq!(copy.shape, left_out[0].shape);
+        assert_eq!(config.head_copy(), None);
     }
 
     #[test]

@@ -79,14 +79,14 @@ fn faults_of_such_keys_are_called_by_their_path_and_hide_no_other() {
     let all = faults(&[
         "model.hidden_size=wide",
         "model.hiden_size=64",
-        "model.tie_word_embeddings=true",
+        "model.attention_bias=true",
         "model.num_nextn_predict_layers=0",
         "mtp.weight=0.3",
         "training.sequence_length=1000000",
     ]);
     let expected = [
         "model.hiden_size: unknown key (--set); did you mean `model.hidden_size`?",
-        "model.tie_word_embeddings: expected false, the only form that is supported, got true",
+        "model.attention_bias: expected false, the only form that is supported, got true",
         "model.hidden_size: expected a whole number from 1 to 131072, got \"wide\"",
         "mtp.weight: expected 0, as the model has no multi-token prediction, got a weight above 0",
     ];

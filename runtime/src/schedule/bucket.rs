@@ -9,7 +9,7 @@ use crate::topology::Topology;
 pub enum Contents {
     /// Everything but the other two.
     Dense,
-    /// The token embedding, which multi-token prediction shares with the first stage.
+    /// The token embedding, which multi-token prediction, and a head that is tied to it, share with the first stage.
     Embedding,
     /// The routed experts.
     Experts,
@@ -24,6 +24,8 @@ pub struct Bucket {
     pub contents: Contents,
     /// Of which stages; more than one only where they share a tensor.
     pub stages: Vec<usize>,
+    /// For the embedding: whether it is the head as well.
+    pub tied: bool,
     /// The pipeline ranks that hold one of these stages, ascending.
     pub positions: Vec<usize>,
     /// How many ranks hold the same parameters.

@@ -214,6 +214,8 @@ pub struct StageLayout {
     pub embedding: bool,
     /// The stage ends with the head and the loss.
     pub head: bool,
+    /// That head is the embedding (`tie_word_embeddings`).
+    pub tied: bool,
     /// The stage has a multi-token-prediction block after its head: the layer index of that block.
     pub mtp_layer: Option<usize>,
 }

@@ -15,6 +15,7 @@ use crate::topology::Topology;
 /// embedding. `placement[rank]` lists the stages of a pipeline rank, `stages[s]` says what stage `s` consists of.
 pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topology) -> Vec<Bucket> {
     let mut buckets = Vec::new();
+    let is_tied = stages.iter().any(|layout| layout.tied);
     let mut add = |contents: Contents, of: Vec<usize>| {
         let holds = |rank: &usize| placement[*rank].iter().any(|stage| of.contains(stage));
         let positions: Vec<usize> = (0..placement.len()).filter(holds).collect();
@@ -25,13 +26,14 @@ pub fn buckets(placement: &[Vec<usize>], stages: &[StageLayout], topology: &Topo
             };
         let Some(first) = of.first() else { return };
         let number = 3 * first + contents as usize;
-        buckets.push(Bucket { number, contents, stages: of, positions, copies });
+        let tied = is_tied && contents == Contents::Embedding;
+        buckets.push(Bucket { number, contents, stages: of, tied, positions, copies });
     };
     for (stage, layout) in stages.iter().enumerate() {
         add(Contents::Dense, vec![stage]);
         if layout.embedding {
-            let reads = |stage: &usize| stages[*stage].embedding || stages[*stage].mtp_layer.is_some();
-            add(Contents::Embedding, (0..stages.len()).filter(reads).collect());
+            let reads = |layout: &StageLayout| layout.embedding || layout.mtp_layer.is_some() || layout.tied;
+            add(Contents::Embedding, (0..stages.len()).filter(|&stage| reads(&stages[stage])).collect());
         }
         if layout.layers.contains(&LayerKind::Moe) || layout.mtp_layer.is_some() {
             add(Contents::Experts, vec![stage]);
@@ -45,7 +47,11 @@ pub(super) fn uses(work: &Work, bucket: &Bucket) -> bool {
     let Work::Component { chunk, component, .. } = work else { return false };
     bucket.stages.contains(&chunk.stage)
         && match bucket.contents {
-            Contents::Embedding => matches!(component, Component::Embedding | Component::MtpJoin),
+            Contents::Embedding => match component {
+                Component::Embedding | Component::MtpJoin => true,
+                Component::Head | Component::MtpHead => bucket.tied,
+                _ => false,
+            },
             Contents::Experts => *component == Component::Experts,
             Contents::Dense => matches!(
                 component,

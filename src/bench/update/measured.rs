@@ -126,6 +126,7 @@ mod tests {
             number: 0,
             contents: Contents::Dense,
             stages: vec![0],
+            tied: false,
             positions: vec![0, 1],
             copies: 2,
         };

@@ -73,6 +73,14 @@ pub enum DataFault {
         /// Which row, and what is wrong with it.
         fault: RowFault,
     },
+    /// Rows of a file that are wrong beyond those that are listed.
+    #[error("{}: after {listed} broken rows the rest of the file was not read", path.display())]
+    MoreRows {
+        /// The file.
+        path: PathBuf,
+        /// How many are listed.
+        listed: usize,
+    },
     /// A Parquet file without the column that is read.
     #[error("{}: expected a column `{column}` of texts, found {found}", path.display())]
     Column {

@@ -91,6 +91,28 @@ pub(super) fn read(paths: &[PathBuf], field: &str) -> Result<Found, Vec<DataFaul
     Ok(Found { documents, skipped })
 }
 
+/// Broken rows of a file that are listed: with a wrong field all are broken.
+const MAX_BROKEN: usize = 10;
+
+impl InputFile {
+    /// Passes every document of the file on, and says what is wrong with it.
+    pub(super) fn visit(&self, reading: Reading, emit: &mut dyn FnMut(Document)) -> Vec<DataFault> {
+        let mut faults = Vec::new();
+        let read = self.format.each::<DataFault>(&self.path, reading, &mut |document| {
+            match document {
+                Ok(document) => emit(document),
+                Err(fault) => faults.push(fault),
+            }
+            match faults.len() {
+                MAX_BROKEN => Err(DataFault::MoreRows { path: self.path.clone(), listed: MAX_BROKEN }),
+                _ => Ok(()),
+            }
+        });
+        faults.extend(read.err());
+        faults
+    }
+}
+
 /// Passes every document of all `paths` on that is not empty, and says what was passed by.
 ///
 /// **Errors**: all faults, in the order of the paths: what is missing, cannot be read, or has no text.
@@ -101,24 +123,14 @@ pub(super) fn visit(
 ) -> Result<Skipped, Vec<DataFault>> {
     let (mut skipped, mut faults) = (Skipped::default(), Vec::new());
     for path in paths {
-        let before = skipped;
-        let files = match list_path(path, reading.field, &mut skipped) {
-            Ok(files) => files,
-            Err(fault) => {
-                faults.push(fault);
-                continue;
-            }
-        };
-        let (num_faults, mut any_text) = (faults.len(), false);
-        for file in &files {
-            let read = file.format.each::<DataFault>(&file.path, reading, &mut |document| {
+        let (before, num_faults, mut any_text) = (skipped, faults.len(), false);
+        for file in list_path(path, reading.field, &mut skipped, &mut faults) {
+            faults.extend(file.visit(reading, &mut |document| {
                 if !document.text.is_empty() {
                     any_text = true;
                     emit(document);
                 }
-                Ok(())
-            });
-            faults.extend(read.err());
+            }));
         }
         if !any_text && faults.len() == num_faults {
             faults.push(no_text(path, before, skipped));
@@ -146,66 +158,86 @@ fn no_text(path: &Path, before: Skipped, skipped: Skipped) -> DataFault {
 pub(super) fn list(paths: &[PathBuf], field: &str) -> Result<Vec<InputFile>, Vec<DataFault>> {
     let (mut listed, mut skipped, mut faults) = (Vec::new(), Skipped::default(), Vec::new());
     for path in paths {
-        let before = skipped;
-        match list_path(path, field, &mut skipped) {
-            Ok(files) if files.is_empty() => faults.push(no_text(path, before, skipped)),
-            Ok(files) => listed.extend(files),
-            Err(fault) => faults.push(fault),
+        let (before, num_faults) = (skipped, faults.len());
+        let files = list_path(path, field, &mut skipped, &mut faults);
+        if files.is_empty() && faults.len() == num_faults {
+            faults.push(no_text(path, before, skipped));
         }
+        listed.extend(files);
     }
     if faults.is_empty() { Ok(listed) } else { Err(faults) }
 }
 
-fn list_path(path: &Path, field: &str, skipped: &mut Skipped) -> Result<Vec<InputFile>, DataFault> {
-    let mut found = Vec::new();
-    match files::metadata(path) {
+/// The files of one path; what is wrong with others does not hide them.
+fn list_path(path: &Path, field: &str, skipped: &mut Skipped, faults: &mut Vec<DataFault>) -> Vec<InputFile> {
+    let mut walk = Walk { field, skipped, found: Vec::new(), faults };
+    let listed = match files::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(DataFault::Missing { path: path.into() });
+            Err(DataFault::Missing { path: path.into() })
         }
-        Err(error) => return Err(unreadable(path, &error)),
-        Ok(metadata) if metadata.is_dir() => list_folder(path, field, skipped, &mut found)?,
-        Ok(_) => {
-            files::open(path).map_err(|error| unreadable(path, &error))?;
-            if let Looked::As(format) = FileFormat::look(path, field, true)? {
-                found.push(InputFile { path: path.into(), format });
-            }
-        }
-    }
-    Ok(found)
+        Err(error) => Err(unreadable(path, &error)),
+        Ok(metadata) if metadata.is_dir() => walk.folder(path),
+        Ok(_) => walk.named(path),
+    };
+    walk.faults.extend(listed.err());
+    walk.found
 }
 
-fn list_folder(
-    folder: &Path,
-    field: &str,
-    skipped: &mut Skipped,
-    found: &mut Vec<InputFile>,
-) -> Result<(), DataFault> {
-    for entry in sorted_entries(folder)? {
-        let path = entry.path();
-        match Entry::of(&entry)? {
-            Entry::Hidden => skipped.hidden += 1,
-            Entry::Skipped => {}
-            Entry::Folder => list_folder(&path, field, skipped, found)?,
-            Entry::File => {
-                let format = match FileFormat::look(&path, field, false) {
-                    Ok(Looked::As(format)) => format,
-                    Ok(Looked::JsonAsText) => {
-                        skipped.json_as_text += 1;
-                        FileFormat::Text
-                    }
-                    // A name is no promise where nobody has chosen the file.
-                    Err(DataFault::OtherForm { .. }) => FileFormat::Text,
-                    Err(fault) => return Err(fault),
-                };
-                if format == FileFormat::Text && !is_text(&path)? {
-                    skipped.not_text += 1;
-                } else {
-                    found.push(InputFile { path, format });
-                }
-            }
+/// A walk through one path.
+struct Walk<'a> {
+    field: &'a str,
+    skipped: &'a mut Skipped,
+    found: Vec<InputFile>,
+    faults: &'a mut Vec<DataFault>,
+}
+
+impl Walk<'_> {
+    /// A file that the user has named.
+    fn named(&mut self, path: &Path) -> Result<(), DataFault> {
+        files::open(path).map_err(|error| unreadable(path, &error))?;
+        if let Looked::As(format) = FileFormat::look(path, self.field, true)? {
+            self.found.push(InputFile { path: path.into(), format });
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Everything in a folder.
+    fn folder(&mut self, folder: &Path) -> Result<(), DataFault> {
+        for entry in sorted_entries(folder)? {
+            let listed = self.entry(&entry);
+            self.faults.extend(listed.err());
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: &fs::DirEntry) -> Result<(), DataFault> {
+        match Entry::of(entry)? {
+            Entry::Hidden => self.skipped.hidden += 1,
+            Entry::Skipped => {}
+            Entry::Folder => self.folder(&entry.path())?,
+            Entry::File => self.file(entry.path())?,
+        }
+        Ok(())
+    }
+
+    /// A file that nobody has chosen: its name is no promise.
+    fn file(&mut self, path: PathBuf) -> Result<(), DataFault> {
+        let format = match FileFormat::look(&path, self.field, false) {
+            Ok(Looked::As(format)) => format,
+            Ok(Looked::JsonAsText) => {
+                self.skipped.json_as_text += 1;
+                FileFormat::Text
+            }
+            Err(DataFault::OtherForm { .. }) => FileFormat::Text,
+            Err(fault) => return Err(fault),
+        };
+        if format == FileFormat::Text && !is_text(&path)? {
+            self.skipped.not_text += 1;
+        } else {
+            self.found.push(InputFile { path, format });
+        }
+        Ok(())
+    }
 }
 
 /// What an entry of a folder is to a walk.

@@ -65,14 +65,15 @@ impl FileFormat {
         Ok(Looked::As(format))
     }
 
-    /// Passes the documents of a file on, one by one, in bounded memory.
+    /// Passes the documents of a file on, one by one, in bounded memory, and what is wrong with rows behind which others may be
+    /// right.
     ///
-    /// **Errors**: what is wrong with the file, or what `emit` says.
+    /// **Errors**: what is wrong with the file as a whole, or what `emit` says.
     pub(super) fn each<E: From<DataFault>>(
         self,
         path: &Path,
         Reading { field, piece_bytes }: Reading,
-        emit: &mut dyn FnMut(Document) -> Result<(), E>,
+        emit: &mut dyn FnMut(Result<Document, DataFault>) -> Result<(), E>,
     ) -> Result<(), E> {
         match self {
             Self::Text => each_piece(path, piece_bytes, emit),
@@ -97,7 +98,7 @@ pub(super) fn is_text(path: &Path) -> Result<bool, DataFault> {
 fn each_piece<E: From<DataFault>>(
     path: &Path,
     piece_bytes: u64,
-    emit: &mut dyn FnMut(Document) -> Result<(), E>,
+    emit: &mut dyn FnMut(Result<Document, DataFault>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut input = Input::open(path)?;
     let (mut text, mut offset) = (Vec::new(), input.skipped);
@@ -113,7 +114,7 @@ fn each_piece<E: From<DataFault>>(
         let piece = std::mem::replace(&mut text, rest);
         offset += piece.len();
         if !piece.is_empty() {
-            emit(Document { name: path.display().to_string(), text: piece })?;
+            emit(Ok(Document { name: path.display().to_string(), text: piece }))?;
         }
         if is_last {
             return Ok(());

@@ -247,7 +247,10 @@ const QUEUE: usize = 64;
 /// **Errors**: all faults of the paths, or what the trainer says.
 pub fn train(paths: &[PathBuf], field: &str, vocab_size: usize) -> Result<Vec<u8>, Vec<String>> {
     let words = |faults: Vec<DataFault>| faults.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let files = files::list(paths, field).map_err(words)?;
+    let reading = Reading { field, piece_bytes: PIECE_BYTES };
+    // What is wrong inside of the other files comes with it.
+    let all = |faults| files::visit(paths, reading, &mut |_| ()).err().unwrap_or(faults);
+    let files = files::list(paths, field).map_err(|faults| words(all(faults)))?;
     let special = |name: &str| AddedToken::from(name, true);
     let trainer = BpeTrainerBuilder::new()
         .vocab_size(vocab_size)
@@ -260,23 +263,22 @@ pub fn train(paths: &[PathBuf], field: &str, vocab_size: usize) -> Result<Vec<u8
     let byte_level = ByteLevel::new(false, true, true);
     tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
     let (send, documents) = std::sync::mpsc::sync_channel::<String>(QUEUE);
-    let reading = Reading { field, piece_bytes: PIECE_BYTES };
-    let read = move || -> Result<(), DataFault> {
-        for file in files {
-            file.format.each(&file.path, reading, &mut |document: Document| {
-                // The trainer takes every document; if it has failed, its own error is reported.
-                drop(send.send(String::from_utf8_lossy(&document.text).into_owned()));
-                Ok::<_, DataFault>(())
-            })?;
-        }
-        Ok(())
+    let read = move || -> Vec<DataFault> {
+        // The trainer takes every document; if it has failed, its own error is reported.
+        let take = &mut |document: Document| {
+            drop(send.send(String::from_utf8_lossy(&document.text).into_owned()));
+        };
+        files.iter().flat_map(|file| file.visit(reading, take)).collect()
     };
     let (read, trained) = std::thread::scope(|scope| {
         let reader = scope.spawn(read);
         let trained = tokenizer.train(&mut trainer, documents.into_iter()).map(|_| ());
         (reader.join(), trained)
     });
-    read.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map_err(|fault| vec![fault.to_string()])?;
+    let faults = read.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    if !faults.is_empty() {
+        return Err(words(faults));
+    }
     trained.map_err(|error| vec![error.to_string()])?;
     tokenizer.to_string(false).map(String::into_bytes).map_err(|error| vec![error.to_string()])
 }

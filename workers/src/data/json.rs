@@ -67,13 +67,13 @@ fn deserializer(input: &mut Input) -> serde_json::Deserializer<serde_json::de::I
     serde_json::Deserializer::from_reader(input)
 }
 
-/// Passes the documents of a file on, one by one.
+/// Passes the documents of a file on, one by one, and what is wrong with rows without a text in the field.
 ///
-/// **Errors**: the file cannot be read, the first row without a text in the field, or what `emit` says.
+/// **Errors**: the file cannot be read, it is no JSON from some row on, or what `emit` says.
 pub(super) fn each<E: From<DataFault>>(
     path: &Path,
     field: &str,
-    emit: &mut dyn FnMut(Document) -> Result<(), E>,
+    emit: &mut dyn FnMut(Result<Document, DataFault>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut input = Input::open(path)?;
     let seed = RowSeed { field };
@@ -84,15 +84,15 @@ pub(super) fn each<E: From<DataFault>>(
     };
     let take = &mut |row: Row| {
         number += 1;
-        let passed = match row {
+        let document = match row {
             Row::Text(text) | Row::Bare(text) => {
                 let name = format!("{}:{number}", path.display());
-                emit(Document { name, text: text.into_bytes() })
+                Ok(Document { name, text: text.into_bytes() })
             }
-            Row::Object(got) => Err(broken(number, got).into()),
-            Row::Other(got) => Err(broken(number, got.to_owned()).into()),
+            Row::Object(got) => Err(broken(number, got)),
+            Row::Other(got) => Err(broken(number, got.to_owned())),
         };
-        stopped = passed.err();
+        stopped = emit(document).err();
         stopped.is_none()
     };
     let read = read_rows(&mut input, seed, take);
@@ -169,7 +169,7 @@ mod tests {
         with(json, |path| {
             let mut texts = Vec::new();
             let done = each::<DataFault>(path, "text", &mut |document| {
-                texts.push(String::from_utf8(document.text).unwrap());
+                texts.push(String::from_utf8(document?.text).unwrap());
                 Ok(())
             });
             let words = |fault: DataFault| fault.to_string().replace(&path.display().to_string(), "a.json");

@@ -47,13 +47,13 @@ fn fault(line: usize, field: &str, got: String) -> RowFault {
     RowFault { place: format!("line {line}"), field: field.to_owned(), got }
 }
 
-/// Passes the documents of a file on, one by one.
+/// Passes the documents of a file on, one by one, and what is wrong with broken lines.
 ///
-/// **Errors**: the file cannot be read, the first broken line, or what `emit` says.
+/// **Errors**: the file cannot be read, a line that is too long, or what `emit` says.
 pub(super) fn each<E: From<DataFault>>(
     path: &Path,
     field: &str,
-    emit: &mut dyn FnMut(Document) -> Result<(), E>,
+    emit: &mut dyn FnMut(Result<Document, DataFault>) -> Result<(), E>,
 ) -> Result<(), E> {
     let broken = |fault| DataFault::Row { path: path.into(), fault };
     let mut input = Input::open(path)?;
@@ -69,9 +69,10 @@ pub(super) fn each<E: From<DataFault>>(
             let got = format!("a line of {MAX_LINE_BYTES} bytes or more");
             return Err(broken(fault(line, field, got)).into());
         }
-        let text = parse(line, bytes.strip_suffix(b"\n").unwrap_or(&bytes), field).map_err(broken)?;
-        if let Some(text) = text {
-            emit(Document { name: format!("{}:{line}", path.display()), text: text.into_bytes() })?;
+        let row = parse(line, bytes.strip_suffix(b"\n").unwrap_or(&bytes), field);
+        if let Some(text) = row.transpose() {
+            let name = || format!("{}:{line}", path.display());
+            emit(text.map(|text| Document { name: name(), text: text.into_bytes() }).map_err(broken))?;
         }
     }
     Ok(())
@@ -115,16 +116,21 @@ mod tests {
     fn a_file_is_read_as_the_same_bytes_in_memory() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
-        std::fs::write(&path, "\u{feff}{\"text\":\"one\"}\n\n{\"text\":\"two\"}\nnope\n").unwrap();
-        let mut documents = Vec::new();
-        let fault = each::<DataFault>(&path, "text", &mut |document| {
-            documents.push(document);
+        std::fs::write(&path, "\u{feff}{\"text\":\"one\"}\n\nnope\n{\"text\":\"two\"}\n7\n").unwrap();
+        let (mut names, mut faults) = (Vec::new(), Vec::new());
+        each::<DataFault>(&path, "text", &mut |document| {
+            match document {
+                Ok(document) => names.push(document.name),
+                Err(fault) => faults.push(fault.to_string()),
+            }
             Ok(())
-        });
-        let names: Vec<&str> = documents.iter().map(|document| document.name.as_str()).collect();
-        assert_eq!(names, [format!("{}:1", path.display()), format!("{}:3", path.display())]);
-        let error_text = fault.unwrap_err().to_string();
-        assert!(error_text.starts_with(&format!("{}: line 4: expected", path.display())), "{error_text}");
+        })
+        .unwrap();
+        assert_eq!(names, [1, 4].map(|line| format!("{}:{line}", path.display())));
+        assert_eq!(faults.len(), 2);
+        for (fault, line) in faults.iter().zip([3, 5]) {
+            assert!(fault.starts_with(&format!("{}: line {line}: expected", path.display())), "{fault}");
+        }
     }
 
     proptest! {

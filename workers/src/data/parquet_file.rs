@@ -17,13 +17,13 @@ use super::text::Document;
 /// Rows in memory at a time.
 const ROWS: usize = 256;
 
-/// Passes the documents of a file on, one by one; rows without a text are none.
+/// Passes the documents of a file on, one by one, and what is wrong with rows that are no UTF-8; rows without a text are none.
 ///
 /// **Errors**: the file cannot be read or is no Parquet, has no such column of texts, or what `emit` says.
 pub(super) fn each<E: From<DataFault>>(
     path: &Path,
     column: &str,
-    emit: &mut dyn FnMut(Document) -> Result<(), E>,
+    emit: &mut dyn FnMut(Result<Document, DataFault>) -> Result<(), E>,
 ) -> Result<(), E> {
     let broken = |error: parquet::errors::ParquetError| DataFault::Parquet {
         path: path.into(),
@@ -53,7 +53,7 @@ pub(super) fn each<E: From<DataFault>>(
             }
             for (place, value) in values.iter().enumerate() {
                 let number = row_number + place;
-                emit(document(path, number, value)?)?;
+                emit(document(path, number, value))?;
             }
             row_number += rows;
         }
@@ -133,7 +133,7 @@ pub(super) mod tests {
     fn read(path: &Path) -> Result<Vec<String>, DataFault> {
         let mut texts = Vec::new();
         each(path, "text", &mut |document| {
-            texts.push(String::from_utf8(document.text).unwrap());
+            texts.push(String::from_utf8(document?.text).unwrap());
             Ok::<_, DataFault>(())
         })?;
         Ok(texts)
@@ -179,7 +179,7 @@ pub(super) mod tests {
             )
         );
         each(&path, "content", &mut |document| {
-            assert_eq!(document.text, b"one");
+            assert_eq!(document?.text, b"one");
             Ok::<_, DataFault>(())
         })
         .unwrap();

@@ -271,8 +271,8 @@ fn run(
     let mut writer = Writer::resume(preparation, claim.rule, bytes, watch);
     for (files, is_held) in [(train, false), (validation, true)] {
         for file in files {
-            file.format
-                .each(&file.path, reading(preparation), &mut |document| writer.take(document, is_held))?;
+            let take = &mut |document: Result<Document, DataFault>| writer.take(document?, is_held);
+            file.format.each(&file.path, reading(preparation), take)?;
             writer.flush()?;
             writer.progress.bytes_read += file.size().unwrap_or(0);
             writer.report_progress()?;

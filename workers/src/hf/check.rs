@@ -149,7 +149,7 @@ fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
     }
 }
 
-/// What is missing, too much or of another shape. If files are broken, what is missing is unknown.
+/// What is missing, too much or of another shape, and copies that are none. If files are broken, what is missing is unknown.
 fn tensor_faults(
     config: &ModelConfig,
     weights: &HfWeights,
@@ -161,18 +161,33 @@ fn tensor_faults(
     if files_are_whole {
         faults.extend(missing(config, &expected, weights));
     }
-    let known: BTreeSet<&str> = expected.iter().map(|weight| weight.name.as_str()).collect();
-    let extra = weights.names().filter(|name| !known.contains(name));
+    let known: Vec<WeightShape> = expected.into_iter().chain(config.head_copy()).collect();
+    let names: BTreeSet<&str> = known.iter().map(|weight| weight.name.as_str()).collect();
+    let extra = weights.names().filter(|name| !names.contains(name));
     faults.extend(extra.map(|name| format!("{name}: expected no such tensor in this model, got one")));
-    for weight in &expected {
+    for weight in &known {
         match weights.info(&weight.name) {
             Some((shape, _)) if shape != weight.shape => {
                 faults.push(format!("{}: expected shape {:?}, got {shape:?}", weight.name, weight.shape));
             }
-            _ => {}
+            _ => faults.extend(copy_fault(weight, weights)),
         }
     }
     faults.into_iter().map(|fault| format!("{}: {fault}", dir.display())).collect()
+}
+
+/// What is wrong with the copy of a shared tensor, if the directory has that copy and an original of its shape.
+fn copy_fault(copy: &WeightShape, weights: &HfWeights) -> Option<String> {
+    let has = |name: &str| weights.info(name).is_some_and(|(shape, _)| shape == copy.shape);
+    let original = copy.tied_to.filter(|original| has(original) && has(&copy.name))?;
+    match (weights.read(&copy.name, &copy.shape), weights.read(original, &copy.shape)) {
+        (Ok(values), Ok(originals)) => {
+            let is_same = |(value, original): (&f32, &f32)| value.to_bits() == original.to_bits();
+            let is_copy = values.iter().zip(&originals).all(is_same);
+            (!is_copy).then(|| format!("{}: expected a copy of {original}, got other values", copy.name))
+        }
+        (Err(error), _) | (_, Err(error)) => Some(error.to_string()),
+    }
 }
 
 /// The tensors that are not there. A copy of a shared tensor may be left out; a whole block of multi-token prediction that

@@ -1,5 +1,6 @@
 //! The stream to the orchestrator, from the worker's side. Knows messages, not what they mean.
 
+use std::error::Error;
 use std::time::{Duration, Instant};
 
 use contraflow_proto::v1;
@@ -7,9 +8,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
+use tonic::{Request, Status};
 use v1::control_service_client::ControlServiceClient;
 use v1::from_worker::Message;
 
@@ -17,6 +18,9 @@ use super::Input;
 
 /// How long reaching the orchestrator may take.
 const CONNECT: Duration = Duration::from_secs(2);
+
+/// How long a worker that ends waits for its last words to go out.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A silent connection is asked for a sign of life this often, and given up after as long again.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -82,6 +86,14 @@ impl Link {
         }
     }
 
+    /// Says nothing more, and waits until what was said has gone out, for a while at most.
+    pub(super) async fn close(mut self) {
+        let (none, _) = mpsc::unbounded_channel();
+        self.up = none;
+        // The orchestrator ends its side of a stream that has ended; one that is away is not waited for.
+        drop(tokio::time::timeout(FAREWELL, &mut self.task).await);
+    }
+
     /// Says that the worker is alive, if it is time to.
     pub(super) fn beat(&mut self, progress: Vec<v1::Progress>) {
         if self.beat_at <= Instant::now() {
@@ -103,6 +115,11 @@ async fn attach(
     words: mpsc::UnboundedReceiver<v1::FromWorker>,
     inputs: &mpsc::UnboundedSender<Input>,
 ) -> Result<(), String> {
+    let has_tls = endpoint.uri().scheme_str() == Some("https");
+    let broken = |status: &Status| match status.source() {
+        Some(cause) => closed(cause, has_tls),
+        None => status.message().to_owned(),
+    };
     let endpoint = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
@@ -128,11 +145,11 @@ async fn attach(
                 let message = v1::to_worker::Message::Refused(status.message().to_owned());
                 drop(inputs.send(Input::Down(number, v1::ToWorker { message: Some(message), facts: 0 })));
             }
-            return Err(describe(&status));
+            return Err(broken(&status));
         }
     };
     while let Some(message) = down.next().await {
-        let message = message.map_err(|status| describe(&status))?;
+        let message = message.map_err(|status| broken(&status))?;
         if inputs.send(Input::Down(number, message)).is_err() {
             return Ok(());
         }
@@ -140,13 +157,38 @@ async fn attach(
     Ok(())
 }
 
-/// An error with its causes: that of the transport alone says nothing.
-pub fn describe(error: &dyn std::error::Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        words += &format!(": {error}");
-        cause = error.source();
+/// An error with its causes: that of the transport alone says nothing. A cause that only says the same again is left out.
+pub fn describe(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let mut words: Vec<String> = causes.map(ToString::to_string).collect();
+    words.dedup();
+    words.join(": ")
+}
+
+/// Of a connection that was closed, with what that may mean: who speaks no TLS is told nothing, and TLS 1.3 lets a client begin
+/// before its certificate is judged, so that a refusal may be seen as a mere end.
+pub fn closed(cause: &dyn Error, has_tls: bool) -> String {
+    let hint = match has_tls {
+        true => "the orchestrator logs the certificates that it refuses",
+        false => "an orchestrator with --tls closes those of clients and workers without",
+    };
+    format!("the connection was closed: {}; {hint}", describe(cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Cause(&'static str, #[source] Option<Box<Cause>>);
+
+    #[test]
+    fn causes_are_named_once_each() {
+        let cause = |words, source: Option<Cause>| Cause(words, source.map(Box::new));
+        let error = cause("transport error", Some(cause("reset", Some(cause("reset", None)))));
+        assert_eq!(describe(&error), "transport error: reset");
+        assert!(closed(&error, false).contains("closed: transport error: reset; an orchestrator with --tls"));
+        assert!(closed(&error, true).ends_with("the certificates that it refuses"));
     }
-    words
 }

@@ -46,7 +46,7 @@ use self::memory::Memory;
 use self::route::Route;
 use crate::error::RankError;
 
-pub use self::link::describe;
+pub use self::link::{closed, describe};
 pub use self::log_levels::LogLevels;
 
 /// How long a data connection waits for its formation to be joined here: another worker may be earlier.
@@ -198,6 +198,13 @@ pub async fn run(
     }
     let all: Vec<FormationId> = host.formations.values().map(|formation| formation.id).collect();
     all.into_iter().for_each(|formation| host.leave(formation, "the worker is ending"));
+    while let Ok(line) = lines.try_recv() {
+        host.note_line(line);
+    }
+    host.send_lines();
+    if let Some(link) = host.link.take() {
+        link.close().await;
+    }
     Ok(())
 }
 
@@ -209,15 +216,20 @@ impl Host {
             Some(link) => {
                 let progress = self.formations.values().flat_map(Formation::progress);
                 link.beat(progress.collect());
-                if !self.lines.is_empty() && link.is_member() {
-                    let lines = self.lines.drain(..).collect();
-                    link.send(Up::Logs(v1::LogLines { lines }));
-                }
+                self.send_lines();
             }
             None => self.attach(),
         }
         if self.link.as_ref().is_some_and(Link::is_member) && self.route.is_due(Instant::now()) {
             self.attach();
+        }
+    }
+
+    /// Sends the log lines that wait, if there is a way.
+    fn send_lines(&mut self) {
+        if let Some(link) = self.link.as_mut().filter(|link| link.is_member() && !self.lines.is_empty()) {
+            let lines = self.lines.drain(..).collect();
+            link.send(Up::Logs(v1::LogLines { lines }));
         }
     }
 

@@ -71,18 +71,21 @@ impl Builder<'_> {
             layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
         let head = layout.head.then(|| HeadWeights {
             norm: self.dense.add_single("model.norm.weight".into(), &[hidden], Format::F32, &group),
-            head: self.dense.add_single(
-                "lm_head.weight".into(),
-                &[vocabulary, hidden],
-                self.arch.precision.activations,
-                &group,
-            ),
+            head: match layout.tied {
+                true => self.embedding(index),
+                false => self.dense.add_single(
+                    "lm_head.weight".into(),
+                    &[vocabulary, hidden],
+                    self.arch.precision.activations,
+                    &group,
+                ),
+            },
         });
         let mtp = layout.mtp_layer.map(|layer| self.mtp(index, layer, &group));
         Stage { index, layout: layout.clone(), embedding, layers, head, mtp }
     }
 
-    /// Held by the first stage, and by the last one if MTP needs it there.
+    /// Held by the first stage, and by the last one if MTP or a head that is tied to it needs it there.
     fn embedding(&mut self, stage: usize) -> ParamId {
         let group = self.replicas(Contents::Embedding, stage);
         let shape = [self.arch.config.vocab_size, self.arch.config.hidden_size];

@@ -152,7 +152,7 @@ pub struct Layer {
 pub struct HeadWeights {
     /// `model.norm`.
     pub norm: ParamId,
-    /// `lm_head`.
+    /// `lm_head`, or `model.embed_tokens` where the two are tied.
     pub head: ParamId,
 }
 

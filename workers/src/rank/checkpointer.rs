@@ -11,7 +11,7 @@ use contraflow_runtime::checkpoint::{CheckpointFolder, Position, ShardFile};
 use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::fabric::StorageUse;
 use contraflow_runtime::failpoint::failpoint;
-use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
@@ -59,6 +59,8 @@ pub enum CheckpointerMessage {
 /// The tensors this rank writes.
 fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec<Entry<'a>> {
     let mut entries = Vec::new();
+    let copies: Vec<WeightShape> =
+        config.weights().into_iter().filter(|weight| weight.tied_to.is_some()).collect();
     let mut add = |store: &'a Params| {
         for param in store.iter().filter(|param| param.group[0] == rank) {
             for part in &param.parts {
@@ -66,17 +68,8 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
                 let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
                 entries.push(entry(part.name.clone()));
                 // The published files hold a copy of each tensor that the MTP layer shares with the main model.
-                if let Some(layer) = config.mtp_layer() {
-                    match part.name.as_str() {
-                        "model.embed_tokens.weight" => {
-                            entries.push(entry(format!("model.layers.{layer}.embed_tokens.weight")));
-                        }
-                        "lm_head.weight" => {
-                            entries.push(entry(format!("model.layers.{layer}.shared_head.head.weight")));
-                        }
-                        _ => {}
-                    }
-                }
+                let copies = copies.iter().filter(|copy| copy.tied_to == Some(part.name.as_str()));
+                entries.extend(copies.map(|copy| entry(copy.name.clone())));
             }
         }
     };

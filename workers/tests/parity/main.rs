@@ -15,6 +15,7 @@ mod gradients;
 mod mtp;
 mod one_rank;
 mod optimizer;
+mod tied;
 mod weights;
 
 use findings::Findings;
@@ -77,6 +78,11 @@ fn parity_of_the_forward_pass() {
 #[test]
 fn parity_of_gradients() {
     over_all(gradients::of_the_main_loss);
+}
+
+#[test]
+fn parity_of_a_tied_head_with_two_equal_tables() {
+    over_all(tied::gradients_add_up);
 }
 
 #[test]

@@ -186,3 +186,55 @@ fn a_json_without_the_field_is_refused_if_named_and_a_text_with_a_word_in_a_fold
     );
     assert_eq!(read(&[at("rows.json")], "content").unwrap().documents.len(), 2);
 }
+
+/// The faults of a folder, without its own name.
+fn faults_in(folder: &tempfile::TempDir) -> Vec<String> {
+    let faults = read(&[folder.path().into()], "text").unwrap_err();
+    let root = format!("{}/", folder.path().display());
+    faults.iter().map(|fault| fault.to_string().replace(&root, "")).collect()
+}
+
+#[test]
+fn a_broken_row_hides_neither_the_next_one_nor_the_next_file() {
+    let text = gzip(&b"some text".repeat(1000));
+    let folder = folder_with(&[
+        ("a.jsonl", b"{\"text\": \"one\"}\nnope\n{\"text\": \"two\"}\n\n7\n"),
+        ("b.json", b"[{\"text\": \"one\"}, 5, {\"text\": \"two\"}, {\"content\": \"three\"}]"),
+        ("c/one.txt.gz", &text[..text.len() - 3]),
+        ("c/two.txt.gz", &text[..text.len() - 3]),
+        ("d.jsonl", b"[]"),
+    ]);
+    let faults = faults_in(&folder);
+    let expected = [
+        "c/one.txt.gz: expected a whole gzip file",
+        "c/two.txt.gz: expected a whole gzip file",
+        "a.jsonl: line 2: expected a JSON object",
+        "a.jsonl: line 5: expected a JSON object",
+        "b.json: text 2: expected a JSON object",
+        "b.json: text 4: expected a JSON object",
+        "d.jsonl: line 1: expected a JSON object",
+    ];
+    assert_eq!(faults.len(), expected.len(), "{faults:#?}");
+    for (fault, expected) in faults.iter().zip(expected) {
+        assert!(fault.starts_with(expected), "{expected}: {faults:#?}");
+    }
+    let paths = [folder.path().join("a.jsonl"), folder.path().join("missing")];
+    let listed = crate::data::hf_tokenizer::train(&paths[..1], "text", 300).unwrap_err();
+    assert!(listed.len() == 2 && listed[1].contains("line 5"), "{listed:?}");
+    let listed = crate::data::hf_tokenizer::train(&paths, "text", 300).unwrap_err();
+    assert!(listed.len() == 3 && listed[2].ends_with("missing: no such file or folder"), "{listed:?}");
+}
+
+#[test]
+fn of_a_file_whose_rows_are_all_broken_the_first_ones_are_listed() {
+    let rows = "{\"content\": \"some text\"}\n".repeat(1000);
+    let folder = folder_with(&[("a.jsonl", rows.as_bytes()), ("b.jsonl", b"nope")]);
+    let faults = faults_in(&folder);
+    assert_eq!(faults.len(), MAX_BROKEN + 2, "{faults:#?}");
+    assert!(faults[MAX_BROKEN - 1].starts_with("a.jsonl: line 10: "), "{faults:#?}");
+    assert_eq!(faults[MAX_BROKEN], "a.jsonl: after 10 broken rows the rest of the file was not read");
+    assert!(faults[MAX_BROKEN + 1].starts_with("b.jsonl: line 1: "), "{faults:#?}");
+    // As many as are listed, and nothing behind them.
+    let rows = rows.lines().take(MAX_BROKEN).collect::<Vec<_>>().join("\n");
+    assert_eq!(faults_in(&folder_with(&[("a.jsonl", rows.as_bytes())])).len(), MAX_BROKEN + 1);
+}

@@ -1,104 +1,16 @@
 //! The update in the programs of a step: proved for every schedule and layout, and refused wherever two ranks would not meet.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod cases;
+
 use std::collections::{BTreeMap, BTreeSet};
 
+use cases::{Case, Readers, assert_reports, cases, cases_with, error_text, first_half, mirrored};
 use contraflow_runtime::schedule::{
-    Bucket, Chunk, Component, Contents, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind,
-    Sharding, Span, StageLayout, StepPrograms, Timeline, TransferKind, Work, buckets, check_step, lower,
-    walk,
+    Bucket, Chunk, Component, Contents, Lane, Op, Pass, Program, ScheduleKind, Sharding, Span, StepPrograms,
+    Timeline, TransferKind, Work, check_step, walk,
 };
-use contraflow_runtime::topology::Topology;
 use proptest::prelude::*;
-
-/// Eight layers, the first of them dense, head and multi-token prediction in the last stage.
-fn layouts(stages: usize) -> Vec<StageLayout> {
-    let first = |stage: usize| 8 * stage / stages;
-    let layout = |stage: usize| StageLayout {
-        first_layer: first(stage),
-        layers: (first(stage)..first(stage + 1))
-            .map(|layer| if layer < 3 { LayerKind::Dense } else { LayerKind::Moe })
-            .collect(),
-        embedding: stage == 0,
-        head: stage + 1 == stages,
-        mtp_layer: (stage + 1 == stages).then_some(8),
-    };
-    (0..stages).map(layout).collect()
-}
-
-/// Pipeline, expert and data ranks.
-type Axes = (usize, usize, usize);
-
-/// The layouts in which `tests/cluster/topology.rs` trains.
-const AXES: [(ScheduleKind, &[Axes]); 3] = [
-    (ScheduleKind::Dualpipe, &[(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
-    (ScheduleKind::Dualpipev, &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
-    (ScheduleKind::OneFOneB, &[(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
-];
-
-struct Case {
-    what: String,
-    plan: Plan,
-    layouts: Vec<StageLayout>,
-    topology: Topology,
-    sharding: Sharding,
-}
-
-impl Case {
-    fn new(kind: ScheduleKind, axes: Axes, micro_batches: usize, overlap: bool) -> Case {
-        let (pipeline, expert, data) = axes;
-        let topology = Topology { pipeline, expert, data };
-        let (plan, _) = kind.plan(pipeline, micro_batches, Mode::Train).unwrap();
-        let layouts = layouts(plan.stages);
-        let buckets = buckets(&plan.placement, &layouts, &topology);
-        let what = format!("{kind}, {axes:?}, {micro_batches} micro-batches, overlap {overlap}");
-        Case { what, plan, layouts, topology, sharding: Sharding { buckets, replicated: true, overlap } }
-    }
-
-    fn step(&self) -> StepPrograms {
-        StepPrograms::new(&lower(&self.plan, Some(&self.layouts), self.topology.expert), &self.sharding)
-    }
-}
-
-/// Every layout, with enough micro-batches for its schedule and with too few.
-fn cases_with(overlap: bool) -> Vec<Case> {
-    let with = |(kind, axes): (ScheduleKind, &[Axes])| {
-        let sizes = axes.iter().flat_map(|&axes| [1, 8, 16].map(|micro_batches| (axes, micro_batches)));
-        let case = |(axes, micro_batches)| Case::new(kind, axes, micro_batches, overlap);
-        sizes.map(case).collect::<Vec<_>>()
-    };
-    AXES.into_iter().flat_map(with).collect()
-}
-
-/// The same, with and without overlap.
-fn cases() -> Vec<Case> {
-    [true, false].into_iter().flat_map(cases_with).collect()
-}
-
-/// Dualpipe on four pipeline ranks: every stage on two of them, the embedding on two.
-fn mirrored() -> Case {
-    Case::new(ScheduleKind::Dualpipe, (4, 2, 1), 8, true)
-}
-
-/// The programs of a step's first half, by rank, where there is an update of the step before to be gathered.
-fn first_half(step: &mut StepPrograms) -> &mut Vec<Program> {
-    match step.overlap {
-        true => &mut step.gathering,
-        false => &mut step.gradients,
-    }
-}
-
-fn error_text(case: &Case, step: &StepPrograms) -> Vec<String> {
-    let faults = check_step(&case.plan, step).err().unwrap_or_default();
-    faults.iter().map(ToString::to_string).collect()
-}
-
-/// Whether each piece of text is in one of the faults.
-fn assert_reports(faults: &[String], expected: &[&str]) {
-    for text in expected {
-        assert!(faults.iter().any(|fault| fault.contains(text)), "expected `{text}` in {faults:?}");
-    }
-}
 
 #[test]
 fn every_layout_has_a_sound_step() {
@@ -114,19 +26,23 @@ fn every_layout_has_a_sound_step() {
 }
 
 /// The parameters that an operation computes a gradient of, derived from the arithmetic of the model: (bucket's contents, stage).
-fn gradients_of(work: Work, embedding_stage: usize) -> Vec<(Contents, usize)> {
+fn gradients_of(work: Work, readers: Readers, embedding_stage: usize) -> Vec<(Contents, usize)> {
     let Work::Component { pass, chunk, component, .. } = work else { return Vec::new() };
     let dense = (Contents::Dense, chunk.stage);
+    let embedding = (Contents::Embedding, embedding_stage);
     match (component, pass) {
         // Norms and gate with the input, matrices with the weight part.
         (Component::Attention, Pass::BackwardInput | Pass::BackwardWeight) => vec![dense],
         (Component::SharedExpert, Pass::BackwardWeight) => vec![dense],
         (Component::Experts, Pass::BackwardWeight) => vec![(Contents::Experts, chunk.stage)],
         // The loss makes the head's; its norm follows.
+        (Component::Head | Component::MtpHead, Pass::Forward) if readers != Readers::Mtp => {
+            vec![dense, embedding]
+        }
         (Component::Head | Component::MtpHead, Pass::Forward | Pass::BackwardInput) => vec![dense],
-        (Component::MtpJoin, Pass::BackwardInput) => vec![dense, (Contents::Embedding, embedding_stage)],
+        (Component::MtpJoin, Pass::BackwardInput) => vec![dense, embedding],
         (Component::MtpJoin, Pass::BackwardWeight) => vec![dense],
-        (Component::Embedding, Pass::BackwardInput) => vec![(Contents::Embedding, embedding_stage)],
+        (Component::Embedding, Pass::BackwardInput) => vec![embedding],
         _ => Vec::new(),
     }
 }
@@ -151,8 +67,9 @@ fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_before_it_is
             for bucket in &program.buckets {
                 let number = bucket.number;
                 let what = format!("{}: bucket {number} on rank {rank}", case.what);
-                let of_bucket =
-                    |op: &&Op| gradients_of(op.work, 0).contains(&(bucket.contents, bucket.stages[0]));
+                let of_bucket = |op: &&Op| {
+                    gradients_of(op.work, case.readers, 0).contains(&(bucket.contents, bucket.stages[0]))
+                };
                 let gradients: Vec<Span> =
                     found(program.ops.iter().filter(of_bucket).map(|op| op.work).collect());
                 // With few micro-batches a mirror may have none of its stage.
@@ -177,8 +94,10 @@ fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_before_it_is
                 assert!(in_order(&reduced) && in_order(&gathered), "{what}: {reduced:?} {gathered:?}");
                 if is_shared && case.sharding.overlap {
                     // Whatever reads or differentiates it comes after what was gathered of the step before.
-                    let reads =
-                        program.ops.iter().filter(|op| reads(op.work, bucket.contents, &bucket.stages));
+                    let reads = program
+                        .ops
+                        .iter()
+                        .filter(|op| reads(op.work, case.readers, bucket.contents, &bucket.stages));
                     let reads = found(reads.map(|op| op.work).collect());
                     assert!(
                         reads.iter().all(|read| gathered[1].end <= read.start),
@@ -193,15 +112,17 @@ fn a_bucket_is_reduced_when_its_last_gradient_is_there_and_gathered_before_it_is
 }
 
 /// Whether an operation reads weights, derived from the arithmetic of the model.
-fn reads(work: Work, contents: Contents, stages: &[usize]) -> bool {
+fn reads(work: Work, readers: Readers, contents: Contents, stages: &[usize]) -> bool {
     let Work::Component { chunk, component, .. } = work else { return false };
     let of_contents = match component {
         Component::Embedding => contents == Contents::Embedding,
         Component::MtpJoin => contents != Contents::Experts,
         Component::Experts => contents == Contents::Experts,
-        Component::Attention | Component::SharedExpert | Component::Head | Component::MtpHead => {
-            contents == Contents::Dense
+        Component::Head | Component::MtpHead => {
+            let is_tied = readers != Readers::Mtp;
+            contents == Contents::Dense || (is_tied && contents == Contents::Embedding)
         }
+        Component::Attention | Component::SharedExpert => contents == Contents::Dense,
         Component::Dispatch | Component::Combine | Component::Chunk => false,
     };
     of_contents && stages.contains(&chunk.stage)
@@ -266,6 +187,32 @@ fn the_ranks_of_a_bucket_are_those_whose_stages_it_is_of() {
         one_way.sharding.buckets.iter().map(|bucket| bucket.ranks(&one_way.topology, 0)).collect();
     // Dense of either stage, the embedding that both use, experts.
     assert_eq!(groups, [vec![0, 1], vec![0, 1, 2, 3], vec![0, 1], vec![2, 3], vec![2, 3]]);
+}
+
+#[test]
+fn a_tied_head_makes_the_last_stage_hold_the_embedding() {
+    let ranks = |kind, axes, readers| {
+        let case = Case::with_readers(kind, axes, 8, true, readers);
+        let embedding = case.sharding.buckets.iter().find(|bucket| bucket.contents == Contents::Embedding);
+        embedding.unwrap().ranks(&case.topology, 0)
+    };
+    for readers in [Readers::Head, Readers::Both] {
+        // Rank 0 of DualPipe has the first and the last stage, and so has its mirror.
+        assert_eq!(ranks(ScheduleKind::Dualpipe, (4, 1, 1), readers), [0, 3]);
+        assert_eq!(ranks(ScheduleKind::Dualpipev, (4, 1, 1), readers), [0]);
+        assert_eq!(ranks(ScheduleKind::OneFOneB, (4, 1, 1), readers), [0, 3]);
+        assert_eq!(ranks(ScheduleKind::OneFOneB, (1, 1, 1), readers), [0]);
+    }
+    let case = Case::with_readers(ScheduleKind::OneFOneB, (4, 1, 1), 8, true, Readers::Head);
+    let mut step = case.step();
+    // The last rank has no other use for the table than its head: the gradient is packed behind it, and not before.
+    let ops = &mut first_half(&mut step)[3].ops;
+    let pack = ops.iter().position(|op| op.work == Work::Pack { bucket: 1 }).unwrap();
+    let last = ops[pack - 1].work;
+    assert!(matches!(last, Work::Component { component: Component::Head, .. }), "{last}");
+    ops.swap(pack - 1, pack);
+    let text = format!("packing of the gradients of bucket 1 does not wait for {last}");
+    assert_reports(&error_text(&case, &step), &[&text]);
 }
 
 /// Where a program does something.
