@@ -166,6 +166,7 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         peak_live_chunks: &planned.report.peak_activations,
+        precision: &recipe.precision,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));
@@ -183,6 +184,7 @@ fn step_costs(recipe: &Recipe, plans: &Plans, planned: &Planned) -> Vec<StepCost
         buckets: &plans.sharding.buckets,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         sequence_length: recipe.training.sequence_length,
+        precision: &recipe.precision,
         mode: Mode::Train,
     };
     let mut costs = vec![OpCost::default(); topology.pipeline];

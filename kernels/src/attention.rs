@@ -105,6 +105,8 @@ pub struct Gradients {
 /// **Shapes**: `q` `[Tq, H * qk_dim]`, `k` `[Tk, H * qk_dim]`, `v` `[Tk, H * v_dim]`.
 /// **Errors**: panics if spans reach out of the tensors or if their query ranges overlap.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans, heads: &Heads) -> Attended {
+    let format = q.format();
+    let (q, k, v) = (&q.widened(), &k.widened(), &v.widened());
     let inputs = Inputs::new(q, k, v, heads);
     let output = Mutex::new(Attended {
         out: blank(q.rows(), heads.num_heads * heads.v_dim, spans, Span::queries),
@@ -123,7 +125,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: &Spans, heads: &Heads)
             store(&mut output.lse, first_row, head.id, Mat::new(&lse, queries.len(), 1));
         }
     });
-    output.into_inner()
+    let Attended { out, lse } = output.into_inner();
+    Attended { out: out.to(format), lse }
 }
 
 /// Gradients from that of the output. Rows that no span names have gradient zero.
@@ -137,6 +140,9 @@ pub fn backward(
     spans: &Spans,
     heads: &Heads,
 ) -> Gradients {
+    let format = q.format();
+    let (q, k, v) = (&q.widened(), &k.widened(), &v.widened());
+    let (dout, out) = (dout.widened(), output.out.widened());
     let inputs = Inputs::new(q, k, v, heads);
     assert_eq!(dout.shape(), output.out.shape(), "expected the gradient of the output in the output's shape");
     let gradients = Mutex::new(Gradients {
@@ -155,7 +161,7 @@ pub fn backward(
         };
         let saved = Saved {
             dout: head.of_queries(dout.mat()),
-            out: head.of_queries(output.out.mat()),
+            out: head.of_queries(out.mat()),
             lse: head.of_queries(output.lse.mat()),
         };
         for queries in blocks(query_len, QUERY_BLOCK) {
@@ -168,7 +174,8 @@ pub fn backward(
         store(&mut gradients.dk, key_start, head.id, scratch.dk.mat());
         store(&mut gradients.dv, key_start, head.id, scratch.dv.mat());
     });
-    gradients.into_inner()
+    let Gradients { dq, dk, dv } = gradients.into_inner();
+    Gradients { dq: dq.to(format), dk: dk.to(format), dv: dv.to(format) }
 }
 
 impl Span {

@@ -19,9 +19,9 @@ impl Tensor {
     /// A copy of some columns of the `[rows, cols]` view.
     ///
     /// **Shapes**: result `[rows, C]` for C columns in the range.
-    /// **Errors**: panics if the format is not F32 or the range does not lie in the columns.
+    /// **Errors**: panics if the format has scales or the range does not lie in the columns.
     pub fn slice_cols(&self, cols: Range<usize>) -> Tensor {
-        let mut part = Tensor::for_overwrite(&[self.rows(), cols.len()]);
+        let mut part = Tensor::for_overwrite_in(self.format(), &[self.rows(), cols.len()]);
         copy_cols(&mut part, 0, self, cols);
         part
     }
@@ -29,7 +29,7 @@ impl Tensor {
     /// Copies `source` over the columns from `first` on of the `[rows, cols]` view.
     ///
     /// **Shapes**: `source` `[rows, C]` with `first + C` at most `cols`.
-    /// **Errors**: panics if a format is not F32 or the shapes do not fit.
+    /// **Errors**: panics if the formats differ or have scales, or the shapes do not fit.
     pub fn set_cols(&mut self, first: usize, source: &Tensor) {
         copy_cols(self, first, source, 0..source.cols());
     }
@@ -43,11 +43,12 @@ impl Tensor {
         let mut shape = first.shape().to_vec();
         shape[0] = parts.iter().map(|part| part.shape()[0]).sum();
         let mut joined = Tensor::for_overwrite_in(first.format(), &shape);
-        let mut start = 0;
+        let (mut codes, mut scales) = joined.codes_and_scales_mut();
         for part in parts {
-            assert_eq!(part.shape()[1..], shape[1..], "expected tensors alike but for their first dim");
-            joined.view_mut(start..start + part.len()).copy_from(part.view(0..part.len()));
-            start += part.len();
+            let is_alike = part.format() == first.format() && part.shape()[1..] == shape[1..];
+            assert!(is_alike, "expected tensors alike but for their first dim");
+            codes = append(codes, part.codes());
+            scales = append(scales, part.scales());
         }
         joined
     }
@@ -55,25 +56,37 @@ impl Tensor {
     /// Two matrices side by side.
     ///
     /// **Shapes**: `left` `[T, A]`, `right` `[T, B]`, result `[T, A + B]`.
-    /// **Errors**: panics if a format is not F32 or the rows differ.
+    /// **Errors**: panics if the formats differ or have scales, or the rows differ.
     pub fn concat_cols(left: &Tensor, right: &Tensor) -> Tensor {
-        let mut joined = Tensor::for_overwrite(&[left.rows(), left.cols() + right.cols()]);
+        let mut joined = Tensor::for_overwrite_in(left.format(), &[left.rows(), left.cols() + right.cols()]);
         joined.set_cols(0, left);
         joined.set_cols(left.cols(), right);
         joined
     }
 }
 
+/// Copies a part to where it belongs, and returns what is behind it.
+fn append<'a, T: Copy>(target: &'a mut [T], part: &[T]) -> &'a mut [T] {
+    let (own, rest) = target.split_at_mut(part.len());
+    own.copy_from_slice(part);
+    rest
+}
+
 fn copy_cols(target: &mut Tensor, first: usize, source: &Tensor, cols: Range<usize>) {
     assert_eq!(target.rows(), source.rows(), "expected as many rows as the target has");
-    let width = target.cols();
+    let (format, width, source_width) = (target.format(), target.cols(), source.cols());
     assert!(first + cols.len() <= width, "expected at most {width} columns, got {cols:?} at {first}");
-    if width == 0 {
+    assert!(cols.end <= source_width, "expected at most {source_width} columns, got {cols:?}");
+    assert_eq!(format, source.format(), "expected tensors of one format");
+    assert_eq!(format.num_scales(&[1, 1]), 0, "expected a format without scales, got {format:?}");
+    if width == 0 || source_width == 0 {
         return;
     }
-    let source = source.mat().columns(cols.clone());
-    for (row, target) in target.f32_mut().chunks_exact_mut(width).enumerate() {
-        target[first..first + cols.len()].copy_from_slice(source.row(row));
+    let bytes = |columns: Range<usize>| format.value_bytes(columns.start)..format.value_bytes(columns.end);
+    let sources = source.codes().chunks_exact(format.value_bytes(source_width));
+    let (targets, _) = target.codes_and_scales_mut();
+    for (target, source) in targets.chunks_exact_mut(format.value_bytes(width)).zip(sources) {
+        target[bytes(first..first + cols.len())].copy_from_slice(&source[bytes(cols.clone())]);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The loss: head projection and cross-entropy in one, a block of rows at a time.
 //!
 //! Last component of the last stage (and of the multi-token-prediction module). The logits of a block live in one
-//! scratch buffer, where they turn into their own gradient; no full logits are kept. It knows neither what the
+//! buffer, where they turn into their own gradient; no full logits are kept. It knows neither what the
 //! weights mean nor the global denominator that they were divided by.
 //!
 //! Shape letters: T tokens, D hidden, V vocabulary.
@@ -9,10 +9,13 @@
 use std::ops::Range;
 
 use crate::{
-    gemm::gemm,
+    gemm::{
+        gemm,
+        narrow::{Factor, product},
+    },
     linear, math, par, softmax,
-    tensor::Tensor,
-    view::{Mat, Output},
+    tensor::{Format, Tensor},
+    view::Output,
 };
 
 /// Logits held at once (16 MiB): enough to stay in a last-level cache, unless `MIN_ROWS` asks for more.
@@ -64,17 +67,28 @@ pub fn forward_backward(h: &Tensor, head: &Tensor, targets: &Targets, d_head: &m
         if targets.weights.f32()[rows.clone()].iter().all(|&weight| weight == 0.0) {
             return;
         }
-        gemm(dh.mat_mut().rows_range(rows.clone()), Output::Overwrite, 1.0, d_logits, head.mat());
-        gemm(d_head.mat_mut(), Output::Accumulate, 1.0, d_logits.t(), h.mat().rows_range(rows));
+        if head.format() == Format::F32 {
+            let d_logits = d_logits.mat();
+            gemm(dh.mat_mut().rows_range(rows.clone()), Output::Overwrite, 1.0, d_logits, head.mat());
+            gemm(d_head.mat_mut(), Output::Accumulate, 1.0, d_logits.t(), h.mat().rows_range(rows));
+        } else {
+            let (d_logits, h) = (d_logits.to(Format::BF16), h.slice_rows(rows.clone()));
+            let dh = dh.mat_mut().rows_range(rows);
+            let head = Factor::columns(head, 0..head.rows());
+            product(dh, Output::Overwrite, &Factor::rows(&d_logits, 0..d_logits.rows()), &head);
+            linear::backward_weight(&d_logits, &h, d_head);
+        }
     });
-    (loss, dh)
+    (loss, dh.like(h))
 }
 
 /// All logits at once: for parity checks and generation, not for training.
 ///
-/// **Shapes**: `h` `[T, D]`, `head` `[V, D]`, result `[T, V]`.
+/// **Shapes**: `h` `[T, D]`, `head` `[V, D]`, result `[T, V]` in F32.
 pub fn logits(h: &Tensor, head: &Tensor) -> Tensor {
-    linear::forward(h, head)
+    let mut logits = Tensor::for_overwrite(&[h.rows(), head.rows()]);
+    linear::add_product(logits.mat_mut(), Output::Overwrite, h, head, 0..head.rows());
+    logits
 }
 
 /// Computes each block's logits, turns them into their weighted gradient and hands that to `then`.
@@ -82,28 +96,21 @@ fn over_blocks(
     h: &Tensor,
     head: &Tensor,
     targets: &Targets,
-    mut then: impl FnMut(Range<usize>, Mat),
+    mut then: impl FnMut(Range<usize>, &Tensor),
 ) -> Loss {
     let (num_rows, vocabulary) = (h.rows(), head.rows());
     let (ids, weights) = (targets.ids.u32(), targets.weights.f32());
     assert_eq!(ids.len(), num_rows, "expected one target per row");
     assert_eq!(weights.len(), num_rows, "expected one weight per row");
     let block_rows = (BLOCK_LOGITS / vocabulary).clamp(MIN_ROWS, MAX_ROWS).min(num_rows);
-    let mut scratch = Tensor::for_overwrite(&[block_rows, vocabulary]);
     let mut log_probs = Tensor::for_overwrite(&[num_rows]);
     for start in (0..num_rows).step_by(block_rows.max(1)) {
         let rows = start..num_rows.min(start + block_rows);
-        gemm(
-            scratch.mat_mut().rows_range(0..rows.len()),
-            Output::Overwrite,
-            1.0,
-            h.mat().rows_range(rows.clone()),
-            head.mat().t(),
-        );
-        let block = &mut scratch.f32_mut()[..rows.len() * vocabulary];
+        // The memory of the last block comes back from the pool.
+        let mut block = logits(&h.slice_rows(rows.clone()), head);
         let targets = (&ids[rows.clone()], &weights[rows.clone()]);
-        logits_to_gradients(block, targets, &mut log_probs.f32_mut()[rows.clone()]);
-        then(rows.clone(), scratch.mat().rows_range(0..rows.len()));
+        logits_to_gradients(block.f32_mut(), targets, &mut log_probs.f32_mut()[rows.clone()]);
+        then(rows, &block);
     }
     let weighted = weights.iter().zip(log_probs.f32()).filter(|&(&weight, _)| weight != 0.0);
     let sum = weighted.map(|(&weight, &log_prob)| -f64::from(weight) * f64::from(log_prob)).sum();

@@ -6,18 +6,25 @@
 use crate::{
     math,
     par::{self, MIN_PARALLEL},
-    tensor::{Tensor, View},
+    tensor::{Format, Tensor, View},
 };
 
 /// Values that are summed in f32 before f64 takes over.
 const BLOCK: usize = 4096;
 
-/// `target += source`.
+/// `target += source`, in the format of the target.
 ///
 /// **Shapes**: of one length.
 /// **Errors**: panics if the lengths differ.
 pub fn add_into(target: &mut Tensor, source: &Tensor) {
-    add_values(target.f32_mut(), source.f32());
+    let format = target.format();
+    if format != Format::F32 {
+        let mut wide = target.widened();
+        add_into(&mut wide, source);
+        *target = wide.to(format);
+        return;
+    }
+    add_values(target.f32_mut(), source.widened().f32());
 }
 
 pub(crate) fn add_values(target: &mut [f32], source: &[f32]) {

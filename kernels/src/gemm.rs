@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod narrow;
+
 use gemm_common::Parallelism;
 
 use crate::{

@@ -9,9 +9,12 @@
 use std::ops::Range;
 
 use crate::{
-    gemm::gemm_serial,
-    par,
-    tensor::Tensor,
+    gemm::{
+        gemm_serial,
+        narrow::{Factor, product},
+    },
+    linear, par,
+    tensor::{Format, Tensor},
     view::{Mat, MatMut, Output},
 };
 
@@ -20,39 +23,62 @@ const MIN_BLOCK: usize = 128;
 /// Tasks per thread, if the rows suffice: enough that a thread which finishes early finds another one.
 const BLOCKS_PER_THREAD: usize = 8;
 
-/// `x w_e^T` for the rows of each expert `e`.
+/// `x w_e^T` for the rows of each expert `e`, in BF16 unless the weights are F32.
 ///
 /// **Shapes**: `x` `[R, in]`, `offsets` `[E + 1]` in U32, `w` `[E, out, in]`, result `[R, out]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
 pub fn forward(x: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
     let ([_, out, _], offsets) = checked(w, offsets, x.rows());
     let mut y = Tensor::for_overwrite(&[x.rows(), out]);
+    let x = linear::input(x, w);
+    if w.format() != Format::F32 {
+        for_each_expert(y.f32_mut(), &offsets, |expert_id, rows, y| {
+            let outs = expert_id * out..(expert_id + 1) * out;
+            product(y, Output::Overwrite, &Factor::rows(&x, rows), &Factor::rows(w, outs));
+        });
+        return y.to(linear::of_products(w));
+    }
     for_each_block(y.f32_mut(), &offsets, |expert_id, rows, y| {
         gemm_serial(y, Output::Overwrite, 1.0, x.mat().rows_range(rows), expert(w, expert_id).t());
     });
     y
 }
 
-/// The gradient of `x`: `dy w_e` for the rows of each expert `e`.
+/// The gradient of `x`: `dy w_e` for the rows of each expert `e`, in BF16 unless the weights are F32.
 ///
 /// **Shapes**: `dy` `[R, out]`, `offsets` `[E + 1]` in U32, `w` `[E, out, in]`, result `[R, in]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
 pub fn backward_input(dy: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
-    let ([_, _, input], offsets) = checked(w, offsets, dy.rows());
+    let ([_, out, input], offsets) = checked(w, offsets, dy.rows());
     let mut dx = Tensor::for_overwrite(&[dy.rows(), input]);
+    let dy = linear::input(dy, w);
+    if w.format() != Format::F32 {
+        for_each_expert(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
+            let outs = expert_id * out..(expert_id + 1) * out;
+            product(dx, Output::Overwrite, &Factor::rows(&dy, rows), &Factor::columns(w, outs));
+        });
+        return dx.to(linear::of_products(w));
+    }
     for_each_block(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
         gemm_serial(dx, Output::Overwrite, 1.0, dy.mat().rows_range(rows), expert(w, expert_id));
     });
     dx
 }
 
-/// Adds the gradient of each `w_e` to `dw`: `dy^T x` over the rows of expert `e`.
+/// Adds the gradient of each `w_e` to `dw`: `dy^T x` over the rows of expert `e`, tiled anew as [`linear::backward_weight`] does.
 ///
 /// **Shapes**: `dy` `[R, out]`, `x` `[R, in]`, `offsets` `[E + 1]` in U32, `dw` `[E, out, in]`.
 /// **Errors**: panics if the offsets do not cut R rows into E parts.
 pub fn backward_weight(dy: &Tensor, x: &Tensor, offsets: &Tensor, dw: &mut Tensor) {
     let ([num_experts, out, _], offsets) = checked(dw, offsets, x.rows());
     assert_eq!(dy.shape(), [x.rows(), out], "expected one output gradient per row and output");
+    if x.format() != Format::F32 {
+        let shape = [out, x.cols()];
+        let experts = dw.f32_mut().chunks_exact_mut(out * x.cols()).zip(offsets.windows(2)).collect();
+        return par::for_each(experts, |(dw, rows): (&mut [f32], &[usize])| {
+            linear::add_weight_product(MatMut::new(dw, shape[0], shape[1]), dy, x, rows[0]..rows[1]);
+        });
+    }
     // Stacked, the weights have out rows per expert whatever its load: cut them as if those were the routed rows.
     let out_offsets: Vec<usize> = (0..=num_experts).map(|expert_id| expert_id * out).collect();
     for_each_block(dw.f32_mut(), &out_offsets, |expert_id, outs, dw| {
@@ -84,6 +110,22 @@ fn checked(w: &Tensor, offsets: &Tensor, num_rows: usize) -> ([usize; 3], Vec<us
 fn expert(w: &Tensor, expert_id: usize) -> Mat<'_> {
     let out = w.shape()[1];
     w.mat().rows_range(expert_id * out..(expert_id + 1) * out)
+}
+
+/// Cuts the rows of `data` by expert and works on each part given its rows.
+fn for_each_expert(
+    data: &mut [f32],
+    offsets: &[usize],
+    work: impl Fn(usize, Range<usize>, MatMut) + Send + Sync,
+) {
+    let rows: Vec<Range<usize>> = offsets.windows(2).map(|bounds| bounds[0]..bounds[1]).collect();
+    let width = data.len() / offsets[offsets.len() - 1].max(1);
+    let parts = par::split(data, width, &rows).into_iter().zip(rows).enumerate();
+    let tasks = parts.filter(|(_, (_, rows))| !rows.is_empty()).collect();
+    par::for_each(tasks, |(expert_id, (part, rows)): (usize, (&mut [f32], Range<usize>))| {
+        let num_rows = rows.len();
+        work(expert_id, rows, MatMut::new(part, num_rows, width));
+    });
 }
 
 /// Cuts the rows of `data` by expert, within a pool into blocks too, and works on each part given its rows.

@@ -39,7 +39,9 @@ impl LatentHeads {
 /// **Shapes**: `kv` `[T, H * (nope + v)]`, per head key then value, `k_rope` `[T, rope]`; result
 /// `([T, H * (nope + rope)], [T, H * v])`.
 pub fn join_keys(kv: &Tensor, k_rope: &Tensor, heads: &LatentHeads) -> (Tensor, Tensor) {
-    join(kv, k_rope.mat(), heads)
+    let (format, kv, k_rope) = (kv.format(), kv.widened(), k_rope.widened());
+    let (k, v) = join(&kv, k_rope.mat(), heads);
+    (k.to(format), v.to(format))
 }
 
 fn join(kv: &Tensor, k_rope: Mat, heads: &LatentHeads) -> (Tensor, Tensor) {
@@ -77,6 +79,7 @@ pub fn split_key_gradients(dk: &Tensor, dv: &Tensor, heads: &LatentHeads) -> (Te
         [dk.rows(), num_heads * v_dim],
         "expected value gradients beside those of the keys"
     );
+    let (format, dk, dv) = (dk.format(), dk.widened(), dv.widened());
     let mut d_kv = Tensor::for_overwrite(&[dk.rows(), num_heads * (nope_dim + v_dim)]);
     let mut d_k_rope = Tensor::zeros(&[dk.rows(), rope_dim]);
     let widths = (num_heads * (nope_dim + v_dim), rope_dim);
@@ -90,7 +93,7 @@ pub fn split_key_gradients(dk: &Tensor, dv: &Tensor, heads: &LatentHeads) -> (Te
             }
         }
     });
-    (d_kv, d_k_rope)
+    (d_kv.to(format), d_k_rope.to(format))
 }
 
 /// Works on each row of two matrices of as many rows, on the pool if there is one.

@@ -5,7 +5,7 @@
 //!
 //! **The door.** Operations take and give [`tensor::Tensor`] and nothing else that holds numbers; ids, routing and
 //! offsets are tensors too. In what format and where its bytes lie is a matter of the tensor and of the operations alone.
-//! Arithmetic is f32 on the CPU.
+//! Arithmetic is f32 on the CPU, but for products of narrow formats.
 //!
 //! **Threads.** An operation uses the rayon pool it is called from ([`par::Threads::run`]) and runs serially outside
 //! of one. Work is cut by sizes and number of threads only, so a run repeats bit for bit.
@@ -20,6 +20,8 @@
 
 pub mod adamw;
 pub mod attention;
+mod cast;
+mod codes;
 mod copy;
 pub mod cross_entropy;
 pub mod dispatch;

@@ -26,7 +26,8 @@ pub fn forward(x: &Tensor, w: &Tensor, eps: f32) -> Tensor {
 /// **Shapes**: `x` `[T, ..]`, `w` `[D]` for D columns in the range, result `[T, D]`.
 pub fn forward_cols(x: &Tensor, cols: Range<usize>, w: &Tensor, eps: f32) -> Tensor {
     let width = cols.len();
-    let (x, w) = (x.mat().columns(cols), weights(w, width));
+    let (format, x, w) = (x.format(), x.widened(), w.widened());
+    let (x, w) = (x.mat().columns(cols), weights(&w, width));
     let mut y = Tensor::for_overwrite(&[x.num_rows(), width]);
     par::for_each_chunk(y.f32_mut(), width, MIN_PARALLEL / width, |rows, y| {
         pulp::Arch::new().dispatch(
@@ -38,7 +39,7 @@ pub fn forward_cols(x: &Tensor, cols: Range<usize>, w: &Tensor, eps: f32) -> Ten
             },
         );
     });
-    y
+    y.to(format)
 }
 
 /// The gradient of `x` (returned) and of `w` (added to `dw`).
@@ -47,7 +48,7 @@ pub fn forward_cols(x: &Tensor, cols: Range<usize>, w: &Tensor, eps: f32) -> Ten
 pub fn backward(dy: &Tensor, x: &Tensor, w: &Tensor, eps: f32, dw: &mut Tensor) -> Tensor {
     let mut dx = Tensor::for_overwrite(x.shape());
     backward_cols(dy, x, 0..x.cols(), w, eps, dw, &mut dx);
-    dx
+    dx.like(x)
 }
 
 /// [`backward`] over a range of the columns of `x`; writes that range of `dx` and leaves its other columns alone.
@@ -66,7 +67,8 @@ pub fn backward_cols(
     assert_eq!(dx.shape(), x.shape(), "expected the gradient in the input's shape");
     assert_eq!(dy.shape(), [x.rows(), width], "expected an output gradient of the range's columns");
     assert_eq!(dw.len(), width, "expected one weight gradient per column");
-    let (x, w) = (x.mat().columns(cols.clone()), weights(w, width));
+    let (dy, x, w) = (dy.widened(), x.widened(), w.widened());
+    let (x, w) = (x.mat().columns(cols.clone()), weights(&w, width));
 
     // Each part of the rows sums up a weight gradient of its own; they are added in the order of the parts.
     let ranges = par::partition(x.num_rows(), MIN_PARALLEL / width);

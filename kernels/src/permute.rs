@@ -69,21 +69,31 @@ pub(crate) fn pairs_of(pairs: &Tensor) -> &[[u32; 2]] {
     pairs.u32().as_chunks().0
 }
 
-/// Copies the named rows of `x`, in the order named; a row may be named any number of times.
+/// Copies the named rows of `x`, in the order named; a row may be named any number of times. Scales go with their rows.
 ///
 /// **Shapes**: `x` `[N, ..]`, `rows` `[R]` in U32, result `[R, ..]`.
 pub fn gather(x: &Tensor, rows: &Tensor) -> Tensor {
     let mut shape = x.shape().to_vec();
     shape[0] = rows.len();
-    let mut out = Tensor::for_overwrite(&shape);
-    let (source, rows, width) = (x.f32(), rows.u32(), row_width(x));
-    par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |range, out| {
+    let mut out = Tensor::for_overwrite_in(x.format(), &shape);
+    let (rows, width) = (rows.u32(), x.format().value_bytes(row_width(x)));
+    let num_scales = x.scales().len() / x.shape()[0].max(1);
+    let (codes, scales) = out.codes_and_scales_mut();
+    gather_rows(codes, x.codes(), rows, width);
+    gather_rows(scales, x.scales(), rows, num_scales);
+    out
+}
+
+fn gather_rows<T: Copy + Send + Sync>(out: &mut [T], source: &[T], rows: &[u32], width: usize) {
+    if width == 0 {
+        return;
+    }
+    par::for_each_chunk(out, width, MIN_PARALLEL / width, |range, out| {
         for (target, &row) in out.chunks_exact_mut(width).zip(&rows[range]) {
             let start = row as usize * width;
             target.copy_from_slice(&source[start..start + width]);
         }
     });
-    out
 }
 
 /// Copies row `i` of `y` to row `rows[i]` of `out`: takes back what [`gather`] did where no row is named twice.
@@ -99,7 +109,7 @@ pub fn scatter(y: &Tensor, rows: &Tensor, out: &mut Tensor) {
     }
 }
 
-/// Adds row `i` of `y` to row `rows[i]` of `out`, in ascending `i`: the transpose of [`gather`].
+/// Adds row `i` of `y` to row `rows[i]` of `out`, which is in F32, in ascending `i`: the transpose of [`gather`].
 ///
 /// Each thread owns some rows of `out` and looks for what goes there, so sums have one order on any number of threads.
 ///
@@ -107,7 +117,8 @@ pub fn scatter(y: &Tensor, rows: &Tensor, out: &mut Tensor) {
 /// **Errors**: panics if a row is not below N.
 pub fn scatter_add(y: &Tensor, rows: &Tensor, out: &mut Tensor) {
     let width = check_rows(y, rows, out);
-    let (source, rows) = (y.f32(), rows.u32());
+    let (y, rows) = (y.widened(), rows.u32());
+    let source = y.f32();
     par::for_each_chunk(out.f32_mut(), width, MIN_PARALLEL / width, |owned, target| {
         for (values, &row) in source.chunks_exact(width).zip(rows) {
             let row = row as usize;

@@ -9,7 +9,7 @@ use std::f64::consts::PI;
 
 use crate::{
     par::{self, MIN_PARALLEL},
-    tensor::Tensor,
+    tensor::{Format, Tensor},
 };
 
 /// What the rotation of a model is made from.
@@ -148,6 +148,13 @@ pub fn rotate(table: &RopeTable, x: &mut Tensor, num_heads: usize, offset: usize
     );
     let width = num_cols / num_heads;
     assert!(offset + turned <= width, "expected {turned} columns from {offset} on within heads of {width}");
+    let format = x.format();
+    if format != Format::F32 {
+        let mut wide = x.widened();
+        rotate(table, &mut wide, num_heads, offset, inverse);
+        *x = wide.to(format);
+        return;
+    }
     let sign = if inverse { -1.0 } else { 1.0 };
     let (turns, _) = table.turns.f32().as_chunks::<2>();
     par::for_each_chunk(x.f32_mut(), num_cols, MIN_PARALLEL / num_cols, |rows, part| {

@@ -19,6 +19,7 @@ use crate::{
 pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
     let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
+    let (format, gate_up) = (gate_up.format(), gate_up.widened());
     let mut act = Tensor::for_overwrite(&[gate_up.rows(), hidden]);
     par::for_each_chunk(act.f32_mut(), hidden, MIN_PARALLEL / hidden, |rows, act| {
         pulp::Arch::new().dispatch(
@@ -31,7 +32,7 @@ pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
             },
         );
     });
-    act
+    act.to(format)
 }
 
 /// The gradients of `gate_up` and of the weights, if there are any.
@@ -40,6 +41,7 @@ pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
 pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
     let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
+    let (format, d_act, gate_up) = (gate_up.format(), d_act.widened(), gate_up.widened());
     assert_eq!(d_act.shape(), [gate_up.rows(), hidden], "expected one gradient per pair of gate and up");
     let mut d_gate_up = Tensor::for_overwrite(gate_up.shape());
     let mut d_weights = Tensor::for_overwrite(&[gate_up.rows()]);
@@ -62,7 +64,7 @@ pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&Tensor>) -> (
             },
         );
     });
-    (d_gate_up, weights.map(|_| d_weights))
+    (d_gate_up.to(format), weights.map(|_| d_weights))
 }
 
 /// F, once the shapes are known to fit.

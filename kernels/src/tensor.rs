@@ -7,7 +7,7 @@
 use std::{fmt, ops::Range, sync::Arc};
 
 pub use crate::{
-    format::{Element, Format},
+    format::{Element, Format, ScaleRule, Tile},
     view::{View, ViewMut},
 };
 use crate::{
@@ -45,7 +45,7 @@ impl Tensor {
     /// Zeros, in F32.
     pub fn zeros(shape: &[usize]) -> Tensor {
         let format = Format::F32;
-        Tensor::over(shape, format, Buffer::zeros(format.num_bytes(shape.iter().product())))
+        Tensor::over(shape, format, Buffer::zeros(format.num_bytes(shape)))
     }
 
     /// Unspecified values, in F32: for an output that is going to be written in full.
@@ -54,7 +54,7 @@ impl Tensor {
     }
 
     pub(crate) fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
-        Tensor::over(shape, format, Buffer::for_overwrite(format.num_bytes(shape.iter().product())))
+        Tensor::over(shape, format, Buffer::for_overwrite(format.num_bytes(shape)))
     }
 
     /// The given values, in their own format.
@@ -66,13 +66,15 @@ impl Tensor {
         Tensor::over(shape, T::FORMAT, Buffer::copy_of(bytemuck::cast_slice(&values)))
     }
 
-    /// Values that already lie in `memory`; copied when they are to be written. `None` if it does not hold exactly as
-    /// many as the shape, or they are not aligned.
-    pub fn borrowing<T: Element>(shape: &[usize], memory: Arc<dyn HostMemory>) -> Option<Tensor> {
-        let len = shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim))?;
-        let values: &[T] = bytemuck::try_cast_slice(memory.bytes()).ok()?;
-        let storage = Storage::Borrowed(memory.clone());
-        (values.len() == len).then(|| Tensor { shape: shape.to_vec(), format: T::FORMAT, storage })
+    /// Values, and their scales if the format has any, that already lie in `memory`; copied when they are to be written. `None`
+    /// if it does not hold exactly what the shape does, or they are not aligned.
+    pub fn borrowing(format: Format, shape: &[usize], memory: Arc<dyn HostMemory>) -> Option<Tensor> {
+        // Four bytes each, and scales: a bound on what is computed below.
+        shape.iter().try_fold(8_usize, |len, &dim| len.checked_mul(dim.max(1)))?;
+        let is_aligned = memory.bytes().as_ptr().addr().is_multiple_of(size_of::<u32>());
+        let is_whole = memory.bytes().len() == format.num_bytes(shape);
+        let storage = Storage::Borrowed(memory);
+        (is_aligned && is_whole).then(|| Tensor { shape: shape.to_vec(), format, storage })
     }
 
     fn over(shape: &[usize], format: Format, buffer: Buffer) -> Tensor {
@@ -111,12 +113,34 @@ impl Tensor {
 
     /// **Units**: bytes of all [`Tensor::parts`]. Reads nothing.
     pub fn num_bytes(&self) -> usize {
-        self.format.num_bytes(self.len())
+        self.format.num_bytes(&self.shape)
     }
 
-    /// The raw payload, little-endian, for the wire and for files: the values, then their scales if the format has any.
+    /// The raw payload, little-endian, for the wire and for files: the values, then their scales if the format has any; codes of
+    /// one byte are filled up to a multiple of four of them.
     pub fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        std::iter::once(self.bytes())
+        let first = self.num_bytes() - 4 * self.format.num_scales(&self.shape);
+        let (values, scales) = self.bytes().split_at(first);
+        std::iter::once(values).chain((!scales.is_empty()).then_some(scales))
+    }
+
+    /// The values as they lie, without scales.
+    pub(crate) fn codes(&self) -> &[u8] {
+        &self.bytes()[..self.format.value_bytes(self.len())]
+    }
+
+    /// The scales of a narrow format, in rows as [`Format::scale_grid`] has them.
+    pub(crate) fn scales(&self) -> &[f32] {
+        let first = self.num_bytes() - 4 * self.format.num_scales(&self.shape);
+        bytemuck::cast_slice(&self.bytes()[first..])
+    }
+
+    /// Codes and scales, to be written.
+    pub(crate) fn codes_and_scales_mut(&mut self) -> (&mut [u8], &mut [f32]) {
+        let num_codes = self.format.value_bytes(self.len());
+        let first = self.num_bytes() - 4 * self.format.num_scales(&self.shape);
+        let (codes, scales) = self.bytes_mut().split_at_mut(first);
+        (&mut codes[..num_codes], bytemuck::cast_slice_mut(scales))
     }
 
     /// The same values under another shape.
@@ -144,7 +168,7 @@ impl Tensor {
     }
 
     fn bytes_of(&self, range: Range<usize>) -> Range<usize> {
-        self.format.num_bytes(range.start)..self.format.num_bytes(range.end)
+        self.format.value_bytes(range.start)..self.format.value_bytes(range.end)
     }
 
     fn bytes(&self) -> &[u8] {

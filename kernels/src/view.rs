@@ -25,7 +25,7 @@ impl<'a> View<'a> {
 
     /// Number of values.
     pub fn len(&self) -> usize {
-        self.bytes.len() / self.format.num_bytes(1)
+        self.bytes.len() / self.format.value_bytes(1)
     }
 
     /// Whether there are none.
@@ -59,7 +59,7 @@ impl<'a> ViewMut<'a> {
     /// **Errors**: panics if format or length differ.
     pub fn copy_from(&mut self, source: View) {
         expect(self.format, source.format);
-        let len = self.bytes.len() / self.format.num_bytes(1);
+        let len = self.bytes.len() / self.format.value_bytes(1);
         assert_eq!(source.len(), len, "expected as many values as the target holds");
         self.bytes.copy_from_slice(source.bytes);
     }
@@ -196,6 +196,19 @@ impl<'a> MatMut<'a> {
     /// **Errors**: panics if the range does not lie in the matrix.
     pub(crate) fn columns(self, columns: Range<usize>) -> MatMut<'a> {
         self.t().rows_range(columns).t()
+    }
+
+    /// The matrix cut into the parts that adjoining ranges of rows, from row 0 on, stand for.
+    ///
+    /// **Errors**: panics if the ranges go beyond the matrix.
+    pub(crate) fn split_rows(self, ranges: &[Range<usize>]) -> Vec<MatMut<'a>> {
+        let MatMut { mut data, layout } = self;
+        let mut part = |rows: &Range<usize>| {
+            let (part, _) = layout.rows(rows);
+            let len = (rows.len() * layout.row_stride).min(data.len());
+            MatMut { data: data.split_off_mut(..len).expect("at most what is left"), layout: part }
+        };
+        ranges.iter().map(&mut part).collect()
     }
 
     /// The values of one row.

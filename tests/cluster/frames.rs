@@ -45,6 +45,7 @@ fn shapes<'a>(recipe: &'a Recipe, plans: &'a Plans) -> Shapes<'a> {
         buckets: &plans.sharding.buckets,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         sequence_length: recipe.training.sequence_length,
+        precision: &recipe.precision,
         mode: Mode::Train,
     }
 }
@@ -111,6 +112,7 @@ fn assert_all_to_alls(recipe: &Recipe, plans: &Plans, plan: &Plan, frame_log: &[
     let topology = recipe.topology();
     let sent = frames(frame_log, Phase::Train, |kind| EXCHANGES.contains(&kind));
     let hidden = recipe.model_config.hidden_size;
+    let row_bytes = cost::bytes_of_rows(recipe.precision.dispatch, 1, hidden) as usize;
     let tokens = recipe.training.micro_batch_size * recipe.training.sequence_length;
     let mut num_expected = 0;
     for (stage, layout) in plans.layouts.iter().enumerate() {
@@ -125,13 +127,13 @@ fn assert_all_to_alls(recipe: &Recipe, plans: &Plans, plan: &Plan, frame_log: &[
                         let bytes = |kind, from, to| {
                             sent[&(step, kind, stage as u32, micro_batch as u32, layer as u32, from, to)]
                         };
-                        let rows = bytes(FrameKind::CombineGradient, from, to) / (hidden * F32);
+                        let rows = bytes(FrameKind::CombineGradient, from, to) / row_bytes;
                         assert!(
                             rows <= tokens,
                             "a token goes once to a rank: {rows} rows of {tokens} tokens"
                         );
                         // Beside its row a pair has two numbers, row and expert, and a weight.
-                        let pair_bytes = bytes(FrameKind::Dispatch, from, to) - rows * hidden * F32;
+                        let pair_bytes = bytes(FrameKind::Dispatch, from, to) - rows * row_bytes;
                         assert_eq!(pair_bytes % (3 * F32), 0);
                         let pairs = pair_bytes / (3 * F32);
                         assert!(rows <= pairs && pairs <= rows * recipe.model_config.num_experts_per_tok);
@@ -142,8 +144,10 @@ fn assert_all_to_alls(recipe: &Recipe, plans: &Plans, plan: &Plan, frame_log: &[
                                 } else {
                                     (from, to)
                                 };
+                            let counts = (rows as u64, pairs as u64);
+                            let precision = &recipe.precision;
                             let expected =
-                                cost::all_to_all_bytes(component, pass, rows as u64, pairs as u64, hidden);
+                                cost::all_to_all_bytes((component, pass), counts, hidden, precision);
                             assert_eq!(bytes(kind, source, target) as u64, expected, "{kind:?}");
                         }
                         num_expected += EXCHANGES.len();
@@ -193,7 +197,8 @@ fn assert_totals(recipe: &Recipe, frame_log: &[SentFrame]) {
     assert_eq!(pairs, expected);
 }
 
-fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
+/// Runs a layout and compares what was sent with what the plan says.
+pub fn run_and_hold_to_the_plan(lab: &Lab, layout: Layout, changes: &[&str]) {
     let holders: Arc<Mutex<Holders>> = Arc::default();
     let seen = holders.clone();
     let probe = Probe::new(move |point| {

@@ -10,6 +10,7 @@ mod lab;
 mod loading;
 mod margins;
 mod overlap;
+mod precision;
 mod recording;
 mod resume;
 mod topology;

@@ -20,10 +20,11 @@ use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
 use contraflow_workers::model::params::{Params, RankParams};
+use contraflow_workers::model::precision::Precision;
 
 /// The smallest margin of any choice that the model makes with these weights on these sequences, over all layers.
 pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f64 {
-    let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
+    let arch = Arc::new(Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision)));
     let layouts = split_layers(&recipe.model_config, 1, sequences.sequence_length).unwrap();
     let placement = Placement { topology: recipe.topology(), stages_of: &[vec![0]], layouts: &layouts };
     let RankModel { stages, dense, experts } = build(&arch, &placement, 0);
@@ -63,7 +64,7 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
 fn with_weights(mut params: Params, source: &Params) -> Params {
     for (param, source) in params.iter_mut().zip(source.iter()) {
         assert_eq!(param.parts, source.parts);
-        param.weight = source.weight.clone();
+        *param.master_mut() = source.master().clone();
     }
     params.gate_biases = source.gate_biases.clone();
     params

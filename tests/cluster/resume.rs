@@ -33,9 +33,19 @@ pub fn commits(run: &Path, recipe: &Recipe) -> Commits {
 }
 
 /// Runs a layout to `steps`, from a checkpoint if one is given, keeping checkpoints in `run`.
-fn run(lab: &Lab, (run, layout): (&Path, Layout), from: Option<&Path>, steps: u64) -> Finished {
-    let steps = format!("training.steps={steps}");
-    let setup = lab.setup(layout, &[&steps, &format!("checkpoint.every={BEFORE}")]);
+fn run(lab: &Lab, at: (&Path, Layout), from: Option<&Path>, steps: u64) -> Finished {
+    run_with(lab, at, from, steps, &[])
+}
+
+fn run_with(
+    lab: &Lab,
+    (run, layout): (&Path, Layout),
+    from: Option<&Path>,
+    steps: u64,
+    changes: &[&str],
+) -> Finished {
+    let (steps, every) = (format!("training.steps={steps}"), format!("checkpoint.every={BEFORE}"));
+    let setup = lab.setup(layout, &[&[steps.as_str(), every.as_str()], changes].concat());
     let checkpoints = Some(commits(run, &setup.recipe));
     let resume = from.map(|dir| Arc::new(Checkpoint::open(dir).unwrap_or_else(|faults| panic!("{faults}"))));
     lab.run(Setup { resume, checkpoints, ..setup })
@@ -72,24 +82,29 @@ fn half_a_run_and_the_rest_are_the_whole_run_bit_for_bit() {
         layout("1f1b", (2, 2, 2)),
     ];
     for (number, at) in layouts.into_iter().enumerate() {
-        let (whole, half) =
-            (lab.path().join(format!("whole-{number}")), lab.path().join(format!("half-{number}")));
-        let expected = run(&lab, (&whole, at), None, 2 * BEFORE);
-        assert_eq!(expected.losses().len() as u64, 2 * BEFORE);
-        let first = run(&lab, (&half, at), None, BEFORE);
-        let rest = run(&lab, (&half, at), Some(&checkpoint(&half, BEFORE)), 2 * BEFORE);
-        let steps: Vec<u64> = rest.records.iter().map(|record| record.step).collect();
-        assert_eq!(steps, (BEFORE + 1..=2 * BEFORE).collect::<Vec<_>>());
-        let both = first.records.iter().chain(&rest.records).map(bits);
-        assert!(both.eq(expected.records.iter().map(bits)), "{at:?}");
-        let last = |run: &Path| checkpoint(run, 2 * BEFORE);
-        assert!(
-            shards(&last(&whole)) == shards(&last(&half)),
-            "{at:?}: weights, moments, biases or counts differ"
-        );
-        let position = |run: &Path| Manifest::read(&last(run)).unwrap().position;
-        assert_eq!(position(&whole), position(&half));
+        assert_rest_is_as_undisturbed(&lab, at, &number.to_string(), &[]);
     }
+}
+
+/// A run that goes on from a checkpoint halfway ends as one that went through.
+pub fn assert_rest_is_as_undisturbed(lab: &Lab, at: Layout, name: &str, changes: &[&str]) {
+    let run = |dir: &Path, from: Option<&Path>, steps: u64| run_with(lab, (dir, at), from, steps, changes);
+    let (whole, half) = (lab.path().join(format!("whole-{name}")), lab.path().join(format!("half-{name}")));
+    let expected = run(&whole, None, 2 * BEFORE);
+    assert_eq!(expected.losses().len() as u64, 2 * BEFORE);
+    let first = run(&half, None, BEFORE);
+    let rest = run(&half, Some(&checkpoint(&half, BEFORE)), 2 * BEFORE);
+    let steps: Vec<u64> = rest.records.iter().map(|record| record.step).collect();
+    assert_eq!(steps, (BEFORE + 1..=2 * BEFORE).collect::<Vec<_>>());
+    let both = first.records.iter().chain(&rest.records).map(bits);
+    assert!(both.eq(expected.records.iter().map(bits)), "{at:?}");
+    let last = |run: &Path| checkpoint(run, 2 * BEFORE);
+    assert!(
+        shards(&last(&whole)) == shards(&last(&half)),
+        "{at:?}: weights, moments, biases or counts differ"
+    );
+    let position = |run: &Path| Manifest::read(&last(run)).unwrap().position;
+    assert_eq!(position(&whole), position(&half));
 }
 
 /// Steps that a changed layout is followed for.

@@ -26,6 +26,7 @@ use contraflow_workers::model::Architecture;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::init::initialise;
 use contraflow_workers::model::params::{Params, RankParams};
+use contraflow_workers::model::precision::Precision;
 use contraflow_workers::optimizer::totals::{Totals, TotalsLayout};
 use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
@@ -61,7 +62,7 @@ impl Rank {
     fn new(recipe: &Recipe, endpoint: Endpoint) -> Rank {
         let rank = endpoint.rank();
         let plans = Plans::new(recipe).unwrap();
-        let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
+        let arch = Arc::new(Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision)));
         let topology = recipe.topology();
         let placement = Placement { topology, stages_of: &[vec![0]], layouts: &plans.layouts };
         let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
@@ -85,6 +86,7 @@ impl Rank {
             stages: Arc::new(stages),
             pipeline_peers: vec![rank],
             hidden_size: recipe.model_config.hidden_size,
+            precision: Precision::F32,
             probe: Probe::default(),
         };
         let programs = StepPrograms::new(&[Program::default()], &plans.sharding);

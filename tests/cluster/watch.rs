@@ -122,7 +122,7 @@ fn a_weight_that_is_not_finite_is_named_before_what_comes_of_it() {
         |rank, step| rank == 2 && step == 1,
         |params, _| {
             let head = params.dense.iter_mut().find(|param| param.parts[0].name == "lm_head.weight");
-            set_all(&mut head.unwrap().weight, f32::NAN);
+            set_all(head.unwrap().master_mut(), f32::NAN);
         },
     );
     let finished = lab.run(Setup { probe, ..lab.setup(FOUR_RANKS, &[]) });
@@ -158,7 +158,7 @@ pub type Bits = Vec<(String, Vec<u32>)>;
 
 pub fn bits(params: &RankParams) -> Bits {
     let as_bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
-    let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.weight.values())));
+    let weights = parts(params).map(|(param, part)| (part.name.clone(), as_bits(param.master().values())));
     let biases = params
         .dense
         .gate_biases

@@ -72,7 +72,7 @@ fn memory_of_others_is_read_in_place_and_copied_when_it_is_written() {
     let frame = |skip| Arc::new(Frame { words: [1.0, 2.0, 3.0, 4.0], skip });
     let memory = frame(4);
     let address = memory.bytes().as_ptr();
-    let mut tensor = Tensor::borrowing::<f32>(&[3, 1], memory.clone()).unwrap();
+    let mut tensor = Tensor::borrowing(Format::F32, &[3, 1], memory.clone()).unwrap();
     assert_eq!(tensor.values::<f32>(), [2.0, 3.0, 4.0]);
     assert_eq!(tensor.parts().next().unwrap().as_ptr(), address);
 
@@ -81,7 +81,10 @@ fn memory_of_others_is_read_in_place_and_copied_when_it_is_written() {
     assert_eq!(tensor.values::<f32>(), [9.0, 3.0, 4.0]);
     assert_eq!(memory.words, [1.0, 2.0, 3.0, 4.0]);
     for (shape, skip) in [(&[2][..], 4), (&[4], 4), (&[3], 5), (&[usize::MAX, 3], 4)] {
-        assert!(Tensor::borrowing::<f32>(shape, frame(skip)).is_none(), "{shape:?} without {skip} bytes");
+        assert!(
+            Tensor::borrowing(Format::F32, shape, frame(skip)).is_none(),
+            "{shape:?} without {skip} bytes"
+        );
     }
 }
 

@@ -10,6 +10,7 @@ use super::{
     mtp_parameters, shared_ffn_matrices, table_parameters,
 };
 use crate::model_config::ModelConfig;
+use crate::recipe::{NumberFormat, PrecisionSection};
 use crate::schedule::{Bucket, Component, Contents, LayerKind, Mode, Pass, StageLayout, Work};
 use crate::stability::evidence::FOUND_LEN;
 use crate::topology::Topology;
@@ -17,6 +18,8 @@ use crate::topology::collective::{children, shard};
 
 const F32_BYTES: u64 = 4;
 const F64_BYTES: u64 = 8;
+/// Columns of a tile, which has one scale.
+const TILE: usize = 128;
 /// Of a pair of row and expert beside its row: two numbers of 4 bytes, and its routing weight.
 const PAIR_BYTES: u64 = 8;
 const ROUTING_WEIGHT_BYTES: u64 = 4;
@@ -36,6 +39,8 @@ pub struct Shapes<'a> {
     pub micro_batch_tokens: usize,
     /// Tokens of a sequence.
     pub sequence_length: usize,
+    /// In which formats it is computed and sent.
+    pub precision: &'a PrecisionSection,
     /// Whether a backward pass follows: the head makes its gradients with the loss.
     pub mode: Mode,
 }
@@ -65,8 +70,8 @@ pub fn of(work: &Work, rank: usize, shapes: &Shapes) -> OpCost {
             sent_bytes: shapes.all_to_all_sent_bytes(component, pass),
         },
         Work::Send { .. } => {
-            let values = shapes.micro_batch_tokens * shapes.config.hidden_size;
-            OpCost { flops: 0, sent_bytes: F32_BYTES * values as u64 }
+            let rows = shapes.micro_batch_tokens as u64;
+            sends(bytes_of_rows(shapes.precision.activations, rows, shapes.config.hidden_size))
         }
         Work::Reduce { bucket } => sends(shapes.reduce_scatter_bytes(bucket, rank)),
         Work::Gather { bucket } => sends(shapes.all_gather_bytes(bucket, rank)),
@@ -112,13 +117,37 @@ pub fn bucket_elements(
 
 /// Bytes of the frame that a rank sends another one in an exchange of the expert group, where `rows` rows with `pairs` pairs
 /// of row and expert go between them. `component` is [`Component::Dispatch`] or [`Component::Combine`].
-pub fn all_to_all_bytes(component: Component, pass: Pass, rows: u64, pairs: u64, hidden_size: usize) -> u64 {
+pub fn all_to_all_bytes(
+    (component, pass): (Component, Pass),
+    (rows, pairs): (u64, u64),
+    hidden_size: usize,
+    precision: &PrecisionSection,
+) -> u64 {
+    // What goes to the experts is one format, what comes back from them the other.
+    let format = match (component, pass) {
+        (Component::Dispatch, Pass::Forward) | (Component::Combine, Pass::BackwardInput) => {
+            precision.dispatch
+        }
+        _ => precision.combine,
+    };
     let of_pair = match (component, pass) {
         (Component::Dispatch, Pass::Forward) => PAIR_BYTES + ROUTING_WEIGHT_BYTES,
         (Component::Dispatch, _) => ROUTING_WEIGHT_BYTES,
         _ => 0,
     };
-    rows * hidden_size as u64 * F32_BYTES + pairs * of_pair
+    bytes_of_rows(format, rows, hidden_size) + pairs * of_pair
+}
+
+/// Bytes of a tensor of rows, its scales included; codes of one byte are filled up to a multiple of four of them.
+pub fn bytes_of_rows(format: NumberFormat, rows: u64, width: usize) -> u64 {
+    let values = rows * width as u64;
+    let scales = 4 * rows * width.div_ceil(TILE) as u64;
+    match format {
+        NumberFormat::F32 => F32_BYTES * values,
+        NumberFormat::Bf16 => 2 * values,
+        NumberFormat::Fp8 => values.next_multiple_of(4) + scales,
+        NumberFormat::E5m6 => (3 * values).div_ceil(2).next_multiple_of(4) + scales,
+    }
 }
 
 impl Shapes<'_> {
@@ -163,13 +192,8 @@ impl Shapes<'_> {
         }
         let (top_k, ranks) = (self.config.num_experts_per_tok as u64, self.topology.expert as u64);
         let elsewhere = |count: u64| self.micro_batch_tokens as u64 * count * (ranks - 1) / ranks;
-        all_to_all_bytes(
-            component,
-            pass,
-            elsewhere(top_k.min(ranks)),
-            elsewhere(top_k),
-            self.config.hidden_size,
-        )
+        let counts = (elsewhere(top_k.min(ranks)), elsewhere(top_k));
+        all_to_all_bytes((component, pass), counts, self.config.hidden_size, self.precision)
     }
 
     /// The bucket's elements, the size of its replica group, and this rank's shard; nothing of a bucket that it does not hold.
@@ -249,6 +273,7 @@ mod tests {
             buckets: &buckets,
             micro_batch_tokens: 128,
             sequence_length: 64,
+            precision: &PrecisionSection::uniform(NumberFormat::F32),
             mode: Mode::Train,
         };
         let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: true };

@@ -3,8 +3,9 @@
 //!
 //! Shape letters: D hidden, K top-k, E experts, F expert hidden, H heads, C latent.
 
-use crate::cost;
+use crate::cost::{self, bytes_of_rows};
 use crate::model_config::ModelConfig;
+use crate::recipe::{NumberFormat, PrecisionSection};
 use crate::schedule::program::{LayerKind, StageLayout};
 use crate::schedule::{RankFigures, buckets};
 use crate::topology::Topology;
@@ -24,6 +25,8 @@ pub struct MemoryQuery<'a> {
     pub micro_batch_tokens: usize,
     /// `peak_live_chunks[rank]`: forward chunks of a pipeline rank that wait for their backward at most.
     pub peak_live_chunks: &'a [usize],
+    /// In which formats it is computed.
+    pub precision: &'a PrecisionSection,
 }
 
 const F32_BYTES: u64 = 4;
@@ -32,8 +35,8 @@ const MOMENTS: u64 = 2;
 /// Parameters and memory of each pipeline rank, in steady state; all ranks at one pipeline coordinate need
 /// the same.
 ///
-/// Weights and gradients take 4 bytes a parameter: in f32 the weight is its own master copy. The optimizer's
-/// two moments take 8, for the parameters that fall to the rank when every replica group shares its own out
+/// Weights and gradients take 4 bytes a parameter: in f32 the weight is its own master copy. What is computed with in a
+/// narrower format is a copy beside it. The optimizer's two moments take 8, for the parameters that fall to the rank when every replica group shares its own out
 /// evenly (ZeRO-1). Activations are live chunks x tokens x the largest of the rank's stages.
 ///
 /// Replica groups are those of [`buckets`].
@@ -54,13 +57,18 @@ impl MemoryQuery<'_> {
         let shard: u64 = trained.iter().map(|held| held.parameters.div_ceil(held.copies as u64)).sum();
         let stages = || self.placement[rank].iter().map(|&stage| &self.stages[stage]);
         let gate_biases: u64 = stages().map(|stage| self.gate_biases(stage)).sum();
+        // A rank that holds both ends shares embedding and head between them.
+        let has_embedding = stages().any(|stage| stage.embedding || stage.tied || stage.mtp_layer.is_some());
+        let tables = u64::from(has_embedding) + u64::from(stages().any(|stage| stage.head && !stage.tied));
+        let narrow = stages().map(|stage| self.narrow_bytes(stage)).sum::<u64>()
+            + copies(self.precision.activations, tables * cost::table_parameters(self.config));
         let largest_chunk = stages().map(|stage| self.chunk_bytes(stage)).max().unwrap_or(0);
         RankFigures {
             rank,
             stages: self.placement[rank].clone(),
             layers: stages().map(stage_text).collect::<Vec<_>>().join("; "),
             parameters: num_trained + gate_biases,
-            weight_bytes: F32_BYTES * (num_trained + gate_biases),
+            weight_bytes: F32_BYTES * (num_trained + gate_biases) + narrow,
             gradient_bytes: F32_BYTES * num_trained,
             optimizer_bytes: MOMENTS * F32_BYTES * shard,
             activation_bytes: self.peak_live_chunks[rank] as u64 * largest_chunk,
@@ -85,39 +93,68 @@ impl MemoryQuery<'_> {
 
     /// What one chunk of a stage keeps for its backward pass.
     fn chunk_bytes(&self, stage: &StageLayout) -> u64 {
-        let hidden = self.config.hidden_size as u64;
-        let mut values: u64 = stage.layers.iter().map(|&kind| self.kept_by_layer(kind)).sum();
+        let hidden = self.rows(self.precision.activations, self.config.hidden_size);
+        let mut bytes: u64 = stage.layers.iter().map(|&kind| self.kept_by_layer(kind)).sum();
         // A head keeps its input and the gradient behind its norm; multi-token prediction has one more of both, and
         // keeps the embedding and the hidden state that it joins.
         if stage.head {
-            values += 2 * hidden;
+            bytes += 2 * hidden;
         }
         if stage.mtp_layer.is_some() {
-            values += self.kept_by_layer(LayerKind::Moe) + 4 * hidden;
+            bytes += self.kept_by_layer(LayerKind::Moe) + 4 * hidden;
         }
-        F32_BYTES * values * self.micro_batch_tokens as u64
+        bytes
     }
 
-    /// Values per token that a layer keeps: its input, the residual after attention and the same normed (3 D); both
+    /// Bytes of a row for each token of a micro-batch.
+    fn rows(&self, format: NumberFormat, width: usize) -> u64 {
+        bytes_of_rows(format, self.micro_batch_tokens as u64, width)
+    }
+
+    /// What a layer keeps: its input, the residual after attention and the same normed (3 D); both
     /// latents with the rope key (C_q + C + rope); queries, keys, values and output of every head with a log-sum
     /// (H (2 qk + 2 v + 1)); the inner values of the FFN every token passes, gate and up (2 F each); in a mixture also
     /// E scores, 2 K ids and weights, and, with balanced routing, the rows that come from the expert group
     /// (min(K, expert ranks) D) and their inner values (2 K F). Norms and SwiGLU are computed again.
     fn kept_by_layer(&self, kind: LayerKind) -> u64 {
         let c = self.config;
-        let latents = c.q_lora_rank.unwrap_or(0) + c.kv_lora_rank + c.qk_rope_head_dim;
-        let per_head = 2 * c.qk_head_dim() + 2 * c.v_head_dim + 1;
-        let attention = 3 * c.hidden_size + latents + c.num_attention_heads * per_head;
+        let PrecisionSection { activations, dispatch, attention_output, .. } = *self.precision;
+        let (products, heads) = (self.precision.products(), c.num_attention_heads);
+        let latents = [c.q_lora_rank.unwrap_or(0), c.kv_lora_rank + c.qk_rope_head_dim];
+        let of_heads = [c.qk_head_dim(), c.qk_head_dim(), c.v_head_dim].map(|dim| heads * dim);
+        let attention = 3 * self.rows(activations, c.hidden_size)
+            + latents.into_iter().chain(of_heads).map(|width| self.rows(products, width)).sum::<u64>()
+            + self.rows(attention_output, heads * c.v_head_dim)
+            + self.rows(NumberFormat::F32, heads);
         let ffn = match kind {
-            LayerKind::Dense => 2 * c.intermediate_size,
+            LayerKind::Dense => self.rows(products, 2 * c.intermediate_size),
             LayerKind::Moe => {
                 let top_k = c.num_experts_per_tok;
-                let received = top_k.min(self.topology.expert) * c.hidden_size;
-                let routed = c.n_routed_experts + 2 * top_k + received + 2 * top_k * c.moe_intermediate_size;
-                2 * c.shared_intermediate_size() + routed
+                self.rows(products, 2 * c.shared_intermediate_size())
+                    + self.rows(NumberFormat::F32, c.n_routed_experts + 2 * top_k)
+                    + top_k.min(self.topology.expert) as u64 * self.rows(dispatch, c.hidden_size)
+                    + top_k as u64 * self.rows(products, 2 * c.moe_intermediate_size)
             }
         };
-        (attention + ffn) as u64
+        attention + ffn
+    }
+
+    /// What weights of linear layers take in the format that they are computed with, where that is narrower than their masters.
+    fn narrow_bytes(&self, stage: &StageLayout) -> u64 {
+        let expert = self.topology.expert as u64;
+        let layers = stage.layers.iter().copied().chain(stage.mtp_layer.map(|_| LayerKind::Moe));
+        let linear: u64 = layers.map(|kind| cost::linear_parameters(self.config, kind, expert)).sum();
+        let join = stage.mtp_layer.map_or(0, |_| cost::join_matrix(self.config));
+        copies(self.precision.linear, linear + join)
+    }
+}
+
+/// Bytes of a narrow copy of this many weights; scales of blocks are a quarter of a thousandth of it.
+fn copies(format: NumberFormat, weights: u64) -> u64 {
+    match format {
+        NumberFormat::F32 => 0,
+        NumberFormat::Bf16 => 2 * weights,
+        NumberFormat::Fp8 | NumberFormat::E5m6 => weights + weights.div_ceil(128 * 128) * F32_BYTES,
     }
 }
 
@@ -160,6 +197,7 @@ mod tests {
             placement: &schedule.placement(topology.pipeline),
             micro_batch_tokens: 512,
             peak_live_chunks: &vec![3; topology.pipeline],
+            precision: &PrecisionSection::uniform(NumberFormat::F32),
         })
     }
 

@@ -27,6 +27,7 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
         peak_live_chunks: &peak_activations(&plan),
+        precision: &recipe.precision,
     }))
 }
 

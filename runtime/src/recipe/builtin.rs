@@ -1,10 +1,11 @@
 //! Recipes that are built into the binary; the files stand in `recipes/`.
 
 /// Names and texts of the built-in recipes; the first is the default.
-const RECIPES: [(&str, &str); 3] = [
+const RECIPES: [(&str, &str); 4] = [
     ("tiny", include_str!("../../../recipes/tiny.toml")),
     ("small", include_str!("../../../recipes/small.toml")),
     ("base", include_str!("../../../recipes/base.toml")),
+    ("deepseek-v3", include_str!("../../../recipes/deepseek-v3.toml")),
 ];
 
 /// Names of the built-in recipes, the default one first.

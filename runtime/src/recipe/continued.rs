@@ -3,7 +3,7 @@
 use serde_json::Value as Json;
 use toml::Value;
 
-use super::Recipe;
+use super::{Recipe, precision_of};
 use crate::faults::Faults;
 use crate::model_config::ModelConfig;
 
@@ -14,16 +14,27 @@ pub(super) fn is_set(overrides: &[String], path: &str) -> bool {
 
 /// The resolved recipe of a run that is to be continued with overrides.
 pub(super) fn text_to_continue(resolved_toml: &str, overrides: &[String]) -> String {
+    let Ok(mut values) = resolved_toml.parse::<toml::Table>() else { return resolved_toml.to_owned() };
     // The floor of a rate that does not decay was derived from the peak, and follows it.
     if is_set(overrides, "lr.peak")
-        && let Ok(mut values) = resolved_toml.parse::<toml::Table>()
         && let Some(Value::Table(lr)) = values.get_mut("lr")
         && lr.get("floor") == lr.get("peak")
     {
         lr.remove("floor");
-        return values.to_string();
     }
-    resolved_toml.to_owned()
+    // So do the formats of a precision recipe.
+    if is_set(overrides, "precision.recipe")
+        && let Some(Value::Table(precision)) = values.get_mut("precision")
+    {
+        let recipe = precision.get("recipe").and_then(Value::as_str).unwrap_or_default().to_owned();
+        for (path, derived) in precision_of(&recipe) {
+            let key = path.trim_start_matches("precision.");
+            if precision.get(key).and_then(Value::as_str) == Some(derived) {
+                precision.remove(key);
+            }
+        }
+    }
+    values.to_string()
 }
 
 /// The tokens that begin and end a text are the tokenizer's and no part of the model.

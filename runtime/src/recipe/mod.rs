@@ -27,8 +27,9 @@ pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
-    LogSection, LrSection, ModelSection, MtpSection, OnFault, OnSpike, OptimizerSection, ParallelSection,
-    SampleSection, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
+    LogSection, LrSection, ModelSection, MtpSection, NumberFormat, OnFault, OnSpike, OptimizerSection,
+    ParallelSection, PrecisionRecipe, PrecisionSection, SampleSection, TokenizerSection, TrainingSection,
+    ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 
@@ -62,6 +63,8 @@ pub struct Recipe {
     pub training: TrainingSection,
     /// AdamW.
     pub optimizer: OptimizerSection,
+    /// In which formats it is computed.
+    pub precision: PrecisionSection,
     /// The learning rate.
     pub lr: LrSection,
     /// What keeps the routed experts evenly loaded.
@@ -425,6 +428,22 @@ fn json_of(keys: &toml::Table) -> serde_json::Map<String, serde_json::Value> {
     keys.iter().map(|(key, value)| (key.clone(), json(value))).collect()
 }
 
+/// The formats that a precision recipe consists of.
+fn precision_of(recipe: &str) -> [(&'static str, &'static str); 5] {
+    let [linear, activations, attention_output] = match recipe {
+        "fp8" => ["fp8", "bf16", "e5m6"],
+        "bf16" => ["bf16"; 3],
+        _ => ["f32"; 3],
+    };
+    [
+        ("precision.linear", linear),
+        ("precision.activations", activations),
+        ("precision.dispatch", linear),
+        ("precision.combine", activations),
+        ("precision.attention_output", attention_output),
+    ]
+}
+
 /// Fills in what follows from other values.
 fn derive(table: &mut RecipeTable, model: &ModelConfig) {
     if !table.is_given("training.init_std") {
@@ -437,6 +456,11 @@ fn derive(table: &mut RecipeTable, model: &ModelConfig) {
     if !table.is_given("balance.bias_speed") {
         let speed = if model.has_gate_bias() { 0.001 } else { 0.0 };
         table.set("balance.bias_speed", Value::Float(speed));
+    }
+    for (path, value) in precision_of(&table.text("precision.recipe")) {
+        if !table.is_given(path) {
+            table.set(path, Value::String(value.into()));
+        }
     }
     if !table.is_given("lr.floor") {
         let decays = table.get("lr.cosine_tokens").and_then(Value::as_integer) != Some(0);

@@ -128,8 +128,8 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
 
 fn check_rates(recipe: &Recipe, faults: &mut Faults) {
     let lr = &recipe.lr;
-    if faults.spare(&["lr.floor", "lr.peak"]) && lr.floor > lr.peak {
-        faults.expected("lr.floor", format!("at most lr.peak ({})", lr.peak), lr.floor);
+    if faults.spare(&["lr.floor", "lr.peak"]) && lr.floor.largest() > lr.peak {
+        faults.expected("lr.floor", format!("at most lr.peak ({})", lr.peak), lr.floor.largest());
     }
 }
 

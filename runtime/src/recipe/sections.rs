@@ -94,7 +94,70 @@ pub enum Decay {
     Matrices,
 }
 
-/// `[lr]`: the learning rate. Linear warm-up by steps; then constant, half a cosine, constant by tokens.
+/// `[precision]`: in which formats it is computed (report section 3.3).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrecisionSection {
+    /// What the other keys here are by default: f32, bf16, or fp8, the mixture of the report.
+    pub recipe: PrecisionRecipe,
+    /// Factors of the products of linear layers, and what is kept of their inputs: f32, bf16 or fp8.
+    pub linear: NumberFormat,
+    /// Residual stream, attention, embedding, head, and what passes between pipeline ranks: f32 or bf16.
+    pub activations: NumberFormat,
+    /// Tokens' rows on their way to the experts: f32, bf16 or fp8.
+    pub dispatch: NumberFormat,
+    /// Experts' sums on their way back, and gradients either way: f32 or bf16.
+    pub combine: NumberFormat,
+    /// What is kept of the input of the projection behind attention: f32, bf16 or e5m6.
+    pub attention_output: NumberFormat,
+}
+
+impl PrecisionSection {
+    /// Every key the same but `recipe`, which is f32.
+    pub fn uniform(format: NumberFormat) -> Self {
+        PrecisionSection {
+            recipe: PrecisionRecipe::F32,
+            linear: format,
+            activations: format,
+            dispatch: format,
+            combine: format,
+            attention_output: format,
+        }
+    }
+
+    /// The format of the products of linear layers: BF16 for all that is narrower.
+    pub fn products(&self) -> NumberFormat {
+        if self.linear == NumberFormat::F32 { NumberFormat::F32 } else { NumberFormat::Bf16 }
+    }
+}
+
+/// A precision recipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrecisionRecipe {
+    /// All in single precision.
+    F32,
+    /// Activations and factors in BF16.
+    Bf16,
+    /// The report's: linear layers in FP8.
+    Fp8,
+}
+
+/// How numbers of one kind are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NumberFormat {
+    /// Single precision.
+    F32,
+    /// BF16.
+    Bf16,
+    /// E4M3 with a scale for each tile.
+    Fp8,
+    /// E5M6 with a power of two for each tile.
+    E5m6,
+}
+
+/// `[lr]`: the learning rate. Linear warm-up by steps; then constant, half a cosine, constants by tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LrSection {
@@ -106,8 +169,8 @@ pub struct LrSection {
     pub constant_tokens: u64,
     /// Tokens of the half cosine from the peak down to the floor.
     pub cosine_tokens: u64,
-    /// Learning rate after the half cosine.
-    pub floor: f64,
+    /// Learning rate after the half cosine: a number, or a list of { from_tokens, value }.
+    pub floor: StepTable,
 }
 
 /// `[balance]`: what keeps the routed experts evenly loaded.

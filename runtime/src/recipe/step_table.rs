@@ -44,6 +44,11 @@ impl StepTable {
         self.steps.len()
     }
 
+    /// The largest of its values.
+    pub fn largest(&self) -> f64 {
+        self.steps.iter().fold(0.0, |most, step| most.max(step.value))
+    }
+
     /// Whether the value is 0 throughout.
     pub fn is_zero(&self) -> bool {
         self.steps.iter().all(|step| step.value == 0.0)

@@ -42,7 +42,7 @@ fn defaults_are_filled_in() {
     assert_eq!(recipe.optimizer.beta2, 0.95);
     assert_eq!(recipe.optimizer.decay, Decay::Matrices);
     assert_eq!(recipe.training.init_std, recipe.model_config.initializer_range);
-    assert_eq!(recipe.lr.floor, recipe.lr.peak);
+    assert_eq!(recipe.lr.floor, StepTable::constant(recipe.lr.peak));
     assert_eq!(recipe.mtp_weight_at(0), 0.3);
     assert!(recipe.checkpoint.save_model);
     assert_eq!(recipe.topology().world(), 4);

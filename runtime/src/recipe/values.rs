@@ -16,9 +16,10 @@ impl Recipe {
         }
         let into_cosine = tokens.saturating_sub(lr.constant_tokens);
         if into_cosine >= lr.cosine_tokens {
-            return if tokens < lr.constant_tokens { lr.peak } else { lr.floor };
+            return if tokens < lr.constant_tokens { lr.peak } else { lr.floor.at(tokens) };
         }
-        lr.floor + (lr.peak - lr.floor) * half_cosine(into_cosine as f64 / lr.cosine_tokens as f64)
+        let floor = lr.floor.at(lr.constant_tokens.saturating_add(lr.cosine_tokens));
+        floor + (lr.peak - floor) * half_cosine(into_cosine as f64 / lr.cosine_tokens as f64)
     }
 
     /// Sequences of a step before which `tokens` tokens have been seen: on a straight line from the start
@@ -149,7 +150,7 @@ mod tests {
             "lr.warmup_steps=2000",
             "lr.constant_tokens=10_000_000_000_000",
             "lr.cosine_tokens=4_300_000_000_000",
-            "lr.floor=2.2e-5",
+            "lr.floor=[{from_tokens=0, value=2.2e-5}, {from_tokens=14_633_000_000_000, value=7.3e-6}]",
             "training.global_batch_size=15360",
             "training.ramp_start_batch_size=3072",
             "training.ramp_tokens=469_000_000_000",
@@ -175,8 +176,11 @@ mod tests {
         let quarter = 2.2e-5 + 1.98e-4 * (1.0 + std::f64::consts::FRAC_PI_4.cos()) / 2.0;
         close(recipe.lr_at(9000, 11_075_000_000_000), quarter);
         close(recipe.lr_at(9000, 14_300_000_000_000 - 1), 2.2e-5);
-        for tokens in [14_300_000_000_000, 14_800_000_000_000, u64::MAX] {
+        for tokens in [14_300_000_000_000, 14_633_000_000_000 - 1] {
             assert_eq!(recipe.lr_at(9000, tokens), 2.2e-5);
+        }
+        for tokens in [14_633_000_000_000, 14_800_000_000_000, u64::MAX] {
+            assert_eq!(recipe.lr_at(9000, tokens), 7.3e-6);
         }
     }
 

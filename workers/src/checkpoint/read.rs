@@ -18,7 +18,7 @@ use safetensors::tensor::Metadata;
 use super::shard::RECORDS_KEY;
 use super::{Kind, Record, Storage};
 use crate::error::{ErrorKind, RankError};
-use crate::model::params::{Param, Params, gate_bias_name};
+use crate::model::params::{Params, gate_bias_name};
 
 /// A committed checkpoint, found whole.
 pub struct Checkpoint {
@@ -220,7 +220,8 @@ impl Records {
     /// **Errors**: as [`Records::read`], for the first tensor that is wrong.
     pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
         for param in params.iter_mut() {
-            let Param { parts, weight, .. } = param;
+            let parts = param.parts.clone();
+            let weight = param.master_mut();
             for part in parts {
                 let target = weight.view_mut(part.range());
                 self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)?;

@@ -10,7 +10,7 @@ use contraflow_kernels::dispatch::{self, Share};
 use contraflow_kernels::elementwise::add_into;
 use contraflow_kernels::gate::Routing;
 use contraflow_kernels::permute;
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region, Tag};
 
 use super::packets::{self, Unpack};
@@ -113,7 +113,7 @@ impl AllToAll<'_> {
                 let rows = permute::gather(normed, &share.rows);
                 Arrivals { rows, pairs: share.pairs, weights: share.weights }
             } else {
-                self.receive_rows(index, normed.cols())?
+                self.receive_rows(index, normed)?
             };
             dispatch::shift_rows(&mut pairs, num_rows);
             route.received_rows.push(rows.rows());
@@ -125,9 +125,9 @@ impl AllToAll<'_> {
         Ok((Arrivals { rows, pairs, weights }, route))
     }
 
-    fn receive_rows(&self, index: usize, width: usize) -> Result<Arrivals, FabricError> {
+    fn receive_rows(&self, index: usize, like: &Tensor) -> Result<Arrivals, FabricError> {
         let mut frame = self.receive(FrameKind::Dispatch, index)?;
-        let rows = frame.rows(width)?;
+        let rows = frame.rows(like.cols(), like.format())?;
         let pairs = frame.pairs(rows.rows(), self.group.experts_per_rank)?;
         let weights = frame.flat(pairs.rows())?;
         Ok(Arrivals { rows, pairs, weights })
@@ -140,15 +140,20 @@ impl AllToAll<'_> {
     /// **Errors**: those of the fabric.
     pub fn combine(&self, outputs: &Tensor, route: &Route, home: &mut Tensor) -> Result<(), FabricError> {
         self.send_home(FrameKind::Combine, outputs, route, |_| Vec::new())?;
+        // Summed up in F32 and rounded once, however many ranks there are.
+        let before = std::mem::replace(home, Tensor::zeros(&[0]));
+        let (mut sums, format) = (before.to(Format::F32), before.format());
+        drop(before);
         for index in 0..self.group.ranks.len() {
             if index == self.group.own {
-                self.add_own(outputs, route, home);
+                self.add_own(outputs, route, &mut sums);
             } else {
                 let sent = &route.sent_rows[index];
-                let rows = self.receive(FrameKind::Combine, index)?.all_rows(sent.len(), home.cols())?;
-                permute::scatter_add(&rows, sent, home);
+                let rows = self.receive(FrameKind::Combine, index)?.all_rows(sent.len(), outputs)?;
+                permute::scatter_add(&rows, sent, &mut sums);
             }
         }
+        *home = sums.to(format);
         Ok(())
     }
 
@@ -169,7 +174,7 @@ impl AllToAll<'_> {
                 gathered(index)
             } else {
                 let num_rows = route.received_rows[index];
-                self.receive(FrameKind::CombineGradient, index)?.all_rows(num_rows, dy.cols())?
+                self.receive(FrameKind::CombineGradient, index)?.all_rows(num_rows, dy)?
             });
         }
         Ok(Tensor::concat_rows(&parts))
@@ -201,7 +206,7 @@ impl AllToAll<'_> {
             } else {
                 let mut frame = self.receive(FrameKind::DispatchGradient, index)?;
                 let sent = &route.sent_rows[index];
-                permute::scatter_add(&frame.all_rows(sent.len(), d_rows.cols())?, sent, &mut home);
+                permute::scatter_add(&frame.all_rows(sent.len(), d_rows)?, sent, &mut home);
                 frame.flat(slots.len())?
             };
             permute::scatter(&gradients, slots, &mut d_weights);

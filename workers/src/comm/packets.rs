@@ -6,13 +6,42 @@
 use std::sync::Arc;
 
 use contraflow_kernels::dispatch::pairs_are_within;
-use contraflow_kernels::tensor::{Element, Format, HostMemory, Tensor};
+use contraflow_kernels::tensor::{Format, HostMemory, ScaleRule, Tensor, Tile};
 use contraflow_runtime::fabric::{FabricError, Memory, PayloadShape, Region, Tag};
 
 /// [`PayloadShape::kind`] of each payload.
 const F32_TENSOR: u8 = 1;
 const U32_TENSOR: u8 = 3;
 const TOTALS: u8 = 5;
+const BF16_TENSOR: u8 = 6;
+/// E4M3 with a scale for each 128 columns; the rule of its scales is added.
+const E4M3_TENSOR: u8 = 8;
+
+/// How a format is called on the wire; `None` for those that stay on their rank.
+fn kind_of(format: Format) -> Option<u8> {
+    match format {
+        Format::F32 => Some(F32_TENSOR),
+        Format::U32 => Some(U32_TENSOR),
+        Format::BF16 => Some(BF16_TENSOR),
+        Format::E4M3(Tile::Row, ScaleRule { floor, power_of_two }) => {
+            Some(E4M3_TENSOR + u8::from(floor) + 2 * u8::from(power_of_two))
+        }
+        Format::E4M3(Tile::Block, _) | Format::E5M6 => None,
+    }
+}
+
+fn format_of(kind: u8) -> Option<Format> {
+    match kind {
+        F32_TENSOR => Some(Format::F32),
+        U32_TENSOR => Some(Format::U32),
+        BF16_TENSOR => Some(Format::BF16),
+        E4M3_TENSOR..=11 => {
+            let rule = kind - E4M3_TENSOR;
+            Some(Format::E4M3(Tile::Row, ScaleRule { floor: rule & 1 != 0, power_of_two: rule & 2 != 0 }))
+        }
+        _ => None,
+    }
+}
 
 /// One piece of a packet.
 pub enum Payload {
@@ -40,11 +69,8 @@ impl Memory for Payload {
     fn form(&self) -> PayloadShape {
         let (kind, rows, cols) = match self {
             Payload::Tensor(tensor) => {
-                let kind = match tensor.format() {
-                    Format::F32 => F32_TENSOR,
-                    Format::U32 => U32_TENSOR,
-                };
-                (kind, tensor.rows(), tensor.cols())
+                let kind = kind_of(tensor.format());
+                (kind.expect("such a tensor is not sent"), tensor.rows(), tensor.cols())
             }
             Payload::Totals(totals) => (TOTALS, 1, totals.len()),
         };
@@ -56,10 +82,8 @@ impl Payload {
     /// What came over a wire, by its form; `None` if form and bytes do not fit. A tensor stays where it is.
     fn from_wire(region: &Region) -> Option<Payload> {
         let payload = match region.form().kind {
-            F32_TENSOR => Payload::Tensor(arrived::<f32>(region)?),
-            U32_TENSOR => Payload::Tensor(arrived::<u32>(region)?),
             TOTALS => Payload::Totals(numbers(region.bytes())?),
-            _ => return None,
+            kind => Payload::Tensor(arrived(region, format_of(kind)?)?),
         };
         (payload.form() == region.form()).then_some(payload)
     }
@@ -86,10 +110,10 @@ impl HostMemory for Arrived {
     }
 }
 
-fn arrived<T: Element>(region: &Region) -> Option<Tensor> {
+fn arrived(region: &Region, format: Format) -> Option<Tensor> {
     let PayloadShape { rows, cols, .. } = region.form();
     let shape = [usize::try_from(rows).ok()?, usize::try_from(cols).ok()?];
-    Tensor::borrowing::<T>(&shape, Arc::new(Arrived(region.clone())))
+    Tensor::borrowing(format, &shape, Arc::new(Arrived(region.clone())))
 }
 
 /// `None` unless the bytes are a whole number of values.
@@ -124,22 +148,23 @@ impl Unpack {
         FabricError::Content { tag: self.tag, expected: expected.to_owned(), got: got.to_owned() }
     }
 
-    /// The next part as rows of a known width, in F32.
+    /// The next part as rows of a known width and format.
     ///
     /// **Shapes**: output `[N, width]`.
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
-    pub fn rows(&mut self, width: usize) -> Result<Tensor, FabricError> {
-        self.matrix(Format::F32, width, || format!("rows of width {width}"))
+    pub fn rows(&mut self, width: usize, format: Format) -> Result<Tensor, FabricError> {
+        self.matrix(format, width, || format!("rows of width {width}"))
     }
 
-    /// The next part as a known number of rows of a known width, in F32.
+    /// The next part as a known number of rows of the width and the format of others.
     ///
-    /// **Shapes**: output `[num_rows, width]`.
+    /// **Shapes**: `like` `[.., width]`, output `[num_rows, width]`.
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
-    pub fn all_rows(&mut self, num_rows: usize, width: usize) -> Result<Tensor, FabricError> {
-        let rows = self.rows(width)?;
+    pub fn all_rows(&mut self, num_rows: usize, like: &Tensor) -> Result<Tensor, FabricError> {
+        let width = like.cols();
+        let rows = self.rows(width, like.format())?;
         if rows.rows() != num_rows {
             let expected = format!("{num_rows} rows of width {width}");
             return Err(self.wrong(&expected, &format!("a tensor {rows:?}")));
@@ -262,7 +287,7 @@ mod tests {
         assert!(parts.iter().zip(&came).all(|(sent, came)| sent.len() == came.bytes().len()));
         let address = came[0].bytes().as_ptr();
         let mut frame = unpack(came);
-        let mut got = frame.rows(3).unwrap();
+        let mut got = frame.rows(3, Format::F32).unwrap();
         assert_eq!((got.shape(), bytes(&got)), (rows.shape(), bytes(&rows)));
         assert_eq!(bytes(&got).as_ptr(), address);
         got.values_mut::<f32>()[0] = 9.0;
@@ -270,14 +295,15 @@ mod tests {
         assert_eq!(frame.pairs(8, 4).unwrap().values::<u32>(), [7, 3]);
         assert_eq!(frame.flat(1).unwrap().values::<f32>(), [0.25]);
         assert_eq!(frame.totals(2).unwrap(), [1e300, -1.0]);
-        assert_eq!(frame.rows(3).unwrap().shape(), [0, 3]);
+        assert_eq!(frame.rows(3, Format::F32).unwrap().shape(), [0, 3]);
         assert_eq!(frame.flat(6).unwrap().shape(), [6]);
         assert!(matches!(frame.pairs(8, 4), Err(FabricError::Content { .. })));
     }
 
     #[test]
     fn unexpected_content_is_reported_with_what_came() {
-        let message = |part: Region, width: usize| unpack(vec![part]).rows(width).unwrap_err().to_string();
+        let message =
+            |part: Region, width: usize| unpack(vec![part]).rows(width, Format::F32).unwrap_err().to_string();
         let unknown = Region::new(Wire(vec![0; 2], 16, PayloadShape { kind: 2, rows: 2, cols: 4 }));
         let error = message(unknown, 4);
         assert!(
@@ -302,7 +328,7 @@ mod tests {
             let len = (8 * words.len()).saturating_sub(cut);
             for rows in [rows, 0, 1, 2, 4] {
                 let part = || Region::new(Wire(words.clone(), len, PayloadShape { kind, rows, cols }));
-                if let Ok(tensor) = unpack(vec![part()]).rows(cols as usize) {
+                if let Ok(tensor) = unpack(vec![part()]).rows(cols as usize, Format::F32) {
                     let shape = (tensor.rows() as u64, tensor.num_bytes());
                     prop_assert!(kind == F32_TENSOR && shape == (rows, len) && bytes(&tensor).len() == len);
                 }

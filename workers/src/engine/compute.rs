@@ -167,6 +167,7 @@ impl Compute {
                 if self.kind.has_backward() {
                     self.saved(op).experts = Some(saved);
                 }
+                let outputs = outputs.to(self.arch.precision.combine);
                 in_flight.layer(chunk, op.layer, |in_flight| in_flight.outputs = Some(outputs));
             }
             Component::Head => self.head_forward(at)?,
@@ -193,7 +194,7 @@ impl Compute {
         let (output, saved) = attention::forward(&self.arch, &layer.attention, &self.params.dense, x, batch);
         if let Some(routing) = output.routing {
             expert_counts::count(&mut self.totals.expert_counts, op.layer, &routing);
-            let normed = output.normed.clone();
+            let normed = output.normed.to(self.arch.precision.dispatch);
             in_flight.layer(op.chunk, op.layer, |in_flight| in_flight.normed = Some((normed, routing)));
         }
         let train = self.kind.has_backward();
@@ -303,6 +304,7 @@ impl Compute {
                     in_flight.take_from((chunk, op.layer), "the outputs' gradient", |t| &mut t.d_outputs)?;
                 let (d_rows, d_weights, work) =
                     experts::backward_input(weights, &self.params.experts, &dy, saved);
+                let d_rows = d_rows.to(self.arch.precision.combine);
                 in_flight
                     .layer(chunk, op.layer, |in_flight| in_flight.d_arrivals = Some((d_rows, d_weights)));
                 self.work.insert((chunk, op.layer, op.component), work);

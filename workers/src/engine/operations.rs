@@ -40,7 +40,11 @@ impl RunningProgram {
             (Work::Receive { kind, chunk }, Lane::Receive(peer)) => {
                 let tag = self.id.tag(frame_kind(kind), chunk, 0, self.context.pipeline_peers[peer]);
                 let mut frame = Unpack::new(tag, self.context.endpoint.receive(tag)?);
-                self.in_flight.put(kind, chunk, frame.rows(self.context.hidden_size)?);
+                self.in_flight.put(
+                    kind,
+                    chunk,
+                    frame.rows(self.context.hidden_size, self.context.precision.activations)?,
+                );
                 Ok(())
             }
             (work @ (Work::Send { .. } | Work::Receive { .. }), lane) => {
@@ -81,7 +85,10 @@ impl RunningProgram {
             (Component::Combine, _) => {
                 let source = stage_of(&self.context.stages, chunk.stage).gradient_source(chunk, layer);
                 let dy = in_flight.share(TransferKind::Gradient, source)?;
-                let d_outputs = all_to_all.combine_backward(&dy, &*route().ok_or_else(missing)?)?;
+                let d_outputs = all_to_all.combine_backward(
+                    &dy.to(self.context.precision.dispatch),
+                    &*route().ok_or_else(missing)?,
+                )?;
                 in_flight.layer(chunk, layer, |t| t.d_outputs = Some(d_outputs));
             }
             (_, _) => {

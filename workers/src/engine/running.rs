@@ -19,6 +19,7 @@ use crate::comm::address::StepId;
 use crate::comm::all_to_all::ExpertGroup;
 use crate::model::Stage;
 use crate::model::micro_batch::MicroBatch;
+use crate::model::precision::Precision;
 use crate::optimizer::buckets::BucketGroup;
 
 /// A program under way, shared by the lanes.
@@ -68,6 +69,8 @@ pub struct RankContext {
     pub pipeline_peers: Vec<usize>,
     /// Width of the residual stream.
     pub hidden_size: usize,
+    /// Formats of what is sent.
+    pub precision: Precision,
     /// For tests.
     pub probe: Probe,
 }

@@ -216,7 +216,7 @@ impl HfWeights {
         for param in params.iter_mut() {
             for part in param.parts.clone() {
                 let values = self.read(&part.name, &part.shape)?;
-                param.weight.view_mut(part.range()).values_mut().copy_from_slice(&values);
+                param.master_mut().view_mut(part.range()).values_mut().copy_from_slice(&values);
             }
         }
         for (layer, bias) in &mut params.gate_biases {

@@ -27,6 +27,7 @@ use crate::model::attention::{kv_latents, queries, rope_keys, rotate_queries};
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::experts::{self, Arrivals};
 use crate::model::init::initialise;
+use crate::model::precision::Precision;
 use crate::model::{Architecture, AttentionWeights, Layer, ffn};
 
 /// A model that answers.
@@ -56,7 +57,7 @@ impl Generator {
         let config = ModelConfig::from_hf_json(&text).map_err(|faults| content(faults.to_string()))?;
         // Before memory is taken for what the configuration says.
         check_against(&config, dir).map_err(|faults| RankError::Model { faults })?;
-        let arch = Architecture::new(config);
+        let arch = Architecture::new(config, Precision::F32);
         let mut model = one_rank(&arch).map_err(content)?;
         let weights = HfWeights::open(dir)?;
         weights.fill(&mut model.dense)?;
@@ -68,7 +69,7 @@ impl Generator {
     ///
     /// **Errors**: if the model has no layers.
     pub fn fresh(config: ModelConfig, seed: u64, deviation: f64) -> Result<Self, String> {
-        let arch = Architecture::new(config);
+        let arch = Architecture::new(config, Precision::F32);
         let mut model = one_rank(&arch)?;
         initialise(&mut model.dense, seed, deviation);
         initialise(&mut model.experts, seed, deviation);

@@ -142,8 +142,9 @@ pub fn forward(
 ) -> (AttentionOutput, SavedAttention) {
     let normed = norm::forward(&x, params.weight(weights.input_norm), arch.eps());
     let Heads { query_latent, kv_latent, q, k, v } = project(arch, weights, params, &normed, &batch.rope);
-    let core = attention::forward(&q, &k, &v, &batch.spans, &arch.heads);
+    let mut core = attention::forward(&q, &k, &v, &batch.spans, &arch.heads);
     let residual = linear::forward_add(&core.out, params.weight(weights.output), &x);
+    core.out = core.out.to(arch.precision.attention_output);
     let normed = norm::forward(&residual, params.weight(weights.post_norm), arch.eps());
     let routing = weights.gate.map(|gate_weight| {
         let logits = linear::forward(&normed, params.weight(gate_weight));
@@ -186,7 +187,7 @@ pub fn backward_input(
         }
         gate::logits_gradient(&mut d_scores, routing, arch.gate.scoring);
         add_into(&mut d_normed, &linear::backward_input(&d_scores, params.weight(gate_weight)));
-        work.linear(gate_weight, d_scores, saved.normed);
+        work.linear(params, gate_weight, d_scores, &saved.normed);
     }
     let mut d_residual = gradient.residual;
     let (post_norm, d_post_norm) = params.weight_and_grad(weights.post_norm);
@@ -196,7 +197,7 @@ pub fn backward_input(
     let d_core = linear::backward_input(&d_residual, params.weight(weights.output));
     let core =
         attention::backward(&d_core, (&saved.q, &saved.k, &saved.v), &saved.core, &batch.spans, &arch.heads);
-    work.linear(weights.output, d_residual.clone(), saved.core.out);
+    work.linear(params, weights.output, d_residual.clone(), &saved.core.out);
     let (d_kv, d_rope_keys) = split_key_gradients(&core.dk, &core.dv, &arch.latent_heads);
     let mut d_q = core.dq;
     rotate_queries(arch, &batch.rope, &mut d_q, true);
@@ -206,7 +207,7 @@ pub fn backward_input(
     let gradient = KvGradient { kv: d_kv, rope_keys: d_rope_keys };
     let d_latent = backward_kv(arch, weights, params, gradient, &saved.kv_latent, &batch.rope, &mut work);
     add_into(&mut d_input, &linear::backward_input(&d_latent, params.weight(weights.kv_down)));
-    work.linear(weights.kv_down, d_latent, input);
+    work.linear(params, weights.kv_down, d_latent, &input);
     let (input_norm, d_input_norm) = params.weight_and_grad(weights.input_norm);
     let through_norm = norm::backward(&d_input, &saved.x, input_norm, arch.eps(), d_input_norm);
     add_into(&mut d_residual, &through_norm);
@@ -225,16 +226,16 @@ fn backward_queries(
         (Query::Latent { down, norm, up }, Some(latent)) => {
             let d_latent = linear::backward_input(&d_q, params.weight(*up));
             let normed = norm::forward(&latent, params.weight(*norm), LATENT_NORM_EPS);
-            work.linear(*up, d_q, normed);
+            work.linear(params, *up, d_q, &normed);
             let (weight, grad) = params.weight_and_grad(*norm);
             let d_latent = norm::backward(&d_latent, &latent, weight, LATENT_NORM_EPS, grad);
             let d_input = linear::backward_input(&d_latent, params.weight(*down));
-            work.linear(*down, d_latent, input.clone());
+            work.linear(params, *down, d_latent, &input);
             d_input
         }
         (Query::Direct(projection), _) => {
             let d_input = linear::backward_input(&d_q, params.weight(*projection));
-            work.linear(*projection, d_q, input.clone());
+            work.linear(params, *projection, d_q, &input);
             d_input
         }
         (Query::Latent { .. }, None) => {
@@ -263,12 +264,12 @@ fn backward_kv(
     let columns = latent_columns(arch);
     let d_normed = linear::backward_input(&gradient.kv, params.weight(weights.kv_up));
     let normed = kv_latents(arch, weights, params, kv_latent);
-    work.linear(weights.kv_up, gradient.kv, normed);
+    work.linear(params, weights.kv_up, gradient.kv, &normed);
     let mut d_latent = Tensor::for_overwrite(kv_latent.shape());
     let (weight, grad) = params.weight_and_grad(weights.kv_norm);
     norm::backward_cols(&d_normed, kv_latent, columns, weight, LATENT_NORM_EPS, grad, &mut d_latent);
     let mut d_keys = gradient.rope_keys;
     rotate(table, &mut d_keys, 1, 0, true);
-    d_latent.set_cols(arch.config.kv_lora_rank, &d_keys);
-    d_latent
+    d_latent.set_cols(arch.config.kv_lora_rank, &d_keys.to(d_latent.format()));
+    d_latent.to(kv_latent.format())
 }

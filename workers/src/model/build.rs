@@ -2,7 +2,7 @@
 //!
 //! Knows the topology and the placement of stages; no actor and no fabric.
 
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::schedule::{Bucket, Contents, LayerKind, StageLayout, buckets};
 use contraflow_runtime::topology::Topology;
 
@@ -70,10 +70,15 @@ impl Builder<'_> {
         let layers =
             layers.map(|(at, &kind)| self.layer(index, layout.first_layer + at, kind, &group)).collect();
         let head = layout.head.then(|| HeadWeights {
-            norm: self.dense.add_single("model.norm.weight".into(), &[hidden], &group),
+            norm: self.dense.add_single("model.norm.weight".into(), &[hidden], Format::F32, &group),
             head: match layout.tied {
                 true => self.embedding(index),
-                false => self.dense.add_single("lm_head.weight".into(), &[vocabulary, hidden], &group),
+                false => self.dense.add_single(
+                    "lm_head.weight".into(),
+                    &[vocabulary, hidden],
+                    self.arch.precision.activations,
+                    &group,
+                ),
             },
         });
         let mtp = layout.mtp_layer.map(|layer| self.mtp(index, layer, &group));
@@ -84,7 +89,8 @@ impl Builder<'_> {
     fn embedding(&mut self, stage: usize) -> ParamId {
         let group = self.replicas(Contents::Embedding, stage);
         let shape = [self.arch.config.vocab_size, self.arch.config.hidden_size];
-        self.dense.add_single("model.embed_tokens.weight".into(), &shape, &group)
+        let format = self.arch.precision.activations;
+        self.dense.add_single("model.embed_tokens.weight".into(), &shape, format, &group)
     }
 
     fn layer(&mut self, stage: usize, index: usize, kind: LayerKind, group: &Replicas) -> Layer {
@@ -115,8 +121,13 @@ impl Builder<'_> {
         let (hidden, heads, rank) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank);
         let prefix = format!("model.layers.{layer}");
         let dense = &mut self.dense;
-        let mut add =
-            |name: &str, shape: &[usize]| dense.add_single(format!("{prefix}.{name}.weight"), shape, group);
+        // Matrices are factors of products; vectors are those of norms.
+        let linear = self.arch.precision.linear;
+        let mut add = |name: &str, shape: &[usize]| {
+            let is_factor = shape.len() == 2 && name != "mlp.gate";
+            let format = if is_factor { linear } else { Format::F32 };
+            dense.add_single(format!("{prefix}.{name}.weight"), shape, format, group)
+        };
         let q_width = heads * config.qk_head_dim();
         let query = match config.q_lora_rank {
             Some(latent) => Query::Latent {
@@ -145,6 +156,7 @@ impl Builder<'_> {
         let (hidden, width) = (config.hidden_size, config.moe_intermediate_size);
         let owned = config.n_routed_experts / self.placement.topology.expert;
         let group = self.replicas(Contents::Experts, stage);
+        let format = self.arch.precision.linear;
         let mut gate_up = Vec::new();
         let mut down = Vec::new();
         for local in 0..owned {
@@ -169,34 +181,34 @@ impl Builder<'_> {
             });
         }
         FfnWeights {
-            gate_up: self.experts.add(&[owned, 2 * width, hidden], gate_up, &group),
-            down: self.experts.add(&[owned, hidden, width], down, &group),
+            gate_up: self.experts.add(&[owned, 2 * width, hidden], gate_up, format, &group),
+            down: self.experts.add(&[owned, hidden, width], down, format, &group),
         }
     }
 
     fn mtp(&mut self, stage: usize, layer: usize, group: &Replicas) -> MtpWeights {
-        let hidden = self.arch.config.hidden_size;
+        let (hidden, linear) = (self.arch.config.hidden_size, self.arch.precision.linear);
         let name = |kind: &str| format!("model.layers.{layer}.{kind}.weight");
         MtpWeights {
             embedding: self.embedding(stage),
-            embedding_norm: self.dense.add_single(name("enorm"), &[hidden], group),
-            hidden_norm: self.dense.add_single(name("hnorm"), &[hidden], group),
-            projection: self.dense.add_single(name("eh_proj"), &[hidden, 2 * hidden], group),
+            embedding_norm: self.dense.add_single(name("enorm"), &[hidden], Format::F32, group),
+            hidden_norm: self.dense.add_single(name("hnorm"), &[hidden], Format::F32, group),
+            projection: self.dense.add_single(name("eh_proj"), &[hidden, 2 * hidden], linear, group),
             layer: self.layer(stage, layer, LayerKind::Moe, group),
-            norm: self.dense.add_single(name("shared_head.norm"), &[hidden], group),
+            norm: self.dense.add_single(name("shared_head.norm"), &[hidden], Format::F32, group),
         }
     }
 }
 
 fn ffn(params: &mut Params, arch: &Architecture, prefix: &str, width: usize, group: &Replicas) -> FfnWeights {
-    let hidden = arch.config.hidden_size;
+    let (hidden, format) = (arch.config.hidden_size, arch.precision.linear);
     let part = |kind: &str, row: usize| PublishedTensor {
         name: format!("{prefix}.{kind}_proj.weight"),
         shape: vec![width, hidden],
         offset: row * hidden,
     };
     FfnWeights {
-        gate_up: params.add(&[2 * width, hidden], vec![part("gate", 0), part("up", width)], group),
-        down: params.add_single(format!("{prefix}.down_proj.weight"), &[hidden, width], group),
+        gate_up: params.add(&[2 * width, hidden], vec![part("gate", 0), part("up", width)], format, group),
+        down: params.add_single(format!("{prefix}.down_proj.weight"), &[hidden, width], format, group),
     }
 }

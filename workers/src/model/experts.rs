@@ -9,7 +9,7 @@ use contraflow_kernels::{grouped, swiglu};
 
 use super::FfnWeights;
 use super::params::Params;
-use super::weight_work::{WeightTask, WeightWork};
+use super::weight_work::WeightWork;
 
 /// What arrives at the experts of a rank: rows, and which experts each of them goes to.
 pub struct Arrivals {
@@ -71,9 +71,8 @@ pub fn backward_input(
     let mut d_weights = Tensor::for_overwrite(d_routing.shape());
     permute::scatter(&d_routing, &slots, &mut d_weights);
     let gathered = permute::gather(&rows, &row_of);
-    let work = WeightWork(vec![
-        WeightTask::Grouped { param: weights.down, dy: d_outputs, x: inner, offsets: offsets.clone() },
-        WeightTask::Grouped { param: weights.gate_up, dy: d_gate_up, x: gathered, offsets },
-    ]);
+    let mut work = WeightWork::default();
+    work.grouped(experts, weights.down, d_outputs, &inner, offsets.clone());
+    work.grouped(experts, weights.gate_up, d_gate_up, &gathered, offsets);
     (d_rows, d_weights, work)
 }

@@ -47,7 +47,7 @@ pub fn backward_input(
     let (d_gate_up, _) = swiglu::backward(&d_inner, &gate_up, None);
     let d_normed = linear::backward_input(&d_gate_up, params.weight(weights.gate_up));
     let mut work = WeightWork::default();
-    work.linear(weights.down, dy, inner);
-    work.linear(weights.gate_up, d_gate_up, normed);
+    work.linear(params, weights.down, dy, &inner);
+    work.linear(params, weights.gate_up, d_gate_up, &normed);
     (d_normed, work)
 }

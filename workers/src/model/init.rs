@@ -17,7 +17,8 @@ pub fn initialise(params: &mut Params, seed: u64, deviation: f64) {
 
 fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
     let is_norm = !param.is_matrix();
-    let Param { parts, weight, .. } = param;
+    let parts = param.parts.clone();
+    let weight = param.master_mut();
     for part in parts {
         let mut values = weight.view_mut(part.range());
         if is_norm {

@@ -14,6 +14,7 @@ pub mod init;
 pub mod micro_batch;
 pub mod mtp;
 pub mod params;
+pub mod precision;
 pub mod weight_work;
 
 use contraflow_kernels::attention::Heads;
@@ -24,6 +25,7 @@ use contraflow_runtime::model_config::{ModelConfig, TopkMethod};
 use contraflow_runtime::schedule::{Chunk, Component, StageLayout};
 
 use self::params::ParamId;
+use self::precision::Precision;
 
 /// Everything the components need to know of the architecture, derived once.
 pub struct Architecture {
@@ -37,11 +39,13 @@ pub struct Architecture {
     pub latent_heads: LatentHeads,
     /// Choice of experts.
     pub gate: GateSpec,
+    /// Formats of weights and activations.
+    pub precision: Precision,
 }
 
 impl Architecture {
     /// Derives frequencies and scales from a configuration.
-    pub fn new(config: ModelConfig) -> Self {
+    pub fn new(config: ModelConfig, precision: Precision) -> Self {
         let yarn = config.yarn().map(|yarn| Yarn {
             factor: yarn.factor,
             beta_fast: yarn.beta_fast,
@@ -78,7 +82,7 @@ impl Architecture {
             normalise: config.norm_topk_prob,
             scale: config.routed_scaling_factor as f32,
         };
-        Architecture { config, rope, heads, latent_heads, gate }
+        Architecture { config, rope, heads, latent_heads, gate, precision }
     }
 
     /// Epsilon of the layer norms.

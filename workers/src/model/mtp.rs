@@ -53,7 +53,7 @@ pub fn backward_input(
     let joined = join(weights, params, saved, eps);
     let d_joined = linear::backward_input(&dy, params.weight(weights.projection));
     let mut work = WeightWork::default();
-    work.linear(weights.projection, dy, joined);
+    work.linear(params, weights.projection, dy, &joined);
     let width = saved.hidden.cols();
     let (weight, grad) = params.weight_and_grad(weights.embedding_norm);
     let d_embedded = norm::backward(&d_joined.slice_cols(0..width), &saved.embedded, weight, eps, grad);

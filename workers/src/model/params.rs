@@ -1,12 +1,14 @@
 //! The parameters a rank holds: weight, gradient, the published names inside, and the ranks that hold a copy.
 //!
-//! In f32 the master form and the compute form of a parameter are one tensor, `weight`. Knows nothing of layers and
+//! The optimizer works on the master form of a weight, in F32; layers compute with its compute form, which is made when it is
+//! first asked for after a change, so once a step. In F32 both are one tensor. Knows nothing of layers and
 //! nothing of how gradients are reduced; it only says over whom (`group`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::OnceLock;
 
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 
 /// Index of a parameter in its [`Params`].
 pub type ParamId = usize;
@@ -44,8 +46,9 @@ impl PublishedTensor {
 pub struct Param {
     /// The published tensors inside, in buffer order, without gaps.
     pub parts: Vec<PublishedTensor>,
-    /// Master and compute form.
-    pub weight: Tensor,
+    master: Tensor,
+    format: Format,
+    compute: OnceLock<Tensor>,
     /// Gradient of the running step; `None` is zero.
     pub grad: Option<Tensor>,
     /// All ranks that hold a copy, ascending: gradients are summed over them, the optimizer state is spread over them.
@@ -65,16 +68,36 @@ pub struct Replicas {
 }
 
 impl Param {
-    /// The gradient, zero at first, to be added to.
-    pub fn grad_mut(&mut self) -> &mut Tensor {
-        self.grad.get_or_insert_with(|| Tensor::zeros(self.weight.shape()))
+    /// The weight that is updated, in F32.
+    pub fn master(&self) -> &Tensor {
+        &self.master
     }
 
-    /// Weight and gradient at once, the gradient zero at first.
-    pub fn weight_and_grad(&mut self) -> (&mut Tensor, &mut Tensor) {
-        let Param { weight, grad, .. } = self;
-        let grad = grad.get_or_insert_with(|| Tensor::zeros(weight.shape()));
-        (weight, grad)
+    /// The weight, to be changed: what is computed with follows it.
+    pub fn master_mut(&mut self) -> &mut Tensor {
+        self.compute.take();
+        &mut self.master
+    }
+
+    /// The weight as it is computed with.
+    pub fn compute(&self) -> &Tensor {
+        if self.format == Format::F32 {
+            return &self.master;
+        }
+        self.compute.get_or_init(|| self.master.to(self.format))
+    }
+
+    /// The gradient, zero at first, to be added to.
+    pub fn grad_mut(&mut self) -> &mut Tensor {
+        self.grad.get_or_insert_with(|| Tensor::zeros(self.master.shape()))
+    }
+
+    /// Weight and gradient at once, to be changed, the gradient zero at first.
+    pub fn master_and_grad(&mut self) -> (&mut Tensor, &mut Tensor) {
+        let Param { master, compute, grad, .. } = self;
+        compute.take();
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(master.shape()));
+        (master, grad)
     }
 
     /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
@@ -110,25 +133,40 @@ pub struct Params {
 impl Params {
     /// Adds a parameter, or finds the one that already has this name: that is how a rank which holds both the first and
     /// the last stage shares embedding and head physically.
-    pub fn add(&mut self, shape: &[usize], parts: Vec<PublishedTensor>, replicas: &Replicas) -> ParamId {
+    ///
+    /// `format` is that of the compute form.
+    pub fn add(
+        &mut self,
+        shape: &[usize],
+        parts: Vec<PublishedTensor>,
+        format: Format,
+        replicas: &Replicas,
+    ) -> ParamId {
         if let Some(&id) = self.by_name.get(&parts[0].name) {
             return id;
         }
         let id = self.list.len();
         self.by_name.insert(parts[0].name.clone(), id);
         let Replicas { group, bucket } = replicas.clone();
-        self.list.push(Param { parts, weight: Tensor::zeros(shape), grad: None, group, bucket });
+        let (master, compute) = (Tensor::zeros(shape), OnceLock::new());
+        self.list.push(Param { parts, master, format, compute, grad: None, group, bucket });
         id
     }
 
     /// A parameter that is one published tensor.
-    pub fn add_single(&mut self, name: String, shape: &[usize], replicas: &Replicas) -> ParamId {
-        self.add(shape, vec![PublishedTensor { name, shape: shape.to_vec(), offset: 0 }], replicas)
+    pub fn add_single(
+        &mut self,
+        name: String,
+        shape: &[usize],
+        format: Format,
+        replicas: &Replicas,
+    ) -> ParamId {
+        self.add(shape, vec![PublishedTensor { name, shape: shape.to_vec(), offset: 0 }], format, replicas)
     }
 
-    /// The weight.
+    /// The weight as it is computed with.
     pub fn weight(&self, id: ParamId) -> &Tensor {
-        &self.list[id].weight
+        self.list[id].compute()
     }
 
     /// The gradient, to be added to.
@@ -138,8 +176,12 @@ impl Params {
 
     /// Weight and gradient of one parameter at once.
     pub fn weight_and_grad(&mut self, id: ParamId) -> (&Tensor, &mut Tensor) {
-        let (weight, grad) = self.list[id].weight_and_grad();
-        (weight, grad)
+        let param = &mut self.list[id];
+        param.compute();
+        let Param { master, format, compute, grad, .. } = param;
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(master.shape()));
+        let made = compute.get().filter(|_| *format != Format::F32);
+        (made.unwrap_or(master), grad)
     }
 
     /// All parameters in a fixed order.

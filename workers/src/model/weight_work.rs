@@ -35,9 +35,16 @@ pub enum WeightTask {
 pub struct WeightWork(pub Vec<WeightTask>);
 
 impl WeightWork {
-    /// Adds `dw += dy^T x`.
-    pub fn linear(&mut self, param: ParamId, dy: Tensor, x: Tensor) {
+    /// Adds `dw += dy^T x`, where `x` is kept as the product with the weight reads it.
+    pub fn linear(&mut self, params: &Params, param: ParamId, dy: Tensor, x: &Tensor) {
+        let x = linear::input(x, params.weight(param));
         self.0.push(WeightTask::Linear { param, dy, x });
+    }
+
+    /// Adds `dw += dy^T x` for a stack of experts, as [`linear`](Self::linear) does.
+    pub fn grouped(&mut self, params: &Params, param: ParamId, dy: Tensor, x: &Tensor, offsets: Tensor) {
+        let x = linear::input(x, params.weight(param));
+        self.0.push(WeightTask::Grouped { param, dy, x, offsets });
     }
 
     /// Computes the gradients, in the order in which they were queued.

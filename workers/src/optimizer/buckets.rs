@@ -68,7 +68,7 @@ impl Bucket {
     pub fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<BucketSlice> {
         let mut pieces = Vec::new();
         for &(store, index, start) in &self.members {
-            let end = start + params.param(store, index).weight.len();
+            let end = start + params.param(store, index).master().len();
             let from = start.max(range.start);
             let to = end.min(range.end);
             if from < to {

@@ -49,7 +49,7 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     for param in params.dense.iter().chain(params.experts.iter()) {
         for part in &param.parts {
             let Some(&place) = places.get(part.name.as_str()) else { continue };
-            if let Some(bad) = bad_tensor(place, part, &param.weight) {
+            if let Some(bad) = bad_tensor(place, part, param.master()) {
                 found.weight = Some(first(found.weight, bad));
             }
             let gradient = param.grad.as_ref();

@@ -20,7 +20,7 @@ impl OptimizerState {
         for bucket in &self.buckets {
             for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
-                let weight = shared_or_cut(&param.weight, in_param.clone());
+                let weight = shared_or_cut(param.master(), in_param.clone());
                 for (part, in_part, within) in param.parts_in(in_param) {
                     let place = || (part.name.as_str(), part.shape.as_slice(), in_part.clone());
                     let of = |first: usize| first + within.start..first + within.end;
@@ -83,7 +83,7 @@ impl OptimizerState {
                     .collect();
                 for (name, shape, in_part, within) in parts {
                     let target = in_param.start + within.start..in_param.start + within.end;
-                    let values = param.weight.view_mut(target);
+                    let values = param.master_mut().view_mut(target);
                     records.read(Kind::Weight, (&name, &shape), in_part, values)?;
                 }
             }

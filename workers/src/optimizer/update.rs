@@ -69,7 +69,7 @@ impl OptimizerState {
             for (index, param) in list.iter().enumerate() {
                 let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
                 bucket.members.push((store, index, bucket.len));
-                bucket.len += param.weight.len();
+                bucket.len += param.master().len();
             }
         }
         buckets.values_mut().for_each(|bucket| bucket.take_shard(rank));
@@ -163,9 +163,9 @@ impl OptimizerState {
                 grad_scale: (self.recipe.clip_norm / (grad_norm + 1e-6)).min(1.0) as f32,
             };
             let (weight, gradient) = match reduced {
-                Some(reduced) => (&mut param.weight, reduced.view(in_range.clone())),
+                Some(reduced) => (param.master_mut(), reduced.view(in_range.clone())),
                 None => {
-                    let (weight, gradient) = param.weight_and_grad();
+                    let (weight, gradient) = param.master_and_grad();
                     (weight, gradient.view(in_param.clone()))
                 }
             };
@@ -181,7 +181,7 @@ impl OptimizerState {
     /// This rank's shard of a bucket's weights.
     pub fn own_weights(&self, params: &RankParams, bucket: usize) -> Tensor {
         let bucket = self.bucket(bucket);
-        bucket.slice(params, bucket.shard.clone(), |param| Some(&param.weight))
+        bucket.slice(params, bucket.shard.clone(), |param| Some(param.master()))
     }
 
     /// Copies shards of other ranks into a bucket's weights.
@@ -189,7 +189,7 @@ impl OptimizerState {
         let bucket = self.bucket(bucket);
         for (range, part) in gathered {
             for BucketSlice { store, index, in_param, in_range } in bucket.pieces(range, params) {
-                let weight = &mut params.param_mut(store, index).weight;
+                let weight = params.param_mut(store, index).master_mut();
                 weight.view_mut(in_param).copy_from(part.view(in_range));
             }
         }

@@ -26,6 +26,7 @@ use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::params::RankParams;
+use crate::model::precision::Precision;
 use crate::optimizer::totals::TotalsLayout;
 use crate::optimizer::update::{OptimizerSetup, OptimizerState};
 use crate::replica::{self, Recovered, Replicator};
@@ -80,7 +81,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;
     let plans = plans.replicated(assignment.replicator.is_some()).overlapped(assignment.overlap);
-    let arch = Arc::new(Architecture::new(recipe.model_config.clone()));
+    let arch = Arc::new(Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision)));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };

@@ -65,7 +65,7 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
     let mut add = |store: &'a Params| {
         for param in store.iter().filter(|param| param.group[0] == rank) {
             for part in &param.parts {
-                let values = param.weight.view(part.range());
+                let values = param.master().view(part.range());
                 let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
                 entries.push(entry(part.name.clone()));
                 // The published files hold a copy of each tensor that the MTP layer shares with the main model.

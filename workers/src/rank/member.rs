@@ -27,6 +27,7 @@ use crate::engine::update::{SaveWhen, UpdateOrder};
 use crate::error::{Missing, RankError};
 use crate::model::micro_batch::LossScales;
 use crate::model::params::{Params, RankParams};
+use crate::model::precision::Precision;
 use crate::optimizer::totals::GlobalTotals;
 use crate::optimizer::update::UpdateRates;
 use crate::replica::{self, Replicate};
@@ -252,6 +253,7 @@ pub async fn join(
         stages: Arc::new(model.stages),
         pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
         hidden_size: recipe.model_config.hidden_size,
+        precision: Precision::of(&recipe.precision),
         probe: probe.clone(),
     };
     let cell = || myself.get_cell();

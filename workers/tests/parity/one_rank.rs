@@ -30,6 +30,7 @@ use contraflow_workers::hf::weights::HfWeights;
 use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::micro_batch::{LossScales, MicroBatch};
 use contraflow_workers::model::params::{self, Param, RankParams, gate_bias_name};
+use contraflow_workers::model::precision::Precision;
 use contraflow_workers::model::{Architecture, Stage};
 use contraflow_workers::optimizer::totals::{GlobalTotals, Totals};
 use contraflow_workers::optimizer::update::{OptimizerState, UpdateRates};
@@ -107,7 +108,7 @@ pub struct OneRank {
 impl OneRank {
     /// Builds the model for one rank and reads its weights from an HF directory.
     pub fn load(config: ModelConfig, dir: &Path, schedule: ScheduleKind) -> OneRank {
-        let arch = Arc::new(Architecture::new(config));
+        let arch = Arc::new(Architecture::new(config, Precision::F32));
         let layouts = split_layers(&arch.config, schedule.stages(1), 1).unwrap();
         let topology = Topology { pipeline: 1, expert: 1, data: 1 };
         let placement = Placement { topology, stages_of: &schedule.placement(1), layouts: &layouts };
@@ -225,6 +226,7 @@ impl OneRank {
             stages: self.stages.clone(),
             pipeline_peers: vec![0],
             hidden_size: self.arch.config.hidden_size,
+            precision: self.arch.precision,
             probe: Probe::default(),
         }
     }
@@ -239,7 +241,7 @@ impl OneRank {
     /// A weight or a gate bias by its published name.
     pub fn weight(&self, name: &str) -> Option<Vec<f32>> {
         if let Some((param, part)) = self.find(name) {
-            return Some(param.weight.view(part.range()).values().to_vec());
+            return Some(param.master().view(part.range()).values().to_vec());
         }
         let biases = &self.params.dense.gate_biases;
         biases

@@ -1,0 +1,75 @@
+//! What holds of a run in F32 holds in BF16 and in FP8: the same bits whatever the timing, the frames of the plan, the same losses
+//! in every layout but for rounding, and the rest of a run as if it had not been interrupted.
+
+use std::time::Duration;
+
+use contraflow_runtime::fabric::{DelayInjection, LocalOptions};
+
+use crate::determinism::bits_of;
+use crate::frames::run_and_hold_to_the_plan;
+use crate::lab::{FOUR_RANKS, Lab, Layout, ONE_RANK, Setup, layout};
+use crate::resume::assert_rest_is_as_undisturbed;
+
+const RECIPES: [&str; 2] = ["precision.recipe=bf16", "precision.recipe=fp8"];
+
+#[test]
+fn the_same_run_gives_the_same_bits_in_every_precision() {
+    let lab = Lab::new();
+    for recipe in RECIPES {
+        let run = |name: &str, delay_injection| {
+            let setup = lab.setup(FOUR_RANKS, &["training.steps=3", recipe]);
+            let network = LocalOptions { delay_injection, ..setup.network };
+            bits_of(&lab, &format!("{name}-{recipe}"), Setup { network, ..setup })
+        };
+        let late = DelayInjection { seed: 1, max_delay: Duration::from_millis(2) };
+        assert!(run("undisturbed", None) == run("disturbed", Some(late)), "{recipe}");
+    }
+}
+
+#[test]
+fn narrow_frames_are_those_of_the_plan() {
+    let lab = Lab::new();
+    for recipe in RECIPES {
+        for layout in [FOUR_RANKS, layout("1f1b", (2, 4, 1))] {
+            run_and_hold_to_the_plan(&lab, layout, &["training.steps=2", recipe]);
+        }
+    }
+    let mixed = ["training.steps=2", "precision.linear=fp8", "precision.dispatch=bf16"];
+    run_and_hold_to_the_plan(&lab, FOUR_RANKS, &mixed);
+}
+
+#[test]
+fn the_rest_of_a_run_is_that_of_an_undisturbed_one_in_every_precision() {
+    let lab = Lab::new();
+    for (number, recipe) in RECIPES.into_iter().enumerate() {
+        assert_rest_is_as_undisturbed(&lab, FOUR_RANKS, &format!("precision-{number}"), &[recipe]);
+    }
+}
+
+/// Losses of five steps.
+fn losses(lab: &Lab, layout: Layout, changes: &[&str]) -> Vec<f64> {
+    lab.run(lab.setup(layout, changes)).losses()
+}
+
+fn largest_difference(left: &[f64], right: &[f64]) -> f64 {
+    left.iter().zip(right).map(|(left, right)| (left - right).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn every_layout_trains_what_one_rank_trains_but_for_rounding() {
+    let lab = Lab::new();
+    let exact = losses(&lab, ONE_RANK, &[]);
+    for recipe in RECIPES {
+        let one = losses(&lab, ONE_RANK, &[recipe]);
+        let rounding = largest_difference(&one, &exact);
+        println!("{recipe}: {rounding:e} from f32");
+        // The formats are really in use, and cost little.
+        assert!(rounding > 1e-5 && rounding < 0.05 * exact[0], "{recipe}: {one:?} beside {exact:?}");
+        for layout in [FOUR_RANKS, layout("dualpipev", (1, 2, 1)), layout("1f1b", (4, 1, 2))] {
+            let found = losses(&lab, layout, &[recipe]);
+            let difference = largest_difference(&found, &one);
+            println!("{recipe}, {layout:?}: {difference:e} from one rank");
+            assert!(difference <= rounding, "{recipe}, {layout:?}: {found:?} beside {one:?}");
+        }
+    }
+}
