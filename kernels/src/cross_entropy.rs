@@ -62,6 +62,7 @@ pub fn forward(h: &Tensor, head: &Tensor, targets: &Targets) -> Loss {
 /// **Errors**: panics if a target is not below V.
 pub fn forward_backward(h: &Tensor, head: &Tensor, targets: &Targets, d_head: &mut Tensor) -> (Loss, Tensor) {
     assert_eq!(d_head.shape(), head.shape(), "expected the gradient of the head in the head's shape");
+    let (format, h) = (h.format(), &linear::input(h, head));
     let mut dh = Tensor::zeros(h.shape());
     let loss = over_blocks(h, head, targets, |rows, d_logits| {
         if targets.weights.f32()[rows.clone()].iter().all(|&weight| weight == 0.0) {
@@ -79,7 +80,7 @@ pub fn forward_backward(h: &Tensor, head: &Tensor, targets: &Targets, d_head: &m
             linear::backward_weight(&d_logits, &h, d_head);
         }
     });
-    (loss, dh.like(h))
+    (loss, dh.to(format))
 }
 
 /// All logits at once: for parity checks and generation, not for training.

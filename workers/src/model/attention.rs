@@ -230,12 +230,12 @@ fn backward_queries(
             let (weight, grad) = params.weight_and_grad(*norm);
             let d_latent = norm::backward(&d_latent, &latent, weight, LATENT_NORM_EPS, grad);
             let d_input = linear::backward_input(&d_latent, params.weight(*down));
-            work.linear(params, *down, d_latent, &input);
+            work.linear(params, *down, d_latent, input);
             d_input
         }
         (Query::Direct(projection), _) => {
             let d_input = linear::backward_input(&d_q, params.weight(*projection));
-            work.linear(params, *projection, d_q, &input);
+            work.linear(params, *projection, d_q, input);
             d_input
         }
         (Query::Latent { .. }, None) => {

@@ -36,7 +36,8 @@ pub fn forward(
     let embedded = embedding::forward(next_ids, params.weight(weights.embedding));
     let saved = SavedMtp { embedded, hidden };
     let joined = join(weights, params, &saved, eps);
-    (linear::forward(&joined, params.weight(weights.projection)), saved)
+    let x = linear::forward(&joined, params.weight(weights.projection));
+    (x.to(saved.embedded.format()), saved)
 }
 
 /// Gradient with respect to the hidden state; the embedding and the norms get theirs at once.

@@ -25,7 +25,7 @@ fn apart(fixture: &Fixture, variant: Variant) -> OneRank {
         rank.params.dense.iter().position(|param| param.parts[0].name == name).unwrap()
     };
     let (embedding, head) = (of(&rank, EMBEDDING), of(&rank, HEAD));
-    rank.params.dense.get_mut(head).weight = rank.params.dense.weight(embedding).clone();
+    *rank.params.dense.get_mut(head).master_mut() = rank.params.dense.get(embedding).master().clone();
     rank
 }
 

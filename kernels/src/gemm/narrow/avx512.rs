@@ -3,8 +3,8 @@
 //! Knows packed panels alone.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
@@ -87,6 +87,18 @@ fn store<const M: usize>(found: &[[__m512; REGISTERS]; M], sums: &mut [f32; ROWS
     }
 }
 
+/// A register of pairs.
+///
+/// # Safety
+///
+/// The machine has the feature; 16 pairs can be read.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn pairs(at: *const u32) -> __m512bh {
+    // SAFETY: as the caller promises; a register of BF16 pairs has the layout of one of integers.
+    unsafe { transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast())) }
+}
+
 /// # Safety
 ///
 /// The machine has the features; `num_pairs` times 8 and 48 values can be read.
@@ -101,14 +113,12 @@ unsafe fn inner<const M: usize>(
     for _ in 0..num_pairs {
         // SAFETY: as the caller promises; a register of BF16 pairs has the layout of one of integers.
         unsafe {
-            let mut columns = [transmute::<_, __m512bh>(_mm512_loadu_si512(b.cast())); REGISTERS];
-            for register in 1..REGISTERS {
-                columns[register] = transmute(_mm512_loadu_si512(b.add(register * LANES).cast()));
-            }
-            for row in 0..M {
-                let value: __m512bh = transmute(_mm512_set1_epi32(a.add(row).read().cast_signed()));
-                for register in 0..REGISTERS {
-                    sums[row][register] = _mm512_dpbf16_ps(sums[row][register], value, columns[register]);
+            let columns: [__m512bh; REGISTERS] = [pairs(b), pairs(b.add(LANES)), pairs(b.add(2 * LANES))];
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let value = _mm512_set1_epi32(a.add(row).read().cast_signed());
+                let value = transmute::<__m512i, __m512bh>(value);
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = _mm512_dpbf16_ps(*sum, value, column);
                 }
             }
             a = a.add(ROWS);

@@ -168,7 +168,7 @@ fn a_worker_that_has_ended_with_the_orchestrator_is_missed_as_soon_as_one_that_h
         }));
     };
     // The worker of rank 2 is gone: its peer says so when it comes back.
-    let mut world = World::of(Core::new(before.clone(), 2, began), began);
+    let mut world = World::of(Core::new(before.clone(), 2, began, Times::default()), began);
     drop(world.attach(1, hosted(1, &[0])));
     drop(world.attach(3, Vec::new()));
     lost_peer(&mut world);
@@ -178,7 +178,7 @@ fn a_worker_that_has_ended_with_the_orchestrator_is_missed_as_soon_as_one_that_h
     assert_eq!((world.places(), generation(&world)), (vec![1, 3], 2));
     assert!(last_break(&world).contains("has not come back since the orchestrator started"));
     // One that comes back in time is lost for nobody, nor one that no peer misses.
-    let mut world = World::of(Core::new(before, 2, began), began);
+    let mut world = World::of(Core::new(before, 2, began, Times::default()), began);
     drop(world.attach(1, hosted(1, &[0])));
     drop(world.pass(RETURN_MS + TICK_MS, &[1]));
     lost_peer(&mut world);
