@@ -3,13 +3,15 @@
 //! Quantising looks at nothing but the tile: no history (report section 3.3.2). A tile that holds a value which is not finite
 //! comes back without any that is. Knows no operation.
 
+pub(crate) mod codes;
+
 use std::ops::Range;
 
+use self::codes::{
+    E4M3_AS_BF16, E4M3_MAX, E5M6_AS_BF16, E5M6_MAX, bf16_of, bf16_value, e4m3_of, e5m6_bytes, e5m6_of,
+    e5m6_pair,
+};
 use crate::{
-    codes::{
-        E4M3_AS_BF16, E4M3_MAX, E5M6_AS_BF16, E5M6_MAX, bf16_of, bf16_value, e4m3_of, e5m6_bytes, e5m6_of,
-        e5m6_pair,
-    },
     format::TILE,
     par::{self, MIN_PARALLEL},
     tensor::{Format, ScaleRule, Tensor, Tile},

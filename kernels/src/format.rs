@@ -1,7 +1,7 @@
 //! Formats: how the values of a tensor lie in bytes. The one list of them.
 //!
 //! A format says how many bytes a shape takes, the scales of a narrow one included, and where those lie. It knows no memory
-//! and no arithmetic; what a code stands for is in `codes`.
+//! and no arithmetic; what a code stands for is in `cast/codes`.
 
 use bytemuck::Pod;
 
@@ -44,7 +44,7 @@ pub struct ScaleRule {
 
 impl Format {
     /// **Units**: bytes of all values and scales of a tensor.
-    pub fn num_bytes(self, shape: &[usize]) -> usize {
+    pub(crate) fn num_bytes(self, shape: &[usize]) -> usize {
         let values = self.value_bytes(shape.iter().product());
         match self.num_scales(shape) {
             0 => values,

@@ -21,7 +21,6 @@
 pub mod adamw;
 pub mod attention;
 mod cast;
-mod codes;
 mod copy;
 pub mod cross_entropy;
 pub mod dispatch;

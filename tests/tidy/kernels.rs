@@ -12,7 +12,7 @@ const OF_TENSOR: [&str; 8] = [
     "fn zeros(",
     "fn for_overwrite(",
     "fn from_vec<",
-    "fn borrowing<",
+    "fn borrowing(",
     "fn bytes(",
     "fn shape(",
     "fn parts(",

@@ -159,6 +159,9 @@ impl Plan {
             chosen.into_iter().map(|fault| (fault, fault.mean_ms(random))).collect();
         // From here on draws of their own: seeds that showed something stay what they were.
         let mut later = random.clone();
+        let calm_ms = random.between(30_000, 90_000);
+        let (delay_ms, late_ms) = (random.between(2, 40), random.between(20, 900));
+        let (sync_ms, keep) = (random.between(1, 30), random.between(2, 4) as usize);
         let retained_jobs = later.between(1, 7) as usize;
         let is_stalled = later.is_one_in(3);
         faults.extend(is_stalled.then(|| (SimFault::Hang, SimFault::Hang.mean_ms(&mut later))));
@@ -177,7 +180,9 @@ impl Plan {
         }
         let times = if later.is_one_in(4) {
             let beat_ms = later.between(100, 1_500);
-            let lease_ms = later.between(3 * beat_ms, 6_000);
+            // A lease that a late beat outlasts loses workers for ever.
+            let least = (3 * beat_ms).max(2 * beat_ms + late_ms);
+            let lease_ms = later.between(least, 6_000);
             Times::new(beat_ms, Some(lease_ms)).unwrap_or_default()
         } else {
             Times::default()
@@ -190,13 +195,13 @@ impl Plan {
             nodes,
             jobs,
             faults,
-            calm_ms: random.between(30_000, 90_000),
+            calm_ms,
             settle_ms,
-            delay_ms: random.between(2, 40),
-            late_ms: random.between(20, 900),
-            sync_ms: random.between(1, 30),
+            delay_ms,
+            late_ms,
+            sync_ms,
             fills_up: true,
-            keep: random.between(2, 4) as usize,
+            keep,
             retained_jobs,
             times,
         }
@@ -209,7 +214,9 @@ impl Plan {
         (job.spec.min_ranks, job.spec.priority, job.step_ms) = (1, 0, 400);
         (job.bad, job.at_ms) = (Vec::new(), 1_000);
         (plan.nodes, plan.jobs, plan.faults) = (vec![1; 6], vec![job], vec![(SimFault::Mute, 60_000)]);
-        Plan { calm_ms: 600_000, settle_ms: 240_000, fills_up: false, ..plan }
+        // A lease that is shorter than frames may be late loses workers by itself.
+        let times = Times::default();
+        Plan { calm_ms: 600_000, settle_ms: 240_000, fills_up: false, times, ..plan }
     }
 
     /// One job of this many ranks, eight per worker; workers die, streams break, the orchestrator restarts.

@@ -33,46 +33,54 @@ pub(super) fn tile(num_rows: usize, a: Panel, b: Panel, sums: &mut [f32; ROWS * 
     let num_tiles = num_pairs.div_ceil(TILE_PAIRS);
     let num_scales = if a.1.is_empty() { (0, 0) } else { (num_tiles * ROWS, num_tiles * COLS) };
     assert_eq!((a.1.len(), b.1.len()), num_scales, "expected a scale for each tile of both panels, or none");
-    // SAFETY: the features were just detected, and the lengths are those that the kernels read and write.
+    let (a_pairs, b_pairs) = (a.0.as_chunks().0, b.0.as_chunks().0);
+    let a = (a_pairs, a.1.as_chunks().0);
+    let b = (b_pairs, b.1.as_chunks().0);
+    // SAFETY: the features were just detected.
     unsafe {
         match num_rows {
-            1 => panels::<1>(num_pairs, a, b, sums),
-            2 => panels::<2>(num_pairs, a, b, sums),
-            3 => panels::<3>(num_pairs, a, b, sums),
-            4 => panels::<4>(num_pairs, a, b, sums),
-            5 => panels::<5>(num_pairs, a, b, sums),
-            6 => panels::<6>(num_pairs, a, b, sums),
-            7 => panels::<7>(num_pairs, a, b, sums),
-            _ => panels::<ROWS>(num_pairs, a, b, sums),
+            1 => panels::<1>(a, b, sums),
+            2 => panels::<2>(a, b, sums),
+            3 => panels::<3>(a, b, sums),
+            4 => panels::<4>(a, b, sums),
+            5 => panels::<5>(a, b, sums),
+            6 => panels::<6>(a, b, sums),
+            7 => panels::<7>(a, b, sums),
+            _ => panels::<ROWS>(a, b, sums),
         }
     }
 }
 
-/// # Safety
-///
-/// The machine has the features; both panels hold `num_pairs` pairs of their widths, and scales for each tile or none.
+/// Pairs that follow one another along K, each as many as the panel is wide, and as many scales for each tile.
+type Chunks<'a, const N: usize> = (&'a [[u32; N]], &'a [[f32; N]]);
+
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn panels<const M: usize>(num_pairs: usize, a: Panel, b: Panel, sums: &mut [f32; ROWS * COLS]) {
+fn panels<const M: usize>(a: Chunks<ROWS>, b: Chunks<COLS>, sums: &mut [f32; ROWS * COLS]) {
     if a.1.is_empty() {
-        // SAFETY: all pairs lie in the panels.
-        let found = unsafe { inner::<M>(a.0.as_ptr(), b.0.as_ptr(), num_pairs) };
-        return store(&found, sums);
+        return store(&inner::<M>(a.0, b.0), sums);
     }
     sums[..M * COLS].fill(0.0);
-    for (tile, first) in (0..num_pairs).step_by(TILE_PAIRS).enumerate() {
-        let len = TILE_PAIRS.min(num_pairs - first);
-        // SAFETY: the pairs from `first` on lie in the panels, and there are scales for each tile.
+    let tiles = a.0.chunks(TILE_PAIRS).zip(b.0.chunks(TILE_PAIRS)).zip(a.1.iter().zip(b.1));
+    for ((a, b), (scales_a, scales_b)) in tiles {
+        let found = inner::<M>(a, b);
+        for ((found, scale), sums) in found.iter().zip(scales_a).zip(sums.as_chunks_mut::<COLS>().0) {
+            promote(found, *scale, scales_b, sums);
+        }
+    }
+}
+
+/// Adds a row of a tile's sums, times its scale and those of the columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn promote(found: &[__m512; REGISTERS], scale: f32, scales: &[f32; COLS], sums: &mut [f32; COLS]) {
+    let scale = _mm512_set1_ps(scale);
+    let columns = scales.as_chunks::<LANES>().0.iter().zip(sums.as_chunks_mut::<LANES>().0);
+    for (found, (scales, sums)) in found.iter().zip(columns) {
+        // SAFETY: both chunks hold a register.
         unsafe {
-            let found = inner::<M>(a.0.as_ptr().add(first * ROWS), b.0.as_ptr().add(first * COLS), len);
-            for (row, found) in found.iter().enumerate() {
-                let scale = _mm512_set1_ps(a.1[tile * ROWS + row]);
-                for (register, found) in found.iter().enumerate() {
-                    let at = sums.as_mut_ptr().add(row * COLS + register * LANES);
-                    let scales_b = _mm512_loadu_ps(b.1.as_ptr().add(tile * COLS + register * LANES));
-                    let scales = _mm512_mul_ps(scale, scales_b);
-                    _mm512_storeu_ps(at, _mm512_fmadd_ps(*found, scales, _mm512_loadu_ps(at)));
-                }
-            }
+            let scales = _mm512_mul_ps(scale, _mm512_loadu_ps(scales.as_ptr()));
+            let sum = _mm512_fmadd_ps(*found, scales, _mm512_loadu_ps(sums.as_ptr()));
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
         }
     }
 }
@@ -87,43 +95,34 @@ fn store<const M: usize>(found: &[[__m512; REGISTERS]; M], sums: &mut [f32; ROWS
     }
 }
 
-/// A register of pairs.
-///
-/// # Safety
-///
-/// The machine has the feature; 16 pairs can be read.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn pairs(at: *const u32) -> __m512bh {
-    // SAFETY: as the caller promises; a register of BF16 pairs has the layout of one of integers.
-    unsafe { transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast())) }
-}
-
-/// # Safety
-///
-/// The machine has the features; `num_pairs` times 8 and 48 values can be read.
+/// Sums of M rows over some pairs, all in registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn inner<const M: usize>(
-    mut a: *const u32,
-    mut b: *const u32,
-    num_pairs: usize,
-) -> [[__m512; REGISTERS]; M] {
+fn inner<const M: usize>(a: &[[u32; ROWS]], b: &[[u32; COLS]]) -> [[__m512; REGISTERS]; M] {
     let mut sums = [[_mm512_setzero_ps(); REGISTERS]; M];
-    for _ in 0..num_pairs {
-        // SAFETY: as the caller promises; a register of BF16 pairs has the layout of one of integers.
-        unsafe {
-            let columns: [__m512bh; REGISTERS] = [pairs(b), pairs(b.add(LANES)), pairs(b.add(2 * LANES))];
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let value = _mm512_set1_epi32(a.add(row).read().cast_signed());
-                let value = transmute::<__m512i, __m512bh>(value);
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = _mm512_dpbf16_ps(*sum, value, column);
-                }
+    for (a, b) in a.iter().zip(b) {
+        let (columns, _) = b.as_chunks::<LANES>();
+        let columns: [__m512bh; REGISTERS] = [load(&columns[0]), load(&columns[1]), load(&columns[2])];
+        for (value, sums) in a.iter().zip(&mut sums) {
+            let value = as_pairs(_mm512_set1_epi32(value.cast_signed()));
+            for (sum, column) in sums.iter_mut().zip(columns) {
+                *sum = _mm512_dpbf16_ps(*sum, value, column);
             }
-            a = a.add(ROWS);
-            b = b.add(COLS);
         }
     }
     sums
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(pairs: &[u32; LANES]) -> __m512bh {
+    // SAFETY: the array holds one register.
+    as_pairs(unsafe { _mm512_loadu_si512(pairs.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn as_pairs(register: __m512i) -> __m512bh {
+    // SAFETY: a register of BF16 pairs has the layout of one of integers.
+    unsafe { transmute::<__m512i, __m512bh>(register) }
 }
