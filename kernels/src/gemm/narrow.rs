@@ -140,17 +140,13 @@ impl Panels {
     }
 }
 
+/// The scale of each lane and tile; zero where a panel is wider than what is left.
 fn scales(factor: &Factor, width: usize, num_panels: usize, num_tiles: usize) -> Tensor {
-    let mut scales = Tensor::zeros(&[num_panels, num_tiles, width]);
     let num_lanes = factor.dims().0;
-    for (index, scale) in scales.f32_mut().iter_mut().enumerate() {
-        let (panel, tile, lane) = (
-            index / width / num_tiles,
-            index / width % num_tiles,
-            index % width + index / width / num_tiles * width,
-        );
-        debug_assert!(panel < num_panels, "one scale for each lane and tile");
-        if lane < num_lanes {
+    let mut scales = Tensor::zeros(&[num_panels, num_tiles, width]);
+    for (row, scales) in scales.f32_mut().chunks_exact_mut(width).enumerate() {
+        let (panel, tile) = (row / num_tiles, row % num_tiles);
+        for (lane, scale) in (panel * width..num_lanes).zip(scales) {
             *scale = match factor.along {
                 Along::Columns => factor.tensor.scale_at(factor.rows.start + lane, tile),
                 Along::Rows => factor.tensor.scale_at(factor.rows.start + tile * TILE, lane / TILE),
@@ -213,11 +209,9 @@ pub(crate) fn multiply(out: MatMut, output: Output, a: &Panels, b: &Panels) {
     );
     assert_eq!(a.scales.is_some(), b.scales.is_some(), "expected scales on both factors or on none");
     let width = b.num_lanes;
-    let (stride, _) = out.strides();
     let panels: Vec<Range<usize>> = par::partition(a.num_lanes.div_ceil(ROWS), 1);
     let rows = |panels: &Range<usize>| panels.start * ROWS..a.num_lanes.min(panels.end * ROWS);
     let parts = out.split_rows(&panels.iter().map(rows).collect::<Vec<_>>());
-    debug_assert!(stride >= width || a.num_lanes < 2, "rows of the output do not overlap");
     par::for_each(panels.into_iter().zip(parts).collect(), |(panels, mut out): (Range<usize>, MatMut)| {
         let mut sums = [0.0; ROWS * COLS];
         for panel_b in 0..width.div_ceil(COLS) {

@@ -309,9 +309,9 @@ fn broken_toml_and_missing_files() {
 
     let load = |text: &str| Recipe::load(&RecipeSource::parse(text), &[]).unwrap_err().to_string();
     let missing = load("tinny");
-    assert!(
-        missing.starts_with("tinny: expected a built-in recipe (tiny, small, base, deepseek-v3) or a TOML file, got ")
-    );
+    assert!(missing.starts_with(
+        "tinny: expected a built-in recipe (tiny, small, base, deepseek-v3) or a TOML file, got "
+    ));
     assert!(missing.ends_with("; did you mean `tiny`?"), "{missing}");
 
     assert!(error_text(&["model.config=tinny"]).ends_with("/tinny; did you mean `tiny`?"));
