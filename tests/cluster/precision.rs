@@ -65,11 +65,20 @@ fn every_layout_trains_what_one_rank_trains_but_for_rounding() {
         println!("{recipe}: {rounding:e} from f32");
         // The formats are really in use, and cost little.
         assert!(rounding > 1e-5 && rounding < 0.05 * exact[0], "{recipe}: {one:?} beside {exact:?}");
-        for layout in [FOUR_RANKS, layout("dualpipev", (1, 2, 1)), layout("1f1b", (4, 1, 2))] {
+        // Experts in one place round alike, whoever works on the layers and the sequences; only losses are added up in another order.
+        let apart = losses(&lab, layout("1f1b", (4, 1, 2)), &[recipe]);
+        assert!(largest_difference(&apart, &one) <= 1e-12 * one[0], "{recipe}: {apart:?} beside {one:?}");
+        for layout in [FOUR_RANKS, layout("dualpipev", (1, 2, 1))] {
             let found = losses(&lab, layout, &[recipe]);
-            let difference = largest_difference(&found, &one);
-            println!("{recipe}, {layout:?}: {difference:e} from one rank");
-            assert!(difference <= rounding, "{recipe}, {layout:?}: {found:?} beside {one:?}");
+            let first = largest_difference(&found[..1], &one[..1]);
+            println!("{recipe}, {layout:?}: {first:e} from one rank in the first step");
+            // A row's sum comes from two ranks in parts that are rounded to 8 bits; over all tokens that is less than such a
+            // rounding of the loss.
+            assert!(first <= one[0] / 256.0, "{recipe}, {layout:?}: {found:?} beside {one:?}");
+            assert!(
+                largest_difference(&found, &one) <= rounding,
+                "{recipe}, {layout:?}: {found:?} beside {one:?}"
+            );
         }
     }
 }

@@ -77,6 +77,10 @@ impl Process {
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
+
+    pub fn stdout(&self) -> String {
+        std::fs::read_to_string(self.log.with_extension("out")).unwrap_or_default()
+    }
 }
 
 impl Drop for Process {
@@ -433,7 +437,8 @@ pub fn spawn_with(dir: &Path, name: &str, arguments: &[&str], environment: &Envi
 fn start(mut command: Command, dir: &Path, name: &str, environment: &Environment) -> Process {
     let log = dir.join(format!("{name}.log"));
     let stderr = std::fs::File::create(&log).unwrap();
+    let stdout = std::fs::File::create(log.with_extension("out")).unwrap();
     command.current_dir(dir).env("NO_COLOR", "1").envs(environment.clone());
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+    let child = command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
     Process { child, log }
 }

@@ -70,3 +70,29 @@ fn same_model(then: &ModelConfig, now: &ModelConfig, faults: &mut Faults) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::recipe::{NumberFormat, Recipe, RecipeSource};
+
+    #[test]
+    fn formats_follow_the_precision_recipe_where_a_run_goes_on_in_another_one() {
+        let load = |changes: &[&str]| {
+            let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+            Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap()
+        };
+        let before = load(&["precision.recipe=fp8", "precision.dispatch=bf16"]);
+        assert_eq!(
+            (before.precision.linear, before.precision.dispatch),
+            (NumberFormat::Fp8, NumberFormat::Bf16)
+        );
+        let go_on = |changes: &[String]| {
+            Recipe::reload(&before.resolved_toml(), "run", changes, before.model_config.clone()).unwrap()
+        };
+        assert_eq!(go_on(&[]), before);
+        // What was set apart stays so.
+        let now = go_on(&["precision.recipe=f32".into()]).precision;
+        assert_eq!((now.linear, now.dispatch), (NumberFormat::F32, NumberFormat::Bf16));
+        assert_eq!((now.activations, now.attention_output), (NumberFormat::F32, NumberFormat::F32));
+    }
+}
