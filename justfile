@@ -61,8 +61,6 @@ figures:
     target/release/contraflow bench step base --threads 2
     target/release/contraflow bench infer small --threads 1
     target/release/contraflow bench infer base --threads 1
-    @echo "== MaxVio without and with loss-free balancing"
-    target/release/contraflow bench balance
     @echo "== the cluster: fabric, load, event log, placement, simulation"
     target/release/contraflow bench fabric
     target/release/contraflow bench load

@@ -5,15 +5,19 @@ mod checkpoint;
 mod fabric;
 mod infer;
 mod load;
+mod mtp;
 mod placement;
+mod precision;
 mod processes;
 mod rate;
 mod simulation;
 mod step;
 mod store;
+mod study;
 mod update;
 
 use std::fmt::Display;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use contraflow_orchestrator::job::Outcome;
@@ -29,6 +33,7 @@ use contraflow_workers::engine::probe::Probe;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use self::study::StudyArgs;
 use crate::failure::Failure;
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::output::{Format, print};
@@ -81,12 +86,12 @@ enum BenchCommand {
         #[arg(long, default_value_t = 5)]
         saves: usize,
     },
-    /// MaxVio of the tiny recipe with loss-free balancing off and on
-    Balance {
-        /// Steps of each run
-        #[arg(long, default_value_t = 160)]
-        steps: usize,
-    },
+    /// Loss-free balancing beside auxiliary losses over sequences and batches: validation loss and MaxVio of the tiny recipe
+    Balance(StudyArgs),
+    /// What multi-token prediction does to the loss of the tiny recipe, and how many of its proposals would be accepted
+    Mtp(StudyArgs),
+    /// What BF16 and FP8 do to the loss of the tiny recipe, beside what the order of sums does
+    Precision(StudyArgs),
     /// Placement of a job of 2,048 ranks on 4,096 slots: search time and quality
     Placement,
     /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
@@ -141,7 +146,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchCommand::Checkpoint { model, threads, saves } => {
             show(format, &checkpoint::run(model, *threads, *saves)?)
         }
-        BenchCommand::Balance { steps } => show(format, &balance::run(*steps)?),
+        BenchCommand::Balance(args) => show(format, &balance::run(args)?),
+        BenchCommand::Mtp(args) => show(format, &mtp::run(args)?),
+        BenchCommand::Precision(args) => show(format, &precision::run(args)?),
         BenchCommand::Placement => show(format, &placement::run()?),
         BenchCommand::Load => show(format, &load::run()?),
         BenchCommand::Store => show(format, &store::run()?),
@@ -212,40 +219,50 @@ fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepRecord>,
     let subscriber: Subscriber = Box::new(move |record| {
         shared.lock().push((record.clone(), cpu_seconds()));
     });
-    run_quietly(recipe, datasets, None, subscriber)?;
+    QuietRun { recipe, datasets, checkpoints: None, export_dir: None, subscriber }.run()?;
     let steps = std::mem::take(&mut *steps.lock());
     Ok(steps.into_iter().unzip())
 }
 
-/// Runs a recipe without a run's folder.
-fn run_quietly(
+/// A recipe that is run without a run's folder.
+struct QuietRun {
     recipe: Recipe,
     datasets: Datasets,
     checkpoints: Option<Commits>,
+    /// Where the weights go at the end; the folder exists.
+    export_dir: Option<PathBuf>,
     subscriber: Subscriber,
-) -> Result<(), Failure> {
-    let spec = LocalClusterSpec {
-        recipe: Arc::new(recipe),
-        datasets: Arc::new(datasets),
-        generation: Generation::FIRST,
-        peak_flops: None,
-        resume: None,
-        checkpoints,
-        export_dir: None,
-        network: LocalOptions::default(),
-        overlap: true,
-        probe: Probe::default(),
-        subscribers: vec![subscriber],
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
-    let outcome = runtime.block_on(async {
-        let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
-        Ok::<Outcome, Failure>(cluster.wait().await)
-    })?;
-    match outcome {
-        Outcome::Done { .. } => Ok(()),
-        outcome => Err(Failure::run(format!("expected the steps to complete, got {outcome:?}"))),
+}
+
+impl QuietRun {
+    /// Returns the validation loss at the end, if there is one.
+    ///
+    /// **Errors**: code 1 if the run fails.
+    fn run(self) -> Result<Option<f64>, Failure> {
+        let QuietRun { recipe, datasets, checkpoints, export_dir, subscriber } = self;
+        let spec = LocalClusterSpec {
+            recipe: Arc::new(recipe),
+            datasets: Arc::new(datasets),
+            generation: Generation::FIRST,
+            peak_flops: None,
+            resume: None,
+            checkpoints,
+            export_dir,
+            network: LocalOptions::default(),
+            overlap: true,
+            probe: Probe::default(),
+            subscribers: vec![subscriber],
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
+        let outcome = runtime.block_on(async {
+            let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
+            Ok::<Outcome, Failure>(cluster.wait().await)
+        })?;
+        match outcome {
+            Outcome::Done { validation } => Ok(validation.map(|(loss, _)| loss)),
+            outcome => Err(Failure::run(format!("expected the steps to complete, got {outcome:?}"))),
+        }
     }
 }
 

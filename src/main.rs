@@ -20,7 +20,7 @@ Terms in the output:
            cores this includes the sender's wait for a core
   MaxVio   imbalance of the experts' load: (largest load - mean) / mean, averaged over the layers; 0 is even
   MFU      FLOP of the model's matrix products per second (forward, twice that backward, nothing recomputed),
-           as a share of what this machine's matrix multiplication was measured to reach";
+           as a share of what a core reached in a large product, the best so far on such a machine, times the threads";
 
 /// Trains DeepSeek-V3-class mixture-of-experts language models
 #[derive(Parser)]

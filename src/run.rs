@@ -144,7 +144,7 @@ impl Run {
                 &recipe.model_config,
                 recipe.training.sequence_length,
             ) as f64,
-            peak_flops: machine::measure_peak(threads.min(cores)),
+            peak_flops: machine::peak(threads.min(cores)),
             oversubscribed: threads > cores,
         };
         let manifest =

@@ -2,11 +2,11 @@
 //! `survey`, its curves are drawn by `plot`.
 
 mod compare;
-mod curves;
+pub(crate) mod curves;
 mod page;
 pub mod plot;
 mod survey;
-mod svg;
+pub(crate) mod svg;
 
 use std::path::{Path, PathBuf};
 

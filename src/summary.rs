@@ -12,7 +12,6 @@ use serde::Serialize;
 
 use crate::failure::Failure;
 use crate::generate;
-use crate::machine;
 use crate::output::{count, escaped, print, quoted, say};
 use crate::progress::minutes;
 use crate::run::{Run, Tally};
@@ -25,7 +24,7 @@ struct Summary {
     tokens: u64,
     seconds: f64,
     tokens_per_second: f64,
-    /// Absent where the run was faster than the machine was when its peak was measured.
+    /// Absent where the run was faster than the peak.
     mfu: Option<f64>,
     flops_per_token: f64,
     peak_gflops: f64,
@@ -69,7 +68,7 @@ impl Run {
         let best = self.best_validation(&tally);
         let tokens_per_second = tally.tokens as f64 / tally.seconds.max(1e-9);
         let flops = tokens_per_second * self.frame.flops_per_token;
-        let peak = self.peak(flops);
+        let peak = self.frame.peak_flops;
         let summary = Summary {
             name: self.name.clone(),
             steps: tally.last.step.max(self.position().step),
@@ -103,16 +102,6 @@ impl Run {
         let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;
         self.write("summary.json", &format!("{text}\n"))?;
         self.print_figures(&summary, self.no_validation(datasets))
-    }
-
-    /// The peak of the cores in use, in FLOP/s: measured again where the run was faster, as others were at work when it began.
-    fn peak(&self, reached: f64) -> f64 {
-        let measured = self.frame.peak_flops;
-        if reached <= measured {
-            return measured;
-        }
-        let threads = self.recipe.topology().world() * self.recipe.parallel.threads_per_rank;
-        measured.max(machine::measure_peak(threads.min(machine::cores())))
     }
 
     /// Lowest validation loss that was measured while the run trained or at its end, and after which step.
@@ -149,7 +138,7 @@ impl Run {
         let crowded = if summary.oversubscribed { " (oversubscribed)" } else { "" };
         let mtp = if self.recipe.model_config.num_nextn_predict_layers > 0 { ", with MTP" } else { "" };
         let mfu = summary.mfu.map_or_else(
-            || "MFU n/a: the machine was busy when its peak was measured".to_owned(),
+            || "MFU n/a: faster than the measured peak".to_owned(),
             |mfu| format!("MFU {:.0}% of {:.0} GFLOP/s", 100.0 * mfu, summary.peak_gflops),
         );
         let mut text = format!(

@@ -158,7 +158,7 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
         listen: args.listen,
         cores,
         // Before there are ranks: they would share the cores with the measurement.
-        peak_flops: machine::measure_peak(cores) as u64,
+        peak_flops: machine::peak(cores) as u64,
         log_levels,
     })
 }

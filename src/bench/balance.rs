@@ -1,72 +1,106 @@
-//! `contraflow bench balance`: how even the experts' load is, with loss-free balancing off and on.
+//! `contraflow bench balance`: loss-free balancing beside auxiliary losses (report, sections 4.5.2 and 4.5.3).
 
 use std::fmt;
 
-use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
-use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_workers::data::batches::Datasets;
-use contraflow_workers::data::{Corpus, PackedDataset};
 use serde::Serialize;
 
-use super::train_quietly;
+use super::study::report::{distance_line, markdown, write};
+use super::study::{Arm, Statistic, Study, StudyArgs, TrainingRun, runs};
 use crate::failure::Failure;
+use crate::runs::curves::Panel;
 
-/// Both runs.
+const STUDY: Study = Study {
+    name: "balance",
+    common: &[],
+    arms: &[
+        Arm { name: "loss-free", overrides: &["balance.sequence_alpha=0"] },
+        Arm { name: "sequence-wise", overrides: &["balance.bias_speed=0", "balance.sequence_alpha=0.01"] },
+        Arm {
+            name: "batch-wise",
+            overrides: &["balance.bias_speed=0", "balance.sequence_alpha=0", "balance.batch_alpha=0.01"],
+        },
+        Arm { name: "none", overrides: &["balance.bias_speed=0", "balance.sequence_alpha=0"] },
+    ],
+};
+
+/// By arm.
 #[derive(Debug, Serialize)]
 pub(super) struct BalanceFigures {
-    steps: usize,
-    off: MeanMaxVio,
-    on: MeanMaxVio,
+    steps: u64,
+    arms: Vec<ArmFigures>,
 }
 
-/// Means over the steps of a quarter and the layers.
 #[derive(Debug, Serialize)]
-struct MeanMaxVio {
-    second_quarter: f64,
-    last_quarter: f64,
+struct ArmFigures {
+    name: &'static str,
+    validation_loss: Option<Statistic>,
+    /// By seed, that of the arm minus that of loss-free balancing. **Units**: nats per token.
+    over_loss_free: Option<Statistic>,
+    /// Mean over the layers and the last fifth of the steps.
+    max_vio: Option<Statistic>,
 }
 
-/// **Errors**: code 1 if a run fails.
-pub(super) fn run(steps: usize) -> Result<BalanceFigures, Failure> {
-    let corpus = Corpus::load_default();
-    Ok(BalanceFigures {
-        steps,
-        off: train(&corpus, steps, &["balance.bias_speed=0".to_owned()])?,
-        on: train(&corpus, steps, &[])?,
-    })
-}
-
-fn train(corpus: &Corpus, steps: usize, overrides: &[String]) -> Result<MeanMaxVio, Failure> {
-    let common = [
-        format!("training.steps={steps}"),
-        "balance.sequence_alpha=0".to_owned(),
-        "checkpoint.save_model=false".to_owned(),
-    ];
-    let overrides = [&common[..], overrides].concat();
-    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".to_owned()), &overrides)?;
-    let length = recipe.training.sequence_length;
-    let datasets = Datasets {
-        train: PackedDataset::pack(&corpus.train, length),
-        validation: PackedDataset::pack(&corpus.validation, length),
+/// **Errors**: those of the runs; a file that cannot be written.
+pub(super) fn run(args: &StudyArgs) -> Result<BalanceFigures, Failure> {
+    let runs = runs(&STUDY, args)?;
+    let pairs = |arm: usize| -> Vec<(&TrainingRun, &TrainingRun)> {
+        runs[arm]
+            .iter()
+            .zip(&runs[0])
+            .filter_map(|(run, free)| Some((run.as_ref()?, free.as_ref()?)))
+            .collect()
     };
-    let (records, _) = train_quietly(recipe, datasets)?;
-    let mean = |part: &[StepRecord]| part.iter().map(mean_max_vio).sum::<f64>() / part.len().max(1) as f64;
-    let quarter = (records.len() / 4).max(1);
-    let second = &records[quarter.min(records.len())..(2 * quarter).min(records.len())];
-    Ok(MeanMaxVio {
-        second_quarter: mean(second),
-        last_quarter: mean(&records[records.len().saturating_sub(quarter)..]),
-    })
+    let arms = STUDY.arms.iter().enumerate().map(|(index, arm)| {
+        let own = || runs[index].iter().flatten();
+        ArmFigures {
+            name: arm.name,
+            validation_loss: Statistic::of(own().map(|run| run.validation_loss)),
+            over_loss_free: Statistic::of(
+                pairs(index).iter().map(|(run, free)| run.validation_loss - free.validation_loss),
+            ),
+            max_vio: Statistic::of(own().map(|run| last_fifth(&run.max_vio))),
+        }
+    });
+    let figures = BalanceFigures { steps: args.steps, arms: arms.collect() };
+    let lines = (1..STUDY.arms.len()).filter(|&arm| !pairs(arm).is_empty()).map(|arm| {
+        let losses: Vec<_> =
+            pairs(arm).iter().map(|(run, free)| (run.loss.as_slice(), free.loss.as_slice())).collect();
+        distance_line(arm, &losses)
+    });
+    let panel = Panel {
+        title: "smoothed loss over that with loss-free balancing, percent, mean over the seeds",
+        is_logarithmic: false,
+        lines: lines.collect(),
+    };
+    let names: Vec<String> = STUDY.arms.iter().map(|arm| arm.name.to_owned()).collect();
+    write(&args.results.join(STUDY.name), &figures.to_string(), (&names, &[panel]))?;
+    Ok(figures)
+}
+
+fn last_fifth(values: &[f64]) -> f64 {
+    let part = &values[values.len() - (values.len() / 5).max(1)..];
+    part.iter().sum::<f64>() / part.len() as f64
 }
 
 impl fmt::Display for BalanceFigures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (what, MeanMaxVio { second_quarter, last_quarter }) in [("off", &self.off), ("on", &self.on)] {
-            writeln!(
-                f,
-                "balance {what}: MaxVio {second_quarter:.2} in the second quarter, {last_quarter:.2} in the last"
-            )?;
-        }
-        Ok(())
+        writeln!(
+            f,
+            "`contraflow bench balance --steps {}`: the tiny recipe; MaxVio, mean over the layers and the last fifth of",
+            self.steps
+        )?;
+        writeln!(f, "the steps; ± is the standard deviation of one seed.\n")?;
+        let shown = |statistic: Option<Statistic>| {
+            statistic.map_or_else(|| "not run".into(), |s| format!("{:.4} ± {:.4}", s.mean, s.deviation))
+        };
+        let rows: Vec<[String; 4]> = self
+            .arms
+            .iter()
+            .map(|arm| {
+                [arm.name.into(), shown(arm.validation_loss), shown(arm.over_loss_free), shown(arm.max_vio)]
+            })
+            .collect();
+        let head = ["balance", "validation loss, nats per token", "over loss-free, by seed", "MaxVio"];
+        write!(f, "{}", markdown(head, &rows))
     }
 }

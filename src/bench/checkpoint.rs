@@ -16,7 +16,7 @@ use contraflow_workers::data::Tokenizer;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::{benchmark, run_quietly};
+use super::{QuietRun, benchmark};
 use crate::failure::Failure;
 use crate::run_dir;
 
@@ -61,7 +61,9 @@ pub(super) fn run(model: &str, threads: usize, saves: usize) -> Result<Checkpoin
     let marks: Arc<Mutex<Vec<(Instant, u64)>>> = Arc::default();
     let shared = marks.clone();
     let note = move |_: &_| shared.lock().push((Instant::now(), peak_memory()));
-    let outcome = run_quietly(recipe, datasets, Some(commits), Box::new(note));
+    let subscriber = Box::new(note);
+    let outcome =
+        QuietRun { recipe, datasets, checkpoints: Some(commits), export_dir: None, subscriber }.run();
     let written =
         folder.list().ok().and_then(|steps| steps.last().map(|&step| size(&folder.committed(step))));
     // No longer needed; if it cannot be removed, its name says what it is.

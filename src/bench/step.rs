@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::rate::Rate;
 use super::{WARM_UP, benchmark, train_quietly};
 use crate::failure::Failure;
-use crate::machine::measure_peak;
+use crate::machine;
 
 /// What the steps made of the machine.
 #[derive(Debug, Serialize)]
@@ -21,7 +21,7 @@ pub(super) struct StepSpeed {
     /// Shares of the peak.
     mfu_median: f64,
     mfu_best: f64,
-    /// f32 product of 1024 x 1024 on the same threads.
+    /// f32 product of 1024 x 1024 on one core by its CPU time, the best on such a machine so far, times the threads.
     peak_gflops: f64,
     mflop_per_token: f64,
 }
@@ -31,7 +31,7 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
     let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP)?;
     let length = recipe.training.sequence_length;
     let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
-    let peak = measure_peak(threads);
+    let peak = machine::peak(threads);
     let tokens = (recipe.training.global_batch_size * length) as f64;
     let (records, cpu_seconds) = train_quietly(recipe, datasets)?;
     let seconds: Vec<f64> = records.iter().skip(WARM_UP).map(|record| record.seconds).collect();
@@ -60,7 +60,7 @@ impl fmt::Display for StepSpeed {
         writeln!(f, "tokens/s: {tokens_per_second}")?;
         writeln!(
             f,
-            "MFU: {:.0}% median, {:.0}% best, of {:.0} GFLOP/s (f32 product of 1024 x 1024 on the same threads)",
+            "MFU: {:.0}% median, {:.0}% best, of {:.0} GFLOP/s (f32 product of 1024 x 1024 on a core, times the threads)",
             100.0 * self.mfu_median,
             100.0 * self.mfu_best,
             self.peak_gflops

@@ -106,7 +106,7 @@ fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// At most [`MAX_POINTS`]: of each stretch the lowest, the highest and what is not finite, so that no spike is lost.
-fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+pub fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     if points.len() <= MAX_POINTS {
         return points.to_vec();
     }

@@ -34,7 +34,13 @@ pub fn smallest(recipe: &Recipe, params: &RankParams, sequences: Sequences) -> f
         experts: with_weights(experts, &params.experts),
     };
     let mut compute = Compute::new(arch.clone(), Arc::new(stages), params, TaskKind::Evaluate);
-    let scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight: 1.0, balance: 0.0 };
+    let scales = LossScales {
+        denominator: 1.0,
+        mtp_denominator: 1.0,
+        mtp_weight: 1.0,
+        balance: 0.0,
+        batch_balance: 0.0,
+    };
     let batch = MicroBatch::new(&arch, sequences, &scales);
     let in_flight = InFlight::default();
     let mut alone = Alone::new(recipe);

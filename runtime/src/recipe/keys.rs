@@ -143,6 +143,8 @@ pub const KEYS: &[KeyDoc] = &[
         "Change of a gate bias per step: a number, or a list of { from_tokens, value }; 0: none."),
     key("balance.sequence_alpha", Number(NonNegative), Fixed("0.0001"),
         "Weight of the sequence-wise balance loss; 0: none."),
+    key("balance.batch_alpha", Number(NonNegative), Fixed("0.0"),
+        "Weight of the balance loss over each micro-batch; 0: none."),
     key("mtp.weight", Steps, Derived("0.3, or 0 where the model has no multi-token prediction"),
         "Weight of its loss: a number, or a list of { from_tokens, value }."),
     key("data.paths", Texts, Fixed("[]"),

@@ -181,6 +181,8 @@ pub struct BalanceSection {
     pub bias_speed: StepTable,
     /// Weight of the sequence-wise balance loss; 0: none.
     pub sequence_alpha: f64,
+    /// Weight of the balance loss over each micro-batch; 0: none.
+    pub batch_alpha: f64,
 }
 
 /// `[mtp]`: multi-token prediction.

@@ -337,8 +337,7 @@ impl Compute {
             routing_weights = Some(weights);
             in_flight.forget(op.chunk, op.layer);
         }
-        let gradient =
-            AttentionGradient { residual, normed, routing_weights, balance_scale: batch.balance_scale };
+        let gradient = AttentionGradient { residual, normed, routing_weights };
         let done = attention::backward_input(
             &self.arch,
             &layer.attention,
@@ -347,7 +346,7 @@ impl Compute {
             saved,
             batch,
         );
-        self.totals.balance_loss += done.balance_loss * f64::from(batch.balance_scale);
+        self.totals.balance_loss += done.balance_loss;
         in_flight.put(TransferKind::Gradient, op.chunk, done.dx);
         self.work.insert((op.chunk, op.layer, op.component), done.work);
         Ok(())

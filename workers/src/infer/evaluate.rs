@@ -7,9 +7,11 @@ use std::path::Path;
 
 use contraflow_kernels::cross_entropy::{Targets, logits};
 use contraflow_kernels::elementwise::add_into;
+use contraflow_kernels::sampling::{Sampling, sample};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{embedding, norm};
 use safetensors::tensor::{Dtype, TensorView, serialize};
+use serde::{Deserialize, Serialize};
 
 use super::generate::{Generator, arrivals};
 use crate::data::sequences::Sequences;
@@ -17,10 +19,11 @@ use crate::error::RankError;
 use crate::hf::weights::file_error;
 use crate::model::head::{self, LossHead};
 use crate::model::micro_batch::{LossScales, MicroBatch};
-use crate::model::{Layer, attention, expert_counts, experts, ffn};
+use crate::model::{Layer, attention, expert_counts, experts, ffn, mtp};
 
 /// Every sequence counts as it is: sums, not means.
-const SUMS: LossScales = LossScales { denominator: 1.0, mtp_denominator: 0.0, mtp_weight: 0.0, balance: 0.0 };
+const SUMS: LossScales =
+    LossScales { denominator: 1.0, mtp_denominator: 0.0, mtp_weight: 0.0, balance: 0.0, batch_balance: 0.0 };
 
 /// What has been measured so far.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -46,7 +49,38 @@ impl Evaluation {
     }
 }
 
+/// How many tokens multi-token prediction proposed, and how many of them the model would have written itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acceptance {
+    /// Tokens that would have been taken.
+    pub accepted: u64,
+    /// Tokens that were proposed.
+    pub proposed: u64,
+}
+
 impl Generator {
+    /// What speculative decoding without sampling would accept: at each place of the text multi-token prediction proposes the token
+    /// after next, and the model writes one after it has read the next. Nothing is proposed by a model without such a block.
+    ///
+    /// **Source**: report, section 5.4.3.
+    pub fn acceptance(&self, sequences: Sequences) -> Acceptance {
+        let length = sequences.sequence_length;
+        let batch = MicroBatch::new(&self.arch, sequences, &SUMS);
+        let (stage, head, dense) = (&self.model.stages[0], self.head(), &self.model.dense);
+        let Some(block) = &stage.mtp else { return Acceptance { accepted: 0, proposed: 0 } };
+        let normed =
+            norm::forward(&self.hidden(&batch, &mut BTreeMap::new()), dense.weight(head.norm), head.eps);
+        let written = most_likely(&logits(&normed, dense.weight(head.head)));
+        let (joined, _) = mtp::forward(block, dense, &batch.targets, normed, head.eps);
+        let x = self.trained_layer(&block.layer, joined, &batch, &mut BTreeMap::new());
+        let proposed = norm::forward(&x, dense.weight(block.norm), head.eps);
+        let proposed = most_likely(&logits(&proposed, dense.weight(head.head)));
+        let by_sequence = written.chunks_exact(length).zip(proposed.chunks_exact(length));
+        let pairs = by_sequence.flat_map(|(written, proposed)| written[1..].iter().zip(proposed));
+        let accepted = pairs.clone().filter(|(written, proposed)| written == proposed).count();
+        Acceptance { accepted: accepted as u64, proposed: pairs.count() as u64 }
+    }
+
     /// The first token id that the model has no row for, and where it is.
     pub fn unknown_id(&self, ids: &[u32]) -> Option<(usize, u32)> {
         let vocabulary = self.vocab_size();
@@ -128,4 +162,12 @@ impl Generator {
         }
         output
     }
+}
+
+/// The token of each row that is written without sampling.
+fn most_likely(logits: &Tensor) -> Vec<u32> {
+    const GREEDY: Sampling = Sampling { temperature: 0.0, top_p: 1.0 };
+    let width = logits.cols();
+    let row = |row: usize| logits.view(row * width..(row + 1) * width);
+    (0..logits.rows()).map(|index| sample(row(index), GREEDY, 0.0)).collect()
 }

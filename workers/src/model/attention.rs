@@ -15,7 +15,7 @@ use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{linear, norm};
 use contraflow_runtime::model_config;
 
-use super::micro_batch::MicroBatch;
+use super::micro_batch::{BalanceScale, MicroBatch};
 use super::params::Params;
 use super::weight_work::WeightWork;
 use super::{Architecture, AttentionWeights, Query};
@@ -56,8 +56,6 @@ pub struct AttentionGradient {
     pub normed: Tensor,
     /// Of the routing weights, in layers with routed experts. **Shapes**: `[T, K]`.
     pub routing_weights: Option<Tensor>,
-    /// Factor of the sequence-wise balance loss: alpha over the number of sequences of the global batch.
-    pub balance_scale: f32,
 }
 
 /// Projections and core of MLA without norms around it.
@@ -159,7 +157,7 @@ pub fn forward(
 pub struct AttentionBackward {
     /// Gradient with respect to the component's input. **Shapes**: `[T, D]`.
     pub dx: Tensor,
-    /// The balance loss summed over the micro-batch's sequences, not yet scaled.
+    /// The balance losses of the micro-batch, times their factors.
     pub balance_loss: f64,
     /// Deferred weight gradients.
     pub work: WeightWork,
@@ -180,10 +178,9 @@ pub fn backward_input(
     let routed = saved.routing.as_ref().zip(gradient.routing_weights);
     if let (Some(gate_weight), Some((routing, d_weights))) = (weights.gate, routed) {
         let mut d_scores = gate::backward(&d_weights, routing, &arch.gate);
-        if gradient.balance_scale != 0.0 {
-            let scale = gradient.balance_scale;
-            balance_loss =
-                gate::balance_loss(routing, batch.sequence_length, &arch.gate, scale, Some(&mut d_scores));
+        for BalanceScale { tokens, scale } in batch.balance_scales() {
+            let loss = gate::balance_loss(routing, tokens, &arch.gate, scale, Some(&mut d_scores));
+            balance_loss += loss * f64::from(scale);
         }
         gate::logits_gradient(&mut d_scores, routing, arch.gate.scoring);
         add_into(&mut d_normed, &linear::backward_input(&d_scores, params.weight(gate_weight)));

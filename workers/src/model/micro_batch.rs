@@ -22,6 +22,17 @@ pub struct LossScales {
     pub mtp_weight: f64,
     /// Factor of a sequence's balance loss: alpha over the number of sequences of the global batch.
     pub balance: f64,
+    /// Factor of the balance loss over a whole micro-batch: alpha over the number of micro-batches of the global batch.
+    pub batch_balance: f64,
+}
+
+/// A balance loss over groups of tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalanceScale {
+    /// Tokens of a group: those of a sequence, or of the micro-batch.
+    pub tokens: usize,
+    /// Factor of the loss of each group.
+    pub scale: f32,
 }
 
 /// One micro-batch, ready for the components.
@@ -42,8 +53,8 @@ pub struct MicroBatch {
     pub rope: Arc<RopeTable>,
     /// Tokens per sequence.
     pub sequence_length: usize,
-    /// See [`LossScales::balance`].
-    pub balance_scale: f32,
+    balance: f32,
+    batch_balance: f32,
 }
 
 impl MicroBatch {
@@ -71,8 +82,16 @@ impl MicroBatch {
             mtp_targets: vector(mtp_targets),
             mtp_loss_weights: vector(mtp_loss_weights),
             sequence_length,
-            balance_scale: scales.balance as f32,
+            balance: scales.balance as f32,
+            batch_balance: scales.batch_balance as f32,
         }
+    }
+
+    /// The balance losses that count.
+    pub fn balance_scales(&self) -> impl Iterator<Item = BalanceScale> {
+        let by_sequence = BalanceScale { tokens: self.sequence_length, scale: self.balance };
+        let by_batch = BalanceScale { tokens: self.ids.len(), scale: self.batch_balance };
+        [by_sequence, by_batch].into_iter().filter(|balance| balance.scale != 0.0)
     }
 }
 

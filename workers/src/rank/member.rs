@@ -182,6 +182,8 @@ impl JoinedRank {
             mtp_denominator: batch.mtp_denominator,
             mtp_weight: recipe.mtp_weight_at(self.position.tokens),
             balance: recipe.balance.sequence_alpha / task.shape.global_batch as f64,
+            batch_balance: recipe.balance.batch_alpha
+                / (task.shape.global_batch / task.shape.micro_batch_size) as f64,
         }
     }
 

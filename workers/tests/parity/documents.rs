@@ -21,7 +21,8 @@ fn losses(fixture: &Fixture, ids: &[u32], end: u32, step: u64, rank: &mut OneRan
     let targets = ids[1..].iter().copied().chain([0]).collect();
     let sequences = Sequences::new(ids.to_vec(), targets, ids.len()).cut_at(end);
     let mtp_weight = if fixture.config.mtp_layer().is_some() { 1.0 } else { 0.0 };
-    let scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight, balance: 0.0 };
+    let scales =
+        LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight, balance: 0.0, batch_balance: 0.0 };
     let totals =
         rank.run(TaskKind::Train, step, &Batch { micro_batches: vec![sequences], scales }, |_, _| {});
     (totals.loss, totals.mtp_loss)

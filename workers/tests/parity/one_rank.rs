@@ -79,6 +79,7 @@ impl Batch {
             mtp_denominator: micro_batches.iter().map(Sequences::mtp_loss_weight).sum(),
             mtp_weight,
             balance: 0.0,
+            batch_balance: 0.0,
         };
         Batch { micro_batches, scales }
     }
@@ -89,7 +90,13 @@ impl Batch {
         let num_tokens: usize = self.micro_batches.iter().map(|sequences| sequences.ids.len()).sum();
         self.micro_batches.iter_mut().for_each(|sequences| sequences.loss_weights.fill(0.0));
         let balance = length as f64 / num_tokens as f64;
-        self.scales = LossScales { denominator: 1.0, mtp_denominator: 1.0, mtp_weight: 0.0, balance };
+        self.scales = LossScales {
+            denominator: 1.0,
+            mtp_denominator: 1.0,
+            mtp_weight: 0.0,
+            balance,
+            batch_balance: 0.0,
+        };
         self
     }
 }

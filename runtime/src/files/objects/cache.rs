@@ -106,13 +106,15 @@ impl Drop for Staging {
 
 /// The folder of the cache: `$CONTRAFLOW_CACHE`, or `contraflow` in the user's own.
 fn root() -> PathBuf {
+    cache_dir().join("objects")
+}
+
+/// The folder for what can be had again: `CONTRAFLOW_CACHE`, else `contraflow` in the user's cache.
+pub fn cache_dir() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let own =
         || Some(set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?.join("contraflow"));
-    set("CONTRAFLOW_CACHE")
-        .or_else(own)
-        .unwrap_or_else(|| std::env::temp_dir().join("contraflow"))
-        .join("objects")
+    set("CONTRAFLOW_CACHE").or_else(own).unwrap_or_else(|| std::env::temp_dir().join("contraflow"))
 }
 
 fn fetch_into(root: &Path, objects: &Objects) -> Result<PathBuf, ObjectError> {

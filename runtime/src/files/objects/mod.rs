@@ -12,7 +12,7 @@ mod store;
 
 use std::fmt;
 
-pub use cache::{Staging, fetch, fetch_all, fetched_name};
+pub use cache::{Staging, cache_dir, fetch, fetch_all, fetched_name};
 pub use location::{Location, Scheme};
 pub use publish::{publish, target_fault};
 pub use store::{Created, Listed, Objects};
