@@ -3,7 +3,7 @@
 
 use contraflow_fuzz as _;
 use contraflow_workers::hf::check::parse_checksums;
-use contraflow_workers::hf::weights::parse_index;
+use contraflow_workers::hf::header::parse_index;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
