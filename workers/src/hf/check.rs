@@ -93,7 +93,9 @@ fn checksum_faults(dir: &Path) -> Vec<String> {
         Ok(checksums) => checksums,
         Err(message) => return vec![format!("{}: {message}", path.display())],
     };
-    checksums.files.iter().filter_map(|(name, file)| file_fault(&dir.join(name), file)).collect()
+    let all: Vec<(&String, &FileChecksum)> = checksums.files.iter().collect();
+    let checked = files::map_parallel(&all, |(name, file)| file_fault(&dir.join(name), file));
+    checked.into_iter().flatten().collect()
 }
 
 /// Reads a seal.

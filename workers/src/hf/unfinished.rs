@@ -53,26 +53,17 @@ impl Journal {
             locked => locked.map_err(io::Error::from).map_err(&failed)?,
         }
         let text = files::read(path).map_err(&failed)?;
-        // The last line may have been cut off.
-        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-        file.set_len(whole as u64).map_err(&failed)?;
-        let mut journal = Journal { file: Some(file), done: BTreeMap::new() };
-        let mut lines =
-            text[..whole].split_inclusive(|&byte| byte == b'\n').map(serde_json::from_slice::<Line>);
-        match lines.next() {
-            None => journal.append(&Line::Becomes(becomes.to_owned())).map_err(&failed)?,
-            Some(Ok(Line::Becomes(same))) if same == becomes => {}
-            _ => {
-                return Err(wrong(
-                    "expected the beginning of the same model, got that of another one, or in another form: remove the folder",
-                ));
-            }
+        let Parsed { becomes: begun, done, whole } =
+            parse_journal(&text).map_err(|message| wrong(&message))?;
+        if begun.as_ref().is_some_and(|begun| begun != becomes) {
+            return Err(wrong(
+                "expected the beginning of the same model, got that of another one, or in another form: remove the folder",
+            ));
         }
-        for line in lines {
-            match line {
-                Ok(Line::File(name, checksum)) => drop(journal.done.insert(name, checksum)),
-                _ => return Err(wrong("expected a journal, got a file that is damaged: remove the folder")),
-            }
+        file.set_len(whole as u64).map_err(&failed)?;
+        let mut journal = Journal { file: Some(file), done };
+        if begun.is_none() {
+            journal.append(&Line::Becomes(becomes.to_owned())).map_err(&failed)?;
         }
         Ok(journal)
     }
@@ -96,6 +87,33 @@ impl Journal {
         file.write_all(format!("{text}\n").as_bytes())?;
         file.sync_data()
     }
+}
+
+/// What a journal says.
+#[derive(Debug)]
+pub struct Parsed {
+    /// What the folder becomes; `None` if the journal has not begun.
+    pub becomes: Option<String>,
+    /// The files that are on disk.
+    pub done: BTreeMap<String, FileChecksum>,
+    /// Bytes of the lines that are whole: the last one may have been cut off.
+    pub whole: usize,
+}
+
+/// Reads a journal.
+///
+/// **Errors**: a line that is whole and is none.
+pub fn parse_journal(text: &[u8]) -> Result<Parsed, String> {
+    let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    let mut parsed = Parsed { becomes: None, done: BTreeMap::new(), whole };
+    for (number, line) in text[..whole].split_inclusive(|&byte| byte == b'\n').enumerate() {
+        match (number, serde_json::from_slice(line)) {
+            (0, Ok(Line::Becomes(model))) => parsed.becomes = Some(model),
+            (1.., Ok(Line::File(name, checksum))) => drop(parsed.done.insert(name, checksum)),
+            _ => return Err("expected a journal, got a file that is damaged: remove the folder".into()),
+        }
+    }
+    Ok(parsed)
 }
 
 /// Where a folder is made before it has its name.
