@@ -238,7 +238,10 @@ mod tests {
         assert!(staged(&target, "this", fails).is_err() && part.exists());
         drop(held);
         assert_eq!(obstacle(&target), None);
-        staged(&target, "this", |part, _| Ok(std::fs::write(part.join("file"), "x").unwrap())).unwrap();
+        staged(&target, "this", |part, _| {
+            std::fs::write(part.join("file"), "x").map_err(RankError::file(part))
+        })
+        .unwrap();
         assert_eq!(target.read_dir().unwrap().count(), 1);
         std::fs::create_dir(&part).unwrap();
         std::fs::write(part.join("own"), "x").unwrap();

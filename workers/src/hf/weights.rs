@@ -230,8 +230,8 @@ impl HfWeights {
     /// What is wrong with the scales of FP8 matrices: all of them are read.
     pub fn scale_faults(&self) -> Vec<RankError> {
         let with_scales =
-            self.tensors.iter().filter_map(|(name, place)| Some((name, place.scales.as_ref()?)));
-        let fault = |(name, scales): (&String, &Box<TensorLocation>)| {
+            self.tensors.iter().filter_map(|(name, place)| Some((name, place.scales.as_deref()?)));
+        let fault = |(name, scales): (&String, &TensorLocation)| {
             let values = match scales.numbers(&scales.all_rows()) {
                 Ok(values) => values,
                 Err(error) => return Some(error),
