@@ -20,11 +20,12 @@ lint:
 fuzz seconds="60":
     fuzz/run {{seconds}}
 
-# Long runs of tests: a million seeds, twenty storms, an hour of watchers, twenty kills
+# Long runs of tests: a million seeds, twenty storms, an hour of watchers, twenty kills, 8 GB of weights converted
 long:
     SEEDS=1000000 cargo test --workspace --release --test simulation no_seed -- --nocapture
     CONTRAFLOW_STORMS=20 cargo test --workspace --release --test processes storm -- --nocapture
     CONTRAFLOW_SOAK_MINUTES=60 cargo test --workspace --release --test processes soak -- --nocapture
+    cargo test --workspace --release --test hf gigabytes -- --ignored --nocapture
     CONTRAFLOW_KILLS=20 cargo test --workspace --release --test processes killed_workers -- --nocapture
 
 # An export against the real transformers, with a Python that has torch and transformers

@@ -4,13 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use contraflow_runtime::files::objects::{self, Location, Staging};
-use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::schedule::parse_bytes;
 use contraflow_workers::hf::check::check;
-use contraflow_workers::hf::export::{self, Export, Written, part_of, staged};
+use contraflow_workers::hf::export::{Export, Written};
+use contraflow_workers::hf::unfinished::{Journal, obstacle, staged};
 
+use crate::dtype::Dtype;
 use crate::failure::Failure;
 use crate::import::buffers_note;
 use crate::output::{count, print, say};
@@ -33,18 +33,10 @@ pub struct ExportArgs {
     pub dtype: Dtype,
 }
 
-/// What weights are written as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// As they are trained
-    F32,
-    /// Rounded: half the size
-    Bf16,
-}
-
 /// Runs the command.
 ///
-/// **Errors**: code 2 with every fault of model and target, nothing written; the same if writing failed, nothing left.
+/// **Errors**: code 2 with every fault of model and target, nothing written; the same if writing failed, nothing left. If it is
+/// killed, the same command goes on with the files that are not made yet.
 pub fn run(args: &ExportArgs) -> Result<(), Failure> {
     let remote = args.to.to_str().and_then(Location::parse).transpose().map_err(Failure::input)?;
     let target_fault = match &remote {
@@ -61,22 +53,19 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         }
     };
     let (model, dir) = model;
-    let (format, name) = match args.dtype {
-        Dtype::F32 => (export::ExportFormat::F32, "float32"),
-        Dtype::Bf16 => (export::ExportFormat::Bf16, "bfloat16"),
-    };
     let export = Export {
         source: &model.weights,
         config: &model.config,
-        config_json: config_json(&model.config, name)?,
+        config_json: args.dtype.config_json(&model.config.to_hf_json()).map_err(Failure::run)?,
         companions: &dir,
-        format,
+        format: args.dtype.format(),
         shard_bytes: args.shard_size,
     };
     let written = match &remote {
         Some(location) => publish(&export, location)?,
-        None => staged(&args.to, |part| export.write(part)).map_err(Failure::from)?,
+        None => staged(&args.to, &export.identity()?, |part, journal| export.write(part, journal))?,
     };
+    taken_up_note(&written).iter().for_each(|note| say(format_args!("note: {note}")));
     buffers_note(&model.weights).iter().for_each(|note| say(format_args!("note: {note}")));
     print(&format!(
         "{}: {}, {:.1} MB in {}, {}\n",
@@ -84,14 +73,20 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         count(written.num_tensors, "tensor"),
         written.bytes as f64 / 1e6,
         count(written.num_shards, "weight file"),
-        name
+        args.dtype.name()
     ))
+}
+
+/// What is said of files that an earlier process had made.
+pub fn taken_up_note(written: &Written) -> Option<String> {
+    let (taken_up, all) = (written.num_taken_up, count(written.num_shards, "weight file"));
+    (taken_up > 0).then(|| format!("{taken_up} of {all} had been made before this was stopped, and are kept"))
 }
 
 /// Writes it beside what is fetched, then sends it; `config.json`, by which it is found, last.
 fn publish(export: &Export, location: &Location) -> Result<Written, Failure> {
     let staging = Staging::create().map_err(|error| Failure::input(format!("{location}: {error}")))?;
-    let written = export.write(staging.path())?;
+    let written = export.write(staging.path(), &mut Journal::default())?;
     objects::publish(staging.path(), location, "config.json")?;
     Ok(written)
 }
@@ -106,12 +101,8 @@ fn target_fault(target: &Path) -> Option<String> {
     if !parent.is_dir() {
         return reported(format!("expected a folder {} to make it in, got none", parent.display()));
     }
-    let part = part_of(target);
-    if part.exists() {
-        return reported(format!(
-            "expected no {}, which an export that was stopped has left: remove it",
-            part.display()
-        ));
+    if let Some(obstacle) = obstacle(target) {
+        return reported(obstacle);
     }
     match std::fs::read_dir(target) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
@@ -121,12 +112,4 @@ fn target_fault(target: &Path) -> Option<String> {
             None => None,
         },
     }
-}
-
-/// `config.json` with the type that the weights are written in.
-fn config_json(config: &ModelConfig, dtype: &str) -> Result<String, Failure> {
-    let broken = |error: serde_json::Error| Failure::run(error.to_string());
-    let mut json: serde_json::Value = serde_json::from_str(&config.to_hf_json()).map_err(broken)?;
-    json["torch_dtype"] = dtype.into();
-    Ok(format!("{json:#}\n"))
 }

@@ -7,10 +7,13 @@ use contraflow_runtime::model_config::ModelConfig;
 use contraflow_workers::data::model_tokenizer::tokenizer_files;
 use contraflow_workers::data::tokenizer;
 use contraflow_workers::error::RankError;
-use contraflow_workers::hf::check::{Checked, check};
-use contraflow_workers::hf::export::{Export, ExportFormat, Written, staged};
+use contraflow_workers::hf::check::check;
+use contraflow_workers::hf::export::{Export, ExportFormat, Written};
+use contraflow_workers::hf::unfinished::{Journal, staged};
 use contraflow_workers::hf::weights::HfWeights;
 
+use crate::dtype::{Dtype, QUANTIZATION};
+use crate::export::taken_up_note;
 use crate::failure::Failure;
 use crate::output::{count, print, quoted, say};
 use crate::run_dir;
@@ -27,24 +30,47 @@ pub struct ImportArgs {
     /// Name of the run's folder in runs/; the directory's name if not given
     #[arg(long)]
     pub name: Option<String>,
+    /// Data type of the run's weights [default: what they are; f32 if they are FP8]
+    #[arg(long, value_enum)]
+    pub dtype: Option<Dtype>,
 }
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 with every fault of the directory, nothing written; the same if writing failed, nothing left.
+/// **Errors**: code 2 with every fault of the directory, nothing written; the same if writing failed, nothing left. If it is killed,
+/// the same command goes on with the files that are not made yet.
 pub fn run(args: &ImportArgs) -> Result<(), Failure> {
-    let args = &ImportArgs { dir: objects::fetch(&args.dir)?, name: args.name.clone() };
+    let args = &ImportArgs { dir: objects::fetch(&args.dir)?, name: args.name.clone(), ..*args };
     let name = run_name(args)?;
     let checked = check(&args.dir).map_err(|faults| Failure::faults("import", &faults))?;
     let config = args.dir.join("config.json");
     let notes = [config_note(&config), buffers_note(&checked.weights), tokenizer_note(&args.dir)];
     let text = files::read_to_string(&config)
         .map_err(|error| Failure::input(format!("{}: {error}", config.display())))?;
-    let (config_json, numbers_note) = without_quantization(text);
-    let make =
-        |run: &Path| staged(run, |part| write(&args.dir, &checked, config_json, part)).map_err(ImportError);
+    let (config_json, numbers_note) = match args.dtype {
+        Some(dtype) => (dtype.config_json(&text).map_err(Failure::input)?, None),
+        None => without_quantization(text),
+    };
+    let export = Export {
+        source: &checked.weights,
+        config: &checked.config,
+        config_json,
+        companions: &args.dir,
+        format: args.dtype.map_or(ExportFormat::AsIs, Dtype::format),
+        shard_bytes: SHARD_BYTES,
+    };
+    let becomes = export.identity()?;
+    let make = |run: &Path| {
+        staged(run, &becomes, |part, journal| write(&export, part, journal)).map_err(ImportError)
+    };
     let (run, written) = run_dir::adopt(Path::new(run_dir::RUNS), &name, make)?;
-    notes.iter().flatten().chain(&numbers_note).for_each(|note| say(format_args!("note: {note}")));
+    let taken_up = taken_up_note(&written);
+    notes
+        .iter()
+        .flatten()
+        .chain(&numbers_note)
+        .chain(&taken_up)
+        .for_each(|note| say(format_args!("note: {note}")));
     let (next, run) = (quoted(run.display()), run.display());
     print(&format!(
         "{run}: {}, {:.1} MB, every one checked\n\
@@ -88,7 +114,7 @@ fn tokenizer_note(dir: &Path) -> Option<String> {
 /// The configuration of weights that are written as numbers, and what is said of those that came in FP8.
 fn without_quantization(text: String) -> (String, Option<String>) {
     let Ok(serde_json::Value::Object(mut config)) = serde_json::from_str(&text) else { return (text, None) };
-    if config.remove("quantization_config").is_none_or(|value| value.is_null()) {
+    if config.remove(QUANTIZATION).is_none_or(|value| value.is_null()) {
         return (text, None);
     }
     let note = "FP8 weights become f32, and config.json has no quantization_config any more";
@@ -117,19 +143,11 @@ fn run_name(args: &ImportArgs) -> Result<String, Failure> {
     Ok(name)
 }
 
-fn write(from: &Path, checked: &Checked, config_json: String, part: &Path) -> Result<Written, RankError> {
+fn write(export: &Export, part: &Path, journal: &mut Journal) -> Result<Written, RankError> {
     let model = part.join("model");
-    let file_error = |source| RankError::File { path: model.display().to_string(), source };
-    std::fs::create_dir(&model).map_err(file_error)?;
-    let export = Export {
-        source: &checked.weights,
-        config: &checked.config,
-        config_json,
-        companions: from,
-        format: ExportFormat::AsIs,
-        shard_bytes: SHARD_BYTES,
-    };
-    let written = export.write(&model)?;
-    sync_dir(&model).map_err(file_error)?;
+    let file_error = RankError::file(&model);
+    files::make_dir(&model).map_err(&file_error)?;
+    let written = export.write(&model, journal)?;
+    sync_dir(&model).map_err(&file_error)?;
     Ok(written)
 }

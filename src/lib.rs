@@ -9,6 +9,7 @@ pub mod certs;
 pub mod checkpoint;
 pub mod client;
 pub mod data;
+pub mod dtype;
 pub mod eval;
 pub mod export;
 pub mod failure;

@@ -2,7 +2,7 @@
 #![no_main]
 
 use contraflow_fuzz as _;
-use contraflow_workers::hf::weights::read_header;
+use contraflow_workers::hf::header::read_header;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -29,7 +29,8 @@ impl ScaleRule {
         // Not `f32::max`: that would hide what is not a number.
         let largest = if self.floor && largest < FLOOR { FLOOR } else { largest };
         let scale = largest / max;
-        if largest == 0.0 {
+        // Zero, or so near to it that there is no such scale.
+        if scale == 0.0 {
             1.0
         } else if self.power_of_two {
             at_least(scale)

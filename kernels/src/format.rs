@@ -33,7 +33,8 @@ pub enum Tile {
     Block,
 }
 
-/// How the scale of a tile follows from the largest of its values. A tile of zeros has scale 1.
+/// How the scale of a tile follows from the largest of its values. A tile of zeros has scale 1, and so has one whose values are
+/// so small that the scale would be zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ScaleRule {
     /// Take a largest value below 1e-4 for 1e-4, as the published inference code does.

@@ -17,7 +17,7 @@ use contraflow_workers::data::Tokenizer;
 use crate::lab::{FOUR_RANKS, Finished, Lab, Layout, ONE_RANK, Setup, layout};
 
 /// Steps before the checkpoint that runs resume from.
-const BEFORE: u64 = 3;
+pub const BEFORE: u64 = 3;
 
 /// Keeps checkpoints in a run's folder.
 pub fn commits(run: &Path, recipe: &Recipe) -> Commits {
@@ -37,7 +37,8 @@ fn run(lab: &Lab, at: (&Path, Layout), from: Option<&Path>, steps: u64) -> Finis
     run_with(lab, at, from, steps, &[])
 }
 
-fn run_with(
+/// The same with changes to the recipe.
+pub fn run_with(
     lab: &Lab,
     (run, layout): (&Path, Layout),
     from: Option<&Path>,

@@ -1,7 +1,12 @@
 //! What is wrong with a directory, an argument or the disk: named, all at once, and nothing is written or left.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
 
 use crate::deadline;
 use crate::place::{MODEL, Place, TRAINING, fixtures, text};
@@ -144,6 +149,143 @@ fn numbers_that_are_none_are_found() {
     assert_eq!(place.path("runs").read_dir().unwrap().count(), 0);
 }
 
+/// Type, shape and bytes of a tensor.
+type Stored = (Dtype, Vec<usize>, Vec<u8>);
+
+/// Changes the tensors of a weights file.
+fn rewrite(file: &Path, change: impl FnOnce(&mut BTreeMap<String, Stored>)) {
+    let bytes = std::fs::read(file).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    let stored = tensors
+        .into_iter()
+        .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())));
+    let mut tensors: BTreeMap<String, Stored> = stored.collect();
+    change(&mut tensors);
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, file).unwrap();
+}
+
+/// A model of bytes in FP8 whose matrices have several blocks, in several files without checksums: `hf`. Gives the file of a tensor.
+fn in_blocks(place: &Place) -> impl Fn(&str) -> PathBuf {
+    let keys = json!({"hidden_size": 136, "intermediate_size": 140, "vocab_size": 257, "eos_token_id": 256});
+    place.model("from", keys, |name, at| ((at * 7 + name.len()) % 251) as f32 / 1000.0 - 0.1);
+    place.done(&["export", "from", "--to", "hf", "--dtype", "fp8", "--shard-size", "60KB"]);
+    std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
+    let index = place.json("hf/model.safetensors.index.json");
+    let dir = place.path("hf");
+    move |tensor| dir.join(index["weight_map"][tensor].as_str().unwrap())
+}
+
+/// The commands that read a model.
+const READERS: [&[&str]; 5] = [
+    &["import", "hf"],
+    &["export", "hf", "--to", "out", "--dtype", "bf16"],
+    &["eval", "hf", "--data", "validation.txt", "--sequence-length", "32"],
+    &["generate", "hf", "--tokens", "1"],
+    &["train", "--init", "hf", "--data", "text.txt"],
+];
+
+#[test]
+fn scales_that_are_none_or_fit_nothing_are_reported_all_at_once() {
+    let place = Place::new();
+    let file = in_blocks(&place);
+    let layer = |name: &str| format!("model.layers.0.{name}.weight");
+    let scales = |name: &str| format!("{}_scale_inv", layer(name));
+    let mut expected = Vec::new();
+    let mut change = |tensor: String, message: String, change: &dyn Fn(&mut BTreeMap<String, Stored>)| {
+        let path = file(&tensor);
+        rewrite(&path, change);
+        let place = Path::new("hf").join(path.file_name().unwrap());
+        expected.push(format!("{}: {message}", place.display()));
+    };
+    let one_per = "of shape [2, 2], one per 128 x 128";
+    let (name, of) = (layer("mlp.gate_proj"), scales("mlp.gate_proj"));
+    let got = format!("{name}: FP8, expected scales {of} {one_per} in F32, got [1, 4] in F32");
+    change(of.clone(), got, &|tensors| tensors.get_mut(&of).unwrap().1 = vec![1, 4]);
+    let (name, of) = (layer("mlp.up_proj"), scales("mlp.up_proj"));
+    let got = format!("{name}: FP8, expected scales {of} {one_per} in F32, got [2, 2] in BF16");
+    change(of.clone(), got, &|tensors| {
+        let (dtype, _, bytes) = tensors.get_mut(&of).unwrap();
+        *dtype = Dtype::BF16;
+        bytes.truncate(8);
+    });
+    let (name, of) = (layer("mlp.down_proj"), scales("mlp.down_proj"));
+    let got = format!("{name}: FP8, expected scales {of} {one_per}, got none");
+    change(of.clone(), got, &|tensors| drop(tensors.remove(&of)));
+    for (name, at, value, place) in [
+        ("self_attn.o_proj", 1, 0.0, "0 at [1, 0]"),
+        ("self_attn.q_a_proj", 1, -0.25, "-0.25 at [0, 1]"),
+        ("self_attn.q_b_proj", 0, f32::INFINITY, "inf at [0, 0]"),
+        ("self_attn.kv_a_proj_with_mqa", 0, f32::NAN, "NaN at [0, 0]"),
+    ] {
+        let of = scales(name);
+        let got = format!("{of}: expected finite scales above 0, got {place}");
+        change(of.clone(), got, &|tensors| {
+            tensors.get_mut(&of).unwrap().2[4 * at..4 * at + 4].copy_from_slice(&f32::to_le_bytes(value));
+        });
+    }
+    let scale: Stored = (Dtype::F32, vec![3, 2], vec![0; 24]);
+    for (matrix, got) in [("lm_head.weight", "one in BF16"), ("model.layers.9.mlp.up_proj.weight", "none")] {
+        let of = format!("{matrix}_scale_inv");
+        let got = format!("{of}: expected scales of an FP8 matrix {matrix}, got {got}");
+        change("lm_head.weight".into(), got, &|tensors| drop(tensors.insert(of.clone(), scale.clone())));
+    }
+    for command in READERS {
+        let stderr = place.refused(command);
+        let missing: Vec<_> = expected.iter().filter(|message| !stderr.contains(*message)).collect();
+        assert!(missing.is_empty(), "{command:?}: expected {missing:?} in {stderr}");
+    }
+    // One of them is missed by the index, too.
+    assert_contains(&place.refused(READERS[0]), &["10 faults"]);
+}
+
+#[test]
+fn a_tensor_in_two_files_is_refused_with_both() {
+    let place = Place::new();
+    let file = in_blocks(&place);
+    let (name, matrix) = ("model.norm.weight", "model.layers.0.mlp.up_proj.weight");
+    let (first, last) = (file("model.embed_tokens.weight"), file(name));
+    let (holder, other) = (file(matrix), file("lm_head.weight"));
+    assert!(first != last && holder != other);
+    rewrite(&first, |tensors| drop(tensors.insert(name.into(), (Dtype::BF16, vec![136], vec![0; 272]))));
+    rewrite(&other, |tensors| {
+        drop(tensors.insert(matrix.into(), (Dtype::F8_E4M3, vec![140, 136], vec![0; 140 * 136])));
+    });
+    for command in READERS {
+        let stderr = place.refused(command);
+        for (tensor, one, two) in [(name, &first, &last), (matrix, &holder, &other)] {
+            let file = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+            let (earlier, later) = (file(one.min(two)), file(one.max(two)));
+            let message = format!("hf/{later}: {tensor}: expected in one file, got it in ");
+            assert_contains(&stderr, &[&message, &format!("hf/{earlier} too")]);
+        }
+    }
+}
+
+#[test]
+fn codes_that_are_no_numbers_are_found() {
+    for (code, shown) in [(0x7f, "0x7f"), (0xff, "0xff")] {
+        let place = Place::new();
+        let matrix = "model.layers.0.mlp.gate_proj.weight";
+        let path = in_blocks(&place)(matrix);
+        rewrite(&path, |tensors| tensors.get_mut(matrix).unwrap().2[136 * 130 + 129] = code);
+        let file = path.file_name().unwrap().to_str().unwrap();
+        let message =
+            format!("hf/{file}: {matrix}: expected E4M3 codes of numbers, got {shown} (NaN) at [130, 129]");
+        for command in &READERS[..4] {
+            let output = place.run(command);
+            assert_eq!(output.status.code(), Some(2), "{command:?}");
+            assert_contains(&text(&output.stderr), &[&message]);
+        }
+        assert_eq!(place.path("runs").read_dir().unwrap().count(), 0);
+        assert!(!place.path("out").exists() && !place.path("out.part").exists());
+        let as_they_are = ["export", "hf", "--to", "out", "--dtype", "fp8"];
+        assert_contains(&text(place.run(&as_they_are).stderr), &[&message]);
+    }
+}
+
 #[test]
 fn a_copy_that_is_none_is_found() {
     let place = Place::new();
@@ -243,7 +385,8 @@ fn a_target_that_holds_something_is_left_alone() {
     );
     assert_contains(&into("no/where"), &["--to: no/where: expected a folder no to make it in"]);
     std::fs::create_dir(place.path("x.part")).unwrap();
-    assert_contains(&into("x"), &["--to: x: expected no x.part"]);
+    std::fs::write(place.path("x.part/own"), "").unwrap();
+    assert_contains(&into("x"), &["2 faults", "--to: x: expected no x.part", "nothing: expected a run"]);
 }
 
 /// The system refuses to write more than some kilobytes into a file.
@@ -265,7 +408,7 @@ fn a_full_disk_leaves_nothing_and_harms_nothing() {
     for (kilobytes, args) in [(83, "export hf --to new --shard-size 90KB"), (300, "export hf --to new")] {
         let output = on_a_full_disk(&place, kilobytes, args);
         assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
-        assert_contains(&text(&output.stderr), &["new.part/model", "File too large"]);
+        assert_contains(&text(&output.stderr), &["new.part/.model", "File too large"]);
         assert_eq!(place.entries(), before);
     }
     let output = on_a_full_disk(&place, 300, "import hf");

@@ -1,12 +1,15 @@
 //! To Hugging Face and back, by the binary: eval, export, import, and starting from what was imported.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod blocks;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod faults;
 mod fp8;
+mod large;
 mod place;
 mod published;
+mod stopped;
 mod transformers;
 
 use std::collections::BTreeMap;

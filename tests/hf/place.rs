@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use contraflow_runtime::model_config::ModelConfig;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 
 use crate::deadline;
@@ -76,6 +79,25 @@ impl Place {
         deadline::output(
             Command::new(env!("CARGO_BIN_EXE_contraflow")).args(args).current_dir(self.dir.path()),
         )
+    }
+
+    /// A folder with a model: `MODEL` with these keys, its tensors in F32 with values by name and place. What two tensors share has
+    /// the values of the first of them.
+    pub fn model(&self, dir: &str, keys: Value, value: impl Fn(&str, usize) -> f32) {
+        let mut config: Value = serde_json::from_str(MODEL).unwrap();
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        std::fs::create_dir(self.path(dir)).unwrap();
+        std::fs::write(self.path(dir).join("config.json"), config.to_string()).unwrap();
+        let weights = ModelConfig::from_hf_json(&config.to_string()).unwrap().weights();
+        let bytes = weights.iter().map(|weight| {
+            let name = weight.tied_to.unwrap_or(&weight.name);
+            (0..weight.num_elements() as usize).flat_map(|at| value(name, at).to_le_bytes()).collect()
+        });
+        let bytes: Vec<Vec<u8>> = bytes.collect();
+        let tensors = weights.iter().zip(&bytes).map(|(weight, bytes)| {
+            (&weight.name, TensorView::new(Dtype::F32, weight.shape.clone(), bytes).unwrap())
+        });
+        safetensors::serialize_to_file(tensors, None, &self.path(dir).join("model.safetensors")).unwrap();
     }
 
     /// What a command that succeeds says.

@@ -404,3 +404,33 @@ fn a_prompt_that_is_no_token_is_refused() {
     assert_contains(&text(&output.stderr), &["--prompt: expected text of at least one token"]);
     assert_eq!(text(&output.stdout), "");
 }
+
+#[test]
+fn the_published_configuration_is_planned_and_other_quantizations_are_refused_in_words() {
+    let place = Place::new();
+    let mut config: Value =
+        serde_json::from_str(&place.done(&["recipes", "--model", "deepseek-v3"])).unwrap();
+    let published = json!({
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    });
+    let mut plan = |quantization: Value, run: &dyn Fn(&[&str]) -> String| {
+        config["quantization_config"] = quantization;
+        write(&place, "config.json", &config);
+        run(&["plan", "--set", "model.config=config.json"])
+    };
+    let planned = plan(published, &|args| place.done(args));
+    assert!(planned == plan(Value::Null, &|args| place.done(args)));
+    let other = |method: &str| json!({"quant_method": method, "bits": 4, "group_size": 128});
+    for method in ["awq", "gptq", "compressed-tensors", "bitsandbytes"] {
+        let stderr = plan(other(method), &|args| place.refused(args));
+        let only = "the only form that is supported";
+        let method = format!("quantization_config.quant_method: expected \"fp8\", {only}, got \"{method}\"");
+        let block = format!("quantization_config.weight_block_size: expected [128,128], {only}, got nothing");
+        assert_contains(&stderr, &[&method, &block]);
+    }
+    let fixed = json!({
+        "activation_scheme": "static", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+    });
+    let stderr = plan(fixed, &|args| place.refused(args));
+    assert_contains(&stderr, &["quantization_config.activation_scheme: expected \"dynamic\""]);
+}

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use serde_json::json;
+
 use crate::deadline;
 use crate::place::{MODEL, Place, TRAINING, fixtures, text};
 
@@ -17,6 +19,16 @@ fn python() -> Option<PathBuf> {
         eprintln!("SKIPPED: no comparison with transformers, {} cannot import it", python.display());
     }
     has_both.then_some(python)
+}
+
+/// Whether it also has what transformers reads FP8 with. What it has not is printed.
+fn reads_fp8(python: &PathBuf) -> bool {
+    let import = Command::new(python).args(["-c", "import accelerate"]).output();
+    let has_it = import.is_ok_and(|output| output.status.success());
+    if !has_it {
+        eprintln!("SKIPPED: no comparison in FP8, {} cannot import accelerate", python.display());
+    }
+    has_it
 }
 
 fn compare(python: &PathBuf, place: &Place, export: &str, logits: &str) {
@@ -77,4 +89,23 @@ fn transformers_computes_the_logits_of_the_fixtures_from_their_exports() {
         place.done(&["export", fixture.to_str().unwrap(), "--to", name]);
         compare(&python, &place, name, fixture.join("fixture.safetensors").to_str().unwrap());
     }
+}
+
+#[test]
+fn transformers_reads_an_fp8_export_as_the_numbers_that_we_compute_with() {
+    let Some(python) = python().filter(reads_fp8) else { return };
+    let place = Place::new();
+    // Without a GPU transformers takes the size of a block from the number of scales: sizes are those that it finds right.
+    let keys = json!({
+        "vocab_size": 257, "eos_token_id": 256, "hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128,
+        "num_nextn_predict_layers": 1,
+    });
+    place.model("from", keys, |name, at| match name.ends_with("norm.weight") {
+        true => 1.0,
+        false => ((at * 7919 + 31 * name.len()) % 1009) as f32 / 5000.0 - 0.1,
+    });
+    place.done(&["export", "from", "--to", "fp8", "--dtype", "fp8", "--shard-size", "300KB"]);
+    let eval = ["eval", "fp8", "--data", "validation.txt", "--sequence-length", "128", "--logits", "logits"];
+    place.done(&eval);
+    compare(&python, &place, "fp8", "logits");
 }

@@ -234,6 +234,7 @@ impl<'a> ConfigReader<'a> {
             ("quant_method", json!("fp8"), None),
             ("weight_block_size", json!([128, 128]), None),
             ("fmt", json!("e4m3"), Some(json!("e4m3"))),
+            ("activation_scheme", json!("dynamic"), Some(json!("dynamic"))),
         ];
         for (key, supported, default) in form {
             let given = quantization.get(key).filter(|value| !value.is_null());

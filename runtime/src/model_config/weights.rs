@@ -21,6 +21,18 @@ impl WeightShape {
     pub fn num_elements(&self) -> u64 {
         self.shape.iter().map(|&size| size as u64).product()
     }
+
+    /// Whether published files in FP8 hold it in blocks with scales: the matrices of attention and of FFNs. Embedding, head, gate
+    /// and the join of multi-token prediction stay as they are.
+    pub fn is_in_blocks(&self) -> bool {
+        let is_of_linear_layer = self.name.contains(".self_attn.") || self.name.contains(".mlp.");
+        is_of_linear_layer && self.shape.len() == 2 && !self.name.ends_with(".mlp.gate.weight")
+    }
+
+    /// Whether it is the balancing term of a gate, which stays in F32 whatever the others are.
+    pub fn is_gate_bias(&self) -> bool {
+        self.name.ends_with(".e_score_correction_bias")
+    }
 }
 
 /// Buffers of the rotary embedding that published modelling code has registered at one time or another.
@@ -269,18 +281,13 @@ mod tests {
         let config = crate::model_config::builtin::model("deepseek-v3").unwrap();
         let (mut num_tensors, mut num_bytes) = (0, 0);
         for weight in config.weights() {
-            let is = |name: &str| weight.name.ends_with(name);
-            let is_16_bit = weight.shape.len() == 1
-                || ["embed_tokens.weight", "head.weight", "mlp.gate.weight", "eh_proj.weight"]
-                    .iter()
-                    .any(|name| is(name));
-            let (tensors, bytes) = if is("e_score_correction_bias") {
+            let (tensors, bytes) = if weight.is_gate_bias() {
                 (1, 4 * weight.num_elements())
-            } else if is_16_bit {
-                (1, 2 * weight.num_elements())
-            } else {
+            } else if weight.is_in_blocks() {
                 let blocks: u64 = weight.shape.iter().map(|&size| size.div_ceil(128) as u64).product();
                 (2, weight.num_elements() + 4 * blocks)
+            } else {
+                (1, 2 * weight.num_elements())
             };
             num_tensors += tensors;
             num_bytes += bytes;

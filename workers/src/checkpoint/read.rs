@@ -185,8 +185,20 @@ impl Records {
     ///
     /// **Errors**: as [`Records::read`].
     pub fn read_numbers(&self, kind: Kind, name: &str, shape: &[usize]) -> Result<Vec<f32>, RankError> {
-        let mut numbers = vec![0.0; shape.iter().product()];
-        self.read_into(kind, (name, shape), 0..numbers.len(), &mut numbers)?;
+        self.read_range(kind, (name, shape), 0..shape.iter().product())
+    }
+
+    /// Reads a range of a tensor of this shape as plain numbers.
+    ///
+    /// **Errors**: as [`Records::read`].
+    pub fn read_range(
+        &self,
+        kind: Kind,
+        tensor: (&str, &[usize]),
+        range: Range<usize>,
+    ) -> Result<Vec<f32>, RankError> {
+        let mut numbers = vec![0.0; range.len()];
+        self.read_into(kind, tensor, range, &mut numbers)?;
         Ok(numbers)
     }
 

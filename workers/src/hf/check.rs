@@ -9,7 +9,7 @@ use contraflow_runtime::files;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use serde::{Deserialize, Serialize};
 
-use super::weights::HfWeights;
+use super::weights::{HfWeights, strips};
 
 /// Name of the file with the checksums of a directory that this program wrote.
 pub const CHECKSUMS_FILE: &str = "contraflow.json";
@@ -93,7 +93,9 @@ fn checksum_faults(dir: &Path) -> Vec<String> {
         Ok(checksums) => checksums,
         Err(message) => return vec![format!("{}: {message}", path.display())],
     };
-    checksums.files.iter().filter_map(|(name, file)| file_fault(&dir.join(name), file)).collect()
+    let all: Vec<(&String, &FileChecksum)> = checksums.files.iter().collect();
+    let checked = files::map_parallel(&all, |(name, file)| file_fault(&dir.join(name), file));
+    checked.into_iter().flatten().collect()
 }
 
 /// Reads a seal.
@@ -120,7 +122,7 @@ fn edited(path: &Path, sealed: String, got: String) -> String {
     )
 }
 
-fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
+pub(super) fn file_fault(path: &Path, checksums: &FileChecksum) -> Option<String> {
     let reported = |message: String| Some(format!("{}: {message}", path.display()));
     let size = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
@@ -173,21 +175,25 @@ fn tensor_faults(
             _ => faults.extend(copy_fault(weight, weights)),
         }
     }
-    faults.into_iter().map(|fault| format!("{}: {fault}", dir.display())).collect()
+    let faults = faults.into_iter().map(|fault| format!("{}: {fault}", dir.display()));
+    faults.chain(weights.scale_faults().iter().map(ToString::to_string)).collect()
 }
 
 /// What is wrong with the copy of a shared tensor, if the directory has that copy and an original of its shape.
 fn copy_fault(copy: &WeightShape, weights: &HfWeights) -> Option<String> {
     let has = |name: &str| weights.info(name).is_some_and(|(shape, _)| shape == copy.shape);
     let original = copy.tied_to.filter(|original| has(original) && has(&copy.name))?;
-    match (weights.read(&copy.name, &copy.shape), weights.read(original, &copy.shape)) {
-        (Ok(values), Ok(originals)) => {
-            let is_same = |(value, original): (&f32, &f32)| value.to_bits() == original.to_bits();
-            let is_copy = values.iter().zip(&originals).all(is_same);
-            (!is_copy).then(|| format!("{}: expected a copy of {original}, got other values", copy.name))
+    strips(&copy.shape).find_map(|rows| {
+        let read = |name: &str| weights.read_rows(name, &copy.shape, rows.clone());
+        match (read(&copy.name), read(original)) {
+            (Ok(values), Ok(originals)) => {
+                let is_same = |(value, original): (&f32, &f32)| value.to_bits() == original.to_bits();
+                let is_copy = values.iter().zip(&originals).all(is_same);
+                (!is_copy).then(|| format!("{}: expected a copy of {original}, got other values", copy.name))
+            }
+            (Err(error), _) | (_, Err(error)) => Some(error.to_string()),
         }
-        (Err(error), _) | (_, Err(error)) => Some(error.to_string()),
-    }
+    })
 }
 
 /// The tensors that are not there. A copy of a shared tensor may be left out; a whole block of multi-token prediction that

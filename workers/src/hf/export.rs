@@ -1,22 +1,25 @@
 //! Writes a model as an HF directory: shards with an index, configuration, tokenizer files, checksums.
 //!
-//! One tensor is in memory at a time. A directory is made under another name,
-//! brought to disk and renamed: under its own name it is whole or not there. Knows names and files, no layers.
+//! Some rows of one tensor are in memory at a time; a shard that is on disk is not made again. Knows names and files, no layers.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
 
-use contraflow_runtime::files::{self, sync_dir};
+use contraflow_runtime::failpoint::failpoint;
+use contraflow_runtime::files::{self, sync_dir, write_synced};
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use safetensors::Dtype;
 
-use super::check::{CHECKSUMS_FILE, CHECKSUMS_VERSION, Checksums, FileChecksum};
-use super::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error, header_text};
+use super::check::{CHECKSUMS_FILE, CHECKSUMS_VERSION, Checksums, FileChecksum, file_fault};
+use super::fp8::{self, Blocks};
+use super::shard::{Form, Shard, Values, num_bytes};
+use super::unfinished::Journal;
+use super::weights::{HfWeights, INDEX_FILE, SINGLE_FILE, file_error};
 use crate::data::model_tokenizer::tokenizer_files;
 use crate::error::RankError;
-use crate::hashed_file::{FinishedFile, HashedFile};
+use crate::hashed_file::FinishedFile;
 
 /// Files beside the weights that go along where they are, with all that belongs to a tokenizer.
 const COMPANIONS: [&str; 2] = ["chat_template.jinja", "generation_config.json"];
@@ -24,12 +27,15 @@ const COMPANIONS: [&str; 2] = ["chat_template.jinja", "generation_config.json"];
 /// What a tensor becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportFormat {
-    /// What it is.
+    /// What it is; FP8 becomes the f32 numbers that it stands for.
     AsIs,
     /// Every tensor in f32.
     F32,
     /// Rounded to bf16; the gate biases stay in f32, as published.
     Bf16,
+    /// As DeepSeek publishes: the matrices of attention and FFNs in E4M3 with a scale per block of 128 x 128, all else as with
+    /// [`ExportFormat::Bf16`]. A matrix that is in FP8 keeps its codes and scales.
+    Fp8,
 }
 
 /// A model on its way into a directory.
@@ -53,53 +59,44 @@ pub struct Export<'a> {
 /// What has been written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Written {
-    /// Number of tensors.
+    /// Number of tensors, scales included.
     pub num_tensors: usize,
     /// Number of weight files.
     pub num_shards: usize,
+    /// How many of them an earlier process had made.
+    pub num_taken_up: usize,
     /// Bytes of all tensors.
     pub bytes: u64,
 }
 
-/// Where a folder is made before it has its name.
-pub fn part_of(target: &Path) -> PathBuf {
-    let mut name = target.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    target.with_file_name(name)
-}
-
-/// Lets `write` fill a new folder beside `target`, brings it to disk and gives it the name `target`, which must not exist or
-/// be an empty folder. What fails leaves nothing.
-///
-/// **Errors**: those of `write`, and what the system says.
-pub fn staged<T>(target: &Path, write: impl FnOnce(&Path) -> Result<T, RankError>) -> Result<T, RankError> {
-    let part = part_of(target);
-    std::fs::create_dir(&part).map_err(file_error(&part))?;
-    let done = write(&part).and_then(|done| {
-        sync_dir(&part).map_err(file_error(&part))?;
-        std::fs::rename(&part, target).map_err(file_error(target))?;
-        Ok(done)
-    });
-    match done {
-        Ok(done) => {
-            let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
-            let parent = parent.unwrap_or(Path::new("."));
-            sync_dir(parent).map_err(file_error(parent))?;
-            Ok(done)
-        }
-        Err(error) => {
-            // The first error is reported.
-            drop(std::fs::remove_dir_all(&part));
-            Err(error)
-        }
-    }
-}
-
 impl Export<'_> {
-    /// Writes everything into an empty folder.
+    /// Equal for two exports if they write the same from the same files, as names, sizes and times have it.
+    ///
+    /// **Errors**: a folder that cannot be read, by name.
+    pub fn identity(&self) -> Result<String, RankError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?}\n{}\n", self.format, self.config_json).as_bytes());
+        for shard in self.shards() {
+            hasher.update(shard.header().as_bytes());
+        }
+        for dir in [self.source.dir(), self.companions] {
+            for entry in files::read_dir(dir).map_err(file_error(dir))? {
+                // Links lead to what is read; one that leads nowhere is not.
+                let Ok(found) = files::metadata(&entry.path()) else { continue };
+                let since = found.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+                let stamp = (entry.file_name(), found.len(), since);
+                if found.is_file() {
+                    hasher.update(format!("{stamp:?}\n").as_bytes());
+                }
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Writes everything into a folder that is empty but for what an export of the same identity has left there.
     ///
     /// **Errors**: a tensor that cannot be read or is not finite, by name; what the system says, with the path.
-    pub fn write(&self, dir: &Path) -> Result<Written, RankError> {
+    pub fn write(&self, dir: &Path, journal: &mut Journal) -> Result<Written, RankError> {
         let shards = self.shards();
         let mut checksums = Checksums { format_version: CHECKSUMS_VERSION, files: BTreeMap::new() };
         let mut weight_map = serde_json::Map::new();
@@ -109,10 +106,25 @@ impl Export<'_> {
                 1 => SINGLE_FILE.to_owned(),
                 all => format!("model-{:05}-of-{all:05}.safetensors", number + 1),
             };
-            let (file, bytes) = self.write_shard(&dir.join(&name), shard)?;
-            weight_map.extend(shard.iter().map(|weight| (weight.name.clone(), name.clone().into())));
-            written.num_tensors += shard.len();
-            written.bytes += bytes;
+            let earlier = journal.done(&name).filter(|file| file_fault(&dir.join(&name), file).is_none());
+            let file = match earlier.cloned() {
+                Some(file) => {
+                    written.num_taken_up += 1;
+                    file
+                }
+                None => {
+                    let FinishedFile { bytes, blake3 } = shard.write(dir, &name, self)?;
+                    sync_dir(dir).map_err(file_error(dir))?;
+                    failpoint("export.shard-named");
+                    let file = FileChecksum { bytes, blake3 };
+                    journal.add(&name, file.clone()).map_err(file_error(dir))?;
+                    failpoint("export.shard-noted");
+                    file
+                }
+            };
+            weight_map.extend(shard.names().map(|tensor| (tensor.to_owned(), name.clone().into())));
+            written.num_tensors += shard.names().count();
+            written.bytes += shard.bytes();
             checksums.files.insert(name, file);
         }
         let mut texts = vec![("config.json".to_owned(), self.config_json.clone().into_bytes())];
@@ -123,12 +135,15 @@ impl Export<'_> {
         }
         texts.extend(self.companions()?);
         for (name, bytes) in texts {
-            write_whole(&dir.join(&name), &bytes)?;
+            let path = dir.join(&name);
+            write_synced(&path, &bytes).map_err(file_error(&path))?;
             let blake3 = blake3::hash(&bytes).to_hex().to_string();
             checksums.files.insert(name, FileChecksum { bytes: bytes.len() as u64, blake3 });
         }
+        failpoint("export.texts-written");
         let checksums = serde_json::to_string_pretty(&checksums).expect("a seal is texts and numbers");
-        write_whole(&dir.join(CHECKSUMS_FILE), format!("{checksums}\n").as_bytes())?;
+        let path = dir.join(CHECKSUMS_FILE);
+        write_synced(&path, format!("{checksums}\n").as_bytes()).map_err(file_error(&path))?;
         Ok(written)
     }
 
@@ -147,19 +162,20 @@ impl Export<'_> {
     }
 
     /// The tensors in the order of the layers, cut so that no file is larger than it may be.
-    fn shards(&self) -> Vec<Vec<WeightShape>> {
-        let mut shards: Vec<Vec<WeightShape>> = vec![Vec::new()];
+    fn shards(&self) -> Vec<Shard> {
+        let mut shards: Vec<Vec<(WeightShape, Form)>> = vec![Vec::new()];
         let mut filled = 0;
         for weight in self.config.weights() {
-            let bytes = weight.num_elements() * (self.dtype(&weight).bitsize() / 8) as u64;
+            let form = self.form(&weight);
+            let bytes = num_bytes(&weight, form);
             if filled > 0 && filled + bytes > self.shard_bytes {
                 shards.push(Vec::new());
                 filled = 0;
             }
             filled += bytes;
-            shards.last_mut().expect("there is always one").push(weight);
+            shards.last_mut().expect("there is always one").push((weight, form));
         }
-        shards
+        shards.into_iter().map(Shard::new).collect()
     }
 
     /// Under which name the source has a tensor: a copy of a shared one need not be there.
@@ -170,66 +186,38 @@ impl Export<'_> {
         }
     }
 
-    fn dtype(&self, weight: &WeightShape) -> Dtype {
+    fn form(&self, weight: &WeightShape) -> Form {
         match self.format {
             ExportFormat::AsIs => {
-                self.source.info(self.source_name(weight)).map_or(Dtype::F32, |(_, dtype)| dtype)
+                let info = self.source.info(self.source_name(weight));
+                Form::Numbers(info.map_or(Dtype::F32, |(_, dtype)| dtype))
             }
-            ExportFormat::Bf16 if !weight.name.ends_with("e_score_correction_bias") => Dtype::BF16,
-            ExportFormat::F32 | ExportFormat::Bf16 => Dtype::F32,
+            ExportFormat::Fp8 if weight.is_in_blocks() => Form::Blocks,
+            ExportFormat::Bf16 | ExportFormat::Fp8 if !weight.is_gate_bias() => Form::Numbers(Dtype::BF16),
+            _ => Form::Numbers(Dtype::F32),
         }
     }
+}
 
-    /// The values of a tensor.
-    ///
-    /// **Errors**: they cannot be read or are not finite.
-    fn values(&self, weight: &WeightShape) -> Result<Vec<f32>, RankError> {
-        let values = self.source.read(self.source_name(weight), &weight.shape)?;
+impl Values for Export<'_> {
+    fn rows(&self, weight: &WeightShape, rows: Range<usize>) -> Result<Vec<f32>, RankError> {
+        let first = rows.start * weight.shape.last().copied().unwrap_or(1);
+        let values = self.source.read_rows(self.source_name(weight), &weight.shape, rows)?;
         match values.iter().position(|value| !value.is_finite()) {
             None => Ok(values),
             Some(at) => {
                 let path = self.source.dir().display().to_string();
-                let message = format!("{}: expected finite values, got {} at {at}", weight.name, values[at]);
+                let (name, got, at) = (&weight.name, values[at], first + at);
+                let message = format!("{name}: expected finite values, got {got} at {at}");
                 Err(RankError::Content { path, message })
             }
         }
     }
 
-    fn write_shard(&self, path: &Path, shard: &[WeightShape]) -> Result<(FileChecksum, u64), RankError> {
-        let listed = shard.iter().map(|weight| (weight.name.as_str(), self.dtype(weight), &weight.shape[..]));
-        let (header, bytes) = header_text(listed);
-        let mut out = HashedFile::create(path).map_err(file_error(path))?;
-        let write = |out: &mut HashedFile, bytes: &[u8]| out.write(bytes).map_err(file_error(path));
-        write(&mut out, &(header.len() as u64).to_le_bytes())?;
-        write(&mut out, header.as_bytes())?;
-        for weight in shard {
-            let values = self.values(weight)?;
-            let dtype = self.dtype(weight);
-            for block in values.chunks(BLOCK) {
-                write(&mut out, &encode(block, dtype))?;
-            }
+    fn blocks(&self, weight: &WeightShape, rows: Range<usize>) -> Result<Blocks, RankError> {
+        match self.source.read_blocks(self.source_name(weight), &weight.shape, rows.clone())? {
+            Some(blocks) => Ok(blocks),
+            None => Ok(fp8::quantize(self.rows(weight, rows)?, weight.shape[1])),
         }
-        let FinishedFile { bytes: size, blake3 } = out.finish().map_err(file_error(path))?;
-        Ok((FileChecksum { bytes: size, blake3 }, bytes))
     }
-}
-
-/// Values that are encoded at once.
-const BLOCK: usize = 1 << 16;
-
-fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    match dtype {
-        Dtype::BF16 => values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|&value| half::f16::from_f32(value).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-    }
-}
-
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), RankError> {
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create_new(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(file_error(path))
 }

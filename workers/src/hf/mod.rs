@@ -5,4 +5,7 @@
 pub mod check;
 pub mod export;
 mod fp8;
+pub mod header;
+pub mod shard;
+pub mod unfinished;
 pub mod weights;

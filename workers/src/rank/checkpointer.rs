@@ -20,7 +20,7 @@ use crate::checkpoint::writers;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::error::RankError;
-use crate::hf::weights::{Entry, write_file};
+use crate::hf::shard::{Entry, write_file};
 use crate::model::params::{Params, RankParams, gate_bias_name};
 
 /// Messages of the checkpointer actor.
