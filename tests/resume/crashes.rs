@@ -9,6 +9,7 @@ const SIGKILL: i32 = 9;
 
 /// Every failpoint on the way of a commit.
 const FAILPOINTS: [&str; 11] = [
+    "checkpoint.write-begins",
     "checkpoint.folder-made",
     "checkpoint.shard-begins",
     "checkpoint.shard-half-written",
