@@ -53,7 +53,8 @@ impl Tensor {
         Tensor::for_overwrite_in(Format::F32, shape)
     }
 
-    pub(crate) fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
+    /// Unspecified values in a format: for an output that is going to be written in full.
+    pub fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
         Tensor::over(shape, format, Buffer::for_overwrite(format.num_bytes(shape)))
     }
 

@@ -8,7 +8,7 @@
 
 mod op;
 
-pub use op::{OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
+pub use op::{BucketElements, OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
 
 use crate::model_config::ModelConfig;
 use crate::schedule::program::LayerKind;
@@ -152,12 +152,6 @@ fn attention_matrices(config: &ModelConfig) -> u64 {
     (queries + latent + keys_and_values + heads * config.v_head_dim * hidden) as u64
 }
 
-/// Parameters of the linear layers of a layer on one of `expert` expert ranks: what is neither norm nor gate.
-pub fn linear_parameters(config: &ModelConfig, kind: LayerKind, expert: u64) -> u64 {
-    let routed = layer_parameters(config, kind).routed / expert;
-    attention_matrices(config) + shared_ffn_matrices(config, kind) + routed
-}
-
 /// The FFN every token passes, and the gate.
 fn common_ffn_matrices(config: &ModelConfig, kind: LayerKind) -> u64 {
     gate_matrix(config, kind) + shared_ffn_matrices(config, kind)
@@ -182,7 +176,7 @@ fn ffn_matrices(config: &ModelConfig, inner: usize) -> u64 {
 }
 
 /// Parameters of what joins embedding and hidden state for multi-token prediction.
-pub fn join_matrix(config: &ModelConfig) -> u64 {
+fn join_matrix(config: &ModelConfig) -> u64 {
     2 * (config.hidden_size as u64).pow(2)
 }
 

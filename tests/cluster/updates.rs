@@ -67,7 +67,7 @@ impl Rank {
         let placement = Placement { topology, stages_of: &[vec![0]], layouts: &plans.layouts };
         let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
         let seed = recipe.training.seed;
-        let params =
+        let mut params =
             RankParams { dense: with_gradients(dense, seed), experts: with_gradients(experts, seed) };
         let setup = OptimizerSetup {
             recipe: recipe.optimizer.clone(),
@@ -76,7 +76,7 @@ impl Rank {
             rank,
             layout: TotalsLayout::of(&recipe.model_config),
         };
-        let optimizer = OptimizerState::new(setup, &params);
+        let optimizer = OptimizerState::new(setup, &mut params);
         let world: Vec<usize> = topology.ranks().collect();
         let context = RankContext {
             endpoint,

@@ -3,7 +3,7 @@
 //!
 //! Shape letters: D hidden, K top-k, E experts, F expert hidden, H heads, C latent.
 
-use crate::cost::{self, bytes_of_rows};
+use crate::cost::{self, BucketElements, bytes_of_rows};
 use crate::model_config::ModelConfig;
 use crate::recipe::{NumberFormat, PrecisionSection};
 use crate::schedule::program::{LayerKind, StageLayout};
@@ -35,9 +35,9 @@ const MOMENTS: u64 = 2;
 /// Parameters and memory of each pipeline rank, in steady state; all ranks at one pipeline coordinate need
 /// the same.
 ///
-/// Weights and gradients take 4 bytes a parameter: in f32 the weight is its own master copy. What is computed with in a
-/// narrower format is a copy beside it. The optimizer's two moments take 8, for the parameters that fall to the rank when every replica group shares its own out
-/// evenly (ZeRO-1). Activations are live chunks x tokens x the largest of the rank's stages.
+/// Weights lie in the format that they are computed with, gradients in f32. The optimizer's two moments take 8 bytes, and masters of
+/// weights in a narrower format than f32 another 4, for the parameters that fall to the rank when every replica group shares its
+/// own out evenly (ZeRO-1). Activations are live chunks x tokens x the largest of the rank's stages.
 ///
 /// Replica groups are those of [`buckets`].
 pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
@@ -46,41 +46,53 @@ pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
 
 /// A bucket on a rank, and how many ranks hold the same.
 struct Holding {
-    parameters: u64,
+    elements: BucketElements,
     copies: usize,
+}
+
+impl Holding {
+    /// Elements of the largest shard.
+    fn shard(&self) -> u64 {
+        self.elements.all().div_ceil(self.copies as u64)
+    }
+
+    /// Masters beside the weights on the rank that keeps most: narrow weights come last in a bucket.
+    fn masters(&self) -> u64 {
+        self.shard().min(self.elements.narrow())
+    }
 }
 
 impl MemoryQuery<'_> {
     fn one_rank(&self, rank: usize) -> RankFigures {
         let trained = self.holdings(rank);
-        let num_trained: u64 = trained.iter().map(|holding| holding.parameters).sum();
-        let shard: u64 = trained.iter().map(|held| held.parameters.div_ceil(held.copies as u64)).sum();
+        let elements = trained.iter().fold(BucketElements::default(), |sum, held| sum + held.elements);
+        let num_trained = elements.all();
+        let shard: u64 = trained.iter().map(Holding::shard).sum();
+        let masters: u64 = trained.iter().map(Holding::masters).sum();
         let stages = || self.placement[rank].iter().map(|&stage| &self.stages[stage]);
         let gate_biases: u64 = stages().map(|stage| self.gate_biases(stage)).sum();
-        // A rank that holds both ends shares embedding and head between them.
-        let has_embedding = stages().any(|stage| stage.embedding || stage.tied || stage.mtp_layer.is_some());
-        let tables = u64::from(has_embedding) + u64::from(stages().any(|stage| stage.head && !stage.tied));
-        let narrow = stages().map(|stage| self.narrow_bytes(stage)).sum::<u64>()
-            + copies(self.precision.activations, tables * cost::table_parameters(self.config));
+        let weights = F32_BYTES * (elements.wide + gate_biases)
+            + weight_bytes(self.precision.linear, elements.linear)
+            + weight_bytes(self.precision.activations, elements.tables);
         let largest_chunk = stages().map(|stage| self.chunk_bytes(stage)).max().unwrap_or(0);
         RankFigures {
             rank,
             stages: self.placement[rank].clone(),
             layers: stages().map(stage_text).collect::<Vec<_>>().join("; "),
             parameters: num_trained + gate_biases,
-            weight_bytes: F32_BYTES * (num_trained + gate_biases) + narrow,
+            weight_bytes: weights,
             gradient_bytes: F32_BYTES * num_trained,
-            optimizer_bytes: MOMENTS * F32_BYTES * shard,
+            optimizer_bytes: MOMENTS * F32_BYTES * shard + F32_BYTES * masters,
             activation_bytes: self.peak_live_chunks[rank] as u64 * largest_chunk,
         }
     }
 
     fn holdings(&self, rank: usize) -> Vec<Holding> {
-        let Self { config, topology, stages, placement, .. } = self;
+        let Self { config, topology, stages, placement, precision, .. } = self;
         let buckets = buckets(placement, stages, topology).into_iter();
         let held = buckets.filter(|bucket| bucket.positions.contains(&rank));
         held.map(|bucket| Holding {
-            parameters: cost::bucket_elements(&bucket, config, stages, topology),
+            elements: cost::bucket_elements(&bucket, config, stages, topology, precision),
             copies: bucket.copies,
         })
         .collect()
@@ -138,21 +150,12 @@ impl MemoryQuery<'_> {
         };
         attention + ffn
     }
-
-    /// What weights of linear layers take in the format that they are computed with, where that is narrower than their masters.
-    fn narrow_bytes(&self, stage: &StageLayout) -> u64 {
-        let expert = self.topology.expert as u64;
-        let layers = stage.layers.iter().copied().chain(stage.mtp_layer.map(|_| LayerKind::Moe));
-        let linear: u64 = layers.map(|kind| cost::linear_parameters(self.config, kind, expert)).sum();
-        let join = stage.mtp_layer.map_or(0, |_| cost::join_matrix(self.config));
-        copies(self.precision.linear, linear + join)
-    }
 }
 
-/// Bytes of a narrow copy of this many weights; scales of blocks are a quarter of a thousandth of it.
-fn copies(format: NumberFormat, weights: u64) -> u64 {
+/// Bytes of this many weights; scales of blocks are a quarter of a thousandth of it.
+fn weight_bytes(format: NumberFormat, weights: u64) -> u64 {
     match format {
-        NumberFormat::F32 => 0,
+        NumberFormat::F32 => F32_BYTES * weights,
         NumberFormat::Bf16 => 2 * weights,
         NumberFormat::Fp8 | NumberFormat::E5m6 => weights + weights.div_ceil(128 * 128) * F32_BYTES,
     }

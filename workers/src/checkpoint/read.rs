@@ -220,12 +220,9 @@ impl Records {
     /// **Errors**: as [`Records::read`], for the first tensor that is wrong.
     pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
         for param in params.iter_mut() {
-            let parts = param.parts.clone();
-            let weight = param.master_mut();
-            for part in parts {
-                let target = weight.view_mut(part.range());
-                self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)?;
-            }
+            param.fill(|part, target| {
+                self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)
+            })?;
         }
         for (&layer, bias) in &mut params.gate_biases {
             let len = bias.len();

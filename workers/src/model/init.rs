@@ -6,6 +6,8 @@
 
 use contraflow_runtime::random::SplitMix64;
 
+use std::convert::Infallible;
+
 use super::params::{Param, Params};
 
 /// Draws every weight: norms are one, gate biases stay zero, all else is normal.
@@ -17,17 +19,15 @@ pub fn initialise(params: &mut Params, seed: u64, deviation: f64) {
 
 fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
     let is_norm = !param.is_matrix();
-    let parts = param.parts.clone();
-    let weight = param.master_mut();
-    for part in parts {
-        let mut values = weight.view_mut(part.range());
+    let Ok(()) = param.fill::<Infallible>(|part, mut values| {
         if is_norm {
             values.fill_with(|| 1.0);
         } else {
             let mut stream = Stream::new(seed, &part.name);
             values.fill_with(|| (stream.normal() * deviation) as f32);
         }
-    }
+        Ok(())
+    });
 }
 
 /// A stream of random numbers that belongs to a name.

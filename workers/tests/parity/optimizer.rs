@@ -63,7 +63,7 @@ fn norm(values: &[f32]) -> f64 {
 
 fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, decay): (&str, Decay)) {
     let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, PLAIN.schedule);
-    let mut optimizer = Some(OptimizerState::new(setup(&rank, decay), &rank.params));
+    let mut optimizer = Some(OptimizerState::new(setup(&rank, decay), &mut rank.params));
     let prefix = format!("{variant}.");
     let values: Vec<(&str, &Truth)> =
         fixture.optim.iter().filter_map(|(key, truth)| Some((key.strip_prefix(&prefix)?, truth))).collect();
