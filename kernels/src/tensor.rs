@@ -44,7 +44,11 @@ enum Storage {
 impl Tensor {
     /// Zeros, in F32.
     pub fn zeros(shape: &[usize]) -> Tensor {
-        let format = Format::F32;
+        Tensor::zeros_in(Format::F32, shape)
+    }
+
+    /// Zeros in a format without scales.
+    pub fn zeros_in(format: Format, shape: &[usize]) -> Tensor {
         Tensor::over(shape, format, Buffer::zeros(format.num_bytes(shape)))
     }
 

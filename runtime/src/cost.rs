@@ -11,6 +11,7 @@ mod op;
 pub use op::{BucketElements, OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
 
 use crate::model_config::ModelConfig;
+use crate::schedule::Component;
 use crate::schedule::program::LayerKind;
 
 /// Parameters of one layer, or of the block of multi-token prediction without what it shares with the main
@@ -94,6 +95,25 @@ pub fn layer_parameters(config: &ModelConfig, kind: LayerKind) -> LayerParameter
 pub fn mtp_parameters(config: &ModelConfig) -> LayerParameters {
     let layer = layer_parameters(config, LayerKind::Moe);
     LayerParameters { common: layer.common + 3 * config.hidden_size as u64 + join_matrix(config), ..layer }
+}
+
+/// Parameters that belong to one component of a layer alone, on one of `expert` expert ranks: without gate biases, embedding and head.
+pub fn component_parameters(
+    config: &ModelConfig,
+    component: Component,
+    kind: LayerKind,
+    expert: usize,
+) -> u64 {
+    let hidden = config.hidden_size as u64;
+    let layer = layer_parameters(config, kind);
+    match component {
+        Component::Attention => layer.common - shared_ffn_matrices(config, kind),
+        Component::SharedExpert => shared_ffn_matrices(config, kind),
+        Component::Experts => layer.routed / expert as u64,
+        Component::MtpJoin => join_matrix(config) + 2 * hidden,
+        Component::Head | Component::MtpHead => hidden,
+        Component::Chunk | Component::Embedding | Component::Dispatch | Component::Combine => 0,
+    }
 }
 
 /// Forward FLOPs of one token in one layer.

@@ -28,7 +28,7 @@ use contraflow_workers::model::init::initialise;
 use contraflow_workers::model::params::{Params, RankParams};
 use contraflow_workers::model::precision::Precision;
 use contraflow_workers::optimizer::totals::{Totals, TotalsLayout};
-use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
+use contraflow_workers::optimizer::update::{Moments, OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
 
 use crate::lab::{Lab, layout};
@@ -75,6 +75,7 @@ impl Rank {
             names: published_names(&recipe.model_config),
             rank,
             layout: TotalsLayout::of(&recipe.model_config),
+            moments: Moments::F32,
         };
         let optimizer = OptimizerState::new(setup, &mut params);
         let world: Vec<usize> = topology.ranks().collect();

@@ -30,15 +30,19 @@ fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
     });
 }
 
+/// 64 bits that stand for a name.
+pub fn name_bits(name: &str) -> u64 {
+    let digest = blake3::hash(name.as_bytes());
+    let (head, _) = digest.as_bytes().split_at(8);
+    head.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte))
+}
+
 /// A stream of random numbers that belongs to a name.
 struct Stream(SplitMix64);
 
 impl Stream {
     fn new(seed: u64, name: &str) -> Self {
-        let digest = blake3::hash(name.as_bytes());
-        let (head, _) = digest.as_bytes().split_at(8);
-        let name_bits = head.iter().fold(0_u64, |bits, &byte| bits << 8 | u64::from(byte));
-        Stream(SplitMix64::new(name_bits ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+        Stream(SplitMix64::new(name_bits(name) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
     }
 
     fn normal(&mut self) -> f64 {

@@ -87,11 +87,11 @@ impl Bucket {
         BucketGroup { ranks: self.group.clone(), len: self.len, wide: self.wide }
     }
 
-    /// Gives the rank its part, with zero moments.
-    pub fn take_shard(&mut self, rank: usize) {
+    /// Gives the rank its part, with zero moments in a format.
+    pub fn take_shard(&mut self, rank: usize, moments: Format) {
         let own = self.group.iter().position(|&member| member == rank).unwrap_or_default();
         self.shard = shard(self.len, self.group.len(), own);
-        self.exp_avg = Tensor::zeros(&[self.shard.len()]);
+        self.exp_avg = Tensor::zeros_in(moments, &[self.shard.len()]);
         self.exp_avg_sq = self.exp_avg.clone();
     }
 

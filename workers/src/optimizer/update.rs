@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use contraflow_kernels::adamw::{self, AdamW};
+use contraflow_kernels::adamw::{self, AdamW, Rounding};
 use contraflow_kernels::elementwise::add_into;
-use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_kernels::tensor::{Format, Tensor};
+use contraflow_runtime::random::SplitMix64;
+use contraflow_runtime::recipe::{Decay, NumberFormat, OptimizerSection, PrecisionSection, WatchSection};
 use contraflow_runtime::stability::evidence::Evidence;
 use contraflow_runtime::stability::{Seen, StabilityWatch, Verdict};
 use contraflow_runtime::topology::collective::shard;
@@ -19,7 +20,8 @@ use super::buckets::{Bucket, BucketGroup, BucketSlice};
 use super::squares::{SquaresByPlace, square};
 use super::totals::TotalsLayout;
 use crate::model::expert_counts;
-use crate::model::params::{Param, RankParams, Store};
+use crate::model::init::name_bits;
+use crate::model::params::{Param, PublishedTensor, RankParams, Store};
 
 /// Inputs of one update.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +45,7 @@ pub struct OptimizerState {
     pub(super) rank: usize,
     /// How the step's totals are laid out.
     pub layout: TotalsLayout,
+    moments: Moments,
     pub(super) buckets: Vec<Bucket>,
 }
 
@@ -58,13 +61,42 @@ pub struct OptimizerSetup {
     pub rank: usize,
     /// Routed experts and layers of the model.
     pub layout: TotalsLayout,
+    /// How the moments are stored.
+    pub moments: Moments,
+}
+
+/// How the moments are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moments {
+    /// F32 or BF16.
+    pub format: Format,
+    /// Seed of stochastic rounding to BF16; to nearest without one.
+    pub seed: Option<u64>,
+}
+
+impl Moments {
+    /// As they are computed with.
+    pub const F32: Moments = Moments { format: Format::F32, seed: None };
+
+    /// Those of a recipe.
+    pub fn of(precision: &PrecisionSection, seed: u64) -> Self {
+        let format = if precision.moments == NumberFormat::Bf16 { Format::BF16 } else { Format::F32 };
+        Moments { format, seed: precision.stochastic_rounding.then_some(seed) }
+    }
+
+    /// Of the elements of a published tensor from `first` on. Chance follows from seed, step and element, whoever updates it.
+    fn rounding(&self, name: &str, first: usize, step: u64) -> Rounding {
+        let Some(seed) = self.seed else { return Rounding::Nearest };
+        let of_step = SplitMix64::new(seed ^ step.rotate_left(32)).next_u64();
+        Rounding::Stochastic { key: SplitMix64::new(name_bits(name) ^ of_step).next_u64(), first }
+    }
 }
 
 impl OptimizerState {
     /// Zero moments for this rank's shard of each bucket. Parameters that are computed with in a narrow format keep the masters
     /// of the shard alone, so they get their values afterwards.
     pub fn new(setup: OptimizerSetup, params: &mut RankParams) -> Self {
-        let OptimizerSetup { recipe, watch, names, rank, layout } = setup;
+        let OptimizerSetup { recipe, watch, names, rank, layout, moments } = setup;
         let mut buckets: BTreeMap<usize, Bucket> = BTreeMap::new();
         for is_narrow in [false, true] {
             for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
@@ -75,7 +107,7 @@ impl OptimizerState {
             }
         }
         for bucket in buckets.values_mut() {
-            bucket.take_shard(rank);
+            bucket.take_shard(rank, moments.format);
             for &(store, index, start) in &bucket.members {
                 let param = params.param_mut(store, index);
                 let at = |place: usize| place.clamp(start, start + param.len()) - start;
@@ -90,6 +122,7 @@ impl OptimizerState {
             names,
             rank,
             layout,
+            moments,
             buckets,
         }
     }
@@ -169,17 +202,33 @@ impl OptimizerState {
                 weight_decay: if decays { self.recipe.weight_decay as f32 } else { 0.0 },
                 step: self.watch.updates_at(rates.step),
                 grad_scale: (self.recipe.clip_norm / (grad_norm + 1e-6)).min(1.0) as f32,
+                rounding: Rounding::Nearest,
             };
-            let (weight, gradient) = match reduced {
-                Some(reduced) => (param.master_view_mut(in_param), reduced.view(in_range.clone())),
-                None => param.master_and_grad(in_param),
+            // Chance goes by published tensors; without it one run is as good as several.
+            let runs: Vec<_> = match self.moments.seed {
+                None => vec![(in_param, in_range, Rounding::Nearest)],
+                Some(_) => {
+                    let parts = param.parts_in(in_param.clone());
+                    let run = |(part, in_part, within): (&PublishedTensor, Range<usize>, Range<usize>)| {
+                        let of = |start: usize| start + within.start..start + within.end;
+                        let rounding = self.moments.rounding(&part.name, in_part.start, rates.step);
+                        (of(in_param.start), of(in_range.start), rounding)
+                    };
+                    parts.map(run).collect()
+                }
             };
-            let state = adamw::State {
-                weight,
-                exp_avg: bucket.exp_avg.view_mut(in_range.clone()),
-                exp_avg_sq: bucket.exp_avg_sq.view_mut(in_range),
-            };
-            adamw::update(state, gradient, &spec);
+            for (in_param, in_range, rounding) in runs {
+                let (weight, gradient) = match reduced {
+                    Some(reduced) => (param.master_view_mut(in_param), reduced.view(in_range.clone())),
+                    None => param.master_and_grad(in_param),
+                };
+                let state = adamw::State {
+                    weight,
+                    exp_avg: bucket.exp_avg.view_mut(in_range.clone()),
+                    exp_avg_sq: bucket.exp_avg_sq.view_mut(in_range),
+                };
+                adamw::update(state, gradient, &AdamW { rounding, ..spec.clone() });
+            }
         }
     }
 

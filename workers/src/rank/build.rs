@@ -22,13 +22,13 @@ use crate::engine::plans::Plans;
 use crate::engine::probe::Probe;
 use crate::error::RankError;
 use crate::hf::weights::HfWeights;
-use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::params::RankParams;
 use crate::model::precision::Precision;
+use crate::model::{Architecture, Recompute};
 use crate::optimizer::totals::TotalsLayout;
-use crate::optimizer::update::{OptimizerSetup, OptimizerState};
+use crate::optimizer::update::{Moments, OptimizerSetup, OptimizerState};
 use crate::replica::{self, Recovered, Replicator};
 
 /// Everything a rank gets when it joins a job.
@@ -81,7 +81,8 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;
     let plans = plans.replicated(assignment.replicator.is_some()).overlapped(assignment.overlap);
-    let arch = Arc::new(Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision)));
+    let arch = Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision));
+    let arch = Arc::new(arch.recomputing(Recompute::of(&recipe.memory)));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
@@ -93,6 +94,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         names: published_names(&recipe.model_config),
         rank,
         layout: TotalsLayout::of(&recipe.model_config),
+        moments: Moments::of(&recipe.precision, recipe.training.seed),
     };
     let mut optimizer = OptimizerState::new(setup, &mut params);
     for params in [&mut params.dense, &mut params.experts] {

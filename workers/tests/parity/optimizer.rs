@@ -3,7 +3,7 @@
 use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::optimizer::totals::TotalsLayout;
-use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
+use contraflow_workers::optimizer::update::{Moments, OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
 
 use crate::findings::{Findings, LOSS, Mark};
@@ -54,6 +54,7 @@ fn setup(rank: &OneRank, decay: Decay) -> OptimizerSetup {
         names: published_names(&rank.arch.config),
         rank: 0,
         layout: TotalsLayout::of(&rank.arch.config),
+        moments: Moments::F32,
     }
 }
 
