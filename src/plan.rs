@@ -10,7 +10,7 @@ use std::sync::Arc;
 use clap::builder::RangedU64ValueParser;
 use contraflow_runtime::cost::{self, OpCost, Shapes};
 use contraflow_runtime::layout::{MemoryQuery, rank_figures};
-use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::recipe::{MemorySection, NumberFormat, PrecisionSection, Recipe, RecipeSource};
 use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower, text};
 use contraflow_runtime::topology::{Coordinates, Topology};
 use contraflow_workers::data::batches::{BatchShape, TaskKind};
@@ -94,6 +94,38 @@ struct Layout {
     active_parameters: u64,
     /// Forward and backward, matrix products only.
     training_flops_per_token: u64,
+    /// Which kind of tensor is in which format.
+    precision: PrecisionSection,
+    /// What is computed again.
+    memory: MemorySection,
+}
+
+/// Which kind of tensor is in which format, in words.
+fn formats(precision: &PrecisionSection, memory: &MemorySection) -> String {
+    let name = |format: NumberFormat| serde_name(&format);
+    let linear = name(precision.linear);
+    let masters =
+        if precision.linear == NumberFormat::F32 { "" } else { " with f32 masters of the own shard" };
+    let kinds = [
+        ("weights of linear layers and inputs of their products", format!("{linear}{masters}")),
+        ("embedding, head, residual stream, attention", name(precision.activations)),
+        ("norms, gates, gradients of weights", "f32".to_owned()),
+        ("moments", name(precision.moments)),
+        ("rows to the experts", name(precision.dispatch)),
+        ("sums from the experts", name(precision.combine)),
+        ("kept of attention's output", name(precision.attention_output)),
+        ("kept of SwiGLU's input", name(precision.swiglu_input)),
+    ];
+    let kinds = kinds.map(|(kind, format)| format!("{kind} {format}")).join("; ");
+    let again: Vec<String> = memory.recompute.iter().map(serde_name).collect();
+    let again = if again.is_empty() { "nothing".to_owned() } else { again.join(", ") };
+    format!("formats: {kinds}\ncomputed again in the backward pass: {again}")
+}
+
+/// What a value is called in recipes.
+fn serde_name(value: &impl Serialize) -> String {
+    let value = serde_json::to_value(value).unwrap_or_default();
+    value.as_str().unwrap_or_default().to_owned()
 }
 
 /// A plan that is sound.
@@ -165,8 +197,10 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         stages: &plans.layouts,
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
-        peak_live_chunks: &planned.report.peak_activations,
+        micro_batches: planned.plan.micro_batches,
+        programs: &lower(&planned.plan, Some(&plans.layouts), recipe.parallel.expert),
         precision: &recipe.precision,
+        memory: &recipe.memory,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));
@@ -225,6 +259,8 @@ impl Layout {
             parameters: parameters.total + parameters.mtp,
             active_parameters: parameters.active,
             training_flops_per_token: cost::training_flops_per_token(&recipe.model_config, length),
+            precision: recipe.precision.clone(),
+            memory: recipe.memory.clone(),
         }
     }
 }
@@ -241,7 +277,8 @@ impl fmt::Display for Layout {
             abbreviated(self.parameters),
             abbreviated(self.active_parameters),
             abbreviated(self.training_flops_per_token),
-        )
+        )?;
+        writeln!(f, "{}", formats(&self.precision, &self.memory))
     }
 }
 

@@ -39,7 +39,7 @@ pub mod math;
 pub mod norm;
 pub mod par;
 pub mod permute;
-mod pool;
+pub mod pool;
 pub mod rope;
 pub mod sampling;
 mod softmax;

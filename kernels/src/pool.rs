@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::mem;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::par::{self, MIN_PARALLEL};
 use parking_lot::{Mutex, MutexGuard};
@@ -22,6 +23,21 @@ const NUM_CLASSES: usize = 60 * STEPS;
 
 /// One lock per class: threads meet only where they want buffers of one size.
 static IDLE: [Mutex<Vec<Box<[Line]>>>; NUM_CLASSES] = [const { Mutex::new(Vec::new()) }; NUM_CLASSES];
+
+/// **Units**: bytes that tensors hold, without what a size class adds; and the most of it.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
+
+/// **Units**: bytes that the tensors of this process have held at most since the last [`forget_peak`]. What has arrived in frames
+/// and lies in their memory does not count.
+pub fn peak_bytes() -> usize {
+    MOST.load(Ordering::Relaxed)
+}
+
+/// The peak begins again with what tensors hold now.
+pub fn forget_peak() {
+    MOST.store(HELD.load(Ordering::Relaxed), Ordering::Relaxed);
+}
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -39,18 +55,24 @@ impl Buffer {
         let num_lines = class_lines(len.div_ceil(LINE));
         match recycled(num_lines) {
             Some(lines) => {
-                let mut buffer = Buffer { lines, len };
+                let mut buffer = Buffer::of(lines, len);
                 par::for_each_chunk(buffer.as_mut_slice(), 1, MIN_PARALLEL_BYTES, |_, part| part.fill(0));
                 buffer
             }
-            None => Buffer { lines: fresh(num_lines), len },
+            None => Buffer::of(fresh(num_lines), len),
         }
     }
 
     /// Bytes unspecified, namely what the last owner left: for a buffer that is going to be written in full.
     pub(crate) fn for_overwrite(len: usize) -> Buffer {
         let num_lines = class_lines(len.div_ceil(LINE));
-        Buffer { lines: recycled(num_lines).unwrap_or_else(|| fresh(num_lines)), len }
+        Buffer::of(recycled(num_lines).unwrap_or_else(|| fresh(num_lines)), len)
+    }
+
+    fn of(lines: Box<[Line]>, len: usize) -> Buffer {
+        let held = HELD.fetch_add(len, Ordering::Relaxed) + len;
+        MOST.fetch_max(held, Ordering::Relaxed);
+        Buffer { lines, len }
     }
 
     /// A copy of some bytes.
@@ -83,6 +105,7 @@ impl Clone for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        HELD.fetch_sub(self.len, Ordering::Relaxed);
         let lines = mem::take(&mut self.lines);
         if !lines.is_empty() {
             idle(class(lines.len())).push(lines);

@@ -8,18 +8,19 @@
 use std::ops::Range;
 
 use crate::{
+    linear::of_products,
     math,
     par::{self, MIN_PARALLEL},
     tensor::Tensor,
 };
 
-/// `silu(gate) * up * weight`.
+/// `silu(gate) * up * weight`, in BF16 unless gate and up are F32.
 ///
 /// **Shapes**: `gate_up` `[R, 2F]`, gate then up; `weights` `[R]`, 1 if none; result `[R, F]`.
 pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
     let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
-    let (format, gate_up) = (gate_up.format(), gate_up.widened());
+    let (format, gate_up) = (of_products(gate_up), gate_up.widened());
     let mut act = Tensor::for_overwrite(&[gate_up.rows(), hidden]);
     par::for_each_chunk(act.f32_mut(), hidden, MIN_PARALLEL / hidden, |rows, act| {
         pulp::Arch::new().dispatch(
@@ -35,13 +36,13 @@ pub fn forward(gate_up: &Tensor, weights: Option<&Tensor>) -> Tensor {
     act.to(format)
 }
 
-/// The gradients of `gate_up` and of the weights, if there are any.
+/// The gradients of `gate_up`, in BF16 unless that is F32, and of the weights, if there are any.
 ///
 /// **Shapes**: `d_act` `[R, F]`, `gate_up` `[R, 2F]`, `weights` `[R]`; result `([R, 2F], [R])`.
 pub fn backward(d_act: &Tensor, gate_up: &Tensor, weights: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
     let weights = weights.map(Tensor::f32);
     let hidden = hidden(gate_up, weights);
-    let (format, d_act, gate_up) = (gate_up.format(), d_act.widened(), gate_up.widened());
+    let (format, d_act, gate_up) = (of_products(gate_up), d_act.widened(), gate_up.widened());
     assert_eq!(d_act.shape(), [gate_up.rows(), hidden], "expected one gradient per pair of gate and up");
     let mut d_gate_up = Tensor::for_overwrite(gate_up.shape());
     let mut d_weights = Tensor::for_overwrite(&[gate_up.rows()]);

@@ -44,7 +44,11 @@ enum Storage {
 impl Tensor {
     /// Zeros, in F32.
     pub fn zeros(shape: &[usize]) -> Tensor {
-        let format = Format::F32;
+        Tensor::zeros_in(Format::F32, shape)
+    }
+
+    /// Zeros in a format without scales.
+    pub fn zeros_in(format: Format, shape: &[usize]) -> Tensor {
         Tensor::over(shape, format, Buffer::zeros(format.num_bytes(shape)))
     }
 
@@ -53,7 +57,8 @@ impl Tensor {
         Tensor::for_overwrite_in(Format::F32, shape)
     }
 
-    pub(crate) fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
+    /// Unspecified values in a format: for an output that is going to be written in full.
+    pub fn for_overwrite_in(format: Format, shape: &[usize]) -> Tensor {
         Tensor::over(shape, format, Buffer::for_overwrite(format.num_bytes(shape)))
     }
 

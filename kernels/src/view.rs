@@ -54,6 +54,11 @@ impl<'a> ViewMut<'a> {
         ViewMut { format, bytes }
     }
 
+    /// How the values are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
     /// Copies another run of the same format and length into this one.
     ///
     /// **Errors**: panics if format or length differ.

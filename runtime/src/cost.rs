@@ -8,9 +8,10 @@
 
 mod op;
 
-pub use op::{OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
+pub use op::{BucketElements, OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
 
 use crate::model_config::ModelConfig;
+use crate::schedule::Component;
 use crate::schedule::program::LayerKind;
 
 /// Parameters of one layer, or of the block of multi-token prediction without what it shares with the main
@@ -96,6 +97,25 @@ pub fn mtp_parameters(config: &ModelConfig) -> LayerParameters {
     LayerParameters { common: layer.common + 3 * config.hidden_size as u64 + join_matrix(config), ..layer }
 }
 
+/// Parameters that belong to one component of a layer alone, on one of `expert` expert ranks: without gate biases, embedding and head.
+pub fn component_parameters(
+    config: &ModelConfig,
+    component: Component,
+    kind: LayerKind,
+    expert: usize,
+) -> u64 {
+    let hidden = config.hidden_size as u64;
+    let layer = layer_parameters(config, kind);
+    match component {
+        Component::Attention => layer.common - shared_ffn_matrices(config, kind),
+        Component::SharedExpert => shared_ffn_matrices(config, kind),
+        Component::Experts => layer.routed / expert as u64,
+        Component::MtpJoin => join_matrix(config) + 2 * hidden,
+        Component::Head | Component::MtpHead => hidden,
+        Component::Chunk | Component::Embedding | Component::Dispatch | Component::Combine => 0,
+    }
+}
+
 /// Forward FLOPs of one token in one layer.
 ///
 /// **Units**: FLOP per token, in sequences of `sequence_length` tokens.
@@ -152,12 +172,6 @@ fn attention_matrices(config: &ModelConfig) -> u64 {
     (queries + latent + keys_and_values + heads * config.v_head_dim * hidden) as u64
 }
 
-/// Parameters of the linear layers of a layer on one of `expert` expert ranks: what is neither norm nor gate.
-pub fn linear_parameters(config: &ModelConfig, kind: LayerKind, expert: u64) -> u64 {
-    let routed = layer_parameters(config, kind).routed / expert;
-    attention_matrices(config) + shared_ffn_matrices(config, kind) + routed
-}
-
 /// The FFN every token passes, and the gate.
 fn common_ffn_matrices(config: &ModelConfig, kind: LayerKind) -> u64 {
     gate_matrix(config, kind) + shared_ffn_matrices(config, kind)
@@ -182,7 +196,7 @@ fn ffn_matrices(config: &ModelConfig, inner: usize) -> u64 {
 }
 
 /// Parameters of what joins embedding and hidden state for multi-token prediction.
-pub fn join_matrix(config: &ModelConfig) -> u64 {
+fn join_matrix(config: &ModelConfig) -> u64 {
     2 * (config.hidden_size as u64).pow(2)
 }
 

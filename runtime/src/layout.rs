@@ -16,6 +16,7 @@ pub use need::{checkpoint_bytes, folder_bytes, recipe_figures};
 
 use crate::cost;
 use crate::model_config::ModelConfig;
+use crate::recipe::Recipe;
 use crate::schedule::program::StageLayout;
 
 /// Divides the layers among `num_stages` contiguous stages of at least one layer so that the costliest stage
@@ -41,9 +42,29 @@ pub fn split_layers(
     let mtp = config.mtp_layer().map_or(0, |_| cost::mtp_flops(config, sequence_length));
     costs[num_layers - 1] += cost::head_flops(config) + mtp;
 
-    let cuts = cut(&costs, num_stages);
+    Ok(stages_of(config, &cut(&costs, num_stages)))
+}
+
+/// The stages of a recipe: as `parallel.stages` says, or as [`split_layers`] makes them.
+///
+/// **Errors**: those of [`split_layers`]. What `parallel.stages` says was checked with the recipe.
+pub fn recipe_stages(recipe: &Recipe) -> Result<Vec<StageLayout>, String> {
+    let (config, counts) = (&recipe.model_config, &recipe.parallel.stages);
+    if counts.is_empty() {
+        return split_layers(config, recipe.stages(), recipe.training.sequence_length);
+    }
+    let ends = counts.iter().scan(0, |end, count| {
+        *end += count;
+        Some(*end)
+    });
+    Ok(stages_of(config, &std::iter::once(0).chain(ends).collect::<Vec<_>>()))
+}
+
+/// The stages between cuts, the first layer and the end of the last one among them. Embedding, head and multi-token prediction are
+/// at the ends.
+fn stages_of(config: &ModelConfig, cuts: &[usize]) -> Vec<StageLayout> {
     let stages = cuts.windows(2).enumerate().map(|(stage, range)| {
-        let is_last = stage + 1 == num_stages;
+        let is_last = stage + 2 == cuts.len();
         StageLayout {
             first_layer: range[0],
             layers: (range[0]..range[1]).map(|layer| config.layer_kind(layer)).collect(),
@@ -53,7 +74,7 @@ pub fn split_layers(
             mtp_layer: config.mtp_layer().filter(|_| is_last),
         }
     });
-    Ok(stages.collect())
+    stages.collect()
 }
 
 /// The best cut of `costs` into `parts` runs: the index where each part begins, and the end.

@@ -9,6 +9,7 @@ mod job_actor;
 mod lab;
 mod loading;
 mod margins;
+mod memory;
 mod overlap;
 mod precision;
 mod recording;

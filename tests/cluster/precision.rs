@@ -1,14 +1,19 @@
 //! What holds of a run in F32 holds in BF16 and in FP8: the same bits whatever the timing, the frames of the plan, the same losses
 //! in every layout but for rounding, and the rest of a run as if it had not been interrupted.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contraflow_runtime::fabric::{DelayInjection, LocalOptions};
+use contraflow_workers::engine::probe::{Probe, ProbePoint};
+use contraflow_workers::hf::weights::HfWeights;
 
 use crate::determinism::bits_of;
 use crate::frames::run_and_hold_to_the_plan;
 use crate::lab::{FOUR_RANKS, Lab, Layout, ONE_RANK, Setup, layout};
-use crate::resume::{BEFORE, assert_rest_is_as_undisturbed, checkpoint, run_with};
+use crate::resume::{BEFORE, assert_rest_is_as_undisturbed, checkpoint, commits, run_with};
 
 const RECIPES: [&str; 2] = ["precision.recipe=bf16", "precision.recipe=fp8"];
 
@@ -36,6 +41,68 @@ fn narrow_frames_are_those_of_the_plan() {
     }
     let mixed = ["training.steps=2", "precision.linear=fp8", "precision.dispatch=bf16"];
     run_and_hold_to_the_plan(&lab, FOUR_RANKS, &mixed);
+}
+
+/// By step and name: of each rank that holds a weight, the bytes that it computes with and the masters that it keeps.
+type Copies = BTreeMap<(u64, String), Vec<(Vec<u8>, Range<usize>)>>;
+
+#[test]
+fn every_copy_of_a_weight_has_the_same_bits_and_each_master_is_kept_once() {
+    let lab = Lab::new();
+    for recipe in RECIPES {
+        let copies: Arc<Mutex<Copies>> = Arc::default();
+        let seen = copies.clone();
+        let probe = Probe::new(move |point| {
+            let ProbePoint::Gradients { step, bucket, params, .. } = point else { return };
+            for param in params.in_bucket(bucket).filter(|param| param.is_narrow()) {
+                let bytes = param.compute().parts().flatten().copied().collect();
+                let mut seen = seen.lock().unwrap();
+                let of_weight = seen.entry((step, param.parts[0].name.clone())).or_default();
+                of_weight.push((bytes, param.kept()));
+            }
+        });
+        for layout in [FOUR_RANKS, layout("1f1b", (2, 2, 2))] {
+            copies.lock().unwrap().clear();
+            let setup = lab.setup(layout, &["training.steps=3", recipe]);
+            lab.run(Setup { probe: probe.clone(), ..setup }).losses();
+            let copies = copies.lock().unwrap();
+            assert!(
+                copies.len() > 3 * 60 && copies.values().any(|ranks| ranks.len() >= 4),
+                "{}",
+                copies.len()
+            );
+            for ((step, name), ranks) in &*copies {
+                assert!(ranks.iter().all(|(bytes, _)| *bytes == ranks[0].0), "{recipe}, step {step}: {name}");
+                let mut kept: Vec<_> = ranks.iter().map(|(_, kept)| (kept.start, kept.end)).collect();
+                kept.sort();
+                kept.retain(|(start, end)| start < end);
+                assert!(kept.windows(2).all(|next| next[0].1 == next[1].0), "{name}: {kept:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn exported_weights_are_the_masters_of_all_ranks() {
+    let lab = Lab::new();
+    for (number, recipe) in RECIPES.into_iter().enumerate() {
+        let (run, dir) =
+            (lab.path().join(format!("run-{number}")), lab.path().join(format!("model-{number}")));
+        std::fs::create_dir_all(&dir).unwrap();
+        let setup = lab.setup(FOUR_RANKS, &["training.steps=2", recipe]);
+        let checkpoints = Some(commits(&run, &setup.recipe));
+        let config = setup.recipe.model_config.clone();
+        lab.run(Setup { checkpoints, export_dir: Some(dir.clone()), ..setup }).losses();
+        let (exported, saved) =
+            (HfWeights::open(&dir).unwrap(), HfWeights::open(&checkpoint(&run, 2)).unwrap());
+        let mut is_rounded = true;
+        for weight in config.weights().iter().filter(|weight| weight.tied_to.is_none()) {
+            let values = exported.read(&weight.name, &weight.shape).unwrap();
+            assert!(values == saved.read(&weight.name, &weight.shape).unwrap(), "{recipe}: {}", weight.name);
+            is_rounded &= values.iter().all(|value| value.to_bits() & 0xffff == 0);
+        }
+        assert!(!is_rounded, "masters have more digits than BF16");
+    }
 }
 
 #[test]

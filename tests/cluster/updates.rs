@@ -28,7 +28,7 @@ use contraflow_workers::model::init::initialise;
 use contraflow_workers::model::params::{Params, RankParams};
 use contraflow_workers::model::precision::Precision;
 use contraflow_workers::optimizer::totals::{Totals, TotalsLayout};
-use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
+use contraflow_workers::optimizer::update::{Moments, OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
 
 use crate::lab::{Lab, layout};
@@ -67,7 +67,7 @@ impl Rank {
         let placement = Placement { topology, stages_of: &[vec![0]], layouts: &plans.layouts };
         let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
         let seed = recipe.training.seed;
-        let params =
+        let mut params =
             RankParams { dense: with_gradients(dense, seed), experts: with_gradients(experts, seed) };
         let setup = OptimizerSetup {
             recipe: recipe.optimizer.clone(),
@@ -75,8 +75,9 @@ impl Rank {
             names: published_names(&recipe.model_config),
             rank,
             layout: TotalsLayout::of(&recipe.model_config),
+            moments: Moments::F32,
         };
-        let optimizer = OptimizerState::new(setup, &params);
+        let optimizer = OptimizerState::new(setup, &mut params);
         let world: Vec<usize> = topology.ranks().collect();
         let context = RankContext {
             endpoint,

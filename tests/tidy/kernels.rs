@@ -8,8 +8,10 @@ use crate::{assert_none, sources};
 const DOOR: [&str; 2] = ["kernels/src/host.rs", "kernels/src/tensor.rs"];
 
 /// Of the tensor only these.
-const OF_TENSOR: [&str; 8] = [
+const OF_TENSOR: [&str; 10] = [
     "fn zeros(",
+    "fn zeros_in(",
+    "fn for_overwrite_in(",
     "fn for_overwrite(",
     "fn from_vec<",
     "fn borrowing(",

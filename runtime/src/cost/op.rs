@@ -3,7 +3,7 @@
 //! Where tokens go is known only when they are routed; here routing is balanced: the experts of a token lie on as many
 //! ranks as they can, and every rank gets equally many. Everything else is exact. Knows no machine and no time.
 
-use std::ops::Add;
+use std::ops::{Add, Range};
 
 use super::{
     attention_core_flops, attention_matrices, ffn_matrices, gate_matrix, join_matrix, layer_parameters,
@@ -17,6 +17,7 @@ use crate::topology::Topology;
 use crate::topology::collective::{children, shard};
 
 const F32_BYTES: u64 = 4;
+const BF16_BYTES: u64 = 2;
 const F64_BYTES: u64 = 8;
 /// Columns of a tile, which has one scale.
 const TILE: usize = 128;
@@ -93,26 +94,79 @@ fn sends(sent_bytes: u64) -> OpCost {
     OpCost { flops: 0, sent_bytes }
 }
 
+/// How many elements a bucket has on each of the ranks that hold it, by what they are computed with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BucketElements {
+    /// In F32: norms and gates, and all else that the recipe leaves in F32.
+    pub wide: u64,
+    /// Weights of linear layers, in a narrower format.
+    pub linear: u64,
+    /// Embedding and head, in a narrower format.
+    pub tables: u64,
+}
+
+impl BucketElements {
+    /// All of them.
+    pub fn all(&self) -> u64 {
+        self.wide + self.narrow()
+    }
+
+    /// Those in a format narrower than F32.
+    pub fn narrow(&self) -> u64 {
+        self.linear + self.tables
+    }
+}
+
+impl Add for BucketElements {
+    type Output = BucketElements;
+
+    fn add(self, other: BucketElements) -> BucketElements {
+        BucketElements {
+            wide: self.wide + other.wide,
+            linear: self.linear + other.linear,
+            tables: self.tables + other.tables,
+        }
+    }
+}
+
 /// Number of elements of a bucket, on each of the ranks that hold it.
 pub fn bucket_elements(
     bucket: &Bucket,
     config: &ModelConfig,
     stages: &[StageLayout],
     topology: &Topology,
-) -> u64 {
-    if bucket.contents == Contents::Embedding {
-        return table_parameters(config);
-    }
+    precision: &PrecisionSection,
+) -> BucketElements {
+    let none = BucketElements::default();
+    let wide = |wide: u64| BucketElements { wide, ..none };
+    let linear = |linear: u64| match precision.linear {
+        NumberFormat::F32 => wide(linear),
+        _ => BucketElements { linear, ..none },
+    };
+    let table = |is_there: bool| match precision.activations {
+        _ if !is_there => none,
+        NumberFormat::F32 => wide(table_parameters(config)),
+        _ => BucketElements { tables: table_parameters(config), ..none },
+    };
     let of_stage = |&stage: &usize| {
         let StageLayout { layers, head, tied, mtp_layer, .. } = &stages[stage];
-        let layers = layers.iter().map(|&kind| layer_parameters(config, kind));
-        let layers = layers.chain(mtp_layer.map(|_| mtp_parameters(config)));
-        let (common, routed) = layers.fold((0, 0), |(c, r), layer| (c + layer.common, r + layer.routed));
-        let table = if *head && !tied { table_parameters(config) } else { 0 };
-        let head = if *head { table + config.hidden_size as u64 } else { 0 };
-        if bucket.contents == Contents::Experts { routed / topology.expert as u64 } else { common + head }
+        let mtp = mtp_layer.map(|_| (LayerKind::Moe, mtp_parameters(config), join_matrix(config)));
+        let of_layer = |&kind: &LayerKind| (kind, layer_parameters(config, kind), 0);
+        layers.iter().map(of_layer).chain(mtp).fold(none, |sum, (kind, layer, join)| {
+            let matrices = attention_matrices(config) + shared_ffn_matrices(config, kind) + join;
+            sum + match bucket.contents {
+                Contents::Experts => linear(layer.routed / topology.expert as u64),
+                _ => linear(matrices) + wide(layer.common - matrices),
+            }
+        }) + match bucket.contents {
+            Contents::Dense if *head => table(!tied) + wide(config.hidden_size as u64),
+            _ => none,
+        }
     };
-    bucket.stages.iter().map(of_stage).sum()
+    match bucket.contents {
+        Contents::Embedding => table(true),
+        _ => bucket.stages.iter().map(of_stage).fold(none, Add::add),
+    }
 }
 
 /// Bytes of the frame that a rank sends another one in an exchange of the expert group, where `rows` rows with `pairs` pairs
@@ -196,24 +250,33 @@ impl Shapes<'_> {
         all_to_all_bytes((component, pass), counts, self.config.hidden_size, self.precision)
     }
 
-    /// The bucket's elements, the size of its replica group, and this rank's shard; nothing of a bucket that it does not hold.
-    fn share(&self, number: usize, rank: usize) -> Option<(u64, u64, u64)> {
+    /// The bucket's elements, those of them that are computed with in F32, the size of its replica group, and this rank's shard;
+    /// nothing of a bucket that it does not hold.
+    fn share(&self, number: usize, rank: usize) -> Option<(BucketElements, u64, Range<u64>)> {
         let bucket = self.buckets.iter().find(|bucket| bucket.number == number)?;
         let group = bucket.ranks(&self.topology, self.topology.coordinates(rank).expert);
         let index = group.iter().position(|&member| member == rank)?;
-        let elements = bucket_elements(bucket, self.config, self.stages, &self.topology);
-        let own = shard(elements as usize, group.len(), index).len() as u64;
-        Some((elements, group.len() as u64, own))
+        let elements = bucket_elements(bucket, self.config, self.stages, &self.topology, self.precision);
+        let own = shard(elements.all() as usize, group.len(), index);
+        Some((elements, group.len() as u64, own.start as u64..own.end as u64))
     }
 
     /// To each other member its shard.
     fn reduce_scatter_bytes(&self, bucket: usize, rank: usize) -> u64 {
-        self.share(bucket, rank).map_or(0, |(elements, _, own)| F32_BYTES * (elements - own))
+        let bytes = |(elements, _, own): (BucketElements, _, Range<u64>)| {
+            F32_BYTES * (elements.all() - (own.end - own.start))
+        };
+        self.share(bucket, rank).map_or(0, bytes)
     }
 
-    /// To each other member the own shard.
+    /// To each other member the own shard: weights that are computed with in F32, which come first in a bucket, as they are,
+    /// others in BF16.
     fn all_gather_bytes(&self, bucket: usize, rank: usize) -> u64 {
-        self.share(bucket, rank).map_or(0, |(_, members, own)| F32_BYTES * (members - 1) * own)
+        let bytes = |(elements, members, own): (BucketElements, u64, Range<u64>)| {
+            let middle = elements.wide.clamp(own.start, own.end);
+            (members - 1) * (F32_BYTES * (middle - own.start) + BF16_BYTES * (own.end - middle))
+        };
+        self.share(bucket, rank).map_or(0, bytes)
     }
 
     /// Up the tree once, down to each child.
@@ -241,7 +304,7 @@ mod tests {
     const MICRO_BATCHES: usize = 8;
 
     fn elements(bucket: &Bucket, shapes: &Shapes) -> u64 {
-        bucket_elements(bucket, shapes.config, shapes.stages, &shapes.topology)
+        bucket_elements(bucket, shapes.config, shapes.stages, &shapes.topology, shapes.precision).all()
     }
 
     /// The costs of every rank in one step of `schedule`, and what they follow from.

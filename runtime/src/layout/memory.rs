@@ -1,13 +1,15 @@
-//! What a layout asks of each rank's memory: weights, gradients, optimizer state and what waits for its
-//! backward pass.
-//!
-//! Shape letters: D hidden, K top-k, E experts, F expert hidden, H heads, C latent.
+//! What a layout asks of each rank's memory: weights, gradients, optimizer state, what waits for its backward pass
+//! (`activations`), and what operations take while they run.
 
-use crate::cost::{self, bytes_of_rows};
+mod activations;
+
+use activations::{Peak, Rows, peak};
+
+use crate::cost::{self, BucketElements};
 use crate::model_config::ModelConfig;
-use crate::recipe::{NumberFormat, PrecisionSection};
-use crate::schedule::program::{LayerKind, StageLayout};
-use crate::schedule::{RankFigures, buckets};
+use crate::recipe::{MemorySection, NumberFormat, PrecisionSection};
+use crate::schedule::program::{LayerKind, Program, StageLayout};
+use crate::schedule::{Bucket, RankFigures, buckets};
 use crate::topology::Topology;
 
 /// What the memory of the ranks follows from.
@@ -23,10 +25,14 @@ pub struct MemoryQuery<'a> {
     pub placement: &'a [Vec<usize>],
     /// Tokens of a micro-batch.
     pub micro_batch_tokens: usize,
-    /// `peak_live_chunks[rank]`: forward chunks of a pipeline rank that wait for their backward at most.
-    pub peak_live_chunks: &'a [usize],
+    /// Micro-batches of a step that a pipeline works on.
+    pub micro_batches: usize,
+    /// What each pipeline rank runs in a step.
+    pub programs: &'a [Program],
     /// In which formats it is computed.
     pub precision: &'a PrecisionSection,
+    /// What is computed again.
+    pub memory: &'a MemorySection,
 }
 
 const F32_BYTES: u64 = 4;
@@ -35,9 +41,13 @@ const MOMENTS: u64 = 2;
 /// Parameters and memory of each pipeline rank, in steady state; all ranks at one pipeline coordinate need
 /// the same.
 ///
-/// Weights and gradients take 4 bytes a parameter: in f32 the weight is its own master copy. What is computed with in a
-/// narrower format is a copy beside it. The optimizer's two moments take 8, for the parameters that fall to the rank when every replica group shares its own out
-/// evenly (ZeRO-1). Activations are live chunks x tokens x the largest of the rank's stages.
+/// Weights lie in the format that they are computed with, gradients in f32. The optimizer's two moments take 8 bytes, and masters of
+/// weights in a narrower format than f32 another 4, for the parameters that fall to the rank when every replica group shares its
+/// own out evenly (ZeRO-1). Activations are the most that lies between two operations of the rank's program: what waits for a
+/// backward pass or for a weight gradient, and gradients on their way to other ranks; working memory is what comes on top while an
+/// operation runs, and the step's tokens. The peak is at most the sum of these: where a step has few micro-batches some gradients
+/// are made only when activations have been freed. Not counted is what lies in the memory of the host: copies of the state, and a checkpoint
+/// that is still being written when the next update begins.
 ///
 /// Replica groups are those of [`buckets`].
 pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
@@ -46,41 +56,91 @@ pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
 
 /// A bucket on a rank, and how many ranks hold the same.
 struct Holding {
-    parameters: u64,
+    elements: BucketElements,
     copies: usize,
+}
+
+impl Holding {
+    /// Elements of the largest shard.
+    fn shard(&self) -> u64 {
+        self.elements.all().div_ceil(self.copies as u64)
+    }
+
+    /// Masters beside the weights on the rank that keeps most: narrow weights come last in a bucket.
+    fn masters(&self) -> u64 {
+        self.shard().min(self.elements.narrow())
+    }
 }
 
 impl MemoryQuery<'_> {
     fn one_rank(&self, rank: usize) -> RankFigures {
         let trained = self.holdings(rank);
-        let num_trained: u64 = trained.iter().map(|holding| holding.parameters).sum();
-        let shard: u64 = trained.iter().map(|held| held.parameters.div_ceil(held.copies as u64)).sum();
+        let elements = trained.iter().fold(BucketElements::default(), |sum, held| sum + held.elements);
+        let num_trained = elements.all();
+        let shard: u64 = trained.iter().map(Holding::shard).sum();
+        let masters: u64 = trained.iter().map(Holding::masters).sum();
         let stages = || self.placement[rank].iter().map(|&stage| &self.stages[stage]);
         let gate_biases: u64 = stages().map(|stage| self.gate_biases(stage)).sum();
-        // A rank that holds both ends shares embedding and head between them.
-        let has_embedding = stages().any(|stage| stage.embedding || stage.tied || stage.mtp_layer.is_some());
-        let tables = u64::from(has_embedding) + u64::from(stages().any(|stage| stage.head && !stage.tied));
-        let narrow = stages().map(|stage| self.narrow_bytes(stage)).sum::<u64>()
-            + copies(self.precision.activations, tables * cost::table_parameters(self.config));
-        let largest_chunk = stages().map(|stage| self.chunk_bytes(stage)).max().unwrap_or(0);
+        let weights = F32_BYTES * (elements.wide + gate_biases)
+            + weight_bytes(self.precision.linear, elements.linear)
+            + weight_bytes(self.precision.activations, elements.tables);
+        let Peak { live, running, all } = self.peak(rank);
+        let [gradients, optimizer] = [
+            F32_BYTES * num_trained,
+            MOMENTS * weight_bytes(self.precision.moments, shard) + F32_BYTES * masters,
+        ];
+        let working = running - live + self.batch_bytes();
         RankFigures {
             rank,
             stages: self.placement[rank].clone(),
             layers: stages().map(stage_text).collect::<Vec<_>>().join("; "),
             parameters: num_trained + gate_biases,
-            weight_bytes: F32_BYTES * (num_trained + gate_biases) + narrow,
-            gradient_bytes: F32_BYTES * num_trained,
-            optimizer_bytes: MOMENTS * F32_BYTES * shard,
-            activation_bytes: self.peak_live_chunks[rank] as u64 * largest_chunk,
+            weight_bytes: weights,
+            gradient_bytes: gradients,
+            optimizer_bytes: optimizer,
+            activation_bytes: live,
+            working_bytes: working,
+            device_bytes: weights + optimizer + all + self.batch_bytes(),
         }
     }
 
+    fn peak(&self, rank: usize) -> Peak {
+        let rows = Rows {
+            config: self.config,
+            precision: self.precision,
+            memory: self.memory,
+            expert_ranks: self.topology.expert,
+            micro_batch_tokens: self.micro_batch_tokens,
+        };
+        let held = &self.placement[rank];
+        let buckets = buckets(self.placement, self.stages, &self.topology);
+        let shared = |bucket: &&Bucket| bucket.copies > 1 && bucket.positions.contains(&rank);
+        // A bucket of several stages goes with the first that is here.
+        let goes_with =
+            |bucket: &Bucket| bucket.stages.iter().copied().filter(|stage| held.contains(stage)).min();
+        let elements = |bucket: &Bucket| {
+            cost::bucket_elements(bucket, self.config, self.stages, &self.topology, self.precision).all()
+        };
+        // Once packed for the other ranks, once as they send it.
+        let reduced = |stage: usize| {
+            let buckets = buckets.iter().filter(shared).filter(|bucket| goes_with(bucket) == Some(stage));
+            2 * F32_BYTES * buckets.map(elements).sum::<u64>()
+        };
+        peak(&self.programs[rank], &rows, self.stages, reduced)
+    }
+
+    /// Ids, targets and their weights for both losses, and the rotations of all micro-batches.
+    fn batch_bytes(&self) -> u64 {
+        let per_token = F32_BYTES * (5 + self.config.qk_rope_head_dim as u64);
+        (self.micro_batches * self.micro_batch_tokens) as u64 * per_token
+    }
+
     fn holdings(&self, rank: usize) -> Vec<Holding> {
-        let Self { config, topology, stages, placement, .. } = self;
+        let Self { config, topology, stages, placement, precision, .. } = self;
         let buckets = buckets(placement, stages, topology).into_iter();
         let held = buckets.filter(|bucket| bucket.positions.contains(&rank));
         held.map(|bucket| Holding {
-            parameters: cost::bucket_elements(&bucket, config, stages, topology),
+            elements: cost::bucket_elements(&bucket, config, stages, topology, precision),
             copies: bucket.copies,
         })
         .collect()
@@ -90,69 +150,12 @@ impl MemoryQuery<'_> {
         let layers = stage.layers.iter().copied().chain(stage.mtp_layer.map(|_| LayerKind::Moe));
         layers.map(|kind| cost::layer_parameters(self.config, kind).gate_bias).sum()
     }
-
-    /// What one chunk of a stage keeps for its backward pass.
-    fn chunk_bytes(&self, stage: &StageLayout) -> u64 {
-        let hidden = self.rows(self.precision.activations, self.config.hidden_size);
-        let mut bytes: u64 = stage.layers.iter().map(|&kind| self.kept_by_layer(kind)).sum();
-        // A head keeps its input and the gradient behind its norm; multi-token prediction has one more of both, and
-        // keeps the embedding and the hidden state that it joins.
-        if stage.head {
-            bytes += 2 * hidden;
-        }
-        if stage.mtp_layer.is_some() {
-            bytes += self.kept_by_layer(LayerKind::Moe) + 4 * hidden;
-        }
-        bytes
-    }
-
-    /// Bytes of a row for each token of a micro-batch.
-    fn rows(&self, format: NumberFormat, width: usize) -> u64 {
-        bytes_of_rows(format, self.micro_batch_tokens as u64, width)
-    }
-
-    /// What a layer keeps: its input, the residual after attention and the same normed (3 D); both
-    /// latents with the rope key (C_q + C + rope); queries, keys, values and output of every head with a log-sum
-    /// (H (2 qk + 2 v + 1)); the inner values of the FFN every token passes, gate and up (2 F each); in a mixture also
-    /// E scores, 2 K ids and weights, and, with balanced routing, the rows that come from the expert group
-    /// (min(K, expert ranks) D) and their inner values (2 K F). Norms and SwiGLU are computed again.
-    fn kept_by_layer(&self, kind: LayerKind) -> u64 {
-        let c = self.config;
-        let PrecisionSection { activations, dispatch, attention_output, .. } = *self.precision;
-        let (products, heads) = (self.precision.products(), c.num_attention_heads);
-        let latents = [c.q_lora_rank.unwrap_or(0), c.kv_lora_rank + c.qk_rope_head_dim];
-        let of_heads = [c.qk_head_dim(), c.qk_head_dim(), c.v_head_dim].map(|dim| heads * dim);
-        let attention = 3 * self.rows(activations, c.hidden_size)
-            + latents.into_iter().chain(of_heads).map(|width| self.rows(products, width)).sum::<u64>()
-            + self.rows(attention_output, heads * c.v_head_dim)
-            + self.rows(NumberFormat::F32, heads);
-        let ffn = match kind {
-            LayerKind::Dense => self.rows(products, 2 * c.intermediate_size),
-            LayerKind::Moe => {
-                let top_k = c.num_experts_per_tok;
-                self.rows(products, 2 * c.shared_intermediate_size())
-                    + self.rows(NumberFormat::F32, c.n_routed_experts + 2 * top_k)
-                    + top_k.min(self.topology.expert) as u64 * self.rows(dispatch, c.hidden_size)
-                    + top_k as u64 * self.rows(products, 2 * c.moe_intermediate_size)
-            }
-        };
-        attention + ffn
-    }
-
-    /// What weights of linear layers take in the format that they are computed with, where that is narrower than their masters.
-    fn narrow_bytes(&self, stage: &StageLayout) -> u64 {
-        let expert = self.topology.expert as u64;
-        let layers = stage.layers.iter().copied().chain(stage.mtp_layer.map(|_| LayerKind::Moe));
-        let linear: u64 = layers.map(|kind| cost::linear_parameters(self.config, kind, expert)).sum();
-        let join = stage.mtp_layer.map_or(0, |_| cost::join_matrix(self.config));
-        copies(self.precision.linear, linear + join)
-    }
 }
 
-/// Bytes of a narrow copy of this many weights; scales of blocks are a quarter of a thousandth of it.
-fn copies(format: NumberFormat, weights: u64) -> u64 {
+/// Bytes of this many weights; scales of blocks are a quarter of a thousandth of it.
+fn weight_bytes(format: NumberFormat, weights: u64) -> u64 {
     match format {
-        NumberFormat::F32 => 0,
+        NumberFormat::F32 => F32_BYTES * weights,
         NumberFormat::Bf16 => 2 * weights,
         NumberFormat::Fp8 | NumberFormat::E5m6 => weights + weights.div_ceil(128 * 128) * F32_BYTES,
     }
@@ -186,18 +189,22 @@ mod tests {
     use super::*;
     use crate::layout::split_layers;
     use crate::model_config::builtin;
-    use crate::schedule::ScheduleKind;
+    use crate::recipe::Recomputed;
+    use crate::schedule::{Mode, ScheduleKind, lower};
 
     fn memory(config: &ModelConfig, topology: Topology, schedule: ScheduleKind) -> Vec<RankFigures> {
         let stages = split_layers(config, schedule.stages(topology.pipeline), 256).unwrap();
+        let (plan, _) = schedule.plan(topology.pipeline, 2 * topology.pipeline, Mode::Train).unwrap();
         rank_figures(&MemoryQuery {
             config,
             topology,
             stages: &stages,
-            placement: &schedule.placement(topology.pipeline),
+            placement: &plan.placement,
             micro_batch_tokens: 512,
-            peak_live_chunks: &vec![3; topology.pipeline],
+            micro_batches: plan.micro_batches,
+            programs: &lower(&plan, Some(&stages), topology.expert),
             precision: &PrecisionSection::uniform(NumberFormat::F32),
+            memory: &MemorySection { recompute: vec![Recomputed::Norms, Recomputed::Swiglu] },
         })
     }
 
@@ -274,13 +281,18 @@ mod tests {
     fn activations_follow_the_shapes() {
         let config = builtin::model("small").unwrap();
         let topology = Topology { pipeline: 1, expert: 4, data: 1 };
-        // Per token: attention 3 x 256 + 128 + 64 + 16 + 4 x (2 x 48 + 2 x 32 + 1) in 6 layers, one dense FFN of
-        // 1280, five mixtures of one shared and four routed experts of 256, 16 scores, 4 rows of 256; the head's
-        // input and gradient.
-        let attention = 6 * (768 + 128 + 64 + 16 + 4 * 161);
-        let mixtures = 5 * (2 * 256 + 16 + 8 + 4 * 256 + 8 * 256);
+        // Per token when the head has run: attention 2 x 256 + 128 + 64 + 16 + 4 x (2 x 48 + 2 x 32 + 1) in 6 layers, one dense FFN of
+        // 1280, five mixtures of one shared and four routed experts of 256, 16 scores, 8 ids and weights, 4 rows of 256, 4 x 3
+        // numbers that order pairs and 4 + 4 that lead rows and pairs home; the head's input and gradient.
+        let attention = 6 * (512 + 128 + 64 + 16 + 4 * 161);
+        let mixtures = 5 * (2 * 256 + 16 + 8 + 4 * 256 + 8 * 256 + 12 + 8);
         let values = attention + 2 * 1280 + mixtures + 2 * 256;
         let rank = &memory(&config, topology, ScheduleKind::OneFOneB)[0];
-        assert_eq!(rank.activation_bytes, 3 * 512 * 4 * values);
+        // What the gradients of the last layer's experts leave for their weights is more than what has been freed by then.
+        let kept = 512 * 4 * values;
+        assert!(
+            rank.activation_bytes >= kept && rank.activation_bytes < kept + 512 * 4 * 8 * 1024,
+            "{kept} {rank:?}"
+        );
     }
 }

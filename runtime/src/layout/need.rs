@@ -1,12 +1,11 @@
-//! What the ranks of a recipe need in memory at the least: what they hold between two steps, and the activations of the first.
+//! What the ranks of a recipe need in memory at the least: what they hold between two steps and in one with the whole batch.
 //!
 //! Data, frames, copies of the state and the process itself come on top.
 
-use super::{MemoryQuery, rank_figures, split_layers};
+use super::{MemoryQuery, rank_figures, recipe_stages};
 use crate::cost;
-use crate::model_config::ModelConfig;
-use crate::recipe::Recipe;
-use crate::schedule::{Mode, RankFigures, peak_activations};
+use crate::recipe::{NumberFormat, Recipe};
+use crate::schedule::{Mode, RankFigures, lower};
 
 /// By pipeline rank; all ranks at one pipeline coordinate need the same.
 ///
@@ -14,8 +13,8 @@ use crate::schedule::{Mode, RankFigures, peak_activations};
 /// The layers cannot be spread over the stages; the schedule has no plan for the batch.
 pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
-    let stages = split_layers(&recipe.model_config, recipe.stages(), training.sequence_length)?;
-    let micro_batches = recipe.micro_batches(recipe.batch_size_at(0));
+    let stages = recipe_stages(recipe)?;
+    let micro_batches = recipe.micro_batches(training.global_batch_size);
     let (plan, _) = parallel
         .schedule
         .plan(parallel.pipeline, micro_batches, Mode::Train)
@@ -26,21 +25,24 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
         stages: &stages,
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
-        peak_live_chunks: &peak_activations(&plan),
+        micro_batches,
+        programs: &lower(&plan, Some(&stages), parallel.expert),
         precision: &recipe.precision,
+        memory: &recipe.memory,
     }))
 }
 
-/// What a checkpoint takes in the storage, but for what is small: weights and both moments, in f32. **Units**: bytes.
-pub fn checkpoint_bytes(config: &ModelConfig) -> u64 {
-    let parameters = cost::parameters(config);
-    12 * (parameters.total + parameters.mtp)
+/// What a checkpoint takes in the storage, but for what is small: weights in f32 and both moments. **Units**: bytes.
+pub fn checkpoint_bytes(recipe: &Recipe) -> u64 {
+    let parameters = cost::parameters(&recipe.model_config);
+    let of_moment = if recipe.precision.moments == NumberFormat::Bf16 { 2 } else { 4 };
+    (4 + 2 * of_moment) * (parameters.total + parameters.mtp)
 }
 
 /// What a job's folder needs: the two checkpoints that it may be sent back to, the newest, the next two, of which one may be written
 /// while the other is committed, and as much again for everything else. **Units**: bytes.
-pub fn folder_bytes(config: &ModelConfig) -> u64 {
-    6 * checkpoint_bytes(config)
+pub fn folder_bytes(recipe: &Recipe) -> u64 {
+    6 * checkpoint_bytes(recipe)
 }
 
 #[cfg(test)]

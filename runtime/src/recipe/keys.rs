@@ -32,6 +32,8 @@ pub enum KeyKind {
     Flag,
     /// One of a few names.
     Choice(&'static [&'static str]),
+    /// A list of some of a few names, each once.
+    Choices(&'static [&'static str]),
     /// Any text but the empty one.
     Text,
     /// Any text, the empty one too.
@@ -74,7 +76,7 @@ const STEPS: u64 = 1 << 23;
 const ANY: u64 = i64::MAX as u64;
 
 use KeyDefault::{Derived, Required, Value as Fixed};
-use KeyKind::{Choice, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts};
+use KeyKind::{Choice, Choices, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts};
 use NumberRange::{BelowOne, NonNegative, Positive, Share};
 
 const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'static str) -> KeyDoc {
@@ -94,6 +96,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("parallel.data", Count(1, AXIS), Fixed("1"), "Data ranks: copies of everything else."),
     key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b"]), Fixed("\"1f1b\""),
         "Order of the work in the pipeline: dualpipe, dualpipev or 1f1b."),
+    key("parallel.stages", Counts(AXIS), Fixed("[]"),
+        "Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP."),
     key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),
     key("training.steps", Count(1, STEPS), Required, "Optimizer updates."),
     key("training.sequence_length", Count(2, TOKENS_PER_SEQUENCE), Required, "Tokens per sequence."),
@@ -131,6 +135,14 @@ pub const KEYS: &[KeyDoc] = &[
         "Experts' sums on their way back, and gradients either way: f32 or bf16."),
     key("precision.attention_output", Choice(&["f32", "bf16", "e5m6"]), Derived("e5m6 with recipe fp8, else the recipe"),
         "What is kept of the input of the projection behind attention: f32, bf16 or e5m6."),
+    key("precision.swiglu_input", Choice(&["f32", "bf16", "fp8"]), Derived("precision.recipe"),
+        "What is kept of the input of SwiGLU: f32, bf16 or fp8."),
+    key("precision.moments", Choice(&["f32", "bf16"]), Derived("f32 with recipe f32, else bf16"),
+        "Both moments of AdamW: f32 or bf16."),
+    key("precision.stochastic_rounding", Flag, Fixed("false"),
+        "Whether moments in bf16 are rounded at random in proportion, by seed, step and element, and not to the nearest."),
+    key("memory.recompute", Choices(&["norms", "mla-up-projections", "swiglu"]), Fixed("[\"norms\", \"swiglu\"]"),
+        "What the backward pass computes again, to the same bits: norms, mla-up-projections, swiglu."),
     key("lr.peak", Number(Positive), Required, "Highest learning rate."),
     key("lr.warmup_steps", Count(0, STEPS), Fixed("0"), "Steps of the linear warm-up."),
     key("lr.constant_tokens", Count(0, ANY), Fixed("0"),
@@ -183,7 +195,7 @@ pub const KEYS: &[KeyDoc] = &[
     key("checkpoint.save_model", Flag, Fixed("true"),
         "Whether the run ends by writing the weights as an HF directory."),
     key("checkpoint.in_memory", Flag, Fixed("true"),
-        "In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter."),
+        "In a cluster: whether two workers hold a rank's latest two states in memory: 48 bytes per parameter, 32 with moments in bf16."),
     key("watch.on_nan", Choice(&["stop", "skip", "rollback"]), Fixed("\"stop\""),
         "Action on a step that is not finite: stop, skip the batch, or rollback to the last checkpoint."),
     key("watch.on_spike", Choice(&["off", "warn", "stop", "skip", "rollback"]), Fixed("\"warn\""),
@@ -216,7 +228,7 @@ impl KeyDoc {
             (_, Flag) => Value::Boolean(false),
             (_, Choice(range_text)) => Value::String(range_text[0].to_string()),
             (_, Text | OptionalText) => Value::String(String::new()),
-            (_, Texts | Counts(_)) => Value::Array(Vec::new()),
+            (_, Texts | Counts(_) | Choices(_)) => Value::Array(Vec::new()),
         }
     }
 }
@@ -248,6 +260,7 @@ impl KeyKind {
             Flag => "true or false".to_string(),
             Choice([only]) => format!("\"{only}\""),
             Choice(range_text) => format!("one of \"{}\"", range_text.join("\", \"")),
+            Choices(names) => format!("a list of some of \"{}\", each once", names.join("\", \"")),
             Text | OptionalText => "a text".to_string(),
             Texts => "a list of texts".to_string(),
             Counts(most) => format!("a list of whole numbers from 1 to {most}"),
@@ -268,6 +281,10 @@ impl KeyKind {
             },
             Flag => value.is_bool(),
             Choice(range_text) => value.as_str().is_some_and(|value| range_text.contains(&value)),
+            Choices(names) => value.as_array().is_some_and(|list| {
+                let is_first = |at: usize| !list[..at].contains(&list[at]);
+                list.iter().enumerate().all(|(at, name)| Choice(names).admits(name) && is_first(at))
+            }),
             Text => value.as_str().is_some_and(|value| !value.is_empty()),
             OptionalText => value.is_str(),
             Texts => value.as_array().is_some_and(|list| list.iter().all(|text| Text.admits(text))),

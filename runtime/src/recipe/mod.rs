@@ -8,6 +8,8 @@ pub mod builtin;
 mod continued;
 mod keys;
 #[cfg(test)]
+mod memory_tests;
+#[cfg(test)]
 mod model_tests;
 mod relations;
 mod sections;
@@ -27,9 +29,9 @@ pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
     BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
-    LogSection, LrSection, ModelSection, MtpSection, NumberFormat, OnFault, OnSpike, OptimizerSection,
-    ParallelSection, PrecisionRecipe, PrecisionSection, SampleSection, TokenizerSection, TrainingSection,
-    ValidateSection, WatchSection,
+    LogSection, LrSection, MemorySection, ModelSection, MtpSection, NumberFormat, OnFault, OnSpike,
+    OptimizerSection, ParallelSection, PrecisionRecipe, PrecisionSection, Recomputed, SampleSection,
+    TokenizerSection, TrainingSection, ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 
@@ -65,6 +67,8 @@ pub struct Recipe {
     pub optimizer: OptimizerSection,
     /// In which formats it is computed.
     pub precision: PrecisionSection,
+    /// What is computed again instead of being kept.
+    pub memory: MemorySection,
     /// The learning rate.
     pub lr: LrSection,
     /// What keeps the routed experts evenly loaded.
@@ -451,7 +455,7 @@ fn json_of(keys: &toml::Table) -> serde_json::Map<String, serde_json::Value> {
 }
 
 /// The formats that a precision recipe consists of.
-fn precision_of(recipe: &str) -> [(&'static str, &'static str); 5] {
+fn precision_of(recipe: &str) -> [(&'static str, &'static str); 7] {
     let [linear, activations, attention_output] = match recipe {
         "fp8" => ["fp8", "bf16", "e5m6"],
         "bf16" => ["bf16"; 3],
@@ -463,6 +467,8 @@ fn precision_of(recipe: &str) -> [(&'static str, &'static str); 5] {
         ("precision.dispatch", linear),
         ("precision.combine", activations),
         ("precision.attention_output", attention_output),
+        ("precision.swiglu_input", linear),
+        ("precision.moments", activations),
     ]
 }
 

@@ -37,6 +37,24 @@ fn check_stages(recipe: &Recipe, faults: &mut Faults) {
         let expected = format!("at most one stage for each of the {layers} layers of the model");
         let got = format!("{} stages ({} over {pipeline} ranks)", recipe.stages(), recipe.parallel.schedule);
         faults.expected("parallel.pipeline", expected, got);
+    } else if faults.spare(&["parallel.stages"]) && !recipe.parallel.stages.is_empty() {
+        check_layers_of_stages(recipe, faults);
+    }
+}
+
+fn check_layers_of_stages(recipe: &Recipe, faults: &mut Faults) {
+    let (counts, stages) = (&recipe.parallel.stages, recipe.stages());
+    if counts.len() != stages {
+        let schedule = recipe.parallel.schedule;
+        let expected = format!(
+            "layers of {stages} stages ({schedule} over {} ranks), or none",
+            recipe.parallel.pipeline
+        );
+        faults.expected("parallel.stages", expected, format!("those of {}", counts.len()));
+    }
+    let (layers, sum) = (recipe.model_config.num_hidden_layers, counts.iter().sum::<usize>());
+    if knows(faults, &["num_hidden_layers"]) && sum != layers {
+        faults.expected("parallel.stages", format!("the {layers} layers of the model in all"), sum);
     }
 }
 

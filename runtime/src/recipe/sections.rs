@@ -38,6 +38,8 @@ pub struct ParallelSection {
     pub data: usize,
     /// Order of the work in the pipeline: dualpipe, dualpipev or 1f1b.
     pub schedule: ScheduleKind,
+    /// Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP.
+    pub stages: Vec<usize>,
     /// Threads of a rank's arithmetic.
     pub threads_per_rank: usize,
 }
@@ -110,10 +112,16 @@ pub struct PrecisionSection {
     pub combine: NumberFormat,
     /// What is kept of the input of the projection behind attention: f32, bf16 or e5m6.
     pub attention_output: NumberFormat,
+    /// What is kept of the input of SwiGLU: f32, bf16 or fp8.
+    pub swiglu_input: NumberFormat,
+    /// Both moments of AdamW: f32 or bf16.
+    pub moments: NumberFormat,
+    /// Whether moments in bf16 are rounded at random in proportion, by seed, step and element, and not to the nearest.
+    pub stochastic_rounding: bool,
 }
 
 impl PrecisionSection {
-    /// Every key the same but `recipe`, which is f32.
+    /// Every key the same but `recipe` and `moments`, which are f32.
     pub fn uniform(format: NumberFormat) -> Self {
         PrecisionSection {
             recipe: PrecisionRecipe::F32,
@@ -122,6 +130,9 @@ impl PrecisionSection {
             dispatch: format,
             combine: format,
             attention_output: format,
+            swiglu_input: format,
+            moments: NumberFormat::F32,
+            stochastic_rounding: false,
         }
     }
 
@@ -155,6 +166,26 @@ pub enum NumberFormat {
     Fp8,
     /// E5M6 with a power of two for each tile.
     E5m6,
+}
+
+/// `[memory]`: what is computed again instead of being kept (report section 3.2.3).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemorySection {
+    /// What the backward pass computes again, to the same bits: norms, mla-up-projections, swiglu.
+    pub recompute: Vec<Recomputed>,
+}
+
+/// Outputs that need not be kept for the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recomputed {
+    /// Of all norms.
+    Norms,
+    /// Of the projections from MLA's latents to queries, keys and values.
+    MlaUpProjections,
+    /// Of SwiGLU.
+    Swiglu,
 }
 
 /// `[lr]`: the learning rate. Linear warm-up by steps; then constant, half a cosine, constants by tokens.
@@ -263,7 +294,7 @@ pub struct CheckpointSection {
     pub store: String,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
-    /// In a cluster: whether two workers hold a rank's latest two states in memory, 48 bytes per parameter.
+    /// In a cluster: whether two workers hold a rank's latest two states in memory: 48 bytes per parameter, 32 with moments in bf16.
     pub in_memory: bool,
 }
 

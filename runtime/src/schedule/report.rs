@@ -84,16 +84,20 @@ pub struct RankFigures {
     pub gradient_bytes: u64,
     /// This rank's shard of the optimizer's state.
     pub optimizer_bytes: u64,
-    /// Activations at their peak.
+    /// What waits for a backward pass or for a weight gradient, and gradients on their way to other ranks, at their peak.
     pub activation_bytes: u64,
+    /// What the operation that takes most takes beside that, and the step's tokens.
+    pub working_bytes: u64,
+    /// The peak of a step: at most all of it.
+    pub device_bytes: u64,
 }
 
 impl RankFigures {
-    /// All of it.
+    /// The peak of a step.
     ///
     /// **Units**: bytes.
     pub fn bytes(&self) -> u64 {
-        self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        self.device_bytes
     }
 }
 
@@ -219,17 +223,22 @@ impl PlanReport {
 
     fn write_figures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(figures) = &self.per_rank else { return Ok(()) };
-        writeln!(f, "\nrank  parameters     weights   gradients   optimizer  activations  layers")?;
+        writeln!(
+            f,
+            "\nrank  parameters     weights   gradients   optimizer  activations     working       total  layers"
+        )?;
         for rank in figures {
             writeln!(
                 f,
-                "{:>4}  {:>10}  {:>10}  {:>10}  {:>10}  {:>11}  {}",
+                "{:>4}  {:>10}  {:>10}  {:>10}  {:>10}  {:>11}  {:>10}  {:>10}  {}",
                 rank.rank,
                 rank.parameters,
                 size(rank.weight_bytes),
                 size(rank.gradient_bytes),
                 size(rank.optimizer_bytes),
                 size(rank.activation_bytes),
+                size(rank.working_bytes),
+                size(rank.device_bytes),
                 rank.layers,
             )?;
         }
@@ -344,10 +353,12 @@ rank  1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
             gradient_bytes: 4936,
             optimizer_bytes: 3 << 30,
             activation_bytes: 12,
+            working_bytes: 5 << 20,
+            device_bytes: 4 << 30,
         }]);
         report.per_step = Some(vec![StepCost { rank: 0, flops: 12_345_678, sent_bytes: 3 << 20 }]);
         assert!(report.to_string().contains("   0      1.235e7      3.0 MiB\n"), "{report}");
-        let figures = "   0        1234     4.8 KiB     4.8 KiB     3.0 GiB       12.0 B  2 moe\n";
+        let figures = "   0        1234     4.8 KiB     4.8 KiB     3.0 GiB       12.0 B     5.0 MiB     4.0 GiB  2 moe\n";
         assert!(report.to_string().contains(figures), "{report}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["messages"].as_array().unwrap().len(), 8);

@@ -28,7 +28,7 @@ pub use snapshot::{RecordValues, Snapshot, SnapshotPiece};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// What the model computes with. In f32 it is the master form too.
+    /// What the optimizer updates, always in f32; what the model computes with, rounded.
     Weight,
     /// First moment of AdamW.
     ExpAvg,
@@ -44,6 +44,8 @@ pub enum Kind {
 pub enum Storage {
     /// 4 bytes, little-endian.
     F32,
+    /// 2 bytes, little-endian: moments, where the recipe says so.
+    Bf16,
     /// 8 bytes, little-endian.
     U64,
 }
@@ -53,6 +55,7 @@ impl Storage {
     pub fn bytes(self) -> usize {
         match self {
             Storage::F32 => 4,
+            Storage::Bf16 => 2,
             Storage::U64 => 8,
         }
     }

@@ -9,8 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use contraflow_kernels::host::HostValuesMut;
-use contraflow_kernels::tensor::ViewMut;
+use contraflow_kernels::tensor::{Format, ViewMut};
 use contraflow_runtime::checkpoint::{CheckpointError, Manifest, ShardFile};
 use contraflow_runtime::files;
 use safetensors::tensor::Metadata;
@@ -178,7 +179,10 @@ impl Records {
         range: Range<usize>,
         mut out: ViewMut,
     ) -> Result<(), RankError> {
-        self.read_into(kind, (name, shape), range, out.values_mut())
+        match out.format() {
+            Format::BF16 => self.read_into::<u16>(kind, (name, shape), range, out.values_mut()),
+            _ => self.read_into::<f32>(kind, (name, shape), range, out.values_mut()),
+        }
     }
 
     /// Reads a whole tensor of this shape as plain numbers.
@@ -202,12 +206,12 @@ impl Records {
         Ok(numbers)
     }
 
-    fn read_into(
+    fn read_into<T: Stored>(
         &self,
         kind: Kind,
         (name, shape): (&str, &[usize]),
         range: Range<usize>,
-        out: &mut [f32],
+        out: &mut [T],
     ) -> Result<(), RankError> {
         let pieces = self.pieces(kind, name, shape)?;
         let mut num_read = 0;
@@ -216,8 +220,15 @@ impl Records {
             let (from, to) = (range.start.max(have.start), range.end.min(have.end));
             if from < to {
                 let target = &mut out[from - range.start..to - range.start];
-                let first = place.start + 4 * (from - have.start) as u64;
-                self.read_bytes(place.source, first, bytemuck::cast_slice_mut(target))?;
+                let format = place.record.format;
+                let first = place.start + (format.bytes() * (from - have.start)) as u64;
+                if format == T::STORAGE {
+                    self.read_bytes(place.source, first, bytemuck::cast_slice_mut(target))?;
+                } else {
+                    let mut stored = vec![T::Other::zeroed(); target.len()];
+                    self.read_bytes(place.source, first, bytemuck::cast_slice_mut(&mut stored))?;
+                    target.iter_mut().zip(stored).for_each(|(target, stored)| *target = T::of(stored));
+                }
                 num_read += to - from;
             }
         }
@@ -232,12 +243,9 @@ impl Records {
     /// **Errors**: as [`Records::read`], for the first tensor that is wrong.
     pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
         for param in params.iter_mut() {
-            let parts = param.parts.clone();
-            let weight = param.master_mut();
-            for part in parts {
-                let target = weight.view_mut(part.range());
-                self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)?;
-            }
+            param.fill(|part, target| {
+                self.read(Kind::Weight, (&part.name, &part.shape), 0..part.len(), target)
+            })?;
         }
         for (&layer, bias) in &mut params.gate_biases {
             let len = bias.len();
@@ -280,6 +288,31 @@ impl Records {
             },
             source: error,
         })
+    }
+}
+
+/// A number as it is stored, that can be made of the other way to store one.
+trait Stored: Pod {
+    const STORAGE: Storage;
+    type Other: Pod;
+    fn of(other: Self::Other) -> Self;
+}
+
+impl Stored for f32 {
+    const STORAGE: Storage = Storage::F32;
+    type Other = u16;
+
+    fn of(other: u16) -> f32 {
+        half::bf16::from_bits(other).to_f32()
+    }
+}
+
+impl Stored for u16 {
+    const STORAGE: Storage = Storage::Bf16;
+    type Other = f32;
+
+    fn of(other: f32) -> u16 {
+        half::bf16::from_f32(other).to_bits()
     }
 }
 
@@ -336,8 +369,12 @@ impl Pieces {
         let len = self.shape.iter().try_fold(1_usize, |len, &dim| len.checked_mul(dim));
         let mut next = 0;
         for RecordLocation { record, .. } in &self.places {
-            let expected = if record.kind == Kind::Count { Storage::U64 } else { Storage::F32 };
-            if record.shape != self.shape || record.format != expected {
+            let is_stored_so = match record.kind {
+                Kind::Count => record.format == Storage::U64,
+                Kind::Weight => record.format == Storage::F32,
+                Kind::ExpAvg | Kind::ExpAvgSq => record.format != Storage::U64,
+            };
+            if record.shape != self.shape || !is_stored_so {
                 return Err(format!("expected one shape and format, got {:?} and others", record.shape));
             }
             if record.range.start != next {

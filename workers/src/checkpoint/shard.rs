@@ -92,6 +92,7 @@ fn header<'a>(records: impl Iterator<Item = &'a Record> + Clone) -> io::Result<S
         let end = offset + record.range.len() * record.format.bytes();
         let dtype = match record.format {
             Storage::F32 => "F32",
+            Storage::Bf16 => "BF16",
             Storage::U64 => "U64",
         };
         let entry =

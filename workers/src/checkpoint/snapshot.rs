@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use contraflow_kernels::host::HostValues;
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::stability::StabilityWatch;
 
 use super::{Kind, Record, Storage};
@@ -24,12 +24,18 @@ impl RecordValues {
     /// As they stand in a file.
     pub fn bytes(&self) -> &[u8] {
         match self {
-            RecordValues::Floats(tensor, range) => {
-                bytemuck::cast_slice(&tensor.values::<f32>()[range.clone()])
-            }
+            RecordValues::Floats(tensor, range) => match storage_of(tensor) {
+                Storage::Bf16 => bytemuck::cast_slice(&tensor.values::<u16>()[range.clone()]),
+                _ => bytemuck::cast_slice(&tensor.values::<f32>()[range.clone()]),
+            },
             RecordValues::Counts(counts) => bytemuck::cast_slice(counts),
         }
     }
+}
+
+/// How the values of a tensor are stored.
+fn storage_of(tensor: &Tensor) -> Storage {
+    if tensor.format() == Format::BF16 { Storage::Bf16 } else { Storage::F32 }
 }
 
 /// A record with its values.
@@ -58,8 +64,8 @@ impl Snapshot {
         (name, shape, range): (&str, &[usize], Range<usize>),
         values: (Tensor, Range<usize>),
     ) {
-        let record =
-            Record { name: name.to_owned(), kind, shape: shape.to_vec(), format: Storage::F32, range };
+        let (name, shape, format) = (name.to_owned(), shape.to_vec(), storage_of(&values.0));
+        let record = Record { name, kind, shape, format, range };
         self.pieces.push(SnapshotPiece { record, values: RecordValues::Floats(values.0, values.1) });
     }
 

@@ -6,10 +6,10 @@
 use std::ops::Range;
 
 use contraflow_kernels::elementwise::add_into;
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region};
 use contraflow_runtime::schedule::Chunk;
-use contraflow_runtime::topology::collective::{children, parent, shard};
+use contraflow_runtime::topology::collective::{children, parent};
 
 use super::address::StepId;
 use super::packets::{self, Payload, Unpack};
@@ -26,7 +26,17 @@ pub struct Collectives<'a> {
 
 impl Collectives<'_> {
     fn send(&self, to: usize, kind: FrameKind, bucket: usize, part: Region) -> Result<(), FabricError> {
-        self.endpoint.send(to, self.id.tag(kind, NOWHERE, bucket, self.endpoint.rank()), vec![part])
+        self.send_parts(to, kind, bucket, vec![part])
+    }
+
+    fn send_parts(
+        &self,
+        to: usize,
+        kind: FrameKind,
+        bucket: usize,
+        parts: Vec<Region>,
+    ) -> Result<(), FabricError> {
+        self.endpoint.send(to, self.id.tag(kind, NOWHERE, bucket, self.endpoint.rank()), parts)
     }
 
     fn receive(&self, from: usize, kind: FrameKind, bucket: usize) -> Result<Unpack, FabricError> {
@@ -96,27 +106,73 @@ impl Collectives<'_> {
         Ok(sum.unwrap_or_else(|| Tensor::zeros(&[0])))
     }
 
-    /// Gives this rank's shard of a flat bucket of `len` elements to every member; returns theirs, each with its range.
+    /// Gives this rank's shard of a flat bucket to every member, in the runs that `runs_of` says for an index in the group;
+    /// returns theirs with their ranges, and of the own ones those that are not in F32, since their masters are elsewhere.
     ///
     /// **Errors**: those of the fabric.
     pub fn all_gather(
         &self,
-        group: &[usize],
-        bucket: usize,
-        len: usize,
-        own: &Tensor,
+        (group, bucket): (&[usize], usize),
+        own: Vec<Tensor>,
+        runs_of: impl Fn(usize) -> Vec<(Range<usize>, Format)>,
     ) -> Result<Vec<(Range<usize>, Tensor)>, FabricError> {
         let own_rank = self.endpoint.rank();
-        let others = || group.iter().copied().enumerate().filter(|&(_, member)| member != own_rank);
-        for (_, member) in others() {
-            self.send(member, FrameKind::AllGather, bucket, packets::tensor(own.clone()))?;
+        for &member in group.iter().filter(|&&member| member != own_rank) {
+            let parts = own.iter().cloned().map(packets::tensor).collect();
+            self.send_parts(member, FrameKind::AllGather, bucket, parts)?;
         }
-        let part_of = |(index, member): (usize, usize)| {
-            let range = shard(len, group.len(), index);
-            let part = self.receive(member, FrameKind::AllGather, bucket)?.flat(range.len())?;
-            Ok((range, part))
+        let mut gathered = Vec::new();
+        for (index, &member) in group.iter().enumerate() {
+            let runs = runs_of(index);
+            if member == own_rank {
+                let ranges = runs.into_iter().map(|(range, _)| range);
+                gathered.extend(ranges.zip(own.clone()).filter(|(_, part)| part.format() != Format::F32));
+                continue;
+            }
+            let mut frame = self.receive(member, FrameKind::AllGather, bucket)?;
+            for (range, format) in runs {
+                let part = frame.flat_in(range.len(), format)?;
+                gathered.push((range, part));
+            }
+        }
+        Ok(gathered)
+    }
+}
+
+impl Collectives<'_> {
+    /// Brings runs of some F32 tensors, one of each tensor from every member, together at the first member of the group, which
+    /// gets the tensors that they make up in the order of the group; `lens` says how long those are.
+    ///
+    /// **Shapes**: runs and results `[N, 1]`.
+    ///
+    /// **Errors**: those of the fabric; the runs of a tensor are not as long as it is.
+    pub fn gather_at_first(
+        &self,
+        (group, bucket): (&[usize], usize),
+        own: Vec<Tensor>,
+        lens: &[usize],
+    ) -> Result<Option<Vec<Tensor>>, FabricError> {
+        let kind = FrameKind::State;
+        if group[0] != self.endpoint.rank() {
+            self.send_parts(group[0], kind, bucket, own.into_iter().map(packets::tensor).collect())?;
+            return Ok(None);
+        }
+        let mut runs: Vec<Vec<Tensor>> = own.into_iter().map(|run| vec![run]).collect();
+        for &member in &group[1..] {
+            let mut frame = self.receive(member, kind, bucket)?;
+            runs.iter_mut().try_for_each(|runs| Ok(runs.push(frame.rows(1, Format::F32)?)))?;
+        }
+        let whole = |(runs, &len): (Vec<Tensor>, &usize)| {
+            let whole = Tensor::concat_rows(&runs);
+            let (tag, got) = (self.id.tag(kind, NOWHERE, bucket, group[0]), whole.len());
+            let wrong = || FabricError::Content {
+                tag,
+                expected: format!("{len} elements"),
+                got: format!("{got} elements"),
+            };
+            (got == len).then_some(whole).ok_or_else(wrong)
         };
-        others().map(part_of).collect()
+        runs.into_iter().zip(lens).map(whole).collect::<Result<_, _>>().map(Some)
     }
 }
 

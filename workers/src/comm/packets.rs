@@ -207,9 +207,18 @@ impl Unpack {
     ///
     /// **Errors**: [`FabricError::Content`] if it is something else.
     pub fn flat(&mut self, len: usize) -> Result<Tensor, FabricError> {
+        self.flat_in(len, Format::F32)
+    }
+
+    /// [`flat`](Self::flat) in another format.
+    ///
+    /// **Shapes**: output `[len]`.
+    ///
+    /// **Errors**: [`FabricError::Content`] if it is something else.
+    pub fn flat_in(&mut self, len: usize, format: Format) -> Result<Tensor, FabricError> {
         let part = self.next("a slice")?;
         match &*part {
-            Payload::Tensor(tensor) if tensor.format() == Format::F32 && tensor.len() == len => {
+            Payload::Tensor(tensor) if tensor.format() == format && tensor.len() == len => {
                 Ok(tensor.clone().reshape(&[len]))
             }
             other => Err(self.wrong(&format!("a slice of {len} elements"), &other.name())),

@@ -149,7 +149,8 @@ impl Compute {
             Component::SharedExpert => {
                 let layer = stage.layer(op.layer);
                 let (normed, residual) = present(self.saved(op).ffn_input.take(), "the normed rows", op)?;
-                let (output, saved) = ffn::forward(&layer.ffn, &self.params.dense, normed, &residual);
+                let (output, saved) =
+                    ffn::forward(&self.arch, &layer.ffn, &self.params.dense, &normed, &residual);
                 if self.kind.has_backward() {
                     self.saved(op).ffn = Some(saved);
                 }
@@ -163,7 +164,7 @@ impl Compute {
                 let weights = present(stage.layer(op.layer).experts.as_ref(), "the routed experts", op)?;
                 let arrivals =
                     in_flight.take_from((chunk, op.layer), "the dispatched rows", |t| &mut t.arrivals)?;
-                let (outputs, saved) = experts::forward(weights, &self.params.experts, arrivals);
+                let (outputs, saved) = experts::forward(&self.arch, weights, &self.params.experts, arrivals);
                 if self.kind.has_backward() {
                     self.saved(op).experts = Some(saved);
                 }
@@ -175,7 +176,7 @@ impl Compute {
                 let weights = present(stage.mtp.as_ref(), "the MTP block", op)?;
                 let hidden = present(self.end(chunk).hidden.take(), "the hidden state", op)?;
                 let (x, saved) =
-                    mtp::forward(weights, &self.params.dense, &batch.targets, hidden, self.arch.eps());
+                    mtp::forward(&self.arch, weights, &self.params.dense, &batch.targets, hidden);
                 if self.kind.has_backward() {
                     self.end(chunk).mtp_join = Some(saved);
                 }
@@ -275,7 +276,7 @@ impl Compute {
                     weights,
                     &mut self.params.dense,
                     dy,
-                    &saved,
+                    saved,
                     &batch.targets,
                     self.arch.eps(),
                 );
@@ -290,10 +291,14 @@ impl Compute {
                 in_flight.put(TransferKind::Gradient, chunk, dx);
             }
             Component::SharedExpert => {
-                let saved = present(self.saved(op).ffn.take(), "the saved shared expert", op)?;
+                let layer = stage.layer(op.layer);
+                let kept = self.layers.entry((op.chunk, op.layer)).or_default();
+                let saved = present(kept.ffn.take(), "the saved shared expert", op)?;
+                let before = present(kept.attention.as_mut(), "the saved attention", op)?;
+                let dense = &self.params.dense;
+                let normed = before.normed(&self.arch, &layer.attention, dense);
                 let dy = in_flight.share(TransferKind::Gradient, stage.gradient_source(chunk, op.layer))?;
-                let (d_normed, work) =
-                    ffn::backward_input(&stage.layer(op.layer).ffn, &self.params.dense, dy, saved);
+                let (d_normed, work) = ffn::backward_input(&layer.ffn, dense, dy, &normed, saved);
                 self.saved(op).d_normed = Some(d_normed);
                 self.work.insert((chunk, op.layer, op.component), work);
             }

@@ -46,7 +46,7 @@ pub struct BucketInFlight {
     /// GradNorm -> Totals: sums of squares with the places of the parameters.
     pub squares: Option<Vec<(usize, f64)>>,
     /// Apply -> Gather, perhaps of the next step: the step, and this rank's shard of the weights.
-    pub updated: Option<(u64, Tensor)>,
+    pub updated: Option<(u64, Vec<Tensor>)>,
     /// Gather -> Unpack: the other shards, with their ranges.
     pub gathered: Option<Vec<(Range<usize>, Tensor)>>,
 }
@@ -140,7 +140,7 @@ impl InFlight {
     }
 
     /// Takes out what was updated and is not gathered yet, by bucket: the next step's transit begins with it.
-    pub fn take_updated(&self) -> BTreeMap<usize, (u64, Tensor)> {
+    pub fn take_updated(&self) -> BTreeMap<usize, (u64, Vec<Tensor>)> {
         let mut buckets = self.buckets.lock();
         let updated =
             buckets.iter_mut().map(|(&bucket, in_flight)| Some((bucket, in_flight.updated.take()?)));

@@ -149,7 +149,7 @@ pub struct PipelineState {
     /// With the update while a step runs.
     optimizer: Option<OptimizerState>,
     /// What the step before has updated and the next one gathers, by bucket.
-    updated: BTreeMap<usize, (u64, Tensor)>,
+    updated: BTreeMap<usize, (u64, Vec<Tensor>)>,
     context: RankContext,
     lanes: Lanes,
     current: Option<Current>,

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use contraflow_runtime::layout::split_layers;
+use contraflow_runtime::layout::recipe_stages;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
     Plan, PlanFault, Program, Report, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check,
@@ -62,7 +62,7 @@ impl Plans {
     ///
     /// **Errors**: if the layers cannot be spread over the stages.
     pub fn new(recipe: &Recipe) -> Result<Self, String> {
-        let layouts = split_layers(&recipe.model_config, recipe.stages(), recipe.training.sequence_length)?;
+        let layouts = recipe_stages(recipe)?;
         let (schedule, topology) = (recipe.parallel.schedule, recipe.topology());
         let buckets = buckets(&schedule.placement(topology.pipeline), &layouts, &topology);
         let sharding = Sharding { buckets, replicated: false, overlap: true };

@@ -171,7 +171,8 @@ impl RunningProgram {
     fn gather(&self, bucket: usize) -> Result<(), RankError> {
         let (step, own) = self.in_flight.take_from_bucket(bucket, "the updated shard", |t| &mut t.updated)?;
         let group = self.group(bucket);
-        let gathered = self.collectives(step).all_gather(&group.ranks, bucket, group.len, &own)?;
+        let collectives = self.collectives(step);
+        let gathered = collectives.all_gather((&group.ranks, bucket), own, |at| group.runs(at))?;
         self.in_flight.bucket(bucket, |in_flight| in_flight.gathered = Some(gathered));
         Ok(())
     }

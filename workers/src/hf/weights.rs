@@ -322,10 +322,10 @@ impl HfWeights {
     /// **Errors**: those of [`HfWeights::read`], for the first tensor that is wrong.
     pub fn fill(&self, params: &mut Params) -> Result<(), RankError> {
         for param in params.iter_mut() {
-            for part in param.parts.clone() {
-                let values = self.read(&part.name, &part.shape)?;
-                param.master_mut().view_mut(part.range()).values_mut().copy_from_slice(&values);
-            }
+            param.fill(|part, mut target| {
+                target.values_mut().copy_from_slice(&self.read(&part.name, &part.shape)?);
+                Ok::<_, RankError>(())
+            })?;
         }
         for (layer, bias) in &mut params.gate_biases {
             let values = self.read(&gate_bias_name(*layer), &[bias.len()])?;

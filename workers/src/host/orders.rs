@@ -265,8 +265,7 @@ impl Host {
 
 /// Reports what room the storage has for the checkpoints of a formation that begins.
 fn look_for_room(id: FormationId, prepared: &Prepared, inputs: UnboundedSender<Input>) {
-    let (dir, checkpoint_bytes) =
-        (prepared.dir().to_owned(), layout::checkpoint_bytes(&prepared.recipe.model_config));
+    let (dir, checkpoint_bytes) = (prepared.dir().to_owned(), layout::checkpoint_bytes(&prepared.recipe));
     tokio::task::spawn_blocking(move || {
         // A storage that does not answer says so where something is written to it.
         if let Ok(free_bytes) = free_bytes(&dir) {

@@ -153,11 +153,12 @@ impl Generator {
     ) -> Tensor {
         let (arch, dense) = (&self.arch, &self.model.dense);
         let (attended, _) = attention::forward(arch, &layer.attention, dense, x, batch);
-        let (mut output, _) = ffn::forward(&layer.ffn, dense, attended.normed.clone(), &attended.residual);
+        let (mut output, _) =
+            ffn::forward(&self.arch, &layer.ffn, dense, &attended.normed, &attended.residual);
         if let (Some(routing), Some(weights)) = (attended.routing, &layer.experts) {
             expert_counts::count(counts, layer.index, &routing);
             let rows = arrivals(attended.normed, &routing);
-            let (routed, _) = experts::forward(weights, &self.model.experts, rows);
+            let (routed, _) = experts::forward(&self.arch, weights, &self.model.experts, rows);
             add_into(&mut output, &routed);
         }
         output

@@ -127,12 +127,12 @@ impl Generator {
         let out = self.attend(weights, &q, cache);
         let residual = linear::forward_add(&out, dense.weight(weights.output), &x.slice_rows(rows));
         let normed = norm::forward(&residual, dense.weight(weights.post_norm), arch.eps());
-        let (mut output, _) = ffn::forward(&layer.ffn, dense, normed.clone(), &residual);
+        let (mut output, _) = ffn::forward(arch, &layer.ffn, dense, &normed, &residual);
         if let (Some(gate_weight), Some(experts)) = (weights.gate, &layer.experts) {
             let scores = linear::forward(&normed, dense.weight(gate_weight));
             let routing = gate::forward(&scores, dense.gate_biases.get(&layer.index), &arch.gate);
             let arrivals = arrivals(normed, &routing);
-            let (routed, _) = experts::forward(experts, &self.model.experts, arrivals);
+            let (routed, _) = experts::forward(arch, experts, &self.model.experts, arrivals);
             add_into(&mut output, &routed);
         }
         output

@@ -1,7 +1,7 @@
 //! The attention component: norm, multi-head latent attention, residual, norm, gate (report section 2.1.1).
 //!
-//! T tokens, D hidden, H heads, C KV latent, Cq query latent. What is recomputed in the backward pass: every norm. Kept:
-//! the latents, the heads' queries, keys and values, the attention output.
+//! T tokens, D hidden, H heads, C KV latent, Cq query latent. Kept for the backward pass: the input, the latents, the attention
+//! output and the residual stream; outputs of norms and of the up-projections unless they are computed again.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use contraflow_runtime::model_config;
 use super::micro_batch::{BalanceScale, MicroBatch};
 use super::params::Params;
 use super::weight_work::WeightWork;
-use super::{Architecture, AttentionWeights, Query};
+use super::{Architecture, AttentionWeights, Query, Recompute};
 
 /// Epsilon of the norms on the two latents, whatever that of the others is.
 const LATENT_NORM_EPS: f32 = model_config::LATENT_NORM_EPS as f32;
@@ -36,16 +36,30 @@ pub struct AttentionOutput {
 /// What the backward pass needs.
 pub struct SavedAttention {
     x: Tensor,
-    query_latent: Option<Tensor>,
-    /// Latent before its norm, then the rope key before rotation. **Shapes**: `[T, C + rope]`.
-    kv_latent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    /// `x` normed, as the projections read it, where norms are kept.
+    input: Option<Tensor>,
+    latents: Latents,
+    /// Outputs of the norms on the latents, where they are kept.
+    normed_latents: Option<NormedLatents>,
+    /// Queries without a latent: they are the output of no up-projection.
+    direct_queries: Option<Tensor>,
+    /// Where the outputs of up-projections are kept.
+    heads: Option<Heads>,
     core: Attended,
     residual: Tensor,
-    normed: Tensor,
+    /// Made once in the backward pass where norms are not kept.
+    normed: Option<Tensor>,
     routing: Option<Arc<Routing>>,
+}
+
+impl SavedAttention {
+    /// The residual stream after attention, normed.
+    ///
+    /// **Shapes**: output `[T, D]`.
+    pub fn normed(&mut self, arch: &Architecture, weights: &AttentionWeights, params: &Params) -> Tensor {
+        let again = || norm::forward(&self.residual, params.weight(weights.post_norm), arch.eps());
+        self.normed.get_or_insert_with(again).clone()
+    }
 }
 
 /// The gradients that come back to the component.
@@ -58,12 +72,31 @@ pub struct AttentionGradient {
     pub routing_weights: Option<Tensor>,
 }
 
-/// Projections and core of MLA without norms around it.
+/// Outputs of the down-projections.
+#[derive(Clone)]
+struct Latents {
+    /// Of queries that have one. **Shapes**: `[T, Cq]`.
+    query: Option<Tensor>,
+    /// Latent before its norm, then the rope key before rotation. **Shapes**: `[T, C + rope]`.
+    kv: Tensor,
+}
+
+/// The latents, normed: inputs of the up-projections.
+struct NormedLatents {
+    /// **Shapes**: `[T, Cq]`.
+    query: Option<Tensor>,
+    /// **Shapes**: `[T, C]`.
+    kv: Tensor,
+}
+
+/// What the attention core reads.
+#[derive(Clone)]
 struct Heads {
-    query_latent: Option<Tensor>,
-    kv_latent: Tensor,
+    /// **Shapes**: `[T, H * qk]`.
     q: Tensor,
+    /// **Shapes**: `[T, H * qk]`.
     k: Tensor,
+    /// **Shapes**: `[T, H * v]`.
     v: Tensor,
 }
 
@@ -112,20 +145,66 @@ pub fn kv_latents(
     norm::forward_cols(kv_latent, latent_columns(arch), params.weight(weights.kv_norm), LATENT_NORM_EPS)
 }
 
-fn project(
+/// The down-projections.
+fn down(weights: &AttentionWeights, params: &Params, input: &Tensor) -> Latents {
+    let query = match &weights.query {
+        Query::Direct(_) => None,
+        Query::Latent { down, .. } => Some(linear::forward(input, params.weight(*down))),
+    };
+    Latents { query, kv: linear::forward(input, params.weight(weights.kv_down)) }
+}
+
+/// The norms on the latents.
+fn norm_latents(
     arch: &Architecture,
     weights: &AttentionWeights,
     params: &Params,
-    x: &Tensor,
+    latents: &Latents,
+) -> NormedLatents {
+    let query = match (&weights.query, &latents.query) {
+        (Query::Latent { norm, .. }, Some(latent)) => {
+            Some(norm::forward(latent, params.weight(*norm), LATENT_NORM_EPS))
+        }
+        _ => None,
+    };
+    NormedLatents { query, kv: kv_latents(arch, weights, params, &latents.kv) }
+}
+
+/// Queries without a latent, rotated.
+fn direct_queries(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &Params,
+    input: &Tensor,
+    table: &RopeTable,
+) -> Option<Tensor> {
+    let Query::Direct(projection) = &weights.query else { return None };
+    let mut q = linear::forward(input, params.weight(*projection));
+    rotate_queries(arch, table, &mut q, false);
+    Some(q)
+}
+
+/// The up-projections. `direct` are queries that need none.
+fn up(
+    arch: &Architecture,
+    weights: &AttentionWeights,
+    params: &Params,
+    (latents, normed, direct): (&Latents, &NormedLatents, &Option<Tensor>),
     table: &RopeTable,
 ) -> Heads {
-    let (mut q, query_latent) = queries(weights, params, x);
-    rotate_queries(arch, table, &mut q, false);
-    let kv_latent = linear::forward(x, params.weight(weights.kv_down));
-    let keys = rope_keys(arch, table, &kv_latent);
-    let kv = linear::forward(&kv_latents(arch, weights, params, &kv_latent), params.weight(weights.kv_up));
+    let q = match (&weights.query, &normed.query, direct) {
+        (Query::Latent { up, .. }, Some(normed), _) => {
+            let mut q = linear::forward(normed, params.weight(*up));
+            rotate_queries(arch, table, &mut q, false);
+            q
+        }
+        (_, _, Some(direct)) => direct.clone(),
+        _ => unreachable!("queries have a latent or are made directly"),
+    };
+    let keys = rope_keys(arch, table, &latents.kv);
+    let kv = linear::forward(&normed.kv, params.weight(weights.kv_up));
     let (k, v) = join_keys(&kv, &keys, &arch.latent_heads);
-    Heads { query_latent, kv_latent, q, k, v }
+    Heads { q, k, v }
 }
 
 /// Runs the component.
@@ -138,9 +217,17 @@ pub fn forward(
     x: Tensor,
     batch: &MicroBatch,
 ) -> (AttentionOutput, SavedAttention) {
-    let normed = norm::forward(&x, params.weight(weights.input_norm), arch.eps());
-    let Heads { query_latent, kv_latent, q, k, v } = project(arch, weights, params, &normed, &batch.rope);
-    let mut core = attention::forward(&q, &k, &v, &batch.spans, &arch.heads);
+    let Recompute { norms, mla_up_projections, .. } = arch.recompute;
+    let input = norm::forward(&x, params.weight(weights.input_norm), arch.eps());
+    let input = linear::input(&input, params.weight(weights.kv_down));
+    let latents = down(weights, params, &input);
+    let direct = direct_queries(arch, weights, params, &input, &batch.rope);
+    let input = (!norms).then_some(input);
+    let normed_latents = norm_latents(arch, weights, params, &latents);
+    let heads = up(arch, weights, params, (&latents, &normed_latents, &direct), &batch.rope);
+    let normed_latents = (!norms).then_some(normed_latents);
+    let mut core = attention::forward(&heads.q, &heads.k, &heads.v, &batch.spans, &arch.heads);
+    let heads = (!mla_up_projections).then_some(heads);
     let residual = linear::forward_add(&core.out, params.weight(weights.output), &x);
     core.out = core.out.to(arch.precision.attention_output);
     let normed = norm::forward(&residual, params.weight(weights.post_norm), arch.eps());
@@ -150,7 +237,20 @@ pub fn forward(
     });
     let output =
         AttentionOutput { residual: residual.clone(), normed: normed.clone(), routing: routing.clone() };
-    (output, SavedAttention { x, query_latent, kv_latent, q, k, v, core, residual, normed, routing })
+    let normed = (!norms).then_some(normed);
+    let saved = SavedAttention {
+        x,
+        input,
+        latents,
+        normed_latents,
+        direct_queries: direct,
+        heads,
+        core,
+        residual,
+        normed,
+        routing,
+    };
+    (output, saved)
 }
 
 /// What the backward pass gives.
@@ -169,7 +269,7 @@ pub fn backward_input(
     weights: &AttentionWeights,
     params: &mut Params,
     gradient: AttentionGradient,
-    saved: SavedAttention,
+    mut saved: SavedAttention,
     batch: &MicroBatch,
 ) -> AttentionBackward {
     let mut work = WeightWork::default();
@@ -184,29 +284,37 @@ pub fn backward_input(
         }
         gate::logits_gradient(&mut d_scores, routing, arch.gate.scoring);
         add_into(&mut d_normed, &linear::backward_input(&d_scores, params.weight(gate_weight)));
-        work.linear(params, gate_weight, d_scores, &saved.normed);
+        work.linear(params, gate_weight, d_scores, &saved.normed(arch, weights, params));
     }
     let mut d_residual = gradient.residual;
     let (post_norm, d_post_norm) = params.weight_and_grad(weights.post_norm);
     let through_norm = norm::backward(&d_normed, &saved.residual, post_norm, arch.eps(), d_post_norm);
     add_into(&mut d_residual, &through_norm);
 
+    let SavedAttention { x, input, latents, normed_latents, direct_queries, heads, core, .. } = saved;
+    let normed_latents = normed_latents.unwrap_or_else(|| norm_latents(arch, weights, params, &latents));
+    let again = || up(arch, weights, params, (&latents, &normed_latents, &direct_queries), &batch.rope);
+    let Heads { q, k, v } = heads.unwrap_or_else(again);
+    drop(direct_queries);
     let d_core = linear::backward_input(&d_residual, params.weight(weights.output));
-    let core =
-        attention::backward(&d_core, (&saved.q, &saved.k, &saved.v), &saved.core, &batch.spans, &arch.heads);
-    work.linear(params, weights.output, d_residual.clone(), &saved.core.out);
-    let (d_kv, d_rope_keys) = split_key_gradients(&core.dk, &core.dv, &arch.latent_heads);
-    let mut d_q = core.dq;
+    let d_heads = attention::backward(&d_core, (&q, &k, &v), &core, &batch.spans, &arch.heads);
+    drop((d_core, q, k, v));
+    work.linear(params, weights.output, d_residual.clone(), &core.out);
+    let (d_kv, d_rope_keys) = split_key_gradients(&d_heads.dk, &d_heads.dv, &arch.latent_heads);
+    let mut d_q = d_heads.dq;
     rotate_queries(arch, &batch.rope, &mut d_q, true);
 
-    let input = norm::forward(&saved.x, params.weight(weights.input_norm), arch.eps());
-    let mut d_input = backward_queries(weights, params, d_q, saved.query_latent, &input, &mut work);
+    let input = input.unwrap_or_else(|| norm::forward(&x, params.weight(weights.input_norm), arch.eps()));
+    let input = linear::input(&input, params.weight(weights.kv_down));
+    let of_query = (latents.query, normed_latents.query);
+    let mut d_input = backward_queries(weights, params, d_q, of_query, &input, &mut work);
     let gradient = KvGradient { kv: d_kv, rope_keys: d_rope_keys };
-    let d_latent = backward_kv(arch, weights, params, gradient, &saved.kv_latent, &batch.rope, &mut work);
+    let of_kv = (&latents.kv, &normed_latents.kv);
+    let d_latent = backward_kv(arch, weights, params, gradient, of_kv, &batch.rope, &mut work);
     add_into(&mut d_input, &linear::backward_input(&d_latent, params.weight(weights.kv_down)));
     work.linear(params, weights.kv_down, d_latent, &input);
     let (input_norm, d_input_norm) = params.weight_and_grad(weights.input_norm);
-    let through_norm = norm::backward(&d_input, &saved.x, input_norm, arch.eps(), d_input_norm);
+    let through_norm = norm::backward(&d_input, &x, input_norm, arch.eps(), d_input_norm);
     add_into(&mut d_residual, &through_norm);
     AttentionBackward { dx: d_residual, balance_loss, work }
 }
@@ -215,14 +323,13 @@ fn backward_queries(
     weights: &AttentionWeights,
     params: &mut Params,
     d_q: Tensor,
-    latent: Option<Tensor>,
+    (latent, normed): (Option<Tensor>, Option<Tensor>),
     input: &Tensor,
     work: &mut WeightWork,
 ) -> Tensor {
-    match (&weights.query, latent) {
-        (Query::Latent { down, norm, up }, Some(latent)) => {
+    match (&weights.query, latent.zip(normed)) {
+        (Query::Latent { down, norm, up }, Some((latent, normed))) => {
             let d_latent = linear::backward_input(&d_q, params.weight(*up));
-            let normed = norm::forward(&latent, params.weight(*norm), LATENT_NORM_EPS);
             work.linear(params, *up, d_q, &normed);
             let (weight, grad) = params.weight_and_grad(*norm);
             let d_latent = norm::backward(&d_latent, &latent, weight, LATENT_NORM_EPS, grad);
@@ -254,14 +361,13 @@ fn backward_kv(
     weights: &AttentionWeights,
     params: &mut Params,
     gradient: KvGradient,
-    kv_latent: &Tensor,
+    (kv_latent, normed): (&Tensor, &Tensor),
     table: &RopeTable,
     work: &mut WeightWork,
 ) -> Tensor {
     let columns = latent_columns(arch);
     let d_normed = linear::backward_input(&gradient.kv, params.weight(weights.kv_up));
-    let normed = kv_latents(arch, weights, params, kv_latent);
-    work.linear(params, weights.kv_up, gradient.kv, &normed);
+    work.linear(params, weights.kv_up, gradient.kv, normed);
     let mut d_latent = Tensor::for_overwrite(kv_latent.shape());
     let (weight, grad) = params.weight_and_grad(weights.kv_norm);
     norm::backward_cols(&d_normed, kv_latent, columns, weight, LATENT_NORM_EPS, grad, &mut d_latent);

@@ -7,9 +7,10 @@ use contraflow_kernels::permute::{self, Permutation};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{grouped, swiglu};
 
-use super::FfnWeights;
+use super::ffn::SavedSwiglu;
 use super::params::Params;
 use super::weight_work::WeightWork;
+use super::{Architecture, FfnWeights};
 
 /// What arrives at the experts of a rank: rows, and which experts each of them goes to.
 pub struct Arrivals {
@@ -21,20 +22,25 @@ pub struct Arrivals {
     pub weights: Tensor,
 }
 
-/// What the backward pass needs. Rows are kept once, not once per expert; the SwiGLU output is recomputed.
+/// What the backward pass needs. Rows are kept once, not once per expert.
 pub struct SavedExperts {
     rows: Tensor,
     permutation: Permutation,
     /// Routing weights in permuted order. **Shapes**: `[R]`.
     weights: Tensor,
-    /// **Shapes**: `[R, 2F]`.
-    gate_up: Tensor,
+    /// Of R rows.
+    swiglu: SavedSwiglu,
 }
 
 /// Sum over each row's experts of the weighted expert output.
 ///
 /// **Shapes**: output `[N, D]`.
-pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (Tensor, SavedExperts) {
+pub fn forward(
+    arch: &Architecture,
+    weights: &FfnWeights,
+    experts: &Params,
+    arrivals: Arrivals,
+) -> (Tensor, SavedExperts) {
     let Arrivals { rows, pairs, weights: pair_weights } = arrivals;
     let num_experts = experts.weight(weights.gate_up).shape()[0];
     let permutation = permute::by_expert(&pairs, num_experts);
@@ -42,11 +48,13 @@ pub fn forward(weights: &FfnWeights, experts: &Params, arrivals: Arrivals) -> (T
     let gathered = permute::gather(&rows, &permutation.rows);
     let gate_up = grouped::forward(&gathered, &permutation.offsets, experts.weight(weights.gate_up));
     drop(gathered);
-    let inner = swiglu::forward(&gate_up, Some(&routing));
-    let outputs = grouped::forward(&inner, &permutation.offsets, experts.weight(weights.down));
+    let down = experts.weight(weights.down);
+    let (inner, swiglu) = SavedSwiglu::forward(arch, gate_up, Some(&routing), down);
+    let outputs = grouped::forward(&inner, &permutation.offsets, down);
+    drop(inner);
     let mut sums = Tensor::zeros(&[rows.rows(), rows.cols()]);
     permute::scatter_add(&outputs, &permutation.rows, &mut sums);
-    (sums, SavedExperts { rows, permutation, weights: routing, gate_up })
+    (sums, SavedExperts { rows, permutation, weights: routing, swiglu })
 }
 
 /// Gradients with respect to the rows and to the routing weight of each pair, in the order in which the pairs arrived.
@@ -58,12 +66,13 @@ pub fn backward_input(
     dy: &Tensor,
     saved: SavedExperts,
 ) -> (Tensor, Tensor, WeightWork) {
-    let SavedExperts { rows, permutation, weights: routing, gate_up } = saved;
+    let SavedExperts { rows, permutation, weights: routing, swiglu: mut saved } = saved;
     let Permutation { offsets, rows: row_of, slots } = permutation;
     let d_outputs = permute::gather(dy, &row_of);
-    let inner = swiglu::forward(&gate_up, Some(&routing));
+    let inner = saved.inner(Some(&routing), experts.weight(weights.down));
     let d_inner = grouped::backward_input(&d_outputs, &offsets, experts.weight(weights.down));
-    let (d_gate_up, d_routing) = swiglu::backward(&d_inner, &gate_up, Some(&routing));
+    let (d_gate_up, d_routing) = swiglu::backward(&d_inner, &saved.gate_up, Some(&routing));
+    drop((d_inner, saved));
     let d_gathered = grouped::backward_input(&d_gate_up, &offsets, experts.weight(weights.gate_up));
     let mut d_rows = Tensor::zeros(&[rows.rows(), rows.cols()]);
     permute::scatter_add(&d_gathered, &row_of, &mut d_rows);

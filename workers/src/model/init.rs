@@ -6,6 +6,8 @@
 
 use contraflow_runtime::random::SplitMix64;
 
+use std::convert::Infallible;
+
 use super::params::{Param, Params};
 
 /// Draws every weight: norms are one, gate biases stay zero, all else is normal.
@@ -17,17 +19,22 @@ pub fn initialise(params: &mut Params, seed: u64, deviation: f64) {
 
 fn initialise_param(param: &mut Param, seed: u64, deviation: f64) {
     let is_norm = !param.is_matrix();
-    let parts = param.parts.clone();
-    let weight = param.master_mut();
-    for part in parts {
-        let mut values = weight.view_mut(part.range());
+    let Ok(()) = param.fill::<Infallible>(|part, mut values| {
         if is_norm {
             values.fill_with(|| 1.0);
         } else {
             let mut stream = Stream::new(seed, &part.name);
             values.fill_with(|| (stream.normal() * deviation) as f32);
         }
-    }
+        Ok(())
+    });
+}
+
+/// 64 bits that stand for a name.
+pub fn name_bits(name: &str) -> u64 {
+    let digest = blake3::hash(name.as_bytes());
+    let (head, _) = digest.as_bytes().split_at(8);
+    head.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte))
 }
 
 /// A stream of random numbers that belongs to a name.
@@ -35,10 +42,7 @@ struct Stream(SplitMix64);
 
 impl Stream {
     fn new(seed: u64, name: &str) -> Self {
-        let digest = blake3::hash(name.as_bytes());
-        let (head, _) = digest.as_bytes().split_at(8);
-        let name_bits = head.iter().fold(0_u64, |bits, &byte| bits << 8 | u64::from(byte));
-        Stream(SplitMix64::new(name_bits ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+        Stream(SplitMix64::new(name_bits(name) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
     }
 
     fn normal(&mut self) -> f64 {

@@ -22,6 +22,7 @@ use contraflow_kernels::gate::{GateSpec, GroupScore, Scoring};
 use contraflow_kernels::latent::LatentHeads;
 use contraflow_kernels::rope::{Rope, RopeSpec, Yarn, softmax_scale};
 use contraflow_runtime::model_config::{ModelConfig, TopkMethod};
+use contraflow_runtime::recipe::{MemorySection, Recomputed};
 use contraflow_runtime::schedule::{Chunk, Component, StageLayout};
 
 use self::params::ParamId;
@@ -41,10 +42,36 @@ pub struct Architecture {
     pub gate: GateSpec,
     /// Formats of weights and activations.
     pub precision: Precision,
+    /// What the backward pass computes again instead of keeping it.
+    pub recompute: Recompute,
+}
+
+/// What the backward pass computes again instead of keeping it (report section 3.2.3). What it gets is what the forward pass had, bit by
+/// bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recompute {
+    /// Outputs of all norms.
+    pub norms: bool,
+    /// Outputs of MLA's up-projections: queries where they have a latent, keys and values.
+    pub mla_up_projections: bool,
+    /// Outputs of SwiGLU.
+    pub swiglu: bool,
+}
+
+impl Recompute {
+    /// That of a recipe.
+    pub fn of(section: &MemorySection) -> Self {
+        let has = |what| section.recompute.contains(&what);
+        Recompute {
+            norms: has(Recomputed::Norms),
+            mla_up_projections: has(Recomputed::MlaUpProjections),
+            swiglu: has(Recomputed::Swiglu),
+        }
+    }
 }
 
 impl Architecture {
-    /// Derives frequencies and scales from a configuration.
+    /// Derives frequencies and scales from a configuration. Norms and SwiGLU are computed again.
     pub fn new(config: ModelConfig, precision: Precision) -> Self {
         let yarn = config.yarn().map(|yarn| Yarn {
             factor: yarn.factor,
@@ -82,7 +109,13 @@ impl Architecture {
             normalise: config.norm_topk_prob,
             scale: config.routed_scaling_factor as f32,
         };
-        Architecture { config, rope, heads, latent_heads, gate, precision }
+        let recompute = Recompute { norms: true, mla_up_projections: false, swiglu: true };
+        Architecture { config, rope, heads, latent_heads, gate, precision, recompute }
+    }
+
+    /// The same, with another choice of what is computed again.
+    pub fn recomputing(self, recompute: Recompute) -> Self {
+        Architecture { recompute, ..self }
     }
 
     /// Epsilon of the layer norms.

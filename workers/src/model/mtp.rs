@@ -7,37 +7,39 @@
 use contraflow_kernels::tensor::Tensor;
 use contraflow_kernels::{embedding, linear, norm};
 
-use super::MtpWeights;
 use super::params::Params;
 use super::weight_work::WeightWork;
+use super::{Architecture, MtpWeights};
 
 /// What the backward pass needs.
 pub struct SavedMtp {
     embedded: Tensor,
     hidden: Tensor,
+    /// Both normed, as the projection reads them, where norms are kept. **Shapes**: `[T, 2 D]`.
+    joined: Option<Tensor>,
 }
 
-fn join(weights: &MtpWeights, params: &Params, saved: &SavedMtp, eps: f32) -> Tensor {
-    let left = norm::forward(&saved.embedded, params.weight(weights.embedding_norm), eps);
-    let right = norm::forward(&saved.hidden, params.weight(weights.hidden_norm), eps);
-    Tensor::concat_cols(&left, &right)
+/// **Shapes**: `embedded` and `hidden` `[T, D]`, output, as the projection reads it, `[T, 2 D]`.
+fn join(weights: &MtpWeights, params: &Params, (embedded, hidden): (&Tensor, &Tensor), eps: f32) -> Tensor {
+    let left = norm::forward(embedded, params.weight(weights.embedding_norm), eps);
+    let right = norm::forward(hidden, params.weight(weights.hidden_norm), eps);
+    linear::input(&Tensor::concat_cols(&left, &right), params.weight(weights.projection))
 }
 
 /// The input of the block.
 ///
 /// **Shapes**: `next_ids` `[T]` in U32, `hidden` `[T, D]`, output `[T, D]`.
 pub fn forward(
+    arch: &Architecture,
     weights: &MtpWeights,
     params: &Params,
     next_ids: &Tensor,
     hidden: Tensor,
-    eps: f32,
 ) -> (Tensor, SavedMtp) {
     let embedded = embedding::forward(next_ids, params.weight(weights.embedding));
-    let saved = SavedMtp { embedded, hidden };
-    let joined = join(weights, params, &saved, eps);
-    let x = linear::forward(&joined, params.weight(weights.projection));
-    (x.to(saved.embedded.format()), saved)
+    let joined = join(weights, params, (&embedded, &hidden), arch.eps());
+    let x = linear::forward(&joined, params.weight(weights.projection)).to(embedded.format());
+    (x, SavedMtp { embedded, hidden, joined: (!arch.recompute.norms).then_some(joined) })
 }
 
 /// Gradient with respect to the hidden state; the embedding and the norms get theirs at once.
@@ -47,11 +49,12 @@ pub fn backward_input(
     weights: &MtpWeights,
     params: &mut Params,
     dy: Tensor,
-    saved: &SavedMtp,
+    mut saved: SavedMtp,
     next_ids: &Tensor,
     eps: f32,
 ) -> (Tensor, WeightWork) {
-    let joined = join(weights, params, saved, eps);
+    let again = || join(weights, params, (&saved.embedded, &saved.hidden), eps);
+    let joined = saved.joined.take().unwrap_or_else(again);
     let d_joined = linear::backward_input(&dy, params.weight(weights.projection));
     let mut work = WeightWork::default();
     work.linear(params, weights.projection, dy, &joined);

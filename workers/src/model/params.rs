@@ -1,14 +1,15 @@
 //! The parameters a rank holds: weight, gradient, the published names inside, and the ranks that hold a copy.
 //!
-//! The optimizer works on the master form of a weight, in F32; layers compute with its compute form, which is made when it is
-//! first asked for after a change, so once a step. In F32 both are one tensor. Knows nothing of layers and
-//! nothing of how gradients are reduced; it only says over whom (`group`).
+//! The optimizer works on the master form of a weight, in F32; layers compute with its compute form. In F32 both are one
+//! tensor. Where the compute form is narrower a rank keeps the masters of what it updates alone (report section 3.3.3), and every
+//! copy of the weight is made of masters rounded to BF16: what other ranks send, and what the rank has itself, so that all copies
+//! have the same bits. Knows nothing of layers and nothing of how gradients are reduced; it only says over whom (`group`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use contraflow_kernels::tensor::{Format, Tensor};
+use contraflow_kernels::tensor::{Format, Tensor, View, ViewMut};
 
 /// Index of a parameter in its [`Params`].
 pub type ParamId = usize;
@@ -46,8 +47,13 @@ impl PublishedTensor {
 pub struct Param {
     /// The published tensors inside, in buffer order, without gaps.
     pub parts: Vec<PublishedTensor>,
-    master: Tensor,
+    shape: Vec<usize>,
     format: Format,
+    /// Which elements this rank updates.
+    owned: Range<usize>,
+    /// Of all elements in F32, else of those that are owned.
+    master: Tensor,
+    /// Where it is narrower than F32.
     compute: OnceLock<Tensor>,
     /// Gradient of the running step; `None` is zero.
     pub grad: Option<Tensor>,
@@ -68,36 +74,136 @@ pub struct Replicas {
 }
 
 impl Param {
-    /// The weight that is updated, in F32.
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether it is computed with in a format narrower than F32.
+    pub fn is_narrow(&self) -> bool {
+        self.format != Format::F32
+    }
+
+    /// The elements whose masters are here: all, unless the weight is narrow and other ranks update the rest.
+    pub fn kept(&self) -> Range<usize> {
+        if self.is_narrow() { self.owned.clone() } else { 0..self.len() }
+    }
+
+    /// Says which elements this rank updates, before there are any values.
+    pub fn own(&mut self, owned: Range<usize>) {
+        self.owned = owned;
+        if self.is_narrow() && self.owned.len() < self.len() {
+            self.master = Tensor::zeros(&[self.owned.len()]);
+            self.compute.take();
+        }
+    }
+
+    /// The masters that are [kept](Self::kept), in F32.
     pub fn master(&self) -> &Tensor {
         &self.master
     }
 
-    /// The weight, to be changed: what is computed with follows it.
+    /// The masters, to be changed. What is computed with follows them where all are kept; where not it follows what is
+    /// [received](Self::receive).
     pub fn master_mut(&mut self) -> &mut Tensor {
-        self.compute.take();
+        if self.owned.len() == self.len() {
+            self.compute.take();
+        }
         &mut self.master
+    }
+
+    /// Some of the masters.
+    ///
+    /// # Panics
+    /// If not all of them are kept.
+    pub fn master_view(&self, range: Range<usize>) -> View<'_> {
+        self.master.view(self.in_master(range))
+    }
+
+    /// Some of the masters, to be changed as [`master_mut`](Self::master_mut) says.
+    ///
+    /// # Panics
+    /// If not all of them are kept.
+    pub fn master_view_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
+        let range = self.in_master(range);
+        self.master_mut().view_mut(range)
+    }
+
+    /// Where a range of the elements lies among the masters.
+    pub fn in_master(&self, range: Range<usize>) -> Range<usize> {
+        let first = self.kept().start;
+        range.start - first..range.end - first
+    }
+
+    /// Gives the weight its values: `read` writes each published tensor.
+    ///
+    /// **Errors**: those of `read`.
+    pub fn fill<E>(
+        &mut self,
+        mut read: impl FnMut(&PublishedTensor, ViewMut) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.kept().len() == self.len() {
+            self.compute.take();
+            return self.parts.iter().try_for_each(|part| read(part, self.master.view_mut(part.range())));
+        }
+        let mut whole = Tensor::zeros(&self.shape);
+        self.parts.iter().try_for_each(|part| read(part, whole.view_mut(part.range())))?;
+        self.master = Tensor::from(whole.view(self.owned.clone()));
+        self.compute = OnceLock::from(whole.to(Format::BF16).to(self.format));
+        Ok(())
+    }
+
+    /// Takes over elements after an update: of other ranks in F32, or of all ranks, this one included, in BF16.
+    ///
+    /// # Panics
+    /// If they have another format; if the weight is narrow and an element is missing.
+    pub fn receive<'a>(&mut self, runs: impl Iterator<Item = (Range<usize>, View<'a>)>) {
+        if !self.is_narrow() {
+            return runs.for_each(|(range, values)| self.master.view_mut(range).copy_from(values));
+        }
+        // In BF16 the weight that is replaced gives its memory.
+        let before = self.compute.take().filter(|before| before.format() == Format::BF16);
+        let mut whole = before.unwrap_or_else(|| Tensor::for_overwrite_in(Format::BF16, &self.shape));
+        let mut num_received = 0;
+        for (range, values) in runs {
+            num_received += range.len();
+            whole.view_mut(range).copy_from(values);
+        }
+        assert_eq!(num_received, self.len(), "expected every element of {}", self.parts[0].name);
+        self.compute = OnceLock::from(whole.to(self.format));
     }
 
     /// The weight as it is computed with.
     pub fn compute(&self) -> &Tensor {
-        if self.format == Format::F32 {
+        if !self.is_narrow() {
             return &self.master;
         }
-        self.compute.get_or_init(|| self.master.to(self.format))
+        self.compute.get_or_init(|| {
+            assert_eq!(self.owned.len(), self.len(), "expected weights of other ranks' shards");
+            self.master.to(Format::BF16).to(self.format)
+        })
     }
 
     /// The gradient, zero at first, to be added to.
     pub fn grad_mut(&mut self) -> &mut Tensor {
-        self.grad.get_or_insert_with(|| Tensor::zeros(self.master.shape()))
+        self.grad.get_or_insert_with(|| Tensor::zeros(&self.shape))
     }
 
-    /// Weight and gradient at once, to be changed, the gradient zero at first.
-    pub fn master_and_grad(&mut self) -> (&mut Tensor, &mut Tensor) {
-        let Param { master, compute, grad, .. } = self;
+    /// Some of the masters, to be changed, and their gradient, zero at first.
+    ///
+    /// # Panics
+    /// If not all of the masters are kept.
+    pub fn master_and_grad(&mut self, range: Range<usize>) -> (ViewMut<'_>, View<'_>) {
+        let in_master = self.in_master(range.clone());
+        let Param { shape, master, compute, grad, .. } = self;
         compute.take();
-        let grad = grad.get_or_insert_with(|| Tensor::zeros(master.shape()));
-        (master, grad)
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(shape));
+        (master.view_mut(in_master), grad.view(range))
     }
 
     /// The published tensors that a range of the buffer touches: which, what range of the tensor, and what part of the
@@ -149,7 +255,8 @@ impl Params {
         self.by_name.insert(parts[0].name.clone(), id);
         let Replicas { group, bucket } = replicas.clone();
         let (master, compute) = (Tensor::zeros(shape), OnceLock::new());
-        self.list.push(Param { parts, master, format, compute, grad: None, group, bucket });
+        let (owned, shape) = (0..master.len(), shape.to_vec());
+        self.list.push(Param { parts, shape, format, owned, master, compute, grad: None, group, bucket });
         id
     }
 
@@ -178,10 +285,9 @@ impl Params {
     pub fn weight_and_grad(&mut self, id: ParamId) -> (&Tensor, &mut Tensor) {
         let param = &mut self.list[id];
         param.compute();
-        let Param { master, format, compute, grad, .. } = param;
-        let grad = grad.get_or_insert_with(|| Tensor::zeros(master.shape()));
-        let made = compute.get().filter(|_| *format != Format::F32);
-        (made.unwrap_or(master), grad)
+        let Param { shape, master, compute, grad, .. } = param;
+        let grad = grad.get_or_insert_with(|| Tensor::zeros(shape));
+        (compute.get().unwrap_or(master), grad)
     }
 
     /// All parameters in a fixed order.

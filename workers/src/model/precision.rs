@@ -18,6 +18,8 @@ pub struct Precision {
     pub combine: Format,
     /// What is kept of attention's output.
     pub attention_output: Format,
+    /// What is kept of SwiGLU's input.
+    pub swiglu_input: Format,
 }
 
 impl Precision {
@@ -28,6 +30,7 @@ impl Precision {
         dispatch: Format::F32,
         combine: Format::F32,
         attention_output: Format::F32,
+        swiglu_input: Format::F32,
     };
 
     /// That of a recipe. What travels in FP8 has powers of two for scales, so that it is tiled anew without loss.
@@ -44,6 +47,7 @@ impl Precision {
             dispatch: of(section.dispatch, Tile::Row, true),
             combine: of(section.combine, Tile::Row, false),
             attention_output: of(section.attention_output, Tile::Row, false),
+            swiglu_input: of(section.swiglu_input, Tile::Row, false),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Weight gradients that are still to be computed: what `backward_input` leaves behind and a `W` action consumes.
 
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_kernels::{grouped, linear};
 
 use super::params::{ParamId, Params};
@@ -35,9 +35,10 @@ pub enum WeightTask {
 pub struct WeightWork(pub Vec<WeightTask>);
 
 impl WeightWork {
-    /// Adds `dw += dy^T x`, where `x` is kept as the product with the weight reads it.
+    /// Adds `dw += dy^T x`, where `x` is kept as the product with the weight reads it, but never wider than it is.
     pub fn linear(&mut self, params: &Params, param: ParamId, dy: Tensor, x: &Tensor) {
-        let x = linear::input(x, params.weight(param));
+        let weight = params.weight(param);
+        let x = if weight.format() == Format::F32 { x.clone() } else { linear::input(x, weight) };
         self.0.push(WeightTask::Linear { param, dy, x });
     }
 

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor, View};
 use contraflow_runtime::topology::collective::shard;
 
 use crate::model::params::{Param, RankParams, Store};
@@ -15,10 +15,12 @@ pub struct Bucket {
     pub number: usize,
     /// See [`Param::group`].
     pub group: Vec<usize>,
-    /// Which parameters: store, index, first element in the bucket.
+    /// Which parameters: store, index, first element in the bucket. Those that are computed with in F32 come first.
     pub members: Vec<(Store, usize, usize)>,
     /// Number of elements.
     pub len: usize,
+    /// Number of elements that are computed with in F32, and gathered so; the rest is gathered in BF16.
+    pub wide: usize,
     /// This rank's part of the bucket.
     pub shard: Range<usize>,
     /// First moment of the shard.
@@ -34,6 +36,21 @@ pub struct BucketGroup {
     pub ranks: Vec<usize>,
     /// Number of elements.
     pub len: usize,
+    /// See [`Bucket::wide`].
+    pub wide: usize,
+}
+
+impl BucketGroup {
+    /// The runs, each of one format, in which the shard of the member with this index is gathered.
+    pub fn runs(&self, member: usize) -> Vec<(Range<usize>, Format)> {
+        let Range { start, end } = shard(self.len, self.ranks.len(), member);
+        let middle = self.wide.clamp(start, end);
+        let (wide, narrow) = ((start..middle, Format::F32), (middle..end, Format::BF16));
+        // An empty shard is one empty run.
+        let has_wide = !wide.0.is_empty() || narrow.0.is_empty();
+        let (wide, narrow) = (has_wide.then_some(wide), Some(narrow).filter(|(run, _)| !run.is_empty()));
+        wide.into_iter().chain(narrow).collect()
+    }
 }
 
 /// A piece of a bucket that lies in one parameter.
@@ -53,14 +70,28 @@ impl Bucket {
     pub fn empty(param: &Param) -> Self {
         let (exp_avg, exp_avg_sq) = (Tensor::zeros(&[0]), Tensor::zeros(&[0]));
         let (number, group) = (param.bucket, param.group.clone());
-        Bucket { number, group, members: Vec::new(), len: 0, shard: 0..0, exp_avg, exp_avg_sq }
+        Bucket { number, group, members: Vec::new(), len: 0, wide: 0, shard: 0..0, exp_avg, exp_avg_sq }
     }
 
-    /// Gives the rank its part, with zero moments.
-    pub fn take_shard(&mut self, rank: usize) {
+    /// Adds a parameter; those in F32 first.
+    pub fn add(&mut self, (store, index): (Store, usize), param: &Param) {
+        self.members.push((store, index, self.len));
+        self.len += param.len();
+        if !param.is_narrow() {
+            self.wide = self.len;
+        }
+    }
+
+    /// The ranks that hold it, and in what runs it is gathered.
+    pub fn group(&self) -> BucketGroup {
+        BucketGroup { ranks: self.group.clone(), len: self.len, wide: self.wide }
+    }
+
+    /// Gives the rank its part, with zero moments in a format.
+    pub fn take_shard(&mut self, rank: usize, moments: Format) {
         let own = self.group.iter().position(|&member| member == rank).unwrap_or_default();
         self.shard = shard(self.len, self.group.len(), own);
-        self.exp_avg = Tensor::zeros(&[self.shard.len()]);
+        self.exp_avg = Tensor::zeros_in(moments, &[self.shard.len()]);
         self.exp_avg_sq = self.exp_avg.clone();
     }
 
@@ -68,7 +99,7 @@ impl Bucket {
     pub fn pieces(&self, range: &Range<usize>, params: &RankParams) -> Vec<BucketSlice> {
         let mut pieces = Vec::new();
         for &(store, index, start) in &self.members {
-            let end = start + params.param(store, index).master().len();
+            let end = start + params.param(store, index).len();
             let from = start.max(range.start);
             let to = end.min(range.end);
             if from < to {
@@ -79,17 +110,17 @@ impl Bucket {
         pieces
     }
 
-    /// Copies a range of the bucket out of the parameters' weights or gradients.
-    pub fn slice(
+    /// Copies a range of the bucket out of the parameters' masters or gradients.
+    pub fn slice<'a>(
         &self,
-        params: &RankParams,
+        params: &'a RankParams,
         range: Range<usize>,
-        values: impl Fn(&Param) -> Option<&Tensor>,
+        values: impl Fn(&'a Param, Range<usize>) -> Option<View<'a>>,
     ) -> Tensor {
         let mut flat = Tensor::zeros(&[range.len()]);
         for BucketSlice { store, index, in_param, in_range } in self.pieces(&range, params) {
-            if let Some(source) = values(params.param(store, index)) {
-                flat.view_mut(in_range).copy_from(source.view(in_param));
+            if let Some(source) = values(params.param(store, index), in_param) {
+                flat.view_mut(in_range).copy_from(source);
             }
         }
         flat

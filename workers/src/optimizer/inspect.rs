@@ -6,14 +6,14 @@
 use std::collections::HashMap;
 
 use contraflow_kernels::elementwise::count_not_finite;
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::View;
 use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::stability::Seen;
 use contraflow_runtime::stability::evidence::{BadTensor, Evidence, FOUND_LEN, Found};
 
 use super::totals::Totals;
 use crate::comm::collectives::Collectives;
-use crate::model::params::{PublishedTensor, RankParams};
+use crate::model::params::RankParams;
 
 /// The all-reduce of the evidence; the totals are number 0.
 const EVIDENCE_BUCKET: usize = 1;
@@ -49,11 +49,15 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     for param in params.dense.iter().chain(params.experts.iter()) {
         for part in &param.parts {
             let Some(&place) = places.get(part.name.as_str()) else { continue };
-            if let Some(bad) = bad_tensor(place, part, param.master()) {
+            // Where the masters of others are not here, they look through those.
+            let (kept, of_part) = (param.kept(), part.range());
+            let own = of_part.start.max(kept.start)..of_part.end.min(kept.end);
+            let weight = (!own.is_empty()).then(|| param.master_view(own));
+            if let Some(bad) = weight.and_then(|weight| bad_tensor(place, weight)) {
                 found.weight = Some(first(found.weight, bad));
             }
-            let gradient = param.grad.as_ref();
-            if let Some(bad) = gradient.and_then(|gradient| bad_tensor(place, part, gradient)) {
+            let gradient = param.grad.as_ref().map(|gradient| gradient.view(part.range()));
+            if let Some(bad) = gradient.and_then(|gradient| bad_tensor(place, gradient)) {
                 found.first_gradient = Some(first(found.first_gradient, bad));
                 found.last_gradient = Some(last(found.last_gradient, bad));
                 found.num_gradients += 1;
@@ -63,8 +67,8 @@ pub fn find(params: &RankParams, totals: &Totals, names: &[String]) -> Found {
     found
 }
 
-fn bad_tensor(place: usize, part: &PublishedTensor, values: &Tensor) -> Option<BadTensor> {
-    let num_values = count_not_finite(values.view(part.range()));
+fn bad_tensor(place: usize, values: View) -> Option<BadTensor> {
+    let num_values = count_not_finite(values);
     (num_values > 0).then_some(BadTensor { place, num_values })
 }
 

@@ -20,7 +20,7 @@ impl OptimizerState {
         for bucket in &self.buckets {
             for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
-                let weight = shared_or_cut(param.master(), in_param.clone());
+                let weight = shared_or_cut(param.master(), param.in_master(in_param.clone()));
                 for (part, in_part, within) in param.parts_in(in_param) {
                     let place = || (part.name.as_str(), part.shape.as_slice(), in_part.clone());
                     let of = |first: usize| first + within.start..first + within.end;
@@ -83,14 +83,15 @@ impl OptimizerState {
                     .collect();
                 for (name, shape, in_part, within) in parts {
                     let target = in_param.start + within.start..in_param.start + within.end;
-                    let values = param.master_mut().view_mut(target);
+                    let values = param.master_view_mut(target);
                     records.read(Kind::Weight, (&name, &shape), in_part, values)?;
                 }
             }
         }
         for bucket in self.buckets.iter().filter(|bucket| bucket.group.len() > 1) {
             let own = self.own_weights(params, bucket.number);
-            let gathered = collectives.all_gather(&bucket.group, bucket.number, bucket.len, &own)?;
+            let group = bucket.group();
+            let gathered = collectives.all_gather((&group.ranks, bucket.number), own, |at| group.runs(at))?;
             self.unpack(params, bucket.number, &gathered);
         }
         self.gather_gates(params, records, (collectives, world))

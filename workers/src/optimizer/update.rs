@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use contraflow_kernels::adamw::{self, AdamW};
+use contraflow_kernels::adamw::{self, AdamW, Rounding};
 use contraflow_kernels::elementwise::add_into;
-use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::recipe::{Decay, OptimizerSection, WatchSection};
+use contraflow_kernels::tensor::{Format, Tensor};
+use contraflow_runtime::random::SplitMix64;
+use contraflow_runtime::recipe::{Decay, NumberFormat, OptimizerSection, PrecisionSection, WatchSection};
 use contraflow_runtime::stability::evidence::Evidence;
 use contraflow_runtime::stability::{Seen, StabilityWatch, Verdict};
 use contraflow_runtime::topology::collective::shard;
@@ -19,7 +20,8 @@ use super::buckets::{Bucket, BucketGroup, BucketSlice};
 use super::squares::{SquaresByPlace, square};
 use super::totals::TotalsLayout;
 use crate::model::expert_counts;
-use crate::model::params::{RankParams, Store};
+use crate::model::init::name_bits;
+use crate::model::params::{Param, PublishedTensor, RankParams, Store};
 
 /// Inputs of one update.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +45,7 @@ pub struct OptimizerState {
     pub(super) rank: usize,
     /// How the step's totals are laid out.
     pub layout: TotalsLayout,
+    moments: Moments,
     pub(super) buckets: Vec<Bucket>,
 }
 
@@ -58,21 +61,59 @@ pub struct OptimizerSetup {
     pub rank: usize,
     /// Routed experts and layers of the model.
     pub layout: TotalsLayout,
+    /// How the moments are stored.
+    pub moments: Moments,
+}
+
+/// How the moments are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moments {
+    /// F32 or BF16.
+    pub format: Format,
+    /// Seed of stochastic rounding to BF16; to nearest without one.
+    pub seed: Option<u64>,
+}
+
+impl Moments {
+    /// As they are computed with.
+    pub const F32: Moments = Moments { format: Format::F32, seed: None };
+
+    /// Those of a recipe.
+    pub fn of(precision: &PrecisionSection, seed: u64) -> Self {
+        let format = if precision.moments == NumberFormat::Bf16 { Format::BF16 } else { Format::F32 };
+        Moments { format, seed: precision.stochastic_rounding.then_some(seed) }
+    }
+
+    /// Of the elements of a published tensor from `first` on. Chance follows from seed, step and element, whoever updates it.
+    fn rounding(&self, name: &str, first: usize, step: u64) -> Rounding {
+        let Some(seed) = self.seed else { return Rounding::Nearest };
+        let of_step = SplitMix64::new(seed ^ step.rotate_left(32)).next_u64();
+        Rounding::Stochastic { key: SplitMix64::new(name_bits(name) ^ of_step).next_u64(), first }
+    }
 }
 
 impl OptimizerState {
-    /// Zero moments for this rank's shard of each bucket.
-    pub fn new(setup: OptimizerSetup, params: &RankParams) -> Self {
-        let OptimizerSetup { recipe, watch, names, rank, layout } = setup;
+    /// Zero moments for this rank's shard of each bucket. Parameters that are computed with in a narrow format keep the masters
+    /// of the shard alone, so they get their values afterwards.
+    pub fn new(setup: OptimizerSetup, params: &mut RankParams) -> Self {
+        let OptimizerSetup { recipe, watch, names, rank, layout, moments } = setup;
         let mut buckets: BTreeMap<usize, Bucket> = BTreeMap::new();
-        for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
-            for (index, param) in list.iter().enumerate() {
-                let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
-                bucket.members.push((store, index, bucket.len));
-                bucket.len += param.master().len();
+        for is_narrow in [false, true] {
+            for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
+                for (index, param) in list.iter().enumerate().filter(|(_, p)| p.is_narrow() == is_narrow) {
+                    let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
+                    bucket.add((store, index), param);
+                }
             }
         }
-        buckets.values_mut().for_each(|bucket| bucket.take_shard(rank));
+        for bucket in buckets.values_mut() {
+            bucket.take_shard(rank, moments.format);
+            for &(store, index, start) in &bucket.members {
+                let param = params.param_mut(store, index);
+                let at = |place: usize| place.clamp(start, start + param.len()) - start;
+                param.own(at(bucket.shard.start)..at(bucket.shard.end));
+            }
+        }
         let buckets = buckets.into_values().collect();
         OptimizerState {
             recipe,
@@ -81,6 +122,7 @@ impl OptimizerState {
             names,
             rank,
             layout,
+            moments,
             buckets,
         }
     }
@@ -96,16 +138,15 @@ impl OptimizerState {
 
     /// By bucket, the ranks that hold it.
     pub fn groups(&self) -> BTreeMap<usize, BucketGroup> {
-        let group = |bucket: &Bucket| BucketGroup { ranks: bucket.group.clone(), len: bucket.len };
-        self.buckets.iter().map(|bucket| (bucket.number, group(bucket))).collect()
+        self.buckets.iter().map(|bucket| (bucket.number, bucket.group())).collect()
     }
 
     /// The bucket's gradients in flat parts: for each member of its group the shard that is the member's.
-    pub fn pack(&self, params: &RankParams, bucket: usize) -> Vec<Tensor> {
+    pub fn pack<'a>(&self, params: &'a RankParams, bucket: usize) -> Vec<Tensor> {
         let bucket = self.bucket(bucket);
         let members = bucket.group.len();
-        let part =
-            |index| bucket.slice(params, shard(bucket.len, members, index), |param| param.grad.as_ref());
+        let gradient = |param: &'a Param, range| param.grad.as_ref().map(|grad| grad.view(range));
+        let part = |index| bucket.slice(params, shard(bucket.len, members, index), gradient);
         (0..members).map(part).collect()
     }
 
@@ -161,37 +202,58 @@ impl OptimizerState {
                 weight_decay: if decays { self.recipe.weight_decay as f32 } else { 0.0 },
                 step: self.watch.updates_at(rates.step),
                 grad_scale: (self.recipe.clip_norm / (grad_norm + 1e-6)).min(1.0) as f32,
+                rounding: Rounding::Nearest,
             };
-            let (weight, gradient) = match reduced {
-                Some(reduced) => (param.master_mut(), reduced.view(in_range.clone())),
-                None => {
-                    let (weight, gradient) = param.master_and_grad();
-                    (weight, gradient.view(in_param.clone()))
+            // Chance goes by published tensors; without it one run is as good as several.
+            let runs: Vec<_> = match self.moments.seed {
+                None => vec![(in_param, in_range, Rounding::Nearest)],
+                Some(_) => {
+                    let parts = param.parts_in(in_param.clone());
+                    let run = |(part, in_part, within): (&PublishedTensor, Range<usize>, Range<usize>)| {
+                        let of = |start: usize| start + within.start..start + within.end;
+                        let rounding = self.moments.rounding(&part.name, in_part.start, rates.step);
+                        (of(in_param.start), of(in_range.start), rounding)
+                    };
+                    parts.map(run).collect()
                 }
             };
-            let state = adamw::State {
-                weight: weight.view_mut(in_param),
-                exp_avg: bucket.exp_avg.view_mut(in_range.clone()),
-                exp_avg_sq: bucket.exp_avg_sq.view_mut(in_range),
-            };
-            adamw::update(state, gradient, &spec);
+            for (in_param, in_range, rounding) in runs {
+                let (weight, gradient) = match reduced {
+                    Some(reduced) => (param.master_view_mut(in_param), reduced.view(in_range.clone())),
+                    None => param.master_and_grad(in_param),
+                };
+                let state = adamw::State {
+                    weight,
+                    exp_avg: bucket.exp_avg.view_mut(in_range.clone()),
+                    exp_avg_sq: bucket.exp_avg_sq.view_mut(in_range),
+                };
+                adamw::update(state, gradient, &AdamW { rounding, ..spec.clone() });
+            }
         }
     }
 
-    /// This rank's shard of a bucket's weights.
-    pub fn own_weights(&self, params: &RankParams, bucket: usize) -> Tensor {
+    /// This rank's shard of a bucket's weights, in the runs in which it is gathered.
+    pub fn own_weights(&self, params: &RankParams, bucket: usize) -> Vec<Tensor> {
         let bucket = self.bucket(bucket);
-        bucket.slice(params, bucket.shard.clone(), |param| Some(param.master()))
+        let at = bucket.group.iter().position(|&member| member == self.rank).unwrap_or_default();
+        let run = |(range, format)| {
+            bucket.slice(params, range, |param, range| Some(param.master_view(range))).to(format)
+        };
+        bucket.group().runs(at).into_iter().map(run).collect()
     }
 
-    /// Copies shards of other ranks into a bucket's weights.
+    /// Takes over what was gathered: shards of other ranks in F32, those of all ranks in BF16.
     pub fn unpack(&self, params: &mut RankParams, bucket: usize, gathered: &[(Range<usize>, Tensor)]) {
         let bucket = self.bucket(bucket);
-        for (range, part) in gathered {
-            for BucketSlice { store, index, in_param, in_range } in bucket.pieces(range, params) {
-                let weight = params.param_mut(store, index).master_mut();
-                weight.view_mut(in_param).copy_from(part.view(in_range));
-            }
+        for &(store, index, start) in &bucket.members {
+            let param = params.param_mut(store, index);
+            let end = start + param.len();
+            let runs = gathered.iter().filter_map(|(range, part)| {
+                let (from, to) = (start.max(range.start), end.min(range.end));
+                let values = || part.view(from - range.start..to - range.start);
+                (from < to).then(|| (from - start..to - start, values()))
+            });
+            param.receive(runs);
         }
     }
 }

@@ -22,13 +22,13 @@ use crate::engine::plans::Plans;
 use crate::engine::probe::Probe;
 use crate::error::RankError;
 use crate::hf::weights::HfWeights;
-use crate::model::Architecture;
 use crate::model::build::{Placement, RankModel, build};
 use crate::model::init::initialise;
 use crate::model::params::RankParams;
 use crate::model::precision::Precision;
+use crate::model::{Architecture, Recompute};
 use crate::optimizer::totals::TotalsLayout;
-use crate::optimizer::update::{OptimizerSetup, OptimizerState};
+use crate::optimizer::update::{Moments, OptimizerSetup, OptimizerState};
 use crate::replica::{self, Recovered, Replicator};
 
 /// Everything a rank gets when it joins a job.
@@ -81,12 +81,23 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;
     let plans = plans.replicated(assignment.replicator.is_some()).overlapped(assignment.overlap);
-    let arch = Arc::new(Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision)));
+    let arch = Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision));
+    let arch = Arc::new(arch.recomputing(Recompute::of(&recipe.memory)));
     let topology = recipe.topology();
     let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
-    let mut model = build(&arch, &placement, rank);
-    for params in [&mut model.dense, &mut model.experts] {
+    let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
+    let mut params = RankParams { dense, experts };
+    let setup = OptimizerSetup {
+        recipe: recipe.optimizer.clone(),
+        watch: recipe.watch.clone(),
+        names: published_names(&recipe.model_config),
+        rank,
+        layout: TotalsLayout::of(&recipe.model_config),
+        moments: Moments::of(&recipe.precision, recipe.training.seed),
+    };
+    let mut optimizer = OptimizerState::new(setup, &mut params);
+    for params in [&mut params.dense, &mut params.experts] {
         match (&assignment.resume, recipe.model.init_dir()) {
             _ if assignment.recovered.is_some() => {}
             (Some(checkpoint), _) => checkpoint.records.fill(params)?,
@@ -95,15 +106,6 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
         }
     }
     let threads = Arc::new(Threads::new(recipe.parallel.threads_per_rank));
-    let setup = OptimizerSetup {
-        recipe: recipe.optimizer.clone(),
-        watch: recipe.watch.clone(),
-        names: published_names(&recipe.model_config),
-        rank,
-        layout: TotalsLayout::of(&recipe.model_config),
-    };
-    let mut params = RankParams { dense: model.dense, experts: model.experts };
-    let mut optimizer = OptimizerState::new(setup, &params);
     let (mut position, mut reports) = (Position::default(), Vec::new());
     if let Some(checkpoint) = &assignment.resume {
         optimizer.restore(&params, &checkpoint.records)?;
@@ -113,7 +115,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     if let Some(recovered) = &assignment.recovered {
         (position, reports) = recover(recovered, &assignment, &mut optimizer, &mut params)?;
     }
-    let model = RankModel { stages: model.stages, dense: params.dense, experts: params.experts };
+    let model = RankModel { stages, dense: params.dense, experts: params.experts };
     Ok(Built { assignment, arch, plans, model, optimizer, threads, position, reports })
 }
 

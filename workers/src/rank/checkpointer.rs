@@ -1,15 +1,18 @@
 //! The checkpointer actor: the rank's hand on storage. Writes the rank's part of a checkpoint, and at the end the weights
 //! that the rank answers for as published files.
 //!
-//! A published weight that several ranks hold is written by the first of its replica group. Knows
+//! A published weight that several ranks hold is written by the first of its replica group, which gets the masters that others
+//! keep. Knows
 //! files and parameters; when something is saved is the rank's business.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Position, ShardFile};
 use contraflow_runtime::control::ExportedFile;
-use contraflow_runtime::fabric::StorageUse;
+use contraflow_runtime::fabric::{Endpoint, StorageUse};
 use contraflow_runtime::failpoint::failpoint;
 use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -18,10 +21,12 @@ use super::RankMessage;
 use crate::checkpoint::saves::backoff;
 use crate::checkpoint::writers;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
+use crate::comm::address::StepId;
+use crate::comm::collectives::Collectives;
 use crate::engine::probe::{Probe, ProbePoint};
 use crate::error::RankError;
 use crate::hf::shard::{Entry, write_file};
-use crate::model::params::{Params, RankParams, gate_bias_name};
+use crate::model::params::{Param, Params, RankParams, gate_bias_name};
 
 /// Messages of the checkpointer actor.
 pub enum CheckpointerMessage {
@@ -46,8 +51,10 @@ pub enum CheckpointerMessage {
         dir: PathBuf,
         /// Where checkpoints are kept beside it, if anywhere.
         folder: Option<CheckpointFolder>,
-        /// This rank.
-        rank: usize,
+        /// The rank's end of the fabric.
+        endpoint: Box<Endpoint>,
+        /// The step after which this is done.
+        id: StepId,
         /// All ranks of the job.
         world: usize,
         /// The model, for the names of shared tensors' copies.
@@ -57,15 +64,45 @@ pub enum CheckpointerMessage {
     },
 }
 
+/// The masters of parameters that several ranks keep parts of, by name, at the first rank of each replica group.
+///
+/// **Errors**: those of the fabric.
+fn whole_masters(
+    collectives: &Collectives,
+    params: &RankParams,
+) -> Result<HashMap<String, Tensor>, RankError> {
+    let mut buckets: BTreeMap<usize, Vec<&Param>> = BTreeMap::new();
+    let is_spread = |param: &&Param| param.is_narrow() && param.group.len() > 1;
+    for param in params.dense.iter().chain(params.experts.iter()).filter(is_spread) {
+        buckets.entry(param.bucket).or_default().push(param);
+    }
+    let mut masters = HashMap::new();
+    for (bucket, members) in buckets {
+        let own = members.iter().map(|param| param.master().clone().reshape(&[param.kept().len(), 1]));
+        let lens: Vec<usize> = members.iter().map(|param| param.len()).collect();
+        let group = (members[0].group.as_slice(), bucket);
+        let whole = collectives.gather_at_first(group, own.collect(), &lens)?;
+        let names = members.iter().map(|param| param.parts[0].name.clone());
+        masters.extend(whole.into_iter().flat_map(|whole| names.clone().zip(whole)));
+    }
+    Ok(masters)
+}
+
 /// The tensors this rank writes.
-fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec<Entry<'a>> {
+fn entries<'a>(
+    rank: usize,
+    config: &ModelConfig,
+    params: &'a RankParams,
+    masters: &'a HashMap<String, Tensor>,
+) -> Vec<Entry<'a>> {
     let mut entries = Vec::new();
     let copies: Vec<WeightShape> =
         config.weights().into_iter().filter(|weight| weight.tied_to.is_some()).collect();
     let mut add = |store: &'a Params| {
         for param in store.iter().filter(|param| param.group[0] == rank) {
+            let master = masters.get(&param.parts[0].name).unwrap_or(param.master());
             for part in &param.parts {
-                let values = param.master().view(part.range());
+                let values = master.view(part.range());
                 let entry = |name: String| Entry { name, shape: part.shape.clone(), values };
                 entries.push(entry(part.name.clone()));
                 // The published files hold a copy of each tensor that the MTP layer shares with the main model.
@@ -85,17 +122,19 @@ fn entries<'a>(rank: usize, config: &ModelConfig, params: &'a RankParams) -> Vec
     entries
 }
 
-/// Writes the rank's weights into its own file of the directory.
+/// Writes the rank's weights, in F32, into its own file of the directory. Ranks that keep parts of them come to this together.
 ///
-/// **Errors**: what the system says, with the path.
+/// **Errors**: what the system says, with the path; those of the fabric.
 pub fn export(
     dir: &Path,
-    rank: usize,
     world: usize,
     config: &ModelConfig,
     params: &RankParams,
+    collectives: &Collectives,
 ) -> Result<ExportedFile, RankError> {
-    let entries = entries(rank, config, params);
+    let rank = collectives.endpoint.rank();
+    let masters = whole_masters(collectives, params)?;
+    let entries = entries(rank, config, params, &masters);
     if entries.is_empty() {
         return Ok(ExportedFile::default());
     }
@@ -215,13 +254,16 @@ impl Actor for Checkpointer {
                 // A thread of its own: a priority that has been lowered cannot be raised again.
                 std::thread::Builder::new().name("checkpoint".into()).spawn(write)?;
             }
-            CheckpointerMessage::Export { dir, folder, rank, world, config, params } => {
+            CheckpointerMessage::Export { dir, folder, endpoint, id, world, config, params } => {
+                let rank = endpoint.rank();
                 probe.at(ProbePoint::Actor { rank, step: 0, name: "checkpointer" });
                 let rank_actor = rank_actor.clone();
                 tokio::task::spawn_blocking(move || {
                     let write = || {
+                        let _at_work = endpoint.work();
                         folder.iter().try_for_each(CheckpointFolder::verify)?;
-                        let exported = export(&dir, rank, world, &config, &params);
+                        let collectives = Collectives { endpoint: &endpoint, id };
+                        let exported = export(&dir, world, &config, &params, &collectives);
                         exported.map_err(|error| match &folder {
                             Some(folder) => blame(folder, error),
                             None => error,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankEvent};
+use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::stability::{Divergence, StabilityWatch};
 use contraflow_runtime::trace::SPAN;
 use tracing::{Span, info_span};
@@ -18,6 +19,7 @@ use super::member::gone;
 use super::{RankMessage, RankState, Status};
 use crate::checkpoint::Snapshot;
 use crate::checkpoint::saves::PATIENCE;
+use crate::comm::address::StepId;
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
 
@@ -140,13 +142,15 @@ impl RankState {
 
     pub(super) fn export(&mut self, dir: PathBuf, experts: Params) -> Result<(), RankError> {
         self.status = Status::Export;
-        let rank = self.id.index();
         let joined = self.joined()?;
         let params = Box::new(joined.take_params(experts)?);
+        let endpoint = Box::new(joined.assignment.endpoint.clone());
+        let (formation, step) = (joined.assignment.formation, joined.position.step);
+        let id = StepId { formation, phase: Phase::Update, step };
         let world = joined.assignment.recipe.topology().world();
         let config = Box::new(joined.assignment.recipe.model_config.clone());
         let folder = joined.assignment.checkpoints.clone();
-        let export = CheckpointerMessage::Export { dir, folder, rank, world, config, params };
+        let export = CheckpointerMessage::Export { dir, folder, endpoint, id, world, config, params };
         joined.children.checkpointer.cast(export).map_err(gone("the checkpointer"))
     }
 

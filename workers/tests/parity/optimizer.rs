@@ -3,7 +3,7 @@
 use contraflow_runtime::recipe::{Decay, OnFault, OnSpike, OptimizerSection, WatchSection};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::optimizer::totals::TotalsLayout;
-use contraflow_workers::optimizer::update::{OptimizerSetup, OptimizerState, UpdateRates};
+use contraflow_workers::optimizer::update::{Moments, OptimizerSetup, OptimizerState, UpdateRates};
 use contraflow_workers::rank::build::published_names;
 
 use crate::findings::{Findings, LOSS, Mark};
@@ -54,6 +54,7 @@ fn setup(rank: &OneRank, decay: Decay) -> OptimizerSetup {
         names: published_names(&rank.arch.config),
         rank: 0,
         layout: TotalsLayout::of(&rank.arch.config),
+        moments: Moments::F32,
     }
 }
 
@@ -63,7 +64,7 @@ fn norm(values: &[f32]) -> f64 {
 
 fn trace(fixture: &Fixture, findings: &mut Findings, batches: &Truth, (variant, decay): (&str, Decay)) {
     let mut rank = OneRank::load(fixture.main_config(), &fixture.dir, PLAIN.schedule);
-    let mut optimizer = Some(OptimizerState::new(setup(&rank, decay), &rank.params));
+    let mut optimizer = Some(OptimizerState::new(setup(&rank, decay), &mut rank.params));
     let prefix = format!("{variant}.");
     let values: Vec<(&str, &Truth)> =
         fixture.optim.iter().filter_map(|(key, truth)| Some((key.strip_prefix(&prefix)?, truth))).collect();

@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::model_config::ModelConfig;
+use contraflow_runtime::topology::FormationId;
+use contraflow_workers::comm::address::StepId;
+use contraflow_workers::comm::collectives::Collectives;
 use contraflow_workers::hf::weights::SINGLE_FILE;
 use contraflow_workers::rank::checkpointer::export;
 
@@ -27,7 +31,9 @@ pub fn spellings(fixture: &Fixture, findings: &mut Findings) {
 pub fn round_trip(fixture: &Fixture, findings: &mut Findings) {
     let rank = OneRank::load(fixture.config.clone(), &fixture.dir, PLAIN.schedule);
     let dir = tempfile::tempdir().unwrap();
-    let written = export(dir.path(), 0, 1, &fixture.config, &rank.params).unwrap();
+    let id = StepId { formation: FormationId::default(), phase: Phase::Update, step: 1 };
+    let collectives = Collectives { endpoint: &rank.endpoint, id };
+    let written = export(dir.path(), 1, &fixture.config, &rank.params, &collectives).unwrap();
     let before = read_values(&fixture.dir.join(SINGLE_FILE));
     let after = read_values(&dir.path().join(&written.file));
     let same_names = before.keys().eq(after.keys());
