@@ -3,6 +3,7 @@
 //! Knows no recipe: paths are text.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +52,29 @@ impl ErrorKind {
         Self::NAMES.iter().find(|(_, known)| *known == name).map(|(kind, _)| *kind)
     }
 }
+
+/// A fault of the surroundings that comes again and again, as long as they are as they are: worth a line in the log at first, and
+/// one a minute from then on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Repeated {
+    told: Option<Instant>,
+    times: u64,
+}
+
+impl Repeated {
+    /// It has come again. How often since the last line, if another one is due.
+    pub fn again(&mut self, now: Instant) -> Option<u64> {
+        self.times += 1;
+        let is_due = self.told.is_none_or(|told| now.saturating_duration_since(told) >= A_WHILE);
+        is_due.then(|| {
+            self.told = Some(now);
+            std::mem::take(&mut self.times)
+        })
+    }
+}
+
+/// Between two lines about the same.
+const A_WHILE: Duration = Duration::from_secs(60);
 
 /// A number of things: `1 rank`, `4 ranks`.
 pub fn count(number: impl fmt::Display, thing: &str) -> String {
@@ -157,3 +181,18 @@ impl fmt::Display for Faults {
 }
 
 impl std::error::Error for Faults {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_again_and_again_is_told_at_once_and_then_once_a_minute() {
+        let (mut repeated, began) = (Repeated::default(), Instant::now());
+        // Files are short for two minutes, ten times a second.
+        let lines: Vec<u64> =
+            (0..1_200).filter_map(|at| repeated.again(began + Duration::from_millis(100 * at))).collect();
+        assert_eq!(lines, [1, 600]);
+        assert_eq!(repeated.again(began + Duration::from_secs(3_600)), Some(600));
+    }
+}

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use contraflow_runtime::faults::Repeated;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -104,6 +105,7 @@ pub(super) fn open(
 ) -> ReceiverStream<io::Result<Connection>> {
     let (sender, connections) = mpsc::channel(MAX_WAITING);
     let places = Places::new(limits);
+    let mut failures = Repeated::default();
     tokio::spawn(async move {
         loop {
             let accepted = tokio::select! {
@@ -113,7 +115,9 @@ pub(super) fn open(
             let (tcp, address) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!("a connection could not be accepted: {error}");
+                    if let Some(times) = failures.again(Instant::now().into_std()) {
+                        tracing::warn!(times, "a connection could not be accepted: {error}");
+                    }
                     tokio::time::sleep(PAUSE).await;
                     continue;
                 }

@@ -17,6 +17,7 @@ use super::handshake::{self, HandshakeError, Hello};
 use super::stream::{self, Address, Stream, Until};
 use super::unproven::{Bounds, Peer, Place, Unproven};
 use super::wired::WiredNetwork;
+use crate::faults::Repeated;
 use crate::random::from_system;
 use crate::topology::{FormationId, Generation, JobId};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -180,13 +181,16 @@ fn accept_unix(listener: &UnixListener) -> io::Result<(Stream, Peer)> {
 
 fn accept(shared: &Arc<Shared>, next: impl Fn() -> io::Result<(Stream, Peer)>) {
     let entrance = Arc::<Entrance>::default();
+    let mut failures = Repeated::default();
     loop {
         let (stream, peer) = match next() {
             Ok(accepted) => accepted,
             // The listener has been stopped.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
             Err(error) => {
-                tracing::warn!(%error, "a data connection could not be accepted");
+                if let Some(times) = failures.again(Instant::now()) {
+                    tracing::warn!(%error, times, "a data connection could not be accepted");
+                }
                 // Out of descriptors, most likely: some come back.
                 std::thread::sleep(Duration::from_millis(10));
                 continue;
