@@ -8,7 +8,7 @@ mod hf;
 mod weights;
 
 pub use hf::token_ids;
-pub use weights::{WeightShape, is_derived_buffer};
+pub use weights::{HEAD, WeightShape, is_derived_buffer};
 
 use serde_json::{Map, Value};
 

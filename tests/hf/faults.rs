@@ -129,6 +129,24 @@ fn tensors_of_another_model_are_reported_all_at_once() {
 }
 
 #[test]
+fn a_head_that_is_missing_is_told_with_the_key_that_does_without() {
+    let place = Place::new();
+    let tied = fixtures().into_iter().find(|path| path.ends_with("tied")).unwrap();
+    place.done(&["export", tied.to_str().unwrap(), "--to", "hf"]);
+    std::fs::remove_file(place.path("hf/contraflow.json")).unwrap();
+    let mut config = place.json("hf/config.json");
+    config["tie_word_embeddings"] = false.into();
+    std::fs::write(place.path("hf/config.json"), config.to_string()).unwrap();
+    let stderr = place.refused(&["import", "hf"]);
+    let hint = "; \"tie_word_embeddings\": true in config.json takes the embedding for it";
+    let fault = stderr.lines().find(|line| line.contains("lm_head.weight: expected a tensor of shape ["));
+    assert!(fault.is_some_and(|fault| fault.ends_with(&format!("], got none{hint}"))), "{stderr}");
+    config["tie_word_embeddings"] = true.into();
+    std::fs::write(place.path("hf/config.json"), config.to_string()).unwrap();
+    place.done(&["import", "hf"]);
+}
+
+#[test]
 fn numbers_that_are_none_are_found() {
     let place = Place::new();
     exported(&place);

@@ -38,7 +38,8 @@ pub fn is_derived_buffer(name: &str) -> bool {
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+/// The head, which a model has unless it is tied to the embedding.
+pub const HEAD: &str = "lm_head.weight";
 
 /// Embedding, layers, final norm, head, and after them the block of multi-token prediction.
 pub(super) fn list(config: &ModelConfig) -> Vec<WeightShape> {

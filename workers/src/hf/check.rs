@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use contraflow_runtime::files;
-use contraflow_runtime::model_config::{ModelConfig, WeightShape};
+use contraflow_runtime::model_config::{HEAD, ModelConfig, WeightShape};
 use serde::{Deserialize, Serialize};
 
 use super::weights::HfWeights;
@@ -203,7 +203,15 @@ fn missing(config: &ModelConfig, expected: &[WeightShape], weights: &HfWeights) 
     let mut faults: Vec<String> = absent
         .iter()
         .filter(|weight| has_mtp || !of_mtp(&weight.name))
-        .map(|weight| format!("{}: expected a tensor of shape {:?}, got none", weight.name, weight.shape))
+        .map(|weight| {
+            // Files of models whose head is the embedding have no head of their own.
+            let hint = if weight.name == HEAD {
+                "; \"tie_word_embeddings\": true in config.json takes the embedding for it"
+            } else {
+                ""
+            };
+            format!("{}: expected a tensor of shape {:?}, got none{hint}", weight.name, weight.shape)
+        })
         .collect();
     if let Some(prefix) = mtp.filter(|_| !has_mtp) {
         faults.push(format!(
