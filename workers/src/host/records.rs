@@ -2,6 +2,7 @@
 //! what is durable and not in the file yet, and adds it. Knows no ranks.
 //!
 //! Another worker may have written before, or have been about to: the file is looked at again whenever it is not as it was left.
+//! Where a job has gone back the file is written anew beside the old one, and replaces it at once when it is whole.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use contraflow_proto::{StepRecord, v1};
 use contraflow_runtime::checkpoint::{FolderError, JobFolder};
 use contraflow_runtime::control::wire::formation_numbers;
-use contraflow_runtime::files;
+use contraflow_runtime::files::{self, UNFINISHED_SUFFIX, sync_dir};
 use contraflow_runtime::topology::FormationId;
 
 /// Name of the file.
@@ -52,8 +53,7 @@ impl RecordKeeper {
         ask: impl Fn(v1::RecordsWanted) + Send + 'static,
     ) -> Self {
         let (notes, heard) = channel();
-        let keeper =
-            Keeper { formation, path: folder.path().join(FILE), folder, at: At::default(), asked: None };
+        let keeper = Keeper::new(formation, folder);
         let thread = std::thread::spawn(move || keeper.run(&heard, &ask));
         RecordKeeper { notes, thread }
     }
@@ -84,19 +84,29 @@ struct Keeper {
     formation: FormationId,
     folder: JobFolder,
     path: PathBuf,
+    /// Where what is being written ends: the file, or the one beside it.
     at: At,
+    /// While it is written anew: the length of the old file.
+    old_bytes: Option<u64>,
+    /// The last step that is known to be durable.
+    durable: u64,
     asked: Option<Instant>,
 }
 
 impl Keeper {
+    fn new(formation: FormationId, folder: JobFolder) -> Self {
+        let path = folder.path().join(FILE);
+        Keeper { formation, path, folder, at: At::default(), old_bytes: None, durable: 0, asked: None }
+    }
+
     fn run(mut self, notes: &Receiver<Note>, ask: &impl Fn(v1::RecordsWanted)) {
-        let (mut durable, mut is_over, mut has_failed) = (0, false, false);
+        let (mut is_over, mut has_failed) = (false, false);
         self.look_again();
         self.ask(ask);
         while let Ok(note) = notes.recv() {
             let mut is_behind = is_over;
             match note {
-                Note::Durable(step) => durable = durable.max(step),
+                Note::Durable(step) => self.durable = self.durable.max(step),
                 Note::AskAgain => (self.asked, is_behind) = (None, true),
                 Note::Over => (self.asked, is_over, is_behind) = (None, true, true),
                 Note::Records(records) if records.is_over => return,
@@ -116,7 +126,7 @@ impl Keeper {
                     }
                 }
             }
-            if is_behind || durable > self.at.step {
+            if is_behind || self.durable > self.at.step {
                 self.ask(ask);
             }
         }
@@ -132,39 +142,65 @@ impl Keeper {
         ask(v1::RecordsWanted { job, generation, after_step, of_generation });
     }
 
+    /// Where a file is written anew. Named by the generation: a worker that stood still meanwhile has another one.
+    fn beside(&self) -> PathBuf {
+        let generation = self.formation.generation.number();
+        self.path.with_file_name(format!("{FILE}.g{generation}{UNFINISHED_SUFFIX}"))
+    }
+
     /// Adds the steps after the last one, or writes the file anew where the orchestrator knows another history.
     fn take(&mut self, v1::Records { after_step, records, .. }: v1::Records) -> Result<(), FolderError> {
         self.folder.verify()?;
-        let failed = |source| FolderError::File { path: self.path.clone(), source };
-        let mut file = File::options().append(true).create(true).open(&self.path).map_err(failed)?;
-        let is_as_left = file.metadata().map_err(failed)?.len() == self.at.bytes;
-        if !is_as_left || ![0, self.at.step].contains(&after_step) {
+        let written = self.add(after_step, &records);
+        if !matches!(written, Ok(true)) {
+            // It is not as it was left, or a part of a line may be there.
             self.look_again();
-            return Ok(());
+        }
+        written.map(drop).map_err(|source| FolderError::File { path: self.path.clone(), source })
+    }
+
+    /// Whether the files were as they had been left.
+    ///
+    /// **Errors**: what the system says.
+    fn add(&mut self, after_step: u64, records: &[StepRecord]) -> io::Result<bool> {
+        if ![0, self.at.step].contains(&after_step) {
+            return Ok(false);
         }
         if after_step < self.at.step {
-            file.set_len(0).map_err(failed)?;
-            self.at = At::default();
+            let beside = File::create(self.beside())?;
+            drop(beside);
+            let old_bytes = self.old_bytes.unwrap_or(self.at.bytes);
+            (self.at, self.old_bytes) = (At::default(), Some(old_bytes));
         }
-        let lines: io::Result<Vec<String>> = records.iter().map(line).collect();
-        let lines = lines.and_then(|lines| {
-            let lines = lines.concat();
-            file.write_all(lines.as_bytes()).map(|()| lines.len() as u64)
-        });
-        let Ok(bytes) = lines else {
-            // A part of a line may be there.
-            self.look_again();
-            return lines.map(drop).map_err(|source| FolderError::File { path: self.path.clone(), source });
-        };
-        self.at.bytes += bytes;
+        let path = self.old_bytes.map_or_else(|| self.path.clone(), |_| self.beside());
+        let mut file = File::options().append(true).create(true).open(&path)?;
+        if file.metadata()?.len() != self.at.bytes {
+            return Ok(false);
+        }
+        let lines = records.iter().map(line).collect::<io::Result<Vec<_>>>()?.concat();
+        file.write_all(lines.as_bytes())?;
+        self.at.bytes += lines.len() as u64;
         if let Some(StepRecord { step, generation, .. }) = records.last() {
             (self.at.step, self.at.generation) = (*step, *generation);
         }
-        Ok(())
+        // Readers see the old history until the new one is whole.
+        let is_whole = records.is_empty() || self.at.step >= self.durable;
+        if let Some(old_bytes) = self.old_bytes.take_if(|_| is_whole) {
+            file.sync_all()?;
+            if std::fs::metadata(&self.path)?.len() != old_bytes {
+                return Ok(false);
+            }
+            std::fs::rename(&path, &self.path)?;
+            sync_dir(self.folder.path())?;
+        }
+        Ok(true)
     }
 
     /// Reads where the file ends; half a line at its end is cut off. One that cannot be read is written anew.
     fn look_again(&mut self) {
+        self.old_bytes = None;
+        // Seldom is there one, and it means nothing by itself.
+        drop(std::fs::remove_file(self.beside()));
         self.at = end_of(&self.path).unwrap_or_default();
         if let Ok(file) = File::options().write(true).open(&self.path) {
             // If it cannot be cut, its length will not be as expected.
@@ -206,8 +242,7 @@ mod tests {
         let job = JobId::new(7, 1);
         let folder = JobFolder::claim(&Storage::open(storage).unwrap(), Owner { state: 1, job }).unwrap();
         let formation = FormationId::new(job, Generation::new(1));
-        let mut keeper =
-            Keeper { formation, path: folder.path().join(FILE), folder, at: At::default(), asked: None };
+        let mut keeper = Keeper::new(formation, folder);
         keeper.look_again();
         keeper
     }
@@ -245,6 +280,36 @@ mod tests {
         assert_eq!(steps(&one), [(1, 3), (2, 3)]);
         one.take(v1::Records::default()).unwrap();
         assert_eq!(steps(&one), []);
+    }
+
+    #[test]
+    fn a_history_that_was_left_stands_until_the_other_one_is_whole() {
+        let storage = tempfile::tempdir().unwrap();
+        let mut keeper = keeper(storage.path());
+        keeper.take(records(0, 1..=9, 1)).unwrap();
+        let left: Vec<(u64, u32)> = (1..=9).map(|step| (step, 1)).collect();
+        keeper.durable = 5;
+        keeper.take(records(0, 1..=2, 2)).unwrap();
+        assert_eq!((steps(&keeper), keeper.at.step), (left.clone(), 2));
+        keeper.take(records(2, 3..=4, 2)).unwrap();
+        assert_eq!(steps(&keeper), left);
+        // The job has gone back once more meanwhile.
+        keeper.take(records(0, 1..=3, 3)).unwrap();
+        assert_eq!(steps(&keeper), left);
+        keeper.take(records(3, 4..=5, 3)).unwrap();
+        assert_eq!(steps(&keeper), (1..=5).map(|step| (step, 3)).collect::<Vec<_>>());
+        keeper.take(records(5, 6..=6, 3)).unwrap();
+        assert_eq!(steps(&keeper).last(), Some(&(6, 3)));
+        assert!(!keeper.beside().exists());
+
+        // Another worker has written while the file was made anew: its steps stand.
+        keeper.durable = 9;
+        keeper.take(records(0, 1..=2, 4)).unwrap();
+        let mut other = self::keeper(storage.path());
+        other.formation.generation = Generation::new(5);
+        other.take(records(6, 7..=7, 5)).unwrap();
+        keeper.take(records(2, 3..=9, 4)).unwrap();
+        assert_eq!((steps(&keeper).last(), keeper.at), (Some(&(7, 5)), other.at));
     }
 
     #[test]
