@@ -17,6 +17,12 @@ fn impossible_input_is_refused_with_a_message() {
             2,
             "below the workers' data root",
         ),
+        (
+            // An address of nobody, on a network: whom this worker would announce loopback to.
+            &["worker", "--join", "192.0.2.1:7070", "--storage", "elsewhere"],
+            2,
+            "--listen 127.0.0.1:0: expected an address of this host that other workers can reach",
+        ),
         (&["submit", "tiny", "--min-ranks", "99"], 2, "min_ranks: expected at most"),
         (&["jobs", "--orchestrator", "127.0.0.1:1"], 1, "expected an orchestrator"),
     ] {
@@ -24,6 +30,7 @@ fn impossible_input_is_refused_with_a_message() {
         assert_eq!((got, out.as_str()), (code, ""), "{arguments:?}: {stderr}");
         assert!(stderr.contains(words), "{arguments:?}: {stderr}");
     }
+    assert!(!cluster.path().join("elsewhere").exists(), "a refused worker makes nothing");
     let (_, jobs, _) = cluster.run(&["jobs", "--format", "json"]);
     assert_eq!(jobs.trim(), r#"{"jobs":[]}"#);
 }

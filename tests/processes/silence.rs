@@ -34,6 +34,33 @@ fn a_worker_that_stands_still_for_less_than_the_lease_is_not_lost() {
     assert!(log.contains("is silent"), "{log}");
 }
 
+/// **Units**: ms since 1970.
+fn wall() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    u64::try_from(since.as_millis()).unwrap()
+}
+
+#[test]
+fn an_orchestrator_that_stood_still_shows_the_time_of_the_wall() {
+    let cluster = Cluster::start(2);
+    let stopped = Instant::now();
+    cluster.orchestrator.signal(Signal::STOP);
+    // Longer than a lease, and than what a loaded machine may take for the rest.
+    until("a while to pass", || (stopped.elapsed() > Duration::from_secs(8)).then_some(()));
+    cluster.orchestrator.signal(Signal::CONT);
+    // Not for ever as long as it stood still.
+    until("workers that are heard", || {
+        let silent = |node: &serde_json::Value| node["silent_ms"].as_u64().unwrap();
+        let nodes = cluster.nodes();
+        (nodes.len() == 2 && nodes.iter().all(|node| silent(node) < 5_000)).then_some(())
+    });
+    let before = wall();
+    let job = cluster.submit(&["training.steps=2"], &[]);
+    let submitted = cluster.status(&job).unwrap()["submitted_unix_ms"].as_u64().unwrap();
+    // Its clock is read at most a tick before, and rounded.
+    assert!((before - 200..=wall()).contains(&submitted), "{before} {submitted}");
+}
+
 #[test]
 fn times_that_contradict_each_other_are_refused_before_anything_is_made() {
     let dir = tempfile::tempdir().unwrap();

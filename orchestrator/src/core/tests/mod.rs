@@ -13,6 +13,7 @@ mod rollback;
 mod spec;
 mod stalls;
 mod times;
+mod words;
 
 use std::sync::Arc;
 
