@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::cluster::{Cluster, ENDLESS, committed, until};
+use crate::cluster::{Cluster, ENDLESS, Process, committed, until};
 
 /// A job of one rank.
 const ALONE: [&str; 3] = ["parallel.pipeline=1", "parallel.expert=1", "parallel.schedule=1f1b"];
@@ -93,6 +93,36 @@ fn unfinished_checkpoints_go_with_the_next_commit_and_with_the_end_of_the_job() 
         (!names.collect::<Vec<_>>().iter().any(|name| name.ends_with(".part"))).then_some(())
     });
     assert!(!committed(&folder).is_empty(), "what was committed stays");
+}
+
+/// Whether a thread of a process writes a checkpoint.
+fn writes_a_checkpoint(process: &Process) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
+    // One may end meanwhile.
+    let name =
+        |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+    tasks.flatten().any(|task| name(task).trim() == "checkpoint")
+}
+
+#[test]
+fn a_part_that_is_written_when_its_job_has_ended_does_not_stay() {
+    let mut cluster = Cluster::start(0);
+    // The second part is slow, and begins only then.
+    let slow = [("FAILPOINTS", "checkpoint.write-begins=1*off->sleep(5000)".to_owned())];
+    cluster.workers.push(Some(cluster.worker_with(0, &slow)));
+    until("the worker", || (cluster.nodes().len() == 1).then_some(()));
+    let job = cluster.submit(&with(&[ENDLESS, "checkpoint.every=10"]), &[]);
+    let worker = cluster.workers[0].as_ref().unwrap();
+    let folder = cluster.path().join("storage/jobs").join(&job);
+    until("the first checkpoint", || (committed(&folder) == [10]).then_some(()));
+    until("the second part", || writes_a_checkpoint(worker).then_some(()));
+    cluster.until_step(&job, 20);
+    assert_eq!(cluster.run(&["cancel", &job]).0, 0);
+    until("the end of the writing", || (!writes_a_checkpoint(worker)).then_some(()));
+    let left = folder.join("checkpoints").read_dir().unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(!left.iter().any(|name| name.contains(".part")), "{left:?}");
+    assert_eq!(committed(&folder), [10], "what was committed stays");
 }
 
 /// A file system of its own, of so many bytes.

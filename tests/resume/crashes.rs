@@ -8,7 +8,8 @@ use crate::workplace::{Workplace, stderr};
 const SIGKILL: i32 = 9;
 
 /// Every failpoint on the way of a commit.
-const FAILPOINTS: [&str; 11] = [
+const FAILPOINTS: [&str; 12] = [
+    "checkpoint.write-begins",
     "checkpoint.folder-made",
     "checkpoint.shard-begins",
     "checkpoint.shard-half-written",

@@ -1,6 +1,7 @@
 //! What becomes of the files of jobs that have ended: what was not finished goes at once, everything when somebody asks for it. Workers
 //! remove them, since they alone have the storage.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
 use contraflow_runtime::recipe::Recipe;
@@ -54,14 +55,17 @@ impl Core {
         }
     }
 
-    /// Has the unfinished checkpoints of a job that ends removed, where rank 0 was or else where somebody is.
+    /// Has the unfinished checkpoints of a job that ends removed: by each worker that had ranks of it, once these are told that it is
+    /// over, since they may write until then; or else where somebody is.
     pub(super) fn discard_unfinished(&mut self, job: JobId) {
         let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
-        let is_there = |worker: &u64| self.members.get(*worker).is_some_and(|member| member.is_attached);
-        let own = formed.place_of(Rank::ZERO).filter(is_there);
-        let any = || self.members.iter().map(|(&worker, _)| worker).find(is_there);
         let last = formed.generation;
-        if let Some(worker) = own.or_else(any) {
+        let is_there = |worker: &u64| self.members.get(*worker).is_some_and(|member| member.is_attached);
+        let mut asked: BTreeSet<u64> = formed.places.iter().copied().filter(is_there).collect();
+        if asked.is_empty() {
+            asked.extend(self.members.iter().map(|(&worker, _)| worker).find(is_there));
+        }
+        for worker in asked {
             self.send(worker, WorkerCommand::Discard { job, last, everything: false });
         }
     }

@@ -263,6 +263,17 @@ impl CheckpointFolder {
         self.drop_unfinished(|_| true)
     }
 
+    /// Removes the unfinished checkpoint of a step of a job: a part of it that nobody waits for was written after the others may have
+    /// been removed. A run's own stays until it is resumed.
+    ///
+    /// **Errors**: what the system says.
+    pub fn drop_given_up(&self, step: u64) -> io::Result<()> {
+        match &self.job {
+            Some(_) => remove_renamed(&self.unfinished(step)),
+            None => Ok(()),
+        }
+    }
+
     fn drop_unfinished(&self, is_past: impl Fn(u64) -> bool) -> io::Result<()> {
         let entries = match std::fs::read_dir(&self.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

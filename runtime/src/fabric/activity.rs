@@ -2,7 +2,7 @@
 //! them wait for other ranks. That distinguishes a stalled rank from those that wait for it. Knows no operation.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 /// How far a rank is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct Activity {
     at_work: AtomicI64,
     /// Threads that read from storage or write to it.
     at_storage: AtomicI64,
+    /// What it is about is given up.
+    is_aborted: AtomicBool,
 }
 
 impl Activity {
@@ -33,6 +35,11 @@ impl Activity {
     pub fn begin_step(&self, step: u64) {
         self.operations.store(0, Ordering::Relaxed);
         self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// What the rank is about is given up, or a new generation begins. Whoever acts on it looks after what was done before.
+    pub(super) fn set_aborted(&self, is_aborted: bool) {
+        self.is_aborted.store(is_aborted, Ordering::SeqCst);
     }
 
     /// As it is now.
@@ -76,6 +83,11 @@ impl StorageUse {
     pub(super) fn begin(activity: Arc<Activity>) -> Self {
         activity.at_storage.fetch_add(1, Ordering::Relaxed);
         StorageUse(activity)
+    }
+
+    /// Whether what the rank is about has been given up: nobody waits for what is written.
+    pub fn is_aborted(&self) -> bool {
+        self.0.is_aborted.load(Ordering::SeqCst)
     }
 }
 

@@ -96,6 +96,7 @@ impl Endpoint {
 
     /// Ends every present and future wait of this rank.
     pub fn abort(&self, reason: &str) {
+        self.activity.set_aborted(true);
         self.inbox.abort(reason);
     }
 
@@ -122,6 +123,7 @@ impl Endpoint {
 
     /// Starts a new generation: frames of earlier ones are dropped, waits work again.
     pub fn enter_generation(&self, generation: Generation) {
+        self.activity.set_aborted(false);
         self.inbox.enter_generation(generation);
     }
 }

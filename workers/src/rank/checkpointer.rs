@@ -124,6 +124,7 @@ fn save(
     snapshot: Snapshot,
 ) -> Result<ShardFile, RankError> {
     let _writer = writers::begin(folder.path(), (step, rank))?;
+    failpoint("checkpoint.write-begins");
     let dir = folder.make_unfinished(step)?;
     failpoint("checkpoint.folder-made");
     write_shard(&dir, &shard_name(rank), snapshot).map_err(|error| blame(folder, error))
@@ -198,6 +199,15 @@ impl Actor for Checkpointer {
                     };
                     let result =
                         RankError::catch(|| Ok((watch, save_until(&folder, id, *snapshot, retry, failed)?)));
+                    // Whoever ends a job removes what is not finished after the ranks were told; what was made later is ours to remove.
+                    if storage.is_aborted()
+                        && let Err(error) = folder.drop_given_up(position.step)
+                    {
+                        tracing::warn!(
+                            "{}: an unfinished checkpoint stays: {error}",
+                            folder.path().display()
+                        );
+                    }
                     drop(storage);
                     // The rank may be gone if the job has ended.
                     drop(rank_actor.cast(RankMessage::Saved { position, result: Box::new(result) }));

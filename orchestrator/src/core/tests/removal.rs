@@ -19,8 +19,15 @@ fn what_a_job_has_not_finished_goes_when_it_ends_and_the_rest_when_it_is_removed
     let mut world = training();
     assert!(world.core.may_be_removed(JOB).unwrap_err().contains("expected one that has ended"));
     assert_eq!(discards(&world.step(Event::Remove { job: JOB })), []);
-    let rank_0 = world.core.jobs().all[&JOB].running().unwrap().places[0];
-    assert_eq!(discards(&cancel(&mut world)), [(rank_0, false)]);
+    let ended = cancel(&mut world);
+    // Each worker that had ranks of it, once they have been told.
+    assert_eq!(discards(&ended), [(1, false), (2, false)]);
+    let told: Vec<bool> = commands(&ended)
+        .into_iter()
+        .filter(|(worker, _)| *worker == 2)
+        .map(|(_, command)| matches!(command, WorkerCommand::Release { .. }))
+        .collect();
+    assert_eq!(told, [true, false]);
     let asked = discards(&world.step(Event::Remove { job: JOB }));
     assert!(matches!(asked[..], [(_, true)]), "{asked:?}");
     let worker = asked[0].0;
