@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use contraflow_runtime::files::Reloaded;
-use contraflow_runtime::files::objects::Location;
+use contraflow_runtime::files::objects::{Location, Sources};
 use contraflow_workers::host::{self, LogLevels, Settings};
 use rustix::fs::Mode;
 use tonic::transport::Endpoint;
@@ -28,6 +28,9 @@ pub struct WorkerArgs {
     /// Folder that the data paths of recipes are looked up in
     #[arg(long, value_name = "DIR")]
     pub data_root: Option<PathBuf>,
+    /// Prefix in an object store below which recipes may name data and weights, as s3://BUCKET/PREFIX; may be given several times
+    #[arg(long = "allow-source", value_name = "PREFIX")]
+    pub allow_sources: Vec<String>,
     /// Ranks it can host at the same time
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub slots: u32,
@@ -140,6 +143,8 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
     if !faults.is_empty() {
         return Err(Failure::faults("--labels", &faults));
     }
+    let sources = Sources::parse(&args.allow_sources);
+    let sources = sources.map_err(|faults| Failure::faults("--allow-source", &faults))?;
     let orchestrator = orchestrator(args)?;
     let cores = machine::cores();
     let absolute = |path: &PathBuf| match Location::is_path(path) {
@@ -151,6 +156,7 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
         token: args.access.bearer()?.0,
         storage: absolute(&args.storage),
         data_root: args.data_root.as_ref().map(absolute),
+        sources,
         slots: args.slots,
         name: format!("{host}-{}", std::process::id()),
         node,

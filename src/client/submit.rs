@@ -20,7 +20,8 @@ pub struct Arguments {
     /// Change a key of the recipe: section.key=value
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
-    /// Files or folders to train on, below the workers' data root, which this machine does not look into
+    /// Files or folders to train on, below the workers' data root, which this machine does not look into; or in object stores, where
+    /// the workers allow it
     #[arg(long, num_args = 1.., value_name = "PATH")]
     pub data: Vec<String>,
     /// Name of the job; the recipe's name if not given

@@ -30,6 +30,7 @@ mod security;
 mod server;
 mod silence;
 mod soak;
+mod sources;
 mod states;
 mod storage;
 mod storm;

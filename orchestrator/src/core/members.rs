@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use contraflow_runtime::fabric::Address;
+use contraflow_runtime::files::objects::Sources;
 use contraflow_runtime::schedule::size;
 
 use super::Times;
@@ -30,6 +31,8 @@ pub struct Registration {
     pub memory_bytes: u64,
     /// What limits it, for people.
     pub memory_limit: String,
+    /// What it reads of object stores.
+    pub sources: Sources,
     /// Whether its data port has not answered the orchestrator.
     pub is_unreachable: bool,
 }

@@ -97,6 +97,7 @@ const NODE: Bound = text("Hello.node", 256);
 const BLOCK: Bound = text("Hello.block", 256);
 const STORAGE: Bound = text("Hello.storage_id", 256);
 const MEMORY_LIMIT: Bound = text("Hello.memory_limit", 256);
+const SOURCES: Bound = Bound { field: "Hello.sources", kind: Kind::Text, entries: 256, bytes: 4_096 };
 const HOSTED: Bound = list("Hello.hosted", 1_024);
 const LEFT: Bound = list("Hello.left", 16_384);
 const HOST: Bound = text("FabricAddress.host", 256);
@@ -300,6 +301,7 @@ impl Check {
         self.text(BLOCK, &hello.block);
         self.text(STORAGE, &hello.storage_id);
         self.text(MEMORY_LIMIT, &hello.memory_limit);
+        self.texts(SOURCES, hello.sources.iter());
         if let Some(address) = &hello.fabric {
             self.text(HOST, &address.host);
             self.text(TCP, &address.tcp);

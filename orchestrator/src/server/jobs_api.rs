@@ -172,6 +172,11 @@ impl JobsApi {
             _ => None,
         };
         let spec = submission::check(request, resumed, user, self.job_quota).await?;
+        let workers = |hub: &Hub| {
+            let attached = hub.core().members().filter(|member| member.is_attached);
+            attached.map(|member| member.registration.sources.clone()).collect::<Vec<_>>()
+        };
+        submission::check_sources(&spec, &self.hub.ask(workers).await?)?;
         let (reply, id) = oneshot::channel();
         self.hub.send(HubMessage::Submit { spec, reply }).await?;
         id.await.map_err(|_| Status::unavailable("the orchestrator is ending"))?

@@ -10,6 +10,7 @@ use contraflow_runtime::control::wire::{
     RankAddress, decode_event, formation_of, generation_of, job_of, rank_of, ranks_of,
 };
 use contraflow_runtime::fabric::Address;
+use contraflow_runtime::files::objects::Sources;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -144,6 +145,8 @@ fn sound(hello: &v1::Hello) -> Result<(), Status> {
 fn attachment(hello: v1::Hello) -> Result<(u64, Attachment), String> {
     let v1::Hello { worker, name, node, block, peak_flops, memory_bytes, memory_limit, .. } = hello;
     let fabric = hello.fabric.map(Address::try_from).transpose();
+    let sources =
+        Sources::parse(&hello.sources).map_err(|faults| format!("sources: {}", faults.join("; ")))?;
     let registration = Registration {
         worker,
         name,
@@ -155,6 +158,7 @@ fn attachment(hello: v1::Hello) -> Result<(u64, Attachment), String> {
         peak_flops,
         memory_bytes,
         memory_limit,
+        sources,
         is_unreachable: false,
     };
     let v1::Hello { hosted, left, state, incarnation, storage_id, facts, .. } = hello;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use contraflow_proto::v1;
 use contraflow_runtime::faults::Faults;
+use contraflow_runtime::files::objects::Sources;
 use contraflow_runtime::layout::{checkpoint_bytes, folder_bytes, recipe_figures};
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Recipe, continuation};
@@ -83,6 +84,17 @@ pub(super) async fn check(
         checked.await.map_err(|panic| Status::internal(format!("the check of the recipe: {panic}")))?;
     let spec = spec.map_err(|faults| refused(&faults))?;
     Ok(Box::new(JobSpec { user, traceparent, ..spec }))
+}
+
+/// What of object stores a job names, against what each of the workers reads that are there; they look again. Where there are none
+/// nothing is known.
+///
+/// **Errors**: `INVALID_ARGUMENT`; none of them reads all of it, with what the one says that reads most.
+pub(super) fn check_sources(spec: &JobSpec, workers: &[Sources]) -> Result<(), Status> {
+    let refusals = workers.iter().map(|sources| spec.recipe.check_sources(sources).err());
+    let least =
+        refusals.min_by_key(|refusal| refusal.as_ref().map_or(0, |faults| faults.list.len() + faults.more));
+    least.flatten().map_or(Ok(()), |faults| Err(refused(&faults)))
 }
 
 /// The job of a key that is submitted again.

@@ -35,7 +35,7 @@ pub use step_table::{StepTable, TableStep};
 
 use crate::faults::Faults;
 use crate::files;
-use crate::files::objects::Location;
+use crate::files::objects::{Location, Sources};
 use crate::model_config::{ModelConfig, builtin as models};
 use crate::schedule::ScheduleKind;
 use crate::topology::Topology;
@@ -223,7 +223,8 @@ impl Recipe {
     }
 
     /// A submitted recipe: its paths stay as they are written, and must stay below the folder that they will be
-    /// looked up in. `model` is the one that `model.config` names, if that is no built-in one.
+    /// looked up in. Which locations of object stores may be read, workers say ([`Recipe::check_sources`]). `model` is the one that
+    /// `model.config` names, if that is no built-in one.
     ///
     /// **Errors**: every fault at once.
     pub fn submitted(
@@ -245,8 +246,12 @@ impl Recipe {
         let mut recipe = Self::finish(table, model.or_else(|| (!is_known).then(stand_in_model)))?;
         let mut faults = Faults::default();
         for (path, value) in recipe.paths() {
-            if !is_below(value) {
-                faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
+            match Location::parse(value) {
+                Some(Err(fault)) => faults.push(path, fault),
+                None if !is_below(value) => {
+                    faults.expected(path, "a path below the workers' data root", format!("{value:?}"));
+                }
+                _ => {}
             }
         }
         if !recipe.checkpoint.store.is_empty() {
@@ -260,9 +265,28 @@ impl Recipe {
         faults.into_result(recipe)
     }
 
+    /// Whether everything that it names in object stores may be read there.
+    ///
+    /// **Errors**: each key with a location that may not be.
+    pub fn check_sources(&self, allowed: &Sources) -> Result<(), Faults> {
+        let mut faults = Faults::default();
+        for (path, value) in self.paths() {
+            if let Some(Ok(location)) = Location::parse(value)
+                && !allowed.allow(&location)
+            {
+                faults.expected(path, allowed, format!("{value:?}"));
+            }
+        }
+        faults.into_result(())
+    }
+
     /// A recipe that was [submitted](Recipe::submitted), with its paths below a folder of this machine.
     pub fn under(mut self, root: &Path) -> Self {
-        let join = |path: &mut String| *path = root.join(&*path).to_string_lossy().into_owned();
+        let join = |path: &mut String| {
+            if !Location::is(path) {
+                *path = root.join(&*path).to_string_lossy().into_owned();
+            }
+        };
         self.data.paths.iter_mut().for_each(join);
         self.data.validation.iter_mut().for_each(join);
         if !self.tokenizer.path.is_empty() {
@@ -274,12 +298,12 @@ impl Recipe {
         self
     }
 
-    /// Whether anything is looked up where the job runs.
+    /// Whether anything is looked up in the file system where the job runs.
     pub fn names_paths(&self) -> bool {
-        !self.paths().is_empty()
+        self.paths().iter().any(|(_, path)| !Location::is(path))
     }
 
-    /// Every path that is looked up where the job runs, with its key.
+    /// Every path or location that is looked up where the job runs, with its key.
     fn paths(&self) -> Vec<(&'static str, &str)> {
         let mut paths: Vec<_> = self.data.paths.iter().map(|path| ("data.paths", path.as_str())).collect();
         paths.extend(self.data.validation.iter().map(|path| ("data.validation", path.as_str())));
@@ -370,9 +394,7 @@ impl Recipe {
 /// Whether a path cannot lead out of the folder that it is looked up in.
 fn is_below(path: &str) -> bool {
     use std::path::Component;
-    // Nobody who may submit a job chooses what a worker's credentials are used for.
-    !Location::is(path)
-        && Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
+    Path::new(path).components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
 }
 
 /// The model that `model.config` names, or `base` in place of it, with the keys that the recipe sets by itself. The stand-in,

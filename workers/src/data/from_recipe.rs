@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use contraflow_runtime::files::objects::{ObjectError, ObjectFault, fetch_all, fetched_name};
+use contraflow_runtime::files::objects::{ObjectError, ObjectFault, fetch_all, fetched_name, forget};
 use contraflow_runtime::recipe::{Recipe, TokenizerSection};
 
 use super::Tokenizer;
@@ -54,6 +54,17 @@ pub fn load_text(recipe: &Recipe) -> Result<(Text, Datasets), TextFaults> {
     let corpus = CorpusName { warnings: named(corpus.warnings), ..corpus };
     let notes = named(chosen.notes);
     Ok((Text { corpus, tokenizer: chosen.tokenizer, tokenizer_section: section, notes }, datasets))
+}
+
+/// The same recipe with local paths for what it reads of object stores, as it is there now: a process that runs for months has
+/// fetched it for other jobs before.
+///
+/// **Errors**: as [`load_text`], of what is fetched.
+pub fn fetched_anew(recipe: &Recipe) -> Result<Recipe, TextFaults> {
+    let single = [&recipe.tokenizer.path, &recipe.model.init];
+    let all = recipe.data.paths.iter().chain(&recipe.data.validation).chain(single);
+    all.for_each(|text| forget(text));
+    fetched(recipe)
 }
 
 /// The same recipe with local paths for what it reads of object stores.

@@ -11,6 +11,7 @@ use contraflow_runtime::control::ExportedFile;
 use contraflow_runtime::control::wire::job_of;
 use contraflow_runtime::faults::count;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
+use contraflow_runtime::files::objects::Sources;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::publish::publish_weights;
 use contraflow_runtime::recipe::{Recipe, continuation};
@@ -20,7 +21,7 @@ use v1::commit::What;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::provenance::{companions, manifest};
 use crate::data::batches::Datasets;
-use crate::data::from_recipe::{Text, load_text};
+use crate::data::from_recipe::{Text, fetched_anew, load_text};
 use crate::error::{ErrorKind, RankError};
 
 /// Minimum number of retained checkpoints: that of the newest commit, and the previous one, which the orchestrator resumes
@@ -34,6 +35,8 @@ pub struct Roots {
     pub storage: Storage,
     /// What paths of recipes are relative to, if any may be named.
     pub data: Option<PathBuf>,
+    /// What of object stores is read for recipes.
+    pub sources: Sources,
 }
 
 /// What ranks are made of, and what is said in manifests.
@@ -47,7 +50,7 @@ pub struct Prepared {
     pub folder: CheckpointFolder,
     /// What the formation resumes from.
     pub resume: Option<Arc<Checkpoint>>,
-    text: Arc<Text>,
+    loaded: LoadedData,
     manifest: Manifest,
     companions: Companions,
     /// The job's, in the shared storage.
@@ -56,8 +59,22 @@ pub struct Prepared {
     keep: usize,
 }
 
-/// Data that a process has loaded, for the next formation of the same job.
-pub type LoadedData = (Arc<Text>, Arc<Datasets>);
+/// What a process has loaded, for the next formation of the same job.
+#[derive(Clone)]
+pub struct LoadedData {
+    text: Arc<Text>,
+    datasets: Arc<Datasets>,
+    /// Where the weights are that it begins with, if it names some: here, also those of an object store.
+    init: String,
+}
+
+impl LoadedData {
+    fn load(recipe: &Recipe) -> Result<Self, RankError> {
+        let local = fetched_anew(recipe)?;
+        let (text, datasets) = load_text(&local)?;
+        Ok(LoadedData { text: Arc::new(text), datasets: Arc::new(datasets), init: local.model.init })
+    }
+}
 
 impl Prepared {
     /// Reads what an assignment names: recipe, data (unless they are `loaded`), the checkpoint it resumes from.
@@ -79,13 +96,9 @@ impl Prepared {
         let submitted = Recipe::submitted(&assign.recipe, "recipe", &assign.overrides, Some(model))
             .map_err(|faults| content("recipe")(faults.to_string()))?;
         let mut recipe = place(submitted.clone(), roots)?;
-        let (text, datasets) = match loaded {
-            Some(loaded) => loaded,
-            None => {
-                let (text, datasets) = load_text(&recipe)?;
-                (Arc::new(text), Arc::new(datasets))
-            }
-        };
+        let loaded = loaded.map_or_else(|| LoadedData::load(&recipe), Ok)?;
+        let text = &loaded.text;
+        recipe.model.init.clone_from(&loaded.init);
         recipe.model_config.eos_token_id = text.tokenizer.end_ids(&recipe.model_config.eos_token_id);
         let owner = Owner { state: assign.state, job };
         let job = JobFolder::claim(&roots.storage, owner)?;
@@ -102,7 +115,8 @@ impl Prepared {
         };
         let recipe = Arc::new(recipe);
         let keep = recipe.checkpoint.keep.max(LEAST_KEPT);
-        let prepared = Prepared { recipe, datasets, folder, resume, text, manifest, companions, job, keep };
+        let datasets = loaded.datasets.clone();
+        let prepared = Prepared { recipe, datasets, folder, resume, loaded, manifest, companions, job, keep };
         if assign.ranks.contains(&0) {
             prepared.begin(generation, assign)?;
         }
@@ -119,7 +133,7 @@ impl Prepared {
 
     /// What this process has loaded.
     pub fn loaded(&self) -> LoadedData {
-        (self.text.clone(), self.datasets.clone())
+        self.loaded.clone()
     }
 
     /// The job's folder.
@@ -152,7 +166,7 @@ impl Prepared {
             return Ok(());
         }
         std::fs::create_dir(&dir)?;
-        let mut files = self.text.tokenizer.files().into_iter();
+        let mut files = self.loaded.text.tokenizer.files().into_iter();
         files.try_for_each(|(name, bytes)| std::fs::write(dir.join(name), bytes))
     }
 
@@ -194,8 +208,10 @@ impl Prepared {
     }
 }
 
-/// Puts a recipe's paths below the data root.
+/// Puts a recipe's paths below the data root. What it names in object stores is read only where the operator of this worker has
+/// allowed it: credentials are the worker's.
 fn place(recipe: Recipe, roots: &Roots) -> Result<Recipe, RankError> {
+    recipe.check_sources(&roots.sources).map_err(|faults| RankError::Node { message: faults.to_string() })?;
     match &roots.data {
         Some(root) => Ok(recipe.under(root)),
         None if recipe.names_paths() => Err(RankError::Node {

@@ -29,7 +29,7 @@ use contraflow_runtime::checkpoint::Storage;
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
-use contraflow_runtime::files::objects::Location;
+use contraflow_runtime::files::objects::{Location, Sources};
 use contraflow_runtime::files::{self, Reloaded};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
@@ -71,6 +71,8 @@ pub struct Settings {
     pub storage: PathBuf,
     /// What paths of recipes are relative to.
     pub data_root: Option<PathBuf>,
+    /// What recipes may name in object stores.
+    pub sources: Sources,
     /// Ranks it can host.
     pub slots: u32,
     /// Its node.
@@ -272,6 +274,7 @@ impl Host {
             left: self.memory.of_left(|job| self.formations.contains_key(&job)),
             cores: self.settings.cores as u64,
             peak_flops: self.settings.peak_flops,
+            sources: self.settings.sources.texts(),
         }
     }
 

@@ -127,7 +127,8 @@ impl Host {
         let Some(task) = task else { return Ok(()) };
         // Data of jobs that have left makes room; that of this one may be here from its formation before.
         self.loaded.retain(|job, _| self.formations.contains_key(job));
-        let roots = Roots { storage: self.storage.clone(), data: self.settings.data_root.clone() };
+        let (storage, settings) = (self.storage.clone(), &self.settings);
+        let roots = Roots { storage, data: settings.data_root.clone(), sources: settings.sources.clone() };
         let loaded = self.loaded.get(&job).cloned();
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {

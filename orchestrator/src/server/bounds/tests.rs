@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 62] = [
+const ALL: [Bound; 63] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -38,6 +38,7 @@ const ALL: [Bound; 62] = [
     BLOCK,
     STORAGE,
     MEMORY_LIMIT,
+    SOURCES,
     HOSTED,
     LEFT,
     HOST,

@@ -3,7 +3,7 @@
 //! `<cache>/objects/<id>/<name>`, with an id made of location and contents' identities (ETag, size). Another process that
 //! fetches the same has a folder of its own until it is whole; the first one to rename it wins. What nobody has used goes
 //! again: after a month, and after a day where the disk is short of space. Within a process a location means the same contents
-//! to the end. Knows no formats.
+//! until it is forgotten. Knows no formats.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,8 +27,15 @@ const KEPT_IF_SHORT: Duration = Duration::from_secs(24 * 3600);
 /// Space that is left to others. **Units**: bytes.
 const MARGIN: u64 = 256 << 20;
 
-/// Where fetched locations are, of this process.
-static FETCHED: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+/// What this process has fetched.
+static FETCHED: Mutex<Fetched> = Mutex::new(Fetched { current: BTreeMap::new(), names: BTreeMap::new() });
+
+struct Fetched {
+    /// By location, where its contents are.
+    current: BTreeMap<String, PathBuf>,
+    /// By path, the location; also of contents that are forgotten.
+    names: BTreeMap<PathBuf, String>,
+}
 
 /// The local path of what a text names: the path itself, or where the objects of a location are, fetched if need be. The file
 /// or folder has the name that the location ends with.
@@ -46,12 +53,21 @@ pub fn fetch(text: &Path) -> Result<PathBuf, ObjectError> {
     static TURN: OnceLock<Mutex<()>> = OnceLock::new();
     let _turn = TURN.get_or_init(Mutex::default).lock();
     let key = location.to_string();
-    if let Some(known) = FETCHED.lock().get(&key) {
+    if let Some(known) = FETCHED.lock().current.get(&key) {
         return Ok(known.clone());
     }
     let path = fetch_into(&root(), &Objects::open(&location)?)?;
-    FETCHED.lock().insert(key, path.clone());
+    let mut fetched = FETCHED.lock();
+    fetched.names.insert(path.clone(), key.clone());
+    fetched.current.insert(key, path.clone());
     Ok(path)
+}
+
+/// Whoever fetches the location next gets what the store has then; paths of what was fetched before stay as they are.
+pub fn forget(text: &str) {
+    if let Some(Ok(location)) = Location::parse(text) {
+        FETCHED.lock().current.remove(&location.to_string());
+    }
 }
 
 /// The same for several, all faults at once.
@@ -72,7 +88,7 @@ pub fn fetch_all<P: AsRef<Path>>(texts: &[P]) -> Result<Vec<PathBuf>, Vec<Object
 /// to be found from elsewhere.
 pub fn fetched_name(text: &str) -> String {
     let fetched = FETCHED.lock();
-    let names = fetched.iter().map(|(location, path)| (path.to_string_lossy(), location));
+    let names = fetched.names.iter().map(|(path, location)| (path.to_string_lossy(), location));
     names.fold(text.to_owned(), |text, (path, location)| text.replace(&*path, location))
 }
 

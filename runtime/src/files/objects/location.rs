@@ -53,8 +53,20 @@ impl Location {
 
     /// Reads a location; `None` where the text is a path.
     ///
-    /// **Errors**: no bucket; credentials, a query or a fragment in it; a key with an empty part, `.` or `..`.
+    /// **Errors**: no bucket; credentials, a query or a fragment in it; a key with an empty part, `.` or `..`; a web server without
+    /// the name of a file.
     pub fn parse(text: &str) -> Option<Result<Location, String>> {
+        let read = Location::parse_prefix(text)?;
+        Some(read.and_then(|location| match location.is_web() && location.key.is_empty() {
+            true => Err(format!("{text}: expected the name of a file behind the host, got none")),
+            false => Ok(location),
+        }))
+    }
+
+    /// Reads what other locations may lie below: as [`Location::parse`], also all of a web server.
+    ///
+    /// **Errors**: as there.
+    pub fn parse_prefix(text: &str) -> Option<Result<Location, String>> {
         let (prefix, scheme) = SCHEMES.iter().find(|(prefix, _)| text.starts_with(prefix))?;
         let (bucket, key) = text[prefix.len()..].split_once('/').unwrap_or((&text[prefix.len()..], ""));
         let key = key.strip_suffix('/').unwrap_or(key);
@@ -72,11 +84,14 @@ impl Location {
         } else if is_web && text.contains(['?', '#']) {
             let (plain, _) = text.split_once(['?', '#']).unwrap_or((text, ""));
             return Some(Err(format!("{plain}: expected a location without a query, got one with ? or #")));
-        } else if is_web && key.is_empty() {
-            Some("expected the name of a file behind the host, got none".into())
         } else if key.split('/').any(|part| matches!(part, "." | "..") || part.is_empty()) && !key.is_empty()
         {
             Some("expected a key without empty parts, . and ..".into())
+        } else if text.contains(char::is_control) {
+            // Some are left out where URLs are made, which may make .. of what was none.
+            return Some(Err(format!(
+                "{prefix}...: expected a location without control characters, got some"
+            )));
         } else {
             None
         };
@@ -90,6 +105,14 @@ impl Location {
     pub fn join(&self, name: &str) -> Location {
         let key = if self.key.is_empty() { name.to_owned() } else { format!("{}/{name}", self.key) };
         Location { key, ..self.clone() }
+    }
+
+    /// Whether another location is this one or lies below it: by whole parts of the key, in the same bucket of the same kind of
+    /// store.
+    pub fn holds(&self, other: &Location) -> bool {
+        let behind = other.key.strip_prefix(&self.key);
+        let is_below = |rest: &str| self.key.is_empty() || rest.is_empty() || rest.starts_with('/');
+        (self.scheme, &self.bucket) == (other.scheme, &other.bucket) && behind.is_some_and(is_below)
     }
 
     /// The last part of its key, or the bucket.
@@ -148,6 +171,7 @@ mod tests {
             ("s3://b/../c", "without empty parts, . and .."),
             ("https://host", "the name of a file behind the host"),
             ("https://u:secret@host/a", "without credentials"),
+            ("https://host/.\t./a", "without control characters"),
             ("https://host/a?signature=secret", "https://host/a: expected a location without a query"),
         ] {
             let reported = Location::parse(text).unwrap().unwrap_err();

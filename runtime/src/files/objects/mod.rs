@@ -8,13 +8,15 @@ mod cache;
 mod http;
 mod location;
 mod publish;
+mod sources;
 mod store;
 
 use std::fmt;
 
-pub use cache::{Staging, fetch, fetch_all, fetched_name};
+pub use cache::{Staging, fetch, fetch_all, fetched_name, forget};
 pub use location::{Location, Scheme};
 pub use publish::{publish, target_fault};
+pub use sources::Sources;
 pub use store::{Created, Listed, Objects};
 
 /// What an object store did not do.
