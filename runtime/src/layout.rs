@@ -133,6 +133,7 @@ mod tests {
 
     use super::*;
     use crate::model_config::builtin;
+    use crate::recipe::RecipeSource;
 
     /// Every cut of `costs` into `parts` runs, judged by (maximum, sum of squares).
     fn best_by_brute_force(costs: &[u64], parts: usize) -> (u64, u128) {
@@ -217,5 +218,18 @@ mod tests {
         let sizes: Vec<_> = stages.iter().map(|stage| stage.layers.len()).collect();
         assert!(sizes[15] < sizes[7], "{sizes:?}");
         assert!(sizes.iter().all(|&size| size <= 4), "{sizes:?}");
+    }
+
+    #[test]
+    fn stages_are_those_of_the_recipe() {
+        let sizes = |changes: &[&str]| {
+            let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+            let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
+            let stages = recipe_stages(&recipe).unwrap();
+            assert!(stages[0].embedding && stages[1].head && !stages[1].embedding && !stages[0].head);
+            stages.iter().map(|stage| (stage.first_layer, stage.layers.len())).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(&["parallel.stages=[1, 3]"]), [(0, 1), (1, 3)]);
+        assert_eq!(sizes(&[]), [(0, 3), (3, 1)]);
     }
 }

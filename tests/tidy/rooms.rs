@@ -45,12 +45,13 @@ const CIRCLES: [(&str, &str, &[&str]); 8] = [
 ];
 
 /// Where workers name the fabric's `Endpoint`: the rooms that communicate, and the files that hand a rank's own one to them.
-const ENDPOINTS: [&str; 6] = [
+const ENDPOINTS: [&str; 7] = [
     "workers/src/comm/",
     "workers/src/replica/",
     "workers/src/engine/running.rs",
     "workers/src/host/formation.rs",
     "workers/src/rank/build.rs",
+    "workers/src/rank/checkpointer.rs",
     "workers/src/rank/loader.rs",
 ];
 

@@ -211,11 +211,11 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
 }
 
 fn check_quota(quota: Option<u64>, recipe: &Recipe, faults: &mut Faults) {
-    let needed = folder_bytes(&recipe);
+    let needed = folder_bytes(recipe);
     if let Some(quota) = quota.filter(|&quota| quota < needed) {
         let expected =
             format!("a job whose folder needs {} at most (the orchestrator's --job-quota)", size(quota));
-        let checkpoint = size(checkpoint_bytes(&recipe));
+        let checkpoint = size(checkpoint_bytes(recipe));
         faults.expected(
             "checkpoint",
             expected,

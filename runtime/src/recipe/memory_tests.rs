@@ -1,7 +1,6 @@
 //! Recipes whose stages or recomputation are wrong.
 
 use super::{Faults, Recipe, RecipeSource};
-use crate::layout::recipe_stages;
 
 fn load(name: &str, changes: &[&str]) -> Result<Recipe, Faults> {
     let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
@@ -27,15 +26,4 @@ fn everything_that_is_wrong_with_stages_is_said_at_once() {
     assert!(error_text(&["parallel.stages=[4, 0]"]).contains("a list of whole numbers from 1 to 4096"));
     assert!(error_text(&["memory.recompute=[\"attention\"]"]).contains("\"mla-up-projections\""));
     assert_eq!(error_text(&["parallel.stages=[1, 3]", "memory.recompute=[]"]), "nothing");
-}
-
-#[test]
-fn stages_are_those_of_the_recipe() {
-    let sizes = |changes: &[&str]| {
-        let stages = recipe_stages(&load("tiny", changes).unwrap()).unwrap();
-        assert!(stages[0].embedding && stages[1].head && !stages[1].embedding && !stages[0].head);
-        stages.iter().map(|stage| (stage.first_layer, stage.layers.len())).collect::<Vec<_>>()
-    };
-    assert_eq!(sizes(&["parallel.stages=[1, 3]"]), [(0, 1), (1, 3)]);
-    assert_eq!(sizes(&[]), [(0, 3), (3, 1)]);
 }

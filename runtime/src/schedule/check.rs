@@ -266,11 +266,6 @@ fn order_fault(
     Some((place, text))
 }
 
-/// By rank, chunks that are alive at the same time at most, until their input gradient is done; none without a backward pass.
-pub fn peak_activations(plan: &Plan) -> Vec<usize> {
-    loads(plan).iter().map(|load| load.peak_until_input).collect()
-}
-
 /// Activations are kept for a backward pass alone.
 fn loads(plan: &Plan) -> Vec<Load> {
     if plan.is_forward_only() {

@@ -30,7 +30,7 @@ pub mod walk;
 pub use action::{Action, Chunk, Plan};
 pub use bubble::{Bubble, UnitCosts, simulate};
 pub use bucket::{Bucket, Contents};
-pub use check::{PlanFault, Report, check, peak_activations};
+pub use check::{PlanFault, Report, check};
 pub use check_update::check_step;
 pub use deadlock::Deadlock;
 pub use kind::{Mode, ScheduleError, ScheduleKind};

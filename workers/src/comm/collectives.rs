@@ -160,7 +160,9 @@ impl Collectives<'_> {
         let mut runs: Vec<Vec<Tensor>> = own.into_iter().map(|run| vec![run]).collect();
         for &member in &group[1..] {
             let mut frame = self.receive(member, kind, bucket)?;
-            runs.iter_mut().try_for_each(|runs| Ok(runs.push(frame.rows(1, Format::F32)?)))?;
+            for runs in &mut runs {
+                runs.push(frame.rows(1, Format::F32)?);
+            }
         }
         let whole = |(runs, &len): (Vec<Tensor>, &usize)| {
             let whole = Tensor::concat_rows(&runs);
