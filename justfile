@@ -25,7 +25,7 @@ long:
     SEEDS=1000000 cargo test --workspace --release --test simulation no_seed -- --nocapture
     CONTRAFLOW_STORMS=20 cargo test --workspace --release --test processes storm -- --nocapture
     CONTRAFLOW_SOAK_MINUTES=60 cargo test --workspace --release --test processes soak -- --nocapture
-    cargo test --workspace --release --test hf gigabytes -- --ignored --nocapture
+    CONTRAFLOW_GIGABYTES=8 cargo test --workspace --release --test hf gigabytes -- --nocapture
     CONTRAFLOW_KILLS=20 cargo test --workspace --release --test processes killed_workers -- --nocapture
 
 # An export against the real transformers, with a Python that has torch and transformers

@@ -10,9 +10,9 @@ use contraflow_workers::hf::check::check;
 use contraflow_workers::hf::export::{Export, Written};
 use contraflow_workers::hf::unfinished::{Journal, obstacle, staged};
 
-use crate::dtype::Dtype;
 use crate::failure::Failure;
-use crate::import::buffers_note;
+use crate::import::dtype::Dtype;
+use crate::import::{buffers_note, taken_up_note};
 use crate::output::{count, print, say};
 use crate::run_dir;
 
@@ -75,12 +75,6 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         count(written.num_shards, "weight file"),
         args.dtype.name()
     ))
-}
-
-/// What is said of files that an earlier process had made.
-pub fn taken_up_note(written: &Written) -> Option<String> {
-    let (taken_up, all) = (written.num_taken_up, count(written.num_shards, "weight file"));
-    (taken_up > 0).then(|| format!("{taken_up} of {all} had been made before this was stopped, and are kept"))
 }
 
 /// Writes it beside what is fetched, then sends it; `config.json`, by which it is found, last.

@@ -1,5 +1,7 @@
 //! `contraflow import`: a Hugging Face directory becomes a run, after every file and tensor of it has been checked.
 
+pub mod dtype;
+
 use std::path::{Path, PathBuf};
 
 use contraflow_runtime::files::{self, objects, sync_dir};
@@ -12,8 +14,7 @@ use contraflow_workers::hf::export::{Export, ExportFormat, Written};
 use contraflow_workers::hf::unfinished::{Journal, staged};
 use contraflow_workers::hf::weights::HfWeights;
 
-use crate::dtype::{Dtype, QUANTIZATION};
-use crate::export::taken_up_note;
+use self::dtype::{Dtype, QUANTIZATION};
 use crate::failure::Failure;
 use crate::output::{count, print, quoted, say};
 use crate::run_dir;
@@ -88,6 +89,12 @@ pub fn buffers_note(weights: &HfWeights) -> Option<String> {
         more => format!(" and {more} more"),
     };
     Some(format!("{first}{more}: skipped, as config.json implies them"))
+}
+
+/// What is said of files that an earlier process had made.
+pub fn taken_up_note(written: &Written) -> Option<String> {
+    let (taken_up, all) = (written.num_taken_up, count(written.num_shards, "weight file"));
+    (taken_up > 0).then(|| format!("{taken_up} of {all} had been made before this was stopped, and are kept"))
 }
 
 /// What is said of keys of a `config.json` that change nothing.

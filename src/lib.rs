@@ -9,7 +9,6 @@ pub mod certs;
 pub mod checkpoint;
 pub mod client;
 pub mod data;
-pub mod dtype;
 pub mod eval;
 pub mod export;
 pub mod failure;
