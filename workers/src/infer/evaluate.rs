@@ -71,7 +71,7 @@ impl Generator {
         let normed =
             norm::forward(&self.hidden(&batch, &mut BTreeMap::new()), dense.weight(head.norm), head.eps);
         let written = most_likely(&logits(&normed, dense.weight(head.head)));
-        let (joined, _) = mtp::forward(block, dense, &batch.targets, normed, head.eps);
+        let (joined, _) = mtp::forward(&self.arch, block, dense, &batch.targets, normed);
         let x = self.trained_layer(&block.layer, joined, &batch, &mut BTreeMap::new());
         let proposed = norm::forward(&x, dense.weight(block.norm), head.eps);
         let proposed = most_likely(&logits(&proposed, dense.weight(head.head)));
