@@ -154,5 +154,5 @@ fn processes_that_fetch_the_same_at_once_each_have_it() {
         let [a, b, c] = runs.map(|run| run.join().unwrap());
         assert!(a == b && b == c);
     });
-    assert_eq!(store.place.files("cache").len(), 1);
+    assert_eq!(store.place.files("cache/objects").len(), 1);
 }
