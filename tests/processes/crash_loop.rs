@@ -44,7 +44,7 @@ fn a_rank_that_fits_into_no_worker_is_not_placed_and_status_says_why() {
         let status = cluster.status(&job)?;
         Some(status["waiting_for"].as_str()?.to_owned()).filter(|waits| !waits.is_empty())
     });
-    let words = "needs 1 rank, room for 0, 2 with too little memory: a rank needs at least 3.0 GiB, worker ";
+    let words = "needs 1 rank, room for 0, 2 with too little memory: a rank needs at least 2.5 GiB, worker ";
     assert!(waits.starts_with(words) && waits.ends_with("has 2.1 GiB (RLIMIT_AS)"), "{waits}");
     // What fits is placed.
     let small = cluster.submit(&ALONE, &[]);
