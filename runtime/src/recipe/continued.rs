@@ -3,7 +3,8 @@
 use serde_json::Value as Json;
 use toml::Value;
 
-use super::{Recipe, precision_of};
+use super::Recipe;
+use super::derived::precision_of;
 use crate::faults::Faults;
 use crate::model_config::ModelConfig;
 

@@ -6,7 +6,7 @@ use super::table::RecipeTable;
 use crate::model_config::ModelConfig;
 
 /// The formats that a precision recipe consists of.
-fn precision_of(recipe: &str) -> [(&'static str, &'static str); 7] {
+pub(super) fn precision_of(recipe: &str) -> [(&'static str, &'static str); 7] {
     let [linear, activations, attention_output] = match recipe {
         "fp8" => ["fp8", "bf16", "e5m6"],
         "bf16" => ["bf16"; 3],
