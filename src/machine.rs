@@ -28,8 +28,9 @@ pub fn cores() -> usize {
 
 /// FLOP/s that this many threads could reach in f32: what MFU is measured against.
 ///
-/// That of one core by its CPU time, which other processes hardly change, times the threads; and at least what was measured on
-/// such a machine before, which the cache folder keeps: a moment of noise lowers nothing.
+/// That of one core times the threads. It is measured by CPU time, so that waiting for a core does not count; shared caches and
+/// the neighbours of a virtual machine still slow it, by up to a third as seen. So the best that was measured on such a machine
+/// before is kept in the cache folder: a busy moment lowers only the first figure of a machine.
 pub fn peak(num_threads: usize) -> f64 {
     let now = measured_per_core();
     let kept = cache_dir().join("peaks.json");

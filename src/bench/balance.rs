@@ -4,14 +4,12 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::study::report::{distance_line, markdown, write};
-use super::study::{Arm, Statistic, Study, StudyArgs, TrainingRun, runs};
+use super::study::{Arm, Statistic, Study, StudyArgs, markdown, shown};
 use crate::failure::Failure;
-use crate::runs::curves::Panel;
 
-const STUDY: Study = Study {
+pub(super) const STUDY: Study = Study {
     name: "balance",
-    common: &[],
+    steps: 720,
     arms: &[
         Arm { name: "loss-free", overrides: &["balance.sequence_alpha=0"] },
         Arm { name: "sequence-wise", overrides: &["balance.bias_speed=0", "balance.sequence_alpha=0.01"] },
@@ -42,38 +40,16 @@ struct ArmFigures {
 
 /// **Errors**: those of the runs; a file that cannot be written.
 pub(super) fn run(args: &StudyArgs) -> Result<BalanceFigures, Failure> {
-    let runs = runs(&STUDY, args)?;
-    let pairs = |arm: usize| -> Vec<(&TrainingRun, &TrainingRun)> {
-        runs[arm]
-            .iter()
-            .zip(&runs[0])
-            .filter_map(|(run, free)| Some((run.as_ref()?, free.as_ref()?)))
-            .collect()
-    };
-    let arms = STUDY.arms.iter().enumerate().map(|(index, arm)| {
-        let own = || runs[index].iter().flatten();
-        ArmFigures {
-            name: arm.name,
-            validation_loss: Statistic::of(own().map(|run| run.validation_loss)),
-            over_loss_free: Statistic::of(
-                pairs(index).iter().map(|(run, free)| run.validation_loss - free.validation_loss),
-            ),
-            max_vio: Statistic::of(own().map(|run| last_fifth(&run.max_vio))),
-        }
+    let runs = STUDY.run(args)?;
+    let arms = STUDY.arms.iter().enumerate().map(|(index, arm)| ArmFigures {
+        name: arm.name,
+        validation_loss: runs.figure(index, |run| run.validation_loss),
+        over_loss_free: runs.difference(index, |run| run.validation_loss),
+        max_vio: runs.figure(index, |run| last_fifth(&run.max_vio)),
     });
-    let figures = BalanceFigures { steps: args.steps, arms: arms.collect() };
-    let lines = (1..STUDY.arms.len()).filter(|&arm| !pairs(arm).is_empty()).map(|arm| {
-        let losses: Vec<_> =
-            pairs(arm).iter().map(|(run, free)| (run.loss.as_slice(), free.loss.as_slice())).collect();
-        distance_line(arm, &losses)
-    });
-    let panel = Panel {
-        title: "smoothed loss over that with loss-free balancing, percent, mean over the seeds",
-        is_logarithmic: false,
-        lines: lines.collect(),
-    };
-    let names: Vec<String> = STUDY.arms.iter().map(|arm| arm.name.to_owned()).collect();
-    write(&args.results.join(STUDY.name), &figures.to_string(), (&names, &[panel]))?;
+    let figures = BalanceFigures { steps: STUDY.steps(args), arms: arms.collect() };
+    let title = "smoothed loss over that with loss-free balancing, percent, mean over the seeds";
+    STUDY.write(args, (&runs, &figures), title)?;
     Ok(figures)
 }
 
@@ -90,9 +66,6 @@ impl fmt::Display for BalanceFigures {
             self.steps
         )?;
         writeln!(f, "the steps; ± is the standard deviation of one seed.\n")?;
-        let shown = |statistic: Option<Statistic>| {
-            statistic.map_or_else(|| "not run".into(), |s| format!("{:.4} ± {:.4}", s.mean, s.deviation))
-        };
         let rows: Vec<[String; 4]> = self
             .arms
             .iter()

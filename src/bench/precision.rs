@@ -6,17 +6,18 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::study::report::{distance_line, markdown, write};
-use super::study::{Arm, Gap, Statistic, Study, StudyArgs, TrainingRun, gap, runs};
+use super::study::{Arm, Gap, Statistic, Study, StudyArgs, markdown};
 use crate::failure::Failure;
-use crate::runs::curves::Panel;
 
-const STUDY: Study = Study {
+pub(super) const STUDY: Study = Study {
     name: "precision",
-    common: &[],
+    steps: 2000,
     arms: &[
         Arm { name: "f32", overrides: &[] },
-        Arm { name: "f32-other-order", overrides: &["parallel.pipeline=1", "parallel.expert=1"] },
+        Arm {
+            name: "f32-other-order",
+            overrides: &["parallel.schedule=1f1b", "parallel.pipeline=1", "parallel.expert=1"],
+        },
         Arm { name: "bf16", overrides: &["precision.recipe=bf16"] },
         Arm { name: "fp8", overrides: &["precision.recipe=fp8"] },
     ],
@@ -50,38 +51,24 @@ struct ArmFigures {
 
 /// **Errors**: those of the runs; a file that cannot be written.
 pub(super) fn run(args: &StudyArgs) -> Result<PrecisionFigures, Failure> {
-    let runs = runs(&STUDY, args)?;
-    let pairs = |arm: usize| -> Vec<(&TrainingRun, &TrainingRun)> {
-        runs[arm].iter().zip(&runs[0]).filter_map(|(run, f32)| Some((run.as_ref()?, f32.as_ref()?))).collect()
-    };
-    let gaps =
-        |arm: usize| -> Vec<Gap> { pairs(arm).iter().map(|(run, f32)| gap(&run.loss, &f32.loss)).collect() };
-    let bound = Statistic::of(gaps(NOISE)).map_or(PUBLISHED, |noise| noise.mean.abs().max(PUBLISHED));
+    let runs = STUDY.run(args)?;
+    let noise = Statistic::of(runs.gaps(NOISE));
+    let bound = noise.map_or(PUBLISHED, |noise| noise.mean.abs().max(PUBLISHED));
     let arms = STUDY.arms.iter().enumerate().map(|(index, arm)| {
-        let own = || runs[index].iter().flatten();
-        let gap = Statistic::of(gaps(index));
+        let gaps = runs.gaps(index);
+        let gap = Statistic::of(gaps.iter().copied());
         ArmFigures {
             name: arm.name,
-            gaps: gaps(index),
+            gaps,
             gap,
-            validation_loss: Statistic::of(own().map(|run| run.validation_loss)),
-            cpu_seconds: Statistic::of(own().map(TrainingRun::cpu_seconds)),
+            validation_loss: runs.figure(index, |run| run.validation_loss),
+            cpu_seconds: runs.figure(index, |run| run.cpu_seconds),
             is_within: gap.map(|gap| gap.mean.abs() <= bound),
         }
     });
-    let figures = PrecisionFigures { steps: args.steps, arms: arms.collect(), bound };
-    let lines = (1..STUDY.arms.len()).filter(|&arm| !pairs(arm).is_empty()).map(|arm| {
-        let losses: Vec<_> =
-            pairs(arm).iter().map(|(run, f32)| (run.loss.as_slice(), f32.loss.as_slice())).collect();
-        distance_line(arm, &losses)
-    });
-    let panel = Panel {
-        title: "smoothed loss over that in f32, percent, mean over the seeds",
-        is_logarithmic: false,
-        lines: lines.collect(),
-    };
-    let names: Vec<String> = STUDY.arms.iter().map(|arm| arm.name.to_owned()).collect();
-    write(&args.results.join(STUDY.name), &figures.to_string(), (&names, &[panel]))?;
+    let figures = PrecisionFigures { steps: STUDY.steps(args), arms: arms.collect(), bound };
+    let title = "smoothed loss over that in f32, percent, mean over the seeds";
+    STUDY.write(args, (&runs, &figures), title)?;
     Ok(figures)
 }
 

@@ -5,19 +5,22 @@
 
 mod arm;
 mod curve;
-pub(super) mod report;
+mod report;
+mod runs;
 
 use std::path::PathBuf;
 
-pub(super) use arm::{Arm, Study, TrainingRun, runs};
-pub(super) use curve::{Gap, Statistic, gap};
+pub(super) use arm::{Arm, Study, TrainingRun};
+pub(super) use curve::{Gap, Statistic};
+pub(super) use report::{markdown, shown};
+pub(super) use runs::Runs;
 
 /// What every study can be asked for.
 #[derive(clap::Args, Debug)]
 pub(super) struct StudyArgs {
-    /// Steps of each training run
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u64).range(20..))]
-    pub(super) steps: u64,
+    /// Steps of each training run: 2000 for precision, else the recipe's 720
+    #[arg(long, value_parser = clap::value_parser!(u64).range(20..))]
+    pub(super) steps: Option<u64>,
     /// Training runs of each kind: seeds 1, 2, ...
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
     pub(super) seeds: u64,

@@ -72,11 +72,11 @@ fn a_run_goes_on_in_another_precision() {
     };
     for (name, before) in [("f32", "precision.recipe=f32"), ("fp8", "precision.recipe=fp8")] {
         let whole = run(name, None, 6, before);
-        for now in ["precision.recipe=f32", "precision.recipe=bf16", "precision.recipe=fp8"] {
-            let rest = run(&format!("{name}-to-{now}"), Some(name), 6, now);
+        for after in ["precision.recipe=f32", "precision.recipe=bf16", "precision.recipe=fp8"] {
+            let rest = run(&format!("{name}-to-{after}"), Some(name), 6, after);
             for (rest, whole) in rest.iter().zip(&whole[3..]) {
                 // As far as whole runs of two precisions are apart (`precision`): a twentieth of the first loss.
-                assert!((rest - whole).abs() < 0.05 * whole, "{before}, then {now}: {rest} for {whole}");
+                assert!((rest - whole).abs() < 0.05 * whole, "{before}, then {after}: {rest} for {whole}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Arms of a study: what is changed, trained once a seed, and kept as a file.
+//! Arms of a study: what is changed, trained once a seed, and kept as a file. Knows no question.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use contraflow_workers::infer::generate::Generator;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use super::StudyArgs;
+use super::{Runs, StudyArgs};
 use crate::bench::{QuietRun, cpu_seconds};
 use crate::failure::Failure;
 use crate::output::say;
@@ -33,8 +33,8 @@ pub(in crate::bench) struct Arm {
 pub(in crate::bench) struct Study {
     /// Folder within the results.
     pub(in crate::bench) name: &'static str,
-    /// What all arms have in common.
-    pub(in crate::bench) common: &'static [&'static str],
+    /// Of each training run, unless asked for others.
+    pub(in crate::bench) steps: u64,
     /// The first is what the others are compared with.
     pub(in crate::bench) arms: &'static [Arm],
 }
@@ -47,7 +47,8 @@ pub(in crate::bench) struct TrainingRun {
     /// What the bits depend on.
     instruction_set: String,
     seconds: f64,
-    cpu_seconds: f64,
+    /// Of all threads.
+    pub(in crate::bench) cpu_seconds: f64,
     /// At the end. **Units**: nats per token.
     pub(in crate::bench) validation_loss: f64,
     /// What multi-token prediction proposes on the validation's sequences, where the model has it.
@@ -58,72 +59,66 @@ pub(in crate::bench) struct TrainingRun {
     pub(in crate::bench) max_vio: Vec<f64>,
 }
 
-impl TrainingRun {
-    /// CPU time of all threads.
-    pub(in crate::bench) fn cpu_seconds(&self) -> f64 {
-        self.cpu_seconds
-    }
-}
-
 /// Sequences on which the proposals of multi-token prediction are counted.
 const PROPOSED_ON: usize = 32;
 
-/// The runs of each arm, by seed: those that are there, and up to `at_most` more. Arms of one seed follow one another, so that an
-/// interrupted study can compare some.
-///
-/// **Errors**: code 2 with every file that holds another run than the study asks for; code 1 if a run fails.
-pub(in crate::bench) fn runs(
-    study: &Study,
-    args: &StudyArgs,
-) -> Result<Vec<Vec<Option<TrainingRun>>>, Failure> {
-    let folder = args.results.join(study.name);
-    std::fs::create_dir_all(&folder).map_err(|error| file_failure(&folder, error))?;
-    let mut runs: Vec<Vec<Option<TrainingRun>>> = Vec::new();
-    let mut faults = Vec::new();
-    for arm in study.arms {
-        let known = (1..=args.seeds).map(|seed| {
-            read(&file(&folder, arm, seed), &overrides(study, arm, args.steps, seed)).unwrap_or_else(
-                |fault| {
+impl Study {
+    /// How many steps each training run has.
+    pub(in crate::bench) fn steps(&self, args: &StudyArgs) -> u64 {
+        args.steps.unwrap_or(self.steps)
+    }
+
+    /// The runs that are there, and up to `at_most` more. Arms of one seed follow one another, so that an interrupted study can
+    /// compare some.
+    ///
+    /// **Errors**: code 2 with every file that holds another run than the study asks for; code 1 if a run fails.
+    pub(in crate::bench) fn run(&self, args: &StudyArgs) -> Result<Runs, Failure> {
+        let folder = args.results.join(self.name);
+        std::fs::create_dir_all(&folder).map_err(|error| file_failure(&folder, error))?;
+        let mut by_arm: Vec<Vec<Option<TrainingRun>>> = Vec::new();
+        let mut faults = Vec::new();
+        for arm in self.arms {
+            let known = (1..=args.seeds).map(|seed| {
+                read(&file(&folder, arm, seed), &self.overrides(arm, args, seed)).unwrap_or_else(|fault| {
                     faults.push(fault);
                     None
-                },
-            )
-        });
-        runs.push(known.collect());
-    }
-    if !faults.is_empty() {
-        return Err(Failure::faults("--results", &faults));
-    }
-    let corpus = Corpus::load_default();
-    let mut left = args.at_most.unwrap_or(usize::MAX);
-    for seed in 1..=args.seeds {
-        for (arm, runs) in study.arms.iter().zip(&mut runs) {
-            let run = &mut runs[seed as usize - 1];
-            if run.is_some() || left == 0 {
-                continue;
-            }
-            left -= 1;
-            say(format_args!("{}: {}, seed {seed}", study.name, arm.name));
-            let model = folder.join(format!(".model-{}", std::process::id()));
-            let trained = train(&corpus, &overrides(study, arm, args.steps, seed), &model);
-            // No longer needed; if it cannot be removed, its name says what it is.
-            drop(std::fs::remove_dir_all(&model));
-            let trained = trained?;
-            write(&file(&folder, arm, seed), &trained)?;
-            *run = Some(trained);
+                })
+            });
+            by_arm.push(known.collect());
         }
+        if !faults.is_empty() {
+            return Err(Failure::faults("--results", &faults));
+        }
+        let corpus = Corpus::load_default();
+        let mut left = args.at_most.unwrap_or(usize::MAX);
+        for seed in 1..=args.seeds {
+            for (arm, runs) in self.arms.iter().zip(&mut by_arm) {
+                let run = &mut runs[seed as usize - 1];
+                if run.is_some() || left == 0 {
+                    continue;
+                }
+                left -= 1;
+                say(format_args!("{}: {}, seed {seed}", self.name, arm.name));
+                let model = folder.join(format!(".model-{}", std::process::id()));
+                let trained = train(&corpus, &self.overrides(arm, args, seed), &model);
+                // No longer needed; if it cannot be removed, its name says what it is.
+                drop(std::fs::remove_dir_all(&model));
+                let trained = trained?;
+                write(&file(&folder, arm, seed), &trained)?;
+                *run = Some(trained);
+            }
+        }
+        Ok(Runs { arms: self.arms, by_arm })
     }
-    Ok(runs)
+
+    fn overrides(&self, arm: &Arm, args: &StudyArgs, seed: u64) -> Vec<String> {
+        let of_run = [format!("training.steps={}", self.steps(args)), format!("training.seed={seed}")];
+        of_run.into_iter().chain(arm.overrides.iter().map(|&text| text.to_owned())).collect()
+    }
 }
 
 fn file(folder: &Path, arm: &Arm, seed: u64) -> PathBuf {
     folder.join(format!("{}-{seed}.json", arm.name))
-}
-
-fn overrides(study: &Study, arm: &Arm, steps: u64, seed: u64) -> Vec<String> {
-    let of_run = [format!("training.steps={steps}"), format!("training.seed={seed}")];
-    let fixed = study.common.iter().chain(arm.overrides).map(|text| (*text).to_owned());
-    of_run.into_iter().chain(fixed).collect()
 }
 
 /// **Errors**: the file holds something else than such a run.
@@ -154,9 +149,14 @@ fn file_failure(path: &Path, error: std::io::Error) -> Failure {
     Failure::input(format!("{}: {error}", path.display()))
 }
 
+/// **Errors**: code 2 with what is wrong in the changes.
+fn recipe(overrides: &[String]) -> Result<Recipe, Failure> {
+    Ok(Recipe::load(&RecipeSource::Builtin("tiny".to_owned()), overrides)?)
+}
+
 /// Trains; `model_dir` is for the weights, which are read again at the end.
 fn train(corpus: &Corpus, overrides: &[String], model_dir: &Path) -> Result<TrainingRun, Failure> {
-    let recipe = Recipe::load(&RecipeSource::Builtin("tiny".to_owned()), overrides)?;
+    let recipe = recipe(overrides)?;
     let length = recipe.training.sequence_length;
     let datasets = Datasets {
         train: PackedDataset::pack(&corpus.train, length),
@@ -198,4 +198,27 @@ fn some_of(validation: &PackedDataset) -> Sequences {
     let rows = (0..taken).map(|place| validation.sequence(validation_index(place, taken, available)));
     let (ids, targets): (Vec<_>, Vec<_>) = rows.unzip();
     Sequences::new(ids.concat(), targets.concat(), validation.sequence_length())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::{balance, mtp, precision};
+    use super::*;
+
+    #[test]
+    fn every_arm_is_a_recipe_of_its_own() {
+        for study in [balance::STUDY, mtp::STUDY, precision::STUDY] {
+            let args = StudyArgs { steps: None, seeds: 1, results: PathBuf::new(), at_most: None };
+            let mut recipes: Vec<String> = Vec::new();
+            for arm in study.arms {
+                let recipe = recipe(&study.overrides(arm, &args, 1));
+                let recipe = recipe.unwrap_or_else(|fault| panic!("{}, {}: {fault:?}", study.name, arm.name));
+                recipes.push(recipe.resolved_toml());
+            }
+            assert!(recipes.len() > 1);
+            for (at, recipe) in recipes.iter().enumerate() {
+                assert!(!recipes[..at].contains(recipe), "{}: {}", study.name, study.arms[at].name);
+            }
+        }
+    }
 }
