@@ -15,6 +15,11 @@ use crate::{
     view::{Mat, MatMut, Output},
 };
 
+/// Rows of the output that a thread takes at least: it packs the other factor for itself.
+const MIN_ROWS: usize = 64;
+/// Multiplications that are worth a second thread.
+const MIN_SHARED: usize = 1 << 19;
+
 /// `out = alpha * a * b`, or `out += alpha * a * b`, on all threads of the pool it is called from.
 ///
 /// **Shapes**: `a` `[m, k]`, `b` `[k, n]`, `out` `[m, n]`; any of them may be transposed or part of a wider matrix.
@@ -23,11 +28,20 @@ pub(crate) fn gemm(mut out: MatMut, output: Output, alpha: f32, a: Mat, b: Mat) 
     if let Some((out, x, w)) = one_row(&mut out, a, b) {
         return gemv(out, output, alpha, x, w, false);
     }
-    let parallelism = match par::num_threads() {
-        1 => Parallelism::None,
-        num_threads => Parallelism::Rayon(num_threads),
-    };
-    multiply(out, output, alpha, (a, b), parallelism);
+    let num_threads = par::num_threads();
+    if num_threads == 1 || out.num_rows() * out.num_cols() * a.num_cols() < MIN_SHARED {
+        return multiply(out, output, alpha, (a, b), Parallelism::None);
+    }
+    // Threads that each have rows of their own meet once. The kernels' own threads share what is packed and meet three times,
+    // and one packs the weights while the others wait: better only where there are few rows.
+    let rows = par::partition(out.num_rows(), MIN_ROWS);
+    if rows.len() < num_threads || out.strides().1 != 1 {
+        return multiply(out, output, alpha, (a, b), Parallelism::Rayon(num_threads));
+    }
+    let parts = out.split_rows(&rows).into_iter().zip(rows).collect();
+    par::for_each(parts, |(out, rows)| {
+        multiply(out, output, alpha, (a.rows_range(rows), b), Parallelism::None);
+    });
 }
 
 /// [`gemm`] on the calling thread alone: for a task that is itself one of many.

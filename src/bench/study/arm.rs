@@ -108,7 +108,7 @@ impl Study {
                 *run = Some(trained);
             }
         }
-        Ok(Runs { arms: self.arms, by_arm })
+        Ok(Runs { by_arm })
     }
 
     fn overrides(&self, arm: &Arm, args: &StudyArgs, seed: u64) -> Vec<String> {

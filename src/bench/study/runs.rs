@@ -1,13 +1,11 @@
 //! What the runs of a study come to: figures of each arm, and how far they are from those of the first. Knows no question.
 
+use super::TrainingRun;
 use super::curve::{Gap, Statistic, gap};
-use super::{Arm, TrainingRun};
 
 /// The runs of a study that are there.
 pub(in crate::bench) struct Runs {
-    /// The first is what the others are compared with.
-    pub(super) arms: &'static [Arm],
-    /// By arm, then by seed.
+    /// By arm, then by seed; the first arm is what the others are compared with.
     pub(super) by_arm: Vec<Vec<Option<TrainingRun>>>,
 }
 
