@@ -15,7 +15,7 @@ pub mod collective;
 use serde::{Deserialize, Serialize};
 
 /// Sizes of the three axes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Topology {
     /// Pipeline ranks.
     pub pipeline: usize,

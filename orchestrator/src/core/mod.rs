@@ -12,6 +12,7 @@ mod clock;
 mod commits;
 mod events;
 pub mod facts;
+mod fewer;
 mod foreign;
 mod formation;
 mod giving_way;
@@ -42,6 +43,7 @@ use self::avoided::Avoided;
 use self::clock::Clock;
 pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, Space, WorkerCommand};
 use self::facts::Fact;
+use self::fewer::FewerRanks;
 use self::foreign::Foreign;
 use self::formation::Formation;
 use self::jobs::{Jobs, Phase};
@@ -102,6 +104,8 @@ pub struct Core {
     paused_until: BTreeMap<JobId, u64>,
     /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
     avoided: BTreeMap<JobId, Avoided>,
+    /// What jobs that have lost ranks need on fewer.
+    fewer: FewerRanks,
     /// Why jobs in line wait.
     reasons: BTreeMap<JobId, String>,
     /// Finished jobs to retain.
@@ -132,6 +136,7 @@ impl Core {
             foreign: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
+            fewer: FewerRanks::default(),
             clock,
             times,
             reasons: BTreeMap::new(),

@@ -4,13 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::faults::count;
-use contraflow_runtime::layout::recipe_figures;
-use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::RankFigures;
 use contraflow_runtime::topology::{JobId, Rank, Topology};
 
 use super::avoided::Avoided;
-use super::facts::{Fact, Formed, JobSpec};
+use super::facts::{Fact, Formed};
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
@@ -109,7 +106,7 @@ impl Core {
             resume_step,
             memory,
             cursor: record.cursor,
-            rank_bytes: rank_bytes(&record.spec, &record.spec.recipe_on(&topology)),
+            rank_bytes: self.fewer.rank_bytes(job, &record.spec, &topology).unwrap_or_default(),
             on_loan,
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
@@ -184,7 +181,7 @@ impl Core {
 
     /// Places for a job that has lost ranks: the others stay where they are, and nothing goes where it came to nothing before,
     /// while there is room elsewhere. With fewer ranks if nothing has come free for long enough and it may.
-    fn place_again(&self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
+    fn place_again(&mut self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let supply = self.supply(&[job], before.rank_bytes);
@@ -197,10 +194,10 @@ impl Core {
         if now < record.broken_ms + SHRINK_MS {
             return None;
         }
-        let text = record.spec.recipe.resolved_toml();
-        let fits = |topology: &Topology| on_axes(&record.spec, &text, topology).is_some();
-        let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &fits)?;
-        let rank_bytes = rank_bytes(&record.spec, &record.spec.recipe_on(&smaller));
+        let mut rank_bytes = |axes: &Topology| self.fewer.rank_bytes(job, &record.spec, axes);
+        let mut fits = |axes: &Topology| rank_bytes(axes).is_some();
+        let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &mut fits)?;
+        let rank_bytes = rank_bytes(&smaller)?;
         let supply = self.supply(&[job], rank_bytes);
         let schedule = record.spec.recipe.parallel.schedule;
         let placement = self.reachable(&supply, |supply| place(supply, &smaller, schedule)).ok()?;
@@ -385,19 +382,4 @@ fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     let lost = if record.phase == Phase::Broken { &record.lost[..] } else { &[] };
     let places = record.formed.iter().flat_map(Formed::ranks);
     places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
-}
-
-/// The recipe of a job, whose text is at hand, on other axes; nothing if it cannot be run on them.
-fn on_axes(spec: &JobSpec, text: &str, axes: &Topology) -> Option<Recipe> {
-    let model = spec.recipe.model_config.clone();
-    Recipe::submitted(text, &spec.name, &super::axes_overrides(axes), Some(model)).ok()
-}
-
-/// What the largest rank of a job's recipe needs of memory at the least, on whatever axes; 0: not known.
-fn rank_bytes(spec: &JobSpec, recipe: &Recipe) -> u64 {
-    if recipe.topology() == spec.topology() {
-        return spec.rank_bytes;
-    }
-    let figures = recipe_figures(recipe).unwrap_or_default();
-    figures.iter().map(RankFigures::bytes).max().unwrap_or_default()
 }

@@ -274,9 +274,10 @@ fn refusals_count_what_there_is() {
 fn a_job_shrinks_along_data_then_expert_then_pipeline() {
     let full = Topology { pipeline: 2, expert: 4, data: 3 };
     // 8 experts, 12 sequences, 4 layers.
-    let fits = |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
-    let shrunk = |available, min_ranks| {
-        shrink(&full, available, min_ranks, &fits).map(|to| (to.pipeline, to.expert, to.data))
+    let mut fits =
+        |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
+    let mut shrunk = |available, min_ranks| {
+        shrink(&full, available, min_ranks, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
     };
     assert_eq!(shrunk(24, 1), Some((2, 4, 3)));
     assert_eq!(shrunk(23, 1), Some((2, 4, 1)), "two data ranks do not divide the batch by eight");
