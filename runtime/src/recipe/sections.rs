@@ -120,6 +120,10 @@ pub struct PrecisionSection {
     pub stochastic_rounding: bool,
 }
 
+    /// How products of fp8 are added up: promoted to f32 every 128 values; or tensor-core, a slow study of 14 bits without promotion.
+    pub accumulate: Accumulation,
+    /// What shares a scale in gradients in fp8: a tile of 1 x 128; or a block of 128 x 128, a study of what the report warns of.
+    pub gradient_scales: GradientScales,
 impl PrecisionSection {
     /// Every key the same but `recipe` and `moments`, which are f32.
     pub fn uniform(format: NumberFormat) -> Self {
@@ -135,6 +139,8 @@ impl PrecisionSection {
             stochastic_rounding: false,
         }
     }
+            accumulate: Accumulation::Promoted,
+            gradient_scales: GradientScales::Tile,
 
     /// The format of the products of linear layers: BF16 for all that is narrower.
     pub fn products(&self) -> NumberFormat {
@@ -144,6 +150,26 @@ impl PrecisionSection {
 
 /// A precision recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How products of FP8 are added up (report section 3.3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accumulation {
+    /// The sum of each 128 is scaled and added in F32.
+    Promoted,
+    /// As tensor cores do by themselves: 32 products at a time, with 14 bits.
+    TensorCore,
+}
+
+/// What shares a scale in gradients in FP8 (report appendix B.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientScales {
+    /// 1 x 128 values.
+    Tile,
+    /// 128 x 128 values.
+    Block,
+}
+
 #[serde(rename_all = "lowercase")]
 pub enum PrecisionRecipe {
     /// All in single precision.
