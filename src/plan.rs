@@ -212,6 +212,7 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         programs: &lower(&planned.plan, Some(&plans.layouts), recipe.parallel.expert),
         precision: &recipe.precision,
         memory: &recipe.memory,
+        has_average: recipe.training.ema_decay > 0.0,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));
