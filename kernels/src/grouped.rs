@@ -53,12 +53,13 @@ pub fn backward_input(dy: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
     let mut dx = Tensor::for_overwrite(&[dy.rows(), input]);
     if w.format() != Format::F32 {
         let has_blocks = w.format().study().gradient_blocks;
-        let whole = if has_blocks { dy.clone() } else { linear::input(dy, w) };
+        // Rows with scales of their own are no part of a tensor by themselves.
+        let whole = if has_blocks { dy.widened() } else { linear::input(dy, w) };
         for_each_expert(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
             let outs = expert_id * out..(expert_id + 1) * out;
             if has_blocks {
                 // Blocks begin with an expert's rows, as they do in the product for its weights.
-                let dy = linear::gradient(&dy.slice_rows(rows.clone()), w);
+                let dy = linear::gradient(&whole.slice_rows(rows.clone()), w);
                 product(dx, Output::Overwrite, &Factor::rows(&dy, 0..rows.len()), &Factor::columns(w, outs));
             } else {
                 product(dx, Output::Overwrite, &Factor::rows(&whole, rows), &Factor::columns(w, outs));

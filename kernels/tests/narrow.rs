@@ -194,11 +194,16 @@ fn blocks_of_gradients_begin_with_the_rows_of_an_expert() {
     let (dy, offsets) = (gradients_with_an_outlier(), [0_usize, 70, 130]);
     let w = weight(&[2, 200, 140], true);
     let ids = Tensor::from_vec(&[3], offsets.map(|offset| offset as u32).to_vec());
-    let found = grouped::backward_input(&dy, &ids, &w).to(Format::F32);
-    for (expert, rows) in offsets.windows(2).enumerate() {
-        let own = w.to(Format::F32).reshape(&[400, 140]).slice_rows(expert * 200..(expert + 1) * 200);
-        let alone = linear::backward_input(&dy.slice_rows(rows[0]..rows[1]), &own.to(w.format()));
-        let found = &found.values::<f32>()[rows[0] * 140..rows[1] * 140];
-        assert_eq!(found, alone.to(Format::F32).values::<f32>());
+    // As they are computed, and as they come from another rank.
+    for format in [Format::F32, Format::E4M3(Tile::Row, POWERS)] {
+        let dy = dy.to(format);
+        let found = grouped::backward_input(&dy, &ids, &w).to(Format::F32);
+        let dy = dy.to(Format::F32);
+        for (expert, rows) in offsets.windows(2).enumerate() {
+            let own = w.to(Format::F32).reshape(&[400, 140]).slice_rows(expert * 200..(expert + 1) * 200);
+            let alone = linear::backward_input(&dy.slice_rows(rows[0]..rows[1]), &own.to(w.format()));
+            let found = &found.values::<f32>()[rows[0] * 140..rows[1] * 140];
+            assert_eq!(found, alone.to(Format::F32).values::<f32>(), "{format:?}");
+        }
     }
 }
