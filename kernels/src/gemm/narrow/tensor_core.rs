@@ -150,7 +150,9 @@ mod tests {
         // A sum that has grown beyond 14 bits is cut.
         assert_eq!(add(0.0, &[1.5, 1.5, power(-13)], &[1.0; 3], 1.0), 3.0);
         assert_eq!(add(0.0, &[448.0], &[448.0], power(-120)), 448.0 * 448.0 * power(-120));
-        assert_eq!(add(0.0, &[448.0], &[448.0], power(-149)), 448.0 * power(-126) * power(-14));
+        // Where the last bit were no normal number: 12.25 times the smallest one, then less than once.
+        assert_eq!(add(0.0, &[448.0], &[448.0], power(-140)), 12.0 * power(-126));
+        assert_eq!(add(0.0, &[448.0], &[448.0], power(-149)), 0.0);
         assert_eq!(add(0.0, &[], &[], 1.0), 0.0);
     }
 
@@ -166,11 +168,15 @@ mod tests {
     /// relative to the root of the mean square of the exact results, as single ones may be near zero.
     #[test]
     fn the_error_that_the_report_warns_of_is_there_without_promotion_and_gone_with_it() {
-        let normal = |rows: usize, seed: u32| {
-            // The sum of twelve uniform numbers is nearly normal.
-            let sum = |twelve: &[f32]| twelve.iter().sum::<f32>();
-            let len = rows * 4096;
-            Tensor::from_vec(&[rows, 4096], noise(12 * len, seed).chunks(12).map(sum).collect::<Vec<f32>>())
+        // The sum of twelve uniform numbers is nearly normal; more of them than `noise` has of a seed.
+        let normal = |rows: usize, seed: u64| {
+            let mut state = seed;
+            let mut uniform = || {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 40) as f32 / (1 << 24) as f32
+            };
+            let values = (0..rows * 4096).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0);
+            Tensor::from_vec(&[rows, 4096], values.collect())
         };
         let error = |study: Study| {
             let w = weight(&normal(256, 1), study);
