@@ -26,10 +26,10 @@ use serde::Serialize;
 use signal_hook::consts::SIGINT;
 
 use crate::failure::{Failure, INTERRUPTED};
-use crate::generate::load;
+use crate::generate::{load, load_average};
 use crate::output::{Format, count, print, say};
 use crate::progress::Lines;
-use crate::run_dir;
+use crate::run_dir::{self, Wanted};
 
 /// Tokens that go through the model at once, if a sequence has no more.
 const BATCH_TOKENS: usize = 2048;
@@ -58,6 +58,9 @@ pub struct EvalArgs {
     /// Measure at most this many sequences, evenly spread over the text [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub sequences: Option<u64>,
+    /// Measure the moving average of the weights, out of the newest checkpoint (training.ema_decay)
+    #[arg(long)]
+    pub ema: bool,
     /// Compute threads [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
@@ -111,6 +114,8 @@ struct Measured {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
+    /// Whether it is the moving average of the weights.
+    ema: bool,
     /// Of prepared folders; text is read whole.
     split: Option<Split>,
     sequence_length: usize,
@@ -128,8 +133,8 @@ struct Report {
 ///
 /// **Errors**: code 2 with every fault of arguments, text or model.
 pub fn run(args: &EvalArgs) -> Result<(), Failure> {
-    let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
-    let (model, ModelTokenizer { tokenizer, .. }) = load(&dir)?;
+    let dir = run_dir::find_model(&args.model, Wanted::of(args.ema)).map_err(Failure::input)?;
+    let (model, ModelTokenizer { tokenizer, .. }) = if args.ema { load_average(&dir)? } else { load(&dir)? };
     let recipe = recipe_of(&dir)?;
     let length = sequence_length(args, recipe.as_ref(), &model)?;
     let across = recipe.is_none_or(|recipe| recipe.data.attend_across_documents);
@@ -175,7 +180,7 @@ pub fn run(args: &EvalArgs) -> Result<(), Failure> {
     if measured.sequences == 0 {
         return Err(Failure::interrupted("interrupted before the first sequence"));
     }
-    let report = Report { split, ..report(&dir, &dataset, &measured) };
+    let report = Report { split, ema: args.ema, ..report(&dir, &dataset, &measured) };
     print_figures(args.format, &report, &args.data)?;
     if measured.sequences < wanted {
         let of = count(wanted, "sequence");
@@ -263,6 +268,7 @@ fn report(dir: &Path, dataset: &PackedDataset, measured: &Measured) -> Report {
         evaluation.expert_counts.iter().map(|(&layer, counts)| (layer, max_vio(counts))).collect();
     Report {
         model: dir.display().to_string(),
+        ema: false,
         split: None,
         sequence_length: dataset.sequence_length(),
         sequences: measured.sequences,
@@ -285,8 +291,9 @@ fn print_figures(format: Format, report: &Report, data: &[PathBuf]) -> Result<()
         let dirs = data.iter().filter(|path| ShardIndex::is_in(path)).map(|path| path.display().to_string());
         format!(" of {} of {}", split.name(), dirs.collect::<Vec<_>>().join(", "))
     });
+    let average = if report.ema { ", moving average," } else { "" };
     let mut text = format!(
-        "{} on {}{of_part} in {} of at most {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
+        "{}{average} on {}{of_part} in {} of at most {}\n  loss           {:.4} nats per token\n  bits per byte  {}\n  \
          perplexity     {:.3}\n",
         report.model,
         count(report.bytes, "byte"),

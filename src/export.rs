@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use contraflow_runtime::files::objects::{self, Location, Staging};
 use contraflow_runtime::schedule::parse_bytes;
-use contraflow_workers::hf::check::check;
+use contraflow_workers::hf::check::{Checked, check};
 use contraflow_workers::hf::export::{Export, Written};
 use contraflow_workers::hf::unfinished::{Journal, obstacle, staged};
 
@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::import::dtype::Dtype;
 use crate::import::{buffers_note, taken_up_note};
 use crate::output::{count, print, say};
-use crate::run_dir;
+use crate::run_dir::{self, Wanted};
 
 /// Arguments of `contraflow export`.
 #[derive(clap::Args, Debug)]
@@ -28,6 +28,9 @@ pub struct ExportArgs {
     /// Largest weight file, as 5GB or 500MB
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_bytes)]
     pub shard_size: u64,
+    /// Write the moving average of the weights, out of the newest checkpoint (training.ema_decay)
+    #[arg(long)]
+    pub ema: bool,
     /// Data type of the written weights
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     pub dtype: Dtype,
@@ -43,8 +46,8 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         Some(location) => objects::target_fault(location).map(|fault| format!("--to: {fault}")),
         None => target_fault(&args.to),
     };
-    let dir = run_dir::find_model(&args.model);
-    let model = match dir.map_err(|fault| vec![fault]).and_then(|dir| Ok((check(&dir)?, dir))) {
+    let dir = run_dir::find_model(&args.model, Wanted::of(args.ema));
+    let model = match dir.map_err(|fault| vec![fault]).and_then(|dir| Ok((checked(&dir, args.ema)?, dir))) {
         Ok(model) if target_fault.is_none() => model,
         model => {
             let faults: Vec<String> =
@@ -75,6 +78,14 @@ pub fn run(args: &ExportArgs) -> Result<(), Failure> {
         count(written.num_shards, "weight file"),
         args.dtype.name()
     ))
+}
+
+/// A directory without faults, with the average of its weights in their place if that is wanted.
+fn checked(dir: &Path, averaged: bool) -> Result<Checked, Vec<String>> {
+    let Checked { config, weights } = check(dir)?;
+    let weights =
+        if averaged { weights.averaged().map_err(|fault| vec![fault.to_string()])? } else { weights };
+    Ok(Checked { config, weights })
 }
 
 /// Writes it beside what is fetched, then sends it; `config.json`, by which it is found, last.

@@ -8,12 +8,13 @@ use contraflow_kernels::sampling::{Sampling, sample as sample_token};
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::random::SplitMix64;
 use contraflow_workers::data::model_tokenizer::ModelTokenizer;
+use contraflow_workers::error::RankError;
 use contraflow_workers::hf::check::{check_against, read_config};
 use contraflow_workers::infer::generate::{Cache, Generator};
 
 use crate::failure::Failure;
 use crate::output::{ModelText, say};
-use crate::run_dir;
+use crate::run_dir::{self, Wanted};
 
 /// What the sample at the end of a training run on the default corpus begins with.
 pub const SAMPLE_PROMPT: &str = "/// Returns ";
@@ -55,7 +56,7 @@ pub fn run(args: &GenerateArgs) -> Result<(), Failure> {
     if !faults.is_empty() {
         return Err(Failure::faults("arguments", &faults));
     }
-    let dir = run_dir::find_model(&args.model).map_err(Failure::input)?;
+    let dir = run_dir::find_model(&args.model, Wanted::Model).map_err(Failure::input)?;
     let (generator, text) = load(&dir)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let of_run = || run_dir::sample_prompt(&dir).unwrap_or_else(|| SAMPLE_PROMPT.to_owned()).into_bytes();
@@ -109,6 +110,20 @@ fn prompt_ids(text: &ModelTokenizer, prompt: &[u8], longest: usize) -> Result<Ve
 ///
 /// **Errors**: code 2 with the file and what is wrong with it.
 pub fn load(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
+    load_with(dir, Generator::load)
+}
+
+/// The same with the moving average of a checkpoint's weights.
+///
+/// **Errors**: as [`load`]; the directory is no checkpoint with an average.
+pub fn load_average(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
+    load_with(dir, Generator::load_average)
+}
+
+fn load_with(
+    dir: &Path,
+    load: impl FnOnce(&Path) -> Result<Generator, RankError>,
+) -> Result<(Generator, ModelTokenizer), Failure> {
     let config = read_config(dir).map_err(|faults| Failure::input(faults.join("\n  ")))?;
     let text = ModelTokenizer::read(dir, &config, run_dir::tokenizer_of(dir).as_ref()).map_err(|fault| {
         let of_weights = check_against(&config, dir).err().unwrap_or_default();
@@ -116,7 +131,7 @@ pub fn load(dir: &Path) -> Result<(Generator, ModelTokenizer), Failure> {
     })?;
     let fits = text.tokenizer.check_fits(config.vocab_size);
     fits.map_err(|fault| Failure::input(format!("{}: {fault}", dir.display())))?;
-    let generator = Generator::load(dir).map_err(|error| Failure::input(error.to_string()))?;
+    let generator = load(dir).map_err(|error| Failure::input(error.to_string()))?;
     Ok((generator, text))
 }
 

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use clap::builder::RangedU64ValueParser;
 use contraflow_runtime::cost::{self, OpCost, Shapes};
 use contraflow_runtime::layout::{MemoryQuery, rank_figures};
-use contraflow_runtime::recipe::{MemorySection, NumberFormat, PrecisionSection, Recipe, RecipeSource};
+use contraflow_runtime::recipe::{
+    Accumulation, GradientScales, MemorySection, NumberFormat, PrecisionSection, Recipe, RecipeSource,
+};
 use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower, text};
 use contraflow_runtime::topology::{Coordinates, Topology};
 use contraflow_workers::data::batches::{BatchShape, TaskKind};
@@ -119,7 +121,16 @@ fn formats(precision: &PrecisionSection, memory: &MemorySection) -> String {
     let kinds = kinds.map(|(kind, format)| format!("{kind} {format}")).join("; ");
     let again: Vec<String> = memory.recompute.iter().map(serde_name).collect();
     let again = if again.is_empty() { "nothing".to_owned() } else { again.join(", ") };
-    format!("formats: {kinds}\ncomputed again in the backward pass: {again}")
+    let studies = [
+        (precision.gradient_scales == GradientScales::Block, "gradients in fp8 have a scale per block"),
+        (
+            precision.accumulate == Accumulation::TensorCore,
+            "products of fp8 are added up in 14 bits, not promoted",
+        ),
+    ];
+    let studies = studies.iter().filter(|(is_on, _)| *is_on).map(|(_, what)| format!("\nstudy: {what}"));
+    let studies: String = studies.collect();
+    format!("formats: {kinds}{studies}\ncomputed again in the backward pass: {again}")
 }
 
 /// What a value is called in recipes.
@@ -201,6 +212,7 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
         programs: &lower(&planned.plan, Some(&plans.layouts), recipe.parallel.expert),
         precision: &recipe.precision,
         memory: &recipe.memory,
+        has_average: recipe.training.ema_decay > 0.0,
     }));
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));

@@ -283,9 +283,25 @@ pub fn is_run(dir: &Path) -> bool {
     [METRICS, "recipe.toml", "model/config.json"].iter().any(|part| dir.join(part).is_file())
 }
 
-/// Finds a model: the folder itself if it holds one, or that of a run, given by its folder or its name: what it has
-/// finished with, or else its newest checkpoint. What lies in an object store is fetched.
-pub fn find_model(name: &str) -> Result<PathBuf, String> {
+/// What is wanted of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// What it has finished with, or else its newest checkpoint.
+    Model,
+    /// Its newest checkpoint: the average of the weights is nowhere else.
+    Checkpoint,
+}
+
+impl Wanted {
+    /// For the weights, or for their average.
+    pub fn of(averaged: bool) -> Self {
+        if averaged { Wanted::Checkpoint } else { Wanted::Model }
+    }
+}
+
+/// Finds a model: the folder itself if it holds one, or that of a run, given by its folder or its name: what is
+/// wanted of it. What lies in an object store is fetched.
+pub fn find_model(name: &str, wanted: Wanted) -> Result<PathBuf, String> {
     if Location::is(name) {
         let dir = objects::fetch(Path::new(name)).map_err(|error| error.to_string())?;
         let missing =
@@ -294,15 +310,15 @@ pub fn find_model(name: &str) -> Result<PathBuf, String> {
     }
     let direct = PathBuf::from(name);
     let tried: Vec<PathBuf> = std::iter::once(Some(direct.clone()))
-        .chain(models_of(&direct))
-        .chain(models_of(&Path::new(RUNS).join(name)))
+        .chain(models_of(&direct, wanted))
+        .chain(models_of(&Path::new(RUNS).join(name), wanted))
         .flatten()
         .collect();
-    let has_model = |run: &Path| models_of(run).iter().flatten().any(|path| is_model(path));
+    let has_model = |run: &Path| models_of(run, wanted).iter().flatten().any(|path| is_model(path));
     let found = tried.iter().find(|path| is_model(path)).cloned();
     let found = found.or_else(|| {
         let other = instead_of_latest(name, "model and no checkpoint", has_model)?;
-        models_of(&other).into_iter().flatten().find(|path| is_model(path))
+        models_of(&other, wanted).into_iter().flatten().find(|path| is_model(path))
     });
     found.ok_or_else(|| {
         let tried: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
@@ -317,11 +333,11 @@ fn is_model(dir: &Path) -> bool {
     dir.join("config.json").is_file()
 }
 
-/// Where a run has models: what it has finished with, and its newest checkpoint.
-fn models_of(run: &Path) -> [Option<PathBuf>; 2] {
+/// Where a run has what is wanted.
+fn models_of(run: &Path, wanted: Wanted) -> [Option<PathBuf>; 2] {
     let folder = CheckpointFolder::of_run(run);
     let newest = folder.list().ok().and_then(|steps| steps.last().map(|&step| folder.committed(step)));
-    [Some(run.join("model")), newest]
+    [(wanted == Wanted::Model).then(|| run.join("model")), newest]
 }
 
 /// The recipe of the run that a model's or a checkpoint's folder belongs to, if it belongs to one.

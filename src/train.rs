@@ -122,7 +122,7 @@ fn overrides(args: &TrainArgs) -> Result<Vec<String>, Failure> {
         overrides.push(paths_override(&args.data));
     }
     if let Some(model) = &args.init {
-        let dir = run_dir::find_model(model).map_err(Failure::input)?;
+        let dir = run_dir::find_model(model, run_dir::Wanted::Model).map_err(Failure::input)?;
         let named = if Location::is(model) { Path::new(model) } else { &dir };
         // In front: what the user sets by hand comes last and holds.
         overrides.insert(0, path_override("model.init", named));

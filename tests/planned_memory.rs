@@ -73,7 +73,7 @@ fn published(changes: &[&str]) -> Vec<RankFigures> {
 }
 
 fn largest(ranks: &[RankFigures]) -> u64 {
-    ranks.iter().map(RankFigures::bytes).max().unwrap()
+    ranks.iter().map(|rank| rank.device_bytes).max().unwrap()
 }
 
 /// **Units**: 10^9 bytes.

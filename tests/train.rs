@@ -7,6 +7,9 @@ mod deadline;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use contraflow_workers::checkpoint::{Checkpoint, Kind};
+use contraflow_workers::hf::weights::HfWeights;
+
 /// A model that trains in a second, as a user's own config.json.
 const MODEL: &str = r#"{
   "model_type": "deepseek_v3", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
@@ -169,4 +172,53 @@ fn a_run_that_is_not_finite_ends_with_evidence_and_skipped_batches_are_on_record
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["skipped"] == true)
         .collect();
     assert_eq!(skipped, [false, true, true, true]);
+}
+
+#[test]
+fn the_moving_average_of_a_run_is_evaluated_and_exported() {
+    let dir = workplace();
+    let done = |args: &[&str]| {
+        let output = contraflow(dir.path(), args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let train = |changes: &[&'static str]| done(&[&TRAIN[..], changes].concat());
+    train(&["--set", "training.ema_decay=0.9", "--name", "averaged"]);
+    train(&["--set", "training.steps=1", "--name", "plain"]);
+    done(&["export", "averaged", "--ema", "--to", "average"]);
+    done(&["export", "averaged", "--to", "trained"]);
+    let kept = Checkpoint::open(&dir.path().join("runs/averaged/checkpoints/step-00000030"));
+    let records = kept.unwrap_or_else(|faults| panic!("{faults}")).records;
+    let [average, trained] = ["average", "trained"].map(|to| HfWeights::open(&dir.path().join(to)).unwrap());
+    let mut num_other = 0;
+    for (name, shape) in records.weights() {
+        let expected = records.read_numbers(Kind::Average, name, shape).unwrap();
+        num_other += usize::from(trained.read(name, shape).unwrap() != expected);
+        assert!(average.read(name, shape).unwrap() == expected, "{name}");
+    }
+    assert_eq!(num_other, records.weights().count());
+    let eval = |model: &[&str]| {
+        let args = [&["eval"], model, &["--data", "text.txt", "--format", "json"]].concat();
+        let report: serde_json::Value = serde_json::from_str(&done(&args)).unwrap();
+        (report["loss"].as_f64().unwrap().to_bits(), report["ema"].as_bool().unwrap())
+    };
+    let averaged = eval(&["averaged", "--ema"]);
+    assert_eq!(averaged, (eval(&["average"]).0, true));
+    assert_ne!(averaged.0, eval(&["averaged"]).0);
+    let words = done(&["eval", "averaged", "--ema", "--data", "text.txt"]);
+    assert!(words.starts_with("runs/averaged/checkpoints/step-00000030, moving average, on "), "{words}");
+    for (model, got) in [
+        ("plain", "got one of a run without training.ema_decay"),
+        ("runs/averaged/model", "got a directory of weights"),
+    ] {
+        for args in
+            [&["eval", model, "--ema", "--data", "text.txt"][..], &["export", model, "--ema", "--to", "x"]]
+        {
+            let output = contraflow(dir.path(), args);
+            let expected = format!("expected a checkpoint with a moving average of the weights, {got}");
+            assert_eq!(output.status.code(), Some(2), "{args:?}");
+            assert!(text(&output.stderr).contains(&expected), "{args:?}: {}", text(&output.stderr));
+        }
+    }
+    assert!(!dir.path().join("x").exists());
 }

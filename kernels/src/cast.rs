@@ -105,7 +105,7 @@ impl Tensor {
     fn in_e5m6(&self) -> Tensor {
         assert!(self.cols().is_multiple_of(2), "expected an even number of columns, got {}", self.cols());
         let mut out = Tensor::for_overwrite_in(Format::E5M6, self.shape());
-        let rule = ScaleRule { floor: false, power_of_two: true };
+        let rule = ScaleRule { power_of_two: true, ..ScaleRule::default() };
         self.write_tiles(&mut out, self.cols() / 2 * 3, |values, codes| {
             let scale = rule.scale(largest(values), E5M6_MAX);
             let pairs = values.as_chunks::<2>().0;

@@ -6,7 +6,7 @@
 use crate::{
     math,
     par::{self, MIN_PARALLEL},
-    tensor::{Format, Tensor, View},
+    tensor::{Format, Tensor, View, ViewMut},
 };
 
 /// Values that are summed in f32 before f64 takes over.
@@ -34,6 +34,22 @@ pub(crate) fn add_values(target: &mut [f32], source: &[f32]) {
         pulp::Arch::new().dispatch(
             #[inline(always)]
             || target.iter_mut().zip(source).for_each(|(target, source)| *target += source),
+        );
+    });
+}
+
+/// Moves each value by a share of what it lacks to the target: `value += share * (target - value)`.
+///
+/// **Shapes**: of one length, in F32.
+/// **Errors**: panics if the lengths differ.
+pub fn approach(mut values: ViewMut, target: View, share: f32) {
+    let (values, target): (&mut [f32], &[f32]) = (values.typed_mut(), target.typed());
+    assert_eq!(values.len(), target.len(), "expected two runs of one length");
+    par::for_each_chunk(values, 1, MIN_PARALLEL, |range, values| {
+        let target = &target[range];
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || values.iter_mut().zip(target).for_each(|(value, target)| *value += share * (target - *value)),
         );
     });
 }
@@ -89,6 +105,14 @@ mod tests {
             threads.run(|| add_into(&mut target, &b));
             assert_eq!(target.f32(), sums);
         }
+    }
+
+    #[test]
+    fn values_approach_by_a_share_of_what_they_lack() {
+        let mut values = Tensor::from_vec(&[4], vec![9.0_f32, 0.0, 4.0, -2.0]);
+        let target = Tensor::from_vec(&[3], vec![8.0_f32, 4.0, 2.0]);
+        approach(values.view_mut(1..4), target.view(0..3), 0.25);
+        assert_eq!(values.f32(), [9.0, 2.0, 4.0, -1.0]);
     }
 
     #[test]

@@ -41,9 +41,34 @@ pub struct ScaleRule {
     pub floor: bool,
     /// Round the scale up to a power of two, so that another tiling of the same values loses nothing but their tails.
     pub power_of_two: bool,
+    /// What products with a weight of this format do otherwise than the report. Does not travel between ranks.
+    pub study: Study,
+}
+
+/// One thing done otherwise in products of E4M3, to see what it is for. The format of the weight says it, and its other factors
+/// take it over from there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Study {
+    /// Sums are made as tensor cores make them, without promotion: `gemm/narrow/tensor_core.rs`.
+    pub tensor_core_sums: bool,
+    /// Gradients share a scale by blocks of 128 x 128, in both products that they are a factor of.
+    pub gradient_blocks: bool,
+}
+
+impl Study {
+    /// As the report has it.
+    pub const NONE: Study = Study { tensor_core_sums: false, gradient_blocks: false };
 }
 
 impl Format {
+    /// What products of this format do otherwise.
+    pub(crate) fn study(self) -> Study {
+        match self {
+            Format::E4M3(_, rule) => rule.study,
+            _ => Study::NONE,
+        }
+    }
+
     /// **Units**: bytes of all values and scales of a tensor.
     pub(crate) fn num_bytes(self, shape: &[usize]) -> usize {
         let values = self.value_bytes(shape.iter().product());

@@ -51,14 +51,23 @@ pub fn forward(x: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
 pub fn backward_input(dy: &Tensor, offsets: &Tensor, w: &Tensor) -> Tensor {
     let ([_, out, input], offsets) = checked(w, offsets, dy.rows());
     let mut dx = Tensor::for_overwrite(&[dy.rows(), input]);
-    let dy = linear::input(dy, w);
     if w.format() != Format::F32 {
+        let has_blocks = w.format().study().gradient_blocks;
+        // Rows with scales of their own are no part of a tensor by themselves.
+        let whole = if has_blocks { dy.widened() } else { linear::input(dy, w) };
         for_each_expert(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
             let outs = expert_id * out..(expert_id + 1) * out;
-            product(dx, Output::Overwrite, &Factor::rows(&dy, rows), &Factor::columns(w, outs));
+            if has_blocks {
+                // Blocks begin with an expert's rows, as they do in the product for its weights.
+                let dy = linear::gradient(&whole.slice_rows(rows.clone()), w);
+                product(dx, Output::Overwrite, &Factor::rows(&dy, 0..rows.len()), &Factor::columns(w, outs));
+            } else {
+                product(dx, Output::Overwrite, &Factor::rows(&whole, rows), &Factor::columns(w, outs));
+            }
         });
         return dx.to(linear::of_products(w));
     }
+    let dy = linear::input(dy, w);
     for_each_block(dx.f32_mut(), &offsets, |expert_id, rows, dx| {
         gemm_serial(dx, Output::Overwrite, 1.0, dy.mat().rows_range(rows), expert(w, expert_id));
     });

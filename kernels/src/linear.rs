@@ -23,10 +23,20 @@ use crate::{
 pub fn input(x: &Tensor, w: &Tensor) -> Tensor {
     match w.format() {
         Format::E4M3(_, rule) => match x.format() {
-            Format::E4M3(Tile::Row, _) => x.clone(),
+            Format::E4M3(Tile::Row, _) => x.in_study(rule.study),
             _ => x.to(Format::E4M3(Tile::Row, rule)),
         },
         format => x.to(format),
+    }
+}
+
+/// What a product with `w` reads of the gradient `dy`: as [`input`], but for a study of scales by block.
+///
+/// **Shapes**: `dy` and result `[T, out]`.
+pub(crate) fn gradient(dy: &Tensor, w: &Tensor) -> Tensor {
+    match w.format() {
+        Format::E4M3(_, rule) if rule.study.gradient_blocks => dy.to(Format::E4M3(Tile::Block, rule)),
+        _ => input(dy, w),
     }
 }
 
@@ -67,7 +77,7 @@ pub(crate) fn add_product(out: MatMut, output: Output, x: &Tensor, w: &Tensor, r
 /// **Shapes**: `dy` `[T, out]`, `w` `[out, in]`, result `[T, in]`.
 pub fn backward_input(dy: &Tensor, w: &Tensor) -> Tensor {
     let mut dx = Tensor::for_overwrite(&[dy.rows(), w.cols()]);
-    let dy = input(dy, w);
+    let dy = gradient(dy, w);
     match w.format() {
         Format::F32 => gemm(dx.mat_mut(), Output::Overwrite, 1.0, dy.mat(), w.mat()),
         _ => product(
@@ -96,7 +106,8 @@ pub(crate) fn add_weight_product(dw: MatMut, dy: &Tensor, x: &Tensor, tokens: Ra
         }
         (_, Format::E4M3(_, rule)) => tiled_along_tokens(dw, dy, x, tokens, rule),
         (_, Format::E5M6) => {
-            tiled_along_tokens(dw, dy, x, tokens, ScaleRule { floor: false, power_of_two: true });
+            let rule = ScaleRule { power_of_two: true, ..ScaleRule::default() };
+            tiled_along_tokens(dw, dy, x, tokens, rule);
         }
         _ => {
             let (dy, x) = (dy.widened(), x.widened());
@@ -107,7 +118,8 @@ pub(crate) fn add_weight_product(dw: MatMut, dy: &Tensor, x: &Tensor, tokens: Ra
 }
 
 fn tiled_along_tokens(dw: MatMut, dy: &Tensor, x: &Tensor, tokens: Range<usize>, rule: ScaleRule) {
-    let format = Format::E4M3(Tile::Row, rule);
-    let [dy, x] = [dy, x].map(|tensor| tensor.transposed_rows(tokens.clone()).to(format));
+    let of_gradient = if rule.study.gradient_blocks { Tile::Block } else { Tile::Row };
+    let [dy, x] = [(dy, of_gradient), (x, Tile::Row)]
+        .map(|(tensor, tile)| tensor.transposed_rows(tokens.clone()).to(Format::E4M3(tile, rule)));
     product(dw, Output::Accumulate, &Factor::rows(&dy, 0..dy.rows()), &Factor::rows(&x, 0..x.rows()));
 }

@@ -7,7 +7,7 @@
 use std::{fmt, ops::Range, sync::Arc};
 
 pub use crate::{
-    format::{Element, Format, ScaleRule, Tile},
+    format::{Element, Format, ScaleRule, Study, Tile},
     view::{View, ViewMut},
 };
 use crate::{
@@ -114,6 +114,15 @@ impl Tensor {
     /// How the values are stored.
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// The same codes and scales, as a factor of products under a study.
+    pub(crate) fn in_study(&self, study: Study) -> Tensor {
+        let format = match self.format {
+            Format::E4M3(tile, rule) => Format::E4M3(tile, ScaleRule { study, ..rule }),
+            other => other,
+        };
+        Tensor { format, ..self.clone() }
     }
 
     /// **Units**: bytes of all [`Tensor::parts`]. Reads nothing.

@@ -2,16 +2,17 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use contraflow_kernels::{
+    grouped,
     host::HostValues,
     linear,
-    tensor::{Format, ScaleRule, Tensor, Tile},
+    tensor::{Format, ScaleRule, Study, Tensor, Tile},
 };
 use serde_json::Value;
 
-const PLAIN: ScaleRule = ScaleRule { floor: false, power_of_two: false };
-const POWERS: ScaleRule = ScaleRule { floor: false, power_of_two: true };
-const FLOORED: ScaleRule = ScaleRule { floor: true, power_of_two: false };
-const FLOORED_POWERS: ScaleRule = ScaleRule { floor: true, power_of_two: true };
+const PLAIN: ScaleRule = ScaleRule { floor: false, power_of_two: false, study: Study::NONE };
+const POWERS: ScaleRule = ScaleRule { power_of_two: true, ..PLAIN };
+const FLOORED: ScaleRule = ScaleRule { floor: true, ..PLAIN };
+const FLOORED_POWERS: ScaleRule = ScaleRule { floor: true, ..POWERS };
 
 fn fixture(path: &str) -> Vec<u8> {
     std::fs::read(format!("{}/../tests/fixtures/{path}", env!("CARGO_MANIFEST_DIR"))).unwrap()
@@ -131,4 +132,78 @@ fn the_rule_with_a_floor_gives_the_codes_of_the_published_inference_code() {
     let weight = &cases["weight"];
     let found = parts(&matrix(&weight["w_f32_hex"]).to(Format::E4M3(Tile::Block, PLAIN)));
     assert_eq!(found, (bytes(&weight["codes_hex"]), scales(&weight["scale_inv"])));
+}
+
+/// `[rows, cols]` of numbers from -1 to 1.
+fn noise(rows: usize, cols: usize, seed: u32) -> Tensor {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    Tensor::from_vec(&[rows, cols], (0..rows * cols).map(|_| next()).collect())
+}
+
+fn weight(shape: &[usize], gradient_blocks: bool) -> Tensor {
+    let study = Study { gradient_blocks, ..Study::NONE };
+    let [rows, cols] = [shape[..shape.len() - 1].iter().product(), shape[shape.len() - 1]];
+    noise(rows, cols, 1).reshape(shape).to(Format::E4M3(Tile::Block, ScaleRule { study, ..PLAIN }))
+}
+
+/// Gradients of 130 tokens, one of which is a million times the others.
+fn gradients_with_an_outlier() -> Tensor {
+    let mut values = noise(130, 200, 2).values::<f32>().to_vec();
+    values[5 * 200..6 * 200].iter_mut().for_each(|value| *value *= 1e6);
+    Tensor::from_vec(&[130, 200], values)
+}
+
+#[test]
+fn gradients_in_blocks_lose_what_stands_beside_an_outlier_in_both_of_their_products() {
+    let (dy, x) = (gradients_with_an_outlier(), noise(130, 140, 3));
+    let products = |gradient_blocks: bool| {
+        let w = weight(&[200, 140], gradient_blocks);
+        let mut dw = Tensor::zeros(&[200, 140]);
+        // The outlier's own input is zero: its weights' gradient is that of the others.
+        let mut values = x.values::<f32>().to_vec();
+        values[5 * 140..6 * 140].fill(0.0);
+        let x = Tensor::from_vec(&[130, 140], values);
+        linear::backward_weight(&dy, &linear::input(&x, &w), &mut dw);
+        let dx = linear::backward_input(&dy, &w).to(Format::F32);
+        (dx.values::<f32>().to_vec(), dw.values::<f32>().to_vec())
+    };
+    let ((dx, _), (dx_blocks, dw_blocks)) = (products(false), products(true));
+    // In its block all is below half of the smallest code but the outlier; beyond its 128 tokens nothing is.
+    for row in (0..130).filter(|&row| row != 5) {
+        let is_lost = dx_blocks[row * 140..(row + 1) * 140].iter().all(|&value| value == 0.0);
+        assert_eq!(is_lost, row < 128, "token {row}");
+        assert!(dx[row * 140..(row + 1) * 140].iter().all(|&value| value != 0.0), "token {row}");
+    }
+    assert!(dw_blocks.iter().any(|&value| value != 0.0));
+    let beyond = weight(&[200, 140], true);
+    let mut expected = Tensor::zeros(&[200, 140]);
+    // What is left are the two tokens beyond the block, whose tiles of inputs hold the others too.
+    let mut rest = dy.values::<f32>().to_vec();
+    rest[..128 * 200].fill(0.0);
+    let rest = Tensor::from_vec(&[130, 200], rest);
+    linear::backward_weight(&rest, &linear::input(&x, &beyond), &mut expected);
+    assert_eq!(dw_blocks, expected.values::<f32>());
+}
+
+#[test]
+fn blocks_of_gradients_begin_with_the_rows_of_an_expert() {
+    let (dy, offsets) = (gradients_with_an_outlier(), [0_usize, 70, 130]);
+    let w = weight(&[2, 200, 140], true);
+    let ids = Tensor::from_vec(&[3], offsets.map(|offset| offset as u32).to_vec());
+    // As they are computed, and as they come from another rank.
+    for format in [Format::F32, Format::E4M3(Tile::Row, POWERS)] {
+        let dy = dy.to(format);
+        let found = grouped::backward_input(&dy, &ids, &w).to(Format::F32);
+        let dy = dy.to(Format::F32);
+        for (expert, rows) in offsets.windows(2).enumerate() {
+            let own = w.to(Format::F32).reshape(&[400, 140]).slice_rows(expert * 200..(expert + 1) * 200);
+            let alone = linear::backward_input(&dy.slice_rows(rows[0]..rows[1]), &own.to(w.format()));
+            let found = &found.values::<f32>()[rows[0] * 140..rows[1] * 140];
+            assert_eq!(found, alone.to(Format::F32).values::<f32>(), "{format:?}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! goes wrong ends the run with one message.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod average;
 mod determinism;
 mod failures;
 mod frames;

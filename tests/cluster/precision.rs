@@ -181,3 +181,22 @@ fn every_layout_trains_what_one_rank_trains_but_for_rounding() {
         }
     }
 }
+
+/// Studies of what FP8 needs: another arithmetic of the same recipe, so all that holds of a run holds of them.
+const STUDIES: [&str; 2] = ["precision.accumulate=tensor-core", "precision.gradient_scales=block"];
+
+#[test]
+fn a_study_trains_alike_in_every_layout_and_goes_on_in_its_arithmetic() {
+    let lab = Lab::new();
+    let fp8 = "precision.recipe=fp8";
+    let usual = losses(&lab, ONE_RANK, &[fp8]);
+    for (number, study) in STUDIES.into_iter().enumerate() {
+        let one = losses(&lab, ONE_RANK, &[fp8, study]);
+        let effect = largest_difference(&one, &usual);
+        println!("{study}: {effect:e} from fp8 as it is");
+        assert!(effect > 1e-7 && effect < 0.05 * usual[0], "{study}: {one:?} beside {usual:?}");
+        let apart = losses(&lab, layout("1f1b", (4, 1, 2)), &[fp8, study]);
+        assert!(largest_difference(&apart, &one) <= 1e-12 * one[0], "{study}: {apart:?} beside {one:?}");
+        assert_rest_is_as_undisturbed(&lab, FOUR_RANKS, &format!("study-{number}"), &[fp8, study]);
+    }
+}

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use contraflow_workers::checkpoint::{Checkpoint, Kind};
+
 use crate::cluster::{Cluster, ENDLESS, committed, curve, until};
 
 /// SIGKILLs of one job: few here, more where the test runs alone and is timed.
@@ -103,6 +105,29 @@ fn a_lost_rank_resumes_from_its_buddys_replica() {
         resumed.iter().zip(&reported).all(|(resumed, reported)| resumed + 1 >= *reported),
         "{resumed:?} {reported:?}"
     );
+}
+
+#[test]
+fn the_moving_average_survives_in_memory_as_the_weights_do() {
+    let mut cluster = Cluster::start(5);
+    let rare = ["checkpoint.every=1000000", "training.ema_decay=0.9", "training.steps=60"];
+    let job = cluster.submit(&rare, &[]);
+    cluster.until_step(&job, 8);
+    let victim = cluster.host_of(&job, 0);
+    cluster.workers[victim].as_mut().unwrap().kill();
+    let last = |job: &str| {
+        cluster.finish(job);
+        let dir = cluster.path().join(format!("storage/jobs/{job}/checkpoints/step-00000060"));
+        Checkpoint::open(&dir).unwrap_or_else(|faults| panic!("{faults}")).records
+    };
+    let disturbed = last(&job);
+    assert_eq!(from_memory(&cluster, &job).len(), 1);
+    let undisturbed = last(&cluster.submit(&rare, &[]));
+    for (name, shape) in undisturbed.weights() {
+        let [got, expected] = [&disturbed, &undisturbed]
+            .map(|records| records.read_numbers(Kind::Average, name, shape).unwrap());
+        assert!(got == expected, "{name}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::{assert_none, root, sources};
 
 /// The rooms of `workers`, from top to bottom: each imports only those below it.
-const WORKERS: [&str; 13] = [
+const WORKERS: [&str; 14] = [
     "host",
     "rank",
     "infer",
@@ -22,6 +22,7 @@ const WORKERS: [&str; 13] = [
     "model",
     "data",
     "hashed_file",
+    "background",
 ];
 
 /// Maximum number of rooms side by side in a crate.

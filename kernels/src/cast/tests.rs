@@ -1,11 +1,11 @@
 //! Quantising: what holds for any values. Against recorded cases: `tests/narrow.rs`.
 
 use super::*;
-use crate::tests::noise;
+use crate::{tensor::Study, tests::noise};
 use proptest::prelude::*;
 
-const PLAIN: ScaleRule = ScaleRule { floor: false, power_of_two: false };
-const POWERS: ScaleRule = ScaleRule { floor: false, power_of_two: true };
+const PLAIN: ScaleRule = ScaleRule { floor: false, power_of_two: false, study: Study::NONE };
+const POWERS: ScaleRule = ScaleRule { power_of_two: true, ..PLAIN };
 
 fn formats() -> [Format; 6] {
     let e4m3 = |tile, rule| Format::E4M3(tile, rule);
@@ -71,7 +71,7 @@ fn a_tile_keeps_its_zeros_and_its_smallest_values() {
         assert_eq!(narrow.scales()[1], 1.0, "{format:?}");
         assert!(narrow.widened().f32()[128..].iter().all(|value| value.to_bits() == 0));
     }
-    let floored = x.to(Format::E4M3(Tile::Row, ScaleRule { floor: true, power_of_two: false }));
+    let floored = x.to(Format::E4M3(Tile::Row, ScaleRule { floor: true, ..PLAIN }));
     assert_eq!(floored.scales()[0], 1e-4 / 448.0);
 }
 

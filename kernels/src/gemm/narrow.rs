@@ -3,12 +3,13 @@
 //! Both factors are packed into panels of BF16 pairs, which hold every E4M3 code exactly. Sums are F32; where factors have
 //! scales, the sum of each 128 values along K is multiplied by both and added to the result's. On machines without the
 //! instruction for pairs of BF16 the factors are widened, scales multiplied in, and go through the F32 kernels: the same
-//! products, added up in another order. Knows no layers and no gradients.
+//! products, added up in another order. A study adds up as tensor cores do without promotion. Knows no layers and no gradients.
 
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod tensor_core;
 
 use std::ops::Range;
 
@@ -68,6 +69,14 @@ impl<'a> Factor<'a> {
         }
     }
 
+    /// What the codes of a row, or column, of the output are multiplied by, in this tile along the sum.
+    fn scale(&self, lane: usize, tile: usize) -> f32 {
+        match self.along {
+            Along::Columns => self.tensor.scale_at(self.rows.start + lane, tile),
+            Along::Rows => self.tensor.scale_at(self.rows.start + tile * TILE, lane / TILE),
+        }
+    }
+
     /// In F32, scales multiplied in.
     fn widened(&self) -> Tensor {
         let mut out = Tensor::for_overwrite(&[self.rows.len(), self.tensor.cols()]);
@@ -86,6 +95,9 @@ impl<'a> Factor<'a> {
 /// **Shapes**: factors of M and N rows or columns and sums of one length, `out` `[M, N]`.
 /// **Errors**: panics if the shapes do not fit.
 pub(crate) fn product(out: MatMut, output: Output, a: &Factor, b: &Factor) {
+    if a.tensor.format().study().tensor_core_sums {
+        return tensor_core::product(out, output, a, b);
+    }
     #[cfg(target_arch = "x86_64")]
     if avx512::is_supported() {
         return multiply(out, output, &Panels::pack(a, ROWS), &Panels::pack(b, COLS));
@@ -147,10 +159,7 @@ fn scales(factor: &Factor, width: usize, num_panels: usize, num_tiles: usize) ->
     for (row, scales) in scales.f32_mut().chunks_exact_mut(width).enumerate() {
         let (panel, tile) = (row / num_tiles, row % num_tiles);
         for (lane, scale) in (panel * width..num_lanes).zip(scales) {
-            *scale = match factor.along {
-                Along::Columns => factor.tensor.scale_at(factor.rows.start + lane, tile),
-                Along::Rows => factor.tensor.scale_at(factor.rows.start + tile * TILE, lane / TILE),
-            };
+            *scale = factor.scale(lane, tile);
         }
     }
     scales

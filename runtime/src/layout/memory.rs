@@ -33,6 +33,8 @@ pub struct MemoryQuery<'a> {
     pub precision: &'a PrecisionSection,
     /// What is computed again.
     pub memory: &'a MemorySection,
+    /// Whether there is a moving average of the weights.
+    pub has_average: bool,
 }
 
 const F32_BYTES: u64 = 4;
@@ -47,7 +49,7 @@ const MOMENTS: u64 = 2;
 /// backward pass or for a weight gradient, and gradients on their way to other ranks; working memory is what comes on top while an
 /// operation runs, and the step's tokens. The peak is at most the sum of these: where a step has few micro-batches some gradients
 /// are made only when activations have been freed. Not counted is what lies in the memory of the host: copies of the state, and a checkpoint
-/// that is still being written when the next update begins.
+/// that is still being written when the next update begins; the moving average of the rank's shard has a figure of its own.
 ///
 /// Replica groups are those of [`buckets`].
 pub fn rank_figures(query: &MemoryQuery) -> Vec<RankFigures> {
@@ -101,6 +103,7 @@ impl MemoryQuery<'_> {
             activation_bytes: live,
             working_bytes: working,
             device_bytes: weights + optimizer + all + self.batch_bytes(),
+            host_bytes: if self.has_average { F32_BYTES * (shard + gate_biases) } else { 0 },
         }
     }
 
@@ -205,6 +208,7 @@ mod tests {
             programs: &lower(&plan, Some(&stages), topology.expert),
             precision: &PrecisionSection::uniform(NumberFormat::F32),
             memory: &MemorySection { recompute: vec![Recomputed::Norms, Recomputed::Swiglu] },
+            has_average: true,
         })
     }
 
@@ -224,6 +228,7 @@ mod tests {
                 assert_eq!(rank.weight_bytes, 4 * rank.parameters);
                 assert_eq!(rank.gradient_bytes, 4 * (rank.parameters - biases));
                 assert_eq!(rank.optimizer_bytes, 2 * rank.gradient_bytes);
+                assert_eq!(rank.host_bytes, 4 * rank.parameters);
             }
         }
     }

@@ -29,14 +29,16 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
         programs: &lower(&plan, Some(&stages), parallel.expert),
         precision: &recipe.precision,
         memory: &recipe.memory,
+        has_average: recipe.training.ema_decay > 0.0,
     }))
 }
 
-/// What a checkpoint takes in the storage, but for what is small: weights in f32 and both moments. **Units**: bytes.
+/// What a checkpoint takes in the storage, but for what is small: weights in f32, both moments, and an average. **Units**: bytes.
 pub fn checkpoint_bytes(recipe: &Recipe) -> u64 {
     let parameters = cost::parameters(&recipe.model_config);
     let of_moment = if recipe.precision.moments == NumberFormat::Bf16 { 2 } else { 4 };
-    (4 + 2 * of_moment) * (parameters.total + parameters.mtp)
+    let of_average = if recipe.training.ema_decay > 0.0 { 4 } else { 0 };
+    (4 + 2 * of_moment + of_average) * (parameters.total + parameters.mtp)
 }
 
 /// What a job's folder needs: the two checkpoints that it may be sent back to, the newest, the next two, of which one may be written

@@ -1,4 +1,4 @@
-//! Recipes whose stages or recomputation are wrong.
+//! Recipes whose stages, recomputation or studies of precision are wrong.
 
 use super::{Faults, Recipe, RecipeSource};
 
@@ -26,4 +26,22 @@ fn everything_that_is_wrong_with_stages_is_said_at_once() {
     assert!(error_text(&["parallel.stages=[4, 0]"]).contains("a list of whole numbers from 1 to 4096"));
     assert!(error_text(&["memory.recompute=[\"attention\"]"]).contains("\"mla-up-projections\""));
     assert_eq!(error_text(&["parallel.stages=[1, 3]", "memory.recompute=[]"]), "nothing");
+}
+
+#[test]
+fn studies_of_fp8_are_refused_where_there_is_none_and_last_as_long_as_the_run() {
+    let studies = ["precision.accumulate=tensor-core", "precision.gradient_scales=block"];
+    for recipe in [&[][..], &["precision.recipe=bf16"], &["precision.recipe=fp8", "precision.linear=bf16"]] {
+        let text = error_text(&[recipe, &studies].concat());
+        for expected in [
+            "precision.accumulate: expected \"promoted\" where precision.linear is not \"fp8\", got \"tensor-core\"",
+            "precision.gradient_scales: expected \"tile\" where precision.linear is not \"fp8\", got \"block\"",
+        ] {
+            assert!(text.contains(expected), "expected `{expected}` in: {text}");
+        }
+    }
+    let before = load("tiny", &["precision.recipe=fp8", studies[0], studies[1]]).unwrap();
+    let again = Recipe::reload(&before.resolved_toml(), "run", &[], before.model_config.clone()).unwrap();
+    assert_eq!(again, before);
+    assert_eq!(error_text(&["precision.linear=fp8", studies[0]]), "nothing");
 }

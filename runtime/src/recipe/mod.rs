@@ -29,10 +29,10 @@ use toml::Value;
 pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use sections::{
-    BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH, LogLevel,
-    LogSection, LrSection, MemorySection, ModelSection, MtpSection, NumberFormat, OnFault, OnSpike,
-    OptimizerSection, ParallelSection, PrecisionRecipe, PrecisionSection, Recomputed, SampleSection,
-    TokenizerSection, TrainingSection, ValidateSection, WatchSection,
+    Accumulation, BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH,
+    GradientScales, LogLevel, LogSection, LrSection, MemorySection, ModelSection, MtpSection, NumberFormat,
+    OnFault, OnSpike, OptimizerSection, ParallelSection, PrecisionRecipe, PrecisionSection, Recomputed,
+    SampleSection, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 

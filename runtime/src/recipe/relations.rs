@@ -1,7 +1,7 @@
 //! What the values of a recipe must be to one another and to the model.
 
 use super::Recipe;
-use super::sections::BYTE_TOKENS;
+use super::sections::{Accumulation, BYTE_TOKENS, GradientScales, NumberFormat};
 use crate::faults::Faults;
 use crate::files::objects::Location;
 
@@ -20,6 +20,7 @@ pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
     check_batch(recipe, faults);
     check_ramp(recipe, faults);
     check_model(recipe, faults);
+    check_studies(recipe, faults);
     check_rates(recipe, faults);
     check_data(recipe, faults);
     check_store(recipe, faults);
@@ -141,6 +142,25 @@ fn check_model(recipe: &Recipe, faults: &mut Faults) {
             model.topk_method.name()
         );
         faults.expected("balance.bias_speed", expected, "a speed above 0");
+    }
+}
+
+/// Studies change products of FP8, so there have to be some.
+fn check_studies(recipe: &Recipe, faults: &mut Faults) {
+    let precision = &recipe.precision;
+    if !faults.spare(&["precision.linear", "precision.recipe"]) || precision.linear == NumberFormat::Fp8 {
+        return;
+    }
+    let mut refuse = |key, usual: &str, got: &str| {
+        if faults.spare(&[key]) {
+            faults.expected(key, format!("\"{usual}\" where precision.linear is not \"fp8\""), got);
+        }
+    };
+    if precision.accumulate != Accumulation::Promoted {
+        refuse("precision.accumulate", "promoted", "\"tensor-core\"");
+    }
+    if precision.gradient_scales != GradientScales::Tile {
+        refuse("precision.gradient_scales", "tile", "\"block\"");
     }
 }
 

@@ -64,6 +64,8 @@ pub struct TrainingSection {
     pub validation_sequences: usize,
     /// Standard deviation of fresh weights.
     pub init_std: f64,
+    /// Decay per step of a moving average of the weights, in host memory and checkpoints (export --ema, eval --ema); 0: none.
+    pub ema_decay: f64,
     /// Seed of the fresh weights and of the order of the sequences.
     pub seed: u64,
 }
@@ -118,6 +120,10 @@ pub struct PrecisionSection {
     pub moments: NumberFormat,
     /// Whether moments in bf16 are rounded at random in proportion, by seed, step and element, and not to the nearest.
     pub stochastic_rounding: bool,
+    /// How products of fp8 are added up: promoted to f32 every 128 values; or tensor-core, a slow study of 14 bits without promotion.
+    pub accumulate: Accumulation,
+    /// What shares a scale in gradients in fp8: a tile of 1 x 128; or a block of 128 x 128, a study of what the report warns of.
+    pub gradient_scales: GradientScales,
 }
 
 impl PrecisionSection {
@@ -133,6 +139,8 @@ impl PrecisionSection {
             swiglu_input: format,
             moments: NumberFormat::F32,
             stochastic_rounding: false,
+            accumulate: Accumulation::Promoted,
+            gradient_scales: GradientScales::Tile,
         }
     }
 
@@ -140,6 +148,26 @@ impl PrecisionSection {
     pub fn products(&self) -> NumberFormat {
         if self.linear == NumberFormat::F32 { NumberFormat::F32 } else { NumberFormat::Bf16 }
     }
+}
+
+/// How products of FP8 are added up (report section 3.3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accumulation {
+    /// The sum of each 128 is scaled and added in F32.
+    Promoted,
+    /// As tensor cores do by themselves: 32 products at a time, with 14 bits.
+    TensorCore,
+}
+
+/// What shares a scale in gradients in FP8 (report appendix B.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientScales {
+    /// 1 x 128 values.
+    Tile,
+    /// 128 x 128 values.
+    Block,
 }
 
 /// A precision recipe.
@@ -294,7 +322,7 @@ pub struct CheckpointSection {
     pub store: String,
     /// Whether the run ends by writing the weights as an HF directory.
     pub save_model: bool,
-    /// In a cluster: whether two workers hold a rank's latest two states in memory: 48 bytes per parameter, 32 with moments in bf16.
+    /// In a cluster: whether two workers hold a rank's latest two states in memory: 48 bytes per parameter, 32 with moments in bf16; 16 more with an average.
     pub in_memory: bool,
 }
 

@@ -90,14 +90,16 @@ pub struct RankFigures {
     pub working_bytes: u64,
     /// The peak of a step: at most all of it.
     pub device_bytes: u64,
+    /// In the host's memory: the moving average of this rank's shard of the weights.
+    pub host_bytes: u64,
 }
 
 impl RankFigures {
-    /// The peak of a step.
+    /// The peak of a step where device and host are one.
     ///
     /// **Units**: bytes.
     pub fn bytes(&self) -> u64 {
-        self.device_bytes
+        self.device_bytes + self.host_bytes
     }
 }
 
@@ -242,6 +244,14 @@ impl PlanReport {
                 rank.layers,
             )?;
         }
+        let host = figures.iter().map(|rank| rank.host_bytes).max().unwrap_or_default();
+        if host > 0 {
+            let host = size(host);
+            writeln!(
+                f,
+                "in the host's memory besides: at most {host} a rank, its shard of the moving average"
+            )?;
+        }
         Ok(())
     }
 }
@@ -355,6 +365,7 @@ rank  1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
             activation_bytes: 12,
             working_bytes: 5 << 20,
             device_bytes: 4 << 30,
+            host_bytes: 7 << 20,
         }]);
         report.per_step = Some(vec![StepCost { rank: 0, flops: 12_345_678, sent_bytes: 3 << 20 }]);
         assert!(report.to_string().contains("   0      1.235e7      3.0 MiB\n"), "{report}");

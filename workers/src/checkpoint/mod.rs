@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use newest::NewestWhole;
 pub use read::{Checkpoint, CheckpointFaults, Records, parse_header};
 pub use shard::{shard_bytes, shard_name, write_shard, write_shard_bytes};
-pub use snapshot::{RecordValues, Snapshot, SnapshotPiece};
+pub use snapshot::{Awaited, RecordValues, Snapshot, SnapshotPiece};
 
 /// What a record's values are of their tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub enum Kind {
     ExpAvg,
     /// Second moment of AdamW.
     ExpAvgSq,
+    /// Moving average of what the optimizer updates, and of the gate biases, in f32; where the recipe asks for one.
+    Average,
     /// Tokens per expert since the start of the run, under the name of the layer's gate bias.
     Count,
 }
@@ -84,6 +86,7 @@ impl Record {
             Kind::Weight => "weight",
             Kind::ExpAvg => "exp_avg",
             Kind::ExpAvgSq => "exp_avg_sq",
+            Kind::Average => "average",
             Kind::Count => "count",
         };
         format!("{kind}/{}", self.name)

@@ -164,6 +164,11 @@ impl Records {
         weights.map(|((_, name), pieces)| (name.as_str(), pieces.shape.as_slice()))
     }
 
+    /// Whether there is anything of a kind.
+    pub fn has(&self, kind: Kind) -> bool {
+        self.tensors.keys().any(|(own, _)| *own == kind)
+    }
+
     /// Shape of a tensor, if there is one of that kind and name.
     pub fn shape(&self, kind: Kind, name: &str) -> Option<&[usize]> {
         self.tensors.get(&(kind, name.to_owned())).map(|pieces| pieces.shape.as_slice())
@@ -371,7 +376,7 @@ impl Pieces {
         for RecordLocation { record, .. } in &self.places {
             let is_stored_so = match record.kind {
                 Kind::Count => record.format == Storage::U64,
-                Kind::Weight => record.format == Storage::F32,
+                Kind::Weight | Kind::Average => record.format == Storage::F32,
                 Kind::ExpAvg | Kind::ExpAvgSq => record.format != Storage::U64,
             };
             if record.shape != self.shape || !is_stored_so {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use contraflow_kernels::dispatch::pairs_are_within;
-use contraflow_kernels::tensor::{Format, HostMemory, ScaleRule, Tensor, Tile};
+use contraflow_kernels::tensor::{Format, HostMemory, ScaleRule, Study, Tensor, Tile};
 use contraflow_runtime::fabric::{FabricError, Memory, PayloadShape, Region, Tag};
 
 /// [`PayloadShape::kind`] of each payload.
@@ -23,10 +23,10 @@ fn kind_of(format: Format) -> Option<u8> {
         Format::F32 => Some(F32_TENSOR),
         Format::U32 => Some(U32_TENSOR),
         Format::BF16 => Some(BF16_TENSOR),
-        Format::E4M3(Tile::Row, ScaleRule { floor, power_of_two }) => {
+        Format::E4M3(Tile::Row, ScaleRule { floor, power_of_two, study: Study::NONE }) => {
             Some(E4M3_TENSOR + u8::from(floor) + 2 * u8::from(power_of_two))
         }
-        Format::E4M3(Tile::Block, _) | Format::E5M6 => None,
+        Format::E4M3(..) | Format::E5M6 => None,
     }
 }
 
@@ -37,7 +37,8 @@ fn format_of(kind: u8) -> Option<Format> {
         BF16_TENSOR => Some(Format::BF16),
         E4M3_TENSOR..=11 => {
             let rule = kind - E4M3_TENSOR;
-            Some(Format::E4M3(Tile::Row, ScaleRule { floor: rule & 1 != 0, power_of_two: rule & 2 != 0 }))
+            let (floor, power_of_two) = (rule & 1 != 0, rule & 2 != 0);
+            Some(Format::E4M3(Tile::Row, ScaleRule { floor, power_of_two, study: Study::NONE }))
         }
         _ => None,
     }

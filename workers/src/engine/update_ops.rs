@@ -190,7 +190,9 @@ impl RunningProgram {
         let compute = self.compute();
         self.with_update(|update| {
             let is_wanted = update.saves() || update.replicates();
-            update.snapshot = is_wanted.then(|| update.optimizer.snapshot(&compute.params));
+            let has_updated = !update.global()?.skipped;
+            let averages = update.optimizer.average(&compute.params, has_updated, is_wanted)?;
+            update.snapshot = is_wanted.then(|| update.optimizer.snapshot(&compute.params, averages));
             Ok(())
         })
     }

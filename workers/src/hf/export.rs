@@ -75,7 +75,8 @@ impl Export<'_> {
     /// **Errors**: a folder that cannot be read, by name.
     pub fn identity(&self) -> Result<String, RankError> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?}\n{}\n", self.format, self.config_json).as_bytes());
+        let what = (self.format, self.source.is_averaged());
+        hasher.update(format!("{what:?}\n{}\n", self.config_json).as_bytes());
         for shard in self.shards() {
             hasher.update(shard.header().as_bytes());
         }

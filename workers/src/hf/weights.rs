@@ -109,6 +109,8 @@ pub struct HfWeights {
     buffers: BTreeSet<String>,
     /// In the place of files under published names, if the folder is that of a checkpoint.
     checkpoint: Option<Box<Checkpoint>>,
+    /// What is read of a checkpoint: the weights, or their average.
+    kind: Kind,
 }
 
 /// The error of a file, with its path.
@@ -136,6 +138,7 @@ impl HfWeights {
             tensors: BTreeMap::new(),
             buffers: BTreeSet::new(),
             checkpoint: None,
+            kind: Kind::Weight,
         };
         if dir.join(MANIFEST_FILE).exists() {
             let faults = match Checkpoint::open(dir) {
@@ -192,6 +195,28 @@ impl HfWeights {
             faults.extend(without_scales);
         }
         (weights, faults)
+    }
+
+    /// In the place of a checkpoint's weights their moving average, under the same names.
+    ///
+    /// **Errors**: this is no checkpoint, or one of a run that keeps no average.
+    pub fn averaged(self) -> Result<Self, RankError> {
+        let expected = "expected a checkpoint with a moving average of the weights";
+        match &self.checkpoint {
+            None => Err(content_error(&self.dir, format!("{expected}, got a directory of weights"))),
+            Some(checkpoint) if checkpoint.records.has(Kind::Average) => {
+                Ok(HfWeights { kind: Kind::Average, ..self })
+            }
+            Some(_) => {
+                let got = "got one of a run without training.ema_decay";
+                Err(content_error(&self.dir, format!("{expected}, {got}")))
+            }
+        }
+    }
+
+    /// Whether they are the moving average of a checkpoint's weights.
+    pub fn is_averaged(&self) -> bool {
+        self.kind == Kind::Average
     }
 
     /// Gives each FP8 matrix its scales, which are no tensors of the model.
@@ -268,7 +293,7 @@ impl HfWeights {
     /// Shape of a tensor and type of its values as they are read, if there is one of that name.
     pub fn info(&self, name: &str) -> Option<(&[usize], Dtype)> {
         match &self.checkpoint {
-            Some(checkpoint) => checkpoint.records.shape(Kind::Weight, name).map(|shape| (shape, Dtype::F32)),
+            Some(checkpoint) => checkpoint.records.shape(self.kind, name).map(|shape| (shape, Dtype::F32)),
             None => self.tensors.get(name).map(|place| (place.info.shape.as_slice(), place.dtype())),
         }
     }
@@ -287,7 +312,7 @@ impl HfWeights {
         if let Some(checkpoint) = &self.checkpoint {
             let cols = rows_and_cols(shape).1;
             let range = rows.start * cols..rows.end * cols;
-            return checkpoint.records.read_range(Kind::Weight, (name, shape), range);
+            return checkpoint.records.read_range(self.kind, (name, shape), range);
         }
         self.place(name, shape)?.values(name, &rows)
     }

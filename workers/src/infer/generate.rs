@@ -50,6 +50,20 @@ impl Generator {
     ///
     /// **Errors**: a missing or damaged file, by name; every fault of the configuration.
     pub fn load(dir: &Path) -> Result<Self, RankError> {
+        Self::of_weights(dir, HfWeights::open)
+    }
+
+    /// The same with the moving average of a checkpoint's weights.
+    ///
+    /// **Errors**: as [`Generator::load`]; the directory is no checkpoint with an average.
+    pub fn load_average(dir: &Path) -> Result<Self, RankError> {
+        Self::of_weights(dir, |dir| HfWeights::open(dir)?.averaged())
+    }
+
+    fn of_weights(
+        dir: &Path,
+        open: impl FnOnce(&Path) -> Result<HfWeights, RankError>,
+    ) -> Result<Self, RankError> {
         let path = dir.join("config.json");
         let content = |message: String| RankError::Content { path: path.display().to_string(), message };
         let text = contraflow_runtime::files::read_to_string(&path)
@@ -59,7 +73,7 @@ impl Generator {
         check_against(&config, dir).map_err(|faults| RankError::Model { faults })?;
         let arch = Architecture::new(config, Precision::F32);
         let mut model = one_rank(&arch).map_err(content)?;
-        let weights = HfWeights::open(dir)?;
+        let weights = open(dir)?;
         weights.fill(&mut model.dense)?;
         weights.fill(&mut model.experts)?;
         Ok(Generator { arch, model })

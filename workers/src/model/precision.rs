@@ -2,8 +2,8 @@
 //!
 //! Norms, gates and routing stay in F32, as do gradients of weights and what the optimizer works on. Knows no layer.
 
-use contraflow_kernels::tensor::{Format, ScaleRule, Tile};
-use contraflow_runtime::recipe::{NumberFormat, PrecisionSection};
+use contraflow_kernels::tensor::{Format, ScaleRule, Study, Tile};
+use contraflow_runtime::recipe::{Accumulation, GradientScales, NumberFormat, PrecisionSection};
 
 /// Formats of what is computed and sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +35,19 @@ impl Precision {
 
     /// That of a recipe. What travels in FP8 has powers of two for scales, so that it is tiled anew without loss.
     pub fn of(section: &PrecisionSection) -> Self {
-        let of = |number, tile, power_of_two| match number {
-            NumberFormat::F32 => Format::F32,
-            NumberFormat::Bf16 => Format::BF16,
-            NumberFormat::Fp8 => Format::E4M3(tile, ScaleRule { floor: false, power_of_two }),
-            NumberFormat::E5m6 => Format::E5M6,
+        let study = Study {
+            tensor_core_sums: section.accumulate == Accumulation::TensorCore,
+            gradient_blocks: section.gradient_scales == GradientScales::Block,
+        };
+        let of = |number, tile, power_of_two| {
+            // Weights say it, so that what travels needs not to.
+            let study = if tile == Tile::Block { study } else { Study::NONE };
+            match number {
+                NumberFormat::F32 => Format::F32,
+                NumberFormat::Bf16 => Format::BF16,
+                NumberFormat::Fp8 => Format::E4M3(tile, ScaleRule { floor: false, power_of_two, study }),
+                NumberFormat::E5m6 => Format::E5M6,
+            }
         };
         Precision {
             linear: of(section.linear, Tile::Block, false),

@@ -2,6 +2,7 @@
 //!
 //! Knows parameters and replica groups, no layers and no lanes.
 
+mod average;
 pub mod buckets;
 pub mod inspect;
 pub mod squares;

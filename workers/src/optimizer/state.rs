@@ -7,7 +7,7 @@ use contraflow_kernels::tensor::Tensor;
 use super::buckets::BucketSlice;
 use super::totals::TotalsLayout;
 use super::update::OptimizerState;
-use crate::checkpoint::{Kind, Records, Snapshot};
+use crate::checkpoint::{Awaited, Kind, Records, Snapshot};
 use crate::comm::collectives::Collectives;
 use crate::error::RankError;
 use crate::model::params::{RankParams, gate_bias_name};
@@ -15,16 +15,23 @@ use crate::model::params::{RankParams, gate_bias_name};
 impl OptimizerState {
     /// What this rank answers for in a checkpoint: its shard of weights and moments, and the gate biases and counts of the
     /// gates whose first holder it is.
-    pub fn snapshot(&self, params: &RankParams) -> Snapshot {
+    ///
+    /// `averages` are what [`OptimizerState::average`] gave: of each of these weights, or none.
+    pub fn snapshot(&self, params: &RankParams, averages: Vec<Awaited>) -> Snapshot {
         let mut snapshot = Snapshot { watch: self.watch.clone(), ..Snapshot::default() };
+        let mut averages = averages.into_iter();
         for bucket in &self.buckets {
             for BucketSlice { store, index, in_param, in_range } in bucket.pieces(&bucket.shard, params) {
                 let param = params.param(store, index);
                 let weight = shared_or_cut(param.master(), param.in_master(in_param.clone()));
+                let average = averages.next();
                 for (part, in_part, within) in param.parts_in(in_param) {
                     let place = || (part.name.as_str(), part.shape.as_slice(), in_part.clone());
                     let of = |first: usize| first + within.start..first + within.end;
                     snapshot.add(Kind::Weight, place(), (weight.clone(), of(0)));
+                    if let Some(average) = &average {
+                        snapshot.add_awaited(Kind::Average, place(), (average.clone(), of(0)));
+                    }
                     snapshot.add(Kind::ExpAvg, place(), (bucket.exp_avg.clone(), of(in_range.start)));
                     snapshot.add(Kind::ExpAvgSq, place(), (bucket.exp_avg_sq.clone(), of(in_range.start)));
                 }
@@ -37,6 +44,9 @@ impl OptimizerState {
                 let (name, len) = (gate_bias_name(layer), counts.len());
                 if let Some(bias) = params.dense.gate_biases.get(&layer) {
                     snapshot.add(Kind::Weight, (&name, &[len], 0..len), (bias.clone(), 0..len));
+                    if let Some(average) = averages.next() {
+                        snapshot.add_awaited(Kind::Average, (&name, &[len], 0..len), (average, 0..len));
+                    }
                 }
                 snapshot.add_counts(name, counts.clone());
             }
@@ -136,7 +146,7 @@ impl OptimizerState {
 
 /// A range of a tensor, as a tensor: the whole is shared until it is written to, a part is copied, so that a
 /// rank never keeps more than its shard.
-fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
+pub(super) fn shared_or_cut(tensor: &Tensor, range: Range<usize>) -> Tensor {
     if range.len() == tensor.len() {
         return tensor.clone();
     }

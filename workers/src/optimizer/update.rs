@@ -16,6 +16,7 @@ use contraflow_runtime::stability::evidence::Evidence;
 use contraflow_runtime::stability::{Seen, StabilityWatch, Verdict};
 use contraflow_runtime::topology::collective::shard;
 
+use super::average::Average;
 use super::buckets::{Bucket, BucketGroup, BucketSlice};
 use super::squares::{SquaresByPlace, square};
 use super::totals::TotalsLayout;
@@ -47,6 +48,7 @@ pub struct OptimizerState {
     pub layout: TotalsLayout,
     moments: Moments,
     pub(super) buckets: Vec<Bucket>,
+    pub(super) average: Option<Average>,
 }
 
 /// What the optimizer is made with.
@@ -124,6 +126,7 @@ impl OptimizerState {
             layout,
             moments,
             buckets,
+            average: None,
         }
     }
 

@@ -15,7 +15,7 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::FormationId;
 use contraflow_runtime::trace::TraceContext;
 
-use crate::checkpoint::{Checkpoint, Records};
+use crate::checkpoint::{Checkpoint, Kind, Records};
 use crate::comm::collectives::Collectives;
 use crate::data::batches::Datasets;
 use crate::engine::plans::Plans;
@@ -109,8 +109,18 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let (mut position, mut reports) = (Position::default(), Vec::new());
     if let Some(checkpoint) = &assignment.resume {
         optimizer.restore(&params, &checkpoint.records)?;
+        let has_average = checkpoint.records.has(Kind::Average);
+        if rank == 0 && recipe.training.ema_decay > 0.0 && !has_average {
+            tracing::info!(
+                "the checkpoint has no average of the weights: it begins with the weights as they are"
+            );
+        }
         optimizer.watch = checkpoint.manifest.watch.clone();
         position = checkpoint.manifest.position;
+    }
+    if assignment.recovered.is_none() {
+        let records = assignment.resume.as_ref().map(|checkpoint| &checkpoint.records);
+        optimizer.start_average(recipe.training.ema_decay, &params, records)?;
     }
     if let Some(recovered) = &assignment.recovered {
         (position, reports) = recover(recovered, &assignment, &mut optimizer, &mut params)?;
@@ -134,6 +144,7 @@ fn recover(
     let world: Vec<usize> = assignment.recipe.topology().ranks().collect();
     let collectives = Collectives { endpoint: &assignment.endpoint, id };
     optimizer.recover(params, &records, (&collectives, &world))?;
+    optimizer.start_average(assignment.recipe.training.ema_decay, params, Some(&records))?;
     optimizer.watch = replica.watch.clone();
     reports.iter_mut().for_each(|report| report.generation = formation.generation.number());
     Ok((replica.position, reports))

@@ -18,6 +18,7 @@ use contraflow_runtime::model_config::{ModelConfig, WeightShape};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 
 use super::RankMessage;
+use crate::background::yield_to_training;
 use crate::checkpoint::saves::backoff;
 use crate::checkpoint::writers;
 use crate::checkpoint::{Snapshot, shard_name, write_shard};
@@ -140,18 +141,6 @@ pub fn export(
     }
     // Only some ranks write one: they are numbered through once all are there.
     write_file(dir, &format!("rank-{rank:05}-of-{world:05}.safetensors"), entries)
-}
-
-/// In the system's count, in which 0 is what a process begins with.
-#[cfg(target_os = "linux")]
-const LOWEST_PRIORITY: i32 = 19;
-
-/// From now on this thread gets what the training leaves of the cores.
-fn yield_to_training() {
-    // On Linux the priority is the thread's; elsewhere it would be that of the whole process. Without it a checkpoint is
-    // only less polite.
-    #[cfg(target_os = "linux")]
-    let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
 }
 
 /// Writes a rank's part of a checkpoint into its folder.
