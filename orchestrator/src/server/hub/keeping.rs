@@ -39,7 +39,7 @@ pub(super) struct CommitBatch {
 
 impl CommitBatch {
     /// What of it is for the disk, if anything is.
-    fn to_keep(&mut self) -> Option<Batch> {
+    fn take_kept(&mut self) -> Option<Batch> {
         if self.facts.is_empty() && self.steps.is_empty() && self.lines.is_empty() {
             return None;
         }
@@ -60,7 +60,7 @@ impl Hub {
     ///
     /// **Errors**: the state is damaged.
     pub(super) async fn keep(&mut self, batch: &mut CommitBatch, mail: &mut Mailboxes) -> Result<(), String> {
-        let Some(kept) = batch.to_keep() else { return Ok(()) };
+        let Some(kept) = batch.take_kept() else { return Ok(()) };
         self.snapshots.count(&kept.records);
         let (store, has_facts) = (self.store.clone(), !kept.records.is_empty());
         let began = Instant::now();
