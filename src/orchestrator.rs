@@ -42,7 +42,8 @@ pub struct OrchestratorArgs {
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state cannot be written any more.
+/// **Errors**: code 2 if the state, the certificates or the address cannot be had; code 1 if the state is damaged, or
+/// older than what a worker has seen.
 pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;

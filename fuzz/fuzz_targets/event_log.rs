@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use contraflow_fuzz as _;
-use contraflow_orchestrator::store::{FILE_NAME, Store};
+use contraflow_orchestrator::store::{Batch, FILE_NAME, Store};
 use libfuzzer_sys::fuzz_target;
 
 /// A folder of this process's own, and a sound file.
@@ -20,11 +20,13 @@ fn ground() -> &'static (PathBuf, Vec<u8>) {
         {
             let (store, _) = Store::open(&dir).expect("an empty folder");
             for size in [10, 700, 5000] {
-                store.append(&vec![vec![b'r'; size]; 4]).expect("room");
+                let records = vec![vec![b'r'; size]; 4];
+                store.keep(&Batch { records, ..Batch::default() }).expect("room");
             }
             store.snapshot(3, std::iter::once(b"state".to_vec())).expect("a record");
-            store.append_steps(1, &[(1, vec![b's'; 90])]).expect("room");
-            store.append_lines(1, &[b"a line".to_vec()]).expect("room");
+            let (steps, lines) =
+                ([(1, vec![(1, vec![b's'; 90])])].into(), [(1, vec![b"a line".to_vec()])].into());
+            store.keep(&Batch { steps, lines, ..Batch::default() }).expect("room");
         }
         let sound = std::fs::read(dir.join(FILE_NAME)).expect("the file just made");
         (dir, sound)
@@ -56,7 +58,7 @@ fuzz_target!(init: let_the_database_panic(), |bytes: &[u8]| {
         assert!(store.lines(job, 0).into_iter().flatten().count() < 1000);
     }
     // A payload is as good as any other, and comes back as it was.
-    if store.append(&[rest.to_vec()]).is_ok() {
+    if store.keep(&Batch { records: vec![rest.to_vec()], ..Batch::default() }).is_ok() {
         drop(store);
         let (_, replay) = Store::open(dir).expect("what was just written");
         assert_eq!(replay.records.last().map(|(_, record)| record.as_slice()), Some(rest));

@@ -1,22 +1,31 @@
 //! What the orchestrator remembers on disk: the event log with its snapshot, step records and log lines of the jobs.
 //!
-//! One file in the state folder, kept by `redb`: a call that returns has reached the disk, all of it or nothing. Knows
-//! bytes, sequence numbers and jobs' numbers; what a record says is the core's business. Calls block on the disk, so an
-//! actor makes them on a blocking thread.
+//! One file in the state folder, kept by `redb`: a call that returns has reached the disk, all of it or nothing; where the disk
+//! fails it returns later ([`Store::trouble`]). Knows bytes, sequence numbers and jobs' numbers; what a record says is the
+//! core's business. Calls block on the disk, so an actor makes them on a blocking thread.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+#[cfg(test)]
+pub(crate) mod disk;
 mod error;
+mod patient;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
+use redb::backends::FileBackend;
+use redb::{
+    Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableHandle, WriteTransaction,
+};
 
 use error::contain;
 pub use error::{StoreError, StoreErrorKind};
+pub use patient::Trouble;
+use patient::{Patience, Patient};
 
 /// Version of what the tables hold; a file of another one is refused. Since 2 jobs go by [`JobId`]s, since 3 a snapshot is in
 /// parts.
@@ -73,12 +82,27 @@ pub type Numbered = (u64, Vec<u8>);
 #[derive(Debug)]
 pub struct Store {
     database: Database,
+    patience: Arc<Patience>,
     /// Named in every error.
     file: Arc<Path>,
     /// [`LINES_PER_JOB`], fewer in tests.
     lines_per_job: u64,
     /// [`STEPS_PER_JOB`], fewer in tests.
     steps_per_job: u64,
+}
+
+/// What is kept at once: all of it, or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// For the end of the event log.
+    pub records: Vec<Vec<u8>>,
+    /// By job, records of steps; one of the same step takes the place of the one before. Those more than [`STEPS_PER_JOB`] before
+    /// the latest go.
+    pub steps: BTreeMap<u64, Vec<Numbered>>,
+    /// By job, further lines of its log; the oldest beyond [`LINES_PER_JOB`] go. A job's first line is 1.
+    pub lines: BTreeMap<u64, Vec<Vec<u8>>>,
+    /// What goes then.
+    pub gone: Removals,
 }
 
 /// What goes with the facts that say so.
@@ -107,27 +131,46 @@ impl Store {
     /// # Errors
     /// The folder is in use, cannot be read or written, is damaged or of another format.
     pub fn open(dir: &Path) -> Result<(Store, Replay), StoreError> {
-        let file = dir.join(FILE_NAME);
-        let io = |error| StoreError::new(&file, StoreErrorKind::Io(error));
+        let path = dir.join(FILE_NAME);
+        let io = |error| StoreError::new(&path, StoreErrorKind::Io(error));
         std::fs::create_dir_all(dir).map_err(io)?;
-        let database = contain(&file, || {
-            Ok(Database::builder().set_cache_size(CACHE).set_check_integrity_on_open(true).create(&file)?)
-        })?;
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(io)?;
+        let file = contain(&path, || Ok(FileBackend::new(file)?))?;
+        let opened = Store::on(file, &path)?;
         // The file's name must be as durable as what it holds.
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
-        Store::with_database(database, &file)
+        Ok(opened)
     }
 
-    fn with_database(database: Database, file: &Path) -> Result<(Store, Replay), StoreError> {
-        let store =
-            Store { database, file: file.into(), lines_per_job: LINES_PER_JOB, steps_per_job: STEPS_PER_JOB };
-        match contain(file, || store.begin_incarnation())? {
-            Ok(replay) => match gap(&replay) {
-                Some(reason) => Err(StoreError::new(file, StoreErrorKind::Damaged(reason))),
-                None => Ok((store, replay)),
-            },
-            Err(fault) => Err(StoreError::new(file, fault)),
+    /// Opens what a file holds. From then on a disk that fails is waited for.
+    fn on(file: impl StorageBackend, path: &Path) -> Result<(Store, Replay), StoreError> {
+        let patience = Arc::new(Patience::of(path.into()));
+        let file = Patient::new(file, patience.clone());
+        let database = contain(path, || {
+            let mut builder = Database::builder();
+            builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+            Ok(builder.create_with_backend(file)?)
+        })?;
+        let (lines_per_job, steps_per_job) = (LINES_PER_JOB, STEPS_PER_JOB);
+        let store = Store { database, patience, file: path.into(), lines_per_job, steps_per_job };
+        let replay =
+            contain(path, || store.begin_incarnation())?.map_err(|fault| StoreError::new(path, fault))?;
+        if let Some(reason) = gap(&replay) {
+            return Err(StoreError::new(path, StoreErrorKind::Damaged(reason)));
         }
+        store.patience.begin();
+        Ok((store, replay))
+    }
+
+    /// What the disk refuses just now; calls wait for it.
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.patience.trouble()
+    }
+
+    /// Waits for the disk no more: calls that do fail, and so does all that comes after them. For the end of a process.
+    pub fn give_up(&self) {
+        self.patience.give_up();
     }
 
     /// Makes the tables of a new file, raises the incarnation, reads. The inner error: not a file of ours; unchanged.
@@ -179,38 +222,64 @@ impl Store {
         Ok(Ok(Replay { snapshot, records, incarnation }))
     }
 
-    /// Appends records to the event log, all or none, with one wait for the disk however many there are; returns the
-    /// number of the first. The first of all is 1.
+    /// Keeps a batch, with one wait for the disk however much it holds; returns the number of the latest record of the event log.
+    /// The first of all is 1.
     ///
     /// # Errors
-    /// A record is too long; the disk fails.
-    pub fn append(&self, records: &[Vec<u8>]) -> Result<u64, StoreError> {
-        self.append_and_forget(records, &Removals::default())
-    }
-
-    /// The same, of records by which jobs are forgotten or go back: what is `gone` of them goes with it, or nothing does.
-    ///
-    /// # Errors
-    /// A record is too long; the disk fails.
-    pub fn append_and_forget(&self, records: &[Vec<u8>], gone: &Removals) -> Result<u64, StoreError> {
-        self.check_lengths(records, MAX_RECORD)?;
+    /// A record or line is too long.
+    pub fn keep(&self, batch: &Batch) -> Result<u64, StoreError> {
+        let steps = batch.steps.values().flatten().map(|(_, record)| record);
+        let lines = batch.lines.values().flatten();
+        batch
+            .records
+            .iter()
+            .chain(steps)
+            .chain(lines)
+            .try_for_each(|bytes| self.check_length(bytes.len()))?;
         self.write(|write| {
+            batch.steps.iter().try_for_each(|(&job, steps)| self.keep_steps(write, job, steps))?;
+            batch.lines.iter().try_for_each(|(&job, lines)| self.keep_lines(write, job, lines))?;
             let first = next_number(write)?;
             let mut log = write.open_table(LOG)?;
-            for (number, record) in (first..).zip(records) {
+            for (number, record) in (first..).zip(&batch.records) {
                 log.insert(number, record.as_slice())?;
             }
-            for &job in &gone.jobs {
+            for &job in &batch.gone.jobs {
                 for table in [STEPS, LINES] {
                     write.open_table(table)?.retain_in((job, 0)..=(job, u64::MAX), |_, _| false)?;
                 }
             }
-            for &(job, step) in &gone.steps_after {
+            for &(job, step) in &batch.gone.steps_after {
                 let later = (job, step.saturating_add(1))..=(job, u64::MAX);
                 write.open_table(STEPS)?.retain_in(later, |_, _| false)?;
             }
-            Ok(first)
+            Ok(first + batch.records.len() as u64 - 1)
         })
+    }
+
+    fn keep_steps(&self, write: &WriteTransaction, job: u64, steps: &[Numbered]) -> Result<(), redb::Error> {
+        let mut table = write.open_table(STEPS)?;
+        for (step, record) in steps {
+            table.insert((job, *step), record.as_slice())?;
+        }
+        let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
+        let last = last.map_or(0, |(key, _)| key.value().1);
+        let oldest = last.saturating_add(1).saturating_sub(self.steps_per_job);
+        table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
+        Ok(())
+    }
+
+    fn keep_lines(&self, write: &WriteTransaction, job: u64, lines: &[Vec<u8>]) -> Result<(), redb::Error> {
+        let mut table = write.open_table(LINES)?;
+        let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
+        let first = last.map_or(1, |(key, _)| key.value().1.saturating_add(1));
+        for (number, line) in (first..).zip(lines) {
+            table.insert((job, number), line.as_slice())?;
+        }
+        let end = first.saturating_add(lines.len() as u64);
+        let oldest = end.saturating_sub(self.lines_per_job);
+        table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
+        Ok(())
     }
 
     /// Keeps the state after the record `number`, in parts, in place of the snapshot before and of all records up to and
@@ -218,7 +287,7 @@ impl Store {
     /// until then, and if anything fails, everything stands as before.
     ///
     /// # Errors
-    /// There is no such record yet; there is a newer snapshot; a part is too long; the disk fails.
+    /// There is no such record yet; there is a newer snapshot; a part is too long.
     pub fn snapshot(&self, number: u64, parts: impl Iterator<Item = Vec<u8>>) -> Result<u64, StoreError> {
         let (before, next) = self.write(|write| {
             let before = covered(write)?;
@@ -258,7 +327,7 @@ impl Store {
             })
         };
         for (index, part) in (0..).zip(parts) {
-            self.check_length(part.len(), MAX_RECORD)?;
+            self.check_length(part.len())?;
             piece_bytes += part.len();
             bytes += part.len() as u64;
             piece.push((index, part));
@@ -271,55 +340,12 @@ impl Store {
         Ok(bytes)
     }
 
-    /// Keeps records of steps of a job; one of the same step takes the place of the one before. Those more than
-    /// [`STEPS_PER_JOB`] before the latest go. One wait for the disk.
-    ///
-    /// # Errors
-    /// A record is too long; the disk fails.
-    pub fn append_steps(&self, job: u64, steps: &[Numbered]) -> Result<(), StoreError> {
-        for (_, record) in steps {
-            self.check_length(record.len(), MAX_RECORD)?;
-        }
-        self.write(|write| {
-            let mut table = write.open_table(STEPS)?;
-            for (step, record) in steps {
-                table.insert((job, *step), record.as_slice())?;
-            }
-            let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
-            let last = last.map_or(0, |(key, _)| key.value().1);
-            let oldest = last.saturating_add(1).saturating_sub(self.steps_per_job);
-            table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
-            Ok(())
-        })
-    }
-
     /// The records of a job from a step on, in order, as they stand now.
     ///
     /// # Errors
     /// The disk fails, now or later on.
     pub fn steps(&self, job: u64, from: u64) -> Result<Entries, StoreError> {
         self.entries(STEPS, job, from)
-    }
-
-    /// Appends log lines of a job, drops the oldest beyond [`LINES_PER_JOB`], and returns the number of the first. A
-    /// job's first line is 1. One wait for the disk.
-    ///
-    /// # Errors
-    /// A line is too long; the disk fails.
-    pub fn append_lines(&self, job: u64, lines: &[Vec<u8>]) -> Result<u64, StoreError> {
-        self.check_lengths(lines, MAX_RECORD)?;
-        self.write(|write| {
-            let mut table = write.open_table(LINES)?;
-            let last = table.range((job, 0)..=(job, u64::MAX))?.next_back().transpose()?;
-            let first = last.map_or(1, |(key, _)| key.value().1.saturating_add(1));
-            for (number, line) in (first..).zip(lines) {
-                table.insert((job, number), line.as_slice())?;
-            }
-            let end = first.saturating_add(lines.len() as u64);
-            let oldest = end.saturating_sub(self.lines_per_job);
-            table.retain_in((job, 0)..(job, oldest), |_, _| false)?;
-            Ok(first)
-        })
     }
 
     /// The lines of a job from a number on, in order, as they stand now; those before were dropped or asked to be left out.
@@ -351,15 +377,11 @@ impl Store {
         Ok(Entries { range, file: self.file.clone() })
     }
 
-    fn check_lengths(&self, records: &[Vec<u8>], most: usize) -> Result<(), StoreError> {
-        records.iter().try_for_each(|record| self.check_length(record.len(), most))
-    }
-
-    fn check_length(&self, len: usize, most: usize) -> Result<(), StoreError> {
-        if len <= most {
+    fn check_length(&self, len: usize) -> Result<(), StoreError> {
+        if len <= MAX_RECORD {
             return Ok(());
         }
-        Err(self.refuse(format!("expected at most {most} bytes at once, got {len}")))
+        Err(self.refuse(format!("expected at most {MAX_RECORD} bytes at once, got {len}")))
     }
 
     fn refuse(&self, reason: String) -> StoreError {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use contraflow_orchestrator::store::{Store, StoreError};
+use contraflow_orchestrator::store::{Batch, Store, StoreError};
 
 const FOLDER: &str = "CONTRAFLOW_TEST_STORE";
 const KILLS: u64 = 40;
@@ -43,10 +43,10 @@ fn write_and_print(dir: &Path) {
     loop {
         let count = 1 + seeded.below(9);
         let records: Vec<_> = (next..next + count).map(record).collect();
-        assert_eq!(store.append(&records).unwrap(), next);
         next += count;
+        let steps = [(7, vec![(next, record(next))])].into();
+        assert_eq!(store.keep(&Batch { records, steps, ..Batch::default() }).unwrap(), next - 1);
         writeln!(out, "record {}", next - 1).unwrap();
-        store.append_steps(7, &[(next, record(next))]).unwrap();
         writeln!(out, "step {next}").unwrap();
         if seeded.below(8) == 0 {
             let covered = next - 1 - seeded.below(count);
@@ -129,6 +129,8 @@ fn check(dir: &Path, reported: &mut Acknowledged) -> Result<(), StoreError> {
     let steps: Vec<_> = store.steps(7, 0)?.collect::<Result<_, _>>()?;
     assert!(steps.last().map_or(0, |(step, _)| *step) >= reported.step);
     assert!(steps.iter().all(|(step, bytes)| *bytes == record(*step)));
+    // What was kept at once is there at once.
+    assert_eq!(steps.last().map(|(step, _)| *step), (last > 0).then_some(last + 1));
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use contraflow_orchestrator::store::{Store, StoreError};
+use contraflow_orchestrator::store::{Batch, Store, StoreError};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -62,12 +62,12 @@ fn measure(dir: &Path) -> Result<StoreFigures, StoreError> {
     let (store, _) = Store::open(dir)?;
     let (mut batches, mut total_records) = (Vec::new(), 0);
     for records_per_wait in [1, 16, 256] {
-        let records = vec![vec![b'x'; RECORD]; records_per_wait];
+        let batch = Batch { records: vec![vec![b'x'; RECORD]; records_per_wait], ..Batch::default() };
         let mut waits = Vec::new();
         let began = Instant::now();
         while began.elapsed() < SPAN {
             let before = Instant::now();
-            store.append(&records)?;
+            store.keep(&batch)?;
             waits.push(before.elapsed().as_secs_f64());
         }
         let seconds = began.elapsed().as_secs_f64();

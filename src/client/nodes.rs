@@ -2,6 +2,7 @@
 
 use contraflow_orchestrator::server::NOTICE;
 use contraflow_proto::v1;
+use contraflow_runtime::control::text::printable;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -20,7 +21,7 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let answer =
             cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| common.refused(&status))?;
-        let v1::NodesResponse { workers, incarnation, certificate_expires_unix_s: certificate } = answer.into_inner();
+        let v1::NodesResponse { workers, incarnation, certificate_expires_unix_s: certificate, warning } = answer.into_inner();
         let now = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0);
         let json: Vec<Value> = workers
             .iter()
@@ -40,9 +41,12 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
         });
         let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
         let json = json!({
-            "incarnation": incarnation, "certificate_expires_unix_s": certificate, "workers": json,
+            "incarnation": incarnation, "certificate_expires_unix_s": certificate, "warning": warning, "workers": json,
         });
         show(common, &json, &text)?;
+        if common.format == Format::Text && !warning.is_empty() {
+            say(format_args!("warning: {}", printable(&warning)));
+        }
         if let Some(end) = certificate.and_then(|expires| end_of(expires, now)).filter(|_| common.format == Format::Text) {
             say(format_args!("warning: the orchestrator's certificate {end}: contraflow certs renew"));
         }

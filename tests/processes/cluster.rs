@@ -414,12 +414,12 @@ pub fn spawn_after(cluster: &Cluster, number: usize, command: &str) -> Process {
     start(command, cluster.path(), &format!("worker-{number}"), &cluster.environment)
 }
 
-/// The orchestrator once more, at the same address, with the same state, where it may have so many files open.
-pub fn spawn_with_files(cluster: &Cluster, files: u64) -> Process {
-    let limited = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+/// The orchestrator once more, at the same address, with the same state; its process has run a command of the shell before.
+pub fn spawn_orchestrator_after(cluster: &Cluster, command: &str) -> Process {
+    let changed = format!("{command}; exec \"$0\" \"$@\"");
     let arguments = ["orchestrator", "--state", "state", "--listen", &cluster.address];
     let mut command = Command::new("sh");
-    command.args(["-c", &limited, env!("CARGO_BIN_EXE_contraflow")]).args(arguments);
+    command.args(["-c", &changed, env!("CARGO_BIN_EXE_contraflow")]).args(arguments);
     start(command, cluster.path(), "orchestrator", &cluster.environment)
 }
 

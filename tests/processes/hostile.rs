@@ -14,7 +14,7 @@ use v1::control_service_client::ControlServiceClient;
 use v1::from_worker::Message;
 use v1::job_service_client::JobServiceClient;
 
-use crate::cluster::{Cluster, ENDLESS, spawn, spawn_with_files, until};
+use crate::cluster::{Cluster, ENDLESS, spawn, spawn_orchestrator_after, until};
 use crate::http2::{
     self, DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, RST_STREAM, SETTINGS, call, connect, frame,
     message, opening,
@@ -293,7 +293,7 @@ fn a_connection_has_one_clock_until_its_settings_are_whole() {
 fn a_crowd_of_connections_does_not_keep_workers_out() {
     let mut cluster = Cluster::start(0);
     cluster.orchestrator.kill();
-    cluster.orchestrator = spawn_with_files(&cluster, 160);
+    cluster.orchestrator = spawn_orchestrator_after(&cluster, "ulimit -n 160");
     until("an orchestrator", || (cluster.run(&["jobs"]).0 == 0).then_some(()));
     let crowd: Vec<TcpStream> = (0..200).map(|_| connect(&cluster.address, &opening(65_535))).collect();
     let worker = cluster.worker(0);

@@ -31,6 +31,7 @@ mod server;
 mod silence;
 mod soak;
 mod sources;
+mod state_disk;
 mod states;
 mod storage;
 mod storm;

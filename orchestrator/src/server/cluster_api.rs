@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use v1::cluster_service_server::ClusterService;
 
 use super::auth::Session;
-use super::hub::{Hub, HubMessage};
+use super::hub::Hub;
 use super::security::Security;
 use super::{Handle, bounds, refused};
 use crate::core::Event;
@@ -56,13 +56,13 @@ impl ClusterApi {
             if !is_drained {
                 return Err(Status::not_found(format!("node: expected one that is drained, got {node:?}")));
             }
-            self.hub.send(HubMessage::Event(Event::Undrain { node })).await?;
+            self.hub.change(Event::Undrain { node }).await?;
             return Ok(v1::DrainResponse { workers, ranks: 0 });
         }
         if workers == 0 {
             return Err(Status::not_found(format!("node: expected that of a member, got {node:?}")));
         }
-        self.hub.send(HubMessage::Event(Event::Drain { node })).await?;
+        self.hub.change(Event::Drain { node }).await?;
         Ok(v1::DrainResponse { workers, ranks })
     }
 }
@@ -94,5 +94,6 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
         })
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));
-    v1::NodesResponse { workers, incarnation: core.incarnation(), certificate_expires_unix_s: None }
+    let warning = hub.trouble().unwrap_or_default();
+    v1::NodesResponse { workers, incarnation: core.incarnation(), certificate_expires_unix_s: None, warning }
 }

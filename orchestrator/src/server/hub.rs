@@ -3,6 +3,7 @@
 //! One batch is one write to the disk, however many facts it holds: that is what makes a thousand submissions a second
 //! cheap. Streams to workers are bounded; a worker that does not read is cut off.
 
+mod keeping;
 mod messages;
 #[cfg(test)]
 mod tests;
@@ -15,10 +16,12 @@ use contraflow_proto::v1;
 use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::JobId;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tonic::Status;
 
+use self::keeping::CommitBatch;
 pub use self::messages::{HubMessage, LogRecord, Question, Submitted};
+pub(super) use self::messages::{Mailboxes, Senders};
 
 use super::Settings;
 use super::admission::Admission;
@@ -33,28 +36,10 @@ use crate::core::facts::{Fact, JobSpec};
 use crate::core::{Core, Effect, Event, Severity, WorkerCommand};
 use crate::metrics::pace::Change;
 use crate::metrics::record::StepRecord;
-use crate::store::{Removals, Replay, Store, StoreError};
-
-/// Messages that are taken at once.
-const BATCH: usize = 1024;
+use crate::store::{Replay, Store, StoreError};
 
 /// The longest line of a job's log. **Units**: bytes.
 const MAX_LINE: usize = 64 << 10;
-
-/// What a batch leaves to be kept, and to be done afterwards.
-#[derive(Default)]
-struct CommitBatch {
-    facts: Vec<Vec<u8>>,
-    /// Jobs of which nothing stays.
-    forgotten: Vec<JobId>,
-    /// By job that goes back to a checkpoint, its step: later ones do not stay.
-    returned: BTreeMap<JobId, u64>,
-    steps: BTreeMap<JobId, Vec<(u64, Vec<u8>)>>,
-    lines: BTreeMap<JobId, Vec<Vec<u8>>>,
-    commands: Vec<(u64, WorkerCommand)>,
-    replies: Vec<(oneshot::Sender<Submitted>, Submitted)>,
-    questions: Vec<Question>,
-}
 
 /// The hub.
 pub struct Hub {
@@ -72,6 +57,8 @@ pub struct Hub {
     log_dedup: LogDedup,
     /// Why it has to end: it must not act on what it does not know.
     outdated: Option<String>,
+    /// Since when a batch waits for a disk that fails: until it is kept, nothing is taken that would change something.
+    withheld: Option<Instant>,
     admission: Admission,
     snapshots: Snapshots,
 }
@@ -122,6 +109,7 @@ impl Hub {
             removals: BTreeMap::new(),
             log_dedup: LogDedup::default(),
             outdated: None,
+            withheld: None,
             admission,
             snapshots,
         };
@@ -168,10 +156,10 @@ impl Hub {
 
     /// Runs until all senders are gone.
     ///
-    /// **Errors**: the state cannot be written, or is an older copy of what a worker has seen.
-    pub async fn run(mut self, mut messages: mpsc::Receiver<HubMessage>) -> Result<(), String> {
-        let mut waiting = Vec::with_capacity(BATCH);
-        while messages.recv_many(&mut waiting, BATCH).await > 0 {
+    /// **Errors**: the state is damaged, or is an older copy of what a worker has seen.
+    pub async fn run(mut self, mut mail: Mailboxes) -> Result<(), String> {
+        let mut waiting = Vec::new();
+        while mail.next(&mut waiting).await {
             let mut batch = CommitBatch::default();
             for message in waiting.drain(..) {
                 self.take(message, &mut batch);
@@ -182,7 +170,7 @@ impl Hub {
             for (job, line) in self.log_dedup.due(now_ms()) {
                 self.log(job, vec![line], &mut batch);
             }
-            self.keep(&mut batch).await?;
+            self.keep(&mut batch, &mut mail).await?;
             self.apply_effects(batch);
         }
         Ok(())
@@ -201,6 +189,10 @@ impl Hub {
                 self.removed((worker, job), result, batch);
             }
             HubMessage::Event(event) => self.step(event, batch),
+            HubMessage::Change { event, reply } => {
+                self.step(*event, batch);
+                batch.changes.push(reply);
+            }
             HubMessage::Linked { worker, link } => {
                 // What was decided for the stream before does not come ahead of the welcome on this one, which repeats it.
                 batch.commands.retain(|(to, _)| *to != worker);
@@ -379,42 +371,6 @@ impl Hub {
         }
     }
 
-    async fn keep(&mut self, batch: &mut CommitBatch) -> Result<(), String> {
-        if batch.facts.is_empty() && batch.steps.is_empty() && batch.lines.is_empty() {
-            return Ok(());
-        }
-        self.snapshots.count(&batch.facts);
-        let store = self.store.clone();
-        let (facts, steps) = (std::mem::take(&mut batch.facts), batch.steps.clone());
-        let lines = batch.lines.clone();
-        let gone = Removals {
-            jobs: std::mem::take(&mut batch.forgotten).into_iter().map(JobId::bits).collect(),
-            steps_after: batch.returned.iter().map(|(job, &to)| (job.bits(), to)).collect(),
-        };
-        let write = move || {
-            // A fact may say that steps need not be made again: they are kept before it.
-            for (job, steps) in &steps {
-                store.append_steps(job.bits(), steps)?;
-            }
-            for (job, lines) in &lines {
-                store.append_lines(job.bits(), lines)?;
-            }
-            if facts.is_empty() {
-                return Ok(None);
-            }
-            let first = store.append_and_forget(&facts, &gone)?;
-            Ok(Some(first + facts.len() as u64 - 1))
-        };
-        let written: Result<Result<Option<u64>, StoreError>, _> = tokio::task::spawn_blocking(write).await;
-        let last =
-            written.map_err(|panic| format!("the store: {panic}"))?.map_err(|error| error.to_string())?;
-        self.snapshots.look().await;
-        if let Some(last) = last.filter(|_| self.snapshots.is_due()) {
-            self.snapshots.begin(self.store.clone(), last, self.core.jobs().clone());
-        }
-        Ok(())
-    }
-
     fn apply_effects(&mut self, mut batch: CommitBatch) {
         for (worker, command) in std::mem::take(&mut batch.commands) {
             if command == WorkerCommand::Disconnect {
@@ -436,6 +392,9 @@ impl Hub {
         // The caller may be gone.
         for (reply, job) in batch.replies {
             let _ = reply.send(job);
+        }
+        for reply in batch.changes {
+            let _ = reply.send(Ok(()));
         }
         batch.questions.into_iter().for_each(|question| question(self));
     }
@@ -489,5 +448,12 @@ impl Hub {
             // It does not read, or shall not any more: the stream ends, and it may come back.
             self.links.remove(&worker);
         }
+    }
+}
+
+impl Drop for Hub {
+    /// Nothing that waits for the disk holds up the end of the process.
+    fn drop(&mut self) {
+        self.store.give_up();
     }
 }

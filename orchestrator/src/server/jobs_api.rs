@@ -194,7 +194,7 @@ impl JobsApi {
         v1::CancelRequest { job, reason }: v1::CancelRequest,
     ) -> Result<v1::Job, Status> {
         let job = self.id(&job).await?;
-        self.hub.send(HubMessage::Event(Event::Cancel { job, reason })).await?;
+        self.hub.change(Event::Cancel { job, reason }).await?;
         self.hub.ask(move |hub| describe(hub, job)).await
     }
 
@@ -386,7 +386,11 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         submitted_unix_ms: record.submitted_ms,
         ended_unix_ms: record.ended_ms,
         losses: record.losses,
-        warning: core.warning(job),
+        warning: [hub.trouble().unwrap_or_default(), core.warning(job)]
+            .into_iter()
+            .filter(|warning| !warning.is_empty())
+            .collect::<Vec<_>>()
+            .join("; "),
     };
     [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
     described

@@ -45,7 +45,7 @@ use contraflow_runtime::control::text::tidy;
 use contraflow_runtime::faults::Faults;
 use contraflow_runtime::random::from_system;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tonic::Status;
 use tonic::transport::Server;
 use v1::cluster_service_server::ClusterServiceServer;
@@ -54,7 +54,7 @@ use v1::job_service_server::JobServiceServer;
 
 use self::audit::Audit;
 use self::auth::{AuthLayer, AuthService};
-use self::hub::{Hub, HubMessage};
+use self::hub::{Hub, HubMessage, Mailboxes, Senders};
 use self::places::Limits;
 use crate::core::{Event, RETAINED_JOBS, TICK_MS, Times};
 use crate::store::Store;
@@ -73,9 +73,6 @@ const MAX_FAULT: usize = 512;
 
 /// Calls of one connection that are under way at once.
 const MAX_STREAMS: u32 = 256;
-
-/// Messages that wait for the hub, at most.
-const MAX_WAITING: usize = 16_384;
 
 /// What the operator decides.
 #[derive(Clone, Debug)]
@@ -102,14 +99,14 @@ pub struct Orchestrator {
     audit: Audit,
     job_quota: Option<u64>,
     hub: Hub,
-    messages: mpsc::Receiver<HubMessage>,
+    mail: Mailboxes,
     handle: Handle,
 }
 
 /// The way to the hub.
 #[derive(Clone)]
 pub(crate) struct Handle {
-    messages: mpsc::Sender<HubMessage>,
+    senders: Senders,
 }
 
 impl Handle {
@@ -117,8 +114,17 @@ impl Handle {
     ///
     /// **Errors**: `UNAVAILABLE` if the hub has ended.
     async fn send(&self, message: HubMessage) -> Result<(), tonic::Status> {
-        let gone = |_| tonic::Status::unavailable("the orchestrator is ending");
-        self.messages.send(message).await.map_err(gone)
+        let is_sent = self.senders.send(message).await;
+        is_sent.then_some(()).ok_or_else(|| tonic::Status::unavailable("the orchestrator is ending"))
+    }
+
+    /// Changes something that the core decides on; returns when that is durable.
+    ///
+    /// **Errors**: `UNAVAILABLE` if it cannot be kept, or the hub has ended.
+    async fn change(&self, event: Event) -> Result<(), tonic::Status> {
+        let (reply, answer) = oneshot::channel();
+        self.send(HubMessage::Change { event: Box::new(event), reply }).await?;
+        answer.await.map_err(|_| tonic::Status::unavailable("the orchestrator is ending"))?
     }
 
     /// Looks something up in the hub's state.
@@ -145,11 +151,11 @@ impl Orchestrator {
         let (store, replay) = Store::open(dir).map_err(|error| error.to_string())?;
         let key = cluster_key(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
         let hub = Hub::new(store, replay, key, settings)?;
-        let (sender, messages) = mpsc::channel(MAX_WAITING);
-        let handle = Handle { messages: sender };
+        let (senders, mail) = Mailboxes::open();
+        let handle = Handle { senders };
         let (limits, audit) = (Limits::of(None), Audit::in_folder(dir));
         let job_quota = settings.job_quota;
-        Ok(Orchestrator { listener, security: None, limits, audit, job_quota, hub, messages, handle })
+        Ok(Orchestrator { listener, security: None, limits, audit, job_quota, hub, mail, handle })
     }
 
     /// Requires clients to authenticate; without it, every client that can connect has full access.
@@ -178,15 +184,15 @@ impl Orchestrator {
 
     /// Serves until `stop` completes.
     ///
-    /// **Errors**: the state cannot be written any more.
+    /// **Errors**: the state is damaged, or older than what a worker has seen.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
-        let Orchestrator { listener, security, limits, audit, job_quota, hub, messages, handle } = self;
+        let Orchestrator { listener, security, limits, audit, job_quota, hub, mail, handle } = self;
         let security = security.map(Arc::new);
         let ticks = tokio::spawn(tick(handle.clone()));
         let notices = security.clone().map(|security| tokio::spawn(security.tell_endings(handle.clone())));
         let (stopped, is_stopped) = oneshot::channel();
         let hub = tokio::spawn(async move {
-            let result = hub.run(messages).await;
+            let result = hub.run(mail).await;
             // Without its memory the orchestrator must not answer.
             let _ = stopped.send(());
             result

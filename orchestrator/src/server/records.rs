@@ -61,6 +61,7 @@ fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Batch;
 
     #[test]
     fn steps_of_another_history_are_told_again_from_the_first_one_on() {
@@ -71,7 +72,8 @@ mod tests {
             let record = StepRecord { step, generation: 1 + u32::from(step > 2), ..StepRecord::default() };
             (step, serde_json::to_vec(&record).unwrap())
         };
-        store.append_steps(job.bits(), &(1..=400).map(record).collect::<Vec<_>>()).unwrap();
+        let steps = [(job.bits(), (1..=400).map(record).collect())].into();
+        store.keep(&Batch { steps, ..Batch::default() }).unwrap();
         let told = |step: u64, generation: u32| {
             let (after, records) = read(&store, job, (step, generation)).unwrap();
             let steps: Vec<u64> = records.iter().map(|record| record.step).collect();

@@ -32,6 +32,7 @@ impl World {
             | SimFault::Pause
             | SimFault::Clock
             | SimFault::Disk
+            | SimFault::Unkept
             | SimFault::Mute
             | SimFault::Silence => self.fault_of_server(fault),
             SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
@@ -171,6 +172,16 @@ impl World {
                 });
             }
             SimFault::Disk => self.servers[server].is_disk_slow = !self.servers[server].is_disk_slow,
+            SimFault::Unkept if !self.servers[server].disk_fails => {
+                self.servers[server].disk_fails = true;
+                self.note([38, takes, 0], || format!("the orchestrator's disk takes nothing for {takes} ms"));
+                self.plan_in(takes, SimEvent::ServerKeeps(server));
+                // Its mailbox fills up, and it lets go of all workers.
+                if self.random.is_one_in(2) {
+                    let links = self.links_of(|link| link.server == server);
+                    links.into_iter().for_each(|link| self.break_link(link, 3_000));
+                }
+            }
             SimFault::Mute => {
                 let all = self.links_of(|_| true);
                 all.into_iter().for_each(|link| self.stall_link(link, MUTE_MS));
@@ -195,7 +206,7 @@ impl World {
             (SimFault::Cancel, Some(job)) => {
                 self.checks.cancelled.insert(job);
                 let reason = "enough".to_owned();
-                self.handle_event(server, Event::Cancel { job, reason });
+                self.ask_for(server, Event::Cancel { job, reason });
             }
             (SimFault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {
@@ -210,13 +221,13 @@ impl World {
             }
             (SimFault::Drain, _) if self.store.jobs.drained.is_empty() => {
                 let node = self.random.between(0, self.plan.nodes.len() as u64);
-                self.handle_event(server, Event::Drain { node: format!("n{node}") });
+                self.ask_for(server, Event::Drain { node: format!("n{node}") });
             }
             (SimFault::SubmitAgain, _) => {
                 let jobs: Vec<usize> = (0..self.plan.jobs.len()).collect();
                 let spec = self.random.pick(&jobs).map(|job| self.plan.jobs[job].spec.clone());
                 if let Some(spec) = spec.filter(|spec| !spec.key.is_empty()) {
-                    self.handle_event(server, Event::Submit(Box::new(spec)));
+                    self.ask_for(server, Event::Submit(Box::new(spec)));
                 }
             }
             _ => {}
@@ -232,7 +243,7 @@ impl World {
         self.server_starts();
         let newest = self.newest_server();
         self.server_resumes(newest);
-        self.servers[newest].is_disk_slow = false;
+        (self.servers[newest].is_disk_slow, self.servers[newest].disk_fails) = (false, false);
         self.network.cuts.clear();
         self.network.slow.clear();
         self.network.apart = None;

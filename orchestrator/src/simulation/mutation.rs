@@ -18,6 +18,8 @@ use crate::core::{Core, Event};
 pub enum Mutation {
     /// Commands are sent before the facts they follow from are durable.
     SpeaksFirst,
+    /// What the disk does not take is done all the same.
+    GoesOnUnkept,
     /// The orchestrator's end takes a fact along that was acknowledged.
     LosesAFact,
     /// A start does not raise the incarnation.

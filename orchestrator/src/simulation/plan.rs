@@ -59,6 +59,8 @@ pub enum SimFault {
     Apart,
     /// Nothing passes between the orchestrator and any worker for a while, and no stream is closed.
     Mute,
+    /// The orchestrator's disk takes nothing for a while.
+    Unkept,
 }
 
 impl SimFault {
@@ -187,6 +189,8 @@ impl Plan {
         } else {
             Times::default()
         };
+        let fails = later.is_one_in(3);
+        faults.extend(fails.then(|| (SimFault::Unkept, SimFault::Unkept.mean_ms(&mut later))));
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         // Commits that find the storage full are tried again, with growing pauses.

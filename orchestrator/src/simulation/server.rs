@@ -45,6 +45,8 @@ pub(super) struct Server {
     /// What its clock shows beyond the simulated time. **Units**: ms.
     pub(super) clock_ms: i64,
     pub(super) is_disk_slow: bool,
+    /// Nothing is kept before its disk works again.
+    pub(super) disk_fails: bool,
     links: BTreeMap<u64, u64>,
     inbox: VecDeque<Input>,
     batch: Option<SimBatch>,
@@ -93,6 +95,7 @@ impl World {
             held: Vec::new(),
             clock_ms,
             is_disk_slow: false,
+            disk_fails: false,
             links: BTreeMap::new(),
             inbox: VecDeque::new(),
             batch: None,
@@ -118,7 +121,9 @@ impl World {
             return self.servers[server].held.push(SimEvent::ServerTick(server));
         }
         self.plan_in(TICK_MS, SimEvent::ServerTick(server));
-        self.handle_event(server, Event::Tick);
+        if !self.withholds(server) {
+            self.handle_event(server, Event::Tick);
+        }
         self.servers[server].ticks += 1;
         if self.servers[server].ticks.is_multiple_of(8) {
             self.check_commands(server);
@@ -134,7 +139,7 @@ impl World {
         }
     }
 
-    /// The process ends. What it was writing is lost as a suffix: all of it, what follows the first write, or nothing.
+    /// The process ends. What it was writing is kept whole or not at all.
     pub(super) fn kill_server(&mut self, server: usize) {
         let dying = &mut self.servers[server];
         if !std::mem::replace(&mut dying.is_alive, false) {
@@ -145,15 +150,16 @@ impl World {
         dying.is_paused = false;
         let incarnation = dying.core.incarnation();
         let left = dying.batch.take().filter(|_| incarnation == self.store.incarnation);
-        let last_checkpoint = self.random.between(0, 3);
-        if let Some(batch) = left {
-            self.keep(server, &batch, last_checkpoint);
+        let is_kept = self.random.between(0, 3) > 0;
+        if let Some(batch) = left.filter(|_| is_kept) {
+            self.keep(server, &batch);
         }
         if self.breaks(Mutation::LosesAFact) {
             self.store.lose_last();
         }
-        self.note([2, incarnation, last_checkpoint], || {
-            format!("orchestrator {incarnation} dies, {last_checkpoint} writes of its last made")
+        self.note([2, incarnation, u64::from(is_kept)], || {
+            let kept = if is_kept { "kept" } else { "not kept" };
+            format!("orchestrator {incarnation} dies, what it was writing is {kept}")
         });
         for link in self.links_of(|link| link.server == server) {
             self.break_link(link, 60);
@@ -216,12 +222,32 @@ impl World {
             // The store is another one's: it cannot write any more.
             return self.kill_server(server);
         }
+        let (disk_fails, goes_on) = (self.servers[server].disk_fails, self.breaks(Mutation::GoesOnUnkept));
+        if disk_fails && !goes_on {
+            // It tries again.
+            let pause = self.random.between(20, 5_000);
+            return self.plan_in(pause, SimEvent::ServerSynced(server));
+        }
         if let Some(batch) = self.servers[server].batch.take() {
-            self.keep(server, &batch, 2);
+            if !disk_fails {
+                self.keep(server, &batch);
+            }
             self.apply_effects(server, batch);
             self.check_fold(server);
             self.check_retention();
             self.serve(server);
+        }
+    }
+
+    /// Whether it has something to keep and cannot: workers wait, clients are refused.
+    pub(super) fn withholds(&self, server: usize) -> bool {
+        self.servers[server].disk_fails && self.servers[server].batch.is_some()
+    }
+
+    /// What a client asks for, unless it is refused.
+    pub(super) fn ask_for(&mut self, server: usize, event: Event) {
+        if !self.withholds(server) {
+            self.handle_event(server, event);
         }
     }
 
@@ -292,9 +318,8 @@ impl World {
         }
     }
 
-    /// Applies this many of a batch's writes: its steps, then its facts.
-    fn keep(&mut self, server: usize, batch: &SimBatch, writes: u64) {
-        for (job, steps) in batch.steps.iter().filter(|_| writes > 0) {
+    fn keep(&mut self, server: usize, batch: &SimBatch) {
+        for (job, steps) in &batch.steps {
             for &step in steps {
                 let reported = self.store.steps.entry(*job).or_default();
                 let expected = reported.last().map_or(1, |last| last + 1);
@@ -306,7 +331,7 @@ impl World {
             }
         }
         let keeps_steps = self.breaks(Mutation::ForgetsHalf);
-        for fact in batch.facts.iter().filter(|_| writes > 1) {
+        for fact in &batch.facts {
             self.note([4, fact.job().map_or(0, JobId::bits), 0], || {
                 let commands = format!("{fact:?}");
                 format!("kept: {}", commands.split(", recipe:").next().unwrap_or_default())
@@ -367,7 +392,7 @@ impl World {
         }
         self.plan_in(5_000, SimEvent::Submit(job));
         self.note([5, job as u64, 0], || format!("{} is submitted", spec.name));
-        self.handle_event(self.newest_server(), Event::Submit(spec));
+        self.ask_for(self.newest_server(), Event::Submit(spec));
     }
 }
 

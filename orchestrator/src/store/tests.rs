@@ -1,105 +1,23 @@
 //! The store on a simulated disk: against a plain list, through power losses, with no room, and on files that are none.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
 
 use proptest::prelude::*;
-use redb::StorageBackend;
 
+use super::disk::Disk;
 use super::*;
 
-/// A disk that knows what has reached the platter. Its copies are the same disk.
-#[derive(Clone, Debug, Default)]
-struct Disk(Arc<Mutex<State>>);
-
-#[derive(Debug, Default)]
-struct State {
-    /// What a reader sees.
-    now: Vec<u8>,
-    /// What a power loss leaves for sure.
-    synced: Vec<u8>,
-    /// Writes (place, bytes) and lengths (length, nothing) since.
-    pending: Vec<(usize, Option<Vec<u8>>)>,
-    /// Bytes that fit.
-    room: Option<usize>,
+/// Further records of the event log; returns the number of the last.
+fn append(store: &Store, records: &[Vec<u8>]) -> Result<u64, StoreError> {
+    store.keep(&Batch { records: records.to_vec(), ..Batch::default() })
 }
 
-impl State {
-    fn apply(bytes: &mut Vec<u8>, (place, data): &(usize, Option<Vec<u8>>)) {
-        match data {
-            None => bytes.resize(*place, 0),
-            Some(data) => {
-                bytes.resize(bytes.len().max(place + data.len()), 0);
-                bytes[*place..place + data.len()].copy_from_slice(data);
-            }
-        }
-    }
-
-    fn change(&mut self, place: usize, data: Option<Vec<u8>>) -> Result<(), io::Error> {
-        let end = place + data.as_ref().map_or(0, Vec::len);
-        if self.room.is_some_and(|room| end > room) {
-            return Err(io::Error::from(io::ErrorKind::StorageFull));
-        }
-        let change = (place, data);
-        State::apply(&mut self.now, &change);
-        self.pending.push(change);
-        Ok(())
-    }
+fn of_steps(job: u64, steps: &[Numbered]) -> Batch {
+    Batch { steps: [(job, steps.to_vec())].into(), ..Batch::default() }
 }
 
-impl Disk {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
-    }
-
-    fn with(bytes: Vec<u8>) -> Disk {
-        Disk(Arc::new(Mutex::new(State { synced: bytes.clone(), now: bytes, ..State::default() })))
-    }
-
-    /// The disk after the power went: of what was not synced, the writes that `kept` names arrived.
-    fn after_power_loss(&self, mut kept: impl FnMut() -> bool) -> Disk {
-        let state = self.state();
-        let mut bytes = state.synced.clone();
-        state.pending.iter().filter(|_| kept()).for_each(|change| State::apply(&mut bytes, change));
-        Disk::with(bytes)
-    }
-
-    fn open(&self) -> Result<(Store, Replay), StoreError> {
-        let file = Path::new("state/events.redb");
-        let mut builder = Database::builder();
-        builder.set_cache_size(1 << 20).set_check_integrity_on_open(true);
-        let disk = self.clone();
-        Store::with_database(contain(file, || Ok(builder.create_with_backend(disk)?))?, file)
-    }
-}
-
-impl StorageBackend for Disk {
-    fn len(&self) -> Result<u64, io::Error> {
-        Ok(self.state().now.len() as u64)
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
-        let (state, offset) = (self.state(), offset as usize);
-        let bytes = state.now.get(offset..offset + out.len());
-        out.copy_from_slice(bytes.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?);
-        Ok(())
-    }
-
-    fn set_len(&self, len: u64) -> Result<(), io::Error> {
-        self.state().change(len as usize, None)
-    }
-
-    fn sync_data(&self) -> Result<(), io::Error> {
-        let mut state = self.state();
-        state.synced = state.now.clone();
-        state.pending.clear();
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
-        self.state().change(offset as usize, Some(data.to_vec()))
-    }
+fn of_lines(job: u64, lines: &[Vec<u8>]) -> Batch {
+    Batch { lines: [(job, lines.to_vec())].into(), ..Batch::default() }
 }
 
 fn all(entries: Entries) -> Vec<Numbered> {
@@ -190,8 +108,9 @@ impl Model {
     fn apply(&mut self, store: &Store, act: Act) {
         match act {
             Act::Append(records) => {
-                assert_eq!(store.append(&records).unwrap(), self.history.len() as u64 + 1);
+                let last = append(store, &records).unwrap();
                 self.history.extend(records);
+                assert_eq!(last, self.history.len() as u64);
             }
             Act::Snapshot(share) => {
                 let end = self.history.len() as u64;
@@ -205,7 +124,7 @@ impl Model {
                 assert!(store.snapshot(self.covered.wrapping_sub(1), none()).is_err());
             }
             Act::Steps(job, steps) => {
-                store.append_steps(job, &steps).unwrap();
+                store.keep(&of_steps(job, &steps)).unwrap();
                 self.steps.extend(steps.into_iter().map(|(step, bytes)| ((job, step), bytes)));
                 let of_job = |(key, _): &(&(u64, u64), &Vec<u8>)| key.0 == job;
                 let last = self.steps.iter().rfind(of_job).map_or(0, |(key, _)| key.1);
@@ -216,7 +135,8 @@ impl Model {
                 let record = format!("job {job} is forgotten").into_bytes();
                 let number = self.history.len() as u64 + 1;
                 let gone = Removals { jobs: vec![job], ..Removals::default() };
-                assert_eq!(store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap(), number);
+                let batch = Batch { records: vec![record.clone()], gone, ..Batch::default() };
+                assert_eq!(store.keep(&batch).unwrap(), number);
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job);
                 self.lines.retain(|key, _| key.0 != job);
@@ -224,7 +144,7 @@ impl Model {
             Act::GoBack(job, step) => {
                 let record = format!("job {job} goes back to step {step}").into_bytes();
                 let gone = Removals { steps_after: vec![(job, step)], ..Removals::default() };
-                store.append_and_forget(std::slice::from_ref(&record), &gone).unwrap();
+                store.keep(&Batch { records: vec![record.clone()], gone, ..Batch::default() }).unwrap();
                 self.history.push(record);
                 self.steps.retain(|key, _| key.0 != job || key.1 <= step);
             }
@@ -235,7 +155,7 @@ impl Model {
     fn apply_lines(&mut self, store: &Store, job: u64, lines: Vec<Vec<u8>>) {
         let of_job = |(key, _): &(&(u64, u64), &Vec<u8>)| key.0 == job;
         let first = self.lines.iter().rfind(of_job).map_or(1, |(key, _)| key.1 + 1);
-        assert_eq!(store.append_lines(job, &lines).unwrap(), first);
+        store.keep(&of_lines(job, &lines)).unwrap();
         self.lines.extend((first..).zip(lines).map(|(number, line)| ((job, number), line)));
         while self.lines.iter().filter(of_job).count() as u64 > store.lines_per_job {
             let oldest = *self.lines.iter().find(of_job).unwrap().0;
@@ -284,14 +204,16 @@ proptest! {
         let disk = Disk::default();
         let (store, _) = disk.open().unwrap();
         let record = |number: usize| vec![number as u8; 1 + number * 97 % 3000];
-        store.append(&(1..=before).map(record).collect::<Vec<_>>()).unwrap();
-        store.append_steps(7, &[(1, b"a step".to_vec())]).unwrap();
-        store.append_lines(7, &[b"a line".to_vec()]).unwrap();
+        append(&store, &(1..=before).map(record).collect::<Vec<_>>()).unwrap();
+        store.keep(&of_steps(7, &[(1, b"a step".to_vec())])).unwrap();
+        store.keep(&of_lines(7, &[b"a line".to_vec()])).unwrap();
+        store.give_up();
         let room = disk.state().now.len();
         // Fails at a write of its own choice: what was written till then is what may have arrived.
         disk.state().room = Some(room * (arrived % 64) as usize / 63);
         let records: Vec<_> = (before + 1..=before + batch).map(record).collect();
-        let outcome = store.append_and_forget(&records, &Removals { jobs: vec![7], ..Removals::default() });
+        let gone = Removals { jobs: vec![7], ..Removals::default() };
+        let outcome = store.keep(&Batch { records, gone, ..Batch::default() });
         let mut bits = arrived;
         let lost = disk.after_power_loss(|| { bits = bits.rotate_left(1); bits & 1 == 1 });
         drop(store);
@@ -309,7 +231,7 @@ proptest! {
     fn a_damaged_file_is_refused_with_a_message_or_read_unchanged(place: prop::sample::Index, flip in 1_u8.., cut in any::<bool>()) {
         let disk = Disk::default();
         let (store, _) = disk.open().unwrap();
-        store.append(&vec![vec![5; 700]; 40]).unwrap();
+        append(&store, &vec![vec![5; 700]; 40]).unwrap();
         drop(store);
         let mut bytes = disk.state().now.clone();
         let place = place.index(bytes.len());
@@ -322,13 +244,14 @@ proptest! {
 }
 
 #[test]
-fn a_full_disk_is_an_error_with_a_message_and_loses_nothing() {
+fn a_full_disk_that_is_not_waited_for_is_an_error_with_a_message_and_loses_nothing() {
     let disk = Disk::default();
     let (store, _) = disk.open().unwrap();
-    store.append(&[b"one".to_vec()]).unwrap();
+    append(&store, &[b"one".to_vec()]).unwrap();
     let room = disk.state().now.len();
     disk.state().room = Some(room);
-    let error = store.append(&[vec![1; 8 << 20]]).unwrap_err();
+    store.give_up();
+    let error = append(&store, &[vec![1; 8 << 20]]).unwrap_err();
     assert!(error.to_string().starts_with("state/events.redb: cannot be read or written: "), "{error}");
     assert!(
         matches!(error.fault, StoreErrorKind::Io(ref error) if error.kind() == io::ErrorKind::StorageFull),
@@ -338,17 +261,17 @@ fn a_full_disk_is_an_error_with_a_message_and_loses_nothing() {
     disk.state().room = None;
     let (store, replay) = disk.open().unwrap();
     assert_eq!((replay.records, replay.incarnation), (vec![(1, b"one".to_vec())], 2));
-    assert_eq!(store.append(&[b"two".to_vec()]).unwrap(), 2);
+    assert_eq!(append(&store, &[b"two".to_vec()]).unwrap(), 2);
 }
 
 #[test]
 fn what_is_too_long_is_refused_and_nothing_of_it_written() {
     let (store, _) = Disk::default().open().unwrap();
-    let error = store.append(&[vec![1], vec![0; MAX_RECORD + 1]]).unwrap_err();
+    let error = append(&store, &[vec![1], vec![0; MAX_RECORD + 1]]).unwrap_err();
     assert_eq!(error.to_string(), "state/events.redb: expected at most 16777216 bytes at once, got 16777217");
-    assert!(store.append_steps(1, &[(1, vec![0; MAX_RECORD + 1])]).is_err());
-    assert!(store.append_lines(1, &[vec![0; MAX_RECORD + 1]]).is_err());
-    assert_eq!(store.append(&[vec![1]]).unwrap(), 1);
+    assert!(store.keep(&of_steps(1, &[(1, vec![0; MAX_RECORD + 1])])).is_err());
+    assert!(store.keep(&of_lines(1, &[vec![0; MAX_RECORD + 1]])).is_err());
+    assert_eq!(append(&store, &[vec![1]]).unwrap(), 1);
     let error = store.snapshot(2, std::iter::empty()).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -361,7 +284,7 @@ fn a_snapshot_that_fails_leaves_records_and_the_snapshot_before() {
     let disk = Disk::default();
     let (store, _) = disk.open().unwrap();
     let records: Vec<Vec<u8>> = (1..=9).map(|number| vec![number; 3]).collect();
-    store.append(&records[..4]).unwrap();
+    append(&store, &records[..4]).unwrap();
     assert_eq!(store.snapshot(2, [b"ab".to_vec(), b"c".to_vec()].into_iter()).unwrap(), 3);
     // More than one write, and then a part that is too long.
     let large = std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 3).chain([vec![0; MAX_RECORD + 1]]);
@@ -372,13 +295,14 @@ fn a_snapshot_that_fails_leaves_records_and_the_snapshot_before() {
         let tail: Vec<Vec<u8>> = replay.records.iter().map(|(_, bytes)| bytes.clone()).collect();
         assert_eq!(tail, records[2..last]);
     };
-    assert_eq!(store.append(&records[4..5]).unwrap(), 5, "it goes on");
+    assert_eq!(append(&store, &records[4..5]).unwrap(), 5, "it goes on");
     drop(store);
     let (store, replay) = disk.open().unwrap();
     expected(&replay, 5);
     // The power goes between two of its writes.
     let room = disk.state().now.len();
     disk.state().room = Some(room + SNAPSHOT_WRITE);
+    store.give_up();
     assert!(store.snapshot(5, std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 8)).is_err());
     drop(store);
     disk.state().room = None;
@@ -389,7 +313,7 @@ fn a_snapshot_that_fails_leaves_records_and_the_snapshot_before() {
     let (store, replay) = disk.open().unwrap();
     assert_eq!((replay.snapshot, replay.records), (Some((5, vec![b"abcde".to_vec()])), Vec::new()));
     // Parts of one that failed do not come back in the next one at the same record.
-    store.append(&records[5..6]).unwrap();
+    append(&store, &records[5..6]).unwrap();
     let large = std::iter::repeat_n(vec![b'x'; SNAPSHOT_WRITE], 3).chain([vec![0; MAX_RECORD + 1]]);
     assert!(store.snapshot(6, large).is_err());
     store.snapshot(6, [b"abcdef".to_vec()].into_iter()).unwrap();
@@ -417,7 +341,7 @@ fn a_state_of_format_2_is_read_with_its_snapshot_in_one_value() {
         drop(store);
     }
     let (store, _) = disk.open().unwrap();
-    assert_eq!(store.append(&[b"nine".to_vec()]).unwrap(), 9);
+    assert_eq!(append(&store, &[b"nine".to_vec()]).unwrap(), 9);
 }
 
 #[test]

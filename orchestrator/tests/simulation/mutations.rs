@@ -7,10 +7,11 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 2_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 30] = [
+const CAUGHT: [(Mutation, &str); 31] = [
     (TakesAnyFolder, "for its own"),
     (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
+    (GoesOnUnkept, "fold into another state than the core's"),
     (LosesAFact, "fold into another state than that they came from"),
     (KeepsIncarnation, "fold into another state"),
     (WritesOn, "fold into another state"),

@@ -1,7 +1,10 @@
 //! The hub by itself: what it takes, what it refuses, and what it keeps.
 
+mod failing_disk;
+
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 
+use tokio::sync::mpsc;
 use tonic::Code;
 
 use super::*;
@@ -45,7 +48,7 @@ async fn a_user_with_too_many_open_jobs_may_submit_again_once_one_has_ended() {
     assert_eq!(again, first, "a job that is known is no new one");
     assert!(hub.submit(spec("bob", ""), &mut batch).is_ok());
     // The same after a restart.
-    hub.keep(&mut batch).await.unwrap();
+    hub.keep(&mut batch, &mut Mailboxes::open().1).await.unwrap();
     drop(hub);
     let mut hub = open(dir.path());
     let mut batch = CommitBatch::default();
@@ -60,7 +63,7 @@ async fn a_key_is_that_of_one_job_and_another_one_is_refused_with_what_differs()
     let dir = tempfile::tempdir().unwrap();
     let (mut hub, mut batch) = (open(dir.path()), CommitBatch::default());
     let job = hub.submit(spec("ann", "nightly"), &mut batch).unwrap();
-    hub.keep(&mut batch).await.unwrap();
+    hub.keep(&mut batch, &mut Mailboxes::open().1).await.unwrap();
     drop(hub);
     // As it is read back from the state, too.
     let mut hub = open(dir.path());
