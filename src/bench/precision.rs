@@ -20,6 +20,11 @@ pub(super) const STUDY: Study = Study {
         },
         Arm { name: "bf16", overrides: &["precision.recipe=bf16"] },
         Arm { name: "fp8", overrides: &["precision.recipe=fp8"] },
+        // The report's warning: blocks for gradients, too.
+        Arm {
+            name: "fp8-gradient-blocks",
+            overrides: &["precision.recipe=fp8", "precision.gradient_scales=block"],
+        },
     ],
 };
 
