@@ -198,7 +198,8 @@ fn the_moving_average_of_a_run_is_evaluated_and_exported() {
     }
     assert_eq!(num_other, records.weights().count());
     let eval = |model: &[&str]| {
-        let args = [&["eval"], model, &["--data", "text.txt", "--format", "json"]].concat();
+        let args = [&["eval"], model, &["--data", "text.txt", "--sequence-length", "32", "--format", "json"]]
+            .concat();
         let report: serde_json::Value = serde_json::from_str(&done(&args)).unwrap();
         (report["loss"].as_f64().unwrap().to_bits(), report["ema"].as_bool().unwrap())
     };

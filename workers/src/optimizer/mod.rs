@@ -3,6 +3,7 @@
 //! Knows parameters and replica groups, no layers and no lanes.
 
 mod average;
+mod averaging;
 pub mod buckets;
 pub mod inspect;
 pub mod squares;
