@@ -225,10 +225,7 @@ impl Cluster {
     /// As [`Cluster::load`].
     pub fn from_toml(name: &str, text: &str) -> Result<Self, Faults> {
         let faults = RefCell::new(Faults::default());
-        let table = match read_table(name, text) {
-            Ok(table) => table,
-            Err(faults) => return Err(faults),
-        };
+        let table = read_table(name, text)?;
         let mut root = Section::root(&table, &faults);
         let costs =
             if root.has("actions") { actions(&mut root) } else { Costs::Kernels(Box::new(rates(&mut root))) };
