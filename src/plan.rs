@@ -1,7 +1,9 @@
 //! `contraflow plan`: what a run would do, proved and printed before anything starts.
 //!
 //! Three sources: a recipe, a bare schedule by name, a file in the text form. Plans, checks and figures are made in
-//! `runtime`; the programs of a recipe are those its ranks would issue. Knows no actor and no data.
+//! `runtime`; the programs of a recipe are those its ranks would issue. `simulated` is its step on a cluster. Knows no actor and no data.
+
+mod simulated;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use contraflow_runtime::recipe::{
     Accumulation, GradientScales, MemorySection, NumberFormat, PrecisionSection, Recipe, RecipeSource,
 };
 use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower, text};
+use contraflow_runtime::simulator::Prediction;
 use contraflow_runtime::topology::{Coordinates, Topology};
 use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
@@ -44,6 +47,15 @@ pub struct PlanArgs {
     /// Check and print a plan written in the text form instead
     #[arg(long, value_name = "PLAN.txt")]
     pub file: Option<PathBuf>,
+    /// Simulate the recipe's step on a cluster: a built-in profile or a TOML file
+    #[arg(long, value_name = "PROFILE", conflicts_with_all = ["schedule", "file"])]
+    pub cluster: Option<String>,
+    /// Draw the step, of the simulation or else in units of a forward pass
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Write the same as a trace for Perfetto
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Output format; in JSON every message is listed, in text they are counted by pair of ranks
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,
@@ -53,18 +65,31 @@ pub struct PlanArgs {
 ///
 /// **Errors**: every fault of the recipe, of the file or of the plan.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let overview = match (&args.file, args.schedule) {
+    let (overview, plan) = match (&args.file, args.schedule) {
         (Some(path), _) => of_file(path)?,
         (None, Some(kind)) => {
             of_schedule(kind, args.pipeline.unwrap_or_default(), args.micro_batches.unwrap_or_default())?
         }
-        (None, None) => of_recipe(&Recipe::load(&RecipeSource::parse(&args.recipe), &args.overrides)?)?,
+        (None, None) => {
+            let recipe = Recipe::load(&RecipeSource::parse(&args.recipe), &args.overrides)?;
+            let (mut overview, plan) = of_recipe(&recipe)?;
+            let simulated = args.cluster.as_ref().map(|cluster| simulated::on_cluster(&recipe, cluster));
+            let (run, prediction) = simulated.transpose()?.unzip();
+            overview.prediction = prediction;
+            simulated::pictures(args, &plan, run.as_ref())?;
+            return show(args, &overview);
+        }
     };
+    simulated::pictures(args, &plan, None)?;
+    show(args, &overview)
+}
+
+fn show(args: &PlanArgs, overview: &Overview) -> Result<(), Failure> {
     match args.format {
         Format::Text => print(&overview.to_string()),
         Format::Json => {
             let json =
-                serde_json::to_string_pretty(&overview).map_err(|error| Failure::run(error.to_string()))?;
+                serde_json::to_string_pretty(overview).map_err(|error| Failure::run(error.to_string()))?;
             print(&format!("{json}\n"))
         }
     }
@@ -77,6 +102,9 @@ struct Overview {
     layout: Option<Layout>,
     #[serde(flatten)]
     report: PlanReport,
+    /// The step on a cluster, where one was named.
+    #[serde(flatten)]
+    prediction: Option<Prediction>,
     /// Every plan that was proved.
     checked: Vec<Checked>,
     /// What the user should know of the recipe, in sentences.
@@ -158,17 +186,21 @@ fn unsound(what: &str, faults: &[PlanFault]) -> Failure {
     Failure::faults(&format!("{what} is not sound"), faults)
 }
 
-fn of_file(path: &Path) -> Result<Overview, Failure> {
+fn of_file(path: &Path) -> Result<(Overview, Plan), Failure> {
     let name = path.display().to_string();
     let text = std::fs::read_to_string(path).map_err(|error| Failure::input(format!("{name}: {error}")))?;
     let plan = text::parse(&text).map_err(|faults| Failure::faults(&name, &faults))?;
-    bare(&name, &plan, None)
+    Ok((bare(&name, &plan, None)?, plan))
 }
 
-fn of_schedule(kind: ScheduleKind, pipeline: usize, micro_batches: usize) -> Result<Overview, Failure> {
+fn of_schedule(
+    kind: ScheduleKind,
+    pipeline: usize,
+    micro_batches: usize,
+) -> Result<(Overview, Plan), Failure> {
     let made = kind.plan(pipeline, micro_batches, Mode::Train);
     let (plan, note) = made.map_err(|error| Failure::input(error.to_string()))?;
-    bare("the plan", &plan, note)
+    Ok((bare("the plan", &plan, note)?, plan))
 }
 
 /// A plan without a model: a chunk is one operation.
@@ -183,10 +215,10 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
         operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
         note: report.note.clone(),
     };
-    Ok(Overview { layout: None, report, checked: vec![checked], notes: Vec::new() })
+    Ok(Overview { layout: None, report, prediction: None, checked: vec![checked], notes: Vec::new() })
 }
 
-fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
+fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
     let mut plans = Plans::new(recipe).map_err(Failure::input)?;
     let mut checked = Vec::new();
     let shapes: Vec<BatchShape> = recipe.batch_sizes().map(|size| train_shape(recipe, size)).collect();
@@ -217,7 +249,8 @@ fn of_recipe(recipe: &Recipe) -> Result<Overview, Failure> {
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));
     let notes = of_config.into_iter().chain(recipe.no_validation(usize::MAX)).collect();
-    Ok(Overview { layout: Some(Layout::of(recipe)), report, checked, notes })
+    let overview = Overview { layout: Some(Layout::of(recipe)), report, prediction: None, checked, notes };
+    Ok((overview, Plan::clone(&planned.plan)))
 }
 
 /// What a training step costs the first rank of each pipeline coordinate; the others there differ by the rounding of shards.
@@ -313,6 +346,9 @@ impl fmt::Display for Overview {
             writeln!(f, "{layout}")?;
         }
         write!(f, "{}", self.report)?;
+        if let Some(prediction) = &self.prediction {
+            write!(f, "\n{prediction}")?;
+        }
         writeln!(
             f,
             "\nchecked: every chunk runs once a pass, every send has its receive, no deadlock without buffers"
@@ -355,7 +391,7 @@ mod tests {
         let overrides: Vec<String> =
             LAYOUT.iter().chain(overrides).map(|entry| (*entry).to_string()).collect();
         let recipe = Recipe::load(&RecipeSource::Builtin("small".into()), &overrides).unwrap();
-        let checked = of_recipe(&recipe).unwrap().checked;
+        let checked = of_recipe(&recipe).unwrap().0.checked;
         let words = |checked: Checked| {
             let Checked { purpose, sequences, micro_batches, schedule, note, .. } = checked;
             (purpose, sequences, micro_batches, schedule, note.is_some())

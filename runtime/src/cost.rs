@@ -157,8 +157,10 @@ pub fn training_flops_per_token(config: &ModelConfig, sequence_length: usize) ->
     3 * (forward_flops_per_token(config, sequence_length) + mtp)
 }
 
-/// Scores and their products with the values, for (T + 1) / 2 keys.
-fn attention_core_flops(config: &ModelConfig, sequence_length: usize) -> u64 {
+/// Scores and their products with the values, for (T + 1) / 2 keys, forward.
+///
+/// **Units**: FLOP per token, in sequences of `sequence_length` tokens.
+pub fn attention_core_flops(config: &ModelConfig, sequence_length: usize) -> u64 {
     let per_key = config.num_attention_heads * (config.qk_head_dim() + config.v_head_dim);
     per_key as u64 * (sequence_length as u64 + 1)
 }

@@ -16,6 +16,7 @@ pub mod publish;
 pub mod random;
 pub mod recipe;
 pub mod schedule;
+pub mod simulator;
 pub mod stability;
 pub mod topology;
 pub mod trace;

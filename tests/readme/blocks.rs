@@ -37,7 +37,7 @@ const SHORT: (&str, &str) = (
      --set training.validation_sequences=4",
 );
 
-pub const BLOCKS: [Block; 20] = [
+pub const BLOCKS: [Block; 21] = [
     here("cargo run --release -- train", &[("cargo run --release --", "contraflow"), SHORT]),
     Block { begins: "cargo test --workspace", how: How::Skipped("this test is part of it"), instead: &[] },
     here("contraflow plan --schedule", &[]),
@@ -58,6 +58,7 @@ pub const BLOCKS: [Block; 20] = [
     here("contraflow train --set validate.every", &[SHORT, ("every=100", "every=1")]),
     here("contraflow export", &[SHORT]),
     here("contraflow train --set precision.recipe=bf16", &[SHORT]),
+    here("contraflow plan deepseek-v3 --cluster", &[]),
     terminal("contraflow orchestrator --state state", &[("--state", "--listen 127.0.0.1:{PORT} --state")]),
     terminal("for i in 1 2 3 4 5", &[(":7070", ":{PORT}")]),
     terminal(

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::action::{Action, Plan};
 use super::deadlock::Deadlock;
 use super::lower::lower;
-use super::program::{Component, Op, Pass, Work};
+use super::program::{Component, Op, Pass, Program, Work};
+use super::timeline::Timeline;
 use super::walk::walk;
 
 /// Durations of the actions.
@@ -32,7 +33,8 @@ impl UnitCosts {
     /// The same where the overlap hides the forward pass wholly.
     pub const HIDDEN: UnitCosts = UnitCosts { fb: 2.0, ..UnitCosts::SUM };
 
-    fn of(&self, action: &Action) -> f64 {
+    /// Of one action.
+    pub fn of(&self, action: &Action) -> f64 {
         match action {
             Action::Forward(_) => self.f,
             Action::Backward(_) => self.b,
@@ -62,6 +64,20 @@ pub struct Bubble {
 /// # Errors
 /// The plan deadlocks.
 pub fn simulate(plan: &Plan, costs: UnitCosts) -> Result<Bubble, Deadlock> {
+    let (_, timeline) = clock(plan, costs)?;
+    let makespan = timeline.makespan;
+    let idle: Vec<f64> = timeline.compute_busy.iter().map(|busy| makespan - busy).collect();
+    let max_idle = idle.iter().copied().fold(0.0, f64::max);
+    let all = makespan * idle.len() as f64;
+    let share = if all > 0.0 { idle.iter().sum::<f64>() / all } else { 0.0 };
+    Ok(Bubble { makespan, idle, max_idle, share })
+}
+
+/// The same as programs, where a chunk is one operation, and their timeline.
+///
+/// # Errors
+/// The plan deadlocks.
+pub fn clock(plan: &Plan, costs: UnitCosts) -> Result<(Vec<Program>, Timeline), Deadlock> {
     let programs = lower(plan, None, 1);
     let cost = |rank: usize, op: &Op| match (op.work, op.action) {
         (Work::Component { pass, component: Component::Chunk, .. }, Some(action)) => {
@@ -71,12 +87,7 @@ pub fn simulate(plan: &Plan, costs: UnitCosts) -> Result<Bubble, Deadlock> {
         _ => 0.0,
     };
     let timeline = walk(&programs, cost)?;
-    let makespan = timeline.makespan;
-    let idle: Vec<f64> = timeline.compute_busy.iter().map(|busy| makespan - busy).collect();
-    let max_idle = idle.iter().copied().fold(0.0, f64::max);
-    let all = makespan * idle.len() as f64;
-    let share = if all > 0.0 { idle.iter().sum::<f64>() / all } else { 0.0 };
-    Ok(Bubble { makespan, idle, max_idle, share })
+    Ok((programs, timeline))
 }
 
 /// The pass of an action's first operation, which carries the duration of the whole action: what follows it directly

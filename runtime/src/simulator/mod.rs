@@ -1,0 +1,30 @@
+//! The simulator: what a training step takes on a cluster, from the very programs that the ranks execute.
+//!
+//! `cluster` is a machine as data, `kernels` what an operation runs, `duration` how long that takes, `chance` what is uneven about it;
+//! `run` lets the programs of a recipe walk on the virtual clock under these durations, `breakdown` says where the time goes and
+//! `prediction` what a user wants to know of it; `svg` and `trace` draw a timeline in the colours of `palette`. The model and its
+//! limits are in docs/simulator.md. Knows no actor and no wall clock.
+
+mod breakdown;
+mod chance;
+mod cluster;
+mod duration;
+mod kernels;
+mod pair;
+mod palette;
+mod prediction;
+mod run;
+mod section;
+mod svg;
+mod trace;
+
+pub use breakdown::{Breakdown, Components};
+pub use cluster::{Calibrated, Chance, Cluster, Costs, Published, Rates, cluster_names};
+pub use duration::Durations;
+pub use kernels::{Kernel, KernelShapes, Traffic};
+pub use pair::{Pair, pair};
+pub use palette::{Shade, shade_of, shade_of_action};
+pub use prediction::{Compared, Constant, Prediction, predict};
+pub use run::{Run, simulate_recipe, simulate_shapes};
+pub use svg::svg;
+pub use trace::write_trace;

@@ -1,0 +1,109 @@
+//! A recipe's training step on the virtual clock of a cluster.
+//!
+//! The programs are made as the ranks make them: the plan lowered, the update laid around it, its gathering in front as in any step
+//! but the first. Where a cluster knows nothing but durations of whole actions, the plan itself walks.
+
+use super::breakdown::{Breakdown, breakdown, of_actions};
+use super::cluster::{Cluster, Costs, Rates};
+use super::duration::Durations;
+use super::kernels::KernelShapes;
+use crate::cost::Shapes;
+use crate::layout::recipe_stages;
+use crate::recipe::Recipe;
+use crate::schedule::{
+    Mode, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, buckets, clock, lower, walk,
+};
+
+/// A simulated step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// The plan of the step.
+    pub plan: Plan,
+    /// What each pipeline rank ran; chunks as a whole where the cluster knows whole actions only.
+    pub programs: Vec<Program>,
+    /// When. **Units**: seconds.
+    pub timeline: Timeline,
+    /// Where the time went.
+    pub breakdown: Breakdown,
+    /// **Units**: seconds.
+    pub step_s: f64,
+}
+
+/// The step with the whole batch.
+///
+/// # Errors
+/// Every reason why it cannot be simulated: a layout that the model or the cluster has no place for, rates that the profile lacks, a
+/// plan that deadlocks.
+pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<String>> {
+    let world = recipe.topology().world();
+    if world > cluster.ranks {
+        return Err(vec![format!(
+            "parallel: expected at most the {} ranks of {}, got {world}",
+            cluster.ranks, cluster.name
+        )]);
+    }
+    let stages = recipe_stages(recipe).map_err(|error| vec![error])?;
+    let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
+    let plan = recipe.parallel.schedule.plan(recipe.parallel.pipeline, micro_batches, Mode::Train);
+    let (plan, _) = plan.map_err(|error| vec![error.to_string()])?;
+    match &cluster.costs {
+        Costs::Actions { unit, optimizer_s } => {
+            let walked = clock(&plan, *unit).map_err(|deadlock| vec![deadlock.to_string()])?;
+            let (programs, timeline) = walked;
+            let breakdown = of_actions(&plan, *unit, &timeline, *optimizer_s);
+            let step_s = timeline.makespan + optimizer_s;
+            Ok(Run { plan, programs, timeline, breakdown, step_s })
+        }
+        Costs::Kernels(rates) => simulate_stages(recipe, cluster, rates, plan, &stages),
+    }
+}
+
+fn simulate_stages(
+    recipe: &Recipe,
+    cluster: &Cluster,
+    rates: &Rates,
+    plan: Plan,
+    stages: &[StageLayout],
+) -> Result<Run, Vec<String>> {
+    let topology = recipe.topology();
+    let buckets = buckets(&plan.placement, stages, &topology);
+    let shapes = Shapes {
+        config: &recipe.model_config,
+        topology,
+        stages,
+        buckets: &buckets,
+        micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
+        sequence_length: recipe.training.sequence_length,
+        precision: &recipe.precision,
+        mode: Mode::Train,
+    };
+    let passes = lower(&plan, Some(stages), topology.expert);
+    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: true };
+    let programs = StepPrograms::new(&passes, &sharding).whole();
+    simulate_shapes(plan, programs, cluster, rates, KernelShapes { shapes: &shapes, memory: &recipe.memory })
+}
+
+/// Any programs of a plan, under the durations that follow from shapes.
+///
+/// # Errors
+/// As [`simulate_recipe`].
+pub fn simulate_shapes(
+    plan: Plan,
+    programs: Vec<Program>,
+    cluster: &Cluster,
+    rates: &Rates,
+    kernels: KernelShapes,
+) -> Result<Run, Vec<String>> {
+    let durations = Durations::new(cluster, rates, kernels);
+    let works = programs.iter().flat_map(|program| program.ops.iter().map(|op| &op.work));
+    let missing = durations.missing(works);
+    if !missing.is_empty() {
+        let fault = |what| format!("{}: compute.products: expected a rate of {what}, got none", cluster.name);
+        return Err(missing.into_iter().map(fault).collect());
+    }
+    let timeline =
+        walk(&programs, |rank, op| durations.of(rank, op)).map_err(|deadlock| vec![deadlock.to_string()])?;
+    let breakdown = breakdown(&plan, &programs, &timeline);
+    let step_s = timeline.makespan;
+    Ok(Run { plan, programs, timeline, breakdown, step_s })
+}
