@@ -129,7 +129,7 @@ impl Prediction {
             mfu_causal: causal * tokens_per_gpu_s / cluster.peak_flops,
             mfu_noncausal: noncausal * tokens_per_gpu_s / cluster.peak_flops,
             peak_flops: cluster.peak_flops,
-            peak_memory_gib: figures.iter().map(|rank| rank.bytes() as f64 / GIB).collect(),
+            peak_memory_gib: figures.iter().map(|rank| rank.device_bytes as f64 / GIB).collect(),
             memory_gib: cluster.memory_bytes as f64 / GIB,
             published: cluster.published.iter().filter(|_| is_published).map(compared).collect(),
             calibrated: Vec::new(),
