@@ -14,7 +14,7 @@ use measured_run::run;
 /// What `contraflow plan` says of a rank, and what the tensors of one have held at most in a step: the larger over the smaller.
 fn estimate_and_peak(name: &str, changes: &[&str]) -> (u64, u64) {
     let alone = ["parallel.pipeline=1", "parallel.expert=1", "parallel.data=1", "parallel.schedule=1f1b"];
-    let few = ["training.steps=3", "training.validation_sequences=0", "parallel.threads_per_rank=1"];
+    let few = ["training.steps=2", "training.validation_sequences=0", "parallel.threads_per_rank=1"];
     let changes =
         [&alone[..], &few, changes].concat().iter().map(|&change| change.to_owned()).collect::<Vec<_>>();
     let (recipe, measured) = run(name, &changes, || {
