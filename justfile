@@ -40,6 +40,10 @@ deny:
 cli:
     TRYCMD=overwrite cargo test --test cli
 
+# k8s/install.yaml from the chart (needs helm)
+manifest:
+    helm template contraflow k8s/chart --namespace contraflow > k8s/install.yaml
+
 # Our speed against PyTorch's, in alternation; see the top of the script for its requirements
 bench-peer *MODELS:
     tests/bench_peer.sh {{MODELS}}

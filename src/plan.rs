@@ -1,8 +1,10 @@
 //! `contraflow plan`: what a run would do, proved and printed before anything starts.
 //!
 //! Three sources: a recipe, a bare schedule by name, a file in the text form. Plans, checks and figures are made in
-//! `runtime`; the programs of a recipe are those its ranks would issue. `simulated` is its step on a cluster. Knows no actor and no data.
+//! `runtime`; the programs of a recipe are those its ranks would issue. `simulated` is its step on a cluster,
+//! `search` compares others with it. Knows no actor and no data.
 
+mod search;
 mod simulated;
 
 use std::fmt;
@@ -50,6 +52,9 @@ pub struct PlanArgs {
     /// Simulate the recipe's step on a cluster: a built-in profile or a TOML file
     #[arg(long, value_name = "PROFILE", conflicts_with_all = ["schedule", "file"])]
     pub cluster: Option<String>,
+    /// Search the layouts that pay on the cluster instead, and say why the others do not
+    #[arg(long, requires = "cluster", conflicts_with_all = ["svg", "trace"])]
+    pub search: bool,
     /// Draw the step, of the simulation or else in units of a forward pass
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
@@ -65,6 +70,9 @@ pub struct PlanArgs {
 ///
 /// **Errors**: every fault of the recipe, of the file or of the plan.
 pub fn run(args: &PlanArgs) -> Result<(), Failure> {
+    if let (true, Some(cluster)) = (args.search, &args.cluster) {
+        return search::run(args, cluster);
+    }
     let (overview, plan) = match (&args.file, args.schedule) {
         (Some(path), _) => of_file(path)?,
         (None, Some(kind)) => {

@@ -12,7 +12,7 @@ use std::cmp::Reverse;
 
 pub use limit::{LimitedBy, MemoryLimit};
 pub use memory::{MemoryQuery, rank_figures};
-pub use need::{checkpoint_bytes, folder_bytes, recipe_figures};
+pub use need::{checkpoint_bytes, figures_with, folder_bytes, recipe_figures};
 
 use crate::cost;
 use crate::model_config::ModelConfig;

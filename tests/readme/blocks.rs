@@ -37,7 +37,7 @@ const SHORT: (&str, &str) = (
      --set training.validation_sequences=4",
 );
 
-pub const BLOCKS: [Block; 21] = [
+pub const BLOCKS: [Block; 22] = [
     here("cargo run --release -- train", &[("cargo run --release --", "contraflow"), SHORT]),
     Block { begins: "cargo test --workspace", how: How::Skipped("this test is part of it"), instead: &[] },
     here("contraflow plan --schedule", &[]),
@@ -85,5 +85,10 @@ pub const BLOCKS: [Block; 21] = [
         ],
     ),
     here("contraflow certs renew", &[]),
+    Block {
+        begins: "contraflow certs init --dir certs --host contraflow-orchestrator",
+        how: How::Skipped("it needs a Kubernetes cluster; tests/kubernetes.rs renders what it installs"),
+        instead: &[],
+    },
     here("export OTEL_EXPORTER_OTLP_ENDPOINT", &[]),
 ];

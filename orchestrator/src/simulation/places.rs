@@ -7,8 +7,8 @@ use super::World;
 use crate::core::facts::Formed;
 use crate::core::jobs::Phase;
 
-/// Formations that two workers which do not reach each other may break before one of them is left out: one in the middle of a step,
-/// of which nobody knows the cause, and one that does not connect; the next is the one after which a place is left out.
+/// Formations that may fail to connect because two workers do not reach each other before one of them is left out. One that breaks in
+/// the middle of a step is none of them: nobody knows its cause, and links may come and go without a formation between that connects.
 const TRIES: u32 = 2;
 
 impl World {
@@ -24,10 +24,11 @@ impl World {
         self.checks.rolled_back.extend(rolled_back.map(|cursor| (job, cursor)));
     }
 
-    /// A formation breaks although all of its workers are alive: counted, if two of them do not reach each other.
+    /// A formation does not connect although all of its workers are alive: counted, if two of them do not reach each other.
     pub(super) fn note_apart(&mut self, job: JobId, why: &str) {
         let record = &self.store.jobs.all[&job];
-        let Some(formed) = record.running().filter(|_| why.ends_with("re-forming")) else { return };
+        let shows = why.contains("connecting") && why.ends_with("re-forming");
+        let Some(formed) = record.running().filter(|_| shows) else { return };
         if let Some((one, other)) = self.workers_apart(formed) {
             *self.checks.apart.entry((job, one, other)).or_default() += 1;
         }

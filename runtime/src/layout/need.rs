@@ -12,9 +12,17 @@ use crate::schedule::{Mode, RankFigures, lower};
 /// # Errors
 /// The layers cannot be spread over the stages; the schedule has no plan for the batch.
 pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
+    figures_with(recipe, recipe.micro_batches(recipe.training.global_batch_size))
+}
+
+/// The same with another number of micro-batches: a rank needs no more for more of them, once there are four for each of the
+/// pipeline's ranks.
+///
+/// # Errors
+/// As [`recipe_figures`].
+pub fn figures_with(recipe: &Recipe, micro_batches: usize) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = recipe_stages(recipe)?;
-    let micro_batches = recipe.micro_batches(training.global_batch_size);
     let (plan, _) = parallel
         .schedule
         .plan(parallel.pipeline, micro_batches, Mode::Train)
@@ -56,6 +64,23 @@ mod tests {
         let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
         let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
         recipe_figures(&recipe).unwrap().iter().map(RankFigures::bytes).collect()
+    }
+
+    #[test]
+    fn more_micro_batches_than_four_a_rank_need_no_more() {
+        for schedule in crate::schedule::ScheduleKind::ALL {
+            for pipeline in [2, 4] {
+                let changes = [
+                    format!("parallel.schedule={schedule}"),
+                    format!("parallel.pipeline={pipeline}"),
+                    "parallel.expert=1".into(),
+                    "parallel.data=1".into(),
+                ];
+                let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
+                let enough = figures_with(&recipe, 4 * pipeline).unwrap();
+                assert_eq!(enough, figures_with(&recipe, 10 * pipeline).unwrap(), "{schedule}, {pipeline}");
+            }
+        }
     }
 
     #[test]

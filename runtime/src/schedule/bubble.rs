@@ -78,11 +78,22 @@ pub fn simulate(plan: &Plan, costs: UnitCosts) -> Result<Bubble, Deadlock> {
 /// # Errors
 /// The plan deadlocks.
 pub fn clock(plan: &Plan, costs: UnitCosts) -> Result<(Vec<Program>, Timeline), Deadlock> {
+    clock_by(plan, |action| costs.of(action))
+}
+
+/// As [`clock`], where every action has a duration of its own.
+///
+/// # Errors
+/// The plan deadlocks.
+pub fn clock_by(
+    plan: &Plan,
+    duration: impl Fn(&Action) -> f64,
+) -> Result<(Vec<Program>, Timeline), Deadlock> {
     let programs = lower(plan, None, 1);
     let cost = |rank: usize, op: &Op| match (op.work, op.action) {
         (Work::Component { pass, component: Component::Chunk, .. }, Some(action)) => {
             let action = &plan.actions[rank][action];
-            if pass == leading_pass(action) { costs.of(action) } else { 0.0 }
+            if pass == leading_pass(action) { duration(action) } else { 0.0 }
         }
         _ => 0.0,
     };

@@ -28,7 +28,7 @@ pub mod update;
 pub mod walk;
 
 pub use action::{Action, Chunk, Plan};
-pub use bubble::{Bubble, UnitCosts, clock, simulate};
+pub use bubble::{Bubble, UnitCosts, clock, clock_by, simulate};
 pub use bucket::{Bucket, Contents};
 pub use check::{PlanFault, Report, check};
 pub use check_update::check_step;

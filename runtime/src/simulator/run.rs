@@ -58,29 +58,42 @@ pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<St
     }
 }
 
-fn simulate_stages(
+/// The step of a plan with these stages.
+pub(super) fn simulate_stages(
     recipe: &Recipe,
     cluster: &Cluster,
     rates: &Rates,
     plan: Plan,
     stages: &[StageLayout],
 ) -> Result<Run, Vec<String>> {
+    let passes = lower(&plan, Some(stages), recipe.parallel.expert);
+    with_shapes(recipe, &plan.placement.clone(), stages, |kernels| {
+        let sharding =
+            Sharding { buckets: kernels.shapes.buckets.to_vec(), replicated: false, overlap: true };
+        let programs = StepPrograms::new(&passes, &sharding).whole();
+        simulate_shapes(plan, programs, cluster, rates, kernels)
+    })
+}
+
+/// What the durations of a recipe's operations follow from, where `placement[rank]` lists the stages of a rank.
+pub(super) fn with_shapes<R>(
+    recipe: &Recipe,
+    placement: &[Vec<usize>],
+    stages: &[StageLayout],
+    then: impl FnOnce(KernelShapes) -> R,
+) -> R {
     let topology = recipe.topology();
-    let buckets = buckets(&plan.placement, stages, &topology);
     let shapes = Shapes {
         config: &recipe.model_config,
         topology,
         stages,
-        buckets: &buckets,
+        buckets: &buckets(placement, stages, &topology),
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         sequence_length: recipe.training.sequence_length,
         precision: &recipe.precision,
         mode: Mode::Train,
     };
-    let passes = lower(&plan, Some(stages), topology.expert);
-    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: true };
-    let programs = StepPrograms::new(&passes, &sharding).whole();
-    simulate_shapes(plan, programs, cluster, rates, KernelShapes { shapes: &shapes, memory: &recipe.memory })
+    then(KernelShapes { shapes: &shapes, memory: &recipe.memory })
 }
 
 /// Any programs of a plan, under the durations that follow from shapes.

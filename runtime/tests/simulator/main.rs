@@ -6,6 +6,7 @@ mod pictures;
 mod profiles;
 mod properties;
 mod published;
+mod searched;
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 
