@@ -8,6 +8,7 @@ pub mod bench;
 pub mod certs;
 pub mod checkpoint;
 pub mod client;
+pub mod dashboard;
 pub mod data;
 pub mod eval;
 pub mod export;

@@ -14,6 +14,7 @@ use contraflow_workers::data::from_recipe::{Text, load_text};
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
+use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
@@ -46,6 +47,9 @@ pub struct TrainArgs {
     pub resume: Option<String>,
     #[command(flatten)]
     pub pictures: Pictures,
+    /// Where the run can be looked at while it trains.
+    #[command(flatten)]
+    pub dashboard: DoorArgs,
     /// Print the recipe with every key resolved, and stop
     #[arg(long)]
     pub print_recipe: bool,
@@ -102,10 +106,14 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     recipe.tokenizer = text.tokenizer_section.clone();
     print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
+    let door = Door::open(&args.dashboard)?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
         None => Run::create(&name, recipe, text)?,
     };
+    let _dashboard = door.map(|door| door.serve(vec![run.shown()])).transpose()?.inspect(|dashboard| {
+        say(format_args!("dashboard: {}", dashboard.url()));
+    });
     let datasets = Arc::new(datasets);
     let tally = run.train(&datasets, &args.pictures)?;
     run.finish(&datasets, tally, began)

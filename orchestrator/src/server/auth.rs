@@ -21,6 +21,7 @@ use tracing::Instrument;
 use super::acceptor::Peer;
 use super::access::{self, Credentials, SUBMIT, Token};
 use super::audit::{Audit, Call};
+use super::front::Visitor;
 use super::hub::now_ms;
 use super::rate::{Buckets, Rate};
 use super::security::Security;
@@ -94,12 +95,15 @@ impl AuthLayer {
 
     /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, with a message.
     fn check(&self, head: &http::request::Parts) -> Result<Session, Status> {
-        let peer = head.extensions.get::<Peer>();
-        let address = peer.map_or(IpAddr::from([0; 4]), |peer| peer.address.ip());
+        let peer = head.extensions.get::<Peer>().map(|peer| (peer.address, peer.certificate));
+        let visitor = head.extensions.get::<Visitor>().map(|visitor| (visitor.address, visitor.certificate));
+        let (address, certificate) = match peer.or(visitor) {
+            Some((address, certificate)) => (address.ip(), certificate),
+            None => (IpAddr::from([0; 4]), None),
+        };
         // A header that is no text is no token.
         let authorization = head.headers.get(http::header::AUTHORIZATION);
         let authorization = authorization.map(|value| value.to_str().unwrap_or("").to_owned());
-        let certificate = peer.and_then(|peer| peer.certificate);
         let credentials = Credentials { authorization, certificate };
         let method = head.uri.path();
         let mut session = Session {

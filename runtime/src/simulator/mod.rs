@@ -27,7 +27,7 @@ pub use kernels::{Kernel, KernelShapes, Traffic};
 pub use pair::{Pair, pair};
 pub use palette::{Shade, shade_of, shade_of_action};
 pub use prediction::{Compared, Constant, Prediction, predict};
-pub use rows::{Bar, Row, RowTimeline, StepTimeline, recorded_rows, rows};
+pub use rows::{Bar, Row, RowTimeline, StepTimeline, lane_name, recorded_rows, rows};
 pub use run::{Run, simulate_recipe, simulate_shapes};
 pub use svg::svg;
 pub use trace::write_trace;
