@@ -147,7 +147,7 @@ impl Cluster {
             // Ends with the job, when the token is withdrawn, and when nobody has the history any more.
             while let Ok(Some(step)) = steps.message().await {
                 let Some(shown) = weak.upgrade() else { return };
-                step.record.iter().for_each(|record| shown.step(record));
+                shown.change(|state| step.record.iter().for_each(|record| state.history.push(record, None)));
             }
         });
         shown

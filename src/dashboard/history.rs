@@ -192,13 +192,17 @@ impl History {
         }
         self.samples.push(self.latest.clone());
         if self.samples.len() > MAX_SAMPLES {
-            let mut place = 0;
-            self.samples.retain(|_| {
-                place += 1;
-                place % 2 == 1
-            });
+            self.halve();
             self.gap = 2 * self.gap + 1;
         }
+    }
+
+    fn halve(&mut self) {
+        let mut place = 0;
+        self.samples.retain(|_| {
+            place += 1;
+            place % 2 == 1
+        });
     }
 
     /// Puts the tokens per expert of a sampled step beside what is known of it: lines of metrics do not have them.
@@ -212,6 +216,9 @@ impl History {
                 let place = self.samples.partition_point(|sample| sample.step < step);
                 let sample = Sample { step, loads: loads.clone(), ..Sample::default() };
                 self.samples.insert(place, sample);
+                if self.samples.len() > 2 * MAX_SAMPLES {
+                    self.halve();
+                }
             }
         }
         if self.latest.loads.is_empty() || step >= self.latest.step {
@@ -325,6 +332,9 @@ mod tests {
         let gaps: Vec<u64> = steps.windows(2).map(|pair| pair[1] - pair[0]).collect();
         assert!(gaps.iter().all(|gap| *gap == gaps[0]), "{gaps:?}");
         assert_eq!(history.latest().step, 10_000);
+        (1..=10_000).for_each(|step| history.put_loads(step, &[LayerLoad { layer: 1, counts: vec![step] }]));
+        assert!(history.samples().len() <= 2 * MAX_SAMPLES, "{}", history.samples().len());
+        assert_eq!(history.latest().loads, [(1, vec![10_000])]);
         (1..=10_000).for_each(|step| history.annotate(step, "warning", String::new()));
         assert_eq!(history.annotations().len(), MAX_ANNOTATIONS);
     }

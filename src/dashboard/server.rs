@@ -96,11 +96,12 @@ impl Listen {
 #[derive(clap::Args, Clone, Debug)]
 pub struct DoorArgs {
     /// Where the dashboard is served: an address of this machine, or off [default: 127.0.0.1:7080, or any port if that is taken]
-    #[arg(long = "dashboard", value_name = "off|HOST:PORT")]
+    #[arg(id = "dashboard", long, value_name = "off|HOST:PORT")]
     pub listen: Option<Listen>,
     /// What viewers have to know; needed where others than this machine can reach the dashboard
     #[arg(
-        long = "dashboard-token",
+        id = "dashboard-token",
+        long,
         value_name = "TOKEN",
         env = "CONTRAFLOW_DASHBOARD_TOKEN",
         hide_env_values = true

@@ -31,6 +31,10 @@ const SILENCE: Duration = Duration::from_secs(15);
 
 /// The stream for a viewer that has all steps up to `after`. The permit goes back when the viewer is gone.
 pub fn live(shown: Arc<Shown>, after: u64, permit: OwnedSemaphorePermit) -> Body {
+    live_for(shown, after, permit, PATIENCE)
+}
+
+fn live_for(shown: Arc<Shown>, after: u64, permit: OwnedSemaphorePermit, patience: Duration) -> Body {
     let (sender, events) = mpsc::channel::<Result<Bytes, Infallible>>(MAX_UNREAD);
     tokio::spawn(async move {
         let _permit = permit;
@@ -39,7 +43,7 @@ pub fn live(shown: Arc<Shown>, after: u64, permit: OwnedSemaphorePermit) -> Body
         loop {
             changes.mark_unchanged();
             let event = viewer.next(&shown);
-            if !event.is_empty() && sender.send_timeout(Ok(event.into()), PATIENCE).await.is_err() {
+            if !event.is_empty() && sender.send_timeout(Ok(event.into()), patience).await.is_err() {
                 return;
             }
             tokio::time::sleep(PAUSE).await;
@@ -47,7 +51,7 @@ pub fn live(shown: Arc<Shown>, after: u64, permit: OwnedSemaphorePermit) -> Body
                 Ok(Ok(())) => {}
                 Ok(Err(_)) => return,
                 Err(_) => {
-                    if sender.send_timeout(Ok(": still here\n\n".into()), PATIENCE).await.is_err() {
+                    if sender.send_timeout(Ok(": still here\n\n".into()), patience).await.is_err() {
                         return;
                     }
                 }
@@ -140,16 +144,24 @@ mod tests {
         assert!(viewer.next(&shown).starts_with("event: reset\n"));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_viewer_that_does_not_read_is_let_go_and_training_is_not_held_up() {
         let shown = Shown::starting(Facts::default());
         let places = Arc::new(tokio::sync::Semaphore::new(1));
-        let body = live(shown.clone(), 0, places.clone().acquire_owned().await.unwrap());
-        for step in 1..=20 {
-            make(&shown, step..=step);
-            tokio::time::sleep(Duration::from_secs(1)).await;
+        let permit = places.clone().acquire_owned().await.unwrap();
+        let body = live_for(shown.clone(), 0, permit, Duration::from_millis(20));
+        let mut step = 0;
+        let mut steps = tokio::time::interval(Duration::from_millis(5));
+        loop {
+            tokio::select! {
+                _ = steps.tick() => {
+                    step += 1;
+                    make(&shown, step..=step);
+                }
+                free = places.acquire() => break drop(free.unwrap()),
+            }
         }
-        assert_eq!(places.available_permits(), 1, "let go");
+        assert!(step > 0, "it has made steps all the while");
         drop(body);
     }
 }

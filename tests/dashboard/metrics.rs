@@ -72,6 +72,16 @@ fn a_local_run_emits_what_is_documented_in_base_units_with_few_labels() {
     assert!(keys.iter().all(|key| allowed.contains(&key.as_str())), "{keys:?}");
 }
 
+/// Says so where a test is skipped.
+fn has_promtool() -> bool {
+    let run = Command::new("promtool").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let is_there = run.is_ok_and(|status| status.success());
+    if !is_there {
+        eprintln!("skipped: there is no promtool");
+    }
+    is_there
+}
+
 #[test]
 fn promtool_has_nothing_to_say() {
     let has_promtool =
@@ -93,4 +103,32 @@ fn promtool_has_nothing_to_say() {
     let said =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.trim().is_empty(), "{said}");
+}
+
+#[test]
+fn alerts_name_documented_metrics_alone() {
+    let alerts = include_str!("../../packaging/prometheus/alerts.yml");
+    let expressions = alerts.lines().filter_map(|line| line.trim().strip_prefix("expr: "));
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let names: BTreeSet<&str> = expressions
+        .flat_map(|expression| {
+            expression.split(|c: char| !is_word(c)).filter(|word| word.starts_with("contraflow_"))
+        })
+        .collect();
+    let documented = documented();
+    assert!(names.len() >= 6 && names.iter().all(|name| documented.contains_key(*name)), "{names:?}");
+}
+
+#[test]
+fn alerts_fire_when_they_should() {
+    if !has_promtool() {
+        return;
+    }
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/prometheus");
+    let output = Command::new("promtool")
+        .args(["test", "rules", "alerts.test.yml"])
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

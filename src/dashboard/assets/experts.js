@@ -5,7 +5,7 @@ import { Chart } from "/assets/chart.js";
 /** A heat map. `rows`: [{ label, values }]; a value of 1 is the mean. */
 function heatMap(label, rows, columns, { unit, of, onpick, rowHeight }) {
   const tall = rowHeight ?? Math.max(6, Math.min(22, Math.floor(420 / Math.max(rows.length, 1))));
-  const left = 64, bottom = 22;
+  const left = 78, bottom = 22;
   const tip = h("div", { class: "tip", hidden: true });
   const { element, redraw } = canvas(rows.length * tall + bottom, label, (context, width) => {
     const wide = (width - left) / columns.length;

@@ -11,7 +11,8 @@ const MEANING = {
   optimizer: "the update of the weights and its collectives", transfer: "activations and gradients between neighbouring ranks",
 };
 const VIEWS = [["recorded", "Latest step"], ["actions", "Plan"], ["operations", "Simulated"]];
-const LANE = 22, GAP = 10, LEFT = 96, AXIS = 24;
+const SHORT = { F: "forward", B: "backward", I: "input gradients", W: "weight gradients", "F&B": "both at once", dispatch: "tokens to experts", combine: "tokens home", optimizer: "update", transfer: "between ranks" };
+const LANE = 26, GAP = 12, LEFT = 126, AXIS = 24, SMALL = 12;
 
 const amount = (view, value) => (view.unit === "s" ? duration(value) : `${digits(value)} F`);
 
@@ -30,7 +31,7 @@ class Timeline {
     this.rows = [];
     let y = 6;
     for (const rank of view.ranks) {
-      for (const [i, lane] of rank.lanes.entries()) { this.rows.push({ rank, lane, first: i === 0, y }); y += lane.name === "compute" ? LANE + 3 : LANE - 5; }
+      for (const [i, lane] of rank.lanes.entries()) { this.rows.push({ rank, lane, first: i === 0, y }); y += lane.name === "compute" ? LANE + 3 : SMALL + 3; }
       y += GAP;
     }
     this.tall = y + AXIS;
@@ -63,7 +64,7 @@ class Timeline {
   zoom(factor, around) { const [from, to] = this.range; const length = Math.max((to - from) * factor, this.view.makespan / 20000); const part = (around - from) / (to - from); this.show(around - part * length, around - part * length + length); }
   at(event) {
     const t = this.timeAt(event.offsetX);
-    const row = this.rows.find((row) => event.offsetY >= row.y && event.offsetY < row.y + LANE);
+    const row = this.rows.find((row) => event.offsetY >= row.y && event.offsetY < row.y + (row.lane.name === "compute" ? LANE : SMALL));
     if (!row || event.offsetX < LEFT) return null;
     const op = row.lane.ops.find((op) => op.s <= t && op.e >= t);
     if (op) return { rank: row.rank.rank, lane: row.lane.name, op };
@@ -87,7 +88,7 @@ class Timeline {
     context.font = "11px system-ui, sans-serif"; context.textBaseline = "middle";
     context.save(); context.beginPath(); context.rect(LEFT, 0, width - LEFT, this.tall); context.clip();
     for (const row of this.rows) {
-      const tall = row.lane.name === "compute" ? LANE : LANE - 8;
+      const tall = row.lane.name === "compute" ? LANE : SMALL;
       if (row.lane.name === "compute") for (const [start, end] of row.rank.idle) { if (end < from || start > to) continue; context.fillStyle = idle; context.fillRect(x(start), row.y, (end - start) * scale, tall); }
       for (const op of row.lane.ops) {
         if (op.e < from || op.s > to) continue;
@@ -112,10 +113,10 @@ class Timeline {
     context.textAlign = "left";
     let before = null;
     for (const row of this.rows) {
-      const y = row.y + (row.lane.name === "compute" ? LANE : LANE - 8) / 2;
+      const y = row.y + (row.lane.name === "compute" ? LANE : SMALL) / 2;
       context.fillStyle = row.first ? ink : soft;
       context.font = row.first ? "600 12px system-ui, sans-serif" : "10px system-ui, sans-serif";
-      const stages = row.rank.stages?.length ? ` · st. ${row.rank.stages.join(", ")}` : "";
+      const stages = row.rank.stages?.length ? ` · stage ${row.rank.stages.join(", ")}` : "";
       context.fillText(row.first ? `rank ${row.rank.rank}${stages}` : row.lane.name, row.first ? 2 : 10, y);
       if (before !== null && before !== row.rank) { context.strokeStyle = line; context.lineWidth = 1; context.beginPath(); context.moveTo(0, row.y - GAP / 2); context.lineTo(width, row.y - GAP / 2); context.stroke(); }
       before = row.rank;
@@ -131,8 +132,8 @@ class Timeline {
     stops.forEach((stop, i) => {
       const row = this.rows.find((row) => row.rank.rank === stop.rank && row.lane.name === "compute");
       const y = row.y + LANE / 2;
-      if (i === 0) context.moveTo(x(stop.op.s), y); else context.lineTo(x(stop.op.s), y);
-      context.lineTo(x(stop.op.e), y);
+      if (i > 0) context.lineTo(x(stop.op.s), y);
+      context.moveTo(x(stop.op.e), y);
     });
     context.stroke(); context.setLineDash([]);
   }
@@ -222,10 +223,10 @@ export async function pipelinePage(main, id) {
       timelines = views.map((view) => new Timeline(view, share));
       fill(stack, timelines.map(({ view, element }) => h("section", { class: "card section" }, h("div", { class: "title" }, h("h2", {}, view.source[0].toUpperCase() + view.source.slice(1)), h("span", { class: "unit" }, `${view.schedule} · ${amount(view, view.makespan)} a step · bubble ${percent(view.bubble)}${view.whole ? "" : " · actions only: the step has too many operations to draw"}`)), h("div", { class: "body" }, element))));
       const used = new Set(views.flatMap((view) => view.ranks.flatMap((rank) => rank.lanes.flatMap((lane) => lane.ops.map((op) => op.c)))));
-      fill(legend, views[0].shades.map((shade, i) => (used.has(i) ? h("span", { title: MEANING[shade.name] }, swatch(shade.colour), shade.name) : null)), h("span", {}, swatch("var(--idle)"), "bubble"));
+      fill(legend, views[0].shades.map((shade, i) => (used.has(i) ? h("span", { title: MEANING[shade.name] }, swatch(shade.colour), shade.name === SHORT[shade.name] ? shade.name : h("b", {}, shade.name), ` ${SHORT[shade.name] ?? ""}`) : null)), h("span", {}, swatch("var(--idle)"), "bubble"));
       fill(about, explanation(views[0]));
       const [action, rank] = [parameter("action"), parameter("rank")];
-      if (action) { const hit = order(views[0]).find((entry) => entry.op.a === action && (rank === null || entry.rank === Number(rank))); if (hit) share.select(views[0], hit); }
+      if (action) { const hit = order(views[0]).find((entry) => entry.op.a !== null && (entry.op.a === action || entry.op.a.split("&").includes(action)) && (rank === null || entry.rank === Number(rank))); if (hit) share.select(views[0], hit); }
     } catch (error) {
       timelines = []; fill(legend);
       const isAbsent = error.status === 404;
