@@ -197,7 +197,10 @@ fn of_rank(waits: &Waits, rank: usize, is_whole: bool) -> Value {
     let lanes: Vec<Value> =
         lanes.into_iter().map(|(lane, ops)| json!({"name": lane_name(lane), "ops": ops})).collect();
     let stages = plan.placement.get(waits.drawn.pipelines[rank]);
-    json!({"rank": rank, "stages": stages, "lanes": lanes, "idle": idle})
+    // Ranks of one pipeline coordinate work on micro-batches of their own: the k-th of each are one pipeline.
+    let pipelines = &waits.drawn.pipelines;
+    let group = pipelines[..rank].iter().filter(|&&other| other == pipelines[rank]).count();
+    json!({"rank": rank, "group": group, "stages": stages, "lanes": lanes, "idle": idle})
 }
 
 /// What operations wait for.

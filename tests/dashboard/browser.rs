@@ -144,7 +144,7 @@ fn a_job_is_submitted_on_a_page_and_the_loss_of_a_worker_is_told() {
     std::fs::write(
         &recipe,
         "[model]\nconfig = \"tiny\"\n[parallel]\npipeline = 2\nexpert = 1\ndata = 1\n[training]\nsteps = 100000\n\
-         global_batch_size = 8\nmicro_batch_size = 2\nsequence_length = 64\nvalidation_sequences = 4\n\
+         global_batch_size = 8\nmicro_batch_size = 2\nsequence_length = 64\nvalidation_sequences = 4\n[lr]\npeak = 1e-3\n\
          [data]\npaths = [\"text.txt\"]\n",
     )
     .unwrap();

@@ -56,6 +56,12 @@ async function run(page, id) {
   await page.screenshot({ path: path.join(out, "pipeline-click.png") });
   await page.locator("main").focus();
   await page.keyboard.press("ArrowRight");
+  if (await page.evaluate((id) => fetch(`/api/v1/runs/${id}`).then((response) => response.json()).then((run) => run.has_recording), id)) {
+    await page.click("text=Latest step");
+    await page.waitForFunction(() => document.querySelector("main").textContent.includes("ecorded in step"));
+    await page.waitForTimeout(300);
+    await page.screenshot({ path: path.join(out, "pipeline-recorded.png") });
+  }
   await page.click("text=Simulated");
   await page.waitForFunction(() => document.querySelector("main").textContent.includes("imulated on"));
   await page.waitForTimeout(300);

@@ -21,7 +21,6 @@ use tracing::Instrument;
 use super::acceptor::Peer;
 use super::access::{self, Credentials, SUBMIT, Token};
 use super::audit::{Audit, Call};
-use super::front::Visitor;
 use super::hub::now_ms;
 use super::rate::{Buckets, Rate};
 use super::security::Security;
@@ -42,6 +41,15 @@ const MAX_METHOD: usize = 128;
 
 /// What the audit log has of a text. **Units**: bytes.
 const MAX_AUDITED: usize = 256;
+
+/// Who makes calls through a front; found among a request's extensions.
+#[derive(Clone, Debug)]
+pub struct Visitor {
+    /// Where they are.
+    pub address: SocketAddr,
+    /// Fingerprint of their certificate; none without TLS.
+    pub certificate: Option<blake3::Hash>,
+}
 
 struct Shared {
     /// None: every client has full access.

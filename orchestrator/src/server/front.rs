@@ -17,19 +17,10 @@ use tonic::service::Routes;
 
 use super::Handle;
 use super::acceptor::{Io, secure};
-use super::auth::{AuthLayer, AuthService};
+use super::auth::{AuthLayer, AuthService, Visitor};
 
 /// How long a connection may take to say who it is.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-
-/// Who makes calls through a front; found among a request's extensions.
-#[derive(Clone, Debug)]
-pub struct Visitor {
-    /// Where they are.
-    pub address: SocketAddr,
-    /// Fingerprint of their certificate; none without TLS.
-    pub certificate: Option<blake3::Hash>,
-}
 
 /// The services within this process.
 #[derive(Clone)]

@@ -30,8 +30,9 @@ mod withdrawal;
 mod worker_link;
 mod x509;
 
+pub use self::auth::Visitor;
 pub use self::expiry::NOTICE;
-pub use self::front::{Calls, Front, Visitor};
+pub use self::front::{Calls, Front};
 pub use self::security::{Security, certificate_info, files, fingerprint_of};
 pub use self::x509::CertificateInfo;
 

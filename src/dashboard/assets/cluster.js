@@ -50,7 +50,7 @@ async function jobsPage(main, here) {
 
 async function submitPage(main) {
   const answer = h("div", { "aria-live": "polite" });
-  const recipe = h("textarea", { class: "code", "aria-label": "Recipe, TOML", spellcheck: "false", placeholder: "[model]\nconfig = \"tiny\"\n\n[training]\nsteps = 100" });
+  const recipe = h("textarea", { class: "code", "aria-label": "Recipe, TOML", spellcheck: "false", placeholder: "[model]\nconfig = \"tiny\"\n\n[training]\nsteps = 100\n\n[lr]\npeak = 1e-3" });
   const name = h("input", { "aria-label": "Name", placeholder: "name" }), priority = h("input", { type: "number", value: "0", "aria-label": "Priority", size: 5 }), changes = h("input", { "aria-label": "Changes", placeholder: "training.steps=200 lr.peak=0.001", size: 44 });
   const body = () => ({ recipe: recipe.value, name: name.value, priority: Number(priority.value) || 0, overrides: changes.value.split(/\s+/).filter(Boolean) });
   const faults = (error) => fill(answer, h("section", { class: "card section", role: "alert" }, h("div", { class: "title" }, h("h2", { class: "fault" }, `${error.faults?.length ?? 1} fault${(error.faults?.length ?? 1) === 1 ? "" : "s"}`)), h("ul", { class: "list" }, (error.faults ?? [error.message]).map((fault) => h("li", {}, h("span", { class: "mono" }, fault))))));

@@ -10,7 +10,7 @@ const MEANING = {
   dispatch: "tokens on their way to the ranks of their experts", combine: "what the experts made of them, on the way home",
   optimizer: "the update of the weights and its collectives", transfer: "activations and gradients between neighbouring ranks",
 };
-const VIEWS = [["recorded", "Latest step"], ["actions", "Plan"], ["operations", "Simulated"]];
+const VIEWS = [["actions", "Plan"], ["recorded", "Latest step"], ["operations", "Simulated"]];
 const SHORT = { F: "forward", B: "backward", I: "input gradients", W: "weight gradients", "F&B": "both at once", dispatch: "tokens to experts", combine: "tokens home", optimizer: "update", transfer: "between ranks" };
 const LANE = 26, GAP = 12, LEFT = 126, AXIS = 24, SMALL = 12;
 
@@ -93,7 +93,7 @@ class Timeline {
       for (const op of row.lane.ops) {
         if (op.e < from || op.s > to) continue;
         const shade = view.shades[op.c], left = x(op.s), wide = Math.max((op.e - op.s) * scale - (scale * (op.e - op.s) > 4 ? 1 : 0), 0.6);
-        const isOfTrip = share.trip !== null && op.m.includes(share.trip);
+        const isOfTrip = share.trip !== null && row.rank.group === share.trip.group && op.m.includes(share.trip.microBatch);
         const isLater = cursor !== null && op.s > cursor;
         context.globalAlpha = isLater ? 0.12 : share.trip !== null && !isOfTrip ? 0.22 : 1;
         context.fillStyle = shade.colour;
@@ -123,7 +123,7 @@ class Timeline {
     }
     context.font = "11px system-ui, sans-serif"; context.fillStyle = soft; context.textAlign = "center";
     const rough = (to - from) / Math.max(2, (width - LEFT) / 110), power = 10 ** Math.floor(Math.log10(rough)), step = [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough);
-    for (let tick = Math.ceil(from / step) * step; tick <= to; tick += step) { context.fillText(amount(view, Math.abs(tick) < step / 1e6 ? 0 : tick), Math.min(Math.max(x(tick), LEFT + 14), width - 24), this.tall - AXIS / 2); }
+    for (let tick = Math.ceil(from / step) * step; tick <= to; tick += step) { context.fillText(amount(view, Math.abs(tick) < step / 1e6 ? 0 : tick), Math.min(Math.max(x(tick), LEFT + 14), width - 32), this.tall - AXIS / 2); }
   }
   /** The way of a micro-batch over the ranks. */
   drawTrip(context, x) {
@@ -139,9 +139,9 @@ class Timeline {
   }
 }
 
-/** What works on a micro-batch on the compute lanes, in order; pieces of one action as one. */
-function tripOf(view, microBatch) {
-  const all = view.ranks.flatMap((rank) => (rank.lanes.find((lane) => lane.name === "compute")?.ops ?? []).filter((op) => op.m.includes(microBatch)).map((op) => ({ rank: rank.rank, op })));
+/** What works on a micro-batch on the compute lanes, in order; pieces of one action as one. Ranks that share a stage have micro-batches of their own. */
+function tripOf(view, { microBatch, group }) {
+  const all = view.ranks.filter((rank) => rank.group === group).flatMap((rank) => (rank.lanes.find((lane) => lane.name === "compute")?.ops ?? []).filter((op) => op.m.includes(microBatch)).map((op) => ({ rank: rank.rank, op })));
   all.sort((a, b) => a.op.s - b.op.s);
   const merged = [];
   for (const stop of all) {
@@ -166,7 +166,7 @@ function details(view, share) {
       op.n ? h("p", { class: "unit" }, op.n) : null,
       h("dl", {}, h("dt", {}, "starts"), h("dd", {}, amount(view, op.s)), h("dt", {}, "takes"), h("dd", {}, amount(view, op.e - op.s)),
         h("dt", {}, "waited for"), h("dd", {}, op.w ? `${op.w.name} of rank ${op.w.rank}${op.w.work ? ` (${op.w.work})` : ""}, ${amount(view, op.s - op.w.since)} long` : "nothing: it started as soon as its lane was free")),
-      stops.length ? [h("h3", {}, `Micro-batch ${share.trip} on its way`), h("ol", { class: "list trip" }, stops.map((stop) => h("li", { tabindex: 0, onclick: () => share.select(view, { rank: stop.rank, lane: "compute", op: stop.op }), onkeydown: (event) => { if (event.key === "Enter") share.select(view, { rank: stop.rank, lane: "compute", op: stop.op }); } },
+      stops.length ? [h("h3", {}, `Micro-batch ${share.trip.microBatch} on its way`), h("ol", { class: "list trip" }, stops.map((stop) => h("li", { tabindex: 0, onclick: () => share.select(view, { rank: stop.rank, lane: "compute", op: stop.op }), onkeydown: (event) => { if (event.key === "Enter") share.select(view, { rank: stop.rank, lane: "compute", op: stop.op }); } },
         swatch(view.shades[stop.op.c].colour), h("span", {}, stop.op.a ?? stop.op.n), h("span", { class: "grow" }), h("span", { class: "unit" }, `rank ${stop.rank} at ${amount(view, stop.op.s)}`))))] : null));
 }
 
@@ -176,12 +176,12 @@ export async function pipelinePage(main, id) {
   const stack = h("div"), panel = h("section", { class: "card section", "aria-live": "polite" }), legend = h("div", { class: "legend" }), about = h("div");
   const share = { trip: null, selected: null, playing: null, select: null };
   let timelines = [], frame = null, speed = 1;
-  let which = parameter("view") ?? (overview.has_recording ? "recorded" : "actions");
+  let which = parameter("view") ?? "actions";
 
   const redraw = () => timelines.forEach((timeline) => timeline.redraw());
   share.select = (view, hit) => {
     share.selected = hit?.op ? hit : null;
-    share.trip = hit?.op?.m.length ? hit.op.m[0] : null;
+    share.trip = hit?.op?.m.length ? { microBatch: hit.op.m[0], group: view.ranks.find((rank) => rank.rank === hit.rank)?.group ?? 0 } : null;
     remember({ action: hit?.op?.a ?? null, rank: hit?.op ? hit.rank : null });
     fill(panel, details(view, share));
     redraw();

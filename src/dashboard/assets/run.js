@@ -60,7 +60,7 @@ function tiles(overview, trend) {
     tile("Is it learning?", finite(loss) ? [digits(loss), h("small", {}, " nats/token")] : "–", [fall, validation ? ` · validation ${digits(validation)}` : ""], trend !== null && trend > 0 ? "warn" : ""),
     tile("Is it fast?", [si(figureOf(overview, "tokens_per_second")), h("small", {}, " tokens/s")], `MFU ${percent(figureOf(overview, "mfu"))} · bubble ${percent(figureOf(overview, "bubble_share"))} · ${duration(figureOf(overview, "seconds"))} a step`),
     tile("Is it balanced?", finite(vio) ? [digits(vio), h("small", {}, " MaxVio")] : "–", "largest load of an expert above the mean; 0 is even"),
-    tile("Is anything wrong?", troubles ? `${troubles} notice${troubles === 1 ? "" : "s"}` : "nothing noticed", latest ? latest.text : memory ? `memory ${bytes(memory)} at most, ${bytes(planned)} planned` : "", troubles ? (overview.phase === "failed" ? "bad" : "warn") : "good"),
+    tile("Is anything wrong?", troubles ? `${troubles} notice${troubles === 1 ? "" : "s"}` : "nothing", latest ? latest.text : memory ? `memory at most ${bytes(memory)}, of which the ranks were planned to need ${bytes(planned)}` : "", troubles ? (overview.phase === "failed" ? "bad" : "warn") : "good"),
     tile("What happens next?", isOpen ? (overview.seconds_left !== null ? [duration(overview.seconds_left), h("small", {}, " left")] : "–") : overview.phase, isOpen ? `step ${overview.step} of ${overview.steps ?? "–"} · ${si(overview.tokens)} tokens` : overview.outcome || `${overview.step} steps, ${si(overview.tokens)} tokens`));
 }
 
