@@ -95,7 +95,7 @@ impl Cluster {
         };
         let shown = match known {
             // A job that was taken up again makes more steps than its history has.
-            Some(shown) if !(has_ended(&shown) && !is_over(job.state())) => shown,
+            Some(shown) if !has_ended(&shown) || is_over(job.state()) => shown,
             _ => self.follow(viewer.clone(), &job).await,
         };
         let loads = self.front.loads(&job.job).await;

@@ -13,6 +13,12 @@ const short = (value, unit) => {
   return Math.abs(value) >= 1000 ? si(value) : String(Number(value.toPrecision(3)));
 };
 
+/** A time on an axis: 2:20, or 1:02:20 with hours. */
+const clock = (seconds) => {
+  const whole = Math.round(seconds), two = (number) => String(number).padStart(2, "0");
+  return whole >= 3600 ? `${Math.floor(whole / 3600)}:${two(Math.floor((whole % 3600) / 60))}:${two(whole % 60)}` : `${Math.floor(whole / 60)}:${two(whole % 60)}`;
+};
+
 /** A mean in which earlier values count less and less; it begins at the first value. */
 export function smoothed(values, weight) {
   if (!weight) return values;
@@ -80,7 +86,7 @@ export class Chart {
     if (this.data[0] === undefined) return;
     fill(this.body);
     const soft = colour("--soft"), faint = colour("--faint");
-    const axisValues = (_, values) => values.map((value) => (this.axis === "time" ? duration(value) : si(value).replace(" ", "")));
+    const axisValues = (_, values) => values.map((value) => (this.axis === "time" ? (values.at(-1) < 10 ? duration(value) : clock(value)) : si(value).replace(" ", "")));
     const font = "11px system-ui, sans-serif";
     const chart = this;
     const options = {
@@ -89,7 +95,7 @@ export class Chart {
       cursor: { sync: { key: this.sync.key, setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 } },
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
       axes: [
-        { stroke: soft, font, grid: { stroke: faint, width: 1 }, ticks: { show: false }, values: axisValues, size: 26 },
+        { stroke: soft, font, grid: { stroke: faint, width: 1 }, ticks: { show: false }, values: axisValues, size: 26, space: 62 },
         { stroke: soft, font, grid: { stroke: faint, width: 1 }, ticks: { show: false }, size: 62, values: (_, values) => values.map((value) => (value === null ? "" : short(value, this.unit))) },
       ],
       series: [{}, ...this.lines.map((line, i) => ({

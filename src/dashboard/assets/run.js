@@ -83,32 +83,36 @@ function happenings(overview) {
 export async function runPage(main, id) {
   const path = `/runs/${encodeURIComponent(id)}`;
   const state = stateFromAddress();
+  // Of each plot a series of its own: thinned together, many figures would share few points.
   let overview = await api(path), series = null, stopped = false;
   const top = h("div"), below = h("div"), grid = h("div", { class: "charts" });
-  const figures = PLOTS.flatMap((plot) => plot.figures.map(([key]) => key));
   const charts = PLOTS.map((plot) => new Chart({ ...plot, axis: state.axis, onzoom: (from, to) => { state.from = from; state.to = to; remember({ from, to }); state.showReset(); data(); } }));
   fill(grid, charts.map((chart) => chart.element));
 
   const placeNotes = () => {
-    const at = new Map(series.step.map((step, i) => [step, series.x[i]]));
-    const place = (step) => { if (state.axis === "step") return step; if (at.has(step)) return at.get(step); const next = series.step.findIndex((other) => other >= step); return next < 0 ? series.x.at(-1) : series.x[next]; };
-    const [from, to] = [series.x[0], series.x.at(-1)];
+    const first = series[0];
+    const place = (step) => { if (state.axis === "step") return step; const next = first.step.findIndex((other) => other >= step); return next < 0 ? first.x.at(-1) : first.x[next]; };
+    const [from, to] = [first.x[0], first.x.at(-1)];
     return notesOf(overview).map((note) => ({ ...note, x: place(note.step) })).filter((note) => note.x >= from && note.x <= to).slice(-150);
   };
   const draw = () => {
     fill(top, headline(overview), h("div", { class: "meter", role: "progressbar", "aria-label": "Steps made", "aria-valuemin": 0, "aria-valuemax": overview.steps ?? 0, "aria-valuenow": overview.step }, h("div", { css: { width: `${overview.steps ? (100 * overview.step) / overview.steps : 0}%` } })),
-      tiles(overview, series ? trendOf(series.figures.loss ?? []) : null));
+      tiles(overview, series ? trendOf(series[0].figures.loss) : null));
     fill(below, happenings(overview));
     if (!series) return;
     const notes = placeNotes();
     charts.forEach((chart, i) => {
       chart.axis = state.axis;
-      const some = PLOTS[i].figures.filter(([key]) => (series.figures[key] ?? []).some(finite));
+      const some = PLOTS[i].figures.filter(([key]) => series[i].figures[key].some(finite));
       chart.element.hidden = !some.length && PLOTS[i].title !== "Loss" && !["training", "starting", "loading"].includes(overview.phase);
-      chart.set(some.map(([key, label]) => ({ label, x: series.x, y: series.figures[key], colour: PLOTS[i].figures.findIndex(([other]) => other === key) })), notes);
+      chart.set(some.map(([key, label]) => ({ label, x: series[i].x, y: series[i].figures[key], colour: PLOTS[i].figures.findIndex(([other]) => other === key) })), notes);
     });
   };
-  const data = async () => { const wanted = await api(`${path}/series?${query(state, figures)}`); if (stopped) return; series = wanted; draw(); };
+  const data = async () => {
+    const wanted = await Promise.all(PLOTS.map((plot) => api(`${path}/series?${query(state, plot.figures.map(([key]) => key))}`)));
+    if (stopped) return;
+    series = wanted; draw();
+  };
   fill(main, top, tools(state, (what) => (what === "smooth" ? charts.forEach((chart) => chart.setSmooth(state.smooth)) : data().catch((error) => fill(below, broken(error))))), grid, below,
     h("footer", {}, h("a", { href: `/api/v1${path}/series.csv`, download: `${id}.csv` }, "Every step as CSV"), h("a", { href: "/metrics" }, "Prometheus metrics"), h("a", { href: "/api/v1/openapi.json" }, "API")));
   charts.forEach((chart) => { chart.smooth = state.smooth; });
@@ -116,23 +120,25 @@ export async function runPage(main, id) {
   await data();
 
   const liveMark = () => document.getElementById("live");
-  const source = new EventSource(`/api/v1${path}/live?after=${series.step.at(-1) ?? 0}`);
+  const source = new EventSource(`/api/v1${path}/live?after=${series[0].step.at(-1) ?? 0}`);
   let due = null;
   // However fast steps come, the page draws a few times a second.
   const soon = (what) => { if (due) return; due = setTimeout(async () => { due = null; if (stopped) return; try { await what(); } catch { /* the stream says so */ } }, 400); };
-  let seen = series.step.at(-1) ?? 0;
+  let seen = series[0].step.at(-1) ?? 0;
   source.addEventListener("steps", (event) => {
     const { points } = JSON.parse(event.data);
     const keys = overview.figures.map((figure) => figure.key);
     if (finite(state.from)) return;
     for (const point of points.filter((point) => point.step > seen)) {
       seen = point.step;
-      series.x.push(state.axis === "step" ? point.step : state.axis === "tokens" ? point.tokens : point.seconds);
-      series.step.push(point.step);
-      for (const key of figures) series.figures[key].push(point.values[keys.indexOf(key)]);
+      for (const one of series) {
+        one.x.push(state.axis === "step" ? point.step : state.axis === "tokens" ? point.tokens : point.seconds);
+        one.step.push(point.step);
+        for (const [key, values] of Object.entries(one.figures)) values.push(point.values[keys.indexOf(key)]);
+      }
       overview.step = point.step;
     }
-    const isLong = series.x.length > 3 * POINTS;
+    const isLong = series.some((one) => one.x.length > 3 * POINTS);
     soon(async () => { overview = await api(path); isLong ? await data() : draw(); });
   });
   source.addEventListener("reset", (event) => { seen = JSON.parse(event.data).step; soon(async () => { overview = await api(path); await data(); }); });
@@ -153,10 +159,12 @@ export async function comparePage(main, about) {
   const problem = h("p", { class: "fault", role: "alert" });
   const data = async () => {
     const ids = about.runs.map((run) => run.id).filter((id) => chosen.has(id));
-    const all = await Promise.all(ids.map((id) => api(`/runs/${encodeURIComponent(id)}/series?${query(state, plots.map((plot) => plot.key))}`)));
+    const keys = plots.map((plot) => plot.key), pairs = keys.filter((_, i) => i % 2 === 0).map((key) => keys.slice(keys.indexOf(key), keys.indexOf(key) + 2));
+    const of = async (id) => { const found = {}; for (const series of await Promise.all(pairs.map((pair) => api(`/runs/${encodeURIComponent(id)}/series?${query(state, pair)}`)))) for (const [key, y] of Object.entries(series.figures)) found[key] = { x: series.x, y }; return found; };
+    const all = await Promise.all(ids.map(of));
     charts.forEach((chart, i) => {
       chart.axis = state.axis;
-      const lines = all.map((series, k) => ({ label: ids[k], x: series.x, y: series.figures[plots[i].key], colour: colourOf(ids[k]) })).filter((line) => line.y.some(finite));
+      const lines = all.map((series, k) => ({ label: ids[k], ...series[plots[i].key], colour: colourOf(ids[k]) })).filter((line) => line.y.some(finite));
       chart.element.hidden = lines.length === 0 && plots[i].title !== "Loss";
       chart.set(lines, []);
     });
