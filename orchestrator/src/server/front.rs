@@ -11,6 +11,8 @@ use contraflow_proto::LayerLoad;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::JobId;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::service::Routes;
@@ -42,7 +44,7 @@ impl Front {
     pub async fn admit(&self, tcp: TcpStream, address: SocketAddr) -> Result<(Box<dyn Io>, Visitor), String> {
         let admitted = async {
             match self.auth.acceptor() {
-                Some(tls) => secure(tls, tcp, &self.auth).await,
+                Some(tls) => secure(for_pages(&tls), tcp, &self.auth).await,
                 None => Ok((Box::new(tcp) as Box<dyn Io>, None)),
             }
         };
@@ -103,4 +105,11 @@ impl Service<http::Request<Body>> for Calls {
         request.extensions_mut().insert(self.visitor.clone());
         self.inner.call(request)
     }
+}
+
+/// The same proof with the protocol of pages: clients of gRPC are offered HTTP/2 alone.
+fn for_pages(tls: &TlsAcceptor) -> TlsAcceptor {
+    let mut config = ServerConfig::clone(tls.config());
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    TlsAcceptor::from(Arc::new(config))
 }
