@@ -35,6 +35,7 @@ fn step_record_as_json(config: &mut prost_build::Config) {
         let field = format!(".contraflow.v1.StepRecord.{name}");
         config.field_attribute(field, "#[serde(skip_serializing_if = \"Option::is_none\")]");
     }
+    config.field_attribute(".contraflow.v1.StepRecord.loads", "#[serde(skip)]");
     for (name, with) in [("embedding", "number"), ("layers", "numbers"), ("head", "number")] {
         config.field_attribute(format!(".contraflow.v1.GradientNorms.{name}"), or_nan(with));
     }

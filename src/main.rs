@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use contraflow::output::say;
 use contraflow::{
-    bench, certs, checkpoint, client, data, eval, export, generate, import, orchestrator, plan, recipes,
-    runs, train, worker,
+    bench, certs, checkpoint, client, dashboard, data, eval, export, generate, import, orchestrator, plan,
+    recipes, runs, train, worker,
 };
 
 /// Frees and hands out faster than the system's allocator where many threads do.
@@ -47,6 +47,8 @@ enum Command {
     Import(import::ImportArgs),
     /// List the runs of this folder; compare, measure and remove them
     Runs(runs::RunsArgs),
+    /// Show runs in a browser, several over one another: curves, pipeline, experts, layers
+    Dashboard(dashboard::DashboardArgs),
     /// Draw the curves of runs over one another: loss, validation, gradient norm
     Plot(runs::plot::PlotArgs),
     /// List the built-in recipes and models
@@ -99,6 +101,7 @@ fn main() -> ExitCode {
         Command::Export(args) => export::run(&args),
         Command::Import(args) => import::run(&args),
         Command::Runs(args) => runs::run(&args),
+        Command::Dashboard(args) => dashboard::run(&args),
         Command::Plot(args) => runs::plot::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -9,6 +9,7 @@ use contraflow_runtime::recipe::LogLevel;
 use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
 
+use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::output::say;
@@ -35,6 +36,9 @@ pub struct OrchestratorArgs {
     /// A worker that is silent for so long is lost [default: three beats]
     #[arg(long, value_name = "MS")]
     pub lease_ms: Option<u64>,
+    /// Where the cluster can be looked at.
+    #[command(flatten)]
+    pub dashboard: DoorArgs,
     /// What the folder of a job in the storage may hold, as 50GB; without it, as much as there is room for
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub job_quota: Option<u64>,
@@ -47,6 +51,8 @@ pub struct OrchestratorArgs {
 pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
+    let is_secured = security.is_some();
+    let door = Door::open_cluster(&args.dashboard, is_secured)?;
     let settings = Settings {
         retained_jobs: usize::try_from(args.keep_jobs).unwrap_or(usize::MAX),
         times: Times::new(args.beat_ms, args.lease_ms).map_err(Failure::input)?,
@@ -68,7 +74,17 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
         let mut signals = Signals::listen()?;
         let address = orchestrator.address().map_err(|error| Failure::run(error.to_string()))?;
         say(format_args!("orchestrator at {address}, incarnation {}", orchestrator.incarnation()));
-        orchestrator.serve(async move { _ = signals.next().await }).await.map_err(Failure::run)
+        if let Some(door) = &door {
+            say(format_args!("dashboard: {}", door.url(is_secured)));
+        }
+        let serve_pages = |front| {
+            // It ends with the runtime.
+            drop(door.map(|door| tokio::spawn(door.serve_cluster(front))));
+        };
+        orchestrator
+            .serve_with(async move { _ = signals.next().await }, serve_pages)
+            .await
+            .map_err(Failure::run)
     })
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Everything here goes to stderr or a file; results go to stdout elsewhere.
 
+pub mod loads;
 pub mod samples;
 
 use std::collections::VecDeque;
@@ -42,6 +43,8 @@ pub struct Progress {
     frame: Frame,
     bar: ProgressBar,
     file: File,
+    /// See [`loads`].
+    loads: File,
     /// Tokens and seconds of the latest steps.
     recent: VecDeque<(u64, f64)>,
     last_line: Option<Instant>,
@@ -66,8 +69,18 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:20} {pos}/{len}  {msg}") {
             bar.set_style(style);
         }
-        let file = File::options().create(true).append(true).open(run_dir.join(METRICS))?;
-        Ok(Progress { frame, bar, file, recent: VecDeque::new(), last_line: None, afterwards, samples })
+        let append = |name| File::options().create(true).append(true).open(run_dir.join(name));
+        let (file, loads) = (append(METRICS)?, append(loads::FILE)?);
+        Ok(Progress {
+            frame,
+            bar,
+            file,
+            loads,
+            recent: VecDeque::new(),
+            last_line: None,
+            afterwards,
+            samples,
+        })
     }
 
     /// Takes note of a step.
@@ -80,6 +93,7 @@ impl Progress {
             // A full disk does not stop training; the summary at the end says what could not be written.
             let _ = writeln!(self.file, "{line}");
         }
+        loads::write(&mut self.loads, record, self.frame.steps);
         for warning in &record.warnings {
             self.bar.suspend(|| say(format_args!("warning: {warning}")));
         }

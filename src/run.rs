@@ -17,6 +17,7 @@ use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::UNFINISHED_SUFFIX;
 use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::Plan;
 use contraflow_runtime::stability::{Divergence, StepAction};
 use contraflow_runtime::topology::Generation;
 use contraflow_workers::checkpoint::provenance::{companions, made_by, manifest};
@@ -25,13 +26,16 @@ use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::from_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape, validation_shape};
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
 
+use crate::dashboard::{Facts, Phase, Shown};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
 use crate::output::{count, quoted, say};
+use crate::pictures::Pictures;
 use crate::progress::samples::Samples;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
@@ -76,6 +80,8 @@ pub struct Run {
     manifest: Manifest,
     /// Where its checkpoints are.
     folder: CheckpointFolder,
+    /// What viewers see of it.
+    shown: Arc<Shown>,
     /// Keeps other processes out of the folder.
     _lock: File,
 }
@@ -151,11 +157,19 @@ impl Run {
             manifest(&recipe, &text.corpus.hash).map_err(|error| Failure::run(error.to_string()))?;
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let folder = CheckpointFolder::of_run(&dir).stored_in(store);
+        let plan = full_plan(&recipe)?;
+        let plan_text = contraflow_runtime::schedule::text::write(&plan);
         let recipe = Arc::new(recipe);
-        let run = Run { name, recipe, dir, frame, text, resume, manifest, folder, _lock: lock };
+        let shown = Shown::starting(Facts::of_local(&dir, recipe.clone(), plan));
+        let run = Run { name, recipe, dir, frame, text, resume, manifest, folder, shown, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
-        run.write("plan.txt", &run.plan_text()?)?;
+        run.write("plan.txt", &plan_text)?;
         Ok(run)
+    }
+
+    /// What viewers see of it.
+    pub fn shown(&self) -> Arc<Shown> {
+        self.shown.clone()
     }
 
     /// Position of the run before the first step of this process.
@@ -163,22 +177,15 @@ impl Run {
         self.resume.as_ref().map(|checkpoint| checkpoint.manifest.position).unwrap_or_default()
     }
 
-    fn plan_text(&self) -> Result<String, Failure> {
-        let mut plans = Plans::new(&self.recipe).map_err(Failure::input)?;
-        let shape = train_shape(&self.recipe, self.recipe.training.global_batch_size);
-        let planned = plans.get(shape.micro_batches, TaskKind::Train).map_err(Failure::input)?;
-        Ok(contraflow_runtime::schedule::text::write(&planned.plan))
-    }
-
     pub(crate) fn write(&self, file: &str, text: &str) -> Result<(), Failure> {
         let path = self.dir.join(file);
         std::fs::write(&path, text).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
     }
 
-    /// Trains to the end of the recipe.
+    /// Trains to the end of the recipe, and draws the last step where that is asked for.
     ///
     /// **Errors**: code 1 if the run failed, 2 if it could not write, 130 if it was interrupted; with a hint how to resume.
-    pub fn train(&self, datasets: &Arc<Datasets>) -> Result<Tally, Failure> {
+    pub fn train(&self, datasets: &Arc<Datasets>, pictures: &Pictures) -> Result<Tally, Failure> {
         let parallel = &self.recipe.parallel;
         say(format_args!(
             "training {} in {}: {} (pipeline {} x expert {} x data {}), {}, {}{}",
@@ -199,6 +206,7 @@ impl Run {
             say(format_args!("warning: {note}"));
         }
         let before = run_dir::records(&self.dir.join(run_dir::METRICS)).unwrap_or_default();
+        self.shown.made_before(&before);
         let validated = before.iter().filter_map(|record| Some((record.validation_loss?, record.step - 1)));
         let best_validation = validated.min_by(|a, b| a.0.total_cmp(&b.0));
         let last = before.last().cloned().unwrap_or_default();
@@ -209,7 +217,9 @@ impl Run {
             returns: RollBackCount::default(),
         };
         loop {
-            let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
+            let (outcome, timelines) = run_cluster(self.cluster(datasets, &attempt, &tally)?, &self.shown)?;
+            draw_last(pictures, &timelines);
+            self.show_end(&outcome);
             let totals = || tally.lock();
             if !matches!(outcome, Outcome::Done { .. }) {
                 self.clear_unfinished();
@@ -247,6 +257,20 @@ impl Run {
         }
     }
 
+    /// How a formation has ended, for viewers.
+    fn show_end(&self, outcome: &Outcome) {
+        let (phase, words) = match outcome {
+            Outcome::Done { validation: Some((loss, _)) } => {
+                (Phase::Done, format!("validation loss {loss:.4} nats/token at the end"))
+            }
+            Outcome::Done { validation: None } => (Phase::Done, "all steps are made".to_owned()),
+            Outcome::Stopped { step } => (Phase::Stopped, format!("interrupted after step {step}")),
+            Outcome::Diverged { divergence, .. } => (Phase::Starting, divergence.why.clone()),
+            Outcome::Failed { message, .. } => (Phase::Failed, message.clone()),
+        };
+        self.shown.end(phase, words);
+    }
+
     /// Why nothing is validated, if that is so.
     pub(crate) fn no_validation(&self, datasets: &Datasets) -> Option<String> {
         self.recipe.no_validation(datasets.validation.num_sequences())
@@ -270,11 +294,12 @@ impl Run {
         let samples = Samples::of(&self.recipe, &self.dir, self.sample_prompt(datasets));
         let mut progress = Progress::new(&self.dir, self.frame, self.afterwards(datasets), samples)
             .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
-        let shared = tally.clone();
+        let (shared, shown) = (tally.clone(), self.shown.clone());
         let began = Instant::now();
         let before = shared.lock().seconds;
         let subscriber: Subscriber = Box::new(move |record| {
             progress.step(record);
+            shown.step(record);
             let mut tally = shared.lock();
             tally.tokens += record.tokens;
             tally.steps += 1;
@@ -406,6 +431,14 @@ impl Run {
     }
 }
 
+/// The plan of a step with the whole batch.
+fn full_plan(recipe: &Recipe) -> Result<Plan, Failure> {
+    let mut plans = Plans::new(recipe).map_err(Failure::input)?;
+    let shape = train_shape(recipe, recipe.training.global_batch_size);
+    let planned = plans.get(shape.micro_batches, TaskKind::Train).map_err(Failure::input)?;
+    Ok(Plan::clone(&planned.plan))
+}
+
 /// The object store that a recipe names for its checkpoints, if it names one: access and conditional puts are tried.
 fn ready_store(recipe: &Recipe) -> Result<Option<RemoteFolder>, Failure> {
     let store = RemoteFolder::named(&recipe.checkpoint.store);
@@ -421,13 +454,24 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
     run_dir::create(runs, name).map_err(|error| Failure::input(format!("{}: {error}", runs.display())))
 }
 
-/// Runs a cluster to its end, listening for interruptions.
-fn run_cluster(spec: LocalClusterSpec) -> Result<Outcome, Failure> {
+/// Draws the last step that all ranks have ended. What has been trained counts more than a picture that cannot be written.
+fn draw_last(pictures: &Pictures, timelines: &Timelines) {
+    if let Some(step) = timelines.latest().filter(|_| !pictures.is_none())
+        && let Err(failure) = pictures.draw_recorded(&step)
+    {
+        say(format_args!("warning: no picture of step {}: {failure}", step.step));
+    }
+}
+
+/// Runs a cluster to its end, listening for interruptions; returns also what its ranks have recorded, which viewers see meanwhile.
+fn run_cluster(spec: LocalClusterSpec, shown: &Shown) -> Result<(Outcome, Timelines), Failure> {
     interrupt::runtime()?.block_on(async {
         let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
         let interrupted = tokio::spawn(interrupt::watch(Signals::listen()?, cluster.stopper()));
+        let timelines = cluster.timelines();
+        shown.change(|state| state.timelines = Some(timelines.clone()));
         let outcome = cluster.wait().await;
         interrupted.abort();
-        Ok(outcome)
+        Ok((outcome, timelines))
     })
 }

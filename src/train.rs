@@ -14,9 +14,11 @@ use contraflow_workers::data::from_recipe::{Text, load_text};
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
+use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
+use crate::pictures::Pictures;
 use crate::resume::Resumed;
 use crate::run::Run;
 use crate::{run_dir, telemetry};
@@ -43,6 +45,11 @@ pub struct TrainArgs {
     /// Resume a run from its newest checkpoint, from the given checkpoint folder, or from s3://, gs:// or az://
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
+    #[command(flatten)]
+    pub pictures: Pictures,
+    /// Where the run can be looked at while it trains.
+    #[command(flatten)]
+    pub dashboard: DoorArgs,
     /// Print the recipe with every key resolved, and stop
     #[arg(long)]
     pub print_recipe: bool,
@@ -56,6 +63,7 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if let Some(name) = &args.name {
         run_dir::check_name(name)?;
     }
+    args.pictures.check()?;
     let overrides = overrides(args)?;
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
     let (name, mut recipe) = match (&args.recipe, &resumed) {
@@ -98,12 +106,16 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     recipe.tokenizer = text.tokenizer_section.clone();
     print_fallbacks(&recipe)?;
     check_memory(&recipe, MemoryLimit::of_process())?;
+    let door = Door::open(&args.dashboard)?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
         None => Run::create(&name, recipe, text)?,
     };
+    let _dashboard = door.map(|door| door.serve(vec![run.shown()])).transpose()?.inspect(|dashboard| {
+        say(format_args!("dashboard: {}", dashboard.url()));
+    });
     let datasets = Arc::new(datasets);
-    let tally = run.train(&datasets)?;
+    let tally = run.train(&datasets, &args.pictures)?;
     run.finish(&datasets, tally, began)
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 pub use contraflow_proto::StepRecord;
-use contraflow_proto::StepReport;
+use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::cost;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::stability::gate::GateWatch;
@@ -83,6 +83,8 @@ impl Collector {
         let seconds = reports.iter().map(|report| report.seconds).fold(0.0, f64::max);
         let tokens_per_second = ratio(first.tokens as f64, seconds);
         let loads = reports.iter().flat_map(|report| &report.loads);
+        // Several ranks may report a layer, and count the same.
+        let loads: BTreeMap<u32, &LayerLoad> = loads.map(|load| (load.layer, load)).collect();
         let mfu = |peak: f64| tokens_per_second * self.constants.flops_per_token / peak;
         StepRecord {
             step: first.step,
@@ -98,7 +100,7 @@ impl Collector {
             // More than all of the peak shows that it was measured while others were at work.
             mfu: self.constants.peak_flops.map(mfu).filter(|mfu| *mfu <= 1.0),
             bubble_share: ratio(total(|report| report.bubble_seconds), total(|report| report.seconds)),
-            max_vio: loads.map(|load| (load.layer, max_vio(&load.counts))).collect(),
+            max_vio: loads.iter().map(|(&layer, load)| (layer, max_vio(&load.counts))).collect(),
             sent_bytes: reports.iter().map(|report| report.sent_bytes).sum(),
             peak_live_chunks: reports.iter().map(|report| report.peak_live_chunks).max().unwrap_or(0),
             gradient_norms: first.gradient_norms.clone(),
@@ -107,6 +109,7 @@ impl Collector {
             unix_ms: reports.iter().map(|report| report.unix_ms).max().unwrap_or(0),
             validation_loss: first.validation_loss,
             ends_early: first.ends_early,
+            loads: loads.into_values().cloned().collect(),
         }
     }
 
@@ -138,7 +141,7 @@ pub fn mean_max_vio(record: &StepRecord) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use contraflow_proto::{GradientNorms, LayerLoad};
+    use contraflow_proto::GradientNorms;
 
     use super::*;
 
@@ -179,6 +182,7 @@ mod tests {
         assert_eq!((record.sent_bytes, record.peak_live_chunks), (20, 3));
         assert_eq!(record.gradient_norms.as_ref().unwrap().layers, [2.0]);
         assert_eq!(mean_max_vio(&record), 2.0);
+        assert_eq!(record.loads.iter().map(|load| load.layer).collect::<Vec<_>>(), [0, 1]);
     }
 
     #[test]
@@ -228,6 +232,8 @@ mod tests {
         let mut collector = Collector::new(constants(1));
         let record = collector.record(report(0, 1.0, 0.5)).unwrap();
         let text = serde_json::to_string(&record).unwrap();
+        assert!(!text.contains("loads"), "{text}");
+        let record = StepRecord { loads: Vec::new(), ..record };
         assert_eq!(serde_json::from_str::<StepRecord>(&text).unwrap(), record);
         let norms = GradientNorms { embedding: f64::NAN, layers: vec![1.0, f64::NAN], head: f64::NAN };
         let record =

@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
+use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
@@ -43,7 +44,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first byte of a TLS client (RFC 8446, 5.1: a handshake record).
 const TLS_HANDSHAKE: u8 = 22;
 
-trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+/// A connection of whatever kind.
+pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 /// A connection that was taken in; its place is free again when it is dropped.
@@ -166,18 +168,7 @@ async fn admit(tcp: TcpStream, auth: &AuthLayer) -> Result<(Box<dyn Io>, Option<
     let is_tls = first[0] == TLS_HANDSHAKE;
     match auth.acceptor() {
         _ if length == 0 => Err("it sent nothing".into()),
-        Some(tls) if is_tls => match tls.accept(tcp).into_fallible().await {
-            Ok(stream) => {
-                let certificates = stream.get_ref().1.peer_certificates();
-                let certificate = certificates.and_then(|chain| chain.first()).map(|der| fingerprint(der));
-                auth.check_certificate(certificate)?;
-                Ok((Box::new(stream), certificate))
-            }
-            Err((error, tcp)) => {
-                take_leave(tcp).await;
-                Err(format!("TLS: {error}"))
-            }
-        },
+        Some(tls) if is_tls => secure(tls, tcp, auth).await,
         Some(_) => Err("expected TLS, got something else: clients and workers need --tls".into()),
         None if is_tls => {
             Err("expected plain HTTP/2, got TLS: the orchestrator was started without --tls".into())
@@ -185,6 +176,28 @@ async fn admit(tcp: TcpStream, auth: &AuthLayer) -> Result<(Box<dyn Io>, Option<
         // Of what comes in pieces, the rest is checked where HTTP/2 is spoken.
         None if PREFACE.starts_with(&first[..length]) => Ok((Box::new(tcp), None)),
         None => Err("expected HTTP/2, got something else".into()),
+    }
+}
+
+/// The same of a client that speaks TLS.
+///
+/// **Errors**: it has no certificate of this cluster, or one that was revoked.
+pub(super) async fn secure(
+    tls: TlsAcceptor,
+    tcp: TcpStream,
+    auth: &AuthLayer,
+) -> Result<(Box<dyn Io>, Option<blake3::Hash>), String> {
+    match tls.accept(tcp).into_fallible().await {
+        Ok(stream) => {
+            let certificates = stream.get_ref().1.peer_certificates();
+            let certificate = certificates.and_then(|chain| chain.first()).map(|der| fingerprint(der));
+            auth.check_certificate(certificate)?;
+            Ok((Box::new(stream), certificate))
+        }
+        Err((error, tcp)) => {
+            take_leave(tcp).await;
+            Err(format!("TLS: {error}"))
+        }
     }
 }
 

@@ -42,6 +42,15 @@ const MAX_METHOD: usize = 128;
 /// What the audit log has of a text. **Units**: bytes.
 const MAX_AUDITED: usize = 256;
 
+/// Who makes calls through a front; found among a request's extensions.
+#[derive(Clone, Debug)]
+pub struct Visitor {
+    /// Where they are.
+    pub address: SocketAddr,
+    /// Fingerprint of their certificate; none without TLS.
+    pub certificate: Option<blake3::Hash>,
+}
+
 struct Shared {
     /// None: every client has full access.
     security: Option<Arc<Security>>,
@@ -94,12 +103,15 @@ impl AuthLayer {
 
     /// **Errors**: `UNAUTHENTICATED`, `PERMISSION_DENIED` or `RESOURCE_EXHAUSTED`, with a message.
     fn check(&self, head: &http::request::Parts) -> Result<Session, Status> {
-        let peer = head.extensions.get::<Peer>();
-        let address = peer.map_or(IpAddr::from([0; 4]), |peer| peer.address.ip());
+        let peer = head.extensions.get::<Peer>().map(|peer| (peer.address, peer.certificate));
+        let visitor = head.extensions.get::<Visitor>().map(|visitor| (visitor.address, visitor.certificate));
+        let (address, certificate) = match peer.or(visitor) {
+            Some((address, certificate)) => (address.ip(), certificate),
+            None => (IpAddr::from([0; 4]), None),
+        };
         // A header that is no text is no token.
         let authorization = head.headers.get(http::header::AUTHORIZATION);
         let authorization = authorization.map(|value| value.to_str().unwrap_or("").to_owned());
-        let certificate = peer.and_then(|peer| peer.certificate);
         let credentials = Credentials { authorization, certificate };
         let method = head.uri.path();
         let mut session = Session {

@@ -12,6 +12,7 @@ pub mod bounds;
 mod cluster_api;
 mod encode;
 mod expiry;
+mod front;
 mod hub;
 mod jobs_api;
 mod link;
@@ -29,7 +30,9 @@ mod withdrawal;
 mod worker_link;
 mod x509;
 
+pub use self::auth::Visitor;
 pub use self::expiry::NOTICE;
+pub use self::front::{Calls, Front};
 pub use self::security::{Security, certificate_info, files, fingerprint_of};
 pub use self::x509::CertificateInfo;
 
@@ -47,6 +50,7 @@ use contraflow_runtime::random::from_system;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::Status;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use v1::cluster_service_server::ClusterServiceServer;
 use v1::control_service_server::ControlServiceServer;
@@ -186,6 +190,17 @@ impl Orchestrator {
     ///
     /// **Errors**: the state is damaged, or older than what a worker has seen.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<(), String> {
+        self.serve_with(stop, |_| ()).await
+    }
+
+    /// The same, and hands over the services within this process before it serves.
+    ///
+    /// **Errors**: as [`Orchestrator::serve`].
+    pub async fn serve_with(
+        self,
+        stop: impl Future<Output = ()> + Send + 'static,
+        front: impl FnOnce(Front),
+    ) -> Result<(), String> {
         let Orchestrator { listener, security, limits, audit, job_quota, hub, mail, handle } = self;
         let security = security.map(Arc::new);
         let ticks = tokio::spawn(tick(handle.clone()));
@@ -208,17 +223,19 @@ impl Orchestrator {
         let control = ControlServiceServer::new(link::ControlApi { hub: handle.clone() });
         let cluster = cluster_api::ClusterApi { hub: handle.clone(), security: security.clone() };
         let auth = AuthLayer::new(security, audit);
+        let routes = Routes::new(health_service)
+            .add_service(reflection)
+            .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
+            .add_service(ClusterServiceServer::new(cluster))
+            .add_service(control.max_decoding_message_size(MAX_MESSAGE));
+        front(Front { routes: routes.clone(), auth: auth.clone(), hub: handle.clone() });
         let connections = acceptor::open(listener, auth.clone(), limits);
         let serve = Server::builder()
             .layer(tower::layer::layer_fn(move |inner| AuthService { auth: auth.clone(), inner }))
             .max_concurrent_streams(Some(MAX_STREAMS))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_max_header_list_size(MAX_HEADERS)
-            .add_service(health_service)
-            .add_service(reflection)
-            .add_service(jobs.max_decoding_message_size(MAX_MESSAGE))
-            .add_service(ClusterServiceServer::new(cluster))
-            .add_service(control.max_decoding_message_size(MAX_MESSAGE))
+            .add_routes(routes)
             .serve_with_incoming(connections);
         // Streams of workers never end by themselves: they are cut, and the workers wait for the next orchestrator.
         let served = tokio::select! {

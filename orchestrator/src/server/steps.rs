@@ -1,6 +1,6 @@
 //! The steps of a job as they are watched: reports of all ranks put together, each step once.
 
-use contraflow_proto::StepReport;
+use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::topology::{Generation, Topology};
 use tokio::sync::watch;
 
@@ -31,6 +31,8 @@ pub struct Steps {
     pub last: u64,
     /// Its loss.
     pub loss: Option<f64>,
+    /// Its tokens per expert, layer by layer, if it was completed since this process began.
+    pub loads: Vec<LayerLoad>,
     /// By rank, the latest step that it has reported.
     pub by_rank: Vec<u64>,
     /// How long they work and wait.
@@ -49,6 +51,7 @@ impl Steps {
             generation: Generation::default(),
             last,
             loss,
+            loads: Vec::new(),
             by_rank: Vec::new(),
             pace: Pace::new(Topology { pipeline: 0, expert: 0, data: 0 }),
             places: Default::default(),
@@ -109,6 +112,7 @@ impl Steps {
         }
         let record = self.collector.record(report)?;
         (self.last, self.loss) = (record.step, Some(record.loss));
+        self.loads.clone_from(&record.loads);
         Some(record)
     }
 }
@@ -117,7 +121,6 @@ impl Steps {
 mod tests {
     use std::sync::Arc;
 
-    use contraflow_proto::LayerLoad;
     use contraflow_runtime::recipe::{Recipe, RecipeSource};
 
     use super::*;

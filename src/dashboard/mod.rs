@@ -1,0 +1,45 @@
+//! The dashboard: what a run or a cluster is doing, as a page that is served from this binary.
+//!
+//! Its shape, from the inside out; each part imports only those above it:
+//!
+//! - `history` holds what is shown of a run: its steps as columns, what happened beside them, loads and norms, thinned as it grows;
+//!   `thin` takes from a long history what a plot of some width shows, extremes included. Pure.
+//! - `views` and `pipeline` make JSON of it, one function a page; `prometheus` makes the text that `/metrics` gives. Pure: they know
+//!   no socket and no clock.
+//! - `folder` reads a history from the folder of a run.
+//! - `guard` decides who may ask: the host header, the token, what a page may load. Pure.
+//! - `assets` are the page itself: hand-written modules, and uPlot whole, with its licence.
+//! - `cluster` asks an orchestrator's services for what the pages of a cluster show, as the viewer who looks.
+//! - `routes` carries requests to the views, `stream` is the one live stream, `server` is the thread that does it.
+//!
+//! Training never waits for it: a step is copied into a history under a lock that is held for a moment, and whoever looks reads from
+//! there. A viewer that does not read is let go.
+
+mod assets;
+pub mod cluster;
+mod command;
+mod folder;
+mod guard;
+pub mod history;
+mod openapi;
+mod pipeline;
+mod prometheus;
+mod routes;
+mod server;
+mod shown;
+mod stream;
+mod thin;
+mod views;
+
+pub use self::command::{DashboardArgs, run};
+pub use self::folder::of_folder;
+pub use self::guard::Token;
+pub use self::openapi::document as openapi;
+pub use self::server::{Dashboard, Door, DoorArgs, Listen};
+pub use self::shown::{Facts, Phase, Shown};
+
+/// Every family of `/metrics`: name, kind, meaning. Of runs and of the server first, then those of a cluster.
+pub fn metric_families() -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
+    let own = [&prometheus::BUILD, &prometheus::VIEWERS].into_iter().chain(&prometheus::OF_RUNS);
+    own.chain(&cluster::api::OF_CLUSTERS).map(|family| (family.name, family.kind, family.help))
+}
