@@ -30,6 +30,7 @@ use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::PackedDataset;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -212,16 +213,21 @@ fn seeded_ids(len: usize, vocab_size: usize) -> Vec<u32> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Runs a recipe without a folder; returns its step records, and the process's CPU seconds at the end of each step.
-fn train_quietly(recipe: Recipe, datasets: Datasets) -> Result<(Vec<StepRecord>, Vec<f64>), Failure> {
+/// Runs a recipe without a folder; returns its step records, the process's CPU seconds at the end of each step, and what the ranks
+/// have recorded of the last ones.
+fn train_quietly(
+    recipe: Recipe,
+    datasets: Datasets,
+) -> Result<(Vec<StepRecord>, Vec<f64>, Timelines), Failure> {
     let steps: Arc<Mutex<Vec<(StepRecord, f64)>>> = Arc::default();
     let shared = steps.clone();
     let subscriber: Subscriber = Box::new(move |record| {
         shared.lock().push((record.clone(), cpu_seconds()));
     });
-    QuietRun { recipe, datasets, checkpoints: None, export_dir: None, subscriber }.run()?;
-    let steps = std::mem::take(&mut *steps.lock());
-    Ok(steps.into_iter().unzip())
+    let run = QuietRun { recipe, datasets, checkpoints: None, export_dir: None, subscriber };
+    let (_, timelines) = run.run()?;
+    let (records, cpu_seconds) = std::mem::take(&mut *steps.lock()).into_iter().unzip();
+    Ok((records, cpu_seconds, timelines))
 }
 
 /// A recipe that is run without a run's folder.
@@ -235,10 +241,10 @@ struct QuietRun {
 }
 
 impl QuietRun {
-    /// Returns the validation loss at the end, if there is one.
+    /// Returns the validation loss at the end, if there is one, and what the ranks have recorded.
     ///
     /// **Errors**: code 1 if the run fails.
-    fn run(self) -> Result<Option<f64>, Failure> {
+    fn run(self) -> Result<(Option<f64>, Timelines), Failure> {
         let QuietRun { recipe, datasets, checkpoints, export_dir, subscriber } = self;
         let spec = LocalClusterSpec {
             recipe: Arc::new(recipe),
@@ -255,12 +261,13 @@ impl QuietRun {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Failure::run(error.to_string()))?;
-        let outcome = runtime.block_on(async {
+        let (outcome, timelines) = runtime.block_on(async {
             let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
-            Ok::<Outcome, Failure>(cluster.wait().await)
+            let timelines = cluster.timelines();
+            Ok::<_, Failure>((cluster.wait().await, timelines))
         })?;
         match outcome {
-            Outcome::Done { validation } => Ok(validation.map(|(loss, _)| loss)),
+            Outcome::Done { validation } => Ok((validation.map(|(loss, _)| loss), timelines)),
             outcome => Err(Failure::run(format!("expected the steps to complete, got {outcome:?}"))),
         }
     }

@@ -18,6 +18,7 @@ use contraflow_runtime::trace::{self, TraceContext};
 use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::timelines::Timelines;
 use contraflow_workers::rank::build::Assignment;
 use contraflow_workers::rank::worker::{Worker, WorkerMessage};
 use ractor::{Actor, ActorRef};
@@ -58,6 +59,7 @@ pub struct LocalCluster {
     ended: oneshot::Receiver<Outcome>,
     /// The fabric between the ranks.
     pub network: Arc<LocalNetwork>,
+    timelines: Timelines,
 }
 
 impl LocalCluster {
@@ -122,6 +124,7 @@ impl LocalCluster {
         let tell = Arc::new(move |event| drop(to_job.cast(JobMessage::Event(event))));
         let (worker_actor, _) = Actor::spawn(None, Worker, tell).await.map_err(failed)?;
         let worker_actor = worker.get_or_init(|| worker_actor);
+        let timelines = Timelines::new(world);
         for rank in 0..world {
             let assignment = Box::new(Assignment {
                 formation: FormationId::new(JobId::default(), generation),
@@ -135,13 +138,20 @@ impl LocalCluster {
                 checkpoints: folder.clone(),
                 save_timeout: SAVE_TIMEOUT,
                 trace: trace::current(),
+                timelines: timelines.clone(),
                 probe: probe.clone(),
             });
             worker_actor
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(LocalCluster { job, ended, network })
+        Ok(LocalCluster { job, ended, network, timelines })
+    }
+
+    /// What the ranks record of their last steps, while the cluster runs and after its end: [`Timelines::latest`] is the newest step
+    /// that all have ended, `StepTimeline::of` makes plain data of it.
+    pub fn timelines(&self) -> Timelines {
+        self.timelines.clone()
     }
 
     /// A handle that stops the run after the running step, which is kept.

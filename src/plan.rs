@@ -25,6 +25,7 @@ use serde::Serialize;
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{Format, count, print};
+use crate::pictures::Pictures;
 
 /// Arguments of the command.
 #[derive(clap::Args)]
@@ -50,12 +51,8 @@ pub struct PlanArgs {
     /// Simulate the recipe's step on a cluster: a built-in profile or a TOML file
     #[arg(long, value_name = "PROFILE", conflicts_with_all = ["schedule", "file"])]
     pub cluster: Option<String>,
-    /// Draw the step, of the simulation or else in units of a forward pass
-    #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
-    /// Write the same as a trace for Perfetto
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
+    #[command(flatten)]
+    pub pictures: Pictures,
     /// Output format; in JSON every message is listed, in text they are counted by pair of ranks
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub format: Format,

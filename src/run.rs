@@ -25,6 +25,7 @@ use contraflow_workers::data::batches::{Datasets, TaskKind};
 use contraflow_workers::data::from_recipe::Text;
 use contraflow_workers::engine::plans::{Plans, train_shape, validation_shape};
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
 
 use crate::failure::Failure;
@@ -32,6 +33,7 @@ use crate::interrupt::{self, Signals};
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
 use crate::output::{count, quoted, say};
+use crate::pictures::Pictures;
 use crate::progress::samples::Samples;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
@@ -175,10 +177,10 @@ impl Run {
         std::fs::write(&path, text).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
     }
 
-    /// Trains to the end of the recipe.
+    /// Trains to the end of the recipe, and draws the last step where that is asked for.
     ///
     /// **Errors**: code 1 if the run failed, 2 if it could not write, 130 if it was interrupted; with a hint how to resume.
-    pub fn train(&self, datasets: &Arc<Datasets>) -> Result<Tally, Failure> {
+    pub fn train(&self, datasets: &Arc<Datasets>, pictures: &Pictures) -> Result<Tally, Failure> {
         let parallel = &self.recipe.parallel;
         say(format_args!(
             "training {} in {}: {} (pipeline {} x expert {} x data {}), {}, {}{}",
@@ -209,7 +211,8 @@ impl Run {
             returns: RollBackCount::default(),
         };
         loop {
-            let outcome = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
+            let (outcome, timelines) = run_cluster(self.cluster(datasets, &attempt, &tally)?)?;
+            draw_last(pictures, &timelines);
             let totals = || tally.lock();
             if !matches!(outcome, Outcome::Done { .. }) {
                 self.clear_unfinished();
@@ -421,13 +424,23 @@ fn new_folder(name: &str) -> Result<PathBuf, Failure> {
     run_dir::create(runs, name).map_err(|error| Failure::input(format!("{}: {error}", runs.display())))
 }
 
-/// Runs a cluster to its end, listening for interruptions.
-fn run_cluster(spec: LocalClusterSpec) -> Result<Outcome, Failure> {
+/// Draws the last step that all ranks have ended. What has been trained counts more than a picture that cannot be written.
+fn draw_last(pictures: &Pictures, timelines: &Timelines) {
+    if let Some(step) = timelines.latest().filter(|_| !pictures.is_none())
+        && let Err(failure) = pictures.draw_recorded(&step)
+    {
+        say(format_args!("warning: no picture of step {}: {failure}", step.step));
+    }
+}
+
+/// Runs a cluster to its end, listening for interruptions; returns also what its ranks have recorded.
+fn run_cluster(spec: LocalClusterSpec) -> Result<(Outcome, Timelines), Failure> {
     interrupt::runtime()?.block_on(async {
         let cluster = LocalCluster::start(spec).await.map_err(Failure::run)?;
         let interrupted = tokio::spawn(interrupt::watch(Signals::listen()?, cluster.stopper()));
+        let timelines = cluster.timelines();
         let outcome = cluster.wait().await;
         interrupted.abort();
-        Ok(outcome)
+        Ok((outcome, timelines))
     })
 }

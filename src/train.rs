@@ -17,6 +17,7 @@ use contraflow_workers::hf::check;
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
+use crate::pictures::Pictures;
 use crate::resume::Resumed;
 use crate::run::Run;
 use crate::{run_dir, telemetry};
@@ -43,6 +44,8 @@ pub struct TrainArgs {
     /// Resume a run from its newest checkpoint, from the given checkpoint folder, or from s3://, gs:// or az://
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
+    #[command(flatten)]
+    pub pictures: Pictures,
     /// Print the recipe with every key resolved, and stop
     #[arg(long)]
     pub print_recipe: bool,
@@ -56,6 +59,7 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if let Some(name) = &args.name {
         run_dir::check_name(name)?;
     }
+    args.pictures.check()?;
     let overrides = overrides(args)?;
     let resumed = args.resume.as_deref().map(Resumed::open).transpose()?;
     let (name, mut recipe) = match (&args.recipe, &resumed) {
@@ -103,7 +107,7 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         None => Run::create(&name, recipe, text)?,
     };
     let datasets = Arc::new(datasets);
-    let tally = run.train(&datasets)?;
+    let tally = run.train(&datasets, &args.pictures)?;
     run.finish(&datasets, tally, began)
 }
 

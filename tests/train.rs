@@ -57,9 +57,17 @@ const TRAIN: [&str; 13] = [
 #[test]
 fn a_run_leaves_all_its_files_and_its_model_generates() {
     let dir = workplace();
-    let output = contraflow(dir.path(), &TRAIN);
+    let output = contraflow(dir.path(), &[&TRAIN[..], &["--trace", "run.json", "--svg", "run.svg"]].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let run = dir.path().join("runs/tiny");
+    let trace = std::fs::read_to_string(dir.path().join("run.json")).unwrap();
+    let trace: serde_json::Value = serde_json::from_str(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let processes = events.iter().filter(|event| event["name"] == "process_name");
+    let processes: Vec<&str> = processes.map(|event| event["args"]["name"].as_str().unwrap()).collect();
+    assert_eq!(processes, ["rank 0", "rank 1", "rank 2", "rank 3", "plan 0", "plan 1"]);
+    assert!(events.iter().any(|event| event["ph"] == "X" && event["cat"] == "optimizer"));
+    assert!(std::fs::read_to_string(dir.path().join("run.svg")).unwrap().contains("plan 1"));
     for file in ["recipe.toml", "plan.txt", "model/config.json", "model/model.safetensors.index.json"] {
         assert!(run.join(file).is_file(), "{file}");
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use contraflow_runtime::cost;
+use contraflow_workers::engine::timelines::{Timelines, cost_of_recording};
 use serde::Serialize;
 
 use super::rate::Rate;
@@ -24,6 +25,27 @@ pub(super) struct StepSpeed {
     /// f32 product of 1024 x 1024 on one core by its CPU time, the best on such a machine so far, times the threads.
     peak_gflops: f64,
     mflop_per_token: f64,
+    /// What recording a step's timeline takes.
+    recording: RecordingCost,
+}
+
+/// What it takes to record the operations of a step, beside the step.
+#[derive(Debug, Serialize)]
+struct RecordingCost {
+    operations: usize,
+    microseconds_per_step: f64,
+    /// Of the median step.
+    share: f64,
+}
+
+impl RecordingCost {
+    /// Of the last step of a rank, in a step that takes so long.
+    fn of(timelines: &Timelines, step_s: f64) -> Option<RecordingCost> {
+        let recorded = timelines.latest()?;
+        let operations = recorded.ranks.iter().map(|rank| rank.program.ops.len()).sum();
+        let seconds = cost_of_recording(&recorded);
+        Some(RecordingCost { operations, microseconds_per_step: seconds * 1e6, share: seconds / step_s })
+    }
 }
 
 /// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
@@ -33,11 +55,14 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
     let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
     let peak = machine::peak(threads);
     let tokens = (recipe.training.global_batch_size * length) as f64;
-    let (records, cpu_seconds) = train_quietly(recipe, datasets)?;
+    let (records, cpu_seconds, timelines) = train_quietly(recipe, datasets)?;
     let seconds: Vec<f64> = records.iter().skip(WARM_UP).map(|record| record.seconds).collect();
     let steps = seconds.len();
     // From the end of the warm-up on: making the model is no part of a step.
     let cpu_seconds = cpu_seconds[cpu_seconds.len() - 1] - cpu_seconds[WARM_UP - 1];
+    let median_s = tokens / Rate::new(tokens, seconds.clone(), 1.0).median;
+    let recording = RecordingCost::of(&timelines, median_s);
+    let recording = recording.ok_or_else(|| Failure::run("no step was recorded"))?;
     let tokens_per_second = Rate::new(tokens, seconds, cpu_seconds / steps as f64);
     let mfu = |rate: f64| rate * flops_per_token / peak;
     Ok(StepSpeed {
@@ -50,6 +75,7 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
         mfu_best: mfu(tokens_per_second.best),
         peak_gflops: peak / 1e9,
         mflop_per_token: flops_per_token / 1e6,
+        recording,
     })
 }
 
@@ -69,6 +95,12 @@ impl fmt::Display for StepSpeed {
             f,
             "FLOP per token: {:.2} M (matrix products, causal half of attention, three times forward, no MTP)",
             self.mflop_per_token
+        )?;
+        let RecordingCost { operations, microseconds_per_step, share } = &self.recording;
+        writeln!(
+            f,
+            "recording the timeline: {microseconds_per_step:.0} us for the {operations} operations of a step, {:.3}% of its time",
+            100.0 * share
         )
     }
 }

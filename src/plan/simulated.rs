@@ -1,14 +1,10 @@
-//! `contraflow plan --cluster`: the step on a cluster, and pictures of a timeline. Knows the command line and files; the simulator
-//! is in `runtime`.
+//! `contraflow plan --cluster`: the step on a cluster, and what is drawn of a plan. The simulator is in `runtime`.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
 use std::time::Instant;
 
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::{Plan, Program, Timeline, UnitCosts, clock};
-use contraflow_runtime::simulator::{Cluster, Prediction, Run, predict, svg, write_trace};
+use contraflow_runtime::schedule::{Plan, UnitCosts, clock};
+use contraflow_runtime::simulator::{Cluster, Prediction, Run, predict, rows};
 
 use super::PlanArgs;
 use crate::failure::Failure;
@@ -31,41 +27,17 @@ pub fn on_cluster(recipe: &Recipe, cluster: &str) -> Result<(Run, Prediction), F
 ///
 /// **Errors**: a plan that deadlocks; a file that cannot be written.
 pub fn pictures(args: &PlanArgs, plan: &Plan, run: Option<&Run>) -> Result<(), Failure> {
-    if args.svg.is_none() && args.trace.is_none() {
+    if args.pictures.is_none() {
         return Ok(());
     }
     match run {
-        Some(run) => draw(args, plan, (&run.programs, &run.timeline), ("s", 1e6)),
+        Some(run) => args.pictures.draw(plan, &rows("rank", &run.programs, &run.timeline), ("s", 1e6)),
         None => {
-            let walked =
-                clock(plan, UnitCosts::SUM).map_err(|deadlock| Failure::input(deadlock.to_string()))?;
-            draw(args, plan, (&walked.0, &walked.1), ("F", 1e3))
+            let walked = clock(plan, UnitCosts::SUM);
+            let (programs, timeline) = walked.map_err(|deadlock| Failure::input(deadlock.to_string()))?;
+            args.pictures.draw(plan, &rows("rank", &programs, &timeline), ("F", 1e3))
         }
     }
-}
-
-fn draw(
-    args: &PlanArgs,
-    plan: &Plan,
-    (programs, timeline): (&[Program], &Timeline),
-    (unit, microseconds): (&str, f64),
-) -> Result<(), Failure> {
-    if let Some(path) = &args.svg {
-        write(path, |out| out.write_all(svg(plan, programs, timeline, unit).as_bytes()))?;
-    }
-    if let Some(path) = &args.trace {
-        write(path, |out| write_trace(out, plan, programs, timeline, microseconds))?;
-    }
-    Ok(())
-}
-
-fn write(path: &Path, with: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>) -> Result<(), Failure> {
-    let written = File::create(path).and_then(|file| {
-        let mut out = BufWriter::new(file);
-        with(&mut out)?;
-        out.flush()
-    });
-    written.map_err(|error| Failure::run(format!("{}: {error}", path.display())))
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use contraflow_workers::checkpoint::Checkpoint;
 use contraflow_workers::data::batches::Datasets;
 use contraflow_workers::data::{Document, PackedDataset};
 use contraflow_workers::engine::probe::Probe;
+use contraflow_workers::engine::timelines::Timelines;
 use contraflow_workers::model::params::{Param, RankParams};
 use tempfile::TempDir;
 
@@ -128,6 +129,8 @@ pub struct Finished {
     pub elapsed: Duration,
     /// From the cancellation, if there was one.
     pub since_cancel: Option<Duration>,
+    /// What the ranks have recorded of the last steps.
+    pub timelines: Timelines,
 }
 
 impl Finished {
@@ -243,6 +246,7 @@ async fn run(setup: Setup) -> Finished {
     };
     let cluster = LocalCluster::start_over(spec, join).await.unwrap();
     let network: Arc<LocalNetwork> = cluster.network.clone();
+    let timelines = cluster.timelines();
     let mut cancelled = None;
     if let Some((when, reason)) = cancel {
         let canceller = cluster.canceller();
@@ -259,6 +263,7 @@ async fn run(setup: Setup) -> Finished {
         num_waiting: network.num_waiting(),
         elapsed: began.elapsed(),
         since_cancel: cancelled.map(|at| at.elapsed()),
+        timelines,
     }
 }
 

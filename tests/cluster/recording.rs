@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use contraflow_runtime::schedule::{Chunk, Component, Idle, Lane, Op, Pass, Program, Span, Timeline, Work};
+use contraflow_runtime::simulator::StepTimeline;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
@@ -145,4 +146,54 @@ fn a_message_that_is_late_is_in_the_bubble_and_a_long_operation_is_not() {
     // A machine under load may hold up one step's messages as long.
     let least = long.iter().map(|(bubble, _)| *bubble).fold(f64::MAX, f64::min);
     assert!(least < pause, "{long:?}");
+}
+
+/// Nothing is asked for and nothing looks in: what every run keeps of its last step.
+#[test]
+fn the_latest_step_of_all_ranks_is_kept_on_one_clock() {
+    let lab = Lab::new();
+    let finished = lab.run(lab.setup(FOUR_RANKS, &["training.steps=6"]));
+    assert_eq!(finished.losses().len(), 6);
+    let step = finished.timelines.latest().unwrap();
+    assert_eq!((step.step, step.ranks.len()), (6, 4));
+    // A frame arrives after it was sent, and a sum of all is there when the last one has come to it.
+    let mut sent = BTreeMap::new();
+    let mut totals = Vec::new();
+    let sent_by = |rank: usize, peer: usize| (rank % 2, peer, rank / 2);
+    for rank in &step.ranks {
+        assert_in_order(&rank.program, &rank.spans);
+        for (op, span) in rank.program.ops.iter().zip(&rank.spans) {
+            match (op.work, op.lane) {
+                (Work::Send { kind, chunk }, Lane::Send(peer)) => {
+                    sent.insert((sent_by(rank.rank, peer), kind, chunk), span.start);
+                }
+                (Work::Totals, _) => totals.push(*span),
+                _ => {}
+            }
+        }
+    }
+    let mut received = 0;
+    for rank in &step.ranks {
+        for (op, span) in rank.program.ops.iter().zip(&rank.spans) {
+            if let (Work::Receive { kind, chunk }, Lane::Receive(peer)) = (op.work, op.lane) {
+                let column = rank.rank % 2;
+                let from = peer * 2 + column;
+                assert!(sent[&(sent_by(from, rank.pipeline), kind, chunk)] <= span.end, "{}", op.work);
+                received += 1;
+            }
+        }
+    }
+    assert!(received > 0 && received == sent.len());
+    let last = totals.iter().map(|span| span.start).fold(0.0, f64::max);
+    assert!(totals.len() == 4 && totals.iter().all(|span| last <= span.end), "{totals:?}");
+
+    let timeline = StepTimeline::of(&step);
+    assert_eq!((timeline.measured.len(), timeline.planned.len()), (4, 2));
+    let json = serde_json::to_string(&timeline).unwrap();
+    let again: StepTimeline = serde_json::from_str(&json).unwrap();
+    assert_eq!(again, timeline);
+    // No rank does more of anything than its plan: as many operations, less those that take no time.
+    let counts = timeline.measured.iter().map(|row| row.bars.len());
+    let ops = step.ranks.iter().map(|rank| rank.program.ops.len());
+    assert!(counts.zip(ops).all(|(bars, ops)| bars <= ops && 10 * bars > 9 * ops));
 }

@@ -2,6 +2,7 @@
 //!
 //! A program is what `lower` makes of a plan and what the pipeline actor issues. It knows components and peers, no tensors.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -192,6 +193,30 @@ impl Program {
     pub fn of(ops: Vec<Op>) -> Program {
         Program { ops, buckets: Vec::new() }
     }
+
+    /// Both as one program: the second begins when the first has ended.
+    pub fn then(&self, second: &Program) -> Program {
+        let offset = self.ops.len();
+        let mut whole = self.clone();
+        let mut begun: Vec<Lane> = Vec::new();
+        for op in &second.ops {
+            let mut op = op.clone();
+            op.after.iter_mut().for_each(|earlier| *earlier += offset);
+            if !begun.contains(&op.lane) {
+                begun.push(op.lane);
+                op.after.extend(tails(&self.ops, op.lane));
+            }
+            whole.ops.push(op);
+        }
+        whole
+    }
+}
+
+/// The last operation of every lane but one.
+fn tails(ops: &[Op], but: Lane) -> Vec<OpId> {
+    let mut tails: BTreeMap<Lane, OpId> = ops.iter().enumerate().map(|(id, op)| (op.lane, id)).collect();
+    tails.remove(&but);
+    tails.into_values().collect()
 }
 
 /// What a layer consists of.

@@ -144,29 +144,7 @@ impl StepPrograms {
 
 /// Each program of `second` begins when that of `first` has ended.
 fn joined(first: &[Program], second: &[Program]) -> Vec<Program> {
-    let join = |(first, second): (&Program, &Program)| {
-        let offset = first.ops.len();
-        let mut whole = first.clone();
-        let mut begun: Vec<Lane> = Vec::new();
-        for op in &second.ops {
-            let mut op = op.clone();
-            op.after.iter_mut().for_each(|earlier| *earlier += offset);
-            if !begun.contains(&op.lane) {
-                begun.push(op.lane);
-                op.after.extend(tails(&first.ops, op.lane));
-            }
-            whole.ops.push(op);
-        }
-        whole
-    };
-    first.iter().zip(second).map(join).collect()
-}
-
-/// The last operation of every lane but one.
-fn tails(ops: &[Op], but: Lane) -> Vec<OpId> {
-    let mut tails: BTreeMap<Lane, OpId> = ops.iter().enumerate().map(|(id, op)| (op.lane, id)).collect();
-    tails.remove(&but);
-    tails.into_values().collect()
+    first.iter().zip(second).map(|(first, second)| first.then(second)).collect()
 }
 
 /// The passes with the reduction behind them or among them, and the totals at the end. With `gathers` the update of the step

@@ -2,7 +2,8 @@
 //!
 //! `cluster` is a machine as data, `kernels` what an operation runs, `duration` how long that takes, `chance` what is uneven about it;
 //! `run` lets the programs of a recipe walk on the virtual clock under these durations, `breakdown` says where the time goes and
-//! `prediction` what a user wants to know of it; `svg` and `trace` draw a timeline in the colours of `palette`. The model and its
+//! `prediction` what a user wants to know of it; `rows` is what pictures show of a simulated or a recorded step, `svg` and `trace` draw
+//! it in the colours of `palette`. The model and its
 //! limits are in docs/simulator.md. Knows no actor and no wall clock.
 
 mod breakdown;
@@ -13,6 +14,7 @@ mod kernels;
 mod pair;
 mod palette;
 mod prediction;
+mod rows;
 mod run;
 mod section;
 mod svg;
@@ -25,6 +27,7 @@ pub use kernels::{Kernel, KernelShapes, Traffic};
 pub use pair::{Pair, pair};
 pub use palette::{Shade, shade_of, shade_of_action};
 pub use prediction::{Compared, Constant, Prediction, predict};
+pub use rows::{Bar, Row, RowTimeline, StepTimeline, recorded_rows, rows};
 pub use run::{Run, simulate_recipe, simulate_shapes};
 pub use svg::svg;
 pub use trace::write_trace;

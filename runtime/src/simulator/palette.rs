@@ -2,20 +2,28 @@
 //!
 //! They are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 
+use serde::{Deserialize, Serialize};
+
 use crate::schedule::{Action, Component, Work};
 
-/// What has a colour.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// What has a colour. In JSON it is its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Shade {
     /// `F`.
+    #[serde(rename = "F")]
     Forward,
     /// `B`.
+    #[serde(rename = "B")]
     Backward,
     /// `I`.
+    #[serde(rename = "I")]
     BackwardInput,
     /// `W`.
+    #[serde(rename = "W")]
     BackwardWeight,
     /// `F&B`.
+    #[serde(rename = "F&B")]
     ForwardBackward,
     /// Tokens on their way to experts.
     Dispatch,
@@ -99,5 +107,17 @@ pub fn shade_of(work: &Work) -> Option<Shade> {
         Work::Component { .. } => None,
         Work::Send { .. } | Work::Receive { .. } => Some(Shade::Transfer),
         _ => Some(Shade::Optimizer),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_name_of_every_colour() {
+        for shade in Shade::ALL {
+            assert_eq!(serde_json::to_value(shade).unwrap(), shade.name());
+        }
     }
 }

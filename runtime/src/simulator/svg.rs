@@ -1,11 +1,12 @@
-//! A timeline as a picture: a row for each pipeline rank, its actions on top and its all-to-alls below them.
+//! Rows of operations as a picture: of each its actions on top and its all-to-alls below them.
 //!
 //! Knows no file.
 
 use std::fmt::{self, Write};
 
 use super::palette::{Shade, shade_of, shade_of_action};
-use crate::schedule::{Action, Lane, Plan, Program, Span, Timeline};
+use super::rows::Row;
+use crate::schedule::{Action, Lane, Plan, Span};
 
 /// **Units**: pixels.
 const WIDTH: f64 = 1600.0;
@@ -21,17 +22,18 @@ const DIGIT: f64 = 7.0;
 const MARKS: f64 = 10.0;
 
 /// The picture, its time in `unit`.
-pub fn svg(plan: &Plan, programs: &[Program], timeline: &Timeline, unit: &str) -> String {
+pub fn svg(plan: &Plan, rows: &[Row], unit: &str) -> String {
     let mut text = String::new();
     // Writing to a text cannot fail.
-    let _ = draw(&mut text, plan, programs, timeline, unit);
+    let _ = draw(&mut text, plan, rows, unit);
     text
 }
 
-fn draw(out: &mut String, plan: &Plan, programs: &[Program], timeline: &Timeline, unit: &str) -> fmt::Result {
-    let scale = (WIDTH - LEFT - 10.0) / timeline.makespan.max(f64::MIN_POSITIVE);
+fn draw(out: &mut String, plan: &Plan, rows: &[Row], unit: &str) -> fmt::Result {
+    let makespan = rows.iter().flat_map(|row| row.spans).map(|span| span.end).fold(0.0, f64::max);
+    let scale = (WIDTH - LEFT - 10.0) / makespan.max(f64::MIN_POSITIVE);
     let x = |time: f64| LEFT + time * scale;
-    let bottom = TOP + ROW * programs.len() as f64;
+    let bottom = TOP + ROW * rows.len() as f64;
     let height = bottom + 30.0;
     writeln!(
         out,
@@ -47,10 +49,10 @@ fn draw(out: &mut String, plan: &Plan, programs: &[Program], timeline: &Timeline
     writeln!(out, "<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>")?;
     let mut rects = String::new();
     let mut seen = Vec::new();
-    for (rank, program) in programs.iter().enumerate() {
-        let top = TOP + ROW * rank as f64;
-        writeln!(rects, "<text x=\"8\" y=\"{}\">rank {rank}</text>", top + 13.0)?;
-        for (shade, span, number) in blocks(plan, rank, program, &timeline.spans[rank]) {
+    for (index, row) in rows.iter().enumerate() {
+        let top = TOP + ROW * index as f64;
+        writeln!(rects, "<text x=\"8\" y=\"{}\">{}</text>", top + 13.0, row.name)?;
+        for (shade, span, number) in blocks(plan, row) {
             let is_exchange = matches!(shade, Shade::Dispatch | Shade::Combine);
             let width = span.duration() * scale;
             if width < NARROWEST && is_exchange {
@@ -86,9 +88,9 @@ fn draw(out: &mut String, plan: &Plan, programs: &[Program], timeline: &Timeline
         left += 100.0;
     }
     out.push_str(&rects);
-    let step = mark(timeline.makespan);
+    let step = mark(makespan);
     let mut time = 0.0;
-    while step > 0.0 && time <= timeline.makespan {
+    while step > 0.0 && time <= makespan {
         writeln!(
             out,
             "<line x1=\"{0:.2}\" x2=\"{0:.2}\" y1=\"{TOP}\" y2=\"{bottom}\" stroke=\"#000000\" stroke-opacity=\"0.15\"/>",
@@ -113,16 +115,16 @@ fn mark(makespan: f64) -> f64 {
 
 /// What is drawn of a rank: its actions as a whole, with their micro-batch, and what stands for itself on the compute lane and the
 /// lane of all-to-alls.
-fn blocks(plan: &Plan, rank: usize, program: &Program, spans: &[Span]) -> Vec<(Shade, Span, Option<usize>)> {
+fn blocks(plan: &Plan, row: &Row) -> Vec<(Shade, Span, Option<usize>)> {
     let mut blocks: Vec<(Shade, Span, Option<usize>)> = Vec::new();
     let mut current: Option<(usize, usize)> = None;
-    for (op, &span) in program.ops.iter().zip(spans) {
+    for (op, &span) in row.program.ops.iter().zip(row.spans) {
         match (shade_of(&op.work), op.lane, op.action) {
             (None, Lane::Compute, Some(action)) => match current.filter(|&(of, _)| of == action) {
                 Some((_, at)) => blocks[at].1.end = blocks[at].1.end.max(span.end),
                 None => {
                     current = Some((action, blocks.len()));
-                    let action = &plan.actions[rank][action];
+                    let action = &plan.actions[row.pipeline][action];
                     blocks.push((shade_of_action(action), span, micro_batch(action)));
                 }
             },

@@ -1,4 +1,4 @@
-//! A timeline as a trace that Perfetto and Chrome read: a process for each pipeline rank, a thread for each lane, arrows from the
+//! Rows of operations as a trace that Perfetto and Chrome read: a process for each row, a thread for each lane, arrows from the
 //! dispatch of tokens to the experts that work on them.
 //!
 //! Knows no file.
@@ -8,20 +8,14 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
-use super::palette::{Shade, shade_of, shade_of_action};
-use crate::schedule::{Action, Component, Lane, Op, Plan, Program, Timeline, Work};
+use super::rows::{Bar, Row, lane_name};
+use crate::schedule::{Component, Lane, Op, Plan, Program, Work};
 
-/// Writes the trace. `microseconds` are those of one unit of the timeline.
+/// Writes the trace: a process for each row, in their order. `microseconds` are those of one unit of the rows' spans.
 ///
 /// # Errors
 /// Those of the writer.
-pub fn write_trace(
-    out: &mut impl Write,
-    plan: &Plan,
-    programs: &[Program],
-    timeline: &Timeline,
-    microseconds: f64,
-) -> io::Result<()> {
+pub fn write_trace(out: &mut impl Write, plan: &Plan, rows: &[Row], microseconds: f64) -> io::Result<()> {
     write!(out, "{{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
     let mut separator = "\n";
     let mut event = |out: &mut dyn Write, event: Value| {
@@ -30,26 +24,28 @@ pub fn write_trace(
         io::Result::Ok(())
     };
     let mut arrows = 0_usize;
-    for (rank, program) in programs.iter().enumerate() {
-        let spans = &timeline.spans[rank];
-        let name =
-            json!({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": format!("rank {rank}")}});
-        event(out, name)?;
+    for (process, row) in rows.iter().enumerate() {
+        let (program, spans) = (row.program, row.spans);
+        let meta = |name: &str, args: Value| json!({"ph": "M", "pid": process, "name": name, "args": args});
+        event(out, meta("process_name", json!({"name": row.name})))?;
+        event(out, meta("process_sort_index", json!({"sort_index": process})))?;
         let lanes: BTreeMap<Lane, usize> = lanes(program);
         for (lane, &thread) in &lanes {
             let args = json!({"name": lane_name(*lane)});
-            event(out, json!({"ph": "M", "pid": rank, "tid": thread, "name": "thread_name", "args": args}))?;
+            event(
+                out,
+                json!({"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": args}),
+            )?;
         }
-        for (op, span) in program.ops.iter().zip(spans).filter(|(_, span)| span.duration() > 0.0) {
+        for (id, Bar { shade, label, action, begin_us, duration_us, .. }) in row.bars(plan, microseconds) {
+            let op = &program.ops[id];
             let thread = lanes[&op.lane];
-            let (begin, duration) = (span.start * microseconds, span.duration() * microseconds);
-            let action = op.action.map(|action| plan.actions[rank][action]);
             let mut whole = json!({
-                "ph": "X", "pid": rank, "tid": thread, "ts": begin, "dur": duration,
-                "name": op.work.to_string(), "cat": category(op, action).name(),
+                "ph": "X", "pid": process, "tid": thread, "ts": begin_us, "dur": duration_us,
+                "name": label, "cat": shade.name(),
             });
             if let Some(action) = action {
-                whole["args"] = json!({"action": action.to_string()});
+                whole["args"] = json!({"action": action});
             }
             event(out, whole)?;
             if !works_on_rows(op) {
@@ -60,9 +56,9 @@ pub fn write_trace(
                 // An arrow begins inside of what it comes from.
                 let from = spans[earlier].end * microseconds
                     - f64::min(0.01, spans[earlier].duration() * microseconds / 2.0);
-                let arrow = |phase: &str, thread: usize, time: f64| json!({"ph": phase, "pid": rank, "tid": thread, "ts": time, "id": arrows, "name": "rows", "cat": "rows", "bp": "e"});
+                let arrow = |phase: &str, thread: usize, time: f64| json!({"ph": phase, "pid": process, "tid": thread, "ts": time, "id": arrows, "name": "rows", "cat": "rows", "bp": "e"});
                 event(out, arrow("s", lanes[&program.ops[earlier].lane], from))?;
-                event(out, arrow("f", thread, begin))?;
+                event(out, arrow("f", thread, begin_us))?;
             }
         }
     }
@@ -74,20 +70,6 @@ fn lanes(program: &Program) -> BTreeMap<Lane, usize> {
     let mut lanes: BTreeMap<Lane, usize> = program.ops.iter().map(|op| (op.lane, 0)).collect();
     lanes.values_mut().enumerate().for_each(|(index, thread)| *thread = index);
     lanes
-}
-
-fn lane_name(lane: Lane) -> String {
-    match lane {
-        Lane::Compute => "compute".to_owned(),
-        Lane::Expert => "all-to-all".to_owned(),
-        Lane::Send(peer) => format!("send to {peer}"),
-        Lane::Receive(peer) => format!("receive from {peer}"),
-        Lane::Collective => "collective".to_owned(),
-    }
-}
-
-fn category(op: &Op, action: Option<Action>) -> Shade {
-    shade_of(&op.work).or(action.map(|action| shade_of_action(&action))).unwrap_or(Shade::Optimizer)
 }
 
 fn works_on_rows(op: &Op) -> bool {

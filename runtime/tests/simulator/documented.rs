@@ -1,7 +1,9 @@
 //! docs/simulator.md says what the program says: its tables and its picture are made here again.
 
 use contraflow_runtime::schedule::{Mode, ScheduleKind, UnitCosts, clock};
-use contraflow_runtime::simulator::{Cluster, Costs, Prediction, Rates, pair, predict, simulate_recipe, svg};
+use contraflow_runtime::simulator::{
+    Cluster, Costs, Prediction, Rates, pair, predict, rows, simulate_recipe, svg,
+};
 
 use crate::recipe;
 
@@ -111,7 +113,7 @@ fn sensitivities_are_those_of_the_profile() {
 fn the_picture_is_what_the_program_draws() {
     let (plan, _) = ScheduleKind::Dualpipe.plan(8, 20, Mode::Train).unwrap();
     let (programs, timeline) = clock(&plan, UnitCosts::SUM).unwrap();
-    let drawn = svg(&plan, &programs, &timeline, "F");
+    let drawn = svg(&plan, &rows("rank", &programs, &timeline), "F");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/dualpipe.svg");
     let kept = std::fs::read_to_string(path).unwrap_or_default();
     assert!(kept == drawn, "docs/dualpipe.svg is not what `contraflow plan --svg` draws");

@@ -1,7 +1,7 @@
 //! Pictures of simulations: what is drawn is what the timeline says.
 
 use contraflow_runtime::schedule::{Mode, ScheduleKind, UnitCosts, clock};
-use contraflow_runtime::simulator::{Cluster, simulate_recipe, svg, write_trace};
+use contraflow_runtime::simulator::{Cluster, rows, simulate_recipe, svg, write_trace};
 use serde_json::Value;
 
 use crate::recipe;
@@ -10,7 +10,7 @@ use crate::recipe;
 fn the_picture_has_every_action_in_its_place() {
     let (plan, _) = ScheduleKind::Dualpipe.plan(4, 10, Mode::Train).unwrap();
     let (programs, timeline) = clock(&plan, UnitCosts::SUM).unwrap();
-    let text = svg(&plan, &programs, &timeline, "F");
+    let text = svg(&plan, &rows("rank", &programs, &timeline), "F");
     let count = |colour: &str| text.matches(colour).count();
     let actions: usize = plan.actions.iter().map(Vec::len).sum();
     // Each action once, the background, and a legend of five kinds.
@@ -25,7 +25,7 @@ fn the_trace_has_every_operation_and_arrows_to_the_experts() {
     let cluster = Cluster::load("h800-2048").unwrap();
     let run = simulate_recipe(&recipe("tiny", &["parallel.expert=2"]), &cluster).unwrap();
     let mut bytes = Vec::new();
-    write_trace(&mut bytes, &run.plan, &run.programs, &run.timeline, 1e6).unwrap();
+    write_trace(&mut bytes, &run.plan, &rows("rank", &run.programs, &run.timeline), 1e6).unwrap();
     let trace: Value = serde_json::from_slice(&bytes).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     let of = |phase: &str| events.iter().filter(|event| event["ph"] == phase).collect::<Vec<_>>();

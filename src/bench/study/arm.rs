@@ -170,7 +170,8 @@ fn train(corpus: &Corpus, overrides: &[String], model_dir: &Path) -> Result<Trai
     std::fs::create_dir_all(model_dir).map_err(|error| file_failure(model_dir, error))?;
     let (began, cpu_before) = (Instant::now(), cpu_seconds());
     let export_dir = Some(model_dir.to_owned());
-    let validation = QuietRun { recipe, datasets, checkpoints: None, export_dir, subscriber }.run()?;
+    let run = QuietRun { recipe, datasets, checkpoints: None, export_dir, subscriber };
+    let (validation, _) = run.run()?;
     let (seconds, cpu_seconds) = (began.elapsed().as_secs_f64(), cpu_seconds() - cpu_before);
     let acceptance = has_mtp.then(|| {
         let generator = Generator::load(model_dir).map_err(|error| Failure::run(error.to_string()))?;

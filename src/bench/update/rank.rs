@@ -11,6 +11,7 @@ use contraflow_runtime::schedule::Span;
 use contraflow_runtime::topology::{FormationId, Rank};
 use contraflow_runtime::trace::TraceContext;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
+use contraflow_workers::engine::timelines::Timelines;
 use contraflow_workers::rank::build::Assignment;
 use contraflow_workers::rank::worker::{Worker, WorkerMessage};
 use parking_lot::Mutex;
@@ -78,6 +79,7 @@ async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<T
         checkpoints: None,
         save_timeout: Duration::ZERO,
         trace: TraceContext::default(),
+        timelines: Timelines::new(1),
         probe: recorder(recorded.clone(), WARM_UP as u64 + 1..last),
     });
     let (tell, mut events) = mpsc::unbounded_channel();

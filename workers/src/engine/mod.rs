@@ -15,5 +15,6 @@ pub mod probe;
 pub mod recording;
 pub mod running;
 pub mod step;
+pub mod timelines;
 pub mod update;
 mod update_ops;

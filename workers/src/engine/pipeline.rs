@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
 use contraflow_kernels::tensor::Tensor;
-use contraflow_runtime::schedule::{OpId, Program};
+use contraflow_runtime::schedule::{OpId, Plan, Program};
 use contraflow_runtime::stability::Divergence;
 use contraflow_runtime::trace::SPAN;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -77,6 +77,8 @@ pub struct TaskDone {
     pub id: StepId,
     /// The parameters.
     pub params: RankParams,
+    /// The plan of its passes.
+    pub plan: Arc<Plan>,
     /// Sums of this rank over the passes.
     pub totals: Totals,
     /// What it ran, and when.
@@ -268,14 +270,15 @@ impl PipelineState {
             self.start(current);
             return Ok(None);
         };
-        Ok(Some(self.end(id, current.recorder.finish(), workload, diverged)))
+        let recorded = (current.planned.plan.clone(), current.recorder.finish());
+        Ok(Some(self.end(id, recorded, workload, diverged)))
     }
 
     /// Takes the task apart.
     fn end(
         &mut self,
         id: StepId,
-        recording: Recording,
+        (plan, recording): (Arc<Plan>, Recording),
         workload: Workload,
         diverged: Option<Box<Divergence>>,
     ) -> TaskDone {
@@ -297,7 +300,7 @@ impl PipelineState {
             let result = diverged.map_or_else(|| Ok(global.unwrap_or_default()), Err);
             Updated { order, result, saved, replicated }
         });
-        TaskDone { id, params, totals, recording, update, is_gathered: self.updated.is_empty() }
+        TaskDone { id, params, plan, totals, recording, update, is_gathered: self.updated.is_empty() }
     }
 
     /// What an operation of the running program belongs to.

@@ -10,6 +10,8 @@ use contraflow_runtime::schedule::{Idle, OpId, Program, Span, Timeline};
 
 /// A task that has ended.
 pub struct Recording {
+    /// When the rank began the task.
+    pub zero: Instant,
     /// What the rank has run, in order.
     pub programs: Vec<Arc<Program>>,
     /// When. **Units**: seconds since the rank began the task.
@@ -53,7 +55,7 @@ impl Recorder {
     pub fn finish(self) -> Recording {
         let timeline = Timeline::new(&self.programs, self.spans);
         let idle = timeline.idle(&self.programs, 0..self.programs.len(), self.began);
-        Recording { programs: self.programs, timeline, idle }
+        Recording { zero: self.zero, programs: self.programs, timeline, idle }
     }
 }
 
@@ -97,7 +99,7 @@ mod tests {
         recorder.begin(Arc::new(update));
         recorder.note(0, at(73), at(75));
         recorder.note(1, at(75), at(90));
-        let Recording { timeline, idle, programs } = recorder.finish();
+        let Recording { timeline, idle, programs, .. } = recorder.finish();
         let ms = |seconds: f64| (seconds * 1e3).round();
         // 10 from the first pass to what it gave the experts and got back, nothing before the first and the third, which could
         // have started earlier; 8 until the reduction's end, and 15 behind the biases.

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use super::Input;
 use super::job::Prepared;
 use crate::engine::probe::Probe;
+use crate::engine::timelines::Timelines;
 use crate::error::RankError;
 use crate::rank::build::Assignment;
 use crate::rank::worker::{Worker, WorkerMessage};
@@ -121,6 +122,7 @@ impl Formation {
         let memory = assign.memory.as_ref().map(|memory| recovered(memory, store));
         let memory = memory.transpose().map_err(wrong)?;
         let mut endpoints = Vec::new();
+        let timelines = Timelines::new(self.ranks.len());
         let (worker, commands) = mpsc::unbounded_channel();
         for &rank in &self.ranks {
             let endpoint = network.join(rank.index())?;
@@ -138,6 +140,7 @@ impl Formation {
                 checkpoints: Some(prepared.folder.clone()),
                 save_timeout: SAVE_TIMEOUT,
                 trace: TraceContext::parse(&assign.traceparent),
+                timelines: timelines.clone(),
                 probe: Probe::default(),
             });
             // The receiver is in this function.

@@ -20,6 +20,7 @@ use crate::comm::collectives::Collectives;
 use crate::data::batches::Datasets;
 use crate::engine::plans::Plans;
 use crate::engine::probe::Probe;
+use crate::engine::timelines::Timelines;
 use crate::error::RankError;
 use crate::hf::weights::HfWeights;
 use crate::model::build::{Placement, RankModel, build};
@@ -55,6 +56,8 @@ pub struct Assignment {
     pub save_timeout: Duration,
     /// The span below which the rank's belong.
     pub trace: TraceContext,
+    /// Takes what the rank records of its steps.
+    pub timelines: Timelines,
     /// For tests.
     pub probe: Probe,
 }

@@ -22,6 +22,7 @@ use crate::data::batches::{Batch, BatchShape, Task, TaskKind, batch_evidence};
 use crate::engine::pipeline::{PipelineMessage, PipelineOrder, TaskDone, Updated};
 use crate::engine::plans::{train_shape, validation_shape};
 use crate::engine::probe::ProbePoint;
+use crate::engine::timelines::RankStep;
 use crate::error::RankError;
 use crate::model::params::Params;
 
@@ -169,7 +170,7 @@ impl RankState {
     }
 
     pub(super) fn task_done(&mut self, done: TaskDone) -> Result<(), RankError> {
-        let TaskDone { id, params, totals, recording, update, is_gathered } = done;
+        let TaskDone { id, params, plan, totals, recording, update, is_gathered } = done;
         let Status::Run { task, tokens } = self.status else { return Ok(()) };
         self.status = Status::Idle;
         self.doing = Span::none();
@@ -183,6 +184,9 @@ impl RankState {
         let Some(Updated { order, result, saved, replicated }) = update else {
             return self.evaluated(step, totals.loss, task.shape);
         };
+        let bubble_seconds = recording.idle.passes;
+        let pipeline = joined.assignment.recipe.topology().coordinates(rank).pipeline;
+        joined.assignment.timelines.keep(RankStep { rank, pipeline, step, plan, recording });
         let cursor = joined.position.cursor + task.shape.global_batch as u64;
         let global = match result {
             Ok(global) => global,
@@ -196,7 +200,7 @@ impl RankState {
             tokens,
             learning_rate: order.rates.learning_rate,
             seconds,
-            bubble_seconds: recording.idle.passes,
+            bubble_seconds,
             peak_live_chunks: totals.peak_live_chunks as u32,
             unix_ms: unix_ms(),
             ..joined.report((rank, id), global)
