@@ -15,10 +15,7 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = recipe_stages(recipe)?;
     let micro_batches = recipe.micro_batches(training.global_batch_size);
-    let (plan, _) = parallel
-        .schedule
-        .plan(parallel.pipeline, micro_batches, Mode::Train)
-        .map_err(|error| error.to_string())?;
+    let (plan, _) = recipe.plan(micro_batches, Mode::Train)?;
     Ok(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),

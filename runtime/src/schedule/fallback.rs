@@ -156,6 +156,7 @@ impl Walk {
         match self.kind {
             ScheduleKind::Dualpipe if micro_batch >= self.other_end => last_stage - stage,
             ScheduleKind::Dualpipev => stage.min(last_stage - stage),
+            ScheduleKind::Interleaved(_) => stage % self.free.len(),
             _ => stage,
         }
     }
@@ -228,9 +229,9 @@ mod tests {
                     let peak = |plan: &Plan| check(plan, &lower(plan, None, 1)).unwrap().peak_activations;
                     let live = peak(&fallback(kind, pipeline, micro_batches, mode).unwrap());
                     let most = peak(&kind.plan(pipeline, 4 * pipeline, mode).unwrap().0);
-                    // 1F1B takes any number of micro-batches: it has no need of another plan.
+                    // 1F1B and ZB1P take any number of micro-batches: they have no need of another plan.
                     let fits = live.iter().zip(&most).all(|(live, most)| live <= most);
-                    let is_needed = kind != ScheduleKind::OneFOneB;
+                    let is_needed = !matches!(kind, ScheduleKind::OneFOneB | ScheduleKind::Zb1p);
                     assert!(fits || !is_needed, "{kind} {pipeline} {micro_batches}: {live:?}, not {most:?}");
                 }
             }
