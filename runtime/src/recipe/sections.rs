@@ -36,15 +36,14 @@ pub struct ParallelSection {
     pub expert: usize,
     /// Data ranks: copies of everything else.
     pub data: usize,
-    /// Order of the work in the pipeline: dualpipe, dualpipev, 1f1b, zb1p or interleaved.
     #[serde(serialize_with = "schedule_alone")]
+    /// Order of the work in the pipeline: dualpipe, dualpipev, 1f1b, zb1p or interleaved.
     pub schedule: ScheduleKind,
     /// Stages of each pipeline rank under interleaved.
     pub virtual_stages: usize,
     /// A plan of one's own in place of the schedule's: a file in the text form of plans, or a table (.csv); none if empty.
     pub plan: String,
-    /// How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their
-    /// numbers.
+    /// How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their numbers.
     pub stages: Stages,
     /// Threads of a rank's arithmetic.
     pub threads_per_rank: usize,

@@ -107,7 +107,10 @@ mod tests {
         assert_eq!(words, ["F0.0", "F1.2", "F0.1", "B1.2", "F1.3&B0.0"]);
         let ours = |list: &Vec<Action>| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let table = dualpipe.actions.iter().map(ours).collect::<Vec<_>>().join("\n");
-        assert_eq!(parse("dualpipe", &table).unwrap(), dualpipe);
+        let read = parse("dualpipe", &table).unwrap();
+        assert_eq!(read.actions, dualpipe.actions);
+        // In the order of their first actions.
+        assert_eq!(read.placement, [[0, 1], [0, 1]]);
     }
 
     #[test]
