@@ -10,6 +10,7 @@ mod placement;
 mod precision;
 mod processes;
 mod rate;
+mod schedules;
 mod simulation;
 mod step;
 mod store;
@@ -93,6 +94,12 @@ enum BenchCommand {
     Mtp(StudyArgs),
     /// What BF16 and FP8 do to the loss of the tiny recipe, beside what the order of sums does
     Precision(StudyArgs),
+    /// Every schedule beside table 2 of the report: bubble, parameters, activations by formula, simulation and a run
+    Schedules {
+        /// Milliseconds that a forward pass waits in the runs
+        #[arg(long, default_value_t = 20)]
+        unit_ms: u64,
+    },
     /// Placement of a job of 2,048 ranks on 4,096 slots: search time and quality
     Placement,
     /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
@@ -150,6 +157,11 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchCommand::Balance(args) => show(format, &balance::run(args)?),
         BenchCommand::Mtp(args) => show(format, &mtp::run(args)?),
         BenchCommand::Precision(args) => show(format, &precision::run(args)?),
+        BenchCommand::Schedules { unit_ms } => {
+            let figures = schedules::run(*unit_ms)?;
+            show(format, &figures)?;
+            figures.verdict()
+        }
         BenchCommand::Placement => show(format, &placement::run()?),
         BenchCommand::Load => show(format, &load::run()?),
         BenchCommand::Store => show(format, &store::run()?),
@@ -245,6 +257,11 @@ impl QuietRun {
     ///
     /// **Errors**: code 1 if the run fails.
     fn run(self) -> Result<(Option<f64>, Timelines), Failure> {
+        self.run_with(Probe::default())
+    }
+
+    /// The same, with a probe that looks in.
+    fn run_with(self, probe: Probe) -> Result<(Option<f64>, Timelines), Failure> {
         let QuietRun { recipe, datasets, checkpoints, export_dir, subscriber } = self;
         let spec = LocalClusterSpec {
             recipe: Arc::new(recipe),
@@ -256,7 +273,7 @@ impl QuietRun {
             export_dir,
             network: LocalOptions::default(),
             overlap: true,
-            probe: Probe::default(),
+            probe,
             subscribers: vec![subscriber],
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

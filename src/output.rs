@@ -51,6 +51,16 @@ pub fn is_coloured() -> bool {
     stderr().is_terminal() && !refused
 }
 
+/// How wide a line on stdout may be, and whether it is coloured: as wide as the terminal, and coloured there unless `NO_COLOR` says no.
+pub fn line_style() -> (usize, bool) {
+    /// Of a file or a pipe. **Units**: characters.
+    const WIDTH: usize = 110;
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let terminal = console::Term::stdout();
+    let width = terminal.size_checked().map_or(WIDTH, |(_, columns)| usize::from(columns));
+    (width, stdout().is_terminal() && !refused)
+}
+
 /// A word of a command line as a shell reads it: in quotes where it has to be.
 pub fn quoted(word: impl fmt::Display) -> String {
     let word = word.to_string();

@@ -13,20 +13,22 @@ use std::sync::Arc;
 
 use clap::builder::RangedU64ValueParser;
 use contraflow_runtime::cost::{self, OpCost, Shapes};
-use contraflow_runtime::layout::{MemoryQuery, rank_figures};
+use contraflow_runtime::layout::{MemoryQuery, StageCosts, rank_figures, stage_costs};
 use contraflow_runtime::recipe::{
     Accumulation, GradientScales, MemorySection, NumberFormat, PrecisionSection, Recipe, RecipeSource,
+    parse_plan,
 };
-use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower, text};
+use contraflow_runtime::schedule::{Mode, Plan, PlanFault, PlanReport, ScheduleKind, StepCost, lower};
 use contraflow_runtime::simulator::Prediction;
 use contraflow_runtime::topology::{Coordinates, Topology};
 use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
+use self::simulated::Step;
 use crate::failure::Failure;
 use crate::import::config_note;
-use crate::output::{Format, count, print};
+use crate::output::{Format, count, line_style, print};
 use crate::pictures::Pictures;
 
 /// Arguments of the command.
@@ -38,7 +40,7 @@ pub struct PlanArgs {
     /// Override a key of the recipe; may be repeated
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE", conflicts_with_all = ["schedule", "file"])]
     pub overrides: Vec<String>,
-    /// Plan a bare schedule instead: dualpipe, dualpipev or 1f1b
+    /// Plan a bare schedule instead: dualpipe, dualpipev, 1f1b, zb1p, interleaved (two stages on a rank) or interleaved-N
     #[arg(long, requires_all = ["pipeline", "micro_batches"], conflicts_with = "file")]
     pub schedule: Option<ScheduleKind>,
     /// Pipeline ranks of the bare schedule
@@ -47,7 +49,7 @@ pub struct PlanArgs {
     /// Micro-batches of the bare schedule, both directions together
     #[arg(long, requires = "schedule", value_parser = RangedU64ValueParser::<usize>::new().range(..=65536))]
     pub micro_batches: Option<usize>,
-    /// Check and print a plan written in the text form instead
+    /// Check and print a plan written in the text form, or as a table (.csv), instead
     #[arg(long, value_name = "PLAN.txt")]
     pub file: Option<PathBuf>,
     /// Simulate the recipe's step on a cluster: a built-in profile or a TOML file
@@ -56,6 +58,7 @@ pub struct PlanArgs {
     /// Search the layouts that pay on the cluster instead, and say why the others do not
     #[arg(long, requires = "cluster", conflicts_with_all = ["svg", "trace"])]
     pub search: bool,
+    /// Pictures of the step.
     #[command(flatten)]
     pub pictures: Pictures,
     /// Output format; in JSON every message is listed, in text they are counted by pair of ranks
@@ -81,17 +84,17 @@ pub fn run(args: &PlanArgs) -> Result<(), Failure> {
             let simulated = args.cluster.as_ref().map(|cluster| simulated::on_cluster(&recipe, cluster));
             let (run, prediction) = simulated.transpose()?.unzip();
             overview.prediction = prediction;
-            simulated::pictures(args, &plan, run.as_ref())?;
-            return show(args, &overview);
+            let step = run.map_or_else(|| Step::of_plan(plan), |run| Ok(Step::simulated(run)))?;
+            return show(args, &overview, &step);
         }
     };
-    simulated::pictures(args, &plan, None)?;
-    show(args, &overview)
+    show(args, &overview, &Step::of_plan(plan)?)
 }
 
-fn show(args: &PlanArgs, overview: &Overview) -> Result<(), Failure> {
+fn show(args: &PlanArgs, overview: &Overview, step: &Step) -> Result<(), Failure> {
+    step.draw(&args.pictures)?;
     match args.format {
-        Format::Text => print(&overview.to_string()),
+        Format::Text => print(&format!("{overview}\n{}", step.gantt(line_style()))),
         Format::Json => {
             let json =
                 serde_json::to_string_pretty(overview).map_err(|error| Failure::run(error.to_string()))?;
@@ -110,6 +113,8 @@ struct Overview {
     /// The step on a cluster, where one was named.
     #[serde(flatten)]
     prediction: Option<Prediction>,
+    /// What its stages cost, and what others would; a bare schedule has none.
+    stage_costs: Option<StageCosts>,
     /// Every plan that was proved.
     checked: Vec<Checked>,
     /// What the user should know of the recipe, in sentences.
@@ -193,8 +198,7 @@ fn unsound(what: &str, faults: &[PlanFault]) -> Failure {
 
 fn of_file(path: &Path) -> Result<(Overview, Plan), Failure> {
     let name = path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|error| Failure::input(format!("{name}: {error}")))?;
-    let plan = text::parse(&text).map_err(|faults| Failure::faults(&name, &faults))?;
+    let plan = parse_plan(path).map_err(|faults| Failure::faults(&name, &faults))?;
     Ok((bare(&name, &plan, None)?, plan))
 }
 
@@ -220,7 +224,14 @@ fn bare(name: &str, plan: &Plan, note: Option<String>) -> Result<Overview, Failu
         operations: lower(plan, None, 1).iter().map(|program| program.ops.len()).sum(),
         note: report.note.clone(),
     };
-    Ok(Overview { layout: None, report, prediction: None, checked: vec![checked], notes: Vec::new() })
+    Ok(Overview {
+        layout: None,
+        report,
+        prediction: None,
+        stage_costs: None,
+        checked: vec![checked],
+        notes: Vec::new(),
+    })
 }
 
 fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
@@ -254,7 +265,14 @@ fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
     report.per_step = Some(step_costs(recipe, &plans, &planned));
     let of_config = config_note(Path::new(&recipe.model.config));
     let notes = of_config.into_iter().chain(recipe.no_validation(usize::MAX)).collect();
-    let overview = Overview { layout: Some(Layout::of(recipe)), report, prediction: None, checked, notes };
+    let overview = Overview {
+        layout: Some(Layout::of(recipe)),
+        report,
+        prediction: None,
+        stage_costs: Some(stage_costs(recipe).map_err(Failure::input)?),
+        checked,
+        notes,
+    };
     Ok((overview, Plan::clone(&planned.plan)))
 }
 
@@ -345,12 +363,30 @@ impl fmt::Display for Checked {
     }
 }
 
+/// Why the stages are as they are.
+fn write_stage_costs(f: &mut fmt::Formatter<'_>, costs: &StageCosts) -> fmt::Result {
+    let StageCosts { flops_per_token, imbalance, imbalance_balanced, imbalance_even } = costs;
+    let flops = flops_per_token.iter().map(|&flops| abbreviated(flops)).collect::<Vec<_>>().join(", ");
+    let percent = |over: &f64| format!("{:.1}%", 100.0 * over);
+    writeln!(
+        f,
+        "\nstages: {flops} FLOP a token in the forward pass, dense layers, head and multi-token prediction in it; the costliest is \
+         {} over their mean, balanced stages {}, even ones {}",
+        percent(imbalance),
+        percent(imbalance_balanced),
+        percent(imbalance_even)
+    )
+}
+
 impl fmt::Display for Overview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(layout) = &self.layout {
             writeln!(f, "{layout}")?;
         }
         write!(f, "{}", self.report)?;
+        if let Some(costs) = &self.stage_costs {
+            write_stage_costs(f, costs)?;
+        }
         if let Some(prediction) = &self.prediction {
             write!(f, "\n{prediction}")?;
         }

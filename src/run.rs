@@ -195,7 +195,7 @@ impl Run {
             parallel.pipeline,
             parallel.expert,
             parallel.data,
-            parallel.schedule,
+            self.recipe.schedule_name(),
             count(self.frame.steps, "step"),
             match self.position().step {
                 0 => String::new(),

@@ -96,7 +96,7 @@ impl Run {
             parameters: parameters.total + parameters.mtp,
             active_parameters: parameters.active,
             world: self.recipe.topology().world(),
-            schedule: self.recipe.parallel.schedule.to_string(),
+            schedule: self.recipe.schedule_name(),
             sample_prompt: self.sample_prompt(datasets),
         };
         let text = serde_json::to_string_pretty(&summary).map_err(|error| Failure::run(error.to_string()))?;

@@ -45,6 +45,7 @@ pub struct TrainArgs {
     /// Resume a run from its newest checkpoint, from the given checkpoint folder, or from s3://, gs:// or az://
     #[arg(long, value_name = "RUN", num_args = 0..=1, default_missing_value = "runs/latest", conflicts_with = "name")]
     pub resume: Option<String>,
+    /// Pictures of the last step.
     #[command(flatten)]
     pub pictures: Pictures,
     /// Where the run can be looked at while it trains.

@@ -10,13 +10,15 @@ mod need;
 
 use std::cmp::Reverse;
 
+use serde::Serialize;
+
 pub use limit::{LimitedBy, MemoryLimit};
 pub use memory::{MemoryQuery, rank_figures};
 pub use need::{checkpoint_bytes, figures_with, folder_bytes, recipe_figures};
 
 use crate::cost;
 use crate::model_config::ModelConfig;
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, StageRule, Stages};
 use crate::schedule::program::StageLayout;
 
 /// Divides the layers among `num_stages` contiguous stages of at least one layer so that the costliest stage
@@ -36,20 +38,75 @@ pub fn split_layers(
             "expected from 1 to {num_layers} stages, one layer each at least, got {num_stages}"
         ));
     }
-    let mut costs: Vec<u64> = (0..num_layers)
-        .map(|layer| cost::layer_flops(config, config.layer_kind(layer), sequence_length))
-        .collect();
-    let mtp = config.mtp_layer().map_or(0, |_| cost::mtp_flops(config, sequence_length));
-    costs[num_layers - 1] += cost::head_flops(config) + mtp;
-
+    let costs = layer_costs(config, sequence_length);
     Ok(stages_of(config, &cut(&costs, num_stages)))
+}
+
+/// What each layer costs, forward and for a token; head and multi-token prediction are the last one's, and looking rows up in the
+/// embedding costs no product. **Units**: FLOP.
+fn layer_costs(config: &ModelConfig, sequence_length: usize) -> Vec<u64> {
+    let layers = 0..config.num_hidden_layers;
+    let mut costs: Vec<u64> =
+        layers.map(|layer| cost::layer_flops(config, config.layer_kind(layer), sequence_length)).collect();
+    let mtp = config.mtp_layer().map_or(0, |_| cost::mtp_flops(config, sequence_length));
+    if let Some(last) = costs.last_mut() {
+        *last += cost::head_flops(config) + mtp;
+    }
+    costs
+}
+
+/// As many layers in each stage as in any other, the first ones with one more where they do not divide: the last one has the head.
+fn even(config: &ModelConfig, num_stages: usize) -> Vec<StageLayout> {
+    let num_layers = config.num_hidden_layers;
+    let (least, more) = (num_layers / num_stages, num_layers % num_stages);
+    let cuts: Vec<usize> = (0..=num_stages).map(|stage| stage * least + stage.min(more)).collect();
+    stages_of(config, &cuts)
+}
+
+/// What the stages of a recipe cost, and what other ways to spread its layers would.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageCosts {
+    /// Forward pass of a token in each stage. **Units**: FLOP.
+    pub flops_per_token: Vec<u64>,
+    /// The costliest stage over their mean, of these stages, of balanced and of even ones.
+    pub imbalance: f64,
+    /// See above.
+    pub imbalance_balanced: f64,
+    /// See above.
+    pub imbalance_even: f64,
+}
+
+/// Prices the stages of a recipe.
+///
+/// **Errors**: as [`recipe_stages`].
+pub fn stage_costs(recipe: &Recipe) -> Result<StageCosts, String> {
+    let (config, length) = (&recipe.model_config, recipe.training.sequence_length);
+    let costs = layer_costs(config, length);
+    let of_stages = |stages: &[StageLayout]| {
+        let of = |stage: &StageLayout| costs[stage.first_layer..][..stage.layers.len()].iter().sum();
+        stages.iter().map(of).collect::<Vec<u64>>()
+    };
+    let imbalance = |flops: &[u64]| {
+        let most = flops.iter().max().copied().unwrap_or_default() as f64;
+        most * flops.len() as f64 / flops.iter().sum::<u64>().max(1) as f64 - 1.0
+    };
+    let flops_per_token = of_stages(&recipe_stages(recipe)?);
+    Ok(StageCosts {
+        imbalance: imbalance(&flops_per_token),
+        imbalance_balanced: imbalance(&of_stages(&split_layers(config, recipe.stages(), length)?)),
+        imbalance_even: imbalance(&of_stages(&even(config, recipe.stages()))),
+        flops_per_token,
+    })
 }
 
 /// The stages of a recipe: as `parallel.stages` says, or as [`split_layers`] makes them.
 ///
 /// **Errors**: those of [`split_layers`]. What `parallel.stages` says was checked with the recipe.
 pub fn recipe_stages(recipe: &Recipe) -> Result<Vec<StageLayout>, String> {
-    let (config, counts) = (&recipe.model_config, &recipe.parallel.stages);
+    let (config, counts) = (&recipe.model_config, recipe.parallel.stages.layers());
+    if recipe.parallel.stages == Stages::Rule(StageRule::Even) {
+        return Ok(even(config, recipe.stages()));
+    }
     if counts.is_empty() {
         return split_layers(config, recipe.stages(), recipe.training.sequence_length);
     }
@@ -231,5 +288,31 @@ mod tests {
         };
         assert_eq!(sizes(&["parallel.stages=[1, 3]"]), [(0, 1), (1, 3)]);
         assert_eq!(sizes(&[]), [(0, 3), (3, 1)]);
+        assert_eq!(sizes(&["parallel.stages=[]"]), sizes(&["parallel.stages=balanced"]));
+        assert_eq!(sizes(&["parallel.stages=even"]), [(0, 2), (2, 2)]);
+        assert_eq!(sizes(&["parallel.stages=even", "model.num_hidden_layers=5"]), [(0, 3), (3, 2)]);
+    }
+
+    /// By hand: four equal layers and a last stage with the head; balanced is never costlier than even, which no list beats.
+    #[test]
+    fn no_other_stages_are_less_uneven_than_balanced_ones() {
+        let costs = |changes: &[&str]| {
+            let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+            let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
+            stage_costs(&recipe).unwrap()
+        };
+        let balanced = costs(&[]);
+        assert_eq!(balanced.imbalance, balanced.imbalance_balanced);
+        let even = costs(&["parallel.stages=even"]);
+        assert_eq!((even.imbalance, even.imbalance_even), (balanced.imbalance_even, balanced.imbalance_even));
+        let total = |costs: &StageCosts| costs.flops_per_token.iter().sum::<u64>();
+        for layers in ["[1, 3]", "[2, 2]", "[3, 1]"] {
+            let listed = costs(&[&format!("parallel.stages={layers}")]);
+            assert!(listed.imbalance >= balanced.imbalance, "{layers}");
+            assert_eq!(total(&listed), total(&balanced));
+        }
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+        let trained = cost::training_flops_per_token(&recipe.model_config, recipe.training.sequence_length);
+        assert_eq!(3 * total(&balanced), trained);
     }
 }

@@ -15,7 +15,7 @@ fn plans() -> impl Strategy<Value = Plan> {
 }
 
 fn plans_of(mode: Mode) -> impl Strategy<Value = Plan> {
-    (0..3usize, 1..6usize, 2..14usize).prop_map(move |(kind, pipeline, micro_batches)| {
+    (0..ScheduleKind::ALL.len(), 1..6usize, 2..14usize).prop_map(move |(kind, pipeline, micro_batches)| {
         let kind = ScheduleKind::ALL[kind];
         let pipeline = if kind == ScheduleKind::Dualpipe { pipeline.next_multiple_of(2) } else { pipeline };
         kind.plan(pipeline, micro_batches, mode).unwrap().0

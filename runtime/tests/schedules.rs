@@ -34,7 +34,7 @@ fn layouts(stages: usize) -> Vec<StageLayout> {
 /// Every schedule on a range of sizes, the fallback's cases among them.
 fn grid() -> Vec<(ScheduleKind, usize, Plan)> {
     let mut plans = Vec::new();
-    for kind in ScheduleKind::ALL {
+    for kind in ScheduleKind::ALL.into_iter().chain([ScheduleKind::Interleaved(3)]) {
         for pipeline in (1..=8).filter(|&pipeline| kind.validate(pipeline).is_ok()) {
             let full = kind.min_micro_batches(pipeline);
             let few = 1..=full + 5;
@@ -77,8 +77,10 @@ fn memory_is_what_the_schedule_promises_and_no_more_in_the_fallback() {
             continue;
         }
         let peak = match kind {
-            ScheduleKind::OneFOneB => pipeline,
+            ScheduleKind::OneFOneB | ScheduleKind::Zb1p => pipeline,
             ScheduleKind::Dualpipe | ScheduleKind::Dualpipev => plan.stages + 1,
+            // On the first rank: a group on each of its stages but the last one, and two chunks for each rank behind it.
+            ScheduleKind::Interleaved(per_rank) => (per_rank - 1) * pipeline + 2 * (pipeline - 1) + 1,
         };
         for (rank, &live) in report.peak_activations_until_weight.iter().enumerate() {
             let what = format!("{}: rank {rank}", describe(&plan));
@@ -88,9 +90,23 @@ fn memory_is_what_the_schedule_promises_and_no_more_in_the_fallback() {
                 _ => rank,
             };
             match (plan.schedule.as_str(), kind) {
-                ("one-way" | "two-way", _) => assert!(live < peak && report.queue_depth[rank] == 0, "{what}"),
+                ("one-way" | "two-way", _) => {
+                    let most = if matches!(kind, ScheduleKind::Interleaved(_)) { peak } else { peak - 1 };
+                    assert!(live <= most && report.queue_depth[rank] == 0, "{what}");
+                }
                 (_, ScheduleKind::OneFOneB) => {
                     assert_eq!(live, (pipeline - rank).min(plan.micro_batches), "{what}");
+                    assert_eq!(report.queue_depth[rank], 0, "{what}");
+                }
+                (_, ScheduleKind::Zb1p) => {
+                    // Wherever it is, as many as 1F1B holds on its first rank.
+                    assert_eq!(live, pipeline.min(plan.micro_batches), "{what}");
+                    let input = (pipeline - rank).min(plan.micro_batches);
+                    assert_eq!(report.peak_activations[rank], input, "{what}");
+                }
+                (_, ScheduleKind::Interleaved(per_rank)) => {
+                    let all = per_rank * plan.micro_batches;
+                    assert_eq!(live, (peak - 2 * rank).min(all), "{what}");
                     assert_eq!(report.queue_depth[rank], 0, "{what}");
                 }
                 _ => {
@@ -133,6 +149,32 @@ fn bubbles_equal_the_formulas() {
         let (plan, _) = ScheduleKind::OneFOneB.plan(ranks, micro_batches, Mode::Train).unwrap();
         let bubble = simulate(&plan, UnitCosts::SUM).unwrap();
         assert!(bubble.idle.iter().all(|&idle| idle == 3.0 * (ranks as f64 - 1.0)), "{}", describe(&plan));
+    }
+}
+
+/// (P - 1)(F + B - 2W) for ZB1P, report table 2, where F = I and W <= I; (P - 1)(F + B) for interleaved 1F1B, F and B those of one stage
+/// out of several on a rank (Narayanan et al. 2021, section 2.2.2).
+#[test]
+fn bubbles_of_zb1p_and_interleaved_equal_the_formulas() {
+    for ranks in [1, 2, 3, 4, 8, 16] {
+        for w in [1.0, 0.75, 0.5, 0.25] {
+            let costs = UnitCosts { f: 1.0, b: 1.0 + w, i: 1.0, w, fb: 2.0 + w };
+            for micro_batches in [ranks, 2 * ranks, 3 * ranks + 1] {
+                let (plan, _) = ScheduleKind::Zb1p.plan(ranks, micro_batches, Mode::Train).unwrap();
+                let expected = (ranks as f64 - 1.0) * (costs.f + costs.b - 2.0 * costs.w);
+                let idle = simulate(&plan, costs).unwrap().max_idle;
+                assert!((idle - expected).abs() < 1e-9, "{}: {idle}, not {expected}", describe(&plan));
+            }
+            for per_rank in [2, 3, 4] {
+                let kind = ScheduleKind::Interleaved(per_rank);
+                for micro_batches in [ranks, 2 * ranks, 4 * ranks] {
+                    let (plan, _) = kind.plan(ranks, micro_batches, Mode::Train).unwrap();
+                    let expected = (ranks as f64 - 1.0) * (costs.f + costs.b);
+                    let idle = simulate(&plan, costs).unwrap().max_idle;
+                    assert!((idle - expected).abs() < 1e-9, "{}: {idle}, not {expected}", describe(&plan));
+                }
+            }
+        }
     }
 }
 

@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::{Plan, UnitCosts, clock};
-use contraflow_runtime::simulator::{Cluster, Prediction, Run, predict, rows};
+use contraflow_runtime::schedule::{Plan, Program, Timeline, UnitCosts, clock};
+use contraflow_runtime::simulator::{Cluster, Prediction, Row, Run, gantt, predict, rows};
 
-use super::PlanArgs;
 use crate::failure::Failure;
+use crate::pictures::Pictures;
 
 /// The step of a recipe on a cluster by name or file.
 ///
@@ -22,21 +22,47 @@ pub fn on_cluster(recipe: &Recipe, cluster: &str) -> Result<(Run, Prediction), F
     Ok((run, prediction))
 }
 
-/// Writes the pictures that were asked for: of a simulation, or else of the plan where a forward pass and each part of a backward
-/// pass take one unit.
-///
-/// **Errors**: a plan that deadlocks; a file that cannot be written.
-pub fn pictures(args: &PlanArgs, plan: &Plan, run: Option<&Run>) -> Result<(), Failure> {
-    if args.pictures.is_none() {
-        return Ok(());
+/// A step on a virtual clock, to be drawn.
+pub struct Step {
+    plan: Plan,
+    programs: Vec<Program>,
+    timeline: Timeline,
+    /// Name of the unit of the time.
+    unit: &'static str,
+    /// What it is drawn as in traces.
+    microseconds: f64,
+}
+
+impl Step {
+    /// As it was simulated.
+    pub fn simulated(run: Run) -> Step {
+        let Run { plan, programs, timeline, .. } = run;
+        Step { plan, programs, timeline, unit: "s", microseconds: 1e6 }
     }
-    match run {
-        Some(run) => args.pictures.draw(plan, &rows("rank", &run.programs, &run.timeline), ("s", 1e6)),
-        None => {
-            let walked = clock(plan, UnitCosts::SUM);
-            let (programs, timeline) = walked.map_err(|deadlock| Failure::input(deadlock.to_string()))?;
-            args.pictures.draw(plan, &rows("rank", &programs, &timeline), ("F", 1e3))
-        }
+
+    /// Of a plan where a forward pass and each part of a backward pass take one unit.
+    ///
+    /// **Errors**: a plan that deadlocks.
+    pub fn of_plan(plan: Plan) -> Result<Step, Failure> {
+        let walked = clock(&plan, UnitCosts::SUM);
+        let (programs, timeline) = walked.map_err(|deadlock| Failure::input(deadlock.to_string()))?;
+        Ok(Step { plan, programs, timeline, unit: "F", microseconds: 1e3 })
+    }
+
+    /// Writes the pictures that were asked for.
+    ///
+    /// **Errors**: a file that cannot be written.
+    pub fn draw(&self, pictures: &Pictures) -> Result<(), Failure> {
+        pictures.draw(&self.plan, &self.rows(), (self.unit, self.microseconds))
+    }
+
+    /// The same as lines of text, so wide and coloured or not.
+    pub fn gantt(&self, (width, is_coloured): (usize, bool)) -> String {
+        gantt(&self.plan, &self.rows(), self.unit, width, is_coloured)
+    }
+
+    fn rows(&self) -> Vec<Row<'_>> {
+        rows("rank", &self.programs, &self.timeline)
     }
 }
 

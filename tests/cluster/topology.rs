@@ -79,13 +79,23 @@ fn assert_same_gradients(layout: Layout, gradients: &Tensors, expected: &Tensors
 const TIED: [&str; 1] = ["model.tie_word_embeddings=true"];
 
 fn assert_same_training(schedule: &'static str, axes: &[(usize, usize, usize)], changes: &[&str]) {
+    assert_same_training_with(&[], schedule, axes, changes);
+}
+
+/// `only` is changed in the layouts that are compared with one rank, and not there.
+fn assert_same_training_with(
+    only: &[&str],
+    schedule: &'static str,
+    axes: &[(usize, usize, usize)],
+    changes: &[&str],
+) {
     let lab = &Lab::new();
     let one = train(lab, ONE_RANK, changes);
     let expected = one.finished.losses();
     assert_eq!(expected.len(), 5);
     for &axes in axes {
         let layout = layout(schedule, axes);
-        let trained = train(lab, layout, changes);
+        let trained = train(lab, layout, &[changes, only].concat());
         assert_same_gradients(layout, &trained.gradients, &one.gradients);
         for (step, (loss, expected)) in trained.finished.losses().iter().zip(&expected).enumerate() {
             let difference = (loss - expected).abs();
@@ -131,6 +141,35 @@ fn dualpipev_trains_what_one_rank_trains() {
 #[test]
 fn one_f_one_b_trains_what_one_rank_trains() {
     assert_same_training("1f1b", &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)], &[]);
+}
+
+#[test]
+fn zb1p_trains_what_one_rank_trains() {
+    assert_same_training("zb1p", &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)], &[]);
+}
+
+/// Two stages on each rank, and three.
+#[test]
+fn interleaved_trains_what_one_rank_trains() {
+    assert_same_training("interleaved", &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)], &[]);
+    assert_same_training_with(&["parallel.virtual_stages=3"], "interleaved", &[(2, 2, 1)], &[]);
+}
+
+/// One that no generator makes, as a table: all forward passes, then the backward passes, on each rank two stages that are no neighbours,
+/// with the weight parts of the first one at the end.
+#[test]
+fn a_plan_of_ones_own_trains_what_one_rank_trains() {
+    let actions = |stages: [usize; 2]| {
+        let all = |letter: char, stage: usize| (0..8).map(move |batch| format!("{stage}{letter}{batch}"));
+        let [first, second] = stages;
+        let passes = all('F', first).chain(all('F', second)).chain(all('B', second)).chain(all('I', first));
+        passes.chain(all('W', first)).collect::<Vec<_>>().join(",")
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.csv");
+    std::fs::write(&path, format!("{}\n{}\n", actions([0, 2]), actions([1, 3]))).unwrap();
+    let plan = format!("parallel.plan={:?}", path.to_str().unwrap());
+    assert_same_training_with(&[&plan], "1f1b", &[(2, 2, 1)], &[]);
 }
 
 /// Under 1F1B embedding and head are on different ranks, under DualPipe on one and on its mirror, under DualPipeV on one. Without

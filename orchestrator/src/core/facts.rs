@@ -80,7 +80,7 @@ impl JobSpec {
         let folder = self.origin.iter().map(|origin| &origin.folder);
         let texts = texts.into_iter().chain(folder).chain(&data.paths).chain(&data.validation);
         let texts = texts.map(|text| text.len() + PER_ENTRY).sum::<usize>();
-        let entries = data.weights.len() + parallel.stages.len() + model_config.eos_token_id.len();
+        let entries = data.weights.len() + parallel.stages.layers().len() + model_config.eos_token_id.len();
         let entries = entries + balance.bias_speed.num_steps() + mtp.weight.num_steps();
         (PER_JOB + texts + PER_ENTRY * entries) as u64
     }

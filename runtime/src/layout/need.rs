@@ -23,10 +23,7 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
 pub fn figures_with(recipe: &Recipe, micro_batches: usize) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = recipe_stages(recipe)?;
-    let (plan, _) = parallel
-        .schedule
-        .plan(parallel.pipeline, micro_batches, Mode::Train)
-        .map_err(|error| error.to_string())?;
+    let (plan, _) = recipe.plan(micro_batches, Mode::Train)?;
     Ok(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),

@@ -42,6 +42,8 @@ pub enum KeyKind {
     Texts,
     /// A list of whole numbers from 1 to the bound.
     Counts(u64),
+    /// One of a few names, or such a list.
+    ChoiceOrCounts(&'static [&'static str], u64),
 }
 
 /// NumberRange of a number.
@@ -76,7 +78,9 @@ const STEPS: u64 = 1 << 23;
 const ANY: u64 = i64::MAX as u64;
 
 use KeyDefault::{Derived, Required, Value as Fixed};
-use KeyKind::{Choice, Choices, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts};
+use KeyKind::{
+    Choice, ChoiceOrCounts, Choices, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts,
+};
 use NumberRange::{BelowOne, NonNegative, Positive, Share};
 
 const fn key(path: &'static str, kind: KeyKind, default: KeyDefault, doc: &'static str) -> KeyDoc {
@@ -94,10 +98,13 @@ pub const KEYS: &[KeyDoc] = &[
     key("parallel.expert", Count(1, AXIS), Fixed("1"),
         "Expert ranks: the routed experts are spread over them."),
     key("parallel.data", Count(1, AXIS), Fixed("1"), "Data ranks: copies of everything else."),
-    key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b"]), Fixed("\"1f1b\""),
-        "Order of the work in the pipeline: dualpipe, dualpipev or 1f1b."),
-    key("parallel.stages", Counts(AXIS), Fixed("[]"),
-        "Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP."),
+    key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b", "zb1p", "interleaved"]), Fixed("\"1f1b\""),
+        "Order of the work in the pipeline: dualpipe, dualpipev, 1f1b, zb1p or interleaved."),
+    key("parallel.virtual_stages", Count(2, 1024), Fixed("2"), "Stages of each pipeline rank under interleaved."),
+    key("parallel.plan", OptionalText, Fixed("\"\""),
+        "A plan of one's own in place of the schedule's: a file in the text form of plans, or a table (.csv); none if empty."),
+    key("parallel.stages", ChoiceOrCounts(&["balanced", "even"], AXIS), Fixed("\"balanced\""),
+        "How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their numbers."),
     key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),
     key("training.steps", Count(1, STEPS), Required, "Optimizer updates."),
     key("training.sequence_length", Count(2, TOKENS_PER_SEQUENCE), Required, "Tokens per sequence."),
@@ -232,7 +239,9 @@ impl KeyDoc {
             (_, Count(least, _)) => Value::Integer(least as i64),
             (_, Number(_) | Steps) => Value::Float(0.0),
             (_, Flag) => Value::Boolean(false),
-            (_, Choice(range_text)) => Value::String(range_text[0].to_string()),
+            (_, Choice(range_text) | ChoiceOrCounts(range_text, _)) => {
+                Value::String(range_text[0].to_string())
+            }
             (_, Text | OptionalText) => Value::String(String::new()),
             (_, Texts | Counts(_) | Choices(_)) => Value::Array(Vec::new()),
         }
@@ -270,6 +279,9 @@ impl KeyKind {
             Text | OptionalText => "a text".to_string(),
             Texts => "a list of texts".to_string(),
             Counts(most) => format!("a list of whole numbers from 1 to {most}"),
+            ChoiceOrCounts(names, most) => {
+                format!("{}, or {}", Choice(names).range_text(), Counts(most).range_text())
+            }
         }
     }
 
@@ -297,6 +309,7 @@ impl KeyKind {
             Counts(most) => {
                 value.as_array().is_some_and(|list| list.iter().all(|count| Count(1, most).admits(count)))
             }
+            ChoiceOrCounts(names, most) => Choice(names).admits(value) || Counts(most).admits(value),
         }
     }
 }

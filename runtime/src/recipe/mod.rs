@@ -12,6 +12,7 @@ mod keys;
 mod memory_tests;
 #[cfg(test)]
 mod model_tests;
+mod own_plan;
 mod relations;
 mod sections;
 mod step_table;
@@ -22,17 +23,19 @@ mod tests;
 mod values;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use toml::Value;
 
 pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
+pub use own_plan::parse_file as parse_plan;
 pub use sections::{
     Accumulation, BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH,
     GradientScales, LogLevel, LogSection, LrSection, MemorySection, ModelSection, MtpSection, NumberFormat,
     OnFault, OnSpike, OptimizerSection, ParallelSection, PrecisionRecipe, PrecisionSection, Recomputed,
-    SampleSection, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
+    SampleSection, StageRule, Stages, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 
@@ -40,7 +43,7 @@ use crate::faults::Faults;
 use crate::files;
 use crate::files::objects::{Location, Sources};
 use crate::model_config::{ModelConfig, builtin as models};
-use crate::schedule::ScheduleKind;
+use crate::schedule::{Plan, ScheduleKind};
 use crate::topology::Topology;
 use continued::{is_set, text_to_continue};
 use derived::derive;
@@ -97,6 +100,9 @@ pub struct Recipe {
     /// The architecture that `model.config` names, with these keys.
     #[serde(skip, default = "stand_in_model")]
     pub model_config: ModelConfig,
+    /// The plan that `parallel.plan` names.
+    #[serde(skip)]
+    pub own_plan: Option<Arc<Plan>>,
 }
 
 /// The override that sets `data.paths`.
@@ -249,7 +255,11 @@ impl Recipe {
         }
         // Every other fault is reported with it; a stand-in for the model keeps its file from being looked for here.
         let is_known = model.is_some() || names.contains(&config.as_str());
-        let mut recipe = Self::finish(table, model.or_else(|| (!is_known).then(stand_in_model)))?;
+        if !table.text("parallel.plan").is_empty() {
+            let expected = "nothing: the ranks of a job make the plan of parallel.schedule by themselves; contraflow train runs one's own";
+            table.fault("parallel.plan", expected);
+        }
+        let mut recipe = Self::finish(table, model.or_else(|| (!is_known).then(stand_in_model)), None)?;
         let mut faults = Faults::default();
         for (path, value) in recipe.paths() {
             match Location::parse(value) {
@@ -330,16 +340,25 @@ impl Recipe {
     ) -> Result<Self, Faults> {
         let mut table = RecipeTable::read(name, text, overrides)?;
         table.resolve_paths(folder);
-        Self::finish(table, model)
+        let own_plan = own_plan::read(&mut table);
+        Self::finish(table, model, own_plan)
     }
 
-    fn finish(mut table: RecipeTable, model: Option<ModelConfig>) -> Result<Self, Faults> {
+    fn finish(
+        mut table: RecipeTable,
+        model: Option<ModelConfig>,
+        own_plan: Option<Arc<Plan>>,
+    ) -> Result<Self, Faults> {
         let model = read_model(&mut table, model);
         derive(&mut table, &model);
         let mut recipe: Recipe =
             Value::Table(table.sections()).try_into().expect("a checked table has the types of the sections");
         recipe.model_config = model;
         recipe.model_keys = table.model_keys;
+        recipe.own_plan = own_plan;
+        if let ScheduleKind::Interleaved(per_rank) = &mut recipe.parallel.schedule {
+            *per_rank = recipe.parallel.virtual_stages;
+        }
         let mut faults = table.faults;
         relations::check(&recipe, &mut faults);
         faults.into_result(recipe)
@@ -374,11 +393,6 @@ impl Recipe {
         Topology { pipeline, expert, data }
     }
 
-    /// Pipeline stages.
-    pub fn stages(&self) -> usize {
-        self.parallel.schedule.stages(self.parallel.pipeline)
-    }
-
     /// Every batch is a multiple of this many sequences: one micro-batch for each column of ranks and each
     /// direction.
     pub fn batch_unit(&self) -> usize {
@@ -393,7 +407,8 @@ impl Recipe {
 
     /// Ends of the pipeline at which micro-batches enter.
     fn directions(&self) -> usize {
-        if self.parallel.schedule == ScheduleKind::Dualpipe { 2 } else { 1 }
+        let is_two_way = self.own_plan.is_none() && self.parallel.schedule == ScheduleKind::Dualpipe;
+        if is_two_way { 2 } else { 1 }
     }
 }
 

@@ -1,9 +1,10 @@
 //! What the values of a recipe must be to one another and to the model.
 
-use super::Recipe;
 use super::sections::{Accumulation, BYTE_TOKENS, GradientScales, NumberFormat};
+use super::{Recipe, own_plan};
 use crate::faults::Faults;
 use crate::files::objects::Location;
+use crate::schedule::ScheduleKind;
 
 /// Whether these keys of the model are what its file says: a key that is wrong, or a file that is not there, has a stand-in.
 fn knows(faults: &Faults, keys: &[&str]) -> bool {
@@ -32,23 +33,33 @@ fn check_stages(recipe: &Recipe, faults: &mut Faults) {
         return;
     }
     let (pipeline, layers) = (recipe.parallel.pipeline, recipe.model_config.num_hidden_layers);
-    if let Err(message) = recipe.parallel.schedule.validate(pipeline) {
+    let (schedule, per_rank) = (recipe.parallel.schedule, recipe.parallel.virtual_stages);
+    if per_rank != 2 && !matches!(schedule, ScheduleKind::Interleaved(_)) {
+        let expected =
+            format!("2, as {schedule} has stages of its own; or parallel.schedule = \"interleaved\"");
+        faults.expected("parallel.virtual_stages", expected, per_rank);
+    }
+    if let Some(plan) = &recipe.own_plan {
+        own_plan::check_own(recipe, plan, faults);
+    }
+    let validated = schedule.validate(pipeline);
+    if let Err(message) = validated.or_else(|error| recipe.own_plan.as_ref().map(drop).ok_or(error)) {
         faults.push("parallel.pipeline", message.to_string());
     } else if knows(faults, &["num_hidden_layers"]) && recipe.stages() > layers {
         let expected = format!("at most one stage for each of the {layers} layers of the model");
-        let got = format!("{} stages ({} over {pipeline} ranks)", recipe.stages(), recipe.parallel.schedule);
+        let got = format!("{} stages ({} over {pipeline} ranks)", recipe.stages(), recipe.schedule_name());
         faults.expected("parallel.pipeline", expected, got);
-    } else if faults.spare(&["parallel.stages"]) && !recipe.parallel.stages.is_empty() {
+    } else if faults.spare(&["parallel.stages"]) && !recipe.parallel.stages.layers().is_empty() {
         check_layers_of_stages(recipe, faults);
     }
 }
 
 fn check_layers_of_stages(recipe: &Recipe, faults: &mut Faults) {
-    let (counts, stages) = (&recipe.parallel.stages, recipe.stages());
+    let (counts, stages) = (recipe.parallel.stages.layers(), recipe.stages());
     if counts.len() != stages {
-        let schedule = recipe.parallel.schedule;
+        let schedule = recipe.schedule_name();
         let expected = format!(
-            "layers of {stages} stages ({schedule} over {} ranks), or none",
+            "layers of {stages} stages ({schedule} over {} ranks), balanced or even",
             recipe.parallel.pipeline
         );
         faults.expected("parallel.stages", expected, format!("those of {}", counts.len()));

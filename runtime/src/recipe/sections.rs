@@ -36,12 +36,56 @@ pub struct ParallelSection {
     pub expert: usize,
     /// Data ranks: copies of everything else.
     pub data: usize,
-    /// Order of the work in the pipeline: dualpipe, dualpipev or 1f1b.
+    #[serde(serialize_with = "schedule_alone")]
+    /// Order of the work in the pipeline: dualpipe, dualpipev, 1f1b, zb1p or interleaved.
     pub schedule: ScheduleKind,
-    /// Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP.
-    pub stages: Vec<usize>,
+    /// Stages of each pipeline rank under interleaved.
+    pub virtual_stages: usize,
+    /// A plan of one's own in place of the schedule's: a file in the text form of plans, or a table (.csv); none if empty.
+    pub plan: String,
+    /// How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their numbers.
+    pub stages: Stages,
     /// Threads of a rank's arithmetic.
     pub threads_per_rank: usize,
+}
+
+/// How layers are spread over the pipeline stages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Stages {
+    /// By a rule.
+    Rule(StageRule),
+    /// Layers of each stage in order, embedding, head and multi-token prediction aside. None at all: balanced, as recipes had it first.
+    Layers(Vec<usize>),
+}
+
+/// A rule by which layers are spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StageRule {
+    /// So that the costliest stage is as cheap as can be.
+    Balanced,
+    /// As many layers in each stage as in any other, but for one.
+    Even,
+}
+
+impl Stages {
+    /// The layers of each stage, where the recipe lists them.
+    pub fn layers(&self) -> &[usize] {
+        match self {
+            Stages::Rule(_) => &[],
+            Stages::Layers(layers) => layers,
+        }
+    }
+}
+
+/// A recipe says in another key how many stages an interleaved schedule gives each rank.
+fn schedule_alone<S: serde::Serializer>(schedule: &ScheduleKind, serializer: S) -> Result<S::Ok, S::Error> {
+    let named = match schedule {
+        ScheduleKind::Interleaved(_) => ScheduleKind::Interleaved(2),
+        other => *other,
+    };
+    named.serialize(serializer)
 }
 
 /// `[training]`: how long and in which portions.

@@ -113,6 +113,11 @@ impl RecipeTable {
         {
             resolved.push(("tokenizer.path", Value::String(resolve("tokenizer.path", name))));
         }
+        if let Some(Value::String(name)) = self.get("parallel.plan")
+            && !name.is_empty()
+        {
+            resolved.push(("parallel.plan", Value::String(resolve("parallel.plan", name))));
+        }
         for path in ["data.paths", "data.validation"] {
             if let Some(Value::Array(names)) = self.get(path) {
                 let names = names.iter().filter_map(Value::as_str);

@@ -87,7 +87,7 @@ fn values_of_the_wrong_type_or_range() {
         ),
         (
             "parallel.schedule=zbv",
-            "parallel.schedule: expected one of \"dualpipe\", \"dualpipev\", \"1f1b\", got \"zbv\" (--set)",
+            "parallel.schedule: expected one of \"dualpipe\", \"dualpipev\", \"1f1b\", \"zb1p\", \"interleaved\", got \"zbv\" (--set)",
         ),
         ("tokenizer.path=5", "tokenizer.path: expected a text, got 5 (--set)"),
         (

@@ -66,10 +66,12 @@ impl Recipe {
 
     /// Notes on batches that the schedule cannot run and another plan does, each with its reason.
     pub fn fallbacks(&self) -> Vec<String> {
+        if self.own_plan.is_some() {
+            return Vec::new();
+        }
         let reason = |size| self.parallel.schedule.fallback(self.parallel.pipeline, self.micro_batches(size));
-        // Batches only grow, and so do their chances to fill the pipeline.
-        let small = self.batch_sizes().map_while(|size| Some((size, reason(size)?)));
-        small.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
+        let unfit = self.batch_sizes().filter_map(|size| Some((size, reason(size)?)));
+        unfit.map(|(size, reason)| format!("batches of {size} sequences: {reason}")).collect()
     }
 
     /// Sequences of a round of validation, the least that it can read.

@@ -7,21 +7,24 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::action::Plan;
-use super::{dualpipe, fallback, one_f_one_b};
+use super::{dualpipe, fallback, interleaved, one_f_one_b, zb1p};
 use crate::faults::count;
 
-/// A schedule with a generator of its own.
+/// A schedule with a generator of its own. Its name, which is also what it is in JSON and TOML, says all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum ScheduleKind {
-    /// Micro-batches enter at both ends of the pipeline; rank `r` holds stages `r` and `P-1-r`.
-    #[serde(rename = "dualpipe")]
+    /// `dualpipe`: micro-batches enter at both ends of the pipeline; rank `r` holds stages `r` and `P-1-r`.
     Dualpipe,
-    /// DualPipe folded in half: rank `r` holds stages `r` and `2P-1-r`, no stage is held twice.
-    #[serde(rename = "dualpipev")]
+    /// `dualpipev`: DualPipe folded in half: rank `r` holds stages `r` and `2P-1-r`, no stage is held twice.
     Dualpipev,
-    /// One forward, one backward; rank `r` holds stage `r`.
-    #[serde(rename = "1f1b")]
+    /// `1f1b`: one forward, one backward; rank `r` holds stage `r`.
     OneFOneB,
+    /// `zb1p`: the same, weight gradients held back.
+    Zb1p,
+    /// `interleaved` with two stages on each rank, `interleaved-N` with `N`: 1F1B that goes round them; rank `r` holds the stages `r`,
+    /// `r + P` and so on.
+    Interleaved(usize),
 }
 
 /// Whether a plan has a backward pass.
@@ -53,6 +56,17 @@ pub enum ScheduleError {
         "dualpipe sends half of the micro-batches from each end and so needs an even number of them, got {0}"
     )]
     OddMicroBatches(usize),
+    /// Interleaved micro-batches go round in groups.
+    #[error(
+        "interleaved sends micro-batches round in groups of as many as there are pipeline ranks and so needs a multiple of {pipeline}, \
+         got {got}"
+    )]
+    UnevenGroups {
+        /// Pipeline ranks.
+        pipeline: usize,
+        /// Micro-batches.
+        got: usize,
+    },
     /// Too few micro-batches to fill the pipeline.
     #[error("{schedule} on {} needs at least {needed} micro-batches, got {got}", count(.pipeline, "pipeline rank"))]
     TooFewMicroBatches {
@@ -66,20 +80,31 @@ pub enum ScheduleError {
         got: usize,
     },
     /// No schedule of that name.
-    #[error("expected a schedule out of dualpipe, dualpipev, 1f1b, got `{0}`")]
+    #[error(
+        "expected a schedule out of dualpipe, dualpipev, 1f1b, zb1p, interleaved, interleaved-N, got `{0}`"
+    )]
     Unknown(String),
 }
 
 impl ScheduleKind {
-    /// All of them.
-    pub const ALL: [ScheduleKind; 3] =
-        [ScheduleKind::Dualpipe, ScheduleKind::Dualpipev, ScheduleKind::OneFOneB];
+    /// All of them, the interleaved one with two stages on each rank.
+    pub const ALL: [ScheduleKind; 5] = [
+        ScheduleKind::Dualpipe,
+        ScheduleKind::Dualpipev,
+        ScheduleKind::OneFOneB,
+        ScheduleKind::Zb1p,
+        ScheduleKind::Interleaved(2),
+    ];
+
+    /// Stages of a rank at most: more than any model has layers for.
+    pub const MOST_STAGES_PER_RANK: usize = 1 << 10;
 
     /// Number of pipeline stages on `pipeline` ranks.
     pub fn stages(self, pipeline: usize) -> usize {
         match self {
-            ScheduleKind::Dualpipe | ScheduleKind::OneFOneB => pipeline,
+            ScheduleKind::Dualpipe | ScheduleKind::OneFOneB | ScheduleKind::Zb1p => pipeline,
             ScheduleKind::Dualpipev => 2 * pipeline,
+            ScheduleKind::Interleaved(per_rank) => per_rank * pipeline,
         }
     }
 
@@ -87,7 +112,8 @@ impl ScheduleKind {
     pub fn min_micro_batches(self, pipeline: usize) -> usize {
         match self {
             ScheduleKind::Dualpipe | ScheduleKind::Dualpipev => 2 * pipeline,
-            ScheduleKind::OneFOneB => 1,
+            ScheduleKind::OneFOneB | ScheduleKind::Zb1p => 1,
+            ScheduleKind::Interleaved(_) => pipeline,
         }
     }
 
@@ -96,7 +122,8 @@ impl ScheduleKind {
         let last = self.stages(pipeline).saturating_sub(1);
         let held = |rank| match self {
             ScheduleKind::Dualpipe | ScheduleKind::Dualpipev => vec![rank, last - rank],
-            ScheduleKind::OneFOneB => vec![rank],
+            ScheduleKind::OneFOneB | ScheduleKind::Zb1p => vec![rank],
+            ScheduleKind::Interleaved(per_rank) => (0..per_rank).map(|turn| turn * pipeline + rank).collect(),
         };
         (0..pipeline).map(held).collect()
     }
@@ -117,9 +144,11 @@ impl ScheduleKind {
     /// is too small or too uneven for the schedule.
     pub fn fallback(self, pipeline: usize, micro_batches: usize) -> Option<String> {
         match self.validate_batch(pipeline, micro_batches) {
-            Err(why @ (ScheduleError::TooFewMicroBatches { .. } | ScheduleError::OddMicroBatches(_))) => {
-                Some(format!("{why}; a plan of the kind of 1f1b runs instead"))
-            }
+            Err(
+                why @ (ScheduleError::TooFewMicroBatches { .. }
+                | ScheduleError::OddMicroBatches(_)
+                | ScheduleError::UnevenGroups { .. }),
+            ) => Some(format!("{why}; a plan of the kind of 1f1b runs instead")),
             Ok(()) | Err(_) => None,
         }
     }
@@ -142,6 +171,10 @@ impl ScheduleKind {
             ScheduleKind::Dualpipe => dualpipe::dualpipe(pipeline, micro_batches, mode),
             ScheduleKind::Dualpipev => dualpipe::dualpipev(pipeline, micro_batches, mode),
             ScheduleKind::OneFOneB => one_f_one_b::one_f_one_b(pipeline, micro_batches, mode),
+            ScheduleKind::Zb1p => zb1p::zb1p(pipeline, micro_batches, mode),
+            ScheduleKind::Interleaved(per_rank) => {
+                interleaved::interleaved(pipeline, per_rank, micro_batches, mode)
+            }
         };
         Ok((plan?, None))
     }
@@ -159,6 +192,8 @@ impl ScheduleKind {
             Err(ScheduleError::TooFewMicroBatches { schedule: self, pipeline, needed, got: micro_batches })
         } else if self == ScheduleKind::Dualpipe && micro_batches % 2 == 1 {
             Err(ScheduleError::OddMicroBatches(micro_batches))
+        } else if matches!(self, ScheduleKind::Interleaved(_)) && micro_batches % pipeline != 0 {
+            Err(ScheduleError::UnevenGroups { pipeline, got: micro_batches })
         } else {
             Ok(())
         }
@@ -167,11 +202,14 @@ impl ScheduleKind {
 
 impl fmt::Display for ScheduleKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            ScheduleKind::Dualpipe => "dualpipe",
-            ScheduleKind::Dualpipev => "dualpipev",
-            ScheduleKind::OneFOneB => "1f1b",
-        })
+        match self {
+            ScheduleKind::Dualpipe => f.pad("dualpipe"),
+            ScheduleKind::Dualpipev => f.pad("dualpipev"),
+            ScheduleKind::OneFOneB => f.pad("1f1b"),
+            ScheduleKind::Zb1p => f.pad("zb1p"),
+            ScheduleKind::Interleaved(2) => f.pad("interleaved"),
+            ScheduleKind::Interleaved(per_rank) => f.pad(&format!("interleaved-{per_rank}")),
+        }
     }
 }
 
@@ -179,10 +217,28 @@ impl FromStr for ScheduleKind {
     type Err = ScheduleError;
 
     fn from_str(name: &str) -> Result<Self, ScheduleError> {
-        ScheduleKind::ALL
-            .into_iter()
-            .find(|kind| kind.to_string() == name)
-            .ok_or_else(|| ScheduleError::Unknown(name.to_string()))
+        let interleaved = || {
+            let per_rank = name.strip_prefix("interleaved-")?.parse().ok()?;
+            (1..=ScheduleKind::MOST_STAGES_PER_RANK)
+                .contains(&per_rank)
+                .then_some(ScheduleKind::Interleaved(per_rank))
+        };
+        let kind = ScheduleKind::ALL.into_iter().find(|kind| kind.to_string() == name);
+        kind.or_else(interleaved).ok_or_else(|| ScheduleError::Unknown(name.to_string()))
+    }
+}
+
+impl TryFrom<String> for ScheduleKind {
+    type Error = ScheduleError;
+
+    fn try_from(name: String) -> Result<Self, ScheduleError> {
+        name.parse()
+    }
+}
+
+impl From<ScheduleKind> for String {
+    fn from(kind: ScheduleKind) -> String {
+        kind.to_string()
     }
 }
 
@@ -192,12 +248,20 @@ mod tests {
 
     #[test]
     fn names_are_the_same_in_display_and_in_serde() {
-        for kind in ScheduleKind::ALL {
+        for kind in ScheduleKind::ALL.into_iter().chain([1, 3, 64].map(ScheduleKind::Interleaved)) {
             assert_eq!(kind.to_string().parse(), Ok(kind));
-            assert_eq!(serde_json::to_string(&kind).unwrap(), format!("\"{kind}\""));
+            let json = serde_json::to_string(&kind).unwrap();
+            assert_eq!(json, format!("\"{kind}\""));
+            assert_eq!(serde_json::from_str::<ScheduleKind>(&json).unwrap(), kind);
+        }
+        for wrong in ["interleaved-", "interleaved-0", "interleaved-x", "interleaved-99999999999999999999"] {
+            assert_eq!(wrong.parse::<ScheduleKind>(), Err(ScheduleError::Unknown(wrong.into())));
         }
         let refusal = "gpipe".parse::<ScheduleKind>().unwrap_err().to_string();
-        assert_eq!(refusal, "expected a schedule out of dualpipe, dualpipev, 1f1b, got `gpipe`");
+        assert_eq!(
+            refusal,
+            "expected a schedule out of dualpipe, dualpipev, 1f1b, zb1p, interleaved, interleaved-N, got `gpipe`"
+        );
     }
 
     #[test]
@@ -222,7 +286,12 @@ mod tests {
         let (plan, why) = ScheduleKind::Dualpipe.plan(4, 9, Mode::Train).unwrap();
         assert_eq!(plan.placement, ScheduleKind::Dualpipe.placement(4));
         assert!(why.unwrap().contains("even number of them, got 9"));
-        for (kind, micro_batches) in [(ScheduleKind::Dualpipev, 9), (ScheduleKind::OneFOneB, 1)] {
+        let (plan, why) = ScheduleKind::Interleaved(3).plan(4, 10, Mode::Train).unwrap();
+        assert_eq!((plan.schedule.as_str(), plan.stages), ("one-way", 12));
+        assert!(why.unwrap().contains("needs a multiple of 4, got 10"));
+        for (kind, micro_batches) in
+            [(ScheduleKind::Dualpipev, 9), (ScheduleKind::OneFOneB, 1), (ScheduleKind::Zb1p, 1)]
+        {
             let (plan, why) = kind.plan(4, micro_batches, Mode::Train).unwrap();
             assert_eq!((plan.schedule, why), (kind.to_string(), None));
         }

@@ -141,7 +141,8 @@ fn row<T>(
     Ok(())
 }
 
-fn action(word: &str) -> Result<Action, String> {
+/// An action as [`Action`] writes itself.
+pub(super) fn action(word: &str) -> Result<Action, String> {
     let read = || {
         if let Some((forward, backward)) = word.split_once('&') {
             let forward = chunk(forward.strip_prefix('F')?)?;

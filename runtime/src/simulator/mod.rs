@@ -3,13 +3,14 @@
 //! `cluster` is a machine as data, `kernels` what an operation runs, `duration` how long that takes, `chance` what is uneven about it;
 //! `run` lets the programs of a recipe walk on the virtual clock under these durations, `breakdown` says where the time goes and
 //! `prediction` what a user wants to know of it; `search` compares layouts; `rows` is what pictures show of a simulated or a recorded
-//! step, `svg` and `trace` draw it in the colours of `palette`. The model and its
+//! step, `svg`, `trace` and `gantt` draw it in the colours of `palette`. The model and its
 //! limits are in docs/simulator.md. Knows no actor and no wall clock.
 
 mod breakdown;
 mod chance;
 mod cluster;
 mod duration;
+mod gantt;
 mod kernels;
 mod pair;
 mod palette;
@@ -24,6 +25,7 @@ mod trace;
 pub use breakdown::{Breakdown, Components};
 pub use cluster::{Calibrated, Chance, Cluster, Costs, Published, Rates, cluster_names};
 pub use duration::Durations;
+pub use gantt::gantt;
 pub use kernels::{Kernel, KernelShapes, Traffic};
 pub use pair::{Pair, pair};
 pub use palette::{Shade, shade_of, shade_of_action};

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::palette::{Shade, shade_of, shade_of_action};
-use crate::schedule::{Lane, Op, Plan, Program, RecordedRank, RecordedStep, Span, Timeline};
+use crate::schedule::{Action, Lane, Op, Plan, Program, RecordedRank, RecordedStep, Span, Timeline};
 
 /// A row of a picture.
 #[derive(Clone, Debug)]
@@ -112,7 +112,44 @@ impl StepTimeline {
     }
 }
 
+/// What is drawn of a row: an action as a whole, or an operation that stands for itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Block {
+    /// Its colour.
+    pub shade: Shade,
+    /// When it ran.
+    pub span: Span,
+    /// The micro-batch of an action.
+    pub micro_batch: Option<usize>,
+    /// The compute lane, or that of the all-to-alls.
+    pub lane: Lane,
+}
+
 impl<'a> Row<'a> {
+    /// Its actions, and what stands for itself on the compute lane and the lane of all-to-alls.
+    pub fn blocks(&self, plan: &Plan) -> Vec<Block> {
+        let mut blocks: Vec<Block> = Vec::new();
+        let mut current: Option<(usize, usize)> = None;
+        for (op, &span) in self.program.ops.iter().zip(self.spans) {
+            match (shade_of(&op.work), op.lane, op.action) {
+                (None, Lane::Compute, Some(action)) => match current.filter(|&(of, _)| of == action) {
+                    Some((_, at)) => blocks[at].span.end = blocks[at].span.end.max(span.end),
+                    None => {
+                        current = Some((action, blocks.len()));
+                        let action = &plan.actions[self.pipeline][action];
+                        let (shade, micro_batch) = (shade_of_action(action), micro_batch(action));
+                        blocks.push(Block { shade, span, micro_batch, lane: op.lane });
+                    }
+                },
+                (Some(shade), lane @ (Lane::Compute | Lane::Expert), _) => {
+                    blocks.push(Block { shade, span, micro_batch: None, lane });
+                }
+                _ => {}
+            }
+        }
+        blocks
+    }
+
     /// The operations that took any time, with their places in the program. `microseconds` are those of one unit of the spans.
     pub fn bars<'b>(
         &'b self,
@@ -137,6 +174,10 @@ fn bar(plan: &Plan, pipeline: usize, op: &Op, span: &Span, microseconds: f64) ->
         begin_us: span.start * microseconds,
         duration_us: span.duration() * microseconds,
     }
+}
+
+fn micro_batch(action: &Action) -> Option<usize> {
+    action.forward().or(action.backward_input()).or(action.backward_weight()).map(|chunk| chunk.micro_batch)
 }
 
 /// What a lane is called in pictures.

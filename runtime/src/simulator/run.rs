@@ -44,8 +44,7 @@ pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<St
     }
     let stages = recipe_stages(recipe).map_err(|error| vec![error])?;
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let plan = recipe.parallel.schedule.plan(recipe.parallel.pipeline, micro_batches, Mode::Train);
-    let (plan, _) = plan.map_err(|error| vec![error.to_string()])?;
+    let (plan, _) = recipe.plan(micro_batches, Mode::Train).map_err(|error| vec![error])?;
     match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => {
             let walked = clock(&plan, *unit).map_err(|deadlock| vec![deadlock.to_string()])?;

@@ -4,9 +4,9 @@
 
 use std::fmt::{self, Write};
 
-use super::palette::{Shade, shade_of, shade_of_action};
-use super::rows::Row;
-use crate::schedule::{Action, Lane, Plan, Span};
+use super::palette::Shade;
+use super::rows::{Block, Row};
+use crate::schedule::Plan;
 
 /// **Units**: pixels.
 const WIDTH: f64 = 1600.0;
@@ -52,7 +52,7 @@ fn draw(out: &mut String, plan: &Plan, rows: &[Row], unit: &str) -> fmt::Result 
     for (index, row) in rows.iter().enumerate() {
         let top = TOP + ROW * index as f64;
         writeln!(rects, "<text x=\"8\" y=\"{}\">{}</text>", top + 13.0, row.name)?;
-        for (shade, span, number) in blocks(plan, row) {
+        for Block { shade, span, micro_batch: number, .. } in row.blocks(plan) {
             let is_exchange = matches!(shade, Shade::Dispatch | Shade::Combine);
             let width = span.duration() * scale;
             if width < NARROWEST && is_exchange {
@@ -111,30 +111,4 @@ fn mark(makespan: f64) -> f64 {
     let least = makespan / MARKS;
     let power = 10.0_f64.powf(least.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|step| step * power).find(|step| *step >= least).unwrap_or(least)
-}
-
-/// What is drawn of a rank: its actions as a whole, with their micro-batch, and what stands for itself on the compute lane and the
-/// lane of all-to-alls.
-fn blocks(plan: &Plan, row: &Row) -> Vec<(Shade, Span, Option<usize>)> {
-    let mut blocks: Vec<(Shade, Span, Option<usize>)> = Vec::new();
-    let mut current: Option<(usize, usize)> = None;
-    for (op, &span) in row.program.ops.iter().zip(row.spans) {
-        match (shade_of(&op.work), op.lane, op.action) {
-            (None, Lane::Compute, Some(action)) => match current.filter(|&(of, _)| of == action) {
-                Some((_, at)) => blocks[at].1.end = blocks[at].1.end.max(span.end),
-                None => {
-                    current = Some((action, blocks.len()));
-                    let action = &plan.actions[row.pipeline][action];
-                    blocks.push((shade_of_action(action), span, micro_batch(action)));
-                }
-            },
-            (Some(shade), Lane::Compute | Lane::Expert, _) => blocks.push((shade, span, None)),
-            _ => {}
-        }
-    }
-    blocks
-}
-
-fn micro_batch(action: &Action) -> Option<usize> {
-    action.forward().or(action.backward_input()).or(action.backward_weight()).map(|chunk| chunk.micro_batch)
 }

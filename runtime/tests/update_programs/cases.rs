@@ -37,10 +37,12 @@ fn layouts(stages: usize, readers: Readers) -> Vec<StageLayout> {
 pub type Axes = (usize, usize, usize);
 
 /// The layouts in which `tests/cluster/topology.rs` trains.
-const AXES: [(ScheduleKind, &[Axes]); 3] = [
+const AXES: [(ScheduleKind, &[Axes]); 5] = [
     (ScheduleKind::Dualpipe, &[(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
     (ScheduleKind::Dualpipev, &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
     (ScheduleKind::OneFOneB, &[(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
+    (ScheduleKind::Zb1p, &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
+    (ScheduleKind::Interleaved(2), &[(1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 2, 2)]),
 ];
 
 pub struct Case {

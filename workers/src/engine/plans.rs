@@ -8,8 +8,7 @@ use std::sync::Arc;
 use contraflow_runtime::layout::recipe_stages;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
-    Plan, PlanFault, Program, Report, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check,
-    check_step, lower,
+    Plan, PlanFault, Program, Report, Sharding, StageLayout, StepPrograms, buckets, check, check_step, lower,
 };
 use contraflow_runtime::topology::Topology;
 
@@ -48,7 +47,7 @@ impl Planned {
 
 /// Makes plans for one layout.
 pub struct Plans {
-    schedule: ScheduleKind,
+    recipe: Recipe,
     topology: Topology,
     /// What each stage consists of.
     pub layouts: Vec<StageLayout>,
@@ -63,10 +62,10 @@ impl Plans {
     /// **Errors**: if the layers cannot be spread over the stages.
     pub fn new(recipe: &Recipe) -> Result<Self, String> {
         let layouts = recipe_stages(recipe)?;
-        let (schedule, topology) = (recipe.parallel.schedule, recipe.topology());
-        let buckets = buckets(&schedule.placement(topology.pipeline), &layouts, &topology);
+        let topology = recipe.topology();
+        let buckets = buckets(&recipe.placement(), &layouts, &topology);
         let sharding = Sharding { buckets, replicated: false, overlap: true };
-        Ok(Plans { schedule, topology, layouts, sharding, made: HashMap::new() })
+        Ok(Plans { recipe: recipe.clone(), topology, layouts, sharding, made: HashMap::new() })
     }
 
     /// The same, where each rank's state may be replicated: then a step waits for the replicas of the one before.
@@ -94,8 +93,7 @@ impl Plans {
     }
 
     fn make(&self, micro_batches: usize, kind: TaskKind) -> Result<Planned, String> {
-        let plan = self.schedule.plan(self.topology.pipeline, micro_batches, kind.mode());
-        let (plan, fallback) = plan.map_err(|error| error.to_string())?;
+        let (plan, fallback) = self.recipe.plan(micro_batches, kind.mode())?;
         let wrong = |faults: Vec<PlanFault>| {
             let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
             let faults = faults.join("; ");

@@ -87,7 +87,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let arch = Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision));
     let arch = Arc::new(arch.recomputing(Recompute::of(&recipe.memory)));
     let topology = recipe.topology();
-    let stages_of = recipe.parallel.schedule.placement(recipe.parallel.pipeline);
+    let stages_of = recipe.placement();
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
     let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
     let mut params = RankParams { dense, experts };

@@ -50,13 +50,13 @@ impl Choice {
             && least(self.precision, PRECISIONS[PRECISIONS.len() - 1])
     }
 
-    /// What `--set` takes to choose it; of a recipe that lists its stages, a list for another pipeline is dropped.
+    /// What `--set` takes to choose it; what a recipe lists for its own pipeline alone, stages or a plan, is dropped for another one.
     pub fn overrides(&self, recipe: &Recipe) -> Vec<String> {
         let Choice { pipeline, expert, data, schedule, micro_batch_size, recompute, precision } = self;
-        let of_pipeline =
-            recipe.parallel.pipeline == *pipeline && recipe.parallel.schedule.stages(1) == schedule.stages(1);
-        let stages =
-            (!of_pipeline && !recipe.parallel.stages.is_empty()).then(|| "parallel.stages=[]".into());
+        let own = &recipe.parallel;
+        let is_other = own.pipeline != *pipeline || own.schedule != *schedule;
+        let stages = (is_other && !own.stages.layers().is_empty()).then(|| "parallel.stages=balanced".into());
+        let plan = (is_other && !own.plan.is_empty()).then(|| "parallel.plan=".into());
         let layout = [
             format!("parallel.pipeline={pipeline}"),
             format!("parallel.expert={expert}"),
@@ -66,7 +66,7 @@ impl Choice {
         ];
         let recompute = recompute.map(|what| format!("memory.recompute={what}"));
         let precision = precision.map(|what| format!("precision.recipe={what}"));
-        layout.into_iter().chain(stages).chain(recompute).chain(precision).collect()
+        layout.into_iter().chain(stages).chain(plan).chain(recompute).chain(precision).collect()
     }
 }
 
