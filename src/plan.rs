@@ -3,6 +3,7 @@
 //! Three sources: a recipe, a bare schedule by name, a file in the text form. Plans, checks and figures are made in
 //! `runtime`; the programs of a recipe are those its ranks would issue. `simulated` is its step on a cluster. Knows no actor and no data.
 
+pub mod pictures;
 mod simulated;
 
 use std::fmt;
@@ -23,11 +24,11 @@ use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
+use self::pictures::Pictures;
 use self::simulated::Step;
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{Format, count, line_style, print};
-use crate::pictures::Pictures;
 
 /// Arguments of the command.
 #[derive(clap::Args)]

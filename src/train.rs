@@ -17,7 +17,7 @@ use contraflow_workers::hf::check;
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
-use crate::pictures::Pictures;
+use crate::plan::pictures::Pictures;
 use crate::resume::Resumed;
 use crate::run::Run;
 use crate::{run_dir, telemetry};
