@@ -21,7 +21,6 @@ pub mod machine;
 pub mod orchestrator;
 pub mod otlp;
 pub mod output;
-pub mod pictures;
 pub mod plan;
 pub mod progress;
 pub mod recipes;

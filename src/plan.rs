@@ -25,11 +25,11 @@ use contraflow_workers::data::batches::{BatchShape, TaskKind};
 use contraflow_workers::engine::plans::{Planned, Plans, train_shape, validation_shape};
 use serde::Serialize;
 
+use self::pictures::Pictures;
 use self::simulated::Step;
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{Format, count, line_style, print};
-use crate::pictures::Pictures;
 
 /// Arguments of the command.
 #[derive(clap::Args)]

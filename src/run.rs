@@ -35,7 +35,7 @@ use crate::interrupt::{self, Signals};
 use crate::local::{LocalCluster, LocalClusterSpec};
 use crate::machine;
 use crate::output::{count, quoted, say};
-use crate::pictures::Pictures;
+use crate::plan::pictures::Pictures;
 use crate::progress::samples::Samples;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;

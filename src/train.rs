@@ -18,7 +18,7 @@ use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::output::{count, print, quoted, say};
-use crate::pictures::Pictures;
+use crate::plan::pictures::Pictures;
 use crate::resume::Resumed;
 use crate::run::Run;
 use crate::{run_dir, telemetry};

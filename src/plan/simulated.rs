@@ -6,8 +6,8 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Plan, Program, Timeline, UnitCosts, clock};
 use contraflow_runtime::simulator::{Cluster, Prediction, Row, Run, gantt, predict, rows};
 
+use super::pictures::Pictures;
 use crate::failure::Failure;
-use crate::pictures::Pictures;
 
 /// The step of a recipe on a cluster by name or file.
 ///

@@ -37,7 +37,7 @@ const CIRCLES: [(&str, &str, &[&str]); 8] = [
         &["endpoint", "inbox", "incoming", "listener", "local", "outgoing", "segment", "wired"],
     ),
     ("runtime", "schedule", &["check", "check_programs"]),
-    ("runtime", "schedule", &["dualpipe", "fallback", "kind", "one_f_one_b"]),
+    ("runtime", "schedule", &["dualpipe", "fallback", "interleaved", "kind", "one_f_one_b", "zb1p"]),
     ("runtime", "schedule", &["lower", "receives"]),
     ("workers", "data", &["hf_tokenizer", "tokenizer"]),
     ("orchestrator", "server", &["acceptor", "auth"]),
