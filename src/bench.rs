@@ -249,7 +249,6 @@ impl QuietRun {
             checkpoints,
             export_dir,
             network: LocalOptions::default(),
-            overlap: true,
             probe: Probe::default(),
             subscribers: vec![subscriber],
         };

@@ -241,7 +241,7 @@ fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         micro_batches: planned.plan.micro_batches,
-        programs: &lower(&planned.plan, Some(&plans.layouts), recipe.parallel.expert),
+        programs: &plans.passes(&planned.plan),
         precision: &recipe.precision,
         memory: &recipe.memory,
         has_average: recipe.training.ema_decay > 0.0,

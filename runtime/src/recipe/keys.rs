@@ -96,6 +96,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("parallel.data", Count(1, AXIS), Fixed("1"), "Data ranks: copies of everything else."),
     key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b"]), Fixed("\"1f1b\""),
         "Order of the work in the pipeline: dualpipe, dualpipev or 1f1b."),
+    key("parallel.overlap", Flag, Fixed("true"),
+        "Whether exchanges, sends and the update's collectives run beside computations; the same bits without."),
     key("parallel.stages", Counts(AXIS), Fixed("[]"),
         "Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP."),
     key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),

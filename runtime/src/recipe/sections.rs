@@ -38,6 +38,8 @@ pub struct ParallelSection {
     pub data: usize,
     /// Order of the work in the pipeline: dualpipe, dualpipev or 1f1b.
     pub schedule: ScheduleKind,
+    /// Whether communication runs beside computation; losses and weights are the same to the bit without.
+    pub overlap: bool,
     /// Layers of each pipeline stage in order, embedding, head and multi-token prediction aside; none: balanced by FLOP.
     pub stages: Vec<usize>,
     /// Threads of a rank's arithmetic.

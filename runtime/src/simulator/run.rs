@@ -11,7 +11,8 @@ use crate::cost::Shapes;
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
 use crate::schedule::{
-    Mode, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, buckets, clock, lower, walk,
+    Mode, Overlap, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, UnitCosts, buckets, clock,
+    lower_with, walk,
 };
 
 /// A simulated step.
@@ -48,6 +49,9 @@ pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<St
     let (plan, _) = plan.map_err(|error| vec![error.to_string()])?;
     match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => {
+            // One pass after the other.
+            let apart = UnitCosts { fb: unit.f + unit.b, ..*unit };
+            let unit = if recipe.parallel.overlap { unit } else { &apart };
             let walked = clock(&plan, *unit).map_err(|deadlock| vec![deadlock.to_string()])?;
             let (programs, timeline) = walked;
             let breakdown = of_actions(&plan, *unit, &timeline, *optimizer_s);
@@ -77,8 +81,9 @@ fn simulate_stages(
         precision: &recipe.precision,
         mode: Mode::Train,
     };
-    let passes = lower(&plan, Some(stages), topology.expert);
-    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: true };
+    let overlap = recipe.parallel.overlap;
+    let passes = lower_with(&plan, Some(stages), topology.expert, Overlap::of(overlap));
+    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap };
     let programs = StepPrograms::new(&passes, &sharding).whole();
     simulate_shapes(plan, programs, cluster, rates, KernelShapes { shapes: &shapes, memory: &recipe.memory })
 }
