@@ -46,7 +46,7 @@ pub struct PairOrder {
 }
 
 impl PairOrder {
-    /// That of the table which exposes least for DeepSeek-V3's proportions.
+    /// For DeepSeek-V3's proportions no order of the table exposes less by more than 0.2 % of a pair.
     pub const DEFAULT: PairOrder = PairOrder {
         forward_first: false,
         expert_weights_first: false,

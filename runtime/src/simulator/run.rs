@@ -36,6 +36,14 @@ pub struct Run {
 /// Every reason why it cannot be simulated: a layout that the model or the cluster has no place for, rates that the profile lacks, a
 /// plan that deadlocks.
 pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<String>> {
+    simulate_with(recipe, cluster, Overlap::of(recipe.parallel.overlap))
+}
+
+/// [`simulate_recipe`], where `overlap` says what runs beside what.
+///
+/// # Errors
+/// As [`simulate_recipe`].
+pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Result<Run, Vec<String>> {
     let world = recipe.topology().world();
     if world > cluster.ranks {
         return Err(vec![format!(
@@ -51,19 +59,19 @@ pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<St
         Costs::Actions { unit, optimizer_s } => {
             // One pass after the other.
             let apart = UnitCosts { fb: unit.f + unit.b, ..*unit };
-            let unit = if recipe.parallel.overlap { unit } else { &apart };
+            let unit = if overlap == Overlap::Off { &apart } else { unit };
             let walked = clock(&plan, *unit).map_err(|deadlock| vec![deadlock.to_string()])?;
             let (programs, timeline) = walked;
             let breakdown = of_actions(&plan, *unit, &timeline, *optimizer_s);
             let step_s = timeline.makespan + optimizer_s;
             Ok(Run { plan, programs, timeline, breakdown, step_s })
         }
-        Costs::Kernels(rates) => simulate_stages(recipe, cluster, rates, plan, &stages),
+        Costs::Kernels(rates) => simulate_stages((recipe, overlap), cluster, rates, plan, &stages),
     }
 }
 
 fn simulate_stages(
-    recipe: &Recipe,
+    (recipe, overlap): (&Recipe, Overlap),
     cluster: &Cluster,
     rates: &Rates,
     plan: Plan,
@@ -81,9 +89,8 @@ fn simulate_stages(
         precision: &recipe.precision,
         mode: Mode::Train,
     };
-    let overlap = recipe.parallel.overlap;
-    let passes = lower_with(&plan, Some(stages), topology.expert, Overlap::of(overlap));
-    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap };
+    let passes = lower_with(&plan, Some(stages), topology.expert, overlap);
+    let sharding = Sharding { buckets: buckets.clone(), replicated: false, overlap: overlap != Overlap::Off };
     let programs = StepPrograms::new(&passes, &sharding).whole();
     simulate_shapes(plan, programs, cluster, rates, KernelShapes { shapes: &shapes, memory: &recipe.memory })
 }
