@@ -6,6 +6,7 @@ mod fabric;
 mod infer;
 mod load;
 mod mtp;
+mod overlap;
 mod placement;
 mod precision;
 mod processes;
@@ -127,6 +128,18 @@ enum BenchCommand {
         #[arg(long, hide = true)]
         part: Option<String>,
     },
+    /// All-to-alls that nothing hides, with and without overlap, over links as slow as 0.25 to 1.5 times the computations
+    Overlap {
+        /// Time of the links over time of the computations, separated by commas
+        #[arg(long, value_delimiter = ',', default_values_t = overlap::RATIOS)]
+        ratios: Vec<f64>,
+        /// Runs of either kind for each ratio, which alternate
+        #[arg(long, default_value_t = 1)]
+        rounds: usize,
+        /// Steps of a run that are measured, after two that are not
+        #[arg(long, default_value_t = 4)]
+        steps: usize,
+    },
     /// Communication of the update that nothing hides, with and without overlap, between processes with delayed frames
     Update {
         /// Runs of either kind, which alternate
@@ -172,6 +185,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
         BenchCommand::Fabric { part: Some(part), .. } => fabric::be(part),
         BenchCommand::Fabric { repeats, part: None } => show(format, &fabric::run(*repeats)?),
+        BenchCommand::Overlap { ratios, rounds, steps } => {
+            show(format, &overlap::run(ratios, *rounds, *steps)?)
+        }
         BenchCommand::Update { part: Some(part), .. } => update::be(part),
         BenchCommand::Update { rounds, steps, part: None } => {
             let figures = update::run(*rounds, *steps)?;
@@ -272,7 +288,6 @@ impl QuietRun {
             checkpoints,
             export_dir,
             network: LocalOptions::default(),
-            overlap: true,
             probe,
             subscribers: vec![subscriber],
         };

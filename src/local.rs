@@ -42,8 +42,6 @@ pub struct LocalClusterSpec {
     pub export_dir: Option<PathBuf>,
     /// Timeout, delay injection and frame log of the fabric.
     pub network: LocalOptions,
-    /// Whether the update's communication runs beside the passes; without it only to compare.
-    pub overlap: bool,
     /// For tests.
     pub probe: Probe,
     /// Subscribers to the record of every step.
@@ -86,7 +84,6 @@ impl LocalCluster {
             checkpoints,
             export_dir,
             network,
-            overlap,
             probe,
             subscribers,
         } = spec;
@@ -134,7 +131,6 @@ impl LocalCluster {
                 resume: resume.clone(),
                 recovered: None,
                 replicator: None,
-                overlap,
                 checkpoints: folder.clone(),
                 save_timeout: SAVE_TIMEOUT,
                 trace: trace::current(),

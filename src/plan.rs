@@ -4,6 +4,7 @@
 //! `runtime`; the programs of a recipe are those its ranks would issue. `simulated` is its step on a cluster,
 //! `search` compares others with it. Knows no actor and no data.
 
+pub mod pictures;
 mod search;
 mod simulated;
 
@@ -257,7 +258,7 @@ fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
         micro_batches: planned.plan.micro_batches,
-        programs: &lower(&planned.plan, Some(&plans.layouts), recipe.parallel.expert),
+        programs: &plans.passes(&planned.plan),
         precision: &recipe.precision,
         memory: &recipe.memory,
         has_average: recipe.training.ema_decay > 0.0,

@@ -326,7 +326,6 @@ impl Run {
             }),
             export_dir: self.export_dir()?,
             network: LocalOptions::default(),
-            overlap: true,
             probe: Probe::default(),
             subscribers: vec![subscriber],
         })

@@ -93,3 +93,26 @@ fn the_update_is_measured_with_and_without_overlap() {
     }
     assert_eq!(folder.path().join("runs").read_dir().unwrap().count(), 0, "something was left behind");
 }
+
+/// How much is exposed is for idle machines to say; that the figures fit each other is said by any.
+#[test]
+fn overlap_is_measured_beside_its_prediction() {
+    let output =
+        deadline::output(Command::new(env!("CARGO_BIN_EXE_contraflow")).args([
+            "bench", "overlap", "--ratios", "1", "--rounds", "1", "--steps", "1", "--format", "json",
+        ]));
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let [row] = report["rows"].as_array().unwrap().as_slice() else {
+        panic!("expected one row, got {report}")
+    };
+    let figure = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("no {name} in {report}"));
+    assert_eq!(figure("ratio"), 1.0);
+    assert!(figure("compute_s") < figure("overlap_s"), "{report}");
+    let shares = [figure("exposed_share"), figure("exposed_in_pairs")];
+    assert!(shares.into_iter().all(|share| (0.0..1.0).contains(&share)), "{report}");
+    // Nothing beside the exchanges: on the clock their links come on top of the computations.
+    assert!(figure("predicted_no_overlap_s") > figure("predicted_s"), "{report}");
+    let is_void = figure("no_overlap_exposed") < 0.8 || figure("stretched") > 1.25;
+    assert_eq!(row["void"], is_void, "{report}");
+}

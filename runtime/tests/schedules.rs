@@ -4,8 +4,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use contraflow_runtime::schedule::{
-    Action, Chunk, Component, Lane, LayerKind, Mode, Op, Pass, Plan, Program, ScheduleKind, StageLayout,
-    TransferKind, UnitCosts, Work, check, lower, simulate, walk,
+    Action, Chunk, Component, Lane, LayerKind, Mode, Op, Overlap, PairOrder, Pass, Plan, Program,
+    ScheduleKind, StageLayout, TransferKind, UnitCosts, Work, check, lower, lower_with, simulate, walk,
 };
 
 /// Layers per stage differ, the first are dense, the last stage has head and MTP.
@@ -46,6 +46,13 @@ fn grid() -> Vec<(ScheduleKind, usize, Plan)> {
         }
     }
     plans
+}
+
+/// Every way of laying passes beside each other.
+fn overlaps() -> Vec<Overlap> {
+    let mut overlaps = vec![Overlap::Off];
+    overlaps.extend(PairOrder::all().map(Overlap::Pairs));
+    overlaps
 }
 
 fn describe(plan: &Plan) -> String {
@@ -313,8 +320,8 @@ fn nothing_starts_before_what_it_needs_whatever_the_durations() {
             continue;
         }
         let layouts = layouts(plan.stages);
-        for seed in 0..3 {
-            let programs = lower(&plan, Some(&layouts), 2);
+        for (seed, overlap) in (0..).zip(overlaps().into_iter().cycle().take(19)) {
+            let programs = lower_with(&plan, Some(&layouts), 2, overlap);
             let timeline = walk(&programs, |rank, op| jitter(seed, rank, op)).unwrap();
             let mut ends: HashMap<Work, f64> = HashMap::new();
             for (program, spans) in programs.iter().zip(&timeline.spans) {

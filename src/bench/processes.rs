@@ -94,6 +94,7 @@ pub fn join(
         timeout: TIMEOUT,
         transport,
         delay_injection,
+        links: None,
     };
     Ok(WiredNetwork::form(&listener, formation, Arc::new(|_| {}))?)
 }

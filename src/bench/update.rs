@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use contraflow_runtime::fabric::DelayInjection;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::{Program, StepPrograms, lower};
+use contraflow_runtime::schedule::{Program, StepPrograms};
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::Plans;
 use serde::{Deserialize, Serialize};
@@ -53,6 +53,7 @@ impl ProcessRole {
         let overrides = [
             format!("parallel.pipeline={}", self.axes.pipeline),
             format!("parallel.expert={}", self.axes.expert),
+            format!("parallel.overlap={}", self.overlap),
             format!("training.steps={}", WARM_UP + self.steps + 1),
         ];
         Ok(Recipe::load(&RecipeSource::Builtin(RECIPE.to_owned()), &overrides)?)
@@ -166,11 +167,10 @@ fn train(axes: Axes, overlap: bool, steps: usize) -> Result<Vec<Trained>, Box<dy
 fn whole_programs(axes: Axes, overlap: bool) -> Result<Vec<Program>, Box<dyn Error>> {
     let recipe =
         ProcessRole { rank: 0, axes, overlap, steps: 1 }.recipe().map_err(|failure| failure.to_string())?;
-    let mut plans = Plans::new(&recipe)?.overlapped(overlap);
+    let mut plans = Plans::new(&recipe)?;
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
     let planned = plans.get(micro_batches, TaskKind::Train)?;
-    let passes = lower(&planned.plan, Some(&plans.layouts), recipe.topology().expert);
-    Ok(StepPrograms::new(&passes, &plans.sharding).whole())
+    Ok(StepPrograms::new(&plans.passes(&planned.plan), &plans.sharding).whole())
 }
 
 fn compare(axes: Axes, runs: &[Vec<Trained>]) -> Same {

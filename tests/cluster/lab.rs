@@ -109,7 +109,6 @@ pub struct Setup {
     pub checkpoints: Option<Commits>,
     pub export_dir: Option<PathBuf>,
     pub network: LocalOptions,
-    pub overlap: bool,
     /// What carries the frames if every rank is as if in a process of its own.
     pub wire: Option<Transport>,
     pub probe: Probe,
@@ -188,7 +187,6 @@ impl Lab {
             checkpoints: None,
             export_dir: None,
             network: LocalOptions { log_frames: true, ..LocalOptions::default() },
-            overlap: true,
             wire: None,
             probe: Probe::default(),
             subscriber: None,
@@ -215,7 +213,6 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
-        overlap,
         wire,
         probe,
         subscriber: another,
@@ -237,7 +234,6 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
-        overlap,
         probe,
         subscribers,
     };
@@ -276,7 +272,8 @@ fn wires(transport: Transport, world: usize) -> Vec<Arc<WiredNetwork>> {
         let (ranks, local, timeout) = (ranks.clone(), vec![rank], DEADLINE);
         let id = FormationId::new(JobId::default(), Generation::FIRST);
         let (secret, delay_injection) = ([3; 32], None);
-        let formation = Formation { id, secret, ranks, local, timeout, transport, delay_injection };
+        let formation =
+            Formation { id, secret, ranks, local, timeout, transport, delay_injection, links: None };
         let on_fault = |fault| panic!("a fault in a run that goes well: {fault:?}");
         WiredNetwork::form(listener, formation, Arc::new(on_fault)).unwrap()
     };

@@ -1,4 +1,4 @@
-//! Where the update's communication runs beside the passes every number is as without: losses, norms, weights, checkpoints.
+//! Where communication runs beside computation every number is as without: losses, norms, weights, checkpoints.
 //!
 //! Whoever reads weights reads them gathered: validation and export at the end, a run that resumes from a checkpoint.
 
@@ -32,17 +32,49 @@ const LAYOUTS: [(&str, (usize, usize, usize), usize); 16] = [
     ("1f1b", (2, 2, 2), 16),
 ];
 
-/// Against a run that first computes, then reduces, then updates, then gathers.
+/// Against a run in which no operation of a rank begins before all that the rank has sent or exchanged is there, the passes of a
+/// pair run one after the other, and everything is reduced behind them, updated, and gathered.
 #[test]
 fn overlap_changes_no_bit_in_any_layout() {
     let lab = Lab::new();
     for (index, (schedule, axes, batch)) in LAYOUTS.into_iter().enumerate() {
         let changes = ["training.steps=3", &format!("training.global_batch_size={batch}")];
         let [overlapped, sequential] = [true, false].map(|overlap| {
-            let setup = lab.setup(layout(schedule, axes), &changes);
-            bits_of(&lab, &format!("{index}-{overlap}"), Setup { overlap, ..setup })
+            let setup = lab.setup(layout(schedule, axes), &[&changes[..], &[overlap_is(overlap)]].concat());
+            bits_of(&lab, &format!("{index}-{overlap}"), setup)
         });
         assert!(overlapped == sequential, "{schedule} {axes:?} on {batch} sequences differs");
+    }
+}
+
+fn overlap_is(on: bool) -> &'static str {
+    if on { "parallel.overlap=true" } else { "parallel.overlap=false" }
+}
+
+/// What changes the operations of a pass: everything computed again, FP8, more than one sequence in a micro-batch, uneven stages,
+/// and a head that makes a gradient of the table in the forward pass, beside a backward pass that makes one too.
+#[test]
+fn overlap_changes_no_bit_whatever_a_pass_consists_of() {
+    let lab = Lab::new();
+    let cases: [&[&str]; 5] = [
+        &["memory.recompute=[\"norms\", \"mla-up-projections\", \"swiglu\"]"],
+        &["precision.recipe=fp8"],
+        &["training.micro_batch_size=2", "training.global_batch_size=32"],
+        &["parallel.stages=[1, 3, 1, 3]", "model.n_routed_experts=16"],
+        &["model.tie_word_embeddings=true"],
+    ];
+    for (index, changes) in cases.into_iter().enumerate() {
+        for schedule in ["dualpipe", "dualpipev"] {
+            let stages = index == 3 && schedule == "dualpipe";
+            let changes: Vec<&str> =
+                changes.iter().copied().filter(|change| !stages || !change.contains("stages")).collect();
+            let [overlapped, sequential] = [true, false].map(|overlap| {
+                let changes = [&changes[..], &["training.steps=2", overlap_is(overlap)]].concat();
+                let setup = lab.setup(layout(schedule, (2, 2, 1)), &changes);
+                bits_of(&lab, &format!("{schedule}-{index}-{overlap}"), setup)
+            });
+            assert!(overlapped == sequential, "{schedule} with {changes:?} differs");
+        }
     }
 }
 
@@ -59,8 +91,8 @@ fn overlap_changes_no_bit_around_a_skipped_batch() {
                     params.in_bucket(bucket).for_each(|param| param.grad_mut().values_mut()[0] = f32::NAN);
                 }
             });
-            let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=skip"]);
-            bits_of(&lab, &format!("{skipped}-{overlap}"), Setup { overlap, probe, ..setup })
+            let setup = lab.setup(FOUR_RANKS, &["watch.on_nan=skip", overlap_is(overlap)]);
+            bits_of(&lab, &format!("{skipped}-{overlap}"), Setup { probe, ..setup })
         });
         assert!(overlapped == sequential, "step {skipped}");
     }
@@ -71,9 +103,10 @@ fn overlap_changes_no_bit_around_a_skipped_batch() {
 fn a_checkpoint_is_the_same_and_either_goes_on_from_the_others() {
     let lab = Lab::new();
     let setup = |overlap: bool, name: &str| {
-        let setup = lab.setup(FOUR_RANKS, &["training.steps=4", "checkpoint.every=1", "checkpoint.keep=4"]);
+        let kept = ["training.steps=4", "checkpoint.every=1", "checkpoint.keep=4"];
+        let setup = lab.setup(FOUR_RANKS, &[&kept[..], &[overlap_is(overlap)]].concat());
         let checkpoints = Some(commits(&lab.path().join(name), &setup.recipe));
-        Setup { overlap, checkpoints, ..setup }
+        Setup { checkpoints, ..setup }
     };
     for (overlap, name) in [(true, "overlapped"), (false, "sequential")] {
         lab.run(setup(overlap, name)).losses();

@@ -38,7 +38,6 @@ pub fn run(
         checkpoints: None,
         export_dir: None,
         network: LocalOptions::default(),
-        overlap: true,
         probe: Probe::default(),
         subscribers: vec![subscriber],
     };

@@ -1,4 +1,5 @@
-//! Frames held back for a seeded random time, which also reorders them: for tests and measurements.
+//! Frames held back: for a seeded random time, which also reorders them, or for as long as an emulated link takes. For tests and
+//! measurements.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::Tag;
+use super::links::{Links, Traffic};
 use crate::random::mix;
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
@@ -21,7 +23,9 @@ pub struct DelayInjection {
 
 /// Holds back what comes for the ranks of one process.
 pub struct Delays {
-    delay_injection: DelayInjection,
+    delay_injection: Option<DelayInjection>,
+    /// Since when there are links, and what is on them.
+    traffic: Option<(Instant, Mutex<Traffic>)>,
     queue: Mutex<Sender<Delayed>>,
 }
 
@@ -31,16 +35,24 @@ struct Delayed {
 }
 
 impl Delays {
-    /// With a thread that delivers; it ends when this is dropped.
-    pub fn new(delay_injection: DelayInjection) -> Self {
+    /// With a thread that delivers; it ends when this is dropped. `None` if nothing is held back.
+    pub fn new(delay_injection: Option<DelayInjection>, links: Option<Links>) -> Option<Self> {
+        if delay_injection.is_none() && links.is_none() {
+            return None;
+        }
         let (sender, receiver) = channel();
         std::thread::spawn(move || inject_delays(&receiver));
-        Delays { delay_injection, queue: Mutex::new(sender) }
+        let traffic = links.map(|links| (Instant::now(), Mutex::new(Traffic::new(links))));
+        Some(Delays { delay_injection, traffic, queue: Mutex::new(sender) })
     }
 
-    /// Has a frame to rank `to` delivered when it is due.
-    pub fn hold(&self, to: usize, tag: &Tag, deliver: impl FnOnce() + Send + 'static) {
-        let due = Instant::now() + delay_of(self.delay_injection, tag, to);
+    /// Has a frame of that many bytes to rank `to` delivered when it is due.
+    pub fn hold(&self, to: usize, tag: &Tag, bytes: usize, deliver: impl FnOnce() + Send + 'static) {
+        let mut due = Instant::now();
+        if let Some((began, traffic)) = &self.traffic {
+            due = *began + traffic.lock().arrival(began.elapsed(), tag, to, bytes);
+        }
+        due += self.delay_injection.map_or(Duration::ZERO, |injection| delay_of(injection, tag, to));
         let queue = self.queue.lock();
         // The thread ends only after this.
         drop(queue.send(Delayed { due, deliver: Box::new(deliver) }));
@@ -48,6 +60,12 @@ impl Delays {
 }
 
 fn delay_of(delay_injection: DelayInjection, tag: &Tag, to: usize) -> Duration {
+    let drawn = number_of(delay_injection.seed, tag, to);
+    delay_injection.max_delay.mul_f64((drawn % 1024) as f64 / 1024.0)
+}
+
+/// A number of a frame that looks random: it follows from the seed and the frame's address.
+pub(super) fn number_of(seed: u64, tag: &Tag, to: usize) -> u64 {
     let words = [
         tag.step,
         u64::from(tag.stage),
@@ -56,9 +74,7 @@ fn delay_of(delay_injection: DelayInjection, tag: &Tag, to: usize) -> Duration {
         tag.kind as u64,
         to as u64,
     ];
-    let seed = delay_injection.seed ^ u64::from(tag.source);
-    let mixed = words.into_iter().fold(seed, |mixed, word| mix(mixed ^ word));
-    delay_injection.max_delay.mul_f64((mixed % 1024) as f64 / 1024.0)
+    words.into_iter().fold(seed ^ u64::from(tag.source), |mixed, word| mix(mixed ^ word))
 }
 
 /// Delivers each frame when it is due; ends when all senders are gone.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::FabricError;
 use super::delays::DelayInjection;
+use super::links::Links;
 use super::stream::Address;
 use crate::topology::FormationId;
 
@@ -37,6 +38,9 @@ pub struct Formation {
     pub transport: Transport,
     /// Delays of frames from other processes, for measurements. A peer that leaves takes along what is still held back.
     pub delay_injection: Option<DelayInjection>,
+    /// How fast frames from other processes travel, for measurements: as if all of them came by these links. What is on their way to
+    /// other processes is not known here and takes no port.
+    pub links: Option<Links>,
 }
 
 /// A peer is lost: reported once per process, however its links end.
@@ -112,7 +116,8 @@ mod tests {
         let refusal = |local: &[usize], transport| {
             let (ranks, local, timeout) = (ranks.clone(), local.to_vec(), Duration::from_secs(1));
             let (id, secret, delay_injection) = (FormationId::default(), [0; 32], None);
-            let formation = Formation { id, secret, ranks, local, timeout, transport, delay_injection };
+            let formation =
+                Formation { id, secret, ranks, local, timeout, transport, delay_injection, links: None };
             formation.sites().err().map(|error| error.to_string())
         };
         assert_eq!(refusal(&[0, 2], Transport::Auto), None);

@@ -79,7 +79,8 @@ impl Inbox {
     ) -> Result<(), FabricError> {
         let Some(delays) = delays else { return self.deliver(tag, arrival) };
         let inbox = self.clone();
-        delays.hold(to, &tag, move || {
+        let bytes = arrival.parts.iter().map(Region::len).sum();
+        delays.hold(to, &tag, bytes, move || {
             if let Err(error) = inbox.deliver(tag, arrival) {
                 inbox.abort(&error.to_string());
             }

@@ -1,6 +1,6 @@
 //! The fabric inside one process: a frame is handed over as it is, nothing is copied.
 //!
-//! For tests it can hold frames back and log the frames that were sent.
+//! For tests and measurements it can hold frames back, as links of a cluster would, and log the frames that were sent.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +11,19 @@ use parking_lot::Mutex;
 use super::delays::{DelayInjection, Delays};
 use super::endpoint::{Endpoint, Network};
 use super::inbox::{Arrival, Inbox};
+use super::links::Links;
 use super::{FabricError, Region, Tag};
 use crate::trace::TraceContext;
 
 /// What a network is made with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LocalOptions {
     /// How long a wait may last before it is an error.
     pub timeout: Duration,
     /// Delays for tests.
     pub delay_injection: Option<DelayInjection>,
+    /// How fast frames travel; without it they are there at once.
+    pub links: Option<Links>,
     /// Keep every sent frame's address and size for [`LocalNetwork::frame_log`].
     pub log_frames: bool,
 }
@@ -28,7 +31,12 @@ pub struct LocalOptions {
 impl Default for LocalOptions {
     /// Five minutes: a lost peer aborts waits at once; the timeout covers what went unnoticed.
     fn default() -> Self {
-        LocalOptions { timeout: Duration::from_secs(300), delay_injection: None, log_frames: false }
+        LocalOptions {
+            timeout: Duration::from_secs(300),
+            delay_injection: None,
+            links: None,
+            log_frames: false,
+        }
     }
 }
 
@@ -54,7 +62,7 @@ pub struct LocalNetwork {
 impl LocalNetwork {
     /// A network without ranks.
     pub fn new(options: LocalOptions) -> Arc<Self> {
-        let delays = options.delay_injection.map(Delays::new);
+        let delays = Delays::new(options.delay_injection, options.links.clone());
         Arc::new(LocalNetwork { inboxes: DashMap::new(), options, delays, frame_log: Mutex::new(Vec::new()) })
     }
 

@@ -12,6 +12,7 @@ mod formation;
 pub mod handshake;
 mod inbox;
 mod incoming;
+mod links;
 mod listener;
 mod local;
 mod outgoing;
@@ -30,6 +31,7 @@ pub use arrived::ArrivedPart;
 pub use delays::DelayInjection;
 pub use endpoint::Endpoint;
 pub use formation::{Formation, PeerLost, Transport};
+pub use links::{LinkSpeed, Links};
 pub use listener::Listener;
 pub use local::{LocalNetwork, LocalOptions, SentFrame};
 pub use region::{Memory, PayloadShape, Region};
@@ -207,6 +209,22 @@ mod tests {
             assert!(
                 matches!(endpoint.receive(tag(step, 0)), Err(FabricError::Duplicate { tag }) if tag.step == 1)
             );
+        }
+    }
+
+    #[test]
+    fn a_frame_is_not_there_before_its_link_has_carried_it() {
+        let links = Links::even(LinkSpeed { bytes_per_s: 1e3, latency: Duration::from_millis(5) });
+        let network = LocalNetwork::new(LocalOptions { links: Some(links), ..LocalOptions::default() });
+        let (a, b) = (network.join(0), network.join(1));
+        let began = Instant::now();
+        for step in 0..3 {
+            a.send(1, tag(step, 0), vec![Region::new(vec![1_u8; 10])]).unwrap();
+        }
+        for step in 0..3 {
+            b.receive(tag(step, 0)).unwrap();
+            let least = Duration::from_millis(10 * (step + 1) + 5);
+            assert!(began.elapsed() >= least, "frame {step} after {:?}", began.elapsed());
         }
     }
 

@@ -89,7 +89,7 @@ impl WiredNetwork {
             peers: Mutex::new(sites.iter().map(peer).collect()),
             inboxes: formation.local.iter().map(|&rank| (rank, Arc::default())).collect(),
             link_nanos: formation.local.iter().map(|&rank| (rank, AtomicU64::new(0))).collect(),
-            delays: formation.delay_injection.map(Delays::new),
+            delays: Delays::new(formation.delay_injection, formation.links.clone()),
             formation,
             sites,
             site_of,

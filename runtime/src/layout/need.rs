@@ -5,7 +5,7 @@
 use super::{MemoryQuery, rank_figures, recipe_stages};
 use crate::cost;
 use crate::recipe::{NumberFormat, Recipe};
-use crate::schedule::{Mode, RankFigures, lower};
+use crate::schedule::{Mode, Overlap, RankFigures, lower_with};
 
 /// By pipeline rank; all ranks at one pipeline coordinate need the same.
 ///
@@ -31,7 +31,7 @@ pub fn figures_with(recipe: &Recipe, micro_batches: usize) -> Result<Vec<RankFig
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
         micro_batches,
-        programs: &lower(&plan, Some(&stages), parallel.expert),
+        programs: &lower_with(&plan, Some(&stages), parallel.expert, Overlap::of(parallel.overlap)),
         precision: &recipe.precision,
         memory: &recipe.memory,
         has_average: recipe.training.ema_decay > 0.0,

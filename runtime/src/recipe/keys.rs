@@ -105,6 +105,8 @@ pub const KEYS: &[KeyDoc] = &[
         "A plan of one's own in place of the schedule's: a file in the text form of plans, or a table (.csv); none if empty."),
     key("parallel.stages", ChoiceOrCounts(&["balanced", "even"], AXIS), Fixed("\"balanced\""),
         "How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their numbers."),
+    key("parallel.overlap", Flag, Fixed("true"),
+        "Whether exchanges, sends and the update's collectives run beside computations; the same bits without."),
     key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),
     key("training.steps", Count(1, STEPS), Required, "Optimizer updates."),
     key("training.sequence_length", Count(2, TOKENS_PER_SEQUENCE), Required, "Tokens per sequence."),

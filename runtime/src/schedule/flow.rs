@@ -2,6 +2,7 @@
 //!
 //! Knows no ranks, lanes or micro-batches; `lower` puts these steps on lanes.
 
+use super::overlap::PairOrder;
 use super::program::{Component, LayerKind, Pass, StageLayout, TransferKind};
 
 /// One step of a chunk.
@@ -77,15 +78,21 @@ pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<FlowStep> {
 }
 
 /// Cuts a pass behind each exchange, and behind the delivery where it follows one directly: up to there the compute
-/// lane can be given to another chunk without holding up a communication.
-pub(super) fn segments(steps: &[FlowStep]) -> Vec<&[FlowStep]> {
+/// lane can be given to another chunk without holding up a communication. What needs nothing of the exchange stands on the side of
+/// the cut that `order` says.
+pub(super) fn segments(steps: &[FlowStep], order: PairOrder) -> Vec<&[FlowStep]> {
+    let is_before = |step: &FlowStep| match step {
+        FlowStep::Deliver(_) => true,
+        FlowStep::Run(piece) => order.is_before_switch(*piece),
+    };
     let mut cuts = Vec::new();
     let mut rest = steps;
     while let Some(all_to_all) =
         rest.iter().position(|step| matches!(step, FlowStep::Run(piece) if piece.is_all_to_all()))
     {
-        let delivers = matches!(rest.get(all_to_all + 1), Some(FlowStep::Deliver(_)));
-        let (segment, behind) = rest.split_at(all_to_all + 1 + usize::from(delivers));
+        let behind = &rest[all_to_all + 1..];
+        let own = behind.iter().take_while(|step| is_before(step)).count();
+        let (segment, behind) = rest.split_at(all_to_all + 1 + own);
         cuts.push(segment);
         rest = behind;
     }
@@ -93,6 +100,18 @@ pub(super) fn segments(steps: &[FlowStep]) -> Vec<&[FlowStep]> {
         cuts.push(rest);
     }
     cuts
+}
+
+impl PairOrder {
+    /// Whether an operation that follows an exchange it does not need runs before the other pass has its turn.
+    fn is_before_switch(self, LayerOp { pass, component, .. }: LayerOp) -> bool {
+        match (pass, component) {
+            (Pass::BackwardWeight, Component::Attention | Component::MtpJoin) => self.attention_weights_first,
+            (Pass::BackwardWeight, _) => self.expert_weights_first,
+            (_, Component::SharedExpert) => self.shared_first,
+            _ => false,
+        }
+    }
 }
 
 fn is_communication(step: FlowStep) -> bool {

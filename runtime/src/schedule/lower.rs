@@ -11,15 +11,26 @@ use std::collections::HashMap;
 use super::action::{Action, Chunk, Plan};
 use super::flow::{self, FlowStep, LayerOp};
 use super::messages::{Owners, Product};
+use super::overlap::Overlap;
 use super::program::{Lane, OpId, Pass, Program, StageLayout, TransferKind, Work};
 use super::receives;
 
-/// The programs of a plan, one per pipeline rank.
+/// The programs of a plan, one per pipeline rank, with the overlap that is the default.
 ///
 /// `stages[s]` says what stage `s` consists of; without it, or for a stage it does not list, a chunk is one operation.
 /// Without it an `F&B` pair is indivisible: it starts when both of its inputs are there. With one expert rank an
 /// all-to-all moves nothing between ranks and so stays on the compute lane.
 pub fn lower(plan: &Plan, stages: Option<&[StageLayout]>, expert_ranks: usize) -> Vec<Program> {
+    lower_with(plan, stages, expert_ranks, Overlap::DEFAULT)
+}
+
+/// [`lower`], where `overlap` says what runs beside what.
+pub fn lower_with(
+    plan: &Plan,
+    stages: Option<&[StageLayout]>,
+    expert_ranks: usize,
+    overlap: Overlap,
+) -> Vec<Program> {
     let owners = Owners::of(plan);
     let all_to_all_lane = if expert_ranks > 1 { Lane::Expert } else { Lane::Compute };
     let drafts: Vec<Vec<DraftOp>> = (0..plan.ranks())
@@ -29,7 +40,9 @@ pub fn lower(plan: &Plan, stages: Option<&[StageLayout]>, expert_ranks: usize) -
                 owners: &owners,
                 stages,
                 all_to_all_lane,
+                overlap,
                 made: HashMap::new(),
+                under_way: Vec::new(),
                 ops: Vec::new(),
             };
             drafter.draft(&plan.actions[rank])
@@ -54,8 +67,11 @@ struct Drafter<'a> {
     owners: &'a Owners,
     stages: Option<&'a [StageLayout]>,
     all_to_all_lane: Lane,
+    overlap: Overlap,
     /// What this rank made for its own other stage, and the operation that did.
     made: HashMap<Product, OpId>,
+    /// Without overlap: operations that none has waited for yet, the latest one and sends.
+    under_way: Vec<OpId>,
     ops: Vec<DraftOp>,
 }
 
@@ -115,8 +131,8 @@ impl Drafter<'_> {
         self.ops
     }
 
-    /// Backward segment, forward segment, and so on: the exchange at the end of one segment is hidden by the compute of
-    /// the next one. Whichever pass is longer ends alone.
+    /// A segment of one pass, a segment of the other, and so on: the exchange at the end of one segment is hidden by the compute
+    /// of the next one. Whichever pass is longer ends alone. Without overlap the backward pass, then the forward pass.
     fn pair(&mut self, index: usize, forward: Chunk, backward: Chunk) {
         let mut ahead = Cursor::new(forward, index, inputs(TransferKind::Activation, forward));
         let mut back = Cursor::new(backward, index, inputs(TransferKind::Gradient, backward));
@@ -128,8 +144,17 @@ impl Drafter<'_> {
             self.steps(&mut back, &backward_steps);
             return;
         }
-        let mut forward_segments = flow::segments(&forward_steps).into_iter();
-        let mut backward_segments = flow::segments(&backward_steps).into_iter();
+        if self.overlap == Overlap::Off || self.share_a_gradient(forward, backward) {
+            self.steps(&mut back, &backward_steps);
+            self.steps(&mut ahead, &forward_steps);
+            return;
+        }
+        let order = self.overlap.order();
+        let mut forward_segments = flow::segments(&forward_steps, order).into_iter();
+        let mut backward_segments = flow::segments(&backward_steps, order).into_iter();
+        if order.forward_first {
+            self.steps(&mut ahead, forward_segments.next().unwrap_or_default());
+        }
         loop {
             let (next_back, next_ahead) = (backward_segments.next(), forward_segments.next());
             if next_back.is_none() && next_ahead.is_none() {
@@ -138,6 +163,14 @@ impl Drafter<'_> {
             self.steps(&mut back, next_back.unwrap_or_default());
             self.steps(&mut ahead, next_ahead.unwrap_or_default());
         }
+    }
+
+    /// Whether both passes of a pair add to one gradient, so that their order decides about bits: a head that is tied to the
+    /// embedding makes its gradient in the forward pass, the embedding in the backward pass.
+    fn share_a_gradient(&self, forward: Chunk, backward: Chunk) -> bool {
+        let is = |chunk, has: fn(&StageLayout) -> bool| self.layout(chunk).is_some_and(has);
+        is(forward, |layout| layout.tied)
+            && is(backward, |layout| layout.embedding || layout.mtp_layer.is_some())
     }
 
     fn layout(&self, chunk: Chunk) -> Option<&StageLayout> {
@@ -207,9 +240,18 @@ impl Drafter<'_> {
 
     /// Appends an operation; the order within a lane needs no saying.
     fn push(&mut self, mut op: DraftOp) -> OpId {
+        if self.overlap == Overlap::Off && !matches!(op.lane, Lane::Send(_)) {
+            op.after.append(&mut self.under_way);
+        }
         op.after.retain(|&earlier| self.ops[earlier].lane != op.lane);
+        op.after.sort_unstable();
+        op.after.dedup();
         self.ops.push(op);
-        self.ops.len() - 1
+        let id = self.ops.len() - 1;
+        if self.overlap == Overlap::Off {
+            self.under_way.push(id);
+        }
+        id
     }
 }
 

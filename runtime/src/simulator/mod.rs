@@ -27,11 +27,11 @@ pub use cluster::{Calibrated, Chance, Cluster, Costs, Published, Rates, cluster_
 pub use duration::Durations;
 pub use gantt::gantt;
 pub use kernels::{Kernel, KernelShapes, Traffic};
-pub use pair::{Pair, pair};
+pub use pair::{Pair, pair, pair_with};
 pub use palette::{Shade, shade_of, shade_of_action};
 pub use prediction::{Compared, Constant, Prediction, predict};
 pub use rows::{Bar, Row, RowTimeline, StepTimeline, lane_name, recorded_rows, rows};
-pub use run::{Run, simulate_recipe, simulate_shapes};
+pub use run::{Run, simulate_recipe, simulate_shapes, simulate_with};
 pub use search::{Candidate, Choice, Search, Verdict, search};
 pub use svg::svg;
 pub use trace::write_trace;

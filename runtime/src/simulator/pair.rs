@@ -7,7 +7,7 @@ use super::run::simulate_shapes;
 use crate::cost::Shapes;
 use crate::recipe::Recipe;
 use crate::schedule::{
-    Action, Chunk, Component, Lane, LayerKind, Mode, Pass, Plan, StageLayout, Work, lower,
+    Action, Chunk, Component, Lane, LayerKind, Mode, Overlap, Pass, Plan, StageLayout, Work, lower_with,
 };
 
 /// Where the time of a pair goes.
@@ -31,6 +31,19 @@ const SETTLED: usize = 4;
 /// # Errors
 /// Costs of whole actions; rates that the profile lacks.
 pub fn pair(recipe: &Recipe, cluster: &Cluster, layers: usize) -> Result<Pair, Vec<String>> {
+    pair_with(recipe, cluster, layers, Overlap::of(recipe.parallel.overlap))
+}
+
+/// [`pair`], where `overlap` says what runs beside what.
+///
+/// # Errors
+/// As [`pair`].
+pub fn pair_with(
+    recipe: &Recipe,
+    cluster: &Cluster,
+    layers: usize,
+    overlap: Overlap,
+) -> Result<Pair, Vec<String>> {
     let Costs::Kernels(rates) = &cluster.costs else {
         return Err(vec![format!("{}: expected rates of kernels, got durations of actions", cluster.name)]);
     };
@@ -56,7 +69,7 @@ pub fn pair(recipe: &Recipe, cluster: &Cluster, layers: usize) -> Result<Pair, V
     };
     let kernels = KernelShapes { shapes: &shapes, memory: &recipe.memory };
     let plan = pairs(SETTLED + 1);
-    let programs = lower(&plan, Some(&stages), recipe.parallel.expert);
+    let programs = lower_with(&plan, Some(&stages), recipe.parallel.expert, overlap);
     let run = simulate_shapes(plan, programs, cluster, rates, kernels)?;
     let ops = || run.programs[0].ops.iter().zip(&run.timeline.spans[0]);
     let of_action = |action: usize| ops().filter(move |(op, _)| op.action == Some(action));

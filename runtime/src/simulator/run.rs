@@ -11,7 +11,8 @@ use crate::cost::Shapes;
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
 use crate::schedule::{
-    Mode, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, buckets, clock, lower, walk,
+    Mode, Overlap, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, UnitCosts, buckets, clock,
+    lower_with, walk,
 };
 
 /// A simulated step.
@@ -35,6 +36,14 @@ pub struct Run {
 /// Every reason why it cannot be simulated: a layout that the model or the cluster has no place for, rates that the profile lacks, a
 /// plan that deadlocks.
 pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<String>> {
+    simulate_with(recipe, cluster, Overlap::of(recipe.parallel.overlap))
+}
+
+/// [`simulate_recipe`], where `overlap` says what runs beside what.
+///
+/// # Errors
+/// As [`simulate_recipe`].
+pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Result<Run, Vec<String>> {
     let world = recipe.topology().world();
     if world > cluster.ranks {
         return Err(vec![format!(
@@ -47,28 +56,34 @@ pub fn simulate_recipe(recipe: &Recipe, cluster: &Cluster) -> Result<Run, Vec<St
     let (plan, _) = recipe.plan(micro_batches, Mode::Train).map_err(|error| vec![error])?;
     match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => {
+            // One pass after the other.
+            let apart = UnitCosts { fb: unit.f + unit.b, ..*unit };
+            let unit = if overlap == Overlap::Off { &apart } else { unit };
             let walked = clock(&plan, *unit).map_err(|deadlock| vec![deadlock.to_string()])?;
             let (programs, timeline) = walked;
             let breakdown = of_actions(&plan, *unit, &timeline, *optimizer_s);
             let step_s = timeline.makespan + optimizer_s;
             Ok(Run { plan, programs, timeline, breakdown, step_s })
         }
-        Costs::Kernels(rates) => simulate_stages(recipe, cluster, rates, plan, &stages),
+        Costs::Kernels(rates) => simulate_stages((recipe, overlap), cluster, rates, plan, &stages),
     }
 }
 
 /// The step of a plan with these stages.
 pub(super) fn simulate_stages(
-    recipe: &Recipe,
+    (recipe, overlap): (&Recipe, Overlap),
     cluster: &Cluster,
     rates: &Rates,
     plan: Plan,
     stages: &[StageLayout],
 ) -> Result<Run, Vec<String>> {
-    let passes = lower(&plan, Some(stages), recipe.parallel.expert);
+    let passes = lower_with(&plan, Some(stages), recipe.parallel.expert, overlap);
     with_shapes(recipe, &plan.placement.clone(), stages, |kernels| {
-        let sharding =
-            Sharding { buckets: kernels.shapes.buckets.to_vec(), replicated: false, overlap: true };
+        let sharding = Sharding {
+            buckets: kernels.shapes.buckets.to_vec(),
+            replicated: false,
+            overlap: overlap != Overlap::Off,
+        };
         let programs = StepPrograms::new(&passes, &sharding).whole();
         simulate_shapes(plan, programs, cluster, rates, kernels)
     })

@@ -58,7 +58,7 @@ pub fn silent_listener() -> Listener {
 pub fn formation(ranks: Vec<Address>, local: &[usize], transport: Transport) -> Formation {
     let (id, local) = (generation(3), local.to_vec());
     let (secret, timeout, delay_injection) = (SECRET, DEADLINE, None);
-    Formation { id, secret, ranks, local, timeout, transport, delay_injection }
+    Formation { id, secret, ranks, local, timeout, transport, delay_injection, links: None }
 }
 
 pub fn form(listener: &Listener, formation: Formation) -> Site {

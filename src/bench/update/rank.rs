@@ -75,7 +75,6 @@ async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<T
         resume: None,
         recovered: None,
         replicator: None,
-        overlap: part.overlap,
         checkpoints: None,
         save_timeout: Duration::ZERO,
         trace: TraceContext::default(),

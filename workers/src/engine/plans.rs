@@ -8,7 +8,8 @@ use std::sync::Arc;
 use contraflow_runtime::layout::recipe_stages;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
-    Plan, PlanFault, Program, Report, Sharding, StageLayout, StepPrograms, buckets, check, check_step, lower,
+    Overlap, Plan, PlanFault, Program, Report, Sharding, StageLayout, StepPrograms, buckets, check,
+    check_step, lower_with,
 };
 use contraflow_runtime::topology::Topology;
 
@@ -64,7 +65,7 @@ impl Plans {
         let layouts = recipe_stages(recipe)?;
         let topology = recipe.topology();
         let buckets = buckets(&recipe.placement(), &layouts, &topology);
-        let sharding = Sharding { buckets, replicated: false, overlap: true };
+        let sharding = Sharding { buckets, replicated: false, overlap: recipe.parallel.overlap };
         Ok(Plans { recipe: recipe.clone(), topology, layouts, sharding, made: HashMap::new() })
     }
 
@@ -74,10 +75,10 @@ impl Plans {
         self
     }
 
-    /// The same, with the update's communication beside the passes or not.
-    pub fn overlapped(mut self, overlap: bool) -> Self {
-        self.sharding.overlap = overlap;
-        self
+    /// The passes of a plan, by pipeline rank.
+    pub fn passes(&self, plan: &Plan) -> Vec<Program> {
+        let overlap = Overlap::of(self.sharding.overlap);
+        lower_with(plan, Some(&self.layouts), self.topology.expert, overlap)
     }
 
     /// The plan for this number of micro-batches, checked.
@@ -99,7 +100,7 @@ impl Plans {
             let faults = faults.join("; ");
             format!("the {} plan of {micro_batches} micro-batches is wrong: {faults}", plan.schedule)
         };
-        let passes = lower(&plan, Some(&self.layouts), self.topology.expert);
+        let passes = self.passes(&plan);
         let (report, parts) = match kind {
             TaskKind::Evaluate => {
                 let report = check(&plan, &passes).map_err(wrong)?;

@@ -113,6 +113,7 @@ impl Formation {
             timeout: TIMEOUT,
             transport: Transport::Auto,
             delay_injection: None,
+            links: None,
         };
         let on_fault = move |fault: fabric::PeerLost| {
             let (job, generation) = formation_numbers(id);
@@ -136,7 +137,6 @@ impl Formation {
                 resume: prepared.resume.clone(),
                 recovered: memory.clone(),
                 replicator,
-                overlap: true,
                 checkpoints: Some(prepared.folder.clone()),
                 save_timeout: SAVE_TIMEOUT,
                 trace: TraceContext::parse(&assign.traceparent),

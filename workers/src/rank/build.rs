@@ -48,8 +48,6 @@ pub struct Assignment {
     pub recovered: Option<Recovered>,
     /// The replicator of this rank; `None` if all ranks are in one process.
     pub replicator: Option<Replicator>,
-    /// Whether the update's communication runs beside the passes: the numbers are the same, without it a step takes longer.
-    pub overlap: bool,
     /// Where checkpoints are kept, if anywhere.
     pub checkpoints: Option<CheckpointFolder>,
     /// For how long writing the last checkpoint is tried again while storage fails.
@@ -83,7 +81,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;
-    let plans = plans.replicated(assignment.replicator.is_some()).overlapped(assignment.overlap);
+    let plans = plans.replicated(assignment.replicator.is_some());
     let arch = Architecture::new(recipe.model_config.clone(), Precision::of(&recipe.precision));
     let arch = Arc::new(arch.recomputing(Recompute::of(&recipe.memory)));
     let topology = recipe.topology();

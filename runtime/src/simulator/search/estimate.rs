@@ -5,7 +5,9 @@ use std::collections::HashMap;
 
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
-use crate::schedule::{Action, Lane, Mode, Pass, Plan, StageLayout, UnitCosts, Work, clock_by, lower};
+use crate::schedule::{
+    Action, Lane, Mode, Overlap, Pass, Plan, StageLayout, UnitCosts, Work, clock_by, lower,
+};
 use crate::simulator::cluster::{Cluster, Costs, Rates};
 use crate::simulator::duration::Durations;
 use crate::simulator::run::{simulate_stages, with_shapes};
@@ -31,7 +33,13 @@ pub fn step_s(recipe: &Recipe, cluster: &Cluster) -> Result<f64, Vec<String>> {
         Costs::Kernels(rates) => {
             let short = plan(2)?;
             let costs = chunk_costs(recipe, cluster, rates, &short, &stages);
-            let run = simulate_stages(recipe, cluster, rates, short, &stages)?;
+            let run = simulate_stages(
+                (recipe, Overlap::of(recipe.parallel.overlap)),
+                cluster,
+                rates,
+                short,
+                &stages,
+            )?;
             (ActionCosts::Chunks(costs), run.breakdown.mean.optimizer)
         }
     };
