@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::Tag;
-use super::links::{Links, Traffic};
-use crate::random::mix;
+use super::links::{Links, Traffic, number_of};
 
 /// Random delays for tests: a frame is held back for up to `max_delay`, drawn from `seed` and its tag.
 #[derive(Clone, Copy, Debug)]
@@ -62,19 +61,6 @@ impl Delays {
 fn delay_of(delay_injection: DelayInjection, tag: &Tag, to: usize) -> Duration {
     let drawn = number_of(delay_injection.seed, tag, to);
     delay_injection.max_delay.mul_f64((drawn % 1024) as f64 / 1024.0)
-}
-
-/// A number of a frame that looks random: it follows from the seed and the frame's address.
-pub(super) fn number_of(seed: u64, tag: &Tag, to: usize) -> u64 {
-    let words = [
-        tag.step,
-        u64::from(tag.stage),
-        u64::from(tag.micro_batch),
-        u64::from(tag.layer),
-        tag.kind as u64,
-        to as u64,
-    ];
-    words.into_iter().fold(seed ^ u64::from(tag.source), |mixed, word| mix(mixed ^ word))
 }
 
 /// Delivers each frame when it is due; ends when all senders are gone.

@@ -8,8 +8,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::delays::number_of;
 use super::{Phase, Tag};
+use crate::random::mix;
 
 /// A link of two ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -99,6 +99,19 @@ impl Traffic {
         let drawn = (number_of(self.links.seed, tag, to) % 1024) as f64 / 1024.0;
         sent + speed.latency.mul_f64(1.0 + self.links.jitter * drawn)
     }
+}
+
+/// A number of a frame that looks random: it follows from the seed and the frame's address.
+pub(super) fn number_of(seed: u64, tag: &Tag, to: usize) -> u64 {
+    let words = [
+        tag.step,
+        u64::from(tag.stage),
+        u64::from(tag.micro_batch),
+        u64::from(tag.layer),
+        tag.kind as u64,
+        to as u64,
+    ];
+    words.into_iter().fold(seed ^ u64::from(tag.source), |mixed, word| mix(mixed ^ word))
 }
 
 #[cfg(test)]
