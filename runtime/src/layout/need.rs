@@ -15,22 +15,22 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
     figures_with(recipe, recipe.micro_batches(recipe.training.global_batch_size))
 }
 
-/// The same with another number of micro-batches: a rank needs no more for more of them, once there are four for each of the
-/// pipeline's ranks.
+/// The same where passes are looked at for so many micro-batches: their activations take no more for more of them, once there are
+/// four for each of the pipeline's ranks.
 ///
 /// # Errors
 /// As [`recipe_figures`].
-pub fn figures_with(recipe: &Recipe, micro_batches: usize) -> Result<Vec<RankFigures>, String> {
+pub fn figures_with(recipe: &Recipe, looked_at: usize) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = recipe_stages(recipe)?;
-    let (plan, _) = recipe.plan(micro_batches, Mode::Train)?;
+    let (plan, _) = recipe.plan(looked_at, Mode::Train)?;
     Ok(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
         stages: &stages,
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
-        micro_batches,
+        micro_batches: recipe.micro_batches(training.global_batch_size),
         programs: &lower_with(&plan, Some(&stages), parallel.expert, Overlap::of(parallel.overlap)),
         precision: &recipe.precision,
         memory: &recipe.memory,

@@ -45,7 +45,7 @@ pub struct ParallelSection {
     pub plan: String,
     /// How layers are spread over the pipeline stages: balanced by FLOP (head, MTP and dense layers counted), even, or a list of their numbers.
     pub stages: Stages,
-    /// Whether communication runs beside computation; losses and weights are the same to the bit without.
+    /// Whether exchanges, sends and the update's collectives run beside computations; the same bits without.
     pub overlap: bool,
     /// Threads of a rank's arithmetic.
     pub threads_per_rank: usize,

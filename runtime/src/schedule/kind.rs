@@ -192,7 +192,7 @@ impl ScheduleKind {
             Err(ScheduleError::TooFewMicroBatches { schedule: self, pipeline, needed, got: micro_batches })
         } else if self == ScheduleKind::Dualpipe && micro_batches % 2 == 1 {
             Err(ScheduleError::OddMicroBatches(micro_batches))
-        } else if matches!(self, ScheduleKind::Interleaved(_)) && micro_batches % pipeline != 0 {
+        } else if matches!(self, ScheduleKind::Interleaved(_)) && !micro_batches.is_multiple_of(pipeline) {
             Err(ScheduleError::UnevenGroups { pipeline, got: micro_batches })
         } else {
             Ok(())

@@ -21,8 +21,9 @@ use crate::layout::figures_with;
 use crate::recipe::{Recipe, RecipeSource};
 pub use space::Choice;
 
-/// How much slower than a better one a candidate may be estimated and still be simulated: estimates of V3's layouts are off by less.
-const DOUBT: f64 = 1.1;
+/// How much slower than a better one a candidate may be estimated and still be simulated. Estimates are worst for models that are
+/// small for their cluster, whose steps are latency.
+const DOUBT: f64 = 1.3;
 
 /// What was searched and found.
 #[derive(Clone, Debug, Serialize)]
@@ -179,7 +180,9 @@ fn judge(
         }
     };
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let memory_bytes = match figures_with(&recipe, micro_batches.min(4 * choice.pipeline)) {
+    // A plan of one's own is for its own number of micro-batches.
+    let enough = if recipe.parallel.plan.is_empty() { 4 * choice.pipeline } else { micro_batches };
+    let memory_bytes = match figures_with(&recipe, micro_batches.min(enough)) {
         Ok(figures) => figures.iter().map(|rank| rank.device_bytes).max().unwrap_or_default(),
         Err(why) => return refused(why),
     };

@@ -118,10 +118,12 @@ pub fn choices(recipe: &Recipe, cluster: &Cluster) -> (Vec<Choice>, usize) {
 /// Pipeline and expert ranks that divide `world`, and layers and experts into at least one each.
 fn layouts(recipe: &Recipe, world: usize) -> Vec<(usize, usize)> {
     let config = &recipe.model_config;
-    let pipelines = (1..=config.num_hidden_layers.min(world)).filter(|pipeline| world % pipeline == 0);
+    let pipelines =
+        (1..=config.num_hidden_layers.min(world)).filter(|pipeline| world.is_multiple_of(*pipeline));
     let of_pipeline = |pipeline: usize| {
-        let experts = (1..=config.n_routed_experts)
-            .filter(move |expert| config.n_routed_experts % expert == 0 && (world / pipeline) % expert == 0);
+        let experts = (1..=config.n_routed_experts).filter(move |expert| {
+            config.n_routed_experts.is_multiple_of(*expert) && (world / pipeline).is_multiple_of(*expert)
+        });
         experts.map(move |expert| (pipeline, expert))
     };
     pipelines.flat_map(of_pipeline).collect()
