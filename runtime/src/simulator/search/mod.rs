@@ -219,8 +219,10 @@ fn conclude(candidates: &mut [Candidate]) -> Vec<usize> {
     };
     let mut by_time: Vec<(f64, usize)> =
         candidates.iter().enumerate().filter_map(|(index, one)| Some((time(one)?, index))).collect();
-    by_time.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut front: Vec<usize> = Vec::new();
+    // Of two that take as long, the smaller one first: it may be what keeps the other from the front.
+    let size = |index: usize| (candidates[index].memory_bytes, candidates[index].ranks);
+    by_time.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| size(a.1).cmp(&size(b.1))));
+    let (mut front, mut unsettled): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
     for &(seconds, index) in &by_time {
         let better = front.iter().copied().find(|&other| {
             let other_s = time(&candidates[other]).unwrap_or(f64::INFINITY);
@@ -228,9 +230,18 @@ fn conclude(candidates: &mut [Candidate]) -> Vec<usize> {
         });
         match better {
             Some(by) => candidates[index].verdict = Verdict::Dominated { by },
-            // What was only estimated is slower than one that was simulated, and so is never on the front.
             None if candidates[index].step_s.is_some() => front.push(index),
-            None => {}
+            None => unsettled.push(index),
+        }
+    }
+    // By their estimates these are slower than others, or they would have been simulated.
+    for index in unsettled {
+        let no_larger = |other: &usize| {
+            let (own, other) = (&candidates[index], &candidates[*other]);
+            other.memory_bytes <= own.memory_bytes && other.ranks <= own.ranks
+        };
+        if let Some(by) = front.iter().copied().find(no_larger) {
+            candidates[index].verdict = Verdict::Dominated { by };
         }
     }
     front
