@@ -376,11 +376,12 @@ pub fn retry(args: &OfJob) -> Result<(), Failure> {
 }
 
 /// The name of a state.
-fn state_of(job: &v1::Job) -> String {
+pub fn state_of(job: &v1::Job) -> String {
     job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
-fn job_json(job: &v1::Job) -> Value {
+/// A job as `--format json` prints it.
+pub fn job_json(job: &v1::Job) -> Value {
     let ranks: Vec<Value> = job
         .ranks
         .iter()

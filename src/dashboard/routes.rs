@@ -29,7 +29,7 @@ use super::{assets, folder, pipeline, prometheus, stream, views};
 const MAX_VIEWERS: usize = 64;
 
 /// Longest body of a request. **Units**: bytes.
-const MAX_BODY: usize = 64 << 10;
+const MAX_BODY: usize = 1 << 20;
 
 /// Beginnings of the addresses of pages.
 const PAGES: [&str; 7] = ["run", "runs", "compare", "jobs", "nodes", "incidents", "logs"];
@@ -172,6 +172,20 @@ fn viewer_of(request: &Request) -> Viewer {
     }
 }
 
+/// What a request brings: JSON, or nothing at all.
+async fn body_of(request: Request) -> Result<Value, Response> {
+    let body = to_bytes(request.into_body(), MAX_BODY).await;
+    let body = body.map_err(|_| {
+        let fault = format!("body: expected at most {MAX_BODY} bytes, and all of them, got more or fewer");
+        refused(StatusCode::PAYLOAD_TOO_LARGE, &[fault])
+    })?;
+    if body.is_empty() {
+        return Ok(Value::Null);
+    }
+    serde_json::from_slice(&body)
+        .map_err(|error| refused(StatusCode::BAD_REQUEST, &[format!("body: expected JSON, got {error}")]))
+}
+
 /// The answer to a request of the table.
 async fn answer(answers: Answers, served: &Served, path: &Query, request: Request) -> Response {
     let (viewer, query) = (viewer_of(&request), query(&request));
@@ -180,8 +194,10 @@ async fn answer(answers: Answers, served: &Served, path: &Query, request: Reques
     }
     match &served.source {
         Source::Cluster(cluster) if path.get("run").is_none() => {
-            let body = to_bytes(request.into_body(), MAX_BODY).await.unwrap_or_default();
-            let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+            let body = match body_of(request).await {
+                Ok(body) => body,
+                Err(refused) => return refused,
+            };
             match of_cluster(answers, cluster, &viewer, (path, &query, &body)).await {
                 Ok(value) => as_json(&value),
                 Err(status) => refused_by(&status),
@@ -329,8 +345,10 @@ async fn page(request: Request) -> Response {
 /// Takes a token and gives the cookie that holds it: the dashboard's own, or one of the cluster's that may look.
 async fn log_in(State(served): Shared, request: Request) -> Response {
     let mut viewer = viewer_of(&request);
-    let body = to_bytes(request.into_body(), MAX_BODY).await.unwrap_or_default();
-    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let body = match body_of(request).await {
+        Ok(body) => body,
+        Err(refused) => return refused,
+    };
     let shown = body["token"].as_str().unwrap_or_default().to_owned();
     let mut is_secure = false;
     match (&served.source, &served.token) {

@@ -7,19 +7,20 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use contraflow_proto::LayerLoad;
+use contraflow_proto::{LayerLoad, v1};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::JobId;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
+use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::service::Routes;
 
-use super::Handle;
 use super::acceptor::{Io, secure};
 use super::auth::{AuthLayer, AuthService, Visitor};
+use super::{Handle, bounds, refused, submission};
 
 /// How long a connection may take to say who it is.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -60,6 +61,16 @@ impl Front {
     /// The way to the services for a visitor.
     pub fn calls(&self, visitor: Visitor) -> Calls {
         Calls { inner: AuthService { auth: self.auth.clone(), inner: self.routes.clone() }, visitor }
+    }
+
+    /// What a submission would train, checked as one and with its bounds: no file of this machine is read for it. For a caller who was
+    /// let in.
+    ///
+    /// **Errors**: those of a submission of a new job; what depends on workers and the queue is not looked at.
+    pub async fn check(&self, request: v1::SubmitRequest) -> Result<Arc<Recipe>, Status> {
+        bounds::submit(&request).map_err(|faults| refused(&faults))?;
+        let spec = submission::check(request, None, String::new(), None).await?;
+        Ok(spec.recipe)
     }
 
     /// The recipe of a job, for a caller who was let in to see the job.

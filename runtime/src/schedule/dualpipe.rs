@@ -28,7 +28,7 @@ pub fn dualpipe(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, 
         };
         RankOrder::new(near, far, mode).write(half, distance, per_stream)
     };
-    Ok(plan(ScheduleKind::Dualpipe, ranks, micro_batches, rank_actions))
+    Ok(ScheduleKind::Dualpipe.with_actions(ranks, micro_batches, rank_actions))
 }
 
 /// DualPipeV on `ranks` ranks: every micro-batch goes down through the first `ranks` stages, turns at the last rank
@@ -43,22 +43,7 @@ pub fn dualpipev(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan,
         let up = ChunkStream::new(2 * ranks - 1 - rank, 0);
         RankOrder::new(down, up, mode).write(ranks, rank, micro_batches)
     };
-    Ok(plan(ScheduleKind::Dualpipev, ranks, micro_batches, rank_actions))
-}
-
-fn plan(
-    kind: ScheduleKind,
-    ranks: usize,
-    micro_batches: usize,
-    rank_actions: impl FnMut(usize) -> Vec<Action>,
-) -> Plan {
-    Plan {
-        schedule: kind.to_string(),
-        stages: kind.stages(ranks),
-        micro_batches,
-        placement: kind.placement(ranks),
-        actions: (0..ranks).map(rank_actions).collect(),
-    }
+    Ok(ScheduleKind::Dualpipev.with_actions(ranks, micro_batches, rank_actions))
 }
 
 /// The chunks of one stage in the order in which they come by.

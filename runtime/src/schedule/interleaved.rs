@@ -19,17 +19,10 @@ pub fn interleaved(
     let kind = ScheduleKind::Interleaved(per_rank);
     kind.validate_batch(ranks, micro_batches)?;
     let rounds = Rounds { ranks, per_rank, micro_batches };
-    let rank_actions = |rank| match mode {
+    Ok(kind.with_actions(ranks, micro_batches, |rank| match mode {
         Mode::Train => rounds.train(rank),
         Mode::ForwardOnly => (0..rounds.len()).map(|at| Action::Forward(rounds.forward(rank, at))).collect(),
-    };
-    Ok(Plan {
-        schedule: kind.to_string(),
-        stages: kind.stages(ranks),
-        micro_batches,
-        placement: kind.placement(ranks),
-        actions: (0..ranks).map(rank_actions).collect(),
-    })
+    }))
 }
 
 /// In which order a rank comes to its chunks: a group of micro-batches on its first stage, on its second one, and so on, then the next

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::action::Plan;
+use super::action::{Action, Plan};
 use super::{dualpipe, fallback, interleaved, one_f_one_b, zb1p};
 use crate::faults::count;
 
@@ -177,6 +177,22 @@ impl ScheduleKind {
             }
         };
         Ok((plan?, None))
+    }
+
+    /// The plan in which rank `r` does `rank_actions(r)`, on the schedule's own placement.
+    pub(super) fn with_actions(
+        self,
+        ranks: usize,
+        micro_batches: usize,
+        rank_actions: impl FnMut(usize) -> Vec<Action>,
+    ) -> Plan {
+        Plan {
+            schedule: self.to_string(),
+            stages: self.stages(ranks),
+            micro_batches,
+            placement: self.placement(ranks),
+            actions: (0..ranks).map(rank_actions).collect(),
+        }
     }
 
     /// Refuses what the generator cannot run.

@@ -8,21 +8,24 @@ use super::kind::{Mode, ScheduleError, ScheduleKind};
 /// # Errors
 /// No ranks, no micro-batches.
 pub fn one_f_one_b(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, ScheduleError> {
-    let kind = ScheduleKind::OneFOneB;
+    one_stage_a_rank(ScheduleKind::OneFOneB, ranks, micro_batches, mode, train)
+}
+
+/// A schedule of one stage a rank that trains as `train` says: of a stage, its forwards before the first backward, and micro-batches.
+pub(super) fn one_stage_a_rank(
+    kind: ScheduleKind,
+    ranks: usize,
+    micro_batches: usize,
+    mode: Mode,
+    train: fn(usize, usize, usize) -> Vec<Action>,
+) -> Result<Plan, ScheduleError> {
     kind.validate_batch(ranks, micro_batches)?;
-    let rank_actions = |stage| match mode {
+    Ok(kind.with_actions(ranks, micro_batches, |stage| match mode {
         Mode::Train => train(stage, micro_batches.min(ranks - 1 - stage), micro_batches),
         Mode::ForwardOnly => {
             (0..micro_batches).map(|micro_batch| Action::Forward(Chunk { stage, micro_batch })).collect()
         }
-    };
-    Ok(Plan {
-        schedule: kind.to_string(),
-        stages: kind.stages(ranks),
-        micro_batches,
-        placement: kind.placement(ranks),
-        actions: (0..ranks).map(rank_actions).collect(),
-    })
+    }))
 }
 
 /// `warm_up` forwards, then pairs of one forward and one backward, then the backwards that are left.

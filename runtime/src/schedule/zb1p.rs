@@ -5,27 +5,14 @@
 
 use super::action::{Action, Chunk, Plan};
 use super::kind::{Mode, ScheduleError, ScheduleKind};
+use super::one_f_one_b::one_stage_a_rank;
 
 /// ZB1P on `ranks` ranks with any number of micro-batches.
 ///
 /// # Errors
 /// No ranks, no micro-batches.
 pub fn zb1p(ranks: usize, micro_batches: usize, mode: Mode) -> Result<Plan, ScheduleError> {
-    let kind = ScheduleKind::Zb1p;
-    kind.validate_batch(ranks, micro_batches)?;
-    let rank_actions = |stage| match mode {
-        Mode::Train => train(stage, micro_batches.min(ranks - 1 - stage), micro_batches),
-        Mode::ForwardOnly => {
-            (0..micro_batches).map(|micro_batch| Action::Forward(Chunk { stage, micro_batch })).collect()
-        }
-    };
-    Ok(Plan {
-        schedule: kind.to_string(),
-        stages: kind.stages(ranks),
-        micro_batches,
-        placement: kind.placement(ranks),
-        actions: (0..ranks).map(rank_actions).collect(),
-    })
+    one_stage_a_rank(ScheduleKind::Zb1p, ranks, micro_batches, mode, train)
 }
 
 /// The order of 1F1B. While forwards are left, stage `s` holds back the weight parts of `s` micro-batches: with the `P - s` under way

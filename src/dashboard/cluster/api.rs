@@ -1,17 +1,15 @@
 //! What the pages of a cluster ask for and do: JSON of the services' answers, and their refusals as they are.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use contraflow_proto::v1;
-use contraflow_runtime::recipe::Recipe;
-use contraflow_runtime::schedule::Mode;
 use serde_json::{Value, json};
 use tonic::Status;
 
 use super::incidents::incidents;
 use super::{Cluster, Viewer, phase_of};
+use crate::client::{job_json, state_of};
 use crate::dashboard::prometheus::{Exposition, Family, counter, gauge, label};
 use crate::dashboard::shown::{Phase, planned_memory};
 
@@ -41,27 +39,11 @@ pub const OF_CLUSTERS: [Family; 11] = [
 
 type Answer = Result<Value, Status>;
 
-fn state_name(job: &v1::Job) -> String {
-    job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
-}
-
+/// As the command line prints it, with what pages ask of any run.
 fn of_job(job: &v1::Job) -> Value {
-    let ranks: Vec<Value> = job
-        .ranks
-        .iter()
-        .map(|rank| {
-            json!({"rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step,
-                "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds,
-                "link_seconds": rank.link_seconds, "slow": rank.slow})
-        })
-        .collect();
-    json!({
-        "id": job.job, "name": job.name, "priority": job.priority, "state": state_name(job), "phase": phase_of(job.state()),
-        "step": job.step, "steps": job.steps, "generation": job.generation, "loss": job.loss,
-        "validation_loss": job.validation_loss, "waiting_for": job.waiting_for, "outcome": job.outcome,
-        "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": Some(job.ended_unix_ms).filter(|end| *end > 0),
-        "losses": job.losses, "warning": job.warning, "ranks": ranks,
-    })
+    let mut value = job_json(job);
+    (value["id"], value["phase"]) = (job.job.as_str().into(), json!(phase_of(job.state())));
+    value
 }
 
 async fn all_jobs(cluster: &Cluster, viewer: &Viewer) -> Result<v1::ListResponse, Status> {
@@ -150,23 +132,24 @@ fn overrides(body: &Value) -> Vec<String> {
 pub async fn check(cluster: &Cluster, viewer: &Viewer, body: &Value) -> Answer {
     // Whoever may look may ask.
     all_jobs(cluster, viewer).await?;
-    let recipe = Recipe::from_toml(&text(body, "recipe"), "recipe", Path::new("."), &overrides(body));
-    let recipe = recipe.map_err(|faults| Status::invalid_argument(faults.to_string()))?;
-    let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let plan = recipe.parallel.schedule.plan(recipe.parallel.pipeline, micro_batches, Mode::Train);
-    let (plan, note) = plan.map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let recipe = cluster.front().check(asked(body)).await?;
+    let (micro_batches, parallel) =
+        (recipe.micro_batches(recipe.training.global_batch_size), &recipe.parallel);
+    let note = parallel.schedule.fallback(parallel.pipeline, micro_batches);
+    let sized = recipe.clone();
+    let memory_bytes = tokio::task::spawn_blocking(move || planned_memory(&sized)).await;
     let parameters = contraflow_runtime::cost::parameters(&recipe.model_config);
     Ok(json!({
         "world": recipe.topology().world(), "pipeline": recipe.parallel.pipeline, "expert": recipe.parallel.expert,
-        "data": recipe.parallel.data, "schedule": plan.schedule, "note": note, "micro_batches": micro_batches,
+        "data": recipe.parallel.data, "schedule": parallel.schedule, "note": note, "micro_batches": micro_batches,
         "steps": recipe.training.steps, "tokens_per_step": recipe.training.global_batch_size * recipe.training.sequence_length,
-        "parameters": parameters.total + parameters.mtp, "memory_bytes": planned_memory(&recipe),
+        "parameters": parameters.total + parameters.mtp, "memory_bytes": memory_bytes.ok().flatten(),
     }))
 }
 
-/// Puts a job into the queue.
-pub async fn submit(cluster: &Cluster, viewer: &Viewer, body: &Value) -> Answer {
-    let request = v1::SubmitRequest {
+/// What a page asks for a job with.
+fn asked(body: &Value) -> v1::SubmitRequest {
+    v1::SubmitRequest {
         recipe: text(body, "recipe"),
         overrides: overrides(body),
         model_config: text(body, "model_config"),
@@ -175,8 +158,12 @@ pub async fn submit(cluster: &Cluster, viewer: &Viewer, body: &Value) -> Answer 
         idempotency_key: text(body, "idempotency_key"),
         min_ranks: body["min_ranks"].as_u64().and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(0),
         resume: None,
-    };
-    Ok(json!({"job": cluster.jobs(viewer).submit(request).await?.into_inner().job}))
+    }
+}
+
+/// Puts a job into the queue.
+pub async fn submit(cluster: &Cluster, viewer: &Viewer, body: &Value) -> Answer {
+    Ok(json!({"job": cluster.jobs(viewer).submit(asked(body)).await?.into_inner().job}))
 }
 
 /// Cancels a job.
@@ -206,7 +193,7 @@ pub async fn metrics(cluster: &Arc<Cluster>, viewer: &Viewer, out: &mut Expositi
     let jobs = all_jobs(cluster, viewer).await?.jobs;
     let members = cluster.nodes(viewer).nodes(v1::NodesRequest {}).await?.into_inner();
     let mut by_state: BTreeMap<String, f64> = BTreeMap::new();
-    jobs.iter().for_each(|job| *by_state.entry(state_name(job)).or_default() += 1.0);
+    jobs.iter().for_each(|job| *by_state.entry(state_of(job)).or_default() += 1.0);
     let is_open =
         |job: &&v1::Job| !matches!(phase_of(job.state()), Phase::Done | Phase::Failed | Phase::Stopped);
     let open: Vec<&v1::Job> = jobs.iter().filter(is_open).take(MAX_JOBS).collect();
