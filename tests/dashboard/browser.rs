@@ -13,13 +13,13 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_contraflow");
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process that ends with its test.
-struct Running {
+pub struct Running {
     child: Child,
     lines: Receiver<String>,
 }
 
 impl Running {
-    fn start(dir: &Path, args: &[&str]) -> Self {
+    pub fn start(dir: &Path, args: &[&str]) -> Self {
         let mut command = Command::new(PROGRAM);
         command.args(args).current_dir(dir).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -33,7 +33,7 @@ impl Running {
     }
 
     /// The word behind `start` in the next line that has it.
-    fn said(&self, start: &str) -> String {
+    pub fn said(&self, start: &str) -> String {
         let mut all = String::new();
         loop {
             let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("no {start:?} in {all}"));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod browser;
+mod cluster;
 mod http;
 mod metrics;
 mod routes;

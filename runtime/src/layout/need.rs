@@ -72,6 +72,8 @@ mod tests {
                     format!("parallel.pipeline={pipeline}"),
                     "parallel.expert=1".into(),
                     "parallel.data=1".into(),
+                    // A layer for each of two stages a rank.
+                    "model.num_hidden_layers=8".into(),
                 ];
                 let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &changes).unwrap();
                 let enough = figures_with(&recipe, 4 * pipeline).unwrap();
