@@ -129,6 +129,8 @@ struct Layout {
     #[serde(flatten)]
     topology: Topology,
     world: usize,
+    /// How tokens get to their experts, where the recipe says which ranks share a node.
+    all_to_all: Option<String>,
     /// Parameters of the whole model, multi-token prediction included.
     parameters: u64,
     /// Those that work on one token, multi-token prediction left out.
@@ -254,6 +256,7 @@ fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
     report.per_rank = Some(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
+        expert_nodes: recipe.expert_nodes().0,
         stages: &plans.layouts,
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
@@ -283,6 +286,7 @@ fn step_costs(recipe: &Recipe, plans: &Plans, planned: &Planned) -> Vec<StepCost
     let shapes = Shapes {
         config: &recipe.model_config,
         topology,
+        expert_nodes: recipe.expert_nodes().0,
         stages: &plans.layouts,
         buckets: &plans.sharding.buckets,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
@@ -317,6 +321,18 @@ impl Checked {
     }
 }
 
+fn all_to_all(recipe: &Recipe) -> Option<String> {
+    let expert = recipe.topology().expert;
+    let text = match recipe.expert_nodes() {
+        _ if expert == 1 || recipe.parallel.expert_ranks_per_node == 0 => return None,
+        (_, Some(reason)) => format!("one hop, as {reason}"),
+        (nodes, None) => {
+            format!("two hops, across {nodes} nodes and inside, among {} expert ranks each", expert / nodes)
+        }
+    };
+    Some(text)
+}
+
 impl Layout {
     fn of(recipe: &Recipe) -> Self {
         let parameters = cost::parameters(&recipe.model_config);
@@ -325,6 +341,7 @@ impl Layout {
             model: recipe.model.config.clone(),
             topology: recipe.topology(),
             world: recipe.topology().world(),
+            all_to_all: all_to_all(recipe),
             parameters: parameters.total + parameters.mtp,
             active_parameters: parameters.active,
             training_flops_per_token: cost::training_flops_per_token(&recipe.model_config, length),
@@ -339,6 +356,7 @@ impl fmt::Display for Layout {
         let Topology { pipeline, expert, data } = self.topology;
         let ranks = count(self.world, "rank");
         writeln!(f, "layout: pipeline {pipeline} x expert {expert} x data {data} = {ranks}")?;
+        self.all_to_all.iter().try_for_each(|hops| writeln!(f, "all-to-all: {hops}"))?;
         writeln!(
             f,
             "model {}: {} parameters, {} of them at work on a token; {} FLOP a token in training",

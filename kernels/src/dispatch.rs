@@ -1,16 +1,16 @@
-//! A routing cut by who owns the experts: the rows and pairs that go to each owner.
+//! Choices of experts cut by who owns them: the rows and pairs that go to each owner.
 //!
 //! The all-to-all of the experts sends and receives what is made here. An owner has a run of neighbouring experts; who it
-//! is and how anything gets there is not known here.
+//! is and how anything gets there is not known here, nor whether it passes rows on to owners of its own.
 //!
 //! Shape letters: T tokens, K top-k, N rows, P pairs of a row and an expert.
 
 use crate::{gate::Routing, permute::pairs_of, tensor::Tensor};
 
-/// What goes to one owner of experts. A token goes once, however many of the owner's experts it chose.
+/// What goes to one owner of experts. A row goes once, however many of the owner's experts it chose.
 #[derive(Clone, Debug)]
 pub struct Share {
-    /// The token of each row, ascending.
+    /// The row at the sender, of each row; ascending where theirs are.
     ///
     /// **Shapes**: `[N]` in U32.
     pub rows: Tensor,
@@ -22,25 +22,53 @@ pub struct Share {
     ///
     /// **Shapes**: `[P]`.
     pub weights: Tensor,
-    /// Position of each pair in the routing, row-major.
+    /// Position of each pair among the choices.
     ///
     /// **Shapes**: `[P]` in U32.
     pub slots: Tensor,
 }
 
-/// The share of each of `num_owners` owners.
+/// That a row wants an expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The row.
+    pub row: u32,
+    /// The expert, counted over all owners.
+    pub expert: u32,
+    /// Routing weight.
+    pub weight: f32,
+}
+
+/// What the tokens of a routing choose, row-major.
 ///
 /// **Shapes**: `routing` of T tokens and K experts each.
-/// **Errors**: panics if an expert is beyond the last owner's.
-pub fn by_owner(routing: &Routing, num_owners: usize, experts_per_owner: usize) -> Vec<Share> {
+pub fn choices_of(routing: &Routing) -> impl Iterator<Item = Choice> {
     let top_k = routing.expert_ids.cols();
-    let mut lists = vec![Lists::default(); num_owners];
     let choices = routing.expert_ids.u32().iter().zip(routing.weights.f32()).enumerate();
-    for (slot, (&expert, &weight)) in choices {
-        let (token, expert) = ((slot / top_k) as u32, expert as usize);
+    choices.map(move |(slot, (&expert, &weight))| Choice { row: (slot / top_k) as u32, expert, weight })
+}
+
+/// What rows that have arrived choose, in the order of their pairs.
+///
+/// **Shapes**: `pairs` `[P, 2]` in U32, `weights` `[P]`.
+pub fn choices_of_pairs(pairs: &Tensor, weights: &Tensor) -> impl Iterator<Item = Choice> {
+    pairs_of(pairs).iter().zip(weights.f32()).map(|(&[row, expert], &weight)| Choice { row, expert, weight })
+}
+
+/// The share of each of `num_owners` owners, of choices whose rows stand together.
+///
+/// **Errors**: panics if an expert is beyond the last owner's.
+pub fn by_owner(
+    choices: impl Iterator<Item = Choice>,
+    num_owners: usize,
+    experts_per_owner: usize,
+) -> Vec<Share> {
+    let mut lists = vec![Lists::default(); num_owners];
+    for (slot, Choice { row, expert, weight }) in choices.enumerate() {
+        let expert = expert as usize;
         let list = &mut lists[expert / experts_per_owner];
-        if list.rows.last() != Some(&token) {
-            list.rows.push(token);
+        if list.rows.last() != Some(&row) {
+            list.rows.push(row);
         }
         list.pairs.extend([list.rows.len() as u32 - 1, (expert % experts_per_owner) as u32]);
         list.weights.push(weight);
@@ -102,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_token_goes_once_to_each_owner_of_its_experts() {
-        let [first, second] = by_owner(&routing(), 2, 2).try_into().unwrap();
+        let [first, second] = by_owner(choices_of(&routing()), 2, 2).try_into().unwrap();
 
         assert_eq!(first.rows.u32(), [0, 1, 3]);
         assert_eq!(first.pairs.u32(), [0, 0, 0, 1, 1, 0, 2, 1]);
@@ -114,8 +142,19 @@ mod tests {
     }
 
     #[test]
+    fn what_arrived_is_passed_on_as_what_was_routed_is() {
+        let [whole] = &by_owner(choices_of(&routing()), 1, 4)[..] else { panic!("expected one owner") };
+        let again = by_owner(choices_of_pairs(&whole.pairs, &whole.weights), 2, 2);
+        for (share, once) in again.iter().zip(by_owner(choices_of(&routing()), 2, 2)) {
+            assert_eq!(share.rows.u32(), once.rows.u32());
+            assert_eq!(share.pairs.u32(), once.pairs.u32());
+            assert_eq!((share.weights.f32(), share.slots.u32()), (once.weights.f32(), once.slots.u32()));
+        }
+    }
+
+    #[test]
     fn one_owner_gets_every_token_where_it_stands_and_an_idle_one_nothing() {
-        let all = by_owner(&routing(), 2, 4);
+        let all = by_owner(choices_of(&routing()), 2, 4);
         assert_eq!(all[0].rows.u32(), [0, 1, 2, 3]);
         assert_eq!(all[0].slots.u32(), [0, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!((all[1].rows.shape(), all[1].pairs.shape()), (&[0][..], &[0, 2][..]));

@@ -8,7 +8,9 @@
 
 mod op;
 
-pub use op::{BucketElements, OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of};
+pub use op::{
+    BucketElements, OpCost, Shapes, all_to_all_bytes, bucket_elements, bytes_of_rows, of, target_nodes,
+};
 
 use crate::model_config::ModelConfig;
 use crate::schedule::Component;

@@ -68,6 +68,28 @@ fn the_same_run_gives_the_same_bits_however_late_its_frames_are() {
     }
 }
 
+#[test]
+fn no_schedule_and_no_hop_depends_on_when_frames_arrive() {
+    let lab = Lab::new();
+    let cases = [
+        (layout("dualpipev", (2, 2, 1)), "parallel.overlap=true"),
+        (layout("1f1b", (2, 2, 1)), "parallel.overlap=true"),
+        (layout("zb1p", (2, 2, 1)), "parallel.overlap=true"),
+        (layout("interleaved", (2, 2, 1)), "parallel.overlap=true"),
+        (layout("dualpipev", (2, 4, 1)), "parallel.expert_ranks_per_node=2"),
+    ];
+    for (number, (layout, change)) in cases.into_iter().enumerate() {
+        let run = |name: &str, delay_injection| {
+            let setup = lab.setup(layout, &["training.steps=2", change]);
+            let network = LocalOptions { delay_injection, ..setup.network };
+            bits_of(&lab, &format!("{number}-{name}"), Setup { network, ..setup })
+        };
+        let undisturbed = run("undisturbed", None);
+        let delays = DelayInjection { seed: 1, max_delay: Duration::from_millis(2) };
+        assert!(run("disturbed", Some(delays)) == undisturbed, "{layout:?}, {change}");
+    }
+}
+
 /// Per rank, what its compute lane ran on, in order.
 type Trace = BTreeMap<usize, Vec<(Chunk, Pass)>>;
 
@@ -98,6 +120,10 @@ fn the_peak_of_live_activations_is_the_plans() {
         ("1f1b", 2, 1),
         ("1f1b", 4, 3),
         ("1f1b", 4, 8),
+        ("zb1p", 2, 5),
+        ("zb1p", 4, 8),
+        ("interleaved", 2, 4),
+        ("interleaved", 4, 8),
     ];
     for (schedule, pipeline, micro_batches) in cases {
         let traces: Arc<Mutex<Trace>> = Arc::default();

@@ -88,7 +88,7 @@ impl Alone {
         let config = &recipe.model_config;
         Alone {
             endpoint: LocalNetwork::new(LocalOptions::default()).join(0),
-            group: ExpertGroup { ranks: vec![0], own: 0, experts_per_rank: config.n_routed_experts },
+            group: ExpertGroup::new(&[0], 0, config.n_routed_experts, 1),
             route: None,
         }
     }

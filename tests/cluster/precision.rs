@@ -167,8 +167,15 @@ fn every_layout_trains_what_one_rank_trains_but_for_rounding() {
         // Experts in one place round alike, whoever works on the layers and the sequences; only losses are added up in another order.
         let apart = losses(&lab, layout("1f1b", (4, 1, 2)), &[recipe]);
         assert!(largest_difference(&apart, &one) <= 1e-12 * one[0], "{recipe}: {apart:?} beside {one:?}");
-        for layout in [FOUR_RANKS, layout("dualpipev", (1, 2, 1))] {
-            let found = losses(&lab, layout, &[recipe]);
+        let two_hops = "parallel.expert_ranks_per_node=2";
+        let one_hop = "parallel.expert_ranks_per_node=0";
+        let layouts = [
+            (FOUR_RANKS, one_hop),
+            (layout("dualpipev", (1, 2, 1)), one_hop),
+            (layout("1f1b", (1, 4, 1)), two_hops),
+        ];
+        for (layout, hops) in layouts {
+            let found = losses(&lab, layout, &[recipe, hops]);
             let first = largest_difference(&found[..1], &one[..1]);
             println!("{recipe}, {layout:?}: {first:e} from one rank in the first step");
             // A row's sum comes from two ranks in parts that are rounded to 8 bits; over all tokens that is less than such a

@@ -155,6 +155,14 @@ fn interleaved_trains_what_one_rank_trains() {
     assert_same_training_with(&["parallel.virtual_stages=3"], "interleaved", &[(2, 2, 1)], &[]);
 }
 
+/// Tokens go to two nodes of two expert ranks each, and are passed on there; under two schedules, as the ranks of a pipeline overlap.
+#[test]
+fn two_hops_train_what_one_rank_trains() {
+    let nodes = ["parallel.expert_ranks_per_node=2"];
+    assert_same_training_with(&nodes, "1f1b", &[(1, 4, 1), (2, 4, 1)], &[]);
+    assert_same_training_with(&nodes, "dualpipev", &[(2, 4, 1)], &[]);
+}
+
 /// One that no generator makes, as a table: all forward passes, then the backward passes, on each rank two stages that are no neighbours,
 /// with the weight parts of the first one at the end.
 #[test]

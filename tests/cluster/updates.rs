@@ -81,7 +81,7 @@ impl Rank {
         let world: Vec<usize> = topology.ranks().collect();
         let context = RankContext {
             endpoint,
-            group: ExpertGroup { ranks: world.clone(), own: rank, experts_per_rank: 4 },
+            group: ExpertGroup::new(&world, rank, 4, 1),
             world: Arc::new(world),
             buckets: Arc::new(optimizer.groups()),
             stages: Arc::new(stages),

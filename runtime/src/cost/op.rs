@@ -32,6 +32,8 @@ pub struct Shapes<'a> {
     pub config: &'a ModelConfig,
     /// The axes.
     pub topology: Topology,
+    /// Nodes that all-to-alls in two hops cross; 1 with one hop.
+    pub expert_nodes: usize,
     /// What each stage consists of.
     pub stages: &'a [StageLayout],
     /// Every bucket of the model.
@@ -192,6 +194,12 @@ pub fn all_to_all_bytes(
     bytes_of_rows(format, rows, hidden_size) + pairs * of_pair
 }
 
+/// Nodes that a token's experts are on at most, with `nodes` that share the groups of experts evenly (section 2.1.2).
+pub fn target_nodes(config: &ModelConfig, nodes: u64) -> u64 {
+    let of_groups = config.topk_group as u64 * nodes.div_ceil(config.n_group as u64);
+    of_groups.min(nodes).min(config.num_experts_per_tok as u64)
+}
+
 /// Bytes of a tensor of rows, its scales included; codes of one byte are filled up to a multiple of four of them.
 pub fn bytes_of_rows(format: NumberFormat, rows: u64, width: usize) -> u64 {
     let values = rows * width as u64;
@@ -239,15 +247,21 @@ impl Shapes<'_> {
         }
     }
 
-    /// With balanced routing, to all other ranks of the expert group together.
+    /// With balanced routing, to all other ranks of the expert group together, the rows of others that are passed on among them.
     fn all_to_all_sent_bytes(&self, component: Component, pass: Pass) -> u64 {
         if !matches!(component, Component::Dispatch | Component::Combine) {
             return 0;
         }
         let (top_k, ranks) = (self.config.num_experts_per_tok as u64, self.topology.expert as u64);
-        let elsewhere = |count: u64| self.micro_batch_tokens as u64 * count * (ranks - 1) / ranks;
-        let counts = (elsewhere(top_k.min(ranks)), elsewhere(top_k));
-        all_to_all_bytes((component, pass), counts, self.config.hidden_size, self.precision)
+        let bytes = |peers: u64, copies: u64| {
+            let elsewhere = |count: u64| self.micro_batch_tokens as u64 * count * (peers - 1) / peers;
+            let counts = (elsewhere(copies), elsewhere(top_k));
+            all_to_all_bytes((component, pass), counts, self.config.hidden_size, self.precision)
+        };
+        match self.expert_nodes as u64 {
+            1 => bytes(ranks, top_k.min(ranks)),
+            nodes => bytes(nodes, target_nodes(self.config, nodes)) + bytes(ranks / nodes, top_k.min(ranks)),
+        }
     }
 
     /// The bucket's elements, those of them that are computed with in F32, the size of its replica group, and this rank's shard;
@@ -332,6 +346,7 @@ mod tests {
         let shapes = Shapes {
             config,
             topology,
+            expert_nodes: 1,
             stages: &stages,
             buckets: &buckets,
             micro_batch_tokens: 128,
@@ -434,6 +449,19 @@ mod tests {
             assert_eq!(sent(Component::Combine, Pass::Forward), rows);
             assert_eq!(sent(Component::Combine, Pass::BackwardInput), rows);
             assert_eq!(sent(Component::Dispatch, Pass::BackwardInput), rows + 4 * pairs);
+        });
+    }
+
+    #[test]
+    fn two_hops_send_a_token_once_to_each_node_and_there_once_to_each_rank() {
+        let topology = Topology { pipeline: 1, expert: 64, data: 1 };
+        with_step("deepseek-v3", ScheduleKind::OneFOneB, topology, |shapes, _| {
+            let two = Shapes { expert_nodes: 8, ..*shapes };
+            let sent = |shapes: &Shapes| shapes.all_to_all_sent_bytes(Component::Combine, Pass::Forward);
+            // Of 128 tokens: 4 nodes each, 7 of 8 of them others; then 8 ranks each, 7 of 8 of them others. In one hop 8 ranks each.
+            let row = 4 * 7168;
+            assert_eq!(sent(&two), (128 * 4 * 7 / 8 + 128 * 8 * 7 / 8) * row);
+            assert_eq!(sent(shapes), (128 * 8 * 63 / 64) * row);
         });
     }
 }

@@ -19,6 +19,8 @@ pub struct MemoryQuery<'a> {
     pub config: &'a ModelConfig,
     /// The axes.
     pub topology: Topology,
+    /// Nodes that all-to-alls in two hops cross; 1 with one hop.
+    pub expert_nodes: usize,
     /// The stages, as [`split_layers`](super::split_layers) makes them.
     pub stages: &'a [StageLayout],
     /// `placement[rank]` lists the stages of each pipeline rank.
@@ -113,6 +115,7 @@ impl MemoryQuery<'_> {
             precision: self.precision,
             memory: self.memory,
             expert_ranks: self.topology.expert,
+            expert_nodes: self.expert_nodes,
             micro_batch_tokens: self.micro_batch_tokens,
         };
         let held = &self.placement[rank];
@@ -201,6 +204,7 @@ mod tests {
         rank_figures(&MemoryQuery {
             config,
             topology,
+            expert_nodes: 1,
             stages: &stages,
             placement: &plan.placement,
             micro_batch_tokens: 512,

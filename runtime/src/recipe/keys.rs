@@ -97,6 +97,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("parallel.pipeline", Count(1, AXIS), Fixed("1"), "Pipeline ranks."),
     key("parallel.expert", Count(1, AXIS), Fixed("1"),
         "Expert ranks: the routed experts are spread over them."),
+    key("parallel.expert_ranks_per_node", Count(0, AXIS), Fixed("0"),
+        "Expert ranks that share a node: all-to-alls of more of them go in two hops, across nodes and inside; all share one if 0."),
     key("parallel.data", Count(1, AXIS), Fixed("1"), "Data ranks: copies of everything else."),
     key("parallel.schedule", Choice(&["dualpipe", "dualpipev", "1f1b", "zb1p", "interleaved"]), Fixed("\"1f1b\""),
         "Order of the work in the pipeline: dualpipe, dualpipev, 1f1b, zb1p or interleaved."),
@@ -225,6 +227,8 @@ pub const KEYS: &[KeyDoc] = &[
         "Warn when a gate leaves an expert without tokens for this many steps; 0: never."),
     key("log.level", Choice(&["error", "warn", "info", "debug", "trace"]), Fixed("\"info\""),
         "Least severe messages shown: error, warn, info, debug or trace."),
+    key("log.tensorboard", Flag, Fixed("false"),
+        "Whether a run of train writes event files of TensorBoard too, into its folder."),
 ];
 
 impl KeyDoc {

@@ -34,6 +34,8 @@ pub struct ParallelSection {
     pub pipeline: usize,
     /// Expert ranks: the routed experts are spread over them.
     pub expert: usize,
+    /// Expert ranks that share a node: all-to-alls of more of them go in two hops, across nodes and inside; all share one if 0.
+    pub expert_ranks_per_node: usize,
     /// Data ranks: copies of everything else.
     pub data: usize,
     #[serde(serialize_with = "schedule_alone")]
@@ -424,6 +426,8 @@ pub enum OnSpike {
 pub struct LogSection {
     /// Least severe messages shown: error, warn, info, debug or trace.
     pub level: LogLevel,
+    /// Whether a run of train writes event files of TensorBoard too, into its folder.
+    pub tensorboard: bool,
 }
 
 /// Severity of a message: of the later ones there are more.

@@ -100,6 +100,25 @@ impl Recipe {
         }
     }
 
+    /// Nodes that the ranks of an expert group are spread over where their all-to-alls go in two hops; 1 where they go in one, with
+    /// the reason.
+    pub fn expert_nodes(&self) -> (usize, Option<String>) {
+        let (expert, per_node) = (self.parallel.expert, self.parallel.expert_ranks_per_node);
+        let groups = self.model_config.n_group;
+        let reason = match expert.checked_div(per_node) {
+            None | Some(0 | 1) => "its expert ranks share a node".to_owned(),
+            _ if per_node == 1 => "each of its expert ranks has a node of its own".to_owned(),
+            _ if !expert.is_multiple_of(per_node) => {
+                format!("{expert} expert ranks do not fill nodes of {per_node}")
+            }
+            Some(nodes) if !groups.is_multiple_of(nodes) => {
+                format!("{nodes} nodes do not divide the model's {groups} groups of experts")
+            }
+            Some(nodes) => return (nodes, None),
+        };
+        (1, Some(reason))
+    }
+
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
     pub fn saves_after(&self, step: u64) -> bool {
         let every = self.checkpoint.every;
@@ -257,6 +276,29 @@ mod tests {
         let recipe = load("sample.every=3");
         assert_eq!(steps(&recipe, Recipe::samples_after), [3, 6, 9]);
         assert_eq!(steps(&recipe, Recipe::saves_after), [3, 4, 6, 8, 9, 10]);
+    }
+
+    #[test]
+    fn tokens_take_two_hops_where_nodes_are_full_and_have_whole_groups_of_experts() {
+        let hops = |expert: usize, per_node: usize| {
+            let entries = [
+                format!("parallel.expert={expert}"),
+                format!("parallel.expert_ranks_per_node={per_node}"),
+                "parallel.data=1".to_owned(),
+                "training.global_batch_size=512".to_owned(),
+                "training.ramp_start_batch_size=512".to_owned(),
+            ];
+            let recipe = Recipe::load(&RecipeSource::Builtin("deepseek-v3".into()), &entries).unwrap();
+            recipe.expert_nodes()
+        };
+        let one = |reason: &str| (1, Some(reason.to_owned()));
+        assert_eq!(hops(64, 8), (8, None));
+        assert_eq!(hops(16, 8), (2, None));
+        assert_eq!(hops(8, 8), one("its expert ranks share a node"));
+        assert_eq!(hops(64, 0), one("its expert ranks share a node"));
+        assert_eq!(hops(8, 1), one("each of its expert ranks has a node of its own"));
+        assert_eq!(hops(16, 6), one("16 expert ranks do not fill nodes of 6"));
+        assert_eq!(hops(64, 4), one("16 nodes do not divide the model's 8 groups of experts"));
     }
 
     #[test]

@@ -1,49 +1,55 @@
 //! The expert all-to-all: dispatch, combine, and their backward passes, which are a combine and a dispatch.
 //!
-//! A token goes once to a rank even if several of its experts live there; each rank sends back one sum per row. Every peer
-//! gets exactly one frame per exchange, empty if there is nothing for it. Sums run in the order of the ranks, never of
-//! arrival. T tokens, K top-k, N rows received, D hidden.
+//! One exchange between all ranks of the group; or two, where the group is spread over nodes (section 3.2.2 of the report): a
+//! token crosses once to each node that it needs, to the rank of its own place there, which passes it on; on the way back the sums
+//! of a node's ranks cross as one. T tokens, K top-k, N rows received, D hidden, P pairs of a row and an expert.
 //!
 //! Knows routing and rows, nothing of experts' arithmetic.
 
-use contraflow_kernels::dispatch::{self, Share};
-use contraflow_kernels::elementwise::add_into;
+use contraflow_kernels::dispatch;
 use contraflow_kernels::gate::Routing;
-use contraflow_kernels::permute;
-use contraflow_kernels::tensor::{Format, Tensor};
-use contraflow_runtime::fabric::{Endpoint, FabricError, FrameKind, Region, Tag};
+use contraflow_kernels::tensor::Tensor;
+use contraflow_runtime::fabric::{Endpoint, FabricError, Tag};
 
-use super::packets::{self, Unpack};
+use super::hop::{Exchange, Hop, HopRoute};
 use crate::model::experts::Arrivals;
 
 /// The ranks that share the routed experts, and this rank's place among them.
 #[derive(Clone)]
 pub struct ExpertGroup {
-    /// Ranks in order; rank i of the group owns the i-th share of the experts.
-    pub ranks: Vec<usize>,
-    /// Index of this rank.
-    pub own: usize,
-    /// Routed experts per rank.
-    pub experts_per_rank: usize,
+    /// Among all ranks; or, with a second hop, between the ranks of one place in every node.
+    first: Hop,
+    /// Inside the node.
+    second: Option<Hop>,
+}
+
+impl ExpertGroup {
+    /// The group of `ranks`, of which the i-th owns the i-th share of the experts; neighbours share one of `nodes` nodes.
+    ///
+    /// **Errors**: panics unless the nodes divide the ranks.
+    pub fn new(ranks: &[usize], own: usize, experts_per_rank: usize, nodes: usize) -> ExpertGroup {
+        let per_node = ranks.len() / nodes;
+        assert_eq!(per_node * nodes, ranks.len(), "as many ranks on each node");
+        if nodes == 1 || per_node == 1 {
+            return ExpertGroup { first: Hop { ranks: ranks.to_vec(), own, experts_per_rank }, second: None };
+        }
+        let (node, place) = (own / per_node, own % per_node);
+        let across = ranks.iter().skip(place).step_by(per_node).copied().collect();
+        let inside = ranks[node * per_node..][..per_node].to_vec();
+        ExpertGroup {
+            first: Hop { ranks: across, own: node, experts_per_rank: experts_per_rank * per_node },
+            second: Some(Hop { ranks: inside, own: place, experts_per_rank }),
+        }
+    }
 }
 
 /// Which rows went where in a dispatch: what combine and both backward passes go back along.
 #[must_use = "a dispatch without its combine loses the tokens' way home"]
 pub struct Route {
-    /// Tokens of this rank.
-    num_tokens: usize,
+    first: HopRoute,
+    second: Option<HopRoute>,
     /// Experts per token.
     top_k: usize,
-    /// Per destination, the token rows that went there, ascending.
-    sent_rows: Vec<Tensor>,
-    /// Per destination, the flat (token, k) slot of each pair that went there.
-    sent_slots: Vec<Tensor>,
-    /// Per source, the number of rows that came.
-    received_rows: Vec<usize>,
-    /// Per source, the number of pairs that came.
-    received_pairs: Vec<usize>,
-    /// Every token of this rank stays on it, and nothing comes from elsewhere: rows need no copy.
-    is_identity: bool,
 }
 
 /// One exchange of one chunk's layer: the fabric, the group, and the address all its frames share.
@@ -52,29 +58,24 @@ pub struct AllToAll<'a> {
     pub endpoint: &'a Endpoint,
     /// The expert group.
     pub group: &'a ExpertGroup,
-    /// Address of the frames, but for kind and source.
+    /// Address of the frames, but for kind, source and hop.
     pub tag: Tag,
 }
 
-impl AllToAll<'_> {
-    fn tag(&self, kind: FrameKind, source: usize) -> Tag {
-        Tag { kind, source: source as u32, ..self.tag }
+impl<'a> AllToAll<'a> {
+    fn first(&self) -> Exchange<'a> {
+        Exchange { endpoint: self.endpoint, hop: &self.group.first, tag: self.tag }
     }
 
-    /// Sends one frame to every other member; `make` is asked for each index but the own one.
-    fn send(&self, kind: FrameKind, mut make: impl FnMut(usize) -> Vec<Region>) -> Result<(), FabricError> {
-        for (index, &rank) in self.group.ranks.iter().enumerate() {
-            if index != self.group.own {
-                self.endpoint.send(rank, self.tag(kind, self.endpoint.rank()), make(index))?;
-            }
-        }
-        Ok(())
+    /// The second hop, if there is one.
+    fn second(&self) -> Option<Exchange<'a>> {
+        let hop = self.group.second.as_ref()?;
+        Some(Exchange { endpoint: self.endpoint, hop, tag: Tag { hop: 1, ..self.tag } })
     }
 
-    /// The frame of the member with this index.
-    fn receive(&self, kind: FrameKind, index: usize) -> Result<Unpack, FabricError> {
-        let tag = self.tag(kind, self.group.ranks[index]);
-        Ok(Unpack::new(tag, self.endpoint.receive(tag)?))
+    /// The second hop and what its dispatch sent where.
+    fn passed_on<'r>(&self, route: &'r Route) -> Option<(Exchange<'a>, &'r HopRoute)> {
+        self.second().zip(route.second.as_ref())
     }
 
     /// Sends each token's row to the ranks that own its experts, and collects what comes.
@@ -83,54 +84,14 @@ impl AllToAll<'_> {
     ///
     /// **Errors**: those of the fabric.
     pub fn dispatch(&self, normed: &Tensor, routing: &Routing) -> Result<(Arrivals, Route), FabricError> {
-        let ExpertGroup { ref ranks, own, experts_per_rank } = *self.group;
-        let shares = dispatch::by_owner(routing, ranks.len(), experts_per_rank);
-        let (num_tokens, top_k) = (routing.expert_ids.rows(), routing.expert_ids.cols());
-        let mut route = Route {
-            num_tokens,
-            top_k,
-            received_rows: Vec::new(),
-            received_pairs: Vec::new(),
-            is_identity: ranks.len() == 1 && shares[0].rows.len() == num_tokens,
-            sent_rows: shares.iter().map(|share| share.rows.clone()).collect(),
-            sent_slots: shares.iter().map(|share| share.slots.clone()).collect(),
+        let (arrivals, first) = self.first().dispatch(normed, dispatch::choices_of(routing))?;
+        let top_k = routing.expert_ids.cols();
+        let Some(second) = self.second() else {
+            return Ok((arrivals, Route { first, second: None, top_k }));
         };
-        if route.is_identity {
-            let Share { pairs, weights, .. } = shares[0].clone();
-            route.received_rows = vec![num_tokens];
-            route.received_pairs = vec![pairs.rows()];
-            return Ok((Arrivals { rows: normed.clone(), pairs, weights }, route));
-        }
-        self.send(FrameKind::Dispatch, |index| {
-            let Share { rows, pairs, weights, .. } = &shares[index];
-            let rows = permute::gather(normed, rows);
-            [rows, pairs.clone(), weights.clone()].map(packets::tensor).into()
-        })?;
-        let mut parts: [Vec<Tensor>; 3] = Default::default();
-        let mut num_rows = 0;
-        for (index, share) in shares.into_iter().enumerate() {
-            let Arrivals { rows, mut pairs, weights } = if index == own {
-                let rows = permute::gather(normed, &share.rows);
-                Arrivals { rows, pairs: share.pairs, weights: share.weights }
-            } else {
-                self.receive_rows(index, normed)?
-            };
-            dispatch::shift_rows(&mut pairs, num_rows);
-            route.received_rows.push(rows.rows());
-            route.received_pairs.push(pairs.rows());
-            num_rows += rows.rows();
-            parts.iter_mut().zip([rows, pairs, weights]).for_each(|(list, part)| list.push(part));
-        }
-        let [rows, pairs, weights] = parts.map(|parts| Tensor::concat_rows(&parts));
-        Ok((Arrivals { rows, pairs, weights }, route))
-    }
-
-    fn receive_rows(&self, index: usize, like: &Tensor) -> Result<Arrivals, FabricError> {
-        let mut frame = self.receive(FrameKind::Dispatch, index)?;
-        let rows = frame.rows(like.cols(), like.format())?;
-        let pairs = frame.pairs(rows.rows(), self.group.experts_per_rank)?;
-        let weights = frame.flat(pairs.rows())?;
-        Ok(Arrivals { rows, pairs, weights })
+        let Arrivals { rows, pairs, weights } = arrivals;
+        let (arrivals, second) = second.dispatch(&rows, dispatch::choices_of_pairs(&pairs, &weights))?;
+        Ok((arrivals, Route { first, second: Some(second), top_k }))
     }
 
     /// Sends each row's sum back to its token and adds what comes to `home`.
@@ -139,22 +100,12 @@ impl AllToAll<'_> {
     ///
     /// **Errors**: those of the fabric.
     pub fn combine(&self, outputs: &Tensor, route: &Route, home: &mut Tensor) -> Result<(), FabricError> {
-        self.send_home(FrameKind::Combine, outputs, route, |_| Vec::new())?;
-        // Summed up in F32 and rounded once, however many ranks there are.
-        let before = std::mem::replace(home, Tensor::zeros(&[0]));
-        let (mut sums, format) = (before.to(Format::F32), before.format());
-        drop(before);
-        for index in 0..self.group.ranks.len() {
-            if index == self.group.own {
-                self.add_own(outputs, route, &mut sums);
-            } else {
-                let sent = &route.sent_rows[index];
-                let rows = self.receive(FrameKind::Combine, index)?.all_rows(sent.len(), outputs)?;
-                permute::scatter_add(&rows, sent, &mut sums);
-            }
-        }
-        *home = sums.to(format);
-        Ok(())
+        let Some((second, passed_on)) = self.passed_on(route) else {
+            return self.first().combine(outputs, &route.first, home);
+        };
+        let mut sums = Tensor::zeros(&[passed_on.num_rows, outputs.cols()]);
+        second.combine(outputs, passed_on, &mut sums)?;
+        self.first().combine(&sums.to(outputs.format()), &route.first, home)
     }
 
     /// The backward pass of [`AllToAll::combine`]: the gradient of the rows' sums, at the experts.
@@ -163,21 +114,11 @@ impl AllToAll<'_> {
     ///
     /// **Errors**: those of the fabric.
     pub fn combine_backward(&self, dy: &Tensor, route: &Route) -> Result<Tensor, FabricError> {
-        if route.is_identity {
-            return Ok(dy.clone());
+        let arrived = self.first().combine_backward(dy, &route.first)?;
+        match self.passed_on(route) {
+            Some((second, passed_on)) => second.combine_backward(&arrived, passed_on),
+            None => Ok(arrived),
         }
-        let gathered = |index: usize| permute::gather(dy, &route.sent_rows[index]);
-        self.send(FrameKind::CombineGradient, |index| vec![packets::tensor(gathered(index))])?;
-        let mut parts = Vec::new();
-        for index in 0..self.group.ranks.len() {
-            parts.push(if index == self.group.own {
-                gathered(index)
-            } else {
-                let num_rows = route.received_rows[index];
-                self.receive(FrameKind::CombineGradient, index)?.all_rows(num_rows, dy)?
-            });
-        }
-        Ok(Tensor::concat_rows(&parts))
     }
 
     /// The backward pass of [`AllToAll::dispatch`]: the gradients of the tokens' rows and of their routing weights, at home.
@@ -191,73 +132,29 @@ impl AllToAll<'_> {
         d_pairs: &Tensor,
         route: &Route,
     ) -> Result<(Tensor, Tensor), FabricError> {
-        let starts = starts_of(&route.received_pairs);
-        let pairs_of = |index: usize| Tensor::from(d_pairs.view(starts[index]..starts[index + 1]));
-        self.send_home(FrameKind::DispatchGradient, d_rows, route, |index| {
-            vec![packets::tensor(pairs_of(index))]
-        })?;
-        let mut home = Tensor::zeros(&[route.num_tokens, d_rows.cols()]);
-        let mut d_weights = Tensor::zeros(&[route.num_tokens * route.top_k]);
-        for index in 0..self.group.ranks.len() {
-            let slots = &route.sent_slots[index];
-            let gradients = if index == self.group.own {
-                self.add_own(d_rows, route, &mut home);
-                pairs_of(index)
-            } else {
-                let mut frame = self.receive(FrameKind::DispatchGradient, index)?;
-                let sent = &route.sent_rows[index];
-                permute::scatter_add(&frame.all_rows(sent.len(), d_rows)?, sent, &mut home);
-                frame.flat(slots.len())?
-            };
-            permute::scatter(&gradients, slots, &mut d_weights);
-        }
-        Ok((home, d_weights.reshape(&[route.num_tokens, route.top_k])))
+        let (home, d_weights) = match self.passed_on(route) {
+            Some((second, passed_on)) => {
+                let (sums, d_passed_on) = second.dispatch_backward(d_rows, d_pairs, passed_on)?;
+                self.first().dispatch_backward(&sums.to(d_rows.format()), &d_passed_on, &route.first)?
+            }
+            None => self.first().dispatch_backward(d_rows, d_pairs, &route.first)?,
+        };
+        let tokens = home.rows();
+        Ok((home, d_weights.reshape(&[tokens, route.top_k])))
     }
-
-    /// Splits rows by where they came from and sends each share back, followed by `more`.
-    fn send_home(
-        &self,
-        kind: FrameKind,
-        rows: &Tensor,
-        route: &Route,
-        more: impl Fn(usize) -> Vec<Region>,
-    ) -> Result<(), FabricError> {
-        let starts = starts_of(&route.received_rows);
-        self.send(kind, |index| {
-            let mut parts = vec![packets::tensor(rows.slice_rows(starts[index]..starts[index + 1]))];
-            parts.extend(more(index));
-            parts
-        })
-    }
-
-    fn add_own(&self, rows: &Tensor, route: &Route, home: &mut Tensor) {
-        if route.is_identity {
-            add_into(home, rows);
-            return;
-        }
-        let starts = starts_of(&route.received_rows);
-        let own = self.group.own;
-        permute::scatter_add(&rows.slice_rows(starts[own]..starts[own + 1]), &route.sent_rows[own], home);
-    }
-}
-
-/// Running sums, beginning with 0.
-fn starts_of(counts: &[usize]) -> Vec<usize> {
-    let mut starts = vec![0];
-    for count in counts {
-        starts.push(starts[starts.len() - 1] + count);
-    }
-    starts
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use super::*;
     use crate::comm::address::StepId;
+    use crate::comm::packets;
     use contraflow_kernels::host::HostValues;
-    use contraflow_runtime::fabric::{LocalNetwork, LocalOptions, Phase};
+    use contraflow_runtime::fabric::{FrameKind, LocalNetwork, LocalOptions, Phase};
+    use contraflow_runtime::random::SplitMix64;
     use contraflow_runtime::schedule::Chunk;
 
     const TOKENS: usize = 5;
@@ -283,7 +180,7 @@ mod tests {
             for (own, endpoint) in endpoints.iter().enumerate() {
                 let run = &run;
                 scope.spawn(move || {
-                    let group = ExpertGroup { ranks: vec![0, 1], own, experts_per_rank: 2 };
+                    let group = ExpertGroup::new(&[0, 1], own, 2, 1);
                     let chunk = Chunk { stage: 0, micro_batch: 0 };
                     let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
                     run(AllToAll { endpoint, group: &group, tag }, own);
@@ -302,12 +199,12 @@ mod tests {
             let x = tokens(rank);
             let choice = routing(rank);
             let (arrivals, route) = all_to_all.dispatch(&x, &choice).unwrap();
-            let copies: usize = route.sent_rows.iter().map(Tensor::len).sum();
+            let copies: usize = route.first.sent_rows.iter().map(Tensor::len).sum();
             let ids: &[u32] = choice.expert_ids.values();
             let expected: usize =
                 ids.chunks(TOP_K).map(|ids| if ids[0] / 2 == ids[1] / 2 { 1 } else { 2 }).sum();
             assert_eq!(copies, expected);
-            assert_eq!(arrivals.rows.rows(), route.received_rows.iter().sum::<usize>());
+            assert_eq!(arrivals.rows.rows(), route.first.received_rows.iter().sum::<usize>());
             // Identity experts: every copy comes back, so each token's sum is its value times its number of copies.
             let mut home = Tensor::zeros(&[TOKENS, 1]);
             all_to_all.combine(&arrivals.rows, &route, &mut home).unwrap();
@@ -346,16 +243,18 @@ mod tests {
         let timeout = Duration::from_secs(5);
         let network = LocalNetwork::new(LocalOptions { timeout, ..LocalOptions::default() });
         let [endpoint, peer] = [network.join(0), network.join(1)];
-        let group = ExpertGroup { ranks: vec![0, 1], own: 0, experts_per_rank: 2 };
+        let group = ExpertGroup::new(&[0, 1], 0, 2, 1);
         let chunk = Chunk { stage: 0, micro_batch: 0 };
         let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
         let all_to_all = AllToAll { endpoint: &endpoint, group: &group, tag };
         if kind != FrameKind::Dispatch {
             let empty =
                 [Tensor::zeros(&[0, 1]), Tensor::from_vec::<u32>(&[0, 2], vec![]), Tensor::zeros(&[0])];
-            peer.send(0, all_to_all.tag(FrameKind::Dispatch, 1), empty.map(packets::tensor).into()).unwrap();
+            peer.send(0, all_to_all.first().tag(FrameKind::Dispatch, 1), empty.map(packets::tensor).into())
+                .unwrap();
         }
-        peer.send(0, all_to_all.tag(kind, 1), parts.into_iter().map(packets::tensor).collect()).unwrap();
+        peer.send(0, all_to_all.first().tag(kind, 1), parts.into_iter().map(packets::tensor).collect())
+            .unwrap();
         let run = || {
             let (arrivals, route) = all_to_all.dispatch(&tokens(0), &routing(0))?;
             match kind {
@@ -385,5 +284,160 @@ mod tests {
         assert!(error.ends_with("expected 0 rows of width 1, got a tensor F32[1, 1]"), "{error}");
         let error = refused(FrameKind::DispatchGradient, rows(5));
         assert!(error.ends_with("expected 4 rows of width 1, got a tensor F32[5, 1]"), "{error}");
+    }
+
+    /// Ranks of a cluster of nodes: seeded choices of 4 of two experts a rank, rows and weights without a pattern.
+    struct Nodes {
+        count: usize,
+        per_node: usize,
+    }
+
+    /// What a rank has of one exchange there and back, forward and backward.
+    struct Seen {
+        tokens: Tensor,
+        routing: Routing,
+        home: Tensor,
+        d_tokens: Tensor,
+        d_weights: Tensor,
+        /// Rows as they arrived, and the gradients that arrived for them.
+        arrived: [Tensor; 2],
+    }
+
+    const WIDTH: usize = 3;
+    const CHOICES: usize = 4;
+
+    impl Nodes {
+        fn ranks(&self) -> usize {
+            self.count * self.per_node
+        }
+
+        fn input(&self, rank: usize) -> (Tensor, Routing) {
+            let mut random = SplitMix64::new(rank as u64);
+            let mut values =
+                |count: usize| -> Vec<f32> { (0..count).map(|_| random.next_f64() as f32 - 0.6).collect() };
+            let (rows, weights) = (values(TOKENS * WIDTH), values(TOKENS * CHOICES));
+            let experts = 2 * self.ranks();
+            let ids = (0..TOKENS).flat_map(|_| {
+                let mut all: Vec<u32> = (0..experts as u32).collect();
+                let mut chosen = Vec::new();
+                for _ in 0..CHOICES {
+                    chosen.push(all.swap_remove(random.next_u64() as usize % all.len()));
+                }
+                chosen
+            });
+            let routing = Routing {
+                expert_ids: Tensor::from_vec::<u32>(&[TOKENS, CHOICES], ids.collect()),
+                weights: Tensor::from_vec(&[TOKENS, CHOICES], weights),
+                scores: Tensor::zeros(&[TOKENS, experts]),
+            };
+            (Tensor::from_vec(&[TOKENS, WIDTH], rows), routing)
+        }
+
+        /// What rank `rank` makes of a row.
+        fn factor(rank: usize) -> f32 {
+            (rank as f32 + 1.0) / 7.0
+        }
+
+        /// One exchange of all ranks, and the bytes of combine's frames between nodes.
+        fn run(&self, hops: usize) -> (Vec<Seen>, usize) {
+            let network = LocalNetwork::new(LocalOptions { log_frames: true, ..LocalOptions::default() });
+            let all: Vec<usize> = (0..self.ranks()).collect();
+            let endpoints: Vec<Endpoint> = all.iter().map(|&rank| network.join(rank)).collect();
+            let seen = std::thread::scope(|scope| {
+                let threads: Vec<_> = endpoints
+                    .iter()
+                    .enumerate()
+                    .map(|(rank, endpoint)| {
+                        let nodes = if hops == 2 { self.count } else { 1 };
+                        let group = ExpertGroup::new(&all, rank, 2, nodes);
+                        scope.spawn(move || {
+                            let chunk = Chunk { stage: 0, micro_batch: 0 };
+                            let tag = StepId::first(Phase::Train).tag(FrameKind::Dispatch, chunk, 0, 0);
+                            self.one_rank(&AllToAll { endpoint, group: &group, tag }, rank)
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let node = |rank: usize| rank / self.per_node;
+            let across = network.frame_log().into_iter().filter(|frame| {
+                frame.tag.kind == FrameKind::Combine && node(frame.tag.source as usize) != node(frame.to)
+            });
+            (seen, across.map(|frame| frame.bytes).sum())
+        }
+
+        fn one_rank(&self, all_to_all: &AllToAll, rank: usize) -> Seen {
+            let (tokens, routing) = self.input(rank);
+            let (arrivals, route) = all_to_all.dispatch(&tokens, &routing).unwrap();
+            let made = |rows: &Tensor| {
+                let values = rows.values::<f32>().iter().map(|value| value * Self::factor(rank));
+                Tensor::from_vec(rows.shape(), values.collect())
+            };
+            let mut home = tokens.clone();
+            all_to_all.combine(&made(&arrivals.rows), &route, &mut home).unwrap();
+            let d_arrived = all_to_all.combine_backward(&tokens, &route).unwrap();
+            let (d_tokens, d_weights) =
+                all_to_all.dispatch_backward(&made(&d_arrived), &arrivals.weights, &route).unwrap();
+            Seen { tokens, routing, home, d_tokens, d_weights, arrived: [arrivals.rows, d_arrived] }
+        }
+
+        /// A token's row as often as ranks have experts that it chose, each time what the rank makes of it: summed up over the ranks
+        /// of a node, then over the nodes.
+        fn sum(&self, row: &[f32], choices: &[u32], from: &[f32]) -> Vec<f32> {
+            let mut sum = from.to_vec();
+            for node in 0..self.count {
+                let mut of_node: Option<Vec<f32>> = None;
+                for rank in node * self.per_node..(node + 1) * self.per_node {
+                    if choices.iter().any(|&expert| expert as usize / 2 == rank) {
+                        let of_node = of_node.get_or_insert_with(|| vec![0.0; WIDTH]);
+                        of_node.iter_mut().zip(row).for_each(|(sum, x)| *sum += x * Self::factor(rank));
+                    }
+                }
+                of_node.iter().for_each(|node| sum.iter_mut().zip(node).for_each(|(sum, x)| *sum += x));
+            }
+            sum
+        }
+    }
+
+    #[test]
+    fn two_hops_add_up_by_node_to_the_bit_and_cross_once_to_each() {
+        for (count, per_node) in [(2, 2), (2, 4), (4, 2)] {
+            let nodes = Nodes { count, per_node };
+            let (seen, bytes) = nodes.run(2);
+            let mut crossings = 0;
+            for (rank, seen) in seen.iter().enumerate() {
+                let tokens: &[f32] = seen.tokens.values();
+                let ids: &[u32] = seen.routing.expert_ids.values();
+                for (token, (row, ids)) in tokens.chunks(WIDTH).zip(ids.chunks(CHOICES)).enumerate() {
+                    let at = token * WIDTH..(token + 1) * WIDTH;
+                    assert_eq!(seen.home.values::<f32>()[at.clone()], nodes.sum(row, ids, row));
+                    assert_eq!(seen.d_tokens.values::<f32>()[at], nodes.sum(row, ids, &[0.0; WIDTH]));
+                    let targets: BTreeSet<usize> = ids.iter().map(|&id| id as usize / 2 / per_node).collect();
+                    crossings += targets.iter().filter(|&&node| node != rank / per_node).count();
+                }
+                assert_eq!(seen.d_weights.values::<f32>(), seen.routing.weights.values::<f32>());
+                assert_eq!(seen.arrived[0].values::<f32>(), seen.arrived[1].values::<f32>());
+            }
+            // A frame names its shape: so much for a frame without a row.
+            let frames = nodes.ranks() * (count - 1);
+            let empty = packets::tensor(Tensor::zeros(&[0, WIDTH])).len();
+            assert_eq!(bytes, frames * empty + crossings * WIDTH * 4, "{count} nodes of {per_node}");
+            let (one_hop, more) = nodes.run(1);
+            assert!(more > bytes, "{count} nodes of {per_node}: {more} bytes in one hop, {bytes} in two");
+            for (two, one) in seen.iter().zip(&one_hop) {
+                let sorted = |seen: &Seen| {
+                    let rows = seen.arrived[0].values::<f32>().chunks(WIDTH);
+                    let mut rows: Vec<_> =
+                        rows.map(|row| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>()).collect();
+                    rows.sort();
+                    rows
+                };
+                assert_eq!(sorted(two), sorted(one), "the same rows arrive");
+                let near = |a: &Tensor, b: &Tensor| {
+                    a.values::<f32>().iter().zip(b.values::<f32>()).all(|(a, b)| (a - b).abs() < 4e-7 * 8.0)
+                };
+                assert!(near(&two.home, &one.home) && near(&two.d_tokens, &one.d_tokens));
+            }
+        }
     }
 }

@@ -5,4 +5,5 @@
 pub mod address;
 pub mod all_to_all;
 pub mod collectives;
+mod hop;
 pub mod packets;

@@ -178,7 +178,7 @@ impl Generator {
 
 /// Every row stays where it is: one owner has all experts.
 pub(crate) fn arrivals(rows: Tensor, routing: &Routing) -> Arrivals {
-    let share = dispatch::by_owner(routing, 1, routing.scores.cols()).pop();
+    let share = dispatch::by_owner(dispatch::choices_of(routing), 1, routing.scores.cols()).pop();
     let Share { pairs, weights, .. } = share.expect("one owner has one share");
     Arrivals { rows, pairs, weights }
 }

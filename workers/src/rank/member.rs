@@ -246,11 +246,12 @@ pub async fn join(
     let context = RankContext {
         endpoint: assignment.endpoint.clone(),
         world: Arc::new(topology.ranks().collect()),
-        group: ExpertGroup {
-            ranks: topology.expert_group(rank_id),
-            own: at.expert,
-            experts_per_rank: recipe.model_config.n_routed_experts / topology.expert,
-        },
+        group: ExpertGroup::new(
+            &topology.expert_group(rank_id),
+            at.expert,
+            recipe.model_config.n_routed_experts / topology.expert,
+            recipe.expert_nodes().0,
+        ),
         buckets: Arc::new(optimizer.groups()),
         stages: Arc::new(model.stages),
         pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),

@@ -225,11 +225,7 @@ impl OneRank {
             endpoint: self.endpoint.clone(),
             world: Arc::new(vec![0]),
             buckets: Arc::default(),
-            group: ExpertGroup {
-                ranks: vec![0],
-                own: 0,
-                experts_per_rank: self.arch.config.n_routed_experts,
-            },
+            group: ExpertGroup::new(&[0], 0, self.arch.config.n_routed_experts, 1),
             stages: self.stages.clone(),
             pipeline_peers: vec![0],
             hidden_size: self.arch.config.hidden_size,

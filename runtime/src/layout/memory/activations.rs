@@ -132,6 +132,7 @@ pub(super) struct Rows<'a> {
     pub precision: &'a PrecisionSection,
     pub memory: &'a MemorySection,
     pub expert_ranks: usize,
+    pub expert_nodes: usize,
     pub micro_batch_tokens: usize,
 }
 
@@ -153,7 +154,8 @@ impl Rows<'_> {
             Component::Embedding => {
                 OpBytes { scratch: [0, self.wide(self.config.hidden_size), 0], ..OpBytes::default() }
             }
-            Component::Chunk | Component::Dispatch | Component::Combine => OpBytes::default(),
+            Component::Dispatch | Component::Combine => self.passed_on(component),
+            Component::Chunk => OpBytes::default(),
         };
         OpBytes { gradient, ..bytes }
     }
@@ -283,6 +285,20 @@ impl Rows<'_> {
             ],
             ..OpBytes::default()
         }
+    }
+
+    /// Rows of other ranks that an all-to-all in two hops passes on to the node, or sums up from it.
+    fn passed_on(&self, component: Component) -> OpBytes {
+        if self.expert_nodes == 1 {
+            return OpBytes::default();
+        }
+        let nodes = cost::target_nodes(self.config, self.expert_nodes as u64);
+        let rows =
+            |format| bytes_of_rows(format, self.micro_batch_tokens as u64 * nodes, self.config.hidden_size);
+        let there = rows(self.precision.dispatch);
+        let back = rows(NumberFormat::F32) + rows(self.precision.combine);
+        let scratch = if component == Component::Dispatch { [there, back, 0] } else { [back, there, 0] };
+        OpBytes { scratch, ..OpBytes::default() }
     }
 
     /// The routed experts of the rank.
