@@ -1,4 +1,4 @@
-//! What overlap is worth for DeepSeek-V3, and that no order of the table exposes much less than the default one.
+//! What overlap is worth for DeepSeek-V3, and that no order of the table exposes less than the default one.
 
 use contraflow_runtime::schedule::{Overlap, PairOrder};
 use contraflow_runtime::simulator::{Cluster, Costs, pair_with, simulate_with};
@@ -23,15 +23,14 @@ fn exposed(cluster: &Cluster, order: PairOrder) -> f64 {
 }
 
 #[test]
-fn no_order_of_a_pair_exposes_much_less_than_the_default() {
+fn no_order_of_a_pair_exposes_less_than_the_default() {
     for ratio in [0.62, 0.8, 1.0] {
         let cluster = cluster(ratio);
         let default = exposed(&cluster, PairOrder::DEFAULT);
         for order in PairOrder::all() {
             let other = exposed(&cluster, order);
             println!("{ratio}: {:.2} % {order:?}", 100.0 * other);
-            // The best one exposes 1.05 % where the default exposes 1.18 %; the step of the published run is the same.
-            assert!(default <= other + 0.002, "{ratio}: {default} exposed, {other} with {order:?}");
+            assert!(default <= other + 1e-9, "{ratio}: {default} exposed, {other} with {order:?}");
         }
         // The exchanges alone take as much.
         let floor = f64::max(1.0 - 1.0 / ratio, 0.0);
