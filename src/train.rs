@@ -51,6 +51,9 @@ pub struct TrainArgs {
     /// Where the run can be looked at while it trains.
     #[command(flatten)]
     pub dashboard: DoorArgs,
+    /// Train although memory looks too small: what ranks need is an estimate
+    #[arg(long)]
+    pub force: bool,
     /// Print the recipe with every key resolved, and stop
     #[arg(long)]
     pub print_recipe: bool,
@@ -106,7 +109,12 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
     recipe.tokenizer = text.tokenizer_section.clone();
     print_fallbacks(&recipe)?;
-    check_memory(&recipe, MemoryLimit::of_process())?;
+    if let Err(refusal) = check_memory(&recipe, MemoryLimit::of_process()) {
+        if !args.force {
+            return Err(refusal);
+        }
+        say(format_args!("warning: {}", refusal.message));
+    }
     let door = Door::open(&args.dashboard)?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
@@ -211,7 +219,7 @@ fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failu
             let ranks = if ranks == 1 { "rank".to_owned() } else { count(ranks, "rank") };
             Err(Failure::input(format!(
                 "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
-                 contraflow plan shows what each needs"
+                 contraflow plan shows what each needs, --force tries it"
             )))
         }
         _ => Ok(()),

@@ -40,6 +40,9 @@ pub struct Arguments {
     /// A second submission with the same key is answered with the job of the first
     #[arg(long, value_name = "KEY")]
     pub key: Option<String>,
+    /// Let ranks go wherever there is a slot, although their memory looks too small: what they need is an estimate
+    #[arg(long)]
+    pub force: bool,
     /// Connection and output format
     #[command(flatten)]
     pub common: Common,
@@ -77,6 +80,7 @@ fn submission(args: &Arguments) -> Result<v1::SubmitRequest, Failure> {
         idempotency_key: args.key.clone().unwrap_or_default(),
         min_ranks: args.min_ranks.unwrap_or(0),
         resume,
+        force: args.force,
     })
 }
 

@@ -46,6 +46,16 @@ fn a_rank_that_fits_into_no_worker_is_not_placed_and_status_says_why() {
     });
     let words = "needs 1 rank, room for 0, 2 with too little memory: a rank needs at least 2.5 GiB, worker ";
     assert!(waits.starts_with(words) && waits.ends_with("has 2.1 GiB (RLIMIT_AS)"), "{waits}");
+    // What is forced is placed all the same.
+    let forced = ["submit", "base", "--set", "training.steps=2", "--force", "--format", "json"];
+    let (code, out, stderr) = cluster.run(&forced);
+    assert_eq!(code, 0, "{stderr}");
+    let forced: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let forced = forced["job"].as_str().unwrap();
+    until("a formation of the forced job", || {
+        (cluster.status(forced)?["generation"].as_u64()? > 0).then_some(())
+    });
+    assert_eq!(cluster.run(&["cancel", forced]).0, 0);
     // What fits is placed.
     let small = cluster.submit(&ALONE, &[]);
     assert_eq!(cluster.finish(&small).len(), 60);

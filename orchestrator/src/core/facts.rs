@@ -32,7 +32,7 @@ pub struct JobSpec {
     pub user: String,
     /// What is trained, and how.
     pub recipe: Arc<Recipe>,
-    /// What the rank that needs most of it needs of memory at least, in bytes; 0: not known.
+    /// What the rank that needs most of it needs of memory at least, in bytes; 0: it goes wherever there is a slot.
     pub rank_bytes: u64,
     /// The span of its submission, as a W3C traceparent; empty without tracing.
     pub traceparent: String,

@@ -164,6 +164,7 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         idempotency_key,
         min_ranks,
         resume,
+        force,
     } = request;
     if name.is_empty() {
         name = resumed.as_ref().map_or_else(|| "recipe".to_owned(), |resumed| resumed.spec.name.clone());
@@ -192,7 +193,7 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         return Err(faults);
     }
     let figures = recipe_figures(&recipe).map_err(|words| faults.push("parallel", words)).unwrap_or_default();
-    let rank_bytes = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
+    let estimate = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
     check_quota(quota, &recipe, &mut faults);
     if min_ranks as usize > world {
         faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
@@ -204,7 +205,7 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         key: idempotency_key,
         user: String::new(),
         recipe: Arc::new(recipe),
-        rank_bytes,
+        rank_bytes: if force { 0 } else { estimate },
         traceparent: String::new(),
         origin,
     })

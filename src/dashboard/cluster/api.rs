@@ -158,6 +158,7 @@ fn asked(body: &Value) -> v1::SubmitRequest {
         idempotency_key: text(body, "idempotency_key"),
         min_ranks: body["min_ranks"].as_u64().and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(0),
         resume: None,
+        force: false,
     }
 }
 
