@@ -19,7 +19,9 @@ impl World {
     /// A job that the cluster has no room for, even if it held nothing else, does not keep slots with which another could start.
     pub(super) fn check_useless(&mut self, server: usize) {
         let core = &self.servers[server].core;
-        let useless = if core.is_cut_off() { None } else { useless(core) };
+        // One that hears nobody, or whose decisions cannot be kept, decides nothing.
+        let is_idle = core.is_cut_off() || self.servers[server].disk_fails;
+        let useless = if is_idle { None } else { useless(core) };
         let Some(job) = useless else { return self.checks.useless = None };
         let since = self.checks.useless.filter(|(by, of, _)| (*by, *of) == (server, job));
         let since = since.map_or(self.now, |(.., since)| since);
