@@ -20,12 +20,13 @@ lint:
 fuzz seconds="60":
     fuzz/run {{seconds}}
 
-# Long runs of tests: a million seeds, twenty storms, an hour of watchers, twenty kills, 8 GB of weights converted
+# Long runs of tests: a million seeds, twenty storms, an hour of watchers, twenty kills, 8 GB of weights converted, the memory of `base`
 long:
     SEEDS=1000000 cargo test --workspace --release --test simulation no_seed -- --nocapture
     CONTRAFLOW_STORMS=20 cargo test --workspace --release --test processes storm -- --nocapture
     CONTRAFLOW_SOAK_MINUTES=60 cargo test --workspace --release --test processes soak -- --nocapture
     CONTRAFLOW_GIGABYTES=8 cargo test --workspace --release --test hf gigabytes -- --nocapture
+    CONTRAFLOW_BASE=1 cargo test --workspace --release --test planned_memory a_rank -- --nocapture
     CONTRAFLOW_KILLS=20 cargo test --workspace --release --test processes killed_workers -- --nocapture
 
 # An export against the real transformers, with a Python that has torch and transformers
