@@ -29,6 +29,7 @@ pub mod run;
 pub mod run_dir;
 pub mod runs;
 pub mod summary;
+pub mod systemd;
 pub mod telemetry;
 pub mod train;
 pub mod worker;

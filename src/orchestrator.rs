@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use contraflow_orchestrator::core::{BEAT_MS, RETAINED_JOBS, Times};
-use contraflow_orchestrator::server::{Orchestrator, Security, Settings};
+use contraflow_orchestrator::server::{Front, Orchestrator, Security, Settings};
 use contraflow_runtime::recipe::LogLevel;
 use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
@@ -13,7 +13,7 @@ use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::output::say;
-use crate::{machine, telemetry};
+use crate::{machine, systemd, telemetry};
 
 /// Arguments of `contraflow orchestrator`.
 #[derive(clap::Args, Debug)]
@@ -77,8 +77,10 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
         if let Some(door) = &door {
             say(format_args!("dashboard: {}", door.url(is_secured)));
         }
-        let serve_pages = |front| {
-            // It ends with the runtime.
+        let serve_pages = |front: Front| {
+            let hub = front.clone();
+            // Both end with the runtime.
+            tokio::spawn(systemd::tell(std::future::ready(()), async move || hub.has_answered().await));
             drop(door.map(|door| tokio::spawn(door.serve_cluster(front))));
         };
         orchestrator

@@ -5,6 +5,7 @@
 
 pub mod loads;
 pub mod samples;
+pub mod tensorboard;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,6 +17,7 @@ use contraflow_orchestrator::metrics::record::{StepRecord, mean_max_vio};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use self::samples::{Sample, Samples};
+use self::tensorboard::EventFile;
 use crate::output::{escaped, say};
 use crate::run_dir::METRICS;
 
@@ -45,6 +47,8 @@ pub struct Progress {
     file: File,
     /// See [`loads`].
     loads: File,
+    /// See [`tensorboard`].
+    events: Option<EventFile>,
     /// Tokens and seconds of the latest steps.
     recent: VecDeque<(u64, f64)>,
     last_line: Option<Instant>,
@@ -62,6 +66,7 @@ impl Progress {
         frame: Frame,
         afterwards: String,
         samples: Option<Samples>,
+        events: Option<EventFile>,
     ) -> std::io::Result<Self> {
         let is_terminal = std::io::stderr().is_terminal();
         let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
@@ -76,6 +81,7 @@ impl Progress {
             bar,
             file,
             loads,
+            events,
             recent: VecDeque::new(),
             last_line: None,
             afterwards,
@@ -92,6 +98,9 @@ impl Progress {
         if let Ok(line) = serde_json::to_string(record) {
             // A full disk does not stop training; the summary at the end says what could not be written.
             let _ = writeln!(self.file, "{line}");
+        }
+        if let Some(events) = &mut self.events {
+            let _ = serde_json::to_value(record).map(|line| events.step(&line));
         }
         loads::write(&mut self.loads, record, self.frame.steps);
         for warning in &record.warnings {

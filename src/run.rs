@@ -37,6 +37,7 @@ use crate::machine;
 use crate::output::{count, quoted, say};
 use crate::plan::pictures::Pictures;
 use crate::progress::samples::Samples;
+use crate::progress::tensorboard::EventFile;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
@@ -292,8 +293,11 @@ impl Run {
         tally: &Arc<Mutex<Tally>>,
     ) -> Result<LocalClusterSpec, Failure> {
         let samples = Samples::of(&self.recipe, &self.dir, self.sample_prompt(datasets));
-        let mut progress = Progress::new(&self.dir, self.frame, self.afterwards(datasets), samples)
-            .map_err(|error| Failure::input(format!("{}: {error}", self.dir.display())))?;
+        let unwritable = |error: std::io::Error| Failure::input(format!("{}: {error}", self.dir.display()));
+        let events = self.recipe.log.tensorboard.then(|| EventFile::create(&self.dir)).transpose();
+        let events = events.map_err(unwritable)?;
+        let mut progress = Progress::new(&self.dir, self.frame, self.afterwards(datasets), samples, events)
+            .map_err(unwritable)?;
         let (shared, shown) = (tally.clone(), self.shown.clone());
         let began = Instant::now();
         let before = shared.lock().seconds;

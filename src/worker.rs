@@ -8,13 +8,13 @@ use contraflow_runtime::files::Reloaded;
 use contraflow_runtime::files::objects::{Location, Sources};
 use contraflow_workers::host::{self, LogLevels, Settings};
 use rustix::fs::Mode;
+use tokio::sync::watch;
 use tonic::transport::Endpoint;
 
 use crate::access::Access;
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
-use crate::machine;
-use crate::telemetry;
+use crate::{machine, systemd, telemetry};
 
 /// Arguments of `contraflow worker`.
 #[derive(clap::Args, Debug)]
@@ -58,6 +58,11 @@ pub fn run(args: &WorkerArgs) -> Result<(), Failure> {
     let ended = runtime.block_on(async {
         let (mut once, mut twice) = (Signals::listen()?, Signals::listen()?);
         let stop = async { _ = once.next().await };
+        let (mut member, mut beats) = (settings.pulse.subscribe(), settings.pulse.subscribe());
+        tokio::spawn(systemd::tell(
+            async move { _ = member.wait_for(|&is_member| is_member).await },
+            async move || _ = beats.changed().await,
+        ));
         host::run(settings, lines, (stop, twice.twice())).await.map_err(Failure::input)
     });
     // A rank may hang where it cannot be interrupted: the process does not wait for it.
@@ -166,6 +171,7 @@ fn settings(args: &WorkerArgs, log_levels: LogLevels) -> Result<Settings, Failur
         // Before there are ranks: they would share the cores with the measurement.
         peak_flops: machine::peak(cores) as u64,
         log_levels,
+        pulse: watch::Sender::new(false),
     })
 }
 

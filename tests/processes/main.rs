@@ -28,6 +28,7 @@ mod security;
 #[path = "../objects/server.rs"]
 #[allow(dead_code)]
 mod server;
+mod service_manager;
 mod silence;
 mod soak;
 mod sources;

@@ -58,6 +58,13 @@ impl Front {
         Ok((io, Visitor { address, certificate }))
     }
 
+    /// Completes when the hub, which decides everything, has answered. Waits for ever for one that hangs or has ended.
+    pub async fn has_answered(&self) {
+        if self.hub.ask(|_| ()).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// The way to the services for a visitor.
     pub fn calls(&self, visitor: Visitor) -> Calls {
         Calls { inner: AuthService { auth: self.auth.clone(), inner: self.routes.clone() }, visitor }

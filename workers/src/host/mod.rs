@@ -34,7 +34,7 @@ use contraflow_runtime::files::{self, Reloaded};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, JobId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
@@ -89,6 +89,8 @@ pub struct Settings {
     pub peak_flops: u64,
     /// Log level of each job, for line filters.
     pub log_levels: LogLevels,
+    /// Whether it is a member of a cluster; said at every turn of its clock, by which it is known to be alive.
+    pub pulse: watch::Sender<bool>,
 }
 
 /// Something for the loop.
@@ -232,9 +234,11 @@ impl Host {
             }
             None => self.attach(),
         }
-        if self.link.as_ref().is_some_and(Link::is_member) && self.route.is_due(Instant::now()) {
+        let is_member = self.link.as_ref().is_some_and(Link::is_member);
+        if is_member && self.route.is_due(Instant::now()) {
             self.attach();
         }
+        self.settings.pulse.send_replace(is_member);
     }
 
     /// Sends the log lines that wait, if there is a way.
