@@ -84,10 +84,8 @@ fn has_promtool() -> bool {
 
 #[test]
 fn promtool_has_nothing_to_say() {
-    let has_promtool =
-        Command::new("promtool").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    if !has_promtool.is_ok_and(|status| status.success()) {
-        return eprintln!("skipped: there is no promtool");
+    if !has_promtool() {
+        return;
     }
     let dashboard = serve(vec![shown(4)], "127.0.0.1:0", None);
     let text = get(dashboard.address(), "/metrics").body;
@@ -105,18 +103,73 @@ fn promtool_has_nothing_to_say() {
     assert!(output.status.success() && said.trim().is_empty(), "{said}");
 }
 
+/// The metrics of this project that an expression names.
+fn names_in(expression: &str) -> impl Iterator<Item = &str> {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    expression.split(move |c: char| !is_word(c)).filter(|word| word.starts_with("contraflow_"))
+}
+
 #[test]
 fn alerts_name_documented_metrics_alone() {
     let alerts = include_str!("../../packaging/prometheus/alerts.yml");
     let expressions = alerts.lines().filter_map(|line| line.trim().strip_prefix("expr: "));
-    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let names: BTreeSet<&str> = expressions
-        .flat_map(|expression| {
-            expression.split(|c: char| !is_word(c)).filter(|word| word.starts_with("contraflow_"))
-        })
-        .collect();
+    let names: BTreeSet<&str> = expressions.flat_map(names_in).collect();
     let documented = documented();
     assert!(names.len() >= 6 && names.iter().all(|name| documented.contains_key(*name)), "{names:?}");
+}
+
+/// The queries of the panels of the dashboard for Grafana.
+fn grafana_queries() -> Vec<String> {
+    let text = include_str!("../../packaging/grafana/contraflow.json");
+    let dashboard: serde_json::Value = serde_json::from_str(text).unwrap();
+    let of_panel = |panel: &serde_json::Value| {
+        let targets = panel["targets"].as_array().cloned().unwrap_or_default();
+        targets.iter().map(|target| target["expr"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    dashboard["panels"].as_array().unwrap().iter().flat_map(of_panel).collect()
+}
+
+#[test]
+fn the_dashboard_for_grafana_shows_documented_metrics_and_all_that_tell_how_training_goes() {
+    let (queries, documented) = (grafana_queries(), documented());
+    let names: BTreeSet<&str> = queries.iter().flat_map(|query| names_in(query)).collect();
+    let unknown: Vec<_> = names.iter().filter(|name| !documented.contains_key(**name)).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    // What else there is are constants, times and counts that other queries contain.
+    let left_out: BTreeSet<&str> =
+        documented.keys().map(String::as_str).filter(|name| !names.contains(name)).collect();
+    let expected = [
+        "contraflow_build_info",
+        "contraflow_dashboard_viewers",
+        "contraflow_job_loss_nats",
+        "contraflow_run_info",
+        "contraflow_run_last_step_timestamp_seconds",
+        "contraflow_run_live_chunks",
+        "contraflow_run_tokens_total",
+        "contraflow_run_training",
+        "contraflow_run_training_seconds_total",
+        "contraflow_workers",
+    ];
+    assert_eq!(left_out, BTreeSet::from(expected));
+}
+
+#[test]
+fn promtool_reads_every_query_of_the_dashboard_for_grafana() {
+    if !has_promtool() {
+        return;
+    }
+    let rule = |(number, query): (usize, String)| {
+        let query = query.replace("$run", ".*");
+        serde_json::json!({"record": format!("query:{number}"), "expr": query})
+    };
+    let rules: Vec<_> = grafana_queries().into_iter().enumerate().map(rule).collect();
+    assert!(rules.len() >= 20, "{rules:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rules.yml");
+    let groups = serde_json::json!({"groups": [{"name": "queries", "rules": rules}]});
+    std::fs::write(&file, groups.to_string()).unwrap();
+    let output = Command::new("promtool").args(["check", "rules"]).arg(&file).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
