@@ -8,17 +8,19 @@ use sd_notify::NotifyState;
 /// `works` has completed, so one that hangs is silent and restarted.
 pub async fn tell(is_ready: impl Future<Output = ()>, mut works: impl AsyncFnMut()) {
     is_ready.await;
-    say(NotifyState::Ready);
+    say(NotifyState::Ready).await;
     let Some(patience) = sd_notify::watchdog_enabled() else { return };
     loop {
         works().await;
-        say(NotifyState::Watchdog);
+        say(NotifyState::Watchdog).await;
         tokio::time::sleep(patience / 3).await;
     }
 }
 
-fn say(state: NotifyState) {
-    if let Err(error) = sd_notify::notify(&[state]) {
+/// On a thread that may block: where nobody reads the socket it fills up, and the service must not wait for that.
+async fn say(state: NotifyState<'static>) {
+    let said = tokio::task::spawn_blocking(move || sd_notify::notify(&[state])).await;
+    if let Ok(Err(error)) = said {
         tracing::warn!("systemd was not told that the service works: {error}");
     }
 }
