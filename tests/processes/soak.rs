@@ -23,7 +23,10 @@ fn lasts() -> Duration {
 
 #[test]
 fn an_orchestrator_with_many_watchers_needs_no_more_after_many_jobs_than_after_a_few() {
-    let cluster = Cluster::start(2);
+    let mut cluster = Cluster::start(2);
+    // What is known of jobs that have ended takes its place, up to 10,000 of them: here few are kept, and the rest must be gone.
+    cluster.orchestrator.kill();
+    cluster.start_orchestrator(&["--keep-jobs", "50"]);
     let job = cluster.submit(&[&ALONE[..], &[ENDLESS]].concat(), &[]);
     cluster.until_step(&job, 3);
     let (runtime, heard) = (runtime(), Arc::new(AtomicU64::new(0)));
