@@ -256,7 +256,7 @@ fn of_recipe(recipe: &Recipe) -> Result<(Overview, Plan), Failure> {
     report.per_rank = Some(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages: &plans.layouts,
         placement: &planned.plan.placement,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
@@ -286,7 +286,7 @@ fn step_costs(recipe: &Recipe, plans: &Plans, planned: &Planned) -> Vec<StepCost
     let shapes = Shapes {
         config: &recipe.model_config,
         topology,
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages: &plans.layouts,
         buckets: &plans.sharding.buckets,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,
@@ -323,12 +323,14 @@ impl Checked {
 
 fn all_to_all(recipe: &Recipe) -> Option<String> {
     let expert = recipe.topology().expert;
-    let text = match recipe.expert_nodes() {
-        _ if expert == 1 || recipe.parallel.expert_ranks_per_node == 0 => return None,
-        (_, Some(reason)) => format!("one hop, as {reason}"),
-        (nodes, None) => {
+    if expert == 1 || recipe.parallel.expert_ranks_per_node == 0 {
+        return None;
+    }
+    let text = match recipe.two_hops() {
+        Ok(nodes) => {
             format!("two hops, across {nodes} nodes and inside, among {} expert ranks each", expert / nodes)
         }
+        Err(reason) => format!("one hop, as {reason}"),
     };
     Some(text)
 }

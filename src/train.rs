@@ -109,12 +109,8 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     }
     recipe.tokenizer = text.tokenizer_section.clone();
     print_fallbacks(&recipe)?;
-    if let Err(refusal) = check_memory(&recipe, MemoryLimit::of_process()) {
-        if !args.force {
-            return Err(refusal);
-        }
-        say(format_args!("warning: {}", refusal.message));
-    }
+    let warning = check_memory(&recipe, MemoryLimit::of_process(), args.force)?;
+    warning.iter().for_each(|words| say(format_args!("warning: {words}")));
     let door = Door::open(&args.dashboard)?;
     let run = match resumed {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
@@ -207,8 +203,8 @@ fn print_fallbacks(recipe: &Recipe) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Refuses a run whose ranks, all in this process, need more memory than it may use.
-fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failure> {
+/// Refuses a run whose ranks, all in this process, need more memory than it may use; one that is forced has a warning instead.
+fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>, force: bool) -> Result<Option<String>, Failure> {
     let figures = recipe_figures(recipe).map_err(Failure::input)?;
     let topology = recipe.topology();
     // All ranks at one pipeline coordinate need the same.
@@ -217,12 +213,13 @@ fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>) -> Result<(), Failu
         Some(MemoryLimit { bytes, by }) if bytes < needed => {
             let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
             let ranks = if ranks == 1 { "rank".to_owned() } else { count(ranks, "rank") };
-            Err(Failure::input(format!(
+            let words = format!(
                 "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
-                 contraflow plan shows what each needs, --force tries it"
-            )))
+                 contraflow plan shows what each needs"
+            );
+            if force { Ok(Some(words)) } else { Err(Failure::input(format!("{words}, --force tries it"))) }
         }
-        _ => Ok(()),
+        _ => Ok(None),
     }
 }
 
@@ -235,14 +232,16 @@ mod tests {
     #[test]
     fn a_run_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is() {
         let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
-        let reported = |bytes| {
-            let limit = Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
-            check_memory(&recipe, limit).err().map(|failure| failure.to_string())
-        };
+        let limit = |bytes| Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
+        let reported =
+            |bytes| check_memory(&recipe, limit(bytes), false).err().map(|failure| failure.to_string());
         let words = reported(1 << 20).unwrap();
         assert!(words.starts_with("error: memory: expected at least "), "{words}");
         assert!(words.contains(" MiB for the 4 ranks of this run, got 1.0 MiB (its cgroup)"), "{words}");
         assert_eq!(reported(1 << 40), None);
-        assert!(check_memory(&recipe, None).is_ok());
+        assert!(check_memory(&recipe, None, false).is_ok_and(|warning| warning.is_none()));
+        let warning = check_memory(&recipe, limit(1 << 20), true).unwrap().unwrap();
+        assert!(words.contains(&warning), "{warning}");
+        assert!(check_memory(&recipe, limit(1 << 40), true).is_ok_and(|warning| warning.is_none()));
     }
 }

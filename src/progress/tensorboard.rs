@@ -13,7 +13,7 @@ use prost::Message;
 use serde_json::Value;
 
 /// Where the event files of a run are, below its folder.
-pub const FOLDER: &str = "tensorboard";
+const FOLDER: &str = "tensorboard";
 
 /// One event file that grows.
 pub struct EventFile<W = File> {

@@ -41,7 +41,7 @@ fn shapes<'a>(recipe: &'a Recipe, plans: &'a Plans) -> Shapes<'a> {
     Shapes {
         config: &recipe.model_config,
         topology: recipe.topology(),
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages: &plans.layouts,
         buckets: &plans.sharding.buckets,
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,

@@ -18,8 +18,8 @@ impl Manager {
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         let environment = vec![
             ("NOTIFY_SOCKET", path.to_str().unwrap().to_owned()),
-            // Three times in 0.3 s.
-            ("WATCHDOG_USEC", "300000".to_owned()),
+            // So often that a socket which nobody reads is full at once.
+            ("WATCHDOG_USEC", "30000".to_owned()),
         ];
         Manager { socket, environment }
     }

@@ -27,7 +27,7 @@ pub fn figures_with(recipe: &Recipe, looked_at: usize) -> Result<Vec<RankFigures
     Ok(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages: &stages,
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,

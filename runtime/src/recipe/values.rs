@@ -100,9 +100,15 @@ impl Recipe {
         }
     }
 
-    /// Nodes that the ranks of an expert group are spread over where their all-to-alls go in two hops; 1 where they go in one, with
-    /// the reason.
-    pub fn expert_nodes(&self) -> (usize, Option<String>) {
+    /// Nodes between which all-to-alls of the expert group cross in the first of two hops; 1 where they go in one.
+    pub fn expert_nodes(&self) -> usize {
+        self.two_hops().unwrap_or(1)
+    }
+
+    /// The nodes of the expert group, where all-to-alls go in two hops.
+    ///
+    /// **Errors**: why they go in one, in words.
+    pub fn two_hops(&self) -> Result<usize, String> {
         let (expert, per_node) = (self.parallel.expert, self.parallel.expert_ranks_per_node);
         let groups = self.model_config.n_group;
         let reason = match expert.checked_div(per_node) {
@@ -114,9 +120,9 @@ impl Recipe {
             Some(nodes) if !groups.is_multiple_of(nodes) => {
                 format!("{nodes} nodes do not divide the model's {groups} groups of experts")
             }
-            Some(nodes) => return (nodes, None),
+            Some(nodes) => return Ok(nodes),
         };
-        (1, Some(reason))
+        Err(reason)
     }
 
     /// Whether the state after step `step` (from 1) is kept, for a run that keeps checkpoints.
@@ -289,11 +295,12 @@ mod tests {
                 "training.ramp_start_batch_size=512".to_owned(),
             ];
             let recipe = Recipe::load(&RecipeSource::Builtin("deepseek-v3".into()), &entries).unwrap();
-            recipe.expert_nodes()
+            assert_eq!(recipe.expert_nodes(), recipe.two_hops().unwrap_or(1));
+            recipe.two_hops()
         };
-        let one = |reason: &str| (1, Some(reason.to_owned()));
-        assert_eq!(hops(64, 8), (8, None));
-        assert_eq!(hops(16, 8), (2, None));
+        let one = |reason: &str| Err(reason.to_owned());
+        assert_eq!(hops(64, 8), Ok(8));
+        assert_eq!(hops(16, 8), Ok(2));
         assert_eq!(hops(8, 8), one("its expert ranks share a node"));
         assert_eq!(hops(64, 0), one("its expert ranks share a node"));
         assert_eq!(hops(8, 1), one("each of its expert ranks has a node of its own"));

@@ -177,8 +177,7 @@ impl<'a> Durations<'a> {
         let config = self.kernels.shapes.config;
         let top_k = config.num_experts_per_tok;
         if config.topk_group < config.n_group {
-            let most = config.topk_group * nodes.div_ceil(config.n_group);
-            return most.min(nodes).min(top_k) as f64;
+            return cost::target_nodes(config, nodes as u64) as f64;
         }
         let nodes = nodes as f64;
         nodes * (1.0 - (1.0 - 1.0 / nodes).powi(top_k as i32))

@@ -60,7 +60,7 @@ pub fn pair_with(
     let shapes = Shapes {
         config: &recipe.model_config,
         topology: recipe.topology(),
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages: &stages,
         buckets: &[],
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,

@@ -100,7 +100,7 @@ pub(super) fn with_shapes<R>(
     let shapes = Shapes {
         config: &recipe.model_config,
         topology,
-        expert_nodes: recipe.expert_nodes().0,
+        expert_nodes: recipe.expert_nodes(),
         stages,
         buckets: &buckets(placement, stages, &topology),
         micro_batch_tokens: recipe.training.micro_batch_size * recipe.training.sequence_length,

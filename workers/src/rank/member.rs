@@ -250,7 +250,7 @@ pub async fn join(
             &topology.expert_group(rank_id),
             at.expert,
             recipe.model_config.n_routed_experts / topology.expert,
-            recipe.expert_nodes().0,
+            recipe.expert_nodes(),
         ),
         buckets: Arc::new(optimizer.groups()),
         stages: Arc::new(model.stages),
