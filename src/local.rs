@@ -4,14 +4,15 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use contraflow_orchestrator::job::{JobSetup, Outcome};
 use contraflow_orchestrator::job_actor::{Commits, JobActor, JobActorSetup, JobMessage};
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::JobConstants;
-use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
+use contraflow_runtime::fabric::{Activity, Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::files::STUCK;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::trace::{self, TraceContext};
@@ -58,6 +59,7 @@ pub struct LocalCluster {
     /// The fabric between the ranks.
     pub network: Arc<LocalNetwork>,
     timelines: Timelines,
+    activities: Vec<Arc<Activity>>,
 }
 
 impl LocalCluster {
@@ -122,11 +124,14 @@ impl LocalCluster {
         let (worker_actor, _) = Actor::spawn(None, Worker, tell).await.map_err(failed)?;
         let worker_actor = worker.get_or_init(|| worker_actor);
         let timelines = Timelines::new(world);
+        let mut activities = Vec::new();
         for rank in 0..world {
+            let endpoint = join(&network, rank);
+            activities.push(endpoint.activity().clone());
             let assignment = Box::new(Assignment {
                 formation: FormationId::new(JobId::default(), generation),
                 recipe: recipe.clone(),
-                endpoint: join(&network, rank),
+                endpoint,
                 datasets: datasets.clone(),
                 resume: resume.clone(),
                 recovered: None,
@@ -141,7 +146,7 @@ impl LocalCluster {
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(LocalCluster { job, ended, network, timelines })
+        Ok(LocalCluster { job, ended, network, timelines, activities })
     }
 
     /// What the ranks record of their last steps, while the cluster runs and after its end: [`Timelines::latest`] is the newest step
@@ -162,10 +167,21 @@ impl LocalCluster {
         move |reason| drop(job.cast(JobMessage::Cancel { reason: reason.to_owned() }))
     }
 
-    /// Waits for the end of the job.
+    /// Waits for the end of the job, and until no rank writes to storage or reads from it: who removes what the end has cut off must
+    /// not have it made anew by a rank that is late. Storage that does not answer is given up after [`STUCK`].
     pub async fn wait(self) -> Outcome {
         let message = "the job actor ended without an outcome".into();
         let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
-        self.ended.await.unwrap_or_else(|_| gone())
+        let outcome = self.ended.await.unwrap_or_else(|_| gone());
+        let uses_storage = || self.activities.iter().any(|activity| activity.progress().uses_storage);
+        let deadline = Instant::now() + STUCK;
+        while uses_storage() {
+            if Instant::now() >= deadline {
+                tracing::warn!("the storage has not answered for {} s; it is left alone", STUCK.as_secs());
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        outcome
     }
 }

@@ -5,12 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_runtime::checkpoint::CheckpointFolder;
 use contraflow_runtime::fabric::LocalOptions;
 use contraflow_runtime::schedule::{Component, Lane, Op, Work};
+use contraflow_workers::checkpoint::shard_name;
 use contraflow_workers::engine::probe::{Probe, ProbePoint};
+use rustix::fs::{CWD, Mode, mkfifoat};
 use tokio::sync::Notify;
 
 use crate::lab::{FOUR_RANKS, Finished, Lab, Setup, layout};
+use crate::resume::commits;
 
 /// A kernel that does not come back before the test has ended.
 const LONG_KERNEL: Duration = Duration::from_secs(10);
@@ -66,6 +70,38 @@ fn an_abort_is_answered_before_the_ranks_have_a_model() {
         lab.run(Setup { cancel: Some((at_once, "changed my mind")), ..lab.setup(FOUR_RANKS, &[]) });
     assert_eq!(finished.message(), "changed my mind");
     assert!(finished.since_cancel.unwrap() < SOON);
+}
+
+#[test]
+fn the_end_waits_for_a_rank_that_is_still_writing_its_part_of_a_checkpoint() {
+    let (lab, run) = (Lab::new(), tempfile::tempdir().unwrap());
+    let writes = Arc::new(Notify::new());
+    let cancel = Some((writes.clone(), "no more of it"));
+    let is_it = |point: &ProbePoint| matches!(point, ProbePoint::Actor { rank: 1, name: "checkpointer", .. });
+    let setup = lab.setup(FOUR_RANKS, &["training.steps=1"]);
+    let checkpoints = Some(commits(run.path(), &setup.recipe));
+    let folder = CheckpointFolder::of_run(run.path());
+    let shard = folder.make_unfinished(1).unwrap().join(shard_name(1));
+    // Opening a pipe for writing waits for a reader.
+    mkfifoat(CWD, &shard, Mode::RUSR | Mode::WUSR).unwrap();
+    let is_read = Arc::new(AtomicBool::new(false));
+    let probe = once(is_it, {
+        let is_read = is_read.clone();
+        move || {
+            let (is_read, shard) = (is_read.clone(), shard.clone());
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_secs(1));
+                is_read.store(true, Ordering::Relaxed);
+                drop(std::fs::read(shard));
+            });
+            writes.notify_one();
+        }
+    });
+    let finished = lab.run(Setup { probe, cancel, checkpoints, ..setup });
+    assert_eq!(finished.message(), "no more of it");
+    assert!(is_read.load(Ordering::Relaxed), "the run ended while rank 1 waited for the disk");
+    folder.tidy(1, None).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 /// One message that contains each of these texts.

@@ -72,7 +72,7 @@ impl Endpoint {
     }
 
     /// What the rank is about.
-    pub fn activity(&self) -> &Activity {
+    pub fn activity(&self) -> &Arc<Activity> {
         &self.activity
     }
 

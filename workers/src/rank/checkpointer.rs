@@ -139,6 +139,7 @@ pub fn export(
     if entries.is_empty() {
         return Ok(ExportedFile::default());
     }
+    let _writing = collectives.endpoint.use_storage();
     // Only some ranks write one: they are numbered through once all are there.
     write_file(dir, &format!("rank-{rank:05}-of-{world:05}.safetensors"), entries)
 }
@@ -163,14 +164,15 @@ fn blame(folder: &CheckpointFolder, error: RankError) -> RankError {
     folder.verify().map_or_else(RankError::from, |()| error.in_storage())
 }
 
-/// The same, tried again for `retry` while storage fails and `failed`, which gets to know each failure, says that it is wanted.
+/// The same, tried again for `retry` while storage fails, `failed`, which gets to know each failure, says that it is wanted, and
+/// what the rank is about is not given up.
 ///
 /// **Errors**: those of the last try.
 fn save_until(
     folder: &CheckpointFolder,
     (step, rank): (u64, usize),
     snapshot: Snapshot,
-    retry: Duration,
+    (retry, storage): (Duration, &StorageUse),
     failed: impl Fn(String) -> bool,
 ) -> Result<ShardFile, RankError> {
     if retry.is_zero() {
@@ -181,10 +183,14 @@ fn save_until(
         match save(folder, (step, rank), snapshot.clone()) {
             Err(RankError::Storage { message }) if began.elapsed() < retry => {
                 let wait = backoff(failures);
-                if !failed(format!("{message}; tried again in {} s", wait.as_secs())) {
+                let is_wanted = failed(format!("{message}; tried again in {} s", wait.as_secs()));
+                let again = Instant::now() + wait;
+                while is_wanted && Instant::now() < again && !storage.is_aborted() {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                if !is_wanted || storage.is_aborted() {
                     return Err(RankError::Storage { message });
                 }
-                std::thread::sleep(wait);
             }
             result => return result,
         }
@@ -225,8 +231,9 @@ impl Actor for Checkpointer {
                     let failed = |cause| {
                         rank_actor.cast(RankMessage::SaveFailed { step: position.step, cause }).is_ok()
                     };
-                    let result =
-                        RankError::catch(|| Ok((watch, save_until(&folder, id, *snapshot, retry, failed)?)));
+                    let result = RankError::catch(|| {
+                        Ok((watch, save_until(&folder, id, *snapshot, (retry, &storage), failed)?))
+                    });
                     // Whoever ends a job removes what is not finished after the ranks were told; what was made later is ours to remove.
                     if storage.is_aborted()
                         && let Err(error) = folder.drop_given_up(position.step)
