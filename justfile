@@ -67,6 +67,9 @@ figures:
     target/release/contraflow bench step base --threads 2
     target/release/contraflow bench infer small --threads 1
     target/release/contraflow bench infer base --threads 1
+    @echo "== steps on this machine as its profile predicts them"
+    target/release/contraflow bench profile --to target/machine.toml
+    target/release/contraflow bench prediction --cluster target/machine.toml
     @echo "== the cluster: fabric, load, event log, placement, simulation"
     target/release/contraflow bench fabric
     target/release/contraflow bench load

@@ -9,7 +9,9 @@ mod mtp;
 mod overlap;
 mod placement;
 mod precision;
+mod prediction;
 mod processes;
+mod profile;
 mod rate;
 mod schedules;
 mod simulation;
@@ -36,6 +38,8 @@ use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
 use serde::Serialize;
 
+use self::prediction::PredictionArgs;
+use self::profile::ProfileArgs;
 use self::study::StudyArgs;
 use crate::failure::Failure;
 use crate::local::{LocalCluster, LocalClusterSpec};
@@ -95,6 +99,10 @@ enum BenchCommand {
     Mtp(StudyArgs),
     /// What BF16 and FP8 do to the loss of the tiny recipe, beside what the order of sums does
     Precision(StudyArgs),
+    /// What operations of models take on this machine, as a profile for `contraflow plan --cluster`
+    Profile(ProfileArgs),
+    /// Steps in four layouts on this machine, beside what is predicted from its profile
+    Prediction(PredictionArgs),
     /// Every schedule beside table 2 of the report: bubble, parameters, activations by formula, simulation and a run
     Schedules {
         /// Milliseconds that a forward pass waits in the runs
@@ -170,6 +178,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchCommand::Balance(args) => show(format, &balance::run(args)?),
         BenchCommand::Mtp(args) => show(format, &mtp::run(args)?),
         BenchCommand::Precision(args) => show(format, &precision::run(args)?),
+        BenchCommand::Profile(args) => show(format, &profile::run(args)?),
+        BenchCommand::Prediction(args) => show(format, &prediction::run(args)?),
         BenchCommand::Schedules { unit_ms } => {
             let figures = schedules::run(*unit_ms)?;
             show(format, &figures)?;

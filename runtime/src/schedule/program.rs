@@ -220,7 +220,7 @@ fn tails(ops: &[Op], but: Lane) -> Vec<OpId> {
 }
 
 /// What a layer consists of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum LayerKind {
     /// Attention and a dense FFN: nothing to dispatch.
     Dense,

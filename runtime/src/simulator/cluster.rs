@@ -9,6 +9,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
+use super::measured::MeasuredCosts;
 use super::section::{Range, Section};
 use crate::faults::Faults;
 use crate::files;
@@ -59,6 +60,8 @@ pub enum Costs {
     },
     /// By kernels and links.
     Kernels(Box<Rates>),
+    /// As operations of models were measured.
+    Measured(Box<MeasuredCosts>),
 }
 
 /// How fast kernels run and links carry.
@@ -227,8 +230,13 @@ impl Cluster {
         let faults = RefCell::new(Faults::default());
         let table = read_table(name, text)?;
         let mut root = Section::root(&table, &faults);
-        let costs =
-            if root.has("actions") { actions(&mut root) } else { Costs::Kernels(Box::new(rates(&mut root))) };
+        let costs = if root.has("actions") {
+            actions(&mut root)
+        } else if root.has("measured") {
+            Costs::Measured(Box::new(MeasuredCosts::read(&mut root)))
+        } else {
+            Costs::Kernels(Box::new(rates(&mut root)))
+        };
         let cluster = Cluster {
             name: name.to_owned(),
             ranks: root.whole("ranks") as usize,
@@ -271,7 +279,7 @@ impl Cluster {
     pub fn rates(&self) -> Option<&Rates> {
         match &self.costs {
             Costs::Kernels(rates) => Some(rates),
-            Costs::Actions { .. } => None,
+            Costs::Actions { .. } | Costs::Measured(_) => None,
         }
     }
 }
@@ -375,7 +383,7 @@ fn product(mut row: Section) -> ProductRate {
     rate
 }
 
-fn link(mut section: Section) -> Link {
+pub(super) fn link(mut section: Section) -> Link {
     let link = Link {
         bytes_per_s: section.number("bytes_per_s", Range::Positive),
         latency_s: section.number_or("latency_s", Range::NotNegative, 0.0),

@@ -8,9 +8,10 @@ use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 
 use super::chance::{largest_load, slowest};
-use super::cluster::{Cluster, Link, Rates, Role};
+use super::cluster::{Cluster, Costs, Link, Rates, Role};
 use super::kernels::{Kernel, KernelShapes, Traffic};
-use crate::cost::{self, bytes_of_rows};
+use super::measured::MeasuredDurations;
+use crate::cost::{self, Shapes, bytes_of_rows};
 use crate::recipe::NumberFormat;
 use crate::schedule::{Chunk, Component, Lane, Op, Pass, Work};
 use crate::topology::Coordinates;
@@ -18,7 +19,35 @@ use crate::topology::Coordinates;
 /// A component wherever it stands: the key under which durations are kept.
 type Piece = (Pass, Component, usize);
 
-/// The durations of operations.
+/// How long operations take, however that is known.
+pub trait OperationTimes {
+    /// Of an operation of pipeline rank `pipeline`; of a receive it is that of its send.
+    ///
+    /// **Units**: seconds.
+    fn of(&self, pipeline: usize, op: &Op) -> f64;
+
+    /// What the profile says nothing of though one of these needs it, in words; each once.
+    fn missing(&self, works: &[&Work]) -> Vec<String>;
+}
+
+/// The durations on a cluster: from the rates of kernels, or as they were measured.
+///
+/// # Errors
+/// A profile that knows whole actions only, or has not measured such layers.
+pub fn operation_times<'a>(
+    cluster: &'a Cluster,
+    kernels: KernelShapes<'a>,
+) -> Result<Box<dyn OperationTimes + 'a>, Vec<String>> {
+    match &cluster.costs {
+        Costs::Kernels(rates) => Ok(Box::new(Durations::new(cluster, rates, kernels))),
+        Costs::Measured(costs) => Ok(Box::new(MeasuredDurations::new(&cluster.name, costs, kernels)?)),
+        Costs::Actions { .. } => {
+            Err(vec![format!("{}: expected costs of operations, got durations of actions", cluster.name)])
+        }
+    }
+}
+
+/// The durations of operations by the rates of their kernels.
 pub struct Durations<'a> {
     cluster: &'a Cluster,
     rates: &'a Rates,
@@ -32,57 +61,6 @@ impl<'a> Durations<'a> {
     /// On a cluster whose costs are rates.
     pub fn new(cluster: &'a Cluster, rates: &'a Rates, kernels: KernelShapes<'a>) -> Self {
         Durations { cluster, rates, kernels, pieces: RefCell::default(), loads: RefCell::default() }
-    }
-
-    /// The products that the profile has no rate for, in words; each once.
-    pub fn missing<'p>(&self, works: impl Iterator<Item = &'p Work>) -> Vec<String> {
-        let pieces: BTreeSet<Piece> = works
-            .filter_map(|work| match *work {
-                Work::Component { pass, layer, component, .. } => Some((pass, component, layer)),
-                _ => None,
-            })
-            .collect();
-        let kernels =
-            pieces.into_iter().flat_map(|(pass, component, layer)| self.kernels.of(pass, component, layer));
-        let without = kernels.filter_map(|kernel| match kernel {
-            Kernel::Product { role, format, shape, .. }
-                if self.product_rate(role, format, shape).is_none() =>
-            {
-                Some(format!("{} products in {}", role.name(), format_name(format)))
-            }
-            _ => None,
-        });
-        without.collect::<BTreeSet<String>>().into_iter().collect()
-    }
-
-    /// Of an operation of pipeline rank `pipeline`; of a receive it is that of its send.
-    ///
-    /// **Units**: seconds.
-    pub fn of(&self, pipeline: usize, op: &Op) -> f64 {
-        match op.work {
-            Work::Component { pass, chunk, layer, component } => match component {
-                Component::Dispatch | Component::Combine => {
-                    self.exchange(pass, component) * self.load(layer, chunk)
-                }
-                _ => self.component((pass, component, layer), chunk),
-            },
-            Work::Send { .. } => self.send(pipeline, op),
-            Work::Reduce { .. } | Work::Gather { .. } => {
-                self.rates.across.latency_s
-                    + self.sent_bytes(pipeline, &op.work) / self.of_world().bytes_per_s
-            }
-            Work::Totals | Work::Evidence => {
-                let link = self.of_world();
-                // Up a tree of eight branches and down again.
-                let levels = (self.kernels.shapes.topology.world() as f64).log(8.0).ceil();
-                2.0 * levels * link.latency_s + self.sent_bytes(pipeline, &op.work) / link.bytes_per_s
-            }
-            Work::Pack { bucket }
-            | Work::GradNorm { bucket }
-            | Work::Apply { bucket }
-            | Work::Unpack { bucket } => self.update(&op.work, bucket),
-            Work::Receive { .. } | Work::AwaitReplica | Work::Inspect | Work::Balance | Work::Snapshot => 0.0,
-        }
     }
 
     /// Kernels one after the other, on the slowest of the ranks that do the same.
@@ -206,27 +184,6 @@ impl<'a> Durations<'a> {
             + self.sent_bytes(pipeline, &op.work) / link.bytes_per_s
     }
 
-    fn update(&self, work: &Work, number: usize) -> f64 {
-        let shapes = self.kernels.shapes;
-        let Some(bucket) = shapes.buckets.iter().find(|bucket| bucket.number == number) else { return 0.0 };
-        let elements =
-            cost::bucket_elements(bucket, shapes.config, shapes.stages, &shapes.topology, shapes.precision);
-        let all = elements.all() as f64;
-        let shard = all / bucket.copies as f64;
-        let moments = if shapes.precision.moments == NumberFormat::Bf16 { 2.0 } else { 4.0 };
-        let compute = if shapes.precision.linear == NumberFormat::Fp8 { 1.0 } else { 2.0 };
-        let bytes = match work {
-            // Gradients in f32 read, and written in flat parts.
-            Work::Pack { .. } => 8.0 * all,
-            Work::GradNorm { .. } => 4.0 * shard,
-            // The gradient read; master and both moments read and written; what is computed with written.
-            Work::Apply { .. } => (4.0 + 2.0 * (4.0 + 2.0 * moments) + compute) * shard,
-            // Gathered in bf16, written as it is computed with.
-            _ => (2.0 + compute) * all,
-        };
-        self.kernel(&Kernel::Traffic(Traffic::Update, bytes))
-    }
-
     fn load(&self, layer: usize, chunk: Chunk) -> f64 {
         let chance = self.rates.chance;
         let shapes = self.kernels.shapes;
@@ -256,6 +213,88 @@ impl<'a> Durations<'a> {
         let place =
             [pass as u64, component as u64, layer as u64, chunk.stage as u64, chunk.micro_batch as u64];
         slowest(self.rates.chance, self.kernels.shapes.topology.expert, place)
+    }
+}
+
+impl OperationTimes for Durations<'_> {
+    fn of(&self, pipeline: usize, op: &Op) -> f64 {
+        match op.work {
+            Work::Component { pass, chunk, layer, component } => match component {
+                Component::Dispatch | Component::Combine => {
+                    self.exchange(pass, component) * self.load(layer, chunk)
+                }
+                _ => self.component((pass, component, layer), chunk),
+            },
+            Work::Send { .. } => self.send(pipeline, op),
+            Work::Reduce { .. } | Work::Gather { .. } => {
+                self.rates.across.latency_s
+                    + self.sent_bytes(pipeline, &op.work) / self.of_world().bytes_per_s
+            }
+            Work::Totals | Work::Evidence => {
+                let link = self.of_world();
+                // Up a tree of eight branches and down again.
+                let levels = (self.kernels.shapes.topology.world() as f64).log(8.0).ceil();
+                2.0 * levels * link.latency_s + self.sent_bytes(pipeline, &op.work) / link.bytes_per_s
+            }
+            Work::Pack { .. } | Work::GradNorm { .. } | Work::Apply { .. } | Work::Unpack { .. } => {
+                self.kernel(&Kernel::Traffic(Traffic::Update, update_bytes(&op.work, self.kernels.shapes)))
+            }
+            Work::Receive { .. } | Work::AwaitReplica | Work::Inspect | Work::Balance | Work::Snapshot => 0.0,
+        }
+    }
+
+    fn missing(&self, works: &[&Work]) -> Vec<String> {
+        let pieces: BTreeSet<Piece> = works
+            .iter()
+            .filter_map(|&&work| match work {
+                Work::Component { pass, layer, component, .. } => Some((pass, component, layer)),
+                _ => None,
+            })
+            .collect();
+        let kernels =
+            pieces.into_iter().flat_map(|(pass, component, layer)| self.kernels.of(pass, component, layer));
+        let without = kernels.filter_map(|kernel| match kernel {
+            Kernel::Product { role, format, shape, .. }
+                if self.product_rate(role, format, shape).is_none() =>
+            {
+                Some(format!(
+                    "compute.products: expected a rate of {} products in {}",
+                    role.name(),
+                    format_name(format)
+                ))
+            }
+            _ => None,
+        });
+        without.collect::<BTreeSet<String>>().into_iter().collect()
+    }
+}
+
+/// What an operation of the update reads and writes; of others nothing.
+///
+/// **Units**: bytes.
+pub(super) fn update_bytes(work: &Work, shapes: &Shapes) -> f64 {
+    let (Work::Pack { bucket: number }
+    | Work::GradNorm { bucket: number }
+    | Work::Apply { bucket: number }
+    | Work::Unpack { bucket: number }) = *work
+    else {
+        return 0.0;
+    };
+    let Some(bucket) = shapes.buckets.iter().find(|bucket| bucket.number == number) else { return 0.0 };
+    let elements =
+        cost::bucket_elements(bucket, shapes.config, shapes.stages, &shapes.topology, shapes.precision);
+    let all = elements.all() as f64;
+    let shard = all / bucket.copies as f64;
+    let moments = if shapes.precision.moments == NumberFormat::Bf16 { 2.0 } else { 4.0 };
+    let compute = if shapes.precision.linear == NumberFormat::Fp8 { 1.0 } else { 2.0 };
+    match work {
+        // Gradients in f32 read, and written in flat parts.
+        Work::Pack { .. } => 8.0 * all,
+        Work::GradNorm { .. } => 4.0 * shard,
+        // The gradient read; master and both moments read and written; what is computed with written.
+        Work::Apply { .. } => (4.0 + 2.0 * (4.0 + 2.0 * moments) + compute) * shard,
+        // Gathered in bf16, written as it is computed with.
+        _ => (2.0 + compute) * all,
     }
 }
 

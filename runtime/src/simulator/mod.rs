@@ -1,6 +1,7 @@
 //! The simulator: what a training step takes on a cluster, from the very programs that the ranks execute.
 //!
-//! `cluster` is a machine as data, `kernels` what an operation runs, `duration` how long that takes, `chance` what is uneven about it;
+//! `cluster` is a machine as data, `kernels` what an operation runs, `duration` how long that takes, `measured` what it took on a machine
+//! and `observed` how that follows from recorded steps, `chance` what is uneven about it;
 //! `run` lets the programs of a recipe walk on the virtual clock under these durations, `breakdown` says where the time goes and
 //! `prediction` what a user wants to know of it; `search` compares layouts; `rows` is what pictures show of a simulated or a recorded
 //! step, `svg`, `trace` and `gantt` draw it in the colours of `palette`. The model and its
@@ -12,6 +13,8 @@ mod cluster;
 mod duration;
 mod gantt;
 mod kernels;
+mod measured;
+mod observed;
 mod pair;
 mod palette;
 mod prediction;
@@ -24,9 +27,11 @@ mod trace;
 
 pub use breakdown::{Breakdown, Components};
 pub use cluster::{Calibrated, Chance, Cluster, Costs, Published, Rates, cluster_names};
-pub use duration::Durations;
+pub use duration::{Durations, OperationTimes, operation_times};
 pub use gantt::gantt;
 pub use kernels::{Kernel, KernelShapes, Traffic};
+pub use measured::{LayerShape, MeasuredCosts, MeasuredModel, MeasuredOperation, UpdateSpeed};
+pub use observed::{Observed, measured_links, measured_model};
 pub use pair::{Pair, pair, pair_with};
 pub use palette::{Shade, shade_of, shade_of_action};
 pub use prediction::{Compared, Constant, Prediction, predict};

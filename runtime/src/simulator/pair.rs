@@ -71,7 +71,7 @@ pub fn pair_with(
     let kernels = KernelShapes { shapes: &shapes, memory: &recipe.memory };
     let plan = pairs(SETTLED + 1);
     let programs = lower_with(&plan, Some(&stages), recipe.parallel.expert, overlap);
-    let run = simulate_shapes(plan, programs, cluster, rates, kernels)?;
+    let run = simulate_shapes(plan, programs, cluster, kernels)?;
     let ops = || run.programs[0].ops.iter().zip(&run.timeline.spans[0]);
     let of_action = |action: usize| ops().filter(move |(op, _)| op.action == Some(action));
     let end = |action| of_action(action).map(|(_, span)| span.end).fold(0.0, f64::max);

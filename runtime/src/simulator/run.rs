@@ -4,15 +4,15 @@
 //! but the first. Where a cluster knows nothing but durations of whole actions, the plan itself walks.
 
 use super::breakdown::{Breakdown, breakdown, of_actions};
-use super::cluster::{Cluster, Costs, Rates};
-use super::duration::Durations;
+use super::cluster::{Cluster, Costs};
+use super::duration::operation_times;
 use super::kernels::KernelShapes;
 use crate::cost::Shapes;
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
 use crate::schedule::{
-    Mode, Overlap, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, UnitCosts, buckets, clock,
-    lower_with, walk,
+    Mode, Overlap, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, UnitCosts, Work, buckets,
+    clock, lower_with, walk,
 };
 
 /// A simulated step.
@@ -65,7 +65,7 @@ pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Re
             let step_s = timeline.makespan + optimizer_s;
             Ok(Run { plan, programs, timeline, breakdown, step_s })
         }
-        Costs::Kernels(rates) => simulate_stages((recipe, overlap), cluster, rates, plan, &stages),
+        Costs::Kernels(_) | Costs::Measured(_) => simulate_stages((recipe, overlap), cluster, plan, &stages),
     }
 }
 
@@ -73,7 +73,6 @@ pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Re
 pub(super) fn simulate_stages(
     (recipe, overlap): (&Recipe, Overlap),
     cluster: &Cluster,
-    rates: &Rates,
     plan: Plan,
     stages: &[StageLayout],
 ) -> Result<Run, Vec<String>> {
@@ -85,7 +84,7 @@ pub(super) fn simulate_stages(
             overlap: overlap != Overlap::Off,
         };
         let programs = StepPrograms::new(&passes, &sharding).whole();
-        simulate_shapes(plan, programs, cluster, rates, kernels)
+        simulate_shapes(plan, programs, cluster, kernels)
     })
 }
 
@@ -119,18 +118,17 @@ pub fn simulate_shapes(
     plan: Plan,
     programs: Vec<Program>,
     cluster: &Cluster,
-    rates: &Rates,
     kernels: KernelShapes,
 ) -> Result<Run, Vec<String>> {
-    let durations = Durations::new(cluster, rates, kernels);
-    let works = programs.iter().flat_map(|program| program.ops.iter().map(|op| &op.work));
-    let missing = durations.missing(works);
+    let times = operation_times(cluster, kernels)?;
+    let works: Vec<&Work> =
+        programs.iter().flat_map(|program| program.ops.iter().map(|op| &op.work)).collect();
+    let missing = times.missing(&works);
     if !missing.is_empty() {
-        let fault = |what| format!("{}: compute.products: expected a rate of {what}, got none", cluster.name);
-        return Err(missing.into_iter().map(fault).collect());
+        return Err(missing.into_iter().map(|what| format!("{}: {what}, got none", cluster.name)).collect());
     }
     let timeline =
-        walk(&programs, |rank, op| durations.of(rank, op)).map_err(|deadlock| vec![deadlock.to_string()])?;
+        walk(&programs, |rank, op| times.of(rank, op)).map_err(|deadlock| vec![deadlock.to_string()])?;
     let breakdown = breakdown(&plan, &programs, &timeline);
     let step_s = timeline.makespan;
     Ok(Run { plan, programs, timeline, breakdown, step_s })

@@ -56,21 +56,33 @@ impl Timelines {
 
     /// The newest step that every rank has ended; none before the first one has been.
     pub fn latest(&self) -> Option<RecordedStep> {
-        let steps: Vec<Arc<RankStep>> = {
-            let by_rank = self.by_rank.lock();
-            if by_rank.len() < self.num_ranks {
-                return None;
-            }
-            let of_rank =
-                |kept: &VecDeque<Arc<RankStep>>, step| kept.iter().find(|kept| kept.step == step).cloned();
-            let mut candidates = by_rank.values().next()?.iter().rev().map(|kept| kept.step);
-            candidates.find_map(|step| by_rank.values().map(|kept| of_rank(kept, step)).collect())?
-        };
-        let began = steps.iter().map(|step| step.recording.zero).min()?;
-        let first = steps.first()?;
-        let (step, plan) = (first.step, first.plan.clone());
-        Some(RecordedStep { step, plan, ranks: steps.iter().map(|step| step.since(began)).collect() })
+        self.ended().last().and_then(|steps| put_together(steps))
     }
+
+    /// Every step that is kept and that every rank has ended, the newest one last.
+    pub fn kept(&self) -> Vec<RecordedStep> {
+        self.ended().iter().filter_map(|steps| put_together(steps)).collect()
+    }
+
+    /// The steps that every rank has ended, by rank.
+    fn ended(&self) -> Vec<Vec<Arc<RankStep>>> {
+        let by_rank = self.by_rank.lock();
+        if by_rank.len() < self.num_ranks {
+            return Vec::new();
+        }
+        let of_rank =
+            |kept: &VecDeque<Arc<RankStep>>, step| kept.iter().find(|kept| kept.step == step).cloned();
+        let steps = by_rank.values().next().into_iter().flatten().map(|kept| kept.step);
+        steps.filter_map(|step| by_rank.values().map(|kept| of_rank(kept, step)).collect()).collect()
+    }
+}
+
+/// The same step of all ranks, on one clock.
+fn put_together(steps: &[Arc<RankStep>]) -> Option<RecordedStep> {
+    let began = steps.iter().map(|step| step.recording.zero).min()?;
+    let first = steps.first()?;
+    let (step, plan) = (first.step, first.plan.clone());
+    Some(RecordedStep { step, plan, ranks: steps.iter().map(|step| step.since(began)).collect() })
 }
 
 impl RankStep {
@@ -147,6 +159,8 @@ mod tests {
         assert_eq!(latest.step, 100);
         let begins: Vec<_> = latest.ranks.iter().map(|rank| (rank.rank, rank.spans[0].start)).collect();
         assert_eq!(begins, [(0, 1.0), (1, 4.0)]);
+        let kept: Vec<u64> = timelines.kept().iter().map(|step| step.step).collect();
+        assert_eq!(kept, [98, 99, 100], "rank 0 has dropped 97, rank 1 has not ended 101");
         assert!(timelines.by_rank.lock().values().all(|kept| kept.len() == KEPT_STEPS));
     }
 }

@@ -8,8 +8,8 @@ use crate::recipe::Recipe;
 use crate::schedule::{
     Action, Lane, Mode, Overlap, Pass, Plan, StageLayout, UnitCosts, Work, clock_by, lower,
 };
-use crate::simulator::cluster::{Cluster, Costs, Rates};
-use crate::simulator::duration::Durations;
+use crate::simulator::cluster::{Cluster, Costs};
+use crate::simulator::duration::operation_times;
 use crate::simulator::run::{simulate_stages, with_shapes};
 
 /// Seconds of computation, and of exchanges.
@@ -30,16 +30,11 @@ pub fn step_s(recipe: &Recipe, cluster: &Cluster) -> Result<f64, Vec<String>> {
     };
     let (costs, update_s) = match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => (ActionCosts::Kinds(*unit), *optimizer_s),
-        Costs::Kernels(rates) => {
+        Costs::Kernels(_) | Costs::Measured(_) => {
             let short = plan(2)?;
-            let costs = chunk_costs(recipe, cluster, rates, &short, &stages);
-            let run = simulate_stages(
-                (recipe, Overlap::of(recipe.parallel.overlap)),
-                cluster,
-                rates,
-                short,
-                &stages,
-            )?;
+            let costs = chunk_costs(recipe, cluster, &short, &stages)?;
+            let overlap = Overlap::of(recipe.parallel.overlap);
+            let run = simulate_stages((recipe, overlap), cluster, short, &stages)?;
             (ActionCosts::Chunks(costs), run.breakdown.mean.optimizer)
         }
     };
@@ -74,25 +69,27 @@ impl ActionCosts {
 }
 
 /// By stage and pass, the mean of the two micro-batches of `short`.
+///
+/// # Errors
+/// As [`operation_times`].
 fn chunk_costs(
     recipe: &Recipe,
     cluster: &Cluster,
-    rates: &Rates,
     short: &Plan,
     stages: &[StageLayout],
-) -> HashMap<(usize, Pass), Cost> {
+) -> Result<HashMap<(usize, Pass), Cost>, Vec<String>> {
     with_shapes(recipe, &short.placement, stages, |kernels| {
-        let durations = Durations::new(cluster, rates, kernels);
+        let times = operation_times(cluster, kernels)?;
         let mut costs: HashMap<(usize, Pass), Cost> = HashMap::new();
         for (rank, program) in lower(short, Some(stages), recipe.parallel.expert).iter().enumerate() {
             for op in &program.ops {
                 let Work::Component { pass, chunk, .. } = op.work else { continue };
-                let seconds = durations.of(rank, op) / 2.0;
+                let seconds = times.of(rank, op) / 2.0;
                 costs.entry((chunk.stage, pass)).or_default()[usize::from(op.lane == Lane::Expert)] +=
                     seconds;
             }
         }
-        costs
+        Ok(costs)
     })
 }
 
