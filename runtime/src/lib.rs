@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod control;
 pub mod cost;
+pub mod eplb;
 pub mod fabric;
 pub mod failpoint;
 pub mod faults;

@@ -1,7 +1,7 @@
 //! Generated plans against recorded ones: the same compute order on every rank, the same messages.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::path::{Path, PathBuf};
+mod golden_files;
 
 use contraflow_runtime::schedule::{
     Action, Chunk, Message, Mode, Plan, ScheduleKind, TransferKind, check, lower, messages,
@@ -24,14 +24,9 @@ struct Golden {
 
 #[test]
 fn plans_equal_the_golden_schedules() {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/schedules");
-    let mut files = json_files(&own);
-    if let Ok(more) = std::env::var("CONTRAFLOW_GOLDEN_DIR") {
-        files.extend(json_files(Path::new(&more)));
-    }
     let mut compared = 0;
-    for file in &files {
-        let text = std::fs::read_to_string(file).unwrap();
+    for file in golden_files::all("schedules") {
+        let text = std::fs::read_to_string(&file).unwrap();
         let value: Value = serde_json::from_str(&text).unwrap();
         if value.get("format").and_then(Value::as_str) != Some(FORMAT) {
             println!("skipped, not a schedule: {}", file.display());
@@ -40,25 +35,8 @@ fn plans_equal_the_golden_schedules() {
         compare(&Golden::deserialize(value).unwrap(), &file.display().to_string());
         compared += 1;
     }
-    assert!(compared >= 1, "no golden schedule in {}", own.display());
+    assert!(compared >= 1, "no golden schedule");
     println!("{compared} golden schedules compared");
-}
-
-fn json_files(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
-        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    entries.sort();
-    for path in entries {
-        if path.is_dir() {
-            found.extend(json_files(&path));
-        } else if path.extension().is_some_and(|extension| extension == "json") {
-            found.push(path);
-        }
-    }
-    found
 }
 
 fn compare(golden: &Golden, file: &str) {

@@ -27,6 +27,7 @@ pub const ASSETS: &[Asset] = &[
     asset!("icon.svg"),
     asset!("layers.js"),
     asset!("pipeline.js"),
+    asset!("placement.js"),
     asset!("run.js"),
     asset!("style.css"),
     asset!("uplot/LICENSE"),

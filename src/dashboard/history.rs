@@ -221,7 +221,8 @@ impl History {
                 }
             }
         }
-        if self.latest.loads.is_empty() || step >= self.latest.step {
+        // An earlier step's are not the latest ones, though there be no others.
+        if step >= self.latest.step {
             self.latest.loads = loads;
         }
     }
@@ -335,6 +336,13 @@ mod tests {
         (1..=10_000).for_each(|step| history.put_loads(step, &[LayerLoad { layer: 1, counts: vec![step] }]));
         assert!(history.samples().len() <= 2 * MAX_SAMPLES, "{}", history.samples().len());
         assert_eq!(history.latest().loads, [(1, vec![10_000])]);
+        history.push(&record(10_001), None);
+        history.put_loads(5, &[LayerLoad { layer: 1, counts: vec![5] }]);
+        assert_eq!(
+            (history.latest().step, history.latest().loads.len()),
+            (10_001, 0),
+            "those of step 5 are not"
+        );
         (1..=10_000).for_each(|step| history.annotate(step, "warning", String::new()));
         assert_eq!(history.annotations().len(), MAX_ANNOTATIONS);
     }

@@ -4,8 +4,8 @@
 //!
 //! - `history` holds what is shown of a run: its steps as columns, what happened beside them, loads and norms, thinned as it grows;
 //!   `thin` takes from a long history what a plot of some width shows, extremes included. Pure.
-//! - `views` and `pipeline` make JSON of it, one function a page; `prometheus` makes the text that `/metrics` gives. Pure: they know
-//!   no socket and no clock.
+//! - `views`, `placement` and `pipeline` make JSON of it, one function a page or a part of one; `prometheus` makes the text that
+//!   `/metrics` gives. Pure: they know no socket and no clock.
 //! - `folder` reads a history from the folder of a run.
 //! - `guard` decides who may ask: the host header, the token, what a page may load. Pure.
 //! - `assets` are the page itself: hand-written modules, and uPlot whole, with its licence.
@@ -23,6 +23,7 @@ mod guard;
 pub mod history;
 mod openapi;
 mod pipeline;
+mod placement;
 mod prometheus;
 mod routes;
 mod server;

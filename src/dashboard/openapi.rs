@@ -19,6 +19,8 @@ pub enum Answers {
     Csv,
     /// Loads of experts.
     Experts,
+    /// Where experts would stand for even load.
+    Placement,
     /// Norms by layer.
     Layers,
     /// A timeline.
@@ -81,7 +83,7 @@ const VIEW: (&str, &str) = (
 );
 
 /// All of them.
-pub const ROUTES: [Route; 12] = [
+pub const ROUTES: [Route; 13] = [
     Route {
         path: "/api/v1",
         answers: Answers::About,
@@ -133,6 +135,14 @@ pub const ROUTES: [Route; 12] = [
             ("layer", "Which layer over time; the first if none"),
             ("step", "Which step; the latest if none"),
         ],
+    },
+    Route {
+        path: "/api/v1/runs/{run}/placement",
+        answers: Answers::Placement,
+        summary: "Where the experts of each layer would stand for even load, by the mean of the sampled steps: largest load of a \
+                  rank over the mean as they are, with experts moved, and with a copy more a rank; experts by rank and slot",
+        media: JSON,
+        query: &[],
     },
     Route {
         path: "/api/v1/runs/{run}/layers",

@@ -23,7 +23,7 @@ use super::openapi::{Answers, document, routes};
 use super::prometheus::{Exposition, of_runs};
 use super::shown::Shown;
 use super::views::SeriesQuery;
-use super::{assets, folder, pipeline, prometheus, stream, views};
+use super::{assets, folder, pipeline, placement, prometheus, stream, views};
 
 /// Live streams at once.
 const MAX_VIEWERS: usize = 64;
@@ -262,6 +262,7 @@ fn of_run(answers: Answers, served: &Served, shown: &Arc<Shown>, query: &Query) 
             }
             as_json(&views::experts(shown, layer.and_then(|layer| u32::try_from(layer).ok()), step))
         }
+        Answers::Placement => as_json(&placement::of_run(shown)),
         Answers::Layers => as_json(&views::layers(shown)),
         Answers::Pipeline | Answers::Trace => {
             let view = query.get("view").map_or("actions", String::as_str);

@@ -204,7 +204,7 @@ pub fn experts(shown: &Shown, layer: Option<u32>, step: Option<u64>) -> Value {
         json!({
             "step": at.map(|sample| sample.step), "layers": loads, "layer": layer, "over_time": over_time, "max_vio": vio,
             "steps": history.samples().iter().filter(loaded).map(|sample| sample.step).collect::<Vec<_>>(),
-            "not_recorded": ["gate biases by step", "bytes across nodes per token", "the placement that would balance this load"],
+            "not_recorded": ["gate biases by step", "bytes across nodes per token"],
         })
     })
 }

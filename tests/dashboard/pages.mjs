@@ -70,6 +70,10 @@ async function run(page, id) {
   await page.waitForTimeout(600);
   expect((await page.textContent("main")).includes("Pause"), "pipeline: it plays");
   await visit(page, `/run/${id}/experts`, "canvas", "experts");
+  await page.waitForFunction(() => /max\/mean load per rank [\d.]+ now, [\d.]+ with experts moved, [\d.]+ with one copy more a rank/.test(document.querySelector("main").textContent));
+  await page.click(".pair button:has-text('layer 3')");
+  await page.waitForFunction(() => document.querySelector("main").textContent.includes("layer 3: max/mean") && location.search.includes("layer=3"));
+  await page.screenshot({ path: path.join(out, "experts-placement.png"), fullPage: true });
   await visit(page, `/run/${id}/layers`, "canvas", "layers");
   await visit(page, `/run/${id}/samples`, ".state, pre", null);
   // The browser itself says that it is not there.

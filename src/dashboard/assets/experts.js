@@ -1,6 +1,7 @@
 // The experts: who gets how many tokens, now and over time.
 import { h, fill, api, empty, broken, canvas, heat, colour, si, digits, percent, remember, parameter } from "/assets/dom.js";
 import { Chart } from "/assets/chart.js";
+import { placementCard } from "/assets/placement.js";
 
 /** A heat map. `rows`: [{ label, values }]; a value of 1 is the mean. */
 function heatMap(label, rows, columns, { unit, of, onpick, rowHeight }) {
@@ -45,6 +46,7 @@ export async function expertsPage(main, id) {
   const vio = new Chart({ title: "MaxVio by layer", unit: "", sync: "experts", height: 210 });
   const slider = h("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "Step", oninput: (event) => { const at = Number(event.target.value); state.step = at >= steps.length ? null : String(steps[at]); remember({ step: state.step }); refresh(); } });
   const picker = h("select", { "aria-label": "Layer", onchange: (event) => { state.layer = event.target.value; remember({ layer: state.layer }); refresh(); } });
+  const placement = placementCard(id, (layer) => { state.layer = layer; remember({ layer }); refresh(); });
   let steps = [], stopped = false, busy = false;
 
   const relative = (counts) => { const mean = counts.reduce((sum, count) => sum + count, 0) / Math.max(counts.length, 1); return counts.map((count) => (mean ? count / mean : 0)); };
@@ -57,6 +59,7 @@ export async function expertsPage(main, id) {
       if (state.step !== null) parts.set("step", state.step);
       const view = await api(`${path}?${parts}`);
       if (stopped) return;
+      placement.show(state.layer);
       steps = view.steps; slider.max = String(steps.length);
       if (state.step === null) slider.value = String(steps.length);
       if (!view.layers.length) {
@@ -84,12 +87,13 @@ export async function expertsPage(main, id) {
   };
   fill(main, h("div", { class: "head" }, h("h1", {}, "Experts"), h("span", { class: "sub" }, "who gets how many tokens")), figures, scale(),
     h("section", { class: "card section" }, h("div", { class: "title" }, h("h2", {}, "Load by layer and expert"), words, h("span", { class: "grow" }), h("label", {}, "step ", slider, h("button", { class: "plain", onclick: () => { state.step = null; remember({ step: null }); refresh(); } }, "latest"))), now),
-    h("section", { class: "card section" }, h("div", { class: "title" }, h("h2", {}, "Load over time"), timeWords, h("span", { class: "grow" }), h("label", {}, "of ", picker)), overTime), vio.element, absent);
-  await refresh();
+    h("section", { class: "card section" }, h("div", { class: "title" }, h("h2", {}, "Load over time"), timeWords, h("span", { class: "grow" }), h("label", {}, "of ", picker)), overTime), placement.element, vio.element, absent);
+  await Promise.all([refresh(), placement.refresh()]);
   const again = setInterval(() => { if (state.step === null && !document.hidden) refresh(); }, 3000);
+  const later = setInterval(() => { if (!document.hidden) placement.refresh(); }, 15000);
   const retheme = () => refresh();
   addEventListener("theme", retheme);
-  return () => { stopped = true; clearInterval(again); removeEventListener("theme", retheme); vio.destroy(); };
+  return () => { stopped = true; clearInterval(again); clearInterval(later); removeEventListener("theme", retheme); vio.destroy(); };
 }
 
 export { heatMap };
