@@ -2,7 +2,7 @@
 //!
 //! Composition only: who talks to whom is decided here, what they say is not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::flight::{self, About, Recorders};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::trace::{self, TraceContext};
@@ -23,6 +24,8 @@ use contraflow_workers::rank::build::Assignment;
 use contraflow_workers::rank::worker::{Worker, WorkerMessage};
 use ractor::{Actor, ActorRef};
 use tokio::sync::oneshot;
+
+use crate::output::say;
 
 /// What a cluster runs.
 pub struct LocalClusterSpec {
@@ -42,6 +45,8 @@ pub struct LocalClusterSpec {
     pub export_dir: Option<PathBuf>,
     /// Timeout, delay injection and frame log of the fabric.
     pub network: LocalOptions,
+    /// Take what the ranks do; none of a default.
+    pub flight: Recorders,
     /// For tests.
     pub probe: Probe,
     /// Subscribers to the record of every step.
@@ -51,6 +56,19 @@ pub struct LocalClusterSpec {
 /// How long the last checkpoint is tried to be written while storage fails: who sees the run may make room.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often the record of the ranks says that the process is alive.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Begins the record of what the ranks of a run do, in its folder. A run is as good without: why there is none is said.
+pub fn recorders(run: &Path, generation: Generation, world: usize) -> Recorders {
+    let about = About { formation: FormationId::new(JobId::default(), generation), world };
+    let folder = run.join(flight::FOLDER);
+    Recorders::create(&folder, &about).unwrap_or_else(|error| {
+        say(format_args!("warning: {}: {error}; what the ranks do is not recorded", folder.display()));
+        Recorders::default()
+    })
+}
+
 /// A running cluster.
 pub struct LocalCluster {
     job: ActorRef<JobMessage>,
@@ -58,6 +76,7 @@ pub struct LocalCluster {
     /// The fabric between the ranks.
     pub network: Arc<LocalNetwork>,
     timelines: Timelines,
+    flight: Recorders,
 }
 
 impl LocalCluster {
@@ -84,6 +103,7 @@ impl LocalCluster {
             checkpoints,
             export_dir,
             network,
+            flight,
             probe,
             subscribers,
         } = spec;
@@ -135,13 +155,14 @@ impl LocalCluster {
                 save_timeout: SAVE_TIMEOUT,
                 trace: trace::current(),
                 timelines: timelines.clone(),
+                flight: flight.of(rank),
                 probe: probe.clone(),
             });
             worker_actor
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(LocalCluster { job, ended, network, timelines })
+        Ok(LocalCluster { job, ended, network, timelines, flight })
     }
 
     /// What the ranks record of their last steps, while the cluster runs and after its end: [`Timelines::latest`] is the newest step
@@ -163,9 +184,20 @@ impl LocalCluster {
     }
 
     /// Waits for the end of the job.
-    pub async fn wait(self) -> Outcome {
+    pub async fn wait(mut self) -> Outcome {
         let message = "the job actor ended without an outcome".into();
         let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
-        self.ended.await.unwrap_or_else(|_| gone())
+        let mut beats = tokio::time::interval(BEAT);
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut self.ended => break outcome.unwrap_or_else(|_| gone()),
+                _ = beats.tick() => self.flight.beat(),
+            }
+        };
+        match outcome {
+            Outcome::Done { .. } | Outcome::Stopped { .. } => self.flight.finish(),
+            Outcome::Diverged { .. } | Outcome::Failed { .. } => self.flight.beat(),
+        }
+        outcome
     }
 }
