@@ -29,6 +29,7 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::LocalOptions;
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::PackedDataset;
@@ -298,6 +299,7 @@ impl QuietRun {
             checkpoints,
             export_dir,
             network: LocalOptions::default(),
+            flight: Recorders::default(),
             probe,
             subscribers: vec![subscriber],
         };

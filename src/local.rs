@@ -2,7 +2,7 @@
 //!
 //! Composition only: who talks to whom is decided here, what they say is not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Activity, Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::STUCK;
+use contraflow_runtime::flight::{self, About, Recorders};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::trace::{self, TraceContext};
@@ -24,6 +25,8 @@ use contraflow_workers::rank::build::Assignment;
 use contraflow_workers::rank::worker::{Worker, WorkerMessage};
 use ractor::{Actor, ActorRef};
 use tokio::sync::oneshot;
+
+use crate::output::say;
 
 /// What a cluster runs.
 pub struct LocalClusterSpec {
@@ -43,6 +46,8 @@ pub struct LocalClusterSpec {
     pub export_dir: Option<PathBuf>,
     /// Timeout, delay injection and frame log of the fabric.
     pub network: LocalOptions,
+    /// Take what the ranks do; none of a default.
+    pub flight: Recorders,
     /// For tests.
     pub probe: Probe,
     /// Subscribers to the record of every step.
@@ -52,6 +57,19 @@ pub struct LocalClusterSpec {
 /// How long the last checkpoint is tried to be written while storage fails: who sees the run may make room.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often the record of the ranks says that the process is alive.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Begins the record of what the ranks of a run do, in its folder. A run is as good without: why there is none is said.
+pub fn recorders(run: &Path, generation: Generation, world: usize) -> Recorders {
+    let about = About { formation: FormationId::new(JobId::default(), generation), world };
+    let folder = run.join(flight::FOLDER);
+    Recorders::create(&folder, &about).unwrap_or_else(|error| {
+        say(format_args!("warning: {}: {error}; what the ranks do is not recorded", folder.display()));
+        Recorders::default()
+    })
+}
+
 /// A running cluster.
 pub struct LocalCluster {
     job: ActorRef<JobMessage>,
@@ -60,6 +78,7 @@ pub struct LocalCluster {
     pub network: Arc<LocalNetwork>,
     timelines: Timelines,
     activities: Vec<Arc<Activity>>,
+    flight: Recorders,
 }
 
 impl LocalCluster {
@@ -86,6 +105,7 @@ impl LocalCluster {
             checkpoints,
             export_dir,
             network,
+            flight,
             probe,
             subscribers,
         } = spec;
@@ -140,13 +160,14 @@ impl LocalCluster {
                 save_timeout: SAVE_TIMEOUT,
                 trace: trace::current(),
                 timelines: timelines.clone(),
+                flight: flight.of(rank),
                 probe: probe.clone(),
             });
             worker_actor
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(LocalCluster { job, ended, network, timelines, activities })
+        Ok(LocalCluster { job, ended, network, timelines, activities, flight })
     }
 
     /// What the ranks record of their last steps, while the cluster runs and after its end: [`Timelines::latest`] is the newest step
@@ -169,19 +190,32 @@ impl LocalCluster {
 
     /// Waits for the end of the job, and until no rank writes to storage or reads from it: who removes what the end has cut off must
     /// not have it made anew by a rank that is late. Storage that does not answer is given up after [`STUCK`].
-    pub async fn wait(self) -> Outcome {
+    pub async fn wait(mut self) -> Outcome {
         let message = "the job actor ended without an outcome".into();
         let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
-        let outcome = self.ended.await.unwrap_or_else(|_| gone());
-        let uses_storage = || self.activities.iter().any(|activity| activity.progress().uses_storage);
+        let mut beats = tokio::time::interval(BEAT);
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut self.ended => break outcome.unwrap_or_else(|_| gone()),
+                _ = beats.tick() => self.flight.beat(),
+            }
+        };
+        self.storage_is_left().await;
+        match outcome {
+            Outcome::Done { .. } | Outcome::Stopped { .. } => self.flight.finish(),
+            Outcome::Diverged { .. } | Outcome::Failed { .. } => self.flight.beat(),
+        }
+        outcome
+    }
+
+    async fn storage_is_left(&self) {
         let deadline = Instant::now() + STUCK;
-        while uses_storage() {
+        while self.activities.iter().any(|activity| activity.progress().uses_storage) {
             if Instant::now() >= deadline {
                 tracing::warn!("the storage has not answered for {} s; it is left alone", STUCK.as_secs());
                 break;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        outcome
     }
 }

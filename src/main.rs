@@ -51,6 +51,8 @@ enum Command {
     Dashboard(dashboard::DashboardArgs),
     /// Draw the curves of runs over one another: loss, validation, gradient norm
     Plot(runs::plot::PlotArgs),
+    /// Say what is wrong with a run: program, machine, disk, checkpoints, what its ranks were about
+    Doctor(runs::doctor::DoctorArgs),
     /// List the built-in recipes and models
     Recipes(recipes::RecipesArgs),
     /// Benchmark this machine: training steps, prompts and tokens, balance of the experts
@@ -103,6 +105,7 @@ fn main() -> ExitCode {
         Command::Runs(args) => runs::run(&args),
         Command::Dashboard(args) => dashboard::run(&args),
         Command::Plot(args) => runs::plot::run(&args),
+        Command::Doctor(args) => runs::doctor::run(&args),
         Command::Recipes(args) => recipes::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Data(args) => data::run(&args),

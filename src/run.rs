@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use crate::dashboard::{Facts, Phase, Shown};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
-use crate::local::{LocalCluster, LocalClusterSpec};
+use crate::local::{self, LocalCluster, LocalClusterSpec};
 use crate::machine;
 use crate::output::{count, quoted, say};
 use crate::plan::pictures::Pictures;
@@ -41,6 +41,7 @@ use crate::progress::tensorboard::EventFile;
 use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
+use crate::runs::doctor;
 
 /// Running totals over the steps of this process.
 #[derive(Clone, Debug, Default)]
@@ -249,10 +250,10 @@ impl Run {
                     message,
                     kind: ErrorKind::Config | ErrorKind::Node | ErrorKind::Storage | ErrorKind::Damaged,
                 } => {
-                    return Err(Failure::input(format!("{message}{}", self.resume_hint())));
+                    return Err(Failure::input(format!("{message}{}", self.failure_hint())));
                 }
                 Outcome::Failed { message, .. } => {
-                    return Err(Failure::run(format!("{message}{}", self.resume_hint())));
+                    return Err(Failure::run(format!("{message}{}", self.failure_hint())));
                 }
             }
         }
@@ -330,6 +331,7 @@ impl Run {
             }),
             export_dir: self.export_dir()?,
             network: LocalOptions::default(),
+            flight: local::recorders(&self.dir, attempt.generation, self.recipe.topology().world()),
             probe: Probe::default(),
             subscribers: vec![subscriber],
         })
@@ -351,7 +353,8 @@ impl Run {
             RollBack { newest, returns, max_returns }.decide(&self.with_evidence(divergence), cursor);
         let returned = decided.map_err(|why| {
             let says_all = newest.is_none() && rolls_back;
-            Failure::run(if says_all { why } else { format!("{why}{}", self.resume_hint()) })
+            let resume = if says_all { String::new() } else { self.resume_hint() };
+            Failure::run(format!("{why}{resume}{}", doctor::hint(&self.dir)))
         })?;
         say(&returned.why);
         run_dir::keep_metrics(&self.dir, &self.dir, returned.to)
@@ -419,6 +422,11 @@ impl Run {
             std::fs::write(dir.join(name), bytes).map_err(failed)?;
         }
         Ok(Some(dir))
+    }
+
+    /// What follows the message of a run that failed: how to resume it, what held it up, and how to learn more.
+    fn failure_hint(&self) -> String {
+        self.resume_hint() + &doctor::hint(&self.dir)
     }
 
     /// A hint how to resume this run, appended to messages.

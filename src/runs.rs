@@ -1,8 +1,9 @@
 //! `contraflow runs`: the runs of this folder as things: listed, compared, measured, removed. What is read of one is in
-//! `survey`, its curves are drawn by `plot`.
+//! `survey`, its curves are drawn by `plot`, what is wrong with one says `doctor`.
 
 mod compare;
 pub(crate) mod curves;
+pub mod doctor;
 mod page;
 pub mod plot;
 mod survey;

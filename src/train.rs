@@ -204,7 +204,11 @@ fn print_fallbacks(recipe: &Recipe) -> Result<(), Failure> {
 }
 
 /// Refuses a run whose ranks, all in this process, need more memory than it may use; one that is forced has a warning instead.
-fn check_memory(recipe: &Recipe, limit: Option<MemoryLimit>, force: bool) -> Result<Option<String>, Failure> {
+pub(crate) fn check_memory(
+    recipe: &Recipe,
+    limit: Option<MemoryLimit>,
+    force: bool,
+) -> Result<Option<String>, Failure> {
     let figures = recipe_figures(recipe).map_err(Failure::input)?;
     let topology = recipe.topology();
     // All ranks at one pipeline coordinate need the same.

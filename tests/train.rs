@@ -152,7 +152,9 @@ fn a_run_that_is_not_finite_ends_with_evidence_and_skipped_batches_are_on_record
     let output = contraflow(dir.path(), &[&absurd[..], &["watch.on_nan=stop"]].concat());
     let stderr = text(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    let last = stderr.lines().last().unwrap();
+    let mut from_end = stderr.lines().rev();
+    let (doctor, last) = (from_end.next().unwrap(), from_end.next().unwrap());
+    assert_eq!(doctor, "more about it: contraflow doctor runs/tiny", "{stderr}");
     assert!(last.starts_with("error: step 2: "), "{stderr}");
     assert!(last.contains("; no rank has updated its weights; see runs/tiny/evidence.json"), "{stderr}");
     assert!(last.ends_with("; no checkpoint has been made"), "{stderr}");

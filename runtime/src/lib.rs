@@ -11,6 +11,7 @@ pub mod fabric;
 pub mod failpoint;
 pub mod faults;
 pub mod files;
+pub mod flight;
 pub mod layout;
 pub mod model_config;
 pub mod publish;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use contraflow_orchestrator::job::Outcome;
 use contraflow_runtime::fabric::{LinkSpeed, Links, LocalOptions, Phase};
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::Program;
 use contraflow_runtime::topology::Generation;
@@ -210,6 +211,7 @@ impl Bench {
             checkpoints: None,
             export_dir: None,
             network: LocalOptions { links: links.cloned(), log_frames: true, ..LocalOptions::default() },
+            flight: Recorders::default(),
             probe,
             subscribers: Vec::new(),
         };

@@ -16,6 +16,7 @@ use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::{
     Formation, Listener, LocalNetwork, LocalOptions, SentFrame, Transport, WiredNetwork,
 };
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use contraflow_workers::checkpoint::Checkpoint;
@@ -234,6 +235,7 @@ async fn run(setup: Setup) -> Finished {
         checkpoints,
         export_dir,
         network,
+        flight: Recorders::default(),
         probe,
         subscribers,
     };

@@ -88,6 +88,7 @@ impl Rank {
             pipeline_peers: vec![rank],
             hidden_size: recipe.model_config.hidden_size,
             precision: Precision::F32,
+            flight: None,
             probe: Probe::default(),
         };
         let programs = StepPrograms::new(&[Program::default()], &plans.sharding);

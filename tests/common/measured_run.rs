@@ -8,6 +8,7 @@ use contraflow_orchestrator::job::Outcome;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_runtime::fabric::LocalOptions;
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::batches::Datasets;
@@ -38,6 +39,7 @@ pub fn run(
         checkpoints: None,
         export_dir: None,
         network: LocalOptions::default(),
+        flight: Recorders::default(),
         probe: Probe::default(),
         subscribers: vec![subscriber],
     };

@@ -5,6 +5,7 @@
 mod crashes;
 #[path = "../common/deadline.rs"]
 mod deadline;
+mod doctor;
 mod interrupts;
 mod readers;
 mod refusals;

@@ -95,7 +95,8 @@ fn every_file_says_what_it_is() {
 
 #[test]
 fn unsafe_code_stands_in_kernels_and_where_memory_is_mapped_and_says_why_it_is_sound() {
-    let mapped = ["workers/src/data/mmap.rs", "runtime/src/fabric/shm_memory.rs"];
+    let mapped =
+        ["workers/src/data/mmap.rs", "runtime/src/fabric/shm_memory.rs", "runtime/src/flight/mapped.rs"];
     let forms = ["{", "fn", "impl", "extern", "trait"].map(|form| ["unsafe", form].join(" "));
     let mut faults = Vec::new();
     for (path, text) in sources() {

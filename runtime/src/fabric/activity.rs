@@ -1,8 +1,10 @@
 //! What a rank is about, as others may see it: how far it is in its step, and whether any of its threads is at work or all of
 //! them wait for other ranks. That distinguishes a stalled rank from those that wait for it. Knows no operation.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::observer::{Observer, Traffic};
 
 /// How far a rank is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,9 +30,23 @@ pub struct Activity {
     at_storage: AtomicI64,
     /// What it is about is given up.
     is_aborted: AtomicBool,
+    /// Who takes note of what passes.
+    observer: OnceLock<Arc<dyn Observer>>,
 }
 
 impl Activity {
+    /// From now on somebody takes note of what passes; the first who does stays.
+    pub fn observe_with(&self, observer: Arc<dyn Observer>) {
+        drop(self.observer.set(observer));
+    }
+
+    /// Tells whoever takes note.
+    pub(super) fn tell(&self, traffic: Traffic<'_>) {
+        if let Some(observer) = self.observer.get() {
+            observer.observe(traffic);
+        }
+    }
+
     /// A step begins.
     pub fn begin_step(&self, step: u64) {
         self.operations.store(0, Ordering::Relaxed);
@@ -82,6 +98,7 @@ pub struct StorageUse(Arc<Activity>);
 impl StorageUse {
     pub(super) fn begin(activity: Arc<Activity>) -> Self {
         activity.at_storage.fetch_add(1, Ordering::Relaxed);
+        activity.tell(Traffic::StorageBegan);
         StorageUse(activity)
     }
 
@@ -95,6 +112,7 @@ impl Drop for StorageUse {
     fn drop(&mut self) {
         self.0.operations.fetch_add(1, Ordering::Relaxed);
         self.0.at_storage.fetch_add(-1, Ordering::Relaxed);
+        self.0.tell(Traffic::StorageEnded);
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::activity::{Activity, AtWork, StorageUse, Wait};
 use super::inbox::Inbox;
 use super::local::LocalNetwork;
+use super::observer::Traffic;
 use super::wired::WiredNetwork;
 use super::{FabricError, Phase, Region, Tag};
 use crate::topology::Generation;
@@ -50,6 +51,7 @@ impl Endpoint {
             let bytes: usize = parts.iter().map(Region::len).sum();
             self.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         }
+        self.activity.tell(Traffic::Sent { to, tag: &tag });
         match &self.network {
             Network::Local(network) => network.send(to, tag, parts, trace::current()),
             Network::Wired(network) => network.send(to, tag, parts, trace::current()),
@@ -64,9 +66,11 @@ impl Endpoint {
         if let Network::Wired(network) = &self.network {
             network.watch(tag.source as usize);
         }
+        self.activity.tell(Traffic::Awaited(&tag));
         let waits = Wait::begin(&self.activity);
         let (parts, sender) = self.inbox.receive(tag, self.timeout())?;
         drop(waits);
+        self.activity.tell(Traffic::Received(&tag));
         self.links.took(tag.source, sender);
         Ok(parts)
     }

@@ -79,6 +79,7 @@ async fn train(part: &ProcessRole, endpoint: Endpoint, dir: PathBuf) -> Result<T
         save_timeout: Duration::ZERO,
         trace: TraceContext::default(),
         timelines: Timelines::new(1),
+        flight: None,
         probe: recorder(recorded.clone(), WARM_UP as u64 + 1..last),
     });
     let (tell, mut events) = mpsc::unbounded_channel();

@@ -10,6 +10,8 @@ use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::FabricError;
+use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::flight::Event;
 use contraflow_runtime::schedule::{Lane, OpId};
 
 use super::events::WaitError;
@@ -116,7 +118,14 @@ impl LaneThread {
         };
         running.events.wait(&op.after, running.context.endpoint.timeout()).map_err(why_late)?;
         let began = Instant::now();
-        RankError::catch(|| {
+        let (work, step) = (op.work, running.id.step);
+        let note = |event, at| {
+            if let Some(flight) = &running.context.flight {
+                flight.note(event, at);
+            }
+        };
+        note(Event::Began(work, step), began);
+        let done = RankError::catch(|| {
             let (rank, step) = (running.context.endpoint.rank(), running.id.step);
             let _at_work = running.context.endpoint.work();
             running.context.probe.at(ProbePoint::Op { rank, step, op });
@@ -127,8 +136,15 @@ impl LaneThread {
             let _span = tracing::trace_span!("op", job, generation, rank, step, action = op.action).entered();
             tracing::trace!("{:?} begins {}", self.lane, op.work);
             running.execute(op)
-        })?;
+        });
         let ended = Instant::now();
+        // What ends because others are gone has not ended: that is what it waited for.
+        match &done {
+            Ok(()) => note(Event::Ended(work, step), ended),
+            Err(error) if error.kind() != ErrorKind::Lost => note(Event::Failed(work, step), ended),
+            Err(_) => {}
+        }
+        done?;
         running.events.complete(op_id);
         Ok((began, ended))
     }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use contraflow_runtime::fabric::Endpoint;
+use contraflow_runtime::flight::Recorder;
 use contraflow_runtime::schedule::Program;
 use parking_lot::{Mutex, MutexGuard};
 use tracing::Span;
@@ -71,6 +72,8 @@ pub struct RankContext {
     pub hidden_size: usize,
     /// Formats of what is sent.
     pub precision: Precision,
+    /// Takes what operations do, where that is to outlive the process.
+    pub flight: Option<Arc<Recorder>>,
     /// For tests.
     pub probe: Probe,
 }

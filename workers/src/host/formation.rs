@@ -141,6 +141,7 @@ impl Formation {
                 save_timeout: SAVE_TIMEOUT,
                 trace: TraceContext::parse(&assign.traceparent),
                 timelines: timelines.clone(),
+                flight: None,
                 probe: Probe::default(),
             });
             // The receiver is in this function.

@@ -10,6 +10,7 @@ use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Position};
 use contraflow_runtime::fabric::Endpoint;
 use contraflow_runtime::files::objects::fetch;
+use contraflow_runtime::flight::Recorder;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::FormationId;
@@ -56,6 +57,8 @@ pub struct Assignment {
     pub trace: TraceContext,
     /// Takes what the rank records of its steps.
     pub timelines: Timelines,
+    /// Takes what the rank does, where that is to outlive the process.
+    pub flight: Option<Arc<Recorder>>,
     /// For tests.
     pub probe: Probe,
 }
@@ -78,6 +81,9 @@ pub struct Built {
 /// **Errors**: if the recipe's layers do not fit its stages; a weight or a checkpoint that cannot be read or is
 /// of another model.
 pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankError> {
+    if let Some(flight) = &assignment.flight {
+        assignment.endpoint.activity().observe_with(flight.clone());
+    }
     let recipe = assignment.recipe.clone();
     let wrong = |message| RankError::Content { path: "recipe".into(), message };
     let plans = Plans::new(&recipe).map_err(wrong)?;

@@ -257,6 +257,7 @@ pub async fn join(
         pipeline_peers: (0..topology.pipeline).map(|at| topology.pipeline_peer(rank_id, at)).collect(),
         hidden_size: recipe.model_config.hidden_size,
         precision: Precision::of(&recipe.precision),
+        flight: assignment.flight.clone(),
         probe: probe.clone(),
     };
     let cell = || myself.get_cell();

@@ -230,6 +230,7 @@ impl OneRank {
             pipeline_peers: vec![0],
             hidden_size: self.arch.config.hidden_size,
             precision: self.arch.precision,
+            flight: None,
             probe: Probe::default(),
         }
     }

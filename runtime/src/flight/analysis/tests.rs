@@ -1,0 +1,196 @@
+//! Rings made by hand, and what is said of them.
+
+use super::super::record::Record;
+use super::super::ring::Header;
+use super::*;
+use crate::fabric::FrameKind;
+use crate::schedule::{Chunk, Component, Pass};
+
+const SECOND: u64 = 1_000_000_000;
+
+/// When all rings of these tests begin.
+const BEGAN: u64 = 1_000 * SECOND;
+
+fn ring(
+    rank: u32,
+    world: u32,
+    alive: u64,
+    events: &[(u64, u16, Event)],
+) -> (usize, Result<Ring, Unreadable>) {
+    let program = String::new();
+    let header = Header { rank, world, job: 1, generation: 1, process: 7, began: BEGAN, program };
+    let record = |(number, &(at, lane, event))| Record { number, at, lane, event };
+    let records = (1..).zip(events).map(record).collect();
+    (rank as usize, Ok(Ring { header, alive, records, unreadable: 0 }))
+}
+
+fn forward(stage: usize, micro_batch: usize) -> Work {
+    let (pass, chunk) = (Pass::Forward, Chunk { stage, micro_batch });
+    Work::Component { pass, chunk, layer: 3, component: Component::Attention }
+}
+
+fn frame(peer: u32, kind: FrameKind) -> Frame {
+    let phase = Phase::Train;
+    Frame { peer, kind, phase, step: 7, stage: 1, micro_batch: 3, layer: 0, hop: 0 }
+}
+
+/// A receive that has begun and waits.
+fn waiting(peer: u32, at: u64, lane: u16) -> [(u64, u16, Event); 2] {
+    let (kind, chunk) = (crate::schedule::TransferKind::Activation, Chunk { stage: 1, micro_batch: 3 });
+    let receive = Event::Began(Work::Receive { kind, chunk }, 7);
+    [(at, lane, receive), (at, lane, Event::Awaited(frame(peer, FrameKind::Activation)))]
+}
+
+/// One operation of step 7 that has ended after a second.
+fn done() -> [(u64, u16, Event); 2] {
+    [(0, 0, Event::Began(forward(0, 0), 7)), (SECOND, 0, Event::Ended(forward(0, 0), 7))]
+}
+
+fn events(parts: &[&[(u64, u16, Event)]]) -> Vec<(u64, u16, Event)> {
+    parts.concat()
+}
+
+#[test]
+fn a_hang_in_an_operation_names_the_rank_the_operation_and_who_waits_for_it() {
+    let alive = 14 * SECOND + SECOND * 3 / 10;
+    let stuck = (2 * SECOND, 0, Event::Began(forward(1, 3), 7));
+    let rings = [
+        // Through rank 1.
+        ring(0, 4, alive, &events(&[&done(), &waiting(1, 3 * SECOND, 5)])),
+        ring(1, 4, alive, &events(&[&done(), &waiting(2, 3 * SECOND, 5)])),
+        // It also waits, on a lane of its own, for the one that waits for it: that is not what holds it up.
+        ring(2, 4, alive, &events(&[&done(), &[stuck], &waiting(1, 2 * SECOND, 5)])),
+        ring(3, 4, alive, &events(&[&done(), &waiting(2, 4 * SECOND, 5)])),
+    ];
+    let analysis = Analysis::of(&rings, None);
+    assert_eq!(
+        analysis.to_string(),
+        "rank 2 has been in forward of Attention, layer 3, stage 1, micro-batch 3, of step 7 for 12.3 s; ranks 0, 1, 3 wait for it"
+    );
+    assert!(analysis.is_stuck());
+    assert_eq!(analysis.ranks[3].last, Some((forward(0, 0), 7)));
+    let words = analysis.ranks[3].to_string();
+    assert!(
+        words.contains("waiting for Activation of stage 1, micro-batch 3, layer 0 from rank 2 for 10.3 s"),
+        "{words}"
+    );
+    // As long as the longest operation allows it is no hang.
+    let slow = [(0, 0, Event::Began(forward(0, 0), 6)), (2 * SECOND, 0, Event::Ended(forward(0, 0), 6))];
+    let rings = [ring(0, 1, alive, &events(&[&slow, &[stuck]]))];
+    assert!(!Analysis::of(&rings, None).is_stuck());
+}
+
+#[test]
+fn a_process_that_is_alive_is_judged_by_the_clock() {
+    let rings = [ring(0, 1, 0, &[(0, 0, Event::Began(Work::Totals, 2))])];
+    assert!(!Analysis::of(&rings, None).is_stuck());
+    let now = Analysis::of(&rings, Some(BEGAN + 4 * SECOND));
+    assert!(now.to_string().contains("all-reduce of the step's totals, of step 2 for 4.0 s"), "{now}");
+}
+
+#[test]
+fn a_dead_rank_is_named_before_those_at_work() {
+    let (dead, alive) = (2 * SECOND, 30 * SECOND);
+    let busy = (3 * SECOND, 0, Event::Began(forward(0, 1), 7));
+    let rings = [
+        ring(0, 3, alive, &events(&[&done(), &waiting(1, 3 * SECOND, 5)])),
+        ring(1, 3, dead, &events(&[&done(), &[(2 * SECOND, 0, Event::Began(forward(1, 3), 7))]])),
+        ring(2, 3, alive, &events(&[&done(), &[busy]])),
+    ];
+    let analysis = Analysis::of(&rings, None);
+    assert_eq!(
+        analysis.to_string(),
+        "rank 1 has given no sign of life for 28.0 s, after forward of Attention, layer 3, stage 0, micro-batch 0, of step 7; \
+         rank 0 waits for it"
+    );
+    assert!(analysis.is_stuck());
+}
+
+#[test]
+fn ranks_that_wait_for_each_other_are_named_as_a_circle() {
+    let rings = [
+        // The one that leads into the circle is no part of it.
+        ring(0, 3, 20 * SECOND, &waiting(1, SECOND, 5)),
+        ring(1, 3, 20 * SECOND, &waiting(2, SECOND, 5)),
+        ring(2, 3, 20 * SECOND, &waiting(1, SECOND, 5)),
+    ];
+    let analysis = Analysis::of(&rings, None);
+    let words = analysis.to_string();
+    assert!(words.starts_with("ranks 1, 2 wait for each other: rank 1 for Activation of stage 1"), "{words}");
+    assert!(
+        words.contains("from rank 2; rank 2 for Activation") && words.ends_with("from rank 1"),
+        "{words}"
+    );
+    assert!(analysis.is_stuck());
+}
+
+#[test]
+fn ranks_that_have_all_finished_hold_nobody_up() {
+    let end = [(2 * SECOND, 9, Event::Finished)];
+    let rings: Vec<_> = (0..2).map(|rank| ring(rank, 2, 0, &events(&[&done(), &end]))).collect();
+    let analysis = Analysis::of(&rings, None);
+    assert_eq!(analysis.verdict, Verdict::Finished);
+    assert!(!analysis.is_stuck());
+    let rings = [ring(0, 2, 0, &waiting(1, SECOND, 5)), ring(1, 2, 0, &events(&[&done(), &end]))];
+    let words = Analysis::of(&rings, None).to_string();
+    assert_eq!(words, "rank 1 has done all that it was asked; rank 0 waits for it");
+}
+
+#[test]
+fn a_ring_that_is_missing_or_damaged_is_named_where_somebody_waits_for_it() {
+    let waits = |peer| ring(0, 2, 20 * SECOND, &waiting(peer, SECOND, 5));
+    let words = |rings: &[_]| Analysis::of(rings, None).to_string();
+    let expected = "rank 1 has left no record that can be read (its file is missing); rank 0 waits for it";
+    assert_eq!(words(&[waits(1)]), expected);
+    let damaged = (1, Err(Unreadable("its header is damaged".into())));
+    assert!(words(&[waits(1), damaged.clone()]).contains("(its header is damaged); rank 0 waits for it"));
+    let (_, stranger) = ring(0, 2, SECOND, &done());
+    assert!(words(&[waits(1), (1, stranger)]).contains("its file is of rank 0"));
+    // Nobody waits for it: what the others are about counts.
+    let busy = ring(0, 2, SECOND, &[(0, 0, Event::Began(forward(1, 3), 7))]);
+    assert!(words(&[busy, damaged.clone()]).contains("rank 0 has been in forward"));
+    assert_eq!(Analysis::of(&[damaged], None).verdict, Verdict::NoRecord);
+    assert_eq!(Analysis::of(&[], None).verdict, Verdict::NoRecord);
+}
+
+#[test]
+fn the_first_to_fail_is_named_whoever_gives_up_then() {
+    let failed = |at| [(at, 0, Event::Began(forward(1, 3), 7)), (at + 1, 0, Event::Failed(forward(1, 3), 7))];
+    let rings = [
+        ring(0, 3, SECOND, &waiting(2, 0, 5)),
+        ring(1, 3, SECOND, &events(&[&done(), &failed(3 * SECOND)])),
+        ring(2, 3, SECOND, &events(&[&done(), &failed(2 * SECOND)])),
+    ];
+    let words = Analysis::of(&rings, None).to_string();
+    assert_eq!(
+        words,
+        "rank 2 was the first to fail, in forward of Attention, layer 3, stage 1, micro-batch 3, of step 7"
+    );
+}
+
+#[test]
+fn what_a_replicator_waits_for_is_no_wait_of_its_rank_unless_a_step_waits_for_that() {
+    let replicate = Frame { phase: Phase::Replicate, ..frame(1, FrameKind::State) };
+    let replicator = (0, 6, Event::Awaited(replicate));
+    let other =
+        ring(1, 2, 20 * SECOND, &events(&[&done(), &[(2 * SECOND, 0, Event::Began(forward(1, 3), 7))]]));
+    let idle = [ring(0, 2, 20 * SECOND, &events(&[&done(), &[replicator]])), other.clone()];
+    assert_eq!(Analysis::of(&idle, None).ranks[0].doing, Doing::Idle);
+    let awaits = (2 * SECOND, 0, Event::Began(Work::AwaitReplica, 7));
+    let held = [ring(0, 2, 20 * SECOND, &events(&[&done(), &[replicator, awaits]])), other];
+    let words = Analysis::of(&held, None).to_string();
+    assert!(
+        words.starts_with("rank 1 has been in forward") && words.ends_with("rank 0 waits for it"),
+        "{words}"
+    );
+}
+
+#[test]
+fn storage_that_one_thread_begins_and_another_ends_is_known_until_then() {
+    let begins = [(SECOND, 1, Event::StorageBegan), (2 * SECOND, 2, Event::StorageBegan)];
+    let of = |events: &[_]| Analysis::of(&[ring(0, 1, 9 * SECOND, events)], None).ranks[0].clone();
+    let state = of(&begins);
+    assert_eq!((state.doing, state.lasted), (Doing::Storage, 8 * SECOND));
+    let ends = [(3 * SECOND, 3, Event::StorageEnded), (4 * SECOND, 3, Event::StorageEnded)];
+    assert_eq!(of(&events(&[&begins, &ends])).doing, Doing::Idle);
+}

@@ -1,0 +1,175 @@
+//! `contraflow doctor`: what is wrong with a run, from what its folder holds, and an archive for a report about it. The checks are
+//! in `checks`, what goes into the archive in `archive`.
+
+mod archive;
+mod checks;
+mod redact;
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use contraflow_runtime::flight::{self, Analysis, Verdict};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use self::archive::Archive;
+use self::checks::Examined;
+use self::redact::redacted;
+use crate::failure::Failure;
+use crate::output::{Format, count, escaped, print, quoted};
+use crate::run_dir;
+
+/// Arguments of `contraflow doctor`.
+#[derive(clap::Args, Debug)]
+pub struct DoctorArgs {
+    /// A run, by folder or name
+    #[arg(default_value = "runs/latest")]
+    run: String,
+    /// Also write what a report about it needs: recipe, plan, end of the metrics, record of the ranks, versions, machine; no secret
+    /// and no text that the run was trained on
+    #[arg(long, value_name = "FILE.tar.gz")]
+    archive: Option<PathBuf>,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+/// How a check has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Status {
+    Ok,
+    Warning,
+    Failed,
+}
+
+impl Status {
+    fn name(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Warning => "warning",
+            Status::Failed => "failed",
+        }
+    }
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Check {
+    name: &'static str,
+    status: Status,
+    /// What was found.
+    says: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to_do: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, says: impl Into<String>) -> Check {
+        Check { name, status: Status::Ok, says: says.into(), to_do: None }
+    }
+
+    fn warning(name: &'static str, says: impl Into<String>, to_do: impl Into<String>) -> Check {
+        Check { name, status: Status::Warning, says: says.into(), to_do: Some(to_do.into()) }
+    }
+
+    fn failed(name: &'static str, says: impl Into<String>, to_do: impl Into<String>) -> Check {
+        Check { name, status: Status::Failed, says: says.into(), to_do: Some(to_do.into()) }
+    }
+}
+
+/// Ranks that are shown one by one; more are in the JSON.
+const SHOWN_RANKS: usize = 16;
+
+/// Runs the command.
+///
+/// **Errors**: code 2 if there is no such run, or the archive cannot be written; code 1 if a check has failed.
+pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
+    let run = run_dir::without_link(&run_dir::find_run(&args.run).map_err(Failure::input)?);
+    let examined = Examined::of(&run, SystemTime::now());
+    if let Some(path) = &args.archive {
+        let archive = Archive { run: &run, examined: &examined, text: text(&run, &examined) };
+        archive.write(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
+    }
+    print(&match args.format {
+        Format::Text => {
+            let written = args.archive.as_ref().map(|path| format!("written: {}\n", quoted(path.display())));
+            text(&run, &examined) + &written.unwrap_or_default()
+        }
+        Format::Json => format!("{}\n", record(&run, &examined)),
+    })?;
+    let failed = examined.checks.iter().filter(|check| check.status == Status::Failed).count();
+    match failed {
+        0 => Ok(()),
+        _ => Err(Failure::run(format!("{failed} of {} failed", count(examined.checks.len(), "check")))),
+    }
+}
+
+/// For people. What files say may hold anything: nothing of it acts on a terminal, and no secret is shown.
+fn text(run: &Path, examined: &Examined) -> String {
+    let mut text = format!("{}\n", run.display());
+    for Check { name, status, says, to_do } in &examined.checks {
+        // The rest of several lines stands below the first.
+        let says = says.replace('\n', "\n                       ");
+        let _ = writeln!(text, "{:<8} {name:<13} {says}", status.name());
+        if let Some(to_do) = to_do {
+            let _ = writeln!(text, "{:22} -> {to_do}", "");
+        }
+    }
+    if examined.analysis.verdict != Verdict::Finished {
+        for state in examined.analysis.ranks.iter().take(SHOWN_RANKS) {
+            let _ = writeln!(text, "rank {:<17} {state}", state.rank);
+        }
+        if let Some(more) = examined.analysis.ranks.len().checked_sub(SHOWN_RANKS + 1) {
+            let _ = writeln!(text, "and {}", count(more + 1, "more rank"));
+        }
+    }
+    escaped(&redacted(&text)).into_owned()
+}
+
+/// For programs.
+fn record(run: &Path, examined: &Examined) -> Value {
+    let checks = examined.checks.iter().map(|check| {
+        let to_do = check.to_do.as_deref().map(redacted);
+        json!({"name": check.name, "status": check.status, "says": redacted(&check.says), "to_do": to_do})
+    });
+    let ranks = examined.analysis.ranks.iter().map(|state| {
+        let last = state.last.map(|(work, step)| json!({"operation": work.to_string(), "step": step}));
+        json!({
+            "rank": state.rank, "doing": state.to_string(), "seconds": state.lasted as f64 / 1e9, "last": last,
+            "unreadable": state.unreadable,
+        })
+    });
+    json!({
+        "run": run.display().to_string(),
+        "checks": checks.collect::<Vec<_>>(),
+        "flight": examined.analysis.to_string(),
+        "is_stuck": examined.analysis.is_stuck(),
+        "ranks": ranks.collect::<Vec<_>>(),
+    })
+}
+
+/// What the record of a run's ranks says now. **Units**: `now` in ns since 1970, where a process is at work in the run.
+fn analysis(
+    run: &Path,
+    now: Option<u64>,
+) -> (Analysis, Vec<(usize, Result<flight::Ring, flight::Unreadable>)>) {
+    let rings = flight::read_folder(&run.join(flight::FOLDER)).unwrap_or_default();
+    (Analysis::of(&rings, now), rings)
+}
+
+/// What a run that has failed adds to its last message: what held its ranks up, if that is known, and how to ask for more.
+pub(crate) fn hint(run: &Path) -> String {
+    let (analysis, _) = analysis(run, Some(nanoseconds(SystemTime::now())));
+    let is_told = analysis.is_stuck() || matches!(analysis.verdict, Verdict::Failed(..));
+    let sentence = if is_told { format!("\n{analysis}") } else { String::new() };
+    format!("{sentence}\nmore about it: contraflow doctor {}", quoted(run.display()))
+}
+
+/// **Units**: ns since 1970.
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
