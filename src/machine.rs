@@ -1,4 +1,4 @@
-//! This machine: how fast its matrix products are, and what the system grants this process.
+//! This machine: how fast its matrix products are, what the system grants this process, and whether a run fits into that.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,8 +8,14 @@ use contraflow_kernels::linear;
 use contraflow_kernels::tensor::Tensor;
 use contraflow_runtime::files::objects::cache_dir;
 use contraflow_runtime::files::{UNFINISHED_SUFFIX, write_synced};
+use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
+use contraflow_runtime::recipe::Recipe;
+use contraflow_runtime::schedule::{RankFigures, size};
 use rustix::process::{Resource, Rlimit};
 use rustix::time::{ClockId, clock_gettime};
+
+use crate::failure::Failure;
+use crate::output::count;
 
 /// Lets this process have as many files open as it may; their number, where there is a limit.
 pub fn raise_file_limit() -> Option<u64> {
@@ -87,8 +93,35 @@ fn keep_best(path: &Path, name: &str, now: f64) -> Option<f64> {
     Some(now)
 }
 
+/// Refuses a run whose ranks, all in this process, need more memory than it may use; one that is forced has a warning instead.
+pub(crate) fn check_memory(
+    recipe: &Recipe,
+    limit: Option<MemoryLimit>,
+    force: bool,
+) -> Result<Option<String>, Failure> {
+    let figures = recipe_figures(recipe).map_err(Failure::input)?;
+    let topology = recipe.topology();
+    // All ranks at one pipeline coordinate need the same.
+    let needed = topology.dp_size() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>();
+    match limit {
+        Some(MemoryLimit { bytes, by }) if bytes < needed => {
+            let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
+            let ranks = if ranks == 1 { "rank".to_owned() } else { count(ranks, "rank") };
+            let words = format!(
+                "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
+                 contraflow plan shows what each needs"
+            );
+            if force { Ok(Some(words)) } else { Err(Failure::input(format!("{words}, --force tries it"))) }
+        }
+        _ => Ok(None),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use contraflow_runtime::layout::LimitedBy;
+    use contraflow_runtime::recipe::RecipeSource;
+
     use super::*;
 
     #[test]
@@ -109,5 +142,21 @@ mod tests {
         assert_eq!(dir.path().join("cache").read_dir().unwrap().count(), 1, "nothing unfinished is left");
         // A folder that cannot be made: a file is in its place.
         assert_eq!(keep_best(&path.join("below"), "a", 50.0), None);
+    }
+
+    #[test]
+    fn a_run_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is() {
+        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
+        let limit = |bytes| Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
+        let reported =
+            |bytes| check_memory(&recipe, limit(bytes), false).err().map(|failure| failure.to_string());
+        let words = reported(1 << 20).unwrap();
+        assert!(words.starts_with("error: memory: expected at least "), "{words}");
+        assert!(words.contains(" MiB for the 4 ranks of this run, got 1.0 MiB (its cgroup)"), "{words}");
+        assert_eq!(reported(1 << 40), None);
+        assert!(check_memory(&recipe, None, false).is_ok_and(|warning| warning.is_none()));
+        let warning = check_memory(&recipe, limit(1 << 20), true).unwrap().unwrap();
+        assert!(words.contains(&warning), "{warning}");
+        assert!(check_memory(&recipe, limit(1 << 40), true).is_ok_and(|warning| warning.is_none()));
     }
 }

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use contraflow_runtime::files::objects::{Location, fetch};
-use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
+use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::recipe::{Recipe, RecipeSource, path_override, paths_override};
-use contraflow_runtime::schedule::{RankFigures, size};
 use contraflow_runtime::trace::SPAN;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::data::from_recipe::{Text, load_text};
@@ -17,6 +16,7 @@ use contraflow_workers::hf::check;
 use crate::dashboard::{Door, DoorArgs};
 use crate::failure::Failure;
 use crate::import::config_note;
+use crate::machine::check_memory;
 use crate::output::{count, print, quoted, say};
 use crate::plan::pictures::Pictures;
 use crate::resume::Resumed;
@@ -201,51 +201,4 @@ fn print_fallbacks(recipe: &Recipe) -> Result<(), Failure> {
     }
     recipe.fallbacks().iter().for_each(|note| say(format_args!("note: {note}")));
     Ok(())
-}
-
-/// Refuses a run whose ranks, all in this process, need more memory than it may use; one that is forced has a warning instead.
-pub(crate) fn check_memory(
-    recipe: &Recipe,
-    limit: Option<MemoryLimit>,
-    force: bool,
-) -> Result<Option<String>, Failure> {
-    let figures = recipe_figures(recipe).map_err(Failure::input)?;
-    let topology = recipe.topology();
-    // All ranks at one pipeline coordinate need the same.
-    let needed = topology.dp_size() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>();
-    match limit {
-        Some(MemoryLimit { bytes, by }) if bytes < needed => {
-            let (ranks, needed, has) = (topology.world(), size(needed), size(bytes));
-            let ranks = if ranks == 1 { "rank".to_owned() } else { count(ranks, "rank") };
-            let words = format!(
-                "memory: expected at least {needed} for the {ranks} of this run, got {has} ({by}); \
-                 contraflow plan shows what each needs"
-            );
-            if force { Ok(Some(words)) } else { Err(Failure::input(format!("{words}, --force tries it"))) }
-        }
-        _ => Ok(None),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use contraflow_runtime::layout::LimitedBy;
-
-    use super::*;
-
-    #[test]
-    fn a_run_that_does_not_fit_is_refused_with_what_it_needs_and_what_there_is() {
-        let recipe = Recipe::load(&RecipeSource::Builtin("tiny".into()), &[]).unwrap();
-        let limit = |bytes| Some(MemoryLimit { bytes, by: LimitedBy::Cgroup });
-        let reported =
-            |bytes| check_memory(&recipe, limit(bytes), false).err().map(|failure| failure.to_string());
-        let words = reported(1 << 20).unwrap();
-        assert!(words.starts_with("error: memory: expected at least "), "{words}");
-        assert!(words.contains(" MiB for the 4 ranks of this run, got 1.0 MiB (its cgroup)"), "{words}");
-        assert_eq!(reported(1 << 40), None);
-        assert!(check_memory(&recipe, None, false).is_ok_and(|warning| warning.is_none()));
-        let warning = check_memory(&recipe, limit(1 << 20), true).unwrap().unwrap();
-        assert!(words.contains(&warning), "{warning}");
-        assert!(check_memory(&recipe, limit(1 << 40), true).is_ok_and(|warning| warning.is_none()));
-    }
 }

@@ -16,9 +16,9 @@ use contraflow_workers::checkpoint::provenance::made_by;
 
 use super::super::survey::{Disk, Record, RunState, age};
 use super::{Check, nanoseconds};
+use crate::machine;
 use crate::output::{count, quoted};
 use crate::run_dir::{self, METRICS};
-use crate::{machine, train};
 
 /// This program.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -183,7 +183,7 @@ impl Patient<'_> {
             system.sysname().to_string_lossy(),
             system.release().to_string_lossy(),
         );
-        let too_small = self.recipe.as_ref().map(|recipe| train::check_memory(recipe, memory, true));
+        let too_small = self.recipe.as_ref().map(|recipe| machine::check_memory(recipe, memory, true));
         match too_small {
             Some(Ok(Some(words))) => {
                 let to_do = "fewer sequences in a micro-batch, or a machine with more memory";

@@ -51,13 +51,16 @@ fn line_redacted(line: &str) -> String {
         let border = rest.find(|c| !is_border(c)).unwrap_or(rest.len());
         out.push_str(&rest[..border]);
         rest = &rest[border..];
-        let end = rest.find(is_border).unwrap_or(rest.len());
+        // In quotes a secret may be of several words.
+        let quote = out.chars().next_back().filter(|&c| is_next && matches!(c, '"' | '\''));
+        let end = quote.map_or_else(|| rest.find(is_border), |quote| rest.find(quote));
+        let end = end.unwrap_or(rest.len());
         let (word, after) = rest.split_at(end);
         rest = after;
         if word.is_empty() {
             continue;
         }
-        if matches!(word, "=" | ":") {
+        if matches!(word.trim(), "=" | ":") {
             out.push_str(word);
         } else if is_next {
             // `authorization: Bearer x`: the kind stands between.
@@ -123,7 +126,8 @@ mod tests {
     fn what_may_be_a_secret_is_taken_out_and_the_rest_stays() {
         for (text, shown) in [
             ("token = \"abc\"\n", "token = \"[redacted]\"\n"),
-            ("{\"password\": \"x y\"}", "{\"password\": \"[redacted] y\"}"),
+            ("{\"password\": \"x y\"}", "{\"password\": \"[redacted]\"}"),
+            ("{\"token\":\"x y\",\"a\":1}", "{\"token\":\"[redacted]\",\"a\":1}"),
             ("AWS_SECRET_ACCESS_KEY=abc def", "AWS_SECRET_ACCESS_KEY=[redacted] def"),
             ("Authorization: Bearer abc", "Authorization: [redacted] [redacted]"),
             ("s3://user:pass@host/a/b?sig=1&x=2 next", "s3://[redacted]@host/a/b?[redacted] next"),
