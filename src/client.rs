@@ -434,7 +434,9 @@ fn job_text(job: &v1::Job) -> String {
 }
 
 /// Date and time of day, UTC.
-fn clock(unix_ms: u64) -> String {
-    let time = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(unix_ms);
+pub fn clock(unix_ms: u64) -> String {
+    /// The end of the year 9999.
+    const LAST: u64 = 253_402_300_799_999;
+    let time = OffsetDateTime::UNIX_EPOCH + Duration::from_millis(unix_ms.min(LAST));
     format!("{} {:02}:{:02}:{:02}", time.date(), time.hour(), time.minute(), time.second())
 }

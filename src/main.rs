@@ -49,6 +49,8 @@ enum Command {
     Runs(runs::RunsArgs),
     /// Show runs in a browser, several over one another: curves, pipeline, experts, layers
     Dashboard(dashboard::DashboardArgs),
+    /// Show runs and jobs in the terminal: loss, ranks, pipeline, experts, incidents
+    Top(dashboard::top::TopArgs),
     /// Draw the curves of runs over one another: loss, validation, gradient norm
     Plot(runs::plot::PlotArgs),
     /// Say what is wrong with a run: program, machine, disk, checkpoints, what its ranks were about
@@ -104,6 +106,7 @@ fn main() -> ExitCode {
         Command::Import(args) => import::run(&args),
         Command::Runs(args) => runs::run(&args),
         Command::Dashboard(args) => dashboard::run(&args),
+        Command::Top(args) => dashboard::top::run(&args),
         Command::Plot(args) => runs::plot::run(&args),
         Command::Doctor(args) => runs::doctor::run(&args),
         Command::Recipes(args) => recipes::run(&args),

@@ -11,6 +11,7 @@
 //! - `assets` are the page itself: hand-written modules, and uPlot whole, with its licence.
 //! - `cluster` asks an orchestrator's services for what the pages of a cluster show, as the viewer who looks.
 //! - `routes` carries requests to the views, `stream` is the one live stream, `server` is the thread that does it.
+//! - `top` is a viewer in a terminal, which asks one of these servers as a browser does.
 //!
 //! Training never waits for it: a step is copied into a history under a lock that is held for a moment, and whoever looks reads from
 //! there. A viewer that does not read is let go.
@@ -30,6 +31,7 @@ mod server;
 mod shown;
 mod stream;
 mod thin;
+pub mod top;
 mod views;
 
 pub use self::command::{DashboardArgs, run};

@@ -12,7 +12,7 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Plan, RankFigures};
 use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::history::History;
@@ -62,7 +62,7 @@ pub fn planned_memory(recipe: &Recipe) -> Option<u64> {
 }
 
 /// How far a run has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Its steps are being read.

@@ -7,10 +7,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_contraflow");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_contraflow");
 
 /// How long a process may take to say where it is.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A process that ends with its test.
 pub struct Running {

@@ -7,6 +7,7 @@ mod cluster;
 mod http;
 mod metrics;
 mod routes;
+mod top;
 
 use std::sync::Arc;
 
