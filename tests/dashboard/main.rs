@@ -6,6 +6,7 @@ mod browser;
 mod cluster;
 mod http;
 mod metrics;
+mod placement;
 mod routes;
 mod top;
 
