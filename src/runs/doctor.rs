@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use contraflow_runtime::flight::{self, Analysis, Verdict};
+use contraflow_runtime::flight::{self, Analysis, RankRing, Verdict};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -152,10 +152,7 @@ fn record(run: &Path, examined: &Examined) -> Value {
 }
 
 /// What the record of a run's ranks says now. **Units**: `now` in ns since 1970, where a process is at work in the run.
-fn analysis(
-    run: &Path,
-    now: Option<u64>,
-) -> (Analysis, Vec<(usize, Result<flight::Ring, flight::Unreadable>)>) {
+fn analysis(run: &Path, now: Option<u64>) -> (Analysis, Vec<RankRing>) {
     let rings = flight::read_folder(&run.join(flight::FOLDER)).unwrap_or_default();
     (Analysis::of(&rings, now), rings)
 }

@@ -27,7 +27,7 @@ const WORKERS: [&str; 14] = [
 
 /// Maximum number of rooms side by side in a crate.
 const MAX_ROOMS: [(&str, usize); 5] =
-    [("kernels", 28), ("runtime", 18), ("workers", 14), ("orchestrator", 12), (".", 30)];
+    [("kernels", 28), ("runtime", 19), ("workers", 14), ("orchestrator", 12), (".", 30)];
 
 /// Files of one room that import each other in a circle: the present list. It may shrink, not grow.
 const CIRCLES: [(&str, &str, &[&str]); 8] = [

@@ -5,6 +5,7 @@ mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::RankRing;
 use super::record::{Event, Frame};
 use super::ring::{Ring, Unreadable};
 use crate::fabric::Phase;
@@ -92,7 +93,7 @@ pub struct Analysis {
 impl Analysis {
     /// Of the rings of a formation, by rank. `now`, in ns since 1970, where its processes are alive; else all ends with the
     /// last sign of life.
-    pub fn of(rings: &[(usize, Result<Ring, Unreadable>)], now: Option<u64>) -> Analysis {
+    pub fn of(rings: &[RankRing], now: Option<u64>) -> Analysis {
         let readable = || rings.iter().filter_map(|(rank, ring)| Some((*rank, ring.as_ref().ok()?)));
         let ended = readable().map(|(_, ring)| last_sign(ring)).max().unwrap_or_default();
         let ended = now.map_or(ended, |now| now.max(ended));

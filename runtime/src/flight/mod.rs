@@ -31,10 +31,13 @@ pub fn ring_path(folder: &Path, rank: usize) -> PathBuf {
     folder.join(format!("rank-{rank:05}.ring"))
 }
 
+/// A rank, and its ring or why that cannot be read.
+pub type RankRing = (usize, Result<Ring, Unreadable>);
+
 /// The rings in a folder, by rank: as read, or why one cannot be. Without the folder there are none.
 ///
 /// **Errors**: the folder cannot be read.
-pub fn read_folder(folder: &Path) -> io::Result<Vec<(usize, Result<Ring, Unreadable>)>> {
+pub fn read_folder(folder: &Path) -> io::Result<Vec<RankRing>> {
     let entries = match files::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,

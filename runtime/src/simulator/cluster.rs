@@ -9,6 +9,7 @@ use std::path::Path;
 
 use toml::{Table, Value};
 
+use super::link::{Link, link};
 use super::measured::MeasuredCosts;
 use super::section::{Range, Section};
 use crate::faults::Faults;
@@ -142,15 +143,6 @@ pub struct Bandwidth {
     pub copy: f64,
     /// The optimizer.
     pub update: f64,
-}
-
-/// A link of a rank.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Link {
-    /// **Units**: bytes/s, each way.
-    pub bytes_per_s: f64,
-    /// **Units**: seconds.
-    pub latency_s: f64,
 }
 
 /// How all-to-alls travel.
@@ -381,15 +373,6 @@ fn product(mut row: Section) -> ProductRate {
     };
     row.close();
     rate
-}
-
-pub(super) fn link(mut section: Section) -> Link {
-    let link = Link {
-        bytes_per_s: section.number("bytes_per_s", Range::Positive),
-        latency_s: section.number_or("latency_s", Range::NotNegative, 0.0),
-    };
-    section.close();
-    link
 }
 
 fn exchange(mut section: Section) -> Exchange {

@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::cluster::Link;
-use super::duration::update_bytes;
 use super::kernels::KernelShapes;
-use super::measured::{LayerShape, MeasuredModel, MeasuredOperation, UpdateSpeed, kind_of, layer_of};
+use super::link::Link;
+use super::measured::{LayerShape, MeasuredModel, MeasuredOperation, UpdateSpeed};
+use super::measured_durations::{kind_of, layer_of};
 use super::run::with_shapes;
+use super::times::update_bytes;
 use crate::cost;
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
@@ -165,9 +166,10 @@ enum Transfer {
     Collective(Work),
 }
 
-fn transfer_of(pipeline: usize, op: &Op) -> Option<Transfer> {
+/// `expert` ranks share a layer's experts: one alone exchanges nothing.
+fn transfer_of(expert: usize, pipeline: usize, op: &Op) -> Option<Transfer> {
     match op.work {
-        Work::Component { component: Component::Dispatch | Component::Combine, .. } => {
+        Work::Component { component: Component::Dispatch | Component::Combine, .. } if expert > 1 => {
             Some(Transfer::Exchange(pipeline, op.work))
         }
         Work::Send { .. } => Some(Transfer::Between(op.work)),
@@ -194,7 +196,9 @@ pub fn measured_links(model: &MeasuredModel, runs: &[Observed]) -> Result<[Link;
                 // From when the last one has begun it.
                 for rank in &step.ranks {
                     for (op, span) in rank.program.ops.iter().zip(&rank.spans) {
-                        let Some(transfer) = transfer_of(rank.pipeline, op) else { continue };
+                        let Some(transfer) = transfer_of(topology.expert, rank.pipeline, op) else {
+                            continue;
+                        };
                         let (ranks, whole) = transfers.entry(transfer).or_insert((0, *span));
                         *ranks += 1;
                         whole.start = whole.start.max(span.start);

@@ -1,9 +1,10 @@
 //! A forward and backward pair in steady state: one rank, no pipeline, MoE layers alone. What published traces show.
 
 use super::cluster::{Cluster, Costs};
-use super::duration::{Durations, format_name};
+use super::duration::Durations;
 use super::kernels::{Kernel, KernelShapes, Traffic};
 use super::run::simulate_shapes;
+use super::times::format_name;
 use crate::cost::Shapes;
 use crate::recipe::Recipe;
 use crate::schedule::{

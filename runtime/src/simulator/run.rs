@@ -5,8 +5,10 @@
 
 use super::breakdown::{Breakdown, breakdown, of_actions};
 use super::cluster::{Cluster, Costs};
-use super::duration::operation_times;
+use super::duration::Durations;
 use super::kernels::KernelShapes;
+use super::measured_durations::MeasuredDurations;
+use super::times::OperationTimes;
 use crate::cost::Shapes;
 use crate::layout::recipe_stages;
 use crate::recipe::Recipe;
@@ -108,6 +110,23 @@ pub(super) fn with_shapes<R>(
         mode: Mode::Train,
     };
     then(KernelShapes { shapes: &shapes, memory: &recipe.memory })
+}
+
+/// The durations on a cluster: from the rates of kernels, or as they were measured.
+///
+/// # Errors
+/// A profile that knows whole actions only, or has not measured such layers.
+pub fn operation_times<'a>(
+    cluster: &'a Cluster,
+    kernels: KernelShapes<'a>,
+) -> Result<Box<dyn OperationTimes + 'a>, Vec<String>> {
+    match &cluster.costs {
+        Costs::Kernels(rates) => Ok(Box::new(Durations::new(cluster, rates, kernels))),
+        Costs::Measured(costs) => Ok(Box::new(MeasuredDurations::new(&cluster.name, costs, kernels)?)),
+        Costs::Actions { .. } => {
+            Err(vec![format!("{}: expected costs of operations, got durations of actions", cluster.name)])
+        }
+    }
 }
 
 /// Any programs of a plan, under the durations that follow from shapes.

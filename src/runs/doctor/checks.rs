@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use contraflow_kernels::isa::instruction_set;
 use contraflow_runtime::checkpoint::{CheckpointError, CheckpointFolder, Manifest};
 use contraflow_runtime::files;
-use contraflow_runtime::flight::{Analysis, Ring, Unreadable, Verdict};
+use contraflow_runtime::flight::{Analysis, RankRing, Verdict};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
@@ -39,7 +39,7 @@ pub(super) struct Examined {
     /// What its ranks were about.
     pub(super) analysis: Analysis,
     /// By rank.
-    pub(super) rings: Vec<(usize, Result<Ring, Unreadable>)>,
+    pub(super) rings: Vec<RankRing>,
 }
 
 /// What several checks need.
@@ -138,7 +138,7 @@ impl Patient<'_> {
         }
     }
 
-    fn program(&self, rings: &[(usize, Result<Ring, Unreadable>)]) -> Check {
+    fn program(&self, rings: &[RankRing]) -> Check {
         const NAME: &str = "program";
         let this = format!("contraflow {VERSION}");
         let same_bits =

@@ -1,3 +1,5 @@
+//! What is observed of a machine whose costs are known.
+
 use super::*;
 use crate::recipe::RecipeSource;
 use crate::schedule::{Chunk, Program};

@@ -9,8 +9,7 @@ use crate::schedule::{
     Action, Lane, Mode, Overlap, Pass, Plan, StageLayout, UnitCosts, Work, clock_by, lower,
 };
 use crate::simulator::cluster::{Cluster, Costs};
-use crate::simulator::duration::operation_times;
-use crate::simulator::run::{simulate_stages, with_shapes};
+use crate::simulator::run::{operation_times, simulate_stages, with_shapes};
 
 /// Seconds of computation, and of exchanges.
 type Cost = [f64; 2];

@@ -145,6 +145,6 @@ fn name(what: &Recomputed) -> String {
 
 /// The recipe's own, and the others.
 fn other_precisions(recipe: &Recipe) -> Vec<Option<&'static str>> {
-    let own = crate::simulator::duration::format_name(recipe.precision.linear);
+    let own = crate::simulator::times::format_name(recipe.precision.linear);
     std::iter::once(None).chain(PRECISIONS.into_iter().filter(|&one| one != own).map(Some)).collect()
 }
