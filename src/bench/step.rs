@@ -1,8 +1,12 @@
 //! `contraflow bench step`: training steps of a benchmark model on one rank.
 
 use std::fmt;
+use std::time::Instant;
 
 use contraflow_runtime::cost;
+use contraflow_runtime::flight::{About, Event, Recorders};
+use contraflow_runtime::schedule::Work;
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use contraflow_workers::engine::timelines::{Timelines, cost_of_recording};
 use serde::Serialize;
 
@@ -36,16 +40,46 @@ struct RecordingCost {
     microseconds_per_step: f64,
     /// Of the median step.
     share: f64,
+    /// A record of the flight recorder in a file's ring, on one core. **Units**: ns.
+    ring_ns_per_record: f64,
+    /// Of the median step: two records an operation.
+    ring_share: f64,
 }
 
 impl RecordingCost {
     /// Of the last step of a rank, in a step that takes so long.
-    fn of(timelines: &Timelines, step_s: f64) -> Option<RecordingCost> {
-        let recorded = timelines.latest()?;
+    ///
+    /// **Errors**: code 1 if nothing was recorded, or the system has no place for a ring.
+    fn of(timelines: &Timelines, step_s: f64) -> Result<RecordingCost, Failure> {
+        let recorded = timelines.latest().ok_or_else(|| Failure::run("no step was recorded"))?;
         let operations = recorded.ranks.iter().map(|rank| rank.program.ops.len()).sum();
         let seconds = cost_of_recording(&recorded);
-        Some(RecordingCost { operations, microseconds_per_step: seconds * 1e6, share: seconds / step_s })
+        let record_s = cost_of_a_record().map_err(|error| Failure::run(format!("a ring: {error}")))?;
+        Ok(RecordingCost {
+            operations,
+            microseconds_per_step: seconds * 1e6,
+            share: seconds / step_s,
+            ring_ns_per_record: record_s * 1e9,
+            ring_share: 2.0 * operations as f64 * record_s / step_s,
+        })
     }
+}
+
+/// What a record in a ring takes, the clock read for it included, in the best of many times. **Units**: seconds.
+fn cost_of_a_record() -> std::io::Result<f64> {
+    const RECORDS: u64 = 10_000;
+    let folder = std::env::temp_dir().join(format!("contraflow-bench-ring-{}", std::process::id()));
+    let about = About { formation: FormationId::new(JobId::default(), Generation::FIRST), world: 1 };
+    let recorders = Recorders::create(&folder, &about);
+    // The ring stays mapped without its name.
+    std::fs::remove_dir_all(&folder)?;
+    let Some(recorder) = recorders?.of(0) else { return Ok(0.0) };
+    let some = || {
+        let began = Instant::now();
+        (0..RECORDS).for_each(|step| recorder.note(Event::Began(Work::Totals, step), Instant::now()));
+        began.elapsed().as_secs_f64() / RECORDS as f64
+    };
+    Ok((0..32).map(|_| some()).fold(f64::INFINITY, f64::min))
 }
 
 /// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
@@ -61,8 +95,7 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
     // From the end of the warm-up on: making the model is no part of a step.
     let cpu_seconds = cpu_seconds[cpu_seconds.len() - 1] - cpu_seconds[WARM_UP - 1];
     let median_s = tokens / Rate::new(tokens, seconds.clone(), 1.0).median;
-    let recording = RecordingCost::of(&timelines, median_s);
-    let recording = recording.ok_or_else(|| Failure::run("no step was recorded"))?;
+    let recording = RecordingCost::of(&timelines, median_s)?;
     let tokens_per_second = Rate::new(tokens, seconds, cpu_seconds / steps as f64);
     let mfu = |rate: f64| rate * flops_per_token / peak;
     Ok(StepSpeed {
@@ -96,11 +129,17 @@ impl fmt::Display for StepSpeed {
             "FLOP per token: {:.2} M (matrix products, causal half of attention, three times forward, no MTP)",
             self.mflop_per_token
         )?;
-        let RecordingCost { operations, microseconds_per_step, share } = &self.recording;
+        let RecordingCost { operations, microseconds_per_step, share, ring_ns_per_record, ring_share } =
+            &self.recording;
         writeln!(
             f,
             "recording the timeline: {microseconds_per_step:.0} us for the {operations} operations of a step, {:.3}% of its time",
             100.0 * share
+        )?;
+        writeln!(
+            f,
+            "flight recorder: {ring_ns_per_record:.0} ns a record, two an operation: {:.3}% of a step",
+            100.0 * ring_share
         )
     }
 }

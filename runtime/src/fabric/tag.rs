@@ -21,6 +21,11 @@ pub enum Phase {
     Replicate,
 }
 
+impl Phase {
+    /// All of them, each at the place of its number on the wire and in a ring.
+    pub(crate) const ALL: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Replicate];
+}
+
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum FrameKind {
@@ -46,6 +51,23 @@ pub enum FrameKind {
     State,
     /// A buddy's acknowledgement that it holds a rank's shard.
     StateReplicated,
+}
+
+impl FrameKind {
+    /// All of them, each at the place of its number on the wire and in a ring.
+    pub(crate) const ALL: [FrameKind; 11] = [
+        FrameKind::Activation,
+        FrameKind::Gradient,
+        FrameKind::Dispatch,
+        FrameKind::Combine,
+        FrameKind::CombineGradient,
+        FrameKind::DispatchGradient,
+        FrameKind::ReduceScatter,
+        FrameKind::AllGather,
+        FrameKind::AllReduce,
+        FrameKind::State,
+        FrameKind::StateReplicated,
+    ];
 }
 
 /// The address of a frame. Two frames of a job never have the same tag.

@@ -127,23 +127,8 @@ const FRAME: u8 = 1;
 const BEAT: u8 = 2;
 const BYE: u8 = 3;
 
-const KINDS: [FrameKind; 11] = [
-    FrameKind::Activation,
-    FrameKind::Gradient,
-    FrameKind::Dispatch,
-    FrameKind::Combine,
-    FrameKind::CombineGradient,
-    FrameKind::DispatchGradient,
-    FrameKind::ReduceScatter,
-    FrameKind::AllGather,
-    FrameKind::AllReduce,
-    FrameKind::State,
-    FrameKind::StateReplicated,
-];
-const PHASES: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Replicate];
-
 fn kind_of(code: u8) -> Result<FrameKind, ReadError> {
-    KINDS
+    FrameKind::ALL
         .get(usize::from(code))
         .copied()
         .map_or_else(|| bad(format!("no kind of frame has number {code}")), Ok)
@@ -222,7 +207,7 @@ fn frame(mut fields: Fields<'_>, parts: &[u8]) -> Result<FrameHeader, ReadError>
     let [job, step, block] = std::array::from_fn(|_| fields.u64());
     let (phase, kind, hop) = (fields.u8(), fields.u8(), fields.u8());
     let trace = TraceContext { trace_id: fields.take(), span_id: fields.take(), flags: fields.u8() };
-    let Some(&phase) = PHASES.get(usize::from(phase)) else {
+    let Some(&phase) = Phase::ALL.get(usize::from(phase)) else {
         return bad(format!("no phase has number {phase}"));
     };
     let kind = kind_of(kind)?;
@@ -253,14 +238,15 @@ mod tests {
             (any::<u8>(), any::<u64>(), any::<u64>(), 0..1_u64 << 28),
             0..=MAX_PARTS,
         );
-        let numbers = (any::<[u32; 6]>(), any::<[u64; 2]>(), 0..PHASES.len(), 0..KINDS.len(), any::<u8>());
+        let numbers =
+            (any::<[u32; 6]>(), any::<[u64; 2]>(), 0..Phase::ALL.len(), 0..FrameKind::ALL.len(), any::<u8>());
         let trace = any::<([u8; 16], [u8; 8], u8)>();
         let trace = trace.prop_map(|(trace_id, span_id, flags)| TraceContext { trace_id, span_id, flags });
         let all = (numbers, trace, proptest::option::of(0..u64::MAX), parts);
         all.prop_map(|(numbers, trace, block, parts)| {
             let ([to, generation, stage, micro_batch, layer, source], [job, step], phase, kind, hop) =
                 numbers;
-            let (phase, kind) = (PHASES[phase], KINDS[kind]);
+            let (phase, kind) = (Phase::ALL[phase], FrameKind::ALL[kind]);
             let formation = FormationId::new(JobId::of(job), Generation::new(generation));
             let tag = Tag { formation, phase, step, kind, stage, micro_batch, layer, hop, source };
             let part = |(kind, rows, cols, len)| PartHeader { form: PayloadShape { kind, rows, cols }, len };
@@ -292,10 +278,10 @@ mod tests {
 
     #[test]
     fn every_kind_and_phase_has_its_own_number() {
-        for (number, kind) in KINDS.into_iter().enumerate() {
+        for (number, kind) in FrameKind::ALL.into_iter().enumerate() {
             assert_eq!(kind as usize, number);
         }
-        for (number, phase) in PHASES.into_iter().enumerate() {
+        for (number, phase) in Phase::ALL.into_iter().enumerate() {
             assert_eq!(phase as usize, number);
         }
     }
@@ -314,9 +300,9 @@ mod tests {
             let part = |len| PartHeader { form: PayloadShape::default(), len };
             let tag = Tag {
                 formation: FormationId::default(),
-                phase: PHASES[0],
+                phase: Phase::ALL[0],
                 step: 0,
-                kind: KINDS[0],
+                kind: FrameKind::ALL[0],
                 stage: 0,
                 micro_batch: 0,
                 layer: 0,

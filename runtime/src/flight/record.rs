@@ -100,20 +100,6 @@ pub struct Record {
     pub event: Event,
 }
 
-const KINDS: [FrameKind; 11] = [
-    FrameKind::Activation,
-    FrameKind::Gradient,
-    FrameKind::Dispatch,
-    FrameKind::Combine,
-    FrameKind::CombineGradient,
-    FrameKind::DispatchGradient,
-    FrameKind::ReduceScatter,
-    FrameKind::AllGather,
-    FrameKind::AllReduce,
-    FrameKind::State,
-    FrameKind::StateReplicated,
-];
-const PHASES: [Phase; 4] = [Phase::Train, Phase::Validate, Phase::Update, Phase::Replicate];
 const PASSES: [Pass; 3] = [Pass::Forward, Pass::BackwardInput, Pass::BackwardWeight];
 const TRANSFERS: [TransferKind; 2] = [TransferKind::Activation, TransferKind::Gradient];
 const COMPONENTS: [Component; 10] = [
@@ -227,8 +213,8 @@ fn fields_of_frame(frame: &Frame) -> Fields {
 
 fn frame_of(fields: &Fields) -> Option<Frame> {
     let &Fields { kind, part, hop, step, stage, micro_batch, layer, peer, .. } = fields;
-    let kind = *KINDS.get(usize::from(kind))?;
-    let phase = *PHASES.get(usize::from(part))?;
+    let kind = *FrameKind::ALL.get(usize::from(kind))?;
+    let phase = *Phase::ALL.get(usize::from(part))?;
     Some(Frame { peer, kind, phase, step, stage, micro_batch, layer, hop })
 }
 
@@ -311,8 +297,8 @@ mod tests {
             let step = u64::MAX - 1;
             events.extend([Event::Began(work, step), Event::Ended(work, step), Event::Failed(work, step)]);
         }
-        for kind in KINDS {
-            for phase in PHASES {
+        for kind in FrameKind::ALL {
+            for phase in Phase::ALL {
                 let (peer, step, stage, micro_batch, layer, hop) = (4_095, 1 << 40, 2, 1, 60, 3);
                 let frame = Frame { peer, kind, phase, step, stage, micro_batch, layer, hop };
                 events.extend([Event::Sent(frame), Event::Awaited(frame), Event::Received(frame)]);

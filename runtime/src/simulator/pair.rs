@@ -30,7 +30,7 @@ const SETTLED: usize = 4;
 /// A pair of `layers` MoE layers of a recipe's model, behind the dense ones.
 ///
 /// # Errors
-/// Costs of whole actions; rates that the profile lacks.
+/// A profile of durations; rates that the profile lacks.
 pub fn pair(recipe: &Recipe, cluster: &Cluster, layers: usize) -> Result<Pair, Vec<String>> {
     pair_with(recipe, cluster, layers, Overlap::of(recipe.parallel.overlap))
 }
@@ -46,7 +46,7 @@ pub fn pair_with(
     overlap: Overlap,
 ) -> Result<Pair, Vec<String>> {
     let Costs::Kernels(rates) = &cluster.costs else {
-        return Err(vec![format!("{}: expected rates of kernels, got durations of actions", cluster.name)]);
+        return Err(vec![format!("{}: expected rates of kernels, got durations", cluster.name)]);
     };
     let first_layer = recipe.model_config.first_k_dense_replace;
     let stage = StageLayout {

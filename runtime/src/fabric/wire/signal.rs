@@ -90,15 +90,15 @@ pub fn read_signal(reader: &mut impl Read) -> Result<Signal, ReadError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::KINDS;
+    use super::super::FrameKind;
     use super::*;
     use proptest::prelude::*;
 
     proptest! {
         #[test]
-        fn signals_are_received(source in any::<u32>(), to in any::<u32>(), kind in 0..KINDS.len(), bytes in any::<u64>(),
+        fn signals_are_received(source in any::<u32>(), to in any::<u32>(), kind in 0..FrameKind::ALL.len(), bytes in any::<u64>(),
                                       at in 0..SIGNAL_BYTES, bit in 0..8) {
-            let lane = LaneKey { source, to, kind: KINDS[kind] };
+            let lane = LaneKey { source, to, kind: FrameKind::ALL[kind] };
             for signal in [Signal::Credit { lane, bytes }, Signal::Free { block: bytes }, Signal::Beat, Signal::Bye] {
                 let mut encoded = encode_signal(&signal);
                 prop_assert_eq!(read_signal(&mut &encoded[..]).unwrap(), signal);
