@@ -35,6 +35,8 @@ pub enum Doing {
     Storage,
     /// Waiting for frames of other ranks, for the first of them the longest.
     Waiting(Vec<Frame>),
+    /// Waiting for a frame that the other rank has sent: whoever carries it holds this rank up, and not its peer.
+    InFlight(Frame),
     /// Between two operations.
     Idle,
     /// Nothing: it has done all that it was asked.
@@ -107,6 +109,14 @@ impl Analysis {
             rings.iter().map(|(rank, ring)| (*rank, ring)).collect();
         let highest = by_rank.keys().last().map_or(0, |rank| rank + 1);
         let world = highest.max(newest.header.world as usize).min(MAX_RANKS);
+        // What a rank awaits from another one, as that one has recorded it.
+        let is_sent = |to: usize, frame: &Frame| {
+            let ring = by_rank.get(&(frame.peer as usize)).and_then(|ring| ring.as_ref().ok());
+            let sent = |event| matches!(event, Event::Sent(sent) if sent.peer as usize == to && Frame { peer: frame.peer, ..sent } == *frame);
+            ring.is_some_and(|ring| {
+                formation(ring) == formation(newest) && ring.records.iter().any(|record| sent(record.event))
+            })
+        };
         let mut tracks = Vec::new();
         for rank in 0..world {
             let track = match by_rank.get(&rank) {
@@ -118,7 +128,7 @@ impl Analysis {
                 Some(Ok(ring)) if formation(ring) != formation(newest) => {
                     Track::unknown(rank, "its file is of another formation".into())
                 }
-                Some(Ok(ring)) => Track::of(rank, ring, ended),
+                Some(Ok(ring)) => Track::of(rank, ring, ended, |frame| is_sent(rank, frame)),
             };
             tracks.push(track);
         }
@@ -198,7 +208,7 @@ impl Track {
         Track { state: RankState::unknown(rank, why), failed: None, longest: 0 }
     }
 
-    fn of(rank: usize, ring: &Ring, ended: u64) -> Track {
+    fn of(rank: usize, ring: &Ring, ended: u64, is_sent: impl Fn(&Frame) -> bool) -> Track {
         let wall = |at: u64| ring.header.began.saturating_add(at);
         let mut lanes: BTreeMap<u16, Lane> = BTreeMap::new();
         let (mut last, mut failed, mut longest, mut is_finished) = (None, None, 0, false);
@@ -233,7 +243,7 @@ impl Track {
                 Event::Finished => is_finished = true,
             }
         }
-        let (doing, since) = doing(lanes.values(), storage.first().copied());
+        let (doing, since) = doing(lanes.values(), storage.first().copied(), is_sent);
         let recorded = ring.records.last().map_or(0, |record| record.at);
         let sign = last_sign(ring);
         let (doing, since) = match doing {
@@ -248,7 +258,11 @@ impl Track {
 }
 
 /// What a rank is about, by what its threads are, and since when.
-fn doing<'a>(lanes: impl Iterator<Item = &'a Lane> + Clone, storage: Option<u64>) -> (Doing, Option<u64>) {
+fn doing<'a>(
+    lanes: impl Iterator<Item = &'a Lane> + Clone,
+    storage: Option<u64>,
+    is_sent: impl Fn(&Frame) -> bool,
+) -> (Doing, Option<u64>) {
     // That operation waits for what the replicator does, whose waits are no part of a step otherwise.
     let is_replica = |lane: &&Lane| matches!(lane.work, Some(((Work::AwaitReplica, _), _)));
     let awaits_replica = lanes.clone().any(|lane| is_replica(&lane));
@@ -263,6 +277,9 @@ fn doing<'a>(lanes: impl Iterator<Item = &'a Lane> + Clone, storage: Option<u64>
     let counts = |(frame, _): &(Frame, u64)| awaits_replica || frame.phase != Phase::Replicate;
     let mut waits: Vec<(Frame, u64)> = lanes.filter_map(|lane| lane.awaited).filter(counts).collect();
     waits.sort_by_key(|(_, at)| *at);
+    if let Some(&(frame, at)) = waits.iter().find(|(frame, _)| is_sent(frame)) {
+        return (Doing::InFlight(frame), Some(at));
+    }
     match waits.first() {
         Some(&(_, at)) => (Doing::Waiting(waits.into_iter().map(|(frame, _)| frame).collect()), Some(at)),
         None => (Doing::Idle, None),

@@ -34,6 +34,7 @@ mod split;
 mod text;
 pub mod tokenizer;
 mod tokenizer_choice;
+mod workspace;
 
 pub use baselines::Baselines;
 pub use corpus::{Corpus, Document};

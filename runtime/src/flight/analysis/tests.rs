@@ -125,6 +125,28 @@ fn ranks_that_wait_for_each_other_are_named_as_a_circle() {
 }
 
 #[test]
+fn a_rank_is_not_waited_for_that_has_sent_what_the_other_one_awaits() {
+    let sent = |to, frame| (2 * SECOND, 6, Event::Sent(Frame { peer: to, ..frame }));
+    let activation = frame(0, FrameKind::Activation);
+    let rings = |sent: &[(u64, u16, Event)]| {
+        let first = ring(0, 2, 20 * SECOND, &events(&[&done(), sent, &waiting(1, 3 * SECOND, 5)]));
+        [first, ring(1, 2, 20 * SECOND, &events(&[&done(), &waiting(0, SECOND, 5)]))]
+    };
+    let analysis = Analysis::of(&rings(&[sent(1, activation)]), None);
+    assert_eq!(
+        analysis.to_string(),
+        "rank 1 has been waiting for Activation of stage 1, micro-batch 3, layer 0 from rank 0, which has sent it, for 19.0 s, \
+         after forward of Attention, layer 3, stage 0, micro-batch 0, of step 7; rank 0 waits for it"
+    );
+    assert!(analysis.is_stuck());
+    // Another frame, or the same one to another rank, is not what it waits for.
+    for other in [sent(1, Frame { micro_batch: 2, ..activation }), sent(0, activation)] {
+        let analysis = Analysis::of(&rings(&[other]), None);
+        assert!(matches!(analysis.verdict, Verdict::Circle(_)), "{analysis}");
+    }
+}
+
+#[test]
 fn ranks_that_have_all_finished_hold_nobody_up() {
     let end = [(2 * SECOND, 9, Event::Finished)];
     let rings: Vec<_> = (0..2).map(|rank| ring(rank, 2, 0, &events(&[&done(), &end]))).collect();

@@ -40,12 +40,15 @@ impl fmt::Display for RankState {
             Doing::Operation(work, step) => write!(f, "has been in {} for {time}", of_step(&(*work, *step))),
             Doing::Storage => write!(f, "has been reading from storage or writing to it for {time}{after}"),
             Doing::Waiting(frames) => match frames.as_slice() {
-                [] => write!(f, "has been waiting for {time}"),
-                [frame] => write!(f, "has been waiting for {frame} for {time}"),
+                [] => write!(f, "has been waiting for {time}{after}"),
+                [frame] => write!(f, "has been waiting for {frame} for {time}{after}"),
                 [frame, more @ ..] => {
-                    write!(f, "has been waiting for {frame} and {} more for {time}", more.len())
+                    write!(f, "has been waiting for {frame} and {} more for {time}{after}", more.len())
                 }
             },
+            Doing::InFlight(frame) => {
+                write!(f, "has been waiting for {frame}, which has sent it, for {time}{after}")
+            }
             Doing::Idle => write!(f, "has been between two operations for {time}{after}"),
             Doing::Finished => f.write_str("has done all that it was asked"),
             Doing::Silent => write!(f, "has given no sign of life for {time}{after}"),
