@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use contraflow_runtime::checkpoint::{CheckpointFolder, Companions, Manifest, Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
+use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::publish::publish_weights;
 use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Rank;
@@ -18,6 +19,9 @@ use crate::metrics::{Metrics, MetricsMessage, Subscriber};
 
 /// How long a rank may take to answer an abort before the job ends without it.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the subscribers may take for the last records.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Takes a command to a rank.
 pub type SendCommand = Arc<dyn Fn(Rank, RankCommand) + Send + Sync>;
@@ -111,13 +115,37 @@ impl JobActorState {
                 JobEffect::PublishWeights { dir, files } => self.publish_weights(myself.clone(), dir, files),
                 JobEffect::End(outcome) => {
                     if let Some(ended) = self.ended.take() {
-                        // The receiver may be gone.
-                        let _ = ended.send(outcome);
+                        tell(ended, outcome, &self.metrics);
                     }
                 }
             }
         }
     }
+}
+
+/// Tells the outcome once the records of all steps are with the subscribers: who hears of the end may end the process.
+fn tell(ended: oneshot::Sender<Outcome>, outcome: Outcome, metrics: &ActorRef<MetricsMessage>) {
+    let (done, flushed) = oneshot::channel();
+    drop(metrics.cast(MetricsMessage::Flush(done)));
+    tokio::spawn(async move {
+        let is_failed = matches!(outcome, Outcome::Failed { .. });
+        let outcome = match tokio::time::timeout(FLUSH_TIMEOUT, flushed).await {
+            Ok(Err(_)) if !is_failed => {
+                let message = "the metrics actor failed before it had the last records".to_owned();
+                Outcome::Failed { message, kind: ErrorKind::Lost }
+            }
+            Ok(_) => outcome,
+            Err(_) => {
+                let seconds = FLUSH_TIMEOUT.as_secs();
+                tracing::warn!(
+                    "the records of the last steps are not taken after {seconds} s; the run ends without them"
+                );
+                outcome
+            }
+        };
+        // The receiver may be gone.
+        let _ = ended.send(outcome);
+    });
 }
 
 impl JobActorState {

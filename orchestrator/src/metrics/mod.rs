@@ -6,6 +6,7 @@ pub mod record;
 
 use contraflow_proto::StepReport;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::oneshot;
 
 use self::record::{Collector, JobConstants, StepRecord};
 
@@ -18,6 +19,8 @@ pub enum MetricsMessage {
     Record(Box<StepReport>),
     /// Adds a subscriber to every record from now on.
     Subscribe(Subscriber),
+    /// Says when all that came before is with the subscribers.
+    Flush(oneshot::Sender<()>),
 }
 
 /// The actor's state.
@@ -59,6 +62,8 @@ impl Actor for Metrics {
         match message {
             MetricsMessage::Record(report) => state.record(*report),
             MetricsMessage::Subscribe(subscriber) => state.subscribers.push(subscriber),
+            // Whoever asked may be gone.
+            MetricsMessage::Flush(done) => drop(done.send(())),
         }
         Ok(())
     }
