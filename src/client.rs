@@ -1,8 +1,9 @@
-//! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, nodes, drain.
+//! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, scale, nodes, drain.
 
 mod following;
 mod nodes;
 mod removal;
+pub mod scale;
 pub mod submit;
 
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::output::{Format, print, say, table};
+use crate::output::{Format, left, print, say, table};
 use crate::progress::figures;
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
@@ -216,9 +217,10 @@ fn list(args: &List) -> Result<(), Failure> {
         let rows = all.iter().map(|job| {
             let loss = job.loss.map_or_else(String::new, |loss| format!("{loss:.4}"));
             let (step, generation) = (format!("{}/{}", job.step, job.steps), job.generation.to_string());
-            [job.job.clone(), job.name.clone(), state_of(job), step, generation, loss]
+            let left = job.eta_seconds.map_or_else(String::new, left);
+            [job.job.clone(), job.name.clone(), state_of(job), step, left, generation, loss]
         });
-        let text = table(["JOB", "NAME", "STATE", "STEP", "GEN", "LOSS"], 3..6, rows);
+        let text = table(["JOB", "NAME", "STATE", "STEP", "LEFT", "GEN", "LOSS"], 3..7, rows);
         show(common, &json!({"jobs": json}), &text)?;
         if let Some(last) = all.last().filter(|_| more && common.format == Format::Text) {
             say(format_args!("older ones: contraflow jobs --before {}", printable(&last.job)));
@@ -398,7 +400,8 @@ pub fn job_json(job: &v1::Job) -> Value {
         "steps": job.steps, "generation": job.generation, "loss": job.loss, "validation_loss": job.validation_loss,
         "ranks": ranks, "waiting_for": job.waiting_for, "outcome": job.outcome, "losses": job.losses,
         "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": job.ended_unix_ms,
-        "warning": job.warning,
+        "warning": job.warning, "min_ranks": job.min_ranks, "max_ranks": job.max_ranks, "is_scaled": job.is_scaled,
+        "eta_seconds": job.eta_seconds,
     })
 }
 
@@ -418,6 +421,14 @@ fn job_text(job: &v1::Job) -> String {
         if !value.is_empty() {
             text += &format!("  {what}: {value}\n");
         }
+    }
+    if job.min_ranks < job.max_ranks || job.is_scaled {
+        let (least, most, now) = (job.min_ranks, job.max_ranks, job.ranks.len());
+        let why = if job.is_scaled { ", as it was scaled" } else { "" };
+        text += &format!("  ranks: {now} of {least} to {most}{why}\n");
+    }
+    if let Some(seconds) = job.eta_seconds {
+        text += &format!("  left: {}\n", left(seconds));
     }
     if let Some(loss) = job.loss {
         text += &format!("  loss: {loss:.4}\n");

@@ -82,6 +82,8 @@ enum Command {
     Cancel(client::OfJob),
     /// Take a job up again that has failed or was cancelled, from its newest checkpoint
     Retry(client::OfJob),
+    /// Say how many ranks a job is to have
+    Scale(client::scale::Arguments),
     /// List the workers of a cluster
     Nodes(client::Common),
     /// Drain a node: its ranks move to other nodes; or undo it
@@ -122,6 +124,7 @@ fn main() -> ExitCode {
         Command::Logs(args) => client::logs(&args),
         Command::Cancel(args) => client::cancel(&args),
         Command::Retry(args) => client::retry(&args),
+        Command::Scale(args) => client::scale::run(&args),
         Command::Nodes(common) => client::nodes(&common),
         Command::Drain(args) => client::drain(&args),
         Command::Certs(args) => certs::run(&args),

@@ -6,9 +6,9 @@
 //! a job unplaceable: only too few slots do. Knows no leases and no clock; the same input gives the same answer.
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
+mod layout;
 mod score;
 mod search;
-mod shrink;
 mod sites;
 #[cfg(test)]
 mod tests;
@@ -20,10 +20,10 @@ use contraflow_runtime::schedule::{ScheduleKind, size};
 use contraflow_runtime::topology::Topology;
 use thiserror::Error;
 
+pub use layout::layout;
 pub use score::Term;
 use score::{Shape, UNPLACED};
 use search::{Search, Unit};
-pub use shrink::shrink;
 use sites::{Site, sites};
 
 /// The slots of one worker that a job may take, and where that worker is.

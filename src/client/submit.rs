@@ -34,9 +34,12 @@ pub struct Arguments {
     /// Jobs of a higher priority start first and preempt lower ones
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Minimum number of ranks with which the job continues when lost ranks cannot be replaced [default: all of them]
+    /// Minimum number of ranks with which the job starts and continues where there are no more [default: those of the recipe]
     #[arg(long, value_name = "N")]
     pub min_ranks: Option<u32>,
+    /// Maximum number of ranks to which the job grows into slots that nobody else has a use for [default: those of the recipe]
+    #[arg(long, value_name = "N")]
+    pub max_ranks: Option<u32>,
     /// A second submission with the same key is answered with the job of the first
     #[arg(long, value_name = "KEY")]
     pub key: Option<String>,
@@ -79,6 +82,7 @@ fn submission(args: &Arguments) -> Result<v1::SubmitRequest, Failure> {
         priority: args.priority,
         idempotency_key: args.key.clone().unwrap_or_default(),
         min_ranks: args.min_ranks.unwrap_or(0),
+        max_ranks: args.max_ranks.unwrap_or(0),
         resume,
         force: args.force,
     })

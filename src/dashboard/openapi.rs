@@ -43,6 +43,8 @@ pub enum Answers {
     Cancel,
     /// Takes a job up again.
     Retry,
+    /// Says how many ranks a job is to have.
+    Scale,
     /// The log of a job.
     Log,
     /// The failures of a job.
@@ -56,7 +58,15 @@ pub enum Answers {
 impl Answers {
     /// Whether it changes something.
     pub fn is_action(self) -> bool {
-        matches!(self, Answers::Submit | Answers::Check | Answers::Cancel | Answers::Retry | Answers::Drain)
+        matches!(
+            self,
+            Answers::Submit
+                | Answers::Check
+                | Answers::Cancel
+                | Answers::Retry
+                | Answers::Scale
+                | Answers::Drain
+        )
     }
 }
 
@@ -186,12 +196,12 @@ const fn of_cluster(path: &'static str, answers: Answers, summary: &'static str)
 }
 
 /// Those that a cluster has besides.
-pub const CLUSTER_ROUTES: [Route; 10] = [
+pub const CLUSTER_ROUTES: [Route; 11] = [
     of_cluster("/api/v1/jobs", Answers::Jobs, "Jobs, the newest first"),
     of_cluster(
         "/api/v1/jobs",
         Answers::Submit,
-        "Puts a job into the queue: recipe, overrides, name, priority, min_ranks",
+        "Puts a job into the queue: recipe, overrides, name, priority, min_ranks, max_ranks",
     ),
     of_cluster(
         "/api/v1/check",
@@ -205,6 +215,11 @@ pub const CLUSTER_ROUTES: [Route; 10] = [
     ),
     of_cluster("/api/v1/jobs/{job}/cancel", Answers::Cancel, "Cancels a job, for a reason"),
     of_cluster("/api/v1/jobs/{job}/retry", Answers::Retry, "Takes up a job that has failed or was cancelled"),
+    of_cluster(
+        "/api/v1/jobs/{job}/scale",
+        Answers::Scale,
+        "Says how many ranks a job is to have at most: ranks; 0: as it was submitted",
+    ),
     Route {
         path: "/api/v1/jobs/{job}/log",
         answers: Answers::Log,

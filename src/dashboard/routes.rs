@@ -237,6 +237,7 @@ async fn of_cluster(
         Answers::Submit => api::submit(cluster, viewer, body).await,
         Answers::Cancel => api::cancel(cluster, viewer, of("job"), body).await,
         Answers::Retry => api::retry(cluster, viewer, of("job")).await,
+        Answers::Scale => api::scale(cluster, viewer, of("job"), body).await,
         Answers::Drain => api::drain(cluster, viewer, of("node"), body).await,
         _ => api::about(cluster, viewer).await,
     }

@@ -11,6 +11,7 @@ mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod following;
+mod elastic;
 mod hostile;
 mod http2;
 mod hung;

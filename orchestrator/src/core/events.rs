@@ -47,6 +47,13 @@ pub enum Event {
         /// Any other one stays as it is.
         job: JobId,
     },
+    /// A job is to have so many ranks.
+    Scale {
+        /// One that is over stays as it is.
+        job: JobId,
+        /// At most this many, however few others need; 0: as it was submitted.
+        ranks: usize,
+    },
     /// A node is drained.
     Drain {
         /// Its label.
@@ -152,6 +159,7 @@ impl Event {
             Event::Submit(_)
             | Event::Cancel { .. }
             | Event::Retry { .. }
+            | Event::Scale { .. }
             | Event::Remove { .. }
             | Event::Drain { .. }
             | Event::Undrain { .. }

@@ -24,8 +24,10 @@ pub struct JobSpec {
     pub name: String,
     /// Jobs of a higher priority start first.
     pub priority: i32,
-    /// Minimum number of ranks with which it continues.
+    /// Minimum number of ranks with which it starts and continues.
     pub min_ranks: usize,
+    /// Maximum number of ranks to which it grows; none where that is less than the recipe's.
+    pub max_ranks: usize,
     /// A second submission with the same key is the same job; empty: no key.
     pub key: String,
     /// Whose token submitted it; empty where nobody needs one.
@@ -100,6 +102,8 @@ struct SpecText {
     name: String,
     priority: i32,
     min_ranks: usize,
+    #[serde(default)]
+    max_ranks: usize,
     key: String,
     #[serde(default)]
     user: String,
@@ -116,12 +120,24 @@ struct SpecText {
 
 impl From<JobSpec> for SpecText {
     fn from(spec: JobSpec) -> Self {
-        let JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent, origin } = spec;
+        let JobSpec {
+            name,
+            priority,
+            min_ranks,
+            max_ranks,
+            key,
+            user,
+            recipe,
+            rank_bytes,
+            traceparent,
+            origin,
+        } = spec;
         let (recipe, model_config) = (recipe.resolved_toml(), recipe.model_config.to_hf_json());
         SpecText {
             name,
             priority,
             min_ranks,
+            max_ranks,
             key,
             user,
             recipe,
@@ -141,6 +157,7 @@ impl TryFrom<SpecText> for JobSpec {
             name,
             priority,
             min_ranks,
+            max_ranks,
             key,
             user,
             recipe,
@@ -155,7 +172,18 @@ impl TryFrom<SpecText> for JobSpec {
         };
         let recipe = read().map_err(|faults| format!("the recipe of the job {name:?}: {faults}"))?;
         let recipe = Arc::new(recipe);
-        Ok(JobSpec { name, priority, min_ranks, key, user, recipe, rank_bytes, traceparent, origin })
+        Ok(JobSpec {
+            name,
+            priority,
+            min_ranks,
+            max_ranks,
+            key,
+            user,
+            recipe,
+            rank_bytes,
+            traceparent,
+            origin,
+        })
     }
 }
 
@@ -271,6 +299,13 @@ pub enum Fact {
         /// Human-readable.
         why: String,
     },
+    /// A job is to have so many ranks.
+    Scaled {
+        /// Has not ended.
+        job: JobId,
+        /// At most this many; 0: as it was submitted.
+        ranks: usize,
+    },
     /// The watch sent a job back to its newest checkpoint.
     RolledBack {
         /// Re-forms from there.
@@ -348,6 +383,7 @@ impl Fact {
             | Fact::Broken { job, .. }
             | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
+            | Fact::Scaled { job, .. }
             | Fact::RolledBack { job, .. }
             | Fact::CheckpointCommitted { job, .. }
             | Fact::CheckpointDamaged { job, .. }

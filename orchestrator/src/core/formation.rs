@@ -166,6 +166,11 @@ impl Formation {
         self.moves.is_some()
     }
 
+    /// Whether it may be stopped for another layout without harm: it has made a step, and the storage takes what it saves.
+    pub(super) fn is_ready_to_move(&self, now: u64) -> bool {
+        self.is_training() && self.reached > self.resumed && self.storage.describe(now).is_none()
+    }
+
     pub(super) fn requeue(&mut self, why: String) -> Vec<JobEffect> {
         self.moves = Some(why);
         self.machine.stop()

@@ -38,7 +38,8 @@ impl Core {
         let waiting = short.iter().copied().filter(|&job| self.has_waited(job, now));
         let (mut waiting, too_large): (Vec<JobId>, Vec<JobId>) =
             waiting.partition(|&job| self.fits_into_cluster(job));
-        if let Some(job) = too_large.iter().copied().find(|&job| self.is_in_the_way(job)) {
+        let in_the_way = too_large.iter().copied().find(|&job| self.is_in_the_way(job));
+        if let Some(job) = in_the_way {
             let why = "needs more slots than all workers together have, and others wait".to_owned();
             self.requeue(job, why, now);
             return true;
@@ -64,10 +65,13 @@ impl Core {
     }
 
     /// Whether a job in the queue could start with the free slots and those that this one holds.
-    fn is_in_the_way(&self, job: JobId) -> bool {
-        let queued = self.jobs.all.values().filter(|record| record.phase == Phase::Queued);
-        let mut queued = queued.map(|record| (record.spec.topology().world(), record.spec.rank_bytes));
-        queued.any(|(ranks, bytes)| free_slots(&self.supply(&[job], bytes)) >= ranks)
+    fn is_in_the_way(&mut self, job: JobId) -> bool {
+        let queued = self.jobs.all.iter().filter(|(_, record)| record.phase == Phase::Queued);
+        let sized =
+            queued.map(|(&queued, record)| (self.layouts.size(queued, record).least, record.spec.rank_bytes));
+        let mut queued: Vec<(usize, u64)> = sized.collect();
+        queued.dedup();
+        queued.into_iter().any(|(ranks, bytes)| free_slots(&self.supply(&[job], bytes)) >= ranks)
     }
 
     /// Of these jobs, the most important first, those whose slots a job needs for its lost ranks; `None` if it has no place with

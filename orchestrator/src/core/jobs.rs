@@ -57,6 +57,9 @@ pub struct JobRecord {
     pub cursor: u64,
     /// The checkpoint that the watch last sent it back to, and how often in a row.
     pub returns: RollBackCount,
+    /// How many ranks it is to have at most, since somebody said so; 0: as it was submitted.
+    #[serde(default)]
+    pub target: usize,
     /// Formations that lost a rank.
     pub losses: u32,
     /// What its formations have come to.
@@ -176,6 +179,7 @@ impl Jobs {
             in_memory: false,
             cursor: origin.map_or(0, |origin| origin.cursor),
             returns: RollBackCount::default(),
+            target: 0,
             losses: 0,
             attempts: Attempts::default(),
             why: String::new(),
@@ -231,6 +235,7 @@ impl JobRecord {
                 self.lost.clear();
                 (self.validation_loss, self.ended_ms) = (None, 0);
             }
+            Fact::Scaled { ranks, .. } => self.target = *ranks,
             Fact::Stepped { step, .. } => self.attempts.stepped(*step),
             Fact::CheckpointCommitted { step, cursor, .. } => {
                 self.attempts.advanced(*step);

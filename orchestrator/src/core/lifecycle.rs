@@ -27,7 +27,7 @@ impl Core {
         self.release(job, &outcome, false);
         self.discard_unfinished(job);
         self.avoided.remove(&job);
-        self.fewer.forget(job);
+        self.layouts.forget(job);
         let severity = if end == End::Failed { Severity::Error } else { Severity::Info };
         self.log_as(severity, job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         let at_ms = self.clock.wall_ms();

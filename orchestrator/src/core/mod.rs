@@ -12,11 +12,12 @@ mod clock;
 mod commits;
 mod events;
 pub mod facts;
-mod fewer;
 mod foreign;
 mod formation;
 mod giving_way;
+mod growth;
 pub mod jobs;
+mod layouts;
 mod lifecycle;
 mod members;
 mod membership;
@@ -43,10 +44,11 @@ use self::avoided::Avoided;
 use self::clock::Clock;
 pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, Space, WorkerCommand};
 use self::facts::Fact;
-use self::fewer::FewerRanks;
 use self::foreign::Foreign;
 use self::formation::Formation;
+use self::growth::Room;
 use self::jobs::{Jobs, Phase};
+use self::layouts::Layouts;
 use self::members::Members;
 pub use self::members::{Member, Registration};
 use self::survivors::Survivors;
@@ -67,6 +69,8 @@ pub const FORMING_MS: u64 = 600_000;
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it continues with fewer, if it may.
 pub const SHRINK_MS: u64 = 5_000;
+/// How long the same slots have to be free until a job grows into them: workers often come together.
+pub const GROW_MS: u64 = 1_000;
 /// Ranks without progress for this long are reported.
 pub const STALL_WARN_MS: u64 = 10_000;
 /// Ranks that read from or write to storage for this long are reported.
@@ -104,8 +108,10 @@ pub struct Core {
     paused_until: BTreeMap<JobId, u64>,
     /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
     avoided: BTreeMap<JobId, Avoided>,
-    /// What jobs that have lost ranks need on fewer.
-    fewer: FewerRanks,
+    /// On how many ranks jobs can be run, and what they need there.
+    layouts: Layouts,
+    /// Free slots that jobs may grow into.
+    room: Option<Room>,
     /// Why jobs in line wait.
     reasons: BTreeMap<JobId, String>,
     /// Finished jobs to retain.
@@ -136,7 +142,8 @@ impl Core {
             foreign: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
-            fewer: FewerRanks::default(),
+            layouts: Layouts::default(),
+            room: None,
             clock,
             times,
             reasons: BTreeMap::new(),
@@ -254,6 +261,7 @@ impl Core {
             Event::Submit(spec) => self.submit(spec),
             Event::Cancel { job, reason } => self.cancel(job, &reason),
             Event::Retry { job } => self.retry(job),
+            Event::Scale { job, ranks } => self.scale(job, ranks, now),
             Event::Remove { job } => self.remove(job),
             Event::Removed { job, result, .. } => self.removed(job, result),
             Event::Space { worker, formation, space } => self.space(worker, formation, space),
@@ -403,6 +411,8 @@ impl Core {
         self.lost(&expired, now);
         // Time alone may let a job continue with fewer ranks.
         self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
+        // And grow into slots that have been free for long enough.
+        self.is_open |= self.room.is_some();
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();
         for job in jobs {
             let gone = self.missed(job, now);

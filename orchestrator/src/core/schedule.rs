@@ -12,7 +12,7 @@ use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
 use super::{Core, SHRINK_MS, WorkerCommand};
-use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill, shrink};
+use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill};
 use crate::queue::{self, Decision, Running, Waiting};
 
 impl Core {
@@ -25,14 +25,15 @@ impl Core {
         let (waiting, running, missing) = self.line();
         self.reasons.clear();
         let waiting = self.without_unfit(waiting);
-        if waiting.is_empty() {
-            return;
-        }
-        let free = free_slots(&self.supply(&[], 0));
         // Slots that a job which has lost ranks waits for are not for others.
-        for decision in queue::decide(&waiting, &running, free.saturating_sub(missing)) {
+        let free = free_slots(&self.supply(&[], 0)).saturating_sub(missing);
+        let healthy = free + running.iter().map(|running| running.ranks).sum::<usize>();
+        if waiting.iter().all(|waiting| waiting.size.least > healthy) {
+            self.grow(&running, free, now);
+        }
+        for decision in queue::decide(&waiting, &running, free) {
             match decision {
-                Decision::Start { job, on_loan } => self.start(job, on_loan),
+                Decision::Start { job, ranks, on_loan } => self.start(job, ranks, on_loan),
                 Decision::Preempt { victims, for_job } => {
                     for victim in &victims {
                         self.requeue(*victim, format!("gives way to {}", for_job), now);
@@ -66,14 +67,39 @@ impl Core {
         self.break_deadlock(&short, now)
     }
 
-    fn start(&mut self, job: JobId, on_loan: bool) {
-        let spec = &self.jobs.all[&job].spec;
-        let topology = spec.topology();
-        let schedule = spec.recipe.parallel.schedule;
-        let supply = self.supply(&[], spec.rank_bytes);
-        match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
-            Ok(placement) => self.form(job, topology, placement.of_rank, on_loan),
-            Err(refusal) => drop(self.reasons.insert(job, refusal.to_string())),
+    fn start(&mut self, job: JobId, ranks: usize, on_loan: bool) {
+        match self.place_on(job, &[], ranks) {
+            Ok((topology, places)) => self.form(job, topology, places, on_loan),
+            Err(refusal) => drop(self.reasons.insert(job, refusal)),
+        }
+    }
+
+    /// Places for a job on at most so many ranks, and the layout that it has there: on fewer ones where it may and there is no room.
+    /// Slots of `own` are taken for free.
+    ///
+    /// **Errors**: why there is no room for the fewest that it may have.
+    pub(super) fn place_on(
+        &mut self,
+        job: JobId,
+        own: &[JobId],
+        ranks: usize,
+    ) -> Result<(Topology, Vec<u64>), String> {
+        let record = &self.jobs.all[&job];
+        let least = self.layouts.size(job, record).least;
+        let mut available = ranks;
+        loop {
+            let record = &self.jobs.all[&job];
+            let Some(topology) = self.layouts.best(job, &record.spec, available, least) else {
+                return Err(format!("needs {}, {ranks} free", count(least, "rank")));
+            };
+            let rank_bytes = self.layouts.rank_bytes(job, &record.spec, &topology);
+            let schedule = record.spec.recipe.parallel.schedule;
+            let supply = self.supply(own, rank_bytes);
+            match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
+                Ok(placement) => return Ok((topology, placement.of_rank)),
+                Err(refusal) if topology.world() <= least => return Err(refusal.to_string()),
+                Err(_) => available = topology.world() - 1,
+            }
         }
     }
 
@@ -106,7 +132,7 @@ impl Core {
             resume_step,
             memory,
             cursor: record.cursor,
-            rank_bytes: self.fewer.rank_bytes(job, &record.spec, &topology).unwrap_or_default(),
+            rank_bytes: self.layouts.rank_bytes(job, &record.spec, &topology),
             on_loan,
         };
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
@@ -184,6 +210,10 @@ impl Core {
     fn place_again(&mut self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
+        let most = self.layouts.size(job, record).most;
+        if before.places.len() > most {
+            return self.place_on(job, &[job], most).ok();
+        }
         let supply = self.supply(&[job], before.rank_bytes);
         let refilled = |supply: &Supply| refill_lost(supply, record, before).ok_or(());
         let elsewhere = self.avoided.get(&job).map(|avoided| without(supply.clone(), avoided));
@@ -194,14 +224,8 @@ impl Core {
         if now < record.broken_ms + SHRINK_MS {
             return None;
         }
-        let mut rank_bytes = |axes: &Topology| self.fewer.rank_bytes(job, &record.spec, axes);
-        let mut fits = |axes: &Topology| rank_bytes(axes).is_some();
-        let smaller = shrink(&before.topology, free_slots(&supply), record.spec.min_ranks, &mut fits)?;
-        let rank_bytes = rank_bytes(&smaller)?;
-        let supply = self.supply(&[job], rank_bytes);
-        let schedule = record.spec.recipe.parallel.schedule;
-        let placement = self.reachable(&supply, |supply| place(supply, &smaller, schedule)).ok()?;
-        Some((smaller, placement.of_rank))
+        let available = free_slots(&supply).min(before.places.len());
+        self.place_on(job, &[job], available).ok()
     }
 
     /// What comes of a supply without workers whose data port does not answer; if nothing does, with them.
@@ -267,8 +291,9 @@ impl Core {
         for job in waiting {
             let bytes = self.jobs.all[&job.job].spec.rank_bytes;
             let (room, too_small) = rooms.entry(bytes).or_insert_with(|| self.room_for(bytes));
-            if *room < job.ranks && job.ranks <= *room + too_small.slots {
-                let words = format!("needs {}, room for {room}{too_small}", count(job.ranks, "rank"));
+            let ranks = job.size.least;
+            if *room < ranks && ranks <= *room + too_small.slots {
+                let words = format!("needs {}, room for {room}{too_small}", count(ranks, "rank"));
                 self.reasons.insert(job.job, words);
             } else {
                 fit.push(job);
@@ -296,24 +321,24 @@ impl Core {
     }
 
     /// What the queue is asked: who waits, who runs, and how many slots jobs that run have lost.
-    fn line(&self) -> (Vec<Waiting>, Vec<Running>, usize) {
+    fn line(&mut self) -> (Vec<Waiting>, Vec<Running>, usize) {
         let (mut waiting, mut running, mut missing) = (Vec::new(), Vec::new(), 0);
-        for (&job, record) in &self.jobs.all {
-            let in_line = |ranks| Waiting {
+        for (&job, record) in self.jobs.all.iter().filter(|(_, record)| !record.has_ended()) {
+            let in_line = Waiting {
                 job,
                 priority: record.spec.priority.into(),
                 submitted: job.number(),
-                ranks,
+                size: self.layouts.size(job, record),
                 preemptible: true,
             };
             match (&record.phase, &record.formed) {
-                (Phase::Queued, _) => waiting.push(in_line(record.spec.topology().world())),
+                (Phase::Queued, _) => waiting.push(in_line),
                 (Phase::Formed | Phase::Broken, Some(formed)) => {
                     let held = survivors(record).count();
                     missing += formed.places.len() - held;
                     let formation = self.formations.get(&job);
                     let stopping = formation.is_some_and(Formation::is_moving);
-                    running.push(Running { job: in_line(held), on_loan: formed.on_loan, stopping });
+                    running.push(Running { job: in_line, ranks: held, on_loan: formed.on_loan, stopping });
                 }
                 _ => {}
             }

@@ -277,7 +277,7 @@ fn a_job_shrinks_along_data_then_expert_then_pipeline() {
     let mut fits =
         |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
     let mut shrunk = |available, min_ranks| {
-        shrink(&full, available, min_ranks, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
+        layout(&full, available, min_ranks, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
     };
     assert_eq!(shrunk(24, 1), Some((2, 4, 3)));
     assert_eq!(shrunk(23, 1), Some((2, 4, 1)), "two data ranks do not divide the batch by eight");
@@ -286,6 +286,30 @@ fn a_job_shrinks_along_data_then_expert_then_pipeline() {
     assert_eq!(shrunk(1, 1), Some((1, 1, 1)));
     assert_eq!(shrunk(7, 7), None);
     assert_eq!(shrunk(0, 0), None);
+}
+
+#[test]
+fn a_job_grows_along_data_then_expert_then_pipeline() {
+    let base = Topology { pipeline: 2, expert: 1, data: 1 };
+    // 8 experts, 12 sequences, 4 layers.
+    let mut fits =
+        |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
+    let mut grown = |available, least| {
+        layout(&base, available, least, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
+    };
+    assert_eq!(grown(2, 1), Some((2, 1, 1)));
+    assert_eq!(grown(3, 1), Some((2, 1, 1)), "no third of the layers");
+    assert_eq!(grown(9, 1), Some((2, 1, 4)));
+    assert_eq!(grown(11, 11), None, "five data ranks do not divide the batch");
+    assert_eq!(grown(24, 1), Some((2, 1, 12)));
+    assert_eq!(grown(50, 1), Some((4, 1, 12)), "twelve columns are all that the batch has sequences for");
+    assert_eq!(grown(1, 1), Some((1, 1, 1)));
+    // Four sequences, and room for more: no more columns, so the pipeline.
+    let mut few =
+        |to: &Topology| 8 % to.expert == 0 && 4 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
+    let six = Topology { pipeline: 1, expert: 1, data: 2 };
+    assert_eq!(layout(&six, 6, 1, &mut few), Some(Topology { pipeline: 1, expert: 1, data: 4 }));
+    assert_eq!(layout(&six, 8, 1, &mut few), Some(Topology { pipeline: 2, expert: 1, data: 4 }));
 }
 
 #[test]

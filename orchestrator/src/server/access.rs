@@ -68,7 +68,10 @@ pub fn needed(method: &str) -> Option<Role> {
         | "/contraflow.v1.JobService/Logs"
         | "/contraflow.v1.ClusterService/Nodes"
         | "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo" => Role::View,
-        SUBMIT | "/contraflow.v1.JobService/Cancel" | "/contraflow.v1.JobService/Retry" => Role::Submit,
+        SUBMIT
+        | "/contraflow.v1.JobService/Cancel"
+        | "/contraflow.v1.JobService/Retry"
+        | "/contraflow.v1.JobService/Scale" => Role::Submit,
         "/contraflow.v1.ClusterService/Drain" | "/contraflow.v1.JobService/Remove" => Role::Admin,
         "/contraflow.v1.ControlService/Attach" => Role::Worker,
         "/grpc.health.v1.Health/Check" | "/grpc.health.v1.Health/Watch" => return None,
@@ -290,7 +293,7 @@ mod tests {
                 "ClusterService/Nodes",
             ],
         ),
-        (Role::Submit, &["JobService/Submit", "JobService/Cancel", "JobService/Retry"]),
+        (Role::Submit, &["JobService/Submit", "JobService/Cancel", "JobService/Retry", "JobService/Scale"]),
         (Role::Admin, &["ClusterService/Drain", "JobService/Remove"]),
         (Role::Worker, &["ControlService/Attach"]),
     ];

@@ -96,6 +96,7 @@ mod tests {
             name: "job".into(),
             priority: 0,
             min_ranks: 1,
+            max_ranks: 0,
             key: String::new(),
             user: user.into(),
             recipe: Arc::new(recipe),

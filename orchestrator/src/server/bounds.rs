@@ -76,6 +76,7 @@ const WATCH: Bound = text("WatchRequest.job", 64);
 const LOGS: Bound = text("LogsRequest.job", 64);
 const CANCEL: Bound = text("CancelRequest.job", 64);
 const RETRY: Bound = text("RetryRequest.job", 64);
+const SCALE: Bound = text("ScaleRequest.job", 64);
 const REMOVE: Bound = text("RemoveRequest.job", 64);
 const REASON: Bound = text("CancelRequest.reason", 1 << 10);
 const DRAIN: Bound = text("DrainRequest.node", 256);
@@ -259,6 +260,11 @@ pub fn cancel(request: &v1::CancelRequest) -> Result<(), Faults> {
 /// **Errors**: the job's id is out of bounds.
 pub fn retry(request: &v1::RetryRequest) -> Result<(), Faults> {
     one(RETRY, &request.job)
+}
+
+/// **Errors**: the job's id is out of bounds.
+pub fn scale(request: &v1::ScaleRequest) -> Result<(), Faults> {
+    one(SCALE, &request.job)
 }
 
 /// **Errors**: the job's id is out of bounds.

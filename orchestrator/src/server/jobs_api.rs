@@ -136,6 +136,14 @@ impl JobService for JobsApi {
         retried.map(|job| Response::new(v1::RetryResponse { job: Some(job) }))
     }
 
+    async fn scale(&self, request: Request<v1::ScaleRequest>) -> Reply<v1::ScaleResponse> {
+        let (session, request) = (Session::of(&request), request.into_inner());
+        bounds::scale(&request).map_err(|faults| refused(&faults))?;
+        let scaled = self.scaled(&request).await;
+        session.note("scale", &format!("{} to {} ranks", request.job, request.ranks), &scaled).await;
+        scaled.map(|job| Response::new(v1::ScaleResponse { job: Some(job) }))
+    }
+
     async fn remove(&self, request: Request<v1::RemoveRequest>) -> Reply<v1::RemoveResponse> {
         let (session, request) = (Session::of(&request), request.into_inner());
         bounds::remove(&request).map_err(|faults| refused(&faults))?;
@@ -203,6 +211,14 @@ impl JobsApi {
         let (reply, outcome) = oneshot::channel();
         self.hub.send(HubMessage::Retry { job, reply }).await?;
         outcome.await.map_err(|_| Status::unavailable("the orchestrator is ending"))??;
+        self.hub.ask(move |hub| describe(hub, job)).await
+    }
+
+    async fn scaled(&self, request: &v1::ScaleRequest) -> Result<v1::Job, Status> {
+        let (job, ranks) = (self.id(&request.job).await?, request.ranks as usize);
+        let checked = self.hub.ask(move |hub| hub.core().check_scale(job, ranks)).await?;
+        checked.map_err(Status::failed_precondition)?;
+        self.hub.change(Event::Scale { job, ranks }).await?;
         self.hub.ask(move |hub| describe(hub, job)).await
     }
 
@@ -370,6 +386,7 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
             link_seconds: link,
         }
     };
+    let size = core.size(job);
     let mut described = v1::Job {
         job: job.to_string(),
         name: record.spec.name.clone(),
@@ -391,6 +408,12 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
             .filter(|warning| !warning.is_empty())
             .collect::<Vec<_>>()
             .join("; "),
+        min_ranks: size.least.try_into().unwrap_or(u32::MAX),
+        max_ranks: size.most.try_into().unwrap_or(u32::MAX),
+        is_scaled: record.target > 0,
+        eta_seconds: steps.filter(|_| core.is_training(job)).and_then(|steps| {
+            Some(record.spec.steps().saturating_sub(steps.last) as f64 * steps.seconds_per_step()?)
+        }),
     };
     [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
     described

@@ -126,6 +126,7 @@ mod tests {
             name: "job".into(),
             priority: 0,
             min_ranks: 1,
+            max_ranks: 0,
             key: key.into(),
             user: "ann".into(),
             recipe: Arc::new(recipe),

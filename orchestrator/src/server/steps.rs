@@ -1,5 +1,7 @@
 //! The steps of a job as they are watched: reports of all ranks put together, each step once.
 
+use std::collections::VecDeque;
+
 use contraflow_proto::{LayerLoad, StepReport};
 use contraflow_runtime::topology::{Generation, Topology};
 use tokio::sync::watch;
@@ -23,6 +25,9 @@ pub struct StepProgress {
     pub has_ended: bool,
 }
 
+/// Steps whose pace tells how long the rest will take.
+const PACED: usize = 32;
+
 /// The steps of one job.
 pub struct Steps {
     collector: Collector,
@@ -37,6 +42,8 @@ pub struct Steps {
     pub by_rank: Vec<u64>,
     /// How long they work and wait.
     pub pace: Pace,
+    /// When the latest steps of this formation ended. **Units**: milliseconds since 1970.
+    ended_ms: VecDeque<u64>,
     /// By rank, the workers of the latest formation and of the one before: its lines may come late.
     places: [Vec<u64>; 2],
     /// Wakes watchers.
@@ -54,6 +61,7 @@ impl Steps {
             loads: Vec::new(),
             by_rank: Vec::new(),
             pace: Pace::new(Topology { pipeline: 0, expert: 0, data: 0 }),
+            ended_ms: VecDeque::new(),
             places: Default::default(),
             progress: watch::Sender::new(StepProgress {
                 step: last,
@@ -72,8 +80,17 @@ impl Steps {
         self.generation = formed.generation;
         self.by_rank = vec![0; world];
         self.pace = Pace::new(formed.topology);
+        self.ended_ms.clear();
         self.places.swap(0, 1);
         self.places[0].clone_from(&formed.places);
+    }
+
+    /// How long a step takes, with all that is between two: checkpoints, validation. **Units**: seconds. `None` before the second
+    /// one of a formation.
+    pub fn seconds_per_step(&self) -> Option<f64> {
+        let (first, last) = (self.ended_ms.front()?, self.ended_ms.back()?);
+        let steps = self.ended_ms.len() - 1;
+        (steps > 0).then(|| last.saturating_sub(*first) as f64 / 1e3 / steps as f64)
     }
 
     /// Whether a worker hosts a rank of the job, or did so in the formation before.
@@ -112,6 +129,10 @@ impl Steps {
         }
         let record = self.collector.record(report)?;
         (self.last, self.loss) = (record.step, Some(record.loss));
+        self.ended_ms.push_back(record.unix_ms);
+        if self.ended_ms.len() > PACED {
+            self.ended_ms.pop_front();
+        }
         self.loads.clone_from(&record.loads);
         Some(record)
     }
@@ -131,6 +152,7 @@ mod tests {
             name: "job".into(),
             priority: 0,
             min_ranks: 1,
+            max_ranks: 0,
             key: String::new(),
             user: String::new(),
             recipe: Arc::new(recipe.unwrap()),
@@ -181,6 +203,26 @@ mod tests {
         let loads = vec![LayerLoad { layer: 4, counts: vec![400, 0] }];
         let record = steps.record(StepReport { loads, ..report(1, 0, 1) }).unwrap();
         assert!(record.warnings[0].starts_with("layer 4: its gate collapses"), "{:?}", record.warnings);
+    }
+
+    #[test]
+    fn the_pace_is_that_of_the_latest_steps_of_a_formation() {
+        let mut steps = Steps::new(0, None, 0, false);
+        steps.formed(&spec(), &formed(1, 1));
+        let made = |steps: &mut Steps, generation, step, unix_ms| {
+            drop(steps.record(StepReport { unix_ms, ..report(generation, 0, step) }));
+            steps.seconds_per_step()
+        };
+        assert_eq!(made(&mut steps, 1, 1, 10_000), None);
+        assert_eq!(made(&mut steps, 1, 2, 13_000), Some(3.0));
+        assert_eq!(made(&mut steps, 1, 3, 14_000), Some(2.0));
+        // Told again.
+        assert_eq!(made(&mut steps, 1, 3, 90_000), Some(2.0));
+        // Steps of an earlier formation say nothing of this one.
+        steps.formed(&spec(), &formed(2, 1));
+        assert_eq!(made(&mut steps, 2, 4, 50_000), None);
+        let last = (5..=60).map(|step| made(&mut steps, 2, step, 50_000 + 500 * (step - 4))).last();
+        assert_eq!(last.flatten(), Some(0.5));
     }
 
     #[test]

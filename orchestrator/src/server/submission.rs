@@ -127,6 +127,7 @@ fn difference(one: &JobSpec, other: &JobSpec) -> Option<String> {
         ("name", one.name != other.name),
         ("priority", one.priority != other.priority),
         ("min_ranks", one.min_ranks != other.min_ranks),
+        ("max_ranks", one.max_ranks != other.max_ranks),
         ("resume", one.origin != other.origin),
         ("model.config", one.recipe.model_config != other.recipe.model_config),
     ];
@@ -163,6 +164,7 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         priority,
         idempotency_key,
         min_ranks,
+        max_ranks,
         resume,
         force,
     } = request;
@@ -198,10 +200,15 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
     if min_ranks as usize > world {
         faults.expected("min_ranks", format!("at most {world}, the ranks of the recipe"), min_ranks);
     }
+    if max_ranks != 0 && !(world..=MAX_RANKS).contains(&(max_ranks as usize)) {
+        let expected = format!("from {world}, the ranks of the recipe, to {MAX_RANKS}");
+        faults.expected("max_ranks", expected, max_ranks);
+    }
     faults.into_result(JobSpec {
         name,
         priority,
         min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
+        max_ranks: world.max(max_ranks as usize),
         key: idempotency_key,
         user: String::new(),
         recipe: Arc::new(recipe),

@@ -44,6 +44,8 @@ pub(super) struct Checks {
     /// Jobs that are cancelled, and jobs that may fail.
     pub(super) cancelled: BTreeSet<JobId>,
     pub(super) excused: BTreeSet<JobId>,
+    /// Which job may have more ranks for which there is room, and since when.
+    pub(super) grows: Option<(JobId, u64)>,
     /// Who is first in line and could have slots that are lent, and since when.
     pub(super) lent: Option<(JobId, u64)>,
     /// By which orchestrator, who keeps slots that are of no use to it, and since when.
@@ -91,7 +93,7 @@ impl Checks {
     pub(super) fn lose_state(&mut self, jobs: &Jobs) {
         self.lost.extend(jobs.all.keys());
         self.ended.clear();
-        (self.forgotten, self.lent, self.useless) = (0, None, None);
+        (self.forgotten, self.lent, self.useless, self.grows) = (0, None, None, None);
     }
 
     pub(super) fn world(&self, formation: FormationId) -> Option<usize> {
@@ -247,7 +249,10 @@ impl World {
             Fact::Stepped { job, step } => self.check_stepped(*job, *step),
             // Nobody asks for it here.
             Fact::Retried { job } => self.violate(format!("{job} is taken up again")),
-            Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => {}
+            Fact::StorageIdentified { .. }
+            | Fact::Drained { .. }
+            | Fact::Undrained { .. }
+            | Fact::Scaled { .. } => {}
         }
     }
 
@@ -277,6 +282,9 @@ impl World {
         };
         if let Some(worker) = formed.places.iter().find(is_out) {
             return self.violate(format!("{job} is formed on worker {worker}, whose node is drained"));
+        }
+        if let Some(words) = self.wrong_size(job, formed.places.len()) {
+            return self.violate(words);
         }
         let history = self.history_of(job, formed);
         let is_next = formed.generation == record.generation().next() && record.running().is_none();

@@ -35,7 +35,11 @@ impl World {
             | SimFault::Unkept
             | SimFault::Mute
             | SimFault::Silence => self.fault_of_server(fault),
-            SimFault::Defect | SimFault::Cancel | SimFault::Drain | SimFault::SubmitAgain => self.wish(fault),
+            SimFault::Defect
+            | SimFault::Cancel
+            | SimFault::Drain
+            | SimFault::SubmitAgain
+            | SimFault::Scale => self.wish(fault),
             SimFault::Loss => self.lose_state(),
             SimFault::Rot => self.rot(),
             SimFault::Apart => self.part_nodes(),
@@ -207,6 +211,10 @@ impl World {
                 self.checks.cancelled.insert(job);
                 let reason = "enough".to_owned();
                 self.ask_for(server, Event::Cancel { job, reason });
+            }
+            (SimFault::Scale, Some(job)) => {
+                let ranks = self.random.between(0, 9) as usize;
+                self.ask_for(server, Event::Scale { job, ranks });
             }
             (SimFault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {

@@ -43,7 +43,7 @@ impl World {
         }
         let queued = core.jobs().all.iter().filter(|(_, record)| record.phase == Phase::Queued);
         let head = queued.min_by_key(|(job, record)| (-record.spec.priority, **job));
-        let head = head.map(|(&job, record)| (job, record.spec.priority, record.spec.topology().world()));
+        let head = head.map(|(&job, record)| (job, record.spec.priority, core.size(job).asked));
         let Some((head, priority, ranks)) = head else { return self.checks.lent = None };
         let (mut held, mut missing, mut lent): (BTreeMap<u64, usize>, _, _) = (BTreeMap::new(), 0, 0);
         let mut lenders: Vec<String> = Vec::new();

@@ -10,6 +10,7 @@ mod commits;
 mod endings;
 mod failures;
 mod faults;
+mod growth;
 mod line;
 mod lost_state;
 mod memory;

@@ -78,6 +78,10 @@ pub enum Mutation {
     HidesPeers,
     /// Failed formations are counted as ones that complete steps.
     CountsNothing,
+    /// A job takes as many ranks as there are.
+    KnowsNoMost,
+    /// A job does not grow.
+    StaysSmall,
 }
 
 fn failed(rank: Rank, cause: &str, kind: ErrorKind) -> RankEvent {
@@ -109,6 +113,8 @@ impl World {
                 attachment.incarnation = 0;
             }
             (Some(Mutation::IgnoresKeys), Event::Submit(spec)) => spec.key.clear(),
+            (Some(Mutation::KnowsNoMost), Event::Submit(spec)) => spec.max_ranks = 64,
+            (Some(Mutation::StaysSmall), Event::Submit(spec)) => spec.max_ranks = 0,
             (Some(Mutation::BlamesNobody), Event::Beat { progress, .. }) => {
                 progress.iter_mut().for_each(|progress| progress.is_at_work = false);
             }

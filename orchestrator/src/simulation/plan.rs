@@ -61,6 +61,8 @@ pub enum SimFault {
     Mute,
     /// The orchestrator's disk takes nothing for a while.
     Unkept,
+    /// A user says how many ranks a job is to have.
+    Scale,
 }
 
 impl SimFault {
@@ -191,6 +193,12 @@ impl Plan {
         };
         let fails = later.is_one_in(3);
         faults.extend(fails.then(|| (SimFault::Unkept, SimFault::Unkept.mean_ms(&mut later))));
+        for job in &mut jobs {
+            let more = if later.is_one_in(2) { later.between(0, 8) as usize } else { 0 };
+            job.spec.max_ranks += more;
+        }
+        let scales = later.is_one_in(3);
+        faults.extend(scales.then(|| (SimFault::Scale, SimFault::Scale.mean_ms(&mut later))));
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         // Commits that find the storage full are tried again, with growing pauses.
@@ -229,7 +237,7 @@ impl Plan {
         let mut job = SimJob::draw(0, 1, &mut random);
         let topology = Topology { pipeline: 1, expert: 8, data: ranks / 8 };
         job.spec.recipe = recipe(topology, &[format!("training.steps={steps}")]);
-        (job.spec.min_ranks, job.spec.priority) = (ranks, 0);
+        (job.spec.min_ranks, job.spec.max_ranks, job.spec.priority) = (ranks, ranks, 0);
         (job.step_ms, job.every, job.bad, job.at_ms) = (500, 50, Vec::new(), 1_000);
         let faults = [
             (SimFault::Kill, 60_000),
@@ -279,6 +287,7 @@ impl SimJob {
                 name,
                 priority,
                 min_ranks,
+                max_ranks: world,
                 key,
                 user: String::new(),
                 recipe,

@@ -128,6 +128,7 @@ impl World {
         if self.servers[server].ticks.is_multiple_of(8) {
             self.check_commands(server);
             self.check_line(server);
+            self.check_growth(server);
             self.check_useless(server);
         }
     }

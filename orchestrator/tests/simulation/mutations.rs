@@ -7,7 +7,7 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 2_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 31] = [
+const CAUGHT: [(Mutation, &str); 33] = [
     (TakesAnyFolder, "for its own"),
     (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
@@ -39,6 +39,8 @@ const CAUGHT: [(Mutation, &str); 31] = [
     (ReadsDamage, "next is step"),
     (EndsOnDamage, "has ended without cause"),
     (HidesPeers, "both are used again"),
+    (KnowsNoMost, "it may have"),
+    (StaysSmall, "may grow, there is room"),
 ];
 
 #[test]

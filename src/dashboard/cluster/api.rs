@@ -156,10 +156,16 @@ fn asked(body: &Value) -> v1::SubmitRequest {
         name: text(body, "name"),
         priority: body["priority"].as_i64().and_then(|priority| i32::try_from(priority).ok()).unwrap_or(0),
         idempotency_key: text(body, "idempotency_key"),
-        min_ranks: body["min_ranks"].as_u64().and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(0),
+        min_ranks: number(body, "min_ranks"),
+        max_ranks: number(body, "max_ranks"),
         resume: None,
         force: false,
     }
+}
+
+/// A count of a request; 0 if it is not given.
+fn number(body: &Value, key: &str) -> u32 {
+    body[key].as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or(0)
 }
 
 /// Puts a job into the queue.
@@ -177,6 +183,13 @@ pub async fn cancel(cluster: &Cluster, viewer: &Viewer, id: &str, body: &Value) 
 /// Takes a job up again.
 pub async fn retry(cluster: &Cluster, viewer: &Viewer, id: &str) -> Answer {
     let answer = cluster.jobs(viewer).retry(v1::RetryRequest { job: id.to_owned() }).await?.into_inner();
+    Ok(answer.job.as_ref().map_or(Value::Null, of_job))
+}
+
+/// Says how many ranks a job is to have at most.
+pub async fn scale(cluster: &Cluster, viewer: &Viewer, id: &str, body: &Value) -> Answer {
+    let request = v1::ScaleRequest { job: id.to_owned(), ranks: number(body, "ranks") };
+    let answer = cluster.jobs(viewer).scale(request).await?.into_inner();
     Ok(answer.job.as_ref().map_or(Value::Null, of_job))
 }
 

@@ -5,6 +5,7 @@ mod commits;
 mod cut_off;
 mod foreign;
 mod giving_way;
+mod growth;
 mod memory;
 mod placing;
 mod removal;
@@ -64,6 +65,7 @@ fn spec_with(ranks: usize, priority: i32, changes: &[&str]) -> Box<JobSpec> {
         name: "job".into(),
         priority,
         min_ranks: ranks,
+        max_ranks: ranks,
         key: String::new(),
         user: String::new(),
         recipe: Arc::new(Recipe::submitted(RECIPE, "job", &changes, None).unwrap()),

@@ -188,6 +188,7 @@ fn pass(root: &str, bytes: &[u8]) -> Result<Vec<u8>, String> {
         "WatchRequest" => refused(bytes, watch),
         "CancelRequest" => refused(bytes, cancel),
         "RetryRequest" => refused(bytes, retry),
+        "ScaleRequest" => refused(bytes, scale),
         "RemoveRequest" => refused(bytes, remove),
         "LogsRequest" => refused(bytes, logs),
         "DrainRequest" => refused(bytes, drain),

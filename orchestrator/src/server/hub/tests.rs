@@ -21,6 +21,7 @@ fn spec(user: &str, key: &str) -> Box<JobSpec> {
         name: "job".into(),
         priority: 0,
         min_ranks: 1,
+        max_ranks: 0,
         key: key.into(),
         user: user.into(),
         recipe: Arc::new(recipe),

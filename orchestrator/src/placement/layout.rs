@@ -1,13 +1,44 @@
-//! The layout of a job that has lost ranks for good and may continue with fewer.
+//! The layout of a job that may have fewer ranks than its recipe names, or more.
 
 use std::cmp::Reverse;
 
 use contraflow_runtime::topology::Topology;
 
+/// The layout for at most `available` and at least `least` ranks, of those that `fits` the recipe, whose own is `base`. As many data
+/// ranks as there is room for; where data ranks alone cannot use it, more expert ranks, then more pipeline ranks: what a rank holds
+/// of the model changes as little as can be. Where there is no room for `base`, see [`shrink`].
+pub fn layout(
+    base: &Topology,
+    available: usize,
+    least: usize,
+    fits: &mut dyn FnMut(&Topology) -> bool,
+) -> Option<Topology> {
+    if available < base.world() {
+        return shrink(base, available, least, fits);
+    }
+    let mut best = *base;
+    for (axis, with) in AXES {
+        let others = best.world() / axis(&best);
+        let larger = (axis(&best) + 1..=available / others).rev().map(|ranks| with(best, ranks));
+        best = larger.into_iter().find(&mut *fits).unwrap_or(best);
+    }
+    Some(best).filter(|best| best.world() >= least)
+}
+
+/// An axis, and a layout with another number of ranks along it.
+type Axis = (fn(&Topology) -> usize, fn(Topology, usize) -> Topology);
+
+/// In the order in which a job grows.
+const AXES: [Axis; 3] = [
+    (|axes| axes.data, |axes, data| Topology { data, ..axes }),
+    (|axes| axes.expert, |axes, expert| Topology { expert, ..axes }),
+    (|axes| axes.pipeline, |axes, pipeline| Topology { pipeline, ..axes }),
+];
+
 /// The largest layout for at most `available` and at least `min_ranks` ranks which `fits` the recipe. Fewer data ranks are
 /// tried first; fewer expert ranks only where that is not enough, fewer pipeline ranks only where nothing else is. Of two
 /// equally large ones the one with more pipeline ranks, then with more expert ranks.
-pub fn shrink(
+fn shrink(
     topology: &Topology,
     available: usize,
     min_ranks: usize,

@@ -1,0 +1,92 @@
+//! Jobs that take the slots that nobody else has a use for, and those that somebody wants to be larger or smaller. They stop after
+//! the running step, which is saved, and start again from their place in line, on as many ranks as there are by then.
+
+use contraflow_runtime::faults::count;
+use contraflow_runtime::topology::JobId;
+
+use super::facts::Fact;
+use super::formation::Formation;
+use super::layouts::Layouts;
+use super::{Core, GROW_MS, Severity};
+use crate::queue::{Running, Size, grows};
+
+/// Free slots that jobs may grow into.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    slots: usize,
+    /// Since when there are so many. **Units**: ms.
+    since_ms: u64,
+}
+
+impl Core {
+    /// Lets the first job in line grow that can, once the free slots have been the same for a while. One at a time.
+    pub(super) fn grow(&mut self, running: &[Running], free: usize, now: u64) {
+        let candidates = grows(running, free);
+        if candidates.is_empty() || running.iter().any(|running| running.stopping) {
+            self.room = None;
+            return;
+        }
+        let known = self.room.filter(|room| room.slots == free);
+        let room = *self.room.insert(known.unwrap_or(Room { slots: free, since_ms: now }));
+        if now < room.since_ms + GROW_MS {
+            return;
+        }
+        let is_ready = |core: &Core, job| {
+            core.formations.get(&job).is_some_and(|formation: &Formation| formation.is_ready_to_move(now))
+        };
+        let (ready, others): (Vec<_>, Vec<_>) =
+            candidates.into_iter().partition(|(job, _)| is_ready(self, *job));
+        for (job, ranks) in ready {
+            let held = self.jobs.all[&job].running().map_or(0, |formed| formed.places.len());
+            let places = self.place_on(job, &[job], ranks);
+            if let Some((topology, _)) = places.ok().filter(|(topology, _)| topology.world() > held) {
+                self.room = None;
+                let why = format!("grows from {} to {}", count(held, "rank"), topology.world());
+                return self.requeue(job, why, now);
+            }
+        }
+        if others.is_empty() {
+            // Nobody can use them, until something changes.
+            self.room = None;
+        }
+    }
+
+    /// How many ranks a job may have; none if it is not known.
+    pub fn size(&self, job: JobId) -> Size {
+        let size = |record| self.layouts.known_size(job, record);
+        self.jobs.all.get(&job).map_or(Size::exactly(0), size)
+    }
+
+    /// Whether a job can be told to have at most so many ranks.
+    ///
+    /// **Errors**: in words; it has ended, or cannot be run on so few.
+    pub fn check_scale(&self, job: JobId, ranks: usize) -> Result<(), String> {
+        let record = self.jobs.all.get(&job).filter(|record| !record.has_ended());
+        let record = record.ok_or_else(|| format!("job: expected one that has not ended, got {job}"))?;
+        let is_possible = ranks == 0 || Layouts::default().best(job, &record.spec, ranks, 1).is_some();
+        is_possible.then_some(()).ok_or_else(|| {
+            format!("ranks: expected as many as a layout of the recipe has, got {ranks}: none has so few")
+        })
+    }
+
+    /// A job is to have at most so many ranks, until that is said again; 0: as it was submitted.
+    pub(super) fn scale(&mut self, job: JobId, ranks: usize, now: u64) {
+        let Some(record) = self.jobs.all.get(&job).filter(|record| !record.has_ended()) else { return };
+        if record.target == ranks {
+            return;
+        }
+        let words = match ranks {
+            0 => "scaled: it grows and shrinks with the cluster again".to_owned(),
+            ranks => format!("scaled to {}", count(ranks, "rank")),
+        };
+        self.log_as(Severity::Info, job, words.clone());
+        self.persist(Fact::Scaled { job, ranks });
+        let record = &self.jobs.all[&job];
+        let most = self.layouts.size(job, record).most;
+        let held = record.running().map_or(0, |formed| formed.places.len());
+        let is_moving = self.formations.get(&job).is_some_and(Formation::is_moving);
+        if held > most && !is_moving {
+            self.requeue(job, words, now);
+        }
+    }
+}

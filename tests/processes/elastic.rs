@@ -1,0 +1,143 @@
+//! Jobs that grow and shrink while workers come and go: each step once, every sequence once, on whatever layout.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::cluster::{Cluster, ENDLESS, until};
+use crate::hostile::ALONE;
+
+/// Steps over which a difference of rounding has not grown beyond 1e-3; see tests/cluster/resume.rs.
+const COMPARED: usize = 60;
+
+const ELASTIC: [&str; 4] = ["--min-ranks", "1", "--max-ranks", "4"];
+
+fn ranks(cluster: &Cluster, job: &str) -> Option<usize> {
+    Some(cluster.status(job)?["ranks"].as_array()?.len())
+}
+
+fn until_ranks(cluster: &Cluster, job: &str, count: usize) {
+    until(&format!("{count} ranks of {job}"), || (ranks(cluster, job)? == count).then_some(()));
+}
+
+/// Each step once, in order, and for as long as rounding does not count what an undisturbed run has.
+fn compare(steps: &[Value], whole: &[Value]) {
+    let numbers: Vec<u64> = steps.iter().map(|step| step["step"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=steps.len() as u64).collect::<Vec<_>>());
+    for (step, whole) in steps.iter().zip(whole) {
+        let (got, expected) = (step["loss"].as_f64().unwrap(), whole["loss"].as_f64().unwrap());
+        assert!((got - expected).abs() <= 1e-3 * expected, "{step} {whole}");
+        assert_eq!(step["tokens"], whole["tokens"], "{step} {whole}");
+    }
+}
+
+#[test]
+fn a_job_grows_with_the_cluster_and_is_scaled_and_every_step_is_that_of_an_undisturbed_run() {
+    let mut cluster = Cluster::start(1);
+    let changes = [&ALONE[..], &[ENDLESS]].concat();
+    let whole = cluster.undisturbed(&changes, COMPARED);
+    let job = cluster.submit(&changes, &ELASTIC);
+    cluster.until_step(&job, 2);
+    assert_eq!(ranks(&cluster, &job), Some(1));
+    for number in 1..4 {
+        let worker = cluster.worker(number);
+        cluster.workers.push(Some(worker));
+    }
+    until_ranks(&cluster, &job, 4);
+    let words = cluster.run(&["status", &job]).1;
+    assert!(words.contains("ranks: 4 of 1 to 4\n"), "{words}");
+
+    let (code, said, errors) = cluster.run(&["scale", &job, "--ranks", "2"]);
+    assert_eq!((code, said.contains("1 to 2 ranks")), (0, true), "{said}{errors}");
+    until_ranks(&cluster, &job, 2);
+    let words = cluster.run(&["status", &job]).1;
+    assert!(words.contains("ranks: 2 of 1 to 2, as it was scaled\n"), "{words}");
+    assert_eq!(cluster.run(&["scale", &job, "--ranks", "auto"]).0, 0);
+    until_ranks(&cluster, &job, 4);
+    // A node that is drained: three columns do not divide the batch, so there are two, until it is back.
+    assert_eq!(cluster.run(&["drain", "n3"]).0, 0);
+    until_ranks(&cluster, &job, 2);
+    assert_eq!(cluster.run(&["drain", "--undo", "n3"]).0, 0);
+    until_ranks(&cluster, &job, 4);
+    compare(&cluster.ten_more_steps(&job), &whole);
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    for words in ["grows from 1 rank to ", "scaled to 2 ranks; step ", "grows from 2 ranks to 4; step "] {
+        assert!(log.contains(words), "{words:?} is not in {log}");
+    }
+    assert!(cluster.workers.iter_mut().flatten().all(|worker| !worker.has_ended()), "the processes stay");
+    for (arguments, words) in [
+        (["scale", &job, "--ranks", "2"], "job: expected one that has not ended"),
+        (["scale", &job, "--ranks", "0"], "expected a number from 1 on, or auto"),
+        (["scale", "job-99", "--ranks", "2"], "job-99"),
+    ] {
+        let (code, said, errors) = cluster.run(&arguments);
+        assert_eq!(code, 2, "{said}{errors}");
+        assert!(errors.contains(words), "{words:?} is not in {errors}");
+    }
+}
+
+#[test]
+fn a_job_gives_up_ranks_to_others_and_has_them_back() {
+    let cluster = Cluster::start(4);
+    let changes = [&ALONE[..], &[ENDLESS]].concat();
+    let job = cluster.submit(&changes, &ELASTIC);
+    until_ranks(&cluster, &job, 4);
+    cluster.until_step(&job, 2);
+    // As important: it gives up what goes beyond its recipe.
+    let two = ["parallel.pipeline=2", "parallel.expert=1", ENDLESS];
+    let other = cluster.submit(&two, &[]);
+    until_ranks(&cluster, &other, 2);
+    until("a rank of the first job", || (ranks(&cluster, &job)? > 0).then_some(()));
+    cluster.until_step(&other, 2);
+    assert!(ranks(&cluster, &job) <= Some(2));
+    assert_eq!(cluster.run(&["cancel", &other]).0, 0);
+    until_ranks(&cluster, &job, 4);
+    let steps = cluster.ten_more_steps(&job);
+    compare(&steps, &[]);
+}
+
+/// Steps of the run in which workers come and go.
+const STEPS: u64 = 300;
+
+#[test]
+fn workers_that_join_and_leave_every_few_steps_cost_no_step_and_no_sequence() {
+    let mut cluster = Cluster::start(4);
+    let steps = format!("training.steps={STEPS}");
+    let changes = [&ALONE[..], &[&steps]].concat();
+    let whole = cluster.finish(&cluster.submit(&changes, &[]));
+    let job = cluster.submit(&changes, &ELASTIC);
+    let (mut random, mut changed) = (1_u64, 0);
+    let mut pause = Instant::now();
+    let is_open = |cluster: &Cluster| {
+        cluster.status(&job).is_none_or(|status| status["outcome"].as_str().is_none_or(str::is_empty))
+    };
+    while is_open(&cluster) {
+        if pause.elapsed() < Duration::from_millis(1_500) {
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        pause = Instant::now();
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // The first worker stays, so that there is always room for the fewest ranks.
+        let number = 1 + (random >> 33) as usize % 3;
+        match cluster.workers[number].take() {
+            Some(mut worker) if random.is_multiple_of(3) => worker.kill(),
+            Some(mut worker) => {
+                worker.signal(Signal::TERM);
+                until("the end of a worker that leaves", || worker.has_ended().then_some(()));
+            }
+            None => cluster.workers[number] = Some(cluster.worker(number)),
+        }
+        changed += 1;
+    }
+    let steps = cluster.finish(&job);
+    assert_eq!(steps.len() as u64, STEPS);
+    compare(&steps, &whole[..COMPARED]);
+    let tokens =
+        |steps: &[Value]| steps.iter().map(|step| step["tokens"].as_u64().unwrap()).collect::<Vec<_>>();
+    assert_eq!(tokens(&steps), tokens(&whole));
+    let generations = steps.last().unwrap()["generation"].as_u64().unwrap();
+    eprintln!("{changed} workers came or went, {generations} formations");
+    assert!(changed >= 5 && generations >= 3, "{changed} changes, {generations} formations");
+}
