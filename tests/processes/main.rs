@@ -10,8 +10,8 @@ mod crash_loop;
 mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
-mod following;
 mod elastic;
+mod following;
 mod hostile;
 mod http2;
 mod hung;

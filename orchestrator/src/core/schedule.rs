@@ -303,11 +303,11 @@ impl Core {
     }
 
     /// How many ranks that need so much memory all workers together have room for if they do nothing else, and the slots into
-    /// which none fits.
+    /// which none fits. A worker whose stream has just ended counts as long as its lease lasts: it may be back at once.
     pub(super) fn room_for(&self, rank_bytes: u64) -> (usize, TooSmall) {
         let (mut room, mut too_small) = (0, TooSmall::default());
         let members = self.members.iter().map(|(_, member)| member);
-        for member in members.filter(|member| member.is_attached && !self.is_draining(member)) {
+        for member in members.filter(|member| !self.is_draining(member)) {
             let slots = member.registration.slots;
             let fit = slots.min(member.room_for(rank_bytes, 0));
             room += fit;

@@ -120,3 +120,23 @@ fn a_job_that_may_go_on_with_fewer_ranks_than_the_cluster_has_keeps_its_slots() 
     assert_eq!(phase(&world, JOB), Phase::Formed);
     assert_eq!(world.places().len(), 2);
 }
+
+#[test]
+fn workers_whose_streams_have_just_ended_still_count_as_room() {
+    let mut world = World::new();
+    (1..=5).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    [3, 2, 2].into_iter().for_each(|ranks| drop(world.step(Event::Submit(spec(ranks, 0)))));
+    drop(world.pass(LEASE_MS + ADOPTION_MS + 2 * TICK_MS, &[1, 2, 4, 5]));
+    let phases = |world: &World| [JOB, SECOND, id(3)].map(|job| phase(world, job));
+    assert_eq!(
+        phases(&world),
+        [Phase::Broken, Phase::Formed, Phase::Queued],
+        "there is room for all but not now"
+    );
+    // The orchestrator has closed them, as it does when its disk fails.
+    [4, 5].into_iter().for_each(|worker| drop(world.step(Event::Detached { worker })));
+    drop(world.pass(TICK_MS, &[1, 2]));
+    assert_eq!(phases(&world), [Phase::Broken, Phase::Formed, Phase::Queued]);
+    drop(world.pass(LEASE_MS + 2 * TICK_MS, &[1, 2]));
+    assert_eq!(phases(&world), [Phase::Queued, Phase::Broken, Phase::Formed]);
+}
