@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use contraflow_orchestrator::core::{BEAT_MS, RETAINED_JOBS, Times};
 use contraflow_orchestrator::server::{Front, Orchestrator, Security, Settings};
+use contraflow_orchestrator::webhook::Webhook;
+use contraflow_runtime::files;
 use contraflow_runtime::recipe::LogLevel;
 use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
@@ -42,6 +44,12 @@ pub struct OrchestratorArgs {
     /// What the folder of a job in the storage may hold, as 50GB; without it, as much as there is room for
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub job_quota: Option<u64>,
+    /// An address that is told what happens to jobs, by POST: that they have ended, lost ranks or been sent back
+    #[arg(long, value_name = "URL")]
+    pub webhook: Option<String>,
+    /// File with the secret by which notices are signed, as Standard Webhooks have it
+    #[arg(long, value_name = "FILE", requires = "webhook")]
+    pub webhook_secret: Option<PathBuf>,
 }
 
 /// Runs the command.
@@ -52,6 +60,7 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
     let security = security(args)?;
     let is_secured = security.is_some();
+    let webhook = webhook(args)?;
     let door = Door::open_cluster(&args.dashboard, is_secured)?;
     let settings = Settings {
         retained_jobs: usize::try_from(args.keep_jobs).unwrap_or(usize::MAX),
@@ -71,6 +80,10 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
             Some(security) => orchestrator.secured(security),
             None => orchestrator,
         };
+        let orchestrator = match webhook {
+            Some(webhook) => orchestrator.telling(webhook),
+            None => orchestrator,
+        };
         let mut signals = Signals::listen()?;
         let address = orchestrator.address().map_err(|error| Failure::run(error.to_string()))?;
         say(format_args!("orchestrator at {address}, incarnation {}", orchestrator.incarnation()));
@@ -88,6 +101,16 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
             .await
             .map_err(Failure::run)
     })
+}
+
+fn webhook(args: &OrchestratorArgs) -> Result<Option<Webhook>, Failure> {
+    let Some(url) = &args.webhook else { return Ok(None) };
+    let secret = args.webhook_secret.as_ref().map(|path| {
+        let unreadable = |error| Failure::input(format!("--webhook-secret {}: {error}", path.display()));
+        files::read_to_string(path).map_err(unreadable)
+    });
+    let refused = |why| Failure::input(format!("--webhook: {why}"));
+    Webhook::new(url, secret.transpose()?.as_deref()).map(Some).map_err(refused)
 }
 
 fn security(args: &OrchestratorArgs) -> Result<Option<Security>, Failure> {

@@ -39,4 +39,5 @@ mod storage;
 mod storm;
 mod telemetry;
 mod tokenizer;
+mod webhook;
 mod withdrawn;

@@ -5,6 +5,7 @@
 
 mod keeping;
 mod messages;
+mod telling;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +38,7 @@ use crate::core::{Core, Effect, Event, Severity, WorkerCommand};
 use crate::metrics::pace::Change;
 use crate::metrics::record::StepRecord;
 use crate::store::{Replay, Store, StoreError};
+use crate::webhook::{Happened, Notices};
 
 /// The longest line of a job's log. **Units**: bytes.
 const MAX_LINE: usize = 64 << 10;
@@ -61,6 +63,7 @@ pub struct Hub {
     withheld: Option<Instant>,
     admission: Admission,
     snapshots: Snapshots,
+    notices: Notices,
 }
 
 /// The time that the core sees: that of the wall when the process began, and from then on of a monotonic clock, for
@@ -112,6 +115,7 @@ impl Hub {
             withheld: None,
             admission,
             snapshots,
+            notices: Notices::default(),
         };
         let all: Vec<JobId> = hub.core.jobs().all.keys().copied().collect();
         for job in all {
@@ -137,6 +141,12 @@ impl Hub {
         }
         self.steps.insert(job, steps);
         Ok(())
+    }
+
+    /// The same, and tells what happens to jobs.
+    pub fn telling(mut self, notices: Notices) -> Self {
+        self.notices = notices;
+        self
     }
 
     /// The decisions.
@@ -284,6 +294,9 @@ impl Hub {
                 Effect::Record { job, report } => {
                     let record = self.steps.get_mut(&job).and_then(|steps| steps.record(*report));
                     if let Some(record) = record {
+                        if !record.warnings.is_empty() {
+                            self.notify(job, Happened::Warning, &record.warnings.join("; "), batch);
+                        }
                         // A record is numbers and texts.
                         let bytes = serde_json::to_vec(&record).unwrap_or_default();
                         batch.steps.entry(job).or_default().push((record.step, bytes));
@@ -296,6 +309,7 @@ impl Hub {
     }
 
     fn apply_fact(&mut self, fact: &Fact, batch: &mut CommitBatch) {
+        self.notify_of(fact, batch);
         match fact {
             Fact::Submitted { job, spec, .. } => {
                 self.admission.opened(*job, spec);
@@ -389,6 +403,7 @@ impl Hub {
             }
         }
         self.wake_watchers(&batch);
+        batch.notices.drain(..).for_each(|notice| self.notices.send(notice));
         // The caller may be gone.
         for (reply, job) in batch.replies {
             let _ = reply.send(job);

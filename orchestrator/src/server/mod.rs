@@ -62,6 +62,7 @@ use self::hub::{Hub, HubMessage, Mailboxes, Senders};
 use self::places::Limits;
 use crate::core::{Event, RETAINED_JOBS, TICK_MS, Times};
 use crate::store::Store;
+use crate::webhook::Webhook;
 
 /// Largest message that is taken from a client: a recipe, a model's configuration and some.
 const MAX_MESSAGE: usize = 4 << 20;
@@ -171,6 +172,12 @@ impl Orchestrator {
     /// Takes no more connections than leave it some of the files that the process may have open.
     pub fn with_files(mut self, files: u64) -> Self {
         self.limits = Limits::of(Some(files));
+        self
+    }
+
+    /// Tells an address what happens to jobs.
+    pub fn telling(mut self, webhook: Webhook) -> Self {
+        self.hub = self.hub.telling(webhook.start());
         self
     }
 

@@ -14,6 +14,7 @@ use tonic::Status;
 use super::{Hub, HubMessage, Mailboxes, Question, Submitted};
 use crate::core::WorkerCommand;
 use crate::store::{Batch, Removals};
+use crate::webhook::Notice;
 
 /// How long a write may take until the hub looks why, and the time between two looks.
 const LOOK: Duration = Duration::from_millis(250);
@@ -35,6 +36,7 @@ pub(super) struct CommitBatch {
     pub(super) replies: Vec<(oneshot::Sender<Submitted>, Submitted)>,
     pub(super) changes: Vec<oneshot::Sender<Result<(), Status>>>,
     pub(super) questions: Vec<Question>,
+    pub(super) notices: Vec<Notice>,
 }
 
 impl CommitBatch {

@@ -1,4 +1,4 @@
-//! The HTTP client below the stores: TLS by ring with the system's roots, and a deadline for every wait.
+//! The HTTP client below the stores and webhooks: TLS by ring with the system's roots, and a deadline for every wait.
 //!
 //! Knows requests and bytes, no store.
 
@@ -33,12 +33,8 @@ const SLOWEST: u64 = 64 << 10;
 #[derive(Clone, Debug)]
 struct Service(Client<HttpsConnector<TcpConnector>, HttpRequestBody>);
 
-/// Gives every store the client.
-#[derive(Debug)]
-pub(super) struct Connector;
-
-impl HttpConnector for Connector {
-    fn connect(&self, _options: &ClientOptions) -> object_store::Result<HttpClient> {
+impl Service {
+    fn of_process() -> Service {
         static CLIENT: OnceLock<Service> = OnceLock::new();
         let make = || {
             let mut tcp = TcpConnector::new();
@@ -52,7 +48,43 @@ impl HttpConnector for Connector {
             let mut client = Client::builder(TokioExecutor::new());
             Service(client.pool_timer(TokioTimer::new()).pool_idle_timeout(ANSWER).build(https))
         };
-        Ok(HttpClient::new(CLIENT.get_or_init(make).clone()))
+        CLIENT.get_or_init(make).clone()
+    }
+}
+
+/// Sends a body to an address, and returns the status with which it was answered.
+///
+/// **Errors**: in words; the address or a header cannot be, or there was no answer within the time.
+pub async fn post(url: &str, headers: &[(&'static str, String)], body: String) -> Result<u16, String> {
+    let mut request = HttpRequest::new(HttpRequestBody::from(body));
+    *request.method_mut() = "POST".parse().map_err(|error| format!("POST: {error}"))?;
+    *request.uri_mut() = url.parse().map_err(|error| format!("{url:?} is no address: {error}"))?;
+    for (name, value) in headers {
+        let value = value.parse().map_err(|error| format!("header {name}: {error}"))?;
+        request.headers_mut().insert(*name, value);
+    }
+    let answered = Service::of_process().call(request).await;
+    answered.map(|answer| answer.status().as_u16()).map_err(|error| in_full(&error))
+}
+
+/// An error with what is behind it.
+fn in_full(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        words = format!("{words}: {error}");
+        source = error.source();
+    }
+    words
+}
+
+/// Gives every store the client.
+#[derive(Debug)]
+pub(super) struct Connector;
+
+impl HttpConnector for Connector {
+    fn connect(&self, _options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(Service::of_process()))
     }
 }
 

@@ -14,6 +14,7 @@ mod store;
 use std::fmt;
 
 pub use cache::{Staging, cache_dir, fetch, fetch_all, fetched_name, forget};
+pub use http::post;
 pub use location::{Location, Scheme};
 pub use publish::{publish, target_fault};
 pub use sources::Sources;
