@@ -51,8 +51,9 @@ pub const MAX_RECORD: usize = 16 << 20;
 /// Parts of a snapshot that are written at once: between two writes others have their turn. **Units**: bytes.
 const SNAPSHOT_WRITE: usize = 4 << 20;
 
-/// Pages that are kept in memory. **Units**: bytes.
-const CACHE: usize = 64 << 20;
+/// Pages that are kept in memory; the system keeps others. What jobs leave behind fills it within an hour, whatever it is. **Units**:
+/// bytes.
+const CACHE: usize = 16 << 20;
 
 /// Numbers about the file itself, by name: [`FORMAT_KEY`], [`INCARNATION_KEY`] and [`SNAPSHOT_KEY`].
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
