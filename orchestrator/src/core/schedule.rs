@@ -210,9 +210,10 @@ impl Core {
     fn place_again(&mut self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
-        let most = self.layouts.size(job, record).most;
-        if before.places.len() > most {
-            return self.place_on(job, &[job], most).ok();
+        let size = self.layouts.size(job, record);
+        if !(size.least..=size.most).contains(&before.places.len()) {
+            // It was scaled meanwhile.
+            return self.place_on(job, &[job], size.most).ok();
         }
         let supply = self.supply(&[job], before.rank_bytes);
         let refilled = |supply: &Supply| refill_lost(supply, record, before).ok_or(());

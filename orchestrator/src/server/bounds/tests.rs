@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 63] = [
+const ALL: [Bound; 64] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -22,6 +22,7 @@ const ALL: [Bound; 63] = [
     CANCEL,
     RETRY,
     REMOVE,
+    SCALE,
     REASON,
     DRAIN,
     PATHS,
