@@ -224,7 +224,8 @@ impl Plan {
         let mut plan = Plan::draw(random);
         let mut job = SimJob::draw(0, 4, random);
         (job.spec.min_ranks, job.spec.priority, job.step_ms) = (1, 0, 400);
-        (job.bad, job.at_ms) = (Vec::new(), 1_000);
+        // All workers are there by then: it does not begin with fewer ranks and grow.
+        (job.bad, job.at_ms) = (Vec::new(), 5_000);
         (plan.nodes, plan.jobs, plan.faults) = (vec![1; 6], vec![job], vec![(SimFault::Mute, 60_000)]);
         // A lease that is shorter than frames may be late loses workers by itself.
         let times = Times::default();
