@@ -6,7 +6,8 @@ use contraflow_runtime::topology::Topology;
 
 /// The layout for at most `available` and at least `least` ranks, of those that `fits` the recipe, whose own is `base`. As many data
 /// ranks as there is room for; where data ranks alone cannot use it, more expert ranks, then more pipeline ranks: what a rank holds
-/// of the model changes as little as can be. Where there is no room for `base`, see [`shrink`].
+/// of the model changes as little as can be. Where there is no room for `base`: fewer data ranks first, fewer expert ranks only where
+/// that is not enough, fewer pipeline ranks only where nothing else is.
 pub fn layout(
     base: &Topology,
     available: usize,
