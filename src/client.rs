@@ -24,8 +24,8 @@ pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
 use crate::interrupt;
-use crate::output::{Format, left, print, say, table};
-use crate::progress::figures;
+use crate::output::{Format, print, say, table};
+use crate::progress::{figures, hms};
 
 /// How long reaching the orchestrator, and an answer that is not a stream, may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -217,7 +217,7 @@ fn list(args: &List) -> Result<(), Failure> {
         let rows = all.iter().map(|job| {
             let loss = job.loss.map_or_else(String::new, |loss| format!("{loss:.4}"));
             let (step, generation) = (format!("{}/{}", job.step, job.steps), job.generation.to_string());
-            let left = job.eta_seconds.map_or_else(String::new, left);
+            let left = job.eta_seconds.map_or_else(String::new, hms);
             [job.job.clone(), job.name.clone(), state_of(job), step, left, generation, loss]
         });
         let text = table(["JOB", "NAME", "STATE", "STEP", "LEFT", "GEN", "LOSS"], 3..7, rows);
@@ -428,7 +428,7 @@ fn job_text(job: &v1::Job) -> String {
         text += &format!("  ranks: {now} of {least} to {most}{why}\n");
     }
     if let Some(seconds) = job.eta_seconds {
-        text += &format!("  left: {}\n", left(seconds));
+        text += &format!("  left: {}\n", hms(seconds));
     }
     if let Some(loss) = job.loss {
         text += &format!("  loss: {loss:.4}\n");

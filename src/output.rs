@@ -84,18 +84,6 @@ pub fn table<R: Into<Row>>(
     format!("{}\n", table.trim_fmt())
 }
 
-/// How much longer something takes, to two parts: `45 s`, `3 min 20 s`, `2 d 5 h`.
-pub fn left(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    let (large, small, per) = match seconds {
-        0..60 => return format!("{seconds} s"),
-        60..3_600 => (("min", 60), "s", 1),
-        3_600..86_400 => (("h", 3_600), "min", 60),
-        _ => (("d", 86_400), "h", 3_600),
-    };
-    format!("{} {} {} {small}", seconds / large.1, large.0, seconds % large.1 / per)
-}
-
 /// The way of a model's bytes to stdout. A terminal gets characters that act on it written out (`\x1b`), as a young model's
 /// bytes can be any; a file and a pipe get the bytes as they are.
 pub struct ModelText {
@@ -154,19 +142,6 @@ pub fn escaped(text: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_is_left_is_said_in_two_parts() {
-        for (seconds, words) in [
-            (0.4, "0 s"),
-            (59.6, "1 min 0 s"),
-            (200.0, "3 min 20 s"),
-            (7_322.0, "2 h 2 min"),
-            (190_000.0, "2 d 4 h"),
-        ] {
-            assert_eq!(left(seconds), words);
-        }
-    }
 
     #[test]
     fn words_are_quoted_where_a_shell_would_read_something_else() {

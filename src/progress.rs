@@ -107,7 +107,7 @@ impl Progress {
             self.bar.suspend(|| say(format_args!("warning: {warning}")));
         }
         let crowded = if self.frame.oversubscribed { " (oversubscribed)" } else { "" };
-        let message = format!("{}  {} left", figures(record, crowded), minutes(self.seconds_left(record)));
+        let message = format!("{}  {} left", figures(record, crowded), hms(self.seconds_left(record)));
         self.bar.set_message(message.clone());
         self.bar.set_position(record.step);
         let now = Instant::now();
@@ -190,7 +190,7 @@ impl Lines {
         }
         self.last = Some(now);
         let left = self.began.elapsed().as_secs_f64() * (all - done) as f64 / done as f64;
-        say(format_args!("{what} {done}/{all}  {figure}  {} left", minutes(left)));
+        say(format_args!("{what} {done}/{all}  {figure}  {} left", hms(left)));
     }
 }
 
@@ -200,15 +200,33 @@ impl Default for Lines {
     }
 }
 
-/// Seconds as minutes and seconds.
-pub fn minutes(seconds: f64) -> String {
+/// Seconds as minutes and seconds, with hours and days where there are some: `3:20`, `2:05:30`, `1d 02:05:30`.
+pub fn hms(seconds: f64) -> String {
     let whole = seconds.round() as u64;
-    format!("{}:{:02}", whole / 60, whole % 60)
+    let (hours, minutes, seconds) = (whole / 3_600, whole / 60 % 60, whole % 60);
+    match hours {
+        0 => format!("{minutes}:{seconds:02}"),
+        1..24 => format!("{hours}:{minutes:02}:{seconds:02}"),
+        _ => format!("{}d {:02}:{minutes:02}:{seconds:02}", hours / 24, hours % 24),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_has_the_parts_that_it_needs() {
+        for (seconds, words) in [
+            (0.4, "0:00"),
+            (59.6, "1:00"),
+            (3_599.0, "59:59"),
+            (7_530.0, "2:05:30"),
+            (93_930.0, "1d 02:05:30"),
+        ] {
+            assert_eq!(hms(seconds), words);
+        }
+    }
 
     #[test]
     fn a_rate_has_digits_that_count_however_slow_it_is() {

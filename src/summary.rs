@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::failure::Failure;
 use crate::generate;
 use crate::output::{count, escaped, print, quoted, say};
-use crate::progress::minutes;
+use crate::progress::hms;
 use crate::run::{Run, Tally};
 
 /// What is left of a run in summary.json.
@@ -146,7 +146,7 @@ impl Run {
              bubble {:.0}%{crowded}\n",
             count(summary.steps, "step"),
             count(summary.tokens, "token"),
-            minutes(summary.seconds),
+            hms(summary.seconds),
             summary.final_loss,
             summary.tokens_per_second,
             summary.flops_per_token / 1e6,

@@ -20,7 +20,7 @@ use contraflow_runtime::schedule::{ScheduleKind, size};
 use contraflow_runtime::topology::Topology;
 use thiserror::Error;
 
-pub use layout::layout;
+pub use layout::{fewest, layout};
 pub use score::Term;
 use score::{Shape, UNPLACED};
 use search::{Search, Unit};

@@ -132,7 +132,7 @@ pub fn decide(waiting: &[Waiting], running: &[Running], free: usize) -> Vec<Deci
 pub fn grows(running: &[Running], free: usize) -> Vec<(JobId, usize)> {
     let mut all: Vec<&Running> = running.iter().filter(|running| !running.stopping).collect();
     all.sort_by_key(|running| running.job.place());
-    let most = |running: &Running| running.job.size.most.min(running.ranks + free);
+    let most = |running: &Running| running.job.size.most.min(running.ranks.saturating_add(free));
     let grows = all.into_iter().filter(|running| most(running) > running.ranks);
     grows.map(|running| (running.job.job, most(running))).collect()
 }

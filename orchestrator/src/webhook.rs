@@ -13,6 +13,7 @@ use contraflow_runtime::random::from_system;
 use ring::hmac;
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tonic::transport::Uri;
 
 /// Before a secret that is written in base64.
 const SECRET_PREFIX: &str = "whsec_";
@@ -83,7 +84,9 @@ impl Webhook {
     ///
     /// **Errors**: the address is none of HTTP, or the secret is empty or no base64.
     pub fn new(url: &str, secret: Option<&str>) -> Result<Self, String> {
-        if !["http://", "https://"].iter().any(|scheme| url.len() > scheme.len() && url.starts_with(scheme)) {
+        let address = url.parse::<Uri>().ok().filter(|address| address.host().is_some());
+        let scheme = address.as_ref().and_then(Uri::scheme_str);
+        if !scheme.is_some_and(|scheme| ["http", "https"].contains(&scheme)) {
             return Err("expected an address that begins with http:// or https://".into());
         }
         let key = secret.map(|secret| key_of(secret.trim())).transpose()?;
@@ -94,19 +97,11 @@ impl Webhook {
     pub fn start(self) -> Notices {
         let (sender, mut waiting) = mpsc::channel::<Notice>(WAITING);
         tokio::spawn(async move {
-            let mut warned: HashMap<String, Instant> = HashMap::new();
             while let Some(notice) = waiting.recv().await {
-                if notice.happened == Happened::Warning {
-                    warned.retain(|_, at| at.elapsed() < WARNINGS_APART);
-                    if warned.contains_key(&notice.job) {
-                        continue;
-                    }
-                    warned.insert(notice.job.clone(), Instant::now());
-                }
                 self.deliver(&notice).await;
             }
         });
-        Notices(Some(sender))
+        Notices { sender: Some(sender), warned: HashMap::new() }
     }
 
     async fn deliver(&self, notice: &Notice) {
@@ -140,13 +135,26 @@ impl Webhook {
 }
 
 /// The way to the webhook, if there is one.
-#[derive(Clone, Default)]
-pub struct Notices(Option<mpsc::Sender<Notice>>);
+#[derive(Default)]
+pub struct Notices {
+    sender: Option<mpsc::Sender<Notice>>,
+    /// By job, when it was last warned of.
+    warned: HashMap<String, Instant>,
+}
 
 impl Notices {
     /// Hands a notice over; one that finds too many waiting is left out.
-    pub fn send(&self, notice: Notice) {
-        if let Some(Err(error)) = self.0.as_ref().map(|sender| sender.try_send(notice)) {
+    pub fn send(&mut self, notice: Notice) {
+        let Some(sender) = &self.sender else { return };
+        if notice.happened == Happened::Warning {
+            // Here, so that a receiver that does not answer leaves room for what counts.
+            self.warned.retain(|_, at| at.elapsed() < WARNINGS_APART);
+            if self.warned.contains_key(&notice.job) {
+                return;
+            }
+            self.warned.insert(notice.job.clone(), Instant::now());
+        }
+        if let Err(error) = sender.try_send(notice) {
             let notice = error.into_inner();
             let (job, happened) = (notice.job, notice.happened);
             tracing::warn!(%job, "{happened:?} is not told to the webhook: {WAITING} notices wait for it");
@@ -155,7 +163,7 @@ impl Notices {
 
     /// Whether anybody is told.
     pub fn is_some(&self) -> bool {
-        self.0.is_some()
+        self.sender.is_some()
     }
 }
 
@@ -201,10 +209,34 @@ mod tests {
     }
 
     #[test]
+    fn warnings_of_a_job_at_every_step_leave_room_for_its_end() {
+        let (sender, mut waiting) = mpsc::channel(3);
+        let mut notices = Notices { sender: Some(sender), warned: HashMap::new() };
+        let notice = |happened, job: &str| Notice {
+            happened,
+            unix_ms: 0,
+            job: job.into(),
+            name: String::new(),
+            step: 0,
+            steps: 0,
+            words: String::new(),
+        };
+        for job in ["job-1", "job-1", "job-2", "job-1"] {
+            notices.send(notice(Happened::Warning, job));
+        }
+        notices.send(notice(Happened::Failed, "job-1"));
+        let told: Vec<_> = std::iter::from_fn(|| waiting.try_recv().ok()).collect();
+        let expected =
+            [(Happened::Warning, "job-1"), (Happened::Warning, "job-2"), (Happened::Failed, "job-1")];
+        assert_eq!(told, expected.map(|(happened, job)| notice(happened, job)));
+    }
+
+    #[test]
     fn addresses_and_secrets_that_cannot_be_are_refused() {
         let refused = |url: &str, secret| Webhook::new(url, secret).err().unwrap_or_default();
         assert!(refused("ftp://example.org", None).contains("http://"));
         assert!(refused("https://", None).contains("http://"));
+        assert!(refused("http://a host/hook", None).contains("http://"));
         assert!(refused("https://example.org/hook", Some(" \n")).contains("got nothing"));
         assert!(refused("https://example.org/hook", Some("whsec_!")).contains("base64"));
         assert_eq!(refused("https://example.org/hook", Some("whsec_MfKQ\n")), "");

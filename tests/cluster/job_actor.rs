@@ -70,6 +70,7 @@ fn the_end_is_told_when_the_records_of_all_steps_are_taken() {
     let taken = Arc::new(AtomicU64::new(0));
     let by_subscriber = taken.clone();
     let slow: Subscriber = Box::new(move |record| {
+        // Nothing is waited for here: an end that does not wait has so long to overtake the records.
         std::thread::sleep(Duration::from_millis(200));
         by_subscriber.store(record.step, Ordering::SeqCst);
     });

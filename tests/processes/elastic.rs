@@ -1,7 +1,5 @@
 //! Jobs that grow and shrink while workers come and go: each step once, every sequence once, on whatever layout.
 
-use std::time::{Duration, Instant};
-
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -55,7 +53,7 @@ fn a_job_grows_with_the_cluster_and_is_scaled_and_every_step_is_that_of_an_undis
     assert!(words.contains("ranks: 2 of 1 to 2, as it was scaled\n"), "{words}");
     assert_eq!(cluster.run(&["scale", &job, "--ranks", "auto"]).0, 0);
     until_ranks(&cluster, &job, 4);
-    // A node that is drained: three columns do not divide the batch, so there are two, until it is back.
+    // A node that is drained: there is no layout of three ranks, so there are two, until it is back.
     assert_eq!(cluster.run(&["drain", "n3"]).0, 0);
     until_ranks(&cluster, &job, 2);
     assert_eq!(cluster.run(&["drain", "--undo", "n3"]).0, 0);
@@ -100,6 +98,23 @@ fn a_job_gives_up_ranks_to_others_and_has_them_back() {
 /// Steps of the run in which workers come and go.
 const STEPS: u64 = 300;
 
+/// Ranks of the largest layout for so many workers: three columns do not divide the batch.
+const LARGEST: [usize; 5] = [0, 1, 2, 2, 4];
+
+/// Waits until the job has as many ranks as there is room for and has made some steps with them; whether it has ended instead.
+fn settles(cluster: &Cluster, job: &str, workers: usize) -> bool {
+    let mut begins = None;
+    until(&format!("{} ranks of {job}, and steps of them", LARGEST[workers]), || {
+        let status = cluster.status(job)?;
+        let (held, step) = (status["ranks"].as_array()?.len(), status["step"].as_u64()?);
+        let generation = (status["generation"].as_u64()?, held);
+        let (formed, first) =
+            *begins.insert(begins.filter(|(of, _)| *of == generation).unwrap_or((generation, step)));
+        let is_over = !status["outcome"].as_str()?.is_empty();
+        (is_over || formed.1 == LARGEST[workers] && step >= first + 3).then_some(is_over)
+    })
+}
+
 #[test]
 fn workers_that_join_and_leave_every_few_steps_cost_no_step_and_no_sequence() {
     let mut cluster = Cluster::start(4);
@@ -107,28 +122,20 @@ fn workers_that_join_and_leave_every_few_steps_cost_no_step_and_no_sequence() {
     let changes = [&ALONE[..], &[&steps]].concat();
     let whole = cluster.finish(&cluster.submit(&changes, &[]));
     let job = cluster.submit(&changes, &ELASTIC);
-    let (mut random, mut changed) = (1_u64, 0);
-    let mut pause = Instant::now();
-    let is_open = |cluster: &Cluster| {
-        cluster.status(&job).is_none_or(|status| status["outcome"].as_str().is_none_or(str::is_empty))
-    };
-    while is_open(&cluster) {
-        if pause.elapsed() < Duration::from_millis(1_500) {
-            std::thread::sleep(Duration::from_millis(100));
-            continue;
-        }
-        pause = Instant::now();
+    let (mut random, mut workers, mut changed) = (1_u64, 4, 0);
+    while !settles(&cluster, &job, workers) {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // The first worker stays, so that there is always room for the fewest ranks.
         let number = 1 + (random >> 33) as usize % 3;
         match cluster.workers[number].take() {
-            Some(mut worker) if random.is_multiple_of(3) => worker.kill(),
+            Some(mut worker) if (random >> 40).is_multiple_of(3) => worker.kill(),
             Some(mut worker) => {
                 worker.signal(Signal::TERM);
                 until("the end of a worker that leaves", || worker.has_ended().then_some(()));
             }
             None => cluster.workers[number] = Some(cluster.worker(number)),
         }
+        workers = cluster.workers.iter().flatten().count();
         changed += 1;
     }
     let steps = cluster.finish(&job);
@@ -139,5 +146,5 @@ fn workers_that_join_and_leave_every_few_steps_cost_no_step_and_no_sequence() {
     assert_eq!(tokens(&steps), tokens(&whole));
     let generations = steps.last().unwrap()["generation"].as_u64().unwrap();
     eprintln!("{changed} workers came or went, {generations} formations");
-    assert!(changed >= 5 && generations >= 3, "{changed} changes, {generations} formations");
+    assert!(changed >= 4 && generations >= 4, "{changed} changes, {generations} formations");
 }

@@ -7,7 +7,7 @@ use contraflow_runtime::topology::JobId;
 use super::facts::Fact;
 use super::formation::Formation;
 use super::layouts::Layouts;
-use super::{Core, GROW_MS, Severity};
+use super::{Core, GROW_MS, MAX_RANKS, Severity};
 use crate::queue::{Running, Size, grows};
 
 /// Free slots that jobs may grow into.
@@ -63,6 +63,9 @@ impl Core {
     pub fn check_scale(&self, job: JobId, ranks: usize) -> Result<(), String> {
         let record = self.jobs.all.get(&job).filter(|record| !record.has_ended());
         let record = record.ok_or_else(|| format!("job: expected one that has not ended, got {job}"))?;
+        if ranks > MAX_RANKS {
+            return Err(format!("ranks: expected at most {MAX_RANKS}, got {ranks}"));
+        }
         let is_possible = ranks == 0 || Layouts::default().best(job, &record.spec, ranks, 1).is_some();
         is_possible.then_some(()).ok_or_else(|| {
             format!("ranks: expected as many as a layout of the recipe has, got {ranks}: none has so few")

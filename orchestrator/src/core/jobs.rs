@@ -36,7 +36,7 @@ pub struct JobRecord {
     /// The latest formation.
     pub formed: Option<Formed>,
     /// Ranks of the latest formation that were lost.
-    pub lost: Vec<Rank>,
+    pub lost: BTreeSet<Rank>,
     /// When the latest formation broke. **Units**: milliseconds since 1970.
     pub broken_ms: u64,
     /// Step of the newest checkpoint; 0: there is none.
@@ -170,7 +170,7 @@ impl Jobs {
             submitted_ms: at_ms,
             phase: Phase::Queued,
             formed: None,
-            lost: Vec::new(),
+            lost: BTreeSet::new(),
             broken_ms: 0,
             last_checkpoint: begins.map_or(0, |begins| begins.step),
             last_checkpoint_cursor: begins.map_or(0, |begins| begins.cursor),
@@ -211,7 +211,7 @@ impl JobRecord {
                 self.attempts.ended(*reached, blame, &format!("generation {generation}: {why}"));
                 self.phase = Phase::Broken;
                 self.losses += u32::from(!lost.is_empty());
-                self.lost.clone_from(lost);
+                self.lost = lost.iter().copied().collect();
                 self.broken_ms = *at_ms;
                 self.why.clone_from(why);
             }

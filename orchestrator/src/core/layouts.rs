@@ -10,7 +10,7 @@ use contraflow_runtime::topology::{JobId, Topology};
 
 use super::facts::JobSpec;
 use super::jobs::JobRecord;
-use crate::placement::layout;
+use crate::placement::{fewest, layout};
 use crate::queue::Size;
 
 /// What is known of the layouts of a job.
@@ -44,13 +44,16 @@ impl Layouts {
 
     /// The layout for at most `available` ranks, if there is one with at least `least`.
     pub fn best(&mut self, job: JobId, spec: &JobSpec, available: usize, least: usize) -> Option<Topology> {
-        let known = self.known.entry(job).or_default();
-        let base = spec.topology();
-        let mut fits = |axes: &Topology| {
-            let runs = || could_run(spec, axes) && on_axes(spec, axes).is_some();
-            *axes == base || *known.runs.entry(*axes).or_insert_with(runs)
-        };
-        layout(&base, available, least, &mut fits)
+        layout(&spec.topology(), available, least, &mut |axes| self.runs(job, spec, axes))
+    }
+
+    fn runs(&mut self, job: JobId, spec: &JobSpec, axes: &Topology) -> bool {
+        // What is seen at once is not kept: there is a great deal of it.
+        *axes == spec.topology()
+            || could_run(spec, axes) && {
+                let runs = &mut self.known.entry(job).or_default().runs;
+                *runs.entry(*axes).or_insert_with(|| on_axes(spec, axes).is_some())
+            }
     }
 
     /// How many ranks a job may have.
@@ -69,8 +72,12 @@ impl Layouts {
                 (ranks, ranks)
             }
         };
-        let least = (spec.min_ranks.max(1)..asked).find_map(|number| ranks(number, number));
-        let size = Size { least: least.unwrap_or(asked), asked, most };
+        let least = if spec.min_ranks < asked {
+            fewest(&spec.topology(), spec.min_ranks, &mut |axes| self.runs(job, spec, axes))
+        } else {
+            None
+        };
+        let size = Size { least: least.unwrap_or(asked).min(asked), asked, most };
         self.known.entry(job).or_default().size = Some((target, size));
         size
     }

@@ -69,6 +69,8 @@ pub const FORMING_MS: u64 = 600_000;
 pub const ABORT_MS: u64 = 5_000;
 /// How long a job waits for a place for a lost rank before it continues with fewer, if it may.
 pub const SHRINK_MS: u64 = 5_000;
+/// Most ranks of a job: its formations are facts, which have a bound.
+pub const MAX_RANKS: usize = 1 << 16;
 /// How long the same slots have to be free until a job grows into them: workers often come together.
 pub const GROW_MS: u64 = 1_000;
 /// Ranks without progress for this long are reported.
@@ -120,6 +122,8 @@ pub struct Core {
     spec_bytes: u64,
     /// Something has changed that may give a job its ranks.
     is_open: bool,
+    /// Something has changed that may let a job that has lost ranks continue.
+    may_recover: bool,
     effects: Vec<Effect>,
 }
 
@@ -148,6 +152,7 @@ impl Core {
             times,
             reasons: BTreeMap::new(),
             is_open: true,
+            may_recover: true,
             effects: Vec::new(),
         };
         let running: Vec<JobId> =
@@ -287,8 +292,10 @@ impl Core {
             Event::Tick => self.tick(now),
         }
         // Nobody is placed on workers that nobody hears.
-        while !self.is_cut_off() && std::mem::take(&mut self.is_open) {
-            self.schedule(now);
+        while !self.is_cut_off() && (self.is_open || self.may_recover) {
+            self.may_recover = false;
+            let is_open = std::mem::take(&mut self.is_open);
+            self.schedule(is_open, now);
         }
         self.forget();
         std::mem::take(&mut self.effects)
@@ -410,7 +417,7 @@ impl Core {
         }
         self.lost(&expired, now);
         // Time alone may let a job continue with fewer ranks.
-        self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
+        self.may_recover |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         // And grow into slots that have been free for long enough.
         self.is_open |= self.room.is_some();
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();

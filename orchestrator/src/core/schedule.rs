@@ -13,18 +13,28 @@ use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
 use super::{Core, SHRINK_MS, WorkerCommand};
 use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill};
-use crate::queue::{self, Decision, Running, Waiting};
+use crate::queue::{self, Decision, Running, Waiting, grows};
 
 impl Core {
-    /// Forms every job that can be formed, and makes room for those that may ask for it.
-    pub(super) fn schedule(&mut self, now: u64) {
+    /// Forms every job that can be formed, and makes room for those that may ask for it; jobs that have lost ranks alone unless
+    /// something changed for the others too.
+    pub(super) fn schedule(&mut self, is_open: bool, now: u64) {
+        let unchanged = self.effects.len();
         if self.recover(now) {
             // What has come free is for them first.
+            return;
+        }
+        if !is_open && self.effects.len() == unchanged {
+            // Most words are those of the workers of a formation that has broken, and there are thousands of them.
             return;
         }
         let (waiting, running, missing) = self.line();
         self.reasons.clear();
         let waiting = self.without_unfit(waiting);
+        if waiting.is_empty() && grows(&running, usize::MAX).is_empty() {
+            self.room = None;
+            return;
+        }
         // Slots that a job which has lost ranks waits for are not for others.
         let free = free_slots(&self.supply(&[], 0)).saturating_sub(missing);
         let healthy = free + running.iter().map(|running| running.ranks).sum::<usize>();
@@ -86,19 +96,22 @@ impl Core {
     ) -> Result<(Topology, Vec<u64>), String> {
         let record = &self.jobs.all[&job];
         let least = self.layouts.size(job, record).least;
-        let mut available = ranks;
+        let (mut available, mut refusal) = (ranks, format!("needs {}, {ranks} free", count(least, "rank")));
         loop {
             let record = &self.jobs.all[&job];
             let Some(topology) = self.layouts.best(job, &record.spec, available, least) else {
-                return Err(format!("needs {}, {ranks} free", count(least, "rank")));
+                return Err(refusal);
             };
             let rank_bytes = self.layouts.rank_bytes(job, &record.spec, &topology);
             let schedule = record.spec.recipe.parallel.schedule;
             let supply = self.supply(own, rank_bytes);
             match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
                 Ok(placement) => return Ok((topology, placement.of_rank)),
-                Err(refusal) if topology.world() <= least => return Err(refusal.to_string()),
-                Err(_) => available = topology.world() - 1,
+                // There are slots for so many, but not the memory. With fewer ranks each needs no less.
+                Err(why) => {
+                    available = free_slots(&supply).min(topology.world() - 1);
+                    refusal = why.to_string();
+                }
             }
         }
     }
@@ -405,7 +418,6 @@ pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) 
 /// The workers on which a job holds slots.
 fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     let holds = matches!(record.phase, Phase::Formed | Phase::Broken);
-    let lost = if record.phase == Phase::Broken { &record.lost[..] } else { &[] };
-    let places = record.formed.iter().flat_map(Formed::ranks);
-    places.filter(move |(rank, _)| holds && !lost.contains(rank)).map(|(_, worker)| worker)
+    let places = record.formed.iter().filter(move |_| holds).flat_map(Formed::ranks);
+    places.filter(|(rank, _)| !record.lost.contains(rank)).map(|(_, worker)| worker)
 }

@@ -1,6 +1,7 @@
 //! The layout of a job that may have fewer ranks than its recipe names, or more.
 
 use std::cmp::Reverse;
+use std::ops::RangeInclusive;
 
 use contraflow_runtime::topology::Topology;
 
@@ -46,13 +47,10 @@ fn shrink(
     fits: &mut dyn FnMut(&Topology) -> bool,
 ) -> Option<Topology> {
     let Topology { pipeline, expert, data } = *topology;
-    let mut largest = |pipelines: std::ops::RangeInclusive<usize>,
-                       experts: std::ops::RangeInclusive<usize>| {
-        let all = pipelines.flat_map(|pipeline| experts.clone().map(move |expert| (pipeline, expert)));
-        let all = all
-            .flat_map(|(pipeline, expert)| (1..=data).map(move |data| Topology { pipeline, expert, data }));
-        let mut all: Vec<Topology> =
-            all.filter(|topology| (min_ranks.max(1)..=available).contains(&topology.world())).collect();
+    let mut largest = |pipelines: RangeInclusive<usize>, experts: RangeInclusive<usize>| {
+        let mut all: Vec<Topology> = layouts(pipelines, experts, data)
+            .filter(|topology| (min_ranks.max(1)..=available).contains(&topology.world()))
+            .collect();
         // To see whether one fits takes long: the largest first.
         all.sort_by_key(|topology| Reverse((topology.world(), topology.pipeline, topology.expert)));
         all.into_iter().find(&mut *fits)
@@ -60,4 +58,25 @@ fn shrink(
     largest(pipeline..=pipeline, expert..=expert)
         .or_else(|| largest(pipeline..=pipeline, 1..=expert))
         .or_else(|| largest(1..=pipeline, 1..=expert))
+}
+
+/// The fewest ranks from `least` on that a job can be run on, with no more along any axis than `base` has; nothing if only `base` is
+/// left, or not even that.
+pub fn fewest(base: &Topology, least: usize, fits: &mut dyn FnMut(&Topology) -> bool) -> Option<usize> {
+    let range = least.max(1)..base.world();
+    let all = layouts(1..=base.pipeline, 1..=base.expert, base.data);
+    let mut all: Vec<Topology> = all.filter(|topology| range.contains(&topology.world())).collect();
+    all.sort_by_key(Topology::world);
+    all.into_iter().find(|topology| fits(topology)).map(|topology| topology.world())
+}
+
+/// All layouts of so many ranks along each axis.
+fn layouts(
+    pipelines: RangeInclusive<usize>,
+    experts: RangeInclusive<usize>,
+    data: usize,
+) -> impl Iterator<Item = Topology> {
+    let columns = pipelines.flat_map(move |pipeline| experts.clone().map(move |expert| (pipeline, expert)));
+    columns
+        .flat_map(move |(pipeline, expert)| (1..=data).map(move |data| Topology { pipeline, expert, data }))
 }

@@ -270,14 +270,16 @@ fn refusals_count_what_there_is() {
     assert_eq!(unknown.unwrap_err().to_string(), "rank 1 is on worker 1, which is not in the cluster");
 }
 
+/// Whether a recipe of 8 experts and 4 layers with so many sequences can be run on these axes.
+fn fits(sequences: usize) -> impl FnMut(&Topology) -> bool {
+    move |to| 8 % to.expert == 0 && sequences.is_multiple_of(to.data * to.expert) && 4 % to.pipeline == 0
+}
+
 #[test]
 fn a_job_shrinks_along_data_then_expert_then_pipeline() {
     let full = Topology { pipeline: 2, expert: 4, data: 3 };
-    // 8 experts, 12 sequences, 4 layers.
-    let mut fits =
-        |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
-    let mut shrunk = |available, min_ranks| {
-        layout(&full, available, min_ranks, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
+    let shrunk = |available, min_ranks| {
+        layout(&full, available, min_ranks, &mut fits(12)).map(|to| (to.pipeline, to.expert, to.data))
     };
     assert_eq!(shrunk(24, 1), Some((2, 4, 3)));
     assert_eq!(shrunk(23, 1), Some((2, 4, 1)), "two data ranks do not divide the batch by eight");
@@ -291,11 +293,8 @@ fn a_job_shrinks_along_data_then_expert_then_pipeline() {
 #[test]
 fn a_job_grows_along_data_then_expert_then_pipeline() {
     let base = Topology { pipeline: 2, expert: 1, data: 1 };
-    // 8 experts, 12 sequences, 4 layers.
-    let mut fits =
-        |to: &Topology| 8 % to.expert == 0 && 12 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
-    let mut grown = |available, least| {
-        layout(&base, available, least, &mut fits).map(|to| (to.pipeline, to.expert, to.data))
+    let grown = |available, least| {
+        layout(&base, available, least, &mut fits(12)).map(|to| (to.pipeline, to.expert, to.data))
     };
     assert_eq!(grown(2, 1), Some((2, 1, 1)));
     assert_eq!(grown(3, 1), Some((2, 1, 1)), "no third of the layers");
@@ -305,11 +304,18 @@ fn a_job_grows_along_data_then_expert_then_pipeline() {
     assert_eq!(grown(50, 1), Some((4, 1, 12)), "twelve columns are all that the batch has sequences for");
     assert_eq!(grown(1, 1), Some((1, 1, 1)));
     // Four sequences, and room for more: no more columns, so the pipeline.
-    let mut few =
-        |to: &Topology| 8 % to.expert == 0 && 4 % (to.data * to.expert) == 0 && 4 % to.pipeline == 0;
-    let six = Topology { pipeline: 1, expert: 1, data: 2 };
-    assert_eq!(layout(&six, 6, 1, &mut few), Some(Topology { pipeline: 1, expert: 1, data: 4 }));
-    assert_eq!(layout(&six, 8, 1, &mut few), Some(Topology { pipeline: 2, expert: 1, data: 4 }));
+    let two = Topology { pipeline: 1, expert: 1, data: 2 };
+    let grown = |available| layout(&two, available, 1, &mut fits(4));
+    assert_eq!(grown(6), Some(Topology { pipeline: 1, expert: 1, data: 4 }));
+    assert_eq!(grown(8), Some(Topology { pipeline: 2, expert: 1, data: 4 }));
+}
+
+#[test]
+fn the_fewest_ranks_are_those_of_a_layout() {
+    let full = Topology { pipeline: 2, expert: 4, data: 3 };
+    let fewest = |least| fewest(&full, least, &mut fits(12));
+    assert_eq!([0, 1, 5, 7, 9].map(fewest), [Some(1), Some(1), Some(6), Some(8), Some(12)]);
+    assert_eq!([24, 25].map(fewest), [None, None], "only the whole is left, and nothing");
 }
 
 #[test]

@@ -403,7 +403,9 @@ impl Hub {
             }
         }
         self.wake_watchers(&batch);
-        batch.notices.drain(..).for_each(|notice| self.notices.send(notice));
+        for notice in batch.notices.drain(..) {
+            self.notices.send(notice);
+        }
         // The caller may be gone.
         for (reply, job) in batch.replies {
             let _ = reply.send(job);

@@ -19,15 +19,13 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::{bounds, refused};
+use crate::core::MAX_RANKS;
 use crate::core::facts::{End, JobSpec, Origin};
 use crate::core::jobs::{JobRecord, Phase};
 use crate::rollback::Checkpoint;
 
 /// How long a submission waits for its turn to be checked.
 const TURN: Duration = Duration::from_secs(10);
-
-/// Most ranks of a job: its formations are facts, which have a bound.
-const MAX_RANKS: usize = 1 << 16;
 
 /// Submissions that are checked at once: half of the cores.
 static TURNS: LazyLock<Semaphore> = LazyLock::new(|| {

@@ -21,7 +21,7 @@ use super::view::{Away, Run, View};
 use crate::client::clock;
 use crate::dashboard::shown::Phase;
 use crate::output::count;
-use crate::progress::{minutes, rate};
+use crate::progress::{hms, rate};
 
 /// Levels of a bar in one row.
 const LEVELS: u64 = 8;
@@ -247,7 +247,7 @@ fn header(view: &View, run: &Run, page: &mut Page) {
         line.push(Span::raw(format!("  {:.0}%", 100.0 * overview.step as f64 / steps as f64)));
     }
     if let Some(left) = overview.seconds_left.filter(|_| overview.phase == Phase::Training) {
-        line.push(Span::raw(format!("  {} left", minutes(left))));
+        line.push(Span::raw(format!("  {} left", hms(left))));
     }
     if let Some(job) = run.job.as_ref().filter(|job| job.generation > 1) {
         line.push(Span::raw(format!("  generation {}", job.generation)));

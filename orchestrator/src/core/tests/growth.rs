@@ -20,6 +20,16 @@ fn trains(world: &mut World, step: u64) {
     }
 }
 
+/// The job has as many ranks as there are workers, for nobody else waits, and has made a step.
+fn training_on(workers: usize) -> World {
+    let mut world = World::new();
+    (1..=workers as u64).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(elastic(0))));
+    assert_eq!(world.places().len(), workers);
+    trains(&mut world, 1);
+    world
+}
+
 /// Its ranks stop after a step, which is saved.
 fn stops(world: &mut World, step: u64) {
     let ranks = world.places().len();
@@ -85,11 +95,7 @@ fn a_formation_that_has_made_no_step_does_not_grow() {
 
 #[test]
 fn what_another_job_waits_for_nobody_grows_into_and_a_job_gives_it_up() {
-    let mut world = World::new();
-    (1..=4).for_each(|worker| drop(world.attach(worker, Vec::new())));
-    drop(world.step(Event::Submit(elastic(0))));
-    assert_eq!(world.places().len(), 4, "nobody else waits");
-    trains(&mut world, 1);
+    let mut world = training_on(4);
     // Of the same priority: it keeps what it asked for.
     let effects = world.step(Event::Submit(spec(2, 0)));
     assert_eq!(stop_commands(&effects), 4);
@@ -114,10 +120,7 @@ fn what_another_job_waits_for_nobody_grows_into_and_a_job_gives_it_up() {
 
 #[test]
 fn a_job_is_scaled_down_at_once_and_up_when_there_is_room_until_it_is_left_to_itself_again() {
-    let mut world = World::new();
-    (1..=4).for_each(|worker| drop(world.attach(worker, Vec::new())));
-    drop(world.step(Event::Submit(elastic(0))));
-    trains(&mut world, 1);
+    let mut world = training_on(4);
     let effects = world.step(Event::Scale { job: JOB, ranks: 3 });
     assert_eq!((stop_commands(&effects), logged(&effects)), (4, vec!["scaled to 3 ranks"]));
     stops(&mut world, 1);
@@ -136,16 +139,16 @@ fn a_job_is_scaled_down_at_once_and_up_when_there_is_room_until_it_is_left_to_it
     assert!(world.facts.contains(&kept));
     assert_eq!(world.core.size(JOB), Size { least: 1, asked: 1, most: 1 });
     assert_eq!(world.core.check_scale(JOB, 5), Ok(()));
+    // A number that nobody can mean costs nobody any time.
+    let most = world.core.check_scale(JOB, usize::MAX).unwrap_err();
+    assert!(most.starts_with("ranks: expected at most 65536, got "), "{most}");
     let unknown = world.core.check_scale(SECOND, 5).unwrap_err();
     assert_eq!(unknown, "job: expected one that has not ended, got job-2");
 }
 
 #[test]
 fn a_job_that_is_drained_goes_on_with_fewer_ranks_and_grows_back() {
-    let mut world = World::new();
-    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
-    drop(world.step(Event::Submit(elastic(0))));
-    trains(&mut world, 1);
+    let mut world = training_on(2);
     drop(world.step(Event::Drain { node: "n2".into() }));
     stops(&mut world, 1);
     assert_eq!(world.places(), [1]);
