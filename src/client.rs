@@ -1,6 +1,7 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, scale, nodes, drain.
 
 mod following;
+mod known;
 mod nodes;
 mod removal;
 pub mod scale;
@@ -20,6 +21,7 @@ use v1::cluster_service_client::ClusterServiceClient;
 use v1::job_service_client::JobServiceClient;
 
 use self::following::{Broken, Place, go_on};
+pub use self::known::{Known, known};
 pub use self::nodes::{drain, nodes};
 use crate::access::{Access, Bearer};
 use crate::failure::Failure;
@@ -234,7 +236,7 @@ fn list(args: &List) -> Result<(), Failure> {
 /// **Errors**: code 2 if there is no such job; code 1 if the orchestrator is out of reach.
 pub fn status(args: &OfJob) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
-        let request = v1::GetRequest { job: args.job.clone() };
+        let request = v1::GetRequest { job: args.job.clone(), with_recipe: false };
         let answer =
             jobs(&args.common).await?.get(request).await.map_err(|status| args.common.refused(&status))?;
         let job = answer.into_inner().job.unwrap_or_default();
@@ -288,7 +290,7 @@ async fn has_ended(
     client: &mut JobServiceClient<AuthChannel>,
     (job, common): (&str, &Common),
 ) -> Result<v1::Job, Failure> {
-    let request = v1::GetRequest { job: job.to_owned() };
+    let request = v1::GetRequest { job: job.to_owned(), with_recipe: false };
     let answer = client.get(request).await.map_err(|status| common.refused(&status))?;
     let job = answer.into_inner().job.unwrap_or_default();
     if job.outcome.is_empty() { Err(Failure::run("the stream has ended before the job")) } else { Ok(job) }

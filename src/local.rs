@@ -13,7 +13,7 @@ use contraflow_orchestrator::metrics::record::JobConstants;
 use contraflow_runtime::fabric::{Activity, Endpoint, LocalNetwork, LocalOptions};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::files::STUCK;
-use contraflow_runtime::flight::{self, About, Recorders};
+use contraflow_runtime::flight::{self, About, Beats, Recorders};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 use contraflow_runtime::trace::{self, TraceContext};
@@ -57,9 +57,6 @@ pub struct LocalClusterSpec {
 /// How long the last checkpoint is tried to be written while storage fails: who sees the run may make room.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often the record of the ranks says that the process is alive.
-const BEAT: Duration = Duration::from_secs(1);
-
 /// Begins the record of what the ranks of a run do, in its folder. A run is as good without: why there is none is said.
 pub fn recorders(run: &Path, generation: Generation, world: usize) -> Recorders {
     let about = About { formation: FormationId::new(JobId::default(), generation), world };
@@ -79,6 +76,7 @@ pub struct LocalCluster {
     timelines: Timelines,
     activities: Vec<Arc<Activity>>,
     flight: Recorders,
+    beats: Beats,
 }
 
 impl LocalCluster {
@@ -167,7 +165,8 @@ impl LocalCluster {
                 .cast(WorkerMessage::Host { rank: Rank::at(rank), assignment })
                 .map_err(|error| error.to_string())?;
         }
-        Ok(LocalCluster { job, ended, network, timelines, activities, flight })
+        let beats = Beats::of(flight.clone());
+        Ok(LocalCluster { job, ended, network, timelines, activities, flight, beats })
     }
 
     /// What the ranks record of their last steps, while the cluster runs and after its end: [`Timelines::latest`] is the newest step
@@ -193,18 +192,12 @@ impl LocalCluster {
     pub async fn wait(mut self) -> Outcome {
         let message = "the job actor ended without an outcome".into();
         let gone = || Outcome::Failed { message, kind: ErrorKind::Bug };
-        let mut beats = tokio::time::interval(BEAT);
-        let outcome = loop {
-            tokio::select! {
-                outcome = &mut self.ended => break outcome.unwrap_or_else(|_| gone()),
-                _ = beats.tick() => self.flight.beat(),
-            }
-        };
+        let outcome = (&mut self.ended).await.unwrap_or_else(|_| gone());
         self.storage_is_left().await;
-        match outcome {
-            Outcome::Done { .. } | Outcome::Stopped { .. } => self.flight.finish(),
-            Outcome::Diverged { .. } | Outcome::Failed { .. } => self.flight.beat(),
+        if matches!(outcome, Outcome::Done { .. } | Outcome::Stopped { .. }) {
+            self.flight.finish();
         }
+        self.beats.end();
         outcome
     }
 

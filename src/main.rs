@@ -53,7 +53,7 @@ enum Command {
     Top(dashboard::top::TopArgs),
     /// Draw the curves of runs over one another: loss, validation, gradient norm
     Plot(runs::plot::PlotArgs),
-    /// Say what is wrong with a run: program, machine, disk, checkpoints, what its ranks were about
+    /// Say what is wrong with a run or a job: program, machine, disk, checkpoints, what its ranks were about
     Doctor(runs::doctor::DoctorArgs),
     /// List the built-in recipes and models
     Recipes(recipes::RecipesArgs),

@@ -75,7 +75,7 @@ impl Cluster {
     ///
     /// **Errors**: `NOT_FOUND`, `UNAUTHENTICATED`, `PERMISSION_DENIED`.
     pub async fn job(&self, viewer: &Viewer, id: &str) -> Result<v1::Job, Status> {
-        let asked = self.jobs(viewer).get(v1::GetRequest { job: id.to_owned() }).await?;
+        let asked = self.jobs(viewer).get(v1::GetRequest { job: id.to_owned(), with_recipe: false }).await?;
         asked.into_inner().job.ok_or_else(|| Status::not_found("job"))
     }
 

@@ -1,21 +1,26 @@
-//! `contraflow doctor`: what is wrong with a run, from what its folder holds, and an archive for a report about it. The checks are
-//! in `checks`, what goes into the archive in `archive`.
+//! `contraflow doctor`: what is wrong with a run, from what its folder holds, or with a job, also from what its orchestrator says; and
+//! an archive for a report about it. The checks are in `checks` and `job`, what goes into the archive in `archive`.
 
 mod archive;
 mod checks;
+mod job;
 mod redact;
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use contraflow_proto::v1::LogsResponse;
+use contraflow_runtime::files;
 use contraflow_runtime::flight::{self, Analysis, RankRing, Verdict};
+use contraflow_runtime::topology::JobId;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::archive::Archive;
 use self::checks::Examined;
 use self::redact::redacted;
+use crate::client::{Common, known};
 use crate::failure::Failure;
 use crate::output::{Format, count, escaped, print, quoted};
 use crate::run_dir;
@@ -23,16 +28,56 @@ use crate::run_dir;
 /// Arguments of `contraflow doctor`.
 #[derive(clap::Args, Debug)]
 pub struct DoctorArgs {
-    /// A run, by folder or name
-    #[arg(default_value = "runs/latest")]
-    run: String,
+    /// A run, by folder or name; or a job of a cluster, by its id
+    #[arg(value_name = "RUN|JOB", default_value = "runs/latest")]
+    of: String,
     /// Also write what a report about it needs: recipe, plan, end of the metrics, record of the ranks, versions, machine; no secret
     /// and no text that the run was trained on
     #[arg(long, value_name = "FILE.tar.gz")]
     archive: Option<PathBuf>,
-    /// Output format
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    format: Format,
+    /// Connection to the job's orchestrator, and output format
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What is examined, and what was found out about it.
+struct Case {
+    /// `run` or `job`.
+    kind: &'static str,
+    /// The run's folder, or the job's id.
+    name: String,
+    /// Its folder, if it is to be reached from here.
+    folder: Option<PathBuf>,
+    /// TOML.
+    recipe: Option<String>,
+    /// What the orchestrator has written into the job's log.
+    lines: Vec<LogsResponse>,
+    examined: Examined,
+}
+
+impl Case {
+    /// A run here, or else a job.
+    ///
+    /// **Errors**: code 2 if there is neither; code 1 if the orchestrator is out of reach.
+    fn of(args: &DoctorArgs) -> Result<Case, Failure> {
+        let is_job = JobId::parse_number(&args.of).is_some();
+        match run_dir::find_run(&args.of) {
+            Ok(run) => Ok(Case::of_run(&run_dir::without_link(&run))),
+            Err(_) if is_job => Ok(job::examine(known(&args.common, &args.of)?, SystemTime::now())),
+            Err(words) => Err(Failure::input(format!("{words}; or expected a job's id, as job-1"))),
+        }
+    }
+
+    fn of_run(run: &Path) -> Case {
+        Case {
+            kind: "run",
+            name: run.display().to_string(),
+            folder: Some(run.to_owned()),
+            recipe: files::read_to_string(&run.join("recipe.toml")).ok(),
+            lines: Vec::new(),
+            examined: Examined::of(run, SystemTime::now()),
+        }
+    }
 }
 
 /// How a check has ended.
@@ -85,31 +130,32 @@ const SHOWN_RANKS: usize = 16;
 
 /// Runs the command.
 ///
-/// **Errors**: code 2 if there is no such run, or the archive cannot be written; code 1 if a check has failed.
+/// **Errors**: code 2 if there is no such run or job, or the archive cannot be written; code 1 if a check has failed, or the orchestrator is
+/// out of reach.
 pub fn run(args: &DoctorArgs) -> Result<(), Failure> {
-    let run = run_dir::without_link(&run_dir::find_run(&args.run).map_err(Failure::input)?);
-    let examined = Examined::of(&run, SystemTime::now());
+    let case = Case::of(args)?;
     if let Some(path) = &args.archive {
-        let archive = Archive { run: &run, examined: &examined, text: text(&run, &examined) };
+        let archive = Archive { case: &case, text: text(&case) };
         archive.write(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
     }
-    print(&match args.format {
+    print(&match args.common.format {
         Format::Text => {
             let written = args.archive.as_ref().map(|path| format!("written: {}\n", quoted(path.display())));
-            text(&run, &examined) + &written.unwrap_or_default()
+            text(&case) + &written.unwrap_or_default()
         }
-        Format::Json => format!("{}\n", record(&run, &examined)),
+        Format::Json => format!("{}\n", record(&case)),
     })?;
-    let failed = examined.checks.iter().filter(|check| check.status == Status::Failed).count();
+    let checks = &case.examined.checks;
+    let failed = checks.iter().filter(|check| check.status == Status::Failed).count();
     match failed {
         0 => Ok(()),
-        _ => Err(Failure::run(format!("{failed} of {} failed", count(examined.checks.len(), "check")))),
+        _ => Err(Failure::run(format!("{failed} of {} failed", count(checks.len(), "check")))),
     }
 }
 
 /// For people. What files say may hold anything: nothing of it acts on a terminal, and no secret is shown.
-fn text(run: &Path, examined: &Examined) -> String {
-    let mut text = format!("{}\n", run.display());
+fn text(Case { name, examined, .. }: &Case) -> String {
+    let mut text = format!("{name}\n");
     for Check { name, status, says, to_do } in &examined.checks {
         // The rest of several lines stands below the first.
         let says = says.replace('\n', "\n                       ");
@@ -130,7 +176,7 @@ fn text(run: &Path, examined: &Examined) -> String {
 }
 
 /// For programs.
-fn record(run: &Path, examined: &Examined) -> Value {
+fn record(Case { kind, name, examined, .. }: &Case) -> Value {
     let checks = examined.checks.iter().map(|check| {
         let to_do = check.to_do.as_deref().map(redacted);
         json!({"name": check.name, "status": check.status, "says": redacted(&check.says), "to_do": to_do})
@@ -143,7 +189,7 @@ fn record(run: &Path, examined: &Examined) -> Value {
         })
     });
     json!({
-        "run": run.display().to_string(),
+        *kind: name,
         "checks": checks.collect::<Vec<_>>(),
         "flight": examined.analysis.to_string(),
         "is_stuck": examined.analysis.is_stuck(),
@@ -151,10 +197,12 @@ fn record(run: &Path, examined: &Examined) -> Value {
     })
 }
 
-/// What the record of a run's ranks says now. **Units**: `now` in ns since 1970, where a process is at work in the run.
-fn analysis(run: &Path, now: Option<u64>) -> (Analysis, Vec<RankRing>) {
-    let rings = flight::read_folder(&run.join(flight::FOLDER)).unwrap_or_default();
-    (Analysis::of(&rings, now), rings)
+/// What the record of the latest formation of ranks in a folder says now, and all records. **Units**: `now` in ns since 1970, where a process
+/// is at work there.
+fn analysis(run: &Path, now: Option<u64>) -> (Analysis, Vec<(PathBuf, Vec<RankRing>)>) {
+    let rings = flight::read_all(run).unwrap_or_default();
+    let latest = rings.first().map_or(&[][..], |(_, rings)| rings);
+    (Analysis::of(latest, now), rings)
 }
 
 /// What a run that has failed adds to its last message: what held its ranks up, if that is known, and how to ask for more.

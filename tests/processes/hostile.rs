@@ -95,7 +95,8 @@ fn texts_out_of_bounds_are_refused_by_their_fields() {
         }
         let id = || long.clone();
         let id_words = "job: expected at most 64 bytes, got 3900000";
-        refused.push((jobs.get(v1::GetRequest { job: id() }).await.unwrap_err(), id_words));
+        refused
+            .push((jobs.get(v1::GetRequest { job: id(), with_recipe: true }).await.unwrap_err(), id_words));
         let watch = v1::WatchRequest { job: id(), ..Default::default() };
         refused.push((jobs.watch(watch).await.unwrap_err(), id_words));
         let logs = v1::LogsRequest { job: id(), ..Default::default() };

@@ -11,6 +11,7 @@ mod cut_off;
 #[path = "../common/deadline.rs"]
 mod deadline;
 mod elastic;
+mod flight;
 mod following;
 mod hostile;
 mod http2;

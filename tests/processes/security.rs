@@ -272,7 +272,7 @@ fn a_refused_call_names_the_field_and_the_reason() {
             submit(&cluster, v1::SubmitRequest { min_ranks: 999, ..request.clone() }).await,
             submit(&cluster, v1::SubmitRequest { overrides: vec!["training.steps=x".into()], ..request })
                 .await,
-            jobs.get(v1::GetRequest { job: "job-9".into() }).await.unwrap_err(),
+            jobs.get(v1::GetRequest { job: "job-9".into(), with_recipe: true }).await.unwrap_err(),
             jobs.list(v1::ListRequest { before: "first".into(), limit: 1 }).await.unwrap_err(),
         ]
     });

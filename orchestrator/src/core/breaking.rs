@@ -25,6 +25,7 @@ impl Core {
         blame: Blame,
         now: u64,
     ) {
+        self.inquire(job, &lost, now);
         let record = &self.jobs.all[&job];
         let generation = record.generation();
         let resumed = record.formed.as_ref().map_or(0, |formed| formed.resume_step);

@@ -129,6 +129,15 @@ pub enum Event {
         /// What room there is.
         space: Space,
     },
+    /// What the flight recorders of a formation tell.
+    FlightRead {
+        /// Id of the worker that has read them.
+        worker: u64,
+        /// Whose ranks they are of.
+        formation: FormationId,
+        /// For people; empty if nothing can be said.
+        says: String,
+    },
     /// Result of a commit or a publication.
     Committed {
         /// Who did it.
@@ -155,6 +164,7 @@ impl Event {
             | Event::Rank { .. }
             | Event::Committed { .. }
             | Event::Removed { .. }
+            | Event::FlightRead { .. }
             | Event::Space { .. } => true,
             Event::Submit(_)
             | Event::Cancel { .. }
@@ -326,6 +336,13 @@ pub enum WorkerCommand {
         of: (Generation, u64),
         /// Whose parts.
         ranks: Vec<Rank>,
+    },
+    /// Say what the flight recorders of a formation that was lost tell.
+    ReadFlight {
+        /// Whose ranks they are of.
+        formation: FormationId,
+        /// Those that are known to have been lost.
+        lost: Vec<Rank>,
     },
     /// Remove files of a job that has ended.
     Discard {

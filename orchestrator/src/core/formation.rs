@@ -308,7 +308,10 @@ impl Core {
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
                 self.break_formation(job, Vec::new(), message, Blame::Job, now)
             }
-            Outcome::Failed { message, .. } => self.end(job, End::Failed, (message, None)),
+            Outcome::Failed { message, .. } => {
+                self.inquire(job, &[], now);
+                self.end(job, End::Failed, (message, None));
+            }
         }
     }
 

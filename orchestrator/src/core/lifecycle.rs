@@ -28,6 +28,10 @@ impl Core {
         self.discard_unfinished(job);
         self.avoided.remove(&job);
         self.layouts.forget(job);
+        if end != End::Failed {
+            self.inquiries.remove(&job);
+            self.findings.remove(&job);
+        }
         let severity = if end == End::Failed { Severity::Error } else { Severity::Info };
         self.log_as(severity, job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         let at_ms = self.clock.wall_ms();

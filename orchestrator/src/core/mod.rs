@@ -12,6 +12,7 @@ mod clock;
 mod commits;
 mod events;
 pub mod facts;
+mod flight;
 mod foreign;
 mod formation;
 mod giving_way;
@@ -44,6 +45,8 @@ use self::avoided::Avoided;
 use self::clock::Clock;
 pub use self::events::{Attachment, Effect, Event, Hosted, Left, Progress, Severity, Space, WorkerCommand};
 use self::facts::Fact;
+pub use self::flight::FLIGHT_LINE;
+use self::flight::Inquiry;
 use self::foreign::Foreign;
 use self::formation::Formation;
 use self::growth::Room;
@@ -106,6 +109,9 @@ pub struct Core {
     times: Times,
     /// Formations of which this state knows nothing.
     foreign: BTreeMap<FormationId, Foreign>,
+    /// Lost formations whose flight recorders are to be read, and by job what those of the latest one have told.
+    inquiries: BTreeMap<JobId, Inquiry>,
+    findings: BTreeMap<JobId, String>,
     /// Until when jobs wait whose formations came to nothing.
     paused_until: BTreeMap<JobId, u64>,
     /// By job, nodes on which ranks of it came to nothing: it goes elsewhere while there is room.
@@ -144,6 +150,8 @@ impl Core {
             formations: BTreeMap::new(),
             survivors: BTreeMap::new(),
             foreign: BTreeMap::new(),
+            inquiries: BTreeMap::new(),
+            findings: BTreeMap::new(),
             paused_until: BTreeMap::new(),
             avoided: BTreeMap::new(),
             layouts: Layouts::default(),
@@ -285,6 +293,7 @@ impl Core {
                 self.members.renew(worker, now, self.times);
                 self.rank_event(worker, from, *event, now);
             }
+            Event::FlightRead { worker, formation, says } => self.flight_read(worker, formation, &says),
             Event::Committed { worker, formation, position, result } => {
                 self.members.renew(worker, now, self.times);
                 self.committed((worker, formation), position, result, now);
@@ -314,6 +323,7 @@ impl Core {
             Fact::Forgotten { job } => {
                 let bytes = self.jobs.all.get(job).map_or(0, |record| record.spec.bytes());
                 self.spec_bytes = self.spec_bytes.saturating_sub(bytes);
+                self.findings.remove(job);
             }
             _ => {}
         }
@@ -405,6 +415,7 @@ impl Core {
         let effects = formation.event(event, now);
         if let Some(step) = step.filter(|_| !self.jobs.all[&job].attempts.has_stepped) {
             self.persist(Fact::Stepped { job, step });
+            self.findings.remove(&job);
             self.avoided.entry(job).or_default().stepped();
         }
         self.apply_effects(job, effects, now);
@@ -442,6 +453,7 @@ impl Core {
             }
         }
         self.tick_foreign(now);
+        self.tick_inquiries(now);
     }
 }
 

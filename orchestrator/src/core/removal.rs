@@ -87,7 +87,8 @@ impl Core {
     /// What an operator should look at, though the job goes on; empty if nothing.
     pub fn warning(&self, job: JobId) -> String {
         let formation = self.formations.get(&job);
-        formation.and_then(|formation| formation.warning(self.clock.now())).unwrap_or_default()
+        let warning = formation.and_then(|formation| formation.warning(self.clock.now()));
+        warning.or_else(|| self.finding(job)).unwrap_or_default()
     }
 }
 

@@ -114,6 +114,7 @@ const LEVEL: Bound = prose("LogLine.level", 16);
 const LINE: Bound = prose("LogLine.message", 8 << 10);
 const ERROR: Bound = prose("Committed.error", 4 << 10);
 const DISCARDED: Bound = prose("Discarded.error", 4 << 10);
+const FLIGHT: Bound = prose("FlightRead.says", 1 << 10);
 const LOADS: Bound = list("StepReport.loads", LAYERS);
 const WARNING: Bound = prose("StepReport.warning", 1 << 10);
 const COUNTS: Bound = list("LayerLoad.counts", 1 << 12);
@@ -294,6 +295,7 @@ pub fn from_worker(message: &mut v1::FromWorker) -> Result<(), String> {
         Some(Message::Logs(logs)) => check.lines(logs),
         Some(Message::Committed(done)) => prose_of(ERROR, &mut done.error),
         Some(Message::Discarded(done)) => prose_of(DISCARDED, &mut done.error),
+        Some(Message::FlightRead(read)) => prose_of(FLIGHT, &mut read.says),
         Some(Message::LeaveRequest(_) | Message::Space(_) | Message::RecordsWanted(_)) | None => {}
     }
     check.of_worker()

@@ -95,6 +95,11 @@ pub(super) fn encode(
             let ranks = rank_numbers(&ranks);
             Message::WriteShards(v1::WriteShards { job, generation, of_generation, step, ranks })
         }
+        WorkerCommand::ReadFlight { formation, lost } => {
+            let (job, generation) = formation_numbers(formation);
+            let (state, lost) = (core.state(), rank_numbers(&lost));
+            Message::ReadFlight(v1::ReadFlight { job, generation, state, lost })
+        }
         WorkerCommand::Discard { job, last, everything } => Message::Discard(v1::Discard {
             job: job.bits(),
             state: core.state(),

@@ -80,8 +80,12 @@ impl JobService for JobsApi {
         let request = request.into_inner();
         bounds::get(&request).map_err(|faults| refused(&faults))?;
         let job = self.id(&request.job).await?;
-        let job = self.hub.ask(move |hub| describe(hub, job)).await?;
-        Ok(Response::new(v1::GetResponse { job: Some(job) }))
+        let answer = move |hub: &Hub| {
+            let record = hub.core().jobs().all.get(&job).filter(|_| request.with_recipe);
+            let recipe = record.map_or_else(String::new, |record| record.spec.recipe.resolved_toml());
+            v1::GetResponse { job: Some(describe(hub, job)), recipe }
+        };
+        Ok(Response::new(self.hub.ask(answer).await?))
     }
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {

@@ -234,6 +234,9 @@ fn event_of(worker: u64, message: Message) -> Result<Option<Event>, String> {
             let space = Space { free: free_bytes, checkpoint: checkpoint_bytes };
             Event::Space { worker, formation: formation_of(job, generation)?, space }
         }
+        Message::FlightRead(v1::FlightRead { job, generation, says }) => {
+            Event::FlightRead { worker, formation: formation_of(job, generation)?, says }
+        }
         Message::LeaveRequest(_) => Event::LeaveRequested { worker },
         Message::Released(released) => Event::Left { worker, left: left_of(released)? },
         Message::Hello(_) | Message::Logs(_) | Message::RecordsWanted(_) => return Ok(None),

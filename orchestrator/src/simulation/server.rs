@@ -406,8 +406,10 @@ fn encode(
     Some(match command {
         WorkerCommand::Welcome => ToWorker::Welcome { state: core.state(), incarnation: core.incarnation() },
         WorkerCommand::Reject { .. } => ToWorker::Refused,
-        // Files of jobs that have ended are not simulated.
-        WorkerCommand::Disconnect | WorkerCommand::Discard { .. } => return None,
+        // Files of jobs that have ended are not simulated, nor what ranks record: nobody waits for that.
+        WorkerCommand::Disconnect | WorkerCommand::Discard { .. } | WorkerCommand::ReadFlight { .. } => {
+            return None;
+        }
         WorkerCommand::Assign { formation: FormationId { job, generation }, ranks } => {
             let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
             let (formed, is_reachable) = formed.filter(|(formed, _)| formed.generation == generation)?;

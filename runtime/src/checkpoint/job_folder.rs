@@ -188,6 +188,15 @@ impl JobFolder {
         Ok(())
     }
 
+    /// The job whose folder this is, as its owner file says; `None` if it is no job's.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn owner_of(dir: &Path) -> Result<Option<JobId>, FolderError> {
+        let found = read_owner(dir)?.and_then(|found| u64::from_str_radix(&found.job, 16).ok());
+        Ok(found.map(JobId::of))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.dir
@@ -249,12 +258,7 @@ impl JobFolder {
 
     /// The contents of its owner file; `None` if there is none that can be read.
     fn read(&self) -> Result<Option<OwnerFile>, FolderError> {
-        let path = self.dir.join(OWNER_FILE);
-        match files::read(&path) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(file(&path)(error)),
-        }
+        read_owner(&self.dir)
     }
 
     /// Makes it unless there is one of its name; whether it is the job's now. At once and whole: a second process finds the
@@ -290,6 +294,15 @@ impl JobFolder {
     fn write(&self, path: &Path, generation: Generation) -> Result<(), FolderError> {
         let text = serde_json::to_vec_pretty(&self.owner.file(generation)).map_err(io::Error::other);
         text.and_then(|text| write_synced(path, &text)).map_err(file(path))
+    }
+}
+
+fn read_owner(dir: &Path) -> Result<Option<OwnerFile>, FolderError> {
+    let path = dir.join(OWNER_FILE);
+    match files::read(&path) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(file(&path)(error)),
     }
 }
 
@@ -403,12 +416,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let storage = Storage::open(dir.path()).unwrap();
         assert_eq!(JobFolder::find(&storage, owner(1, 1, 5)).unwrap(), None);
+        assert_eq!(JobFolder::owner_of(dir.path()).unwrap(), None);
         JobFolder::sweep(&storage).unwrap();
         let [own, other] = [1, 2].map(|state| claim(dir.path(), owner(state, 1, 5)));
         std::fs::write(own.path().join("file"), "some").unwrap();
         own.begin(Generation::new(3)).unwrap();
         let found = JobFolder::find(&storage, owner(1, 1, 5)).unwrap().unwrap();
         assert_eq!(found, own);
+        assert_eq!(JobFolder::owner_of(own.path()).unwrap(), Some(JobId::new(1, 5)));
         let late = found.take_away(Generation::new(2)).unwrap_err().to_string();
         assert!(late.contains("expected no formation after generation 2, got generation 3"), "{late}");
         assert!(own.path().join("file").exists());

@@ -60,6 +60,8 @@ pub struct RankState {
     pub last: Option<OfStep>,
     /// Records that are torn or damaged.
     pub unreadable: usize,
+    /// Whether it is known from elsewhere that its process was lost: that is what it was about until then.
+    pub is_lost: bool,
 }
 
 /// Why there is no progress, if there is none.
@@ -96,6 +98,15 @@ impl Analysis {
     /// Of the rings of a formation, by rank. `now`, in ns since 1970, where its processes are alive; else all ends with the
     /// last sign of life.
     pub fn of(rings: &[RankRing], now: Option<u64>) -> Analysis {
+        Analysis::knowing(rings, now, None)
+    }
+
+    /// The same where it is known which ranks were lost. The others were there to the end, whatever the clocks of their machines say.
+    pub fn after_loss(rings: &[RankRing], lost: &BTreeSet<usize>) -> Analysis {
+        Analysis::knowing(rings, None, Some(lost))
+    }
+
+    fn knowing(rings: &[RankRing], now: Option<u64>, lost: Option<&BTreeSet<usize>>) -> Analysis {
         let readable = || rings.iter().filter_map(|(rank, ring)| Some((*rank, ring.as_ref().ok()?)));
         let ended = readable().map(|(_, ring)| last_sign(ring)).max().unwrap_or_default();
         let ended = now.map_or(ended, |now| now.max(ended));
@@ -119,7 +130,7 @@ impl Analysis {
         };
         let mut tracks = Vec::new();
         for rank in 0..world {
-            let track = match by_rank.get(&rank) {
+            let mut track = match by_rank.get(&rank) {
                 None => Track::unknown(rank, why(None)),
                 Some(Err(fault)) => Track::unknown(rank, why(Some(fault))),
                 Some(Ok(ring)) if ring.header.rank as usize != rank => {
@@ -128,8 +139,14 @@ impl Analysis {
                 Some(Ok(ring)) if formation(ring) != formation(newest) => {
                     Track::unknown(rank, "its file is of another formation".into())
                 }
-                Some(Ok(ring)) => Track::of(rank, ring, ended, |frame| is_sent(rank, frame)),
+                Some(Ok(ring)) if ring.records.is_empty() && ring.alive == 0 => {
+                    Track::unknown(rank, "nothing was recorded".into())
+                }
+                Some(Ok(ring)) => {
+                    Track::of(rank, ring, (ended, lost.is_none()), |frame| is_sent(rank, frame))
+                }
             };
+            track.state.is_lost = lost.is_some_and(|lost| lost.contains(&rank));
             tracks.push(track);
         }
         let verdict = verdict(&tracks);
@@ -142,7 +159,9 @@ impl Analysis {
     pub fn is_stuck(&self) -> bool {
         let least = HANG.max(self.longest.saturating_mul(HANG_FACTOR));
         match &self.verdict {
-            Verdict::Held(state, _) => matches!(state.doing, Doing::Silent) || state.lasted > least,
+            Verdict::Held(state, _) => {
+                state.is_lost || matches!(state.doing, Doing::Silent) || state.lasted > least
+            }
             Verdict::Circle(ranks) => {
                 ranks.iter().all(|(rank, _)| self.ranks.get(*rank).is_some_and(|state| state.lasted > least))
             }
@@ -182,24 +201,25 @@ struct Track {
 
 impl RankState {
     fn unknown(rank: usize, why: String) -> RankState {
-        RankState { rank, doing: Doing::Unknown(why), lasted: 0, last: None, unreadable: 0 }
+        RankState { rank, doing: Doing::Unknown(why), lasted: 0, last: None, unreadable: 0, is_lost: false }
     }
 
     /// The ranks that it waits for, those that it has waited for the longest first.
     fn peers(&self) -> impl Iterator<Item = (usize, Frame)> {
         let frames = match &self.doing {
-            Doing::Waiting(frames) => frames.as_slice(),
+            // Who is gone waits for nobody any more.
+            Doing::Waiting(frames) if !self.is_lost => frames.as_slice(),
             _ => &[],
         };
         frames.iter().map(|frame| (frame.peer as usize, *frame))
     }
 
     fn is_waiting(&self) -> bool {
-        matches!(self.doing, Doing::Waiting(_))
+        !self.is_lost && matches!(self.doing, Doing::Waiting(_))
     }
 
     fn is_gone(&self) -> bool {
-        matches!(self.doing, Doing::Silent | Doing::Unknown(_))
+        self.is_lost || matches!(self.doing, Doing::Silent | Doing::Unknown(_))
     }
 }
 
@@ -208,7 +228,13 @@ impl Track {
         Track { state: RankState::unknown(rank, why), failed: None, longest: 0 }
     }
 
-    fn of(rank: usize, ring: &Ring, ended: u64, is_sent: impl Fn(&Frame) -> bool) -> Track {
+    /// `may_be_silent`: whether a rank is gone is judged by when it last gave a sign.
+    fn of(
+        rank: usize,
+        ring: &Ring,
+        (ended, may_be_silent): (u64, bool),
+        is_sent: impl Fn(&Frame) -> bool,
+    ) -> Track {
         let wall = |at: u64| ring.header.began.saturating_add(at);
         let mut lanes: BTreeMap<u16, Lane> = BTreeMap::new();
         let (mut last, mut failed, mut longest, mut is_finished) = (None, None, 0, false);
@@ -248,11 +274,11 @@ impl Track {
         let sign = last_sign(ring);
         let (doing, since) = match doing {
             _ if is_finished => (Doing::Finished, wall(recorded)),
-            _ if sign.saturating_add(SILENT) < ended => (Doing::Silent, sign),
+            _ if may_be_silent && sign.saturating_add(SILENT) < ended => (Doing::Silent, sign),
             doing => (doing, wall(since.unwrap_or(recorded))),
         };
         let lasted = ended.saturating_sub(since);
-        let state = RankState { rank, doing, lasted, last, unreadable: ring.unreadable };
+        let state = RankState { rank, doing, lasted, last, unreadable: ring.unreadable, is_lost: false };
         Track { state, failed, longest }
     }
 }
@@ -306,7 +332,8 @@ fn verdict(tracks: &[Track]) -> Verdict {
     let weight =
         |state: &&&RankState| (state.is_gone(), count(state), state.lasted, std::cmp::Reverse(state.rank));
     let candidates = states.iter().filter(stands);
-    let blocking = candidates.filter(|state| count(state) > 0 || state.doing == Doing::Silent);
+    let blocking =
+        candidates.filter(|state| count(state) > 0 || state.is_lost || state.doing == Doing::Silent);
     if let Some(state) = blocking.max_by_key(weight) {
         return held(state.rank);
     }

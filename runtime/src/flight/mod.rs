@@ -2,9 +2,11 @@
 //! ranks say together about a failure or a hang.
 //!
 //! The file is mapped into memory, so what has been recorded outlives a SIGKILL of the process; a record costs no system call
-//! and no lock. Knows operations and tags as values, no tensors, and nobody who reads.
+//! and no lock. On network file systems it is a copy of the last second instead. Knows operations and tags as values, no tensors, and nobody who reads.
 
 mod analysis;
+mod beats;
+mod generations;
 mod mapped;
 mod record;
 mod recorder;
@@ -14,13 +16,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use analysis::{Analysis, Doing, RankState, Verdict};
+pub use beats::Beats;
+pub use generations::{drop_old, generation_folder, read_all};
 pub use record::{Event, Frame, Record};
 pub use recorder::{About, Recorder, Recorders};
 pub use ring::{Header, Ring, Unreadable};
 
 use crate::files;
 
-/// Folder of the rings in that of a run.
+/// Folder of the rings in that of a run; in that of a job it has one for each formation.
 pub const FOLDER: &str = "flight";
 
 /// What a ring takes on the disk. **Units**: bytes.

@@ -4,17 +4,19 @@
 //! a whole ring of others meanwhile.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::mapped::MappedWords;
+use super::mapped::{RingWords, is_mappable};
 use super::record::{self, Event, Frame, Record};
 use super::ring::{ALIVE, HEADER_WORDS, Header, NUM_RECORDS};
 use super::ring_path;
 use crate::fabric::{Observer, Traffic};
+use crate::files;
 use crate::topology::FormationId;
 
 /// What the rings of a formation's ranks have in common.
@@ -29,7 +31,7 @@ pub struct About {
 /// Records what a rank does.
 #[derive(Debug)]
 pub struct Recorder {
-    mapped: MappedWords,
+    words: RingWords,
     began: Instant,
     /// Records so far.
     count: AtomicU64,
@@ -51,10 +53,11 @@ fn nanoseconds(duration: std::time::Duration) -> u64 {
 }
 
 impl Recorder {
-    /// Begins the ring of a rank, in a file that is not there yet.
+    /// Begins the ring of a rank, in a file that is not there yet; `is_mapped`: what is recorded is in the file at once, else with the next
+    /// beat.
     ///
     /// **Errors**: what the system says: the file cannot be made or mapped.
-    pub fn create(path: &Path, rank: usize, about: &About) -> io::Result<Recorder> {
+    pub fn create(path: &Path, rank: usize, about: &About, is_mapped: bool) -> io::Result<Recorder> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let number = |index: usize| u32::try_from(index).unwrap_or(u32::MAX);
         let header = Header {
@@ -68,8 +71,8 @@ impl Recorder {
         };
         let mut words = header.words().to_vec();
         words.resize(HEADER_WORDS + NUM_RECORDS * record::WORDS, 0);
-        let mapped = MappedWords::create(path, &words)?;
-        Ok(Recorder { mapped, began: Instant::now(), count: AtomicU64::new(0) })
+        let words = RingWords::create(path, &words, is_mapped)?;
+        Ok(Recorder { words, began: Instant::now(), count: AtomicU64::new(0) })
     }
 
     /// Something has happened on this thread.
@@ -78,16 +81,13 @@ impl Recorder {
         let at = nanoseconds(at.saturating_duration_since(self.began));
         let record = Record { number, at, lane: lane(), event };
         let slot = ((number - 1) % NUM_RECORDS as u64) as usize;
-        let place = &self.mapped.words()[HEADER_WORDS + slot * record::WORDS..][..record::WORDS];
-        for (place, word) in place.iter().zip(record.words()) {
-            place.store(word.to_le(), Ordering::Relaxed);
-        }
+        self.words.store(HEADER_WORDS + slot * record::WORDS, &record.words());
     }
 
-    /// The process is alive.
+    /// The process is alive. Where the file is a copy it is brought up to date, which may wait for the file system.
     pub fn beat(&self) {
-        let alive = nanoseconds(self.began.elapsed());
-        self.mapped.words()[ALIVE].store(alive.to_le(), Ordering::Relaxed);
+        self.words.store(ALIVE, &[nanoseconds(self.began.elapsed())]);
+        self.words.copy();
     }
 }
 
@@ -105,9 +105,9 @@ impl Observer for Recorder {
     }
 }
 
-/// The recorders of the ranks of one process, in a folder of their own.
+/// The recorders of the ranks of one process, by rank.
 #[derive(Clone, Debug, Default)]
-pub struct Recorders(Vec<Arc<Recorder>>);
+pub struct Recorders(BTreeMap<usize, Arc<Recorder>>);
 
 impl Recorders {
     /// Begins the rings of all ranks in a folder that is made anew: what is there of an earlier formation goes.
@@ -116,25 +116,57 @@ impl Recorders {
     pub fn create(folder: &Path, about: &About) -> io::Result<Recorders> {
         match std::fs::remove_dir_all(folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => std::fs::create_dir(folder)?,
+            _ => Recorders::join(folder, 0..about.world, about),
         }
-        let ring = |rank| Recorder::create(&ring_path(folder, rank), rank, about).map(Arc::new);
-        (0..about.world).map(ring).collect::<io::Result<Vec<_>>>().map(Recorders)
+    }
+
+    /// Begins the rings of some ranks of a formation, in a folder that other processes may have made for theirs. All or none.
+    ///
+    /// **Errors**: what the system says.
+    pub fn join(
+        folder: &Path,
+        ranks: impl IntoIterator<Item = usize>,
+        about: &About,
+    ) -> io::Result<Recorders> {
+        files::make_dir(folder)?;
+        let is_mapped = is_mappable(folder)?;
+        let mut begun = Recorders::default();
+        for rank in ranks {
+            let path = ring_path(folder, rank);
+            match Recorder::create(&path, rank, about, is_mapped) {
+                Ok(recorder) => drop(begun.0.insert(rank, Arc::new(recorder))),
+                Err(error) => {
+                    let made = begun
+                        .0
+                        .keys()
+                        .copied()
+                        .chain((error.kind() != io::ErrorKind::AlreadyExists).then_some(rank));
+                    made.for_each(|rank| drop(std::fs::remove_file(ring_path(folder, rank))));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(begun)
+    }
+
+    /// Whether nothing is recorded.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// That of a rank; none where nothing is recorded.
     pub fn of(&self, rank: usize) -> Option<Arc<Recorder>> {
-        self.0.get(rank).cloned()
+        self.0.get(&rank).cloned()
     }
 
     /// The process is alive.
     pub fn beat(&self) {
-        self.0.iter().for_each(|recorder| recorder.beat());
+        self.0.values().for_each(|recorder| recorder.beat());
     }
 
     /// All ranks have done all that they were asked.
     pub fn finish(&self) {
-        self.0.iter().for_each(|recorder| recorder.note(Event::Finished, Instant::now()));
+        self.0.values().for_each(|recorder| recorder.note(Event::Finished, Instant::now()));
     }
 }
 
@@ -153,7 +185,7 @@ mod tests {
     fn what_many_threads_record_at_once_is_in_the_file_whole_while_the_recorder_lives() {
         let dir = tempfile::tempdir().unwrap();
         let path = ring_path(dir.path(), 5);
-        let recorder = Recorder::create(&path, 5, &about(8)).unwrap();
+        let recorder = Recorder::create(&path, 5, &about(8), true).unwrap();
         const EACH: usize = 5_000;
         std::thread::scope(|scope| {
             for bucket in 0..4 {
@@ -211,9 +243,41 @@ mod tests {
             .collect();
         assert_eq!(events, [[Event::Finished], [Event::Finished]]);
         assert!(second.of(2).is_none());
-        assert!(Recorder::create(&ring_path(&folder, 0), 0, &about(2)).is_err());
+        assert!(Recorder::create(&ring_path(&folder, 0), 0, &about(2), true).is_err());
         std::fs::write(ring_path(&folder, 1), "no ring").unwrap();
         assert!(read_folder(&folder).unwrap()[1].1.is_err());
         assert!(read_folder(&dir.path().join("nothing")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn where_a_file_is_not_mapped_it_has_what_was_recorded_by_the_latest_beat() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = ring_path(dir.path(), 1);
+        let recorder = Recorder::create(&path, 1, &about(2), false).unwrap();
+        let ring = || Ring::read(&std::fs::read(&path).unwrap()).unwrap();
+        recorder.note(Event::StorageBegan, Instant::now());
+        assert_eq!((ring().records.len(), ring().alive), (0, 0));
+        recorder.beat();
+        assert_eq!((ring().records.len(), ring().unreadable, ring().alive > 0), (1, 0, true));
+        // Who has removed the file has no use for it.
+        std::fs::remove_file(&path).unwrap();
+        recorder.beat();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn processes_of_one_formation_share_a_folder_and_one_that_cannot_record_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("flight");
+        let first = Recorders::join(&folder, [0, 2], &about(4)).unwrap();
+        assert!(first.of(2).is_some() && first.of(1).is_none());
+        // Rank 2 is somebody else's: of rank 1, which came before it, nothing is left.
+        assert!(Recorders::join(&folder, [1, 2], &about(4)).is_err());
+        let ranks = || read_folder(&folder).unwrap().into_iter().map(|(rank, _)| rank).collect::<Vec<_>>();
+        assert_eq!(ranks(), [0, 2]);
+        Recorders::join(&folder, [1, 3], &about(4)).unwrap();
+        assert_eq!(ranks(), [0, 1, 2, 3]);
+        // The folder of the job is gone: it is not made anew.
+        assert!(Recorders::join(&dir.path().join("job/flight"), [0], &about(4)).is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! The failures of a job as stories, from the lines that the orchestrator has written into the job's log: what was seen first, what was decided,
 //! until when. Pure.
 
+use contraflow_orchestrator::core::FLIGHT_LINE;
 use contraflow_proto::v1::LogsResponse;
 use serde::Serialize;
 
@@ -37,19 +38,20 @@ fn is_bad(line: &LogsResponse) -> bool {
 }
 
 /// The incidents in a log, the latest first. A story begins with a warning of the orchestrator's, takes in the lines of the orchestrator that
-/// follow, and is over with the one that says that the job trains, or has ended.
+/// follow, and is over with the one that says that the job trains, or has ended. What the flight recorders of its ranks tell may come later.
 pub fn incidents(log: &[LogsResponse]) -> Vec<Incident> {
     let mut found: Vec<Incident> = Vec::new();
     let mut open = false;
     for line in log.iter().filter(|line| line.ranks.is_empty()) {
         let last = found.last().and_then(|incident| incident.lines.last()).map_or(0, |last| last.unix_ms);
         let is_near = line.unix_ms.saturating_sub(last) <= SAME;
-        if is_bad(line) && !(open && is_near) {
+        let is_told_late = line.message.starts_with(FLIGHT_LINE) && !found.is_empty() && is_near;
+        if is_bad(line) && !is_told_late && !(open && is_near) {
             let sign = line.message.clone();
             found.push(Incident { began_unix_ms: line.unix_ms, over_unix_ms: None, sign, lines: Vec::new() });
             open = true;
         }
-        if !open {
+        if !open && !is_told_late {
             continue;
         }
         if let Some(incident) = found.last_mut() {
@@ -109,5 +111,27 @@ mod tests {
         assert_eq!(found.iter().map(|incident| incident.lines.len()).collect::<Vec<_>>(), [1, 2]);
         assert!(found.iter().all(|incident| incident.over_unix_ms.is_none()));
         assert_eq!(incidents(&[]), []);
+    }
+
+    #[test]
+    fn what_the_recorders_tell_belongs_to_the_story_before_also_when_that_is_over() {
+        let told = "the ranks of generation 1: rank 2 had been in forward when it was lost";
+        let story = |at| {
+            let log = [
+                line(5_000, "WARN", &[], "rank 2 lost"),
+                line(5_600, "INFO", &[], "generation 2: 4 ranks formed from step 7"),
+                line(at, "WARN", &[], told),
+                line(at + 1, "INFO", &[], "step 9 is complete"),
+            ];
+            incidents(&log)
+        };
+        let found = story(5_700);
+        assert_eq!(
+            (found.len(), found[0].sign.as_str(), found[0].over_unix_ms),
+            (1, "rank 2 lost", Some(5_600))
+        );
+        assert_eq!(found[0].lines.last().unwrap().message, told);
+        // Of whatever it is, it is not of that one.
+        assert_eq!(story(5_601 + SAME).len(), 2);
     }
 }

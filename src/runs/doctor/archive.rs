@@ -1,4 +1,4 @@
-//! The archive for a report: a gzipped tar of what is named here, and of nothing else that the folder of a run may hold.
+//! The archive for a report: a gzipped tar of what is named here, and of nothing else that the folder of a run or a job may hold.
 //!
 //! What goes in is read and written anew: records as records, plans as plans, recipes as tables, so that no text comes along that
 //! is none of these. Left out are what is trained on, what is generated, and what may be a secret.
@@ -8,15 +8,17 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use contraflow_proto::v1::LogsResponse;
 use contraflow_runtime::files::{self, UNFINISHED_SUFFIX};
 use contraflow_runtime::flight;
 use contraflow_runtime::schedule::text;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use serde_json::json;
 use toml::Value;
 
 use super::super::survey::Record;
-use super::checks::Examined;
+use super::Case;
 use super::redact::redacted;
 use crate::run_dir::{self, METRICS};
 
@@ -35,10 +37,8 @@ const LEFT_OUT: &str = "[left out]";
 
 /// What goes into an archive.
 pub(super) struct Archive<'a> {
-    /// The run's folder.
-    pub(super) run: &'a Path,
-    /// What was found out about it.
-    pub(super) examined: &'a Examined,
+    /// What it is about.
+    pub(super) case: &'a Case,
     /// The report for people.
     pub(super) text: String,
 }
@@ -69,7 +69,7 @@ impl Archive<'_> {
 
     /// By name. What the run does not have, or what is not of its kind, is left out.
     fn files(&self) -> Vec<(String, Vec<u8>)> {
-        let report = super::record(self.run, self.examined);
+        let report = super::record(self.case);
         let texts = [
             ("doctor.txt", Some(self.text.clone())),
             ("doctor.json", Some(format!("{report:#}\n"))),
@@ -77,19 +77,21 @@ impl Archive<'_> {
             ("recipe.toml", self.recipe()),
             ("plan.txt", self.plan()),
             ("metrics-tail.jsonl", self.metrics()),
+            ("log.jsonl", self.log()),
         ];
         let texts = texts.into_iter().filter_map(|(name, text)| Some((name.to_owned(), text?.into_bytes())));
-        let rings = self.examined.rings.iter().filter_map(|(rank, ring)| Some((rank, ring.as_ref().ok()?)));
-        let rings = rings.take(MAX_RINGS).map(|(rank, ring)| {
-            (flight::ring_path(Path::new(flight::FOLDER), *rank).display().to_string(), ring.bytes())
+        let of_all = self.case.examined.rings.iter();
+        let rings = of_all.flat_map(|(folder, rings)| rings.iter().map(move |ring| (folder, ring)));
+        let rings = rings.filter_map(|(folder, (rank, ring))| Some((folder, rank, ring.as_ref().ok()?)));
+        let rings = rings.take(MAX_RINGS).map(|(folder, rank, ring)| {
+            (flight::ring_path(folder, *rank).display().to_string(), ring.bytes())
         });
         texts.chain(rings).collect()
     }
 
     /// Without comments, and without what samples begin with.
     fn recipe(&self) -> Option<String> {
-        let text = files::read_to_string(&self.run.join("recipe.toml")).ok()?;
-        let mut recipe: toml::Table = text.parse().ok()?;
+        let mut recipe: toml::Table = self.case.recipe.as_ref()?.parse().ok()?;
         if let Some(prompt) = recipe.get_mut("sample").and_then(|sample| sample.get_mut("prompt")) {
             *prompt = Value::String(LEFT_OUT.into());
         }
@@ -97,15 +99,27 @@ impl Archive<'_> {
     }
 
     fn plan(&self) -> Option<String> {
-        let plan = text::parse(&files::read_to_string(&self.run.join("plan.txt")).ok()?).ok()?;
+        let plan =
+            text::parse(&files::read_to_string(&self.case.folder.as_ref()?.join("plan.txt")).ok()?).ok()?;
         Some(redacted(&text::write(&plan)))
     }
 
     fn metrics(&self) -> Option<String> {
-        let records = run_dir::records(&self.run.join(METRICS)).ok()?;
+        let records = run_dir::records(&self.case.folder.as_ref()?.join(METRICS)).ok()?;
         let tail = &records[records.len().saturating_sub(METRICS_TAIL)..];
         let line = |record: &Record| Some(serde_json::to_string(record).ok()? + "\n");
         Some(redacted(&tail.iter().filter_map(line).collect::<String>()))
+    }
+
+    /// What the orchestrator has decided about a job; what its ranks say is not told.
+    fn log(&self) -> Option<String> {
+        let line = |line: &LogsResponse| {
+            let told =
+                json!({"unix_ms": line.unix_ms, "level": line.level, "message": redacted(&line.message)});
+            format!("{told}\n")
+        };
+        let lines = &self.case.lines;
+        (!lines.is_empty()).then(|| lines.iter().map(line).collect())
     }
 }
 

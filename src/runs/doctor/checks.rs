@@ -1,6 +1,7 @@
-//! The checks: program, machine, disk, clock, recipe, checkpoints, metrics, what the ranks were about. Reads; changes nothing.
+//! The checks of a folder: program, machine, disk, clock, recipe, checkpoints, metrics, what the ranks were about. Reads; changes
+//! nothing. Those of a job are in `job`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use contraflow_kernels::isa::instruction_set;
@@ -32,43 +33,54 @@ const CLOCK_SKEW: Duration = Duration::from_secs(60);
 /// With less a run cannot write what is beside its checkpoints. **Units**: bytes.
 const LEAST_FREE: u64 = 64 << 20;
 
-/// What was found out about a run.
+/// What was found out about a run or a job.
 pub(super) struct Examined {
     /// In the order of the report.
     pub(super) checks: Vec<Check>,
     /// What its ranks were about.
     pub(super) analysis: Analysis,
-    /// By rank.
-    pub(super) rings: Vec<RankRing>,
+    /// By formation, the latest first: the folder, and the rings by rank.
+    pub(super) rings: Vec<(PathBuf, Vec<RankRing>)>,
 }
 
 /// What several checks need.
-struct Patient<'a> {
-    run: &'a Path,
-    state: RunState,
-    now: SystemTime,
-    recipe: Option<Recipe>,
+pub(super) struct Patient<'a> {
+    /// Its folder.
+    pub(super) run: &'a Path,
+    pub(super) state: RunState,
+    pub(super) now: SystemTime,
+    pub(super) recipe: Option<Recipe>,
     /// Of the newest checkpoint, if it can be read.
-    manifest: Option<Manifest>,
+    pub(super) manifest: Option<Manifest>,
+    /// How to go on with it.
+    pub(super) resume: String,
 }
 
 impl Examined {
     /// Of a run's folder, by this clock.
     pub(super) fn of(run: &Path, now: SystemTime) -> Examined {
         let folder = CheckpointFolder::of_run(run);
-        let newest = folder.list().unwrap_or_default().last().map(|&step| folder.committed(step));
-        let manifest = newest.and_then(|dir| Manifest::read(&dir).ok());
+        let manifest = newest_manifest(&folder);
         let state = super::super::survey::Survey::of(run).state;
         let (recipe, of_recipe) = recipe(run, manifest.as_ref(), state);
         let in_use = (state == RunState::Training).then(|| nanoseconds(now));
         let (analysis, rings) = super::analysis(run, in_use);
-        let patient = Patient { run, state, now, recipe, manifest };
+        let resume = match manifest {
+            Some(_) => {
+                format!(
+                    "contraflow train --resume {} goes on from its newest checkpoint",
+                    quoted(run.display())
+                )
+            }
+            None => "it has no checkpoint to go on from: begin anew, with a smaller checkpoint.every".into(),
+        };
+        let patient = Patient { run, state, now, recipe, manifest, resume };
         let mut checks = vec![
             patient.state(),
             patient.program(&rings),
             patient.machine(),
             patient.disk(),
-            patient.clock(),
+            patient.clock(run_dir::last_change(run)),
             of_recipe,
             patient.checkpoints(&folder),
             patient.metrics(),
@@ -77,6 +89,12 @@ impl Examined {
         checks.push(patient.flight(&analysis));
         Examined { checks, analysis, rings }
     }
+}
+
+/// Of the newest checkpoint in a folder, if it can be read.
+pub(super) fn newest_manifest(folder: &CheckpointFolder) -> Option<Manifest> {
+    let newest = folder.list().unwrap_or_default().last().map(|&step| folder.committed(step));
+    newest.and_then(|dir| Manifest::read(&dir).ok())
 }
 
 /// The run's recipe, with the model of its checkpoint if there is one: its `config.json` may be elsewhere by now.
@@ -120,25 +138,16 @@ fn recipe(run: &Path, manifest: Option<&Manifest>, state: RunState) -> (Option<R
 }
 
 impl Patient<'_> {
-    /// How to go on with the run.
-    fn resume(&self) -> String {
-        let run = quoted(self.run.display());
-        match self.manifest {
-            Some(_) => format!("contraflow train --resume {run} goes on from its newest checkpoint"),
-            None => "it has no checkpoint to go on from: begin anew, with a smaller checkpoint.every".into(),
-        }
-    }
-
     fn state(&self) -> Check {
         let changed = self.now.duration_since(run_dir::last_change(self.run)).unwrap_or_default();
         let says = format!("{}, last changed {} ago", self.state, age(changed.as_secs()));
         match self.state {
             RunState::Training | RunState::Done | RunState::Imported => Check::ok("run", says),
-            RunState::Stopped | RunState::Failed => Check::warning("run", says, self.resume()),
+            RunState::Stopped | RunState::Failed => Check::warning("run", says, self.resume.clone()),
         }
     }
 
-    fn program(&self, rings: &[RankRing]) -> Check {
+    pub(super) fn program(&self, rings: &[(PathBuf, Vec<RankRing>)]) -> Check {
         const NAME: &str = "program";
         let this = format!("contraflow {VERSION}");
         let same_bits =
@@ -162,14 +171,15 @@ impl Patient<'_> {
                 return Check::warning(NAME, says, same_bits);
             }
         }
-        let of_ring = rings.iter().find_map(|(_, ring)| Some(ring.as_ref().ok()?.header.program.clone()));
+        let mut rings = rings.iter().flat_map(|(_, rings)| rings);
+        let of_ring = rings.find_map(|(_, ring)| Some(ring.as_ref().ok()?.header.program.clone()));
         match of_ring.filter(|other| other != VERSION) {
             Some(other) => Check::warning(NAME, format!("{this}, the run is of {other}"), same_bits),
             None => Check::ok(NAME, format!("{this}, which is also that of the run")),
         }
     }
 
-    fn machine(&self) -> Check {
+    pub(super) fn machine(&self) -> Check {
         const NAME: &str = "machine";
         let system = rustix::system::uname();
         let memory = MemoryLimit::of_process();
@@ -193,7 +203,7 @@ impl Patient<'_> {
         }
     }
 
-    fn disk(&self) -> Check {
+    pub(super) fn disk(&self) -> Check {
         const NAME: &str = "disk";
         let free = match files::free_bytes(self.run) {
             Ok(free) => free,
@@ -218,14 +228,15 @@ impl Patient<'_> {
         }
     }
 
-    fn clock(&self) -> Check {
+    /// `newest`: the latest time that another clock has given to something of it.
+    pub(super) fn clock(&self, newest: SystemTime) -> Check {
         const NAME: &str = "clock";
         let to_do = "set the clock, on this machine or on that of the storage";
         let since = self.now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         if since.as_secs() < PROGRAM_BEGAN {
             return Check::failed(NAME, "it shows a time before this program was written", to_do);
         }
-        match run_dir::last_change(self.run).duration_since(self.now) {
+        match newest.duration_since(self.now) {
             Ok(ahead) if ahead > CLOCK_SKEW => {
                 let says = format!("the run's files are of {} later than now", age(ahead.as_secs()));
                 Check::warning(NAME, says, to_do)
@@ -235,7 +246,7 @@ impl Patient<'_> {
     }
 
     /// Every file against the sums in its manifest.
-    fn checkpoints(&self, folder: &CheckpointFolder) -> Check {
+    pub(super) fn checkpoints(&self, folder: &CheckpointFolder) -> Check {
         const NAME: &str = "checkpoints";
         let steps = match folder.list() {
             Ok(steps) => steps,
@@ -260,7 +271,7 @@ impl Patient<'_> {
             (true, _) if matches!(self.state, RunState::Done | RunState::Imported | RunState::Training) => {
                 Check::ok(NAME, "none")
             }
-            (true, _) => Check::warning(NAME, "none", self.resume()),
+            (true, _) => Check::warning(NAME, "none", self.resume.clone()),
             (false, true) => Check::ok(NAME, format!("whole, of step {of_steps}")),
             (false, false) => {
                 let says = format!("damaged:\n{}", faults.join("\n"));
@@ -269,7 +280,7 @@ impl Patient<'_> {
         }
     }
 
-    fn metrics(&self) -> Check {
+    pub(super) fn metrics(&self) -> Check {
         const NAME: &str = "metrics";
         let path = self.run.join(METRICS);
         let text = match files::read_to_string(&path) {
@@ -306,7 +317,7 @@ impl Patient<'_> {
         Check::warning(NAME, says, "these steps are missing from curves; look at the disk")
     }
 
-    fn evidence(&self) -> Option<Check> {
+    pub(super) fn evidence(&self) -> Option<Check> {
         let path = self.run.join(EVIDENCE_FILE);
         path.is_file().then(|| {
             let says = "numbers that were not finite, or a spike, have stopped the training";
@@ -319,7 +330,7 @@ impl Patient<'_> {
     }
 
     /// What the ranks were about when the record ended.
-    fn flight(&self, analysis: &Analysis) -> Check {
+    pub(super) fn flight(&self, analysis: &Analysis) -> Check {
         const NAME: &str = "ranks";
         let unreadable: usize = analysis.ranks.iter().map(|state| state.unreadable).sum();
         let torn = if unreadable == 0 {
@@ -341,7 +352,7 @@ impl Patient<'_> {
             }
             Verdict::Finished => Check::ok(NAME, says),
             _ if is_over => Check::ok(NAME, says),
-            _ => Check::warning(NAME, format!("ended before they had finished: {says}"), self.resume()),
+            _ => Check::warning(NAME, format!("ended before they had finished: {says}"), self.resume.clone()),
         }
     }
 }

@@ -10,6 +10,7 @@ use contraflow_runtime::control::wire::{
 };
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
+use contraflow_runtime::flight::{Beats, Recorders};
 use contraflow_runtime::topology::{FormationId, Rank};
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
@@ -53,6 +54,8 @@ struct RunningRanks {
     endpoints: Vec<Endpoint>,
     /// The actor is on its way: commands wait for it.
     worker: mpsc::UnboundedSender<WorkerMessage>,
+    /// Its ranks' recorders say that the process is alive.
+    _beats: Beats,
 }
 
 impl Formation {
@@ -98,7 +101,7 @@ impl Formation {
     pub(super) fn start(
         &mut self,
         assign: &v1::Assign,
-        (prepared, store): (Prepared, &Arc<ReplicaStore>),
+        (prepared, recorders, store): (Prepared, Recorders, &Arc<ReplicaStore>),
         listener: &Listener,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Result<(), RankError> {
@@ -141,7 +144,7 @@ impl Formation {
                 save_timeout: SAVE_TIMEOUT,
                 trace: TraceContext::parse(&assign.traceparent),
                 timelines: timelines.clone(),
-                flight: None,
+                flight: recorders.of(rank.index()),
                 probe: Probe::default(),
             });
             // The receiver is in this function.
@@ -150,7 +153,7 @@ impl Formation {
         let events = Arc::new(move |event| drop(inputs.send(Input::Rank { formation: id, event })));
         tokio::spawn(pass_on(events, commands));
         self.prepared = Some(Arc::new(prepared));
-        self.running = Some(RunningRanks { network, endpoints, worker });
+        self.running = Some(RunningRanks { network, endpoints, worker, _beats: Beats::of(recorders) });
         Ok(())
     }
 
@@ -175,7 +178,7 @@ impl Formation {
 
     /// Ends its ranks: what they are about is given up, their waits end, their connections close.
     pub(super) fn leave(self, reason: &str) {
-        let Some(RunningRanks { network, endpoints, worker }) = self.running else { return };
+        let Some(RunningRanks { network, endpoints, worker, .. }) = self.running else { return };
         endpoints.iter().for_each(|endpoint| endpoint.abort(reason));
         for rank in self.ranks {
             let abort = RankCommand::Abort { reason: reason.to_owned() };

@@ -7,6 +7,7 @@
 mod absence;
 mod discard;
 mod evidence;
+mod flight;
 mod formation;
 mod job;
 mod link;
@@ -31,6 +32,7 @@ use contraflow_runtime::control::wire::encode_event;
 use contraflow_runtime::fabric::Listener;
 use contraflow_runtime::files::objects::{Location, Sources};
 use contraflow_runtime::files::{self, Reloaded};
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::random::from_system;
 use contraflow_runtime::topology::{FormationId, JobId};
@@ -56,6 +58,9 @@ const JOIN_WAIT: Duration = Duration::from_secs(30);
 
 /// How long a terminating worker waits for its ranks to move: supervisors often kill it after 30 s.
 const LEAVE: Duration = Duration::from_secs(25);
+
+/// How the line of a job's log begins that says where its folder is.
+pub const FILES_LINE: &str = "the files of the job are in ";
 
 /// Log lines that wait for an orchestrator, at most.
 const MAX_LINES: usize = 10_000;
@@ -100,13 +105,19 @@ enum Input {
     /// What a rank says of a step that is not finite, once the evidence is in the job's folder.
     EvidenceWritten { formation: FormationId, event: RankEvent },
     /// What an assignment names has been read.
-    Prepared { formation: FormationId, assign: Box<v1::Assign>, result: Result<Box<Prepared>, RankError> },
+    Prepared {
+        formation: FormationId,
+        assign: Box<v1::Assign>,
+        result: Result<(Box<Prepared>, Recorders), RankError>,
+    },
     /// Parts of a formation that was left have been written down, or not: what is to be said.
     ShardsWritten { formation: FormationId, events: Vec<RankEvent> },
     /// Result of a commit or a publication, and what room there is after it.
     Committed { formation: FormationId, answer: v1::Committed, space: Option<v1::StorageSpace> },
     /// What room there is before a formation begins.
     Space(v1::StorageSpace),
+    /// What the flight recorders of a formation tell.
+    FlightRead(v1::FlightRead),
     /// The record of a job's steps is kept here: the next ones.
     RecordsWanted(v1::RecordsWanted),
     /// The folder of a job was removed, or not.
@@ -347,6 +358,7 @@ impl Host {
             }
             Input::Discarded(answer) => self.send(Up::Discarded(answer)),
             Input::Space(space) => self.send(Up::Space(space)),
+            Input::FlightRead(read) => self.send(Up::FlightRead(read)),
             Input::RecordsWanted(wanted) => self.send(Up::RecordsWanted(wanted)),
             Input::Committed { formation, answer, space } => {
                 self.committing.remove(&(formation, answer.position.map(|position| position.step)));

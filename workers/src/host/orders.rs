@@ -8,6 +8,7 @@ use contraflow_runtime::control::wire::{
     decode_command, encode_event, formation_numbers, formation_of, job_of,
 };
 use contraflow_runtime::files::{free_bytes, in_task};
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::layout;
 use contraflow_runtime::topology::{FormationId, JobId};
 use contraflow_runtime::trace::TraceContext;
@@ -19,7 +20,7 @@ use super::formation::Formation;
 use super::job::{Prepared, Roots};
 use super::memory::WriteShards;
 use super::records::{Note, RecordKeeper};
-use super::{Host, Input, memory, reading};
+use super::{FILES_LINE, Host, Input, flight, memory, reading};
 use crate::error::RankError;
 
 impl Host {
@@ -56,6 +57,7 @@ impl Host {
             Down::Commit(commit) => self.commit(commit)?,
             Down::WriteShards(order) => self.write_shards(&order)?,
             Down::Discard(order) => self.discard(order)?,
+            Down::ReadFlight(order) => self.read_flight(&order)?,
             Down::Records(records) => self.note_records(job_of(records.job)?, Note::Records(records)),
             Down::Refused(_) => {}
         }
@@ -134,7 +136,11 @@ impl Host {
         tokio::task::spawn_blocking(move || {
             let prepare = || RankError::catch(|| Prepared::new(id, &assign, &roots, loaded));
             let result = in_task(task, prepare);
-            let (assign, result) = (Box::new(assign), result.map(Box::new));
+            let result = result.map(|prepared| {
+                let recorders = flight::begin(prepared.dir(), id, &assign);
+                (Box::new(prepared), recorders)
+            });
+            let assign = Box::new(assign);
             drop(inputs.send(Input::Prepared { formation: id, assign, result }));
         });
         Ok(())
@@ -144,7 +150,7 @@ impl Host {
         &mut self,
         id: FormationId,
         assign: &v1::Assign,
-        result: Result<Box<Prepared>, RankError>,
+        result: Result<(Box<Prepared>, Recorders), RankError>,
     ) {
         let job = id.job;
         let Some(formation) = self.formations.get_mut(&job).filter(|formation| formation.id == id) else {
@@ -154,16 +160,12 @@ impl Host {
             // Given up before: it has been reported as failed.
             return;
         }
-        let started = result.and_then(|prepared| {
+        let started = result.and_then(|(prepared, recorders)| {
             self.loaded.insert(job, prepared.loaded());
             self.settings.log_levels.set(job, prepared.recipe.log.level);
             if assign.ranks.contains(&0) {
-                tracing::info!(
-                    job = job.bits(),
-                    rank = 0_u64,
-                    "the files of the job are in {}",
-                    prepared.dir().display()
-                );
+                let dir = prepared.dir().display();
+                tracing::info!(job = job.bits(), rank = 0_u64, "{FILES_LINE}{dir}");
             }
             if assign.ranks.contains(&0) {
                 look_for_room(id, &prepared, self.inputs.clone());
@@ -172,7 +174,7 @@ impl Host {
                 self.records.insert(job, RecordKeeper::start(id, prepared.job.clone(), ask));
             }
             let store = self.memory.of(job);
-            formation.start(assign, (*prepared, &store), &self.listener, self.inputs.clone())
+            formation.start(assign, (*prepared, recorders, &store), &self.listener, self.inputs.clone())
         });
         if let Err(cause) = started {
             formation.fail(&cause, &self.inputs);

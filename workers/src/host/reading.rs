@@ -9,7 +9,7 @@ use super::{Host, Input};
 use crate::error::RankError;
 
 /// Calls of this process that may hang; each holds a thread for as long.
-const MAX_STUCK: usize = 8;
+pub(super) const MAX_STUCK: usize = 8;
 
 /// The number of the task that is to read for a formation. Where too many hang already there is none, and the formation is
 /// reported as failed.

@@ -3,6 +3,7 @@
 mod attempts;
 mod commits;
 mod cut_off;
+mod flight;
 mod foreign;
 mod giving_way;
 mod growth;

@@ -7,7 +7,7 @@ use contraflow_proto::Message as _;
 
 use super::*;
 
-const ALL: [Bound; 64] = [
+const ALL: [Bound; 65] = [
     RECIPE,
     OVERRIDES,
     MODEL_CONFIG,
@@ -53,6 +53,7 @@ const ALL: [Bound; 64] = [
     LINE,
     ERROR,
     DISCARDED,
+    FLIGHT,
     LOADS,
     WARNING,
     COUNTS,

@@ -216,3 +216,71 @@ fn storage_that_one_thread_begins_and_another_ends_is_known_until_then() {
     let ends = [(3 * SECOND, 3, Event::StorageEnded), (4 * SECOND, 3, Event::StorageEnded)];
     assert_eq!(of(&events(&[&begins, &ends])).doing, Doing::Idle);
 }
+
+#[test]
+fn a_rank_that_is_known_to_be_lost_is_named_with_what_it_was_in_and_what_is_awaited_of_it() {
+    let alive = 4 * SECOND;
+    let stuck = (2 * SECOND, 0, Event::Began(forward(1, 3), 7));
+    let rings = |last: &[(u64, u16, Event)]| {
+        [
+            // Through rank 1.
+            ring(0, 3, alive, &events(&[&done(), &waiting(1, 3 * SECOND, 5)])),
+            ring(1, 3, alive, &events(&[&done(), &waiting(2, 3 * SECOND, 5)])),
+            ring(2, 3, 3 * SECOND, &events(&[&done(), last])),
+        ]
+    };
+    let lost = BTreeSet::from([2]);
+    let of = |last: &[_]| Analysis::after_loss(&rings(last), &lost);
+    let killed = of(&[stuck]);
+    assert_eq!(
+        killed.incident().unwrap(),
+        "rank 2 had been in forward of Attention, layer 3, stage 1, micro-batch 3, of step 7 for 2.0 s when it was lost; \
+         ranks 0, 1 wait for it: rank 1 for Activation of stage 1, micro-batch 3, layer 0 from rank 2"
+    );
+    assert!(killed.is_stuck());
+    // It waited itself when it was lost: nobody is in a circle with the dead.
+    let words = of(&waiting(0, 2 * SECOND, 5)).incident().unwrap();
+    let expected = "rank 2 had been waiting for Activation of stage 1, micro-batch 3, layer 0 from rank 0 for 2.0 s when it was lost, \
+                    after forward of Attention, layer 3, stage 0, micro-batch 0, of step 7; ranks 0, 1 wait for it: rank 1 for ";
+    assert!(words.starts_with(expected), "{words}");
+    // Nobody waits for it yet.
+    let busy = [ring(0, 2, alive, &done()), ring(1, 2, alive, &events(&[&done(), &[stuck]]))];
+    let words = Analysis::after_loss(&busy, &BTreeSet::from([1])).incident().unwrap();
+    assert!(
+        words.starts_with("rank 1 had been in forward") && words.ends_with(" when it was lost"),
+        "{words}"
+    );
+}
+
+#[test]
+fn where_it_is_known_who_was_lost_no_clock_says_that_somebody_else_is_gone() {
+    // The clock of the first is ten minutes ahead.
+    let stuck = [(2 * SECOND, 0, Event::Began(forward(1, 3), 7))];
+    let (rank, Ok(mut ahead)) = ring(0, 2, 4 * SECOND, &events(&[&done(), &waiting(1, 3 * SECOND, 5)]))
+    else {
+        panic!("a ring")
+    };
+    ahead.header.began += 600 * SECOND;
+    let rings = [(rank, Ok(ahead)), ring(1, 2, 4 * SECOND, &events(&[&done(), &stuck]))];
+    assert_eq!(Analysis::of(&rings, None).ranks[1].doing, Doing::Silent);
+    let words = Analysis::after_loss(&rings, &BTreeSet::new()).incident().unwrap();
+    assert!(words.starts_with("rank 1 has been in forward"), "{words}");
+}
+
+#[test]
+fn an_incident_is_told_in_one_bounded_line_and_only_where_there_is_something_to_tell() {
+    let incident = |rings: &[_]| Analysis::after_loss(rings, &BTreeSet::new()).incident();
+    let noisy = format!("\u{1b}[31m\n{}", "x".repeat(1 << 16));
+    let damaged = (1, Err(Unreadable(noisy)));
+    let words = incident(&[ring(0, 2, SECOND, &waiting(1, 0, 5)), damaged.clone()]).unwrap();
+    assert!(words.len() <= 1_024 && !words.contains(char::is_control), "{words}");
+    assert!(words.starts_with("rank 1 has left no record that can be read (\\u{1b}[31m\\n"), "{words}");
+    // The longest that there may be without such a text.
+    let circle: Vec<_> =
+        (0..64).map(|rank| ring(rank, 64, SECOND, &waiting((rank + 1) % 64, 0, 5))).collect();
+    let words = incident(&circle).unwrap();
+    assert!(words.len() <= 1_024 && words.starts_with("ranks 0, 1,") && !words.ends_with("..."), "{words}");
+    for nothing in [vec![], vec![damaged], vec![ring(0, 1, SECOND, &done())], vec![ring(0, 1, 0, &[])]] {
+        assert_eq!(incident(&nothing), None);
+    }
+}
