@@ -31,8 +31,8 @@ pub struct DoctorArgs {
     /// A run, by folder or name; or a job of a cluster, by its id
     #[arg(value_name = "RUN|JOB", default_value = "runs/latest")]
     of: String,
-    /// Also write what a report about it needs: recipe, plan, end of the metrics, record of the ranks, versions, machine; no secret
-    /// and no text that the run was trained on
+    /// Also write what a report about it needs: recipe, plan, end of the metrics, what an orchestrator has logged, record of the ranks,
+    /// versions, machine; no secret and no text that the run was trained on
     #[arg(long, value_name = "FILE.tar.gz")]
     archive: Option<PathBuf>,
     /// Connection to the job's orchestrator, and output format
