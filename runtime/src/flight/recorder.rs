@@ -115,7 +115,7 @@ impl Recorders {
     /// **Errors**: what the system says.
     pub fn create(folder: &Path, about: &About) -> io::Result<Recorders> {
         match std::fs::remove_dir_all(folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Recorders::join(folder, 0..about.world, about),
         }
     }
