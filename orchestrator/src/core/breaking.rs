@@ -39,6 +39,7 @@ impl Core {
         if let Some(words) = attempts.given_up(workers.len()) {
             return self.end(job, End::Failed, (words, None));
         }
+        let stop = self.stop(job);
         self.release(job, &why, true);
         self.log_as(Severity::Warn, job, why.clone());
         self.paused_until.insert(job, now + attempts.pause_ms(workers.len()));
@@ -53,6 +54,7 @@ impl Core {
             paused,
             why,
             at_ms: now,
+            stop,
         });
         self.query_survivors(job, now);
     }

@@ -9,6 +9,7 @@ use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topology};
 use serde::{Deserialize, Serialize};
 
+use crate::metrics::goodput::Stop;
 use crate::recovery::InMemory;
 use crate::rollback::Checkpoint;
 
@@ -268,6 +269,9 @@ pub enum Fact {
         job: JobId,
         /// The formation and its places.
         formed: Formed,
+        /// **Units**: milliseconds since 1970.
+        #[serde(default)]
+        at_ms: u64,
     },
     /// A formation has ended, the job has not.
     Broken {
@@ -291,6 +295,9 @@ pub enum Fact {
         why: String,
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
+        /// Where the formation stood.
+        #[serde(default)]
+        stop: Stop,
     },
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
@@ -298,6 +305,9 @@ pub enum Fact {
         job: JobId,
         /// Human-readable.
         why: String,
+        /// Where the formation stood.
+        #[serde(default)]
+        stop: Stop,
     },
     /// A job is to have so many ranks.
     Scaled {
@@ -314,13 +324,22 @@ pub enum Fact {
         cursor: u64,
         /// Human-readable.
         why: String,
+        /// Where the formation stood.
+        #[serde(default)]
+        stop: Stop,
     },
-    /// A formation has made its first step.
+    /// A formation has made its first step, or the last of those that had been made before.
     Stepped {
         /// Whose latest formation it is.
         job: JobId,
         /// The step.
         step: u64,
+        /// When it began. **Units**: milliseconds since 1970.
+        #[serde(default)]
+        began_ms: u64,
+        /// When a rank had made it. **Units**: milliseconds since 1970.
+        #[serde(default)]
+        at_ms: u64,
     },
     /// A checkpoint is committed.
     CheckpointCommitted {
@@ -351,11 +370,17 @@ pub enum Fact {
         validation_loss: Option<f64>,
         /// **Units**: milliseconds since 1970.
         at_ms: u64,
+        /// Where its formation stood.
+        #[serde(default)]
+        stop: Stop,
     },
     /// A job that had failed or was cancelled is in the queue again.
     Retried {
         /// It goes on from its newest checkpoint.
         job: JobId,
+        /// **Units**: milliseconds since 1970.
+        #[serde(default)]
+        at_ms: u64,
     },
     /// A finished job is removed with its data.
     Forgotten {
@@ -388,7 +413,7 @@ impl Fact {
             | Fact::CheckpointCommitted { job, .. }
             | Fact::CheckpointDamaged { job, .. }
             | Fact::Ended { job, .. }
-            | Fact::Retried { job }
+            | Fact::Retried { job, .. }
             | Fact::Forgotten { job } => Some(*job),
             Fact::StorageIdentified { .. } | Fact::Drained { .. } | Fact::Undrained { .. } => None,
         }

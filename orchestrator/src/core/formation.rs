@@ -48,6 +48,8 @@ pub(super) struct Formation {
     /// The step that it resumed from, and the furthest that a rank has reported since.
     resumed: u64,
     reached: u64,
+    /// When that was reported; 0: none was. **Units**: milliseconds since 1970.
+    reached_ms: u64,
 }
 
 impl Formation {
@@ -87,6 +89,7 @@ impl Formation {
             refused: BTreeSet::new(),
             resumed,
             reached: resumed,
+            reached_ms: 0,
         }
     }
 
@@ -101,6 +104,24 @@ impl Formation {
     /// The furthest step that it is known to have completed; else the one it resumed from.
     pub(super) fn reached(&self) -> u64 {
         self.reached
+    }
+
+    /// When that step was made; 0: it has made none that is known of. **Units**: milliseconds since 1970.
+    pub(super) fn reached_ms(&self) -> u64 {
+        self.reached_ms
+    }
+
+    /// A rank reports a step of this formation.
+    pub(super) fn made(&mut self, step: u64, wall_ms: u64) {
+        if step > self.reached {
+            (self.reached, self.reached_ms) = (step, wall_ms);
+        }
+    }
+
+    /// It was found by an orchestrator that starts: what had been counted as steps by then remains so.
+    pub(super) fn found(mut self, wall_ms: u64) -> Self {
+        self.reached_ms = wall_ms;
+        self
     }
 
     pub(super) fn is_aborting(&self) -> bool {
@@ -300,9 +321,10 @@ impl Core {
             }
             Outcome::Stopped { step } => {
                 let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
+                let stop = self.stop(job);
                 self.release(job, &why, false);
                 self.log(job, format!("{why}; step {step} is saved, back in the queue"));
-                self.persist(Fact::Requeued { job, why });
+                self.persist(Fact::Requeued { job, why, stop });
             }
             Outcome::Diverged { divergence, cursor } => self.diverged(job, *divergence, cursor),
             Outcome::Failed { message, kind: ErrorKind::Lost } => {
@@ -325,9 +347,10 @@ impl Core {
         let roll_back = RollBack { newest, returns, max_returns: record.spec.recipe.watch.max_skips };
         match roll_back.decide(&divergence, cursor) {
             Ok(RollBackTarget { why, .. }) => {
+                let stop = self.stop(job);
                 self.release(job, &why, false);
                 self.log_as(Severity::Warn, job, why);
-                self.persist(Fact::RolledBack { job, cursor, why: divergence.why });
+                self.persist(Fact::RolledBack { job, cursor, why: divergence.why, stop });
             }
             Err(why) => self.end(job, End::Failed, (why, None)),
         }

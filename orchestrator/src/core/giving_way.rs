@@ -17,9 +17,10 @@ impl Core {
             self.apply_effects(job, effects, now);
         } else if self.has_waited(job, now) {
             let step = self.jobs.all[&job].last_checkpoint;
+            let stop = self.stop(job);
             self.release(job, &why, false);
             self.log_as(Severity::Warn, job, format!("{why}; back in the queue, to go on after step {step}"));
-            self.persist(Fact::Requeued { job, why });
+            self.persist(Fact::Requeued { job, why, stop });
         }
     }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::attempts::{Attempts, Blame};
 use super::facts::{End, Fact, Formed, JobSpec};
+use crate::metrics::goodput::Ledger;
 use crate::rollback::{Checkpoint, RollBackCount};
 
 /// State of a job.
@@ -64,6 +65,9 @@ pub struct JobRecord {
     pub losses: u32,
     /// What its formations have come to.
     pub attempts: Attempts,
+    /// Where its slot time has gone.
+    #[serde(default)]
+    pub ledger: Ledger,
     /// What happened last.
     pub why: String,
     /// Mean loss of the validation sequences, in nats per token.
@@ -81,6 +85,11 @@ impl JobRecord {
     /// Count of formations so far.
     pub fn generation(&self) -> Generation {
         self.formed.as_ref().map_or_else(Generation::default, |formed| formed.generation)
+    }
+
+    /// Slots of the latest formation.
+    fn slots(&self) -> usize {
+        self.formed.as_ref().map_or(0, |formed| formed.places.len())
     }
 
     /// Whether it has ended.
@@ -151,7 +160,7 @@ impl Jobs {
                 }
                 match fact {
                     Fact::Ended { job, .. } => self.ended.push_back(*job),
-                    Fact::Retried { job } => self.ended.retain(|ended| ended != job),
+                    Fact::Retried { job, .. } => self.ended.retain(|ended| ended != job),
                     _ => {}
                 }
             }
@@ -165,6 +174,8 @@ impl Jobs {
         self.newest = self.newest.max(job);
         let origin = spec.origin.as_ref();
         let begins = origin.map(|origin| origin.checkpoint);
+        let mut ledger = Ledger::default();
+        ledger.queued(at_ms);
         let record = JobRecord {
             spec: spec.clone(),
             submitted_ms: at_ms,
@@ -182,6 +193,7 @@ impl Jobs {
             target: 0,
             losses: 0,
             attempts: Attempts::default(),
+            ledger,
             why: String::new(),
             validation_loss: None,
             ended_ms: 0,
@@ -193,7 +205,8 @@ impl Jobs {
 impl JobRecord {
     fn apply(&mut self, fact: &Fact) {
         match fact {
-            Fact::Formed { formed, .. } => {
+            Fact::Formed { formed, at_ms, .. } => {
+                self.ledger.formed(formed.places.len(), *at_ms);
                 self.phase = Phase::Formed;
                 self.formed = Some(formed.clone());
                 self.in_memory = !formed.buddies.is_empty() || formed.memory.is_some();
@@ -201,7 +214,10 @@ impl JobRecord {
                 self.why.clear();
                 self.attempts.formed();
             }
-            Fact::Broken { generation, lost, why, at_ms, reached, idle, unreadable, paused, .. } => {
+            Fact::Broken {
+                generation, lost, why, at_ms, reached, idle, unreadable, paused, stop, ..
+            } => {
+                self.ledger.lost(self.slots().saturating_sub(lost.len()), *stop);
                 let blame = match (idle, unreadable, paused) {
                     (true, ..) => Blame::Job,
                     (_, true, _) => Blame::Storage,
@@ -215,12 +231,14 @@ impl JobRecord {
                 self.broken_ms = *at_ms;
                 self.why.clone_from(why);
             }
-            Fact::Requeued { why, .. } => {
+            Fact::Requeued { why, stop, .. } => {
+                self.ledger.gave_way(*stop);
                 self.phase = Phase::Queued;
                 self.in_memory = false;
                 self.why.clone_from(why);
             }
-            Fact::RolledBack { cursor, why, .. } => {
+            Fact::RolledBack { cursor, why, stop, .. } => {
+                self.ledger.lost(self.slots(), *stop);
                 self.phase = Phase::Broken;
                 self.cursor = *cursor;
                 self.in_memory = false;
@@ -228,7 +246,8 @@ impl JobRecord {
                 self.returns = self.returns.and_one_more(self.last_checkpoint);
                 self.why.clone_from(why);
             }
-            Fact::Retried { .. } => {
+            Fact::Retried { at_ms, .. } => {
+                self.ledger.queued(*at_ms);
                 self.phase = Phase::Queued;
                 (self.attempts, self.returns) = Default::default();
                 self.in_memory = false;
@@ -236,7 +255,10 @@ impl JobRecord {
                 (self.validation_loss, self.ended_ms) = (None, 0);
             }
             Fact::Scaled { ranks, .. } => self.target = *ranks,
-            Fact::Stepped { step, .. } => self.attempts.stepped(*step),
+            Fact::Stepped { step, began_ms, at_ms, .. } => {
+                self.ledger.stepped(*step, *began_ms, *at_ms);
+                self.attempts.stepped(*step);
+            }
             Fact::CheckpointCommitted { step, cursor, .. } => {
                 self.attempts.advanced(*step);
                 if *step > self.last_checkpoint {
@@ -255,7 +277,8 @@ impl JobRecord {
                     self.cursor = self.earlier_cursor;
                 }
             }
-            Fact::Ended { end, outcome, validation_loss, at_ms, .. } => {
+            Fact::Ended { end, outcome, validation_loss, at_ms, stop, .. } => {
+                self.ledger.ended(*end == End::Done, *stop);
                 self.phase = Phase::Ended(*end);
                 self.why.clone_from(outcome);
                 self.validation_loss = *validation_loss;

@@ -24,6 +24,7 @@ impl Core {
     }
 
     pub(super) fn end(&mut self, job: JobId, end: End, (outcome, validation_loss): (String, Option<f64>)) {
+        let stop = self.stop(job);
         self.release(job, &outcome, false);
         self.discard_unfinished(job);
         self.avoided.remove(&job);
@@ -35,7 +36,7 @@ impl Core {
         let severity = if end == End::Failed { Severity::Error } else { Severity::Info };
         self.log_as(severity, job, format!("{}: {outcome}", format!("{end:?}").to_lowercase()));
         let at_ms = self.clock.wall_ms();
-        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms });
+        self.persist(Fact::Ended { job, end, outcome, validation_loss, at_ms, stop });
     }
 
     /// Bounds the number of retained jobs, and what they take.
@@ -58,6 +59,6 @@ impl Core {
             step => format!("from the checkpoint of step {step}"),
         };
         self.log_as(Severity::Info, job, format!("taken up again, {from}"));
-        self.persist(Fact::Retried { job });
+        self.persist(Fact::Retried { job, at_ms: self.clock.wall_ms() });
     }
 }

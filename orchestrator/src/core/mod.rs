@@ -16,6 +16,7 @@ mod flight;
 mod foreign;
 mod formation;
 mod giving_way;
+mod goodput;
 mod growth;
 pub mod jobs;
 mod layouts;
@@ -49,6 +50,7 @@ pub use self::flight::FLIGHT_LINE;
 use self::flight::Inquiry;
 use self::foreign::Foreign;
 use self::formation::Formation;
+use self::goodput::Usage;
 use self::growth::Room;
 use self::jobs::{Jobs, Phase};
 use self::layouts::Layouts;
@@ -120,6 +122,8 @@ pub struct Core {
     layouts: Layouts,
     /// Free slots that jobs may grow into.
     room: Option<Room>,
+    /// What the slots were used for since this process began.
+    usage: Usage,
     /// Why jobs in line wait.
     reasons: BTreeMap<JobId, String>,
     /// Finished jobs to retain.
@@ -158,6 +162,7 @@ impl Core {
             room: None,
             clock,
             times,
+            usage: Usage::default(),
             reasons: BTreeMap::new(),
             is_open: true,
             may_recover: true,
@@ -170,8 +175,9 @@ impl Core {
             record.running().into_iter().flat_map(|formed| &formed.places).for_each(|&worker| {
                 core.members.expect(worker, now, times);
             });
-            core.formations.insert(job, Formation::of(record));
+            core.formations.insert(job, Formation::of(record).found(core.clock.wall_ms()));
         }
+        core.usage = Usage::from(&core);
         let all: Vec<JobId> = core.jobs.all.keys().copied().collect();
         all.into_iter().for_each(|job| core.expect_survivors(job, now));
         core
@@ -321,6 +327,7 @@ impl Core {
         match &fact {
             Fact::Submitted { spec, .. } => self.spec_bytes += spec.bytes(),
             Fact::Forgotten { job } => {
+                self.usage.forget(self.account(*job));
                 let bytes = self.jobs.all.get(job).map_or(0, |record| record.spec.bytes());
                 self.spec_bytes = self.spec_bytes.saturating_sub(bytes);
                 self.findings.remove(job);
@@ -410,14 +417,9 @@ impl Core {
         {
             return;
         }
+        self.stepped(job, &event);
         let Some(formation) = self.formations.get_mut(&job) else { return };
-        let step = formation.own_step(&event);
         let effects = formation.event(event, now);
-        if let Some(step) = step.filter(|_| !self.jobs.all[&job].attempts.has_stepped) {
-            self.persist(Fact::Stepped { job, step });
-            self.findings.remove(&job);
-            self.avoided.entry(job).or_default().stepped();
-        }
         self.apply_effects(job, effects, now);
     }
 
@@ -454,6 +456,7 @@ impl Core {
         }
         self.tick_foreign(now);
         self.tick_inquiries(now);
+        self.count_idle();
     }
 }
 

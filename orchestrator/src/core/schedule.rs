@@ -165,7 +165,7 @@ impl Core {
         );
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
         self.released(job, &places);
-        self.persist(Fact::Formed { job, formed });
+        self.persist(Fact::Formed { job, formed, at_ms: self.clock.wall_ms() });
         self.reasons.remove(&job);
         self.paused_until.remove(&job);
         self.formations.insert(job, Formation::of(&self.jobs.all[&job]));

@@ -1,6 +1,7 @@
 //! The metrics actor of a job in one process: makes the record of each step and hands it to the subscribers. What a record is
-//! is in [`record`], which rank holds the others up in [`pace`].
+//! is in [`record`], which rank holds the others up in [`pace`], where the slot time of a job goes in [`goodput`].
 
+pub mod goodput;
 pub mod pace;
 pub mod record;
 

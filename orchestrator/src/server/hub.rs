@@ -316,12 +316,12 @@ impl Hub {
                 self.steps.insert(*job, Steps::new(0, None, 0, false));
             }
             Fact::Ended { job, .. } => self.admission.ended(*job),
-            Fact::Retried { job } => {
+            Fact::Retried { job, .. } => {
                 if let Some(record) = self.core.jobs().all.get(job) {
                     self.admission.opened(*job, &record.spec);
                 }
             }
-            Fact::Formed { job, formed } => {
+            Fact::Formed { job, formed, .. } => {
                 let record = self.core.jobs().all.get(job);
                 if let (Some(steps), Some(record)) = (self.steps.get_mut(job), record) {
                     steps.formed(&record.spec, formed);

@@ -144,6 +144,7 @@ mod tests {
             outcome: "done".into(),
             validation_loss: Some(1.5),
             at_ms: 9,
+            stop: Default::default(),
         };
         let drained = Fact::Drained { node: "n1".into() };
         let mut jobs = Jobs::default();

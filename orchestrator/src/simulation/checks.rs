@@ -212,7 +212,7 @@ impl World {
                     self.violate(format!("{job}, {:?}, is submitted twice", spec.name));
                 }
             }
-            Fact::Formed { job, formed } => self.check_formed(*job, formed),
+            Fact::Formed { job, formed, .. } => self.check_formed(*job, formed),
             Fact::CheckpointCommitted { job, step, cursor } => self.check_committed(*job, *step, *cursor),
             Fact::RolledBack { job, cursor, .. } => {
                 let line = self.running(*job).and_then(|of| self.checks.lines.get(&of));
@@ -246,9 +246,9 @@ impl World {
                 self.checks.forgotten += 1;
             }
             Fact::CheckpointDamaged { job, step } => self.check_damaged(*job, *step),
-            Fact::Stepped { job, step } => self.check_stepped(*job, *step),
+            Fact::Stepped { job, step, .. } => self.check_stepped(*job, *step),
             // Nobody asks for it here.
-            Fact::Retried { job } => self.violate(format!("{job} is taken up again")),
+            Fact::Retried { job, .. } => self.violate(format!("{job} is taken up again")),
             Fact::StorageIdentified { .. }
             | Fact::Drained { .. }
             | Fact::Undrained { .. }

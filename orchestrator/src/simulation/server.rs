@@ -286,7 +286,7 @@ impl World {
             Fact::Submitted { job, .. } => {
                 self.servers[server].steps.insert(*job, Steps::new(0, None, 0, false));
             }
-            Fact::Formed { job, formed } => {
+            Fact::Formed { job, formed, .. } => {
                 let acting = &mut self.servers[server];
                 let record = acting.core.jobs().all.get(job);
                 if let (Some(steps), Some(record)) = (acting.steps.get_mut(job), record) {

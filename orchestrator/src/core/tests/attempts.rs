@@ -108,7 +108,7 @@ fn a_step_that_a_restarted_orchestrator_missed_counts_too() {
     drop(world.event(step_done(1)));
     let facts: Vec<Fact> =
         world.facts.iter().filter(|fact| matches!(fact, Fact::Stepped { .. })).cloned().collect();
-    assert_eq!(facts, [Fact::Stepped { job: JOB, step: 1 }]);
+    assert!(matches!(facts[..], [Fact::Stepped { job: JOB, step: 1, .. }]), "{facts:?}");
     drop(world.event(step_done_by(1, 1)));
     drop(world.event(step_done(2)));
     assert_eq!(world.facts.iter().filter(|fact| matches!(fact, Fact::Stepped { .. })).count(), 1);

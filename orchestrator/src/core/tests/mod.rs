@@ -6,6 +6,7 @@ mod cut_off;
 mod flight;
 mod foreign;
 mod giving_way;
+mod goodput;
 mod growth;
 mod memory;
 mod placing;
