@@ -1,6 +1,7 @@
 //! The commands that talk to an orchestrator: submit, jobs, status, watch, logs, cancel, retry, scale, nodes, drain.
 
 mod following;
+pub mod goodput;
 mod known;
 mod nodes;
 mod removal;
@@ -393,7 +394,7 @@ pub fn job_json(job: &v1::Job) -> Value {
             json!({
                 "rank": rank.rank, "worker": rank.worker, "node": rank.node, "step": rank.step,
                 "busy_seconds": rank.busy_seconds, "waited_seconds": rank.waited_seconds,
-                "link_seconds": rank.link_seconds, "slow": rank.slow,
+                "link_seconds": rank.link_seconds, "slow": rank.slow, "memory_bytes": rank.memory_bytes,
             })
         })
         .collect();
@@ -403,7 +404,7 @@ pub fn job_json(job: &v1::Job) -> Value {
         "ranks": ranks, "waiting_for": job.waiting_for, "outcome": job.outcome, "losses": job.losses,
         "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": job.ended_unix_ms,
         "warning": job.warning, "min_ranks": job.min_ranks, "max_ranks": job.max_ranks, "is_scaled": job.is_scaled,
-        "eta_seconds": job.eta_seconds,
+        "eta_seconds": job.eta_seconds, "goodput": goodput::json(job.goodput.as_ref()), "queued_seconds": job.queued_seconds,
     })
 }
 
@@ -431,6 +432,12 @@ fn job_text(job: &v1::Job) -> String {
     }
     if let Some(seconds) = job.eta_seconds {
         text += &format!("  left: {}\n", hms(seconds));
+    }
+    if let Some(words) = job.goodput.as_ref().and_then(goodput::words) {
+        text += &format!("  goodput: {words}\n");
+    }
+    if job.queued_seconds >= 1.0 {
+        text += &format!("  queued: {}\n", hms(job.queued_seconds));
     }
     if let Some(loss) = job.loss {
         text += &format!("  loss: {loss:.4}\n");

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 
 use contraflow_orchestrator::core::{BEAT_MS, RETAINED_JOBS, Times};
 use contraflow_orchestrator::server::{Front, Orchestrator, Security, Settings};
-use contraflow_orchestrator::webhook::Webhook;
-use contraflow_runtime::files;
 use contraflow_runtime::recipe::LogLevel;
 use contraflow_runtime::schedule::parse_bytes;
 use rustix::fs::Mode;
 
-use crate::dashboard::{Door, DoorArgs};
+use crate::dashboard::{Door, DoorArgs, Subject};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
+use crate::otlp::metrics::Exporter;
 use crate::output::say;
+use crate::telemetry::webhook::WebhookArgs;
 use crate::{machine, systemd, telemetry};
 
 /// Arguments of `contraflow orchestrator`.
@@ -44,12 +44,9 @@ pub struct OrchestratorArgs {
     /// What the folder of a job in the storage may hold, as 50GB; without it, as much as there is room for
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub job_quota: Option<u64>,
-    /// An address that is told what happens to jobs, by POST: that they have ended, lost ranks or been sent back
-    #[arg(long, value_name = "URL")]
-    pub webhook: Option<String>,
-    /// File with the secret by which notices are signed, as Standard Webhooks have it
-    #[arg(long, value_name = "FILE", requires = "webhook")]
-    pub webhook_secret: Option<PathBuf>,
+    /// Who is told what happens to jobs.
+    #[command(flatten)]
+    pub webhook: WebhookArgs,
 }
 
 /// Runs the command.
@@ -58,9 +55,10 @@ pub struct OrchestratorArgs {
 /// older than what a worker has seen.
 pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
     let _spans = telemetry::init(LogLevel::Info, "contraflow-orchestrator")?;
+    let metrics = Exporter::open("contraflow-orchestrator")?;
     let security = security(args)?;
     let is_secured = security.is_some();
-    let webhook = webhook(args)?;
+    let webhook = args.webhook.open()?;
     let door = Door::open_cluster(&args.dashboard, is_secured)?;
     let settings = Settings {
         retained_jobs: usize::try_from(args.keep_jobs).unwrap_or(usize::MAX),
@@ -94,23 +92,19 @@ pub fn run(args: &OrchestratorArgs) -> Result<(), Failure> {
             let hub = front.clone();
             // Both end with the runtime.
             tokio::spawn(systemd::tell(std::future::ready(()), async move || hub.has_answered().await));
-            drop(door.map(|door| tokio::spawn(door.serve_cluster(front))));
+            let subject = Subject::of_cluster(front.clone());
+            if let Some(exporter) = metrics {
+                let shown = subject.clone();
+                let source = async move || shown.metrics(None).await.ok();
+                drop(tokio::spawn(exporter.run(source, std::future::pending())));
+            }
+            drop(door.map(|door| tokio::spawn(door.serve_cluster(subject, front))));
         };
         orchestrator
             .serve_with(async move { _ = signals.next().await }, serve_pages)
             .await
             .map_err(Failure::run)
     })
-}
-
-fn webhook(args: &OrchestratorArgs) -> Result<Option<Webhook>, Failure> {
-    let Some(url) = &args.webhook else { return Ok(None) };
-    let secret = args.webhook_secret.as_ref().map(|path| {
-        let unreadable = |error| Failure::input(format!("--webhook-secret {}: {error}", path.display()));
-        files::read_to_string(path).map_err(unreadable)
-    });
-    let refused = |why| Failure::input(format!("--webhook: {why}"));
-    Webhook::new(url, secret.transpose()?.as_deref()).map(Some).map_err(refused)
 }
 
 fn security(args: &OrchestratorArgs) -> Result<Option<Security>, Failure> {

@@ -1,7 +1,11 @@
-//! Spans to a collector, over OTLP/gRPC, where the standard variables name one; without, there is no exporter and no span.
+//! Spans to a collector, over OTLP/gRPC, where the standard variables name one; without, there is no exporter and no span. Metrics go
+//! there too, see [`metrics`].
 //!
 //! The one place that knows OpenTelemetry: everything else opens spans of `tracing` and passes on plain contexts. Exporting
 //! runs beside the rest: its queue is bounded, what does not fit or does not arrive is counted and said once.
+
+pub mod families;
+pub mod metrics;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,14 +30,24 @@ use crate::failure::Failure;
 /// How long the last spans may take when the process ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Where a collector is: for traces, for everything.
-const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
+/// The standard variables of one kind of telemetry; of two, the first is for it alone and counts before the one for everything.
+struct Signal {
+    /// Where a collector is.
+    endpoints: [&'static str; 2],
+    /// What is spoken with it.
+    protocols: [&'static str; 2],
+    /// Whose certificates it may have.
+    certificates: [&'static str; 2],
+    /// Which exporters are wanted, by name.
+    exporter: &'static str,
+}
 
-/// What is spoken with it.
-const PROTOCOLS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"];
-
-/// Whose certificates it may have.
-const CERTIFICATES: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE"];
+const TRACES: Signal = Signal {
+    endpoints: ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"],
+    protocols: ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"],
+    certificates: ["OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE", "OTEL_EXPORTER_OTLP_CERTIFICATE"],
+    exporter: "OTEL_TRACES_EXPORTER",
+};
 
 /// How much is exported: steps and their parts, frames between stages too, or every operation.
 const LEVEL: &str = "CONTRAFLOW_TRACE_LEVEL";
@@ -53,7 +67,7 @@ pub type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 ///
 /// **Errors**: code 2; a variable makes no sense.
 pub fn open(service: &'static str) -> Result<Option<(Exporting, Listener)>, Failure> {
-    let Some((variable, endpoint)) = first(&ENDPOINTS).filter(|_| is_wanted()) else { return Ok(None) };
+    let Some((variable, endpoint)) = TRACES.endpoint()? else { return Ok(None) };
     let level = level()?;
     let failed = |error: std::io::Error| Failure::run(error.to_string());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
@@ -93,13 +107,6 @@ fn first(variables: &[&'static str]) -> Option<(&'static str, String)> {
     variables.iter().find_map(set)
 }
 
-/// Whether exporting is allowed.
-fn is_wanted() -> bool {
-    let is =
-        |variable, word: &str| std::env::var(variable).is_ok_and(|value| value.eq_ignore_ascii_case(word));
-    !is("OTEL_SDK_DISABLED", "true") && !is("OTEL_TRACES_EXPORTER", "none")
-}
-
 fn level() -> Result<Level, Failure> {
     let Some((_, word)) = first(&[LEVEL]) else { return Ok(Level::INFO) };
     match word.as_str() {
@@ -110,27 +117,55 @@ fn level() -> Result<Level, Failure> {
     }
 }
 
-/// **Errors**: code 2; a variable makes no sense.
-fn exporter(variable: &str, endpoint: &str) -> Result<opentelemetry_otlp::SpanExporter, Failure> {
-    if let Some((variable, protocol)) = first(&PROTOCOLS).filter(|(_, protocol)| protocol != "grpc") {
-        return Err(Failure::input(format!("{variable}: expected grpc, got {protocol:?}")));
+impl Signal {
+    /// The collector's address and the variable that names it, if one does and it is to have this.
+    ///
+    /// **Errors**: code 2; a variable makes no sense.
+    fn endpoint(&self) -> Result<Option<(&'static str, String)>, Failure> {
+        let is_disabled =
+            first(&["OTEL_SDK_DISABLED"]).is_some_and(|(_, value)| value.eq_ignore_ascii_case("true"));
+        let is_otlp = |name: &str| name.trim().eq_ignore_ascii_case("otlp");
+        // Unless something is said, it is OTLP.
+        let is_wanted = first(&[self.exporter]).is_none_or(|(_, names)| names.split(',').any(is_otlp));
+        let Some((variable, endpoint)) = first(&self.endpoints).filter(|_| is_wanted && !is_disabled) else {
+            return Ok(None);
+        };
+        if let Some((variable, protocol)) = first(&self.protocols).filter(|(_, protocol)| protocol != "grpc")
+        {
+            return Err(Failure::input(format!("{variable}: expected grpc, got {protocol:?}")));
+        }
+        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+            return Err(Failure::input(format!(
+                "{variable}: expected http://HOST:PORT or https://HOST:PORT, got {endpoint:?}"
+            )));
+        }
+        Ok(Some((variable, endpoint)))
     }
-    if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-        return Err(Failure::input(format!(
-            "{variable}: expected http://HOST:PORT or https://HOST:PORT, got {endpoint:?}"
-        )));
-    }
-    let mut builder = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint);
-    if endpoint.starts_with("https://") {
-        let Some((variable, path)) = first(&CERTIFICATES) else {
-            let [_, certificate] = CERTIFICATES;
+
+    /// Whom a collector at this address is trusted by; none where it is not asked who it is.
+    ///
+    /// **Errors**: code 2; no CA is named, or it cannot be read.
+    fn tls(&self, endpoint: &str) -> Result<Option<ClientTlsConfig>, Failure> {
+        if !endpoint.starts_with("https://") {
+            return Ok(None);
+        }
+        let Some((variable, path)) = first(&self.certificates) else {
+            let [_, certificate] = self.certificates;
             return Err(Failure::input(format!(
                 "{certificate}: expected the file of the collector's CA for {endpoint}, got none"
             )));
         };
         let pem =
             std::fs::read(&path).map_err(|error| Failure::input(format!("{variable}: {path}: {error}")))?;
-        builder = builder.with_tls_config(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)));
+        Ok(Some(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem))))
+    }
+}
+
+/// **Errors**: code 2; a variable makes no sense.
+fn exporter(variable: &str, endpoint: &str) -> Result<opentelemetry_otlp::SpanExporter, Failure> {
+    let mut builder = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(endpoint);
+    if let Some(tls) = TRACES.tls(endpoint)? {
+        builder = builder.with_tls_config(tls);
     }
     builder.build().map_err(|error| Failure::input(format!("{variable} {endpoint}: {error}")))
 }

@@ -1,6 +1,8 @@
 //! A run with a folder: trains on an embedded cluster, keeps checkpoints, goes back to one where the watch says so. What
 //! came of it is `summary`'s.
 
+mod told;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use contraflow_orchestrator::job_actor::Commits;
 use contraflow_orchestrator::metrics::Subscriber;
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_orchestrator::rollback::{self, RollBack, RollBackCount};
+use contraflow_orchestrator::webhook::Happened;
 use contraflow_runtime::checkpoint::{CheckpointFolder, Manifest, Position, RemoteFolder};
 use contraflow_runtime::cost;
 use contraflow_runtime::fabric::LocalOptions;
@@ -29,7 +32,7 @@ use contraflow_workers::engine::probe::Probe;
 use contraflow_workers::engine::timelines::Timelines;
 use parking_lot::Mutex;
 
-use crate::dashboard::{Facts, Phase, Shown};
+use crate::dashboard::{Facts, Shown};
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::local::{self, LocalCluster, LocalClusterSpec};
@@ -42,6 +45,7 @@ use crate::progress::{Frame, Progress};
 use crate::resume::Resumed;
 use crate::run_dir;
 use crate::runs::doctor;
+use crate::telemetry::webhook::Telling;
 
 /// Running totals over the steps of this process.
 #[derive(Clone, Debug, Default)]
@@ -84,6 +88,8 @@ pub struct Run {
     folder: CheckpointFolder,
     /// What viewers see of it.
     shown: Arc<Shown>,
+    /// Who is told what happens to it.
+    telling: Option<Arc<Telling>>,
     /// Keeps other processes out of the folder.
     _lock: File,
 }
@@ -163,7 +169,9 @@ impl Run {
         let plan_text = contraflow_runtime::schedule::text::write(&plan);
         let recipe = Arc::new(recipe);
         let shown = Shown::starting(Facts::of_local(&dir, recipe.clone(), plan));
-        let run = Run { name, recipe, dir, frame, text, resume, manifest, folder, shown, _lock: lock };
+        let telling = None;
+        let run =
+            Run { name, recipe, dir, frame, text, resume, manifest, folder, shown, telling, _lock: lock };
         run.write("recipe.toml", &run.recipe.resolved_toml())?;
         run.write("plan.txt", &plan_text)?;
         Ok(run)
@@ -259,20 +267,6 @@ impl Run {
         }
     }
 
-    /// How a formation has ended, for viewers.
-    fn show_end(&self, outcome: &Outcome) {
-        let (phase, words) = match outcome {
-            Outcome::Done { validation: Some((loss, _)) } => {
-                (Phase::Done, format!("validation loss {loss:.4} nats/token at the end"))
-            }
-            Outcome::Done { validation: None } => (Phase::Done, "all steps are made".to_owned()),
-            Outcome::Stopped { step } => (Phase::Stopped, format!("interrupted after step {step}")),
-            Outcome::Diverged { divergence, .. } => (Phase::Starting, divergence.why.clone()),
-            Outcome::Failed { message, .. } => (Phase::Failed, message.clone()),
-        };
-        self.shown.end(phase, words);
-    }
-
     /// Why nothing is validated, if that is so.
     pub(crate) fn no_validation(&self, datasets: &Datasets) -> Option<String> {
         self.recipe.no_validation(datasets.validation.num_sequences())
@@ -299,12 +293,13 @@ impl Run {
         let events = events.map_err(unwritable)?;
         let mut progress = Progress::new(&self.dir, self.frame, self.afterwards(datasets), samples, events)
             .map_err(unwritable)?;
-        let (shared, shown) = (tally.clone(), self.shown.clone());
+        let (shared, shown, telling) = (tally.clone(), self.shown.clone(), self.telling.clone());
         let began = Instant::now();
         let before = shared.lock().seconds;
         let subscriber: Subscriber = Box::new(move |record| {
             progress.step(record);
             shown.step(record);
+            telling.iter().for_each(|telling| telling.warned(record));
             let mut tally = shared.lock();
             tally.tokens += record.tokens;
             tally.steps += 1;
@@ -357,6 +352,9 @@ impl Run {
             Failure::run(format!("{why}{resume}{}", doctor::hint(&self.dir)))
         })?;
         say(&returned.why);
+        self.telling
+            .iter()
+            .for_each(|told| told.tell(Happened::RolledBack, divergence.step, &divergence.why));
         run_dir::keep_metrics(&self.dir, &self.dir, returned.to)
             .map_err(|error| Failure::run(format!("{}: {error}", self.dir.display())))?;
         let resume = checkpoint.map(|mut checkpoint| {

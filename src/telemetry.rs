@@ -1,8 +1,9 @@
 //! Where log lines go: to stderr, ours at the recipe's level, those of libraries only from warnings on. A worker logs of each
 //! job what its recipe asks for, and its lines about a rank also go to the orchestrator. Spans go to a collector, if one is
-//! named.
+//! named, and notices of a run to an address of its user.
 
 mod by_job;
+pub mod webhook;
 
 use contraflow_proto::v1::LogLine;
 use contraflow_runtime::recipe::LogLevel;

@@ -13,14 +13,16 @@ use contraflow_workers::data::from_recipe::{Text, load_text};
 use contraflow_workers::engine::plans::{Plans, train_shape};
 use contraflow_workers::hf::check;
 
-use crate::dashboard::{Door, DoorArgs};
+use crate::dashboard::{Door, DoorArgs, Subject};
 use crate::failure::Failure;
 use crate::import::config_note;
 use crate::machine::check_memory;
+use crate::otlp::metrics::Exporter;
 use crate::output::{count, print, quoted, say};
 use crate::plan::pictures::Pictures;
 use crate::resume::Resumed;
 use crate::run::Run;
+use crate::telemetry::webhook::WebhookArgs;
 use crate::{run_dir, telemetry};
 
 /// Arguments of `contraflow train`.
@@ -51,6 +53,9 @@ pub struct TrainArgs {
     /// Where the run can be looked at while it trains.
     #[command(flatten)]
     pub dashboard: DoorArgs,
+    /// Who is told what happens to the run.
+    #[command(flatten)]
+    pub webhook: WebhookArgs,
     /// Train although memory looks too small: what ranks need is an estimate
     #[arg(long)]
     pub force: bool,
@@ -92,7 +97,9 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
     if args.print_recipe {
         return print(&recipe.resolved_toml());
     }
+    let webhook = args.webhook.open()?;
     let _spans = telemetry::init(recipe.log.level, "contraflow-train")?;
+    let metrics = Exporter::open("contraflow-train")?;
     let _train = tracing::info_span!(target: SPAN, "train").entered();
     let began = Instant::now();
     let (text, datasets) =
@@ -116,12 +123,16 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
         Some(resumed) => Run::resume(resumed, recipe, text)?,
         None => Run::create(&name, recipe, text)?,
     };
-    let _dashboard = door.map(|door| door.serve(vec![run.shown()])).transpose()?.inspect(|dashboard| {
+    let run = run.telling(webhook)?;
+    let subject = Subject::of_runs(vec![run.shown()]);
+    let _dashboard = door.map(|door| door.serve(subject.clone())).transpose()?.inspect(|dashboard| {
         say(format_args!("dashboard: {}", dashboard.url()));
     });
+    let source = async move || subject.metrics(None).await.ok();
+    let _metrics = metrics.map(|exporter| exporter.start(source)).transpose()?;
     let datasets = Arc::new(datasets);
-    let tally = run.train(&datasets, &args.pictures)?;
-    run.finish(&datasets, tally, began)
+    let trained = run.train(&datasets, &args.pictures);
+    run.ended(trained.and_then(|tally| run.finish(&datasets, tally, began)))
 }
 
 /// What a fresh run takes along or leaves out.

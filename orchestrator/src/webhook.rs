@@ -1,9 +1,11 @@
 //! Tells an address of the user what happens to jobs: that they have ended, lost ranks or been sent back. Signed as Standard Webhooks
 //! are, so that the receiver may check it with a library; repeated until it is taken, one after the other.
 //!
-//! Knows no job: what is told, the hub says. What has not been taken when the process ends is lost.
+//! Knows no job: what is told, others say. What has not been taken when the process ends is lost, unless it waits for that.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -13,6 +15,7 @@ use contraflow_runtime::random::from_system;
 use ring::hmac;
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tonic::transport::Uri;
 
 /// Before a secret that is written in base64.
@@ -96,12 +99,15 @@ impl Webhook {
     /// Sends what comes, one after the other, until the sender is gone.
     pub fn start(self) -> Notices {
         let (sender, mut waiting) = mpsc::channel::<Notice>(WAITING);
-        tokio::spawn(async move {
+        let left = Arc::<AtomicUsize>::default();
+        let counted = left.clone();
+        let delivery = tokio::spawn(async move {
             while let Some(notice) = waiting.recv().await {
                 self.deliver(&notice).await;
+                counted.fetch_sub(1, Ordering::Relaxed);
             }
         });
-        Notices { sender: Some(sender), warned: HashMap::new() }
+        Notices { sender: Some(sender), warned: HashMap::new(), left, delivery: Some(delivery) }
     }
 
     async fn deliver(&self, notice: &Notice) {
@@ -140,6 +146,10 @@ pub struct Notices {
     sender: Option<mpsc::Sender<Notice>>,
     /// By job, when it was last warned of.
     warned: HashMap<String, Instant>,
+    /// Notices that are neither taken nor given up.
+    left: Arc<AtomicUsize>,
+    /// What sends them.
+    delivery: Option<JoinHandle<()>>,
 }
 
 impl Notices {
@@ -154,11 +164,25 @@ impl Notices {
             }
             self.warned.insert(notice.job.clone(), Instant::now());
         }
+        self.left.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = sender.try_send(notice) {
+            self.left.fetch_sub(1, Ordering::Relaxed);
             let notice = error.into_inner();
             let (job, happened) = (notice.job, notice.happened);
             tracing::warn!(%job, "{happened:?} is not told to the webhook: {WAITING} notices wait for it");
         }
+    }
+
+    /// Waits until all are taken or given up, and no longer than that; how many are left.
+    pub async fn end(self, patience: Duration) -> usize {
+        let Notices { sender, left, delivery, .. } = self;
+        drop(sender);
+        if let Some(mut delivery) = delivery
+            && tokio::time::timeout(patience, &mut delivery).await.is_err()
+        {
+            delivery.abort();
+        }
+        left.load(Ordering::Relaxed)
     }
 
     /// Whether anybody is told.
@@ -211,7 +235,7 @@ mod tests {
     #[test]
     fn warnings_of_a_job_at_every_step_leave_room_for_its_end() {
         let (sender, mut waiting) = mpsc::channel(3);
-        let mut notices = Notices { sender: Some(sender), warned: HashMap::new() };
+        let mut notices = Notices { sender: Some(sender), ..Notices::default() };
         let notice = |happened, job: &str| Notice {
             happened,
             unix_ms: 0,

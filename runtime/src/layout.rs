@@ -12,7 +12,7 @@ use std::cmp::Reverse;
 
 use serde::Serialize;
 
-pub use limit::{LimitedBy, MemoryLimit};
+pub use limit::{LimitedBy, MemoryLimit, resident_bytes};
 pub use memory::{MemoryQuery, rank_figures};
 pub use need::{checkpoint_bytes, figures_with, folder_bytes, recipe_figures};
 

@@ -6,7 +6,7 @@ use contraflow_runtime::control::text::printable;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use super::{Common, Drain, cluster, show};
+use super::{Common, Drain, cluster, goodput, show};
 use crate::failure::Failure;
 use crate::interrupt;
 use crate::output::{Format, count, say, table};
@@ -21,7 +21,7 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
     interrupt::runtime()?.block_on(async {
         let answer =
             cluster(common).await?.nodes(v1::NodesRequest {}).await.map_err(|status| common.refused(&status))?;
-        let v1::NodesResponse { workers, incarnation, certificate_expires_unix_s: certificate, warning } = answer.into_inner();
+        let v1::NodesResponse { workers, incarnation, certificate_expires_unix_s: certificate, warning, goodput } = answer.into_inner();
         let now = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0);
         let json: Vec<Value> = workers
             .iter()
@@ -39,9 +39,13 @@ pub fn nodes(common: &Common) -> Result<(), Failure> {
             let note = note(&worker, now);
             [worker.node, worker.block, worker.worker, slots, used, note]
         });
-        let text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
+        let mut text = table(["NODE", "BLOCK", "WORKER", "SLOTS", "USED", ""], 3..5, rows);
+        if let Some(words) = goodput.as_ref().and_then(goodput::words) {
+            text += &format!("goodput since the orchestrator started: {words}\n");
+        }
         let json = json!({
             "incarnation": incarnation, "certificate_expires_unix_s": certificate, "warning": warning, "workers": json,
+            "goodput": goodput::json(goodput.as_ref()),
         });
         show(common, &json, &text)?;
         if common.format == Format::Text && !warning.is_empty() {

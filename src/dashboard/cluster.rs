@@ -5,6 +5,7 @@
 //! go.
 
 pub mod api;
+pub mod figures;
 pub mod incidents;
 
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use tonic::{Code, Status};
 use v1::cluster_service_client::ClusterServiceClient;
 use v1::job_service_client::JobServiceClient;
 
-use super::shown::{Facts, Phase, Shown, planned_memory};
+use super::shown::{Facts, Phase, Shown, planned_ranks};
 use crate::access::Bearer;
 
 /// Jobs that are followed at once.
@@ -124,7 +125,7 @@ impl Cluster {
             name: if job.name.is_empty() { job.job.clone() } else { format!("{} · {}", job.name, job.job) },
             folder: None,
             steps: Some(job.steps),
-            planned_memory: recipe.as_ref().and_then(|recipe| planned_memory(recipe)),
+            planned_ranks: recipe.as_ref().map(|recipe| planned_ranks(recipe)).unwrap_or_default(),
             recipe,
             plan,
             is_local: false,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::folder::of_folder;
 use super::server::{Door, DoorArgs, Listen};
+use super::subject::Subject;
 use crate::failure::Failure;
 use crate::interrupt::{self, Signals};
 use crate::output::{count, say};
@@ -38,7 +39,7 @@ pub fn run(args: &DashboardArgs) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::run(format!("dashboard: {error}"));
     let runs = folders.iter().map(|run| of_folder(run)).collect::<Result<Vec<_>, _>>().map_err(failed)?;
     let shown = count(runs.len(), "run");
-    let dashboard = door.map(|door| door.serve(runs)).transpose()?;
+    let dashboard = door.map(|door| door.serve(Subject::of_runs(runs))).transpose()?;
     dashboard.iter().for_each(|dashboard| say(format_args!("dashboard of {shown}: {}", dashboard.url())));
     interrupt::runtime()?.block_on(async {
         Signals::listen()?.next().await;

@@ -14,7 +14,7 @@ use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::text;
 use serde_json::Value;
 
-use super::shown::{Facts, Phase, Shown, planned_memory};
+use super::shown::{Facts, Phase, Shown, planned_ranks};
 use crate::progress::loads;
 use crate::run_dir::{self, METRICS};
 
@@ -34,7 +34,7 @@ pub fn facts(run: &Path) -> Facts {
         name,
         folder: Some(run.to_owned()),
         steps: recipe.as_ref().map(|recipe| recipe.training.steps as u64),
-        planned_memory: recipe.as_ref().and_then(|recipe| planned_memory(recipe)),
+        planned_ranks: recipe.as_ref().map(|recipe| planned_ranks(recipe)).unwrap_or_default(),
         recipe,
         plan,
         is_local: false,

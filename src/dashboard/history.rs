@@ -260,6 +260,11 @@ impl History {
         &self.latest
     }
 
+    /// The latest step; 0: there is none.
+    pub fn step(&self) -> u64 {
+        self.points.last().map_or(0, |last| last.step)
+    }
+
     /// Count of formations.
     pub fn generation(&self) -> u32 {
         self.generation

@@ -4,12 +4,13 @@
 //!
 //! - `history` holds what is shown of a run: its steps as columns, what happened beside them, loads and norms, thinned as it grows;
 //!   `thin` takes from a long history what a plot of some width shows, extremes included. Pure.
-//! - `views`, `placement` and `pipeline` make JSON of it, one function a page or a part of one; `prometheus` makes the text that
-//!   `/metrics` gives. Pure: they know no socket and no clock.
+//! - `views`, `placement` and `pipeline` make JSON of it, one function a page or a part of one; `metrics` makes families of figures,
+//!   which `prometheus` writes as the text of `/metrics` and `crate::otlp` sends to a collector. Pure: they know no socket and no clock.
 //! - `folder` reads a history from the folder of a run.
 //! - `guard` decides who may ask: the host header, the token, what a page may load. Pure.
 //! - `assets` are the page itself: hand-written modules, and uPlot whole, with its licence.
 //! - `cluster` asks an orchestrator's services for what the pages of a cluster show, as the viewer who looks.
+//! - `subject` is what of all that is shown, and its metrics.
 //! - `routes` carries requests to the views, `stream` is the one live stream, `server` is the thread that does it.
 //! - `top` is a viewer in a terminal, which asks one of these servers as a browser does.
 //!
@@ -22,6 +23,7 @@ mod command;
 mod folder;
 mod guard;
 pub mod history;
+mod metrics;
 mod openapi;
 mod pipeline;
 mod placement;
@@ -30,6 +32,7 @@ mod routes;
 mod server;
 mod shown;
 mod stream;
+mod subject;
 mod thin;
 pub mod top;
 mod views;
@@ -38,11 +41,13 @@ pub use self::command::{DashboardArgs, run};
 pub use self::folder::of_folder;
 pub use self::guard::Token;
 pub use self::openapi::document as openapi;
+pub use self::prometheus::exposition;
 pub use self::server::{Dashboard, Door, DoorArgs, Listen};
 pub use self::shown::{Facts, Phase, Shown};
+pub use self::subject::Subject;
 
 /// Every family of `/metrics`: name, kind, meaning. Of runs and of the server first, then those of a cluster.
 pub fn metric_families() -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
-    let own = [&prometheus::BUILD, &prometheus::VIEWERS].into_iter().chain(&prometheus::OF_RUNS);
-    own.chain(&cluster::api::OF_CLUSTERS).map(|family| (family.name, family.kind, family.help))
+    let own = [&metrics::BUILD, &metrics::VIEWERS].into_iter().chain(&metrics::OF_RUNS);
+    own.chain(&cluster::figures::OF_CLUSTERS).map(|family| (family.name, family.kind, family.help))
 }

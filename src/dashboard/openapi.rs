@@ -211,7 +211,7 @@ pub const CLUSTER_ROUTES: [Route; 11] = [
     of_cluster(
         "/api/v1/jobs/{job}",
         Answers::Job,
-        "A job: its state, what it waits for, where its ranks are",
+        "A job: its state, what it waits for, where its ranks are, what its slots were used for (goodput: share, slot_seconds and its parts)",
     ),
     of_cluster("/api/v1/jobs/{job}/cancel", Answers::Cancel, "Cancels a job, for a reason"),
     of_cluster("/api/v1/jobs/{job}/retry", Answers::Retry, "Takes up a job that has failed or was cancelled"),
@@ -232,7 +232,11 @@ pub const CLUSTER_ROUTES: [Route; 11] = [
         Answers::Incidents,
         "The failures of a job as stories, the latest first",
     ),
-    of_cluster("/api/v1/nodes", Answers::Nodes, "The members of the cluster"),
+    of_cluster(
+        "/api/v1/nodes",
+        Answers::Nodes,
+        "The members of the cluster, and what all slots were used for",
+    ),
     of_cluster(
         "/api/v1/nodes/{node}/drain",
         Answers::Drain,

@@ -15,18 +15,15 @@ use axum::routing::{get, post};
 use contraflow_orchestrator::server::Visitor;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
 
 use super::cluster::{self, Cluster, Viewer, api};
 use super::guard::{ACTION, Asked, COOKIE, HEADERS, Refusal, Token, judge, shown_token};
 use super::openapi::{Answers, document, routes};
-use super::prometheus::{Exposition, of_runs};
+use super::prometheus::exposition;
 use super::shown::Shown;
+use super::subject::{MAX_VIEWERS, Source, Subject};
 use super::views::SeriesQuery;
-use super::{assets, folder, pipeline, placement, prometheus, stream, views};
-
-/// Live streams at once.
-const MAX_VIEWERS: usize = 64;
+use super::{assets, folder, pipeline, placement, stream, views};
 
 /// Longest body of a request. **Units**: bytes.
 const MAX_BODY: usize = 1 << 20;
@@ -34,37 +31,28 @@ const MAX_BODY: usize = 1 << 20;
 /// Beginnings of the addresses of pages.
 const PAGES: [&str; 7] = ["run", "runs", "compare", "jobs", "nodes", "incidents", "logs"];
 
-/// What is shown.
-pub enum Source {
-    /// These runs.
-    Runs(Vec<Arc<Shown>>),
-    /// The jobs of a cluster.
-    Cluster(Arc<Cluster>),
-}
-
 /// What is served, and to whom.
 pub struct Served {
     /// Where it listens.
     address: SocketAddr,
     /// What a viewer of runs has to show, if anything; a cluster has tokens of its own.
     token: Option<Token>,
-    source: Source,
-    viewers: Arc<Semaphore>,
+    subject: Arc<Subject>,
 }
 
 impl Served {
-    /// Of these runs, or this cluster.
-    pub fn new(address: SocketAddr, token: Option<Token>, source: Source) -> Arc<Self> {
-        Arc::new(Served { address, token, source, viewers: Arc::new(Semaphore::new(MAX_VIEWERS)) })
+    /// At this address, to whoever has the token.
+    pub fn new(address: SocketAddr, token: Option<Token>, subject: Arc<Subject>) -> Arc<Self> {
+        Arc::new(Served { address, token, subject })
     }
 
     fn is_cluster(&self) -> bool {
-        matches!(self.source, Source::Cluster(_))
+        matches!(self.subject.source, Source::Cluster(_))
     }
 
     /// A run that the viewer may see.
     async fn find(&self, viewer: &Viewer, id: &str) -> Result<Arc<Shown>, Response> {
-        match &self.source {
+        match &self.subject.source {
             Source::Runs(runs) => runs
                 .iter()
                 .find(|run| run.facts.id == id)
@@ -85,7 +73,7 @@ type Query = BTreeMap<String, String>;
 
 /// Every route, behind the guard.
 pub fn router(served: Arc<Served>) -> Router {
-    let mut router = Router::new().route("/metrics", get(metrics)).route("/login", get(page).post(log_in));
+    let mut router = Router::new().route("/metrics", get(scraped)).route("/login", get(page).post(log_in));
     for route in routes(served.is_cluster()) {
         let answers = route.answers;
         let handler = move |served: Shared, path: Path<Query>, request: Request| async move {
@@ -192,7 +180,7 @@ async fn answer(answers: Answers, served: &Served, path: &Query, request: Reques
     if answers == Answers::OpenApi {
         return as_json(&document(served.is_cluster()));
     }
-    match &served.source {
+    match &served.subject.source {
         Source::Cluster(cluster) if path.get("run").is_none() => {
             let body = match body_of(request).await {
                 Ok(body) => body,
@@ -279,7 +267,7 @@ fn of_run(answers: Answers, served: &Served, shown: &Arc<Shown>, query: &Query) 
             }
         }
         Answers::Samples => as_json(&json!({"samples": views::samples(shown)})),
-        _ => match served.viewers.clone().try_acquire_owned() {
+        _ => match served.subject.viewers.clone().try_acquire_owned() {
             Ok(permit) => {
                 let after = query.get("after").and_then(|after| after.parse().ok()).unwrap_or(0);
                 with_type("text/event-stream", stream::live(shown.clone(), after, permit))
@@ -301,24 +289,11 @@ fn number(query: &Query, key: &str, faults: &mut Vec<String>) -> Option<u64> {
     parsed
 }
 
-async fn metrics(State(served): Shared, request: Request) -> Response {
-    let viewer = viewer_of(&request);
-    let mut out = Exposition::default();
-    prometheus::of_build(&mut out);
-    match &served.source {
-        Source::Runs(runs) => of_runs(&mut out, &runs.iter().map(|run| &**run).collect::<Vec<_>>()),
-        Source::Cluster(cluster) => {
-            if let Err(status) = api::metrics(cluster, &viewer, &mut out).await {
-                return refused_by(&status);
-            }
-        }
+async fn scraped(State(served): Shared, request: Request) -> Response {
+    match served.subject.metrics(Some(&viewer_of(&request))).await {
+        Ok(metrics) => with_type("text/plain; version=0.0.4; charset=utf-8", exposition(&metrics)),
+        Err(status) => refused_by(&status),
     }
-    out.family(&prometheus::VIEWERS, std::iter::once((String::new(), viewers(&served))));
-    with_type("text/plain; version=0.0.4; charset=utf-8", out.finish())
-}
-
-fn viewers(served: &Served) -> f64 {
-    (MAX_VIEWERS - served.viewers.available_permits()) as f64
 }
 
 async fn asset(Path(name): Path<String>) -> Response {
@@ -353,7 +328,7 @@ async fn log_in(State(served): Shared, request: Request) -> Response {
     };
     let shown = body["token"].as_str().unwrap_or_default().to_owned();
     let mut is_secure = false;
-    match (&served.source, &served.token) {
+    match (&served.subject.source, &served.token) {
         (Source::Cluster(cluster), _) => {
             is_secure = cluster.front().is_secured();
             viewer.token = Some(shown.clone());

@@ -15,10 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::cluster::Cluster;
 use super::guard::Token;
-use super::routes::{Served, Source, router};
-use super::shown::Shown;
+use super::routes::{Served, router};
+use super::subject::Subject;
 use crate::failure::Failure;
 
 /// Connections at once; more wait to be taken in.
@@ -161,12 +160,12 @@ impl Door {
     /// Serves runs on a thread of its own.
     ///
     /// **Errors**: code 1; the system gives no thread.
-    pub fn serve(self, runs: Vec<Arc<Shown>>) -> Result<Dashboard, Failure> {
+    pub fn serve(self, subject: Arc<Subject>) -> Result<Dashboard, Failure> {
         let Door { listener, address, token } = self;
         let failed = |error: std::io::Error| Failure::run(format!("dashboard: {error}"));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let (stop, stopped) = oneshot::channel::<()>();
-        let served = Served::new(address, token, Source::Runs(runs));
+        let served = Served::new(address, token, subject);
         let thread = move || {
             runtime.block_on(async {
                 tokio::select! {
@@ -184,9 +183,8 @@ impl Door {
 impl Door {
     /// Serves the jobs of a cluster on the runtime of its orchestrator. Its connections are the cluster's: by its certificates, if it has
     /// some.
-    pub async fn serve_cluster(self, front: Front) {
-        let cluster = Arc::new(Cluster::new(front.clone()));
-        let served = Served::new(self.address, self.token, Source::Cluster(cluster));
+    pub async fn serve_cluster(self, subject: Arc<Subject>, front: Front) {
+        let served = Served::new(self.address, self.token, subject);
         serve(self.listener, router(served), Some(front)).await;
     }
 

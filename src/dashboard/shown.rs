@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contraflow_orchestrator::metrics::record::StepRecord;
-use contraflow_runtime::layout::recipe_figures;
+use contraflow_runtime::layout::{recipe_figures, resident_bytes};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{Plan, RankFigures};
 use contraflow_workers::engine::timelines::Timelines;
@@ -32,8 +32,8 @@ pub struct Facts {
     pub recipe: Option<Arc<Recipe>>,
     /// The plan of a full batch.
     pub plan: Option<Plan>,
-    /// What `contraflow plan` says that its ranks need together. **Units**: bytes.
-    pub planned_memory: Option<u64>,
+    /// By place in the pipeline, what `contraflow plan` says that a rank needs; empty where that is not known. **Units**: bytes.
+    pub planned_ranks: Vec<u64>,
     /// Whether memory is that of this process, which hosts all of its ranks.
     pub is_local: bool,
 }
@@ -47,18 +47,28 @@ impl Facts {
             name,
             folder: Some(folder.to_owned()),
             steps: Some(recipe.training.steps as u64),
-            planned_memory: planned_memory(&recipe),
+            planned_ranks: planned_ranks(&recipe),
             recipe: Some(recipe),
             plan: Some(plan),
             is_local: true,
         }
     }
+
+    /// What its ranks need together. **Units**: bytes.
+    pub fn planned_memory(&self) -> Option<u64> {
+        planned_memory(self.recipe.as_ref()?, &self.planned_ranks)
+    }
 }
 
-/// What all ranks of a recipe need together. **Units**: bytes.
-pub fn planned_memory(recipe: &Recipe) -> Option<u64> {
-    let figures = recipe_figures(recipe).ok()?;
-    Some(recipe.topology().dp_size() as u64 * figures.iter().map(RankFigures::bytes).sum::<u64>())
+/// What a rank at each place in the pipeline needs; empty where the plan makes no sense. **Units**: bytes.
+pub fn planned_ranks(recipe: &Recipe) -> Vec<u64> {
+    recipe_figures(recipe)
+        .map_or_else(|_| Vec::new(), |figures| figures.iter().map(RankFigures::bytes).collect())
+}
+
+/// What all ranks of a recipe need together, by what those of each place need. **Units**: bytes.
+pub fn planned_memory(recipe: &Recipe, ranks: &[u64]) -> Option<u64> {
+    (!ranks.is_empty()).then(|| recipe.topology().dp_size() as u64 * ranks.iter().sum::<u64>())
 }
 
 /// How far a run has come.
@@ -117,7 +127,7 @@ impl Shown {
 
     /// Takes a step in, with the memory that this process has in use.
     pub fn step(&self, record: &StepRecord) {
-        let memory = self.facts.is_local.then(resident_memory).flatten();
+        let memory = self.facts.is_local.then(resident_bytes).flatten();
         self.change(|state| {
             state.phase = Phase::Training;
             state.history.push(record, memory);
@@ -158,13 +168,6 @@ impl Shown {
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }
-}
-
-/// What this process has in memory, where the system says so. **Units**: bytes.
-fn resident_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
-    Some(pages * rustix::param::page_size() as u64)
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub fn entry(shown: &Shown) -> Value {
         let history = &state.history;
         json!({
             "id": facts.id, "name": facts.name, "phase": state.phase, "outcome": state.outcome,
-            "step": last_step(history), "steps": facts.steps, "loss": number(history, "loss"),
+            "step": history.step(), "steps": facts.steps, "loss": number(history, "loss"),
             "validation_loss": number(history, "validation_loss"), "seconds_left": seconds_left(facts, history),
         })
     })
@@ -59,19 +59,15 @@ pub fn overview(shown: &Shown, checkpoints: &[u64]) -> Value {
         let (skipped, rollbacks, warnings) = history.counts();
         json!({
             "id": facts.id, "name": facts.name, "phase": state.phase, "outcome": state.outcome,
-            "step": last_step(history), "steps": facts.steps, "generation": history.generation(),
+            "step": history.step(), "steps": facts.steps, "generation": history.generation(),
             "tokens": last.map_or(0, |last| last.tokens), "seconds": last.map_or(0.0, |last| last.seconds),
             "unix_ms": last.map(|last| last.unix_ms), "seconds_left": seconds_left(facts, history),
-            "planned_memory": facts.planned_memory, "peak_memory": Some(history.peak_memory()).filter(|bytes| *bytes > 0),
+            "planned_memory": facts.planned_memory(), "planned_ranks": facts.planned_ranks, "peak_memory": Some(history.peak_memory()).filter(|bytes| *bytes > 0),
             "skipped": skipped, "rollbacks": rollbacks, "warnings": warnings, "layout": layout, "figures": figures,
             "annotations": history.annotations(), "checkpoints": checkpoints, "has_plan": facts.plan.is_some(), "has_recording": state.timelines.is_some() && last.is_some(),
             "has_loads": !history.latest().loads.is_empty() || history.samples().iter().any(|sample| !sample.loads.is_empty()),
         })
     })
-}
-
-fn last_step(history: &History) -> u64 {
-    history.points().last().map_or(0, |last| last.step)
 }
 
 fn number(history: &History, key: &str) -> Option<f64> {

@@ -12,7 +12,7 @@ mod top;
 
 use std::sync::Arc;
 
-use contraflow::dashboard::{Dashboard, Door, DoorArgs, Facts, Shown};
+use contraflow::dashboard::{Dashboard, Door, DoorArgs, Facts, Shown, Subject};
 use contraflow_orchestrator::metrics::record::StepRecord;
 use contraflow_proto::{GradientNorms, LayerLoad};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
@@ -57,5 +57,5 @@ fn record(step: u64) -> StepRecord {
 /// Serves runs on some port of loopback.
 fn serve(runs: Vec<Arc<Shown>>, listen: &str, token: Option<&str>) -> Dashboard {
     let args = DoorArgs { listen: Some(listen.parse().unwrap()), token: token.map(str::to_owned) };
-    Door::open(&args).unwrap().unwrap().serve(runs).unwrap()
+    Door::open(&args).unwrap().unwrap().serve(Subject::of_runs(runs)).unwrap()
 }

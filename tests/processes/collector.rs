@@ -1,8 +1,14 @@
-//! A collector of spans: takes what processes export over OTLP, and answers what belongs to what.
+//! A collector: takes what processes export over OTLP. Of spans it answers what belongs to what, of metrics the latest values.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use opentelemetry_proto::tonic::collector::metrics::v1::metrics_service_server::{
+    MetricsService, MetricsServiceServer,
+};
+use opentelemetry_proto::tonic::collector::metrics::v1::{
+    ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+};
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
     TraceService, TraceServiceServer,
 };
@@ -10,6 +16,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
 };
 use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue, any_value::Value};
+use opentelemetry_proto::tonic::metrics::v1::{metric::Data, number_data_point};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
@@ -37,8 +44,41 @@ impl Seen {
     }
 }
 
+/// Values by service, name and the value of the first label, empty without one.
+pub type Values = HashMap<(String, String, String), f64>;
+
 #[derive(Clone, Default)]
 struct Taken(Arc<Mutex<Vec<Seen>>>);
+
+#[derive(Clone, Default)]
+struct Measured(Arc<Mutex<Values>>);
+
+#[tonic::async_trait]
+impl MetricsService for Measured {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        let mut values = self.0.lock().unwrap();
+        for of_process in request.into_inner().resource_metrics {
+            let service = texts(of_process.resource.unwrap().attributes)["service.name"].clone();
+            for metric in of_process.scope_metrics.into_iter().flat_map(|scope| scope.metrics) {
+                let points = match metric.data.unwrap() {
+                    Data::Gauge(gauge) => gauge.data_points,
+                    Data::Sum(sum) => sum.data_points,
+                    other => panic!("{other:?}"),
+                };
+                for point in points {
+                    let Some(number_data_point::Value::AsDouble(value)) = point.value else { panic!() };
+                    let first = point.attributes.into_iter().take(1).collect();
+                    let label = texts(first).into_values().next().unwrap_or_default();
+                    values.insert((service.clone(), metric.name.clone(), label), value);
+                }
+            }
+        }
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
+    }
+}
 
 #[tonic::async_trait]
 impl TraceService for Taken {
@@ -78,6 +118,7 @@ fn texts(attributes: Vec<KeyValue>) -> HashMap<String, String> {
 /// A collector on a port of its own.
 pub struct Collector {
     taken: Taken,
+    measured: Measured,
     pub endpoint: String,
     _runtime: tokio::runtime::Runtime,
 }
@@ -90,9 +131,16 @@ impl Collector {
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let taken = Taken::default();
         let service = TraceServiceServer::new(taken.clone());
-        let served = tonic::transport::Server::builder().add_service(service);
+        let measured = Measured::default();
+        let metrics = MetricsServiceServer::new(measured.clone());
+        let served = tonic::transport::Server::builder().add_service(service).add_service(metrics);
         runtime.spawn(served.serve_with_incoming(TcpListenerStream::new(listener)));
-        Collector { taken, endpoint, _runtime: runtime }
+        Collector { taken, measured, endpoint, _runtime: runtime }
+    }
+
+    /// The latest values.
+    pub fn values(&self) -> Values {
+        self.measured.0.lock().unwrap().clone()
     }
 
     /// What has come so far.

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 
 use rustix::process::Signal;
 
-use crate::cluster::{Cluster, Environment, JOB, MODEL, Process, curve, spawn_with};
+use crate::cluster::{Cluster, Environment, JOB, MODEL, Process, curve, spawn_with, until};
 use crate::collector::{Collector, Seen, Spans};
 
 const STEPS: u64 = 3;
@@ -146,6 +146,14 @@ fn a_run_in_one_process_is_a_trace_too() {
     JOB.iter().chain(&CHANGES).for_each(|change| arguments.extend(["--set", change]));
     let mut train = spawn_with(folder.path(), "train", &arguments, &to(&collector.endpoint, &[]));
     assert_eq!(train.wait(), Some(0), "{}", train.stderr());
+    // It was over long before metrics were due.
+    let value = |name: &str, label: &str| {
+        let key = ("contraflow-train".to_owned(), name.to_owned(), label.to_owned());
+        *collector.values().get(&key).unwrap_or_else(|| panic!("{name} of {:?}", collector.values()))
+    };
+    assert_eq!(value("contraflow_run_step", "tiny"), STEPS as f64);
+    assert_eq!(value("contraflow_build_info", env!("CARGO_PKG_VERSION")), 1.0);
+    assert!(value("contraflow_run_resident_memory_bytes", "tiny") > 1e6);
     let spans = collector.spans();
     let root = spans.only("train");
     assert!(root.parent.is_empty(), "{root:?}");
@@ -156,6 +164,40 @@ fn a_run_in_one_process_is_a_trace_too() {
         assert_eq!((other.name.as_str(), &other.trace), ("program", &root.trace));
         assert_ne!(other.attributes["rank"], program.attributes["rank"]);
     }
+}
+
+#[test]
+fn an_orchestrator_tells_what_its_slots_are_used_for_unless_nobody_wants_to_know() {
+    let collector = Collector::start();
+    let often = [("OTEL_METRIC_EXPORT_INTERVAL", "50"), ("OTEL_TRACES_EXPORTER", "none")];
+    let cluster = Cluster::start_with(2, to(&collector.endpoint, &often));
+    let job = cluster.submit(&CHANGES, &[]);
+    assert_eq!(cluster.finish(&job).len() as u64, STEPS);
+    let value = |name: &str, label: &str| {
+        let key = ("contraflow-orchestrator".to_owned(), name.to_owned(), label.to_owned());
+        collector.values().get(&key).copied()
+    };
+    until("the account of a job that is over", || (value("contraflow_jobs", "done")? == 1.0).then_some(()));
+    let goodput = &cluster.status(&job).unwrap()["goodput"];
+    let of = |part: &str| goodput[part].as_f64().unwrap();
+    assert!(of("committed") > 0.0 && of("forming") > 0.0 && of("undecided") == 0.0, "{goodput}");
+    assert_eq!((of("recovery"), of("recomputed")), (0.0, 0.0), "{goodput}");
+    assert!((of("committed") + of("forming") - of("slot_seconds")).abs() < 1e-6, "{goodput}");
+    // The job is all that these slots were used for.
+    until("the same of all slots", || {
+        let is_same = |part| Some((value("contraflow_slot_seconds_total", part)? - of(part)).abs() < 1e-6);
+        (is_same("committed")? && is_same("forming")?).then_some(())
+    });
+    assert!(value("contraflow_slot_seconds_total", "idle").unwrap() > 0.0);
+    assert!(collector.spans().0.is_empty());
+    drop(cluster);
+    let silent = Collector::start();
+    let cluster =
+        Cluster::start_with(1, to(&silent.endpoint, &[("OTEL_METRICS_EXPORTER", "none"), often[0]]));
+    let job = cluster.submit(&CHANGES, &[]);
+    until("spans", || (!silent.spans().0.is_empty()).then_some(()));
+    assert_eq!(cluster.run(&["cancel", &job]).0, 0);
+    assert!(silent.values().is_empty());
 }
 
 #[test]

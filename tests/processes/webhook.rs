@@ -5,9 +5,10 @@ use std::net::TcpListener;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, ENDLESS, until};
+use crate::cluster::{Cluster, ENDLESS, JOB, MODEL, Process, spawn_with, until};
 use crate::hostile::ALONE;
 
 /// What came: headers by name, and the body.
@@ -114,4 +115,56 @@ fn what_happens_to_jobs_is_told_signed_and_again_until_it_is_taken() {
         assert_eq!(code, 2, "{errors}");
         assert!(errors.contains(words), "{errors}");
     }
+}
+
+/// A run of two ranks in one process that tells this address.
+fn train(folder: &std::path::Path, url: &str, steps: &str) -> Process {
+    std::fs::write(folder.join("model.json"), MODEL).unwrap();
+    std::fs::write(folder.join("secret"), "a secret").unwrap();
+    let changes = ["parallel.pipeline=2", "parallel.expert=1", "checkpoint.every=100", steps];
+    let mut arguments = vec!["train", "tiny", "--webhook", url, "--webhook-secret", "secret"];
+    JOB.iter().chain(&changes).for_each(|change| arguments.extend(["--set", change]));
+    spawn_with(folder, "train", &arguments, &Vec::new())
+}
+
+#[test]
+fn a_run_in_one_process_tells_how_it_ended() {
+    let (url, received) = receiver(&[503]);
+    let next = || received.recv_timeout(Duration::from_secs(60)).expect("a notice");
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = train(folder.path(), &url, "training.steps=2");
+    assert_eq!(run.wait(), Some(0), "{}", run.stderr());
+    let (refused, taken) = (next(), next());
+    assert_eq!(refused.body, taken.body, "it is the same one, and was waited for");
+    assert!(taken.header("webhook-signature").starts_with("v1,"));
+    let told = taken.json();
+    assert_eq!((&told["type"], &told["job"]), (&"job.done".into(), &"tiny".into()));
+    assert_eq!((&told["step"], &told["steps"]), (&2.into(), &2.into()));
+    assert!(told["words"].as_str().unwrap().ends_with("at the end"), "{told}");
+
+    let mut run = train(folder.path(), &url, ENDLESS);
+    until("a step", || {
+        std::fs::read_to_string(folder.path().join("runs/tiny-2/metrics.jsonl"))
+            .ok()?
+            .lines()
+            .next()
+            .map(drop)
+    });
+    run.signal(Signal::INT);
+    assert_eq!(run.wait(), Some(130), "{}", run.stderr());
+    let told = next().json();
+    assert_eq!((&told["type"], &told["job"]), (&"job.cancelled".into(), &"tiny-2".into()));
+    assert!(told["words"].as_str().unwrap().starts_with("interrupted after step "), "{told}");
+}
+
+#[test]
+fn a_run_waits_a_moment_for_an_address_that_does_not_answer_and_says_so() {
+    // Connections are made and nothing is ever answered.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/hook", silent.local_addr().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = train(folder.path(), &url, "training.steps=2");
+    assert_eq!(run.wait(), Some(0), "{}", run.stderr());
+    let words = "the webhook has not taken 1 of the run's notices within 10 s of its end";
+    assert!(run.stderr().contains(words), "{}", run.stderr());
 }

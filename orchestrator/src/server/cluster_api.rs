@@ -8,6 +8,7 @@ use v1::cluster_service_server::ClusterService;
 
 use super::auth::Session;
 use super::hub::Hub;
+use super::jobs_api::goodput;
 use super::security::Security;
 use super::{Handle, bounds, refused};
 use crate::core::Event;
@@ -67,7 +68,8 @@ impl ClusterApi {
     }
 }
 
-fn nodes(hub: &Hub) -> v1::NodesResponse {
+/// Every member that is there.
+pub(super) fn nodes(hub: &Hub) -> v1::NodesResponse {
     let core = hub.core();
     let mut workers: Vec<v1::Worker> = core
         .members()
@@ -95,5 +97,11 @@ fn nodes(hub: &Hub) -> v1::NodesResponse {
         .collect();
     workers.sort_by(|a, b| (&a.node, &a.worker).cmp(&(&b.node, &b.worker)));
     let warning = hub.trouble().unwrap_or_default();
-    v1::NodesResponse { workers, incarnation: core.incarnation(), certificate_expires_unix_s: None, warning }
+    v1::NodesResponse {
+        workers,
+        incarnation: core.incarnation(),
+        certificate_expires_unix_s: None,
+        warning,
+        goodput: Some(goodput(core.cluster_account())),
+    }
 }

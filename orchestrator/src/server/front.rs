@@ -3,6 +3,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,6 +21,8 @@ use tonic::service::Routes;
 
 use super::acceptor::{Io, secure};
 use super::auth::{AuthLayer, AuthService, Visitor};
+use super::cluster_api::nodes;
+use super::jobs_api::list;
 use super::{Handle, bounds, refused, submission};
 
 /// How long a connection may take to say who it is.
@@ -78,6 +81,12 @@ impl Front {
         bounds::submit(&request).map_err(|faults| refused(&faults))?;
         let spec = submission::check(request, None, String::new(), None).await?;
         Ok(spec.recipe)
+    }
+
+    /// At most so many jobs, the newest first, and the members: for what this process itself tells of its cluster, to whom its operator
+    /// wants.
+    pub async fn listed(&self, limit: usize) -> Option<(v1::ListResponse, v1::NodesResponse)> {
+        self.hub.ask(move |hub| (list(hub, limit, Bound::Unbounded), nodes(hub))).await.ok()
     }
 
     /// The recipe of a job, for a caller who was let in to see the job.

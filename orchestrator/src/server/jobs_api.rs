@@ -22,6 +22,7 @@ use super::{Handle, bounds, refused, submission};
 use crate::core::Event;
 use crate::core::facts::End;
 use crate::core::jobs::{JobRecord, Phase};
+use crate::metrics::goodput::{Account, SlotTime};
 use crate::metrics::pace::RankTime;
 use crate::metrics::record::StepRecord;
 use crate::store::{Numbered, Store, StoreError};
@@ -95,13 +96,7 @@ impl JobService for JobsApi {
         let limit = if limit == 0 { PAGE } else { (limit as usize).min(MAX_PAGE) };
         let before =
             if before.is_empty() { Bound::Unbounded } else { Bound::Excluded(self.id(&before).await?) };
-        let answer = move |hub: &Hub| {
-            let all = &hub.core().jobs().all;
-            let older = all.range((Bound::Unbounded, before)).rev();
-            let jobs = page(older.clone().take(limit).map(|(&job, _)| describe(hub, job)));
-            v1::ListResponse { more: older.count() > jobs.len(), jobs }
-        };
-        Ok(Response::new(self.hub.ask(answer).await?))
+        Ok(Response::new(self.hub.ask(move |hub| list(hub, limit, before)).await?))
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Reply<Self::WatchStream> {
@@ -353,6 +348,13 @@ async fn feed<T>(
     }
 }
 
+/// At most so many jobs, the newest first.
+pub(super) fn list(hub: &Hub, limit: usize, before: Bound<JobId>) -> v1::ListResponse {
+    let older = hub.core().jobs().all.range((Bound::Unbounded, before)).rev();
+    let jobs = page(older.clone().take(limit).map(|(&job, _)| describe(hub, job)));
+    v1::ListResponse { more: older.count() > jobs.len(), jobs }
+}
+
 /// The first of these jobs, as many as one answer holds; at least one.
 fn page(jobs: impl Iterator<Item = v1::Job>) -> Vec<v1::Job> {
     let mut bytes = 0;
@@ -388,9 +390,10 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
             waited_seconds: waited,
             slow: is_slow,
             link_seconds: link,
+            memory_bytes: steps.and_then(|steps| steps.memory.get(rank)).copied().unwrap_or_default(),
         }
     };
-    let size = core.size(job);
+    let (size, account) = (core.size(job), core.account(job));
     let mut described = v1::Job {
         job: job.to_string(),
         name: record.spec.name.clone(),
@@ -418,9 +421,25 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         eta_seconds: steps.filter(|_| core.is_training(job)).and_then(|steps| {
             Some(record.spec.steps().saturating_sub(steps.last) as f64 * steps.seconds_per_step()?)
         }),
+        goodput: Some(goodput(account)),
+        queued_seconds: account.queued_ms as f64 / 1e3,
     };
     [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
     described
+}
+
+/// An account as it is told.
+pub(super) fn goodput(account: Account) -> v1::Goodput {
+    let seconds = |ms: u64| ms as f64 / 1e3;
+    let SlotTime { committed, recomputed, forming, recovery } = account.spent;
+    v1::Goodput {
+        committed: seconds(committed),
+        recomputed: seconds(recomputed),
+        forming: seconds(forming),
+        recovery: seconds(recovery),
+        undecided: seconds(account.undecided),
+        idle: seconds(account.idle),
+    }
 }
 
 fn state(record: &JobRecord, is_running: bool) -> v1::JobState {

@@ -40,6 +40,8 @@ pub struct Steps {
     pub loads: Vec<LayerLoad>,
     /// By rank, the latest step that it has reported.
     pub by_rank: Vec<u64>,
+    /// By rank, the memory of its process at its latest step. **Units**: bytes.
+    pub memory: Vec<u64>,
     /// How long they work and wait.
     pub pace: Pace,
     /// When the latest steps of this formation ended. **Units**: milliseconds since 1970.
@@ -60,6 +62,7 @@ impl Steps {
             loss,
             loads: Vec::new(),
             by_rank: Vec::new(),
+            memory: Vec::new(),
             pace: Pace::new(Topology { pipeline: 0, expert: 0, data: 0 }),
             ended_ms: VecDeque::new(),
             places: Default::default(),
@@ -78,7 +81,7 @@ impl Steps {
         let peak_flops = Some(formed.peak_flops as f64);
         self.collector.reform(JobConstants::new(&spec.recipe, world, peak_flops));
         self.generation = formed.generation;
-        self.by_rank = vec![0; world];
+        (self.by_rank, self.memory) = (vec![0; world], vec![0; world]);
         self.pace = Pace::new(formed.topology);
         self.ended_ms.clear();
         self.places.swap(0, 1);
@@ -124,6 +127,9 @@ impl Steps {
             return None;
         }
         self.pace.take(&report);
+        if let Some(memory) = self.memory.get_mut(report.rank as usize) {
+            *memory = report.memory_bytes;
+        }
         if report.step <= self.last {
             return None;
         }

@@ -1,4 +1,5 @@
-//! How much memory this process may use: the least of what its cgroup, its limit of address space and the machine have for it.
+//! How much memory this process may use: the least of what its cgroup, its limit of address space and the machine have for it. And how
+//! much it uses.
 //!
 //! Knows no job. What ranks need is in [`super::memory`].
 
@@ -52,6 +53,13 @@ impl MemoryLimit {
         let limits = limits.into_iter().filter_map(|(bytes, by)| Some(MemoryLimit { bytes: bytes?, by }));
         limits.min_by_key(|limit| limit.bytes)
     }
+}
+
+/// What this process has in memory, where the system says so. **Units**: bytes.
+pub fn resident_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = text.split(' ').nth(1)?.parse().ok()?;
+    pages.checked_mul(rustix::param::page_size() as u64)
 }
 
 /// **Units**: bytes.

@@ -1,41 +1,19 @@
 //! What the pages of a cluster ask for and do: JSON of the services' answers, and their refusals as they are.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use contraflow_proto::v1;
 use serde_json::{Value, json};
 use tonic::Status;
 
 use super::incidents::incidents;
 use super::{Cluster, Viewer, phase_of};
-use crate::client::{job_json, state_of};
-use crate::dashboard::prometheus::{Exposition, Family, counter, gauge, label};
-use crate::dashboard::shown::{Phase, planned_memory};
+use crate::client::{goodput, job_json};
+use crate::dashboard::shown::{planned_memory, planned_ranks};
 
 /// Jobs of one answer.
-const PAGE: u32 = 500;
+pub const PAGE: u32 = 500;
 
 /// Lines of one answer: the latest ones.
 const MAX_LINES: usize = 2_000;
-
-/// Open jobs with samples of their own in one answer of `/metrics`: labels stay few.
-const MAX_JOBS: usize = 100;
-
-/// Families of a cluster.
-pub const OF_CLUSTERS: [Family; 11] = [
-    gauge("contraflow_jobs", "Jobs that are known, by state."),
-    gauge("contraflow_workers", "Members of the cluster, by whether they take ranks."),
-    gauge("contraflow_slots", "Ranks that members can host."),
-    gauge("contraflow_used_slots", "Ranks that members host."),
-    gauge("contraflow_worker_silence_seconds", "Time since a member's last heartbeat."),
-    gauge("contraflow_job_step", "Latest step of an open job of which all ranks have reported."),
-    gauge("contraflow_job_steps", "Steps of an open job's recipe."),
-    gauge("contraflow_job_loss_nats", "Mean cross-entropy a token of an open job's latest step."),
-    counter("contraflow_job_losses_total", "Times an open job has lost a rank."),
-    gauge("contraflow_job_slow_ranks", "Ranks of an open job that hold the others up."),
-    counter("contraflow_orchestrator_starts_total", "Starts of the orchestrator on its state."),
-];
 
 type Answer = Result<Value, Status>;
 
@@ -85,7 +63,7 @@ pub async fn nodes(cluster: &Cluster, viewer: &Viewer) -> Answer {
     };
     Ok(
         json!({"workers": answer.workers.iter().map(worker).collect::<Vec<_>>(), "incarnation": answer.incarnation,
-        "warning": answer.warning}),
+        "warning": answer.warning, "goodput": goodput::json(answer.goodput.as_ref())}),
     )
 }
 
@@ -137,7 +115,8 @@ pub async fn check(cluster: &Cluster, viewer: &Viewer, body: &Value) -> Answer {
         (recipe.micro_batches(recipe.training.global_batch_size), &recipe.parallel);
     let note = parallel.schedule.fallback(parallel.pipeline, micro_batches);
     let sized = recipe.clone();
-    let memory_bytes = tokio::task::spawn_blocking(move || planned_memory(&sized)).await;
+    let memory_bytes =
+        tokio::task::spawn_blocking(move || planned_memory(&sized, &planned_ranks(&sized))).await;
     let parameters = contraflow_runtime::cost::parameters(&recipe.model_config);
     Ok(json!({
         "world": recipe.topology().world(), "pipeline": recipe.parallel.pipeline, "expert": recipe.parallel.expert,
@@ -200,51 +179,13 @@ pub async fn drain(cluster: &Cluster, viewer: &Viewer, node: &str, body: &Value)
     Ok(json!({"workers": answer.workers, "ranks": answer.ranks}))
 }
 
-/// Adds the families of a cluster.
+/// The jobs and the members, as metrics are made of them.
 ///
 /// **Errors**: the viewer may not look.
-pub async fn metrics(cluster: &Arc<Cluster>, viewer: &Viewer, out: &mut Exposition) -> Result<(), Status> {
-    let jobs = all_jobs(cluster, viewer).await?.jobs;
-    let members = cluster.nodes(viewer).nodes(v1::NodesRequest {}).await?.into_inner();
-    let mut by_state: BTreeMap<String, f64> = BTreeMap::new();
-    jobs.iter().for_each(|job| *by_state.entry(state_of(job)).or_default() += 1.0);
-    let is_open =
-        |job: &&v1::Job| !matches!(phase_of(job.state()), Phase::Done | Phase::Failed | Phase::Stopped);
-    let open: Vec<&v1::Job> = jobs.iter().filter(is_open).take(MAX_JOBS).collect();
-    let of_jobs = |value: fn(&v1::Job) -> f64| {
-        open.iter().map(|job| (label("job", &job.job), value(job))).collect::<Vec<_>>()
-    };
-    let all = |value: f64| vec![(String::new(), value)];
-    let workers = &members.workers;
-    for family in &OF_CLUSTERS {
-        let samples = match family.name {
-            "contraflow_jobs" => {
-                by_state.iter().map(|(state, count)| (label("state", state), *count)).collect()
-            }
-            "contraflow_workers" => {
-                let draining = workers.iter().filter(|worker| worker.draining).count();
-                vec![
-                    (label("state", "draining"), draining as f64),
-                    (label("state", "taking"), (workers.len() - draining) as f64),
-                ]
-            }
-            "contraflow_slots" => all(workers.iter().map(|worker| worker.slots).sum::<u64>() as f64),
-            "contraflow_used_slots" => all(workers.iter().map(|worker| worker.used).sum::<u64>() as f64),
-            "contraflow_worker_silence_seconds" => {
-                let of =
-                    |worker: &v1::Worker| (label("worker", &worker.worker), worker.silent_ms as f64 / 1e3);
-                workers.iter().map(of).collect()
-            }
-            "contraflow_job_step" => of_jobs(|job| job.step as f64),
-            "contraflow_job_steps" => of_jobs(|job| job.steps as f64),
-            "contraflow_job_loss_nats" => of_jobs(|job| job.loss.unwrap_or(f64::NAN)),
-            "contraflow_job_losses_total" => of_jobs(|job| f64::from(job.losses)),
-            "contraflow_job_slow_ranks" => {
-                of_jobs(|job| job.ranks.iter().filter(|rank| rank.slow).count() as f64)
-            }
-            _ => all(members.incarnation as f64),
-        };
-        out.family(family, samples.into_iter());
-    }
-    Ok(())
+pub async fn listed(
+    cluster: &Cluster,
+    viewer: &Viewer,
+) -> Result<(v1::ListResponse, v1::NodesResponse), Status> {
+    let jobs = all_jobs(cluster, viewer).await?;
+    Ok((jobs, cluster.nodes(viewer).nodes(v1::NodesRequest {}).await?.into_inner()))
 }

@@ -101,6 +101,8 @@ pub struct Overview {
     pub seconds_left: Option<f64>,
     /// What all ranks need together, by the plan. **Units**: bytes.
     pub planned_memory: Option<u64>,
+    /// By place in the pipeline, what a rank needs, by the plan; empty where that is not known. **Units**: bytes.
+    pub planned_ranks: Vec<u64>,
     /// How its ranks are laid out, where its recipe is known.
     pub layout: Option<Layout>,
     /// The latest values.
@@ -282,6 +284,8 @@ pub struct Job {
 pub struct Place {
     /// The rank.
     pub rank: usize,
+    /// Its worker.
+    pub worker: Text,
     /// The node of its worker.
     pub node: Text,
     /// How long it works in a step. **Units**: seconds.
@@ -290,6 +294,8 @@ pub struct Place {
     pub waited_seconds: f64,
     /// Whether it holds the others up.
     pub slow: bool,
+    /// Memory of its worker's process, all of whose ranks are in it; 0: not known. **Units**: bytes.
+    pub memory_bytes: u64,
 }
 
 /// Failures of a job, the latest first.

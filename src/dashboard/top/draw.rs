@@ -15,7 +15,7 @@ use ratatui::widgets::{Sparkline, Widget};
 
 use super::answers::{Row, Text};
 use super::look::Look;
-use super::ranks::{Rank, ranks, width_of_strip};
+use super::ranks::{Columns, Rank, ranks};
 use super::strip::{columns, ends, heights, strip};
 use super::view::{Away, Run, View};
 use crate::client::clock;
@@ -318,7 +318,8 @@ fn loss(run: &Run, rows: u16, gaps: u16, page: &mut Page) {
 
 fn table(view: &View, run: &Run, rows: u16, page: &mut Page) {
     let look = page.look;
-    let (known, has_nodes) = (ranks(run), run.job.is_some());
+    let known = ranks(run);
+    let has_memory = known.iter().any(|rank| rank.memory.is_some());
     let bottom = page.next + rows.min(page.left());
     let mut title = vec![Span::styled("Ranks", look.strong())];
     if let Some(layout) = &run.overview.layout {
@@ -333,9 +334,9 @@ fn table(view: &View, run: &Run, rows: u16, page: &mut Page) {
     }
     let mut lines = vec![Line::from(title)];
     let width = usize::from(page.area.width);
-    let (is_wide, of_strip) = width_of_strip(width, has_nodes);
-    let mut head = vec![Span::styled(columns_of(HEAD.map(Cow::Borrowed), is_wide, has_nodes), look.dim())];
-    if let Some(pipeline) = run.pipeline.as_ref().filter(|_| of_strip > 0) {
+    let columns = Columns::fitting(width, run.job.is_some(), has_memory);
+    let mut head = vec![Span::styled(columns_of(HEAD.map(Cow::Borrowed), columns), look.dim())];
+    if let Some(pipeline) = run.pipeline.as_ref().filter(|_| columns.strip > 0) {
         head.push(Span::styled(pipeline.source.to_string(), look.dim()));
         head.extend(legend(&pipeline.ranks, look));
     }
@@ -343,9 +344,7 @@ fn table(view: &View, run: &Run, rows: u16, page: &mut Page) {
     let room = usize::from(rows).saturating_sub(lines.len());
     // The last ones fill the room: nothing is scrolled away for nothing.
     let first = view.first_rank.min(known.len().saturating_sub(room));
-    lines.extend(
-        known.iter().skip(first).take(room).map(|rank| row(rank, run, look, (is_wide, has_nodes, of_strip))),
-    );
+    lines.extend(known.iter().skip(first).take(room).map(|rank| row(rank, run, look, columns)));
     if known.is_empty() {
         lines.push(Line::styled("no places yet", look.dim()));
     }
@@ -356,31 +355,29 @@ fn table(view: &View, run: &Run, rows: u16, page: &mut Page) {
     }
 }
 
-const HEAD: [&str; 7] = ["rank", "stages", "expert", "node", "busy", "waits", "state"];
+const HEAD: [&str; 8] = ["rank", "stages", "expert", "node", "busy", "waits", "memory, planned", "state"];
 
 /// The text columns of a rank; narrow terminals have fewer.
-fn columns_of(cells: [Cow<str>; 7], is_wide: bool, has_nodes: bool) -> String {
-    let [rank, stages, expert, node, busy, waits, state] = cells;
+fn columns_of(cells: [Cow<str>; 8], columns: Columns) -> String {
+    let [rank, stages, expert, node, busy, waits, memory, state] = cells;
     let mut line = format!("{rank:>4} ");
-    if is_wide {
+    if columns.is_wide {
         line += &format!("{} {expert:>6} ", fit(&stages, 7));
     }
-    if has_nodes && is_wide {
+    if columns.has_nodes {
         line += &format!("{} ", fit(&node, 10));
     }
     line += &format!("{busy:>8} ");
-    if is_wide {
+    if columns.is_wide {
         line += &format!("{waits:>8} ");
+    }
+    if columns.has_memory {
+        line += &format!("{memory:>23} ");
     }
     line + &fit(&state, 8) + " "
 }
 
-fn row(
-    rank: &Rank,
-    run: &Run,
-    look: Look,
-    (is_wide, has_nodes, of_strip): (bool, bool, usize),
-) -> Line<'static> {
+fn row(rank: &Rank, run: &Run, look: Look, columns: Columns) -> Line<'static> {
     let seconds = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.2} s"));
     let stages = rank.row.and_then(|row| row.stages.as_ref());
     let stages = stages
@@ -397,11 +394,12 @@ fn row(
         rank.node.clone(),
         seconds(rank.busy),
         seconds(rank.waits),
+        [rank.memory, rank.planned].map(|bytes| bytes.map_or_else(|| "?".to_owned(), size)).join(", "),
         state.to_owned(),
     ];
-    let mut spans = vec![Span::styled(columns_of(cells.map(Cow::Owned), is_wide, has_nodes), style)];
+    let mut spans = vec![Span::styled(columns_of(cells.map(Cow::Owned), columns), style)];
     if let (Some(row), Some(pipeline)) = (rank.row, &run.pipeline) {
-        let cells = strip(row, pipeline.makespan, of_strip);
+        let cells = strip(row, pipeline.makespan, columns.strip);
         spans.extend(cells.into_iter().map(|shade| {
             let (glyph, style) = look.cell(shade);
             Span::styled(glyph, style)

@@ -1,8 +1,10 @@
 //! The ranks of a run as a table has them: their place on the axes, what they measured, their row of the timeline. Pure.
 
+use std::collections::BTreeMap;
+
 use contraflow_runtime::topology::Topology;
 
-use super::answers::Row;
+use super::answers::{Place, Row};
 use super::strip::busy_and_idle;
 use super::view::Run;
 
@@ -22,6 +24,10 @@ pub struct Rank<'a> {
     pub busy: Option<f64>,
     /// How long it waits in a step. **Units**: seconds.
     pub waits: Option<f64>,
+    /// Its share of what its process has in memory, which all ranks of the run in that process have alike. **Units**: bytes.
+    pub memory: Option<u64>,
+    /// What it needs by the plan. **Units**: bytes.
+    pub planned: Option<u64>,
     /// Whether the orchestrator says that it holds the others up.
     pub is_slow: bool,
     /// Whether it works longest of all.
@@ -46,6 +52,11 @@ pub fn ranks(run: &Run) -> Vec<Rank<'_>> {
         || topology.map_or(0, |topology| topology.world()),
         |places| places.len().min(MAX_RANKS),
     );
+    let of_process = run.overview.last("memory_bytes").map(|bytes| bytes as u64);
+    let mut sharing: BTreeMap<&str, u64> = BTreeMap::new();
+    for Place { worker, .. } in places.into_iter().flatten().take(number) {
+        *sharing.entry(worker).or_default() += 1;
+    }
     let mut all: Vec<Rank> = (0..number)
         .map(|place| {
             let placed = places.and_then(|places| places.get(place));
@@ -65,12 +76,18 @@ pub fn ranks(run: &Run) -> Vec<Rank<'_>> {
                 }
                 None => recorded,
             };
+            let memory = match placed {
+                Some(placed) => sharing.get(&*placed.worker).map(|ranks| placed.memory_bytes / ranks),
+                None => of_process.map(|bytes| bytes / number as u64),
+            };
             Rank {
                 number: rank,
                 expert: at.map(|at| at.expert),
                 node: placed.map_or_else(String::new, |placed| placed.node.to_string()),
                 busy: measured.map(|(busy, _)| busy),
                 waits: measured.map(|(_, waits)| waits),
+                memory: memory.filter(|bytes| *bytes > 0),
+                planned: at.and_then(|at| run.overview.planned_ranks.get(at.pipeline)).copied(),
                 is_slow: placed.is_some_and(|placed| placed.slow),
                 is_slowest: false,
                 row,
@@ -86,19 +103,43 @@ pub fn ranks(run: &Run) -> Vec<Rank<'_>> {
     all
 }
 
-/// Whether there is room for all columns, and how many cells are left for a strip.
-pub fn width_of_strip(width: usize, has_nodes: bool) -> (bool, usize) {
-    const NARROW: usize = 5 + 9 + 9;
-    const WIDE: usize = NARROW + 8 + 7 + 9;
-    let is_wide = width >= WIDE + 20;
-    let columns = if is_wide { WIDE + if has_nodes { 11 } else { 0 } } else { NARROW };
-    (is_wide, width.saturating_sub(columns))
+/// Which columns a table of ranks has, and how many cells are left for a strip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// All that are always known.
+    pub is_wide: bool,
+    /// The node.
+    pub has_nodes: bool,
+    /// Memory beside its estimate.
+    pub has_memory: bool,
+    /// Cells of a strip.
+    pub strip: usize,
+}
+
+impl Columns {
+    /// In so many cells; `has_nodes`, `has_memory`: whether there is something to show.
+    pub fn fitting(width: usize, has_nodes: bool, has_memory: bool) -> Self {
+        const NARROW: usize = 5 + 9 + 9;
+        const WIDE: usize = NARROW + 8 + 7 + 9;
+        const NODE: usize = 11;
+        const MEMORY: usize = 24;
+        const STRIP: usize = 20;
+        let is_wide = width >= WIDE + STRIP;
+        let wide = WIDE + if has_nodes { NODE } else { 0 };
+        let has_memory = has_memory && width >= wide + MEMORY + STRIP;
+        let taken = match (is_wide, has_memory) {
+            (false, _) => NARROW,
+            (true, false) => wide,
+            (true, true) => wide + MEMORY,
+        };
+        Columns { is_wide, has_nodes: has_nodes && is_wide, has_memory, strip: width.saturating_sub(taken) }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dashboard::top::answers::{Job, Lane, Layout, Op, Pipeline, Place};
+    use crate::dashboard::top::answers::{Figure, Job, Lane, Layout, Op, Pipeline};
 
     fn run(rows: usize) -> Run {
         let row = |number: usize| Row {
@@ -160,5 +201,36 @@ mod tests {
             run.overview.layout = Some(Layout { pipeline, expert, data, ..Layout::default() });
             assert_eq!(ranks(&run), []);
         }
+    }
+
+    #[test]
+    fn memory_is_a_ranks_share_of_its_process_and_stands_beside_what_the_plan_says_of_its_place() {
+        let mut run = run(4);
+        run.overview.planned_ranks = vec![300, 200];
+        let of = |run: &Run| ranks(run).iter().map(|rank| (rank.memory, rank.planned)).collect::<Vec<_>>();
+        assert_eq!(of(&run), [300, 300, 200, 200].map(|planned| (None, Some(planned))));
+        run.overview.figures = vec![Figure { key: "memory_bytes".into(), last: Some(1_000.0) }];
+        assert_eq!(of(&run), [300, 300, 200, 200].map(|planned| (Some(250), Some(planned))));
+        // Two ranks share a worker.
+        let place = |rank, worker: &str, memory_bytes| Place {
+            rank,
+            worker: worker.into(),
+            memory_bytes,
+            ..Place::default()
+        };
+        let ranks = vec![place(0, "a", 500), place(1, "a", 500), place(2, "b", 220), place(3, "c", 0)];
+        run.job = Some(Job { ranks, ..Job::default() });
+        let memory = [Some(250), Some(250), Some(220), None];
+        assert_eq!(of(&run).into_iter().map(|(memory, _)| memory).collect::<Vec<_>>(), memory);
+    }
+
+    #[test]
+    fn a_narrow_terminal_leaves_out_memory_first_and_never_more_than_there_is_is_taken() {
+        let of = |width| Columns::fitting(width, true, true);
+        assert_eq!((of(200).has_memory, of(200).has_nodes, of(200).is_wide), (true, true, true));
+        assert_eq!((of(101).has_memory, of(101).has_nodes, of(101).is_wide), (false, true, true));
+        assert_eq!((of(60).has_memory, of(60).has_nodes, of(60).is_wide), (false, false, false));
+        assert!((0..300).all(|width| of(width).strip <= width));
+        assert!((102..300).all(|width| of(width).strip >= 20));
     }
 }

@@ -16,7 +16,7 @@ use super::look::{Colours, Look};
 use super::view::{Event, Key, Run, View, update};
 use super::{event, text};
 use crate::access::Access;
-use crate::dashboard::{Door, DoorArgs, Facts, Listen, Phase, Shown};
+use crate::dashboard::{Door, DoorArgs, Facts, Listen, Phase, Shown, Subject};
 
 const PLAIN: Look = Look { colours: Colours::None, is_unicode: true };
 const ASCII: Look = Look { colours: Colours::None, is_unicode: false };
@@ -130,6 +130,7 @@ fn cluster() -> View {
         busy_seconds,
         waited_seconds: 0.125,
         slow: rank == 3,
+        ..Place::default()
     };
     run.job = Some(Job {
         step: 180,
@@ -296,7 +297,7 @@ async fn a_dashboard_that_was_away_is_asked_again_over_a_new_connection() {
     let run = Shown::starting(Facts { id: "r".into(), name: "r".into(), steps: Some(9), ..Facts::default() });
     run.step(&StepRecord { step: 1, loss: 2.0, ..StepRecord::default() });
     let open = |listen| Door::open(&DoorArgs { listen: Some(listen), token: None }).unwrap().unwrap();
-    let dashboard = open("127.0.0.1:0".parse().unwrap()).serve(vec![run.clone()]).unwrap();
+    let dashboard = open("127.0.0.1:0".parse().unwrap()).serve(Subject::of_runs(vec![run.clone()])).unwrap();
     let address = dashboard.address();
     let none = Access { tls: None, token: None };
     let mut asking = Asking::new(Link::new(&address.to_string(), &none, None).unwrap());
@@ -311,7 +312,7 @@ async fn a_dashboard_that_was_away_is_asked_again_over_a_new_connection() {
     }
     assert_eq!(step(&view), Some(1), "what is known stays");
     run.step(&StepRecord { step: 2, loss: 1.5, ..StepRecord::default() });
-    let _again = open(Listen::At(address)).serve(vec![run]).unwrap();
+    let _again = open(Listen::At(address)).serve(Subject::of_runs(vec![run])).unwrap();
     view = update(view, event(asking.ask(Some("r")).await));
     assert_eq!((step(&view), view.away.is_some()), (Some(2), false));
 }
@@ -389,4 +390,17 @@ job-2        name of job-2            training          180/720    1.500
 job-1        name of job-1            training          180/720    1.500
 ";
     assert!(listed.starts_with(expected), "{listed}");
+}
+
+#[test]
+fn a_wide_terminal_has_the_memory_of_each_rank_beside_what_the_plan_says() {
+    let mut view = local();
+    view.run.as_mut().unwrap().overview.planned_ranks = vec![300 << 20, 3 << 28];
+    let text = shown(&view, PLAIN, (120, 24));
+    let rows: Vec<&str> = text.lines().skip_while(|line| !line.starts_with("rank")).take(5).collect();
+    assert!(rows[0].contains("waits         memory, planned state"), "{text}");
+    // A gibibyte of the process is shared by four ranks.
+    for (row, planned) in rows[1..].iter().zip(["300.0 MiB", "300.0 MiB", "768.0 MiB", "768.0 MiB"]) {
+        assert!(row.contains(&format!(" 256.0 MiB, {planned} ")), "{text}");
+    }
 }

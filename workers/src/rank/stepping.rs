@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use contraflow_proto::StepReport;
 use contraflow_runtime::checkpoint::Position;
 use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::layout::resident_bytes;
 use contraflow_runtime::stability::Divergence;
 use contraflow_runtime::topology::Rank;
 use contraflow_runtime::trace::SPAN;
@@ -203,6 +204,7 @@ impl RankState {
             bubble_seconds,
             peak_live_chunks: totals.peak_live_chunks as u32,
             unix_ms: unix_ms(),
+            memory_bytes: resident_bytes().unwrap_or(0),
             ..joined.report((rank, id), global)
         };
         let tokens = joined.position.tokens + tokens;
