@@ -1,5 +1,7 @@
 //! Sequences of events whose sums are known.
 
+use proptest::prelude::*;
+
 use super::*;
 
 const S: u64 = 1_000;
@@ -143,4 +145,52 @@ fn accounts_add_up_and_what_has_come_since_is_told_from_what_was_before() {
     let both = before.and(after);
     assert_eq!(both.spent.total(), before.spent.total() + after.spent.total());
     assert_eq!(both.queued_ms, 60 * S);
+}
+
+proptest! {
+    /// Whatever happens to a job, every moment of each of its slots is in one part, and every other one until its end is in the queue.
+    #[test]
+    fn the_parts_are_the_whole(happens in prop::collection::vec((0u8..7, 0u64..100_000, 1usize..9, 0u64..20), 1..60)) {
+        let (mut ledger, mut now) = (Ledger::default(), at(0));
+        let (mut slots, mut step, mut step_ms, mut whole, mut queued) = (0, 0, 0, 0, 0);
+        let mut is_queued = true;
+        ledger.queued(now);
+        for (what, ms, count, steps) in happens {
+            now += ms;
+            whole += ms * slots;
+            queued += if is_queued { ms } else { 0 };
+            let stop = Stop { at_ms: now, step, step_ms };
+            match (what, slots, is_queued) {
+                (0..=2, 1.., _) if ledger.slots() == slots => {
+                    // As far as it was, or back by some steps.
+                    step = if step_ms == 0 { u64::saturating_sub(step, steps) } else { step } + 1;
+                    step_ms = now;
+                    if ledger.is_due(step) {
+                        ledger.stepped(step, now - ms / 2, now);
+                    }
+                }
+                (3, 1.., _) => {
+                    (slots, step_ms) = (count as u64, 0);
+                    ledger.lost(count, stop);
+                }
+                (4, 1.., _) => {
+                    (slots, step_ms, is_queued) = (0, 0, true);
+                    ledger.gave_way(stop);
+                }
+                (5, 1.., _) => {
+                    (slots, step_ms, is_queued) = (0, 0, true);
+                    ledger.ended(count % 2 == 0, stop);
+                    ledger.queued(now);
+                }
+                _ => {
+                    (slots, step_ms, is_queued) = (count as u64, 0, false);
+                    ledger.formed(count, now);
+                }
+            }
+            let account = ledger.account(now, step_ms);
+            prop_assert_eq!(account.spent.total() + account.undecided, whole);
+            prop_assert_eq!(account.queued_ms, queued);
+            prop_assert_eq!(ledger.slots(), slots);
+        }
+    }
 }
