@@ -16,6 +16,14 @@ lint:
     cargo fmt
     cargo clippy --workspace --all-targets -- -D warnings
 
+# The operator: its tests, and the definitions of its kinds as the chart has them
+operator:
+    cargo test --manifest-path k8s/operator/Cargo.toml
+
+crds:
+    cargo run --quiet --manifest-path k8s/operator/Cargo.toml -- crds trainingjobs > k8s/chart/crds/trainingjobs.yaml
+    cargo run --quiet --manifest-path k8s/operator/Cargo.toml -- crds trainingclusters > k8s/chart/crds/trainingclusters.yaml
+
 # Fuzz every file parser for this many seconds each, on the stable toolchain (needs a C++ compiler)
 fuzz seconds="60":
     fuzz/run {{seconds}}
@@ -36,6 +44,7 @@ transformers python="python3":
 # Licences, advisories and sources of the dependencies (needs cargo-deny)
 deny:
     cargo deny check
+    cargo deny --manifest-path k8s/operator/Cargo.toml check --config deny.toml
 
 # Update the expected output of the command-line tests; review the diff
 cli:
@@ -43,7 +52,7 @@ cli:
 
 # k8s/install.yaml from the chart (needs helm)
 manifest:
-    helm template contraflow k8s/chart --namespace contraflow > k8s/install.yaml
+    helm template contraflow k8s/chart --namespace contraflow --include-crds > k8s/install.yaml
 
 # Our speed against PyTorch's, in alternation; see the top of the script for its requirements
 bench-peer *MODELS:

@@ -1,5 +1,5 @@
 //! What is in `k8s/` fits the program and itself: its pods call the program as it is, the manifest is the rendered chart, and every
-//! example renders. Rendering needs helm, and validation kubernetes-validate; a test without its tool says so.
+//! example renders. What the operator does with its objects is tested where it is: `k8s/operator`. Rendering needs helm, and validation kubernetes-validate; a test without its tool says so.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::path::{Path, PathBuf};
@@ -32,16 +32,21 @@ fn rendered(helm: &Path, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Those that are values of the chart; the others are objects.
 fn examples() -> Vec<String> {
     let entries = std::fs::read_dir(folder().join("examples")).unwrap();
-    entries.map(|entry| entry.unwrap().path().display().to_string()).collect()
+    let is_object = |path: &PathBuf| std::fs::read_to_string(path).unwrap().contains("\nkind: ");
+    let paths = entries.map(|entry| entry.unwrap().path()).filter(|path| !is_object(path));
+    paths.map(|path| path.display().to_string()).collect()
 }
 
 #[test]
 fn pods_call_the_program_as_it_is() {
     let manifest = std::fs::read_to_string(folder().join("install.yaml")).unwrap();
-    let calls: Vec<&str> = manifest.split("args:\n").skip(1).collect();
-    assert_eq!(calls.len(), 2);
+    // The operator's is a program of its own, whose test looks at it.
+    let (calls, operator): (Vec<&str>, Vec<&str>) =
+        manifest.split("args:\n").skip(1).partition(|call| !call.trim_start().starts_with("- run\n"));
+    assert_eq!((calls.len(), operator.len()), (2, 1));
     for call in calls {
         let mut arguments = call.lines().map(str::trim).map_while(|line| line.strip_prefix("- "));
         let subcommand = arguments.next().unwrap();
@@ -61,7 +66,7 @@ fn pods_call_the_program_as_it_is() {
 fn the_manifest_is_the_rendered_chart() {
     let Some(helm) = tool("CONTRAFLOW_HELM", "helm") else { return };
     let manifest = std::fs::read_to_string(folder().join("install.yaml")).unwrap();
-    let chart = rendered(&helm, &[]);
+    let chart = rendered(&helm, &["--include-crds"]);
     assert!(manifest == chart, "k8s/install.yaml is not the chart's: `just manifest` renders it again");
 }
 
@@ -81,6 +86,16 @@ fn every_example_renders_and_is_what_kubernetes_expects() {
 }
 
 #[test]
+fn without_its_operator_the_chart_asks_for_no_right() {
+    let Some(helm) = tool("CONTRAFLOW_HELM", "helm") else { return };
+    assert!(rendered(&helm, &[]).contains("kind: Role\n"));
+    let without = rendered(&helm, &["--set", "operator.enabled=false"]);
+    for kind in ["Role", "RoleBinding", "ServiceAccount", "Deployment"] {
+        assert!(!without.contains(&format!("kind: {kind}\n")), "{kind}");
+    }
+}
+
+#[test]
 fn values_that_cannot_be_are_refused_by_their_schema() {
     let Some(helm) = tool("CONTRAFLOW_HELM", "helm") else { return };
     for (value, fault) in [
@@ -88,6 +103,7 @@ fn values_that_cannot_be_are_refused_by_their_schema() {
         ("workers[0].replica=3", "additional properties 'replica' not allowed"),
         ("orchestrator.port=80", "'/orchestrator/port': minimum: got 80"),
         ("tls.workerSecret=", "'/tls/workerSecret': minLength"),
+        ("operator.enabled=maybe", "'/operator/enabled': got string, want boolean"),
         ("orchestrator.extraArgs[0]=lease-ms", "'/orchestrator/extraArgs/0'"),
         ("securityContext.runAsUser=0", "'/securityContext/runAsUser': minimum"),
     ] {

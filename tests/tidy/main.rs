@@ -29,14 +29,15 @@ fn root() -> &'static Path {
 
 /// Every file of ours with this ending, relative to the root.
 fn files(ending: &str) -> Vec<PathBuf> {
-    let rooms = ["src", "tests", "kernels", "proto", "runtime", "workers", "orchestrator", "recipes"];
+    let rooms = ["src", "tests", "kernels", "proto", "runtime", "workers", "orchestrator", "recipes", "k8s"];
     let mut folders: Vec<PathBuf> = rooms.iter().map(|room| root().join(room)).collect();
     let mut found = Vec::new();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                // What is built in a workspace of its own.
+                folders.extend((!path.ends_with("target")).then_some(path));
             } else if path.extension().is_some_and(|extension| extension == ending) {
                 found.push(path.strip_prefix(root()).unwrap().to_path_buf());
             }

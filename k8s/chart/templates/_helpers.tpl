@@ -23,7 +23,17 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 
 {{/* The restricted profile of Pod Security Standards. */}}
 {{- define "contraflow.podSecurity" -}}
-automountServiceAccountToken: false
+{{ include "contraflow.podSpec" (dict "root" . "token" false) }}
+{{- end }}
+
+{{/* The same of a pod that speaks to the API server. */}}
+{{- define "contraflow.podIdentity" -}}
+{{ include "contraflow.podSpec" (dict "root" . "token" true) }}
+{{- end }}
+
+{{- define "contraflow.podSpec" -}}
+automountServiceAccountToken: {{ .token }}
+{{- with .root }}
 securityContext:
   runAsNonRoot: true
   {{- toYaml .Values.securityContext | nindent 2 }}
@@ -31,5 +41,6 @@ securityContext:
   seccompProfile: { type: RuntimeDefault }
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 {{- end }}

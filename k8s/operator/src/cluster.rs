@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::conditions::Condition;
-use crate::job::rule;
+use crate::job::{drop_nulls, rule};
 
 /// An orchestrator with its state on a claim, and groups of workers that share a storage.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -347,6 +347,7 @@ pub fn definition() -> CustomResourceDefinition {
     for version in &mut definition.spec.versions {
         let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
         let Some(schema) = schema else { continue };
+        drop_nulls(schema);
         let short =
             rule("self.metadata.name.size() <= 40", "metadata.name: expected at most 40 characters", None);
         schema.x_kubernetes_validations = Some(vec![short]);

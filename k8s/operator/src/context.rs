@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, Resource};
 
 use crate::decide::Pace;
@@ -35,7 +37,6 @@ pub struct Context {
     pub pace: Pace,
     /// The orchestrator of jobs that name none.
     pub home: Option<Home>,
-    recorder: Recorder,
     clock: Clock,
 }
 
@@ -73,8 +74,7 @@ pub fn is_code(error: &kube::Error, code: u16) -> bool {
 impl Context {
     /// Speaks to this API server.
     pub fn new(client: Client, connect: Connect, pace: Pace, home: Option<Home>, clock: Clock) -> Self {
-        let recorder = Recorder::new(client.clone(), MANAGER.to_owned().into());
-        Context { client, links: Links::new(connect, pace.call), pace, home, recorder, clock }
+        Context { client, links: Links::new(connect, pace.call), pace, home, clock }
     }
 
     /// What time it is.
@@ -84,16 +84,34 @@ impl Context {
 
     /// Tells what has happened to an object. An event that cannot be written is left out.
     pub async fn tell<K: Resource<DynamicType = ()>>(&self, object: &K, notices: Vec<Notice>) {
+        let regarding = object.object_ref(&());
+        let events: Api<Event> =
+            Api::namespaced(self.client.clone(), regarding.namespace.as_deref().unwrap_or_default());
         for Notice { is_warning, reason, words } in notices {
+            let now = Timestamp::now();
             let event = Event {
-                type_: if is_warning { EventType::Warning } else { EventType::Normal },
-                reason: reason.to_owned(),
+                metadata: ObjectMeta {
+                    // As other programs name theirs.
+                    name: Some(format!(
+                        "{}.{:x}",
+                        regarding.name.as_deref().unwrap_or_default(),
+                        now.as_nanosecond()
+                    )),
+                    namespace: regarding.namespace.clone(),
+                    ..ObjectMeta::default()
+                },
+                type_: Some(if is_warning { "Warning" } else { "Normal" }.to_owned()),
+                reason: Some(reason.to_owned()),
+                action: Some(reason.to_owned()),
                 note: Some(words),
-                action: reason.to_owned(),
-                secondary: None,
+                event_time: Some(MicroTime(now)),
+                regarding: Some(regarding.clone()),
+                reporting_controller: Some(format!("contraflow.dev/{MANAGER}")),
+                reporting_instance: Some(MANAGER.to_owned()),
+                ..Event::default()
             };
-            if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
-                tracing::warn!("an event of {}: {error}", object.meta().name.as_deref().unwrap_or_default());
+            if let Err(error) = events.create(&PostParams::default(), &event).await {
+                tracing::warn!("an event of {}: {error}", regarding.name.as_deref().unwrap_or_default());
             }
         }
     }

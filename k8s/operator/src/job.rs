@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, ValidationRule,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, ValidationRule,
 };
 use kube::{CustomResource, CustomResourceExt};
 use schemars::JsonSchema;
@@ -196,6 +196,7 @@ pub fn definition() -> CustomResourceDefinition {
     for version in &mut definition.spec.versions {
         let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
         let Some(schema) = schema else { continue };
+        drop_nulls(schema);
         let short = "self.metadata.name.size() <= 63";
         schema.x_kubernetes_validations =
             Some(vec![rule(short, "metadata.name: expected at most 63 characters", None)]);
@@ -251,14 +252,19 @@ pub(crate) fn rule(rule: &str, words: &str, field: Option<&str>) -> ValidationRu
 /// Bounds the texts that a rule compares: its cost is estimated from them.
 fn constrain(spec: &mut JSONSchemaProps) {
     let overrides = spec.properties.as_mut().and_then(|properties| properties.get_mut("overrides"));
-    let items = overrides.and_then(|overrides| overrides.items.as_mut());
-    if let Some(
-        k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::JSONSchemaPropsOrArray::Schema(
-            item,
-        ),
-    ) = items
+    if let Some(JSONSchemaPropsOrArray::Schema(item)) =
+        overrides.and_then(|overrides| overrides.items.as_mut())
     {
         item.max_length = Some(4096);
+    }
+}
+
+/// What is null counts as not there, to rules too.
+pub(crate) fn drop_nulls(schema: &mut JSONSchemaProps) {
+    schema.nullable = None;
+    schema.properties.iter_mut().flat_map(|properties| properties.values_mut()).for_each(drop_nulls);
+    if let Some(JSONSchemaPropsOrArray::Schema(item)) = &mut schema.items {
+        drop_nulls(item);
     }
 }
 

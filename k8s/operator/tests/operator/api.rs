@@ -130,6 +130,15 @@ impl ApiServer {
         of.map(|(_, count)| count).sum()
     }
 
+    /// Verb and path of whatever was asked for.
+    pub fn all_requests(&self) -> Vec<(String, String)> {
+        let kept = self.kept.lock().unwrap();
+        let split = |key: &String| {
+            key.split_once(' ').map(|(verb, path)| (verb.to_owned(), path.to_owned())).unwrap()
+        };
+        kept.requests.keys().map(split).collect()
+    }
+
     /// What a user asks for.
     pub fn create(&self, kind: &str, object: Value) {
         let answer = self.kept.lock().unwrap().create(&path_of(kind), object, &self.now());
@@ -300,7 +309,14 @@ impl Kept {
         metadata.insert("namespace".into(), "training".into());
         metadata.insert("generation".into(), 1.into());
         metadata.insert("creationTimestamp".into(), now.into());
-        json_answer(201, &self.store(key, object, "ADDED"))
+        let owner = object["metadata"]["ownerReferences"][0].get("uid").cloned();
+        let is_orphan =
+            owner.is_some_and(|owner| self.objects.values().all(|other| other["metadata"]["uid"] != owner));
+        let made = self.store(key.clone(), object, "ADDED");
+        if is_orphan {
+            self.store(key, made.clone(), "DELETED");
+        }
+        json_answer(201, &made)
     }
 
     fn patched(&mut self, key: Key, subresource: &str, kind: &str, body: &[u8], now: &str) -> Answer {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::stage::Stage;
 
 /// What the chart makes of its own values.
-fn as_the_chart() -> Value {
+pub fn as_the_chart() -> Value {
     json!({
         "image": "contraflow:0.1.0",
         "tls": {
@@ -25,8 +25,16 @@ fn as_the_chart() -> Value {
     })
 }
 
-fn object(name: &str, spec: &Value) -> Value {
+pub fn object(name: &str, spec: &Value) -> Value {
     json!({"apiVersion": "contraflow.dev/v1alpha1", "kind": "TrainingCluster", "metadata": {"name": name}, "spec": spec})
+}
+
+/// A Secret with the credentials of a client.
+pub fn client_secret(name: &str) -> Value {
+    let files =
+        ["ca.pem", "client.pem", "client.key", "token"].map(|key| (key.to_owned(), Value::from("dGV4dA==")));
+    let data: serde_json::Map<String, Value> = files.into_iter().collect();
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data})
 }
 
 /// Whose it is, and of which version, is not compared.
@@ -46,10 +54,34 @@ fn without_marks(value: &mut Value) {
     }
 }
 
+fn differences(path: &str, chart: &Value, own: &Value, faults: &mut Vec<String>) {
+    match (chart, own) {
+        (Value::Object(chart), Value::Object(own)) => {
+            let keys: std::collections::BTreeSet<&String> = chart.keys().chain(own.keys()).collect();
+            let of = |fields: &serde_json::Map<String, Value>, key: &str| {
+                fields.get(key).cloned().unwrap_or_default()
+            };
+            keys.into_iter().for_each(|key| {
+                differences(&format!("{path}.{key}"), &of(chart, key), &of(own, key), faults)
+            });
+        }
+        (Value::Array(chart), Value::Array(own)) if chart.len() == own.len() => {
+            let pairs = chart.iter().zip(own).enumerate();
+            pairs.for_each(|(index, (chart, own))| {
+                differences(&format!("{path}[{index}]"), chart, own, faults)
+            });
+        }
+        _ if chart == own => {}
+        _ => faults.push(format!("{path}: {chart} and {own}")),
+    }
+}
+
 #[test]
 fn a_cluster_is_what_the_chart_makes_of_the_same_values() {
     let text =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../install.yaml")).unwrap();
+    // Kubernetes reads YAML 1.1, where this is octal.
+    let text = text.replace("defaultMode: 0440", "defaultMode: 288");
     let documents = text.split("\n---\n").map(|document| serde_saphyr::from_str::<Value>(document).unwrap());
     let of_cluster =
         ["Service", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "PersistentVolumeClaim"];
@@ -74,9 +106,11 @@ fn a_cluster_is_what_the_chart_makes_of_the_same_values() {
     let own = objects(&cluster, |group| group.min_workers);
     let own = by_key(own.into_iter().map(|object| object.body).collect());
     assert_eq!(chart.keys().collect::<Vec<_>>(), own.keys().collect::<Vec<_>>());
+    let mut faults = Vec::new();
     for (key, chart) in &chart {
-        assert_eq!(chart, &own[key], "{key}");
+        differences(key, chart, &own[key], &mut faults);
     }
+    assert!(faults.is_empty(), "chart and operator differ:\n{}", faults.join("\n"));
 }
 
 fn be_ready(stage: &Stage, set: &str, replicas: i32) {
@@ -168,13 +202,10 @@ async fn what_is_somebody_elses_is_not_taken_over() {
 
 #[tokio::test(start_paused = true)]
 async fn workers_come_as_the_queue_lacks_slots_and_go_once_they_are_idle() {
-    let files =
-        ["ca.pem", "client.pem", "client.key", "token"].map(|key| (key.to_owned(), Value::from("dGV4dA==")));
-    let data: serde_json::Map<String, Value> = files.into_iter().collect();
     let mut spec = as_the_chart();
     spec["workers"][0]["maxWorkers"] = 5.into();
     let (stage, _operator) = ready_cluster(&spec).await;
-    stage.api.create("secrets", json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "contraflow-operator"}, "data": data}));
+    stage.api.create("secrets", client_secret("contraflow-operator"));
     stage.submit("wide", json!({"recipe": {"builtIn": "tiny"}, "cluster": "east", "minRanks": 8}));
     stage.until("there are four", |stage| replicas(stage, "east-workers") == Some(4)).await;
     tokio::time::sleep(Duration::from_secs(300)).await;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use contraflow_operator::{cluster, job, yaml};
 use serde_json::Value;
 
-fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../chart")
+fn k8s() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 #[test]
@@ -15,10 +15,7 @@ fn the_chart_has_the_definitions_that_the_program_prints() {
         ("trainingjobs", yaml(&job::definition()).unwrap()),
         ("trainingclusters", yaml(&cluster::definition()).unwrap()),
     ] {
-        let path = chart().join("crds").join(format!("{kind}.yaml"));
-        if std::env::var_os("CONTRAFLOW_WRITE").is_some() {
-            std::fs::write(&path, &text).unwrap();
-        }
+        let path = k8s().join("chart/crds").join(format!("{kind}.yaml"));
         let kept = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(
             kept == text,
@@ -63,6 +60,9 @@ fn schemas_are_structural() {
             if object.contains_key(keyword) {
                 faults.push(format!("{path}: {keyword}"));
             }
+        }
+        if object.get("nullable").is_some_and(|nullable| nullable == true) {
+            faults.push(format!("{path}: a rule would take its null for a value"));
         }
         if object.contains_key("properties") && object.contains_key("additionalProperties") {
             faults.push(format!("{path}: properties and additionalProperties"));
@@ -111,4 +111,75 @@ fn what_was_submitted_cannot_be_changed() {
             "{field} is in one of them: {fixed:?} {open:?}"
         );
     }
+}
+
+/// Objects in the examples; the other files there are values of the chart.
+fn examples() -> Vec<(String, Value)> {
+    let mut objects = Vec::new();
+    for entry in std::fs::read_dir(k8s().join("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let of_file =
+            text.split("\n---\n").map(|document| serde_saphyr::from_str::<Value>(document).unwrap());
+        let ours = of_file.filter(|object| object["apiVersion"] == "contraflow.dev/v1alpha1");
+        objects.extend(ours.map(|object| (path.display().to_string(), object)));
+    }
+    objects
+}
+
+/// Every field of `written` is one of `read`.
+fn fields_that_are_lost(path: &str, written: &Value, read: &Value, lost: &mut Vec<String>) {
+    match (written, read) {
+        (Value::Object(written), Value::Object(read)) => {
+            for (key, value) in written {
+                match read.get(key) {
+                    Some(read) => fields_that_are_lost(&format!("{path}.{key}"), value, read, lost),
+                    None => lost.push(format!("{path}.{key}")),
+                }
+            }
+        }
+        (Value::Array(written), Value::Array(read)) => {
+            written
+                .iter()
+                .zip(read)
+                .for_each(|(written, read)| fields_that_are_lost(path, written, read, lost));
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn the_examples_are_objects_whose_fields_all_count() {
+    let mut kinds = std::collections::BTreeSet::new();
+    for (file, object) in examples() {
+        let kind = object["kind"].as_str().unwrap().to_owned();
+        let read = match kind.as_str() {
+            "TrainingJob" => {
+                serde_json::to_value(serde_json::from_value::<job::TrainingJob>(object.clone()).unwrap())
+            }
+            _ => serde_json::to_value(
+                serde_json::from_value::<cluster::TrainingCluster>(object.clone()).unwrap(),
+            ),
+        };
+        let mut lost = Vec::new();
+        fields_that_are_lost(&kind, &object, &read.unwrap(), &mut lost);
+        assert!(lost.is_empty(), "{file}: no fields of {kind}: {lost:?}");
+        kinds.insert(kind);
+    }
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["TrainingCluster", "TrainingJob"]);
+}
+
+#[test]
+fn the_pod_calls_the_program_as_it_is() {
+    let manifest = std::fs::read_to_string(k8s().join("install.yaml")).unwrap();
+    let (_, call) = manifest.split_once("command: [/usr/local/bin/contraflow-operator]").unwrap();
+    let (_, arguments) = call.split_once("args:\n").unwrap();
+    let mut arguments = arguments.lines().map(str::trim).map_while(|line| line.strip_prefix("- "));
+    let program = env!("CARGO_BIN_EXE_contraflow-operator");
+    let help =
+        std::process::Command::new(program).args([arguments.next().unwrap(), "--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let flags: Vec<&str> = arguments.map(|argument| argument.split('=').next().unwrap()).collect();
+    assert_eq!(flags.len(), 3);
+    assert!(flags.iter().all(|flag| help.contains(&format!("{flag} <"))), "{flags:?} {help}");
 }

@@ -6,6 +6,7 @@ use contraflow_proto::v1;
 use serde_json::{Value, json};
 use v1::JobState;
 
+use crate::clusters::client_secret;
 use crate::stage::Stage;
 
 fn tiny() -> Value {
@@ -312,13 +313,7 @@ async fn a_job_goes_to_the_orchestrator_that_it_names() {
             stage.condition("own", "Reachable") == pair("False", "NoSecret")
         })
         .await;
-    let files =
-        ["ca.pem", "client.pem", "client.key", "token"].map(|key| (key.to_owned(), Value::from("dGV4dA==")));
-    let data: serde_json::Map<String, Value> = files.into_iter().collect();
-    stage.api.create(
-        "secrets",
-        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "mine"}, "data": data}),
-    );
+    stage.api.create("secrets", client_secret("mine"));
     stage.until_state("own", "Queued").await;
     stage.submit("at-home", json!({"recipe": {"builtIn": "tiny"}}));
     stage.until_state("at-home", "Queued").await;

@@ -7,4 +7,5 @@ mod definitions;
 mod jobs;
 mod kills;
 mod orchestrator;
+mod rights;
 mod stage;
