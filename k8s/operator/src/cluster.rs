@@ -1,5 +1,7 @@
 //! `TrainingCluster`: what a user writes of an orchestrator and its workers, and what is shown of them. Knows no API server.
 
+#![allow(clippy::duplicated_attributes, reason = "each column of a list has its own type")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

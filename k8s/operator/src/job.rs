@@ -1,5 +1,7 @@
 //! `TrainingJob`: what a user writes of a job, and what is shown of it. Knows no API server and no orchestrator.
 
+#![allow(clippy::duplicated_attributes, reason = "each column of a list has its own type")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{

@@ -210,11 +210,15 @@ async fn an_orchestrator_that_is_away_is_said_and_asked_ever_more_rarely() {
             + stage.api.requests("POST", "events")
     };
     let before = (requests(&stage), stage.api.requests("WATCH", "trainingjobs"));
+    let asked = |stage: &Stage| stage.orchestrator.calls("get") + stage.orchestrator.calls("connect");
+    let asked_before = asked(&stage);
     tokio::time::sleep(Duration::from_secs(3600)).await;
     let (made, watches) =
         (requests(&stage) - before.0, stage.api.requests("WATCH", "trainingjobs") - before.1);
     // Nothing is written while nothing changes; a watch lasts five minutes.
     assert!(made <= 4 && watches <= 16, "{made} requests, {watches} watches in an hour");
+    let asked = asked(&stage) - asked_before;
+    assert!((55..=75).contains(&asked), "asked {asked} times in an hour");
     stage.orchestrator.set_away(false);
     let begin = tokio::time::Instant::now();
     stage.until("it is back", |stage| stage.condition("tiny", "Ready") == pair("True", "Running")).await;

@@ -77,6 +77,8 @@ async fn the_operator_may_do_what_it_does_and_nothing_else() {
         .orchestrator
         .move_job("job-1", |job| (job.state, job.ended_unix_ms) = (v1::JobState::Done.into(), 9_000));
     stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
+    stage.submit("there", json!({"recipe": {"builtIn": "tiny"}, "cluster": "east"}));
+    stage.until("it lacks its secret", |stage| stage.condition("there", "Reachable").1 == "NoSecret").await;
     let mut spec = clusters::as_the_chart();
     spec["workers"][0]["name"] = "others".into();
     stage.api.patch("trainingclusters", "east", "", &json!({"spec": spec}));
