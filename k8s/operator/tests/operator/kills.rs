@@ -33,7 +33,7 @@ async fn killed(requests: usize, is_carried_out: bool) -> bool {
     };
     if has_died {
         drop(mortal);
-        if requests % 3 == 0 {
+        if requests.is_multiple_of(3) {
             // The recipe is another one meanwhile.
             stage.api.patch("configmaps", "recipes", "", &json!({"data": {"recipe.toml": "second"}}));
         }
