@@ -7,5 +7,6 @@ mod definitions;
 mod jobs;
 mod kills;
 mod orchestrator;
+mod real;
 mod rights;
 mod stage;

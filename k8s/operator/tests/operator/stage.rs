@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use contraflow_operator::context::{Clock, Context, Home};
 use contraflow_operator::decide::Pace;
+use contraflow_operator::link::{self, Connect};
 use contraflow_operator::{clusters, jobs};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
@@ -84,7 +85,6 @@ pub struct Stage {
     pub orchestrator: Orchestrator,
     change: Change,
     clock: Clock,
-    pace: Pace,
 }
 
 /// One that runs until it is dropped.
@@ -105,7 +105,7 @@ impl Stage {
         });
         let change = Change::new();
         let api = ApiServer::new(change.clone(), clock.clone());
-        Stage { api, orchestrator: Orchestrator::new(change.clone()), change, clock, pace: Pace::default() }
+        Stage { api, orchestrator: Orchestrator::new(change.clone()), change, clock }
     }
 
     pub fn operator(&self) -> Operator {
@@ -113,9 +113,18 @@ impl Stage {
     }
 
     pub fn operator_that_dies(&self, fuse: Fuse) -> Operator {
-        let home = Home { address: "home:7070".into(), secret: None };
-        let (client, connect) = (self.api.client(fuse.clone()), self.orchestrator.connect(fuse));
-        let context = Arc::new(Context::new(client, connect, self.pace, Some(home), self.clock.clone()));
+        let client = self.api.client(fuse.clone());
+        self.operator_with(client, "home:7070", self.orchestrator.connect(fuse), Pace::default())
+    }
+
+    /// One whose home is an orchestrator of another process.
+    pub fn operator_of(&self, address: &str, pace: Pace) -> Operator {
+        self.operator_with(self.api.client(Fuse::default()), address, Arc::new(link::connect), pace)
+    }
+
+    fn operator_with(&self, client: kube::Client, address: &str, connect: Connect, pace: Pace) -> Operator {
+        let home = Home { address: address.into(), secret: None };
+        let context = Arc::new(Context::new(client, connect, pace, Some(home), self.clock.clone()));
         Operator(tokio::spawn(async move {
             let never = std::future::pending::<()>;
             tokio::join!(
