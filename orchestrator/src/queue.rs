@@ -42,6 +42,11 @@ impl Size {
     pub fn exactly(ranks: usize) -> Size {
         Size { least: ranks, asked: ranks, most: ranks }
     }
+
+    /// Whether the job may have so many.
+    pub fn allows(self, ranks: usize) -> bool {
+        (self.least..=self.most).contains(&ranks)
+    }
 }
 
 /// A job in line.

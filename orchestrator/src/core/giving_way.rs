@@ -61,8 +61,7 @@ impl Core {
     fn fits_into_cluster(&self, job: JobId) -> bool {
         let record = &self.jobs.all[&job];
         let Some(before) = record.formed.as_ref() else { return true };
-        let least = record.spec.min_ranks.min(before.places.len());
-        self.room_for(before.rank_bytes).0 >= least
+        self.room_for(before.rank_bytes).0 >= self.layouts.known_size(job, record).least
     }
 
     /// Whether a job in the queue could start with the free slots and those that this one holds.
@@ -75,14 +74,18 @@ impl Core {
         queued.into_iter().any(|(ranks, bytes)| free_slots(&self.supply(&[job], bytes)) >= ranks)
     }
 
-    /// Of these jobs, the most important first, those whose slots a job needs for its lost ranks; `None` if it has no place with
-    /// all of them.
+    /// Of these jobs, the most important first, those whose slots a job needs for its lost ranks, or for as many as it was scaled to;
+    /// `None` if it has no place with all of them, or waits for something else.
     fn holders_of_places(&self, job: JobId, others: &[JobId]) -> Option<Vec<JobId>> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
+        let size = self.layouts.known_size(job, record);
         let fits = |holders: &[JobId]| {
             let supply = self.supply(&[&[job], holders].concat(), before.rank_bytes);
-            refill_lost(&supply, record, before).is_some()
+            match size.allows(before.places.len()) {
+                true => refill_lost(&supply, record, before).is_some(),
+                false => free_slots(&supply) >= size.least,
+            }
         };
         let mut holders = others.to_vec();
         if !fits(&holders) {
@@ -94,6 +97,6 @@ impl Core {
                 holders = fewer;
             }
         }
-        Some(holders)
+        Some(holders).filter(|holders| !holders.is_empty())
     }
 }

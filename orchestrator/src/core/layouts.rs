@@ -73,11 +73,11 @@ impl Layouts {
             }
         };
         let least = if spec.min_ranks < asked {
-            fewest(&spec.topology(), spec.min_ranks, &mut |axes| self.runs(job, spec, axes))
+            fewest(&spec.topology(), spec.min_ranks, &mut |axes| self.runs(job, spec, axes)).unwrap_or(world)
         } else {
-            None
+            asked
         };
-        let size = Size { least: least.unwrap_or(asked).min(asked), asked, most };
+        let size = Size { least: least.min(asked), asked, most };
         self.known.entry(job).or_default().size = Some((target, size));
         size
     }

@@ -430,7 +430,7 @@ impl Core {
         }
         self.lost(&expired, now);
         // Time alone may let a job continue with fewer ranks.
-        self.may_recover |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
+        self.is_open |= self.jobs.all.values().any(|record| record.phase == Phase::Broken);
         // And grow into slots that have been free for long enough.
         self.is_open |= self.room.is_some();
         let jobs: Vec<JobId> = self.formations.keys().copied().collect();

@@ -79,7 +79,11 @@ impl Core {
 
     fn start(&mut self, job: JobId, ranks: usize, on_loan: bool) {
         match self.place_on(job, &[], ranks) {
-            Ok((topology, places)) => self.form(job, topology, places, on_loan),
+            Ok((topology, places)) => {
+                // There is no layout of just so many: what is left is for the next in line.
+                self.is_open |= topology.world() < ranks;
+                self.form(job, topology, places, on_loan);
+            }
             Err(refusal) => drop(self.reasons.insert(job, refusal)),
         }
     }
@@ -96,7 +100,9 @@ impl Core {
     ) -> Result<(Topology, Vec<u64>), String> {
         let record = &self.jobs.all[&job];
         let least = self.layouts.size(job, record).least;
-        let (mut available, mut refusal) = (ranks, format!("needs {}, {ranks} free", count(least, "rank")));
+        let mut refusal = format!("needs {}, {ranks} free", count(least, "rank"));
+        // More slots than there are can be left out at once; whether there is the memory is another matter for each layout.
+        let mut available = ranks.min(free_slots(&self.supply(own, 0)));
         loop {
             let record = &self.jobs.all[&job];
             let Some(topology) = self.layouts.best(job, &record.spec, available, least) else {
@@ -107,9 +113,8 @@ impl Core {
             let supply = self.supply(own, rank_bytes);
             match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
                 Ok(placement) => return Ok((topology, placement.of_rank)),
-                // There are slots for so many, but not the memory. With fewer ranks each needs no less.
                 Err(why) => {
-                    available = free_slots(&supply).min(topology.world() - 1);
+                    available = topology.world() - 1;
                     refusal = why.to_string();
                 }
             }
@@ -224,7 +229,7 @@ impl Core {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let size = self.layouts.size(job, record);
-        if !(size.least..=size.most).contains(&before.places.len()) {
+        if !size.allows(before.places.len()) {
             // It was scaled meanwhile.
             return self.place_on(job, &[job], size.most).ok();
         }

@@ -78,8 +78,10 @@ impl World {
         };
         let free = takes.map(free).sum::<usize>().saturating_sub(missing);
         if free >= ranks {
-            return self
-                .violate(format!("{head} is first in line, needs {ranks} slots, and {free} are free"));
+            let reason = core.waiting_for(head);
+            return self.violate(format!(
+                "{head} is first in line, needs {ranks} slots, and {free} are free: {reason:?}"
+            ));
         }
         // A stalled job is preempted once the stall has been detected.
         let is_stalled = self.workers.values().any(|worker| worker.is_stalled);

@@ -147,6 +147,32 @@ fn a_job_is_scaled_down_at_once_and_up_when_there_is_room_until_it_is_left_to_it
 }
 
 #[test]
+fn a_job_that_was_scaled_up_may_still_have_as_few_ranks_as_its_recipe_names() {
+    let mut world = World::new();
+    (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(2, 0))));
+    drop(world.step(Event::Scale { job: JOB, ranks: 3 }));
+    assert_eq!(world.core.size(JOB), Size { least: 2, asked: 3, most: 3 });
+}
+
+#[test]
+fn a_job_that_has_lost_ranks_and_was_scaled_meanwhile_holds_nobody_up() {
+    let mut world = World::new();
+    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(spec(3, 0))));
+    drop(world.step(Event::Scale { job: JOB, ranks: 1 }));
+    assert_eq!(world.places(), [1]);
+    trains(&mut world, 1);
+    // It may go on with one rank until it loses that.
+    drop(world.step(Event::Scale { job: JOB, ranks: 0 }));
+    drop(world.pass(LEASE_MS + ADOPTION_MS + 2 * TICK_MS, &[2]));
+    assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
+    drop(world.attach(3, Vec::new()));
+    drop(world.step(Event::Submit(spec(1, 0))));
+    assert_eq!(world.core.jobs().all[&SECOND].phase, Phase::Formed);
+}
+
+#[test]
 fn a_job_that_is_drained_goes_on_with_fewer_ranks_and_grows_back() {
     let mut world = training_on(2);
     drop(world.step(Event::Drain { node: "n2".into() }));
