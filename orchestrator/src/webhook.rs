@@ -14,7 +14,7 @@ use contraflow_runtime::files::objects::post;
 use contraflow_runtime::random::from_system;
 use ring::hmac;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tonic::transport::Uri;
 
@@ -96,21 +96,28 @@ impl Webhook {
         Ok(Webhook { url: url.to_owned(), key })
     }
 
-    /// Sends what comes, one after the other, until the sender is gone.
+    /// Sends what comes, one after the other, until the sender is gone. Pauses are short once that is about to be.
     pub fn start(self) -> Notices {
         let (sender, mut waiting) = mpsc::channel::<Notice>(WAITING);
         let left = Arc::<AtomicUsize>::default();
         let counted = left.clone();
+        let (hurry, mut hurried) = watch::channel(false);
         let delivery = tokio::spawn(async move {
             while let Some(notice) = waiting.recv().await {
-                self.deliver(&notice).await;
+                self.deliver(&notice, &mut hurried).await;
                 counted.fetch_sub(1, Ordering::Relaxed);
             }
         });
-        Notices { sender: Some(sender), warned: HashMap::new(), left, delivery: Some(delivery) }
+        Notices {
+            sender: Some(sender),
+            warned: HashMap::new(),
+            left,
+            hurry: Some(hurry),
+            delivery: Some(delivery),
+        }
     }
 
-    async fn deliver(&self, notice: &Notice) {
+    async fn deliver(&self, notice: &Notice, hurried: &mut watch::Receiver<bool>) {
         // A notice is numbers and texts.
         let body = serde_json::to_string(notice).unwrap_or_default();
         let id = format!("msg_{:032x}", u128::from_le_bytes(from_system().unwrap_or_default()));
@@ -131,7 +138,10 @@ impl Webhook {
                 Err(error) => why = error,
             }
             if attempt < ATTEMPTS {
-                tokio::time::sleep(pause).await;
+                if tokio::time::timeout(pause, hurried.wait_for(|is| *is)).await.is_ok() {
+                    // What refused the last attempt may be over, and others wait behind this notice.
+                    tokio::time::sleep(PAUSE).await;
+                }
                 pause *= 2;
             }
         }
@@ -148,6 +158,8 @@ pub struct Notices {
     warned: HashMap<String, Instant>,
     /// Notices that are neither taken nor given up.
     left: Arc<AtomicUsize>,
+    /// Tells what sends them that it ends.
+    hurry: Option<watch::Sender<bool>>,
     /// What sends them.
     delivery: Option<JoinHandle<()>>,
 }
@@ -175,7 +187,10 @@ impl Notices {
 
     /// Waits until all are taken or given up, and no longer than that; how many are left.
     pub async fn end(self, patience: Duration) -> usize {
-        let Notices { sender, left, delivery, .. } = self;
+        let Notices { sender, left, hurry, delivery, .. } = self;
+        if let Some(hurry) = &hurry {
+            hurry.send_replace(true);
+        }
         drop(sender);
         if let Some(mut delivery) = delivery
             && tokio::time::timeout(patience, &mut delivery).await.is_err()

@@ -120,12 +120,14 @@ impl Cluster {
             let plan = recipe.parallel.schedule.plan(recipe.parallel.pipeline, micro_batches, Mode::Train);
             plan.ok().map(|(plan, _)| plan)
         });
+        let of = recipe.clone();
+        let planned_ranks = tokio::task::spawn_blocking(move || of.map(|recipe| planned_ranks(&recipe)));
         let facts = Facts {
             id: job.job.clone(),
             name: if job.name.is_empty() { job.job.clone() } else { format!("{} · {}", job.name, job.job) },
             folder: None,
             steps: Some(job.steps),
-            planned_ranks: recipe.as_ref().map(|recipe| planned_ranks(recipe)).unwrap_or_default(),
+            planned_ranks: planned_ranks.await.ok().flatten().unwrap_or_default(),
             recipe,
             plan,
             is_local: false,

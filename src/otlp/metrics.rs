@@ -135,7 +135,11 @@ impl Exporter {
         let failed = |error: std::io::Error| Failure::run(format!("metrics: {error}"));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let (stop, stopped) = oneshot::channel::<()>();
-        let run = move || runtime.block_on(self.run(source, async { drop(stopped.await) }));
+        let run = move || {
+            runtime.block_on(self.run(source, async { drop(stopped.await) }));
+            // A name that is still being looked up is not waited for.
+            runtime.shutdown_background();
+        };
         let thread = std::thread::Builder::new().name("metrics".into()).spawn(run).map_err(failed)?;
         Ok(Exporting { stop: Some(stop), thread: Some(thread) })
     }

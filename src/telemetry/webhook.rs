@@ -47,7 +47,8 @@ pub struct Telling {
     run: String,
     steps: u64,
     /// Its own: a run has one for each of its formations.
-    runtime: tokio::runtime::Runtime,
+    /// There until this is dropped.
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl Telling {
@@ -61,7 +62,7 @@ impl Telling {
             let _entered = runtime.enter();
             webhook.start()
         };
-        Ok(Telling { notices: Mutex::new(Some(notices)), run: run.to_owned(), steps, runtime })
+        Ok(Telling { notices: Mutex::new(Some(notices)), run: run.to_owned(), steps, runtime: Some(runtime) })
     }
 
     /// Hands a notice over; nothing waits for it here.
@@ -98,8 +99,13 @@ impl Telling {
 
 impl Drop for Telling {
     fn drop(&mut self) {
-        let Some(notices) = self.notices.lock().take() else { return };
-        match self.runtime.block_on(notices.end(FAREWELL)) {
+        let (Some(notices), Some(runtime)) = (self.notices.lock().take(), self.runtime.take()) else {
+            return;
+        };
+        let left = runtime.block_on(notices.end(FAREWELL));
+        // A name that is still being looked up is not waited for.
+        runtime.shutdown_background();
+        match left {
             0 => {}
             left => tracing::warn!(
                 "the webhook has not taken {left} of the run's notices within {} s of its end",

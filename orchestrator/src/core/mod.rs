@@ -34,7 +34,7 @@ mod survivors;
 mod tests;
 mod times;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
@@ -132,8 +132,8 @@ pub struct Core {
     spec_bytes: u64,
     /// Something has changed that may give a job its ranks.
     is_open: bool,
-    /// Something has changed that may let a job that has lost ranks continue.
-    may_recover: bool,
+    /// Jobs that have lost ranks, of which something has changed that may let them continue.
+    may_recover: BTreeSet<JobId>,
     effects: Vec<Effect>,
 }
 
@@ -165,7 +165,7 @@ impl Core {
             usage: Usage::default(),
             reasons: BTreeMap::new(),
             is_open: true,
-            may_recover: true,
+            may_recover: BTreeSet::new(),
             effects: Vec::new(),
         };
         let running: Vec<JobId> =
@@ -307,10 +307,10 @@ impl Core {
             Event::Tick => self.tick(now),
         }
         // Nobody is placed on workers that nobody hears.
-        while !self.is_cut_off() && (self.is_open || self.may_recover) {
-            self.may_recover = false;
+        while !self.is_cut_off() && (self.is_open || !self.may_recover.is_empty()) {
+            let changed = std::mem::take(&mut self.may_recover);
             let is_open = std::mem::take(&mut self.is_open);
-            self.schedule(is_open, now);
+            self.schedule((!is_open).then_some(changed), now);
         }
         self.forget();
         std::mem::take(&mut self.effects)

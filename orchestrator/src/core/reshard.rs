@@ -140,7 +140,7 @@ impl Core {
                     survivors.reshard = None;
                 }
                 self.persist(Fact::CheckpointCommitted { job, step, cursor });
-                self.may_recover = true;
+                self.may_recover.insert(job);
             }
             Err(cause) => self.give_up_reshard(job, &cause),
         }
@@ -155,6 +155,6 @@ impl Core {
             job,
             format!("the state in memory cannot be written as a checkpoint: {cause}"),
         );
-        self.may_recover = true;
+        self.may_recover.insert(job);
     }
 }

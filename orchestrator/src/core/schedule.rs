@@ -16,15 +16,15 @@ use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill};
 use crate::queue::{self, Decision, Running, Waiting, grows};
 
 impl Core {
-    /// Forms every job that can be formed, and makes room for those that may ask for it; jobs that have lost ranks alone unless
-    /// something changed for the others too.
-    pub(super) fn schedule(&mut self, is_open: bool, now: u64) {
+    /// Forms every job that can be formed, and makes room for those that may ask for it; `only` these, which have lost ranks, where
+    /// nothing has changed for others.
+    pub(super) fn schedule(&mut self, only: Option<BTreeSet<JobId>>, now: u64) {
         let unchanged = self.effects.len();
-        if self.recover(now) {
+        if self.recover(only.as_ref(), now) {
             // What has come free is for them first.
             return;
         }
-        if !is_open && self.effects.len() == unchanged {
+        if only.is_some() && self.effects.len() == unchanged {
             // Most words are those of the workers of a formation that has broken, and there are thousands of them.
             return;
         }
@@ -57,10 +57,11 @@ impl Core {
     }
 
     /// Forms jobs that have lost ranks again. Returns whether some of them have given way to others of them.
-    fn recover(&mut self, now: u64) -> bool {
+    fn recover(&mut self, only: Option<&BTreeSet<JobId>>, now: u64) -> bool {
         let mut short = Vec::new();
         for job in self.recovering() {
-            if self.awaits_survivors(job, now) || self.pauses(job, now).is_some() {
+            let is_meant = only.is_none_or(|only| only.contains(&job));
+            if !is_meant || self.awaits_survivors(job, now) || self.pauses(job, now).is_some() {
                 continue;
             }
             match self.place_again(job, now) {

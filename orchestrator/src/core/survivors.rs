@@ -113,7 +113,7 @@ impl Core {
             survivors.replicas.insert(worker, replicas);
             // It may have missed the order to write shards.
             survivors.reshard = None;
-            self.may_recover = true;
+            self.may_recover.insert(job);
         } else if !is_asked && !goes_on_here {
             let reason = "the job continues without the replicas".to_owned();
             self.send(worker, WorkerCommand::Release { formation, reason, keep: false });

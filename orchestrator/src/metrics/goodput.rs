@@ -136,7 +136,8 @@ impl Ledger {
         if matches!(self.doing, Doing::Forming | Doing::Recovering) {
             let is_new = step > self.furthest;
             let doing = if is_new { Doing::Stepping } else { Doing::Repeating };
-            self.begin(doing, self.slots, began_ms.min(at_ms));
+            // A time that cannot be is a worker's word, and must not end the account.
+            self.begin(doing, self.slots, began_ms.max(self.since_ms).min(at_ms));
         }
         if self.doing == Doing::Repeating && step >= self.furthest {
             self.begin(Doing::Stepping, self.slots, at_ms);

@@ -83,10 +83,17 @@ impl JobService for JobsApi {
         let job = self.id(&request.job).await?;
         let answer = move |hub: &Hub| {
             let record = hub.core().jobs().all.get(&job).filter(|_| request.with_recipe);
-            let recipe = record.map_or_else(String::new, |record| record.spec.recipe.resolved_toml());
-            v1::GetResponse { job: Some(describe(hub, job)), recipe }
+            (describe(hub, job), record.map(|record| record.spec.recipe.clone()))
         };
-        Ok(Response::new(self.hub.ask(answer).await?))
+        let (job, recipe) = self.hub.ask(answer).await?;
+        // Not in the hub, nor on a thread that serves: it is of any size.
+        let recipe = match recipe {
+            Some(recipe) => tokio::task::spawn_blocking(move || recipe.resolved_toml())
+                .await
+                .map_err(|error| Status::internal(error.to_string()))?,
+            None => String::new(),
+        };
+        Ok(Response::new(v1::GetResponse { job: Some(job), recipe }))
     }
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {

@@ -52,6 +52,8 @@ pub fn ranks(run: &Run) -> Vec<Rank<'_>> {
         || topology.map_or(0, |topology| topology.world()),
         |places| places.len().min(MAX_RANKS),
     );
+    // On other axes, as elastic jobs are, a rank holds something else.
+    let is_as_planned = topology.is_some_and(|topology| topology.world() == number);
     let of_process = run.overview.last("memory_bytes").map(|bytes| bytes as u64);
     let mut sharing: BTreeMap<&str, u64> = BTreeMap::new();
     for Place { worker, .. } in places.into_iter().flatten().take(number) {
@@ -87,7 +89,10 @@ pub fn ranks(run: &Run) -> Vec<Rank<'_>> {
                 busy: measured.map(|(busy, _)| busy),
                 waits: measured.map(|(_, waits)| waits),
                 memory: memory.filter(|bytes| *bytes > 0),
-                planned: at.and_then(|at| run.overview.planned_ranks.get(at.pipeline)).copied(),
+                planned: at
+                    .and_then(|at| run.overview.planned_ranks.get(at.pipeline))
+                    .filter(|_| is_as_planned)
+                    .copied(),
                 is_slow: placed.is_some_and(|placed| placed.slow),
                 is_slowest: false,
                 row,

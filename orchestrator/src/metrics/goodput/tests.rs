@@ -138,6 +138,16 @@ fn times_that_are_not_known_or_go_back_count_nothing() {
 }
 
 #[test]
+fn a_step_that_is_said_to_have_taken_a_lifetime_does_not_end_the_account() {
+    let mut ledger = Ledger::default();
+    ledger.queued(at(0));
+    ledger.formed(4, at(30));
+    ledger.stepped(1, 0, at(45));
+    ledger.ended(true, stop(100, 10, 90));
+    assert_eq!(parts(ledger.account(at(200), 0)), [4 * 70, 0, 0, 0]);
+}
+
+#[test]
 fn accounts_add_up_and_what_has_come_since_is_told_from_what_was_before() {
     let before = training().account(at(60), at(60));
     let after = training().account(at(80), at(80));
