@@ -232,6 +232,8 @@ fn unix_seconds() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
 
     /// The example of the libraries of Standard Webhooks.
@@ -247,11 +249,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn warnings_of_a_job_at_every_step_leave_room_for_its_end() {
-        let (sender, mut waiting) = mpsc::channel(3);
-        let mut notices = Notices { sender: Some(sender), ..Notices::default() };
-        let notice = |happened, job: &str| Notice {
+    fn notice(happened: Happened, job: &str) -> Notice {
+        Notice {
             happened,
             unix_ms: 0,
             job: job.into(),
@@ -259,7 +258,13 @@ mod tests {
             step: 0,
             steps: 0,
             words: String::new(),
-        };
+        }
+    }
+
+    #[test]
+    fn warnings_of_a_job_at_every_step_leave_room_for_its_end() {
+        let (sender, mut waiting) = mpsc::channel(3);
+        let mut notices = Notices { sender: Some(sender), ..Notices::default() };
         for job in ["job-1", "job-1", "job-2", "job-1"] {
             notices.send(notice(Happened::Warning, job));
         }
@@ -268,6 +273,35 @@ mod tests {
         let expected =
             [(Happened::Warning, "job-1"), (Happened::Warning, "job-2"), (Happened::Failed, "job-1")];
         assert_eq!(told, expected.map(|(happened, job)| notice(happened, job)));
+    }
+
+    /// A receiver that refuses so many requests and takes the next one.
+    fn refusing(times: usize) -> String {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/hook", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for number in 0..=times {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"}") {
+                    let mut part = [0; 4096];
+                    let len = stream.read(&mut part).unwrap();
+                    request.extend_from_slice(&part[..len]);
+                }
+                let status = if number < times { "503 Busy" } else { "204 Taken" };
+                let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        url
+    }
+
+    #[tokio::test]
+    async fn the_end_is_told_soon_though_the_pauses_have_become_long() {
+        // The attempts at 0, 1 and 3 s are refused; the next one would be at 7 s.
+        let mut notices = Webhook::new(&refusing(3), None).unwrap().start();
+        notices.send(notice(Happened::Done, "job-1"));
+        assert_eq!(notices.end(Duration::from_secs(6)).await, 0);
     }
 
     #[test]
