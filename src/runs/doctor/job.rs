@@ -12,7 +12,7 @@ use v1::JobState;
 
 use super::super::survey::{RunState, age};
 use super::checks::{Examined, Patient, newest_manifest};
-use super::{Case, Check, analysis, nanoseconds};
+use super::{Case, Check, latest, nanoseconds, rings};
 use crate::client::{Known, state_of};
 use crate::dashboard::cluster::incidents::incidents;
 use crate::run_dir;
@@ -33,7 +33,8 @@ pub(super) fn examine(known: Known, now: SystemTime) -> Case {
             let checkpoints = CheckpointFolder::of_run(run);
             let patient =
                 Patient { run, state, now, recipe, manifest: newest_manifest(&checkpoints), resume };
-            let (analysis, rings) = analysis(run, is_at_work.then(|| nanoseconds(now)));
+            let rings = rings(run);
+            let analysis = Analysis::of_job(latest(&rings), is_at_work.then(|| nanoseconds(now)));
             let of_recipe = check_recipe(&known, patient.manifest.as_ref().map(|manifest| &manifest.model));
             let mut checks = checks;
             checks.extend([patient.program(&rings), patient.machine(), patient.disk()]);
@@ -48,7 +49,7 @@ pub(super) fn examine(known: Known, now: SystemTime) -> Case {
             let mut checks = checks;
             checks.extend([patient.program(&[]), patient.machine(), patient.clock(newest)]);
             checks.push(check_recipe(&known, None));
-            Examined { checks, analysis: Analysis::of(&[], None), rings: Vec::new() }
+            Examined { checks, analysis: Analysis::of_job(&[], None), rings: Vec::new() }
         }
     };
     let Known { job, recipe, lines, .. } = known;
