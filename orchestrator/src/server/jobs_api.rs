@@ -84,7 +84,8 @@ impl JobService for JobsApi {
         let answer = move |hub: &Hub| {
             let record = hub.core().jobs().all.get(&job).filter(|_| request.with_recipe);
             let recipe = record.map_or_else(String::new, |record| record.spec.recipe.resolved_toml());
-            v1::GetResponse { job: Some(describe(hub, job)), recipe }
+            let (id, state) = (job.bits(), hub.core().state());
+            v1::GetResponse { job: Some(describe(hub, job)), recipe, id, state }
         };
         Ok(Response::new(self.hub.ask(answer).await?))
     }
