@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use contraflow_proto::v1;
+use contraflow_runtime::checkpoint::Owner;
+use contraflow_runtime::topology::JobId;
 use contraflow_workers::host::FILES_LINE;
 
 use super::{Common, jobs};
@@ -22,6 +24,8 @@ const LINES: usize = 2_000;
 pub struct Known {
     /// Its state.
     pub job: v1::Job,
+    /// Whose its folder is.
+    pub owner: Option<Owner>,
     /// Resolved, TOML.
     pub recipe: String,
     /// Its folder in the storage, as the worker of rank 0 sees it; none before it has been formed.
@@ -38,7 +42,8 @@ pub fn known(common: &Common, job: &str) -> Result<Known, Failure> {
         let mut client = jobs(common).await?;
         let request = v1::GetRequest { job: job.to_owned(), with_recipe: true };
         let answer = client.get(request).await.map_err(|status| common.refused(&status))?;
-        let v1::GetResponse { job: found, recipe } = answer.into_inner();
+        let v1::GetResponse { job: found, recipe, id, state } = answer.into_inner();
+        let owner = Some(Owner { state, job: JobId::of(id) });
         let request = v1::LogsRequest { job: job.to_owned(), ..v1::LogsRequest::default() };
         let mut log = client.logs(request).await.map_err(|status| common.refused(&status))?.into_inner();
         let (mut folder, mut lines) = (None, VecDeque::new());
@@ -52,7 +57,7 @@ pub fn known(common: &Common, job: &str) -> Result<Known, Failure> {
                 lines.pop_front();
             }
         }
-        Ok(Known { job: found.unwrap_or_default(), recipe, folder, lines: lines.into() })
+        Ok(Known { job: found.unwrap_or_default(), owner, recipe, folder, lines: lines.into() })
     };
     let late =
         || Failure::run(format!("the orchestrator has not told all of {job} within {} s", MOST.as_secs()));

@@ -197,17 +197,19 @@ fn record(Case { kind, name, examined, .. }: &Case) -> Value {
     })
 }
 
-/// What the record of the latest formation of ranks in a folder says now, and all records. **Units**: `now` in ns since 1970, where a process
-/// is at work there.
-fn analysis(run: &Path, now: Option<u64>) -> (Analysis, Vec<(PathBuf, Vec<RankRing>)>) {
-    let rings = flight::read_all(run).unwrap_or_default();
-    let latest = rings.first().map_or(&[][..], |(_, rings)| rings);
-    (Analysis::of(latest, now), rings)
+/// The records of the formations of ranks in a folder, the latest first.
+fn rings(run: &Path) -> Vec<(PathBuf, Vec<RankRing>)> {
+    flight::read_all(run).unwrap_or_default()
+}
+
+/// Those of the latest formation.
+fn latest(rings: &[(PathBuf, Vec<RankRing>)]) -> &[RankRing] {
+    rings.first().map_or(&[], |(_, rings)| rings)
 }
 
 /// What a run that has failed adds to its last message: what held its ranks up, if that is known, and how to ask for more.
 pub(crate) fn hint(run: &Path) -> String {
-    let (analysis, _) = analysis(run, Some(nanoseconds(SystemTime::now())));
+    let analysis = Analysis::of(latest(&rings(run)), Some(nanoseconds(SystemTime::now())));
     let is_told = analysis.is_stuck() || matches!(analysis.verdict, Verdict::Failed(..));
     let sentence = if is_told { format!("\n{analysis}") } else { String::new() };
     format!("{sentence}\nmore about it: contraflow doctor {}", quoted(run.display()))

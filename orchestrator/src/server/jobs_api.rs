@@ -83,9 +83,10 @@ impl JobService for JobsApi {
         let job = self.id(&request.job).await?;
         let answer = move |hub: &Hub| {
             let record = hub.core().jobs().all.get(&job).filter(|_| request.with_recipe);
-            (describe(hub, job), record.map(|record| record.spec.recipe.clone()))
+            let recipe = record.map(|record| record.spec.recipe.clone());
+            (describe(hub, job), recipe, hub.core().state())
         };
-        let (job, recipe) = self.hub.ask(answer).await?;
+        let (found, recipe, state) = self.hub.ask(answer).await?;
         // Not in the hub, nor on a thread that serves: it is of any size.
         let recipe = match recipe {
             Some(recipe) => tokio::task::spawn_blocking(move || recipe.resolved_toml())
@@ -93,7 +94,7 @@ impl JobService for JobsApi {
                 .map_err(|error| Status::internal(error.to_string()))?,
             None => String::new(),
         };
-        Ok(Response::new(v1::GetResponse { job: Some(job), recipe }))
+        Ok(Response::new(v1::GetResponse { job: Some(found), recipe, id: job.bits(), state }))
     }
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {

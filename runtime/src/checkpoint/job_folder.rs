@@ -103,6 +103,10 @@ impl Owner {
         let hex = |number: u64| format!("{number:016x}");
         OwnerFile { state: hex(self.state), job: hex(self.job.bits()), generation }
     }
+
+    fn has(self, found: &OwnerFile) -> bool {
+        *found == self.file(found.generation)
+    }
 }
 
 impl JobFolder {
@@ -188,13 +192,12 @@ impl JobFolder {
         Ok(())
     }
 
-    /// The job whose folder this is, as its owner file says; `None` if it is no job's.
+    /// Whether a folder is this owner's, as its owner file says.
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn owner_of(dir: &Path) -> Result<Option<JobId>, FolderError> {
-        let found = read_owner(dir)?.and_then(|found| u64::from_str_radix(&found.job, 16).ok());
-        Ok(found.map(JobId::of))
+    pub fn is_of(dir: &Path, owner: Owner) -> Result<bool, FolderError> {
+        Ok(read_owner(dir)?.is_some_and(|found| owner.has(&found)))
     }
 
     /// Where it is.
@@ -249,7 +252,7 @@ impl JobFolder {
     }
 
     fn is_own(&self, found: &OwnerFile) -> bool {
-        *found == self.owner.file(found.generation)
+        self.owner.has(found)
     }
 
     fn foreign(&self, message: String) -> FolderError {
@@ -416,14 +419,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let storage = Storage::open(dir.path()).unwrap();
         assert_eq!(JobFolder::find(&storage, owner(1, 1, 5)).unwrap(), None);
-        assert_eq!(JobFolder::owner_of(dir.path()).unwrap(), None);
+        assert!(!JobFolder::is_of(dir.path(), owner(1, 1, 5)).unwrap(), "no job's");
         JobFolder::sweep(&storage).unwrap();
         let [own, other] = [1, 2].map(|state| claim(dir.path(), owner(state, 1, 5)));
         std::fs::write(own.path().join("file"), "some").unwrap();
         own.begin(Generation::new(3)).unwrap();
         let found = JobFolder::find(&storage, owner(1, 1, 5)).unwrap().unwrap();
         assert_eq!(found, own);
-        assert_eq!(JobFolder::owner_of(own.path()).unwrap(), Some(JobId::new(1, 5)));
+        for (state, number, nonce, is_own) in
+            [(1, 1, 5, true), (2, 1, 5, false), (1, 2, 5, false), (1, 1, 6, false)]
+        {
+            assert_eq!(JobFolder::is_of(own.path(), owner(state, number, nonce)).unwrap(), is_own);
+        }
         let late = found.take_away(Generation::new(2)).unwrap_err().to_string();
         assert!(late.contains("expected no formation after generation 2, got generation 3"), "{late}");
         assert!(own.path().join("file").exists());

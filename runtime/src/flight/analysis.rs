@@ -5,14 +5,17 @@ mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::RankRing;
 use super::record::{Event, Frame};
 use super::ring::{Ring, Unreadable};
+use super::{CLOCK_SKEW, RankRing};
 use crate::fabric::Phase;
 use crate::schedule::Work;
 
 /// Who is behind all others by as much is gone: a process says each second that it is alive. **Units**: ns.
 const SILENT: u64 = 5_000_000_000;
+
+/// The same where the ranks are on several machines, whose clocks differ: only what is more than that can be silence. **Units**: ns.
+const SILENT_ELSEWHERE: u64 = CLOCK_SKEW.as_nanos() as u64;
 
 /// What lasts less is no hang, whatever it is. **Units**: ns.
 const HANG: u64 = 10_000_000_000;
@@ -95,18 +98,29 @@ pub struct Analysis {
 }
 
 impl Analysis {
-    /// Of the rings of a formation, by rank. `now`, in ns since 1970, where its processes are alive; else all ends with the
-    /// last sign of life.
+    /// Of the rings of a formation on one machine, by rank. `now`, in ns since 1970, where its processes are alive; else all ends with
+    /// the last sign of life.
     pub fn of(rings: &[RankRing], now: Option<u64>) -> Analysis {
-        Analysis::knowing(rings, now, None)
+        Analysis::knowing(rings, now, Some(SILENT), None)
+    }
+
+    /// The same of a job, whose ranks may be on several machines: their clocks, and that of `now`, may differ by [`CLOCK_SKEW`].
+    pub fn of_job(rings: &[RankRing], now: Option<u64>) -> Analysis {
+        Analysis::knowing(rings, now, Some(SILENT_ELSEWHERE), None)
     }
 
     /// The same where it is known which ranks were lost. The others were there to the end, whatever the clocks of their machines say.
     pub fn after_loss(rings: &[RankRing], lost: &BTreeSet<usize>) -> Analysis {
-        Analysis::knowing(rings, None, Some(lost))
+        Analysis::knowing(rings, None, None, Some(lost))
     }
 
-    fn knowing(rings: &[RankRing], now: Option<u64>, lost: Option<&BTreeSet<usize>>) -> Analysis {
+    /// `silent`: who is behind by more is gone; none where no clock says who is.
+    fn knowing(
+        rings: &[RankRing],
+        now: Option<u64>,
+        silent: Option<u64>,
+        lost: Option<&BTreeSet<usize>>,
+    ) -> Analysis {
         let readable = || rings.iter().filter_map(|(rank, ring)| Some((*rank, ring.as_ref().ok()?)));
         let ended = readable().map(|(_, ring)| last_sign(ring)).max().unwrap_or_default();
         let ended = now.map_or(ended, |now| now.max(ended));
@@ -142,9 +156,7 @@ impl Analysis {
                 Some(Ok(ring)) if ring.records.is_empty() && ring.alive == 0 => {
                     Track::unknown(rank, "nothing was recorded".into())
                 }
-                Some(Ok(ring)) => {
-                    Track::of(rank, ring, (ended, lost.is_none()), |frame| is_sent(rank, frame))
-                }
+                Some(Ok(ring)) => Track::of(rank, ring, (ended, silent), |frame| is_sent(rank, frame)),
             };
             track.state.is_lost = lost.is_some_and(|lost| lost.contains(&rank));
             tracks.push(track);
@@ -228,11 +240,11 @@ impl Track {
         Track { state: RankState::unknown(rank, why), failed: None, longest: 0 }
     }
 
-    /// `may_be_silent`: whether a rank is gone is judged by when it last gave a sign.
+    /// `silent`: a rank whose last sign is older at the end is gone.
     fn of(
         rank: usize,
         ring: &Ring,
-        (ended, may_be_silent): (u64, bool),
+        (ended, silent): (u64, Option<u64>),
         is_sent: impl Fn(&Frame) -> bool,
     ) -> Track {
         let wall = |at: u64| ring.header.began.saturating_add(at);
@@ -274,7 +286,7 @@ impl Track {
         let sign = last_sign(ring);
         let (doing, since) = match doing {
             _ if is_finished => (Doing::Finished, wall(recorded)),
-            _ if may_be_silent && sign.saturating_add(SILENT) < ended => (Doing::Silent, sign),
+            _ if silent.is_some_and(|silent| sign.saturating_add(silent) < ended) => (Doing::Silent, sign),
             doing => (doing, wall(since.unwrap_or(recorded))),
         };
         let lasted = ended.saturating_sub(since);

@@ -14,6 +14,7 @@ mod ring;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use analysis::{Analysis, Doing, RankState, Verdict};
 pub use beats::Beats;
@@ -26,6 +27,9 @@ use crate::files;
 
 /// Folder of the rings in that of a run; in that of a job it has one for each formation.
 pub const FOLDER: &str = "flight";
+
+/// By how much the clocks of machines that train together, of their storage, and of whoever looks at them may differ.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// What a ring takes on the disk. **Units**: bytes.
 pub const RING_BYTES: usize = ring::HEADER_BYTES + ring::NUM_RECORDS * record::BYTES;

@@ -266,6 +266,37 @@ mod tests {
     }
 
     #[test]
+    fn a_beat_changes_the_sign_of_life_alone_in_a_copied_file_and_brings_what_was_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = ring_path(dir.path(), 1);
+        let recorder = Recorder::create(&path, 1, &about(2), false).unwrap();
+        let file = || std::fs::read(&path).unwrap();
+        let alive = ALIVE * size_of::<u64>()..(ALIVE + 1) * size_of::<u64>();
+        let note = |step| recorder.note(Event::Ended(Work::Totals, step), Instant::now());
+        let total = NUM_RECORDS as u64 + 7;
+        // From nothing, within a lap, and around its end.
+        for (from, to) in [(0, 3), (3, 3), (3, 2_040), (2_040, total), (total, total)] {
+            (from..to).for_each(note);
+            let mut before = file();
+            recorder.beat();
+            let after = file();
+            if from == to {
+                assert_ne!(before[alive.clone()], after[alive.clone()]);
+                before[alive.clone()].copy_from_slice(&after[alive.clone()]);
+                assert_eq!(before, after);
+            }
+            let ring = Ring::read(&after).unwrap();
+            let steps: Vec<(u64, Event)> =
+                ring.records.iter().map(|record| (record.number, record.event)).collect();
+            let first = to.saturating_sub(NUM_RECORDS as u64);
+            let noted: Vec<(u64, Event)> =
+                (first..to).map(|step| (step + 1, Event::Ended(Work::Totals, step))).collect();
+            assert_eq!((steps, ring.unreadable), (noted, 0));
+            assert_eq!(ring.bytes(), after, "as the ring is");
+        }
+    }
+
+    #[test]
     fn processes_of_one_formation_share_a_folder_and_one_that_cannot_record_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("flight");

@@ -2,12 +2,12 @@
 //! nothing. Those of a job are in `job`.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use contraflow_kernels::isa::instruction_set;
 use contraflow_runtime::checkpoint::{CheckpointError, CheckpointFolder, Manifest};
 use contraflow_runtime::files;
-use contraflow_runtime::flight::{Analysis, RankRing, Verdict};
+use contraflow_runtime::flight::{Analysis, CLOCK_SKEW, RankRing, Verdict};
 use contraflow_runtime::layout::MemoryLimit;
 use contraflow_runtime::model_config::ModelConfig;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
@@ -16,7 +16,7 @@ use contraflow_runtime::stability::evidence::EVIDENCE_FILE;
 use contraflow_workers::checkpoint::provenance::made_by;
 
 use super::super::survey::{Disk, Record, RunState, age};
-use super::{Check, nanoseconds};
+use super::{Check, latest, nanoseconds};
 use crate::machine;
 use crate::output::{count, quoted};
 use crate::run_dir::{self, METRICS};
@@ -26,9 +26,6 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// A clock before this one is wrong: no version of this program is older. **Units**: seconds since 1970.
 const PROGRAM_BEGAN: u64 = 1_735_689_600;
-
-/// By how much the clocks of a storage and of a machine may differ.
-const CLOCK_SKEW: Duration = Duration::from_secs(60);
 
 /// With less a run cannot write what is beside its checkpoints. **Units**: bytes.
 const LEAST_FREE: u64 = 64 << 20;
@@ -64,7 +61,8 @@ impl Examined {
         let state = super::super::survey::Survey::of(run).state;
         let (recipe, of_recipe) = recipe(run, manifest.as_ref(), state);
         let in_use = (state == RunState::Training).then(|| nanoseconds(now));
-        let (analysis, rings) = super::analysis(run, in_use);
+        let rings = super::rings(run);
+        let analysis = Analysis::of(latest(&rings), in_use);
         let resume = match manifest {
             Some(_) => {
                 format!(

@@ -12,7 +12,7 @@ use v1::JobState;
 
 use super::super::survey::{RunState, age};
 use super::checks::{Examined, Patient, newest_manifest};
-use super::{Case, Check, analysis, nanoseconds};
+use super::{Case, Check, latest, nanoseconds, rings};
 use crate::client::{Known, state_of};
 use crate::dashboard::cluster::incidents::incidents;
 use crate::run_dir;
@@ -33,7 +33,8 @@ pub(super) fn examine(known: Known, now: SystemTime) -> Case {
             let checkpoints = CheckpointFolder::of_run(run);
             let patient =
                 Patient { run, state, now, recipe, manifest: newest_manifest(&checkpoints), resume };
-            let (analysis, rings) = analysis(run, is_at_work.then(|| nanoseconds(now)));
+            let rings = rings(run);
+            let analysis = Analysis::of_job(latest(&rings), is_at_work.then(|| nanoseconds(now)));
             let of_recipe = check_recipe(&known, patient.manifest.as_ref().map(|manifest| &manifest.model));
             let mut checks = checks;
             checks.extend([patient.program(&rings), patient.machine(), patient.disk()]);
@@ -48,7 +49,7 @@ pub(super) fn examine(known: Known, now: SystemTime) -> Case {
             let mut checks = checks;
             checks.extend([patient.program(&[]), patient.machine(), patient.clock(newest)]);
             checks.push(check_recipe(&known, None));
-            Examined { checks, analysis: Analysis::of(&[], None), rings: Vec::new() }
+            Examined { checks, analysis: Analysis::of_job(&[], None), rings: Vec::new() }
         }
     };
     let Known { job, recipe, lines, .. } = known;
@@ -59,9 +60,10 @@ pub(super) fn examine(known: Known, now: SystemTime) -> Case {
 fn place(known: &Known) -> Result<PathBuf, String> {
     let Some(folder) = &known.folder else { return Err("it has no folder in the storage yet".into()) };
     let path = PathBuf::from(folder);
-    match JobFolder::owner_of(&path) {
-        Ok(Some(owner)) if owner.to_string() == known.job.job => Ok(path),
-        Ok(_) => {
+    // Several orchestrators count their jobs from 1: a job of this number may be another one's.
+    match known.owner.map_or(Ok(false), |owner| JobFolder::is_of(&path, owner)) {
+        Ok(true) => Ok(path),
+        Ok(false) => {
             Err(format!("{folder}: not to be reached from here; run this where the workers' storage is"))
         }
         Err(error) => Err(format!("{folder}: {error}")),
@@ -151,6 +153,9 @@ fn check_recipe(known: &Known, model: Option<&serde_json::Value>) -> Check {
 
 #[cfg(test)]
 mod tests {
+    use contraflow_runtime::checkpoint::Owner;
+    use contraflow_runtime::topology::JobId;
+
     use super::super::Status;
     use super::*;
 
@@ -171,18 +176,26 @@ mod tests {
     fn a_folder_of_the_same_path_that_is_another_jobs_is_not_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().display().to_string();
-        let known = Known { folder: Some(path.clone()), ..known(JobState::Running) };
-        let owner = |number: u64| {
-            let job = contraflow_runtime::topology::JobId::new(number, 3);
-            let text = format!("{{\"state\": \"01\", \"job\": \"{:016x}\", \"generation\": 1}}", job.bits());
-            std::fs::write(dir.path().join("owner.json"), text).unwrap();
-        };
+        let own = JobId::new(7, 3);
+        let owner = Some(Owner { state: 1, job: own });
+        let known = Known { folder: Some(path.clone()), owner, ..known(JobState::Running) };
         let status = || check(&examine(known.clone(), SystemTime::now()), "storage").status;
-        assert_eq!(status(), Status::Warning);
-        owner(8);
-        assert_eq!(status(), Status::Warning);
-        owner(7);
-        assert_eq!(status(), Status::Ok);
+        assert_eq!(status(), Status::Warning, "no job's");
+        let owners = [
+            (1, JobId::new(8, 3), Status::Warning),
+            // The same number: of another start of the orchestrator, and of another orchestrator.
+            (1, JobId::new(7, 4), Status::Warning),
+            (2, own, Status::Warning),
+            (1, own, Status::Ok),
+        ];
+        for (state, job, expected) in owners {
+            let text = format!(
+                "{{\"state\": \"{state:016x}\", \"job\": \"{:016x}\", \"generation\": 1}}",
+                job.bits()
+            );
+            std::fs::write(dir.path().join("owner.json"), text).unwrap();
+            assert_eq!(status(), expected, "{state} {job:?}");
+        }
         assert_eq!(examine(known, SystemTime::now()).folder, Some(PathBuf::from(path)));
     }
 

@@ -253,6 +253,26 @@ fn a_rank_that_is_known_to_be_lost_is_named_with_what_it_was_in_and_what_is_awai
 }
 
 #[test]
+fn of_a_job_clocks_may_differ_by_what_is_no_silence_yet() {
+    let stuck = [(2 * SECOND, 0, Event::Began(forward(1, 3), 7))];
+    // The clock of the first is ahead by so much; nobody has ended.
+    let rings = |ahead: u64| {
+        let (rank, Ok(mut first)) = ring(0, 2, 14 * SECOND, &events(&[&done(), &waiting(1, 3 * SECOND, 5)]))
+        else {
+            panic!("a ring")
+        };
+        first.header.began += ahead * SECOND;
+        [(rank, Ok(first)), ring(1, 2, 14 * SECOND, &events(&[&done(), &stuck]))]
+    };
+    let doing = |analysis: Analysis| analysis.ranks[1].doing.clone();
+    assert_eq!(doing(Analysis::of_job(&rings(20), None)), Doing::Operation(forward(1, 3), 7));
+    // On one machine there is one clock.
+    assert_eq!(doing(Analysis::of(&rings(20), None)), Doing::Silent);
+    assert_eq!(doing(Analysis::of_job(&rings(60), None)), Doing::Operation(forward(1, 3), 7));
+    assert_eq!(doing(Analysis::of_job(&rings(61), None)), Doing::Silent);
+}
+
+#[test]
 fn where_it_is_known_who_was_lost_no_clock_says_that_somebody_else_is_gone() {
     // The clock of the first is ten minutes ahead.
     let stuck = [(2 * SECOND, 0, Event::Began(forward(1, 3), 7))];
