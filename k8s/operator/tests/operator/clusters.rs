@@ -101,7 +101,13 @@ fn a_cluster_is_what_the_chart_makes_of_the_same_values() {
             })
             .collect()
     };
-    let chart = by_key(documents.filter(is_ours).collect());
+    let mut chart = by_key(documents.filter(is_ours).collect());
+    // The chart's clients may be others than all pods of the namespace, and its operator is one of them then.
+    let policy = chart.get_mut("NetworkPolicy contraflow-orchestrator").unwrap();
+    let admitted = policy["spec"]["ingress"][0]["from"].as_array_mut().unwrap();
+    let operator =
+        |from: &mut Value| from["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "operator";
+    assert_eq!(admitted.extract_if(.., operator).count(), 1);
     let cluster: TrainingCluster = serde_json::from_value(object("contraflow", &as_the_chart())).unwrap();
     let own = objects(&cluster, |group| group.min_workers);
     let own = by_key(own.into_iter().map(|object| object.body).collect());
