@@ -17,6 +17,7 @@ use crate::cluster::{TrainingCluster, TrainingClusterStatus, WorkerGroup};
 use crate::cluster_status::{Found, notices, status};
 use crate::context::{Context, Fault, MANAGER, is_code};
 use crate::objects::{Object, applied, group_name, objects, orchestrator_address};
+use crate::watching::Faults;
 
 /// Clusters that are looked at, at once.
 const AT_ONCE: u16 = 8;
@@ -29,6 +30,7 @@ pub async fn run(
 ) {
     let clusters: Api<TrainingCluster> = Api::namespaced(context.client.clone(), namespace);
     let sets: Api<StatefulSet> = Api::namespaced(context.client.clone(), namespace);
+    let faults = Faults::default();
     let ours = watcher::Config::default().labels("app.kubernetes.io/managed-by=contraflow-operator");
     Controller::new(clusters, watcher::Config::default())
         .owns(sets, ours)
@@ -36,7 +38,7 @@ pub async fn run(
         .graceful_shutdown_on(end)
         .run(reconcile, again, context)
         .for_each(|looked| {
-            looked.as_ref().err().inspect(|error| tracing::debug!("{error}"));
+            looked.as_ref().err().inspect(|error| faults.tell(error));
             std::future::ready(())
         })
         .await;

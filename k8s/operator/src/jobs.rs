@@ -25,6 +25,7 @@ use crate::link::{Link, Place};
 use crate::request::{fingerprint, name, recipe, submission};
 use crate::status::{Look, Notice, Seen, notices, parting, status, submitting};
 use crate::trouble::{REACHABLE, SCALED, SUBMITTED, Trouble};
+use crate::watching::Faults;
 
 /// Keeps an object until its job is cancelled.
 pub const FINALIZER: &str = "contraflow.dev/cancel";
@@ -45,6 +46,7 @@ pub async fn run(
     end: impl Future<Output = ()> + Send + Sync + 'static,
 ) {
     let jobs: Api<TrainingJob> = Api::namespaced(context.client.clone(), namespace);
+    let faults = Faults::default();
     let (reader, writer) = reflector::store();
     let changed = watcher(jobs, watcher::Config::default())
         .default_backoff()
@@ -56,7 +58,7 @@ pub async fn run(
         .graceful_shutdown_on(end)
         .run(reconcile, again, context)
         .for_each(|looked| {
-            looked.as_ref().err().inspect(|error| tracing::debug!("{error}"));
+            looked.as_ref().err().inspect(|error| faults.tell(error));
             std::future::ready(())
         })
         .await;

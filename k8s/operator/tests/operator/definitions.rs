@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use contraflow_operator::{cluster, job, yaml};
+use contraflow_operator::{cluster, job, watching, yaml};
 use serde_json::{Value, json};
+
+use crate::stage::{Fuse, Stage};
 
 fn k8s() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -182,6 +184,22 @@ fn the_pod_calls_the_program_as_it_is() {
     let flags: Vec<&str> = arguments.map(|argument| argument.split('=').next().unwrap()).collect();
     assert_eq!(flags.len(), 3);
     assert!(flags.iter().all(|flag| help.contains(&format!("{flag} <"))), "{flags:?} {help}");
+}
+
+#[tokio::test]
+async fn an_operator_without_its_definitions_says_how_they_are_made() {
+    let stage = Stage::new();
+    let client = stage.api.client(Fuse::default());
+    watching::check(&client, "training").await.unwrap();
+    stage.api.undefine("trainingclusters");
+    let words = watching::check(&client, "training").await.unwrap_err().to_string();
+    assert!(
+        words.contains("got no TrainingCluster: `kubectl apply --server-side -f k8s/chart/crds`"),
+        "{words}"
+    );
+    stage.api.undefine("trainingjobs");
+    let words = watching::check(&client, "training").await.unwrap_err().to_string();
+    assert!(words.contains("got no TrainingJob:"), "{words}");
 }
 
 /// Every rule of a definition, and the words for what it refuses.
