@@ -20,9 +20,13 @@ fn tool(variable: &str, name: &str) -> Option<PathBuf> {
 }
 
 fn template(helm: &Path, arguments: &[&str]) -> Output {
+    release(helm, "contraflow", arguments)
+}
+
+fn release(helm: &Path, name: &str, arguments: &[&str]) -> Output {
     let chart = folder().join("chart");
     let mut command = Command::new(helm);
-    command.args(["template", "contraflow"]).arg(chart).args(["--namespace", "contraflow"]).args(arguments);
+    command.args(["template", name]).arg(chart).args(["--namespace", "contraflow"]).args(arguments);
     command.output().unwrap()
 }
 
@@ -93,6 +97,32 @@ fn without_its_operator_the_chart_asks_for_no_right() {
     for kind in ["Role", "RoleBinding", "ServiceAccount", "Deployment"] {
         assert!(!without.contains(&format!("kind: {kind}\n")), "{kind}");
     }
+}
+
+#[test]
+fn the_operator_reaches_the_orchestrator_whoever_else_may() {
+    let Some(helm) = tool("CONTRAFLOW_HELM", "helm") else { return };
+    let admits = |arguments: &[&str]| {
+        let arguments = [&["--show-only", "templates/policies.yaml"], arguments].concat();
+        rendered(&helm, &arguments).matches("app.kubernetes.io/component: operator").count()
+    };
+    let nobody = ["--set-json", "networkPolicy.clients=[]"];
+    assert_eq!((admits(&[]), admits(&nobody)), (1, 1));
+    assert_eq!(admits(&[&nobody[..], &["--set", "operator.enabled=false"]].concat()), 0);
+}
+
+#[test]
+fn names_that_do_not_fit_into_the_labels_of_pods_are_refused() {
+    let Some(helm) = tool("CONTRAFLOW_HELM", "helm") else { return };
+    let named = |length: usize| {
+        let group = format!("workers[0].name={}", "a".repeat(length));
+        let values = ["--set", &group, "--set", "workers[0].slots=2", "--set", "workers[0].replicas=1"];
+        let output = release(&helm, "contraflow-of-the-east-12", &values);
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert!(named(26).0, "{}", named(26).1);
+    let (is_taken, words) = named(27);
+    assert!(!is_taken && words.contains("workers[0].name: expected at most 26 characters"), "{words}");
 }
 
 #[test]

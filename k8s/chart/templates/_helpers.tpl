@@ -1,8 +1,8 @@
 {{/* Names and what all pods have in common. */}}
 
 {{- define "contraflow.name" -}}
-{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" }}{{ end }}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 39 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 39 | trimSuffix "-" }}{{ end }}
 {{- end }}
 
 {{- define "contraflow.selector" -}}

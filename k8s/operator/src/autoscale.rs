@@ -34,6 +34,25 @@ pub fn present(group: &WorkerGroup, replicas: Option<i32>, idle_since: Option<Ti
     GroupSize { name: group.name.clone(), workers: replicas.unwrap_or(least).clamp(least, most), idle_since }
 }
 
+/// Slots that there are with every group at its most.
+fn most_slots(groups: &[WorkerGroup]) -> i64 {
+    groups.iter().map(|group| i64::from(bounds(group).1) * i64::from(group.slots)).sum()
+}
+
+fn waits(job: &v1::Job) -> bool {
+    matches!(job.state(), JobState::Queued | JobState::Recovering)
+}
+
+/// Jobs in the queue that need more slots than the groups have at their most, in words: no worker is started for them.
+pub fn too_large(groups: &[WorkerGroup], jobs: &[v1::Job]) -> Vec<String> {
+    let most = most_slots(groups);
+    let large = jobs.iter().filter(|job| waits(job) && i64::from(job.min_ranks) > most);
+    let words = |job: &v1::Job| {
+        format!("{} needs {} ranks, and all groups at their most have {most} slots", job.job, job.min_ranks)
+    };
+    large.map(words).collect()
+}
+
 /// Slots that jobs in the queue need and nobody has. Workers that are being started count as there.
 pub fn lacking(
     groups: &[WorkerGroup],
@@ -49,8 +68,12 @@ pub fn lacking(
     let drained = workers.iter().filter(|worker| worker.draining);
     let drained: i64 =
         drained.map(|worker| i64::try_from(worker.slots.saturating_sub(worker.used)).unwrap_or(0)).sum();
-    let waits = |job: &&v1::Job| matches!(job.state(), JobState::Queued | JobState::Recovering);
-    let needed: i64 = jobs.iter().filter(waits).map(|job| i64::from(job.min_ranks)).sum();
+    let most = most_slots(groups);
+    let fit = jobs.iter().filter(|job| waits(job) && i64::from(job.min_ranks) <= most);
+    // Ranks that a job has already are among those that are used.
+    let is_there = |rank: &&v1::RankPlace| workers.iter().any(|worker| worker.worker == rank.worker);
+    let has = |job: &v1::Job| i64::try_from(job.ranks.iter().filter(is_there).count()).unwrap_or(0);
+    let needed: i64 = fit.map(|job| (i64::from(job.min_ranks) - has(job)).max(0)).sum();
     needed - (there - used - drained).max(0)
 }
 
@@ -145,8 +168,35 @@ mod tests {
         assert_eq!(grown[0].workers, 3);
         // Its two new pods have not joined yet.
         assert_eq!(next(&groups, &grown, &queue, &busy, 1), grown);
-        let more = [job(JobState::Queued, 800)];
+        let more = [job(JobState::Queued, 12), job(JobState::Queued, 12)];
         assert_eq!(next(&groups, &grown, &more, &busy, 1)[0].workers, 5);
+    }
+
+    #[test]
+    fn a_job_that_no_number_of_workers_has_room_for_starts_none() {
+        let groups = [group("a", 1, Some(5))];
+        let one = [present(&groups[0], None, None)];
+        let large = v1::Job { job: "job-3".into(), ..job(JobState::Queued, 21) };
+        let queue = [large, job(JobState::Queued, 8), job(JobState::Running, 100)];
+        assert_eq!(next(&groups, &one, &queue, &[], 0)[0].workers, 2);
+        assert_eq!(
+            too_large(&groups, &queue),
+            ["job-3 needs 21 ranks, and all groups at their most have 20 slots"]
+        );
+        assert_eq!(too_large(&groups, &[job(JobState::Queued, 20)]), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn ranks_that_a_recovering_job_has_are_not_asked_for_again() {
+        let groups = [group("a", 2, Some(5))];
+        let two = [present(&groups[0], None, None)];
+        let place = |pod: &str| v1::RankPlace { worker: format!("{pod}-1"), ..v1::RankPlace::default() };
+        // Four of its eight ranks were on a pod that is gone; another one is being started.
+        let ranks = [vec![place("c-a-0"); 4], vec![place("gone"); 4]].concat();
+        let recovering = v1::Job { ranks, ..job(JobState::Recovering, 8) };
+        let queue = [recovering];
+        assert_eq!(lacking(&groups, &two, &queue, &[worker("c-a-0", 4)]), 0);
+        assert_eq!(next(&groups, &two, &queue, &[worker("c-a-0", 4)], 0)[0].workers, 2);
     }
 
     #[test]

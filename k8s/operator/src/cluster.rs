@@ -322,7 +322,7 @@ pub struct TrainingClusterStatus {
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub groups: Vec<GroupStatus>,
-    /// Ready, OrchestratorReady, WorkersReady.
+    /// Ready, OrchestratorReady, WorkersReady, QueueFits.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -350,9 +350,19 @@ pub fn definition() -> CustomResourceDefinition {
         let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
         let Some(schema) = schema else { continue };
         drop_nulls(schema);
-        let short =
-            rule("self.metadata.name.size() <= 40", "metadata.name: expected at most 40 characters", None);
-        schema.x_kubernetes_validations = Some(vec![short]);
+        // Pods of a StatefulSet have its name and eleven characters more in a label, which takes 63.
+        schema.x_kubernetes_validations = Some(vec![
+            rule(
+                "self.metadata.name.size() <= 39 && !self.metadata.name.contains('.')",
+                "metadata.name: expected at most 39 characters and no dot",
+                None,
+            ),
+            rule(
+                "self.spec.workers.all(group, self.metadata.name.size() + group.name.size() <= 51)",
+                "metadata.name: expected at most 51 characters together with the name of each group in spec.workers",
+                None,
+            ),
+        ]);
         let Some(spec) = schema.properties.as_mut().and_then(|properties| properties.get_mut("spec")) else {
             continue;
         };

@@ -7,6 +7,9 @@ use crate::cluster::{GroupStatus, TrainingClusterStatus};
 use crate::conditions::{Is, find, is, set, time};
 use crate::status::Notice;
 
+/// Whether the groups have room for every job in the queue, were there as many workers as there may be.
+const FITS: &str = "QueueFits";
+
 /// What a look has found.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -18,6 +21,8 @@ pub struct Found {
     pub is_orchestrator_ready: bool,
     /// Each group, and how many of its workers are ready.
     pub groups: Vec<(GroupSize, i32)>,
+    /// Jobs in the queue that no number of workers has room for; none: nobody said.
+    pub too_large: Option<Vec<String>>,
     /// Objects that could not be made, and why.
     pub faults: Vec<String>,
     /// When.
@@ -58,6 +63,12 @@ pub fn status(before: &TrainingClusterStatus, found: &Found) -> TrainingClusterS
         "",
     );
     say("WorkersReady", Is::so(lacking.is_empty()), ready_or_not(lacking.is_empty()), &lacking);
+    let is_shown = find(&before.conditions, FITS).is_some();
+    match found.too_large.as_deref() {
+        Some([]) if is_shown => say(FITS, Is::True, "Fits", ""),
+        Some([]) | None => {}
+        Some(jobs) => say(FITS, Is::False, "TooLarge", &jobs.join("; ")),
+    }
     match (faults.is_empty(), found.is_orchestrator_ready, lacking.is_empty()) {
         (false, ..) => say("Ready", Is::False, "Refused", &faults),
         (_, false, _) => {
@@ -82,6 +93,14 @@ pub fn notices(before: &TrainingClusterStatus, after: &TrainingClusterStatus) ->
                 words: format!("{name}: {wanted} workers, before {was}"),
             });
         }
+    }
+    let message = |status: &TrainingClusterStatus| {
+        find(&status.conditions, FITS)
+            .filter(|fits| fits.reason == "TooLarge")
+            .map(|fits| fits.message.clone())
+    };
+    if let Some(words) = message(after).filter(|words| message(before).as_ref() != Some(words)) {
+        notices.push(Notice { is_warning: true, reason: "TooLarge", words });
     }
     let ready = find(&after.conditions, "Ready");
     let changed =
@@ -116,9 +135,27 @@ mod tests {
             orchestrator: "c-orchestrator:7070".into(),
             is_orchestrator_ready,
             groups: vec![(size, ready)],
+            too_large: None,
             faults: faults.iter().map(|fault| (*fault).to_owned()).collect(),
             now: Timestamp::UNIX_EPOCH,
         }
+    }
+
+    #[test]
+    fn a_job_that_is_too_large_for_all_groups_is_said_until_it_has_gone() {
+        let with = |too_large: &[&str]| {
+            let too_large = too_large.iter().map(|job| (*job).to_owned()).collect();
+            Found { too_large: Some(too_large), ..found(true, 2, &[]) }
+        };
+        let none = status(&TrainingClusterStatus::default(), &with(&[]));
+        assert_eq!(find(&none.conditions, FITS), None);
+        let large = status(&none, &with(&["job-3 is too large"]));
+        let fits = find(&large.conditions, FITS).cloned().unwrap_or_default();
+        assert_eq!((fits.status.as_str(), fits.message.as_str()), ("False", "job-3 is too large"));
+        assert_eq!(notices(&none, &large).iter().map(|it| it.reason).collect::<Vec<_>>(), ["TooLarge"]);
+        assert_eq!(status(&large, &found(true, 2, &[])), large);
+        assert_eq!(notices(&large, &large), []);
+        assert!(is(&status(&large, &with(&[])).conditions, FITS, Is::True));
     }
 
     #[test]

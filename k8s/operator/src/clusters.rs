@@ -17,6 +17,7 @@ use crate::cluster::{TrainingCluster, TrainingClusterStatus, WorkerGroup};
 use crate::cluster_status::{Found, notices, status};
 use crate::context::{Context, Fault, MANAGER, is_code};
 use crate::objects::{Object, applied, group_name, objects, orchestrator_address};
+use crate::watching::Faults;
 
 /// Clusters that are looked at, at once.
 const AT_ONCE: u16 = 8;
@@ -29,16 +30,16 @@ pub async fn run(
 ) {
     let clusters: Api<TrainingCluster> = Api::namespaced(context.client.clone(), namespace);
     let sets: Api<StatefulSet> = Api::namespaced(context.client.clone(), namespace);
+    let faults = Faults::default();
     let ours = watcher::Config::default().labels("app.kubernetes.io/managed-by=contraflow-operator");
     Controller::new(clusters, watcher::Config::default())
         .owns(sets, ours)
         .with_config(Config::default().concurrency(AT_ONCE))
         .graceful_shutdown_on(end)
         .run(reconcile, again, context)
-        .for_each(|looked| async move {
-            if let Err(error) = looked {
-                tracing::debug!("{error}");
-            }
+        .for_each(|looked| {
+            looked.as_ref().err().inspect(|error| faults.tell(error));
+            std::future::ready(())
         })
         .await;
 }
@@ -62,7 +63,7 @@ pub async fn reconcile(cluster: Arc<TrainingCluster>, context: Arc<Context>) -> 
     let labels =
         format!("app.kubernetes.io/managed-by={MANAGER},app.kubernetes.io/instance={}", cluster.name_any());
     let there = sets.list(&ListParams::default().labels(&labels)).await?.items;
-    let sizes = sizes(&cluster, &context, &there).await?;
+    let (sizes, too_large) = sizes(&cluster, &context, &there).await?;
     let mut faults = Vec::new();
     for object in objects(&cluster, |group| wanted(&sizes, group)) {
         if let Some(fault) = apply(&cluster, &context, &object).await? {
@@ -90,6 +91,7 @@ pub async fn reconcile(cluster: Arc<TrainingCluster>, context: Arc<Context>) -> 
         is_orchestrator_ready: ready(&orchestrator) > 0,
         groups: groups.collect(),
         faults,
+        too_large,
         now: context.now(),
     };
     let after = status(&before, &found);
@@ -105,12 +107,12 @@ fn wanted(sizes: &[GroupSize], group: &WorkerGroup) -> i32 {
     sizes.iter().find(|size| size.name == group.name).map_or(group.min_workers, |size| size.workers)
 }
 
-/// How many workers each group is to have.
+/// How many workers each group is to have, and what of the queue no number of them has room for; none: nobody said what is in the queue.
 async fn sizes(
     cluster: &TrainingCluster,
     context: &Context,
     there: &[StatefulSet],
-) -> Result<Vec<GroupSize>, Fault> {
+) -> Result<(Vec<GroupSize>, Option<Vec<String>>), Fault> {
     let replicas = |group: &WorkerGroup| {
         let set = there.iter().find(|set| set.name_any() == group_name(cluster, group));
         set.and_then(|set| set.spec.as_ref()).and_then(|spec| spec.replicas)
@@ -123,17 +125,19 @@ async fn sizes(
     let present = |group: &WorkerGroup| autoscale::present(group, replicas(group), idle_since(group));
     let present: Vec<GroupSize> = cluster.spec.workers.iter().map(present).collect();
     if cluster.spec.workers.iter().all(|group| group.max_workers.is_none()) {
-        return Ok(present);
+        return Ok((present, None));
     }
     let namespace = cluster.namespace().unwrap_or_default();
     let place = context
         .place(&namespace, orchestrator_address(cluster), Some(&cluster.spec.tls.client_secret))
         .await?;
-    let Ok(link) = place.and_then(|place| context.links.to(&place)) else { return Ok(present) };
+    let Ok(link) = place.and_then(|place| context.links.to(&place)) else { return Ok((present, None)) };
     // Nothing changes while nobody says what is lacking.
-    let Ok((jobs, workers)) = link.cluster().await else { return Ok(present) };
+    let Ok((jobs, workers)) = link.cluster().await else { return Ok((present, None)) };
     let asked = (jobs.as_slice(), workers.as_slice());
-    Ok(autoscale::sizes(&cluster.name_any(), &cluster.spec.workers, &present, asked, context.now()))
+    let groups = &cluster.spec.workers;
+    let too_large = autoscale::too_large(groups, &jobs);
+    Ok((autoscale::sizes(&cluster.name_any(), groups, &present, asked, context.now()), Some(too_large)))
 }
 
 /// Makes an object as it is to be; a fault in words where somebody else has one of its name.

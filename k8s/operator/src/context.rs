@@ -37,6 +37,8 @@ pub struct Context {
     pub pace: Pace,
     /// The orchestrator of jobs that name none.
     pub home: Option<Home>,
+    /// Since when this operator has looked after objects.
+    pub started: Timestamp,
     clock: Clock,
 }
 
@@ -52,6 +54,9 @@ pub enum Fault {
     /// Nothing is wrong with it: it goes on then.
     #[error("goes on in {0:?}")]
     Again(Duration),
+    /// The object is gone or about to go, and nothing is begun for it any more.
+    #[error("the object is gone")]
+    Gone,
     /// The finalizer.
     #[error("the finalizer: {0}")]
     Finalizer(String),
@@ -74,7 +79,8 @@ pub fn is_code(error: &kube::Error, code: u16) -> bool {
 impl Context {
     /// Speaks to this API server.
     pub fn new(client: Client, connect: Connect, pace: Pace, home: Option<Home>, clock: Clock) -> Self {
-        Context { client, links: Links::new(connect, pace.call), pace, home, clock }
+        let started = clock();
+        Context { client, links: Links::new(connect, pace.call), pace, home, started, clock }
     }
 
     /// What time it is.

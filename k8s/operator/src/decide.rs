@@ -8,6 +8,7 @@ use v1::JobState;
 
 use crate::conditions::{Is, find, is, seconds_since};
 use crate::job::{TrainingJobSpec, TrainingJobStatus};
+use crate::status::Seen;
 use crate::trouble::{REACHABLE, SCALED, SUBMITTED, Trouble};
 
 /// Why a job is cancelled that is to be taken up again. It becomes its outcome, and so tells it from one that somebody has cancelled.
@@ -32,7 +33,7 @@ pub struct Pace {
     pub least: Duration,
     /// ... to here.
     pub most: Duration,
-    /// How long a deleted object waits for its orchestrator.
+    /// How long a deleted object waits for its orchestrator, from the first time that it did not answer.
     pub farewell: Duration,
     /// How long one call to the orchestrator may take.
     pub call: Duration,
@@ -46,7 +47,7 @@ impl Default for Pace {
             ended: Duration::from_secs(60),
             least: Duration::from_secs(2),
             most: Duration::from_secs(60),
-            farewell: Duration::from_secs(300),
+            farewell: Duration::from_secs(600),
             call: Duration::from_secs(10),
         }
     }
@@ -84,7 +85,9 @@ pub fn action(
     status: &TrainingJobStatus,
     job: Option<&v1::Job>,
 ) -> Action {
-    let Some(job) = job else { return if spec.suspend { Action::Rest } else { Action::Submit } };
+    // A job that was there and is not any more is never run anew.
+    let rests = spec.suspend || status.job.is_some();
+    let Some(job) = job else { return if rests { Action::Rest } else { Action::Submit } };
     match (job.state(), spec.suspend) {
         (JobState::Cancelled, false) if is_suspended(job) => Action::Resume,
         (state, _) if has_ended(state) => Action::Rest,
@@ -102,14 +105,13 @@ fn scale(
     let was_refused = find(&status.conditions, SCALED)
         .is_some_and(|scaled| scaled.reason == "Refused" && scaled.observed_generation == generation);
     let told = u32::try_from(status.scaled_to).unwrap_or(0);
-    let wanted = spec.ranks.map(|ranks| u32::try_from(ranks).unwrap_or(0));
+    let wanted = spec.ranks.and_then(|ranks| u32::try_from(ranks).ok()).filter(|&ranks| ranks > 0);
     let is_as_told =
         |ranks| told == ranks && job.is_scaled && i64::from(job.max_ranks) == i64::from(status.max_ranks);
     match wanted {
         _ if was_refused => None,
         // What somebody else has said of it is left alone.
         None => (told > 0).then_some(0),
-        Some(0) => (told > 0 || job.is_scaled).then_some(0),
         Some(ranks) => (!is_as_told(ranks)).then_some(ranks),
     }
 }
@@ -140,6 +142,15 @@ pub fn next_look(
     }
 }
 
+/// Whether a look has found that the job has come to its end.
+pub fn is_over(seen: &Seen) -> bool {
+    match seen {
+        Seen::Job(job) => has_ended(job.state()) && !is_suspended(job),
+        Seen::Forgotten => true,
+        Seen::Held | Seen::Trouble(_) => false,
+    }
+}
+
 /// How long the object stays yet; none: it stays.
 pub fn left_to_live(spec: &TrainingJobSpec, status: &TrainingJobStatus, now: Timestamp) -> Option<Duration> {
     let ended: Timestamp =
@@ -161,12 +172,27 @@ pub enum Farewell {
     Abandon(String),
 }
 
+/// How long a deleted object has waited for its orchestrator: from the first vain look after the deletion, which has made this
+/// `generation` of the object, and from when this operator has `started`. An operator that was away has not tried.
+pub fn waited(
+    status: &TrainingJobStatus,
+    generation: Option<i64>,
+    started: Timestamp,
+    now: Timestamp,
+) -> Duration {
+    let first = find(&status.conditions, REACHABLE)
+        .filter(|reach| reach.status == Is::False.word() && reach.observed_generation == generation);
+    let run = now.as_second().saturating_sub(started.as_second());
+    let seconds = first.map_or(0, |first| seconds_since(first, now)).min(run);
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
 /// Whether a job may be at the orchestrator of which the object knows.
 pub fn may_have_job(status: &TrainingJobStatus) -> bool {
     status.job.is_some() || status.state == SUBMITTING
 }
 
-/// `seen` is its job, or none where the orchestrator has none; `waited` the time since it was deleted.
+/// `seen` is its job, or none where the orchestrator has none; `waited` how long nobody has answered.
 pub fn farewell(
     status: &TrainingJobStatus,
     seen: Result<Option<&v1::Job>, &Trouble>,
@@ -212,6 +238,8 @@ mod tests {
         let off = TrainingJobSpec { suspend: true, ..on.clone() };
         assert_eq!(next(&on, &none, None), Action::Submit);
         assert_eq!(next(&off, &none, None), Action::Rest);
+        let known = TrainingJobStatus { job: Some("job-1".into()), ..none.clone() };
+        assert_eq!(next(&on, &known, None), Action::Rest);
         for state in [JobState::Queued, JobState::Forming, JobState::Running, JobState::Recovering] {
             assert_eq!(next(&on, &none, Some(&job(state))), Action::Rest);
             assert_eq!(next(&off, &none, Some(&job(state))), Action::Suspend);
@@ -239,8 +267,6 @@ mod tests {
             (None, told(0, 4), &automatic, Action::Rest),
             (None, told(0, 4), &scaled, Action::Rest),
             (None, told(4, 4), &scaled, Action::Scale(0)),
-            (Some(0), told(0, 4), &scaled, Action::Scale(0)),
-            (Some(0), told(0, 4), &automatic, Action::Rest),
             (Some(4), told(0, 4), &automatic, Action::Scale(4)),
             (Some(4), told(4, 4), &scaled, Action::Rest),
             // No layout has five: it was told five and takes four.
@@ -294,6 +320,22 @@ mod tests {
     }
 
     #[test]
+    fn a_deleted_object_has_waited_since_its_first_vain_look_of_an_operator_that_runs() {
+        let at = |second| Timestamp::from_second(second).unwrap_or_default();
+        let mut status = TrainingJobStatus::default();
+        let of =
+            |status: &TrainingJobStatus, started| waited(status, Some(2), at(started), at(1000)).as_secs();
+        assert_eq!(of(&status, 0), 0);
+        // It was away before already.
+        set(&mut status.conditions, (REACHABLE, Is::False), ("Unreachable", ""), Some(1), at(100));
+        assert_eq!(of(&status, 0), 0);
+        let mut parted = crate::status::parting(&status, Some(2));
+        set(&mut parted.conditions, (REACHABLE, Is::False), ("Unreachable", ""), Some(2), at(700));
+        assert_eq!((of(&parted, 0), of(&parted, 950)), (300, 50));
+        assert_eq!(crate::status::parting(&parted, Some(2)), parted);
+    }
+
+    #[test]
     fn a_deleted_object_takes_its_job_with_it_and_waits_for_an_absent_orchestrator_for_a_while() {
         let pace = Pace::default();
         let known = TrainingJobStatus { job: Some("job-1".into()), ..TrainingJobStatus::default() };
@@ -306,7 +348,7 @@ mod tests {
         assert_eq!(farewell(&known, Ok(Some(&job(JobState::Done))), soon, &pace), Farewell::Go);
         assert_eq!(farewell(&known, Ok(None), soon, &pace), Farewell::Go);
         assert_eq!(farewell(&known, Err(&away), soon, &pace), Farewell::Wait(Duration::from_secs(5)));
-        let abandoned = farewell(&known, Err(&away), Duration::from_secs(300), &pace);
+        let abandoned = farewell(&known, Err(&away), Duration::from_secs(600), &pace);
         assert!(
             matches!(&abandoned, Farewell::Abandon(words) if words.contains("job-1") && words.contains("no route")),
             "{abandoned:?}"

@@ -61,10 +61,10 @@ pub struct TrainingJobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65536))]
     pub max_ranks: Option<i32>,
-    /// As many ranks as it is to have at most from now on, as of `contraflow scale` and `kubectl scale`; none or 0: it grows and shrinks
-    /// with the cluster. May be changed at any time.
+    /// As many ranks as it is to have at most from now on, as of `contraflow scale` and `kubectl scale`; none: it grows and shrinks with
+    /// the cluster. May be changed at any time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 65536))]
+    #[schemars(range(min = 1, max = 65536))]
     pub ranks: Option<i32>,
     /// Whether it gives up its ranks. Once it is not suspended any more, it goes on from its newest checkpoint. May be changed at any time.
     #[serde(default)]

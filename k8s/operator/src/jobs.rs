@@ -7,7 +7,7 @@ use std::time::Duration;
 use contraflow_proto::v1;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::{Action, Config, Controller};
 use kube::runtime::finalizer::{self, Event, finalizer};
 use kube::runtime::{WatchStreamExt, reflector, watcher};
@@ -15,16 +15,17 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 
 use crate::cluster::TrainingCluster;
-use crate::conditions::Is;
 use crate::context::{Context, Fault, MANAGER, is_code};
 use crate::decide::{
-    self, DELETED, Farewell, SUBMITTING, SUSPENDED, farewell, left_to_live, may_have_job, next_look,
+    self, DELETED, Farewell, SUBMITTING, SUSPENDED, farewell, is_over, left_to_live, may_have_job, next_look,
+    waited,
 };
 use crate::job::{TrainingJob, TrainingJobStatus};
 use crate::link::{Link, Place};
 use crate::request::{fingerprint, name, recipe, submission};
-use crate::status::{Look, Notice, Seen, notices, status, submitting};
+use crate::status::{Look, Notice, Seen, notices, parting, status, submitting};
 use crate::trouble::{REACHABLE, SCALED, SUBMITTED, Trouble};
+use crate::watching::Faults;
 
 /// Keeps an object until its job is cancelled.
 pub const FINALIZER: &str = "contraflow.dev/cancel";
@@ -45,6 +46,7 @@ pub async fn run(
     end: impl Future<Output = ()> + Send + Sync + 'static,
 ) {
     let jobs: Api<TrainingJob> = Api::namespaced(context.client.clone(), namespace);
+    let faults = Faults::default();
     let (reader, writer) = reflector::store();
     let changed = watcher(jobs, watcher::Config::default())
         .default_backoff()
@@ -55,10 +57,9 @@ pub async fn run(
         .with_config(Config::default().concurrency(AT_ONCE))
         .graceful_shutdown_on(end)
         .run(reconcile, again, context)
-        .for_each(|looked| async move {
-            if let Err(error) = looked {
-                tracing::debug!("{error}");
-            }
+        .for_each(|looked| {
+            looked.as_ref().err().inspect(|error| faults.tell(error));
+            std::future::ready(())
         })
         .await;
 }
@@ -95,6 +96,7 @@ pub async fn reconcile(job: Arc<TrainingJob>, context: Arc<Context>) -> Result<A
     });
     match tokio::time::timeout(LIMIT, looked).await {
         Err(_) => Err(Fault::Slow(LIMIT)),
+        Ok(Err(finalizer::Error::ApplyFailed(Fault::Gone))) => Ok(Action::await_change()),
         Ok(Err(finalizer::Error::ApplyFailed(fault) | finalizer::Error::CleanupFailed(fault))) => Err(fault),
         Ok(Err(finalizer::Error::AddFinalizer(error) | finalizer::Error::RemoveFinalizer(error)))
             if is_code(&error, 404) =>
@@ -108,10 +110,6 @@ pub async fn reconcile(job: Arc<TrainingJob>, context: Arc<Context>) -> Result<A
 
 async fn carry(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) -> Result<Action, Fault> {
     let before = job.status.clone().unwrap_or_default();
-    if left_to_live(&job.spec, &before, context.now()).is_some_and(|left| left.is_zero()) {
-        jobs.delete(&job.name_any(), &DeleteParams::default()).await.map(drop).or_else(gone)?;
-        return Ok(Action::await_change());
-    }
     let request = request(job, context).await?;
     let mut done = before.clone();
     let (seen, scale) = match open(job, context).await? {
@@ -125,6 +123,14 @@ async fn carry(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) ->
         show(jobs, job, &after).await?;
         context.tell(job, notices(&before, &after)).await;
     }
+    // Only what is known now counts: a job that nobody answers for may have been retried.
+    let left = left_to_live(&job.spec, &after, look.now).filter(|_| is_over(&look.seen));
+    if left.is_some_and(|left| left.is_zero()) {
+        let own = Preconditions { uid: job.uid(), resource_version: None };
+        let parameters = DeleteParams { preconditions: Some(own), ..DeleteParams::default() };
+        jobs.delete(&job.name_any(), &parameters).await.map(drop).or_else(gone)?;
+        return Ok(Action::await_change());
+    }
     Ok(Action::requeue(next_look(&job.spec, &after, &context.pace, look.now)))
 }
 
@@ -137,7 +143,7 @@ async fn pursue(
     done: &mut TrainingJobStatus,
 ) -> Result<(Seen, Option<Trouble>), Fault> {
     let mut seen = match find(job, link, done).await {
-        Ok(None) if has_outcome(done) => return Ok((Seen::Forgotten, None)),
+        Ok(None) if done.job.is_some() => return Ok((Seen::Forgotten, None)),
         Ok(found) => found,
         Err(trouble) => return Ok((Seen::Trouble(trouble), None)),
     };
@@ -168,6 +174,9 @@ async fn pursue(
             (Err(trouble), _) => return Ok((Seen::Trouble(trouble), None)),
             (Ok(job), _) => seen = job,
         }
+        if let Some(job) = &seen {
+            done.job = Some(job.job.clone());
+        }
     }
     Ok((seen.map_or(Seen::Held, |job| Seen::Job(Box::new(job))), None))
 }
@@ -181,10 +190,14 @@ async fn submit(
     done: &mut TrainingJobStatus,
 ) -> Result<Result<Option<v1::Job>, Trouble>, Fault> {
     let own = fingerprint(request);
-    // Written first: an object without it has no job, and may go without its orchestrator.
+    // Written first: an object without it has no job, and may go without its orchestrator. What is written tells whether the object is
+    // still wanted, too.
     if done.state != SUBMITTING {
         *done = submitting(done, &own);
-        show(jobs, job, done).await?;
+    }
+    let shown = show(jobs, job, done).await?;
+    if shown.is_none_or(|shown| shown.meta().deletion_timestamp.is_some()) {
+        return Err(Fault::Gone);
     }
     let found = match link.submit(request.clone()).await {
         Ok(Some(id)) => {
@@ -213,10 +226,6 @@ async fn find(job: &TrainingJob, link: &Link, known: &TrainingJobStatus) -> Resu
     }
     // Another state may have given the id to somebody else's, and this one another id.
     if may_have_job(known) { link.find(&name).await } else { Ok(None) }
-}
-
-fn has_outcome(known: &TrainingJobStatus) -> bool {
-    ["Complete", "Failed"].iter().any(|type_| crate::conditions::is(&known.conditions, type_, Is::True))
 }
 
 /// What is submitted of an object.
@@ -268,9 +277,8 @@ async fn part(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) -> 
     if !may_have_job(&known) {
         return Ok(Action::await_change());
     }
-    let deleted = job.meta().deletion_timestamp.as_ref().map_or_else(|| context.now(), |time| time.0);
-    let waited = context.now().as_second().saturating_sub(deleted.as_second());
-    let waited = Duration::from_secs(u64::try_from(waited).unwrap_or(0));
+    let generation = job.meta().generation;
+    let waited = waited(&known, generation, context.started, context.now());
     let link = open(job, context).await?;
     let found = match &link {
         Ok(link) => find(job, link, &known).await,
@@ -296,7 +304,6 @@ async fn part(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) -> 
         Farewell::Wait(after) => {
             let trouble = words.unwrap_or_else(|| Trouble::way("Unreachable", String::new()));
             let trouble = Trouble { condition: REACHABLE, ..trouble };
-            let generation = job.meta().generation;
             let look = Look {
                 generation,
                 seen: Seen::Trouble(trouble),
@@ -304,7 +311,7 @@ async fn part(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) -> 
                 scale: None,
                 now: context.now(),
             };
-            let after_look = status(&known, &look);
+            let after_look = status(&parting(&known, generation), &look);
             if after_look != known {
                 show(jobs, job, &after_look).await?;
                 context.tell(job, notices(&known, &after_look)).await;
@@ -315,7 +322,12 @@ async fn part(jobs: &Api<TrainingJob>, job: &TrainingJob, context: &Context) -> 
     Ok(Action::await_change())
 }
 
-async fn show(jobs: &Api<TrainingJob>, job: &TrainingJob, status: &TrainingJobStatus) -> Result<(), Fault> {
+/// Writes the status; the object as it is then, none where it is gone.
+async fn show(
+    jobs: &Api<TrainingJob>,
+    job: &TrainingJob,
+    status: &TrainingJobStatus,
+) -> Result<Option<TrainingJob>, Fault> {
     let object = json!({
         "apiVersion": TrainingJob::api_version(&()),
         "kind": TrainingJob::kind(&()),
@@ -323,7 +335,10 @@ async fn show(jobs: &Api<TrainingJob>, job: &TrainingJob, status: &TrainingJobSt
         "status": status,
     });
     let parameters = PatchParams::apply(MANAGER).force();
-    jobs.patch_status(&job.name_any(), &parameters, &Patch::Apply(object)).await.map(drop).or_else(gone)
+    match jobs.patch_status(&job.name_any(), &parameters, &Patch::Apply(object)).await {
+        Ok(shown) => Ok(Some(shown)),
+        Err(error) => gone(error).map(|()| None),
+    }
 }
 
 /// An object that is gone meanwhile, or has made way for another of its name, needs nothing.

@@ -15,6 +15,7 @@ pub mod objects;
 pub mod request;
 pub mod status;
 pub mod trouble;
+pub mod watching;
 
 /// An object as YAML that a person reads.
 ///

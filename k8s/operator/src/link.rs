@@ -173,7 +173,7 @@ impl Link {
     pub async fn get(&self, job: &str) -> Result<Option<v1::Job>, Trouble> {
         let mut jobs = self.jobs();
         let call = async {
-            match jobs.get(v1::GetRequest { job: job.to_owned() }).await {
+            match jobs.get(v1::GetRequest { job: job.to_owned(), ..v1::GetRequest::default() }).await {
                 Ok(answer) => Ok(answer.map(|answer| answer.job)),
                 Err(status) if status.code() == Code::NotFound => Ok(tonic::Response::new(None)),
                 Err(status) => Err(status),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::{Parser, Subcommand};
 use contraflow_operator::context::{Context, Home};
 use contraflow_operator::decide::Pace;
-use contraflow_operator::{cluster, clusters, job, jobs, link};
+use contraflow_operator::{cluster, clusters, job, jobs, link, watching};
 use k8s_openapi::jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -94,6 +94,7 @@ async fn look_after(namespace: Option<String>, home: Option<Home>) -> Outcome {
     });
     let client = kube::Client::try_default().await?;
     let namespace = namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+    watching::check(&client, &namespace).await?;
     tracing::info!("looks after the namespace {namespace}");
     let connect = Arc::new(link::connect);
     let context = Arc::new(Context::new(client, connect, Pace::default(), home, Arc::new(Timestamp::now)));

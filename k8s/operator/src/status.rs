@@ -4,10 +4,16 @@ use contraflow_proto::v1;
 use k8s_openapi::jiff::Timestamp;
 use v1::JobState;
 
-use crate::conditions::{Is, find, is, set, short, time};
+use crate::conditions::{Condition, Is, find, is, set, short, time};
 use crate::decide::{SUBMITTING, has_ended, is_suspended};
 use crate::job::TrainingJobStatus;
 use crate::trouble::{REACHABLE, SCALED, SUBMITTED, Trouble, state_name};
+
+/// Why a job has failed that was suspended, and that the orchestrator does not know any more.
+const NOT_RETAINED: &str = "NotRetained";
+
+/// Why any other has failed that it does not know any more.
+const LOST: &str = "Lost";
 
 /// What there is of a job.
 #[derive(Clone, Debug)]
@@ -16,7 +22,7 @@ pub enum Seen {
     Job(Box<v1::Job>),
     /// It is suspended before it was submitted.
     Held,
-    /// It has ended, and the orchestrator does not retain it any more.
+    /// The orchestrator does not know it any more.
     Forgotten,
     /// What is in the way.
     Trouble(Trouble),
@@ -42,7 +48,7 @@ pub fn status(before: &TrainingJobStatus, look: &Look) -> TrainingJobStatus {
     let mut after = TrainingJobStatus { observed_generation: look.generation, ..before.clone() };
     match &look.seen {
         Seen::Job(job) => describe(&mut after, look, job),
-        Seen::Forgotten => sayer(&mut after, look)(REACHABLE, Is::True, "Answers", ""),
+        Seen::Forgotten => forget(&mut after, look),
         Seen::Held => {
             after.job = None;
             after.state = "Suspended".into();
@@ -61,6 +67,47 @@ pub fn status(before: &TrainingJobStatus, look: &Look) -> TrainingJobStatus {
 fn sayer<'a>(after: &'a mut TrainingJobStatus, look: &'a Look) -> impl FnMut(&str, Is, &str, &str) + 'a {
     |type_, is, reason, words| {
         set(&mut after.conditions, (type_, is), (reason, words), look.generation, look.now)
+    }
+}
+
+/// A job that has ended stays as it was seen; any other has failed, for nobody runs it.
+fn forget(after: &mut TrainingJobStatus, look: &Look) {
+    let has_outcome = ["Complete", "Failed"].iter().any(|type_| is(&after.conditions, type_, Is::True));
+    let was_suspended = after.state == "Suspended";
+    let (job, step) = (after.job.clone().unwrap_or_default(), after.step);
+    let (reason, what) = if was_suspended {
+        (
+            NOT_RETAINED,
+            format!(
+                "{job} was suspended, and the orchestrator does not retain it any more or it was removed"
+            ),
+        )
+    } else {
+        let was = &after.state;
+        (
+            LOST,
+            format!(
+                "the orchestrator does not know {job} any more, which was {was} when it was seen last: its state is another, or the job was removed"
+            ),
+        )
+    };
+    let words = format!(
+        "{what}. It is not run again by itself: make another TrainingJob to train from step 0, or go on from its checkpoint (step {step}) with `contraflow submit --resume`"
+    );
+    let is_shown = find(&after.conditions, "Suspended").is_some();
+    if !has_outcome {
+        (after.state, after.message) = ("Failed".into(), short(&words));
+        (after.ranks, after.eta_seconds, after.ended_at) = (0, None, Some(time(look.now)));
+        after.left.clear();
+    }
+    let mut say = sayer(after, look);
+    say(REACHABLE, Is::True, "Answers", "");
+    if !has_outcome {
+        say("Failed", Is::True, reason, &words);
+        say("Ready", Is::False, reason, &words);
+        if is_shown {
+            say("Suspended", Is::False, "NotSuspended", "");
+        }
     }
 }
 
@@ -178,14 +225,6 @@ pub fn notices(before: &TrainingJobStatus, after: &TrainingJobStatus) -> Vec<Not
     let job = after.job.as_deref().unwrap_or_default();
     if before.job.is_none() && after.job.is_some() {
         notices.push(notice(false, "Submitted", &format!("submitted as {job}")));
-    } else if let (Some(was), Some(_)) = (&before.job, &after.job)
-        && *was != job
-    {
-        notices.push(notice(
-            true,
-            "Lost",
-            &format!("the orchestrator does not know {was}: submitted again as {job}"),
-        ));
     }
     if has_turned(REACHABLE, Is::False) {
         let reason = if find(&after.conditions, REACHABLE).is_some_and(|it| it.reason == "Denied") {
@@ -221,7 +260,7 @@ pub fn notices(before: &TrainingJobStatus, after: &TrainingJobStatus) -> Vec<Not
             "Recovering" => (true, "Recovering"),
             "Suspended" => (false, "Suspended"),
             "Done" => (false, "Done"),
-            "Failed" => (true, "Failed"),
+            "Failed" => (true, failure(after)),
             "Cancelled" => (true, "Cancelled"),
             "Queued" if before.state == "Suspended" => (false, "Resumed"),
             _ => (false, ""),
@@ -245,6 +284,20 @@ pub fn notices(before: &TrainingJobStatus, after: &TrainingJobStatus) -> Vec<Not
         notices.push(notice(true, "Warning", &after.warning));
     }
     notices
+}
+
+/// Why a job has failed, as an event has it.
+fn failure(after: &TrainingJobStatus) -> &'static str {
+    let reason = find(&after.conditions, "Failed").map(|failed| failed.reason.as_str());
+    [LOST, NOT_RETAINED].into_iter().find(|known| reason == Some(known)).unwrap_or("Failed")
+}
+
+/// What an object is deleted with: that its orchestrator did not answer before is no reason to wait less for it, so that this begins anew.
+/// `generation` is that of the deletion.
+pub fn parting(before: &TrainingJobStatus, generation: Option<i64>) -> TrainingJobStatus {
+    let is_kept = |it: &Condition| it.type_ != REACHABLE || it.observed_generation == generation;
+    let conditions = before.conditions.iter().filter(|it| is_kept(it)).cloned().collect();
+    TrainingJobStatus { conditions, ..before.clone() }
 }
 
 /// What is kept before a job is submitted: from then on there may be one.
@@ -402,10 +455,31 @@ mod tests {
     }
 
     #[test]
-    fn a_job_that_the_orchestrator_lost_and_one_that_shrinks_are_said() {
+    fn a_job_that_the_orchestrator_forgot_has_failed_unless_it_had_ended() {
+        let with = |state, outcome: &str| v1::Job { outcome: outcome.into(), ..job(state) };
+        for (known, name, reason, event) in [
+            (with(JobState::Running, ""), "Failed", "Lost", vec!["Lost"]),
+            (with(JobState::Cancelled, SUSPENDED), "Failed", "NotRetained", vec!["NotRetained"]),
+            (with(JobState::Cancelled, "enough"), "Cancelled", "Cancelled", vec![]),
+        ] {
+            let before = status(&TrainingJobStatus::default(), &of(known));
+            let after = status(&before, &look(Seen::Forgotten));
+            assert_eq!((after.state.as_str(), condition(&after, "Failed")), (name, pair("True", reason)));
+            assert_eq!(
+                (reasons(&before, &after), is(&after.conditions, "Suspended", Is::True)),
+                (event, false)
+            );
+            let later = Look { now: at(2000), ..look(Seen::Forgotten) };
+            assert_eq!(status(&after, &later), after);
+        }
+        let done = status(&TrainingJobStatus::default(), &of(job(JobState::Done)));
+        let after = status(&done, &look(Seen::Forgotten));
+        assert_eq!((after.state.as_str(), condition(&after, "Failed")), ("Done", pair("", "")));
+    }
+
+    #[test]
+    fn a_job_that_shrinks_is_said() {
         let before = status(&TrainingJobStatus::default(), &of(job(JobState::Running)));
-        let other = status(&before, &of(v1::Job { job: "job-9".into(), ..job(JobState::Running) }));
-        assert_eq!(reasons(&before, &other), ["Lost"]);
         let fewer = v1::Job {
             ranks: vec![v1::RankPlace::default(); 2],
             warning: "no room".into(),

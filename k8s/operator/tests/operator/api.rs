@@ -31,6 +31,8 @@ struct Kept {
     log: Vec<(u64, &'static str, String, Value)>,
     /// By verb and path, how often it was asked for.
     requests: BTreeMap<String, usize>,
+    /// The path of a kind that it does not know.
+    undefined: Option<String>,
 }
 
 /// The server; its clones are the same.
@@ -100,6 +102,11 @@ impl ApiServer {
             }
         });
         kube::Client::new(service, "training")
+    }
+
+    /// From now on it does not know a kind.
+    pub fn undefine(&self, kind: &str) {
+        self.kept.lock().unwrap().undefined = Some(path_of(kind));
     }
 
     /// An object as it is.
@@ -180,6 +187,9 @@ impl ApiServer {
         let mut kept = self.kept.lock().unwrap();
         let verb = if is_watch { "WATCH" } else { head.method.as_str() };
         *kept.requests.entry(format!("{verb} {path}")).or_default() += 1;
+        if kept.undefined.as_ref() == Some(&collection) {
+            return refusal(404, "NotFound");
+        }
         let answer = match (&head.method, name) {
             (&Method::GET, None) if is_watch => {
                 drop(kept);

@@ -101,7 +101,13 @@ fn a_cluster_is_what_the_chart_makes_of_the_same_values() {
             })
             .collect()
     };
-    let chart = by_key(documents.filter(is_ours).collect());
+    let mut chart = by_key(documents.filter(is_ours).collect());
+    // The chart's clients may be others than all pods of the namespace, and its operator is one of them then.
+    let policy = chart.get_mut("NetworkPolicy contraflow-orchestrator").unwrap();
+    let admitted = policy["spec"]["ingress"][0]["from"].as_array_mut().unwrap();
+    let operator =
+        |from: &mut Value| from["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "operator";
+    assert_eq!(admitted.extract_if(.., operator).count(), 1);
     let cluster: TrainingCluster = serde_json::from_value(object("contraflow", &as_the_chart())).unwrap();
     let own = objects(&cluster, |group| group.min_workers);
     let own = by_key(own.into_iter().map(|object| object.body).collect());
@@ -235,4 +241,21 @@ async fn workers_come_as_the_queue_lacks_slots_and_go_once_they_are_idle() {
         })
         .await;
     assert!(stage.orchestrator.places().contains(&"east-orchestrator:7070".to_owned()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_is_too_large_for_its_cluster_starts_no_worker_and_is_said() {
+    let mut spec = as_the_chart();
+    spec["workers"][0]["maxWorkers"] = 5.into();
+    let (stage, _operator) = ready_cluster(&spec).await;
+    stage.api.create("secrets", client_secret("contraflow-operator"));
+    stage.submit("huge", json!({"recipe": {"builtIn": "tiny"}, "cluster": "east", "minRanks": 11}));
+    stage.until("it is said", |stage| stage.api.events().contains(&"TooLarge".to_owned())).await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(replicas(&stage, "east-workers"), Some(2));
+    let cluster = stage.api.get("trainingclusters", "east").unwrap();
+    let conditions = cluster["status"]["conditions"].as_array().unwrap();
+    let fits = conditions.iter().find(|condition| condition["type"] == "QueueFits").unwrap();
+    assert_eq!(fits["message"], "job-1 needs 11 ranks, and all groups at their most have 10 slots");
+    assert_eq!(stage.api.events().iter().filter(|reason| *reason == "TooLarge").count(), 1);
 }

@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use contraflow_operator::{cluster, job, yaml};
-use serde_json::Value;
+use contraflow_operator::{cluster, job, watching, yaml};
+use serde_json::{Value, json};
+
+use crate::stage::{Fuse, Stage};
 
 fn k8s() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -182,4 +184,49 @@ fn the_pod_calls_the_program_as_it_is() {
     let flags: Vec<&str> = arguments.map(|argument| argument.split('=').next().unwrap()).collect();
     assert_eq!(flags.len(), 3);
     assert!(flags.iter().all(|flag| help.contains(&format!("{flag} <"))), "{flags:?} {help}");
+}
+
+#[tokio::test]
+async fn an_operator_without_its_definitions_says_how_they_are_made() {
+    let stage = Stage::new();
+    let client = stage.api.client(Fuse::default());
+    watching::check(&client, "training").await.unwrap();
+    stage.api.undefine("trainingclusters");
+    let words = watching::check(&client, "training").await.unwrap_err().to_string();
+    assert!(
+        words.contains("got no TrainingCluster: `kubectl apply --server-side -f k8s/chart/crds`"),
+        "{words}"
+    );
+    stage.api.undefine("trainingjobs");
+    let words = watching::check(&client, "training").await.unwrap_err().to_string();
+    assert!(words.contains("got no TrainingJob:"), "{words}");
+}
+
+/// Every rule of a definition, and the words for what it refuses.
+fn rules(schema: &Value) -> Vec<(String, String)> {
+    let rules = schema["x-kubernetes-validations"].as_array().unwrap();
+    let text = |rule: &Value, field: &str| rule[field].as_str().unwrap().to_owned();
+    rules.iter().map(|rule| (text(rule, "rule"), text(rule, "message"))).collect()
+}
+
+/// The longest label of a pod is that of its StatefulSet's revision: the set's name, a dash and ten characters, at most 63.
+#[test]
+fn names_of_clusters_and_groups_fit_into_the_labels_of_their_pods() {
+    let version = version(cluster::definition());
+    let rules = rules(&version["schema"]["openAPIV3Schema"]);
+    let bound = |words: &str| -> usize {
+        let (rule, _) = rules.iter().find(|(_, message)| message.contains(words)).unwrap();
+        let (_, number) = rule.split_once("<= ").unwrap();
+        number.split([' ', ')']).next().unwrap().parse().unwrap()
+    };
+    assert_eq!(bound("no dot") + "-orchestrator".len() + 11, 63);
+    assert_eq!(bound("together with the name of each group") + "-".len() + 11, 63);
+    assert!(rules[0].0.contains("!self.metadata.name.contains('.')"));
+}
+
+#[test]
+fn no_ranks_are_not_a_number_of_ranks() {
+    let version = version(job::definition());
+    let ranks = &version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["ranks"];
+    assert_eq!((&ranks["minimum"], &ranks["maximum"]), (&json!(1.0), &json!(65536.0)));
 }

@@ -1,7 +1,10 @@
 //! The life of a `TrainingJob`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use contraflow_operator::job::TrainingJob;
+use contraflow_operator::jobs;
 use contraflow_proto::v1;
 use serde_json::{Value, json};
 use v1::JobState;
@@ -258,20 +261,122 @@ async fn a_recipe_that_is_refused_is_said_with_its_fault_and_taken_once_it_is_ri
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_job_whose_id_became_somebody_elses_is_submitted_again() {
+async fn a_job_that_the_orchestrator_lost_has_failed_and_is_not_run_anew() {
     let (stage, _operator) = training().await;
     stage.orchestrator.forget_all();
+    // It has the id.
     stage.orchestrator.submit_by_hand("somebody else's");
-    stage.until_state("tiny", "Queued").await;
-    assert_eq!(stage.job("tiny")["status"]["job"], "job-2");
-    assert!(stage.api.events().contains(&"Lost".to_owned()));
+    stage.until_state("tiny", "Failed").await;
+    assert_eq!(stage.condition("tiny", "Failed"), pair("True", "Lost"));
+    assert!(stage.job("tiny")["status"]["message"].as_str().unwrap().contains("contraflow submit --resume"));
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!((stage.orchestrator.calls("submit"), stage.orchestrator.jobs().len()), (1, 1));
+    assert_eq!(stage.api.events(), ["Submitted", "Running", "Lost"]);
     // A deletion leaves the other one alone.
     stage.api.delete("trainingjobs", "tiny");
     stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
+    assert_eq!(stage.orchestrator.jobs()[0].state(), JobState::Queued);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspended_job_that_is_no_longer_retained_has_failed_and_is_not_run_anew() {
+    let (stage, _operator) = training().await;
+    stage.api.patch("trainingjobs", "tiny", "", &json!({"spec": {"suspend": true}}));
+    stage.until_state("tiny", "Suspended").await;
+    stage.orchestrator.forget_all();
+    stage.api.patch("trainingjobs", "tiny", "", &json!({"spec": {"suspend": false}}));
+    stage.until_state("tiny", "Failed").await;
+    assert_eq!(stage.condition("tiny", "Failed"), pair("True", "NotRetained"));
+    assert_eq!(stage.condition("tiny", "Suspended"), pair("False", "NotSuspended"));
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!((stage.orchestrator.calls("submit"), stage.orchestrator.jobs().len()), (1, 0));
+}
+
+/// An object as a look that began before it changed knows it.
+async fn known(stage: &Stage) -> Arc<TrainingJob> {
+    let operator = stage.operator();
+    stage.submit("tiny", json!({"recipe": {"configMap": {"name": "recipes"}}}));
+    stage.until("it lacks its recipe", |stage| stage.condition("tiny", "Submitted").1 == "NoRecipe").await;
+    drop(operator);
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "recipes"}, "data": {"recipe.toml": "right"}});
+    stage.api.create("configmaps", map);
+    Arc::new(serde_json::from_value(stage.job("tiny")).unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_submitted_for_an_object_that_is_about_to_go_or_gone() {
+    let stage = Stage::new();
+    let object = known(&stage).await;
+    stage.api.delete("trainingjobs", "tiny");
+    assert_eq!(stage.api.names("trainingjobs"), ["tiny"]);
+    jobs::reconcile(object.clone(), stage.context()).await.unwrap();
+    assert_eq!(stage.orchestrator.calls("submit"), 0);
+    // Also one whose submission was begun before.
+    let begun = Arc::new(serde_json::from_value::<TrainingJob>(stage.job("tiny")).unwrap());
+    assert_eq!(begun.status.as_ref().unwrap().state, "Submitting");
+    let mut begun = (*begun).clone();
+    begun.metadata.deletion_timestamp = None;
+    jobs::reconcile(Arc::new(begun), stage.context()).await.unwrap();
+    assert_eq!(stage.orchestrator.calls("submit"), 0);
+    stage.api.patch("trainingjobs", "tiny", "", &json!({"metadata": {"finalizers": null}}));
+    assert!(stage.api.names("trainingjobs").is_empty());
+    jobs::reconcile(object.clone(), stage.context()).await.unwrap();
+    // Another one has the name.
+    stage.submit("tiny", tiny());
+    jobs::reconcile(object, stage.context()).await.unwrap();
+    assert_eq!(stage.orchestrator.calls("submit"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_was_retried_meanwhile_keeps_its_object() {
+    let stage = Stage::new();
+    let operator = stage.operator();
+    stage.submit("short", json!({"recipe": {"builtIn": "tiny"}, "ttlSecondsAfterFinished": 90}));
+    stage.until_state("short", "Queued").await;
+    let fail =
+        |job: &mut v1::Job| (job.state, job.ended_unix_ms) = (JobState::Failed.into(), 1_750_000_060_000);
+    stage.orchestrator.move_job("job-1", fail);
+    stage.until_state("short", "Failed").await;
+    drop(operator);
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    // Who does not answer may have it run.
+    stage.orchestrator.set_away(true);
+    let _operator = stage.operator();
+    stage.until("it is said", |stage| stage.condition("short", "Reachable").0 == "False").await;
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(stage.api.names("trainingjobs"), ["short"]);
+    stage.orchestrator.move_job("job-1", |job| {
+        train(job);
+        job.ended_unix_ms = 0;
+    });
+    stage.orchestrator.set_away(false);
+    stage.until_state("short", "Running").await;
+    tokio::time::sleep(Duration::from_secs(300)).await;
     assert_eq!(
-        stage.orchestrator.jobs().iter().map(v1::Job::state).collect::<Vec<_>>(),
-        [JobState::Queued, JobState::Cancelled]
+        (stage.api.names("trainingjobs"), stage.orchestrator.calls("cancel")),
+        (vec!["short".into()], 0)
     );
+    stage.orchestrator.move_job("job-1", fail);
+    stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deleted_object_waits_as_long_for_an_absent_orchestrator_where_the_operator_was_away_too() {
+    let (stage, operator) = training().await;
+    stage.orchestrator.set_away(true);
+    stage.until("it is said", |stage| stage.condition("tiny", "Reachable").0 == "False").await;
+    drop(operator);
+    stage.api.delete("trainingjobs", "tiny");
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    // One that tries once and is gone again.
+    let operator = stage.operator();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    drop(operator);
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    let _operator = stage.operator();
+    let begin = tokio::time::Instant::now();
+    stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
+    assert!((590..=670).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

@@ -208,7 +208,8 @@ impl JobService for Orchestrator {
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<v1::GetResponse> {
         self.call("get", |world| {
-            Ok(v1::GetResponse { job: Some(world.job(&request.get_ref().job)?.clone()) })
+            let job = Some(world.job(&request.get_ref().job)?.clone());
+            Ok(v1::GetResponse { job, ..v1::GetResponse::default() })
         })
         .await
     }

@@ -122,9 +122,25 @@ impl Stage {
         self.operator_with(self.api.client(Fuse::default()), address, Arc::new(link::connect), pace)
     }
 
-    fn operator_with(&self, client: kube::Client, address: &str, connect: Connect, pace: Pace) -> Operator {
+    /// What an operator knows, for a single look.
+    pub fn context(&self) -> Arc<Context> {
+        let connect = self.orchestrator.connect(Fuse::default());
+        self.context_with(self.api.client(Fuse::default()), "home:7070", connect, Pace::default())
+    }
+
+    fn context_with(
+        &self,
+        client: kube::Client,
+        address: &str,
+        connect: Connect,
+        pace: Pace,
+    ) -> Arc<Context> {
         let home = Home { address: address.into(), secret: None };
-        let context = Arc::new(Context::new(client, connect, pace, Some(home), self.clock.clone()));
+        Arc::new(Context::new(client, connect, pace, Some(home), self.clock.clone()))
+    }
+
+    fn operator_with(&self, client: kube::Client, address: &str, connect: Connect, pace: Pace) -> Operator {
+        let context = self.context_with(client, address, connect, pace);
         Operator(tokio::spawn(async move {
             let never = std::future::pending::<()>;
             tokio::join!(
