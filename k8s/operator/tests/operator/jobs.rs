@@ -361,6 +361,18 @@ async fn a_job_that_was_retried_meanwhile_keeps_its_object() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_deleted_object_waits_as_long_for_an_orchestrator_that_was_absent_before() {
+    let (stage, _operator) = training().await;
+    stage.orchestrator.set_away(true);
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(stage.condition("tiny", "Reachable"), pair("False", "Unreachable"));
+    stage.api.delete("trainingjobs", "tiny");
+    let begin = tokio::time::Instant::now();
+    stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
+    assert!((590..=670).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_deleted_object_waits_as_long_for_an_absent_orchestrator_where_the_operator_was_away_too() {
     let (stage, operator) = training().await;
     stage.orchestrator.set_away(true);
