@@ -83,8 +83,17 @@ impl Process {
     }
 }
 
+/// How many lines of what a process has said are shown where a test fails.
+const LAST: usize = 40;
+
 impl Drop for Process {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let said = self.stderr();
+            let last = said.lines().count().saturating_sub(LAST);
+            let lines: Vec<&str> = said.lines().skip(last).collect();
+            eprintln!("{} said at last:\n{}", self.log.display(), lines.join("\n"));
+        }
         // One that has ended is no fault.
         drop(self.child.kill());
         drop(self.child.wait());
