@@ -1,12 +1,9 @@
 //! The flight recorder of a job: what the ranks were about when one of them was lost is in its incident and in the archive of doctor.
 
-use std::collections::BTreeMap;
-use std::io::Read;
-use std::path::Path;
-
 use contraflow_runtime::flight::read_all;
 use serde_json::Value;
 
+use crate::archive::unpack;
 use crate::cluster::{Cluster, ENDLESS, until};
 
 /// A worker that ends with SIGKILL in some operation of its rank, steps after it has begun.
@@ -25,17 +22,6 @@ fn told(cluster: &Cluster, job: &str, generation: u32) -> String {
         let mut own = lines.filter(|line| line["ranks"].as_array().unwrap().is_empty());
         own.find_map(|line| Some(line["message"].as_str()?.strip_prefix(&begins)?.to_owned()))
     })
-}
-
-/// Files of a gzipped tar by name.
-fn unpack(archive: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(std::fs::File::open(archive).unwrap()));
-    let file = |mut entry: tar::Entry<'_, _>| {
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).unwrap();
-        (entry.path().unwrap().display().to_string(), bytes)
-    };
-    tar.entries().unwrap().map(|entry| file(entry.unwrap())).collect()
 }
 
 fn after_a_loss(changes: &[&str]) -> (Cluster, String, usize) {

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../common/archive.rs"]
+mod archive;
 mod chaos;
 mod cluster;
 mod collector;

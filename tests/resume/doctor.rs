@@ -1,12 +1,10 @@
 //! What `contraflow doctor` says of runs that were killed, that hang and that are damaged, and what its archive holds.
 
-use std::collections::BTreeMap;
-use std::io::Read;
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
+use crate::archive::unpack;
 use crate::workplace::{Workplace, stderr, wait_for};
 
 /// Long enough not to end by itself in a test.
@@ -169,17 +167,6 @@ fn each_fault_is_found_by_the_check_that_is_meant_for_it() {
     let output = place.run(&["doctor", "nowhere"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("nowhere: expected a run"), "{}", stderr(&output));
-}
-
-/// Files of a gzipped tar by name.
-fn unpack(archive: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut tar = tar::Archive::new(flate2::read::GzDecoder::new(std::fs::File::open(archive).unwrap()));
-    let file = |mut entry: tar::Entry<'_, _>| {
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).unwrap();
-        (entry.path().unwrap().display().to_string(), bytes)
-    };
-    tar.entries().unwrap().map(|entry| file(entry.unwrap())).collect()
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! as if nothing had happened; they are validated, listed, drawn and compared.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../common/archive.rs"]
+mod archive;
 mod crashes;
 #[path = "../common/deadline.rs"]
 mod deadline;

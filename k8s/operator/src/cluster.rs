@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::conditions::Condition;
-use crate::job::{drop_nulls, rule};
+use crate::definition::{rule, ruled};
 
 /// An orchestrator with its state on a claim, and groups of workers that share a storage.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -345,44 +345,35 @@ pub struct GroupStatus {
 
 /// The definition, with the rules that a type cannot say.
 pub fn definition() -> CustomResourceDefinition {
-    let mut definition = TrainingCluster::crd();
-    for version in &mut definition.spec.versions {
-        let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
-        let Some(schema) = schema else { continue };
-        drop_nulls(schema);
-        // Pods of a StatefulSet have its name and eleven characters more in a label, which takes 63.
-        schema.x_kubernetes_validations = Some(vec![
-            rule(
-                "self.metadata.name.size() <= 39 && !self.metadata.name.contains('.')",
-                "metadata.name: expected at most 39 characters and no dot",
-                None,
-            ),
-            rule(
-                "self.spec.workers.all(group, self.metadata.name.size() + group.name.size() <= 51)",
-                "metadata.name: expected at most 51 characters together with the name of each group in spec.workers",
-                None,
-            ),
-        ]);
-        let Some(spec) = schema.properties.as_mut().and_then(|properties| properties.get_mut("spec")) else {
-            continue;
-        };
-        spec.x_kubernetes_validations = Some(vec![
-            rule(
-                "self.workers.all(group, !has(group.maxWorkers) || group.minWorkers <= group.maxWorkers)",
-                "expected minWorkers to be at most maxWorkers",
-                Some(".workers"),
-            ),
-            rule(
-                "self.workers.all(group, group.name != 'orchestrator')",
-                "expected another name than orchestrator, which is that of another StatefulSet",
-                Some(".workers"),
-            ),
-            rule(
-                "self.orchestrator.state == oldSelf.orchestrator.state",
-                "orchestrator.state is immutable: it is the claim of a StatefulSet",
-                Some(".orchestrator.state"),
-            ),
-        ]);
-    }
-    definition
+    // Pods of a StatefulSet have its name and eleven characters more in a label, which takes 63.
+    let whole = [
+        rule(
+            "self.metadata.name.size() <= 39 && !self.metadata.name.contains('.')",
+            "metadata.name: expected at most 39 characters and no dot",
+            None,
+        ),
+        rule(
+            "self.spec.workers.all(group, self.metadata.name.size() + group.name.size() <= 51)",
+            "metadata.name: expected at most 51 characters together with the name of each group in spec.workers",
+            None,
+        ),
+    ];
+    let of_spec = [
+        rule(
+            "self.workers.all(group, !has(group.maxWorkers) || group.minWorkers <= group.maxWorkers)",
+            "expected minWorkers to be at most maxWorkers",
+            Some(".workers"),
+        ),
+        rule(
+            "self.workers.all(group, group.name != 'orchestrator')",
+            "expected another name than orchestrator, which is that of another StatefulSet",
+            Some(".workers"),
+        ),
+        rule(
+            "self.orchestrator.state == oldSelf.orchestrator.state",
+            "orchestrator.state is immutable: it is the claim of a StatefulSet",
+            Some(".orchestrator.state"),
+        ),
+    ];
+    ruled(TrainingCluster::crd(), &whole, &of_spec, |_| ())
 }

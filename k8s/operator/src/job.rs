@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::conditions::Condition;
+use crate::definition::{rule, ruled};
 
 /// What is to be trained, and on how many ranks.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -194,21 +195,9 @@ pub struct TrainingJobStatus {
 
 /// The definition, with the rules that a type cannot say.
 pub fn definition() -> CustomResourceDefinition {
-    let mut definition = TrainingJob::crd();
-    for version in &mut definition.spec.versions {
-        let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
-        let Some(schema) = schema else { continue };
-        drop_nulls(schema);
-        let short = "self.metadata.name.size() <= 63";
-        schema.x_kubernetes_validations =
-            Some(vec![rule(short, "metadata.name: expected at most 63 characters", None)]);
-        let Some(spec) = schema.properties.as_mut().and_then(|properties| properties.get_mut("spec")) else {
-            continue;
-        };
-        spec.x_kubernetes_validations = Some(rules());
-        constrain(spec);
-    }
-    definition
+    let short =
+        rule("self.metadata.name.size() <= 63", "metadata.name: expected at most 63 characters", None);
+    ruled(TrainingJob::crd(), &[short], &rules(), constrain)
 }
 
 /// What a job was submitted with stays as it is.
@@ -242,15 +231,6 @@ fn rules() -> Vec<ValidationRule> {
     fixed.into_iter().chain(others).collect()
 }
 
-pub(crate) fn rule(rule: &str, words: &str, field: Option<&str>) -> ValidationRule {
-    ValidationRule {
-        rule: rule.to_owned(),
-        message: Some(words.to_owned()),
-        field_path: field.map(str::to_owned),
-        ..ValidationRule::default()
-    }
-}
-
 /// Bounds the texts that a rule compares: its cost is estimated from them.
 fn constrain(spec: &mut JSONSchemaProps) {
     let overrides = spec.properties.as_mut().and_then(|properties| properties.get_mut("overrides"));
@@ -258,15 +238,6 @@ fn constrain(spec: &mut JSONSchemaProps) {
         overrides.and_then(|overrides| overrides.items.as_mut())
     {
         item.max_length = Some(4096);
-    }
-}
-
-/// What is null counts as not there, to rules too.
-pub(crate) fn drop_nulls(schema: &mut JSONSchemaProps) {
-    schema.nullable = None;
-    schema.properties.iter_mut().flat_map(|properties| properties.values_mut()).for_each(drop_nulls);
-    if let Some(JSONSchemaPropsOrArray::Schema(item)) = &mut schema.items {
-        drop_nulls(item);
     }
 }
 

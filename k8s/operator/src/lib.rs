@@ -8,6 +8,7 @@ pub mod clusters;
 pub mod conditions;
 pub mod context;
 pub mod decide;
+mod definition;
 pub mod job;
 pub mod jobs;
 pub mod link;

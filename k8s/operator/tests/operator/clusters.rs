@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
 
 use contraflow_operator::cluster::TrainingCluster;
 use contraflow_operator::objects::objects;
@@ -160,7 +159,7 @@ async fn a_cluster_is_made_shown_changed_and_goes_with_its_object_but_for_its_ch
     assert_eq!(stage.api.get("trainingclusters", "east").unwrap()["status"]["workers"], "2/2");
     // Nothing is written while nothing changes.
     let writes = stage.api.requests("PATCH", "status");
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!(stage.api.requests("PATCH", "status"), writes);
     assert!(stage.api.requests("GET", "statefulsets/east-workers") < 40);
     // A group is renamed and another image wanted.
@@ -189,7 +188,7 @@ async fn a_cluster_is_made_shown_changed_and_goes_with_its_object_but_for_its_ch
             stage.api.names("services").is_empty() && stage.api.names("statefulsets").is_empty()
         })
         .await;
-    tokio::time::sleep(Duration::from_secs(120)).await;
+    stage.passes(120).await;
     assert_eq!(stage.api.names("persistentvolumeclaims"), ["east-storage"]);
     assert!(stage.api.names("statefulsets").is_empty());
 }
@@ -214,7 +213,7 @@ async fn workers_come_as_the_queue_lacks_slots_and_go_once_they_are_idle() {
     stage.api.create("secrets", client_secret("contraflow-operator"));
     stage.submit("wide", json!({"recipe": {"builtIn": "tiny"}, "cluster": "east", "minRanks": 8}));
     stage.until("there are four", |stage| replicas(stage, "east-workers") == Some(4)).await;
-    tokio::time::sleep(Duration::from_secs(300)).await;
+    stage.passes(300).await;
     assert_eq!(replicas(&stage, "east-workers"), Some(4));
     let busy = |used| {
         (0..4)
@@ -228,7 +227,7 @@ async fn workers_come_as_the_queue_lacks_slots_and_go_once_they_are_idle() {
     };
     stage.orchestrator.move_job("job-1", |job| job.state = v1::JobState::Running.into());
     stage.orchestrator.set_workers(busy(2));
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!(replicas(&stage, "east-workers"), Some(4));
     stage.orchestrator.move_job("job-1", |job| job.state = v1::JobState::Done.into());
     stage.orchestrator.set_workers(busy(0));
@@ -251,7 +250,7 @@ async fn a_job_that_is_too_large_for_its_cluster_starts_no_worker_and_is_said() 
     stage.api.create("secrets", client_secret("contraflow-operator"));
     stage.submit("huge", json!({"recipe": {"builtIn": "tiny"}, "cluster": "east", "minRanks": 11}));
     stage.until("it is said", |stage| stage.api.events().contains(&"TooLarge".to_owned())).await;
-    tokio::time::sleep(Duration::from_secs(120)).await;
+    stage.passes(120).await;
     assert_eq!(replicas(&stage, "east-workers"), Some(2));
     let cluster = stage.api.get("trainingclusters", "east").unwrap();
     let conditions = cluster["status"]["conditions"].as_array().unwrap();

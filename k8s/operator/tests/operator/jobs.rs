@@ -69,7 +69,7 @@ async fn a_status_is_not_a_reason_to_look_again() {
     // The job makes a step whenever it is looked at, so that each look changes the status.
     for step in 0..120 {
         stage.orchestrator.move_job("job-1", |job| job.step = 13 + step);
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        stage.passes(1).await;
     }
     let (looks, writes) =
         (stage.orchestrator.all_calls() - looks, stage.api.requests("PATCH", "trainingjobs") - writes);
@@ -98,7 +98,7 @@ async fn a_deleted_object_waits_for_an_absent_orchestrator_and_goes_in_the_end()
     stage.orchestrator.set_away(true);
     stage.api.delete("trainingjobs", "tiny");
     let calls = stage.api.requests("PATCH", "trainingjobs");
-    tokio::time::sleep(Duration::from_secs(250)).await;
+    stage.passes(250).await;
     assert_eq!(stage.condition("tiny", "Reachable"), pair("False", "Unreachable"));
     assert!(stage.api.requests("PATCH", "trainingjobs") - calls <= 2);
     stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
@@ -111,7 +111,7 @@ async fn a_deleted_object_whose_orchestrator_comes_back_cancels_its_job() {
     let (stage, _operator) = training().await;
     stage.orchestrator.set_away(true);
     stage.api.delete("trainingjobs", "tiny");
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    stage.passes(60).await;
     assert_eq!(stage.api.names("trainingjobs"), ["tiny"]);
     stage.orchestrator.set_away(false);
     stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
@@ -167,7 +167,7 @@ async fn a_job_that_somebody_cancelled_is_not_taken_up_again_and_one_that_somebo
         .move_job("job-1", |job| (job.state, job.outcome) = (JobState::Cancelled.into(), "enough".into()));
     stage.until_state("tiny", "Cancelled").await;
     assert_eq!(stage.condition("tiny", "Failed"), pair("True", "Cancelled"));
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!((stage.orchestrator.calls("retry"), stage.orchestrator.calls("submit")), (0, 1));
     stage.orchestrator.move_job("job-1", train);
     stage.until_state("tiny", "Running").await;
@@ -181,7 +181,7 @@ async fn ranks_are_those_of_the_scale_subresource() {
     stage.api.patch("trainingjobs", "tiny", "scale", &json!({"spec": {"replicas": 3}}));
     stage.until("it has two", |stage| ranks(stage) == 2).await;
     stage.until("that is shown", |stage| stage.condition("tiny", "Scaled") == pair("True", "Scaled")).await;
-    tokio::time::sleep(Duration::from_secs(120)).await;
+    stage.passes(120).await;
     assert_eq!(stage.orchestrator.calls("scale"), 1);
     // What somebody else says is put right again.
     stage.orchestrator.move_job("job-1", |job| job.max_ranks = 8);
@@ -189,7 +189,7 @@ async fn ranks_are_those_of_the_scale_subresource() {
     stage.api.patch("trainingjobs", "tiny", "scale", &json!({"spec": {"replicas": 1}}));
     stage.until("it is refused", |stage| stage.condition("tiny", "Scaled") == pair("False", "Refused")).await;
     let calls = stage.orchestrator.calls("scale");
-    tokio::time::sleep(Duration::from_secs(120)).await;
+    stage.passes(120).await;
     assert_eq!(
         (stage.orchestrator.calls("scale"), stage.condition("tiny", "Ready")),
         (calls, pair("True", "Running"))
@@ -215,7 +215,7 @@ async fn an_orchestrator_that_is_away_is_said_and_asked_ever_more_rarely() {
     let before = (requests(&stage), stage.api.requests("WATCH", "trainingjobs"));
     let asked = |stage: &Stage| stage.orchestrator.calls("get") + stage.orchestrator.calls("connect");
     let asked_before = asked(&stage);
-    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stage.passes(3600).await;
     let (made, watches) =
         (requests(&stage) - before.0, stage.api.requests("WATCH", "trainingjobs") - before.1);
     // Nothing is written while nothing changes; a watch lasts five minutes.
@@ -246,7 +246,7 @@ async fn a_recipe_that_is_refused_is_said_with_its_fault_and_taken_once_it_is_ri
         .await;
     assert_eq!(stage.job("mine")["status"]["message"], "training.steps: expected a number, got broken");
     let asked = stage.orchestrator.calls("submit");
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert!(stage.orchestrator.calls("submit") - asked <= 11);
     stage.api.patch("configmaps", "recipes", "", &json!({"data": {"recipe.toml": "right"}}));
     stage.until_state("mine", "Queued").await;
@@ -269,7 +269,7 @@ async fn a_job_that_the_orchestrator_lost_has_failed_and_is_not_run_anew() {
     stage.until_state("tiny", "Failed").await;
     assert_eq!(stage.condition("tiny", "Failed"), pair("True", "Lost"));
     assert!(stage.job("tiny")["status"]["message"].as_str().unwrap().contains("contraflow submit --resume"));
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!((stage.orchestrator.calls("submit"), stage.orchestrator.jobs().len()), (1, 1));
     assert_eq!(stage.api.events(), ["Submitted", "Running", "Lost"]);
     // A deletion leaves the other one alone.
@@ -288,7 +288,7 @@ async fn a_suspended_job_that_is_no_longer_retained_has_failed_and_is_not_run_an
     stage.until_state("tiny", "Failed").await;
     assert_eq!(stage.condition("tiny", "Failed"), pair("True", "NotRetained"));
     assert_eq!(stage.condition("tiny", "Suspended"), pair("False", "NotSuspended"));
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!((stage.orchestrator.calls("submit"), stage.orchestrator.jobs().len()), (1, 0));
 }
 
@@ -338,12 +338,12 @@ async fn a_job_that_was_retried_meanwhile_keeps_its_object() {
     stage.orchestrator.move_job("job-1", fail);
     stage.until_state("short", "Failed").await;
     drop(operator);
-    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stage.passes(3600).await;
     // Who does not answer may have it run.
     stage.orchestrator.set_away(true);
     let _operator = stage.operator();
     stage.until("it is said", |stage| stage.condition("short", "Reachable").0 == "False").await;
-    tokio::time::sleep(Duration::from_secs(300)).await;
+    stage.passes(300).await;
     assert_eq!(stage.api.names("trainingjobs"), ["short"]);
     stage.orchestrator.move_job("job-1", |job| {
         train(job);
@@ -351,7 +351,7 @@ async fn a_job_that_was_retried_meanwhile_keeps_its_object() {
     });
     stage.orchestrator.set_away(false);
     stage.until_state("short", "Running").await;
-    tokio::time::sleep(Duration::from_secs(300)).await;
+    stage.passes(300).await;
     assert_eq!(
         (stage.api.names("trainingjobs"), stage.orchestrator.calls("cancel")),
         (vec!["short".into()], 0)
@@ -364,7 +364,7 @@ async fn a_job_that_was_retried_meanwhile_keeps_its_object() {
 async fn a_deleted_object_waits_as_long_for_an_orchestrator_that_was_absent_before() {
     let (stage, _operator) = training().await;
     stage.orchestrator.set_away(true);
-    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stage.passes(3600).await;
     assert_eq!(stage.condition("tiny", "Reachable"), pair("False", "Unreachable"));
     stage.api.delete("trainingjobs", "tiny");
     let begin = tokio::time::Instant::now();
@@ -379,12 +379,12 @@ async fn a_deleted_object_waits_as_long_for_an_absent_orchestrator_where_the_ope
     stage.until("it is said", |stage| stage.condition("tiny", "Reachable").0 == "False").await;
     drop(operator);
     stage.api.delete("trainingjobs", "tiny");
-    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stage.passes(3600).await;
     // One that tries once and is gone again.
     let operator = stage.operator();
-    tokio::time::sleep(Duration::from_secs(30)).await;
+    stage.passes(30).await;
     drop(operator);
-    tokio::time::sleep(Duration::from_secs(3600)).await;
+    stage.passes(3600).await;
     let _operator = stage.operator();
     let begin = tokio::time::Instant::now();
     stage.until("it is gone", |stage| stage.api.names("trainingjobs").is_empty()).await;
@@ -399,7 +399,7 @@ async fn an_ended_job_that_is_no_longer_retained_is_not_run_again() {
         .move_job("job-1", |job| (job.state, job.ended_unix_ms) = (JobState::Done.into(), 9_000));
     stage.until_state("tiny", "Done").await;
     stage.orchestrator.forget_all();
-    tokio::time::sleep(Duration::from_secs(600)).await;
+    stage.passes(600).await;
     assert_eq!(
         (stage.orchestrator.calls("submit"), stage.job("tiny")["status"]["state"].as_str()),
         (1, Some("Done"))

@@ -169,6 +169,12 @@ impl Stage {
         (text("status"), text("reason"))
     }
 
+    /// So much time passes for the operator, for what must not happen in it. The clock is stopped (`start_paused`): it moves to the next
+    /// timer whenever nobody has anything to do, so that every look and retry of that time is made, and nothing is waited for.
+    pub async fn passes(&self, seconds: u64) {
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+    }
+
     /// Waits until something is so.
     pub async fn until(&self, what: &str, mut is_so: impl FnMut(&Stage) -> bool) {
         let mut change = self.change.subscribe();
