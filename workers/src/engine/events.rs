@@ -1,5 +1,6 @@
 //! Which operations of a program have completed, and the waiting for them.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use contraflow_runtime::schedule::OpId;
@@ -15,6 +16,8 @@ struct EventState {
     done: Vec<bool>,
     /// When the latest operation completed.
     latest: Instant,
+    /// Operations under way that exchange frames with other ranks.
+    exchanges: BTreeSet<OpId>,
     aborted: Option<String>,
 }
 
@@ -29,7 +32,12 @@ pub(super) enum WaitError {
 impl Events {
     /// Of a program with that many operations.
     pub fn new(num_ops: usize) -> Self {
-        let state = EventState { done: vec![false; num_ops], latest: Instant::now(), aborted: None };
+        let state = EventState {
+            done: vec![false; num_ops],
+            latest: Instant::now(),
+            exchanges: BTreeSet::new(),
+            aborted: None,
+        };
         Events { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -37,10 +45,16 @@ impl Events {
         self.state.lock()
     }
 
+    /// An operation begins that exchanges frames with other ranks: it completes, or aborts the waits when its own deadline is over.
+    pub fn begin_exchange(&self, op: OpId) {
+        self.lock().exchanges.insert(op);
+    }
+
     /// An operation has completed.
     pub fn complete(&self, op: OpId) {
         let mut state = self.lock();
         (state.done[op], state.latest) = (true, Instant::now());
+        state.exchanges.remove(&op);
         drop(state);
         self.changed.notify_all();
     }
@@ -52,7 +66,8 @@ impl Events {
     }
 
     /// Waits until all of `ops` have completed, as long as anything completes within `timeout`: a lane may stand at an operation
-    /// that is due at the end of a long step.
+    /// that is due at the end of a long step. While an exchange is under way it is left to that to give up: it knows which frame
+    /// is missing and whose it is, and this wait would only say who suffers from it.
     pub fn wait(&self, ops: &[OpId], timeout: Duration) -> Result<(), WaitError> {
         let mut state = self.lock();
         loop {
@@ -60,6 +75,10 @@ impl Events {
                 return Err(WaitError::Aborted(reason.clone()));
             }
             let Some(&missing) = ops.iter().find(|&&op| !state.done[op]) else { return Ok(()) };
+            if !state.exchanges.is_empty() {
+                self.changed.wait(&mut state);
+                continue;
+            }
             let left = timeout.saturating_sub(state.latest.elapsed());
             if left.is_zero() {
                 return Err(WaitError::Late { op: missing, waited: timeout });
@@ -91,5 +110,19 @@ mod tests {
         assert!(since >= TIMEOUT, "given up {since:?} after the last operation");
         events.complete(7);
         assert!(events.wait(&[7], TIMEOUT).is_ok());
+    }
+
+    #[test]
+    fn what_waits_for_a_frame_is_the_first_to_give_up() {
+        let events = Events::new(2);
+        events.begin_exchange(0);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| events.wait(&[1], TIMEOUT / 8));
+            std::thread::sleep(TIMEOUT);
+            assert!(!waiting.is_finished(), "given up before the exchange");
+            events.abort("the frame of rank 3 never came");
+            let error = waiting.join().unwrap();
+            assert!(matches!(error, Err(WaitError::Aborted(reason)) if reason.contains("rank 3")));
+        });
     }
 }

@@ -117,6 +117,9 @@ impl LaneThread {
             }
         };
         running.events.wait(&op.after, running.context.endpoint.timeout()).map_err(why_late)?;
+        if op.lane != Lane::Compute {
+            running.events.begin_exchange(op_id);
+        }
         let began = Instant::now();
         let (work, step) = (op.work, running.id.step);
         let note = |event, at| {
