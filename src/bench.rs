@@ -69,6 +69,9 @@ enum BenchCommand {
         /// Measured steps, after two warm-up steps
         #[arg(long, default_value_t = 10)]
         steps: usize,
+        /// Changes a value of the recipe, for instance precision.recipe=bf16; repeatable
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
     },
     /// Reading a prompt and writing token by token with a benchmark model of random weights
     Infer {
@@ -81,6 +84,9 @@ enum BenchCommand {
         /// Measured repeats, after one warm-up
         #[arg(long, default_value_t = 10)]
         repeats: usize,
+        /// Changes a value of the recipe, for instance precision.recipe=bf16; repeatable
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
     },
     /// Slowdown of a step while a checkpoint is written in the background, and the memory that takes
     Checkpoint {
@@ -169,9 +175,11 @@ enum BenchCommand {
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
     let format = args.format;
     match &args.what {
-        BenchCommand::Step { model, threads, steps } => show(format, &step::run(model, *threads, *steps)?),
-        BenchCommand::Infer { model, threads, repeats } => {
-            show(format, &infer::run(model, *threads, *repeats)?)
+        BenchCommand::Step { model, threads, steps, set } => {
+            show(format, &step::run(model, *threads, *steps, set)?)
+        }
+        BenchCommand::Infer { model, threads, repeats, set } => {
+            show(format, &infer::run(model, *threads, *repeats, set)?)
         }
         BenchCommand::Checkpoint { model, threads, saves } => {
             show(format, &checkpoint::run(model, *threads, *saves)?)
@@ -221,17 +229,28 @@ fn show(format: Format, figures: &(impl Serialize + Display)) -> Result<(), Fail
 /// Steps that warm caches and memory up.
 const WARM_UP: usize = 2;
 
-/// A benchmark model and sequences for it: seeded token ids, no balance of the experts, nothing written.
-fn benchmark(model: &str, threads: usize, steps: usize) -> Result<(Recipe, Datasets), Failure> {
-    let overrides = [
+/// A benchmark model and sequences for it: seeded token ids, no balance of the experts, nothing written. `changes` are to its recipe.
+fn benchmark(
+    model: &str,
+    threads: usize,
+    steps: usize,
+    changes: &[String],
+) -> Result<(Recipe, Datasets), Failure> {
+    let mut overrides = vec![
         format!("parallel.threads_per_rank={threads}"),
         format!("training.steps={steps}"),
         "balance.bias_speed=0".to_owned(),
         "checkpoint.save_model=false".to_owned(),
     ];
+    overrides.extend_from_slice(changes);
     let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &overrides)?;
     let datasets = seeded_datasets(&recipe);
     Ok((recipe, datasets))
+}
+
+/// A model's name with what differs from its recipe.
+fn with_changes(model: &str, changes: &[String]) -> String {
+    if changes.is_empty() { model.to_owned() } else { format!("{model} with {}", changes.join(", ")) }
 }
 
 /// A global batch of seeded token ids.

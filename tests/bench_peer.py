@@ -1,6 +1,8 @@
-"""The peer of our benches: the same models in PyTorch and transformers, on the CPU, in f32.
+"""The peer of our benches: the same models in PyTorch and transformers, on the CPU, in f32 or bf16.
 
-  python bench_peer.py train|infer --cfg small|base --threads N [--mode eager|compile] [--seconds S]
+  python bench_peer.py train|infer --cfg small|base --threads N [--mode eager|compile] [--dtype f32|bf16] [--seconds S]
+
+In bf16 training is autocast, with f32 parameters, and inference has bf16 parameters.
 
 Prints a JSON object a line: what was measured, tokens per second by the median of the wall (tok_s_median) and per second of CPU time
 of the main thread (tok_s_idle_est), which does everything where there is one thread. tests/bench_peer.sh sets them beside ours. Needs
@@ -32,7 +34,7 @@ def build(name):
 def emit(args, what, tokens, times):
     """`times` are pairs of seconds: by the wall, and of the main thread's CPU."""
     wall, cpu = (statistics.median(column) for column in zip(*times))
-    figures = {"cfg": args.cfg, "mode": args.mode, "threads": args.threads, "repeats": len(times)}
+    figures = {"cfg": args.cfg, "mode": args.mode, "dtype": args.dtype, "threads": args.threads, "repeats": len(times)}
     print(json.dumps({"what": what, **figures, "tok_s_median": tokens / wall, "tok_s_idle_est": tokens / cpu}), flush=True)
 
 
@@ -61,7 +63,9 @@ def train(args):
     forward = torch.compile(model) if args.mode == "compile" else model
 
     def step():
-        forward(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -72,6 +76,8 @@ def train(args):
 def infer(args):
     model, training = build(args.cfg)
     model.eval()
+    if args.dtype == "bf16":
+        model.bfloat16()
     forward = torch.compile(model, dynamic=True) if args.mode == "compile" else model
     ids = torch.randint(0, model.config.vocab_size, (1, training["sequence_length"]))
 
@@ -100,6 +106,7 @@ def main():
     parser.add_argument("--cfg", choices=["small", "base"], default="small")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--mode", choices=["eager", "compile"], default="eager")
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--seconds", type=float, default=10, help="how long each figure is measured, three repeats at the least")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::{
     gemm::gemm,
+    linear,
     par::{self, MIN_PARALLEL},
     softmax,
     tensor::{Tensor, View},
@@ -115,7 +116,7 @@ fn for_each_row(
     });
 }
 
-/// The positions of one sequence that one layer has seen, with room for more.
+/// The positions of one sequence that one layer has seen, in F32, with room for more.
 pub struct LatentCache {
     /// Normalised latents; rows from `len` on are free.
     ///
@@ -141,8 +142,8 @@ impl LatentCache {
     /// **Errors**: panics if there are not as many of one as of the other, or one has another width.
     pub fn append(&mut self, latents: &Tensor, rope_keys: &Tensor) {
         assert_eq!(latents.rows(), rope_keys.rows(), "expected as many rotary keys as latents");
-        append_rows(&mut self.latents, self.len, latents);
-        append_rows(&mut self.rope_keys, self.len, rope_keys);
+        append_rows(&mut self.latents, self.len, &latents.widened());
+        append_rows(&mut self.rope_keys, self.len, &rope_keys.widened());
         self.len += latents.rows();
     }
 
@@ -175,14 +176,9 @@ impl LatentCache {
     /// **Shapes**: `kv_b` `[H * (nope + v), C]`; result `([L, H * (nope + rope)], [L, H * v])`.
     pub fn keys_and_values(&self, kv_b: &Tensor, heads: &LatentHeads) -> (Tensor, Tensor) {
         let mut kv = Tensor::for_overwrite(&[self.len, kv_b.rows()]);
-        let (latents, rope_keys) = self.views();
-        gemm(kv.mat_mut(), Output::Overwrite, 1.0, latents, kv_b.mat().t());
-        join(&kv, rope_keys, heads)
-    }
-
-    /// **Shapes**: `[L, C]` and `[L, rope]`.
-    fn views(&self) -> (Mat<'_>, Mat<'_>) {
-        (self.latents.mat().rows_range(0..self.len), self.rope_keys.mat().rows_range(0..self.len))
+        let latents = self.latents.slice_rows(0..self.len);
+        linear::add_product(kv.mat_mut(), Output::Overwrite, &latents, kv_b, 0..kv_b.rows());
+        join(&kv, self.rope_keys.mat().rows_range(0..self.len), heads)
     }
 }
 
@@ -203,9 +199,10 @@ fn append_rows(target: &mut Tensor, len: usize, rows: &Tensor) {
 /// Each new position sees the cache up to itself. Meant for one or a handful of positions: the cache is read once for
 /// each, and a long prompt is cheaper in the direct form.
 ///
-/// **Shapes**: `q` `[n, H * (nope + rope)]`, rotary parts rotated; `kv_b` `[H * (nope + v), C]`; result `[n, H * v]`.
+/// **Shapes**: `q` `[n, H * (nope + rope)]`, rotary parts rotated; `kv_b` `[H * (nope + v), C]` in F32; result `[n, H * v]` in F32.
 pub fn decode(q: &Tensor, kv_b: &Tensor, cache: &LatentCache, heads: &LatentHeads, scale: f32) -> Tensor {
     let LatentHeads { num_heads, nope_dim, rope_dim, v_dim } = *heads;
+    let q = q.widened();
     let (num_new, latent_dim) = (q.rows(), kv_b.cols());
     let len = cache.len();
     assert_eq!(q.cols(), num_heads * heads.qk_dim(), "expected queries of every head side by side");

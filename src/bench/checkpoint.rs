@@ -45,7 +45,7 @@ pub(super) struct CheckpointCost {
 /// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
 pub(super) fn run(model: &str, threads: usize, saves: usize) -> Result<CheckpointCost, Failure> {
     let steps = WARM_UP + 2 * saves;
-    let (mut recipe, datasets) = benchmark(model, threads, steps)?;
+    let (mut recipe, datasets) = benchmark(model, threads, steps, &[])?;
     recipe.checkpoint.every = 2;
     recipe.checkpoint.keep = 1;
     let parameters = cost::parameters(&recipe.model_config);

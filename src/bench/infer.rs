@@ -9,10 +9,11 @@ use contraflow_kernels::par::Threads;
 use contraflow_kernels::sampling::{Sampling, sample};
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_workers::infer::generate::{Cache, Generator};
+use contraflow_workers::model::precision::Precision;
 use serde::Serialize;
 
 use super::rate::Rate;
-use super::{cpu_seconds, seeded_ids};
+use super::{cpu_seconds, seeded_ids, with_changes};
 use crate::failure::Failure;
 
 /// Tokens in the cache before the first one that is written, and how many are.
@@ -23,6 +24,8 @@ const WRITTEN: usize = 32;
 #[derive(Debug, Serialize)]
 pub(super) struct InferSpeed {
     model: String,
+    /// What differs from the model's recipe.
+    changes: Vec<String>,
     threads: usize,
     repeats: usize,
     prefill_tokens: usize,
@@ -34,12 +37,19 @@ pub(super) struct InferSpeed {
 
 /// Measures both.
 ///
-/// **Errors**: code 2 for a model that is not built in.
-pub(super) fn run(model: &str, threads: usize, repeats: usize) -> Result<InferSpeed, Failure> {
-    let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), &[])?;
+/// **Errors**: code 2 for a model that is not built in, or changes that its recipe refuses.
+pub(super) fn run(
+    model: &str,
+    threads: usize,
+    repeats: usize,
+    changes: &[String],
+) -> Result<InferSpeed, Failure> {
+    let recipe = Recipe::load(&RecipeSource::Builtin(model.to_owned()), changes)?;
+    let precision = Precision::of(&recipe.precision);
     let (config, training) = (recipe.model_config, recipe.training);
     let ids = seeded_ids(training.sequence_length, config.vocab_size);
-    let generator = Generator::fresh(config, training.seed, training.init_std).map_err(Failure::run)?;
+    let generator =
+        Generator::fresh(config, precision, training.seed, training.init_std).map_err(Failure::run)?;
     let (prefill, decode) = Threads::new(threads).run(|| {
         let prefill = rate(repeats, ids.len(), || {
             let clock = Clock::start();
@@ -50,6 +60,7 @@ pub(super) fn run(model: &str, threads: usize, repeats: usize) -> Result<InferSp
     });
     Ok(InferSpeed {
         model: model.to_owned(),
+        changes: changes.to_vec(),
         threads,
         repeats,
         prefill_tokens: ids.len(),
@@ -62,7 +73,8 @@ pub(super) fn run(model: &str, threads: usize, repeats: usize) -> Result<InferSp
 impl fmt::Display for InferSpeed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [begin, end] = self.decode_context;
-        writeln!(f, "{}, {} thread(s), {} repeats", self.model, self.threads, self.repeats)?;
+        let model = with_changes(&self.model, &self.changes);
+        writeln!(f, "{model}, {} thread(s), {} repeats", self.threads, self.repeats)?;
         writeln!(
             f,
             "prefill of {} tokens, tokens/s: {:.1}",

@@ -11,7 +11,7 @@ use contraflow_workers::engine::timelines::{Timelines, cost_of_recording};
 use serde::Serialize;
 
 use super::rate::Rate;
-use super::{WARM_UP, benchmark, train_quietly};
+use super::{WARM_UP, benchmark, train_quietly, with_changes};
 use crate::failure::Failure;
 use crate::machine;
 
@@ -19,6 +19,8 @@ use crate::machine;
 #[derive(Debug, Serialize)]
 pub(super) struct StepSpeed {
     model: String,
+    /// What differs from the model's recipe.
+    changes: Vec<String>,
     threads: usize,
     steps: usize,
     tokens_per_step: f64,
@@ -82,9 +84,14 @@ fn cost_of_a_record() -> std::io::Result<f64> {
     Ok((0..32).map(|_| some()).fold(f64::INFINITY, f64::min))
 }
 
-/// **Errors**: code 2 for a model that is not built in; code 1 if the run fails.
-pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed, Failure> {
-    let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP)?;
+/// **Errors**: code 2 for a model that is not built in, or changes that its recipe refuses; code 1 if the run fails.
+pub(super) fn run(
+    model: &str,
+    threads: usize,
+    steps: usize,
+    changes: &[String],
+) -> Result<StepSpeed, Failure> {
+    let (recipe, datasets) = benchmark(model, threads, steps + WARM_UP, changes)?;
     let length = recipe.training.sequence_length;
     let flops_per_token = cost::training_flops_per_token(&recipe.model_config, length) as f64;
     let peak = machine::peak(threads);
@@ -100,6 +107,7 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
     let mfu = |rate: f64| rate * flops_per_token / peak;
     Ok(StepSpeed {
         model: model.to_owned(),
+        changes: changes.to_vec(),
         threads,
         steps,
         tokens_per_step: tokens,
@@ -114,7 +122,8 @@ pub(super) fn run(model: &str, threads: usize, steps: usize) -> Result<StepSpeed
 
 impl fmt::Display for StepSpeed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let StepSpeed { model, threads, steps, tokens_per_step, tokens_per_second, .. } = self;
+        let StepSpeed { threads, steps, tokens_per_step, tokens_per_second, .. } = self;
+        let model = with_changes(&self.model, &self.changes);
         writeln!(f, "{model}, {threads} thread(s), {steps} steps of {tokens_per_step} tokens")?;
         writeln!(f, "tokens/s: {tokens_per_second}")?;
         writeln!(

@@ -3,8 +3,9 @@
 use super::*;
 use crate::{par::Threads, tensor::ScaleRule, tests::noise};
 
-const SHAPES: [[usize; 3]; 9] = [
+const SHAPES: [[usize; 3]; 10] = [
     [1, 1, 1],
+    [1, 203, 270],
     [8, 48, 128],
     [9, 49, 129],
     [7, 47, 255],
