@@ -90,6 +90,8 @@ pub(super) struct Folder {
     committed: BTreeMap<u64, Committed>,
     /// By step and who writes it: shards by rank.
     unfinished: BTreeMap<(u64, Attempt), BTreeMap<Rank, Trained>>,
+    /// Those of which a later formation has removed shards: their writers may not know, and go on.
+    removed: BTreeSet<(u64, Attempt)>,
     /// Exported files by generation and rank.
     exported: BTreeMap<Generation, Vec<Rank>>,
     /// Generation whose weights stand.
@@ -133,7 +135,9 @@ impl Folder {
 
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: Generation, retention: Retention, newest: Option<u64>) {
-        self.unfinished.retain(|(_, of), _| of.generation > generation);
+        let is_later = |(_, of): &(u64, Attempt)| of.generation > generation;
+        self.removed.extend(self.unfinished.keys().copied().filter(|of| !is_later(of)));
+        self.unfinished.retain(|of, _| is_later(of));
         self.exported.retain(|of, _| *of > generation);
         self.committed
             .retain(|step, by| newest.is_none_or(|newest| *step <= newest) || by.generation >= generation);
@@ -172,6 +176,9 @@ impl Folder {
         }
         let shards = self.unfinished.remove(&(step, of));
         let shards = shards.ok_or_else(|| Ok(format!("step {step}: no such folder")))?;
+        if self.removed.contains(&(step, of)) {
+            return Err(Ok(format!("step {step}: shards are missing")));
+        }
         if shards.len() != world || shards.keys().copied().ne(Rank::all(world)) {
             return Err(Err(format!(
                 "step {step} is committed with shards of {:?} of {world}",
