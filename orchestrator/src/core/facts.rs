@@ -299,6 +299,19 @@ pub enum Fact {
         #[serde(default)]
         stop: Stop,
     },
+    /// Ranks of a job that had lost its formation before are lost, too.
+    RanksLost {
+        /// Has not been formed again.
+        job: JobId,
+        /// Of the formation.
+        generation: Generation,
+        /// Held slots until now.
+        lost: Vec<Rank>,
+        /// Human-readable.
+        why: String,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
+    },
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
         /// Keeps its place among those of its priority.
@@ -406,6 +419,7 @@ impl Fact {
             Fact::Submitted { job, .. }
             | Fact::Formed { job, .. }
             | Fact::Broken { job, .. }
+            | Fact::RanksLost { job, .. }
             | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
             | Fact::Scaled { job, .. }

@@ -411,7 +411,10 @@ pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) 
         supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
     let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
     for (rank, worker) in before.ranks() {
-        match index.get(&worker).filter(|_| !record.lost.contains(&rank)) {
+        let index = index.get(&worker).filter(|_| !record.lost.contains(&rank));
+        // Whoever is back has kept its state, but not its slot.
+        let is_free = |index: &&usize| record.holds(rank) || kept.slots[**index].free > 0;
+        match index.filter(is_free) {
             Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
             None => drop(gone.insert(rank.index())),
         }
@@ -422,8 +425,8 @@ pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) 
 }
 
 /// The workers on which a job holds slots.
-fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
+pub(super) fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     let holds = matches!(record.phase, Phase::Formed | Phase::Broken);
     let places = record.formed.iter().filter(move |_| holds).flat_map(Formed::ranks);
-    places.filter(|(rank, _)| !record.lost.contains(rank)).map(|(_, worker)| worker)
+    places.filter(|(rank, _)| record.holds(*rank)).map(|(_, worker)| worker)
 }

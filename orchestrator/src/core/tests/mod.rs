@@ -8,6 +8,7 @@ mod foreign;
 mod giving_way;
 mod goodput;
 mod growth;
+mod lost_later;
 mod memory;
 mod placing;
 mod removal;
