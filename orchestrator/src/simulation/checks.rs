@@ -290,7 +290,7 @@ impl World {
         if let Some(worker) = formed.places.iter().find(is_out) {
             return self.violate(format!("{job} is formed on worker {worker}, whose node is drained"));
         }
-        if let Some(words) = self.wrong_size(job, formed.places.len()) {
+        if let Some(words) = self.wrong_size(job, &formed.topology) {
             return self.violate(words);
         }
         let history = self.history_of(job, formed);

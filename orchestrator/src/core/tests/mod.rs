@@ -8,6 +8,7 @@ mod foreign;
 mod giving_way;
 mod goodput;
 mod growth;
+mod layouts;
 mod lost_later;
 mod memory;
 mod placing;
