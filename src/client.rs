@@ -380,9 +380,14 @@ pub fn retry(args: &OfJob) -> Result<(), Failure> {
     })
 }
 
-/// The name of a state.
+/// The name of a job's state.
 pub fn state_of(job: &v1::Job) -> String {
-    job.state().as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
+    name_of(job.state())
+}
+
+/// The name of a state.
+pub fn name_of(state: v1::JobState) -> String {
+    state.as_str_name().trim_start_matches("JOB_STATE_").to_lowercase()
 }
 
 /// A job as `--format json` prints it.
@@ -404,7 +409,7 @@ pub fn job_json(job: &v1::Job) -> Value {
         "ranks": ranks, "waiting_for": job.waiting_for, "outcome": job.outcome, "losses": job.losses,
         "submitted_unix_ms": job.submitted_unix_ms, "ended_unix_ms": job.ended_unix_ms,
         "warning": job.warning, "min_ranks": job.min_ranks, "max_ranks": job.max_ranks, "is_scaled": job.is_scaled,
-        "eta_seconds": job.eta_seconds, "goodput": goodput::json(job.goodput.as_ref()), "queued_seconds": job.queued_seconds,
+        "layout": job.layout, "eta_seconds": job.eta_seconds, "goodput": goodput::json(job.goodput.as_ref()), "queued_seconds": job.queued_seconds,
     })
 }
 
@@ -429,6 +434,9 @@ fn job_text(job: &v1::Job) -> String {
         let (least, most, now) = (job.min_ranks, job.max_ranks, job.ranks.len());
         let why = if job.is_scaled { ", as it was scaled" } else { "" };
         text += &format!("  ranks: {now} of {least} to {most}{why}\n");
+    }
+    if !job.layout.is_empty() {
+        text += &format!("  layout: {}\n", job.layout);
     }
     if let Some(seconds) = job.eta_seconds {
         text += &format!("  left: {}\n", hms(seconds));

@@ -138,7 +138,11 @@ pub fn run(args: &TrainArgs) -> Result<(), Failure> {
 /// What a fresh run takes along or leaves out.
 fn say_of_start(recipe: &Recipe, text: &Text) {
     let of_config = config_note(Path::new(&recipe.model.config));
-    of_config.iter().chain(&text.notes).for_each(|note| say(format_args!("note: {note}")));
+    let of_layouts = (!recipe.elastic.layouts.is_empty()).then(|| {
+        "elastic.layouts is for jobs of a cluster: this run stays in the layout of parallel".to_owned()
+    });
+    let notes = of_config.iter().chain(&of_layouts).chain(&text.notes);
+    notes.for_each(|note| say(format_args!("note: {note}")));
 }
 
 /// What the command line changes in the recipe.

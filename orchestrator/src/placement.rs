@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod layout;
+mod reason;
 mod score;
 mod search;
 mod sites;
@@ -20,7 +21,8 @@ use contraflow_runtime::schedule::{ScheduleKind, size};
 use contraflow_runtime::topology::Topology;
 use thiserror::Error;
 
-pub use layout::{fewest, layout};
+pub use layout::{fewest, layout, named};
+pub use reason::{Limit, Reason};
 pub use score::Term;
 use score::{Shape, UNPLACED};
 use search::{Search, Unit};

@@ -34,10 +34,12 @@ pub struct Arguments {
     /// Jobs of a higher priority start first and preempt lower ones
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub priority: i32,
-    /// Minimum number of ranks with which the job starts and continues where there are no more [default: those of the recipe]
+    /// Minimum number of ranks with which the job starts and continues where there are no more [default: those of the recipe, or of the smallest
+    /// layout that it names]
     #[arg(long, value_name = "N")]
     pub min_ranks: Option<u32>,
-    /// Maximum number of ranks to which the job grows into slots that nobody else has a use for [default: those of the recipe]
+    /// Maximum number of ranks to which the job grows into slots that nobody else has a use for [default: those of the recipe, or of
+    /// the largest layout that it names]
     #[arg(long, value_name = "N")]
     pub max_ranks: Option<u32>,
     /// A second submission with the same key is answered with the job of the first

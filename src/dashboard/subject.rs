@@ -6,7 +6,7 @@ use contraflow_orchestrator::server::Front;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-use super::cluster::figures::of_cluster;
+use super::cluster::figures::{MAX_JOBS, of_cluster};
 use super::cluster::{Cluster, Viewer, api};
 use super::metrics;
 use super::shown::Shown;
@@ -55,13 +55,11 @@ impl Subject {
         match &self.source {
             Source::Runs(runs) => metrics::of_runs(&mut out, runs),
             Source::Cluster(cluster) => {
-                let (jobs, members) = match viewer {
-                    Some(viewer) => api::listed(cluster, viewer).await?,
-                    None => {
-                        let listed = cluster.front().listed(api::PAGE as usize).await;
-                        listed.ok_or_else(|| Status::unavailable("the cluster has ended"))?
-                    }
-                };
+                if let Some(viewer) = viewer {
+                    api::let_in(cluster, viewer).await?;
+                }
+                let census = cluster.front().census(MAX_JOBS).await;
+                let (jobs, members) = census.ok_or_else(|| Status::unavailable("the cluster has ended"))?;
                 of_cluster(&mut out, &jobs, &members);
             }
         }

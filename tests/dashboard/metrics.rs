@@ -142,6 +142,7 @@ fn the_dashboard_for_grafana_shows_documented_metrics_and_all_that_tell_how_trai
         "contraflow_build_info",
         "contraflow_dashboard_viewers",
         "contraflow_job_loss_nats",
+        "contraflow_jobs_left_out",
         "contraflow_run_info",
         "contraflow_run_last_step_timestamp_seconds",
         "contraflow_run_live_chunks",

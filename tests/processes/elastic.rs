@@ -95,6 +95,33 @@ fn a_job_gives_up_ranks_to_others_and_has_them_back() {
     compare(&steps, &[]);
 }
 
+#[test]
+fn a_job_has_only_layouts_that_its_recipe_names_and_says_why_it_has_which() {
+    let mut cluster = Cluster::start(3);
+    let named = "elastic.layouts=[[1, 1, 1], [1, 1, 4]]";
+    let changes = [&ALONE[..], &[ENDLESS, named]].concat();
+    let job = cluster.submit(&changes, &[]);
+    cluster.until_step(&job, 2);
+    let words = cluster.run(&["status", &job]).1;
+    let layout = "1 rank as pipeline 1, expert 1, data 1: the most that 3 free slots allow; of 2 layouts that the recipe names; \
+                  1,1,4 needs 4";
+    assert!(words.contains(&format!("ranks: 1 of 1 to 4\n  layout: {layout}\n")), "{words}");
+    let (code, said, errors) = cluster.run(&["scale", &job, "--ranks", "2"]);
+    assert_eq!(code, 2, "{said}{errors}");
+    assert!(
+        errors.contains("ranks: expected 1 or 4, those of the layouts that the recipe names, got 2"),
+        "{errors}"
+    );
+    let worker = cluster.worker(3);
+    cluster.workers.push(Some(worker));
+    until_ranks(&cluster, &job, 4);
+    let status = cluster.status(&job).unwrap();
+    let grown = "4 ranks as pipeline 1, expert 1, data 4: the most that it may have; of 2 layouts that the recipe names";
+    assert_eq!(status["layout"], grown);
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    assert!(log.contains(&format!("layout: {layout}")) && log.contains(&format!("layout: {grown}")), "{log}");
+}
+
 /// Steps of the run in which workers come and go.
 const STEPS: u64 = 300;
 

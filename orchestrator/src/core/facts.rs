@@ -62,6 +62,19 @@ impl JobSpec {
         self.recipe.topology()
     }
 
+    /// The layouts that the recipe names; none: every one that it can be run on will do.
+    pub fn named(&self) -> Vec<Topology> {
+        self.recipe.elastic.named().collect()
+    }
+
+    /// How many ranks its named layouts have, from the fewest on, each number once.
+    pub fn named_ranks(&self) -> Vec<usize> {
+        let mut ranks: Vec<usize> = self.recipe.elastic.named().map(|axes| axes.world()).collect();
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks
+    }
+
     /// Steps of the recipe.
     pub fn steps(&self) -> u64 {
         self.recipe.training.steps as u64
@@ -69,7 +82,8 @@ impl JobSpec {
 
     /// What it takes in memory and in a snapshot, roughly. **Units**: bytes.
     pub fn bytes(&self) -> u64 {
-        let Recipe { model, parallel, data, tokenizer, balance, mtp, model_config, .. } = &*self.recipe;
+        let Recipe { model, parallel, elastic, data, tokenizer, balance, mtp, model_config, .. } =
+            &*self.recipe;
         let texts = [
             &self.name,
             &self.key,
@@ -84,7 +98,8 @@ impl JobSpec {
         let texts = texts.into_iter().chain(folder).chain(&data.paths).chain(&data.validation);
         let texts = texts.map(|text| text.len() + PER_ENTRY).sum::<usize>();
         let entries = data.weights.len() + parallel.stages.layers().len() + model_config.eos_token_id.len();
-        let entries = entries + balance.bias_speed.num_steps() + mtp.weight.num_steps();
+        let entries =
+            entries + balance.bias_speed.num_steps() + mtp.weight.num_steps() + elastic.layouts.len();
         (PER_JOB + texts + PER_ENTRY * entries) as u64
     }
 
@@ -226,6 +241,9 @@ pub struct Formed {
     pub rank_bytes: u64,
     /// Whether it holds slots that a job before it in line waits for.
     pub on_loan: bool,
+    /// The axes, and why it has these, in a sentence.
+    #[serde(default)]
+    pub layout: String,
 }
 
 impl Formed {
@@ -298,6 +316,19 @@ pub enum Fact {
         /// Where the formation stood.
         #[serde(default)]
         stop: Stop,
+    },
+    /// Ranks of a job that had lost its formation before are lost, too.
+    RanksLost {
+        /// Has not been formed again.
+        job: JobId,
+        /// Of the formation.
+        generation: Generation,
+        /// Held slots until now.
+        lost: Vec<Rank>,
+        /// Human-readable.
+        why: String,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
     },
     /// A job has given up its place for one of a higher priority or because its node is drained, and is in the queue again.
     Requeued {
@@ -406,6 +437,7 @@ impl Fact {
             Fact::Submitted { job, .. }
             | Fact::Formed { job, .. }
             | Fact::Broken { job, .. }
+            | Fact::RanksLost { job, .. }
             | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
             | Fact::Scaled { job, .. }

@@ -49,6 +49,15 @@ impl Core {
         self.inquiries.insert(job, inquiry);
     }
 
+    /// More ranks of the latest formation, which had been lost before, are lost: nobody asks their workers.
+    pub(super) fn inquire_without(&mut self, formation: FormationId, lost: &[Rank]) {
+        let inquiry = self.inquiries.get_mut(&formation.job).filter(|inquiry| inquiry.formation == formation);
+        if let Some(inquiry) = inquiry {
+            inquiry.lost.extend(lost);
+            inquiry.lost.sort_unstable();
+        }
+    }
+
     /// Asks where that is due.
     pub(super) fn tick_inquiries(&mut self, now: u64) {
         let is_known = |job: &JobId| self.jobs.all.contains_key(job);

@@ -38,10 +38,10 @@ impl Core {
             candidates.into_iter().partition(|(job, _)| is_ready(self, *job));
         for (job, ranks) in ready {
             let held = self.jobs.all[&job].running().map_or(0, |formed| formed.places.len());
-            let places = self.place_on(job, &[job], ranks);
-            if let Some((topology, _)) = places.ok().filter(|(topology, _)| topology.world() > held) {
+            let placed = self.place_on(job, &[job], ranks);
+            if let Some(placed) = placed.ok().filter(|placed| placed.topology.world() > held) {
                 self.room = None;
-                let why = format!("grows from {} to {}", count(held, "rank"), topology.world());
+                let why = format!("grows from {} to {}", count(held, "rank"), placed.topology.world());
                 return self.requeue(job, why, now);
             }
         }
@@ -65,6 +65,14 @@ impl Core {
         let record = record.ok_or_else(|| format!("job: expected one that has not ended, got {job}"))?;
         if ranks > MAX_RANKS {
             return Err(format!("ranks: expected at most {MAX_RANKS}, got {ranks}"));
+        }
+        let named = record.spec.named_ranks();
+        if ranks > 0 && !named.is_empty() && !named.contains(&ranks) {
+            let named: Vec<String> = named.iter().map(usize::to_string).collect();
+            let named = named.join(" or ");
+            return Err(format!(
+                "ranks: expected {named}, those of the layouts that the recipe names, got {ranks}"
+            ));
         }
         let is_possible = ranks == 0 || Layouts::default().best(job, &record.spec, ranks, 1).is_some();
         is_possible.then_some(()).ok_or_else(|| {

@@ -38,6 +38,10 @@ pub struct JobRecord {
     pub formed: Option<Formed>,
     /// Ranks of the latest formation that were lost.
     pub lost: BTreeSet<Rank>,
+    /// Ranks of the latest formation whose workers were lost after it had broken: it holds no slots for them. One whose worker is back
+    /// has its place again if that is free.
+    #[serde(default)]
+    pub gone: BTreeSet<Rank>,
     /// When the latest formation broke. **Units**: milliseconds since 1970.
     pub broken_ms: u64,
     /// Step of the newest checkpoint; 0: there is none.
@@ -90,6 +94,11 @@ impl JobRecord {
     /// Slots of the latest formation.
     fn slots(&self) -> usize {
         self.formed.as_ref().map_or(0, |formed| formed.places.len())
+    }
+
+    /// Whether it holds the slot of a rank of its latest formation, as long as it holds any.
+    pub fn holds(&self, rank: Rank) -> bool {
+        !self.lost.contains(&rank) && !self.gone.contains(&rank)
     }
 
     /// Whether it has ended.
@@ -182,6 +191,7 @@ impl Jobs {
             phase: Phase::Queued,
             formed: None,
             lost: BTreeSet::new(),
+            gone: BTreeSet::new(),
             broken_ms: 0,
             last_checkpoint: begins.map_or(0, |begins| begins.step),
             last_checkpoint_cursor: begins.map_or(0, |begins| begins.cursor),
@@ -211,6 +221,7 @@ impl JobRecord {
                 self.formed = Some(formed.clone());
                 self.in_memory = !formed.buddies.is_empty() || formed.memory.is_some();
                 self.lost.clear();
+                self.gone.clear();
                 self.why.clear();
                 self.attempts.formed();
             }
@@ -228,8 +239,16 @@ impl JobRecord {
                 self.phase = Phase::Broken;
                 self.losses += u32::from(!lost.is_empty());
                 self.lost = lost.iter().copied().collect();
+                self.gone.clear();
                 self.broken_ms = *at_ms;
                 self.why.clone_from(why);
+            }
+            Fact::RanksLost { lost, why, at_ms, .. } => {
+                self.why = format!("{}; {why}", self.why);
+                self.losses += u32::from(self.lost.is_empty() && self.gone.is_empty());
+                self.gone.extend(lost);
+                let left = self.slots().saturating_sub(self.lost.len() + self.gone.len());
+                self.ledger.left_with(left, *at_ms);
             }
             Fact::Requeued { why, stop, .. } => {
                 self.ledger.gave_way(*stop);
@@ -243,6 +262,7 @@ impl JobRecord {
                 self.cursor = *cursor;
                 self.in_memory = false;
                 self.lost.clear();
+                self.gone.clear();
                 self.returns = self.returns.and_one_more(self.last_checkpoint);
                 self.why.clone_from(why);
             }
@@ -252,6 +272,7 @@ impl JobRecord {
                 (self.attempts, self.returns) = Default::default();
                 self.in_memory = false;
                 self.lost.clear();
+                self.gone.clear();
                 (self.validation_loss, self.ended_ms) = (None, 0);
             }
             Fact::Scaled { ranks, .. } => self.target = *ranks,

@@ -10,7 +10,7 @@ use contraflow_runtime::topology::{JobId, Topology};
 
 use super::facts::JobSpec;
 use super::jobs::JobRecord;
-use crate::placement::{fewest, layout};
+use crate::placement::{fewest, layout, named};
 use crate::queue::Size;
 
 /// What is known of the layouts of a job.
@@ -44,7 +44,31 @@ impl Layouts {
 
     /// The layout for at most `available` ranks, if there is one with at least `least`.
     pub fn best(&mut self, job: JobId, spec: &JobSpec, available: usize, least: usize) -> Option<Topology> {
-        layout(&spec.topology(), available, least, &mut |axes| self.runs(job, spec, axes))
+        let base = spec.topology();
+        match &spec.named()[..] {
+            [] => layout(&base, available, least, &mut |axes| self.runs(job, spec, axes)),
+            layouts => named(&base, layouts, available, least),
+        }
+    }
+
+    /// A layout with more ranks than these that a job may have: of named ones the next, else what it asks for, or else the largest.
+    pub fn larger(&mut self, job: JobId, record: &JobRecord, axes: &Topology) -> Option<Topology> {
+        let (spec, size, world) = (&record.spec, self.size(job, record), axes.world());
+        let is_larger = |larger: &Topology| larger.world() > world;
+        match &spec.named()[..] {
+            [] => {
+                let ranks = if world < size.asked { size.asked } else { size.most };
+                self.best(job, spec, ranks, 1).filter(is_larger)
+            }
+            layouts => {
+                let next = layouts
+                    .iter()
+                    .map(Topology::world)
+                    .filter(|ranks| (world + 1..=size.most).contains(ranks))
+                    .min();
+                named(&spec.topology(), layouts, next?, 1).filter(is_larger)
+            }
+        }
     }
 
     fn runs(&mut self, job: JobId, spec: &JobSpec, axes: &Topology) -> bool {
@@ -72,11 +96,11 @@ impl Layouts {
                 (ranks, ranks)
             }
         };
-        let least = if spec.min_ranks < asked {
-            fewest(&spec.topology(), spec.min_ranks, &mut |axes| self.runs(job, spec, axes)).unwrap_or(world)
-        } else {
-            asked
+        let mut fewest_of = |least| match &spec.named()[..] {
+            [] => fewest(&spec.topology(), least, &mut |axes| self.runs(job, spec, axes)),
+            layouts => layouts.iter().map(Topology::world).filter(|ranks| *ranks >= least).min(),
         };
+        let least = if spec.min_ranks < asked { fewest_of(spec.min_ranks).unwrap_or(world) } else { asked };
         let size = Size { least: least.min(asked), asked, most };
         self.known.entry(job).or_default().size = Some((target, size));
         size

@@ -10,10 +10,10 @@ use super::attempts::Blame;
 use super::events::{Attachment, Hosted, WorkerCommand};
 use super::facts::{Fact, Formed};
 use super::formation::Formation;
-use super::jobs::JobRecord;
+use super::jobs::{JobRecord, Phase};
 use super::members::{Member, Registration};
 use super::stall::{Stall, StallOf};
-use super::{Core, list};
+use super::{Core, Severity, list};
 
 impl Core {
     pub(super) fn attached(&mut self, attachment: Attachment, now: u64) {
@@ -210,11 +210,17 @@ impl Core {
         now: u64,
     ) -> Vec<JobId> {
         let mut lost: BTreeMap<JobId, (Vec<Rank>, Vec<String>)> = BTreeMap::new();
+        let mut lost_later: BTreeMap<JobId, (Vec<Rank>, Vec<String>)> = BTreeMap::new();
         let (mut suspects, mut paused) = (BTreeSet::new(), BTreeSet::new());
         for member in members {
             let registration = &member.registration;
             self.forget_survivor(registration.worker);
             self.lose_foreign(registration.worker);
+            for (job, ranks) in self.left_on(registration.worker) {
+                let (all, reasons) = lost_later.entry(job).or_default();
+                reasons.push(why(member, &ranks));
+                all.extend(ranks);
+            }
             let hit = self.ranks_on(registration.worker);
             // Ranks may end their process; they do not cut it off.
             let suspect = if member.has_ended() { self.suspect(&hit) } else { None };
@@ -232,6 +238,9 @@ impl Core {
                 reasons.push(why);
             }
         }
+        lost_later
+            .into_iter()
+            .for_each(|(job, (ranks, reasons))| self.lose_more(job, ranks, reasons.join("; ")));
         let jobs = lost.keys().copied().collect();
         for (job, (mut ranks, reasons)) in lost {
             ranks.sort_unstable();
@@ -252,6 +261,26 @@ impl Core {
             (job, ranks.map(|(rank, _)| rank).collect::<Vec<_>>())
         };
         self.running().map(on_it).filter(|(_, ranks)| !ranks.is_empty()).collect()
+    }
+
+    /// The ranks on a worker for which jobs that have lost their formations hold slots.
+    fn left_on(&self, worker: u64) -> Vec<(JobId, Vec<Rank>)> {
+        let broken = self.jobs.all.iter().filter(|(_, record)| record.phase == Phase::Broken);
+        let on_it = |(&job, record): (&JobId, &JobRecord)| {
+            let ranks = record.formed.iter().flat_map(Formed::ranks);
+            let ranks = ranks.filter(|(rank, place)| *place == worker && record.holds(*rank));
+            (job, ranks.map(|(rank, _)| rank).collect::<Vec<_>>())
+        };
+        broken.map(on_it).filter(|(_, ranks)| !ranks.is_empty()).collect()
+    }
+
+    /// Ranks of a job that has lost its formation before are lost, too.
+    fn lose_more(&mut self, job: JobId, mut lost: Vec<Rank>, why: String) {
+        lost.sort_unstable();
+        let generation = self.jobs.all[&job].generation();
+        self.inquire_without(FormationId::new(job, generation), &lost);
+        self.log_as(Severity::Warn, job, why.clone());
+        self.persist(Fact::RanksLost { job, generation, lost, why, at_ms: self.clock.wall_ms() });
     }
 
     /// Workers of a job that have not come back since the orchestrator was started, while others say that they have lost them:

@@ -168,14 +168,12 @@ impl Core {
             may_recover: BTreeSet::new(),
             effects: Vec::new(),
         };
-        let running: Vec<JobId> =
-            core.jobs.all.iter().filter(|(_, job)| job.running().is_some()).map(|(&job, _)| job).collect();
-        for job in running {
-            let record = &core.jobs.all[&job];
-            record.running().into_iter().flat_map(|formed| &formed.places).for_each(|&worker| {
-                core.members.expect(worker, now, times);
-            });
-            core.formations.insert(job, Formation::of(record).found(core.clock.wall_ms()));
+        for (&job, record) in &core.jobs.all {
+            // Those that do not come back are lost, also to jobs that have lost their formations.
+            schedule::survivors(record).for_each(|worker| core.members.expect(worker, now, times));
+            if record.running().is_some() {
+                core.formations.insert(job, Formation::of(record).found(core.clock.wall_ms()));
+            }
         }
         core.usage = Usage::from(&core);
         let all: Vec<JobId> = core.jobs.all.keys().copied().collect();

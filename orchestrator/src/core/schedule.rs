@@ -12,8 +12,18 @@ use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::peak::peak_flops;
 use super::{Core, SHRINK_MS, WorkerCommand};
-use crate::placement::{Slots, Supply, TooSmall, buddies, place, refill};
+use crate::placement::{Limit, Reason, Slots, Supply, TooSmall, buddies, place, refill};
 use crate::queue::{self, Decision, Running, Waiting, grows};
+
+/// Where a job is to have its ranks.
+pub(super) struct Placed {
+    /// The axes.
+    pub topology: Topology,
+    /// By rank, the worker.
+    pub places: Vec<u64>,
+    /// The axes, and why it has these, in a sentence.
+    pub why: String,
+}
 
 impl Core {
     /// Forms every job that can be formed, and makes room for those that may ask for it; `only` these, which have lost ranks, where
@@ -66,11 +76,11 @@ impl Core {
             }
             match self.place_again(job, now) {
                 None => short.push(job),
-                Some((topology, places)) => {
-                    if !self.awaits_keepers(job, &topology, &places, now)
-                        && !self.reshards(job, &topology, now)
+                Some(placed) => {
+                    if !self.awaits_keepers(job, &placed.topology, &placed.places, now)
+                        && !self.reshards(job, &placed.topology, now)
                     {
-                        self.form(job, topology, places, false);
+                        self.form(job, placed, false);
                     }
                 }
             }
@@ -80,10 +90,10 @@ impl Core {
 
     fn start(&mut self, job: JobId, ranks: usize, on_loan: bool) {
         match self.place_on(job, &[], ranks) {
-            Ok((topology, places)) => {
+            Ok(placed) => {
                 // There is no layout of just so many: what is left is for the next in line.
-                self.is_open |= topology.world() < ranks;
-                self.form(job, topology, places, on_loan);
+                self.is_open |= placed.topology.world() < ranks;
+                self.form(job, placed, on_loan);
             }
             Err(refusal) => drop(self.reasons.insert(job, refusal)),
         }
@@ -93,17 +103,13 @@ impl Core {
     /// Slots of `own` are taken for free.
     ///
     /// **Errors**: why there is no room for the fewest that it may have.
-    pub(super) fn place_on(
-        &mut self,
-        job: JobId,
-        own: &[JobId],
-        ranks: usize,
-    ) -> Result<(Topology, Vec<u64>), String> {
+    pub(super) fn place_on(&mut self, job: JobId, own: &[JobId], ranks: usize) -> Result<Placed, String> {
         let record = &self.jobs.all[&job];
         let least = self.layouts.size(job, record).least;
         let mut refusal = format!("needs {}, {ranks} free", count(least, "rank"));
         // More slots than there are can be left out at once; whether there is the memory is another matter for each layout.
-        let mut available = ranks.min(free_slots(&self.supply(own, 0)));
+        let free = free_slots(&self.supply(own, 0));
+        let (mut available, mut refused) = (ranks.min(free), None);
         loop {
             let record = &self.jobs.all[&job];
             let Some(topology) = self.layouts.best(job, &record.spec, available, least) else {
@@ -113,16 +119,42 @@ impl Core {
             let schedule = record.spec.recipe.parallel.schedule;
             let supply = self.supply(own, rank_bytes);
             match self.reachable(&supply, |supply| place(supply, &topology, schedule)) {
-                Ok(placement) => return Ok((topology, placement.of_rank)),
+                Ok(placement) => {
+                    let limit = match refused {
+                        Some((of, why)) => Limit::Place(of, why),
+                        None if !own.is_empty() => Limit::Own(ranks.min(free)),
+                        None if ranks < free => Limit::Share(ranks),
+                        None => Limit::Free(free),
+                    };
+                    let why = self.why_layout(job, topology, limit);
+                    return Ok(Placed { topology, places: placement.of_rank, why });
+                }
                 Err(why) => {
                     available = topology.world() - 1;
                     refusal = why.to_string();
+                    refused.get_or_insert((topology, why.to_string()));
                 }
             }
         }
     }
 
-    fn form(&mut self, job: JobId, topology: Topology, places: Vec<u64>, on_loan: bool) {
+    /// Why a job has these axes; `limit`: what would be in the way of more, if it may have more.
+    fn why_layout(&mut self, job: JobId, axes: Topology, limit: Limit) -> String {
+        let record = &self.jobs.all[&job];
+        let (size, world) = (self.layouts.size(job, record), axes.world());
+        let limit = match limit {
+            _ if record.target > 0 && world == size.most => Limit::Scaled,
+            _ if size.least == size.most => Limit::Fixed,
+            _ if world == size.most => Limit::Most,
+            Limit::Share(ranks) if world == size.asked && ranks == size.asked => Limit::Asked,
+            limit => limit,
+        };
+        let larger = self.layouts.larger(job, record, &axes);
+        let (base, named) = (record.spec.topology(), record.spec.recipe.elastic.layouts.len());
+        Reason { axes, base, named, limit, larger }.words()
+    }
+
+    fn form(&mut self, job: JobId, Placed { topology, places, why }: Placed, on_loan: bool) {
         let (memory, why_not) = match self.in_memory(job, &topology, &places) {
             Ok(memory) => (Some(memory), None),
             Err(why_not) => (None, why_not),
@@ -153,7 +185,9 @@ impl Core {
             cursor: record.cursor,
             rank_bytes: self.layouts.rank_bytes(job, &record.spec, &topology),
             on_loan,
+            layout: why.clone(),
         };
+        let is_told = record.formed.as_ref().is_some_and(|before| before.layout == why);
         let is_same_layout = record.formed.as_ref().is_some_and(|before| before.topology == topology);
         let recipe = record.spec.recipe_on(&topology);
         // How much text there is to validate on, the workers know alone.
@@ -169,6 +203,9 @@ impl Core {
                 count(places.len(), "rank")
             ),
         );
+        if !is_told {
+            self.log(job, format!("layout: {why}"));
+        }
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
         self.released(job, &places);
         self.persist(Fact::Formed { job, formed, at_ms: self.clock.wall_ms() });
@@ -226,7 +263,7 @@ impl Core {
 
     /// Places for a job that has lost ranks: the others stay where they are, and nothing goes where it came to nothing before,
     /// while there is room elsewhere. With fewer ranks if nothing has come free for long enough and it may.
-    fn place_again(&mut self, job: JobId, now: u64) -> Option<(Topology, Vec<u64>)> {
+    fn place_again(&mut self, job: JobId, now: u64) -> Option<Placed> {
         let record = &self.jobs.all[&job];
         let before = record.formed.as_ref()?;
         let size = self.layouts.size(job, record);
@@ -239,13 +276,14 @@ impl Core {
         let elsewhere = self.avoided.get(&job).map(|avoided| without(supply.clone(), avoided));
         let places = elsewhere.and_then(|supply| self.reachable(&supply, refilled).ok());
         if let Some(places) = places.or_else(|| self.reachable(&supply, refilled).ok()) {
-            return Some((before.topology, places));
+            // It has the same axes for the same reason.
+            return Some(Placed { topology: before.topology, places, why: before.layout.clone() });
         }
         if now < record.broken_ms + SHRINK_MS {
             return None;
         }
-        let available = free_slots(&supply).min(before.places.len());
-        self.place_on(job, &[job], available).ok()
+        let most = before.places.len();
+        self.place_on(job, &[job], most).ok()
     }
 
     /// What comes of a supply without workers whose data port does not answer; if nothing does, with them.
@@ -411,7 +449,10 @@ pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) 
         supply.slots.iter().enumerate().map(|(index, slots)| (slots.worker, index)).collect();
     let (mut gone, mut kept) = (BTreeSet::new(), supply.clone());
     for (rank, worker) in before.ranks() {
-        match index.get(&worker).filter(|_| !record.lost.contains(&rank)) {
+        let index = index.get(&worker).filter(|_| !record.lost.contains(&rank));
+        // Whoever is back has kept its state, but not its slot.
+        let is_free = |index: &&usize| record.holds(rank) || kept.slots[**index].free > 0;
+        match index.filter(is_free) {
             Some(&index) => kept.slots[index].free = kept.slots[index].free.saturating_sub(1),
             None => drop(gone.insert(rank.index())),
         }
@@ -422,8 +463,8 @@ pub(super) fn refill_lost(supply: &Supply, record: &JobRecord, before: &Formed) 
 }
 
 /// The workers on which a job holds slots.
-fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
+pub(super) fn survivors(record: &JobRecord) -> impl Iterator<Item = u64> + '_ {
     let holds = matches!(record.phase, Phase::Formed | Phase::Broken);
     let places = record.formed.iter().filter(move |_| holds).flat_map(Formed::ranks);
-    places.filter(|(rank, _)| !record.lost.contains(rank)).map(|(_, worker)| worker)
+    places.filter(|(rank, _)| record.holds(*rank)).map(|(_, worker)| worker)
 }

@@ -150,6 +150,13 @@ impl Ledger {
         self.begin(Doing::Recovering, slots as u64, stop.at_ms);
     }
 
+    /// Of the slots that it kept when it lost its formation, it has so many left.
+    pub fn left_with(&mut self, slots: usize, at_ms: u64) {
+        if self.doing == Doing::Recovering {
+            self.begin(Doing::Recovering, slots as u64, at_ms);
+        }
+    }
+
     /// It is in the queue again, after a step.
     pub fn gave_way(&mut self, stop: Stop) {
         self.furthest = self.furthest.max(stop.step);

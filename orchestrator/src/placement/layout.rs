@@ -27,6 +27,14 @@ pub fn layout(
     Some(best).filter(|best| best.world() >= least)
 }
 
+/// The largest of these layouts for at most `available` and at least `least` ranks; of equally large ones the one that changes least of
+/// what a rank of `base` holds: the number of data ranks first, then of expert ranks, then of pipeline ranks.
+pub fn named(base: &Topology, layouts: &[Topology], available: usize, least: usize) -> Option<Topology> {
+    let fit = layouts.iter().filter(|axes| (least.max(1)..=available).contains(&axes.world()));
+    let is_kept = |axes: &Topology| (axes.pipeline == base.pipeline, axes.expert == base.expert);
+    fit.max_by_key(|axes| (axes.world(), is_kept(axes), axes.pipeline, axes.expert)).copied()
+}
+
 /// An axis, and a layout with another number of ranks along it.
 type Axis = (fn(&Topology) -> usize, fn(Topology, usize) -> Topology);
 

@@ -345,3 +345,60 @@ fn what_no_node_takes_whole_stays_within_a_block() {
     let nodes: Vec<_> = found.iter().map(|site| site.nodes.clone()).collect();
     assert_eq!(nodes, [[0, 1], [3, 4], [2, 5]]);
 }
+
+fn axes() -> impl Strategy<Value = Topology> {
+    (1_usize..5, 1_usize..5, 1_usize..5).prop_map(|(pipeline, expert, data)| Topology {
+        pipeline,
+        expert,
+        data,
+    })
+}
+
+proptest! {
+    /// Against every one of them.
+    #[test]
+    fn of_named_layouts_it_is_the_largest_within_the_slots_and_the_nearest_of_equals(
+        all in prop::collection::vec(axes(), 1..8), own in 0_usize..8, available in 0_usize..40, least in 0_usize..8
+    ) {
+        let base = all[own % all.len()];
+        let fits = |axes: &&Topology| axes.world() <= available && axes.world() >= least;
+        let chosen = named(&base, &all, available, least);
+        prop_assert_eq!(chosen.is_some(), all.iter().any(|axes| fits(&axes)));
+        if let Some(chosen) = chosen {
+            prop_assert!(all.contains(&chosen) && fits(&&chosen));
+            // How far its ranks hold something else than those of the recipe: not at all, other experts, other layers.
+            let changes = |axes: &Topology| 2 * usize::from(axes.pipeline != base.pipeline) + usize::from(axes.expert != base.expert);
+            for other in all.iter().filter(fits) {
+                prop_assert!(other.world() <= chosen.world(), "{:?} is larger than {:?}", other, chosen);
+                prop_assert!(other.world() < chosen.world() || changes(other) >= changes(&chosen), "{:?} is nearer than {:?}", other, chosen);
+            }
+        }
+    }
+
+    /// Against every number of data ranks, and every one of expert ranks that the recipe may be cut down to.
+    #[test]
+    fn a_layout_is_legal_and_within_the_slots_and_uses_them_with_data_ranks_first(
+        base in axes(), sequences in 1_usize..40, available in 1_usize..64
+    ) {
+        let is_legal = |axes: &Topology| *axes == base || fits(sequences)(axes);
+        let chosen = layout(&base, available, 1, &mut |axes| is_legal(axes));
+        let data = |data| Topology { data, ..base };
+        let of_data = (1..=64).map(data).filter(|axes| axes.world() <= available && is_legal(axes)).next_back();
+        match (chosen, of_data) {
+            (Some(chosen), Some(of_data)) => {
+                prop_assert!(is_legal(&chosen) && chosen.world() <= available);
+                // Where data ranks will do, they are as many as can be, and the other axes give up nothing.
+                prop_assert_eq!(chosen.data, of_data.data);
+                prop_assert!(chosen.expert >= base.expert && chosen.pipeline >= base.pipeline);
+            }
+            (Some(chosen), None) => {
+                prop_assert!(is_legal(&chosen) && chosen.world() <= available && available < base.world());
+                prop_assert!(chosen.expert < base.expert || chosen.pipeline < base.pipeline);
+            }
+            (None, found) => {
+                let one = Topology { pipeline: 1, expert: 1, data: 1 };
+                prop_assert!(found.is_none() && !is_legal(&one));
+            }
+        }
+    }
+}

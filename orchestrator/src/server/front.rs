@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::ops::Bound;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -21,8 +20,8 @@ use tonic::service::Routes;
 
 use super::acceptor::{Io, secure};
 use super::auth::{AuthLayer, AuthService, Visitor};
+use super::census::{Census, census};
 use super::cluster_api::nodes;
-use super::jobs_api::list;
 use super::{Handle, bounds, refused, submission};
 
 /// How long a connection may take to say who it is.
@@ -83,10 +82,10 @@ impl Front {
         Ok(spec.recipe)
     }
 
-    /// At most so many jobs, the newest first, and the members: for what this process itself tells of its cluster, to whom its operator
-    /// wants.
-    pub async fn listed(&self, limit: usize) -> Option<(v1::ListResponse, v1::NodesResponse)> {
-        self.hub.ask(move |hub| (list(hub, limit, Bound::Unbounded), nodes(hub))).await.ok()
+    /// All jobs, at most so many of the open ones one by one, and the members: for a caller who was let in, and for what this process
+    /// itself tells of its cluster, to whom its operator wants.
+    pub async fn census(&self, most: usize) -> Option<(Census, v1::NodesResponse)> {
+        self.hub.ask(move |hub| (census(hub, most), nodes(hub))).await.ok()
     }
 
     /// The recipe of a job, for a caller who was let in to see the job.

@@ -379,7 +379,8 @@ fn show(text: &mut String) {
     tidy(text, MAX_SHOWN);
 }
 
-fn describe(hub: &Hub, job: JobId) -> v1::Job {
+/// A job as clients see it.
+pub(super) fn describe(hub: &Hub, job: JobId) -> v1::Job {
     let core = hub.core();
     let Some(record) = core.jobs().all.get(&job) else { return v1::Job::default() };
     let steps = hub.steps(job);
@@ -431,8 +432,10 @@ fn describe(hub: &Hub, job: JobId) -> v1::Job {
         }),
         goodput: Some(goodput(account)),
         queued_seconds: account.queued_ms as f64 / 1e3,
+        layout: record.running().map_or_else(String::new, |formed| formed.layout.clone()),
     };
-    [&mut described.name, &mut described.waiting_for, &mut described.outcome].into_iter().for_each(show);
+    let v1::Job { name, waiting_for, outcome, layout, .. } = &mut described;
+    [name, waiting_for, outcome, layout].into_iter().for_each(show);
     described
 }
 
@@ -450,7 +453,8 @@ pub(super) fn goodput(account: Account) -> v1::Goodput {
     }
 }
 
-fn state(record: &JobRecord, is_running: bool) -> v1::JobState {
+/// Its state; `is_running`: whether all of its ranks are ready.
+pub(super) fn state(record: &JobRecord, is_running: bool) -> v1::JobState {
     match record.phase {
         Phase::Queued => v1::JobState::Queued,
         Phase::Formed if is_running => v1::JobState::Running,

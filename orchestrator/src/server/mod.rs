@@ -9,6 +9,7 @@ mod admission;
 mod audit;
 mod auth;
 pub mod bounds;
+mod census;
 mod cluster_api;
 mod encode;
 mod expiry;
@@ -31,6 +32,7 @@ mod worker_link;
 mod x509;
 
 pub use self::auth::Visitor;
+pub use self::census::Census;
 pub use self::expiry::NOTICE;
 pub use self::front::{Calls, Front};
 pub use self::security::{Security, certificate_info, files, fingerprint_of};

@@ -181,6 +181,7 @@ mod tests {
             peak_flops: 1_000_000_000,
             rank_bytes: 0,
             on_loan: false,
+            layout: String::new(),
         }
     }
 

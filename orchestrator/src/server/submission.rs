@@ -192,6 +192,10 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         faults.expected("parallel", format!("at most {MAX_RANKS} ranks"), world);
         return Err(faults);
     }
+    for (at, axes) in recipe.elastic.named().enumerate().filter(|(_, axes)| axes.world() > MAX_RANKS) {
+        let path = format!("elastic.layouts[{at}]");
+        faults.expected(path, format!("at most {MAX_RANKS} ranks"), axes.world());
+    }
     let figures = recipe_figures(&recipe).map_err(|words| faults.push("parallel", words)).unwrap_or_default();
     let estimate = figures.iter().map(RankFigures::bytes).max().unwrap_or_default();
     check_quota(quota, &recipe, &mut faults);
@@ -202,11 +206,14 @@ fn spec(request: v1::SubmitRequest, resumed: Option<Resumed>, quota: Option<u64>
         let expected = format!("from {world}, the ranks of the recipe, to {MAX_RANKS}");
         faults.expected("max_ranks", expected, max_ranks);
     }
+    // Whoever names layouts wants all of them, unless it is said otherwise.
+    let named = || recipe.elastic.named().map(|axes| axes.world());
+    let (least, most) = (named().min().unwrap_or(world), named().max().unwrap_or(world));
     faults.into_result(JobSpec {
         name,
         priority,
-        min_ranks: if min_ranks == 0 { world } else { min_ranks as usize },
-        max_ranks: world.max(max_ranks as usize),
+        min_ranks: if min_ranks == 0 { least } else { min_ranks as usize },
+        max_ranks: if max_ranks == 0 { most } else { max_ranks as usize },
         key: idempotency_key,
         user: String::new(),
         recipe: Arc::new(recipe),

@@ -238,6 +238,13 @@ impl World {
                     self.violate(format!("{job} has no formation to lose: {fact:?}"));
                 }
             }
+            Fact::RanksLost { job, lost, .. } => {
+                let record = &self.store.jobs.all[job];
+                let is_held = record.phase == Phase::Broken && lost.iter().all(|rank| record.holds(*rank));
+                if !is_held {
+                    self.violate(format!("{job} holds no slots to lose: {fact:?}"));
+                }
+            }
             Fact::Forgotten { job } => {
                 let oldest = self.checks.ended.get(self.checks.forgotten);
                 if oldest != Some(job) {
@@ -283,7 +290,7 @@ impl World {
         if let Some(worker) = formed.places.iter().find(is_out) {
             return self.violate(format!("{job} is formed on worker {worker}, whose node is drained"));
         }
-        if let Some(words) = self.wrong_size(job, formed.places.len()) {
+        if let Some(words) = self.wrong_size(job, &formed.topology) {
             return self.violate(words);
         }
         let history = self.history_of(job, formed);

@@ -214,7 +214,12 @@ impl World {
             }
             (SimFault::Scale, Some(job)) => {
                 let ranks = self.random.between(0, 9) as usize;
-                self.ask_for(server, Event::Scale { job, ranks });
+                // A number that no named layout has is refused before it comes to the core.
+                let named =
+                    self.store.jobs.all.get(&job).map_or_else(Vec::new, |record| record.spec.named_ranks());
+                if ranks == 0 || named.is_empty() || named.contains(&ranks) {
+                    self.ask_for(server, Event::Scale { job, ranks });
+                }
             }
             (SimFault::Defect, Some(job)) => {
                 let hosts = self.workers.iter().filter_map(|(&id, worker)| {

@@ -1,6 +1,6 @@
 //! Whether jobs have no more and no fewer ranks than they may have, and grow into slots that nobody else has a use for.
 
-use contraflow_runtime::topology::JobId;
+use contraflow_runtime::topology::{JobId, Topology};
 
 use super::World;
 use crate::core::Core;
@@ -11,9 +11,14 @@ use crate::core::jobs::Phase;
 const GROWS_MS: u64 = 60_000;
 
 impl World {
-    /// What is wrong with so many ranks of a job, if anything is.
-    pub(super) fn wrong_size(&self, job: JobId, ranks: usize) -> Option<String> {
+    /// What is wrong with this layout of a job, if anything is.
+    pub(super) fn wrong_size(&self, job: JobId, axes: &Topology) -> Option<String> {
         let spec = &self.plan.jobs[self.checks.planned(job)?].spec;
+        let named = spec.named();
+        if !named.is_empty() && !named.contains(axes) {
+            return Some(format!("{job} forms {axes:?}, it may have {named:?}"));
+        }
+        let ranks = axes.world();
         let target = self.store.jobs.all[&job].target;
         let most = if target > 0 { target } else { spec.max_ranks };
         // A target below the fewest is met, too.
@@ -54,7 +59,10 @@ impl World {
         let base = spec.topology();
         // As many columns as the batch can be divided among, whatever their number.
         let columns = slots.min(most) / base.expert;
-        let largest = columns.min(8) * base.expert;
+        let largest = match &spec.named_ranks()[..] {
+            [] => columns.min(8) * base.expert,
+            named => named.iter().copied().rfind(|ranks| *ranks <= slots.min(most)).unwrap_or(0),
+        };
         (columns >= base.data && largest > formed.places.len()).then_some(job)
     }
 }

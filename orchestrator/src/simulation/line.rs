@@ -53,8 +53,7 @@ impl World {
             else {
                 continue;
             };
-            let is_lost =
-                |rank: &usize| record.phase == Phase::Broken && record.lost.contains(&Rank::at(*rank));
+            let is_lost = |rank: &usize| record.phase == Phase::Broken && !record.holds(Rank::at(*rank));
             let (lost, left): (Vec<usize>, Vec<usize>) = (0..formed.places.len()).partition(is_lost);
             missing += lost.len();
             let is_behind = (-record.spec.priority, job) > (-priority, head);
@@ -106,7 +105,7 @@ fn useless(core: &Core) -> Option<JobId> {
     let slots: usize = core.members().filter(is_usable).map(|member| member.registration.slots).sum();
     let holds = |record: &JobRecord| match (&record.phase, &record.formed) {
         (Phase::Formed, Some(formed)) => formed.places.len(),
-        (Phase::Broken, Some(formed)) => formed.places.len() - record.lost.len(),
+        (Phase::Broken, Some(formed)) => formed.places.len() - record.lost.len() - record.gone.len(),
         _ => 0,
     };
     let held: usize = core.jobs().all.values().map(holds).sum::<usize>() + core.held_by_foreign().count();

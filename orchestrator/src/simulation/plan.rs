@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use contraflow_runtime::recipe::{Recipe, RecipeSource};
+use contraflow_runtime::recipe::{ElasticSection, Recipe, RecipeSource};
 use contraflow_runtime::topology::Topology;
 
 use super::random::Random;
@@ -199,6 +199,11 @@ impl Plan {
         }
         let scales = later.is_one_in(3);
         faults.extend(scales.then(|| (SimFault::Scale, SimFault::Scale.mean_ms(&mut later))));
+        if later.is_one_in(6) {
+            for job in &mut jobs {
+                job.name_layouts(&mut later);
+            }
+        }
         // Workers that hang are found one after the other.
         let hanging = if is_stalled { nodes.len() as u64 * (STALL_MS + 20_000) } else { 0 };
         // Commits that find the storage full are tried again, with growing pauses.
@@ -302,6 +307,22 @@ impl SimJob {
             bad,
             crashes: false,
         }
+    }
+}
+
+impl SimJob {
+    /// Its recipe names some numbers of columns, its own among them, and it may have no others.
+    fn name_layouts(&mut self, random: &mut Random) {
+        let spec = &mut self.spec;
+        let own = spec.topology();
+        let columns = (1..=8).filter(|_| random.is_one_in(3)).filter(|data| *data != own.data);
+        let named = columns.chain([own.data]).map(|data| [own.pipeline, own.expert, data]);
+        let elastic = ElasticSection { layouts: named.collect() };
+        spec.recipe = Arc::new(Recipe { elastic, ..(*spec.recipe).clone() });
+        let ranks = spec.named_ranks();
+        let (least, most) = (spec.min_ranks, spec.max_ranks);
+        spec.min_ranks = ranks.iter().copied().find(|ranks| *ranks >= least).unwrap_or(own.world());
+        spec.max_ranks = ranks.into_iter().rfind(|ranks| *ranks <= most).unwrap_or(own.world());
     }
 }
 

@@ -4,7 +4,7 @@ use contraflow_orchestrator::simulation::Mutation::{self, *};
 use contraflow_orchestrator::simulation::run_broken;
 
 /// Seeds within which a broken rule has to show.
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 4_000;
 
 /// A rule, and what the check says that notices.
 const CAUGHT: [(Mutation, &str); 33] = [

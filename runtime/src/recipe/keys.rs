@@ -44,6 +44,8 @@ pub enum KeyKind {
     Counts(u64),
     /// One of a few names, or such a list.
     ChoiceOrCounts(&'static [&'static str], u64),
+    /// A list of [pipeline, expert, data], each a whole number from 1 to the bound.
+    Layouts(u64),
 }
 
 /// NumberRange of a number.
@@ -77,9 +79,12 @@ const TOKENS_PER_SEQUENCE: u64 = 1 << 20;
 const STEPS: u64 = 1 << 23;
 const ANY: u64 = i64::MAX as u64;
 
+/// Most layouts that a recipe names: each is checked against the model.
+const MAX_LAYOUTS: usize = 256;
+
 use KeyDefault::{Derived, Required, Value as Fixed};
 use KeyKind::{
-    Choice, ChoiceOrCounts, Choices, Count, Counts, Flag, Number, OptionalText, Steps, Text, Texts,
+    Choice, ChoiceOrCounts, Choices, Count, Counts, Flag, Layouts, Number, OptionalText, Steps, Text, Texts,
 };
 use NumberRange::{BelowOne, NonNegative, Positive, Share};
 
@@ -110,6 +115,8 @@ pub const KEYS: &[KeyDoc] = &[
     key("parallel.overlap", Flag, Fixed("true"),
         "Whether exchanges, sends and the update's collectives run beside computations; the same bits without."),
     key("parallel.threads_per_rank", Count(1, 1024), Fixed("1"), "Threads of a rank's arithmetic."),
+    key("elastic.layouts", Layouts(AXIS), Fixed("[]"),
+        "In a cluster: the only layouts a job may have, each [pipeline, expert, data], its own among them; none: all that the recipe can be run on."),
     key("training.steps", Count(1, STEPS), Required, "Optimizer updates."),
     key("training.sequence_length", Count(2, TOKENS_PER_SEQUENCE), Required, "Tokens per sequence."),
     key("training.global_batch_size", Count(1, SEQUENCES), Required, "Sequences per step, over all ranks."),
@@ -249,7 +256,7 @@ impl KeyDoc {
                 Value::String(range_text[0].to_string())
             }
             (_, Text | OptionalText) => Value::String(String::new()),
-            (_, Texts | Counts(_) | Choices(_)) => Value::Array(Vec::new()),
+            (_, Texts | Counts(_) | Choices(_) | Layouts(_)) => Value::Array(Vec::new()),
         }
     }
 }
@@ -288,6 +295,7 @@ impl KeyKind {
             ChoiceOrCounts(names, most) => {
                 format!("{}, or {}", Choice(names).range_text(), Counts(most).range_text())
             }
+            Layouts(_) => format!("a list of at most {MAX_LAYOUTS} layouts, each [pipeline, expert, data]"),
         }
     }
 
@@ -316,7 +324,20 @@ impl KeyKind {
                 value.as_array().is_some_and(|list| list.iter().all(|count| Count(1, most).admits(count)))
             }
             ChoiceOrCounts(names, most) => Choice(names).admits(value) || Counts(most).admits(value),
+            Layouts(_) => value.as_array().is_some_and(|list| list.len() <= MAX_LAYOUTS),
         }
+    }
+
+    /// What each entry of a list has to be, where its faults are its own.
+    pub(super) fn entry_text(self) -> Option<String> {
+        let Layouts(most) = self else { return None };
+        Some(format!("[pipeline, expert, data], each a whole number from 1 to {most}"))
+    }
+
+    /// Whether a value is such an entry.
+    pub(super) fn admits_entry(self, entry: &Value) -> bool {
+        let Layouts(most) = self else { return true };
+        entry.as_array().is_some_and(|axes| axes.len() == 3) && Counts(most).admits(entry)
     }
 }
 

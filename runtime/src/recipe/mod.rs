@@ -7,6 +7,7 @@
 pub mod builtin;
 mod continued;
 mod derived;
+mod elastic;
 mod keys;
 #[cfg(test)]
 mod memory_tests;
@@ -32,10 +33,11 @@ pub use continued::continuation;
 pub use keys::{KEYS, KeyDefault, KeyDoc, KeyKind, NumberRange, reference};
 pub use own_plan::parse_file as parse_plan;
 pub use sections::{
-    Accumulation, BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT, FRESH,
-    GradientScales, LogLevel, LogSection, LrSection, MemorySection, ModelSection, MtpSection, NumberFormat,
-    OnFault, OnSpike, OptimizerSection, ParallelSection, PrecisionRecipe, PrecisionSection, Recomputed,
-    SampleSection, StageRule, Stages, TokenizerSection, TrainingSection, ValidateSection, WatchSection,
+    Accumulation, BYTE_TOKENS, BalanceSection, CheckpointSection, DataSection, Decay, END_OF_DOCUMENT,
+    ElasticSection, FRESH, GradientScales, LogLevel, LogSection, LrSection, MemorySection, ModelSection,
+    MtpSection, NumberFormat, OnFault, OnSpike, OptimizerSection, ParallelSection, PrecisionRecipe,
+    PrecisionSection, Recomputed, SampleSection, StageRule, Stages, TokenizerSection, TrainingSection,
+    ValidateSection, WatchSection,
 };
 pub use step_table::{StepTable, TableStep};
 
@@ -66,6 +68,8 @@ pub struct Recipe {
     pub model: ModelSection,
     /// Over how many ranks, and in which order they work.
     pub parallel: ParallelSection,
+    /// On which layouts a job of a cluster may run.
+    pub elastic: ElasticSection,
     /// How long and in which portions.
     pub training: TrainingSection,
     /// AdamW.
@@ -360,6 +364,7 @@ impl Recipe {
             *per_rank = recipe.parallel.virtual_stages;
         }
         let mut faults = table.faults;
+        elastic::check(&recipe, &mut faults);
         relations::check(&recipe, &mut faults);
         faults.into_result(recipe)
     }

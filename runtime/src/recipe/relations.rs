@@ -16,16 +16,21 @@ fn knows(faults: &Faults, keys: &[&str]) -> bool {
 
 /// **Errors** (into `faults`): every contradiction between values that are right by themselves.
 pub(super) fn check(recipe: &Recipe, faults: &mut Faults) {
-    check_stages(recipe, faults);
-    check_experts(recipe, faults);
-    check_batch(recipe, faults);
-    check_ramp(recipe, faults);
+    check_axes(recipe, faults);
     check_model(recipe, faults);
     check_studies(recipe, faults);
     check_rates(recipe, faults);
     check_data(recipe, faults);
     check_store(recipe, faults);
     check_validation(recipe, faults);
+}
+
+/// What its layout has to be to the model, the batch and the plan.
+pub(super) fn check_axes(recipe: &Recipe, faults: &mut Faults) {
+    check_stages(recipe, faults);
+    check_experts(recipe, faults);
+    check_batch(recipe, faults);
+    check_ramp(recipe, faults);
 }
 
 fn check_stages(recipe: &Recipe, faults: &mut Faults) {

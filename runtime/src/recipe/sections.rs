@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::step_table::StepTable;
 use crate::schedule::ScheduleKind;
+use crate::topology::Topology;
 
 /// `[model]`: what is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +52,21 @@ pub struct ParallelSection {
     pub overlap: bool,
     /// Threads of a rank's arithmetic.
     pub threads_per_rank: usize,
+}
+
+/// `[elastic]`: on which layouts a job of a cluster may run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ElasticSection {
+    /// In a cluster: the only layouts a job may have, each [pipeline, expert, data], its own among them; none: all that the recipe can be run on.
+    pub layouts: Vec<[usize; 3]>,
+}
+
+impl ElasticSection {
+    /// The named layouts, in the order of the recipe.
+    pub fn named(&self) -> impl Iterator<Item = Topology> + '_ {
+        self.layouts.iter().map(|&[pipeline, expert, data]| Topology { pipeline, expert, data })
+    }
 }
 
 /// How layers are spread over the pipeline stages.

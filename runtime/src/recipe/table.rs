@@ -221,12 +221,29 @@ impl RecipeTable {
 
     fn check(&mut self, key: &KeyDoc) {
         match (self.get(key.path), key.default) {
-            (Some(value), _) if key.kind.admits(value) => return,
+            (Some(value), _) if key.kind.admits(value) => {
+                let wrong = wrong_entries(key, value);
+                if wrong.is_empty() {
+                    return;
+                }
+                let origin = self.origin(key.path);
+                let expected = key.kind.entry_text().unwrap_or_default();
+                for (at, got) in wrong {
+                    self.faults.expected(format!("{}[{at}]", key.path), &expected, format!("{got}{origin}"));
+                }
+            }
             (Some(_), _) | (None, KeyDefault::Required) => self.fault(key.path, &key.kind.range_text()),
             (None, _) => {}
         }
         self.set(key.path, key.stand_in());
     }
+}
+
+/// The entries of a list that are not what they have to be, with their places.
+fn wrong_entries(key: &KeyDoc, value: &Value) -> Vec<(usize, String)> {
+    let entries = value.as_array().into_iter().flatten().enumerate();
+    let wrong = entries.filter(|(_, entry)| !key.kind.admits_entry(entry));
+    wrong.map(|(at, entry)| (at, value_text(entry))).collect()
 }
 
 /// Where the lines of a text begin, so that finding one does not mean to read the text again.

@@ -179,13 +179,11 @@ pub async fn drain(cluster: &Cluster, viewer: &Viewer, node: &str, body: &Value)
     Ok(json!({"workers": answer.workers, "ranks": answer.ranks}))
 }
 
-/// The jobs and the members, as metrics are made of them.
+/// Whether a viewer may look at jobs and members, of which metrics are made.
 ///
-/// **Errors**: the viewer may not look.
-pub async fn listed(
-    cluster: &Cluster,
-    viewer: &Viewer,
-) -> Result<(v1::ListResponse, v1::NodesResponse), Status> {
-    let jobs = all_jobs(cluster, viewer).await?;
-    Ok((jobs, cluster.nodes(viewer).nodes(v1::NodesRequest {}).await?.into_inner()))
+/// **Errors**: the viewer may not.
+pub async fn let_in(cluster: &Cluster, viewer: &Viewer) -> Result<(), Status> {
+    drop(cluster.jobs(viewer).list(v1::ListRequest { limit: 1, before: String::new() }).await?);
+    drop(cluster.nodes(viewer).nodes(v1::NodesRequest {}).await?);
+    Ok(())
 }

@@ -1,20 +1,18 @@
-//! The metrics of a cluster, by family: of the jobs and members that its services list. Pure; docs/metrics.md has the same names.
+//! The metrics of a cluster, by family: of all its jobs and members. Pure; docs/metrics.md has the same names.
 
-use std::collections::BTreeMap;
-
+use contraflow_orchestrator::server::Census;
 use contraflow_proto::v1;
 
-use super::phase_of;
-use crate::client::{goodput, state_of};
-use crate::dashboard::shown::Phase;
+use crate::client::{goodput, name_of};
 use crate::otlp::families::{Family, Labels, Metrics, counter, gauge, label};
 
-/// Open jobs with samples of their own in one answer of `/metrics`: labels stay few.
-const MAX_JOBS: usize = 100;
+/// Open jobs with samples of their own in one answer of `/metrics`: labels are bounded.
+pub const MAX_JOBS: usize = 1_000;
 
 /// Families of a cluster.
-pub static OF_CLUSTERS: [Family; 14] = [
+pub static OF_CLUSTERS: [Family; 15] = [
     gauge("contraflow_jobs", "Jobs that are known, by state."),
+    gauge("contraflow_jobs_left_out", "Open jobs beyond those that have samples of their own."),
     gauge("contraflow_workers", "Members of the cluster, by whether they take ranks."),
     gauge("contraflow_slots", "Ranks that members can host."),
     gauge("contraflow_used_slots", "Ranks that members host."),
@@ -40,12 +38,8 @@ fn by_use(goodput: &v1::Goodput) -> impl Iterator<Item = (Labels, f64)> + use<> 
 }
 
 /// Adds the families of a cluster.
-pub fn of_cluster(out: &mut Metrics, listed: &v1::ListResponse, members: &v1::NodesResponse) {
-    let mut by_state: BTreeMap<String, f64> = BTreeMap::new();
-    listed.jobs.iter().for_each(|job| *by_state.entry(state_of(job)).or_default() += 1.0);
-    let is_open =
-        |job: &&v1::Job| !matches!(phase_of(job.state()), Phase::Done | Phase::Failed | Phase::Stopped);
-    let open: Vec<&v1::Job> = listed.jobs.iter().filter(is_open).take(MAX_JOBS).collect();
+pub fn of_cluster(out: &mut Metrics, jobs: &Census, members: &v1::NodesResponse) {
+    let open = &jobs.open;
     let of_jobs = |value: fn(&v1::Job) -> f64| {
         open.iter().map(|job| (label("job", &job.job), value(job))).collect::<Vec<_>>()
     };
@@ -54,8 +48,11 @@ pub fn of_cluster(out: &mut Metrics, listed: &v1::ListResponse, members: &v1::No
     for family in &OF_CLUSTERS {
         let samples = match family.name {
             "contraflow_jobs" => {
-                by_state.iter().map(|(state, count)| (label("state", state), *count)).collect()
+                let of =
+                    |(state, count): &(v1::JobState, u64)| (label("state", &name_of(*state)), *count as f64);
+                jobs.by_state.iter().map(of).collect()
             }
+            "contraflow_jobs_left_out" => all(jobs.left_out as f64),
             "contraflow_workers" => {
                 let draining = workers.iter().filter(|worker| worker.draining).count();
                 vec![
@@ -72,7 +69,7 @@ pub fn of_cluster(out: &mut Metrics, listed: &v1::ListResponse, members: &v1::No
             }
             "contraflow_slot_seconds_total" => members.goodput.iter().flat_map(by_use).collect(),
             "contraflow_job_slot_seconds_total" => {
-                let of_job = |job: &&v1::Job| {
+                let of_job = |job: &v1::Job| {
                     let of_use = job.goodput.iter().flat_map(by_use).filter(|(of, _)| of[0].1 != "idle");
                     let job = label("job", &job.job);
                     of_use.map(|(of, seconds)| ([job.clone(), of].concat(), seconds)).collect::<Vec<_>>()
@@ -90,5 +87,36 @@ pub fn of_cluster(out: &mut Metrics, listed: &v1::ListResponse, members: &v1::No
             _ => all(members.incarnation as f64),
         };
         out.family(family, samples);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_open_job_has_its_samples_and_ended_ones_are_counted() {
+        let job = |number: usize| v1::Job {
+            job: format!("job-{number}"),
+            step: number as u64,
+            losses: 1,
+            goodput: Some(v1::Goodput { committed: 2.0, ..v1::Goodput::default() }),
+            ..v1::Job::default()
+        };
+        let by_state = vec![(v1::JobState::Running, 700), (v1::JobState::Done, 9_000)];
+        let census = Census { by_state, open: (0..700).map(job).collect(), left_out: 3 };
+        let mut metrics = Metrics::default();
+        of_cluster(&mut metrics, &census, &v1::NodesResponse::default());
+        let samples = |name: &str| {
+            let found = metrics.families.iter().find(|(family, _)| family.name == name);
+            found.map_or(&[][..], |(_, samples)| samples)
+        };
+        let states = [(label("state", "running"), 700.0), (label("state", "done"), 9_000.0)];
+        assert_eq!(samples("contraflow_jobs"), states);
+        assert_eq!(samples("contraflow_jobs_left_out"), [(Labels::new(), 3.0)]);
+        let steps = samples("contraflow_job_step");
+        assert_eq!((steps.len(), &steps[699]), (700, &(label("job", "job-699"), 699.0)));
+        assert_eq!(samples("contraflow_job_slot_seconds_total").len(), 4 * 700);
+        assert_eq!(samples("contraflow_job_loss_nats"), []);
     }
 }

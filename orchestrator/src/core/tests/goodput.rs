@@ -9,12 +9,12 @@ use crate::metrics::goodput::{Account, SlotTime};
 const BEGAN: u64 = 1_000_000;
 
 /// The ranks of the running formation have their models.
-fn ready(world: &mut World) {
+pub(super) fn ready(world: &mut World) {
     Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Ready { rank })));
 }
 
 /// Both ranks have made a step, which took this long.
-fn made(world: &mut World, step: u64, seconds: f64) {
+pub(super) fn made(world: &mut World, step: u64, seconds: f64) {
     for rank in 0..2 {
         let report = StepReport { rank, step, seconds, ..StepReport::default() };
         drop(world.event(RankEvent::StepDone { report }));
@@ -22,7 +22,7 @@ fn made(world: &mut World, step: u64, seconds: f64) {
 }
 
 /// In slot-seconds: committed, recomputed, forming, recovery; undecided.
-fn parts(account: Account) -> ([f64; 4], f64) {
+pub(super) fn parts(account: Account) -> ([f64; 4], f64) {
     let SlotTime { committed, recomputed, forming, recovery } = account.spent;
     let seconds = |ms: u64| ms as f64 / 1e3;
     ([committed, recomputed, forming, recovery].map(seconds), seconds(account.undecided))
@@ -30,7 +30,7 @@ fn parts(account: Account) -> ([f64; 4], f64) {
 
 /// Two ranks on workers 1 and 2 have formed from the second to the third second, and made steps of a second until the sixth one, when
 /// the storage holds step 1; worker 3 is spare.
-fn stepping() -> World {
+pub(super) fn stepping() -> World {
     let mut world = World::of(Core::new(Jobs::default(), 1, BEGAN, Times::default()), BEGAN);
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.pass(2_000, &[1, 2, 3]));

@@ -8,6 +8,8 @@ mod foreign;
 mod giving_way;
 mod goodput;
 mod growth;
+mod layouts;
+mod lost_later;
 mod memory;
 mod placing;
 mod removal;

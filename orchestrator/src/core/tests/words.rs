@@ -59,7 +59,8 @@ fn a_job_that_forms_for_minutes_has_a_line_when_it_begins_and_one_when_it_is_giv
     let mut world = World::new();
     (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
     let submitted = world.step(Event::Submit(spec(2, 0)));
-    assert_eq!(logged(&submitted), ["generation 1: 2 ranks formed"]);
+    let layout = "layout: 2 ranks as pipeline 1, expert 1, data 2: as its recipe says";
+    assert_eq!(logged(&submitted), ["generation 1: 2 ranks formed", layout]);
     let effects = world.pass(FORMING_MS - TICK_MS, &[1, 2, 3]);
     assert_eq!(logged(&effects), [""; 0]);
     let effects = world.pass(2 * TICK_MS, &[1, 2, 3]);

@@ -160,16 +160,17 @@ fn accounts_add_up_and_what_has_come_since_is_told_from_what_was_before() {
 proptest! {
     /// Whatever happens to a job, every moment of each of its slots is in one part, and every other one until its end is in the queue.
     #[test]
-    fn the_parts_are_the_whole(happens in prop::collection::vec((0u8..7, 0u64..100_000, 1usize..9, 0u64..20), 1..60)) {
+    fn the_parts_are_the_whole(happens in prop::collection::vec((0u8..8, 0u64..100_000, 1usize..9, 0u64..20), 1..60)) {
         let (mut ledger, mut now) = (Ledger::default(), at(0));
         let (mut slots, mut step, mut step_ms, mut whole, mut queued) = (0, 0, 0, 0, 0);
-        let mut is_queued = true;
+        let (mut is_queued, mut is_lost) = (true, false);
         ledger.queued(now);
         for (what, ms, count, steps) in happens {
             now += ms;
             whole += ms * slots;
             queued += if is_queued { ms } else { 0 };
             let stop = Stop { at_ms: now, step, step_ms };
+            let was_lost = std::mem::replace(&mut is_lost, what == 3 && slots > 0);
             match (what, slots, is_queued) {
                 (0..=2, 1.., _) if ledger.slots() == slots => {
                     // As far as it was, or back by some steps.
@@ -182,6 +183,10 @@ proptest! {
                 (3, 1.., _) => {
                     (slots, step_ms) = (count as u64, 0);
                     ledger.lost(count, stop);
+                }
+                (7, 1.., _) if was_lost => {
+                    (slots, is_lost) = (slots.min(count as u64), true);
+                    ledger.left_with(slots as usize, now);
                 }
                 (4, 1.., _) => {
                     (slots, step_ms, is_queued) = (0, 0, true);

@@ -35,6 +35,7 @@ impl Hub {
             Fact::Broken { job, lost, why, .. } if !lost.is_empty() => {
                 self.notify(*job, Happened::LostRanks, why, batch);
             }
+            Fact::RanksLost { job, why, .. } => self.notify(*job, Happened::LostRanks, why, batch),
             Fact::RolledBack { job, why, .. } => self.notify(*job, Happened::RolledBack, why, batch),
             _ => {}
         }

@@ -1,5 +1,6 @@
 //! The hub by itself: what it takes, what it refuses, and what it keeps.
 
+mod census;
 mod failing_disk;
 
 use contraflow_runtime::recipe::{Recipe, RecipeSource};

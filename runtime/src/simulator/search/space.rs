@@ -57,6 +57,8 @@ impl Choice {
         let is_other = own.pipeline != *pipeline || own.schedule != *schedule;
         let stages = (is_other && !own.stages.layers().is_empty()).then(|| "parallel.stages=balanced".into());
         let plan = (is_other && !own.plan.is_empty()).then(|| "parallel.plan=".into());
+        // Which layouts a job may have is not the question here.
+        let named = (!recipe.elastic.layouts.is_empty()).then(|| "elastic.layouts=[]".into());
         let layout = [
             format!("parallel.pipeline={pipeline}"),
             format!("parallel.expert={expert}"),
@@ -66,7 +68,7 @@ impl Choice {
         ];
         let recompute = recompute.map(|what| format!("memory.recompute={what}"));
         let precision = precision.map(|what| format!("precision.recipe={what}"));
-        layout.into_iter().chain(stages).chain(plan).chain(recompute).chain(precision).collect()
+        layout.into_iter().chain(stages).chain(plan).chain(named).chain(recompute).chain(precision).collect()
     }
 }
 
