@@ -115,6 +115,12 @@ fn orders(program: &Program, stages: &[StageLayout], keeps_gradients: bool) -> B
     orders
 }
 
+/// Whether nothing of a rank waits until what it has sent is gone: only who receives it does.
+fn waits_for_no_send(program: &Program) -> bool {
+    let mut needed = program.ops.iter().flat_map(|op| &op.after);
+    needed.all(|&needed| !matches!(program.ops[needed].lane, Lane::Send(_)))
+}
+
 /// The most chunks between the first operation of their forward and the last of their input gradient, in the order of the compute lane.
 fn live_chunks(program: &Program) -> usize {
     let mut lives: HashMap<Chunk, (usize, usize)> = HashMap::new();
@@ -139,6 +145,7 @@ proptest! {
             for (layouts, expert) in [(None, 1), (Some(&stages[..]), 1), (Some(&stages[..]), 2)] {
                 for overlap in [Overlap::DEFAULT, Overlap::Off] {
                     let programs = lower_with(&candidate, layouts, expert, overlap);
+                    prop_assert!(overlap == Overlap::Off || programs.iter().all(waits_for_no_send));
                     let checked = check(&candidate, &programs);
                     prop_assert!(checked.is_ok(), "{}: {}", text::write(&candidate), checked.unwrap_err()[0]);
                 }
