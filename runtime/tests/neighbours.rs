@@ -50,7 +50,8 @@ fn planned() -> impl Strategy<Value = (Plan, Vec<StageLayout>)> {
     let sizes = (1..7usize, 1..26usize, prop::sample::select(modes));
     (kind, sizes, prop::collection::vec(1..4usize, 24), 0..9usize, prop::sample::select(ends)).prop_map(
         |(kind, (pipeline, micro_batches, mode), layers, dense, end)| {
-            let pipeline = if kind == ScheduleKind::Dualpipe { pipeline.next_multiple_of(2) } else { pipeline };
+            let pipeline =
+                if kind == ScheduleKind::Dualpipe { pipeline.next_multiple_of(2) } else { pipeline };
             let (plan, _) = kind.plan(pipeline, micro_batches, mode).unwrap();
             let stages = stages(&layers[..plan.stages], dense, end);
             (plan, stages)

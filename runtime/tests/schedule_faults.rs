@@ -4,7 +4,8 @@
 use std::collections::HashSet;
 
 use contraflow_runtime::schedule::{
-    Action, Chunk, Lane, LayerKind, Mode, Plan, Program, ScheduleKind, StageLayout, check, lower, pair_up, text,
+    Action, Chunk, Lane, LayerKind, Mode, Plan, Program, ScheduleKind, StageLayout, check, lower, pair_up,
+    text,
 };
 use proptest::prelude::*;
 

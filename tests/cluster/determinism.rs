@@ -158,7 +158,8 @@ fn the_peak_of_live_activations_is_the_plans() {
         let planned = plans.get(micro_batches, TaskKind::Train).unwrap().report.peak_activations.clone();
         for (rank, trace) in traces.lock().unwrap().iter() {
             let expected = planned[topology.coordinates(*rank).pipeline];
-            let what = format!("{schedule}, {pipeline} ranks, {micro_batches} micro-batches, {expert} expert ranks");
+            let what =
+                format!("{schedule}, {pipeline} ranks, {micro_batches} micro-batches, {expert} expert ranks");
             assert_eq!(peak(trace), expected, "{what}: rank {rank}");
         }
         let largest = *planned.iter().max().unwrap();

@@ -160,7 +160,9 @@ impl Plan {
 
     /// The rank that runs `chunk` forward, or `None` if the plan never does.
     pub fn owner(&self, chunk: Chunk) -> Option<usize> {
-        self.actions.iter().position(|list| list.iter().any(|action| action.forwards().any(|own| own == chunk)))
+        self.actions
+            .iter()
+            .position(|list| list.iter().any(|action| action.forwards().any(|own| own == chunk)))
     }
 
     /// Whether the plan has no backward pass (validation, generation).

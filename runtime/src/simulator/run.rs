@@ -55,8 +55,7 @@ pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Re
     }
     let stages = recipe_stages(recipe).map_err(|error| vec![error])?;
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let (plan, _) =
-        recipe_plan(recipe, micro_batches, Mode::Train, overlap).map_err(|error| vec![error])?;
+    let (plan, _) = recipe_plan(recipe, micro_batches, Mode::Train, overlap).map_err(|error| vec![error])?;
     match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => {
             // One pass after the other.
