@@ -59,8 +59,12 @@ const LEAST_GAIN: f64 = 0.01;
 const EXCHANGE: f64 = 9.0 / 4.0;
 
 /// The plan with the kinds of neighbours paired that shorten it, `stages[s]` saying what stage `s` consists of. What is returned cannot
-/// block if the plan cannot.
+/// block if the plan cannot. A plan that has forward and backward passes beside each other already, as DualPipe's, keeps its order.
 pub fn pair_up(plan: Plan, stages: &[StageLayout]) -> Plan {
+    let is_pair = |action: &Action| matches!(action, Action::ForwardBackward { .. });
+    if plan.actions.iter().flatten().any(is_pair) {
+        return plan;
+    }
     let (mut kinds, mut chosen) = (Vec::new(), plan.clone());
     loop {
         let most = (1.0 - LEAST_GAIN) * actions_end(&chosen, stages);
