@@ -310,6 +310,26 @@ fn what_is_paired_is_what_the_order_of_a_schedule_allows() {
     }
 }
 
+/// What docs/simulator.md says of the pairs that DualPipe could have besides its own.
+#[test]
+fn another_pair_is_worth_something_to_dualpipe_in_short_steps_alone() {
+    let gain = |pipeline, micro_batches| {
+        let (plan, _) = ScheduleKind::Dualpipe.plan(pipeline, micro_batches, Mode::Train).unwrap();
+        let stages = of_layers(&plan);
+        let cost = |_: usize, op: &Op| match op.lane {
+            Lane::Compute => 1.0,
+            Lane::Expert => 9.0 / 4.0,
+            _ => 0.0,
+        };
+        let end = |plan: &Plan| walk(&lower(plan, Some(&stages), 2), cost).unwrap().makespan;
+        let gain = 1.0 - end(&paired(&plan, &[Neighbours::ForwardBackward], &stages)) / end(&plan);
+        println!("{pipeline} ranks, {micro_batches} micro-batches: {:.2} %", 100.0 * gain);
+        gain
+    };
+    assert!((0.03..0.05).contains(&gain(2, 8)));
+    assert!(gain(8, 20) < 0.01);
+}
+
 fn count(list: &[Action], part: &str) -> usize {
     list.iter().filter(|action| action.to_string().contains(part)).count()
 }
