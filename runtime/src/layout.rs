@@ -20,6 +20,7 @@ use crate::cost;
 use crate::model_config::ModelConfig;
 use crate::recipe::{Recipe, StageRule, Stages};
 use crate::schedule::program::StageLayout;
+use crate::schedule::{Mode, Overlap, Plan, pair_up};
 
 /// Divides the layers among `num_stages` contiguous stages of at least one layer so that the costliest stage
 /// is as cheap as can be, and among those divisions the costs are as even as can be (least sum of squares);
@@ -115,6 +116,24 @@ pub fn recipe_stages(recipe: &Recipe) -> Result<Vec<StageLayout>, String> {
         Some(*end)
     });
     Ok(stages_of(config, &std::iter::once(0).chain(ends).collect::<Vec<_>>()))
+}
+
+/// The plan of a task as the ranks run it, and why it is not that of the schedule: where exchanges are to be hidden, with neighbours
+/// beside each other. An own plan says itself what runs beside what.
+///
+/// # Errors
+/// As [`Recipe::plan`] and [`recipe_stages`].
+pub fn recipe_plan(
+    recipe: &Recipe,
+    micro_batches: usize,
+    mode: Mode,
+    overlap: Overlap,
+) -> Result<(Plan, Option<String>), String> {
+    let (plan, why) = recipe.plan(micro_batches, mode)?;
+    if overlap == Overlap::Off || recipe.parallel.expert == 1 || recipe.own_plan.is_some() {
+        return Ok((plan, why));
+    }
+    Ok((pair_up(plan, &recipe_stages(recipe)?), why))
 }
 
 /// The stages between cuts, the first layer and the end of the last one among them. Embedding, head and multi-token prediction are

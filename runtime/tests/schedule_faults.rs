@@ -4,7 +4,8 @@
 use std::collections::HashSet;
 
 use contraflow_runtime::schedule::{
-    Action, Chunk, Lane, LayerKind, Mode, Plan, Program, ScheduleKind, StageLayout, check, lower, text,
+    Action, Chunk, Lane, LayerKind, Mode, Plan, Program, ScheduleKind, StageLayout, check, lower, pair_up,
+    text,
 };
 use proptest::prelude::*;
 
@@ -15,10 +16,13 @@ fn plans() -> impl Strategy<Value = Plan> {
 }
 
 fn plans_of(mode: Mode) -> impl Strategy<Value = Plan> {
-    (0..ScheduleKind::ALL.len(), 1..6usize, 2..14usize).prop_map(move |(kind, pipeline, micro_batches)| {
+    let any = (0..ScheduleKind::ALL.len(), 1..6usize, 2..14usize, any::<bool>());
+    any.prop_map(move |(kind, pipeline, micro_batches, is_paired)| {
         let kind = ScheduleKind::ALL[kind];
         let pipeline = if kind == ScheduleKind::Dualpipe { pipeline.next_multiple_of(2) } else { pipeline };
-        kind.plan(pipeline, micro_batches, mode).unwrap().0
+        let plan = kind.plan(pipeline, micro_batches, mode).unwrap().0;
+        let layouts = layouts(plan.stages);
+        if is_paired { pair_up(plan, &layouts) } else { plan }
     })
 }
 
@@ -87,6 +91,10 @@ fn runs(action: &Action) -> Vec<(char, Chunk)> {
         Action::BackwardInput(chunk) => vec![('I', chunk)],
         Action::BackwardWeight(chunk) => vec![('W', chunk)],
         Action::ForwardBackward { forward, backward } => vec![('F', forward), ('I', backward)],
+        Action::ForwardForward { first, second } => vec![('F', first), ('F', second)],
+        // Of one chunk: a backward pass.
+        Action::InputWeight { input, weight } if input == weight => vec![('I', input)],
+        Action::InputWeight { input, weight } => vec![('I', input), ('W', weight)],
     }
 }
 
@@ -109,6 +117,8 @@ fn tampered_action() -> impl Strategy<Value = Action> {
         chunk().prop_map(Action::BackwardInput),
         chunk().prop_map(Action::BackwardWeight),
         (chunk(), chunk()).prop_map(|(forward, backward)| Action::ForwardBackward { forward, backward }),
+        (chunk(), chunk()).prop_map(|(first, second)| Action::ForwardForward { first, second }),
+        (chunk(), chunk()).prop_map(|(input, weight)| Action::InputWeight { input, weight }),
     ]
 }
 
@@ -179,7 +189,8 @@ proptest! {
         let (rank, action) = pick(&plan, rank, action);
         let lost = plan.actions[rank].remove(action);
         let faults = verdict(&plan).unwrap_err();
-        let chunk = lost.forward().or(lost.backward_input()).or(lost.backward_weight()).unwrap();
+        let mut chunks = lost.forwards().chain(lost.backward_input()).chain(lost.backward_weight());
+        let chunk = chunks.next().unwrap();
         let named = format!("of {chunk} never runs");
         prop_assert!(faults.iter().any(|fault| fault.contains(&named)), "lost {lost}: {faults:?}");
     }

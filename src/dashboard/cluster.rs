@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use contraflow_orchestrator::server::{Calls, Front, Visitor};
 use contraflow_proto::v1;
-use contraflow_runtime::schedule::Mode;
+use contraflow_runtime::layout::recipe_plan;
+use contraflow_runtime::schedule::{Mode, Overlap};
 use parking_lot::Mutex;
 use tonic::metadata::MetadataValue;
 use tonic::service::interceptor::InterceptedService;
@@ -117,7 +118,8 @@ impl Cluster {
         let recipe = self.front.recipe(&job.job).await;
         let plan = recipe.as_ref().and_then(|recipe| {
             let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-            let plan = recipe.parallel.schedule.plan(recipe.parallel.pipeline, micro_batches, Mode::Train);
+            let overlap = Overlap::of(recipe.parallel.overlap);
+            let plan = recipe_plan(recipe, micro_batches, Mode::Train, overlap);
             plan.ok().map(|(plan, _)| plan)
         });
         let of = recipe.clone();

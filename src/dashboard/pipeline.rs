@@ -275,9 +275,14 @@ impl Waits<'_> {
 fn micro_batches(op: &Op, action: Option<Action>) -> Vec<usize> {
     match op.work {
         Work::Component { component: Component::Chunk, .. } => {
-            let chunks =
-                action.map(|action| [action.forward(), action.backward_input().or(action.backward_weight())]);
-            chunks.into_iter().flatten().flatten().map(|chunk| chunk.micro_batch).collect()
+            let chunks_of = |action: Action| {
+                let (first, second) = action.parts();
+                let of = |part: Action| {
+                    part.forwards().chain(part.backward_input()).chain(part.backward_weight()).next()
+                };
+                of(first).into_iter().chain(second.and_then(of))
+            };
+            action.into_iter().flat_map(chunks_of).map(|chunk| chunk.micro_batch).collect()
         }
         Work::Component { chunk, .. } | Work::Send { chunk, .. } | Work::Receive { chunk, .. } => {
             vec![chunk.micro_batch]

@@ -109,7 +109,8 @@ fn peak(trace: &[(Chunk, Pass)]) -> usize {
 #[test]
 fn the_peak_of_live_activations_is_the_plans() {
     let lab = Lab::new();
-    let cases = [
+    // With a second expert rank neighbours run beside each other.
+    let alone = [
         ("dualpipe", 2, 4),
         ("dualpipe", 2, 10),
         ("dualpipe", 4, 8),
@@ -125,7 +126,18 @@ fn the_peak_of_live_activations_is_the_plans() {
         ("interleaved", 2, 4),
         ("interleaved", 4, 8),
     ];
-    for (schedule, pipeline, micro_batches) in cases {
+    let of_two = [
+        ("dualpipe", 2, 4),
+        ("dualpipe", 2, 10),
+        ("dualpipev", 2, 7),
+        ("1f1b", 1, 4),
+        ("zb1p", 1, 4),
+        ("zb1p", 2, 8),
+        ("interleaved", 2, 8),
+        ("interleaved", 4, 8),
+    ];
+    let cases = alone.map(|case| (case, 1)).into_iter().chain(of_two.map(|case| (case, 2)));
+    for ((schedule, pipeline, micro_batches), expert) in cases {
         let traces: Arc<Mutex<Trace>> = Arc::default();
         let seen = traces.clone();
         let probe = Probe::new(move |point| {
@@ -136,14 +148,20 @@ fn the_peak_of_live_activations_is_the_plans() {
                 seen.lock().unwrap().entry(rank).or_default().push((chunk, pass));
             }
         });
-        let changes = ["training.steps=1", &format!("training.global_batch_size={micro_batches}")];
-        let setup = lab.setup(layout(schedule, (pipeline, 1, 1)), &changes);
+        let batch = micro_batches * expert;
+        let changes = ["training.steps=1", &format!("training.global_batch_size={batch}")];
+        let setup = lab.setup(layout(schedule, (pipeline, expert, 1)), &changes);
+        let topology = setup.recipe.topology();
         let mut plans = Plans::new(&setup.recipe).unwrap();
         let finished = lab.run(Setup { probe, ..setup });
         assert_eq!(finished.losses().len(), 1);
         let planned = plans.get(micro_batches, TaskKind::Train).unwrap().report.peak_activations.clone();
-        let measured: Vec<usize> = traces.lock().unwrap().values().map(|trace| peak(trace)).collect();
-        assert_eq!(measured, planned, "{schedule}, {pipeline} ranks, {micro_batches} micro-batches");
+        for (rank, trace) in traces.lock().unwrap().iter() {
+            let expected = planned[topology.coordinates(*rank).pipeline];
+            let what =
+                format!("{schedule}, {pipeline} ranks, {micro_batches} micro-batches, {expert} expert ranks");
+            assert_eq!(peak(trace), expected, "{what}: rank {rank}");
+        }
         let largest = *planned.iter().max().unwrap();
         assert_eq!(finished.records[0].peak_live_chunks as usize, largest, "{schedule} on {pipeline} ranks");
     }

@@ -13,7 +13,7 @@ use crate::lab::{FOUR_RANKS, Lab, Setup, layout};
 use crate::resume::{checkpoint, commits, shards};
 
 /// The layouts of `topology`, and one with the smallest batch.
-const LAYOUTS: [(&str, (usize, usize, usize), usize); 16] = [
+const LAYOUTS: [(&str, (usize, usize, usize), usize); 24] = [
     ("dualpipe", (2, 1, 1), 16),
     ("dualpipe", (2, 2, 1), 16),
     ("dualpipe", (4, 2, 1), 16),
@@ -30,6 +30,14 @@ const LAYOUTS: [(&str, (usize, usize, usize), usize); 16] = [
     ("1f1b", (2, 2, 1), 16),
     ("1f1b", (4, 2, 1), 16),
     ("1f1b", (2, 2, 2), 16),
+    ("zb1p", (1, 2, 1), 16),
+    ("zb1p", (2, 2, 1), 16),
+    ("zb1p", (4, 2, 1), 16),
+    ("zb1p", (2, 2, 2), 16),
+    ("interleaved", (1, 2, 1), 16),
+    ("interleaved", (2, 2, 1), 16),
+    ("interleaved", (4, 2, 1), 16),
+    ("interleaved", (2, 2, 2), 16),
 ];
 
 /// Against a run in which no operation of a rank begins before all that the rank has sent or exchanged is there, the passes of a
@@ -64,13 +72,21 @@ fn overlap_changes_no_bit_whatever_a_pass_consists_of() {
         &["model.tie_word_embeddings=true"],
     ];
     for (index, changes) in cases.into_iter().enumerate() {
-        for schedule in ["dualpipe", "dualpipev"] {
-            let stages = index == 3 && schedule == "dualpipe";
+        let schedules = [
+            ("dualpipe", (2, 2, 1)),
+            ("dualpipev", (2, 2, 1)),
+            ("interleaved", (2, 2, 1)),
+            ("zb1p", (2, 2, 1)),
+            ("1f1b", (1, 2, 1)),
+        ];
+        for (schedule, axes) in schedules {
+            // Four stages by hand are those of two ranks with two each.
+            let stages = index == 3 && !["dualpipev", "interleaved"].contains(&schedule);
             let changes: Vec<&str> =
                 changes.iter().copied().filter(|change| !stages || !change.contains("stages")).collect();
             let [overlapped, sequential] = [true, false].map(|overlap| {
                 let changes = [&changes[..], &["training.steps=2", overlap_is(overlap)]].concat();
-                let setup = lab.setup(layout(schedule, (2, 2, 1)), &changes);
+                let setup = lab.setup(layout(schedule, axes), &changes);
                 bits_of(&lab, &format!("{schedule}-{index}-{overlap}"), setup)
             });
             assert!(overlapped == sequential, "{schedule} with {changes:?} differs");

@@ -2,7 +2,7 @@
 //!
 //! Data, frames, copies of the state and the process itself come on top.
 
-use super::{MemoryQuery, rank_figures, recipe_stages};
+use super::{MemoryQuery, rank_figures, recipe_plan, recipe_stages};
 use crate::cost;
 use crate::recipe::{NumberFormat, Recipe};
 use crate::schedule::{Mode, Overlap, RankFigures, lower_with};
@@ -23,7 +23,8 @@ pub fn recipe_figures(recipe: &Recipe) -> Result<Vec<RankFigures>, String> {
 pub fn figures_with(recipe: &Recipe, looked_at: usize) -> Result<Vec<RankFigures>, String> {
     let (training, parallel) = (&recipe.training, &recipe.parallel);
     let stages = recipe_stages(recipe)?;
-    let (plan, _) = recipe.plan(looked_at, Mode::Train)?;
+    let overlap = Overlap::of(parallel.overlap);
+    let (plan, _) = recipe_plan(recipe, looked_at, Mode::Train, overlap)?;
     Ok(rank_figures(&MemoryQuery {
         config: &recipe.model_config,
         topology: recipe.topology(),
@@ -32,7 +33,7 @@ pub fn figures_with(recipe: &Recipe, looked_at: usize) -> Result<Vec<RankFigures
         placement: &plan.placement,
         micro_batch_tokens: training.micro_batch_size * training.sequence_length,
         micro_batches: recipe.micro_batches(training.global_batch_size),
-        programs: &lower_with(&plan, Some(&stages), parallel.expert, Overlap::of(parallel.overlap)),
+        programs: &lower_with(&plan, Some(&stages), parallel.expert, overlap),
         precision: &recipe.precision,
         memory: &recipe.memory,
         has_average: recipe.training.ema_decay > 0.0,

@@ -34,15 +34,63 @@ pub enum Action {
         /// The chunk that runs backward.
         backward: Chunk,
     },
+    /// `F&F`: the forwards of two different chunks, their components interleaved.
+    ForwardForward {
+        /// The chunk that begins.
+        first: Chunk,
+        /// The other one.
+        second: Chunk,
+    },
+    /// `I&W`: the input gradient of a chunk, its exchanges hidden by the queued weight part of another one.
+    InputWeight {
+        /// The chunk whose input gradient is computed.
+        input: Chunk,
+        /// The chunk whose weight gradients are computed.
+        weight: Chunk,
+    },
 }
 
 impl Action {
-    /// The chunk this action runs forward, if it does.
-    pub fn forward(&self) -> Option<Chunk> {
-        match *self {
-            Action::Forward(chunk) | Action::ForwardBackward { forward: chunk, .. } => Some(chunk),
+    /// The two actions beside each other, in the order in which a pair is written; `None` if there is no such pair.
+    pub fn pair(first: Action, second: Action) -> Option<Action> {
+        match (first, second) {
+            (Action::Forward(forward), Action::Backward(backward)) => {
+                Some(Action::ForwardBackward { forward, backward })
+            }
+            (Action::Forward(first), Action::Forward(second)) => {
+                Some(Action::ForwardForward { first, second })
+            }
+            (Action::BackwardInput(input), Action::BackwardWeight(weight)) => {
+                Some(Action::InputWeight { input, weight })
+            }
             _ => None,
         }
+    }
+
+    /// What a pair consists of, in the order in which it is written; anything else is itself.
+    pub fn parts(&self) -> (Action, Option<Action>) {
+        match *self {
+            Action::ForwardBackward { forward, backward } => {
+                (Action::Forward(forward), Some(Action::Backward(backward)))
+            }
+            Action::ForwardForward { first, second } => {
+                (Action::Forward(first), Some(Action::Forward(second)))
+            }
+            Action::InputWeight { input, weight } => {
+                (Action::BackwardInput(input), Some(Action::BackwardWeight(weight)))
+            }
+            lone => (lone, None),
+        }
+    }
+
+    /// The chunks this action runs forward.
+    pub fn forwards(&self) -> impl Iterator<Item = Chunk> + use<> {
+        let (first, second) = match *self {
+            Action::Forward(chunk) | Action::ForwardBackward { forward: chunk, .. } => (Some(chunk), None),
+            Action::ForwardForward { first, second } => (Some(first), Some(second)),
+            _ => (None, None),
+        };
+        first.into_iter().chain(second)
     }
 
     /// The chunk whose input gradient this action computes, if it does.
@@ -50,7 +98,8 @@ impl Action {
         match *self {
             Action::Backward(chunk)
             | Action::BackwardInput(chunk)
-            | Action::ForwardBackward { backward: chunk, .. } => Some(chunk),
+            | Action::ForwardBackward { backward: chunk, .. }
+            | Action::InputWeight { input: chunk, .. } => Some(chunk),
             _ => None,
         }
     }
@@ -60,7 +109,8 @@ impl Action {
         match *self {
             Action::Backward(chunk)
             | Action::BackwardWeight(chunk)
-            | Action::ForwardBackward { backward: chunk, .. } => Some(chunk),
+            | Action::ForwardBackward { backward: chunk, .. }
+            | Action::InputWeight { weight: chunk, .. } => Some(chunk),
             _ => None,
         }
     }
@@ -73,7 +123,7 @@ impl fmt::Display for Chunk {
 }
 
 impl fmt::Display for Action {
-    /// `F0.3`, `B1.2`, `I0.1`, `W0.1`, `F0.4&B3.0`: the letter, the stage, the micro-batch.
+    /// `F0.3`, `B1.2`, `I0.1`, `W0.1`, `F0.4&B3.0`: the letter, the stage, the micro-batch; pairs with `&`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Action::Forward(c) => write!(f, "F{c}"),
@@ -81,6 +131,8 @@ impl fmt::Display for Action {
             Action::BackwardInput(c) => write!(f, "I{c}"),
             Action::BackwardWeight(c) => write!(f, "W{c}"),
             Action::ForwardBackward { forward, backward } => write!(f, "F{forward}&B{backward}"),
+            Action::ForwardForward { first, second } => write!(f, "F{first}&F{second}"),
+            Action::InputWeight { input, weight } => write!(f, "I{input}&W{weight}"),
         }
     }
 }
@@ -108,7 +160,9 @@ impl Plan {
 
     /// The rank that runs `chunk` forward, or `None` if the plan never does.
     pub fn owner(&self, chunk: Chunk) -> Option<usize> {
-        self.actions.iter().position(|list| list.iter().any(|action| action.forward() == Some(chunk)))
+        self.actions
+            .iter()
+            .position(|list| list.iter().any(|action| action.forwards().any(|own| own == chunk)))
     }
 
     /// Whether the plan has no backward pass (validation, generation).

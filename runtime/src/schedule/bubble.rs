@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::action::{Action, Plan};
+use super::action::{Action, Chunk, Plan};
 use super::deadlock::Deadlock;
 use super::lower::lower;
 use super::program::{Component, Op, Pass, Program, Work};
@@ -41,6 +41,8 @@ impl UnitCosts {
             Action::BackwardInput(_) => self.i,
             Action::BackwardWeight(_) => self.w,
             Action::ForwardBackward { .. } => self.fb,
+            Action::ForwardForward { .. } => 2.0 * self.f,
+            Action::InputWeight { .. } => self.i + self.w,
         }
     }
 }
@@ -91,9 +93,9 @@ pub fn clock_by(
 ) -> Result<(Vec<Program>, Timeline), Deadlock> {
     let programs = lower(plan, None, 1);
     let cost = |rank: usize, op: &Op| match (op.work, op.action) {
-        (Work::Component { pass, component: Component::Chunk, .. }, Some(action)) => {
+        (Work::Component { pass, chunk, component: Component::Chunk, .. }, Some(action)) => {
             let action = &plan.actions[rank][action];
-            if pass == leading_pass(action) { duration(action) } else { 0.0 }
+            if (pass, chunk) == leader(action) { duration(action) } else { 0.0 }
         }
         _ => 0.0,
     };
@@ -101,12 +103,16 @@ pub fn clock_by(
     Ok((programs, timeline))
 }
 
-/// The pass of an action's first operation, which carries the duration of the whole action: what follows it directly
-/// takes no time, so everything the action makes is there at its end.
-fn leading_pass(action: &Action) -> Pass {
-    match action {
-        Action::Forward(_) | Action::ForwardBackward { .. } => Pass::Forward,
-        Action::Backward(_) | Action::BackwardInput(_) => Pass::BackwardInput,
-        Action::BackwardWeight(_) => Pass::BackwardWeight,
+/// An action's first operation, which carries the duration of the whole action: what follows it directly takes no time, so
+/// everything the action makes is there at its end.
+fn leader(action: &Action) -> (Pass, Chunk) {
+    match *action {
+        Action::Forward(chunk)
+        | Action::ForwardBackward { forward: chunk, .. }
+        | Action::ForwardForward { first: chunk, .. } => (Pass::Forward, chunk),
+        Action::Backward(chunk) | Action::BackwardInput(chunk) | Action::InputWeight { input: chunk, .. } => {
+            (Pass::BackwardInput, chunk)
+        }
+        Action::BackwardWeight(chunk) => (Pass::BackwardWeight, chunk),
     }
 }

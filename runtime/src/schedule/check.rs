@@ -131,10 +131,10 @@ fn plan_faults(plan: &Plan, faults: &mut PlanFaults) {
 
 /// The passes an action runs, each with its chunk.
 pub(super) fn passes(action: &Action) -> impl Iterator<Item = (Pass, Chunk)> {
-    let forward = action.forward().map(|chunk| (Pass::Forward, chunk));
+    let forwards = action.forwards().map(|chunk| (Pass::Forward, chunk));
     let input = action.backward_input().map(|chunk| (Pass::BackwardInput, chunk));
     let weight = action.backward_weight().map(|chunk| (Pass::BackwardWeight, chunk));
-    [forward, input, weight].into_iter().flatten()
+    forwards.chain(input).chain(weight)
 }
 
 /// The name of a pass.
@@ -284,7 +284,8 @@ fn report(plan: &Plan) -> Report {
     }
 }
 
-/// What a rank keeps alive at most. A pair counts its new forward before its backward is freed.
+/// What a rank keeps alive at most. A pair counts its new forwards before its backward is freed, and the weight part that it leaves
+/// before the one that it takes.
 #[derive(Clone, Default)]
 struct Load {
     peak_until_input: usize,
@@ -298,19 +299,22 @@ impl Load {
         let mut load = Load::default();
         let (mut forwards, mut inputs, mut weights) = (0, 0, 0);
         for action in actions {
-            forwards += usize::from(action.forward().is_some());
+            forwards += action.forwards().count();
             load.peak_until_input = load.peak_until_input.max(forwards - inputs);
             load.peak_until_weight = load.peak_until_weight.max(forwards - weights);
             inputs += usize::from(action.backward_input().is_some());
+            if let Action::InputWeight { .. } = action {
+                load.peak_queue = load.peak_queue.max(inputs - weights);
+            }
             weights += usize::from(action.backward_weight().is_some());
             load.peak_queue = load.peak_queue.max(inputs - weights);
         }
         let deferred = actions.iter().filter_map(|action| match action {
-            Action::BackwardInput(chunk) => Some(chunk),
+            Action::BackwardInput(chunk) | Action::InputWeight { input: chunk, .. } => Some(chunk),
             _ => None,
         });
         let done = actions.iter().filter_map(|action| match action {
-            Action::BackwardWeight(chunk) => Some(chunk),
+            Action::BackwardWeight(chunk) | Action::InputWeight { weight: chunk, .. } => Some(chunk),
             _ => None,
         });
         load.in_order = deferred.eq(done);

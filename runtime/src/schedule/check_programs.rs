@@ -57,7 +57,7 @@ fn is_on_its_lane(op: &Op) -> bool {
 
 /// The program does what the actions say, in their order, and all of it.
 fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: &mut PlanFaults) {
-    let mut carried_out: HashSet<(usize, Pass)> = HashSet::new();
+    let mut carried_out: HashSet<(usize, Pass, Chunk)> = HashSet::new();
     let mut reached = 0;
     for (id, op) in program.ops.iter().enumerate() {
         let Work::Component { pass, chunk, .. } = op.work else { continue };
@@ -67,12 +67,12 @@ fn component_faults(rank: usize, actions: &[Action], program: &Program, faults: 
             faults.of(rank, op, format!("operation {id} is not what the plan does here: {}", op.work));
         }
         reached = reached.max(action);
-        carried_out.insert((action, pass));
+        carried_out.insert((action, pass, chunk));
     }
     for (index, action) in actions.iter().enumerate() {
         // A stage may have no weights to defer.
-        for (pass, _) in passes(action).filter(|(pass, _)| *pass != Pass::BackwardWeight) {
-            if !carried_out.contains(&(index, pass)) {
+        for (pass, chunk) in passes(action).filter(|(pass, _)| *pass != Pass::BackwardWeight) {
+            if !carried_out.contains(&(index, pass, chunk)) {
                 faults.at(
                     ActionIndex { rank, action: index },
                     format!("{action}: the program has no {}", name(pass)),

@@ -59,7 +59,7 @@ pub fn parse(name: &str, text: &str) -> Result<Plan, Vec<String>> {
 }
 
 fn chunks_of(action: &Action) -> impl Iterator<Item = Chunk> + use<> {
-    [action.forward(), action.backward_input(), action.backward_weight()].into_iter().flatten()
+    action.forwards().chain(action.backward_input()).chain(action.backward_weight())
 }
 
 fn action(cell: &str) -> Option<Action> {

@@ -77,10 +77,42 @@ pub(super) fn backward(layout: Option<&StageLayout>) -> Vec<FlowStep> {
     steps
 }
 
+/// The segments of two passes beside each other. One without exchanges has none to be cut behind: it is spread evenly over the
+/// other's.
+pub(super) fn beside<'a>(
+    first: &'a [FlowStep],
+    second: &'a [FlowStep],
+    order: PairOrder,
+) -> (Vec<&'a [FlowStep]>, Vec<&'a [FlowStep]>) {
+    let (of_first, of_second) = (segments(first, order), segments(second, order));
+    match (has_exchange(first), has_exchange(second)) {
+        (true, false) => {
+            let spread = parts(second, of_first.len());
+            (of_first, spread)
+        }
+        (false, true) => {
+            let spread = parts(first, of_second.len());
+            (spread, of_second)
+        }
+        _ => (of_first, of_second),
+    }
+}
+
+/// Whether a pass has exchanges.
+pub(super) fn has_exchange(steps: &[FlowStep]) -> bool {
+    steps.iter().any(|step| matches!(step, FlowStep::Run(piece) if piece.is_all_to_all()))
+}
+
+/// As many parts of about the same number of steps.
+fn parts(steps: &[FlowStep], number: usize) -> Vec<&[FlowStep]> {
+    let bound = |part: usize| part * steps.len() / number;
+    (0..number).map(|part| &steps[bound(part)..bound(part + 1)]).collect()
+}
+
 /// Cuts a pass behind each exchange, and behind the delivery where it follows one directly: up to there the compute
 /// lane can be given to another chunk without holding up a communication. What needs nothing of the exchange stands on the side of
 /// the cut that `order` says.
-pub(super) fn segments(steps: &[FlowStep], order: PairOrder) -> Vec<&[FlowStep]> {
+fn segments(steps: &[FlowStep], order: PairOrder) -> Vec<&[FlowStep]> {
     let is_before = |step: &FlowStep| match step {
         FlowStep::Deliver(_) => true,
         FlowStep::Run(piece) => order.is_before_switch(*piece),

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use super::action::{Action, Chunk, Plan};
 use super::flow::{self, FlowStep, LayerOp};
 use super::messages::{Owners, Product};
-use super::overlap::Overlap;
+use super::overlap::{self, Overlap};
 use super::program::{Lane, OpId, Pass, Program, StageLayout, TransferKind, Work};
 use super::receives;
 
@@ -41,6 +41,7 @@ pub fn lower_with(
                 stages,
                 all_to_all_lane,
                 overlap,
+                keeps_gradients: !plan.is_forward_only(),
                 made: HashMap::new(),
                 under_way: Vec::new(),
                 ops: Vec::new(),
@@ -68,6 +69,7 @@ struct Drafter<'a> {
     stages: Option<&'a [StageLayout]>,
     all_to_all_lane: Lane,
     overlap: Overlap,
+    keeps_gradients: bool,
     /// What this rank made for its own other stage, and the operation that did.
     made: HashMap<Product, OpId>,
     /// Without overlap: operations that none has waited for yet, the latest one and sends.
@@ -108,69 +110,75 @@ impl Cursor {
 impl Drafter<'_> {
     fn draft(mut self, actions: &[Action]) -> Vec<DraftOp> {
         for (index, action) in actions.iter().enumerate() {
-            let (chunk, inputs, steps) = match *action {
-                Action::Forward(chunk) => {
-                    (chunk, inputs(TransferKind::Activation, chunk), flow::forward(self.layout(chunk)))
+            match action.parts() {
+                // The weight part of the same chunk has nothing to wait for but its input gradient.
+                (Action::BackwardInput(chunk), Some(Action::BackwardWeight(same))) if chunk == same => {
+                    self.lone(index, Action::Backward(chunk));
                 }
-                Action::Backward(chunk) => {
-                    (chunk, inputs(TransferKind::Gradient, chunk), flow::backward(self.layout(chunk)))
-                }
-                Action::BackwardInput(chunk) => {
-                    (chunk, inputs(TransferKind::Gradient, chunk), flow::backward_input(self.layout(chunk)))
-                }
-                Action::BackwardWeight(chunk) => {
-                    (chunk, Vec::new(), flow::backward_weight(self.layout(chunk)))
-                }
-                Action::ForwardBackward { forward, backward } => {
-                    self.pair(index, forward, backward);
-                    continue;
-                }
-            };
-            self.steps(&mut Cursor::new(chunk, index, inputs), &steps);
+                (lone, None) => self.lone(index, lone),
+                (first, Some(second)) => self.pair(index, action, [first, second]),
+            }
         }
         self.ops
     }
 
-    /// A segment of one pass, a segment of the other, and so on: the exchange at the end of one segment is hidden by the compute
-    /// of the next one. Whichever pass is longer ends alone. Without overlap the backward pass, then the forward pass.
-    fn pair(&mut self, index: usize, forward: Chunk, backward: Chunk) {
-        let mut ahead = Cursor::new(forward, index, inputs(TransferKind::Activation, forward));
-        let mut back = Cursor::new(backward, index, inputs(TransferKind::Gradient, backward));
-        let forward_steps = flow::forward(self.layout(forward));
-        let backward_steps = flow::backward(self.layout(backward));
-        if self.stages.is_none() {
-            ahead.inputs.extend(&back.inputs);
-            self.steps(&mut ahead, &forward_steps);
-            self.steps(&mut back, &backward_steps);
-            return;
-        }
-        if self.overlap == Overlap::Off || self.share_a_gradient(forward, backward) {
-            self.steps(&mut back, &backward_steps);
-            self.steps(&mut ahead, &forward_steps);
-            return;
-        }
-        let order = self.overlap.order();
-        let mut forward_segments = flow::segments(&forward_steps, order).into_iter();
-        let mut backward_segments = flow::segments(&backward_steps, order).into_iter();
-        if order.forward_first {
-            self.steps(&mut ahead, forward_segments.next().unwrap_or_default());
-        }
-        loop {
-            let (next_back, next_ahead) = (backward_segments.next(), forward_segments.next());
-            if next_back.is_none() && next_ahead.is_none() {
-                return;
+    fn lone(&mut self, index: usize, action: Action) {
+        let (mut cursor, steps) = self.begin(index, action);
+        self.steps(&mut cursor, &steps);
+    }
+
+    /// What an action consists of; of a pair the first one.
+    fn begin(&self, index: usize, action: Action) -> (Cursor, Vec<FlowStep>) {
+        let needing = |kind, chunk, steps| (Cursor::new(chunk, index, inputs(kind, chunk)), steps);
+        match action {
+            Action::Backward(chunk) => {
+                needing(TransferKind::Gradient, chunk, flow::backward(self.layout(chunk)))
             }
-            self.steps(&mut back, next_back.unwrap_or_default());
-            self.steps(&mut ahead, next_ahead.unwrap_or_default());
+            Action::BackwardInput(chunk) => {
+                needing(TransferKind::Gradient, chunk, flow::backward_input(self.layout(chunk)))
+            }
+            Action::BackwardWeight(chunk) => {
+                (Cursor::new(chunk, index, Vec::new()), flow::backward_weight(self.layout(chunk)))
+            }
+            Action::Forward(chunk) => {
+                needing(TransferKind::Activation, chunk, flow::forward(self.layout(chunk)))
+            }
+            pair => self.begin(index, pair.parts().0),
         }
     }
 
-    /// Whether both passes of a pair add to one gradient, so that their order decides about bits: a head that is tied to the
-    /// embedding makes its gradient in the forward pass, the embedding in the backward pass.
-    fn share_a_gradient(&self, forward: Chunk, backward: Chunk) -> bool {
-        let is = |chunk, has: fn(&StageLayout) -> bool| self.layout(chunk).is_some_and(has);
-        is(forward, |layout| layout.tied)
-            && is(backward, |layout| layout.embedding || layout.mtp_layer.is_some())
+    /// A segment of one pass, a segment of the other, and so on: the exchange at the end of one segment is hidden by the compute
+    /// of the next one. Whichever pass is longer ends alone. Without overlap one after the other, a backward pass before a forward
+    /// pass.
+    fn pair(&mut self, index: usize, pair: &Action, [first, second]: [Action; 2]) {
+        let order = self.overlap.order();
+        let is_apart = self.overlap == Overlap::Off
+            || self.keeps_gradients
+                && self.stages.is_some_and(|stages| overlap::share_a_gradient(pair, stages));
+        let is_turned = matches!(pair, Action::ForwardBackward { .. })
+            && self.stages.is_some()
+            && (is_apart || !order.forward_first);
+        let [first, second] = if is_turned { [second, first] } else { [first, second] };
+        let ((mut lead, lead_steps), (mut other, other_steps)) =
+            (self.begin(index, first), self.begin(index, second));
+        if self.stages.is_none() {
+            lead.inputs.extend(&other.inputs);
+        }
+        if self.stages.is_none() || is_apart {
+            self.steps(&mut lead, &lead_steps);
+            self.steps(&mut other, &other_steps);
+            return;
+        }
+        let (lead_segments, other_segments) = flow::beside(&lead_steps, &other_steps, order);
+        let (mut lead_segments, mut other_segments) = (lead_segments.into_iter(), other_segments.into_iter());
+        loop {
+            let (next_lead, next_other) = (lead_segments.next(), other_segments.next());
+            if next_lead.is_none() && next_other.is_none() {
+                return;
+            }
+            self.steps(&mut lead, next_lead.unwrap_or_default());
+            self.steps(&mut other, next_other.unwrap_or_default());
+        }
     }
 
     fn layout(&self, chunk: Chunk) -> Option<&StageLayout> {

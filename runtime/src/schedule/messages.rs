@@ -70,9 +70,9 @@ impl Product {
 
 /// What an action makes for other stages.
 fn products(action: &Action) -> impl Iterator<Item = Product> {
-    let activation = action.forward().map(|chunk| Product { kind: TransferKind::Activation, chunk });
+    let activations = action.forwards().map(|chunk| Product { kind: TransferKind::Activation, chunk });
     let gradient = action.backward_input().map(|chunk| Product { kind: TransferKind::Gradient, chunk });
-    activation.into_iter().chain(gradient)
+    activations.chain(gradient)
 }
 
 /// Which rank runs which chunk. Where a faulty plan runs one twice, the first rank counts.
@@ -86,7 +86,7 @@ impl Owners {
         let mut owners = Owners { forward: HashMap::new(), backward: HashMap::new() };
         for (rank, list) in plan.actions.iter().enumerate() {
             for action in list {
-                if let Some(chunk) = action.forward() {
+                for chunk in action.forwards() {
                     owners.forward.entry(chunk).or_insert(rank);
                 }
                 if let Some(chunk) = action.backward_input() {

@@ -1,14 +1,17 @@
 //! What of a rank's passes runs beside what, and the table of the orders of two passes beside each other.
 //!
 //! Follows from one key of the recipe. Sums are the same whatever is chosen: no two operations that add to one tensor change
-//! places. Knows no plan and no lanes; `lower` lays the passes out.
+//! places. Knows no lanes; `neighbours` says which actions of a plan run beside each other, `lower` lays the passes out.
+
+use super::action::{Action, Chunk};
+use super::program::StageLayout;
 
 /// What runs beside exchanges and sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overlap {
     /// Nothing: no operation of a rank begins before all that the rank has sent or exchanged is there.
     Off,
-    /// The two passes of an `F&B` pair beside each other; a pass alone hides what its own operations can.
+    /// The two passes of a pair beside each other; a pass alone hides what its own operations can.
     Pairs(PairOrder),
 }
 
@@ -27,6 +30,24 @@ impl Overlap {
             Overlap::Off => PairOrder::DEFAULT,
             Overlap::Pairs(order) => order,
         }
+    }
+}
+
+/// Whether both passes of a pair add to one gradient, or one of them between two sums of the other, so that their order decides about
+/// bits. A head that is tied to the embedding makes its gradient in the forward pass, the embedding in the backward pass; head and
+/// multi-token prediction make that of one head, both in the forward pass.
+pub(super) fn share_a_gradient(pair: &Action, stages: &[StageLayout]) -> bool {
+    let is = |chunk: Chunk, has: fn(&StageLayout) -> bool| stages.get(chunk.stage).is_some_and(has);
+    match *pair {
+        Action::ForwardBackward { forward, backward } => {
+            is(forward, |layout| layout.tied)
+                && is(backward, |layout| layout.embedding || layout.mtp_layer.is_some())
+        }
+        Action::ForwardForward { first, second } => {
+            let has_both = |layout: &StageLayout| layout.head && layout.mtp_layer.is_some();
+            is(first, has_both) && is(second, has_both)
+        }
+        _ => false,
     }
 }
 

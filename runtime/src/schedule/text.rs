@@ -144,24 +144,25 @@ fn row<T>(
 /// An action as [`Action`] writes itself.
 pub(super) fn action(word: &str) -> Result<Action, String> {
     let read = || {
-        if let Some((forward, backward)) = word.split_once('&') {
-            let forward = chunk(forward.strip_prefix('F')?)?;
-            let backward = chunk(backward.strip_prefix('B')?)?;
-            return Some(Action::ForwardBackward { forward, backward });
-        }
-        let mut letters = word.chars();
-        let make = match letters.next()? {
-            'F' => Action::Forward,
-            'B' => Action::Backward,
-            'I' => Action::BackwardInput,
-            'W' => Action::BackwardWeight,
-            _ => return None,
-        };
-        chunk(letters.as_str()).map(make)
+        let Some((first, second)) = word.split_once('&') else { return lone(word) };
+        Action::pair(lone(first)?, lone(second)?)
     };
     read().ok_or_else(|| {
         format!("expected an action such as F0.3, B1.2, I0.1, W0.1 or F0.4&B3.0, got `{word}`")
     })
+}
+
+/// An action that is no pair.
+fn lone(word: &str) -> Option<Action> {
+    let mut letters = word.chars();
+    let make = match letters.next()? {
+        'F' => Action::Forward,
+        'B' => Action::Backward,
+        'I' => Action::BackwardInput,
+        'W' => Action::BackwardWeight,
+        _ => return None,
+    };
+    chunk(letters.as_str()).map(make)
 }
 
 /// `STAGE.MICRO_BATCH`.
@@ -193,6 +194,16 @@ rank 1: F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3
                      rank 0: F0.0 F1.2 F0.1 B1.2\nrank 1:F0.2 F1.0 F0.3 B1.0 F1.1&B0.2 B1.1 I0.3 W0.3\n\
                      rank 0: F1.3&B0.0 B1.3 I0.1 W0.1";
         assert_eq!(parse(loose), Ok(plan));
+    }
+
+    #[test]
+    fn every_pair_reads_as_it_is_written() {
+        for word in ["F0.4&B3.0", "F0.1&F2.3", "I1.2&W1.0"] {
+            assert_eq!(action(word).map(|action| action.to_string()), Ok(word.to_owned()));
+        }
+        for word in ["B3.0&F0.4", "B0.1&B0.2", "W1.0&I1.2", "F0.1&", "F0.1&B0.2&B0.3"] {
+            assert!(action(word).is_err(), "{word}");
+        }
     }
 
     #[test]

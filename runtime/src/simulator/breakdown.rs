@@ -13,12 +13,12 @@ use crate::schedule::{Action, Lane, Plan, Program, Timeline, UnitCosts, Work};
 /// The six components, as a mean over ranks. **Units**: seconds of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Components {
-    /// Forward passes alone.
+    /// Forward passes, no backward pass beside them.
     #[serde(rename = "1F")]
     pub forward: f64,
     /// Waits for other pipeline ranks.
     pub bubble: f64,
-    /// Backward passes alone, whole ones and those for the input.
+    /// Backward passes, whole ones and those for the input, no forward pass beside them.
     #[serde(rename = "1B")]
     pub backward: f64,
     /// Weight gradients alone.
@@ -52,8 +52,8 @@ impl Components {
 
     fn of_action(&mut self, action: &Action) -> &mut f64 {
         match action {
-            Action::Forward(_) => &mut self.forward,
-            Action::Backward(_) | Action::BackwardInput(_) => &mut self.backward,
+            Action::Forward(_) | Action::ForwardForward { .. } => &mut self.forward,
+            Action::Backward(_) | Action::BackwardInput(_) | Action::InputWeight { .. } => &mut self.backward,
             Action::BackwardWeight(_) => &mut self.weight,
             Action::ForwardBackward { .. } => &mut self.pair,
         }

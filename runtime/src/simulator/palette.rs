@@ -91,9 +91,9 @@ impl Shade {
 /// Of an action.
 pub fn shade_of_action(action: &Action) -> Shade {
     match action {
-        Action::Forward(_) => Shade::Forward,
+        Action::Forward(_) | Action::ForwardForward { .. } => Shade::Forward,
         Action::Backward(_) => Shade::Backward,
-        Action::BackwardInput(_) => Shade::BackwardInput,
+        Action::BackwardInput(_) | Action::InputWeight { .. } => Shade::BackwardInput,
         Action::BackwardWeight(_) => Shade::BackwardWeight,
         Action::ForwardBackward { .. } => Shade::ForwardBackward,
     }

@@ -153,8 +153,8 @@ fn action_ms(run: &Run) -> BTreeMap<&'static str, f64> {
     let mut counts = [0_usize; 4];
     for action in run.plan.actions.iter().flatten() {
         counts[match action {
-            Action::Forward(_) => 0,
-            Action::Backward(_) | Action::BackwardInput(_) => 1,
+            Action::Forward(_) | Action::ForwardForward { .. } => 0,
+            Action::Backward(_) | Action::BackwardInput(_) | Action::InputWeight { .. } => 1,
             Action::BackwardWeight(_) => 2,
             Action::ForwardBackward { .. } => 3,
         }] += 1;

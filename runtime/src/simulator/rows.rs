@@ -177,7 +177,8 @@ fn bar(plan: &Plan, pipeline: usize, op: &Op, span: &Span, microseconds: f64) ->
 }
 
 fn micro_batch(action: &Action) -> Option<usize> {
-    action.forward().or(action.backward_input()).or(action.backward_weight()).map(|chunk| chunk.micro_batch)
+    let mut chunks = action.forwards().chain(action.backward_input()).chain(action.backward_weight());
+    chunks.next().map(|chunk| chunk.micro_batch)
 }
 
 /// What a lane is called in pictures.

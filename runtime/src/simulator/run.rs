@@ -10,7 +10,7 @@ use super::kernels::KernelShapes;
 use super::measured_durations::MeasuredDurations;
 use super::times::OperationTimes;
 use crate::cost::Shapes;
-use crate::layout::recipe_stages;
+use crate::layout::{recipe_plan, recipe_stages};
 use crate::recipe::Recipe;
 use crate::schedule::{
     Mode, Overlap, Plan, Program, Sharding, StageLayout, StepPrograms, Timeline, UnitCosts, Work, buckets,
@@ -55,7 +55,7 @@ pub fn simulate_with(recipe: &Recipe, cluster: &Cluster, overlap: Overlap) -> Re
     }
     let stages = recipe_stages(recipe).map_err(|error| vec![error])?;
     let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let (plan, _) = recipe.plan(micro_batches, Mode::Train).map_err(|error| vec![error])?;
+    let (plan, _) = recipe_plan(recipe, micro_batches, Mode::Train, overlap).map_err(|error| vec![error])?;
     match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => {
             // One pass after the other.

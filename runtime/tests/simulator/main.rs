@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod documented;
+mod neighbours;
 mod orders;
 mod pictures;
 mod profiles;

@@ -6,7 +6,7 @@ use contraflow_runtime::simulator::{Cluster, Costs, pair_with, simulate_with};
 use crate::recipe;
 
 /// The profile with all-to-alls that take `ratio` of a pair's computations.
-fn cluster(ratio: f64) -> Cluster {
+pub fn cluster(ratio: f64) -> Cluster {
     let mut cluster = Cluster::load("h800-2048").unwrap();
     let balanced = pair_with(&recipe("deepseek-v3", &[]), &cluster, 4, Overlap::DEFAULT).unwrap();
     let Costs::Kernels(rates) = &mut cluster.costs else { panic!("expected rates") };

@@ -124,7 +124,7 @@ fn live_chunks(run: &Run) -> Vec<usize> {
             let (begin, end) = own.fold((f64::INFINITY, 0.0), |(begin, end): (f64, f64), (_, span)| {
                 (begin.min(span.start), end.max(span.end))
             });
-            events.extend(action.forward().map(|_| (begin, true)));
+            events.extend(action.forwards().map(|_| (begin, true)));
             events.extend(action.backward_input().map(|_| (end, false)));
         }
         // What ends goes before what begins at the same moment.

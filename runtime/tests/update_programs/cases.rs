@@ -2,7 +2,7 @@
 
 use contraflow_runtime::schedule::{
     LayerKind, Mode, Plan, Program, ScheduleKind, Sharding, StageLayout, StepPrograms, buckets, check_step,
-    lower,
+    lower, pair_up,
 };
 use contraflow_runtime::topology::Topology;
 
@@ -70,6 +70,7 @@ impl Case {
         let topology = Topology { pipeline, expert, data };
         let (plan, _) = kind.plan(pipeline, micro_batches, Mode::Train).unwrap();
         let layouts = layouts(plan.stages, readers);
+        let plan = if expert > 1 { pair_up(plan, &layouts) } else { plan };
         let buckets = buckets(&plan.placement, &layouts, &topology);
         let what = format!("{kind}, {axes:?}, {micro_batches} micro-batches, overlap {overlap}, {readers:?}");
         let sharding = Sharding { buckets, replicated: true, overlap };

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use contraflow_runtime::layout::recipe_stages;
+use contraflow_runtime::layout::{recipe_plan, recipe_stages};
 use contraflow_runtime::recipe::Recipe;
 use contraflow_runtime::schedule::{
     Overlap, Plan, PlanFault, Program, Report, Sharding, StageLayout, StepPrograms, buckets, check,
@@ -94,7 +94,8 @@ impl Plans {
     }
 
     fn make(&self, micro_batches: usize, kind: TaskKind) -> Result<Planned, String> {
-        let (plan, fallback) = self.recipe.plan(micro_batches, kind.mode())?;
+        let overlap = Overlap::of(self.sharding.overlap);
+        let (plan, fallback) = recipe_plan(&self.recipe, micro_batches, kind.mode(), overlap)?;
         let wrong = |faults: Vec<PlanFault>| {
             let faults: Vec<String> = faults.iter().map(ToString::to_string).collect();
             let faults = faults.join("; ");

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::layout::recipe_stages;
+use crate::layout::{recipe_plan, recipe_stages};
 use crate::recipe::Recipe;
 use crate::schedule::{
     Action, Lane, Mode, Overlap, Pass, Plan, StageLayout, UnitCosts, Work, clock_by, lower,
@@ -23,16 +23,16 @@ type Cost = [f64; 2];
 pub fn step_s(recipe: &Recipe, cluster: &Cluster) -> Result<f64, Vec<String>> {
     let stages = recipe_stages(recipe).map_err(|error| vec![error])?;
     let pipeline = recipe.parallel.pipeline;
+    let overlap = Overlap::of(recipe.parallel.overlap);
     let plan = |micro_batches| {
-        let made = recipe.parallel.schedule.plan(pipeline, micro_batches, Mode::Train);
-        made.map(|(plan, _)| plan).map_err(|error| vec![error.to_string()])
+        let made = recipe_plan(recipe, micro_batches, Mode::Train, overlap);
+        made.map(|(plan, _)| plan).map_err(|error| vec![error])
     };
     let (costs, update_s) = match &cluster.costs {
         Costs::Actions { unit, optimizer_s } => (ActionCosts::Kinds(*unit), *optimizer_s),
         Costs::Kernels(_) | Costs::Measured(_) => {
             let short = plan(2)?;
             let costs = chunk_costs(recipe, cluster, &short, &stages)?;
-            let overlap = Overlap::of(recipe.parallel.overlap);
             let run = simulate_stages((recipe, overlap), cluster, short, &stages)?;
             (ActionCosts::Chunks(costs), run.breakdown.mean.optimizer)
         }
@@ -99,14 +99,22 @@ fn duration(action: &Action, costs: &HashMap<(usize, Pass), Cost>) -> f64 {
             (of(stage, Pass::BackwardInput), of(stage, Pass::BackwardWeight));
         [input + weight, exchange]
     };
+    let both = |one: Cost, other: Cost| [one[0] + other[0], one[1] + other[1]];
     let ([computation, exchange], is_pair) = match *action {
         Action::Forward(chunk) => (of(chunk.stage, Pass::Forward), false),
         Action::Backward(chunk) => (backward(chunk.stage), false),
         Action::BackwardInput(chunk) => (of(chunk.stage, Pass::BackwardInput), false),
         Action::BackwardWeight(chunk) => (of(chunk.stage, Pass::BackwardWeight), false),
         Action::ForwardBackward { forward, backward: behind } => {
-            let (one, other) = (of(forward.stage, Pass::Forward), backward(behind.stage));
-            ([one[0] + other[0], one[1] + other[1]], true)
+            (both(of(forward.stage, Pass::Forward), backward(behind.stage)), true)
+        }
+        Action::ForwardForward { first, second } => {
+            (both(of(first.stage, Pass::Forward), of(second.stage, Pass::Forward)), true)
+        }
+        Action::InputWeight { input, weight } => {
+            let ([input, exchange], [weight, _]) =
+                (of(input.stage, Pass::BackwardInput), of(weight.stage, Pass::BackwardWeight));
+            ([input, f64::max(weight, exchange)], false)
         }
     };
     if is_pair { f64::max(computation, exchange) } else { computation + exchange }
