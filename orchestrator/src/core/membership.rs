@@ -57,13 +57,19 @@ impl Core {
         let whole = self.running().filter(|(_, formed)| formed.workers().contains(&last));
         let whole = whole.filter(|(_, formed)| formed.workers().iter().all(is_known));
         let mut ranks_of: BTreeMap<(FormationId, u64), Vec<Rank>> = BTreeMap::new();
+        let mut bring: Vec<(u64, FormationId, Rank)> = Vec::new();
         for (job, formed) in whole {
+            let of = formed.bringers().filter(|(_, worker)| self.brings(*worker, job).is_some());
+            bring.extend(of.map(|(place, worker)| (worker, formed.id(job), place)));
             for (rank, worker) in formed.ranks() {
                 ranks_of.entry((formed.id(job), worker)).or_default().push(rank);
             }
         }
         for ((formation, worker), ranks) in ranks_of {
             self.send(worker, WorkerCommand::Assign { formation, ranks });
+        }
+        for (worker, formation, place) in bring {
+            self.send(worker, WorkerCommand::Bring { formation, place });
         }
     }
 

@@ -171,9 +171,11 @@ impl Core {
             core.jobs.all.iter().filter(|(_, job)| job.running().is_some()).map(|(&job, _)| job).collect();
         for job in running {
             let record = &core.jobs.all[&job];
-            record.running().into_iter().flat_map(facts::Formed::workers).for_each(|worker| {
+            let Some(formed) = record.running() else { continue };
+            let bring = formed.bringers().filter(|_| !record.attempts.has_stepped);
+            for (_, worker) in formed.ranks().chain(bring) {
                 core.members.expect(worker, now, times);
-            });
+            }
             core.formations.insert(job, Formation::of(record).found(core.clock.wall_ms()));
         }
         core.usage = Usage::from(&core);

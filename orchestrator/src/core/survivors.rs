@@ -73,7 +73,7 @@ impl Core {
     }
 
     /// The running formation of a job, if a worker without a rank of it has to bring it something, and by what it goes there.
-    fn brings(&self, worker: u64, job: JobId) -> Option<(FormationId, Rank)> {
+    pub(super) fn brings(&self, worker: u64, job: JobId) -> Option<(FormationId, Rank)> {
         let formed = self.jobs.all.get(&job).and_then(JobRecord::running)?;
         let (place, _) = formed.bringers().find(|(_, bringer)| *bringer == worker)?;
         let is_needed = self.formations.get(&job).is_some_and(Formation::needs_bringers);
