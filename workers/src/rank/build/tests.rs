@@ -113,6 +113,12 @@ fn part(records: &[Record]) -> Arc<ShardReplica> {
     Arc::new(ShardReplica { position, watch: Default::default(), bytes })
 }
 
+/// Fails, and leaves nobody waiting.
+fn give_up<T>(ends: &[Endpoint], error: &RankError) -> T {
+    ends.iter().for_each(|end| end.abort(&error.to_string()));
+    panic!("{error}")
+}
+
 /// A state in one layout is taken over by another one. Worker w has part w and its buddy's before it; rank n of the new layout is on
 /// worker n + `shift`, so that some of the new ranks are on workers without a part, and some workers with a part have no rank.
 fn takes_over(from: Topology, to: Topology, shift: usize, changes: &[&str]) {
@@ -148,21 +154,20 @@ fn takes_over(from: Topology, to: Topology, shift: usize, changes: &[&str]) {
     // Who has joined can be sent to.
     let ends: Vec<Endpoint> = (0..world + bringers.len()).map(|number| network.join(number)).collect();
     let ends = &ends;
-    let failed = |error: RankError| {
-        ends.iter().for_each(|end| end.abort(&error.to_string()));
-        panic!("{error}")
-    };
     std::thread::scope(|scope| {
         for &worker in &bringers {
             let (recovered, endpoint) = (recovered(worker), &ends[number(worker)]);
-            scope.spawn(move || bring(&recovered, endpoint, formation).unwrap_or_else(failed));
+            scope.spawn(move || {
+                bring(&recovered, endpoint, formation).unwrap_or_else(|error| give_up(ends, &error))
+            });
         }
         let taken: Vec<_> = (0..world)
             .map(|rank| {
                 let recovered = recovered(rank + shift);
                 let wanted = Wanted { needs: needs[rank].clone(), parts: parts.clone() };
                 scope.spawn(move || {
-                    rearrange(&recovered, &ends[rank], formation, &wanted).unwrap_or_else(failed)
+                    let taken = rearrange(&recovered, &ends[rank], formation, &wanted);
+                    taken.unwrap_or_else(|error| give_up(ends, &error))
                 })
             })
             .collect();
