@@ -241,7 +241,7 @@ impl Run {
                         ..totals().clone()
                     });
                 }
-                Outcome::Stopped { step } => {
+                Outcome::Stopped { step, .. } => {
                     return Err(Failure::interrupted(format!(
                         "interrupted after step {step}{}",
                         self.resume_hint()

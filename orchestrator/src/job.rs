@@ -51,8 +51,12 @@ pub struct Job {
     state: State,
     /// The latest step that all ranks have made.
     step: u64,
-    /// The run has been asked to stop between two steps.
-    is_stopping: bool,
+    /// The run has been asked to stop between two steps, and whether its state is to stay in memory then.
+    stopping: Option<bool>,
+    /// The ranks have stopped, and say that their state is in memory.
+    is_in_memory: bool,
+    /// What its ranks have may be in memory alone: none stops before it has made a step.
+    begins_in_memory: bool,
     /// Checkpoints of which some ranks have written their part.
     shards: BTreeMap<u64, BTreeMap<Rank, ShardFile>>,
     /// Checkpoints that are whole, in order; the first is being committed. One at a time: a commit also drops old ones.
@@ -71,7 +75,9 @@ impl Job {
             setup,
             state: State::Starting { ready: BTreeSet::new() },
             step,
-            is_stopping: false,
+            stopping: None,
+            is_in_memory: false,
+            begins_in_memory: false,
             shards: BTreeMap::new(),
             whole: VecDeque::new(),
             committed: step,
@@ -83,6 +89,11 @@ impl Job {
     pub fn with_committed(mut self, step: u64) -> Self {
         self.committed = self.committed.max(step);
         self
+    }
+
+    /// The same job, of which a state may be in memory that is not in the storage.
+    pub fn beginning_in_memory(self, is_so: bool) -> Self {
+        Job { begins_in_memory: is_so, ..self }
     }
 
     /// What the job is doing, and which ranks it waits for.
@@ -121,9 +132,8 @@ impl Job {
             State::Training { done, .. } => {
                 let begin = RankCommand::BeginStep { step: self.setup.steps_before + 1 };
                 let mut effects = self.repeat_to(ranks, |rank| !done.contains(rank), &begin);
-                if self.is_stopping {
-                    effects.extend(to_all(RankCommand::Stop));
-                }
+                let stop = self.stopping.map(|in_memory| to_all(RankCommand::Stop { in_memory }));
+                effects.extend(stop.into_iter().flatten());
                 effects
             }
             State::Validating { losses } => {
@@ -227,7 +237,10 @@ impl Job {
                     return self.validate();
                 }
                 self.state = State::Training { done: BTreeSet::new(), diverged: BTreeMap::new() };
-                self.everyone(&RankCommand::BeginStep { step: self.step + 1 })
+                let mut effects = self.everyone(&RankCommand::BeginStep { step: self.step + 1 });
+                let stop = self.stopping.map(|in_memory| self.everyone(&RankCommand::Stop { in_memory }));
+                effects.extend(stop.into_iter().flatten());
+                effects
             }
             (State::Training { diverged, .. }, RankEvent::Diverged { rank, divergence, cursor }) => {
                 diverged.insert(rank, Outcome::Diverged { divergence, cursor });
@@ -242,11 +255,14 @@ impl Job {
                 let mut effects = vec![JobEffect::Record(report)];
                 if step == self.setup.steps {
                     // As if the ranks had agreed to stop after it.
-                    effects.extend(self.take(RankEvent::Stopped { rank, step }));
+                    effects.extend(self.take(RankEvent::Stopped { rank, step, in_memory: false }));
                 }
                 effects
             }
-            (State::Training { .. }, RankEvent::Stopped { rank, step }) => self.last_step_made(rank, step),
+            (State::Training { .. }, RankEvent::Stopped { rank, step, in_memory }) => {
+                self.is_in_memory |= in_memory;
+                self.last_step_made(rank, step)
+            }
             (State::Validating { losses }, RankEvent::Validated { rank, loss, tokens }) => {
                 losses.insert(rank, loss);
                 if losses.len() < world {
@@ -277,7 +293,9 @@ impl Job {
                 self.abort(others, Outcome::Failed { message, kind: ErrorKind::Lost })
             }
             // It is tried again.
-            (_, RankEvent::Ready { .. } | RankEvent::SaveFailed { .. }) => Vec::new(),
+            (_, RankEvent::Ready { .. } | RankEvent::SaveFailed { .. } | RankEvent::StateMoved { .. }) => {
+                Vec::new()
+            }
             (_, event) => {
                 self.early.push(event);
                 Vec::new()
@@ -302,12 +320,15 @@ impl Job {
             let outcome = diverged.first_key_value().map(|(_, outcome)| outcome.clone());
             return outcome.map_or_else(Vec::new, |outcome| self.end(outcome));
         }
-        let is_kept = !self.setup.keeps_checkpoints || self.committed == self.step;
+        // Ranks that keep it in memory have written by then what they were writing.
+        let is_in_memory = self.is_in_memory && self.whole.is_empty();
+        let is_kept = !self.setup.keeps_checkpoints || self.committed == self.step || is_in_memory;
         if done.len() < self.setup.world || !is_kept {
             return Vec::new();
         }
-        if self.is_stopping || self.step < self.setup.steps {
-            return self.end(Outcome::Stopped { step: self.step });
+        if self.stopping.is_some() || self.step < self.setup.steps {
+            let in_memory = self.is_in_memory;
+            return self.end(Outcome::Stopped { step: self.step, in_memory });
         }
         self.validate()
     }
@@ -393,15 +414,18 @@ impl Job {
         }
     }
 
-    /// Stops the run between two steps on request, and saves its state: the ranks finish the running step.
-    pub fn stop(&mut self) -> Vec<JobEffect> {
-        let is_first = !std::mem::replace(&mut self.is_stopping, true);
+    /// Stops the run between two steps on request: the ranks finish the running step, and its state is saved, or stays in memory.
+    pub fn stop(&mut self, in_memory: bool) -> Vec<JobEffect> {
+        let is_first = self.stopping.is_none();
+        let in_memory = *self.stopping.get_or_insert(in_memory);
         match &self.state {
             State::Over | State::Aborting { .. } => Vec::new(),
-            State::Training { .. } if is_first => self.everyone(&RankCommand::Stop),
+            State::Training { .. } if is_first => self.everyone(&RankCommand::Stop { in_memory }),
             State::Training { .. } => Vec::new(),
+            // It ends after its first step.
+            State::Starting { .. } if self.begins_in_memory && self.step < self.setup.steps => Vec::new(),
             // Nothing to keep that is not kept already.
-            _ => self.abort_all(Outcome::Stopped { step: self.step }),
+            _ => self.abort_all(Outcome::Stopped { step: self.step, in_memory }),
         }
     }
 

@@ -206,7 +206,7 @@ impl Actor for JobActor {
     ) -> Result<(), ActorProcessingErr> {
         let effects = match message {
             JobMessage::Event(event) => state.job.step(event),
-            JobMessage::Stop => state.job.stop(),
+            JobMessage::Stop => state.job.stop(false),
             JobMessage::Committed { step, result } => {
                 if let Err(cause) = &result {
                     tracing::warn!(step, "the checkpoint could not be committed: {cause}");

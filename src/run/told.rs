@@ -36,7 +36,7 @@ impl Run {
                 (Phase::Done, format!("validation loss {loss:.4} nats/token at the end"))
             }
             Outcome::Done { validation: None } => (Phase::Done, "all steps are made".to_owned()),
-            Outcome::Stopped { step } => (Phase::Stopped, format!("interrupted after step {step}")),
+            Outcome::Stopped { step, .. } => (Phase::Stopped, format!("interrupted after step {step}")),
             Outcome::Diverged { divergence, .. } => (Phase::Starting, divergence.why.clone()),
             Outcome::Failed { message, .. } => (Phase::Failed, message.clone()),
         };

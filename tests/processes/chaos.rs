@@ -74,7 +74,7 @@ fn an_orchestrator_killed_and_restarted_loses_no_step() {
 const BUDDY: usize = 2;
 
 /// Steps after which formations resumed from memory, according to the job's log.
-fn from_memory(cluster: &Cluster, job: &str) -> Vec<u64> {
+pub fn from_memory(cluster: &Cluster, job: &str) -> Vec<u64> {
     let (_, log, _) = cluster.run(&["logs", job]);
     let after = log.lines().filter_map(|line| line.split("from memory after step ").nth(1));
     after.map(|step| step.parse().unwrap()).collect()

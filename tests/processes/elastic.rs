@@ -3,7 +3,8 @@
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, ENDLESS, until};
+use crate::chaos::from_memory;
+use crate::cluster::{Cluster, ENDLESS, committed, curve, until};
 use crate::hostile::ALONE;
 
 /// Steps over which a difference of rounding has not grown beyond 1e-3; see tests/cluster/resume.rs.
@@ -60,7 +61,9 @@ fn a_job_grows_with_the_cluster_and_is_scaled_and_every_step_is_that_of_an_undis
     until_ranks(&cluster, &job, 4);
     compare(&cluster.ten_more_steps(&job), &whole);
     let (_, log, _) = cluster.run(&["logs", &job]);
-    for words in ["grows from 1 rank to ", "scaled to 2 ranks; step ", "grows from 2 ranks to 4; step "] {
+    for words in
+        ["grows from 1 rank to ", "scaled to 2 ranks; its state ", "grows from 2 ranks to 4; its state "]
+    {
         assert!(log.contains(words), "{words:?} is not in {log}");
     }
     assert!(cluster.workers.iter_mut().flatten().all(|worker| !worker.has_ended()), "the processes stay");
@@ -120,6 +123,99 @@ fn a_job_has_only_layouts_that_its_recipe_names_and_says_why_it_has_which() {
     assert_eq!(status["layout"], grown);
     let (_, log, _) = cluster.run(&["logs", &job]);
     assert!(log.contains(&format!("layout: {layout}")) && log.contains(&format!("layout: {grown}")), "{log}");
+}
+
+/// No checkpoint comes that a job could go back to.
+const RARE: &str = "checkpoint.every=1000000";
+
+fn checkpoints(cluster: &Cluster, job: &str) -> Vec<u64> {
+    committed(&cluster.path().join(format!("storage/jobs/{job}")))
+}
+
+/// A job that goes on from a checkpoint of another one, with changes.
+fn resumed(cluster: &Cluster, from: &str, step: u64, changes: &[&str]) -> String {
+    let dir = cluster.path().join(format!("storage/jobs/{from}/checkpoints/step-{step:08}"));
+    until("the checkpoint", || checkpoints(cluster, from).contains(&step).then_some(()));
+    let mut arguments = vec!["submit", "--resume", dir.to_str().unwrap(), "--format", "json"];
+    changes.iter().for_each(|change| arguments.extend(["--set", change]));
+    let (code, out, errors) = cluster.run(&arguments);
+    assert_eq!(code, 0, "{out}{errors}");
+    serde_json::from_str::<Value>(&out).unwrap()["job"].as_str().unwrap().to_owned()
+}
+
+/// By formation, its last step.
+fn ends(steps: &[Value]) -> Vec<u64> {
+    let generation = |step: &Value| step["generation"].as_u64().unwrap();
+    let spans = steps.chunk_by(|one, next| generation(one) == generation(next));
+    spans.map(|span| span.last().unwrap()["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn a_layout_is_changed_in_memory_to_the_bits_that_checkpoints_would_bring() {
+    let mut cluster = Cluster::start(1);
+    let rare = [&ALONE[..], &[ENDLESS, RARE]].concat();
+    let job = cluster.submit(&rare, &["--min-ranks", "1", "--max-ranks", "2"]);
+    cluster.until_step(&job, 3);
+    let worker = cluster.worker(1);
+    cluster.workers.push(Some(worker));
+    until_ranks(&cluster, &job, 2);
+    let step = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
+    cluster.until_step(&job, step + 4);
+    assert_eq!(cluster.run(&["scale", &job, "--ranks", "1"]).0, 0);
+    until_ranks(&cluster, &job, 1);
+    let steps = cluster.ten_more_steps(&job);
+    assert_eq!(checkpoints(&cluster, &job), Vec::<u64>::new());
+    let ends = ends(&steps);
+    let [grown, shrunk, _] = ends[..] else { panic!("expected three formations, got {ends:?}") };
+    assert_eq!(from_memory(&cluster, &job), [grown, shrunk], "no step is lost");
+    let (_, log, _) = cluster.run(&["logs", &job]);
+    // Half of one rank's state goes to the second one. Whoever stays has both halves, for it is the other one's buddy.
+    let moved: Vec<[&str; 3]> = log.lines().filter_map(moved).collect();
+    let [[all, half, least], [_, nothing, none]] = moved[..] else { panic!("expected two lines: {log}") };
+    assert_eq!((half, nothing, none), (least, "0.0 B", "0.0 B"), "{log}");
+    assert!(half != "0.0 B" && half != all, "{log}");
+
+    // The same changes after the same steps, each from a checkpoint.
+    let every = format!("checkpoint.every={grown}");
+    let saved = [&ALONE[..], &[ENDLESS, "checkpoint.keep=1000", &every]].concat();
+    let one = cluster.submit(&saved, &[]);
+    let every = format!("checkpoint.every={shrunk}");
+    until("the checkpoint", || checkpoints(&cluster, &one).contains(&grown).then_some(()));
+    assert_eq!(cluster.run(&["cancel", &one]).0, 0);
+    let two = resumed(&cluster, &one, grown, &["parallel.data=2", &every]);
+    until("the checkpoint", || checkpoints(&cluster, &two).contains(&shrunk).then_some(()));
+    let of_two = cluster.first_steps(&two, (shrunk - grown) as usize);
+    let three = resumed(&cluster, &two, shrunk, &["parallel.data=1"]);
+    let of_three = cluster.first_steps(&three, steps.len() - shrunk as usize);
+    assert_eq!(curve(&steps[grown as usize..shrunk as usize]), curve(&of_two));
+    assert_eq!(curve(&steps[shrunk as usize..]), curve(&of_three));
+}
+
+/// Of a line about what was taken over: all of it, what came from other workers, and what had to.
+fn moved(line: &str) -> Option<[&str; 3]> {
+    let (needed, words) = line.split_once("of ")?.1.split_once(" of state in memory ")?;
+    let (moved, words) = words.split_once(" moved between workers, ")?;
+    Some([needed, moved, words.strip_suffix(" had to")?])
+}
+
+#[test]
+fn ranks_that_are_left_adopt_from_memory_what_a_lost_one_had() {
+    let mut cluster = Cluster::start(4);
+    let rare = [&ALONE[..], &[ENDLESS, RARE]].concat();
+    let whole = cluster.undisturbed(&rare, COMPARED);
+    let job = cluster.submit(&rare, &ELASTIC);
+    until_ranks(&cluster, &job, 4);
+    cluster.until_step(&job, 6);
+    let victim = cluster.host_of(&job, 3);
+    let reported = cluster.status(&job).unwrap()["step"].as_u64().unwrap();
+    cluster.workers[victim].as_mut().unwrap().kill();
+    until_ranks(&cluster, &job, 2);
+    let steps = cluster.ten_more_steps(&job);
+    compare(&steps, &whole);
+    let resumed = from_memory(&cluster, &job);
+    assert_eq!(resumed.len(), 1);
+    assert!(resumed[0] + 1 >= reported, "{resumed:?} {reported}");
+    assert_eq!(checkpoints(&cluster, &job), Vec::<u64>::new());
 }
 
 /// Steps of the run in which workers come and go.

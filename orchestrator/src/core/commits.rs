@@ -27,9 +27,6 @@ impl Core {
         if self.foreign.contains_key(&of) {
             return self.foreign_committed(of, position, result);
         }
-        if let Some(position) = position.filter(|_| !is_current) {
-            return self.reshard_committed(of, position, result);
-        }
         let Some(formation) = self.formations.get_mut(&job).filter(|_| is_current) else { return };
         let stands = result.is_ok();
         if let Err(cause) = &result
@@ -60,7 +57,7 @@ impl Core {
     fn committer(&self, of: FormationId) -> Option<u64> {
         let of_foreign = || self.foreign.get(&of)?.place_of(Rank::ZERO);
         let of_running = || self.formed(of)?.place_of(Rank::ZERO);
-        of_foreign().or_else(of_running).or_else(|| self.reshard_committer(of))
+        of_foreign().or_else(of_running)
     }
 
     /// Somebody else speaks of a commit of this formation.

@@ -328,14 +328,12 @@ pub enum WorkerCommand {
         /// The checkpoints that are known to stand: they stay.
         pinned: Pinned,
     },
-    /// Write down what is kept in memory of the state of a formation that was left, as shards of a checkpoint.
-    WriteShards {
-        /// Which was left.
+    /// Bring what is kept in memory of a job's state to the ranks of its running formation, which has none there.
+    Bring {
+        /// The running one.
         formation: FormationId,
-        /// Who made the state, and after which step it is.
-        of: (Generation, u64),
-        /// Whose parts.
-        ranks: Vec<Rank>,
+        /// By what the worker goes among the ranks: a number after theirs.
+        place: Rank,
     },
     /// Say what the flight recorders of a formation that was lost tell.
     ReadFlight {

@@ -2,6 +2,7 @@
 //!
 //! A fact says what is so, not why: the rules may change between two versions of the program, the past does not.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use contraflow_runtime::model_config::ModelConfig;
@@ -257,6 +258,17 @@ impl Formed {
         self.places.iter().enumerate().map(|(index, &worker)| (Rank::at(index), worker))
     }
 
+    /// Workers without a rank of it that bring it the state it begins with, numbered after its ranks.
+    pub fn bringers(&self) -> impl Iterator<Item = (Rank, u64)> {
+        let all = self.memory.iter().flat_map(|memory| &memory.bringers);
+        all.enumerate().map(|(index, &worker)| (Rank::at(self.places.len() + index), worker))
+    }
+
+    /// Everybody who has a part in it: the workers of its ranks, and those that bring it something.
+    pub fn workers(&self) -> BTreeSet<u64> {
+        self.places.iter().copied().chain(self.bringers().map(|(_, worker)| worker)).collect()
+    }
+
     /// As one of this job's.
     pub fn id(&self, job: JobId) -> FormationId {
         FormationId::new(job, self.generation)
@@ -338,6 +350,19 @@ pub enum Fact {
         why: String,
         /// Where the formation stood.
         #[serde(default)]
+        stop: Stop,
+    },
+    /// A job has stopped after a step, whose state is in memory, to go on at once in another layout or on other workers.
+    Rearranged {
+        /// Keeps its claim to ranks.
+        job: JobId,
+        /// How many ranks it is to have; 0: as many as it had.
+        ranks: usize,
+        /// Human-readable.
+        why: String,
+        /// **Units**: milliseconds since 1970.
+        at_ms: u64,
+        /// Where the formation stood.
         stop: Stop,
     },
     /// A job is to have so many ranks.
@@ -440,6 +465,7 @@ impl Fact {
             | Fact::RanksLost { job, .. }
             | Fact::Stepped { job, .. }
             | Fact::Requeued { job, .. }
+            | Fact::Rearranged { job, .. }
             | Fact::Scaled { job, .. }
             | Fact::RolledBack { job, .. }
             | Fact::CheckpointCommitted { job, .. }

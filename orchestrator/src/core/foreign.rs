@@ -14,7 +14,7 @@ use contraflow_runtime::topology::{FormationId, Rank};
 use super::events::Hosted;
 use super::facts::End;
 use super::formation::Formation;
-use super::{Core, RESHARD_MS, Times, WorkerCommand};
+use super::{Core, FOREIGN_MS, Times, WorkerCommand};
 use crate::job::{JobEffect, Outcome};
 
 /// Ranks that a formation may have; of a larger one nothing is kept.
@@ -77,7 +77,7 @@ impl Core {
         });
         foreign.places.extend(hosted.ranks.iter().map(|&rank| (rank, worker)));
         if foreign.is_complete() {
-            foreign.until_ms = now + RESHARD_MS;
+            foreign.until_ms = now + FOREIGN_MS;
         }
         let repeated = foreign.formation.repeat(&hosted.ranks);
         self.apply_foreign_effects(of, repeated);
@@ -155,7 +155,7 @@ impl Core {
                         self.send(worker, command);
                     }
                 }
-                JobEffect::End(Outcome::Stopped { step }) => {
+                JobEffect::End(Outcome::Stopped { step, .. }) => {
                     self.release_foreign(of, &format!("step {step} is saved in its folder"));
                 }
                 JobEffect::End(Outcome::Failed { message, .. }) => self.release_foreign(of, &message),

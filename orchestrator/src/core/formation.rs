@@ -2,13 +2,14 @@
 //!
 //! Volatile: after a restart of the orchestrator it is rebuilt from what the ranks report again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use contraflow_runtime::checkpoint::Position;
-use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::RankAddress;
+use contraflow_runtime::control::{MovedBytes, RankEvent};
 use contraflow_runtime::faults::ErrorKind;
+use contraflow_runtime::schedule::size;
 use contraflow_runtime::stability::Divergence;
 use contraflow_runtime::stability::evidence::EVIDENCE_FILE;
 use contraflow_runtime::topology::{JobId, Rank};
@@ -26,6 +27,13 @@ use super::{
 use crate::job::{Job, JobEffect, JobSetup, Outcome};
 use crate::rollback::{RollBack, RollBackTarget};
 
+/// What a job gives up its places for.
+struct Move {
+    why: String,
+    /// It goes on at once, from memory, with so many ranks; `None`: it goes back in line, its state saved.
+    ranks: Option<usize>,
+}
+
 /// A running formation.
 pub(super) struct Formation {
     machine: Job,
@@ -37,8 +45,12 @@ pub(super) struct Formation {
     ready_ms: Option<u64>,
     /// When the ranks were told to abort.
     aborting_ms: Option<u64>,
-    /// Why the job is to give up its places after the running step.
-    moves: Option<String>,
+    /// Why the job is to give up its places after the running step, and what comes then.
+    moves: Option<Move>,
+    /// Whether workers without a rank of it still have to bring the state that it began with.
+    needs_bringers: bool,
+    /// By rank, what it has taken over of a state in another layout.
+    moved: BTreeMap<Rank, MovedBytes>,
     stalls: StallDetector,
     storage: StorageFaults,
     /// What room the storage had after the latest commit.
@@ -64,7 +76,12 @@ impl Formation {
             // Where exactly is the workers' to know.
             export_dir: record.spec.recipe.checkpoint.save_model.then(PathBuf::new),
         };
-        Formation::with(setup, record.last_checkpoint)
+        // An orchestrator that starts finds them gone, where a step has been made.
+        let is_first = !record.attempts.has_stepped;
+        let needs_bringers = is_first && formed.is_some_and(|formed| formed.bringers().next().is_some());
+        let formation = Formation::with(setup, record.last_checkpoint);
+        let in_memory = formed.is_some_and(|formed| formed.memory.is_some());
+        Formation { needs_bringers, machine: formation.machine.beginning_in_memory(in_memory), ..formation }
     }
 
     /// Of a job of which nothing is known but how many ranks it has, and its steps, if these are.
@@ -83,6 +100,8 @@ impl Formation {
             ready_ms: None,
             aborting_ms: None,
             moves: None,
+            needs_bringers: false,
+            moved: BTreeMap::new(),
             stalls: StallDetector::default(),
             storage: StorageFaults::default(),
             space: None,
@@ -118,10 +137,10 @@ impl Formation {
         }
     }
 
-    /// It was found by an orchestrator that starts: what had been counted as steps by then remains so.
-    pub(super) fn found(mut self, wall_ms: u64) -> Self {
-        self.reached_ms = wall_ms;
-        self
+    /// It was found by an orchestrator that starts: what had been counted as steps by then remains so, and its ranks may have made some that
+    /// nobody has saved.
+    pub(super) fn found(self, wall_ms: u64) -> Self {
+        Formation { reached_ms: wall_ms, machine: self.machine.beginning_in_memory(true), ..self }
     }
 
     pub(super) fn is_aborting(&self) -> bool {
@@ -193,8 +212,34 @@ impl Formation {
     }
 
     pub(super) fn requeue(&mut self, why: String) -> Vec<JobEffect> {
-        self.moves = Some(why);
-        self.machine.stop()
+        self.moves = Some(Move { why, ranks: None });
+        self.machine.stop(false)
+    }
+
+    /// Has it stop after the running step with its state in memory, to go on with so many ranks.
+    pub(super) fn rearrange(&mut self, why: String, ranks: usize) -> Vec<JobEffect> {
+        self.moves = Some(Move { why, ranks: Some(ranks) });
+        self.machine.stop(true)
+    }
+
+    /// Whether workers without a rank of it have the only copies of parts of the state that it began with: until every buddy has a later one.
+    pub(super) fn needs_bringers(&self) -> bool {
+        self.needs_bringers
+    }
+
+    /// Whether these workers may go now; once.
+    fn lets_bringers_go(&mut self) -> bool {
+        // Every buddy had the state before a step when that one was made.
+        let is_over = self.needs_bringers && self.reached >= self.resumed + 2;
+        self.needs_bringers &= !is_over;
+        is_over
+    }
+
+    /// Notes what a rank has taken over; of all ranks together, once all have said it.
+    fn note_moved(&mut self, rank: Rank, moved: MovedBytes, world: usize) -> Option<MovedBytes> {
+        let is_new = self.moved.insert(rank, moved).is_none();
+        let is_whole = is_new && self.moved.len() == world;
+        is_whole.then(|| self.moved.values().copied().fold(MovedBytes::default(), MovedBytes::and))
     }
 
     pub(super) fn event(&mut self, event: RankEvent, now: u64) -> Vec<JobEffect> {
@@ -319,8 +364,12 @@ impl Core {
                     .map_or_else(|| "trained".into(), |loss| format!("trained, validation loss {loss:.4}"));
                 self.end(job, End::Done, (words, loss));
             }
-            Outcome::Stopped { step } => {
-                let why = moves.unwrap_or_else(|| format!("stopped after step {step}"));
+            Outcome::Stopped { step, in_memory } => {
+                let stopped = || Move { why: format!("stopped after step {step}"), ranks: None };
+                let Move { why, ranks } = moves.unwrap_or_else(stopped);
+                if in_memory {
+                    return self.rearranged(job, why, ranks.unwrap_or_default(), now);
+                }
                 let stop = self.stop(job);
                 self.release(job, &why, false);
                 self.log(job, format!("{why}; step {step} is saved, back in the queue"));
@@ -334,6 +383,32 @@ impl Core {
                 self.inquire(job, &[], now);
                 self.end(job, End::Failed, (message, None));
             }
+        }
+    }
+
+    /// A rank has taken its state over in another layout; a line of the log, once all have.
+    pub(super) fn moved(&mut self, job: JobId, rank: Rank, moved: MovedBytes) {
+        let world = self.jobs.all[&job].running().map_or(0, |formed| formed.places.len());
+        let formation = self.formations.get_mut(&job);
+        let all = formation.and_then(|formation| formation.note_moved(rank, moved, world));
+        if let Some(MovedBytes { moved, least, needed }) = all {
+            let [moved, least, needed] = [moved, least, needed].map(size);
+            let words =
+                format!("of {needed} of state in memory {moved} moved between workers, {least} had to");
+            self.log(job, words);
+        }
+    }
+
+    /// Workers without a rank of a formation that had to keep what it began with may drop that, once it is of no use any more.
+    pub(super) fn let_bringers_go(&mut self, job: JobId) {
+        if !self.formations.get_mut(&job).is_some_and(Formation::lets_bringers_go) {
+            return;
+        }
+        let Some(formed) = self.jobs.all[&job].running() else { return };
+        let (formation, bringers) = (formed.id(job), formed.bringers().collect::<Vec<_>>());
+        for (_, worker) in bringers {
+            let reason = "the job continues without what this worker brought".to_owned();
+            self.send(worker, WorkerCommand::Release { formation, reason, keep: false });
         }
     }
 

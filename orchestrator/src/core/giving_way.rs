@@ -27,8 +27,7 @@ impl Core {
     /// Whether a job has lost ranks for so long that nobody is expected to bring its state back.
     fn has_waited(&self, job: JobId, now: u64) -> bool {
         let record = &self.jobs.all[&job];
-        let is_resharding = self.survivors.get(&job).is_some_and(|survivors| survivors.reshard.is_some());
-        let is_expecting = is_resharding || self.awaits_survivors(job, now);
+        let is_expecting = self.awaits_survivors(job, now);
         record.phase == Phase::Broken && record.broken_ms + self.times.adoption_ms() <= now && !is_expecting
     }
 

@@ -1,5 +1,5 @@
 //! Jobs that take the slots that nobody else has a use for, and those that somebody wants to be larger or smaller. They stop after
-//! the running step, which is saved, and start again from their place in line, on as many ranks as there are by then.
+//! the running step, whose state stays in memory, and go on at once in another layout, whose ranks take it over from each other.
 
 use contraflow_runtime::faults::count;
 use contraflow_runtime::topology::JobId;
@@ -42,7 +42,7 @@ impl Core {
             if let Some(placed) = placed.ok().filter(|placed| placed.topology.world() > held) {
                 self.room = None;
                 let why = format!("grows from {} to {}", count(held, "rank"), placed.topology.world());
-                return self.requeue(job, why, now);
+                return self.rearrange(job, placed.topology.world(), why, now);
             }
         }
         if others.is_empty() {
@@ -97,7 +97,29 @@ impl Core {
         let held = record.running().map_or(0, |formed| formed.places.len());
         let is_moving = self.formations.get(&job).is_some_and(Formation::is_moving);
         if held > most && !is_moving {
-            self.requeue(job, words, now);
+            self.rearrange(job, most, words, now);
         }
+    }
+
+    /// Has a job go on with so many ranks after the running step, from memory. One that keeps nothing in memory, or has no formation,
+    /// goes back in line.
+    pub(super) fn rearrange(&mut self, job: JobId, ranks: usize, why: String, now: u64) {
+        let in_memory = self.jobs.all[&job].spec.recipe.checkpoint.in_memory;
+        match self.formations.get_mut(&job).filter(|_| in_memory) {
+            Some(formation) => {
+                let effects = formation.rearrange(why, ranks);
+                self.apply_effects(job, effects, now);
+            }
+            None => self.requeue(job, why, now),
+        }
+    }
+
+    /// The ranks of a job have stopped, and their state is in memory: its workers are asked what they have of it.
+    pub(super) fn rearranged(&mut self, job: JobId, why: String, ranks: usize, now: u64) {
+        let stop = self.stop(job);
+        self.release(job, &why, true);
+        self.log(job, format!("{why}; its state after step {} is in memory", stop.step));
+        self.persist(Fact::Rearranged { job, ranks, why, at_ms: now, stop });
+        self.query_survivors(job, now);
     }
 }

@@ -58,6 +58,9 @@ pub struct JobRecord {
     /// Whether the workers of the latest formation have a state of its history in memory.
     #[serde(default)]
     pub in_memory: bool,
+    /// How many ranks it is to have next, between two formations; 0: as many as before.
+    #[serde(default)]
+    pub goal: usize,
     /// Sequences used, where that is more than the newest checkpoint says; else 0.
     pub cursor: u64,
     /// The checkpoint that the watch last sent it back to, and how often in a row.
@@ -198,6 +201,7 @@ impl Jobs {
             earlier_checkpoint: None,
             earlier_cursor: 0,
             in_memory: false,
+            goal: 0,
             cursor: origin.map_or(0, |origin| origin.cursor),
             returns: RollBackCount::default(),
             target: 0,
@@ -220,6 +224,7 @@ impl JobRecord {
                 self.phase = Phase::Formed;
                 self.formed = Some(formed.clone());
                 self.in_memory = !formed.buddies.is_empty() || formed.memory.is_some();
+                self.goal = 0;
                 self.lost.clear();
                 self.gone.clear();
                 self.why.clear();
@@ -254,6 +259,14 @@ impl JobRecord {
                 self.ledger.gave_way(*stop);
                 self.phase = Phase::Queued;
                 self.in_memory = false;
+                self.why.clone_from(why);
+            }
+            Fact::Rearranged { ranks, why, at_ms, stop, .. } => {
+                self.ledger.rearranged(*stop);
+                self.phase = Phase::Broken;
+                self.goal = *ranks;
+                self.in_memory = true;
+                self.broken_ms = *at_ms;
                 self.why.clone_from(why);
             }
             Fact::RolledBack { cursor, why, stop, .. } => {

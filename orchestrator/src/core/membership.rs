@@ -38,12 +38,12 @@ impl Core {
         let (stale, foreign): (Vec<_>, Vec<_>) = stale.into_iter().partition(is_known);
         for Hosted { formation, .. } in stale {
             let keep = self.jobs.all.get(&formation.job).is_some_and(|record| record.in_memory);
-            self.await_survivor(worker, formation, now);
+            let _is_asked = self.await_survivor(worker, formation, now);
             let reason = "superseded by another formation".to_owned();
             self.send(worker, WorkerCommand::Release { formation, reason, keep });
         }
         foreign.iter().for_each(|hosted| self.foreign_attached(worker, hosted, now));
-        left.into_iter().for_each(|left| self.left(worker, left));
+        left.into_iter().for_each(|left| self.left_before(worker, left, now));
         self.remind(worker, &current);
         if is_expected {
             self.assign_again(worker);
@@ -54,16 +54,22 @@ impl Core {
     /// where all of them are. Who hosts its ranks already ignores it.
     fn assign_again(&mut self, last: u64) {
         let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
-        let whole = self.running().filter(|(_, formed)| formed.places.contains(&last));
-        let whole = whole.filter(|(_, formed)| formed.places.iter().all(is_known));
+        let whole = self.running().filter(|(_, formed)| formed.workers().contains(&last));
+        let whole = whole.filter(|(_, formed)| formed.workers().iter().all(is_known));
         let mut ranks_of: BTreeMap<(FormationId, u64), Vec<Rank>> = BTreeMap::new();
+        let mut bring: Vec<(u64, FormationId, Rank)> = Vec::new();
         for (job, formed) in whole {
+            let of = formed.bringers().filter(|(_, worker)| self.brings(*worker, job).is_some());
+            bring.extend(of.map(|(place, worker)| (worker, formed.id(job), place)));
             for (rank, worker) in formed.ranks() {
                 ranks_of.entry((formed.id(job), worker)).or_default().push(rank);
             }
         }
         for ((formation, worker), ranks) in ranks_of {
             self.send(worker, WorkerCommand::Assign { formation, ranks });
+        }
+        for (worker, formation, place) in bring {
+            self.send(worker, WorkerCommand::Bring { formation, place });
         }
     }
 
@@ -225,6 +231,11 @@ impl Core {
             // Ranks may end their process; they do not cut it off.
             let suspect = if member.has_ended() { self.suspect(&hit) } else { None };
             let stands_still = is_silence && member.is_known() && !member.has_ended();
+            for job in self.begin_with(registration.worker) {
+                let name = &registration.name;
+                let reason = format!("worker {name} is lost, which had parts of the state in memory");
+                lost.entry(job).or_default().1.push(reason);
+            }
             for (job, ranks) in hit {
                 paused.extend(stands_still.then_some(job));
                 let mut why = why(member, &ranks);

@@ -25,7 +25,6 @@ mod members;
 mod membership;
 mod peak;
 mod removal;
-mod reshard;
 mod schedule;
 mod stall;
 mod storage;
@@ -65,8 +64,8 @@ pub const BEAT_MS: u64 = 500;
 pub const LEASE_MS: u64 = 3 * BEAT_MS;
 /// How long a started orchestrator waits for the workers of the jobs that it finds running, at least.
 pub const ADOPTION_MS: u64 = 10_000;
-/// How long workers may take to write down what they keep in memory.
-pub const RESHARD_MS: u64 = 60_000;
+/// How long ranks of a formation of another state may take until they train.
+pub const FOREIGN_MS: u64 = 60_000;
 /// How long a formation may take until the first of its ranks is ready, and until each further one is: data and checkpoints are
 /// read, weights drawn.
 pub const FORMING_MS: u64 = 600_000;
@@ -171,7 +170,9 @@ impl Core {
         for (&job, record) in &core.jobs.all {
             // Those that do not come back are lost, also to jobs that have lost their formations.
             schedule::survivors(record).for_each(|worker| core.members.expect(worker, now, times));
-            if record.running().is_some() {
+            if let Some(formed) = record.running() {
+                let bring = formed.bringers().filter(|_| !record.attempts.has_stepped);
+                bring.for_each(|(_, worker)| core.members.expect(worker, now, times));
                 core.formations.insert(job, Formation::of(record).found(core.clock.wall_ms()));
             }
         }
@@ -362,10 +363,7 @@ impl Core {
         self.paused_until.remove(&job);
         let Some(formed) = self.jobs.all.get(&job).and_then(|record| record.formed.as_ref()) else { return };
         let formation = formed.id(job);
-        let mut workers = formed.places.clone();
-        workers.sort_unstable();
-        workers.dedup();
-        for worker in workers {
+        for worker in formed.workers() {
             self.send(worker, WorkerCommand::Release { formation, reason: reason.to_owned(), keep });
         }
     }
@@ -399,7 +397,7 @@ impl Core {
     fn rank_event(&mut self, worker: u64, from: RankAddress, event: RankEvent, now: u64) {
         if !self.is_current(worker, &from) {
             if !self.foreign_event(worker, &from, &event, now) {
-                self.reshard_event(worker, &from, event);
+                self.report_of_left(worker, from.formation, event);
             }
             return;
         }
@@ -415,7 +413,11 @@ impl Core {
         {
             return;
         }
+        if let RankEvent::StateMoved { rank, moved } = &event {
+            return self.moved(job, *rank, *moved);
+        }
         self.stepped(job, &event);
+        self.let_bringers_go(job);
         let Some(formation) = self.formations.get_mut(&job) else { return };
         let effects = formation.event(event, now);
         self.apply_effects(job, effects, now);

@@ -77,9 +77,7 @@ impl Core {
             match self.place_again(job, now) {
                 None => short.push(job),
                 Some(placed) => {
-                    if !self.awaits_keepers(job, &placed.topology, &placed.places, now)
-                        && !self.reshards(job, &placed.topology, now)
-                    {
+                    if !self.awaits_keepers(job, &placed.topology, &placed.places, now) {
                         self.form(job, placed, false);
                     }
                 }
@@ -207,7 +205,8 @@ impl Core {
             self.log(job, format!("layout: {why}"));
         }
         notes.into_iter().for_each(|note| self.log(job, format!("note: {note}")));
-        self.released(job, &places);
+        let bringers: Vec<(Rank, u64)> = formed.bringers().collect();
+        self.released(job, &formed.workers());
         self.persist(Fact::Formed { job, formed, at_ms: self.clock.wall_ms() });
         self.reasons.remove(&job);
         self.paused_until.remove(&job);
@@ -218,6 +217,9 @@ impl Core {
         }
         for (worker, ranks) in ranks_of {
             self.send(worker, WorkerCommand::Assign { formation, ranks });
+        }
+        for (place, worker) in bringers {
+            self.send(worker, WorkerCommand::Bring { formation, place });
         }
     }
 
@@ -234,13 +236,11 @@ impl Core {
         buddies.into_iter().map(Rank::at).collect()
     }
 
-    /// Workers of the formation before that are not in the next one need not keep anything of its state.
-    fn released(&mut self, job: JobId, places: &[u64]) {
+    /// Workers of the formation before that have no part in the next one need not keep anything of its state.
+    fn released(&mut self, job: JobId, stay: &BTreeSet<u64>) {
         let Some(before) = self.jobs.all[&job].formed.as_ref() else { return };
-        let formation = before.id(job);
-        let left: BTreeSet<u64> =
-            before.places.iter().copied().filter(|worker| !places.contains(worker)).collect();
-        for worker in left {
+        let (formation, workers) = (before.id(job), before.workers());
+        for worker in workers.difference(stay).copied() {
             let reason = "the job continues without this worker".to_owned();
             self.send(worker, WorkerCommand::Release { formation, reason, keep: false });
         }
@@ -271,6 +271,16 @@ impl Core {
             // It was scaled meanwhile.
             return self.place_on(job, &[job], size.most).ok();
         }
+        // It may have been scaled since it stopped.
+        let goal = record.goal.min(size.most);
+        if goal > 0
+            && goal != before.places.len()
+            && let Ok(placed) = self.place_on(job, &[job], goal)
+        {
+            return Some(placed);
+        }
+        let record = &self.jobs.all[&job];
+        let before = record.formed.as_ref()?;
         let supply = self.supply(&[job], before.rank_bytes);
         let refilled = |supply: &Supply| refill_lost(supply, record, before).ok_or(());
         let elsewhere = self.avoided.get(&job).map(|avoided| without(supply.clone(), avoided));

@@ -1,16 +1,16 @@
-//! A broken formation: the replicas its surviving workers hold, queried before the job re-forms.
+//! A formation that has ended while its job goes on: the replicas that its workers hold, queried before the job re-forms.
 //!
 //! Volatile, as the formation was: a restarted orchestrator learns it again from workers that attach. What a job can resume
 //! from is decided in [`crate::recovery`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topology};
 
-use super::facts::Formed;
+use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
-use super::reshard::Reshard;
-use super::{Core, Left, WorkerCommand};
+use super::{Core, Effect, Left, WorkerCommand};
 use crate::recovery::{InMemory, ReplicaShard, newest_complete};
 
 /// What is known of the workers of a broken formation.
@@ -24,22 +24,11 @@ pub(super) struct Survivors {
     until_ms: u64,
     /// Until when workers that are not members may come back with what they keep.
     keepers_until_ms: u64,
-    /// What is written down from memory, for another layout.
-    pub(super) reshard: Option<Reshard>,
-    /// It could not be written down.
-    pub(super) has_failed: bool,
 }
 
 impl Survivors {
     fn new(waiting: BTreeSet<u64>, until_ms: u64) -> Self {
-        Survivors {
-            waiting,
-            replicas: BTreeMap::new(),
-            until_ms,
-            keepers_until_ms: 0,
-            reshard: None,
-            has_failed: false,
-        }
+        Survivors { waiting, replicas: BTreeMap::new(), until_ms, keepers_until_ms: 0 }
     }
 
     fn is_waiting(&self, now: u64) -> bool {
@@ -50,19 +39,68 @@ impl Survivors {
 impl Core {
     /// The formation of a job has broken: its workers are asked by their release.
     pub(super) fn query_survivors(&mut self, job: JobId, now: u64) {
-        let Some(places) = self.survivor_places(job) else { return };
-        let waiting = places.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
+        let Some(workers) = self.survivor_workers(job) else { return };
+        let waiting = workers.into_iter().filter(|&worker| self.members.get(worker).is_some()).collect();
         self.survivors.insert(job, Survivors::new(waiting, now + self.times.left_ms()));
     }
 
-    /// A worker that was lost is back with ranks of a broken formation: it will say what it keeps.
-    pub(super) fn await_survivor(&mut self, worker: u64, formation: FormationId, now: u64) {
+    /// A worker is back with ranks of a broken formation, or what it keeps of their state: it will say that. Whether there is such a
+    /// formation.
+    pub(super) fn await_survivor(&mut self, worker: u64, formation: FormationId, now: u64) -> bool {
         let record = self.jobs.all.get(&formation.job);
         let is_latest = record.is_some_and(|record| record.generation() == formation.generation);
-        if let Some(survivors) = self.survivors.get_mut(&formation.job).filter(|_| is_latest) {
+        let survivors = self.survivors.get_mut(&formation.job).filter(|_| is_latest);
+        if let Some(survivors) = survivors {
             survivors.waiting.insert(worker);
             survivors.until_ms = survivors.until_ms.max(now + self.times.left_ms());
+            return true;
         }
+        false
+    }
+
+    /// A worker that attaches keeps something of a formation that it has left. Before it says what, it repeats what its ranks had
+    /// reported, for no rank of another layout can; so it is asked again.
+    pub(super) fn left_before(&mut self, worker: u64, left: Left, now: u64) {
+        let formation = left.formation;
+        if self.await_survivor(worker, formation, now) {
+            let reason = "the job goes on".to_owned();
+            self.send(worker, WorkerCommand::Release { formation, reason, keep: true });
+        } else if let Some((formation, place)) = self.brings(worker, formation.job) {
+            self.send(worker, WorkerCommand::Bring { formation, place });
+        } else {
+            self.left(worker, left);
+        }
+    }
+
+    /// The running formation of a job, if a worker without a rank of it has to bring it something, and by what it goes there.
+    pub(super) fn brings(&self, worker: u64, job: JobId) -> Option<(FormationId, Rank)> {
+        let formed = self.jobs.all.get(&job).and_then(JobRecord::running)?;
+        let (place, _) = formed.bringers().find(|(_, bringer)| *bringer == worker)?;
+        let is_needed = self.formations.get(&job).is_some_and(Formation::needs_bringers);
+        is_needed.then(|| (formed.id(job), place))
+    }
+
+    /// The jobs that cannot begin without what a worker brings, which has no rank of them.
+    pub(super) fn begin_with(&self, worker: u64) -> Vec<JobId> {
+        let starting = self.formations.iter().filter(|(_, formation)| formation.is_starting());
+        starting.map(|(&job, _)| job).filter(|&job| self.brings(worker, job).is_some()).collect()
+    }
+
+    /// What ranks of a formation that was left had reported, as a worker of it says: it counts until the job is formed again.
+    pub(super) fn report_of_left(&mut self, worker: u64, of: FormationId, event: RankEvent) {
+        let is_known = || self.survivor_workers(of.job).is_some_and(|workers| workers.contains(&worker));
+        if let RankEvent::StepDone { report } = event
+            && self.hears_left(of)
+            && is_known()
+        {
+            self.effects.push(Effect::Record { job: of.job, report: Box::new(report) });
+        }
+    }
+
+    /// Whether the workers of a formation that has ended are asked what they keep of it.
+    pub fn hears_left(&self, FormationId { job, generation }: FormationId) -> bool {
+        let record = self.jobs.all.get(&job).filter(|record| record.generation() == generation);
+        record.is_some_and(|record| record.phase == Phase::Broken) && self.survivors.contains_key(&job)
     }
 
     /// A worker of a broken formation has fallen silent: it may be back, with state that nobody else has.
@@ -87,17 +125,17 @@ impl Core {
         let Some(record) = self.jobs.all.get(&job).filter(|record| record.resumes_from_memory()) else {
             return;
         };
-        let ranks = record.formed.iter().flat_map(Formed::ranks);
-        let survivors = ranks.filter(|(rank, _)| !record.lost.contains(rank));
-        let waiting: BTreeSet<u64> = survivors.map(|(_, worker)| worker).collect();
+        let Some(formed) = &record.formed else { return };
+        let lost: BTreeSet<u64> = record.lost.iter().filter_map(|rank| formed.place_of(*rank)).collect();
+        let waiting: BTreeSet<u64> = formed.workers().difference(&lost).copied().collect();
         waiting.iter().for_each(|&worker| self.members.expect(worker, now, self.times));
         self.survivors.insert(job, Survivors::new(waiting, now + self.times.adoption_ms()));
     }
 
-    /// By rank, the workers of a broken formation that keeps its state in memory.
-    fn survivor_places(&self, job: JobId) -> Option<Vec<u64>> {
+    /// Everybody who may have parts of the state of a broken formation that keeps it in memory.
+    fn survivor_workers(&self, job: JobId) -> Option<BTreeSet<u64>> {
         let record = self.jobs.all.get(&job).filter(|record| record.resumes_from_memory())?;
-        Some(record.formed.as_ref()?.places.clone())
+        Some(record.formed.as_ref()?.workers())
     }
 
     /// A worker has left a formation, and says what it keeps.
@@ -107,12 +145,11 @@ impl Core {
         let is_asked = record.is_some_and(JobRecord::resumes_from_memory);
         let is_current = is_asked && record.is_some_and(|record| record.generation() == generation);
         let goes_on_here = record.and_then(JobRecord::running);
-        let goes_on_here = goes_on_here.is_some_and(|formed| formed.places.contains(&worker));
+        let goes_on_here = goes_on_here.is_some_and(|formed| formed.places.contains(&worker))
+            || self.brings(worker, job).is_some();
         if let Some(survivors) = self.survivors.get_mut(&job).filter(|_| is_current) {
             survivors.waiting.remove(&worker);
             survivors.replicas.insert(worker, replicas);
-            // It may have missed the order to write shards.
-            survivors.reshard = None;
             self.may_recover.insert(job);
         } else if !is_asked && !goes_on_here {
             let reason = "the job continues without the replicas".to_owned();
@@ -124,23 +161,13 @@ impl Core {
     pub(super) fn forget_survivor(&mut self, worker: u64) {
         for survivors in self.survivors.values_mut() {
             survivors.waiting.remove(&worker);
-            if survivors.replicas.remove(&worker).is_some() {
-                survivors.reshard = None;
-            }
+            survivors.replicas.remove(&worker);
         }
     }
 
     /// Whether reports of a broken formation's survivors are still outstanding.
     pub(super) fn awaits_survivors(&self, job: JobId, now: u64) -> bool {
         self.survivors.get(&job).is_some_and(|survivors| survivors.is_waiting(now))
-    }
-
-    /// The newest state that is whole in the memory of workers at these places.
-    pub(super) fn newest_complete_of(&self, job: JobId, places: &[u64]) -> Result<InMemory, Option<Rank>> {
-        let record = &self.jobs.all[&job];
-        let nothing = BTreeMap::new();
-        let replicas = self.survivors.get(&job).map_or(&nothing, |survivors| &survivors.replicas);
-        newest_complete(replicas, places, |generation, step| record.is_of_history(generation, step))
     }
 
     /// Where a formation of these axes at these places resumes from: its state in memory, if that is whole and not older than
@@ -152,11 +179,10 @@ impl Core {
         places: &[u64],
     ) -> Result<InMemory, Option<String>> {
         let record = &self.jobs.all[&job];
-        let (Some(before), true) = (&record.formed, record.resumes_from_memory()) else { return Err(None) };
-        if before.topology != *topology {
-            return Err(None);
-        }
-        match self.newest_complete_of(job, places) {
+        let survivors = self.survivors.get(&job).filter(|_| record.resumes_from_memory());
+        let Some(survivors) = survivors else { return Err(None) };
+        let layout_of = |generation, step| record.layout_of(generation, step);
+        match newest_complete(&survivors.replicas, (topology, places), layout_of) {
             Ok(whole) if whole.step >= record.last_checkpoint => Ok(whole),
             Ok(_) => Err(None),
             Err(None) => Err(None),
@@ -173,11 +199,14 @@ impl JobRecord {
         self.phase == Phase::Broken && self.in_memory
     }
 
-    /// Whether a replica is of the latest formation, or of the state it resumed from.
-    fn is_of_history(&self, generation: Generation, step: u64) -> bool {
-        self.formed.as_ref().is_some_and(|formed| {
-            let base = formed.memory.as_ref().map(|memory| (memory.generation, memory.step));
-            formed.generation == generation || base == Some((generation, step))
-        })
+    /// In which layout a state is, if it is of the latest formation, or the one that this began with.
+    fn layout_of(&self, generation: Generation, step: u64) -> Option<Topology> {
+        let formed = self.formed.as_ref()?;
+        let base =
+            formed.memory.as_ref().filter(|memory| (memory.generation, memory.step) == (generation, step));
+        match base {
+            Some(memory) => Some(memory.axes.unwrap_or(formed.topology)),
+            None => (formed.generation == generation).then_some(formed.topology),
+        }
     }
 }

@@ -68,6 +68,8 @@ pub enum Outcome {
     Stopped {
         /// The last step that was made.
         step: u64,
+        /// Whether its state is in memory, not in the storage.
+        in_memory: bool,
     },
     /// The watch has ended the training, on all ranks before an update.
     Diverged {

@@ -187,26 +187,29 @@ fn checkpoints_are_committed_one_at_a_time_and_in_order() {
 fn a_stop_ends_the_job_after_the_step_the_ranks_agree_on_is_saved() {
     let mut job = with_checkpoints(2);
     Rank::all(2).for_each(|rank| drop(job.step(RankEvent::Ready { rank })));
-    assert_eq!(commands(&job.stop()), [(0, &RankCommand::Stop), (1, &RankCommand::Stop)]);
-    assert_eq!(job.stop(), [], "once is enough");
+    assert_eq!(
+        commands(&job.stop(false)),
+        [(0, &RankCommand::Stop { in_memory: false }), (1, &RankCommand::Stop { in_memory: false })]
+    );
+    assert_eq!(job.stop(false), [], "once is enough");
     for rank in 0..2 {
         drop(job.step(step_done(rank, 13)));
-        assert_eq!(job.step(RankEvent::Stopped { rank: Rank::new(rank), step: 13 }), []);
+        assert_eq!(job.step(RankEvent::Stopped { rank: Rank::new(rank), step: 13, in_memory: false }), []);
         drop(job.step(saved(rank, 13)));
     }
     let effects = job.committed(13, Ok(()));
-    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 13 }));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 13, in_memory: false }));
 }
 
 #[test]
 fn a_stop_at_the_very_last_step_still_stops_before_the_validation() {
     let mut job = with_checkpoints(1);
     drop(job.step(RankEvent::Ready { rank: Rank::new(0) }));
-    drop(job.stop());
+    drop(job.stop(false));
     drop(job.step(step_done(0, 20)));
     drop(job.step(saved(0, 20)));
     let effects = job.committed(20, Ok(()));
-    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 20 }));
+    assert_eq!(effects.last().unwrap(), &JobEffect::End(Outcome::Stopped { step: 20, in_memory: false }));
 }
 
 #[test]

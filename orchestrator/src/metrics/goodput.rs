@@ -163,6 +163,12 @@ impl Ledger {
         self.begin(Doing::Queued, 0, stop.at_ms);
     }
 
+    /// It goes on in another formation, after a step, and keeps its slots.
+    pub fn rearranged(&mut self, stop: Stop) {
+        self.furthest = self.furthest.max(stop.step);
+        self.begin(Doing::Forming, self.slots, stop.at_ms);
+    }
+
     /// It has ended; `is_done`: after all of its steps.
     pub fn ended(&mut self, is_done: bool, stop: Stop) {
         if !is_done {

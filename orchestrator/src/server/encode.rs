@@ -2,7 +2,7 @@
 
 use contraflow_proto::v1;
 use contraflow_runtime::control::wire::{RankAddress, encode_command, formation_numbers, rank_numbers};
-use contraflow_runtime::topology::{FormationId, JobId};
+use contraflow_runtime::topology::{FormationId, JobId, Rank, Topology};
 use contraflow_runtime::trace::{self, SPAN, TraceContext};
 use tracing::{Span, info_span};
 use v1::commit::What;
@@ -11,6 +11,7 @@ use v1::to_worker::Message;
 use crate::core::facts::Formed;
 use crate::core::jobs::JobRecord;
 use crate::core::{Core, WorkerCommand, axes_overrides};
+use crate::recovery::InMemory;
 
 /// A command as it goes over the wire; `None` if its subject has ended by now.
 pub(super) fn encode(
@@ -29,15 +30,7 @@ pub(super) fn encode(
         WorkerCommand::Assign { formation, ranks } => {
             let record = core.jobs().all.get(&formation.job)?;
             let formed = record.running().filter(|formed| formed.generation == formation.generation)?;
-            let mut workers = formed.places.clone();
-            workers.sort_unstable();
-            workers.dedup();
-            let fabric = workers.iter().map(|&worker| {
-                // The address of a worker that has not attached to this orchestrator is unknown: the command is repeated later.
-                let member = core.member(worker).filter(|member| member.is_known())?;
-                member.registration.fabric.clone().map(Into::into)
-            });
-            let place = |worker| workers.partition_point(|other| other < worker) as u64;
+            let Network { fabric, workers, bringers } = network(core, formed)?;
             let (job, generation) = formation_numbers(formation);
             Message::Assign(v1::Assign {
                 job,
@@ -45,8 +38,9 @@ pub(super) fn encode(
                 recipe: record.spec.recipe.resolved_toml(),
                 model_config: record.spec.recipe.model_config.to_hf_json(),
                 ranks: rank_numbers(&ranks),
-                fabric: fabric.collect::<Option<Vec<v1::FabricAddress>>>()?,
-                workers: formed.places.iter().map(place).collect(),
+                fabric,
+                workers,
+                bringers,
                 secret: secret(key, formation).to_vec(),
                 resume_step: formed.resume_step,
                 last_checkpoint: record.last_checkpoint,
@@ -54,11 +48,7 @@ pub(super) fn encode(
                 cursor: formed.cursor,
                 overrides: overrides(record, formed),
                 buddies: rank_numbers(&formed.buddies),
-                memory: formed.memory.as_ref().map(|memory| v1::InMemory {
-                    generation: memory.generation.number(),
-                    step: memory.step,
-                    holders: rank_numbers(&memory.holders),
-                }),
+                memory: formed.memory.as_ref().map(in_memory),
                 traceparent: trace::current().to_string(),
                 state: core.state(),
                 quota_bytes: quota.unwrap_or_default(),
@@ -70,6 +60,7 @@ pub(super) fn encode(
                 }),
             })
         }
+        WorkerCommand::Bring { formation, place } => Message::Bring(bring(core, key, (formation, place))?),
         WorkerCommand::Rank { to, command } => {
             let traceparent = trace::current().to_string();
             Message::Command(v1::RankCommand { traceparent, ..encode_command(to, &command) })
@@ -89,12 +80,6 @@ pub(super) fn encode(
             };
             Message::Commit(v1::Commit { job, generation, what: Some(What::Checkpoint(checkpoint)) })
         }
-        WorkerCommand::WriteShards { formation, of: (of_generation, step), ranks } => {
-            let (job, generation) = formation_numbers(formation);
-            let of_generation = of_generation.number();
-            let ranks = rank_numbers(&ranks);
-            Message::WriteShards(v1::WriteShards { job, generation, of_generation, step, ranks })
-        }
         WorkerCommand::ReadFlight { formation, lost } => {
             let (job, generation) = formation_numbers(formation);
             let (state, lost) = (core.state(), rank_numbers(&lost));
@@ -112,6 +97,51 @@ pub(super) fn encode(
             Message::Commit(v1::Commit { job, generation, what: Some(What::Weights(weights)) })
         }
     })
+}
+
+/// Where the processes of a formation accept data connections.
+struct Network {
+    fabric: Vec<v1::FabricAddress>,
+    /// By rank, then of those that bring a state, the place in `fabric`.
+    workers: Vec<u64>,
+    bringers: u64,
+}
+
+/// `None` as long as an address is unknown, of a worker that has not attached to this orchestrator: the command is repeated later.
+fn network(core: &Core, formed: &Formed) -> Option<Network> {
+    let all: Vec<u64> = formed.workers().into_iter().collect();
+    let fabric = all.iter().map(|&worker| {
+        let member = core.member(worker).filter(|member| member.is_known())?;
+        member.registration.fabric.clone().map(Into::into)
+    });
+    let place = |(_, worker): (Rank, u64)| all.partition_point(|other| *other < worker) as u64;
+    let workers = formed.ranks().chain(formed.bringers()).map(place).collect();
+    let bringers = formed.bringers().count() as u64;
+    Some(Network { fabric: fabric.collect::<Option<_>>()?, workers, bringers })
+}
+
+fn in_memory(memory: &InMemory) -> v1::InMemory {
+    v1::InMemory {
+        generation: memory.generation.number(),
+        step: memory.step,
+        holders: rank_numbers(&memory.holders),
+        axes: memory.axes.map(|Topology { pipeline, expert, data }| v1::Axes {
+            pipeline: pipeline as u64,
+            expert: expert as u64,
+            data: data as u64,
+        }),
+    }
+}
+
+/// What a worker brings to a formation that has no rank there; `None` if it has nothing to bring by now.
+fn bring(core: &Core, key: &[u8; 32], (formation, place): (FormationId, Rank)) -> Option<v1::Bring> {
+    let formed = core.jobs().all.get(&formation.job)?.running()?;
+    let formed = Some(formed).filter(|formed| formed.generation == formation.generation)?;
+    let memory = Some(in_memory(formed.memory.as_ref()?));
+    let Network { fabric, workers, bringers } = network(core, formed)?;
+    let (job, generation) = formation_numbers(formation);
+    let (place, secret) = (place.number().into(), secret(key, formation).to_vec());
+    Some(v1::Bring { job, generation, fabric, workers, bringers, place, secret, memory })
 }
 
 /// The span of a command that starts work, below the submission of its job.

@@ -67,6 +67,8 @@ pub(super) struct Line {
     /// Where the next step begins in the order of the sequences.
     cursor: u64,
     diverged: Option<u64>,
+    /// It has stopped after its last step, to go on in another layout.
+    is_rearranged: bool,
     pub(super) validated: BTreeSet<Rank>,
     pub(super) exported: BTreeSet<Rank>,
 }
@@ -111,7 +113,7 @@ pub(super) fn stale_job(core: &Core, event: &Event) -> Option<JobId> {
     let formed = core.jobs().all.get(&of.job).and_then(|record| record.running());
     let is_current = formed
         .is_some_and(|formed| formed.generation == of.generation && formed.place_of(rank) == Some(*worker));
-    (!is_current && !core.is_resharding(of)).then_some(of.job)
+    (!is_current && !core.hears_left(of)).then_some(of.job)
 }
 
 /// The effect of a stale message on its job, which must be none.
@@ -256,6 +258,7 @@ impl World {
             Fact::Stepped { job, step, .. } => self.check_stepped(*job, *step),
             // Nobody asks for it here.
             Fact::Retried { job, .. } => self.violate(format!("{job} is taken up again")),
+            Fact::Rearranged { job, .. } => self.check_rearranged(*job),
             Fact::StorageIdentified { .. }
             | Fact::Drained { .. }
             | Fact::Undrained { .. }
@@ -271,6 +274,17 @@ impl World {
     /// Whether a formation is the one that runs, as far as it is kept.
     pub(super) fn is_running(&self, of: FormationId) -> bool {
         self.running(of.job) == Some(of)
+    }
+
+    /// A job gives up its layout, and not what it has made.
+    fn check_rearranged(&mut self, job: JobId) {
+        let line = self.running(job).and_then(|of| self.checks.lines.get_mut(&of));
+        match line {
+            Some(line) => line.is_rearranged = line.history.len() > line.resumed,
+            None => {
+                self.violate(format!("{job} is to go on in another layout and has no formation to leave"))
+            }
+        }
     }
 
     fn check_formed(&mut self, job: JobId, formed: &Formed) {
@@ -326,44 +340,41 @@ impl World {
         if let Event::Rank { from, event, .. } = event {
             return self.note_stepped(server, from.formation, event);
         }
-        let (worker, all) = match event {
-            Event::Left { worker, left } => (*worker, std::slice::from_ref(left)),
-            Event::Attached(attachment) => (attachment.registration.worker, &attachment.left[..]),
-            _ => return,
-        };
-        for left in all {
-            // A worker that was away when its job went back to the queue still has what the others have dropped by then.
-            let FormationId { job, generation } = left.formation;
-            if self.checks.left_behind.get(&job).is_some_and(|left| generation <= *left) {
-                continue;
-            }
-            self.checks.reported.entry(left.formation).or_default().insert((worker, server));
+        let Event::Left { worker, left } = event else { return };
+        // A worker that was away when its job went back to the queue still has what the others have dropped by then.
+        let FormationId { job, generation } = left.formation;
+        if self.checks.left_behind.get(&job).is_none_or(|left| generation > *left) {
+            self.checks.reported.entry(left.formation).or_default().insert((*worker, server));
         }
     }
 
-    /// A job re-forms in the same layout: where every rank or its buddy is alive and has reported its replicas, that costs
-    /// the running step and at most one that was not acknowledged.
+    /// A job re-forms, in whatever layout: where every rank or its buddy is alive and has reported its replicas, that costs
+    /// the running step and at most one that was not acknowledged; nothing, if it has stopped for that.
     pub(super) fn check_cost(&mut self, server: usize, job: JobId, formed: &Formed) {
         let of = FormationId::new(job, formed.generation.previous());
         let (Some(before), Some(line)) = (self.checks.formed.get(&of), self.checks.lines.get(&of)) else {
             return;
         };
         let reported = self.checks.reported.get(&of);
-        let has_reported =
-            |worker: u64| reported.is_some_and(|reported| reported.contains(&(worker, server)));
-        let survives = |rank: &usize| {
-            let keepers = [before.places[*rank], before.places[before.buddies[*rank].index()]];
-            keepers.iter().any(|worker| formed.places.contains(worker) && has_reported(*worker))
+        let core = &self.servers[server].core;
+        let has_reported = |worker: u64| {
+            core.member(worker).is_some()
+                && reported.is_some_and(|reported| reported.contains(&(worker, server)))
         };
-        let is_comparable = before.topology == formed.topology && !before.buddies.is_empty();
+        let is_planned = line.is_rearranged;
+        let survives = |rank: &usize| {
+            let buddy = before.buddies.get(*rank).map(|buddy| before.places[buddy.index()]);
+            [Some(before.places[*rank]), buddy].into_iter().flatten().any(has_reported)
+        };
+        let is_comparable = is_planned || !before.buddies.is_empty();
         let made = line.history.len() as u64;
         let is_in_memory = server == self.newest_server() && line.diverged.is_none();
         if is_comparable
             && is_in_memory
-            && made >= before.resume_step + 2
+            && (is_planned || made >= before.resume_step + 2)
             && (0..before.places.len()).all(|rank| survives(&rank))
         {
-            let least = made - 1;
+            let least = if is_planned { made } else { made - 1 };
             if formed.resume_step < least {
                 let from = formed.resume_step;
                 self.violate(format!(
@@ -407,12 +418,19 @@ impl World {
             }
             ToWorker::Release { formation, .. } => {
                 let incarnation = self.servers[server].core.incarnation();
-                if self.is_running(*formation) {
+                if self.is_running(*formation) && !self.has_brought(*formation, worker) {
                     self.violate(format!("{incarnation} releases {formation}, which runs"));
                 }
             }
             _ => {}
         }
+    }
+
+    /// Whether a worker without a rank of a formation has brought what it had, and nobody needs that again: every buddy has a later state.
+    fn has_brought(&self, of: FormationId, worker: u64) -> bool {
+        let formed = self.checks.formed.get(&of).filter(|formed| !formed.places.contains(&worker));
+        let brings = formed.is_some_and(|formed| formed.bringers().any(|(_, bringer)| bringer == worker));
+        brings && self.checks.lines.get(&of).is_some_and(|line| line.history.len() >= line.resumed + 2)
     }
 
     /// Whether a worker gives no reason to be sent away: it has not stalled, and has seen no later orchestrator.

@@ -8,7 +8,7 @@ use contraflow_runtime::topology::{FormationId, Generation, JobId};
 use super::World;
 use super::mutation::Mutation;
 use super::network::FromWorker;
-use super::storage::{Attempt, Folder, Retention};
+use super::storage::{Folder, Retention};
 use crate::core::jobs::JobRecord;
 
 impl World {
@@ -32,7 +32,7 @@ impl World {
             Some(step) if is_full && finds_it_full(job, step, generation, now) => {
                 Err("the storage is full".into())
             }
-            Some(step) => match folder.commit((step, generation.into()), world, retention) {
+            Some(step) => match folder.commit((step, generation), world, retention) {
                 Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
                 Err(Ok(words)) => Err(words),
                 Ok(_) => Ok(()),
@@ -79,34 +79,6 @@ impl World {
     pub(super) fn retention(&self, pinned: Pinned) -> Retention {
         let pinned = if self.breaks(Mutation::PinsNothing) { Pinned::default() } else { pinned };
         Retention { keep: self.plan.keep, pinned }
-    }
-
-    /// The commit of what was written down from memory, under the number of the next formation.
-    pub(super) fn commit_written(
-        &mut self,
-        id: u64,
-        of: FormationId,
-        (position, pinned): (Position, Pinned),
-    ) {
-        let FormationId { job, generation } = of;
-        let step = position.step;
-        let world = self.checks.world(of).unwrap_or(0);
-        let retention = self.retention(pinned);
-        let Some(folder) = self.folder(job) else { return };
-        // The next formation has made the folder ready: what is there comes late, and only some of it.
-        let is_late = folder.has_begun(generation.next());
-        let attempt = Attempt { generation: generation.next(), is_from_memory: true };
-        let result = match folder.commit((step, attempt), world, retention) {
-            Err(Err(words)) if is_late => Err(words),
-            Err(Err(defect)) => return self.violate(format!("{job}: {defect}")),
-            Err(Ok(words)) => Err(words),
-            Ok(_) => Ok(()),
-        };
-        self.check_known(job);
-        self.note([17, job.bits(), step], || {
-            format!("worker {id} commits {step}, written down, of {of}: {result:?}")
-        });
-        self.send_of_left(id, FromWorker::Committed { formation: of, position: Some(position), result });
     }
 }
 

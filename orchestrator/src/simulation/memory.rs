@@ -7,15 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use contraflow_proto::StepReport;
-use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
 use super::mutation::Mutation;
-use super::network::FromWorker;
 use super::plan::BATCH;
-use super::storage::{Attempt, Trained};
+use super::storage::Trained;
+use super::worker::Worker;
 use super::{RankTask, World};
 use crate::core::Left;
 use crate::core::facts::Formed;
@@ -65,20 +64,19 @@ impl SimReplicas {
         ranks.contains(&rank).then_some(*trained)
     }
 
-    /// Whether this formation was the latest here.
-    pub(super) fn is_of(&self, generation: Generation) -> bool {
-        self.generation == generation
-    }
-
     /// Whether a formation after this one has been here.
     pub(super) fn is_after(&self, generation: Generation) -> bool {
         self.generation > generation
     }
 
     fn reports_of(&self, ranks: &[Rank]) -> Vec<(Rank, u64)> {
-        let all =
-            self.reports.iter().flat_map(|(&step, reported)| reported.iter().map(move |&rank| (rank, step)));
-        all.filter(|(rank, _)| ranks.contains(rank)).collect()
+        self.all_reports().into_iter().filter(|(rank, _)| ranks.contains(rank)).collect()
+    }
+
+    /// Every report that may not be durable.
+    pub(super) fn all_reports(&self) -> Vec<(Rank, u64)> {
+        let all = self.reports.iter();
+        all.flat_map(|(&step, reported)| reported.iter().map(move |&rank| (rank, step))).collect()
     }
 
     pub(super) fn durable(&mut self, step: u64) {
@@ -103,6 +101,8 @@ impl World {
     pub(super) fn enter_memory(&mut self, id: u64, job: JobId, formed: &Formed) {
         let Some(replicas) = self.replicas(id, job) else { return };
         match &formed.memory {
+            // Of another layout they were said when that was left.
+            Some(InMemory { axes: Some(_), .. }) => replicas.reports.clear(),
             Some(memory) => drop(replicas.reports.split_off(&(memory.step + 1))),
             None => *replicas = SimReplicas::default(),
         }
@@ -121,6 +121,7 @@ impl World {
         let Some(trained) = self.group(id, of).map(|group| group.trained) else { return };
         let is_first = trained.step == formed.resume_step + 1;
         let latest = if self.breaks(Mutation::LetsGoEarly) { trained.step } else { trained.step - 1 };
+        let has_buddies = !formed.buddies.is_empty();
         let Some(replicas) = self.replicas(id, job) else { return };
         if !is_first {
             // Every buddy had the step before when this one was made.
@@ -128,7 +129,7 @@ impl World {
         }
         replicas.put((generation, trained), ranks);
         let mut to: BTreeMap<u64, Vec<Rank>> = BTreeMap::new();
-        for &rank in ranks {
+        for &rank in ranks.iter().filter(|_| has_buddies) {
             to.entry(formed.places[formed.buddies[rank.index()].index()]).or_default().push(rank);
         }
         for (buddy, ranks) in to {
@@ -164,41 +165,65 @@ impl World {
         if let Some(group) = self.group(id, of) {
             group.unacknowledged.remove(&buddy);
         }
+        self.stop_if_kept(id, of);
+    }
+
+    /// Without a buddy nothing is kept step by step: the state that the formation began with would only get older.
+    pub(super) fn forget_earlier(&mut self, id: u64, of: FormationId, step: u64) {
+        if let Some(replicas) = self.replicas(id, of.job) {
+            replicas.parts = replicas.parts.split_off(&(of.generation, step));
+        }
     }
 
     /// Brings a worker's ranks the state they resume from, and repeats what they had reported; false if the worker that is
     /// to bring it is gone.
     pub(super) fn recover(&mut self, id: u64, of: FormationId, formed: &Formed, memory: &InMemory) -> bool {
         let ranks = self.group(id, of).map(|group| group.ranks.clone()).unwrap_or_default();
+        let all: Vec<u64> = formed.places.iter().chain(&memory.bringers).copied().collect();
+        let is_same = memory.axes.is_none();
+        // In another layout a rank needs something of every part, as far as anybody can tell here.
+        let parts = if is_same { ranks.clone() } else { Rank::all(memory.holders.len()).collect() };
         let mut reports: BTreeSet<(Rank, u64)> = BTreeSet::new();
-        let mut recovered = None;
-        for &rank in &ranks {
-            let holder = formed.places[memory.holders[rank.index()].index()];
+        let mut recovered: Vec<Trained> = Vec::new();
+        for part in parts {
+            let has = |worker: &Worker| {
+                let replicas = worker.memory.get(&of.job)?;
+                replicas.get((memory.generation, memory.step), part)
+            };
+            let has_own = !is_same && self.workers.get(&id).and_then(has).is_some();
+            let holder = if has_own { id } else { all[memory.holders[part.index()].index()] };
             let Some(worker) = self.workers.get(&holder) else {
                 self.lose_all(id, of, "the holder of the state is gone");
                 return false;
             };
             let replicas = worker.memory.get(&of.job);
-            let Some(trained) =
-                replicas.and_then(|replicas| replicas.get((memory.generation, memory.step), rank))
-            else {
+            let Some(trained) = has(worker) else {
                 // Dropped after another formation, unknown to this worker, superseded this one.
                 if replicas.is_none_or(|replicas| replicas.generation != of.generation) {
                     self.lose_all(id, of, "the holder of the state has left");
                 } else {
                     self.violate(format!(
-                        "worker {holder} is to bring rank {rank} the state of {memory:?} and has none"
+                        "worker {holder} is to bring rank {part} the state of {memory:?} and has none"
                     ));
                 }
                 return false;
             };
-            let reported = replicas.into_iter().flat_map(|replicas| replicas.reports.range(..=memory.step));
-            reports
-                .extend(reported.filter(|(_, ranks)| ranks.contains(&rank)).map(|(&step, _)| (rank, step)));
-            recovered = Some(trained);
+            if is_same {
+                let reported =
+                    replicas.into_iter().flat_map(|replicas| replicas.reports.range(..=memory.step));
+                let of_rank = reported.filter(|(_, ranks)| ranks.contains(&part));
+                reports.extend(of_rank.map(|(&step, _)| (part, step)));
+            }
+            let earlier = || replicas?.get((memory.generation, memory.step - 1), part);
+            let takes_earlier = !is_same && self.breaks(Mutation::MovesStale);
+            recovered.push(earlier().filter(|_| takes_earlier).unwrap_or(trained));
         }
-        let Some(trained) = recovered else { return true };
-        if let Some(replicas) = self.replicas(id, of.job) {
+        let Some(&trained) = recovered.first() else { return true };
+        if recovered.iter().any(|other| *other != trained) {
+            self.violate(format!("{of}: the state of {memory:?} is put together of several"));
+            return false;
+        }
+        if let Some(replicas) = self.replicas(id, of.job).filter(|_| is_same) {
             replicas.put_parts((memory.generation, trained), &ranks);
             for &(rank, step) in &reports {
                 replicas.reports.entry(step).or_default().insert(rank);
@@ -209,42 +234,6 @@ impl World {
             group.reports = reports;
         }
         true
-    }
-
-    /// Parts have been written down as a checkpoint's shards, under the number of the next formation.
-    pub(super) fn reshard_event(
-        &mut self,
-        id: u64,
-        of: FormationId,
-        (made_by, step, ranks): (Generation, u64, Vec<Rank>),
-    ) {
-        let FormationId { job, generation } = of;
-        for rank in ranks {
-            let Some(replicas) = self.replicas(id, job) else { return };
-            let Some(Trained { cursor, .. }) = replicas.get((made_by, step), rank) else {
-                // Another formation has begun here meanwhile.
-                return;
-            };
-            let trained = replicas.parts[&(made_by, step)].0;
-            let reported = replicas.reports.range(..=step).filter(|(_, ranks)| ranks.contains(&rank));
-            let reported: Vec<u64> = reported.map(|(&step, _)| step).collect();
-            let Some(folder) = self.folder(job) else { return };
-            folder.save(Attempt { generation: generation.next(), is_from_memory: true }, rank, trained);
-            let position = Position { step, cursor, tokens: cursor };
-            let (watch, shard) = (Default::default(), ShardFile::default());
-            let saved = RankEvent::ShardSaved { rank, position, watch, shard };
-            let reports = reported.into_iter().map(|step| step_done(generation, rank, step));
-            for event in reports.chain([saved]).collect::<Vec<_>>() {
-                self.send_of_left(id, FromWorker::Event { formation: of, event });
-            }
-        }
-    }
-
-    /// Says something of a formation that was left.
-    pub(super) fn send_of_left(&mut self, id: u64, up: FromWorker) {
-        if let Some((link, true)) = self.workers.get(&id).and_then(|worker| worker.link) {
-            self.send_up(link, up);
-        }
     }
 
     /// Once the ranks are ready they say again what they had reported.

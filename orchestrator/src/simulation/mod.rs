@@ -30,7 +30,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::random::mix;
-use contraflow_runtime::topology::{FormationId, Generation, Rank};
+use contraflow_runtime::topology::{FormationId, Rank};
 
 use self::checks::Checks;
 pub use self::mutation::Mutation;
@@ -136,16 +136,12 @@ enum RankTask {
     PeerLost,
     /// Parts of another worker's ranks arrive.
     StoresReplicas(Box<memory::Parts>),
-    /// Parts of a formation that was left are on disk: of which generation, after which step, whose.
-    WrittenDown(Box<(Generation, u64, Vec<Rank>)>),
     /// A worker has taken in the parts that it was sent.
     Acknowledged(u64),
     Validated(Rank),
     Exported(Rank),
     /// A commit reaches the storage: of a checkpoint, or the weights, and which checkpoint is known to stand.
     Commits(Option<Position>, Pinned),
-    /// The same for what was written down from memory.
-    CommitsWritten(Position, Pinned),
 }
 
 /// What happens when, ordered by time, then by the order in which it was planned.

@@ -62,6 +62,10 @@ pub enum Mutation {
     LetsGoEarly,
     /// Ranks that resume from memory do not repeat earlier reports.
     RecoversInSilence,
+    /// A rank of another layout takes a part of the step before from whoever still has that.
+    MovesStale,
+    /// A worker without a rank of a formation drops what it is to bring to it.
+    DropsWhatItBrings,
     /// A checkpoint that the orchestrator knows of goes, once there are newer ones.
     PinsNothing,
     /// A stalled rank is not distinguished from those that wait for it.

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use contraflow_runtime::checkpoint::{Pinned, Position};
 use contraflow_runtime::control::wire::RankAddress;
 use contraflow_runtime::control::{RankCommand, RankEvent};
-use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
+use contraflow_runtime::topology::{FormationId, JobId, Rank};
 
 use super::server::Input;
 use super::{SimEvent, World};
@@ -35,7 +35,7 @@ pub(super) enum ToWorker {
     Assign { job: JobId, ranks: Vec<Rank>, formed: Rc<Formed>, is_reachable: bool, pinned: Pinned },
     Command { to: RankAddress, command: RankCommand },
     Release { formation: FormationId, keep: bool },
-    Write { formation: FormationId, of: (Generation, u64), ranks: Vec<Rank> },
+    Bring { formed: Rc<Formed>, job: JobId },
     Durable { job: JobId, step: u64 },
     Commit { formation: FormationId, position: Option<Position>, pinned: Pinned },
 }

@@ -27,8 +27,11 @@ pub(super) struct Group {
     pub(super) trained: Trained,
     /// Ranks that have been told to begin.
     begun: usize,
-    /// Some rank was told to stop after the running step.
+    /// Some rank was told to stop after the running step, and to keep the state in memory.
     stop: bool,
+    stops_in_memory: bool,
+    /// The step after which the ranks stop once it is in memory everywhere.
+    kept: Option<u64>,
     is_saving: bool,
     /// The save under way is the last one: training does not go on.
     is_last: bool,
@@ -72,6 +75,7 @@ pub(super) struct Gang {
     /// What came of the running step.
     made: Trained,
     stops: bool,
+    stops_in_memory: bool,
     saves_again: bool,
     diverges: bool,
 }
@@ -91,6 +95,8 @@ impl Group {
             trained,
             begun: 0,
             stop: false,
+            stops_in_memory: false,
+            kept: None,
             is_saving: false,
             is_last: false,
             saves_again: false,
@@ -228,7 +234,7 @@ impl World {
                     self.arrive(id, of);
                 }
             }
-            RankCommand::Stop => group.stop = true,
+            RankCommand::Stop { in_memory } => (group.stop, group.stops_in_memory) = (true, in_memory),
             RankCommand::Abort { .. } if state != GangState::Over || group.begun > 0 => {
                 group.state = GangState::Over;
                 self.send_event(id, of, RankEvent::Aborted { rank });
@@ -293,7 +299,7 @@ impl World {
             return self.plan_in(50, SimEvent::StepMade(of));
         }
         let waits = !self.breaks(Mutation::OutrunsBuddies);
-        let (mut stops, mut saves_again) = (false, false);
+        let (mut stops, mut in_memory, mut saves_again) = (false, false, false);
         for &id in &workers {
             match self.group(id, of) {
                 // What a rank gives to the step says that its buddy has the one before.
@@ -304,6 +310,7 @@ impl World {
                 }
                 Some(group) if group.state == GangState::InStep => {
                     stops |= group.stop;
+                    in_memory |= group.stops_in_memory;
                     saves_again |= group.saves_again;
                 }
                 // Aborted: the others wait until they are, too.
@@ -316,7 +323,7 @@ impl World {
         let batch = cursor..cursor + BATCH;
         let digest = feed(digest, step + 1, cursor);
         gang.diverges = bad.iter().any(|sequence| batch.contains(sequence));
-        (gang.stops, gang.saves_again) = (stops, saves_again);
+        (gang.stops, gang.stops_in_memory, gang.saves_again) = (stops, in_memory, saves_again);
         gang.made = Trained { step: step + 1, cursor: batch.end, digest };
         gang.waiting = 0;
         gang.workers.values_mut().for_each(|waits| *waits = false);
@@ -340,6 +347,7 @@ impl World {
     pub(super) fn step_done(&mut self, id: u64, of: FormationId, formed: &Rc<Formed>) {
         let Some(gang) = self.gangs.get(&of) else { return };
         let (made, stops, diverges, saves_again) = (gang.made, gang.stops, gang.diverges, gang.saves_again);
+        let in_memory = gang.stops_in_memory;
         let (every, steps) = self.job_plan(of.job).map_or((1, 0), |job| (job.every, job.spec.steps()));
         let Some(group) = self.group(id, of).filter(|group| group.state == GangState::InStep) else { return };
         group.state = GangState::Idle;
@@ -352,20 +360,40 @@ impl World {
             return;
         }
         group.trained = made;
+        let in_memory = stops && in_memory && made.step < steps;
+        group.kept = in_memory.then_some(made.step);
         for &rank in &ranks {
             self.send_event(id, of, step_done(of.generation, rank, made.step));
-            if stops {
-                self.send_event(id, of, RankEvent::Stopped { rank, step: made.step });
+            if stops && !in_memory {
+                self.send_event(id, of, RankEvent::Stopped { rank, step: made.step, in_memory });
             }
         }
         let is_last = made.step >= steps || stops;
-        if !is_last && !formed.buddies.is_empty() {
+        if formed.buddies.is_empty() && made.step == formed.resume_step + 1 {
+            self.forget_earlier(id, of, made.step);
+        }
+        if in_memory || !is_last && !formed.buddies.is_empty() {
             self.keep_step(id, of, formed, &ranks);
         }
-        if is_last || saves_again || made.step.is_multiple_of(every) {
+        if is_last && !in_memory || saves_again || made.step.is_multiple_of(every) {
             self.save(id, of, !is_last);
-        } else {
+        } else if !in_memory {
             self.arrive(id, of);
+        }
+        self.stop_if_kept(id, of);
+    }
+
+    /// The ranks stop whose last state is in memory, and who write nothing any more.
+    pub(super) fn stop_if_kept(&mut self, id: u64, of: FormationId) {
+        let Some(group) = self.group(id, of) else { return };
+        if group.state == GangState::Idle
+            && group.unacknowledged.is_empty()
+            && !group.is_saving
+            && let Some(step) = group.kept.take()
+        {
+            for rank in group.ranks.clone() {
+                self.send_event(id, of, RankEvent::Stopped { rank, step, in_memory: true });
+            }
         }
     }
 
@@ -403,7 +431,7 @@ impl World {
         }
         for &rank in &ranks {
             let Some(folder) = self.folder(job) else { return };
-            folder.save(generation.into(), rank, trained);
+            folder.save(generation, rank, trained);
         }
         let Some(group) = self.group(id, of) else { return };
         let is_over = group.state == GangState::Over;
@@ -420,6 +448,7 @@ impl World {
             );
         }
         self.go_on_after_save(id, of, parked.filter(|_| !is_over));
+        self.stop_if_kept(id, of);
     }
 
     fn go_on_after_save(&mut self, id: u64, of: FormationId, parked: Option<Parked>) {

@@ -421,7 +421,11 @@ fn encode(
         WorkerCommand::CommitCheckpoint { formation, position, pinned, .. } => {
             ToWorker::Commit { formation, position: Some(position), pinned }
         }
-        WorkerCommand::WriteShards { formation, of, ranks } => ToWorker::Write { formation, of, ranks },
+        WorkerCommand::Bring { formation: FormationId { job, generation }, .. } => {
+            let formed = assigned.entry(job).or_insert_with(|| assignment(core, job)).clone();
+            let (formed, _) = formed.filter(|(formed, _)| formed.generation == generation)?;
+            ToWorker::Bring { formed, job }
+        }
         WorkerCommand::PublishWeights { formation, .. } => {
             ToWorker::Commit { formation, position: None, pinned: Pinned::default() }
         }
@@ -432,7 +436,7 @@ fn encode(
 fn assignment(core: &Core, job: JobId) -> Option<(Rc<Formed>, bool)> {
     let formed = core.jobs().all.get(&job)?.running()?;
     let mut is_reachable = true;
-    for &worker in &formed.places {
+    for worker in formed.workers() {
         is_reachable &= core.member(worker).filter(|member| member.is_known())?.registration.fabric.is_some();
     }
     Some((Rc::new(formed.clone()), is_reachable))

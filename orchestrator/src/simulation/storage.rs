@@ -66,19 +66,6 @@ struct Committed {
     damaged: Option<Rank>,
 }
 
-/// Who writes a checkpoint: a formation, or workers between two before the second one begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Attempt {
-    pub(super) generation: Generation,
-    pub(super) is_from_memory: bool,
-}
-
-impl From<Generation> for Attempt {
-    fn from(generation: Generation) -> Self {
-        Attempt { generation, is_from_memory: false }
-    }
-}
-
 /// One job's folder.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Folder {
@@ -88,10 +75,10 @@ pub(super) struct Folder {
     begun: Generation,
     /// By step.
     committed: BTreeMap<u64, Committed>,
-    /// By step and who writes it: shards by rank.
-    unfinished: BTreeMap<(u64, Attempt), BTreeMap<Rank, Trained>>,
+    /// By step and generation: shards by rank.
+    unfinished: BTreeMap<(u64, Generation), BTreeMap<Rank, Trained>>,
     /// Those of which a later formation has removed shards: their writers may not know, and go on.
-    removed: BTreeSet<(u64, Attempt)>,
+    removed: BTreeSet<(u64, Generation)>,
     /// Exported files by generation and rank.
     exported: BTreeMap<Generation, Vec<Rank>>,
     /// Generation whose weights stand.
@@ -128,14 +115,9 @@ impl Folder {
         is_next
     }
 
-    /// Whether this formation, or one after it, has begun in it.
-    pub(super) fn has_begun(&self, generation: Generation) -> bool {
-        self.begun >= generation
-    }
-
     /// The worker of rank 0 makes the folder ready for a formation.
     pub(super) fn tidy(&mut self, generation: Generation, retention: Retention, newest: Option<u64>) {
-        let is_later = |(_, of): &(u64, Attempt)| of.generation > generation;
+        let is_later = |(_, of): &(u64, Generation)| *of > generation;
         self.removed.extend(self.unfinished.keys().copied().filter(|of| !is_later(of)));
         self.unfinished.retain(|of, _| is_later(of));
         self.exported.retain(|of, _| *of > generation);
@@ -154,7 +136,7 @@ impl Folder {
             .retain(|step, _| Some(*step) == fresh || *step == pinned.earlier || !old.contains(step));
     }
 
-    pub(super) fn save(&mut self, of: Attempt, rank: Rank, trained: Trained) {
+    pub(super) fn save(&mut self, of: Generation, rank: Rank, trained: Trained) {
         self.unfinished.entry((trained.step, of)).or_default().insert(rank, trained);
     }
 
@@ -167,7 +149,7 @@ impl Folder {
     /// **Errors**: a message. A defect of those who asked for it is `Err(Err(..))`, what a storage says `Err(Ok(..))`.
     pub(super) fn commit(
         &mut self,
-        (step, of): (u64, Attempt),
+        (step, of): (u64, Generation),
         world: usize,
         retention: Retention,
     ) -> Result<Trained, Result<String, String>> {
@@ -189,7 +171,7 @@ impl Folder {
         if shards.values().any(|shard| *shard != one) {
             return Err(Err(format!("step {step} is committed with shards of different histories")));
         }
-        self.committed.insert(step, Committed { trained: one, generation: of.generation, damaged: None });
+        self.committed.insert(step, Committed { trained: one, generation: of, damaged: None });
         self.drop_oldest(retention, Some(step));
         Ok(one)
     }

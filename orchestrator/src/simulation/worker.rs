@@ -12,7 +12,7 @@ use contraflow_runtime::fabric::Address;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
 
-use super::memory::SimReplicas;
+use super::memory::{SimReplicas, step_done};
 use super::mutation::Mutation;
 use super::network::{FromWorker, ToWorker};
 use super::ranks::Group;
@@ -184,10 +184,7 @@ impl World {
             ToWorker::Command { to, command } => self.commanded(id, to, command),
             ToWorker::Release { .. } if self.mutation == Some(Mutation::StaysOn) => {}
             ToWorker::Release { formation, keep } => self.released(id, formation, keep),
-            ToWorker::Write { formation, of: (of, step), ranks } => {
-                let takes = self.random.between(1, 900);
-                self.plan_own(id, formation, takes, RankTask::WrittenDown(Box::new((of, step, ranks))));
-            }
+            ToWorker::Bring { formed, job } => self.brings(id, job, &formed),
             ToWorker::Durable { job, step } => {
                 if let Some(hosted) = worker.hosted.get_mut(&job) {
                     hosted.outbox.durable(step);
@@ -200,9 +197,6 @@ impl World {
                 if worker.hosted_mut(formation).is_some() {
                     let takes = self.random.between(1, 400);
                     self.plan_own(id, formation, takes, RankTask::Commits(position, pinned));
-                } else if let Some(position) = position.filter(|_| worker.has_left(formation)) {
-                    let takes = self.random.between(1, 400);
-                    self.plan_own(id, formation, takes, RankTask::CommitsWritten(position, pinned));
                 }
             }
         }
@@ -289,8 +283,32 @@ impl World {
         } else if let Some((link, true)) = worker.link {
             let nothing = Left { formation, replicas: Vec::new() };
             let left = worker.memory.get(&job).map_or(nothing, |replicas| replicas.left(job));
+            let reports = worker.memory.get(&job).map(|replicas| replicas.all_reports()).unwrap_or_default();
+            // No rank of another layout can say them again.
+            if !self.breaks(Mutation::RecoversInSilence) {
+                for (rank, step) in reports {
+                    let event = step_done(generation, rank, step);
+                    self.send_up(link, FromWorker::Event { formation, event });
+                }
+            }
             self.send_up(link, FromWorker::Released(Left { formation, ..left }));
         }
+    }
+
+    /// Brings what it keeps to a formation that has no rank here.
+    fn brings(&mut self, id: u64, job: JobId, formed: &Formed) {
+        let of = formed.id(job);
+        let is_later = |generation| generation >= of.generation;
+        let hosted = self.workers.get(&id).and_then(|worker| worker.hosted.get(&job));
+        if hosted.is_some_and(|hosted| is_later(hosted.generation)) {
+            return;
+        }
+        self.leave(id, of);
+        self.note([18, id, job.bits()], || format!("worker {id} brings what it keeps to {of}"));
+        if self.breaks(Mutation::DropsWhatItBrings) {
+            self.workers.get_mut(&id).into_iter().for_each(|worker| drop(worker.memory.remove(&job)));
+        }
+        self.enter_memory(id, job, formed);
     }
 
     /// Leaves this formation of a job, or an earlier one if that is here.
@@ -323,11 +341,7 @@ impl World {
                 let world = hosted.map(|hosted| hosted.formed.places.len());
                 self.commit(id, of, (position, pinned), world);
             }
-            (RankTask::CommitsWritten(position, pinned), _) => {
-                self.commit_written(id, of, (position, pinned))
-            }
             (RankTask::Saved(what), _) => self.saved(id, of, *what),
-            (RankTask::WrittenDown(what), _) => self.reshard_event(id, of, *what),
             (RankTask::Prepared, Some(hosted)) => {
                 let (formed, known) = (hosted.formed.clone(), (hosted.pinned, hosted.is_reachable));
                 self.prepared(id, of, &formed, known);
@@ -374,12 +388,6 @@ impl Worker {
         FormationId { job, generation }: FormationId,
     ) -> Option<&mut SimFormation> {
         self.hosted.get_mut(&job).filter(|hosted| hosted.generation == generation)
-    }
-
-    /// Whether it has left this formation and still knows what its ranks were made of.
-    fn has_left(&self, FormationId { job, generation }: FormationId) -> bool {
-        self.memory.get(&job).is_some_and(|replicas| replicas.is_of(generation))
-            && !self.hosted.contains_key(&job)
     }
 
     fn hello(&self, id: u64) -> FromWorker {

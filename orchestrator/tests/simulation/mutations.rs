@@ -7,7 +7,7 @@ use contraflow_orchestrator::simulation::run_broken;
 const SEEDS: u64 = 4_000;
 
 /// A rule, and what the check says that notices.
-const CAUGHT: [(Mutation, &str); 33] = [
+const CAUGHT: [(Mutation, &str); 35] = [
     (TakesAnyFolder, "for its own"),
     (CountsNothing, "is said to have made step"),
     (SpeaksFirst, "assigned by a formation that is not kept"),
@@ -33,6 +33,8 @@ const CAUGHT: [(Mutation, &str); 33] = [
     (OutrunsBuddies, "is in memory"),
     (LetsGoEarly, "is in memory"),
     (RecoversInSilence, "is next"),
+    (MovesStale, "is put together of several"),
+    (DropsWhatItBrings, "and has none"),
     (PinsNothing, "which is kept, is gone"),
     (BlamesNobody, "after the last fault"),
     (EndsOnFailedSave, "has ended without cause"),

@@ -14,9 +14,6 @@ use crate::files::{UNFINISHED_SUFFIX, bytes_below, make_dir, sync_dir, write_syn
 use crate::schedule::size;
 use crate::topology::Generation;
 
-/// Part of the name of a checkpoint that is written down from memory between two formations.
-const FROM_MEMORY: &str = ".memory";
-
 /// Ending of the name of a folder that is being removed; it counts as unfinished.
 const REMOVED: &str = ".removed.part";
 
@@ -46,9 +43,6 @@ pub struct CheckpointFolder {
     dir: PathBuf,
     /// Part of the names of what is not finished: what an earlier formation still writes is never in the way.
     generation: Generation,
-    /// Whether it is for what is written down from memory before that formation begins: the same step may be made and saved
-    /// again in it, in another layout, while some worker is still writing.
-    is_from_memory: bool,
     /// Checkpoints that stay, however old they are.
     pinned: Pinned,
     /// The job of a cluster in whose folder it is: nothing changes unless that is still so.
@@ -65,7 +59,6 @@ impl CheckpointFolder {
         CheckpointFolder {
             dir: run.join(FOLDER),
             generation: Generation::default(),
-            is_from_memory: false,
             pinned: Pinned::default(),
             job: None,
             quota: None,
@@ -80,12 +73,7 @@ impl CheckpointFolder {
 
     /// The same folder, for the ranks of one formation.
     pub fn in_generation(self, generation: Generation) -> Self {
-        CheckpointFolder { generation, is_from_memory: false, ..self }
-    }
-
-    /// The same folder, for what is written down from memory before this formation begins.
-    pub fn before_generation(self, generation: Generation) -> Self {
-        CheckpointFolder { generation, is_from_memory: true, ..self }
+        CheckpointFolder { generation, ..self }
     }
 
     /// The same folder, in which these stay, and the newest checkpoints up to them, whatever is committed after them.
@@ -124,8 +112,7 @@ impl CheckpointFolder {
             0 => String::new(),
             generation => format!(".g{generation}"),
         };
-        let memory = if self.is_from_memory { FROM_MEMORY } else { "" };
-        self.dir.join(format!("step-{step:08}{formation}{memory}{UNFINISHED_SUFFIX}"))
+        self.dir.join(format!("step-{step:08}{formation}{UNFINISHED_SUFFIX}"))
     }
 
     /// Steps of the committed checkpoints, ascending.
@@ -215,8 +202,7 @@ impl CheckpointFolder {
     /// Whether a later formation writes it: a process that stood still may be the one that is late.
     fn is_of_later(&self, path: &Path) -> bool {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let name = name.strip_suffix(UNFINISHED_SUFFIX).unwrap_or_default();
-        let formation = name.strip_suffix(FROM_MEMORY).unwrap_or(name).rsplit_once(".g");
+        let formation = name.strip_suffix(UNFINISHED_SUFFIX).and_then(|name| name.rsplit_once(".g"));
         let formation = formation.and_then(|(_, digits)| digits.parse::<u32>().ok());
         let own = self.generation.number();
         own > 0 && formation.is_some_and(|formation| formation > own)

@@ -146,28 +146,6 @@ fn what_another_formation_has_committed_stands_and_nothing_is_left_in_the_way() 
 }
 
 #[test]
-fn what_is_written_down_from_memory_is_not_mixed_with_what_the_next_formation_writes() {
-    let run = tempfile::tempdir().unwrap();
-    let next = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(2));
-    let from_memory = next.clone().before_generation(Generation::new(2));
-    assert_eq!(from_memory.clone().in_generation(Generation::new(2)), next);
-    // Some worker is still writing when the job has long gone on without it, and makes the same step.
-    shard(&from_memory.make_unfinished(5).unwrap(), 0, b"of another layout");
-    let written = commit(&next, 5, 2);
-    assert!(from_memory.unfinished(5).exists());
-    assert_eq!(Manifest::read(&next.committed(5)).unwrap(), written);
-    // The next formation clears it away, an earlier one does not.
-    let earlier = next.clone().in_generation(Generation::new(1));
-    earlier.tidy(2, None).unwrap();
-    assert!(from_memory.unfinished(5).exists());
-    next.tidy(2, None).unwrap();
-    assert!(!from_memory.unfinished(5).exists());
-    // What is committed of it has the name that every checkpoint of that step has.
-    commit(&from_memory, 6, 2);
-    assert_eq!(next.list().unwrap(), [5, 6]);
-}
-
-#[test]
 fn a_rollback_leaves_no_checkpoint_of_the_abandoned_history() {
     let run = tempfile::tempdir().unwrap();
     let before = CheckpointFolder::of_run(run.path()).in_generation(Generation::new(1));

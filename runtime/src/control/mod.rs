@@ -28,7 +28,10 @@ pub enum RankCommand {
     },
     /// Finish the running step, keep the state after it, and wait. The ranks agree on the step among themselves, so that
     /// all of them stop after the same one.
-    Stop,
+    Stop {
+        /// It is kept in memory, and not written to the storage.
+        in_memory: bool,
+    },
     /// Run the validation sequences forward.
     Validate,
     /// Write the weights this rank answers for into a folder, in the published format.
@@ -53,6 +56,13 @@ pub enum RankEvent {
         /// The reporting rank.
         rank: Rank,
     },
+    /// The rank has taken its state over from memory, in another layout.
+    StateMoved {
+        /// The reporting rank.
+        rank: Rank,
+        /// How much of it moved.
+        moved: MovedBytes,
+    },
     /// An update has been made.
     StepDone {
         /// Who, which step, and what was measured.
@@ -64,6 +74,8 @@ pub enum RankEvent {
         rank: Rank,
         /// The last step.
         step: u64,
+        /// The state after it is in memory, of this rank and its buddy, and need not be in the storage.
+        in_memory: bool,
     },
     /// The rank's part of a checkpoint is on disk, synced, in the unfinished folder of its step.
     ShardSaved {
@@ -135,6 +147,7 @@ impl RankEvent {
     pub fn rank(&self) -> Rank {
         match self {
             RankEvent::Ready { rank }
+            | RankEvent::StateMoved { rank, .. }
             | RankEvent::Stopped { rank, .. }
             | RankEvent::ShardSaved { rank, .. }
             | RankEvent::SaveFailed { rank, .. }
@@ -144,6 +157,28 @@ impl RankEvent {
             | RankEvent::Diverged { rank, .. }
             | RankEvent::Failed { rank, .. } => *rank,
             RankEvent::StepDone { report } => Rank::new(report.rank),
+        }
+    }
+}
+
+/// What has been taken over of a state in memory. **Units**: bytes of values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MovedBytes {
+    /// From other processes.
+    pub moved: u64,
+    /// What could not but come from there.
+    pub least: u64,
+    /// All of it.
+    pub needed: u64,
+}
+
+impl MovedBytes {
+    /// Both together.
+    pub fn and(self, other: MovedBytes) -> MovedBytes {
+        MovedBytes {
+            moved: self.moved.saturating_add(other.moved),
+            least: self.least.saturating_add(other.least),
+            needed: self.needed.saturating_add(other.needed),
         }
     }
 }

@@ -76,7 +76,7 @@ impl Outbox {
     pub fn is_new(&mut self, rank: Rank, command: &RankCommand) -> bool {
         let kind = match command {
             RankCommand::BeginStep { .. } => "begin",
-            RankCommand::Stop => "stop",
+            RankCommand::Stop { .. } => "stop",
             RankCommand::Validate => "validate",
             RankCommand::Export { .. } => "export",
             RankCommand::Abort { .. } | RankCommand::Shutdown => return true,

@@ -8,7 +8,7 @@ use contraflow_proto::v1;
 use v1::rank_command::Command;
 use v1::rank_event::Event;
 
-use super::{ExportedFile, RankCommand, RankEvent};
+use super::{ExportedFile, MovedBytes, RankCommand, RankEvent};
 use crate::checkpoint::{Position, ShardFile};
 use crate::fabric::Address;
 use crate::faults::ErrorKind;
@@ -27,7 +27,8 @@ pub struct RankAddress {
 pub fn encode_command(to: RankAddress, command: &RankCommand) -> v1::RankCommand {
     let command = match command {
         RankCommand::BeginStep { step } => Command::BeginStep(*step),
-        RankCommand::Stop => Command::Stop(v1::Empty {}),
+        RankCommand::Stop { in_memory: false } => Command::Stop(v1::Empty {}),
+        RankCommand::Stop { in_memory: true } => Command::StopInMemory(v1::Empty {}),
         RankCommand::Validate => Command::Validate(v1::Empty {}),
         RankCommand::Export { .. } => Command::Export(v1::Empty {}),
         RankCommand::Abort { reason } => Command::Abort(reason.clone()),
@@ -48,7 +49,8 @@ pub fn decode_command(
     let v1::RankCommand { job, generation, rank, command, .. } = message;
     let command = match command.ok_or("a command without content")? {
         Command::BeginStep(step) => RankCommand::BeginStep { step },
-        Command::Stop(_) => RankCommand::Stop,
+        Command::Stop(_) => RankCommand::Stop { in_memory: false },
+        Command::StopInMemory(_) => RankCommand::Stop { in_memory: true },
         Command::Validate(_) => RankCommand::Validate,
         Command::Export(_) => RankCommand::Export { dir: export_dir.to_owned() },
         Command::Abort(reason) => RankCommand::Abort { reason },
@@ -63,8 +65,12 @@ pub fn encode_event(formation: FormationId, event: &RankEvent) -> v1::RankEvent 
     let rank = event.rank().number().into();
     let event = match event {
         RankEvent::Ready { .. } => Event::Ready(v1::Empty {}),
+        RankEvent::StateMoved { moved: MovedBytes { moved, least, needed }, .. } => {
+            Event::StateMoved(v1::StateMoved { moved: *moved, least: *least, needed: *needed })
+        }
         RankEvent::StepDone { report } => Event::StepDone(report.clone()),
-        RankEvent::Stopped { step, .. } => Event::Stopped(*step),
+        RankEvent::Stopped { step, in_memory: false, .. } => Event::Stopped(*step),
+        RankEvent::Stopped { step, in_memory: true, .. } => Event::StoppedInMemory(*step),
         RankEvent::ShardSaved { position, watch, shard, .. } => Event::ShardSaved(v1::ShardSaved {
             position: Some((*position).into()),
             watch: Some(watch.clone().into()),
@@ -101,11 +107,15 @@ pub fn decode_event(message: v1::RankEvent) -> Result<(RankAddress, RankEvent), 
     let address = RankAddress { formation: formation_of(job, generation)?, rank };
     let event = match event.ok_or("an event without content")? {
         Event::Ready(_) => RankEvent::Ready { rank },
+        Event::StateMoved(v1::StateMoved { moved, least, needed }) => {
+            RankEvent::StateMoved { rank, moved: MovedBytes { moved, least, needed } }
+        }
         Event::StepDone(report) if Rank::new(report.rank) != rank => {
             return Err(format!("a report of rank {} from rank {rank}", report.rank));
         }
         Event::StepDone(report) => RankEvent::StepDone { report },
-        Event::Stopped(step) => RankEvent::Stopped { rank, step },
+        Event::Stopped(step) => RankEvent::Stopped { rank, step, in_memory: false },
+        Event::StoppedInMemory(step) => RankEvent::Stopped { rank, step, in_memory: true },
         Event::ShardSaved(saved) => RankEvent::ShardSaved {
             rank,
             position: saved.position.ok_or("a shard without a position")?.into(),
@@ -256,8 +266,10 @@ mod tests {
             Divergence { step: 4, action: StepAction::RollBack, why: "a spike".into(), evidence: None };
         let events = [
             RankEvent::Ready { rank },
+            RankEvent::StateMoved { rank, moved: MovedBytes { moved: 7, least: 6, needed: 9 } },
             RankEvent::StepDone { report: StepReport { rank: 3, step: 9, loss: 0.1, ..Default::default() } },
-            RankEvent::Stopped { rank, step: 9 },
+            RankEvent::Stopped { rank, step: 9, in_memory: false },
+            RankEvent::Stopped { rank, step: 9, in_memory: true },
             RankEvent::ShardSaved {
                 rank,
                 position: Position { step: 1, cursor: 2, tokens: 3 },
@@ -292,7 +304,8 @@ mod tests {
         let dir = Path::new("/jobs/1/model.part");
         let commands = [
             RankCommand::BeginStep { step: 4 },
-            RankCommand::Stop,
+            RankCommand::Stop { in_memory: false },
+            RankCommand::Stop { in_memory: true },
             RankCommand::Validate,
             RankCommand::Export { dir: dir.to_owned() },
             RankCommand::Abort { reason: "why".into() },

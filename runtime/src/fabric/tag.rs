@@ -47,15 +47,17 @@ pub enum FrameKind {
     AllGather,
     /// A small vector to be summed, or its sum.
     AllReduce,
-    /// A rank's part of the state; the micro-batch counts the pieces.
+    /// A rank's part of the state, or some of it; the layer says whose, the micro-batch counts the pieces.
     State,
     /// A buddy's acknowledgement that it holds a rank's shard.
     StateReplicated,
+    /// What a rank wants of a state in memory that is in another layout.
+    StateWanted,
 }
 
 impl FrameKind {
     /// All of them, each at the place of its number on the wire and in a ring.
-    pub(crate) const ALL: [FrameKind; 11] = [
+    pub(crate) const ALL: [FrameKind; 12] = [
         FrameKind::Activation,
         FrameKind::Gradient,
         FrameKind::Dispatch,
@@ -67,6 +69,7 @@ impl FrameKind {
         FrameKind::AllReduce,
         FrameKind::State,
         FrameKind::StateReplicated,
+        FrameKind::StateWanted,
     ];
 }
 

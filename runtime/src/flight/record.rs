@@ -53,7 +53,7 @@ impl fmt::Display for Frame {
             FrameKind::ReduceScatter | FrameKind::AllGather => {
                 write!(f, "{kind:?} of bucket {layer} from rank {peer}")
             }
-            FrameKind::AllReduce | FrameKind::State | FrameKind::StateReplicated => {
+            FrameKind::AllReduce | FrameKind::State | FrameKind::StateReplicated | FrameKind::StateWanted => {
                 write!(f, "{kind:?} from rank {peer}")
             }
             _ => write!(

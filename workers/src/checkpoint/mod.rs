@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use newest::NewestWhole;
 pub use read::{Checkpoint, CheckpointFaults, Records, parse_header};
-pub use shard::{shard_bytes, shard_name, write_shard, write_shard_bytes};
+pub use shard::{part_of, shard_bytes, shard_name, write_shard};
 pub use snapshot::{Awaited, RecordValues, Snapshot, SnapshotPiece};
 
 /// What a record's values are of their tensor.

@@ -132,14 +132,40 @@ impl Checkpoint {
 }
 
 impl Records {
-    /// Those of one shard in memory. `of` says what it is, for messages.
+    /// Those of shards in memory. `of` says what they are, for messages.
     ///
-    /// **Errors**: the bytes are not a shard.
-    pub fn in_memory(of: String, shard: Arc<Vec<u8>>) -> Result<Self, RankError> {
+    /// **Errors**: the bytes of one are not a shard.
+    pub fn in_memory(of: String, shards: impl IntoIterator<Item = Arc<Vec<u8>>>) -> Result<Self, RankError> {
         let mut records = Records { of, ..Records::default() };
-        let size = shard.len() as u64;
-        records.add(ShardSource::Memory(shard), size).map_err(|message| records.wrong(message))?;
+        for shard in shards {
+            let size = shard.len() as u64;
+            records.add(ShardSource::Memory(shard), size).map_err(|message| records.wrong(message))?;
+        }
         Ok(records)
+    }
+
+    /// Puts the values of a record as they are stored behind what is in `out`: some range of one that is here.
+    ///
+    /// **Errors**: there is no such record, or not all of the range.
+    pub(super) fn append(&self, record: &Record, out: &mut Vec<u8>) -> Result<(), RankError> {
+        let Record { name, kind, shape, format, range } = record;
+        let places = &self.pieces(*kind, name, shape)?.places;
+        let has = |place: &&RecordLocation| {
+            let have = &place.record.range;
+            have.start <= range.start && range.end <= have.end && place.record.format == *format
+        };
+        let lacks = || self.wrong(format!("{name}: expected elements {range:?} as {format:?}, got others"));
+        let place = places.iter().find(has).filter(|_| range.start <= range.end).ok_or_else(lacks)?;
+        let first = place.start + (format.bytes() * (range.start - place.record.range.start)) as u64;
+        let begin = out.len();
+        out.resize(begin + format.bytes() * range.len(), 0);
+        self.read_bytes(place.source, first, &mut out[begin..])
+    }
+
+    /// **Units**: bytes of the values of all records.
+    pub fn num_bytes(&self) -> u64 {
+        let places = self.tensors.values().flat_map(|pieces| &pieces.places);
+        places.map(|place| (place.record.range.len() * place.record.format.bytes()) as u64).sum()
     }
 
     fn add(&mut self, source: ShardSource, size: u64) -> Result<(), String> {

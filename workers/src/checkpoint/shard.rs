@@ -6,7 +6,7 @@ use std::path::Path;
 use contraflow_runtime::checkpoint::ShardFile;
 use contraflow_runtime::failpoint::failpoint;
 
-use super::{Record, Snapshot, Storage};
+use super::{Record, Records, Snapshot, Storage};
 use crate::error::RankError;
 use crate::hashed_file::{FinishedFile, HashedFile};
 
@@ -48,20 +48,17 @@ pub fn shard_bytes(mut snapshot: Snapshot, mut buffer: Vec<u8>) -> io::Result<Ve
     Ok(buffer)
 }
 
-/// Writes the bytes of a rank's shard into an existing folder, synced.
+/// Some ranges of records, of no two one tensor's, as the bytes of a shard of their own.
 ///
-/// **Errors**: what the system says, with the path.
-pub fn write_shard_bytes(dir: &Path, rank: usize, bytes: &[u8]) -> Result<ShardFile, RankError> {
-    let file = shard_name(rank);
-    let path = dir.join(&file);
-    let write = || {
-        let mut out = HashedFile::create(&path)?;
-        out.write(bytes)?;
-        out.finish()
-    };
-    let FinishedFile { bytes, blake3 } =
-        write().map_err(|source| RankError::File { path: path.display().to_string(), source })?;
-    Ok(ShardFile { file, bytes, blake3 })
+/// **Errors**: one of them is not whole in `records`.
+pub fn part_of(records: &Records, mut wanted: Vec<Record>) -> Result<Vec<u8>, RankError> {
+    wanted.sort_by_cached_key(Record::key);
+    let text = header(wanted.iter());
+    let text = text.map_err(|source| RankError::File { path: "memory".into(), source })?;
+    let mut part = (text.len() as u64).to_le_bytes().to_vec();
+    part.extend_from_slice(text.as_bytes());
+    wanted.iter().try_for_each(|record| records.append(record, &mut part))?;
+    Ok(part)
 }
 
 fn write_pieces(path: &Path, snapshot: Snapshot) -> io::Result<FinishedFile> {

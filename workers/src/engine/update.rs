@@ -3,7 +3,7 @@
 //! Knows no lanes; the operations are in `update_ops`.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_runtime::stability::Seen;
 use contraflow_runtime::stability::evidence::{Evidence, Found};
@@ -11,8 +11,29 @@ use contraflow_runtime::stability::evidence::{Evidence, Found};
 use crate::checkpoint::Snapshot;
 use crate::checkpoint::saves::Saves;
 use crate::error::Missing;
-use crate::optimizer::totals::GlobalTotals;
+use crate::optimizer::totals::{GlobalTotals, StopWish};
 use crate::optimizer::update::{OptimizerState, UpdateRates};
+
+/// What a rank has been told of an end; heard until the totals of the running step.
+#[derive(Debug, Default)]
+pub struct StopOrder {
+    saved: AtomicBool,
+    in_memory: AtomicBool,
+}
+
+impl StopOrder {
+    /// The run is to stop between two steps.
+    pub fn give(&self, in_memory: bool) {
+        let told = if in_memory { &self.in_memory } else { &self.saved };
+        told.store(true, Ordering::Relaxed);
+    }
+
+    /// What has been said so far.
+    pub fn wish(&self) -> StopWish {
+        let [saved, in_memory] = [&self.saved, &self.in_memory].map(|told| told.load(Ordering::Relaxed));
+        StopWish { stops: saved || in_memory, in_memory }
+    }
+}
 
 /// Inputs of a step's update.
 #[derive(Clone, Debug)]
@@ -20,13 +41,15 @@ pub struct UpdateOrder {
     /// Which step, with which rates.
     pub rates: UpdateRates,
     /// Whether this rank was told to stop: if any was by the time of the totals, all stop after this step.
-    pub stop: Arc<AtomicBool>,
+    pub stop: Arc<StopOrder>,
     /// When the state after the update is written to storage.
     pub save: SaveWhen,
     /// How this rank's saves go.
     pub saves: Arc<Saves>,
     /// Whether the state after the update is replicated in memory, unless the ranks stop after it.
     pub replicate: bool,
+    /// Whether the ranks can stop after this step with the state in memory.
+    pub can_keep: bool,
     /// Whether the update is gathered at once; otherwise the next step does it, unless the ranks stop after this one.
     pub gather: bool,
     /// This rank's share of the validation loss of the weights that the step begins with, if they were validated.
@@ -47,6 +70,7 @@ impl UpdateOrder {
             save,
             saves: Arc::default(),
             replicate: false,
+            can_keep: false,
             gather: true,
             validated: None,
             patience: 0,
@@ -60,7 +84,7 @@ impl UpdateOrder {
 pub enum SaveWhen {
     /// Not at all: there is nowhere to keep it.
     Never,
-    /// If the ranks stop after this step, or a save has failed and is tried again.
+    /// If the ranks stop after this step and do not keep it in memory, or a save has failed and is tried again.
     AtStop,
     /// After this step, unless a rank still writes the one before and takes long.
     Due,
@@ -103,15 +127,15 @@ impl Update {
         let wish = self.global.as_ref().map(|global| global.save).unwrap_or_default();
         match self.order.save {
             SaveWhen::Never => false,
-            SaveWhen::AtStop => self.stops() || (wish.retries && !wish.skips),
-            SaveWhen::Due => self.stops() || !wish.skips,
+            SaveWhen::AtStop => self.stops_saved() || (wish.retries && !wish.skips),
+            SaveWhen::Due => self.stops_saved() || !wish.skips,
             SaveWhen::Now => true,
         }
     }
 
     /// Whether the state after the step is replicated in memory.
     pub fn replicates(&self) -> bool {
-        self.order.replicate && !self.stops()
+        self.order.replicate && !self.stops() || self.stops_in_memory()
     }
 
     /// Whether the update is gathered at once.
@@ -121,6 +145,14 @@ impl Update {
 
     fn stops(&self) -> bool {
         self.global.as_ref().is_some_and(|global| global.stop || global.ends_early)
+    }
+
+    fn stops_in_memory(&self) -> bool {
+        self.global.as_ref().is_some_and(|global| global.in_memory)
+    }
+
+    fn stops_saved(&self) -> bool {
+        self.stops() && !self.stops_in_memory()
     }
 
     /// The totals.

@@ -3,8 +3,6 @@
 //!
 //! The arithmetic is [`crate::optimizer`]'s, the frames are [`crate::comm`]'s; what comes after what is in the program.
 
-use std::sync::atomic::Ordering;
-
 use contraflow_runtime::fabric::Phase;
 use contraflow_runtime::schedule::Work;
 use contraflow_runtime::stability::validation::Validated;
@@ -105,7 +103,7 @@ impl RunningProgram {
             let squares = update.optimizer.sum_squares(|bucket| {
                 self.in_flight.bucket(bucket, |in_flight| in_flight.squares.take().unwrap_or_default())
             });
-            let wishes = (update.order.stop.load(Ordering::Relaxed), update.order.saves.wish());
+            let wishes = (update.order.stop.wish(), update.order.saves.wish());
             let validated = update.order.validated.unwrap_or_default();
             Ok(update.optimizer.layout.encode(squares, &own, wishes, validated))
         })?;
@@ -118,6 +116,7 @@ impl RunningProgram {
                 update.optimizer.watch.validation.note(Validated { step, loss: global.validation_loss });
             }
             global.ends_early = update.optimizer.watch.validation.is_exhausted(update.order.patience);
+            global.in_memory &= global.stop && !global.ends_early && update.order.can_keep;
             update.global = Some(global);
             Ok(())
         })

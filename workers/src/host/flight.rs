@@ -13,6 +13,7 @@ use contraflow_runtime::files;
 use contraflow_runtime::flight::{self, About, Analysis, FOLDER, Recorders};
 use contraflow_runtime::topology::{FormationId, Rank};
 
+use super::formation::world_of;
 use super::{Host, Input, reading};
 use crate::error::RankError;
 
@@ -25,7 +26,8 @@ const MAX_READ: usize = 1_024;
 /// Begins the rings of a formation's ranks that are here. There are none where that fails or takes too long, which is said once.
 pub(super) fn begin(job: &Path, id: FormationId, assign: &v1::Assign) -> Recorders {
     let ranks: Vec<usize> = ranks_of(&assign.ranks).into_iter().flatten().map(Rank::index).collect();
-    let (first, world) = (ranks.first().copied().unwrap_or_default(), assign.workers.len());
+    let world = world_of(&assign.workers, assign.bringers).unwrap_or(assign.workers.len());
+    let first = ranks.first().copied().unwrap_or_default();
     let (sender, begun) = mpsc::channel();
     let dir = job.to_owned();
     let begin = move || {

@@ -11,7 +11,7 @@ use contraflow_runtime::control::wire::{
 use contraflow_runtime::control::{RankCommand, RankEvent};
 use contraflow_runtime::fabric::{self, Address, Endpoint, Listener, Progress, Transport, WiredNetwork};
 use contraflow_runtime::flight::{Beats, Recorders};
-use contraflow_runtime::topology::{FormationId, Rank};
+use contraflow_runtime::topology::{FormationId, Rank, Topology};
 use contraflow_runtime::trace::TraceContext;
 use ractor::{Actor, ActorRef};
 use tokio::sync::mpsc;
@@ -23,7 +23,7 @@ use crate::engine::timelines::Timelines;
 use crate::error::RankError;
 use crate::rank::build::Assignment;
 use crate::rank::worker::{Worker, WorkerMessage};
-use crate::replica::{Recovered, ReplicaStore, Replicator};
+use crate::replica::{Circle, Recovered, ReplicaStore, Replicator};
 
 /// Timeout of a wait between ranks: a lost peer ends it at once; this covers what went unnoticed.
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -71,7 +71,7 @@ impl Formation {
             prepared: None,
             reading: None,
             ranks: ranks_of(&assign.ranks)?,
-            world: assign.workers.len(),
+            world: world_of(&assign.workers, assign.bringers)?,
             running: None,
         })
     }
@@ -107,31 +107,25 @@ impl Formation {
     ) -> Result<(), RankError> {
         let id = self.id;
         let wrong = |message| RankError::Content { path: "the assignment".into(), message };
-        let secret = assign.secret.as_slice().try_into();
-        let formation = fabric::Formation {
-            id,
-            secret: secret.map_err(|_| wrong("expected a secret of 32 bytes".into()))?,
-            ranks: addresses(assign).map_err(wrong)?,
-            local: self.ranks.iter().map(|rank| rank.index()).collect(),
-            timeout: TIMEOUT,
-            transport: Transport::Auto,
-            delay_injection: None,
-            links: None,
-        };
+        let local = self.ranks.iter().map(|rank| rank.index()).collect();
+        let places = (&assign.fabric[..], &assign.workers[..]);
+        let formation = fabric_formation(id, places, &assign.secret, local).map_err(wrong)?;
         let on_fault = move |fault: fabric::PeerLost| {
             let (job, generation) = formation_numbers(id);
             tracing::warn!(job, generation, "ranks {:?}: {}", fault.ranks, fault.reason);
         };
         let network = WiredNetwork::form(listener, formation, Arc::new(on_fault))?;
-        let memory = assign.memory.as_ref().map(|memory| recovered(memory, store));
+        let places = (&assign.workers[..], assign.bringers);
+        let memory = assign.memory.as_ref().map(|memory| recovered(memory, places, store));
         let memory = memory.transpose().map_err(wrong)?;
+        let in_memory = prepared.recipe.checkpoint.in_memory;
         let mut endpoints = Vec::new();
         let timelines = Timelines::new(self.ranks.len());
         let (worker, commands) = mpsc::unbounded_channel();
         for &rank in &self.ranks {
             let endpoint = network.join(rank.index())?;
             endpoints.push(endpoint.clone());
-            let replicator = replicator((id, assign), &endpoint, store).map_err(wrong)?;
+            let replicator = replicator((id, assign, in_memory), &endpoint, store).map_err(wrong)?;
             let assignment = Box::new(Assignment {
                 formation: id,
                 recipe: prepared.recipe.clone(),
@@ -192,11 +186,41 @@ impl Formation {
     }
 }
 
-/// By rank, where its worker accepts data connections.
+/// How many of the places of a formation are ranks.
 ///
-/// **Errors**: an invalid address, or a rank without one.
-fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
-    let of_worker = assign.fabric.iter().cloned().map(Address::try_from);
+/// **Errors**: none, or more others than there are places.
+pub(super) fn world_of(workers: &[u64], bringers: u64) -> Result<usize, String> {
+    let bringers = usize::try_from(bringers).ok().filter(|bringers| *bringers < workers.len());
+    let bringers = bringers.ok_or_else(|| format!("bringers: expected fewer than {}", workers.len()))?;
+    Ok(workers.len() - bringers)
+}
+
+/// The network of a formation, as seen by the process of these places.
+///
+/// **Errors**: an invalid address, a place without one, or a secret of another length.
+pub(super) fn fabric_formation(
+    id: FormationId,
+    (fabric, workers): (&[v1::FabricAddress], &[u64]),
+    secret: &[u8],
+    local: Vec<usize>,
+) -> Result<fabric::Formation, String> {
+    Ok(fabric::Formation {
+        id,
+        secret: secret.try_into().map_err(|_| "expected a secret of 32 bytes".to_owned())?,
+        ranks: addresses(fabric, workers)?,
+        local,
+        timeout: TIMEOUT,
+        transport: Transport::Auto,
+        delay_injection: None,
+        links: None,
+    })
+}
+
+/// By place, where its worker accepts data connections.
+///
+/// **Errors**: an invalid address, or a place without one.
+fn addresses(fabric: &[v1::FabricAddress], workers: &[u64]) -> Result<Vec<Address>, String> {
+    let of_worker = fabric.iter().cloned().map(Address::try_from);
     let of_worker: Vec<Address> =
         of_worker.collect::<Result<_, _>>().map_err(|words| format!("fabric.{words}"))?;
     let of_rank = |&worker: &u64| {
@@ -205,7 +229,7 @@ fn addresses(assign: &v1::Assign) -> Result<Vec<Address>, String> {
             format!("workers: expected a place in fabric, which has {}, got {worker}", of_worker.len())
         })
     };
-    assign.workers.iter().map(of_rank).collect()
+    workers.iter().map(of_rank).collect()
 }
 
 /// Ranks as the fabric counts them.
@@ -215,16 +239,19 @@ fn indices_of(numbers: &[u64]) -> Result<Vec<usize>, String> {
     Ok(ranks_of(numbers)?.into_iter().map(Rank::index).collect())
 }
 
-/// The holder of a rank's replica, and whose replica it holds; `None` if all ranks are on one worker.
+/// What keeps the state of a rank in memory, unless the recipe wants none: with the holder of its replica and whose replica it holds,
+/// if not all ranks are on one worker.
 ///
 /// **Errors**: not every rank holds one replica.
 fn replicator(
-    (formation, assign): (FormationId, &v1::Assign),
+    (formation, assign, is_wanted): (FormationId, &v1::Assign, bool),
     endpoint: &Endpoint,
     store: &Arc<ReplicaStore>,
 ) -> Result<Option<Replicator>, String> {
+    let kept =
+        |circle| Some(Replicator { endpoint: endpoint.clone(), store: store.clone(), formation, circle });
     if assign.buddies.is_empty() {
-        return Ok(None);
+        return Ok(is_wanted.then(|| kept(None)).flatten());
     }
     let rank = endpoint.rank();
     let buddies = indices_of(&assign.buddies)?;
@@ -235,17 +262,38 @@ fn replicator(
             assign.buddies
         ));
     };
-    Ok(Some(Replicator { endpoint: endpoint.clone(), store: store.clone(), formation, buddy, source }))
+    Ok(kept(Some(Circle { buddy, source })))
 }
 
-fn recovered(memory: &v1::InMemory, store: &Arc<ReplicaStore>) -> Result<Recovered, String> {
+/// Where the state is that a formation begins with, as it came; `places` are its workers, the last ones no ranks.
+///
+/// **Errors**: the generation or a number is none.
+pub(super) fn recovered(
+    memory: &v1::InMemory,
+    (workers, bringers): (&[u64], u64),
+    store: &Arc<ReplicaStore>,
+) -> Result<Recovered, String> {
     let generation = generation_of(memory.generation).map_err(|words| format!("memory.{words}"))?;
     Ok(Recovered {
         generation,
         step: memory.step,
         holders: indices_of(&memory.holders)?,
+        axes: memory.axes.as_ref().map(axes_of).transpose()?,
+        world: world_of(workers, bringers)?,
         store: store.clone(),
     })
+}
+
+/// Axes as they came.
+///
+/// **Errors**: one of them is no size, or there are more ranks than any job has.
+fn axes_of(axes: &v1::Axes) -> Result<Topology, String> {
+    let size = |axis: u64| u32::try_from(axis).ok().filter(|axis| *axis > 0).map(|axis| axis as usize);
+    let sizes = (size(axes.pipeline), size(axes.expert), size(axes.data));
+    let (Some(pipeline), Some(expert), Some(data)) = sizes else {
+        return Err(format!("memory.axes: expected sizes from 1 on, got {axes:?}"));
+    };
+    Ok(Topology { pipeline, expert, data })
 }
 
 /// Starts the worker actor, hands it what has been sent, and ends it with the sender.

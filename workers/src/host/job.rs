@@ -123,14 +123,6 @@ impl Prepared {
         Ok(prepared)
     }
 
-    /// The same for what is written down from memory between two formations: it goes by the number of the next one.
-    pub fn between_formations(&self) -> Self {
-        let generation = self.manifest.generation.next();
-        let folder = self.folder.clone().before_generation(generation);
-        let manifest = Manifest { generation, ..self.manifest.clone() };
-        Prepared { folder, manifest, ..self.clone() }
-    }
-
     /// What this process has loaded.
     pub fn loaded(&self) -> LoadedData {
         self.loaded.clone()

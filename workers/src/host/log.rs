@@ -1,6 +1,6 @@
 //! Events of ranks as log lines of this worker. Of steps only the warnings are logged.
 
-use contraflow_runtime::control::RankEvent;
+use contraflow_runtime::control::{MovedBytes, RankEvent};
 use contraflow_runtime::topology::JobId;
 
 /// Logs an event, if it has a line.
@@ -8,7 +8,19 @@ pub(super) fn event(job: JobId, event: &RankEvent) {
     let (job, rank) = (job.bits(), event.rank().number());
     match event {
         RankEvent::Ready { .. } => tracing::info!(job, rank, "model built, waiting for other ranks"),
-        RankEvent::Stopped { step, .. } => tracing::info!(job, rank, "stopped after step {step}"),
+        RankEvent::StateMoved { moved: MovedBytes { moved, least, needed }, .. } => {
+            tracing::info!(
+                job,
+                rank,
+                "took its state over from memory: of {needed} bytes {moved} came from other workers, {least} had to"
+            );
+        }
+        RankEvent::Stopped { step, in_memory: false, .. } => {
+            tracing::info!(job, rank, "stopped after step {step}");
+        }
+        RankEvent::Stopped { step, in_memory: true, .. } => {
+            tracing::info!(job, rank, "stopped after step {step}, its state is in memory");
+        }
         RankEvent::ShardSaved { position, .. } => {
             tracing::info!(job, rank, "its part of the checkpoint of step {} is on disk", position.step);
         }

@@ -1,24 +1,17 @@
-//! What this process keeps in memory of the state of jobs, by job: how it is reported to the orchestrator, and written as a
-//! checkpoint for another layout.
+//! What this process keeps in memory of the state of jobs, by job, and how it is reported to the orchestrator.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use contraflow_proto::v1;
-use contraflow_runtime::control::RankEvent;
-use contraflow_runtime::control::wire::{generation_of, ranks_of};
-use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank};
+use contraflow_proto::{StepReport, v1};
+use contraflow_runtime::topology::{FormationId, Generation, JobId};
 
-use super::job::Prepared;
-use crate::error::RankError;
 use crate::replica::{ReplicaStore, ShardId};
 
 /// By job, the latest formation that was here, and what is kept.
 #[derive(Default)]
 pub(super) struct Memory {
     jobs: BTreeMap<JobId, (Generation, Arc<ReplicaStore>)>,
-    /// What ranks of formations that were left were made of.
-    left: BTreeMap<JobId, (Generation, Arc<Prepared>)>,
 }
 
 impl Memory {
@@ -27,7 +20,9 @@ impl Memory {
         let (generation, store) = self.jobs.entry(formation.job).or_default();
         *generation = formation.generation;
         match memory {
-            Some(memory) => store.resume_from(formation.generation, memory.step),
+            Some(memory) => {
+                store.resume_from(formation.generation, memory.step, memory.axes.is_none());
+            }
             // Threads of the formation before may still hold the old one.
             None => *store = Arc::default(),
         }
@@ -49,23 +44,14 @@ impl Memory {
     pub(super) fn drop_replicas(&mut self, FormationId { job, generation }: FormationId) {
         if self.jobs.get(&job).is_some_and(|(latest, _)| *latest <= generation) {
             self.jobs.remove(&job);
-            self.left.remove(&job);
         }
     }
 
-    /// A formation has been left.
-    pub(super) fn note_left(&mut self, formation: FormationId, prepared: Option<Arc<Prepared>>) {
-        if let Some(prepared) = prepared {
-            self.left.insert(formation.job, (formation.generation, prepared));
-        }
-    }
-
-    /// For writing down, and committing, a state of a formation that was left: what its ranks were made of. What they were still
-    /// writing is not in the way.
-    pub(super) fn of_next(&self, formation: FormationId) -> Option<Arc<Prepared>> {
-        let (_, prepared) =
-            self.left.get(&formation.job).filter(|(left, _)| *left == formation.generation)?;
-        Some(Arc::new(prepared.between_formations()))
+    /// What ranks have reported that may not be durable, as reports of the formation that was left.
+    pub(super) fn reports(&self, FormationId { job, generation }: FormationId) -> Vec<StepReport> {
+        let reports = self.jobs.get(&job).map(|(_, store)| store.all_reports()).unwrap_or_default();
+        let of_left = |report| StepReport { generation: generation.number(), ..report };
+        reports.into_iter().map(of_left).collect()
     }
 
     /// The replicas of a job, as reported to the orchestrator.
@@ -83,66 +69,6 @@ impl Memory {
         });
         released.collect()
     }
-}
-
-/// Which parts are to be written down.
-pub(super) struct WriteShards {
-    /// Of the formation that was left: what its ranks have reported is said in its name.
-    left: Generation,
-    /// Of the formation that made the step.
-    made: Generation,
-    step: u64,
-    ranks: Vec<Rank>,
-}
-
-impl WriteShards {
-    /// As it came.
-    ///
-    /// **Errors**: a number that none of them has.
-    pub(super) fn of(order: &v1::WriteShards) -> Result<Self, String> {
-        Ok(WriteShards {
-            left: generation_of(order.generation)?,
-            made: generation_of(order.of_generation).map_err(|words| format!("of_{words}"))?,
-            step: order.step,
-            ranks: ranks_of(&order.ranks)?,
-        })
-    }
-}
-
-/// Writes parts down, each as its rank's shard of a checkpoint; what is to be said of each rank, in order.
-pub(super) fn write_shards(prepared: &Prepared, store: &ReplicaStore, order: &WriteShards) -> Vec<RankEvent> {
-    let mut events = Vec::new();
-    for &rank in &order.ranks {
-        for mut report in store.reports(rank.index(), order.step) {
-            report.generation = order.left.number();
-            events.push(RankEvent::StepDone { report });
-        }
-        events.push(write_part(prepared, store, order, rank).unwrap_or_else(|error| RankEvent::Failed {
-            rank,
-            action: format!("writing the state after step {}", order.step),
-            cause: error.to_string(),
-            kind: error.kind(),
-            peer: None,
-        }));
-    }
-    events
-}
-
-fn write_part(
-    prepared: &Prepared,
-    store: &ReplicaStore,
-    order: &WriteShards,
-    rank: Rank,
-) -> Result<RankEvent, RankError> {
-    let replica = store.get((order.made, order.step, rank.index())).ok_or_else(|| RankError::Content {
-        path: "memory".into(),
-        message: format!("has no state of rank {rank} after step {}", order.step),
-    })?;
-    let dir = prepared.folder.make_unfinished(order.step)?;
-    let written = crate::checkpoint::write_shard_bytes(&dir, rank.index(), &replica.bytes);
-    let shard = written.map_err(RankError::in_storage)?;
-    let (position, watch) = (replica.position, replica.watch.clone());
-    Ok(RankEvent::ShardSaved { rank, position, watch, shard })
 }
 
 fn inventory(store: &ReplicaStore) -> Vec<v1::ReplicaShard> {

@@ -5,6 +5,7 @@
 #![cfg_attr(not(test), deny(clippy::cast_possible_truncation))]
 
 mod absence;
+mod bringing;
 mod discard;
 mod evidence;
 mod flight;
@@ -42,6 +43,7 @@ use tonic::transport::Endpoint;
 use v1::from_worker::Message as Up;
 
 use self::absence::Absence;
+use self::bringing::Bringing;
 use self::formation::Formation;
 use self::job::{LoadedData, Prepared};
 use self::link::{Link, LinkTarget};
@@ -110,8 +112,6 @@ enum Input {
         assign: Box<v1::Assign>,
         result: Result<(Box<Prepared>, Recorders), RankError>,
     },
-    /// Parts of a formation that was left have been written down, or not: what is to be said.
-    ShardsWritten { formation: FormationId, events: Vec<RankEvent> },
     /// Result of a commit or a publication, and what room there is after it.
     Committed { formation: FormationId, answer: v1::Committed, space: Option<v1::StorageSpace> },
     /// What room there is before a formation begins.
@@ -152,6 +152,8 @@ struct Host {
     /// What the process may use.
     limit: Option<MemoryLimit>,
     formations: BTreeMap<JobId, Formation>,
+    /// Formations that begin with what is kept here, and have no rank here.
+    bringing: BTreeMap<JobId, Bringing>,
     loaded: BTreeMap<JobId, LoadedData>,
     /// Formations of which something is being committed, and of which step; the weights have none.
     committing: BTreeSet<(FormationId, Option<u64>)>,
@@ -196,6 +198,7 @@ pub async fn run(
         facts: 0,
         limit: MemoryLimit::of_process(),
         formations: BTreeMap::new(),
+        bringing: BTreeMap::new(),
         loaded: BTreeMap::new(),
         committing: BTreeSet::new(),
         discards: Vec::new(),
@@ -222,6 +225,7 @@ pub async fn run(
     }
     let all: Vec<FormationId> = host.formations.values().map(|formation| formation.id).collect();
     all.into_iter().for_each(|formation| host.leave(formation, "the worker is ending"));
+    std::mem::take(&mut host.bringing).into_values().for_each(Bringing::end);
     while let Ok(line) = lines.try_recv() {
         host.note_line(line);
     }
@@ -306,7 +310,8 @@ impl Host {
 
     /// Whether it is terminating, and nothing holds it any more.
     fn may_end(&self) -> bool {
-        self.leaves_by.is_some_and(|by| self.formations.is_empty() || by <= Instant::now())
+        let is_free = self.formations.is_empty() && self.bringing.is_empty();
+        self.leaves_by.is_some_and(|by| is_free || by <= Instant::now())
     }
 
     fn note_line(&mut self, line: v1::LogLine) {
@@ -351,11 +356,6 @@ impl Host {
             },
             Input::EvidenceWritten { formation, event } => self.rank_event(formation, &event),
             Input::Prepared { formation, assign, result } => self.prepared(formation, &assign, result),
-            Input::ShardsWritten { formation, events } => {
-                for event in events {
-                    self.send(Up::Event(encode_event(formation, &event)));
-                }
-            }
             Input::Discarded(answer) => self.send(Up::Discarded(answer)),
             Input::Space(space) => self.send(Up::Space(space)),
             Input::FlightRead(read) => self.send(Up::FlightRead(read)),

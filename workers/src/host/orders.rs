@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use contraflow_proto::v1;
+use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::control::wire::{
     decode_command, encode_event, formation_numbers, formation_of, job_of,
 };
@@ -16,11 +17,11 @@ use tokio::sync::mpsc::UnboundedSender;
 use v1::from_worker::Message as Up;
 use v1::to_worker::Message as Down;
 
+use super::bringing::Bringing;
 use super::formation::Formation;
 use super::job::{Prepared, Roots};
-use super::memory::WriteShards;
 use super::records::{Note, RecordKeeper};
-use super::{FILES_LINE, Host, Input, flight, memory, reading};
+use super::{FILES_LINE, Host, Input, flight, reading};
 use crate::error::RankError;
 
 impl Host {
@@ -55,7 +56,7 @@ impl Host {
                 self.memory.durable(job, step);
             }
             Down::Commit(commit) => self.commit(commit)?,
-            Down::WriteShards(order) => self.write_shards(&order)?,
+            Down::Bring(order) => self.bring(&order)?,
             Down::Discard(order) => self.discard(order)?,
             Down::ReadFlight(order) => self.read_flight(&order)?,
             Down::Records(records) => self.note_records(job_of(records.job)?, Note::Records(records)),
@@ -123,6 +124,7 @@ impl Host {
             let before = FormationId::new(job, generation.previous());
             self.leave(before, "superseded by another formation");
         }
+        self.stop_bringing(id);
         self.memory.enter(id, assign.memory.as_ref());
         let task = reading::begin(&mut formation, &self.inputs);
         self.formations.insert(job, formation);
@@ -184,10 +186,7 @@ impl Host {
     fn commit(&mut self, commit: v1::Commit) -> Result<(), String> {
         let v1::Commit { job, generation, what } = commit;
         let formation = formation_of(job, generation)?;
-        let prepared = match self.running(formation) {
-            Some(running) => running.prepared.clone(),
-            None => self.memory.of_next(formation),
-        };
+        let prepared = self.running(formation).and_then(|running| running.prepared.clone());
         let (Some(prepared), Some(what)) = (prepared, what) else {
             return Ok(());
         };
@@ -217,17 +216,32 @@ impl Host {
         Ok(())
     }
 
-    /// Writes down what is kept of a formation that was left.
-    fn write_shards(&mut self, order: &v1::WriteShards) -> Result<(), String> {
-        let formation = formation_of(order.job, order.generation)?;
-        let order = WriteShards::of(order)?;
-        let Some(prepared) = self.memory.of_next(formation) else { return Ok(()) };
-        let (store, inputs) = (self.memory.of(formation.job), self.inputs.clone());
-        tokio::task::spawn_blocking(move || {
-            let events = memory::write_shards(&prepared, &store, &order);
-            drop(inputs.send(Input::ShardsWritten { formation, events }));
-        });
+    /// Brings what is kept of a job's state to a formation that has no rank here; one that it is brought to already is left as it is.
+    fn bring(&mut self, order: &v1::Bring) -> Result<(), String> {
+        let id = Bringing::id_of(order)?;
+        let is_known = self.bringing.get(&id.job).is_some_and(|bringing| bringing.id >= id);
+        if is_known || self.formations.get(&id.job).is_some_and(|formation| formation.id >= id) {
+            return Ok(());
+        }
+        self.leave(id, "the job continues without this worker");
+        self.stop_bringing(id);
+        self.memory.enter(id, order.memory.as_ref());
+        match Bringing::begin(order, &self.memory.of(id.job), &self.listener) {
+            Ok(bringing) => drop(self.bringing.insert(id.job, bringing)),
+            // Its ranks find nobody here, and form again.
+            Err(error) => {
+                let (job, generation) = formation_numbers(id);
+                tracing::warn!(job, generation, "the state in memory cannot be brought: {error}");
+            }
+        }
         Ok(())
+    }
+
+    /// Nothing is brought to this formation of a job any more, nor to an earlier one.
+    fn stop_bringing(&mut self, last: FormationId) {
+        if self.bringing.get(&last.job).is_some_and(|bringing| bringing.id <= last) {
+            self.bringing.remove(&last.job).into_iter().for_each(Bringing::end);
+        }
     }
 
     /// Leaves a formation on the orchestrator's command, and reports its replicas or drops them.
@@ -235,11 +249,15 @@ impl Host {
         let &v1::Release { job, generation, keep, .. } = release;
         let formation = formation_of(job, generation)?;
         self.leave(formation, &release.reason);
+        self.stop_bringing(formation);
         if self.formations.contains_key(&formation.job) {
             // Of a later generation: what is kept is its.
             return Ok(());
         }
         if keep {
+            for report in self.memory.reports(formation) {
+                self.send(Up::Event(encode_event(formation, &RankEvent::StepDone { report })));
+            }
             let replicas = self.memory.inventory(formation.job);
             self.send(Up::Released(v1::Released { job, generation, replicas }));
         } else {
@@ -259,7 +277,6 @@ impl Host {
             tracing::info!(job = job.bits(), generation, "left {job}: {reason}");
             self.settings.log_levels.forget(job);
             self.note_records(job, Note::Over);
-            self.memory.note_left(formation.id, formation.prepared.clone());
             formation.leave(reason);
         }
     }

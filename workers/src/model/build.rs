@@ -6,7 +6,7 @@ use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::schedule::{Bucket, Contents, LayerKind, StageLayout, buckets};
 use contraflow_runtime::topology::Topology;
 
-use super::params::{ParamId, Params, PublishedTensor, Replicas};
+use super::params::{ParamId, Params, PublishedTensor, RankParams, Replicas};
 use super::{Architecture, AttentionWeights, FfnWeights, HeadWeights, Layer, MtpWeights, Query, Stage};
 
 /// Where the stages are.
@@ -31,9 +31,24 @@ pub struct RankModel {
 
 /// Makes the model of one rank.
 pub fn build(arch: &Architecture, placement: &Placement, rank: usize) -> RankModel {
+    build_in(arch, placement, rank, (Params::default(), Params::default()))
+}
+
+/// The parameters that a rank holds, without their values.
+pub fn outline(arch: &Architecture, placement: &Placement, rank: usize) -> RankParams {
+    let RankModel { dense, experts, .. } =
+        build_in(arch, placement, rank, (Params::outline(), Params::outline()));
+    RankParams { dense, experts }
+}
+
+fn build_in(
+    arch: &Architecture,
+    placement: &Placement,
+    rank: usize,
+    (dense, experts): (Params, Params),
+) -> RankModel {
     let at = placement.topology.coordinates(rank);
     let buckets = buckets(placement.stages_of, placement.layouts, &placement.topology);
-    let (dense, experts) = (Params::default(), Params::default());
     let mut builder = Builder { arch, placement, buckets, expert: at.expert, dense, experts };
     let stages = placement.stages_of[at.pipeline].iter().map(|&stage| builder.stage(stage)).collect();
     RankModel { stages, dense: builder.dense, experts: builder.experts }

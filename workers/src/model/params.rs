@@ -230,6 +230,7 @@ impl Param {
 pub struct Params {
     list: Vec<Param>,
     by_name: HashMap<String, ParamId>,
+    is_outline: bool,
     /// `e_score_correction_bias` per layer, where gates have one: moved by the balance rule, never by a gradient.
     pub gate_biases: BTreeMap<usize, Tensor>,
     /// Tokens per routed expert since the start of the run, of every layer that has such experts.
@@ -237,6 +238,11 @@ pub struct Params {
 }
 
 impl Params {
+    /// Of parameters that have no values: what another rank holds is known from shapes alone.
+    pub fn outline() -> Self {
+        Params { is_outline: true, ..Params::default() }
+    }
+
     /// Adds a parameter, or finds the one that already has this name: that is how a rank which holds both the first and
     /// the last stage shares embedding and head physically.
     ///
@@ -254,8 +260,9 @@ impl Params {
         let id = self.list.len();
         self.by_name.insert(parts[0].name.clone(), id);
         let Replicas { group, bucket } = replicas.clone();
-        let (master, compute) = (Tensor::zeros(shape), OnceLock::new());
-        let (owned, shape) = (0..master.len(), shape.to_vec());
+        let values: &[usize] = if self.is_outline { &[0] } else { shape };
+        let (master, compute) = (Tensor::zeros(values), OnceLock::new());
+        let (owned, shape) = (0..shape.iter().product(), shape.to_vec());
         self.list.push(Param { parts, shape, format, owned, master, compute, grad: None, group, bucket });
         id
     }

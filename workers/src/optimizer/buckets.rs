@@ -2,6 +2,7 @@
 //!
 //! Knows parameters and groups; nothing of gradients' way or of the update.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use contraflow_kernels::tensor::{Format, Tensor, View};
@@ -67,14 +68,32 @@ pub struct BucketSlice {
 
 impl Bucket {
     /// The bucket of a parameter, before any is in it.
-    pub fn empty(param: &Param) -> Self {
+    fn empty(param: &Param) -> Self {
         let (exp_avg, exp_avg_sq) = (Tensor::zeros(&[0]), Tensor::zeros(&[0]));
         let (number, group) = (param.bucket, param.group.clone());
         Bucket { number, group, members: Vec::new(), len: 0, wide: 0, shard: 0..0, exp_avg, exp_avg_sq }
     }
 
+    /// The buckets of a rank's parameters by their numbers, each with the rank's shard, and without moments.
+    pub fn all_of(params: &RankParams, rank: usize) -> Vec<Self> {
+        let mut buckets: BTreeMap<usize, Bucket> = BTreeMap::new();
+        for is_narrow in [false, true] {
+            for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
+                for (index, param) in list.iter().enumerate().filter(|(_, p)| p.is_narrow() == is_narrow) {
+                    let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
+                    bucket.add((store, index), param);
+                }
+            }
+        }
+        for bucket in buckets.values_mut() {
+            let own = bucket.group.iter().position(|&member| member == rank).unwrap_or_default();
+            bucket.shard = shard(bucket.len, bucket.group.len(), own);
+        }
+        buckets.into_values().collect()
+    }
+
     /// Adds a parameter; those in F32 first.
-    pub fn add(&mut self, (store, index): (Store, usize), param: &Param) {
+    fn add(&mut self, (store, index): (Store, usize), param: &Param) {
         self.members.push((store, index, self.len));
         self.len += param.len();
         if !param.is_narrow() {
@@ -87,10 +106,8 @@ impl Bucket {
         BucketGroup { ranks: self.group.clone(), len: self.len, wide: self.wide }
     }
 
-    /// Gives the rank its part, with zero moments in a format.
-    pub fn take_shard(&mut self, rank: usize, moments: Format) {
-        let own = self.group.iter().position(|&member| member == rank).unwrap_or_default();
-        self.shard = shard(self.len, self.group.len(), own);
+    /// Gives the rank zero moments of its shard, in a format.
+    pub fn make_moments(&mut self, moments: Format) {
         self.exp_avg = Tensor::zeros_in(moments, &[self.shard.len()]);
         self.exp_avg_sq = self.exp_avg.clone();
     }

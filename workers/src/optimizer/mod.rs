@@ -6,6 +6,7 @@ mod average;
 mod averaging;
 pub mod buckets;
 pub mod inspect;
+pub mod owned;
 pub mod squares;
 mod state;
 pub mod totals;

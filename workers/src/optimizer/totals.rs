@@ -36,6 +36,15 @@ impl Totals {
     }
 }
 
+/// What a rank was told of an end after the running step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StopWish {
+    /// All stop after this step.
+    pub stops: bool,
+    /// The state is kept in memory then, and not written to storage.
+    pub in_memory: bool,
+}
+
 /// What every rank knows before the verdict on a step, and after it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GlobalTotals {
@@ -53,6 +62,8 @@ pub struct GlobalTotals {
     pub expert_counts: BTreeMap<usize, Vec<u64>>,
     /// Some rank was told to stop: this step is the last.
     pub stop: bool,
+    /// The ranks stop, and keep the state in memory.
+    pub in_memory: bool,
     /// What some rank wants of a save after this step.
     pub save: SaveWish,
     /// Sum of what the ranks have measured on validation sequences before the step, in nats per token; 0 where they have not.
@@ -94,12 +105,12 @@ impl TotalsLayout {
         &self,
         squares: SquaresByPlace,
         totals: &Totals,
-        (stop, save): (bool, SaveWish),
+        (StopWish { stops, in_memory }, save): (StopWish, SaveWish),
         validation_loss: f64,
     ) -> Vec<f64> {
         let mut numbers = squares.into_sums();
         numbers.extend([totals.loss, totals.mtp_loss, totals.balance_loss]);
-        numbers.extend([stop, save.skips, save.retries].map(|wish| f64::from(u8::from(wish))));
+        numbers.extend([stops, in_memory, save.skips, save.retries].map(|wish| f64::from(u8::from(wish))));
         numbers.push(validation_loss);
         let first_count = numbers.len();
         numbers.resize(first_count + self.num_experts * self.num_layers, 0.0);
@@ -116,7 +127,7 @@ impl TotalsLayout {
     /// If the numbers are fewer than the layout says.
     pub fn decode(&self, sums: &[f64], layers: impl Iterator<Item = usize>) -> GlobalTotals {
         let (squares, rest) = sums.split_at(SquaresByPlace::len(self.num_layers));
-        let (&[loss, mtp_loss, balance_loss, stop, skips, retries, validation_loss], counts) =
+        let (&[loss, mtp_loss, balance_loss, stop, in_memory, skips, retries, validation_loss], counts) =
             rest.split_first_chunk().expect("the losses follow the squares");
         let counts_of = |layer: usize| {
             let counts = &counts[layer * self.num_experts..(layer + 1) * self.num_experts];
@@ -130,6 +141,7 @@ impl TotalsLayout {
             balance_loss,
             expert_counts: layers.map(counts_of).collect(),
             stop: stop > 0.0,
+            in_memory: in_memory > 0.0,
             save: SaveWish { skips: skips > 0.0, retries: retries > 0.0 },
             validation_loss,
             ends_early: false,
@@ -159,14 +171,15 @@ mod tests {
             squares
         };
         let wish = SaveWish { skips: false, retries: true };
-        let one =
-            layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), (false, SaveWish::default()), 1.5);
-        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), (true, wish), 0.25);
-        assert_eq!(one.len(), 4 + 7 + 6);
+        let one = layout.encode(squares(1, 9.0), &totals(0.5, 1, [1, 2, 3]), Default::default(), 1.5);
+        let stop = StopWish { stops: true, in_memory: true };
+        let other = layout.encode(squares(3, 16.0), &totals(0.25, 1, [4, 0, 7]), (stop, wish), 0.25);
+        assert_eq!(one.len(), 4 + 8 + 6);
         let sums: Vec<f64> = one.iter().zip(&other).map(|(one, other)| one + other).collect();
         let global = layout.decode(&sums, [0, 1].into_iter());
         assert_eq!((global.loss, global.mtp_loss, global.balance_loss), (0.75, 1.5, 3.0));
         assert_eq!((global.grad_norm, global.stop, global.save), (5.0, true, wish));
+        assert!(global.in_memory);
         assert_eq!(global.validation_loss, 1.75);
         let norms = GradientNorms { embedding: 0.0, layers: vec![3.0, 0.0], head: 4.0 };
         assert_eq!(global.gradient_norms, norms);

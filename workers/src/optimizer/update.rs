@@ -22,7 +22,7 @@ use super::squares::{SquaresByPlace, square};
 use super::totals::TotalsLayout;
 use crate::model::expert_counts;
 use crate::model::init::name_bits;
-use crate::model::params::{Param, PublishedTensor, RankParams, Store};
+use crate::model::params::{Param, PublishedTensor, RankParams};
 
 /// Inputs of one update.
 #[derive(Clone, Copy, Debug)]
@@ -99,24 +99,15 @@ impl OptimizerState {
     /// of the shard alone, so they get their values afterwards.
     pub fn new(setup: OptimizerSetup, params: &mut RankParams) -> Self {
         let OptimizerSetup { recipe, watch, names, rank, layout, moments } = setup;
-        let mut buckets: BTreeMap<usize, Bucket> = BTreeMap::new();
-        for is_narrow in [false, true] {
-            for (store, list) in [(Store::Dense, &params.dense), (Store::Experts, &params.experts)] {
-                for (index, param) in list.iter().enumerate().filter(|(_, p)| p.is_narrow() == is_narrow) {
-                    let bucket = buckets.entry(param.bucket).or_insert_with(|| Bucket::empty(param));
-                    bucket.add((store, index), param);
-                }
-            }
-        }
-        for bucket in buckets.values_mut() {
-            bucket.take_shard(rank, moments.format);
+        let mut buckets = Bucket::all_of(params, rank);
+        for bucket in &mut buckets {
+            bucket.make_moments(moments.format);
             for &(store, index, start) in &bucket.members {
                 let param = params.param_mut(store, index);
                 let at = |place: usize| place.clamp(start, start + param.len()) - start;
                 param.own(at(bucket.shard.start)..at(bucket.shard.end));
             }
         }
-        let buckets = buckets.into_values().collect();
         OptimizerState {
             recipe,
             rules: watch,

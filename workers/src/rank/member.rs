@@ -2,7 +2,6 @@
 //!
 //! Made once per assignment. Knows who the children are and what they are given, not the order of things within a step.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -23,14 +22,14 @@ use crate::data::batches::{Batch, BatchShape, Task};
 use crate::engine::pipeline::{Pipeline, PipelineMessage, PipelineSetup};
 use crate::engine::plans::{Plans, validation_shape};
 use crate::engine::running::RankContext;
-use crate::engine::update::{SaveWhen, UpdateOrder};
+use crate::engine::update::{SaveWhen, StopOrder, UpdateOrder};
 use crate::error::{Missing, RankError};
 use crate::model::micro_batch::LossScales;
 use crate::model::params::{Params, RankParams};
 use crate::model::precision::Precision;
 use crate::optimizer::totals::GlobalTotals;
 use crate::optimizer::update::UpdateRates;
-use crate::replica::{self, Replicate};
+use crate::replica::{self, Replicate, Replicator};
 
 /// The rank's actors.
 pub struct Children {
@@ -80,8 +79,10 @@ pub struct JoinedRank {
     pub position: Position,
     /// The step after which the formation began.
     pub first_step: u64,
-    /// Takes the state of each step to memory.
+    /// Takes the state of each step to memory, or that of the last one alone.
     pub replicator: Option<mpsc::Sender<Replicate>>,
+    /// The step after which the ranks stop, once its state is in memory.
+    pub kept: Option<u64>,
     /// The batch of the next step.
     pub upcoming: Upcoming,
     /// Whether the weights are whole, and not left to the next step to be gathered.
@@ -142,7 +143,7 @@ impl JoinedRank {
     }
 
     /// Inputs of a step's update.
-    pub fn update_order(&self, step: u64, stop: Arc<AtomicBool>) -> UpdateOrder {
+    pub fn update_order(&self, step: u64, stop: Arc<StopOrder>) -> UpdateOrder {
         let (recipe, tokens) = (&self.assignment.recipe, self.position.tokens);
         let rates = UpdateRates {
             step,
@@ -150,17 +151,19 @@ impl JoinedRank {
             bias_speed: recipe.bias_speed_at(tokens),
         };
         // Before the formation's second step no rank has a state of its own to replicate.
-        let replicator = self.assignment.replicator.as_ref().filter(|_| step > self.first_step + 1);
+        let circle = self.assignment.replicator.as_ref().and_then(|replicator| replicator.circle);
+        let can_keep = self.replicator.is_some() && !self.is_last(step);
         UpdateOrder {
             rates,
             stop,
             save: self.save_when(step),
             saves: self.saves.clone(),
-            replicate: self.replicator.is_some() && !self.is_last(step),
+            replicate: can_keep && circle.is_some(),
+            can_keep,
             gather: !self.plans.sharding.overlap || self.is_last(step) || recipe.validates_after(step),
             validated: self.validated.filter(|(before, _)| *before == step).map(|(_, loss)| loss),
             patience: recipe.validate.patience,
-            buddy: replicator.map(|replicator| replicator.buddy),
+            buddy: circle.filter(|_| step > self.first_step + 1).map(|circle| circle.buddy),
         }
     }
 
@@ -187,12 +190,21 @@ impl JoinedRank {
         }
     }
 
-    /// Has the state after the present step kept in memory.
-    pub fn keep(&self, snapshot: Snapshot, report: &StepReport) {
+    /// Has the state after the present step kept in memory; `is_last`: the ranks stop after it.
+    pub fn keep(&self, snapshot: Snapshot, report: &StepReport, is_last: bool) {
         if let Some(replicator) = &self.replicator {
-            let keep = Replicate { position: self.position, snapshot, report: report.clone() };
+            let keep = Replicate { position: self.position, snapshot, report: report.clone(), is_last };
             // A replicator that has ended has reported why.
             drop(replicator.send(keep));
+        }
+    }
+
+    /// Without a buddy nothing is kept step by step: the state that the formation began with would only get older.
+    pub fn forget_earlier(&self, step: u64) {
+        if let Some(Replicator { circle: None, store, formation, .. }) = &self.assignment.replicator
+            && step == self.first_step + 1
+        {
+            store.acknowledged(formation.generation, step);
         }
     }
 
@@ -238,7 +250,7 @@ pub async fn join(
     rank_id: usize,
     built: Built,
 ) -> Result<(JoinedRank, Vec<StepReport>), ActorProcessingErr> {
-    let Built { assignment, arch, plans, model, optimizer, threads, position, reports } = built;
+    let Built { assignment, arch, plans, model, optimizer, threads, position, reports, .. } = built;
     let recipe = assignment.recipe.clone();
     let topology = recipe.topology();
     let at = topology.coordinates(rank_id);
@@ -292,12 +304,16 @@ pub async fn join(
     };
     let (loader, _) = Actor::spawn_linked(None, Loader, setup, cell()).await?;
     let (checkpointer, _) = Actor::spawn_linked(None, Checkpointer, (rank.clone(), probe), cell()).await?;
+    let kept = {
+        let rank = rank.clone();
+        move |step| drop(rank.cast(RankMessage::Kept { step }))
+    };
     let fail = move |error| {
         let action = "keeping the state in memory".to_owned();
         // The rank may be gone if the job has ended.
         drop(rank.cast(RankMessage::ChildFailed { action, error }));
     };
-    let start = |replicator| replica::start(replicator, position.step, fail);
+    let start = |replicator| replica::start(replicator, position.step, kept, fail);
     let replicator = assignment.replicator.clone().map(start).transpose()?;
     let assemble = JoinedRank {
         assignment,
@@ -307,6 +323,7 @@ pub async fn join(
         position,
         first_step: position.step,
         replicator,
+        kept: None,
         upcoming: Upcoming::default(),
         is_gathered: true,
         validated: None,

@@ -14,7 +14,6 @@ pub mod worker;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use contraflow_runtime::checkpoint::{Position, ShardFile};
 use contraflow_runtime::control::{ExportedFile, RankCommand, RankEvent};
@@ -31,6 +30,7 @@ use self::saving::AfterSave;
 use crate::comm::address::StepId;
 use crate::data::batches::{Batch, Task, TaskKind};
 use crate::engine::pipeline::{PipelineEvent, PipelineMessage};
+use crate::engine::update::StopOrder;
 use crate::error::RankError;
 use crate::model::params::{Params, RankParams};
 
@@ -84,6 +84,11 @@ pub enum RankMessage {
         /// The step.
         step: u64,
     },
+    /// The state after the last step of the formation is in memory, here and at the buddy.
+    Kept {
+        /// The step.
+        step: u64,
+    },
     /// A part of the rank could not do its work.
     ChildFailed {
         /// What it was doing.
@@ -132,7 +137,7 @@ pub struct RankState {
     joined: Option<JoinedRank>,
     status: Status,
     /// The orchestrator has asked the run to stop between two steps; takes effect until the totals of the running one.
-    stop: Arc<AtomicBool>,
+    stop: Arc<StopOrder>,
     /// Spans of the rank's whole life and of what it is about. Never entered: they last until they are dropped.
     life: Span,
     doing: Span,
@@ -186,8 +191,10 @@ impl RankState {
                 return Ok(());
             }
         };
+        let moved = built.moved;
         let (joined, reports) = join(myself, self.id.index(), built).await?;
         self.joined = Some(joined);
+        moved.into_iter().for_each(|moved| (self.events)(RankEvent::StateMoved { rank: self.id, moved }));
         tracing::debug!(job = self.job(), rank = self.id.number(), "model built, waiting for other ranks");
         (self.events)(RankEvent::Ready { rank: self.id });
         reports.into_iter().for_each(|report| (self.events)(RankEvent::StepDone { report }));
@@ -198,8 +205,8 @@ impl RankState {
         self.commanded = trace;
         match command {
             RankCommand::BeginStep { step } => self.begin_step(step),
-            RankCommand::Stop => {
-                self.stop.store(true, Ordering::Relaxed);
+            RankCommand::Stop { in_memory } => {
+                self.stop.give(in_memory);
                 Ok(())
             }
             RankCommand::Validate => self.validate(),
@@ -332,6 +339,7 @@ impl Actor for RankActor {
                 Ok(())
             }
             RankMessage::SkipSave { step } => state.skip_save(step),
+            RankMessage::Kept { step } => state.kept(step),
             RankMessage::ChildFailed { action, error } => {
                 state.fail(action, &error);
                 Ok(())

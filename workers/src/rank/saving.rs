@@ -79,7 +79,26 @@ impl RankState {
                 return Ok(());
             }
         }
-        self.after_save()
+        self.after_save()?;
+        self.stop_if_kept()
+    }
+
+    /// The state after the last step is in memory: the ranks may stop once nothing is being written any more.
+    pub(super) fn kept(&mut self, step: u64) -> Result<(), RankError> {
+        self.joined()?.kept = Some(step);
+        self.stop_if_kept()
+    }
+
+    fn stop_if_kept(&mut self) -> Result<(), RankError> {
+        let (rank, is_idle) = (self.id, matches!(self.status, Status::Idle));
+        let joined = self.joined()?;
+        if is_idle
+            && !joined.saves.is_under_way()
+            && let Some(step) = joined.kept.take()
+        {
+            (self.events)(RankEvent::Stopped { rank, step, in_memory: true });
+        }
+        Ok(())
     }
 
     /// Says that a checkpoint could not be written; it is tried again.

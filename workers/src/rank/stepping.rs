@@ -196,7 +196,7 @@ impl RankState {
                 return self.diverged(divergence, cursor);
             }
         };
-        let (stop, ends_early) = (global.stop, global.ends_early);
+        let (stop, ends_early, in_memory) = (global.stop, global.ends_early, global.in_memory);
         let report = StepReport {
             tokens,
             learning_rate: order.rates.learning_rate,
@@ -210,10 +210,12 @@ impl RankState {
         let tokens = joined.position.tokens + tokens;
         joined.position = Position { step, cursor, tokens };
         let goes_on = !joined.is_last(step) && !stop && !ends_early;
+        joined.forget_earlier(step);
         if let Some(snapshot) = replicated {
-            joined.keep(snapshot, &report);
+            joined.keep(snapshot, &report, in_memory);
         }
-        self.report(report, stop && !ends_early);
+        // What is kept in memory says so itself once the buddy has it.
+        self.report(report, stop && !ends_early && !in_memory);
         match saved {
             Some(snapshot) => self.save(Box::new(snapshot), goes_on),
             None => self.go_on(goes_on),
@@ -259,7 +261,7 @@ impl RankState {
         );
         (self.events)(RankEvent::StepDone { report });
         if stop {
-            (self.events)(RankEvent::Stopped { rank, step });
+            (self.events)(RankEvent::Stopped { rank, step, in_memory: false });
         }
     }
 

@@ -1,9 +1,10 @@
 //! In-memory replicas of a job's state: the shards of this worker's ranks after the latest steps, and replicas for ranks of
-//! other workers, so that a lost worker costs at most a step.
+//! other workers, so that a lost worker costs at most a step, and a change of the layout none.
 //!
 //! It outlives formations: the next one resumes from here. The orchestrator decides which rank holds whose replica, and from
 //! which step a formation resumes. A shard is stored as the bytes of a checkpoint's shard; nothing here knows tensors.
 
+mod moves;
 mod replicator;
 mod restore;
 #[cfg(test)]
@@ -19,8 +20,8 @@ use contraflow_runtime::stability::StabilityWatch;
 use contraflow_runtime::topology::Generation;
 use parking_lot::{Mutex, MutexGuard};
 
-pub use replicator::{Replicate, Replicator, acknowledged, start, step_id};
-pub use restore::{Recovered, recover};
+pub use replicator::{Circle, Replicate, Replicator, acknowledged, start, step_id};
+pub use restore::{Rearranged, Recovered, Wanted, bring, rearrange, recover};
 
 /// Maximum number of a rank's step reports that may not be durable with the orchestrator; beyond it the oldest are lost to
 /// the metrics.
@@ -65,12 +66,13 @@ impl ReplicaStore {
     }
 
     /// A formation starts that resumes from a state in memory: late data of earlier formations is dropped, and steps after
-    /// that state are repeated.
-    pub fn resume_from(&self, generation: Generation, step: u64) {
+    /// that state are repeated. In another layout no rank of it can repeat what others have reported; that has been said when they
+    /// were left.
+    pub fn resume_from(&self, generation: Generation, step: u64, is_same_layout: bool) {
         let mut state = self.lock();
         state.generation = generation;
         for reports in state.reports.values_mut() {
-            reports.retain(|report| report.step <= step);
+            reports.retain(|report| is_same_layout && report.step <= step);
         }
     }
 
@@ -117,6 +119,11 @@ impl ReplicaStore {
                 state.spare.push(buffer);
             }
         }
+    }
+
+    /// All reports that may not be durable with the orchestrator.
+    pub fn all_reports(&self) -> Vec<StepReport> {
+        self.lock().reports.values().flatten().cloned().collect()
     }
 
     /// Reports up to this step are durable.

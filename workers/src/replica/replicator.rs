@@ -27,6 +27,8 @@ pub struct Replicate {
     pub snapshot: Snapshot,
     /// The rank's report of the step.
     pub report: StepReport,
+    /// The ranks stop after this step, and this is where its state is kept: whoever stops waits until the buddy has it.
+    pub is_last: bool,
 }
 
 /// The replication of one rank.
@@ -38,6 +40,13 @@ pub struct Replicator {
     pub store: Arc<ReplicaStore>,
     /// Whose states are kept: later formations do not take them.
     pub formation: FormationId,
+    /// Who keeps replicas of whom; `None` if all ranks are in one process, where a state is kept only if the ranks stop after it.
+    pub circle: Option<Circle>,
+}
+
+/// A rank's neighbours among those that keep replicas of one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Circle {
     /// The rank that holds this one's replica.
     pub buddy: usize,
     /// The rank whose replica this one holds.
@@ -45,17 +54,25 @@ pub struct Replicator {
 }
 
 /// Starts a rank's replicator, in a formation that resumes after `first_step`; it ends with the sender, or with the first
-/// error, which goes to `fail`.
+/// error, which goes to `fail`. Of the last step `kept` hears once it is in memory, here and at the buddy.
 ///
 /// **Errors**: the thread cannot be started.
 pub fn start(
     replicator: Replicator,
     first_step: u64,
+    kept: impl Fn(u64) + Send + 'static,
     fail: impl FnOnce(RankError) + Send + 'static,
 ) -> std::io::Result<mpsc::Sender<Replicate>> {
     let (sender, keeps) = mpsc::channel::<Replicate>();
     let work = move || {
-        let all = || keeps.iter().try_for_each(|keep| replicator.keep(keep, first_step));
+        let all = || {
+            keeps.iter().try_for_each(|keep| {
+                let last = keep.is_last.then_some(keep.position.step);
+                replicator.keep(keep, first_step)?;
+                last.into_iter().for_each(&kept);
+                Ok(())
+            })
+        };
         if let Err(error) = RankError::catch(all) {
             fail(error);
         }
@@ -67,7 +84,7 @@ pub fn start(
 impl Replicator {
     fn keep(&self, keep: Replicate, first_step: u64) -> Result<(), RankError> {
         let _at_work = self.endpoint.work();
-        let Replicate { position, snapshot, report } = keep;
+        let Replicate { position, snapshot, report, is_last } = keep;
         let generation = self.formation.generation;
         let (step, own) = (position.step, self.endpoint.rank());
         let id = step_id(self.formation, step);
@@ -80,16 +97,23 @@ impl Replicator {
         let bytes = Arc::new(bytes.map_err(|source| RankError::File { path: "memory".into(), source })?);
         let replica = Arc::new(ShardReplica { position, watch, bytes });
         self.store.put(generation, (generation, step, own), replica.clone(), [report.clone()]);
+        let Some(Circle { buddy, source }) = self.circle else { return Ok(()) };
         // A new buddy also gets the earlier reports.
         let is_first = step == first_step + 1;
         let reports = if is_first { self.store.reports(own, step) } else { vec![report] };
-        transfer::send((&self.endpoint, self.buddy), (id, FrameKind::State), &replica, reports)?;
+        transfer::send((&self.endpoint, buddy), (id, FrameKind::State, own), &replica, reports)?;
         drop(replica);
-        let from = (&self.endpoint, self.source);
-        let (replica, reports) = transfer::receive(from, (id, FrameKind::State), self.store.buffer())?;
-        self.store.put(generation, (generation, step, self.source), Arc::new(replica), reports);
+        let from = (&self.endpoint, source);
+        let (replica, reports) =
+            transfer::receive(from, (id, FrameKind::State, source), self.store.buffer())?;
+        self.store.put(generation, (generation, step, source), Arc::new(replica), reports);
         let tag = id.tag(FrameKind::StateReplicated, NOWHERE, 0, own);
-        Ok(self.endpoint.send(self.source, tag, vec![Region::new(Vec::new())])?)
+        self.endpoint.send(source, tag, vec![Region::new(Vec::new())])?;
+        if is_last {
+            // No update comes that would wait for it.
+            acknowledged(&self.endpoint, self.formation, buddy, step)?;
+        }
+        Ok(())
     }
 }
 

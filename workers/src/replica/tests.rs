@@ -55,7 +55,7 @@ fn a_formation_resumed_from_memory_has_the_later_steps_still_to_do() {
     for step in [4, 5] {
         store.put(G1, (G1, step, 0), replica(step, 10), [report(0, step)]);
     }
-    store.resume_from(G2, 4);
+    store.resume_from(G2, 4, true);
     assert_eq!(steps(store.reports(0, 9)), [4]);
     // A thread of the formation before comes late.
     store.put(G1, (G1, 6, 0), replica(6, 10), [report(0, 6)]);
@@ -77,7 +77,7 @@ fn a_shard_of_several_pieces_arrives_unchanged() {
     let id = step_id(FormationId::new(JOB, G2), 7);
     for len in [0, 1, (4 << 20) - 1, 4 << 20, (9 << 20) + 5] {
         let sent = replica(7, len);
-        let kind = (id, FrameKind::State);
+        let kind = (id, FrameKind::State, 0);
         transfer::send((&ends[0], 1), kind, &sent, vec![report(0, 6), report(0, 7)]).unwrap();
         let (came, reports) = transfer::receive((&ends[1], 0), kind, Vec::new()).unwrap();
         assert_eq!((came.position, &came.bytes), (sent.position, &sent.bytes));
@@ -88,7 +88,7 @@ fn a_shard_of_several_pieces_arrives_unchanged() {
 #[test]
 fn an_unexpected_piece_is_an_error() {
     let ends = endpoints(2);
-    let kind = (step_id(FormationId::new(JOB, G2), 7), FrameKind::State);
+    let kind = (step_id(FormationId::new(JOB, G2), 7), FrameKind::State, 0);
     transfer::send((&ends[0], 1), kind, &replica(7, 0), Vec::new()).unwrap();
     let header = ends[1].receive(kind.0.tag(kind.1, Chunk { stage: 0, micro_batch: 0 }, 0, 0)).unwrap();
     let mut wrong = header[0].bytes().to_vec();
@@ -104,15 +104,15 @@ fn an_unexpected_piece_is_an_error() {
 
 /// Three ranks in a circle, each with the one `distance` further as its buddy.
 #[derive(Clone, Copy)]
-struct Circle {
+struct Three {
     generation: Generation,
     first_step: u64,
     distance: usize,
 }
 
-const FIRST: Circle = Circle { generation: G1, first_step: 4, distance: 1 };
+const FIRST: Three = Three { generation: G1, first_step: 4, distance: 1 };
 
-impl Circle {
+impl Three {
     /// A rank's replicator, with its input and its error.
     fn replicator(
         self,
@@ -125,10 +125,10 @@ impl Circle {
             endpoint: endpoint.clone(),
             store: store.clone(),
             formation: FormationId::new(JOB, self.generation),
-            buddy: (own + self.distance) % 3,
-            source: (own + 3 - self.distance) % 3,
+            circle: Some(Circle { buddy: (own + self.distance) % 3, source: (own + 3 - self.distance) % 3 }),
         };
-        let keeps = start(replicator, self.first_step, move |error| drop(failed.send(error))).unwrap();
+        let keeps =
+            start(replicator, self.first_step, |_| (), move |error| drop(failed.send(error))).unwrap();
         (keeps, errors)
     }
 
@@ -152,7 +152,12 @@ fn keep(rank: usize, step: u64) -> Replicate {
     let mut snapshot = Snapshot::default();
     let values = Tensor::from_vec(&[2], vec![rank as f32, step as f32]);
     snapshot.add(Kind::Weight, ("w", &[6], 2 * rank..2 * rank + 2), (values, 0..2));
-    Replicate { position: Position { step, ..Position::default() }, snapshot, report: report(rank, step) }
+    Replicate {
+        position: Position { step, ..Position::default() },
+        snapshot,
+        report: report(rank, step),
+        is_last: false,
+    }
 }
 
 #[test]
@@ -167,7 +172,7 @@ fn every_rank_holds_its_own_state_and_its_sources_once_acknowledged() {
         expected.sort_unstable();
         assert_eq!(store.inventory(), expected);
         let part = store.get((G1, 7, source)).unwrap();
-        let records = Records::in_memory("memory".into(), part.bytes.clone()).unwrap();
+        let records = Records::in_memory("memory".into(), [part.bytes.clone()]).unwrap();
         let mut values = Tensor::zeros(&[2]);
         records.read(Kind::Weight, ("w", &[6]), 2 * source..2 * source + 2, values.view_mut(0..2)).unwrap();
         assert_eq!(values.values::<f32>(), [source as f32, 7.0]);
@@ -202,6 +207,8 @@ fn a_rank_gets_its_shard_from_its_holder() {
         generation: G1,
         step: 9,
         holders: vec![0, 2, 2],
+        axes: None,
+        world: 3,
         store: store[rank].clone(),
     };
     let got = |rank: usize| recover(&recovered(rank), &ends[rank], FormationId::new(JOB, G2));
@@ -224,19 +231,21 @@ fn a_new_buddy_also_restores_reports_of_earlier_steps() {
     FIRST.make_steps(7, &ends, &store);
     for store in &store {
         store.durable(5);
-        store.resume_from(G2, 7);
+        store.resume_from(G2, 7, true);
     }
     assert!(store[2].reports(0, 9).is_empty());
     // The circle the other way round: rank 0 has rank 2 for its buddy, no longer rank 1.
-    let second = Circle { generation: G2, first_step: 7, distance: 2 };
+    let second = Three { generation: G2, first_step: 7, distance: 2 };
     second.make_steps(9, &ends, &store);
     // Rank 0 is lost with all that it had in memory, and rebuilt from what its new buddy holds.
     store[0] = Arc::default();
-    store.iter().for_each(|store| store.resume_from(G3, 9));
+    store.iter().for_each(|store| store.resume_from(G3, 9, true));
     let recovered = |rank: usize| Recovered {
         generation: G2,
         step: 9,
         holders: vec![2, 1, 2],
+        axes: None,
+        world: 3,
         store: store[rank].clone(),
     };
     let got = |rank: usize| recover(&recovered(rank), &ends[rank], FormationId::new(JOB, G3)).unwrap();

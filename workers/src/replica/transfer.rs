@@ -34,12 +34,12 @@ fn chunk(piece: usize) -> Chunk {
     Chunk { stage: 0, micro_batch: piece }
 }
 
-/// Sends a part, with reports of its rank, to rank `to`. Does not wait.
+/// Sends the part of a rank, or some of it, with reports of that rank, to rank `to`. Does not wait.
 ///
 /// **Errors**: those of the fabric.
 pub fn send(
     (endpoint, to): (&Endpoint, usize),
-    (id, kind): (StepId, FrameKind),
+    (id, kind, part): (StepId, FrameKind, usize),
     replica: &ShardReplica,
     reports: Vec<StepReport>,
 ) -> Result<(), FabricError> {
@@ -49,7 +49,7 @@ pub fn send(
         bytes: replica.bytes.len() as u64,
         reports,
     };
-    let tag = |piece| id.tag(kind, chunk(piece), 0, endpoint.rank());
+    let tag = |piece| id.tag(kind, chunk(piece), part, endpoint.rank());
     endpoint.send(to, tag(0), vec![Region::new(header.encode_to_vec())])?;
     let len = replica.bytes.len();
     for (index, start) in (0..len).step_by(PIECE).enumerate() {
@@ -59,15 +59,15 @@ pub fn send(
     Ok(())
 }
 
-/// Takes in what rank `from` sends, into an empty `buffer`.
+/// Takes in what rank `from` sends of the part of a rank, into an empty `buffer`.
 ///
 /// **Errors**: those of the fabric; [`FabricError::Content`].
 pub fn receive(
     (endpoint, from): (&Endpoint, usize),
-    (id, kind): (StepId, FrameKind),
+    (id, kind, part): (StepId, FrameKind, usize),
     mut buffer: Vec<u8>,
 ) -> Result<(ShardReplica, Vec<StepReport>), FabricError> {
-    let tag = |piece| id.tag(kind, chunk(piece), 0, from);
+    let tag = |piece| id.tag(kind, chunk(piece), part, from);
     let wrong = |piece, expected: &str, got: String| {
         let expected = expected.to_owned();
         FabricError::Content { tag: tag(piece), expected, got }

@@ -45,8 +45,9 @@ fn both() -> World {
     assert!(released(&attach(&mut world, 1)).is_empty());
     drop(report(&mut world, RankEvent::Ready { rank: Rank::new(0) }));
     let effects = report(&mut world, RankEvent::Ready { rank: Rank::new(1) });
-    let stopped =
-        |to: &(u64, &WorkerCommand)| matches!(to.1, WorkerCommand::Rank { command: RankCommand::Stop, .. });
+    let stopped = |to: &(u64, &WorkerCommand)| {
+        matches!(to.1, WorkerCommand::Rank { command: RankCommand::Stop { .. }, .. })
+    };
     assert_eq!(commands(&effects).iter().filter(|to| stopped(to)).count(), 2, "{effects:?}");
     let begun = |to: &(u64, &WorkerCommand)| {
         matches!(to.1, WorkerCommand::Rank { command: RankCommand::BeginStep { .. }, .. })
@@ -75,7 +76,7 @@ fn ranks_of_another_state_are_released_once_their_step_is_saved() {
     };
     for rank in Rank::all(2) {
         drop(report(&mut world, step_done(rank, 12)));
-        drop(report(&mut world, RankEvent::Stopped { rank, step: 12 }));
+        drop(report(&mut world, RankEvent::Stopped { rank, step: 12, in_memory: false }));
     }
     drop(report(&mut world, saved(Rank::new(0))));
     let effects = report(&mut world, saved(Rank::new(1)));
@@ -107,7 +108,7 @@ fn a_step_that_cannot_be_saved_is_released_in_time() {
     let mut world = fresh();
     (0..2).for_each(|rank| drop(attach(&mut world, rank)));
     Rank::all(2).for_each(|rank| drop(report(&mut world, RankEvent::Ready { rank })));
-    let effects = world.pass(RESHARD_MS + TICK_MS, &[1, 2]);
+    let effects = world.pass(FOREIGN_MS + TICK_MS, &[1, 2]);
     assert_eq!(released(&effects), [1, 2]);
     // One of two that train is lost.
     let mut world = both();

@@ -29,7 +29,13 @@ fn a_lost_rank_costs_no_step_that_its_buddy_has() {
     assert_eq!((again.generation.number(), again.places, again.resume_step), (2, vec![1, 3], 6));
     assert_eq!(
         again.memory,
-        Some(InMemory { generation: Generation::FIRST, step: 6, holders: [0, 0].map(Rank::new).into() })
+        Some(InMemory {
+            generation: Generation::FIRST,
+            step: 6,
+            holders: [0, 0].map(Rank::new).into(),
+            axes: None,
+            bringers: Vec::new(),
+        })
     );
     let logged_line = |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("from memory after step 6"));
     assert!(effects.iter().any(logged_line), "{effects:?}");
@@ -115,7 +121,13 @@ fn an_orchestrator_restarted_while_a_job_is_broken_learns_of_its_replicas() {
     drop(again.attach(3, Vec::new()));
     assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
     let left = vec![Left { formation: of(1), replicas: world.replicas[&1].clone() }];
-    drop(again.join(Attachment { registration: registration(1), left, ..Attachment::default() }));
+    again.replicas.clone_from(&world.replicas);
+    let effects = again.join(Attachment { registration: registration(1), left, ..Attachment::default() });
+    // Before it is believed what it keeps, it repeats what its ranks had reported.
+    assert_eq!(again.core.jobs().all[&JOB].phase, Phase::Broken);
+    for answer in again.answers(&effects, &[1]) {
+        drop(again.step(answer));
+    }
     assert_eq!((formed(&again).generation.number(), formed(&again).resume_step), (2, 6));
 }
 
@@ -174,70 +186,59 @@ fn a_job_without_replicas_does_not_wait_for_inventories() {
 }
 
 #[test]
-fn for_another_layout_the_state_in_memory_is_written_down_first() {
+fn fewer_ranks_adopt_the_parts_of_those_that_are_lost_from_memory() {
     let mut world = World::new();
     (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
     drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
     keep_everywhere(&mut world, 1, 6);
-    let effects = world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]);
-    let expected = WorkerCommand::WriteShards {
-        formation: of(1),
-        of: (Generation::FIRST, 6),
-        ranks: Rank::all(2).collect(),
-    };
-    let orders: Vec<_> = commands(&effects)
-        .into_iter()
-        .filter(|(_, command)| matches!(command, WorkerCommand::WriteShards { .. }))
-        .collect();
-    assert_eq!(orders, [(1, &expected)]);
+    drop(world.pass(LEASE_MS + SHRINK_MS, &[1]));
     assert_eq!(world.core.jobs().all[&JOB].phase, Phase::Broken);
-    let send_event = |world: &mut World, event: RankEvent| {
-        let from = RankAddress { formation: of(1), rank: event.rank() };
-        world.step(Event::Rank { worker: 1, from, event: Box::new(event) })
+    // What a rank that was lost had reported its buddy says, until the job is formed again.
+    let report = |generation| {
+        let report = StepReport { rank: 1, step: 6, generation, ..StepReport::default() };
+        let (from, event) =
+            (RankAddress { formation: of(1), rank: Rank::new(1) }, RankEvent::StepDone { report });
+        Event::Rank { worker: 1, from, event: Box::new(event) }
     };
-    let report = contraflow_proto::StepReport { rank: 1, step: 6, generation: 1, ..Default::default() };
-    let effects = send_event(&mut world, RankEvent::StepDone { report });
+    let effects = world.step(report(1));
     assert!(matches!(effects[..], [Effect::Record { job: JOB, .. }]), "{effects:?}");
-    let saved = |rank| RankEvent::ShardSaved {
-        rank,
-        position: Position { step: 6, ..Position::default() },
-        watch: Default::default(),
-        shard: ShardFile::default(),
-    };
-    assert_eq!(send_event(&mut world, saved(Rank::new(0))), []);
-    let effects = send_event(&mut world, saved(Rank::new(1)));
-    assert!(
-        matches!(commands(&effects)[..], [(1, WorkerCommand::CommitCheckpoint { formation, .. })] if *formation == of(1)),
-        "{effects:?}"
-    );
-    // Nobody else has been told to commit it.
-    let (formation, position, result) = (of(1), Some(position(6)), Ok(()));
-    let effects = world.step(Event::Committed { worker: 2, formation, position, result });
-    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Persist(_))), "{effects:?}");
-    committed(&mut world, 6);
+    let effects = world.pass(2 * TICK_MS, &[1]);
     let again = formed(&world);
-    assert_eq!((again.places, again.resume_step, again.memory), (vec![1], 6, None));
+    let memory = again.memory.unwrap();
+    assert_eq!((again.places, again.resume_step, again.topology.data), (vec![1], 6, 1));
+    assert_eq!((memory.generation, memory.step), (Generation::FIRST, 6));
+    assert_eq!((memory.axes.map(|axes| axes.data), memory.bringers), (Some(2), Vec::new()));
+    assert_eq!(memory.holders, [0, 0].map(Rank::new));
+    let writes =
+        |(_, command): &(u64, &WorkerCommand)| matches!(command, WorkerCommand::CommitCheckpoint { .. });
+    assert!(!commands(&effects).iter().any(writes), "{effects:?}");
+    assert_eq!(world.step(report(1)), []);
 }
 
 #[test]
-fn a_failed_reshard_is_logged_and_the_checkpoint_used() {
+fn a_formation_of_another_layout_that_breaks_at_once_begins_with_the_same_state() {
     let mut world = World::new();
-    (1..=2).for_each(|worker| drop(world.attach(worker, Vec::new())));
-    drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(2, 0) }))));
-    keep_everywhere(&mut world, 1, 6);
-    drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1]));
-    let from = RankAddress { formation: of(1), rank: Rank::new(1) };
-    let (action, cause) = ("writing".to_owned(), "no space left on device".to_owned());
-    let event = Box::new(RankEvent::Failed {
-        rank: Rank::new(1),
-        action,
-        cause,
-        kind: ErrorKind::Config,
-        peer: None,
-    });
-    let effects = world.step(Event::Rank { worker: 1, from, event });
-    let logged_line =
-        |effect: &Effect| matches!(effect, Effect::Log { line, .. } if line.contains("no space left"));
-    assert!(effects.iter().any(logged_line), "{effects:?}");
-    assert_eq!((formed(&world).places, formed(&world).resume_step), (vec![1], 0));
+    (1..=3).for_each(|worker| drop(world.attach(worker, Vec::new())));
+    drop(world.step(Event::Submit(Box::new(JobSpec { min_ranks: 1, ..*spec(3, 0) }))));
+    let part = |rank: u32| ReplicaShard { generation: Generation::FIRST, step: 6, rank: Rank::new(rank) };
+    world.replicas.insert(1, [0, 2].map(part).into());
+    world.replicas.insert(2, [1, 0].map(part).into());
+    drop(world.pass(LEASE_MS + SHRINK_MS + 2 * TICK_MS, &[1, 2]));
+    let again = formed(&world);
+    assert_eq!((again.generation.number(), again.topology.data, again.resume_step), (2, 2, 6));
+    // No rank of the second one has made a step: its workers have the parts of the first one, in the first one's layout.
+    let (action, cause) = ("building".to_owned(), "a defect".to_owned());
+    let failed = RankEvent::Failed { rank: Rank::ZERO, action, cause, kind: ErrorKind::Node, peer: None };
+    let effects = world.event(failed);
+    for answer in world.answers(&effects, &[1, 2]) {
+        drop(world.step(answer));
+    }
+    drop(world.pass(LEASE_MS + ADOPTION_MS + SHRINK_MS + 2_000, &[1, 2]));
+    let again = formed(&world);
+    let memory = again.memory.unwrap();
+    assert!(again.generation.number() >= 3);
+    assert_eq!(
+        (memory.generation, memory.step, memory.axes.map(|axes| axes.data)),
+        (Generation::FIRST, 6, Some(3))
+    );
 }

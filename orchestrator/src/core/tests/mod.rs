@@ -452,47 +452,18 @@ fn the_same_key_is_the_same_job() {
 fn a_job_of_higher_priority_preempts_a_lower_one_which_resumes_later() {
     let mut world = training();
     let effects = world.step(Event::Submit(spec(3, 1)));
-    let stops = commands(&effects)
-        .into_iter()
-        .filter(|(_, command)| matches!(command, WorkerCommand::Rank { command: RankCommand::Stop, .. }));
+    let stops = commands(&effects).into_iter().filter(|(_, command)| {
+        matches!(command, WorkerCommand::Rank { command: RankCommand::Stop { .. }, .. })
+    });
     assert_eq!(stops.count(), 2);
     let waits = world.core.waiting_for(SECOND);
     assert_eq!(waits, "job-1 to yield");
     // The ranks agree on the step after which they stop, and keep it.
-    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5, in_memory: false })));
     checkpoint(&mut world, 5);
     let jobs = &world.core.jobs().all;
     assert_eq!((jobs[&JOB].phase.clone(), jobs[&SECOND].phase.clone()), (Phase::Queued, Phase::Formed));
     drop(world.step(Event::Cancel { job: SECOND, reason: String::new() }));
     let formed = world.core.jobs().all[&JOB].running().unwrap();
     assert_eq!((formed.generation.number(), formed.resume_step), (2, 5));
-}
-
-#[test]
-fn a_leaving_worker_is_drained_after_the_running_step() {
-    let mut world = training();
-    let effects = world.step(Event::LeaveRequested { worker: 2 });
-    assert_eq!(commands(&effects).len(), 2);
-    // It may say so again, after a break of its stream for instance.
-    assert_eq!(commands(&world.step(Event::LeaveRequested { worker: 2 })), []);
-    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
-    checkpoint(&mut world, 5);
-    let mut places = world.places();
-    places.sort_unstable();
-    assert_eq!(places, [1, 3]);
-    assert_eq!(world.core.jobs().all[&JOB].losses, 0);
-    drop(world.step(Event::Detached { worker: 2 }));
-    assert_eq!(world.core.jobs().all[&JOB].generation().number(), 2);
-}
-
-#[test]
-fn a_drained_node_is_left_after_the_running_step() {
-    let mut world = training();
-    let effects = world.step(Event::Drain { node: "n2".into() });
-    assert_eq!(commands(&effects).len(), 2);
-    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5 })));
-    checkpoint(&mut world, 5);
-    let mut places = world.places();
-    places.sort_unstable();
-    assert_eq!(places, [1, 3]);
 }

@@ -104,3 +104,32 @@ fn a_worker_whose_data_port_does_not_answer_is_the_last_to_get_ranks() {
     submit(&mut world, 1, 0);
     assert_eq!(places(&world, SECOND), [1]);
 }
+
+#[test]
+fn a_leaving_worker_is_drained_after_the_running_step() {
+    let mut world = training();
+    let effects = world.step(Event::LeaveRequested { worker: 2 });
+    assert_eq!(commands(&effects).len(), 2);
+    // It may say so again, after a break of its stream for instance.
+    assert_eq!(commands(&world.step(Event::LeaveRequested { worker: 2 })), []);
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5, in_memory: false })));
+    checkpoint(&mut world, 5);
+    let mut places = world.places();
+    places.sort_unstable();
+    assert_eq!(places, [1, 3]);
+    assert_eq!(world.core.jobs().all[&JOB].losses, 0);
+    drop(world.step(Event::Detached { worker: 2 }));
+    assert_eq!(world.core.jobs().all[&JOB].generation().number(), 2);
+}
+
+#[test]
+fn a_drained_node_is_left_after_the_running_step() {
+    let mut world = training();
+    let effects = world.step(Event::Drain { node: "n2".into() });
+    assert_eq!(commands(&effects).len(), 2);
+    Rank::all(2).for_each(|rank| drop(world.event(RankEvent::Stopped { rank, step: 5, in_memory: false })));
+    checkpoint(&mut world, 5);
+    let mut places = world.places();
+    places.sort_unstable();
+    assert_eq!(places, [1, 3]);
+}
