@@ -76,9 +76,7 @@ impl Formation {
             // Where exactly is the workers' to know.
             export_dir: record.spec.recipe.checkpoint.save_model.then(PathBuf::new),
         };
-        // An orchestrator that starts finds them gone, where a step has been made.
-        let is_first = !record.attempts.has_stepped;
-        let needs_bringers = is_first && formed.is_some_and(|formed| formed.bringers().next().is_some());
+        let needs_bringers = formed.is_some_and(|formed| formed.bringers().next().is_some());
         let formation = Formation::with(setup, record.last_checkpoint);
         let in_memory = formed.is_some_and(|formed| formed.memory.is_some());
         Formation { needs_bringers, machine: formation.machine.beginning_in_memory(in_memory), ..formation }

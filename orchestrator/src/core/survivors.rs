@@ -80,10 +80,11 @@ impl Core {
         is_needed.then(|| (formed.id(job), place))
     }
 
-    /// The jobs that cannot begin without what a worker brings, which has no rank of them.
+    /// The jobs that cannot begin without what a worker brings, which has no rank of them. Where a step has been made it has brought that.
     pub(super) fn begin_with(&self, worker: u64) -> Vec<JobId> {
         let starting = self.formations.iter().filter(|(_, formation)| formation.is_starting());
-        starting.map(|(&job, _)| job).filter(|&job| self.brings(worker, job).is_some()).collect()
+        let idle = starting.map(|(&job, _)| job).filter(|job| !self.jobs.all[job].attempts.has_stepped);
+        idle.filter(|&job| self.brings(worker, job).is_some()).collect()
     }
 
     /// What ranks of a formation that was left had reported, as a worker of it says: it counts until the job is formed again.
