@@ -383,7 +383,7 @@ proptest! {
         let is_legal = |axes: &Topology| *axes == base || fits(sequences)(axes);
         let chosen = layout(&base, available, 1, &mut |axes| is_legal(axes));
         let data = |data| Topology { data, ..base };
-        let of_data = (1..=64).map(data).filter(|axes| axes.world() <= available && is_legal(axes)).next_back();
+        let of_data = (1..=64).map(data).rfind(|axes| axes.world() <= available && is_legal(axes));
         match (chosen, of_data) {
             (Some(chosen), Some(of_data)) => {
                 prop_assert!(is_legal(&chosen) && chosen.world() <= available);

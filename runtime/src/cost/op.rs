@@ -299,11 +299,11 @@ impl Shapes<'_> {
         F64_BYTES * (values * frames) as u64
     }
 
-    /// Squares of the gradient for embedding, each layer and head; three losses, the wish to stop and two about saves, the validation loss;
+    /// Squares of the gradient for embedding, each layer and head; three losses, two wishes about the stop and two about saves, the validation loss;
     /// tokens per expert.
     fn num_totals(&self) -> usize {
         let layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers;
-        (layers + 2) + 7 + layers * self.config.n_routed_experts
+        (layers + 2) + 8 + layers * self.config.n_routed_experts
     }
 }
 

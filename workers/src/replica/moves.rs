@@ -35,7 +35,7 @@ pub fn moves(
     holders: &[usize],
     is_here: impl Fn(usize) -> bool,
 ) -> Result<Moves, String> {
-    let mut places: BTreeMap<(Kind, &str), Vec<(Range<usize>, usize)>> = BTreeMap::new();
+    let mut places: BTreeMap<(Kind, &str), Vec<Place>> = BTreeMap::new();
     for (part, records) in parts.iter().enumerate() {
         for record in records {
             places.entry((record.kind, &record.name)).or_default().push((record.range.clone(), part));
@@ -73,6 +73,9 @@ pub fn moves(
     }
     Ok(moves)
 }
+
+/// A range of a tensor's elements, and the part of the state that has it.
+type Place = (Range<usize>, usize);
 
 fn lacks(need: &Record, element: usize) -> String {
     format!("{}: expected element {element} in one part of the state", need.key())
