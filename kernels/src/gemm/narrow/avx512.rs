@@ -56,10 +56,6 @@ pub(super) struct Right<'a> {
 pub(super) fn tile(num_rows: usize, a: &Left, b: &Right, sums: &mut [f32; ROWS * COLS]) {
     assert!(is_supported(), "expected a machine with AVX512-BF16");
     assert!((1..=ROWS).contains(&num_rows), "expected 1 to {ROWS} rows, got {num_rows}");
-    if let Some(last) = b.pairs.len().checked_sub(1) {
-        let last = (num_rows - 1) * a.row_step + last * a.pair_step;
-        assert!(last < a.pairs.len(), "expected {} pairs of each row", b.pairs.len());
-    }
     let num_scales = if b.scales.is_empty() { 0 } else { b.pairs.len().div_ceil(TILE_PAIRS) };
     assert_eq!(
         (a.scales.len(), b.scales.len()),
@@ -67,7 +63,7 @@ pub(super) fn tile(num_rows: usize, a: &Left, b: &Right, sums: &mut [f32; ROWS *
         "expected a scale for each tile, or none"
     );
     assert!(matches!(a.pair_step, 1 | ROWS), "expected pairs 1 or {ROWS} apart, got {}", a.pair_step);
-    // SAFETY: the features were just detected, and the last pair that is read lies in its slice.
+    // SAFETY: the features were just detected.
     unsafe {
         match num_rows {
             1 => panels::<1>(a, b, sums),
@@ -82,26 +78,15 @@ pub(super) fn tile(num_rows: usize, a: &Left, b: &Right, sums: &mut [f32; ROWS *
     }
 }
 
-/// # Safety
-/// M rows of as many pairs as `b` has lie in `a.pairs`, one or `ROWS` apart.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn panels<const M: usize>(a: &Left, b: &Right, sums: &mut [f32; ROWS * COLS]) {
-    // SAFETY: as promised to this function, for any part of the pairs.
-    let inner = |first: usize, b: &[[u32; COLS]]| unsafe {
-        let pairs = a.pairs.as_ptr().add(first * a.pair_step);
-        if a.pair_step == 1 {
-            inner::<M, 1>(pairs, a.row_step, b)
-        } else {
-            inner::<M, ROWS>(pairs, a.row_step, b)
-        }
-    };
+fn panels<const M: usize>(a: &Left, b: &Right, sums: &mut [f32; ROWS * COLS]) {
     if b.scales.is_empty() {
-        return store(&inner(0, b.pairs), sums);
+        return store(&inner_of::<M>(a, 0, b.pairs), sums);
     }
     sums[..M * COLS].fill(0.0);
     let tiles = b.pairs.chunks(TILE_PAIRS).enumerate().zip(a.scales.iter().zip(b.scales));
     for ((tile, b), (scales_a, scales_b)) in tiles {
-        let found = inner(tile * TILE_PAIRS, b);
+        let found = inner_of::<M>(a, tile * TILE_PAIRS, b);
         for ((found, scale), sums) in found.iter().zip(scales_a).zip(sums.as_chunks_mut::<COLS>().0) {
             promote(found, *scale, scales_b, sums);
         }
@@ -134,24 +119,37 @@ fn store<const M: usize>(found: &[[__m512; REGISTERS]; M], sums: &mut [f32; ROWS
     }
 }
 
-/// Sums of M rows over some pairs, all in registers.
-///
-/// # Safety
-/// From `a` on M rows lie `row_step` apart, with as many pairs as `b` has, `PAIR_STEP` apart.
+/// Sums of M rows over some pairs, from this one on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn inner<const M: usize, const PAIR_STEP: usize>(
-    a: *const u32,
+fn inner_of<const M: usize>(a: &Left, first: usize, b: &[[u32; COLS]]) -> [[__m512; REGISTERS]; M] {
+    let pairs = &a.pairs[first * a.pair_step..];
+    if a.pair_step == 1 {
+        inner::<M, 1>(pairs, a.row_step, b)
+    } else {
+        inner::<M, ROWS>(pairs, a.row_step, b)
+    }
+}
+
+/// Sums of M rows over as many pairs as `b` has, all in registers.
+///
+/// **Errors**: panics if `a` ends before the last pair of the last row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn inner<const M: usize, const PAIR_STEP: usize>(
+    a: &[u32],
     row_step: usize,
     b: &[[u32; COLS]],
 ) -> [[__m512; REGISTERS]; M] {
+    let last = (M - 1) * row_step + b.len().saturating_sub(1) * PAIR_STEP;
+    assert!(b.is_empty() || last < a.len(), "expected {} pairs of each of {M} rows", b.len());
     let mut sums = [[_mm512_setzero_ps(); REGISTERS]; M];
     for (pair, b) in b.iter().enumerate() {
         let (columns, _) = b.as_chunks::<LANES>();
         let columns: [__m512bh; REGISTERS] = [load(&columns[0]), load(&columns[1]), load(&columns[2])];
         for (row, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: as promised to this function.
-            let value = unsafe { *a.add(row * row_step + pair * PAIR_STEP) };
+            // SAFETY: the last pair of the last row lies in the slice, as just asserted, and none of them behind it.
+            let value = unsafe { *a.get_unchecked(row * row_step + pair * PAIR_STEP) };
             let value = as_pairs(_mm512_set1_epi32(value.cast_signed()));
             for (sum, column) in sums.iter_mut().zip(columns) {
                 *sum = _mm512_dpbf16_ps(*sum, value, column);
