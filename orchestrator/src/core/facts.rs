@@ -269,6 +269,11 @@ impl Formed {
         self.places.iter().copied().chain(self.bringers().map(|(_, worker)| worker)).collect()
     }
 
+    /// Whether a worker has a part in it.
+    pub fn has(&self, worker: u64) -> bool {
+        self.places.contains(&worker) || self.bringers().any(|(_, bringer)| bringer == worker)
+    }
+
     /// As one of this job's.
     pub fn id(&self, job: JobId) -> FormationId {
         FormationId::new(job, self.generation)

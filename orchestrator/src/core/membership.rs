@@ -54,7 +54,7 @@ impl Core {
     /// where all of them are. Who hosts its ranks already ignores it.
     fn assign_again(&mut self, last: u64) {
         let is_known = |worker: &u64| self.members.get(*worker).is_some_and(Member::is_known);
-        let whole = self.running().filter(|(_, formed)| formed.workers().contains(&last));
+        let whole = self.running().filter(|(_, formed)| formed.has(last));
         let whole = whole.filter(|(_, formed)| formed.workers().iter().all(is_known));
         let mut ranks_of: BTreeMap<(FormationId, u64), Vec<Rank>> = BTreeMap::new();
         let mut bring: Vec<(u64, FormationId, Rank)> = Vec::new();

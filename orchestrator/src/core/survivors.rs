@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use contraflow_runtime::control::RankEvent;
 use contraflow_runtime::topology::{FormationId, Generation, JobId, Rank, Topology};
 
+use super::facts::Formed;
 use super::formation::Formation;
 use super::jobs::{JobRecord, Phase};
 use super::{Core, Effect, Left, WorkerCommand};
@@ -89,7 +90,7 @@ impl Core {
 
     /// What ranks of a formation that was left had reported, as a worker of it says: it counts until the job is formed again.
     pub(super) fn report_of_left(&mut self, worker: u64, of: FormationId, event: RankEvent) {
-        let is_known = || self.survivor_workers(of.job).is_some_and(|workers| workers.contains(&worker));
+        let is_known = || self.in_memory_of(of.job).is_some_and(|formed| formed.has(worker));
         if let RankEvent::StepDone { report } = event
             && self.hears_left(of)
             && is_known()
@@ -135,8 +136,12 @@ impl Core {
 
     /// Everybody who may have parts of the state of a broken formation that keeps it in memory.
     fn survivor_workers(&self, job: JobId) -> Option<BTreeSet<u64>> {
-        let record = self.jobs.all.get(&job).filter(|record| record.resumes_from_memory())?;
-        Some(record.formed.as_ref()?.workers())
+        self.in_memory_of(job).map(Formed::workers)
+    }
+
+    /// The formation of a job whose state is in memory.
+    fn in_memory_of(&self, job: JobId) -> Option<&Formed> {
+        self.jobs.all.get(&job).filter(|record| record.resumes_from_memory())?.formed.as_ref()
     }
 
     /// A worker has left a formation, and says what it keeps.
