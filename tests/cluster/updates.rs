@@ -27,9 +27,9 @@ use contraflow_workers::model::build::{Placement, RankModel, build};
 use contraflow_workers::model::init::initialise;
 use contraflow_workers::model::params::{Params, RankParams};
 use contraflow_workers::model::precision::Precision;
-use contraflow_workers::optimizer::totals::{Totals, TotalsLayout};
-use contraflow_workers::optimizer::update::{Moments, OptimizerSetup, OptimizerState, UpdateRates};
-use contraflow_workers::rank::build::published_names;
+use contraflow_workers::optimizer::totals::Totals;
+use contraflow_workers::optimizer::update::{OptimizerState, UpdateRates};
+use contraflow_workers::rank::build::optimizer_setup;
 
 use crate::lab::{Lab, layout};
 use crate::watch::{Bits, bits, set_all};
@@ -69,15 +69,7 @@ impl Rank {
         let seed = recipe.training.seed;
         let mut params =
             RankParams { dense: with_gradients(dense, seed), experts: with_gradients(experts, seed) };
-        let setup = OptimizerSetup {
-            recipe: recipe.optimizer.clone(),
-            watch: recipe.watch.clone(),
-            names: published_names(&recipe.model_config),
-            rank,
-            layout: TotalsLayout::of(&recipe.model_config),
-            moments: Moments::F32,
-        };
-        let optimizer = OptimizerState::new(setup, &mut params);
+        let optimizer = OptimizerState::new(optimizer_setup(recipe, rank), &mut params);
         let world: Vec<usize> = topology.ranks().collect();
         let context = RankContext {
             endpoint,

@@ -101,15 +101,7 @@ pub fn build_rank(rank: usize, assignment: Assignment) -> Result<Built, RankErro
     let placement = Placement { topology, stages_of: &stages_of, layouts: &plans.layouts };
     let RankModel { stages, dense, experts } = build(&arch, &placement, rank);
     let mut params = RankParams { dense, experts };
-    let setup = OptimizerSetup {
-        recipe: recipe.optimizer.clone(),
-        watch: recipe.watch.clone(),
-        names: published_names(&recipe.model_config),
-        rank,
-        layout: TotalsLayout::of(&recipe.model_config),
-        moments: Moments::of(&recipe.precision, recipe.training.seed),
-    };
-    let mut optimizer = OptimizerState::new(setup, &mut params);
+    let mut optimizer = OptimizerState::new(optimizer_setup(&recipe, rank), &mut params);
     for params in [&mut params.dense, &mut params.experts] {
         match (&assignment.resume, recipe.model.init_dir()) {
             _ if assignment.recovered.is_some() => {}
@@ -189,6 +181,18 @@ pub fn parts(recipe: &Recipe, arch: &Architecture, axes: Topology) -> Result<Vec
     let placement = Placement { topology: axes, stages_of: &stages_of, layouts: &layouts };
     let of_rank = |rank| records(&outline(arch, &placement, rank), rank, Kept::of(&recipe));
     Ok(axes.ranks().map(of_rank).collect())
+}
+
+/// What the optimizer of a recipe's rank is made with.
+pub fn optimizer_setup(recipe: &Recipe, rank: usize) -> OptimizerSetup {
+    OptimizerSetup {
+        recipe: recipe.optimizer.clone(),
+        watch: recipe.watch.clone(),
+        names: published_names(&recipe.model_config),
+        rank,
+        layout: TotalsLayout::of(&recipe.model_config),
+        moments: Moments::of(&recipe.precision, recipe.training.seed),
+    }
 }
 
 /// The published list of a model's weights, without stored copies.

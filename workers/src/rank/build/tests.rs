@@ -62,15 +62,7 @@ fn what_a_rank_answers_for_is_known_without_its_tensors() {
             for rank in axes.ranks() {
                 let RankModel { dense, experts, .. } = build(&arch, &placement, rank);
                 let mut params = RankParams { dense, experts };
-                let setup = OptimizerSetup {
-                    recipe: recipe.optimizer.clone(),
-                    watch: recipe.watch.clone(),
-                    names: published_names(&recipe.model_config),
-                    rank,
-                    layout: TotalsLayout::of(&recipe.model_config),
-                    moments: Moments::of(&recipe.precision, recipe.training.seed),
-                };
-                let mut optimizer = OptimizerState::new(setup, &mut params);
+                let mut optimizer = OptimizerState::new(optimizer_setup(&recipe, rank), &mut params);
                 optimizer.start_average(recipe.training.ema_decay, &params, None).unwrap();
                 let averages = optimizer.average(&params, true, true).unwrap();
                 let written = optimizer.snapshot(&params, averages).pieces;
