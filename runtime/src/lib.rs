@@ -14,6 +14,7 @@ pub mod files;
 pub mod flight;
 pub mod layout;
 pub mod model_config;
+pub mod prompt;
 pub mod publish;
 pub mod random;
 pub mod recipe;

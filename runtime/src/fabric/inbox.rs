@@ -2,10 +2,8 @@
 //! the peer that it waits for is lost.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::delays::Delays;
 use super::incoming::Receipt;
 use super::{FabricError, Region, Tag};
 use crate::topology::Generation;
@@ -34,6 +32,8 @@ pub struct Arrival {
     pub trace: TraceContext,
     /// Given back when the frame is taken or dropped; frames of this process need none.
     pub receipt: Option<Receipt>,
+    /// Before when it is not taken, if it is held back.
+    pub due: Option<Instant>,
 }
 
 /// The frames that have arrived at one rank.
@@ -67,27 +67,6 @@ impl Inbox {
         before.map_or(Ok(()), |_| Err(FabricError::Duplicate { tag }))
     }
 
-    /// The same for a frame to rank `to` once its delay is over, if there are delays: then one that is refused ends all waits.
-    ///
-    /// **Errors**: without delays as above.
-    pub fn deliver_late(
-        self: &Arc<Self>,
-        delays: Option<&Delays>,
-        to: usize,
-        tag: Tag,
-        arrival: Arrival,
-    ) -> Result<(), FabricError> {
-        let Some(delays) = delays else { return self.deliver(tag, arrival) };
-        let inbox = self.clone();
-        let bytes = arrival.parts.iter().map(Region::len).sum();
-        delays.hold(to, &tag, bytes, move || {
-            if let Err(error) = inbox.deliver(tag, arrival) {
-                inbox.abort(&error.to_string());
-            }
-        });
-        Ok(())
-    }
-
     /// Takes the frame with this tag, waiting for it for at most `timeout`; returned with the span that sent it.
     ///
     /// **Errors**: [`FabricError::Timeout`] names the tag; [`FabricError::Aborted`] and [`FabricError::Lost`] the reason;
@@ -102,20 +81,24 @@ impl Inbox {
             if let Some(tag) = state.duplicate {
                 return Err(FabricError::Duplicate { tag });
             }
-            if let Some(Arrival { parts, trace, receipt }) = state.frames.remove(&tag) {
+            let now = Instant::now();
+            let due = state.frames.get(&tag).map(|arrival| arrival.due.unwrap_or(now));
+            if due.is_some_and(|due| due <= now)
+                && let Some(Arrival { parts, trace, receipt, .. }) = state.frames.remove(&tag)
+            {
                 drop(state);
                 drop(receipt);
                 return Ok((parts, trace));
             }
             let rank = tag.source as usize;
-            if let Some(reason) = state.lost.get(&rank) {
+            if let Some(reason) = state.lost.get(&rank).filter(|_| due.is_none()) {
                 return Err(FabricError::Lost { rank, reason: reason.clone() });
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if deadline <= now {
                 return Err(FabricError::Timeout { tag, waited_s: timeout.as_secs_f64() });
             }
-            self.arrived.wait_for(&mut state, left);
+            let until = due.map_or(deadline, |due| due.min(deadline));
+            self.arrived.wait_until(&mut state, until);
         }
     }
 

@@ -146,8 +146,9 @@ impl InLink {
                 return Err(ReadError::Bad("a frame that claims to be in memory that is not shared".into()));
             }
         };
-        let arrival = Arrival { parts: regions(&backing, parts, &places), trace, receipt: Some(receipt) };
-        let delivered = inbox.deliver_late(network.delays(), to as usize, tag, arrival);
+        let due = network.delays().map(|delays| delays.due(to as usize, &tag, len));
+        let parts = regions(&backing, parts, &places);
+        let delivered = inbox.deliver(tag, Arrival { parts, trace, receipt: Some(receipt), due });
         delivered.map_err(|error| ReadError::Bad(error.to_string()))
     }
 }

@@ -98,11 +98,11 @@ impl LocalNetwork {
         trace: TraceContext,
     ) -> Result<(), FabricError> {
         let inbox = self.inboxes.get(&to).ok_or(FabricError::NoSuchRank { to })?;
+        let bytes = parts.iter().map(Region::len).sum();
         if self.options.log_frames {
-            let bytes = parts.iter().map(Region::len).sum();
             self.frame_log.lock().push(SentFrame { tag, to, bytes });
         }
-        let arrival = Arrival { parts, trace, receipt: None };
-        inbox.deliver_late(self.delays.as_ref(), to, tag, arrival)
+        let due = self.delays.as_ref().map(|delays| delays.due(to, &tag, bytes));
+        inbox.deliver(tag, Arrival { parts, trace, receipt: None, due })
     }
 }

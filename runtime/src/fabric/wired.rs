@@ -21,6 +21,7 @@ use super::outgoing::OutLink;
 use super::stream::{Address, Stream};
 use super::wire::{MAX_FRAME_BYTES, MAX_PARTS, VERSION};
 use super::{FabricError, Region, Tag};
+use crate::prompt::wake_promptly;
 use crate::random::from_system;
 use crate::topology::{FormationId, Rank};
 use crate::trace::TraceContext;
@@ -182,7 +183,7 @@ impl WiredNetwork {
         trace: TraceContext,
     ) -> Result<(), FabricError> {
         if let Some(inbox) = self.inboxes.get(&to) {
-            return inbox.deliver(tag, Arrival { parts, trace, receipt: None });
+            return inbox.deliver(tag, Arrival { parts, trace, receipt: None, due: None });
         }
         let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
         if parts.len() > MAX_PARTS || bytes > MAX_FRAME_BYTES {
@@ -229,6 +230,7 @@ impl WiredNetwork {
     pub(super) fn spawn(self: &Arc<Self>, is_writer: bool, run: impl FnOnce() + Send + 'static) {
         let count = self.count(is_writer);
         std::thread::spawn(move || {
+            wake_promptly();
             run();
             drop(count);
         });
@@ -266,6 +268,7 @@ impl WiredNetwork {
         peers[site].incoming = Some(link.clone());
         let count = self.count(false);
         drop(peers);
+        wake_promptly();
         link.run(hello.carrier, self);
         drop(count);
         Ok(())

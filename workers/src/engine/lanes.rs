@@ -12,6 +12,7 @@ use contraflow_kernels::par::Threads;
 use contraflow_runtime::fabric::FabricError;
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::flight::Event;
+use contraflow_runtime::prompt::wake_promptly;
 use contraflow_runtime::schedule::{Lane, OpId};
 
 use super::events::WaitError;
@@ -75,7 +76,10 @@ impl Lanes {
             let threads = self.threads.clone();
             let run = move || match lane {
                 Lane::Compute => threads.run(move || worker.run(&receiver)),
-                _ => worker.run(&receiver),
+                _ => {
+                    wake_promptly();
+                    worker.run(&receiver);
+                }
             };
             std::thread::spawn(run);
             sender
