@@ -145,14 +145,14 @@ enum BenchCommand {
     },
     /// All-to-alls that nothing hides, with and without overlap, over links as slow as 0.25 to 1.5 times the computations
     Overlap {
-        /// Time of the links over time of the computations, separated by commas
+        /// Time of the exchanges over time of the computations, separated by commas
         #[arg(long, value_delimiter = ',', default_values_t = overlap::RATIOS)]
         ratios: Vec<f64>,
         /// Runs of either kind for each ratio, which alternate
         #[arg(long, default_value_t = 1)]
         rounds: usize,
         /// Steps of a run that are measured, after two that are not
-        #[arg(long, default_value_t = 4)]
+        #[arg(long, default_value_t = 2)]
         steps: usize,
     },
     /// Communication of the update that nothing hides, with and without overlap, between processes with delayed frames

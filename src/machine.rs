@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Instant;
 
 use contraflow_kernels::isa::instruction_set;
 use contraflow_kernels::linear;
-use contraflow_kernels::tensor::Tensor;
+use contraflow_kernels::tensor::{Format, Tensor};
 use contraflow_runtime::files::objects::cache_dir;
 use contraflow_runtime::files::{UNFINISHED_SUFFIX, write_synced};
 use contraflow_runtime::layout::{MemoryLimit, recipe_figures};
@@ -38,20 +39,26 @@ pub fn cores() -> usize {
 /// the neighbours of a virtual machine still slow it, by up to a third as seen. So the best that was measured on such a machine
 /// before is kept in the cache folder: a busy moment lowers only the first figure of a machine.
 pub fn peak(num_threads: usize) -> f64 {
-    let now = measured_per_core();
+    peak_in(Format::F32, num_threads)
+}
+
+/// The same in another format of products.
+pub fn peak_in(format: Format, num_threads: usize) -> f64 {
+    let now = measured_per_core(format);
     let kept = cache_dir().join("peaks.json");
-    let name = format!("{} {}", processor(), instruction_set());
+    let of = if format == Format::F32 { String::new() } else { format!(" {format:?}") };
+    let name = format!("{} {}{of}", processor(), instruction_set());
     let best = keep_best(&kept, &name, now).unwrap_or(now);
     best * num_threads as f64
 }
 
-/// FLOP per CPU second of a large f32 product on the calling thread.
-fn measured_per_core() -> f64 {
+/// FLOP per CPU second of a large product on the calling thread.
+fn measured_per_core(format: Format) -> f64 {
     const SIZE: usize = 1024;
     /// The best of many is the peak; more than these change little.
     const PRODUCTS: usize = 10;
     let values: Vec<f32> = (0..SIZE * SIZE).map(|i| (i % 13) as f32).collect();
-    let (dy, w) = (Tensor::from_vec(&[SIZE, SIZE], values.clone()), Tensor::from_vec(&[SIZE, SIZE], values));
+    let [dy, w] = [(); 2].map(|()| Tensor::from_vec(&[SIZE, SIZE], values.clone()).to(format));
     let mut best = f64::INFINITY;
     for _ in 0..PRODUCTS {
         let before = thread_cpu_seconds();
@@ -59,6 +66,27 @@ fn measured_per_core() -> f64 {
         best = best.min(thread_cpu_seconds() - before);
     }
     2.0 * (SIZE as f64).powi(3) / best
+}
+
+/// How fast this many threads together read from memory, in the best of several times. **Units**: bytes/s.
+pub fn read_speed(num_threads: usize) -> f64 {
+    /// Of each thread: more than caches hold.
+    const VALUES: usize = 64 << 20;
+    let parts: Vec<Vec<f32>> = (0..num_threads).map(|_| vec![1.0; VALUES]).collect();
+    let sum = |part: &[f32]| {
+        let mut sums = [0.0_f32; 64];
+        for values in part.chunks_exact(sums.len()) {
+            sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+        std::hint::black_box(sums);
+    };
+    let round = || {
+        let began = Instant::now();
+        std::thread::scope(|scope| parts.iter().for_each(|part| drop(scope.spawn(|| sum(part)))));
+        began.elapsed().as_secs_f64()
+    };
+    let best = (0..5).map(|_| round()).fold(f64::INFINITY, f64::min);
+    (num_threads * VALUES * size_of::<f32>()) as f64 / best
 }
 
 /// CPU time of the calling thread so far.

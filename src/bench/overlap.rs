@@ -3,6 +3,10 @@
 //!
 //! Two ranks of one thread each, so that no rank waits for a core and none computes while another one waits for it: DualPipeV on
 //! one pipeline position, two expert ranks. Only frames of the passes take time. Runs with and without overlap alternate.
+//!
+//! Communication is all that an exchange takes: rows are copied out and in, and then there is the link. An exchange hides behind a part
+//! of a layer's pair, so no order hides all of it where attention and experts differ much: the experts are as wide as makes both take
+//! equally long on this machine.
 
 mod measured;
 
@@ -14,7 +18,7 @@ use contraflow_orchestrator::job::Outcome;
 use contraflow_runtime::fabric::{LinkSpeed, Links, LocalOptions, Phase};
 use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
-use contraflow_runtime::schedule::Program;
+use contraflow_runtime::schedule::{Component, Program, Work};
 use contraflow_runtime::topology::Generation;
 use contraflow_workers::data::batches::TaskKind;
 use contraflow_workers::engine::plans::{Planned, Plans};
@@ -38,13 +42,11 @@ const LEAST_EXPOSED: f64 = 0.8;
 /// Nor if its computations, with overlap or without, took longer than without links by more than this factor: something else ran.
 const MOST_STRETCHED: f64 = 1.25;
 
-/// Four mixture layers a stage, as DeepSeek-V3's stages have, with about as much arithmetic in attention as in experts: where they differ
-/// much no order hides exchanges that take as long as the computations.
+/// Four mixture layers a stage and 4,096 tokens a micro-batch, as in DeepSeek-V3's run.
 const RECIPE: &str = "small";
-const CHANGES: [&str; 21] = [
+const CHANGES: [&str; 20] = [
     "model.vocab_size=512",
     "model.num_hidden_layers=8",
-    "model.moe_intermediate_size=128",
     "model.first_k_dense_replace=0",
     "model.n_routed_experts=8",
     "model.n_group=2",
@@ -55,15 +57,18 @@ const CHANGES: [&str; 21] = [
     "parallel.schedule=dualpipev",
     "parallel.expert=2",
     "parallel.threads_per_rank=1",
-    "training.sequence_length=128",
-    "training.micro_batch_size=2",
-    "training.global_batch_size=24",
+    "training.sequence_length=256",
+    "training.micro_batch_size=16",
+    "training.global_batch_size=192",
     "training.validation_sequences=0",
     "memory.recompute=[]",
     "balance.bias_speed=0",
     "checkpoint.save_model=false",
     "watch.on_spike=warn",
 ];
+/// Width of the experts with which attention and experts are timed first, and what widths are multiples of.
+const FIRST_WIDTH: usize = 128;
+const WIDTH_STEP: usize = 16;
 
 /// What the command prints as JSON. Units are in the names.
 #[derive(Debug, Serialize)]
@@ -74,6 +79,8 @@ pub(super) struct OverlapFigures {
     expert: usize,
     threads_per_rank: usize,
     cores: usize,
+    /// Width with which the experts take as long as attention does.
+    expert_width: usize,
     micro_batches: usize,
     measured_steps: usize,
     rows: Vec<Row>,
@@ -82,7 +89,7 @@ pub(super) struct OverlapFigures {
 /// One ratio; the passes of a step, medians over steps, means over ranks.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    /// Time of the links over time of the computations without links.
+    /// Time of the exchanges, copies and links, over time of the computations without links.
     ratio: f64,
     overlap_s: f64,
     no_overlap_s: f64,
@@ -98,7 +105,9 @@ struct Row {
     no_overlap_exposed: f64,
     /// The passes with overlap on the virtual clock: the same programs, each operation as long as it took in the run.
     predicted_s: f64,
-    /// The same without overlap.
+    /// What is exposed in pairs there.
+    predicted_in_pairs: f64,
+    /// The passes without overlap there.
     predicted_no_overlap_s: f64,
     /// Computations with links over those without.
     stretched: f64,
@@ -124,26 +133,37 @@ pub(super) fn run(ratios: &[f64], rounds: usize, steps: usize) -> Result<Overlap
         );
         return Err(Failure::input(message));
     }
-    let bench = Bench { steps, programs: [programs(true, steps)?, programs(false, steps)?] };
+    let first = Bench::new(steps, FIRST_WIDTH)?.train(false, None)?;
+    let (attention_s, experts_s) = halves(&first.passes);
+    let width = FIRST_WIDTH as f64 * attention_s / experts_s;
+    let bench = Bench::new(steps, WIDTH_STEP * ((width / WIDTH_STEP as f64).round() as usize).max(1))?;
     // Without links: what computations take, and what an exchange takes besides.
     let Trained { passes: free, bytes } = bench.train(false, None)?;
     let compute_s = median(free.iter().map(|passes| passes.compute_s).collect());
+    let copies_s = bench.exchanges_s(&free);
+    let least = copies_s / compute_s;
+    if let Some(ratio) = ratios.iter().find(|ratio| **ratio <= least) {
+        let message =
+            format!("--ratios: expected more than {least:.2}, which copies alone take here, got {ratio}");
+        return Err(Failure::input(message));
+    }
     let mut rows = Vec::new();
     for &ratio in ratios {
+        let link_s = ratio * compute_s - copies_s;
         let links = Links {
             only: Some(Phase::Train),
             jitter: JITTER,
             seed: 1,
-            ..Links::even(LinkSpeed { bytes_per_s: bytes / (ratio * compute_s), latency: LATENCY })
+            ..Links::even(LinkSpeed { bytes_per_s: bytes / link_s, latency: LATENCY })
         };
         let mut passes: [Vec<Passes>; 2] = Default::default();
         for _ in 0..rounds {
             passes[0].extend(bench.train(true, Some(&links))?.passes);
             passes[1].extend(bench.train(false, Some(&links))?.passes);
         }
-        rows.push(bench.row((ratio, ratio * compute_s), &free, &passes)?);
+        rows.push(bench.row((ratio, link_s), &free, &passes)?);
     }
-    let recipe = recipe(true, steps)?;
+    let recipe = bench.recipe(true)?;
     Ok(OverlapFigures {
         recipe: RECIPE,
         schedule: "dualpipev",
@@ -151,32 +171,39 @@ pub(super) fn run(ratios: &[f64], rounds: usize, steps: usize) -> Result<Overlap
         expert: RANKS,
         threads_per_rank: 1,
         cores,
+        expert_width: bench.width,
         micro_batches: recipe.micro_batches(recipe.training.global_batch_size),
         measured_steps: rounds * steps,
         rows,
     })
 }
 
-fn recipe(overlap: bool, steps: usize) -> Result<Recipe, Failure> {
+/// What computations of attention take in a step, and those of the experts. **Units**: seconds, medians over steps.
+fn halves(passes: &[Passes]) -> (f64, f64) {
+    let of = |components: &[Component]| {
+        let of_step = |passes: &Passes| {
+            let is_of = |work: &Work| matches!(work, Work::Component { component, .. } if components.contains(component));
+            passes.took.iter().filter(|(work, _)| is_of(work)).map(|(_, took)| took).sum()
+        };
+        median(passes.iter().map(of_step).collect())
+    };
+    (of(&[Component::Attention]), of(&[Component::Experts, Component::SharedExpert]))
+}
+
+/// Of this many steps and this wide experts.
+fn recipe((steps, width): (usize, usize), overlap: bool) -> Result<Recipe, Failure> {
     let mut changes: Vec<String> = CHANGES.iter().map(|&change| change.to_owned()).collect();
+    changes.push(format!("model.moe_intermediate_size={width}"));
     changes.push(format!("parallel.overlap={overlap}"));
     changes.push(format!("training.steps={}", WARM_UP + steps));
     Ok(Recipe::load(&RecipeSource::Builtin(RECIPE.to_owned()), &changes)?)
 }
 
-/// The passes of a step, as the ranks run them.
-fn programs(overlap: bool, steps: usize) -> Result<(Arc<Planned>, Program), Failure> {
-    let recipe = recipe(overlap, steps)?;
-    let mut plans = Plans::new(&recipe).map_err(Failure::run)?;
-    let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
-    let planned = plans.get(micro_batches, TaskKind::Train).map_err(Failure::run)?;
-    let program = plans.passes(&planned.plan).remove(0);
-    Ok((planned, program))
-}
-
 struct Bench {
     steps: usize,
-    /// With overlap and without.
+    /// Of the experts.
+    width: usize,
+    /// The passes of a step, as the ranks run them, with overlap and without.
     programs: [(Arc<Planned>, Program); 2],
 }
 
@@ -188,8 +215,31 @@ struct Trained {
 }
 
 impl Bench {
+    fn new(steps: usize, width: usize) -> Result<Self, Failure> {
+        let programs = |overlap| {
+            let recipe = recipe((steps, width), overlap)?;
+            let mut plans = Plans::new(&recipe).map_err(Failure::run)?;
+            let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
+            let planned = plans.get(micro_batches, TaskKind::Train).map_err(Failure::run)?;
+            let program = plans.passes(&planned.plan).remove(0);
+            Ok::<_, Failure>((planned, program))
+        };
+        Ok(Bench { steps, width, programs: [programs(true)?, programs(false)?] })
+    }
+
+    fn recipe(&self, overlap: bool) -> Result<Recipe, Failure> {
+        recipe((self.steps, self.width), overlap)
+    }
+
+    /// What all exchanges of a step take in runs without links and overlap. **Units**: seconds.
+    fn exchanges_s(&self, free: &[Passes]) -> f64 {
+        let program = &self.programs[1].1;
+        let costs = Costs::of(program, free);
+        program.ops.iter().filter(|op| is_exchange(op)).map(|op| costs.get(&op.work)).sum()
+    }
+
     fn train(&self, overlap: bool, links: Option<&Links>) -> Result<Trained, Failure> {
-        let recipe = recipe(overlap, self.steps)?;
+        let recipe = self.recipe(overlap)?;
         let datasets = seeded_datasets(&recipe);
         let measured: Arc<Mutex<Vec<Passes>>> = Arc::default();
         let noted = measured.clone();
@@ -240,12 +290,13 @@ impl Bench {
     ) -> Result<Row, Failure> {
         let of = |passes: &[Passes], figure: fn(&Passes) -> f64| median(passes.iter().map(figure).collect());
         let predicted = |index: usize, passes: &[Passes]| {
-            let program = &self.programs[index].1;
+            let (planned, program) = &self.programs[index];
             let exchanges = program.ops.iter().filter(|op| is_exchange(op)).count();
             let each = link_s / exchanges as f64 + (1.0 + JITTER / 2.0) * LATENCY.as_secs_f64();
             let costs = Costs::of(program, passes).with_exchanges(program, &Costs::of(program, free), each);
-            costs.walk(program).map_err(Failure::run)
+            costs.walk(program, &planned.plan.actions[0]).map_err(Failure::run)
         };
+        let (overlapped, sequential) = (predicted(0, with)?, predicted(1, without)?);
         let no_overlap_exposed = of(without, |passes| passes.waits_s) / link_s;
         let compute_s = |passes: &[Passes]| of(passes, |passes| passes.compute_s);
         let stretched = compute_s(with).max(compute_s(without)) / compute_s(free);
@@ -258,8 +309,9 @@ impl Bench {
             exposed_share: of(with, |passes| passes.waits_s / passes.span_s),
             exposed_in_pairs: of(with, |passes| passes.pair_waits_s / passes.pairs_s),
             no_overlap_exposed,
-            predicted_s: predicted(0, with)?,
-            predicted_no_overlap_s: predicted(1, without)?,
+            predicted_s: overlapped.span_s,
+            predicted_in_pairs: overlapped.pair_waits_s / overlapped.pairs_s,
+            predicted_no_overlap_s: sequential.span_s,
             stretched,
             void: no_overlap_exposed < LEAST_EXPOSED || stretched > MOST_STRETCHED,
         })
@@ -270,8 +322,10 @@ impl fmt::Display for OverlapFigures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} with eight mixture layers, {}, pipeline {}, expert {}, one thread a rank on {} cores: {} micro-batches, medians over {} steps",
+            "{} with eight mixture layers, experts {} wide, {}, pipeline {}, expert {}, one thread a rank on {} cores: \
+             {} micro-batches, medians over {} steps",
             self.recipe,
+            self.expert_width,
             self.schedule,
             self.pipeline,
             self.expert,
@@ -281,7 +335,7 @@ impl fmt::Display for OverlapFigures {
         )?;
         writeln!(
             f,
-            "{:>6} {:>10} {:>12} {:>10} {:>9} {:>9} {:>11} {:>14}",
+            "{:>6} {:>10} {:>12} {:>10} {:>9} {:>9} {:>11} {:>9} {:>14}",
             "ratio",
             "overlap s",
             "no overlap s",
@@ -289,18 +343,20 @@ impl fmt::Display for OverlapFigures {
             "exposed",
             "in pairs",
             "predicted s",
+            "in pairs",
             "no overlap"
         )?;
         for row in &self.rows {
             let (exposed, in_pairs) = (100.0 * row.exposed_share, 100.0 * row.exposed_in_pairs);
             write!(
                 f,
-                "{:>6} {:>10.3} {:>12.3} {:>10.3} {exposed:>7.1} % {in_pairs:>7.1} % {:>11.3} {:>14.3}",
+                "{:>6} {:>10.3} {:>12.3} {:>10.3} {exposed:>7.1} % {in_pairs:>7.1} % {:>11.3} {:>7.1} % {:>14.3}",
                 row.ratio,
                 row.overlap_s,
                 row.no_overlap_s,
                 row.compute_s,
                 row.predicted_s,
+                100.0 * row.predicted_in_pairs,
                 row.predicted_no_overlap_s
             )?;
             if row.no_overlap_exposed < LEAST_EXPOSED {

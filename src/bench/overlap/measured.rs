@@ -96,22 +96,27 @@ impl Costs {
         Costs(program.ops.iter().map(cost).collect())
     }
 
+    /// Of one operation; 0 of one that never ran.
+    pub fn get(&self, work: &Work) -> f64 {
+        self.0.get(work).copied().unwrap_or_default()
+    }
+
     /// With exchanges as long as in `others` and a link's time each on top.
     pub fn with_exchanges(mut self, program: &Program, others: &Costs, link_s: f64) -> Costs {
         for op in program.ops.iter().filter(|op| is_exchange(op)) {
-            self.0.insert(op.work, others.0.get(&op.work).copied().unwrap_or_default() + link_s);
+            self.0.insert(op.work, others.get(&op.work) + link_s);
         }
         self
     }
 
-    /// The program's end on the virtual clock.
+    /// The passes on the virtual clock.
     ///
     /// # Errors
     /// In words, if it deadlocks.
-    pub fn walk(&self, program: &Program) -> Result<f64, String> {
-        let cost = |_: usize, op: &Op| self.0.get(&op.work).copied().unwrap_or_default();
+    pub fn walk(&self, program: &Program, actions: &[Action]) -> Result<Passes, String> {
+        let cost = |_: usize, op: &Op| self.get(&op.work);
         let timeline = walk(std::slice::from_ref(program), cost).map_err(|deadlock| deadlock.to_string())?;
-        Ok(timeline.makespan)
+        Ok(Passes::of(0, program, &timeline.spans[0], actions))
     }
 }
 
@@ -161,8 +166,10 @@ mod tests {
         let second = passes(1, &[(0.0, 5.0), (5.0, 6.0), (6.0, 7.0), (7.0, 8.0), (8.0, 11.0)]);
         let costs = Costs::of(&program(), &[first, second]);
         // 5, 1, 2, 2, 1 one after the other; with links 10 more for each exchange.
-        assert_eq!(costs.walk(&program()).unwrap(), 11.0);
+        assert_eq!(costs.walk(&program(), &actions()).unwrap().span_s, 11.0);
         let linked = costs.clone().with_exchanges(&program(), &costs, 10.0);
-        assert_eq!(linked.walk(&program()).unwrap(), 31.0);
+        let linked = linked.walk(&program(), &actions()).unwrap();
+        // The pair waits for the first exchange.
+        assert_eq!((linked.span_s, linked.pair_waits_s), (31.0, 11.0));
     }
 }
