@@ -113,7 +113,7 @@ enum BenchCommand {
     /// Every schedule beside table 2 of the report: bubble, parameters, activations by formula, simulation and a run
     Schedules {
         /// Milliseconds that a forward pass waits in the runs
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, default_value_t = 100)]
         unit_ms: u64,
     },
     /// Placement of a job of 2,048 ranks on 4,096 slots: search time and quality
