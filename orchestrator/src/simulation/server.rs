@@ -135,6 +135,8 @@ impl World {
 
     pub(super) fn server_resumes(&mut self, server: usize) {
         self.servers[server].is_paused = false;
+        // While it stood still it could not take slots from anybody.
+        self.checks.useless = None;
         for held in std::mem::take(&mut self.servers[server].held) {
             self.happen(held);
         }
