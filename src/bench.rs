@@ -116,7 +116,7 @@ enum BenchCommand {
         #[arg(long, default_value_t = 100)]
         unit_ms: u64,
     },
-    /// Placement of a job of 2,048 ranks on 4,096 slots: search time and quality
+    /// Placement of jobs of 2,048 and 16,384 ranks on twice as many slots: search time and quality
     Placement,
     /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
     Load,

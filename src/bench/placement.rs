@@ -23,11 +23,12 @@ pub(super) struct PlacementFigures {
     cases: Vec<PlacementCase>,
 }
 
-/// One job on 4,096 slots: places for all its ranks, then for those of a worker that is lost.
+/// One job on twice as many slots as it has ranks: places for all its ranks, then for those of a worker that is lost.
 #[derive(Debug, Serialize)]
 struct PlacementCase {
     what: &'static str,
     topology: Topology,
+    slots: usize,
     place_ms: f64,
     lost_ranks: usize,
     refill_ms: f64,
@@ -50,12 +51,16 @@ pub(super) fn run() -> Result<PlacementFigures, Failure> {
         ("no expert groups", dense, 8),
         ("one slot a node, no expert groups", dense, 1),
     ];
-    let cases = cases.into_iter().map(|(what, topology, slots)| case(what, topology, slots));
+    // 2,048 ranks, and 16,384.
+    let sizes = [1, 8].into_iter().flat_map(|factor| cases.map(|case| (factor, case)));
+    let cases = sizes.map(|(factor, (what, topology, slots))| {
+        case(what, Topology { data: factor * topology.data, ..topology }, slots)
+    });
     Ok(PlacementFigures { cases: cases.collect::<Result<_, _>>()? })
 }
 
 fn case(what: &'static str, topology: Topology, slots: usize) -> Result<PlacementCase, Failure> {
-    let supply = supply(4096, slots);
+    let supply = supply(2 * topology.world(), slots);
     let refused = |refusal: contraflow_orchestrator::placement::Refusal| Failure::run(refusal.to_string());
     let (placed, seconds) = fastest(|| place(&supply, &topology, ScheduleKind::Dualpipe));
     let placed = placed.map_err(refused)?;
@@ -68,6 +73,7 @@ fn case(what: &'static str, topology: Topology, slots: usize) -> Result<Placemen
     Ok(PlacementCase {
         what,
         topology,
+        slots: supply.slots.iter().map(|slots| slots.free).sum(),
         place_ms: 1e3 * seconds,
         lost_ranks: lost.len(),
         refill_ms: 1e3 * again,
@@ -87,9 +93,10 @@ impl fmt::Display for PlacementCase {
         let Topology { pipeline, expert, data } = self.topology;
         writeln!(
             f,
-            "{}: {} ranks ({pipeline} x {expert} x {data}) on 4096 slots in {:.1} ms; {} lost in {:.1} ms; buddies in {:.1} ms",
+            "{}: {} ranks ({pipeline} x {expert} x {data}) on {} slots in {:.1} ms; {} lost in {:.1} ms; buddies in {:.1} ms",
             self.what,
             self.topology.world(),
+            self.slots,
             self.place_ms,
             self.lost_ranks,
             self.refill_ms,
