@@ -25,6 +25,7 @@ use self::pages::Pages;
 use super::cluster::{Play, ROUND, Server, answer, cancel, fake, submit};
 use crate::failure::Failure;
 use crate::interrupt;
+use crate::output::say;
 
 /// Rounds of submissions that are cancelled: finished jobs in the end, in thousands.
 const ROUNDS: usize = 10;
@@ -66,6 +67,8 @@ pub(super) struct DashboardFigures {
     pages: Vec<Value>,
     hour: Hour,
     stalled: Stalled,
+    /// What the pages hold after so many refreshes, as the script has it.
+    refreshes: Vec<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -85,8 +88,6 @@ struct Hour {
     server_mib: Vec<f64>,
     /// Of the page of the run, after a collection of garbage, at the same times.
     page_mib: Vec<f64>,
-    /// What the other pages hold after so many refreshes, as the script has it.
-    refreshes: Vec<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -131,13 +132,15 @@ pub(super) fn run(script: Option<&str>) -> Result<DashboardFigures, Failure> {
             Some(pages) => pages.all().await?,
             None => Vec::new(),
         };
+        seconds.abort();
+        let hour = scene.hour(open("hour")?).await?;
+        let stalled = scene.stalled().await?;
+        let seconds = tokio::spawn(every_second(scene.wide.step.clone(), scene.long.step.clone()));
         let refreshes = match open("refreshes")? {
             Some(pages) => pages.all().await?,
             None => Vec::new(),
         };
         seconds.abort();
-        let hour = scene.hour(open("hour")?, refreshes).await?;
-        let stalled = scene.stalled().await?;
         Ok(DashboardFigures {
             ranks: RANKS,
             finished_jobs: ROUND * ROUNDS,
@@ -146,6 +149,7 @@ pub(super) fn run(script: Option<&str>) -> Result<DashboardFigures, Failure> {
             pages,
             hour,
             stalled,
+            refreshes,
         })
     })
 }
@@ -265,7 +269,7 @@ impl Scene {
         Ok(())
     }
 
-    async fn hour(&self, page: Option<Pages>, refreshes: Vec<Value>) -> Result<Hour, Failure> {
+    async fn hour(&self, page: Option<Pages>) -> Result<Hour, Failure> {
         let (mut server_mib, mut page_mib) = (Vec::new(), Vec::new());
         let mut page = page;
         if let Some(page) = &mut page {
@@ -273,8 +277,9 @@ impl Scene {
         }
         self.play(WARM_UP, WARM_UP, async |_| Ok(())).await?;
         let warmed = Instant::now();
-        self.play(HOUR, HOUR / LOOKS, async |_| {
+        self.play(HOUR, HOUR / LOOKS, async |made| {
             server_mib.push(self.server.resident());
+            say(format_args!("{made} steps of an hour's {HOUR}"));
             if let Some(page) = &mut page {
                 page_mib.push(page.sample().await?["mib"].as_f64().unwrap_or(f64::NAN));
             }
@@ -282,7 +287,7 @@ impl Scene {
         })
         .await?;
         let took_s = warmed.elapsed().as_secs_f64();
-        Ok(Hour { steps: HOUR, took_s, server_mib, page_mib, refreshes })
+        Ok(Hour { steps: HOUR, took_s, server_mib, page_mib })
     }
 
     async fn stalled(&self) -> Result<Stalled, Failure> {
@@ -435,12 +440,12 @@ impl fmt::Display for DashboardFigures {
         }
         let listed =
             |values: &[f64]| values.iter().map(|value| format!("{value:.1}")).collect::<Vec<_>>().join(" ");
-        let Hour { steps, took_s, server_mib, page_mib, refreshes } = &self.hour;
+        let Hour { steps, took_s, server_mib, page_mib } = &self.hour;
         writeln!(f, "{steps} steps in {took_s:.0} s: server {} MiB", listed(server_mib))?;
         if !page_mib.is_empty() {
             writeln!(f, "its page, after collections of garbage: {} MiB", listed(page_mib))?;
         }
-        for page in refreshes {
+        for page in &self.refreshes {
             let name = page["page"].as_str().unwrap_or_default();
             writeln!(f, "page {name}, after {} refreshes: {} MiB", page["refreshes"], page["mib"])?;
         }

@@ -23,7 +23,7 @@ const PAGES = [
   { page: "logs", at: `/logs?job=${wide}`, has: "td, .state strong" },
   { page: "incidents", at: `/incidents?job=${wide}`, has: ".list, .state strong" },
 ];
-const LOADS = 5, SECONDS = 10;
+const LOADS = 3, SECONDS = 5;
 
 /** In the page: when it shows what it is for and has drawn two frames since, and when each frame was. */
 function observe(has) {
@@ -65,10 +65,10 @@ async function heap(page) {
   return { mib: rounded(usedSize / 2 ** 20), nodes, listeners: jsEventListeners };
 }
 
-const say = (figures) => console.log(JSON.stringify(figures));
+const say = (figures) => { console.log(JSON.stringify(figures)); console.error(JSON.stringify(figures)); };
 
 const scenarios = {
-  /** Each page from an empty cache, then ten seconds of it with a hand that moves over it. */
+  /** Each page from an empty cache, then five seconds of it with a hand that moves over it. */
   async frames() {
     for (const one of PAGES) {
       const times = [];
@@ -90,15 +90,15 @@ const scenarios = {
       await page.context().close();
     }
   },
-  /** What each page holds after so many refreshes, ten times as often as they come. */
+  /** What each page holds after so many refreshes, five times as often as they come. */
   async refreshes() {
     for (const one of PAGES) {
-      const page = await open(one, { faster: 10 });
+      const page = await open(one, { faster: 5 });
       let asked = 0;
       page.on("request", (request) => { if (new URL(request.url()).pathname.startsWith("/api/")) asked += 1; });
       const found = { page: one.page, refreshes: [], mib: [], nodes: [], listeners: [] };
-      for (const wanted of [40, 120, 200]) {
-        const until = Date.now() + 25000;
+      for (const wanted of [20, 60, 100]) {
+        const until = Date.now() + 8000;
         while (asked < wanted && Date.now() < until) await page.waitForTimeout(50);
         const { mib, nodes, listeners } = await heap(page);
         found.refreshes.push(asked); found.mib.push(mib); found.nodes.push(nodes); found.listeners.push(listeners);
@@ -110,7 +110,7 @@ const scenarios = {
   },
   /** The page of a run that is kept open. */
   async hour() {
-    const page = await open(PAGES.find((one) => one.page === "run of 1,024 ranks"), { faster: 10 });
+    const page = await open(PAGES.find((one) => one.page === "run of 1,024 ranks"), { faster: 5 });
     for await (const _ of readline.createInterface({ input: process.stdin })) say(await heap(page));
   },
 };
