@@ -82,6 +82,8 @@ figures:
     @echo "== the cluster: fabric, load, event log, placement, simulation"
     target/release/contraflow bench fabric
     target/release/contraflow bench load
+    target/release/contraflow bench dashboard --pages tests/dashboard/measure.mjs
+    target/release/contraflow bench viewers
     target/release/contraflow bench store
     target/release/contraflow bench placement
     target/release/contraflow bench simulation

@@ -2,6 +2,8 @@
 
 mod balance;
 mod checkpoint;
+mod cluster;
+mod dashboard;
 mod fabric;
 mod infer;
 mod load;
@@ -19,6 +21,7 @@ mod step;
 mod store;
 mod study;
 mod update;
+mod viewers;
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -120,6 +123,24 @@ enum BenchCommand {
     Placement,
     /// An orchestrator under thousands of submissions, 1,000 workers and 10,000 finished jobs
     Load,
+    /// The pages of 1,024 simulated ranks, 10,000 finished jobs and a run of a million steps: time, memory over an hour of steps
+    Dashboard {
+        /// Script that opens the pages in a browser: tests/dashboard/measure.mjs; without it, only the server is measured
+        #[arg(long, value_name = "FILE")]
+        pages: Option<String>,
+    },
+    /// What it costs a run to be recorded and shown: alone, with a page open, with viewers that do not read, in alternation
+    Viewers {
+        /// Runs of each kind
+        #[arg(long, default_value_t = 12)]
+        rounds: usize,
+        /// Steps of a run that are measured, after two that are not
+        #[arg(long, default_value_t = 100)]
+        steps: usize,
+        /// Internal arguments of child processes
+        #[arg(long, hide = true)]
+        part: Option<String>,
+    },
     /// The orchestrator's event log: records synced per second, and restart time
     Store,
     /// The orchestrator's decisions for one job of 10,000 simulated ranks, with faults: events a second
@@ -196,6 +217,9 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
         BenchCommand::Placement => show(format, &placement::run()?),
         BenchCommand::Load => show(format, &load::run()?),
+        BenchCommand::Dashboard { pages } => show(format, &dashboard::run(pages.as_deref())?),
+        BenchCommand::Viewers { part: Some(part), .. } => viewers::be(part),
+        BenchCommand::Viewers { rounds, steps, part: None } => show(format, &viewers::run(*rounds, *steps)?),
         BenchCommand::Store => show(format, &store::run()?),
         BenchCommand::Simulation { ranks, steps, seed } => {
             let figures = simulation::run(*ranks, *steps, *seed)?;
@@ -303,11 +327,11 @@ impl QuietRun {
     ///
     /// **Errors**: code 1 if the run fails.
     fn run(self) -> Result<(Option<f64>, Timelines), Failure> {
-        self.run_with(Probe::default())
+        self.run_with(Probe::default(), Recorders::default())
     }
 
-    /// The same, with a probe that looks in.
-    fn run_with(self, probe: Probe) -> Result<(Option<f64>, Timelines), Failure> {
+    /// The same, with a probe that looks in, and with flight recorders.
+    fn run_with(self, probe: Probe, flight: Recorders) -> Result<(Option<f64>, Timelines), Failure> {
         let QuietRun { recipe, datasets, checkpoints, export_dir, subscriber } = self;
         let spec = LocalClusterSpec {
             recipe: Arc::new(recipe),
@@ -318,7 +342,7 @@ impl QuietRun {
             checkpoints,
             export_dir,
             network: LocalOptions::default(),
-            flight: Recorders::default(),
+            flight,
             probe,
             subscribers: vec![subscriber],
         };

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use contraflow_orchestrator::metrics::Subscriber;
+use contraflow_runtime::flight::Recorders;
 use contraflow_runtime::recipe::{Recipe, RecipeSource};
 use contraflow_runtime::schedule::{
     Lane, Mode, Plan, RecordedRank, RecordedStep, ScheduleKind, UnitCosts, check, lower, simulate,
@@ -196,7 +197,7 @@ fn waiting_run(
     let subscriber: Subscriber = Box::new(move |record| *noted.lock() = record.peak_live_chunks as usize);
     let datasets = seeded_datasets(&recipe);
     let run = QuietRun { recipe, datasets, checkpoints: None, export_dir: None, subscriber };
-    let (_, timelines) = run.run_with(probe)?;
+    let (_, timelines) = run.run_with(probe, Recorders::default())?;
     let step = timelines.latest().ok_or_else(|| Failure::run("no step was recorded"))?;
     let peak = *peak.lock();
     Ok((step, peak))

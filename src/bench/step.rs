@@ -37,11 +37,11 @@ pub(super) struct StepSpeed {
 
 /// What it takes to record the operations of a step, beside the step.
 #[derive(Debug, Serialize)]
-struct RecordingCost {
+pub(super) struct RecordingCost {
     operations: usize,
     microseconds_per_step: f64,
     /// Of the median step.
-    share: f64,
+    pub(super) share: f64,
     /// A record of the flight recorder in a file's ring, on one core. **Units**: ns.
     ring_ns_per_record: f64,
     /// Of the median step: two records an operation.
@@ -52,7 +52,7 @@ impl RecordingCost {
     /// Of the last step of a rank, in a step that takes so long.
     ///
     /// **Errors**: code 1 if nothing was recorded, or the system has no place for a ring.
-    fn of(timelines: &Timelines, step_s: f64) -> Result<RecordingCost, Failure> {
+    pub(super) fn of(timelines: &Timelines, step_s: f64) -> Result<RecordingCost, Failure> {
         let recorded = timelines.latest().ok_or_else(|| Failure::run("no step was recorded"))?;
         let operations = recorded.ranks.iter().map(|rank| rank.program.ops.len()).sum();
         let seconds = cost_of_recording(&recorded);

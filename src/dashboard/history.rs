@@ -122,6 +122,8 @@ pub struct History {
     gap: u64,
     /// The latest step's, which need not be among the samples.
     latest: Sample,
+    /// By figure, the latest step that has it, and its value: a long run need not be searched for one that it never had.
+    last: [Option<(u64, f32)>; FIGURES_LEN],
     generation: u32,
     /// Of the process that trains. **Units**: bytes.
     peak_memory: u64,
@@ -140,6 +142,9 @@ impl History {
         if let Some(bytes) = memory {
             values[MEMORY] = bytes as f32;
             self.peak_memory = self.peak_memory.max(bytes);
+        }
+        for (last, value) in self.last.iter_mut().zip(values).filter(|(_, value)| value.is_finite()) {
+            *last = Some((record.step, value));
         }
         self.points.push(Point {
             step: record.step,
@@ -166,6 +171,7 @@ impl History {
         if self.points.last().is_some_and(|last| record.step <= last.step) {
             let last = self.points.last().map_or(0, |last| last.step);
             self.points.retain(|point| point.step < record.step);
+            self.last = std::array::from_fn(|figure| last_of(&self.points, figure));
             self.samples.retain(|sample| sample.step < record.step);
             self.rollbacks += 1;
             let back = record.step - 1;
@@ -282,10 +288,13 @@ impl History {
 
     /// Latest value of a figure that is a number, with its step.
     pub fn last(&self, key: &str) -> Option<(u64, f64)> {
-        let place = figure(key)?;
-        let is_number = |point: &&Point| point.values[place].is_finite();
-        self.points.iter().rev().find(is_number).map(|point| (point.step, f64::from(point.values[place])))
+        self.last[figure(key)?].map(|(step, value)| (step, f64::from(value)))
     }
+}
+
+fn last_of(points: &[Point], figure: usize) -> Option<(u64, f32)> {
+    let values = points.iter().rev().map(|point| (point.step, point.values[figure]));
+    values.into_iter().find(|(_, value)| value.is_finite())
 }
 
 #[cfg(test)]
@@ -320,10 +329,14 @@ mod tests {
     #[test]
     fn steps_that_are_made_again_replace_what_they_were() {
         let mut history = History::default();
-        (1..=5).for_each(|step| history.push(&record(step), None));
+        let mtp_loss = |step| (step % 2 == 0).then_some(7.0);
+        (1..=5).for_each(|step| {
+            history.push(&StepRecord { mtp_loss: mtp_loss(step), ..record(step) }, None);
+        });
         history.push(&StepRecord { generation: 2, loss: 9.0, ..record(3) }, None);
         assert_eq!(history.points().iter().map(|point| point.step).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!((history.last("loss"), history.counts()), (Some((3, 9.0)), (0, 1, 0)));
+        assert_eq!(history.last("mtp_loss"), Some((2, 7.0)), "that of step 4 is no more");
         let Annotation { step, kind, text } = history.annotations().last().unwrap();
         assert_eq!((*step, *kind, text.as_str()), (2, "rollback", "back from step 5 to step 2"));
         assert_eq!(history.points().last().unwrap().tokens, 30);

@@ -11,7 +11,7 @@
 //! - `assets` are the page itself: hand-written modules, and uPlot whole, with its licence.
 //! - `cluster` asks an orchestrator's services for what the pages of a cluster show, as the viewer who looks.
 //! - `subject` is what of all that is shown, and its metrics.
-//! - `routes` carries requests to the views, `stream` is the one live stream, `server` is the thread that does it.
+//! - `routes` carries requests to the views, `stream` sends what comes piece by piece, `server` is the thread that does it.
 //! - `top` is a viewer in a terminal, which asks one of these servers as a browser does.
 //!
 //! Training never waits for it: a step is copied into a history under a lock that is held for a moment, and whoever looks reads from

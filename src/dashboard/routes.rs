@@ -241,7 +241,7 @@ fn of_run(answers: Answers, served: &Served, shown: &Arc<Shown>, query: &Query) 
             Ok(query) => as_json(&views::series(shown, &query)),
             Err(faults) => refused(StatusCode::BAD_REQUEST, &faults),
         },
-        Answers::Csv => with_type("text/csv; charset=utf-8", views::csv(shown)),
+        Answers::Csv => with_type("text/csv; charset=utf-8", stream::csv(shown.clone())),
         Answers::Experts => {
             let mut faults = Vec::new();
             let layer = number(query, "layer", &mut faults);

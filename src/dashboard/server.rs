@@ -14,6 +14,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
+use tokio_io_timeout::TimeoutStream;
 
 use super::guard::Token;
 use super::routes::{Served, router};
@@ -25,6 +26,9 @@ const MAX_CONNECTIONS: usize = 256;
 
 /// How long a connection may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(10);
+
+/// How long an answer waits for a viewer that takes nothing of it.
+const UNREAD: Duration = Duration::from_secs(10);
 
 /// Pause after the system could not give a connection, for want of files for instance.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -235,11 +239,11 @@ async fn serve(listener: std::net::TcpListener, router: Router, front: Option<Fr
         tokio::spawn(async move {
             let _place = place;
             match front {
-                None => connected(tcp, router).await,
+                None => connected(tcp, router, UNREAD).await,
                 // Whoever is refused was told so, or logged.
                 Some(front) => {
                     if let Ok((io, visitor)) = front.admit(tcp, address).await {
-                        connected(io, router.layer(Extension(visitor))).await;
+                        connected(io, router.layer(Extension(visitor)), UNREAD).await;
                     }
                 }
             }
@@ -247,18 +251,48 @@ async fn serve(listener: std::net::TcpListener, router: Router, front: Option<Fr
     }
 }
 
-async fn connected(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, router: Router) {
+/// Serves a connection to its end, which also comes where its viewer takes nothing of an answer for so long.
+async fn connected(
+    io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    router: Router,
+    unread: Duration,
+) {
+    let mut io = TimeoutStream::new(io);
+    io.set_write_timeout(Some(unread));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
-        .serve_connection(TokioIo::new(io), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(Box::pin(io)), TowerToHyperService::new(router));
     // A viewer that breaks off is none any more.
     drop(connection.await);
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+
+    #[tokio::test]
+    async fn whoever_takes_nothing_of_an_answer_is_let_go() {
+        let address: SocketAddr = "127.0.0.1:80".parse().unwrap();
+        let router = router(Served::new(address, None, Subject::of_runs(Vec::new())));
+        let request =
+            b"GET /assets/uplot/uPlot.esm.js HTTP/1.1\r\nhost: 127.0.0.1:80\r\nconnection: close\r\n\r\n";
+        let (mut reads, served) = tokio::io::duplex(1 << 10);
+        let reading = tokio::spawn(connected(served, router.clone(), Duration::from_secs(10)));
+        reads.write_all(request).await.unwrap();
+        let mut whole = Vec::new();
+        reads.read_to_end(&mut whole).await.unwrap();
+        reading.await.unwrap();
+        let (mut stands, served) = tokio::io::duplex(1 << 10);
+        let standing = tokio::spawn(connected(served, router, Duration::from_millis(20)));
+        stands.write_all(request).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(20), standing).await.unwrap().unwrap();
+        let mut part = Vec::new();
+        stands.read_to_end(&mut part).await.unwrap();
+        assert!(part.len() < 1 << 12 && whole.starts_with(&part), "{} of {}", part.len(), whole.len());
+    }
 
     #[test]
     fn a_place_is_read_and_one_that_others_reach_needs_a_token() {

@@ -1,4 +1,5 @@
-//! The live stream of a run, as server-sent events: `steps` with what is new, `reset` where a viewer has to read anew, `state`.
+//! What is sent piece by piece: the live stream of a run, as server-sent events (`steps` with what is new, `reset` where a viewer has to
+//! read anew, `state`), and all of its values.
 //!
 //! A viewer takes what there is when it reads, so what a slow one misses is not kept for it; one that does not read for a while is let go.
 
@@ -13,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::history::Point;
 use super::shown::Shown;
+use super::views;
 
 /// Most steps of one event: a viewer that is further behind reads anew.
 const MAX_STEPS: usize = 500;
@@ -61,6 +63,24 @@ fn live_for(shown: Arc<Shown>, after: u64, permit: OwnedSemaphorePermit, patienc
     Body::from_stream(ReceiverStream::new(events))
 }
 
+/// Steps of one piece of a run's values.
+const ROWS: usize = 1_000;
+
+/// Every step with every figure, as comma-separated values. However long the run is, a viewer that is slow holds a few pieces.
+pub fn csv(shown: Arc<Shown>) -> Body {
+    let (sender, pieces) = mpsc::channel::<Result<Bytes, Infallible>>(MAX_UNREAD);
+    tokio::spawn(async move {
+        let (mut piece, mut after) = (views::csv_head(), 0);
+        while sender.send_timeout(Ok(piece.into()), PATIENCE).await.is_ok() {
+            match views::csv_rows(&shown, after, ROWS) {
+                Some((rows, last)) => (piece, after) = (rows, last),
+                None => return,
+            }
+        }
+    });
+    Body::from_stream(ReceiverStream::new(pieces))
+}
+
 /// What a viewer has.
 struct Viewer {
     after: u64,
@@ -86,7 +106,7 @@ impl Viewer {
             }
             self.after = last;
             let notes = history.annotations().len();
-            if !text.is_empty() || notes != self.notes || super::views::is_open(state) {
+            if !text.is_empty() || notes != self.notes || views::is_open(state) {
                 let outcome = &state.outcome;
                 text += &event(
                     "state",
@@ -142,6 +162,20 @@ mod tests {
         assert_eq!(steps_in(&viewer.next(&shown)), [5]);
         make(&shown, 6..=6 + MAX_STEPS as u64);
         assert!(viewer.next(&shown).starts_with("event: reset\n"));
+    }
+
+    #[tokio::test]
+    async fn all_values_of_a_long_run_come_once_and_in_order() {
+        let shown = Shown::starting(Facts::default());
+        let steps = 2 * ROWS as u64 + 1;
+        make(&shown, 1..=steps);
+        let bytes = axum::body::to_bytes(csv(shown), usize::MAX).await.unwrap();
+        let text = std::str::from_utf8(&bytes).unwrap();
+        let (head, rows) = text.split_once('\n').unwrap();
+        assert!(head.starts_with("step,tokens,training_seconds,unix_ms,loss,"), "{head}");
+        let of = |row: &str| row.split(',').next().and_then(|step| step.parse().ok());
+        assert!(rows.lines().map(of).eq((1..=steps).map(Some)));
+        assert!(rows.lines().all(|row| row.split(',').count() == head.split(',').count()));
     }
 
     #[tokio::test]

@@ -231,16 +231,21 @@ pub fn layers(shown: &Shown) -> Value {
     })
 }
 
-/// Every step with every figure, as comma-separated values; an empty field is a gap.
-pub fn csv(shown: &Shown) -> String {
-    let mut text = String::from("step,tokens,training_seconds,unix_ms");
-    FIGURES.iter().for_each(|figure| {
-        text.push(',');
-        text.push_str(figure.key);
-    });
-    text.push('\n');
+/// The first line of a run's values, separated by commas: names of the columns.
+pub fn csv_head() -> String {
+    let keys: Vec<&str> = FIGURES.iter().map(|figure| figure.key).collect();
+    format!("step,tokens,training_seconds,unix_ms,{}\n", keys.join(","))
+}
+
+/// The next so many steps after one with every figure, as comma-separated values, and the last of these steps; an empty field is a gap.
+/// None behind the last step.
+pub fn csv_rows(shown: &Shown, after: u64, most: usize) -> Option<(String, u64)> {
     shown.read(|state| {
-        for point in state.history.points() {
+        let points = state.history.since(after);
+        let points = &points[..points.len().min(most)];
+        let last = points.last()?.step;
+        let mut text = String::with_capacity(128 * points.len());
+        for point in points {
             // Writing to a string does not fail.
             let _ = write!(text, "{},{},{},{}", point.step, point.tokens, point.seconds, point.unix_ms);
             for value in point.values {
@@ -248,8 +253,8 @@ pub fn csv(shown: &Shown) -> String {
             }
             text.push('\n');
         }
-    });
-    text
+        Some((text, last))
+    })
 }
 
 /// Texts that a run has generated, the latest first.

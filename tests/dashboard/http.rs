@@ -65,8 +65,23 @@ pub fn ask(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str
     let mut reader = BufReader::new(send(address, method, path, &headers, body));
     let (status, headers) = head(&mut reader);
     let mut body = String::new();
-    reader.read_to_string(&mut body).unwrap();
+    if headers.get("transfer-encoding").is_some_and(|encoding| encoding == "chunked") {
+        while piece(&mut reader, &mut body) > 0 {}
+    } else {
+        reader.read_to_string(&mut body).unwrap();
+    }
     Answer { status, headers, body }
+}
+
+/// Reads a piece of a body that comes in pieces, with its length before it; returns that, which is 0 of the last one.
+fn piece(reader: &mut impl BufRead, body: &mut String) -> usize {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    let length = usize::from_str_radix(line.trim_end(), 16).unwrap();
+    let mut bytes = vec![0; length + 2];
+    reader.read_exact(&mut bytes).unwrap();
+    body.push_str(std::str::from_utf8(&bytes[..length]).unwrap());
+    length
 }
 
 /// The same of a page on this machine.

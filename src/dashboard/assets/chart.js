@@ -68,13 +68,14 @@ export class Chart {
     const isShared = this.lines.every((line) => line.x === first);
     const xs = isShared ? first : [...new Set(this.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
     const places = isShared ? null : new Map(xs.map((x, i) => [x, i]));
-    const aligned = this.lines.map((line) => {
-      const y = smoothed(line.y, this.smooth);
+    const placed = (line, y) => {
       if (isShared) return y;
       const values = new Array(xs.length).fill(undefined);
       line.x.forEach((x, i) => { values[places.get(x)] = y[i]; });
       return values;
-    });
+    };
+    // Behind what is smoothed stands what it was made of, so that no spike is lost.
+    const aligned = [...this.lines.map((line) => placed(line, smoothed(line.y, this.smooth))), ...(this.smooth ? this.lines.map((line) => placed(line, line.y)) : [])];
     // What is 0 or less has no place on a logarithmic axis.
     this.data = [xs, ...(this.log ? aligned.map((values) => values.map((value) => (value > 0 ? value : value === undefined ? undefined : null))) : aligned)];
   }
@@ -101,7 +102,7 @@ export class Chart {
       series: [{}, ...this.lines.map((line, i) => ({
         label: line.label, stroke: lineColour(line.colour ?? i), width: 1.6, spanGaps: true, dash: line.dash,
         points: { show: this.marked || this.data[0].length < 3, size: 5 },
-      }))],
+      })), ...(this.smooth ? this.lines.map((line, i) => ({ stroke: lineColour(line.colour ?? i), width: 1, alpha: 0.3, spanGaps: true, points: { show: false } })) : [])],
       hooks: {
         setCursor: [(u) => chart.legend(u.cursor.idx)],
         setSelect: [(u) => {
@@ -146,14 +147,19 @@ export class Chart {
     }), h("span", {}, near ? `${where} · ${near.text}` : where));
   }
 
-  setSmooth(weight) { this.smooth = weight; if (this.lines.length) { this.align(); this.plot?.setData(this.data); this.legend(null); } }
+  setSmooth(weight) {
+    const isAsBefore = !weight === !this.smooth;
+    this.smooth = weight;
+    if (!this.plot) return;
+    if (isAsBefore) { this.align(); this.plot.setData(this.data); this.legend(null); } else this.build();
+  }
 
   get file() { return this.title.toLowerCase().replaceAll(" ", "-"); }
 
   csv() {
     const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
     const head = [this.axis, ...this.lines.map((line) => quote(line.label))].join(",");
-    const rows = this.data[0].map((x, i) => [x, ...this.data.slice(1).map((values) => values[i] ?? "")].join(","));
+    const rows = this.data[0].map((x, i) => [x, ...this.data.slice(1, this.lines.length + 1).map((values) => values[i] ?? "")].join(","));
     save(`${this.file}.csv`, "text/csv", [head, ...rows].join("\n") + "\n");
   }
 

@@ -12,11 +12,12 @@ const uses = (goodput) => USES.filter(([use]) => goodput[use] > 0).map(([use, wo
 /** The share of slot time that became steps as a number over a bar; what it consists of comes on hover. */
 const goodputBar = (goodput) => (goodput?.slot_seconds ? h("div", { title: uses(goodput) }, percent(goodput.share), h("div", { class: "meter", css: { margin: "4px 0 0", "min-width": "70px" }, role: "img", "aria-label": uses(goodput) }, h("div", { css: { width: `${100 * goodput.share}%` } }))) : "–");
 
-/** Asks again now and then; says what is wrong without losing what is shown. */
+/** Asks again a while after the last answer, so that a slow server or page is not asked ahead of itself. */
 function often(every, ask) {
-  let stopped = false;
-  const timer = setInterval(() => { if (!document.hidden && !stopped) ask(); }, every);
-  return () => { stopped = true; clearInterval(timer); };
+  let stopped = false, timer = null;
+  const again = () => { timer = setTimeout(async () => { if (!document.hidden) await ask(); if (!stopped) again(); }, every); };
+  again();
+  return () => { stopped = true; clearTimeout(timer); };
 }
 
 function button(words, how, after, attributes = {}) {

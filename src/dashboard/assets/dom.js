@@ -127,9 +127,11 @@ export function canvas(height, label, draw) {
     draw(context, width, tall);
   };
   new ResizeObserver(redraw).observe(element);
-  addEventListener("theme", redraw);
+  element.addEventListener("theme", redraw);
   return { element, redraw };
 }
+// Told to the canvases that are there: one that has gone is held by nobody.
+addEventListener("theme", () => document.querySelectorAll("canvas").forEach((element) => element.dispatchEvent(new Event("theme"))));
 
 /** Light to dark of one hue, which colour-blind readers can order: 0 to 1. */
 export function heat(share) {
