@@ -169,6 +169,9 @@ enum BenchCommand {
         /// Time of the exchanges over time of the computations, separated by commas
         #[arg(long, value_delimiter = ',', default_values_t = overlap::RATIOS)]
         ratios: Vec<f64>,
+        /// Sequences of 256 tokens in a micro-batch: fewer make exchanges short beside what it takes to wake their threads
+        #[arg(long, default_value_t = 16)]
+        sequences: usize,
         /// Runs of either kind for each ratio, which alternate
         #[arg(long, default_value_t = 1)]
         rounds: usize,
@@ -228,8 +231,8 @@ pub fn run(args: &BenchArgs) -> Result<(), Failure> {
         }
         BenchCommand::Fabric { part: Some(part), .. } => fabric::be(part),
         BenchCommand::Fabric { repeats, part: None } => show(format, &fabric::run(*repeats)?),
-        BenchCommand::Overlap { ratios, rounds, steps } => {
-            show(format, &overlap::run(ratios, *rounds, *steps)?)
+        BenchCommand::Overlap { ratios, sequences, rounds, steps } => {
+            show(format, &overlap::run(ratios, *sequences, *rounds, *steps)?)
         }
         BenchCommand::Update { part: Some(part), .. } => update::be(part),
         BenchCommand::Update { rounds, steps, part: None } => {

@@ -97,10 +97,18 @@ fn the_update_is_measured_with_and_without_overlap() {
 /// How much is exposed is for idle machines to say; that the figures fit each other is said by any.
 #[test]
 fn overlap_is_measured_beside_its_prediction() {
-    let output =
-        deadline::output(Command::new(env!("CARGO_BIN_EXE_contraflow")).args([
-            "bench", "overlap", "--ratios", "1", "--rounds", "1", "--steps", "1", "--format", "json",
-        ]));
+    let output = deadline::output(Command::new(env!("CARGO_BIN_EXE_contraflow")).args([
+        "bench",
+        "overlap",
+        "--ratios",
+        "1",
+        "--sequences",
+        "1",
+        "--steps",
+        "1",
+        "--format",
+        "json",
+    ]));
     assert!(output.status.success(), "{output:?}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let [row] = report["rows"].as_array().unwrap().as_slice() else {

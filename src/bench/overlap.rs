@@ -42,9 +42,9 @@ const LEAST_EXPOSED: f64 = 0.8;
 /// Nor if its computations, with overlap or without, took longer than without links by more than this factor: something else ran.
 const MOST_STRETCHED: f64 = 1.25;
 
-/// Four mixture layers a stage and 4,096 tokens a micro-batch, as in DeepSeek-V3's run.
+/// Four mixture layers a stage, as in DeepSeek-V3's run; with 16 sequences of this length as many tokens in a micro-batch, too.
 const RECIPE: &str = "small";
-const CHANGES: [&str; 20] = [
+const CHANGES: [&str; 18] = [
     "model.vocab_size=512",
     "model.num_hidden_layers=8",
     "model.first_k_dense_replace=0",
@@ -58,14 +58,14 @@ const CHANGES: [&str; 20] = [
     "parallel.expert=2",
     "parallel.threads_per_rank=1",
     "training.sequence_length=256",
-    "training.micro_batch_size=16",
-    "training.global_batch_size=192",
     "training.validation_sequences=0",
     "memory.recompute=[]",
     "balance.bias_speed=0",
     "checkpoint.save_model=false",
     "watch.on_spike=warn",
 ];
+/// Of a step, on both ranks together.
+const MICRO_BATCHES: usize = 12;
 /// Width of the experts with which attention and experts are timed first, and what widths are multiples of.
 const FIRST_WIDTH: usize = 128;
 const WIDTH_STEP: usize = 16;
@@ -82,6 +82,7 @@ pub(super) struct OverlapFigures {
     /// Width with which the experts take as long as attention does.
     expert_width: usize,
     micro_batches: usize,
+    micro_batch_sequences: usize,
     measured_steps: usize,
     rows: Vec<Row>,
 }
@@ -118,13 +119,18 @@ struct Row {
 
 /// Measures it.
 ///
-/// **Errors**: code 2 without rounds or steps, for a ratio that is none, or with fewer cores than ranks; code 1 if a run fails.
-pub(super) fn run(ratios: &[f64], rounds: usize, steps: usize) -> Result<OverlapFigures, Failure> {
+/// **Errors**: code 2 without sequences, rounds or steps, for a ratio that is none, or with fewer cores than ranks; code 1 if a run fails.
+pub(super) fn run(
+    ratios: &[f64],
+    sequences: usize,
+    rounds: usize,
+    steps: usize,
+) -> Result<OverlapFigures, Failure> {
     if let Some(ratio) = ratios.iter().find(|ratio| !(0.01..=100.0).contains(*ratio)) {
         return Err(Failure::input(format!("--ratios: expected numbers from 0.01 to 100, got {ratio}")));
     }
-    if rounds == 0 || steps == 0 {
-        return Err(Failure::input("--rounds and --steps: expected at least 1"));
+    if sequences == 0 || rounds == 0 || steps == 0 {
+        return Err(Failure::input("--sequences, --rounds and --steps: expected at least 1"));
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if cores < RANKS {
@@ -133,10 +139,11 @@ pub(super) fn run(ratios: &[f64], rounds: usize, steps: usize) -> Result<Overlap
         );
         return Err(Failure::input(message));
     }
-    let first = Bench::new(steps, FIRST_WIDTH)?.train(false, None)?;
+    let first = Bench::new((sequences, steps), FIRST_WIDTH)?.train(false, None)?;
     let (attention_s, experts_s) = halves(&first.passes);
     let width = FIRST_WIDTH as f64 * attention_s / experts_s;
-    let bench = Bench::new(steps, WIDTH_STEP * ((width / WIDTH_STEP as f64).round() as usize).max(1))?;
+    let bench =
+        Bench::new((sequences, steps), WIDTH_STEP * ((width / WIDTH_STEP as f64).round() as usize).max(1))?;
     // Without links: what computations take, and what an exchange takes besides.
     let Trained { passes: free, bytes } = bench.train(false, None)?;
     let compute_s = median(free.iter().map(|passes| passes.compute_s).collect());
@@ -173,6 +180,7 @@ pub(super) fn run(ratios: &[f64], rounds: usize, steps: usize) -> Result<Overlap
         cores,
         expert_width: bench.width,
         micro_batches: recipe.micro_batches(recipe.training.global_batch_size),
+        micro_batch_sequences: sequences,
         measured_steps: rounds * steps,
         rows,
     })
@@ -190,17 +198,20 @@ fn halves(passes: &[Passes]) -> (f64, f64) {
     (of(&[Component::Attention]), of(&[Component::Experts, Component::SharedExpert]))
 }
 
-/// Of this many steps and this wide experts.
-fn recipe((steps, width): (usize, usize), overlap: bool) -> Result<Recipe, Failure> {
+/// Of so many sequences in a micro-batch, so many steps, and experts of this width.
+fn recipe(((sequences, steps), width): ((usize, usize), usize), overlap: bool) -> Result<Recipe, Failure> {
     let mut changes: Vec<String> = CHANGES.iter().map(|&change| change.to_owned()).collect();
     changes.push(format!("model.moe_intermediate_size={width}"));
+    changes.push(format!("training.micro_batch_size={sequences}"));
+    changes.push(format!("training.global_batch_size={}", MICRO_BATCHES * sequences));
     changes.push(format!("parallel.overlap={overlap}"));
     changes.push(format!("training.steps={}", WARM_UP + steps));
     Ok(Recipe::load(&RecipeSource::Builtin(RECIPE.to_owned()), &changes)?)
 }
 
 struct Bench {
-    steps: usize,
+    /// Sequences of a micro-batch, and measured steps of a run.
+    size: (usize, usize),
     /// Of the experts.
     width: usize,
     /// The passes of a step, as the ranks run them, with overlap and without.
@@ -215,20 +226,20 @@ struct Trained {
 }
 
 impl Bench {
-    fn new(steps: usize, width: usize) -> Result<Self, Failure> {
+    fn new(size: (usize, usize), width: usize) -> Result<Self, Failure> {
         let programs = |overlap| {
-            let recipe = recipe((steps, width), overlap)?;
+            let recipe = recipe((size, width), overlap)?;
             let mut plans = Plans::new(&recipe).map_err(Failure::run)?;
             let micro_batches = recipe.micro_batches(recipe.training.global_batch_size);
             let planned = plans.get(micro_batches, TaskKind::Train).map_err(Failure::run)?;
             let program = plans.passes(&planned.plan).remove(0);
             Ok::<_, Failure>((planned, program))
         };
-        Ok(Bench { steps, width, programs: [programs(true)?, programs(false)?] })
+        Ok(Bench { size, width, programs: [programs(true)?, programs(false)?] })
     }
 
     fn recipe(&self, overlap: bool) -> Result<Recipe, Failure> {
-        recipe((self.steps, self.width), overlap)
+        recipe((self.size, self.width), overlap)
     }
 
     /// What all exchanges of a step take in runs without links and overlap. **Units**: seconds.
@@ -277,7 +288,7 @@ impl Bench {
         }
         let of_passes = frames.iter().filter(|sent| sent.tag.phase == Phase::Train);
         let bytes: usize = of_passes.map(|sent| sent.bytes).sum();
-        let bytes = bytes as f64 / (RANKS * (WARM_UP + self.steps)) as f64;
+        let bytes = bytes as f64 / (RANKS * (WARM_UP + self.size.1)) as f64;
         let passes = std::mem::take(&mut *measured.lock());
         Ok(Trained { passes, bytes })
     }

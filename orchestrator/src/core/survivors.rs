@@ -144,8 +144,12 @@ impl Core {
         self.jobs.all.get(&job).filter(|record| record.resumes_from_memory())?.formed.as_ref()
     }
 
-    /// A worker has left a formation, and says what it keeps.
+    /// A worker has left a formation, and says what it keeps. One that is no member any more has said it too late: nobody can be told
+    /// where it is. When it attaches it says it again.
     pub(super) fn left(&mut self, worker: u64, Left { formation, replicas }: Left) {
+        if self.members.get(worker).is_none() {
+            return;
+        }
         let FormationId { job, generation } = formation;
         let record = self.jobs.all.get(&job);
         let is_asked = record.is_some_and(JobRecord::resumes_from_memory);
