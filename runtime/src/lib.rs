@@ -14,7 +14,6 @@ pub mod files;
 pub mod flight;
 pub mod layout;
 pub mod model_config;
-pub mod prompt;
 pub mod publish;
 pub mod random;
 pub mod recipe;

@@ -9,10 +9,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use contraflow_kernels::par::Threads;
-use contraflow_runtime::fabric::FabricError;
+use contraflow_runtime::fabric::{FabricError, wake_promptly};
 use contraflow_runtime::faults::ErrorKind;
 use contraflow_runtime::flight::Event;
-use contraflow_runtime::prompt::wake_promptly;
 use contraflow_runtime::schedule::{Lane, OpId};
 
 use super::events::WaitError;

@@ -1,4 +1,4 @@
-//! What threads that move frames ask of the system's scheduler. Knows no lanes and no fabric.
+//! What threads that move frames ask of the system's scheduler. Knows no frames and no lanes.
 //!
 //! Where every core computes, a thread that has been woken waits until the computing one has used up its time slice, a
 //! millisecond or more: as long as many an exchange takes. A thread that asks for shorter slices runs at once.
