@@ -12,8 +12,9 @@ const SLICE_NS: u64 = 100_000;
 pub fn wake_promptly() {
     // The one is asked for together with the other.
     let Ok(nice) = rustix::process::getpriority_process(None) else { return };
+    let Ok(size) = u32::try_from(size_of::<libc::sched_attr>()) else { return };
     let attributes = libc::sched_attr {
-        size: size_of::<libc::sched_attr>() as u32,
+        size,
         sched_policy: 0,
         sched_flags: libc::SCHED_FLAG_KEEP_POLICY as u64,
         sched_nice: nice,
@@ -34,10 +35,9 @@ mod tests {
     fn seen() -> (u32, i32, u64) {
         // SAFETY: all of it are numbers, for which 0 is one.
         let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-        let size = size_of::<libc::sched_attr>();
+        let size = u32::try_from(size_of::<libc::sched_attr>()).unwrap();
         // SAFETY: the system writes no more than the size that it is told.
-        let result =
-            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size as u32, 0) };
+        let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
         assert_eq!(result, 0);
         (attributes.sched_policy, attributes.sched_nice, attributes.sched_runtime)
     }
